@@ -27,7 +27,7 @@ from tritonmoe.doctor.reading import read_traces
 __all__ = ["judge_kept", "main"]
 
 START_RATE = 1e9
-TIMEOUT_S = 300.0
+TIMEOUT_S = 1800.0
 
 
 def run_in_namespaces(scenarios: list[Scenario], folder: Path) -> None:

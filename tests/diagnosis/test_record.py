@@ -23,7 +23,7 @@ from tritonmoe.expert_parallel.listeners import listeners
 from tritonmoe.layer import report_of
 from tritonmoe.overlap.report import LayerReport
 from tritonmoe.overlap.steps import StepKind
-from tritonmoe.transports import LocalTransport, Transport, TwoLevelTransport
+from tritonmoe.transports import EmulatedTransport, LocalTransport, PendingExchange, Transport, TwoLevelTransport
 from tritonmoe.transports.two_level import GroupView
 
 SIZE, NUM_TOKENS, CALLS = 2, 48, 3
@@ -81,6 +81,21 @@ def test_a_recording_says_what_the_reports_say(tmp_path: Path) -> None:
                         assert step.arrivals_s is not None
                         assert step.arrivals_s[rank] is None
                         assert step.start_s < step.arrivals_s[1 - rank] <= step.end_s + 1e-6
+
+
+def test_what_posting_takes_is_before_the_counts_are_posted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a host without time to post would look like counts that travel for long."""
+    post_counts, seconds = EmulatedTransport.post_counts, 0.02
+
+    def post_late(transport: EmulatedTransport, counts: torch.Tensor) -> PendingExchange:
+        time.sleep(seconds)
+        return post_counts(transport, counts)
+
+    monkeypatch.setattr(EmulatedTransport, "post_counts", post_late)
+    for reports in tm.run_on_emulated_ranks(train, SIZE):
+        for report in reports:
+            for marks in (report.marks, report.backward_marks):
+                assert marks.counts_posted - marks.entered >= seconds
 
 
 def test_forwards_alone_and_forwards_whose_backward_does_not_come(tmp_path: Path) -> None:

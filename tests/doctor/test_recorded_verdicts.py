@@ -277,7 +277,7 @@ def test_one_disturbed_call_of_another_plan_tells_no_costs(tmp_path: Path) -> No
         read_recording(write_run(tmp_path, [quiet] * 2 + [replace(quiet, pair_s=4e-4)] + [run] * 6))
     )
     assert found.found.error == pytest.approx(0, abs=0.01)
-    assert found.found.is_healthy
+    assert found.found.findings == ()
     assert found.costs.link.contention == 0
     assert found.costs.steps.unit_s["experts"] == pytest.approx(run.pair_s, rel=0.01)
 

@@ -34,7 +34,7 @@ assert HEADER_SIZE <= MAX_HEADER
 
 
 class CountTimes(NamedTuple):
-    """When a rank began to send its counts, and when it had everybody's, by its host's time.perf_counter()."""
+    """When a rank had posted its counts, and when it had everybody's, by its host's time.perf_counter()."""
 
     posted: float
     left: float
@@ -76,8 +76,8 @@ class BackwardAgreement:
     def __init__(self, transport: Transport, header: CallHeader) -> None:
         self._header = header
         self._message = _message(transport, header)
-        self._posted_at = time.perf_counter()
         self._pending = transport.post_counts(self._message)
+        self._posted_at = time.perf_counter()
         self.times: CountTimes | None = None
         """Known once wait() has returned."""
 
@@ -121,10 +121,11 @@ def exchange_counts(
     message, first = _message(transport, header), MAX_HEADER + 2 * size
     message[:, MAX_HEADER:first] = counts[:2].sum(1).flatten()
     message[:, first:].view(size, num_kinds, MAX_SEGMENTS)[:, :, :num_segments] = counts.permute(2, 0, 1)
-    posted_at = time.perf_counter()
     try:
         with Doing(lambda: f"the count exchange of the {header.place}"):
-            received = transport.exchange_counts(message)
+            pending = transport.post_counts(message)
+            posted_at = time.perf_counter()
+            received = pending.wait()
     except TransportError as error:
         raise TransportError(f"count exchange of layer call {header.sequence}, {where}: {error}") from error
     times = CountTimes(posted_at, time.perf_counter())

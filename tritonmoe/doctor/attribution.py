@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from tritonmoe.doctor.causes import KINDS, STRUCTURAL, CauseKind, Causes, Removal
 from tritonmoe.doctor.culprits import Culprits, culprits_of
 from tritonmoe.doctor.graph import Graph
+from tritonmoe.doctor.noise import gain_of_noise
 from tritonmoe.doctor.pattern import FEW_STEPS, Pattern, pattern_of
 from tritonmoe.doctor.recorded_causes import Known
 from tritonmoe.doctor.tables import floats
@@ -22,10 +23,14 @@ __all__ = ["Cost", "Finding", "Verdict", "attribute"]
 
 SMALLEST_SHARE = 0.05
 """A smaller share of the step is not spoken of."""
-SMALLEST_STRUCTURAL = 0.08
-"""The same of what costs all ranks something without being a fault."""
+LARGE_SHARE = 0.15
+"""Whoever could gain so much is not healthy, whatever the noise."""
+SMALLEST_STRUCTURAL = 0.15
+"""The smallest share of what costs all ranks something without being a fault."""
 ANOTHER = 0.5
 """The links' rate is a finding beside a slow link only if it costs more than that part of what the link costs."""
+HIDDEN = 0.5
+"""What mending a cause alone gains is its cost, unless that is less than this part of its gain without the others."""
 MOST_ERROR = 0.10
 """A replay that is further off than this explains nothing."""
 NUM_SELECTIONS = 200
@@ -61,6 +66,7 @@ class Finding:
     culprits: Culprits
     when: Pattern
     cost: Cost
+    """What mending this alone gains; of a hidden one, what it gains once the others are mended."""
     is_hidden: bool
     """Whether mending it alone gains little, since another cause holds up the same steps."""
 
@@ -79,6 +85,8 @@ class Verdict:
     """Kinds that are not spoken of, with their shares."""
     together: Cost
     """Without anything that is not usual."""
+    healthy_s: float
+    """What a healthy step may seem to gain: a share of it, or more where noise alone would seem to gain more."""
     noise_s: float
     """What differences without a pattern cost: nobody's fault, and no repair ends them."""
     exposed_s: float
@@ -104,7 +112,7 @@ class Verdict:
     @property
     def is_uncertain(self) -> bool:
         """Whether something is not usual, and none of it in so many steps that it is sure to come again."""
-        return not self.findings and self.together.seconds >= SMALLEST_SHARE * self.replayed_s
+        return not self.findings and self.together.seconds >= self.healthy_s
 
     @property
     def is_healthy(self) -> bool:
@@ -124,9 +132,6 @@ def attribute(graph: Graph, known: Known | None = None) -> Verdict:
     usual = usual_of(graph, linked_s)
     causes = Causes(graph, usual, None if known is None else known.excess_of(usual))
     step_s = statistics.fmean(causes.as_it_was)
-    least_s = dict.fromkeys(KINDS, SMALLEST_SHARE * step_s) | dict.fromkeys(STRUCTURAL, SMALLEST_STRUCTURAL * step_s)
-    if known is not None:
-        least_s["pause"] = SMALLEST_SHARE * known.step_s
     kinds = [kind for kind in causes.excess if not causes.is_nothing(kind)]
     compared: Removal = dict.fromkeys(kind for kind in kinds if kind in KINDS)
     removals: list[Removal] = [
@@ -138,7 +143,14 @@ def attribute(graph: Graph, known: Known | None = None) -> Verdict:
         ),
     ]
     healthy, *walked = causes.without(removals)
-    is_ill = statistics.fmean(_less(causes.as_it_was, healthy)) >= SMALLEST_SHARE * step_s
+    all_gained_s = statistics.fmean(_less(causes.as_it_was, healthy))
+    healthy_s = SMALLEST_SHARE * step_s
+    if healthy_s <= all_gained_s < LARGE_SHARE * step_s:
+        healthy_s = max(healthy_s, gain_of_noise(graph, usual, causes.walker))
+    is_ill = all_gained_s >= healthy_s
+    least_s = dict.fromkeys(KINDS, healthy_s) | dict.fromkeys(STRUCTURAL, SMALLEST_STRUCTURAL * step_s)
+    if known is not None:
+        least_s["pause"] = SMALLEST_SHARE * known.step_s
     findings: list[Finding] = []
     others: list[tuple[CauseKind, float]] = [(kind, 0.0) for kind in causes.excess if kind not in kinds]
     for kind, only, other in zip(kinds, walked[: len(kinds)], walked[len(kinds) :], strict=True):
@@ -147,10 +159,11 @@ def attribute(graph: Graph, known: Known | None = None) -> Verdict:
         if (kind in compared and not is_ill) or kind == "exchange contention":
             hidden = alone  # without slow links less would be beside exchanges
         most = max(alone, hidden, key=statistics.fmean)
-        cost = Cost.of(most)
+        at_most = Cost.of(most)
+        is_hidden = statistics.fmean(alone) < HIDDEN * at_most.seconds
+        cost = at_most if is_hidden else Cost.of(alone)
         is_asked = is_ill or kind not in compared
-        if is_asked and cost.seconds >= least_s[kind] and cost.low_s > 0:
-            is_hidden = statistics.fmean(alone) < 0.5 * cost.seconds
+        if is_asked and at_most.seconds >= least_s[kind] and at_most.low_s > 0:
             others_first = [one for one in compared if one != kind] if most is hidden else []
             culprits = culprits_of(causes, kind, most, others_first)
             if kind == "slow link" and graph.slow_links is not None:
@@ -175,6 +188,7 @@ def attribute(graph: Graph, known: Known | None = None) -> Verdict:
         findings=tuple(findings),
         others=tuple(others),
         together=Cost.of(together),
+        healthy_s=healthy_s,
         noise_s=max(0.0, step_s - statistics.fmean(together) - statistics.fmean(quiet)),
         exposed_s=max(0.0, step_s - statistics.fmean(no_transfers)),
         waiting_s=max(0.0, step_s - computing_s - host_s),

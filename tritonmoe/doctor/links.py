@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tritonmoe.diagnosis.recording import RecordedCall, Recording
-from tritonmoe.doctor.fits import fit_relative_line, medians, weighted_median
+from tritonmoe.doctor.fits import medians, weighted_median
 from tritonmoe.doctor.messages import Messages, Reach, messages_of, reaches
 from tritonmoe.simulation.cost_model import EachLink, InsidePorts, LinkCosts
 
@@ -148,10 +148,33 @@ class _Fit:
         seconds = self._seconds()
         ratios = (seconds / sent.port_bytes)[is_large & (seconds > 0)].sort().values
         self.byte_s = float(ratios[int(START_SHARE * len(ratios))]) if len(ratios) else 0.0
-        # The first message of a pass waits for none, so that what a small one takes is latency.
-        first = sent.is_first[:, None, None] & ~is_large & sent.are_known
-        small = (sent.arrived - sent.posted - sent.port_bytes * self.byte_s)[first]
-        self.latency_s = max(0.0, float(small.median())) if len(small) else 0.0
+        self.latency_s = self._latency(self.byte_s)
+
+    def _latency(self, byte_s: float) -> float:
+        """Return what is left of small messages without their bytes: of those that wait for none, the first of a pass.
+
+        A small one may be there before its receiver has asked for it, in no time: a line through both would go by it.
+        """
+        sent = self.sent
+        counts = sent.are_known & self._is_small_first[:, None, None]
+        left = medians(sent.arrived - sent.posted - sent.port_bytes * byte_s, counts.to(torch.float64))
+        return max(0.0, self._middle_link(left) or 0.0)
+
+    def _middle_link(self, of_links: Tensor) -> float | None:
+        """Return the typical one of numbers of links (W, W), NaN where there is none; None of no number.
+
+        One slow port makes all but (W - 2) / W of the links slow: the middle of those that are left is typical.
+        """
+        known = sorted(of_links[~of_links.isnan()].tolist())
+        return known[len(known) * (self.size - 2) // (2 * self.size)] if known else None
+
+    @property
+    def _is_small_first(self) -> Tensor:
+        """(M,): exchanges that wait for none and are about as small as any such."""
+        sizes = self.sent.port_bytes.amax((1, 2))
+        return self.sent.is_first & (
+            sizes <= TWO_SIZES * float(torch.where(self.sent.is_first, sizes, torch.inf).min())
+        )
 
     def _measure_latencies(self) -> None:
         """Find the links on which a message takes longer however small it is: by small messages that wait for none.
@@ -161,10 +184,9 @@ class _Fit:
         sent = self.sent
         if not sent.are_told_apart:
             return
-        sizes = sent.port_bytes.amax((1, 2))
-        limit = TWO_SIZES * float(torch.where(sent.is_first, sizes, torch.inf).min())
-        small = sent.are_known & (sent.is_first & (sizes <= limit))[:, None, None]
-        large = sent.are_known & (sizes > TWO_SIZES * limit)[:, None, None]
+        sizes, is_small = sent.port_bytes.amax((1, 2)), self._is_small_first
+        small = sent.are_known & is_small[:, None, None]
+        large = sent.are_known & (sizes > TWO_SIZES * sizes[is_small].amax())[:, None, None]
         if not bool(large.any()):
             return
         seconds = sent.arrived - sent.posted
@@ -221,11 +243,10 @@ class _Fit:
 
     def _refine(self) -> None:
         ratio = self._ratios()
-        known = ratio[~ratio.isnan()].tolist()
-        if not known:
+        typical = self._middle_link(ratio)
+        if typical is None:
             return
-        # One slow port makes all but (W - 2) / W of the links slow: the middle of those that are left is typical.
-        self._tell_apart(ratio / sorted(known)[len(known) * (self.size - 2) // (2 * self.size)])
+        self._tell_apart(ratio / typical)
         self._measure_slow_links()
         is_slow = self.port_out > 1, self.port_in > 1
         outwards, inwards = self._by_port()
@@ -298,18 +319,13 @@ class _Fit:
         return [[(b, max(SHORTEST_S, s)) for b, s in zip(*of, strict=True) if b > 0] for of in lists]
 
     def _line(self, points: Sequence[tuple[float, float]]) -> tuple[float, float]:
-        """Return latency and seconds of a byte: large messages tell the rate, small ones the latency.
-
-        A small one may be there before its receiver has asked for it, in no time: a line through both would go by it.
-        """
+        """Return latency, by small messages, and seconds of a byte, by busy times with many bytes."""
         limit = LARGE_SHARE * float(self.sent.port_bytes.max())
-        large, small = ([point for point in points if (point[0] >= limit) is is_large] for is_large in (True, False))
-        if not small or not large:
-            return fit_relative_line(points)
-        latency_s = byte_s = 0.0
+        large = [point for point in points if point[0] >= limit] or points
+        latency_s, byte_s = self.latency_s, self.byte_s
         for _ in range(ROUNDS):
             byte_s = weighted_median([(max(0.0, s - latency_s) / b, b) for b, s in large])
-            latency_s = max(0.0, statistics.median_low(s - byte_s * b for b, s in small))
+            latency_s = self._latency(byte_s)
         return latency_s, byte_s
 
     def _tell_apart(self, ratio: Tensor) -> None:

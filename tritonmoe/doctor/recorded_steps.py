@@ -1,6 +1,5 @@
 """What the passes of a recording are: in which step of the training, of which layer, and what each of them does."""
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -114,11 +113,7 @@ def _works_of(steps: Sequence[Sequence[tuple[RecordedCall, int, int]]]) -> list[
 
 
 def _aside(steps: Sequence[Sequence[tuple[RecordedCall, int, int]]], works: Sequence[int]) -> tuple[int, list[str]]:
-    """Return how many first steps are left aside: those of a plan that is not run later, or one that warms up."""
-    main, count = Counter(works).most_common(1)[0]
-    first = works.index(main)
-    if 0 < first < len(works) / 2 and count > first and not set(works[:first]) & set(works[first:]):
-        return first, [f"the first {first} of {len(steps)} steps ran another plan, and are left aside"]
+    """Return how many first steps are left aside: one that warms up, or none."""
     if len(steps) < FEW_STEPS:
         return 0, []
     times = [_seconds(of_step) / max(1.0, _num_pairs(of_step)) for of_step in steps]

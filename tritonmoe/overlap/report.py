@@ -49,7 +49,7 @@ class CallMarks(NamedTuple):
 
     entered: float
     counts_posted: float
-    """When it began to send its counts, or in a backward what ranks agree by."""
+    """When it had posted its counts, or in a backward what ranks agree by."""
     counts_left: float
     """When it had heard from every rank."""
 
