@@ -54,6 +54,7 @@ def steps(job: Job, step: Callable[[], None], num_steps: int, is_ill: bool, fold
     """Run steps, profiled; give the seconds of one, and how much of it some rank has overslept."""
     shape(job.scenario, is_ill)
     job.is_ill = is_ill
+    gc.collect()
     wait = torch.profiler.schedule(wait=0, warmup=WARM_UP, active=num_steps, repeat=1)
     times: list[float] = []
     with Profile(
@@ -100,11 +101,11 @@ def run(scenario: Scenario, folder: Path) -> None:
 
 def main(scenarios: Sequence[Scenario], folder: Path) -> None:
     torch.set_num_threads(1)
+    gc.disable()  # a collection in some steps and not in others is no fault of the scenario
     os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(5))  # what else the machine does is no fault of the job
     dist.init_process_group("gloo")
     for number, scenario in enumerate(scenarios):
         run(scenario, folder / str(number))
-        gc.collect()
     dist.destroy_process_group()
 
 

@@ -13,16 +13,25 @@ from tritonmoe.diagnosis.recording_reader import read_recording
 from tritonmoe.doctor.attribution import Verdict, attribute
 from tritonmoe.doctor.recorded_causes import known_of
 from tritonmoe.doctor.recorded_graph import graph_of
-from tritonmoe.simulation.cost_model import StepCosts
+from tritonmoe.doctor.recorded_run import judge_recording
+from tritonmoe.simulation.cost_model import LinkCosts, StepCosts
 
 
 @dataclass(frozen=True)
 class Faulty(Run):
-    """A run with several culprits: (rank, times as long) and (rank, seconds late)."""
+    """A run with several culprits: (rank, times as long), (rank, seconds late), (sender, receiver, times as long)."""
 
     slow: tuple[tuple[int, float], ...] = ()
     slow_backward: tuple[tuple[int, float], ...] = ()
     late: tuple[tuple[int, float], ...] = ()
+    slow_links: tuple[tuple[int, int, float], ...] = ()
+
+    def link(self) -> LinkCosts:
+        costs = super().link()
+        link_s = costs.each.link_s.clone()
+        for sender, receiver, times in self.slow_links:
+            link_s[sender, receiver] = self.byte_s * times
+        return replace(costs, each=replace(costs.each, link_s=link_s))
 
     def steps(self) -> StepCosts:
         costs = super().steps()
@@ -42,7 +51,7 @@ class Faulty(Run):
 
 
 def mended(run: Faulty) -> Faulty:
-    return replace(healthy(run), slow=(), slow_backward=(), late=())
+    return replace(healthy(run), slow=(), slow_backward=(), late=(), slow_links=())
 
 
 def verdict_on(folder: Path, runs: list[Faulty]) -> tuple[Verdict, float]:
@@ -76,6 +85,9 @@ FAULTS = {
     "a link at times": (
         [replace(WELL, slow_link=(2, 1, 150.0) if n % 3 == 0 else None) for n in range(12)],
         "slow link", {2, 1}, "periodic",
+    ),
+    "two links of one rank": (
+        [replace(WELL, slow_links=((1, 0, 60.0), (0, 3, 60.0)))] * 9, "slow link", {0, 1, 3}, "always",
     ),
     "a port that moves": ([replace(WELL, slow_port=(n % 4, 25.0)) for n in range(12)], "slow port", set(), "always"),
 }  # fmt: skip
@@ -127,3 +139,18 @@ def test_noise_is_no_finding(size: int, tmp_path: Path) -> None:
     found, _ = verdict_on(tmp_path, [replace(WELL, size=size, noise=0.05)] * 9)
     assert found.is_healthy
     assert found.findings == ()
+
+
+@pytest.mark.parametrize(("num_slow", "aside"), [(0, 0), (1, 1), (2, 2), (3, 0)])
+def test_first_steps_of_warming_up_are_left_aside(num_slow: int, aside: int, tmp_path: Path) -> None:
+    """Of three that take long one may be an accident, but not two: they are evidence, as all later ones are."""
+    slow = replace(WELL, pair_s=2 * WELL.pair_s)
+    found = judge_recording(read_recording(write_run(tmp_path, [slow] * num_slow + [WELL] * (12 - num_slow), seed=1)))
+    assert len(found.found.graph.steps) == 12 - aside
+    assert any("left aside" in note for note in found.limits) == bool(aside)
+
+
+def test_a_later_step_that_takes_long_is_not_left_aside(tmp_path: Path) -> None:
+    slow = replace(WELL, pair_s=2 * WELL.pair_s)
+    found = judge_recording(read_recording(write_run(tmp_path, [WELL] * 6 + [slow] + [WELL] * 5, seed=1)))
+    assert len(found.found.graph.steps) == 12

@@ -29,7 +29,7 @@ class Pattern:
         return {
             "always": "in every step",
             "growing": "growing from step to step",
-            "periodic": f"in every {_ordinal(self.period)} step",
+            "periodic": f"in every {_ordinal(self.period)} step" + ", seen twice" * (self.num_costly == 2),
             "at random": f"in {self.num_costly} of {self.num_steps} steps, at no regular distance",
             "once": f"in one of {self.num_steps} steps",
             "unknown": "in the few steps that there are",

@@ -105,7 +105,8 @@ def linked_of(recording: Recording, built: RecordedGraph, costs: Costs) -> Linke
     seconds = nothing.clone()
     for of_pass in by_place.values():
         _mend(of_pass, times, costs, built, recording, seconds, held_up_s[of_pass[0].step])
-    return Linked(seconds, _fault_of_steps(held_up_s, costs, recording))
+    is_used = torch.stack([one.sent.are_known.any(0) for one in passes]).any(0)
+    return Linked(seconds, _fault_of_steps(held_up_s, is_used, costs, recording))
 
 
 def _times_of_bytes(passes: Sequence[_Pass], costs: Costs, size: int, node_size: int | None, num_steps: int) -> Tensor:
@@ -208,14 +209,14 @@ def _mend(
         held_up_s += torch.where(is_slow & (here > then), (here - torch.maximum(then, since)).clamp(min=0), 0.0)
 
 
-def _fault_of_steps(held_up_s: Tensor, costs: Costs, recording: Recording) -> LinkFault | None:
+def _fault_of_steps(held_up_s: Tensor, is_used: Tensor, costs: Costs, recording: Recording) -> LinkFault | None:
     """Say which end of which links is slow, and whether it is another one from step to step."""
     totals = held_up_s.sum((1, 2))
     costly = [step for step, total in enumerate(totals.tolist()) if total > 0.5 * float(totals.max())]
     if not costly:
         return None
-    fault = _fault_of(held_up_s.sum(0), costs, recording)
-    of_steps = [_fault_of(held_up_s[step], costs, recording) for step in costly]
+    fault = _fault_of(held_up_s.sum(0), is_used, costs, recording)
+    of_steps = [_fault_of(held_up_s[step], is_used, costs, recording) for step in costly]
     ranks, count = Counter(one.ranks for one in of_steps).most_common(1)[0]
     if len(of_steps) < MOVING_STEPS or count > MOVING * len(of_steps) or set(fault.ranks) == set(ranks):
         return fault
@@ -223,7 +224,21 @@ def _fault_of_steps(held_up_s: Tensor, costs: Costs, recording: Recording) -> Li
     return LinkFault(kind, (), (), "")
 
 
-def _fault_of(held_up_s: Tensor, costs: Costs, recording: Recording) -> LinkFault:
+def _is_whole_port(is_slow: Tensor, rank: int, is_used: Tensor, node_size: int | None) -> bool:
+    """Return whether most links out of a rank, or most into it, are slow: those inside its node, or all others."""
+    if int(is_slow[rank].sum() + is_slow[:, rank].sum()) < 2:
+        return False
+    is_near = torch.arange(len(is_slow), device="cpu") // (node_size or len(is_slow)) == rank // (
+        node_size or len(is_slow)
+    )
+    return any(
+        int((slow & reach).sum()) > int((used & reach).sum()) / 2
+        for slow, used in ((is_slow[rank], is_used[rank]), (is_slow[:, rank], is_used[:, rank]))
+        for reach in (is_near, ~is_near)
+    )
+
+
+def _fault_of(held_up_s: Tensor, is_used: Tensor, costs: Costs, recording: Recording) -> LinkFault:
     """Say which end of which links is slow, by how long (W, W) rows from rank i have held up rank k."""
     total, size = float(held_up_s.sum()), len(held_up_s)
     ratios = costs.ratios
@@ -233,8 +248,9 @@ def _fault_of(held_up_s: Tensor, costs: Costs, recording: Recording) -> LinkFaul
         out, into = held_up_s.sum(1), held_up_s.sum(0)
         ports = out + into
         rank = int(ports.argmax())
-        has_several = int((held_up_s[rank] > 0).sum() + (held_up_s[:, rank] > 0).sum()) > 1
-        if float(ports[rank]) >= ONE_PORT * total and has_several:
+        if float(ports[rank]) >= ONE_PORT * total and _is_whole_port(
+            held_up_s >= AMONG * held_up_s.max(), rank, is_used, recording.node_size
+        ):
             ways = (
                 "out of"
                 if float(out[rank]) > ONE_WAY * total

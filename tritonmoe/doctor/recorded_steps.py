@@ -14,7 +14,7 @@ from tritonmoe.overlap.steps import StepKind
 __all__ = ["Event", "Events", "PlacedPass", "events_of", "placed_passes"]
 
 WARM = 1.25
-"""The first step is one of warming up if it takes so many times as long as the others do."""
+"""A first step is one of warming up if it takes so many times as long as those after it do."""
 FEW_STEPS = 4
 APART = 2.0
 """Steps have other work if they have more than so many times the pairs of the next smaller ones: prefill, say."""
@@ -113,14 +113,21 @@ def _works_of(steps: Sequence[Sequence[tuple[RecordedCall, int, int]]]) -> list[
 
 
 def _aside(steps: Sequence[Sequence[tuple[RecordedCall, int, int]]], works: Sequence[int]) -> tuple[int, list[str]]:
-    """Return how many first steps are left aside: one that warms up, or none."""
-    if len(steps) < FEW_STEPS:
-        return 0, []
+    """Return how many first steps are left aside, in which a program warms up: a quarter of the steps at most."""
     times = [_seconds(of_step) / max(1.0, _num_pairs(of_step)) for of_step in steps]
-    others = sorted(time for time, work in zip(times[1:], works[1:], strict=True) if work == works[0])
-    if len(others) >= FEW_STEPS - 1 and times[0] > WARM * others[-2]:  # of the others one may be an accident
-        times_as_long = times[0] / others[len(others) // 2]
-        return 1, [f"the first step, which takes {times_as_long:.1f} times as long as others, is left aside"]
+    aside, times_as_long = 0, 1.0
+    for first in range(len(steps) // FEW_STEPS):
+        others = sorted(
+            time for time, work in zip(times[first + 1 :], works[first + 1 :], strict=True) if work == works[first]
+        )
+        if len(others) < FEW_STEPS - 1 or times[first] <= WARM * others[-2]:  # of the others one may be an accident
+            break
+        aside, times_as_long = first + 1, times[first] / others[len(others) // 2]
+    if aside:
+        which = "the first step, which takes" if aside == 1 else f"the first {aside} steps, which take at least"
+        return aside, [
+            f"{which} {times_as_long:.1f} times as long as others, {'is' if aside == 1 else 'are'} left aside"
+        ]
     return 0, []
 
 
