@@ -72,10 +72,14 @@ class Causes:
             for kind, ranks in removal.items():
                 excess, of = self.excess[kind], self._of(ranks)
                 run_s -= excess.run_s * of[self.tables.run_rank]
-                transfer_s -= excess.member_s * of[self.tables.member_rank]
+                transfer_s -= excess.member_s * of[self.due_to(kind)]
             runs.append(run_s.clamp(min=0))
             transfers.append(transfer_s)
         return self.walker.all_step_times(torch.stack(runs), torch.stack(transfers))
+
+    def due_to(self, kind: CauseKind) -> Tensor:
+        """Return the rank (M,) that the excess of a Member is due to: its own, or the hot one that it waits for."""
+        return self.usual.bytes_due_to if kind == "imbalance" else self.tables.member_rank
 
     def _of(self, ranks: Collection[int] | None) -> Tensor:
         """Return (W,) 1 for each of the ranks, else 0."""
@@ -96,5 +100,5 @@ class Causes:
         shape = len(self.graph.ranks), len(self.graph.steps)
         sums = torch.zeros(*shape, dtype=torch.float64, device="cpu").flatten()
         sums.index_add_(0, tables.run_rank * shape[1] + tables.run_step, excess.run_s)
-        sums.index_add_(0, tables.member_rank * shape[1] + tables.member_step, excess.member_s)
+        sums.index_add_(0, self.due_to(kind) * shape[1] + tables.member_step, excess.member_s)
         return sums.view(shape).tolist()

@@ -69,7 +69,7 @@ def culprits_of(causes: Causes, kind: CauseKind, gained: Sequence[float], withou
     known: set[Key] = set()
     for of_rank, of_key, excess_of, usual in (
         (tables.run_rank, tables.run_key, of_kind.run_s, causes.usual.busy_s),
-        (tables.member_rank, tables.member_key, of_kind.member_s, causes.usual.transfer_s),
+        (causes.due_to(kind), tables.member_key, of_kind.member_s, causes.usual.transfer_s),
     ):
         known |= {tables.keys[key] for key in of_key.unique().tolist()}
         counts = excess_of > 0

@@ -33,8 +33,11 @@ MOST_SKEW = 3.0
 """So much wider than below its median may noise be above it."""
 UNLIKE_BYTES = 0.5
 """Ranks' bytes differ by so many times their mean where one rank is much fuller than others."""
+HOT = 1.5
+"""A rank's port is hot where it has so many times the bytes that all would have if they had the same."""
 COMMON = 2.5
 """What scatters over all ranks and steps is no fault; a rank has one in a step with so many times as much of it."""
+LEAST_BYTE_S = 1e-18
 LEAST_S = 20e-6
 """Differences below that are those of clocks."""
 
@@ -51,6 +54,8 @@ class Usual:
     of_rows_s: Tensor
     """What a Run takes longer, or less, than at the mean of the ranks' rows."""
     of_bytes_s: Tensor
+    bytes_due_to: Tensor
+    """(M,): whose bytes these are: the rank's own, or those of the one hot port that all wait for."""
     level_busy_s: Tensor
     """What is usual, without noise."""
     level_idle_s: Tensor
@@ -123,31 +128,51 @@ def usual_of(graph: Graph, linked_s: Tensor | None = None) -> Usual:
     """
     tables, num_steps = graph.tables, len(graph.steps)
     found = Usual(
-        tables.busy_s.clone(), tables.idle_s.clone(), tables.transfer_s.clone(), torch.zeros_like(tables.busy_s),
-        torch.zeros_like(tables.transfer_s), tables.busy_s.clone(), tables.idle_s.clone(), tables.transfer_s.clone(),
-    )  # fmt: skip
+        busy_s=tables.busy_s.clone(),
+        idle_s=tables.idle_s.clone(),
+        transfer_s=tables.transfer_s.clone(),
+        of_rows_s=torch.zeros_like(tables.busy_s),
+        of_bytes_s=torch.zeros_like(tables.transfer_s),
+        bytes_due_to=tables.member_rank.clone(),
+        level_busy_s=tables.busy_s.clone(),
+        level_idle_s=tables.idle_s.clone(),
+        level_transfer_s=tables.transfer_s.clone(),
+    )
     if linked_s is not None:
         found.transfer_s -= linked_s
     _usual_of_runs(graph, found)
     by_key = _by_key(tables.member_key)
     latency_s = max(0.0, min((float(found.transfer_s[own].quantile(0.5)) for own in by_key), default=0.0))
     scattered = torch.zeros_like(found.transfer_s)
-    # Two ranks share all links: who of them gets its rows first is no fault of a link.
+    # Two ranks share all links: who of them gets its rows first is no fault of a link, which is compared by the second.
     can_last = linked_s is not None or len(graph.ranks) > 2
     for own in by_key:
         rank, step, sizes = tables.member_rank[own], tables.member_step[own], tables.num_bytes[own]
         fair = _fair_bytes(tables.bytes_out[own], tables.bytes_in[own], sizes, step, num_steps)
         times = found.transfer_s[own]
-        unit_s = None
-        if _is_of_the_fullest(step, sizes, times, num_steps):
-            sizes = _by_step(step, sizes, "amax", num_steps)[step]
+        fullest, longest = (_by_step(step, values, "amax", num_steps) for values in (sizes, times))
+        unit_s, is_hot, counts = None, (fullest > HOT * fair)[step], torch.ones_like(rank, dtype=torch.bool)
+        if bool(is_hot.any()):
+            # Who of all gets its rows when is up to the hot port: whatever it takes is due to the bytes there.
+            unit_s = max(0.0, float(((longest - latency_s) / fullest)[fullest > HOT * fair].median()))
+            of_port = torch.minimum(fullest[step], (times - latency_s).clamp(min=0) / max(unit_s, LEAST_BYTE_S))
+            is_fullest = sizes == fullest[step]
+            hot_rank = torch.zeros(num_steps, dtype=torch.int64, device="cpu")
+            hot_rank[step[is_fullest]] = rank[is_fullest]
+            found.bytes_due_to[own] = torch.where(is_hot, hot_rank[step], rank)
+            sizes = torch.where(is_hot, of_port, sizes)
+        elif _is_of_the_fullest(step, sizes, times, num_steps):
+            sizes = fullest[step]
             bound = ((times - latency_s) / sizes)[sizes > 0]
             unit_s = max(0.0, float(middle(bound[None])[0])) if len(bound) else None
+        if not can_last and not bool(is_hot.any()):
+            counts, times = times == longest[step], longest[step]
         samples = _Samples(rank, step, sizes, times, num_steps, fair, unit_s, can_last)
-        found.transfer_s[own] -= samples.excess
-        scattered[own] = samples.scattered
+        found.transfer_s[own] -= torch.where(counts, samples.excess, 0.0)
+        scattered[own] = torch.where(counts, samples.scattered, 0.0)
         found.of_bytes_s[own] = samples.of_size
-        found.level_transfer_s[own] = samples.levels
+        short_s = torch.minimum(found.level_transfer_s[own], samples.levels)
+        found.level_transfer_s[own] = torch.where(counts, samples.levels, short_s)
     found.transfer_s += _common(scattered, tables.member_rank, tables.member_step, graph)
     return found
 
