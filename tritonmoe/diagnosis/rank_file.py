@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
@@ -25,6 +26,8 @@ NEAR_S = 0.01
 JUMP_S = 3600.0
 """A call that began so long before the one with the number before it has another clock. By less it may: half a batch
 that runs again begins after the other half."""
+TIMES = ("start_s", "end_s", "wait_s", "post_s", "units")
+"""Of a step; the last three are never negative."""
 Value = TypeVar("Value")
 
 
@@ -104,17 +107,46 @@ def _optional(convert: Callable[[object], Value]) -> Callable[[object], Value | 
 
 def _tuple_of(convert: Callable[[object], Value], length: int | None = None) -> Callable[[object], tuple[Value, ...]]:
     def converted(values: object) -> tuple[Value, ...]:
-        if not isinstance(values, list) or length not in (None, len(values)):
-            raise ValueError(f"must be a list{'' if length is None else f' of {length}'}, got {str(values)[:60]}")
-        return tuple(map(convert, values))
+        return tuple(map(convert, _list_of(values, length)))
 
     return converted
 
 
-def _kind(value: object) -> StepKind:
-    if not isinstance(value, str):
-        raise ValueError(f"must be the name of a kind of step, got {value!r}")
-    return StepKind.named(value)
+def _list_of(values: object, length: int | None) -> list:
+    if not isinstance(values, list) or length not in (None, len(values)):
+        raise ValueError(f"must be a list{'' if length is None else f' of {length}'}, got {str(values)[:60]}")
+    return values
+
+
+def _counts_of(length: int | None = None) -> Callable[[object], tuple[int, ...]]:
+    """Return _tuple_of(_count, length), which looks at all numbers at once where nothing is wrong with them."""
+
+    def converted(values: object) -> tuple[int, ...]:
+        found = _list_of(values, length)
+        if set(map(type, found)) == {int} and min(found) >= 0 and max(found) <= MOST:
+            return tuple(found)
+        return tuple(map(_count, found))
+
+    return converted
+
+
+def _moments_of(length: int) -> Callable[[object], tuple[float | None, ...]]:
+    """Return _tuple_of(_optional(_number), length), which looks at all numbers at once likewise."""
+
+    def converted(values: object) -> tuple[float | None, ...]:
+        found = _list_of(values, length)
+        if set(map(type, found)) <= {float, type(None)}:
+            known = [moment for moment in found if moment is not None]
+            if not known or (min(known) >= -MOST and max(known) <= MOST):
+                return tuple(found)
+        return tuple(map(_optional(_number), found))
+
+    return converted
+
+
+@lru_cache(maxsize=1024)
+def _step(kind: str, chunk: int | None) -> Step:
+    return Step(StepKind.named(kind), chunk)
 
 
 def _plan(values: object) -> OverlapPlan:
@@ -219,12 +251,12 @@ def _read_call(fields: _Fields, size: int, node_size: int | None) -> CallLine:
     plan = agreed[3]
     backward = fields.take("backward", lambda value: value)
     call = RankCall(
-        fields.take("rows", _tuple_of(_count, size)),
-        fields.take("pairs", _tuple_of(_count, size)),
-        fields.take("pairs_per_expert", _tuple_of(_count)),
+        fields.take("rows", _counts_of(size)),
+        fields.take("pairs", _counts_of(size)),
+        fields.take("pairs_per_expert", _counts_of()),
         _read_pass(fields.inside("forward"), plan, size, node_size),
         None if backward is None else _read_pass(fields.inside("backward"), plan, size, node_size),
-        None if node_size is None else fields.take("rows_to_nodes", _tuple_of(_count, size // node_size)),
+        None if node_size is None else fields.take("rows_to_nodes", _counts_of(size // node_size)),
     )
     for node, rows in enumerate(call.rows_to_nodes or ()):
         assert node_size is not None
@@ -238,34 +270,35 @@ def _read_call(fields: _Fields, size: int, node_size: int | None) -> CallLine:
 def _read_pass(fields: _Fields, plan: OverlapPlan, size: int, node_size: int | None) -> RecordedPass:
     total_s = fields.take("total_s", _amount)
 
-    def step(values: object, num_peers: int) -> RecordedStep:
+    def step(values: object, moments_of: Callable[[object], tuple[float | None, ...]]) -> RecordedStep:
         of = _Fields(values, "a step")
-        found = RecordedStep(
-            Step(of.take("kind", _kind), of.take("chunk", _optional(_integer))),
-            start_s=of.take("start_s", _number),
-            end_s=of.take("end_s", _number),
-            wait_s=of.take("wait_s", _amount),
-            post_s=of.take("post_s", _amount),
-            units=of.take("units", _amount),
-            arrivals_s=of.take("arrivals_s", _optional(_tuple_of(_optional(_number), num_peers))),
-        )
-        arrivals_s = [at for at in found.arrivals_s or () if at is not None]
-        moments = [found.start_s, found.start_s + found.post_s, found.end_s, found.wait_s, *arrivals_s]
+        times = [of.values.get(name) for name in TIMES]
+        if set(map(type, times)) == {float} and min(times[2:]) >= 0 and times[4] <= MOST:  # nothing is wrong with them
+            start_s, end_s, wait_s, post_s, units = times
+        else:
+            start_s, end_s = (of.take(name, _number) for name in TIMES[:2])
+            wait_s, post_s, units = (of.take(name, _amount) for name in TIMES[2:])
+        arrivals_s = of.take("arrivals_s", _optional(moments_of))
+        chunk = of.take("chunk", _optional(_integer))
+        which = of.take("kind", lambda kind: _step(_text(kind), chunk))
+        moments = [start_s, start_s + post_s, end_s, wait_s, *(at for at in arrivals_s or () if at is not None)]
         is_inside = min(moments) >= -NEAR_S and max(moments) <= total_s + NEAR_S
-        if not is_inside or found.end_s < found.start_s - NEAR_S:
-            raise ValueError(f"{found.step}: these are no times of a pass that takes {total_s} s: {moments}")
-        return found
+        if not is_inside or end_s < start_s - NEAR_S:
+            raise ValueError(f"{which}: these are no times of a pass that takes {total_s} s: {moments}")
+        return RecordedStep(which, start_s, end_s, wait_s, post_s, units, arrivals_s)
 
     def marks(values: object) -> CallMarks:
         of = _Fields(values, "marks")
         return CallMarks(*(of.take(name, _number) for name in CallMarks._fields))
 
     num_peers = size if node_size is None else size // node_size
-    steps = fields.take("steps", _tuple_of(lambda values: step(values, num_peers)))
+    moments_of = _moments_of(num_peers)
+    steps = fields.take("steps", _tuple_of(lambda values: step(values, moments_of)))
     inside: tuple[RecordedStep, ...] = ()
     schedule = schedule_of(plan, [one.step.kind for one in steps])
     if node_size is not None:
-        inside = fields.take("steps_inside", _tuple_of(lambda values: step(values, node_size)))
+        moments_inside = _moments_of(node_size)
+        inside = fields.take("steps_inside", _tuple_of(lambda values: step(values, moments_inside)))
         _check_steps(inside, inside_of(schedule), f"{fields.where}: steps_inside")
     _check_steps(steps, schedule, f"{fields.where}: steps")
     return RecordedPass(fields.take("marks", _optional(marks)), fields.take("origin", _number), total_s, steps, inside)

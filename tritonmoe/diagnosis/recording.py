@@ -173,11 +173,11 @@ class RecordedCall:
             return None
         return TwoLevelWork.of(self.work, to_nodes, FREE, inside_row_bytes=self.inside_row_bytes)
 
-    @property
+    @cached_property
     def has_backward(self) -> bool:
         return all(of.backward is not None for of in self.ranks)
 
-    @property
+    @cached_property
     def by_pass(self) -> list[tuple[RecordedPass, ...]]:
         """The passes that every rank ran, all ranks' of each."""
         found = [tuple(of.forward for of in self.ranks)]

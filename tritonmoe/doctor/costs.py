@@ -138,7 +138,7 @@ def _samples(calls: Sequence[RecordedCall]) -> list[_Sample]:
         limit = DISTURBED * ordered[(len(values) - 1) // 2][1]
         few = [value for value in ordered if value[1] <= limit]
         kept = few if len(values) < 4 else ordered[: len(values) - len(values) // 8]
-        samples.append(_Sample(kind, rank, *map(statistics.mean, zip(*kept, strict=True))))
+        samples.append(_Sample(kind, rank, *map(statistics.fmean, zip(*kept, strict=True))))
     return samples
 
 

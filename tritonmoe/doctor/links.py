@@ -4,6 +4,7 @@ A message goes out when the ports of both of its ranks have turned to its exchan
 the two. A port that is slow delays all messages of its rank, a slow link those of one pair of ranks in one direction.
 """
 
+import functools
 import math
 import statistics
 from collections.abc import Sequence
@@ -155,9 +156,10 @@ class _Fit:
 
         A small one may be there before its receiver has asked for it, in no time: a line through both would go by it.
         """
-        sent = self.sent
-        counts = sent.are_known & self._is_small_first[:, None, None]
-        left = medians(sent.arrived - sent.posted - sent.port_bytes * byte_s, counts.to(torch.float64))
+        small = self._is_small_first
+        known = self.sent.are_known[small].to(torch.float64)
+        seconds = (self.sent.arrived - self.sent.posted)[small]
+        left = medians(seconds - self.sent.port_bytes[small] * byte_s, known)
         return max(0.0, self._middle_link(left) or 0.0)
 
     def _middle_link(self, of_links: Tensor) -> float | None:
@@ -168,7 +170,7 @@ class _Fit:
         known = sorted(of_links[~of_links.isnan()].tolist())
         return known[len(known) * (self.size - 2) // (2 * self.size)] if known else None
 
-    @property
+    @functools.cached_property
     def _is_small_first(self) -> Tensor:
         """(M,): exchanges that wait for none and are about as small as any such."""
         sizes = self.sent.port_bytes.amax((1, 2))
@@ -364,4 +366,4 @@ def _typical(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]
             groups[-1].append(point)
         else:
             groups.append([point])
-    return [(statistics.mean(b for b, _ in group), statistics.median_low(s for _, s in group)) for group in groups]
+    return [(statistics.fmean(b for b, _ in group), statistics.median_low(s for _, s in group)) for group in groups]

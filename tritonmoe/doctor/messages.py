@@ -1,14 +1,15 @@
 """Messages: what ranks sent each other in recorded passes, and when it had arrived; of each level, if there are two."""
 
 import functools
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
 import torch
 from torch import Tensor
 
-from tritonmoe.diagnosis.recording import RankCall, RecordedCall
+from tritonmoe.diagnosis.recording import RecordedCall
 from tritonmoe.overlap.steps import Step, StepKind, Way
 
 __all__ = ["Messages", "Reach", "members", "messages_of", "reaches"]
@@ -107,27 +108,36 @@ def messages_of(call: RecordedCall, number: int, reach: Reach, node_size: int | 
         for one in ranks
     ]
     is_sent = reach.pairs(size, node_size)
+    peers = torch.tensor([list(members(call, rank, is_inside, node_size)) for rank in range(size)], device="cpu")
+    origins = torch.tensor([[one.origin] for one in ranks], dtype=torch.float64, device="cpu")
+    travelling = functools.cache(lambda kind: _travelling(call, kind))
     posted, arrived, before, sent_bytes, are_told_apart = [], [], [], [], False
     latest = torch.full((size, size), -torch.inf, dtype=torch.float64, device="cpu")
     for step in steps[0]:
         if step.kind is StepKind.REPLICA_BACKWARD:
             continue
-        sent = _bytes_inside(call, step) if is_inside else _sent_bytes(call, step, [of[step].units for of in steps])
+        own = [of[step] for of in steps]
+        if is_inside:
+            sent = _bytes_inside(call, step)
+        else:
+            sent = _sent_bytes(call, step, [one.units for one in own], travelling)
         sent_bytes.append(torch.where(is_sent, sent, 0.0))
+        # Where a peer's moment is not known, all its rows were there at the end of the exchange.
+        moments = [
+            [one.end_s] * peers.shape[1]
+            if one.arrivals_s is None
+            else [math.nan if moment is None else moment for moment in one.arrivals_s]
+            for one in own
+        ]
         at = torch.full((size, size), torch.nan, dtype=torch.float64, device="cpu")
-        for rank, one in enumerate(ranks):
-            peers, own = members(call, rank, is_inside, node_size), steps[rank][step]
-            for place, peer in enumerate(peers):
-                # Where a peer's moment is not known, all its rows were there at the end of the exchange.
-                moment = own.end_s if own.arrivals_s is None else own.arrivals_s[place]
-                at[peer, rank] = torch.nan if moment is None else one.origin + moment
+        at = at.scatter(1, peers, torch.tensor(moments, dtype=torch.float64, device="cpu") + origins).T
         at = torch.where(sent_bytes[-1] > 0, at, torch.nan)
-        moments = [one.origin + of[step].start_s + of[step].post_s for one, of in zip(ranks, steps, strict=True)]
-        posted.append(torch.tensor(moments, dtype=torch.float64, device="cpu"))
+        since = torch.tensor([one.start_s + one.post_s for one in own], dtype=torch.float64, device="cpu")
+        posted.append(origins[:, 0] + since)
         arrived.append(at)
         before.append(latest)
         latest = torch.where(at.isnan(), latest, at)
-        are_told_apart |= all(of[step].arrivals_s is not None for of in steps)
+        are_told_apart |= all(one.arrivals_s is not None for one in own)
     if not posted:
         nothing = torch.zeros(0, size, size, dtype=torch.float64, device="cpu")
         is_first = torch.zeros(0, dtype=torch.bool, device="cpu")
@@ -157,15 +167,16 @@ def members(call: RecordedCall, rank: int, is_inside: bool, node_size: int | Non
     return range(first, first + node_size) if is_inside else range(rank % node_size, size, node_size)
 
 
-def _sent_bytes(call: RecordedCall, step: Step, units: Sequence[float]) -> Tensor:
+def _sent_bytes(
+    call: RecordedCall, step: Step, units: Sequence[float], travelling: Callable[[StepKind], Tensor]
+) -> Tensor:
     """Return the bytes (W, W) from rank i to rank k: of all that i sends there its share in this step."""
     work = call.work if call.levels is None else call.levels.outer
     rows = work.rows if step.kind.way is Way.TO_EXPERTS else work.rows.T
     rows = rows.clone().fill_diagonal_(0)
     if step.chunk is not None:
         of_rank = torch.tensor(units, dtype=torch.float64, device="cpu")
-        travelling = torch.tensor([_travelling(of, step, call) for of in call.ranks], dtype=torch.float64, device="cpu")
-        rows = rows * (of_rank / travelling.clamp(min=1))[:, None]
+        rows = rows * (of_rank / travelling(step.kind).clamp(min=1))[:, None]
     return rows * work.bytes_per_row(step.kind)
 
 
@@ -177,11 +188,15 @@ def _bytes_inside(call: RecordedCall, step: Step) -> Tensor:
     return rows.clone().fill_diagonal_(0) * work.bytes_per_row(step.kind.twin)
 
 
-def _travelling(of: RankCall, step: Step, call: RecordedCall) -> float:
-    """Return the units of all chunks of a kind of step on one rank."""
-    return sum(
-        other.units
-        for one in of.passes
-        for other in one.steps
-        if other.step.kind is step.kind and other.step.chunk is not None and other.step.chunk >= 0
-    )
+def _travelling(call: RecordedCall, kind: StepKind) -> Tensor:
+    """Return (W,) the units of all chunks of a kind of step on each rank."""
+    of_ranks = [
+        sum(
+            other.units
+            for one in of.passes
+            for other in one.steps
+            if other.step.kind is kind and other.step.chunk is not None and other.step.chunk >= 0
+        )
+        for of in call.ranks
+    ]
+    return torch.tensor(of_ranks, dtype=torch.float64, device="cpu")

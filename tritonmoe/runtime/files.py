@@ -95,7 +95,7 @@ def parse_json(text: bytes, where: Path | str) -> Any:
             of more than 64 bits. The message names the file, and the key where there is one.
     """
     try:
-        found = json.loads(text, object_pairs_hook=_as_object, parse_int=_as_integer)
+        found = _loaded(text)
     except RecursionError:
         raise ValueError(f"{where} is damaged: it nests deeper than {MAX_DEPTH}") from None
     except ValueError as error:
@@ -106,6 +106,8 @@ def parse_json(text: bytes, where: Path | str) -> Any:
         if isinstance(value, dict | list):
             if depth > MAX_DEPTH:
                 raise ValueError(f"{where} is damaged: it nests deeper than {MAX_DEPTH}, at {key[:99]}")
+            if isinstance(value, list) and _are_sound_numbers(value):
+                continue
             items = value.items() if isinstance(value, dict) else enumerate(value)
             for name, inside in items:
                 if not isinstance(inside, str):
@@ -115,6 +117,24 @@ def parse_json(text: bytes, where: Path | str) -> Any:
         elif isinstance(value, int) and not -(2**63) <= value < 2**63:
             raise ValueError(f"{where} is damaged: {key} is an integer of more than 64 bits")
     return found
+
+
+def _loaded(text: bytes) -> Any:
+    """Return what JSON says; an integer of more than 20 digits is 2 to the 64."""
+    try:
+        return json.loads(text, object_pairs_hook=_as_object)
+    except ValueError:  # Python refuses to read thousands of digits, and doesn't say where they are
+        return json.loads(text, object_pairs_hook=_as_object, parse_int=_as_integer)
+
+
+def _are_sound_numbers(values: list) -> bool:
+    """Return whether a list holds nothing but numbers and None that no reader has to look at one by one."""
+    kinds = set(map(type, values))
+    if kinds == {int}:
+        return min(values) >= -(2**63) and max(values) < 2**63
+    if kinds == {float, type(None)}:
+        return not math.isnan(sum(filter(None, values)))
+    return kinds == {float} and not math.isnan(sum(values))
 
 
 def _as_object(pairs: list[tuple[str, object]]) -> Json:
@@ -127,7 +147,7 @@ def _as_object(pairs: list[tuple[str, object]]) -> Json:
 
 
 def _as_integer(digits: str) -> int:
-    return int(digits) if len(digits) <= 20 else 1 << 64  # Python refuses to read thousands of digits, without the key
+    return int(digits) if len(digits) <= 20 else 1 << 64
 
 
 @contextlib.contextmanager
