@@ -18,6 +18,7 @@ TABLES = {
     "headline": model_tables.headline_table,
     "auto": overlap_tables.auto_table,
     "doctor": diagnosis_tables.doctor_table,
+    "foreign": diagnosis_tables.foreign_table,
     "one_rank_in_halves": overlap_tables.one_rank_in_halves,
     "overlap": overlap_tables.overlap_table,
     "routing_replay": model_tables.routing_replay_table,

@@ -3,11 +3,13 @@
 import json
 import statistics
 
+from bench.foreign_scenarios import TRAINERS, is_held_out
 from bench.plan_ourselves import TELLING, rank_pairs
 from bench.readme.results import RESULTS, load, load_all, spread, where
 
 __all__ = [
     "doctor_table",
+    "foreign_table",
     "mended_recording",
     "plan_ourselves_table",
     "plan_rows_table",
@@ -39,6 +41,33 @@ def doctor_table(prefix: str) -> str:
         f"| --- |{' --- |' * len(titles)}",
         *(f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items()),
     ]
+    return "\n".join(lines)
+
+
+def foreign_table(prefix: str) -> str:
+    """Return a row for each trainer and kinds of scenarios, of the files of results whose names start with `prefix`."""
+    data = load_all(prefix)
+    lines = [
+        f"`python -m bench.foreign_traces` on {where(data[0]['environment'])}:",
+        "",
+        "| trainer | scenarios | cause first, where it costs 15 % | ranks | pattern in time | healthy ones silent "
+        "| cost within 15 % of the measured one |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    names = {False: "kinds that the readers were made with", True: "kinds held out"}
+    columns = ("cause", "ranks", "when", "healthy silent", "gain")
+    of_files = [one["results"] for one in data]
+    sums = {name: [sum(of["totals"][-1][name][place] for of in of_files) for place in range(2)] for name in columns}
+    rows = [
+        (f"{total['of']}, {names[is_held_out(of['scenarios'][0]['scenario']['name'])]}", total)
+        for of in of_files
+        for total in of["totals"]
+        if total["of"] in TRAINERS and total["scenarios"]
+    ]
+    rows.append(("**all**", {"scenarios": sum(len(of["scenarios"]) for of in of_files), **sums}))
+    for title, total in rows:
+        shares = [f"{right} of {count}" for right, count in (total[name] for name in columns)]
+        lines.append(f"| {title} | {total['scenarios']} | {' | '.join(shares)} |")
     return "\n".join(lines)
 
 

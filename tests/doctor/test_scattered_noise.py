@@ -80,3 +80,23 @@ def test_a_gain_that_noise_alone_would_give_is_none(seed: int) -> None:
     assert found.is_healthy
     (slow,) = attribute(noisy_run(seed, slow=3.0)).findings
     assert (slow.kind, slow.culprits.ranks) == ("slow rank", (1,))
+
+
+def test_work_of_one_rank_that_takes_longer_and_longer() -> None:
+    """As in a pipeline: no other rank does the same, and none is slow where it always takes as long."""
+    for growth_s, is_found in ((0.004, True), (0.0, False)):
+        graph = Graph([0, 1], list(range(STEPS)), begin_s=[0.0, 0.0])
+        graph.programs = [[], []]
+        for step in graph.steps:
+            for rank in graph.ranks:
+                graph.runs.append(Run(rank, step, ("stage", rank), 0.030, 0.002 + rank * growth_s * step))
+                graph.members.append(Member(rank, step, step, ("forward", "send"), 0, 0.0, 0.001))
+                last = len(graph.members) - 1
+                graph.programs[rank] += [(Kind.RUN, last), (Kind.POST, last), (Kind.WAIT, last), (Kind.STEP, step)]
+            graph.exchanges.append([len(graph.members) - 2, len(graph.members) - 1])
+            graph.measured_s.append(0.0)
+        found = attribute(graph)
+        assert bool(found.findings) == is_found
+        for finding in found.findings:
+            assert (finding.kind, finding.culprits.ranks, finding.when.when) == ("late rank", (1,), "growing")
+            assert finding.cost.seconds == pytest.approx(growth_s * (STEPS - 1) / 2, rel=0.05)

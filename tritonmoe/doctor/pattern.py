@@ -6,13 +6,15 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, TypeAlias
 
-__all__ = ["FEW_STEPS", "Pattern", "When", "costly_steps", "pattern_of"]
+__all__ = ["FEW_STEPS", "Pattern", "When", "costly_steps", "grows", "pattern_of"]
 
 When: TypeAlias = Literal["always", "growing", "periodic", "at random", "once", "unknown"]
 FEW_STEPS = 3
 GROWN = 2.0
 """The last third costs so many times what the first one does."""
 MONOTONE = 0.75
+FEW_GROWING = 6
+"""Of fewer values nobody can say that they grow."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +55,7 @@ def pattern_of(costs_s: Sequence[float]) -> Pattern:
     costly = costly_steps(costs_s)
     if count < FEW_STEPS or not costly:
         return Pattern("unknown", 0, len(costly), count)
-    third = max(1, count // 3)
-    first, last = statistics.fmean(costs_s[:third]), statistics.fmean(costs_s[-third:])
-    if count >= 6 and last > GROWN * max(first, 0.0) and _rank_correlation(costs_s) > MONOTONE:
+    if grows(costs_s, GROWN):
         return Pattern("growing", 0, len(costly), count)
     if len(costly) >= 0.75 * count:
         return Pattern("always", 0, len(costly), count)
@@ -65,6 +65,13 @@ def pattern_of(costs_s: Sequence[float]) -> Pattern:
     if period:
         return Pattern("periodic", period, len(costly), count)
     return Pattern("at random", 0, len(costly), count)
+
+
+def grows(values: Sequence[float], times: float) -> bool:
+    """Return whether values get larger from one to the next, in the end so many times as large as in the beginning."""
+    third = max(1, len(values) // 3)
+    first, last = statistics.fmean(values[:third]), statistics.fmean(values[-third:])
+    return len(values) >= FEW_GROWING and last > times * max(first, 0.0) and _rank_correlation(values) > MONOTONE
 
 
 def _period(costly: Sequence[int], count: int) -> int:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tritonmoe.doctor.graph import Graph
+from tritonmoe.doctor.pattern import grows
 
 __all__ = ["LEAST_S", "Usual", "far_out", "level", "middle", "slope", "usual_of"]
 
@@ -258,6 +259,9 @@ class _Samples:
         of_rank = rank.unique(return_inverse=True)[1]
         residuals = rest - medians[of_rank]
         far = max(FAR_OUT * _deviation(residuals), LEAST_S)
+        if len(medians) == 1 and grows(rest.tolist(), JUMP):  # no other rank tells what is usual: its first steps do
+            usual = float(rest[: len(rest) // 3].min())
+            medians, residuals, far = medians.new_full((1,), usual), rest - usual, LEAST_S
         is_certain = can_last & ((medians - usual).abs() > CERTAIN * uncertain)
         lasting = torch.where(is_certain, medians - usual, 0.0)[of_rank]
         # What takes far less than its rank's others takes what is usual: nothing is wrong with it.
