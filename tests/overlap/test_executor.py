@@ -24,8 +24,8 @@ from tritonmoe.overlap.steps import Step, StepKind
 from tritonmoe.transports import PendingExchange, Transport
 
 CPU = torch.device("cpu")
-HEADER = {"num_experts": 2, "top_k": 1, "dtype": 1, "grad_enabled": 1, "needs_any": 1, "needs_x": 1}
-HEADER |= {"needs_topk_weights": 1, "error": 0, "nonfinite_rows": 0, "vote": 0}
+HEADER = {"num_experts": 2, "top_k": 1, "grad_enabled": 1, "needs_any": 1, "needs_x": 1}
+HEADER |= {"needs_topk_weights": 1}
 
 
 class LateExchange(PendingExchange):
@@ -156,7 +156,7 @@ def run_sleeping(
             x, dout = (torch.randn(num_tokens, width, generator=generator) for _ in range(2))
             overlap = OverlapPlan(equal_sizes(num_chunks), local_first=False, serial=serial)
             tokens = plan_tokens(ids, 2, transport.rank, 2, overlap)
-            header = CallHeader.of(overlap, **(HEADER | {"sequence": step, "hidden_size": width}))
+            header = CallHeader(**(HEADER | {"sequence": step, "hidden_size": width}))
             plan = exchange_plan(transport, header, tokens, overlap)
             slices = [plan.receive_slice(c) for c in range(num_chunks)]
             exchanges = RowExchanges(plan, transport, gather_sum)

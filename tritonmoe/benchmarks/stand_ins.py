@@ -10,9 +10,10 @@ from tritonmoe.backends import choose
 from tritonmoe.config.layer import NO_WEIGHTS, PerWeight
 from tritonmoe.config.overlap import OverlapPlan
 from tritonmoe.dispatch.count_exchange import post_backward
-from tritonmoe.dispatch.header import DTYPE_CODES, CallHeader
+from tritonmoe.dispatch.header import CallHeader
 from tritonmoe.dispatch.plan import DispatchPlan, exchange_plan
 from tritonmoe.dispatch.send_plan import plan_tokens
+from tritonmoe.dispatch.terms import CallTerms, plan_terms
 from tritonmoe.overlap.layer_pass import BackwardPass, ExpertsPass, ForwardPass
 from tritonmoe.overlap.report import PassReport
 from tritonmoe.overlap.row_exchanges import RowExchanges, RowMetadata
@@ -70,19 +71,15 @@ def run_layer_pass(
     """
     needs = int(dout is not None)
     tokens = plan_tokens(topk_ids, num_experts, transport.rank, transport.size, overlap)
-    header = CallHeader.of(
-        overlap,
-        sequence=0,
+    header = CallHeader(
+        terms=CallTerms(plan_terms(overlap)),
         num_experts=num_experts,
         top_k=topk_ids.shape[1],
         hidden_size=x.shape[1],
-        dtype=DTYPE_CODES[x.dtype],
         grad_enabled=needs,
         needs_any=needs,
         needs_x=needs,
         needs_topk_weights=needs,
-        error=0,
-        nonfinite_rows=0,
     )
     plan = exchange_plan(transport, header, tokens, overlap)
     exchanges = RowExchanges(plan, transport, choose("auto", x.device, x.dtype).gather_sum)

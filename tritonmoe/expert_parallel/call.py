@@ -272,6 +272,7 @@ def backward_phases(
         layer=call.header.layer,
         copy=call.header.copy,
         is_backward=1,
+        terms=call.header.terms,
         replica_grads=replica_bits(call.placement, needs_weights),
         **state.history(),
     )

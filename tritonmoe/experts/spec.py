@@ -2,7 +2,7 @@
 
 import ast
 from dataclasses import dataclass, field, fields, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -54,6 +54,13 @@ class ExpertSpec:
     adapters: str = ""
     """The names and scales of adapters that somebody else (PEFT) put on the experts: ranks compare them."""
 
+    @cached_property
+    def agreed(self) -> tuple[tuple[str, object], ...]:
+        """What must be the same on all ranks that share the experts, by name, as users read it."""
+        values = {**{name: getattr(self.layout, name) for name in LAYOUT}, "activation": words_of(self.activation)}
+        values |= {name: getattr(self, name) for name in OTHERS if name not in FREE}
+        return tuple(values.items())
+
     def check(self) -> "ExpertSpec":
         """Raise ValueError or TypeError unless experts can compute like this somewhere; give itself."""
         check_activation(self.activation, self.layout.gated)
@@ -69,7 +76,22 @@ class ExpertSpec:
 
 OTHERS = tuple(one.name for one in fields(ExpertSpec) if one.name not in ("layout", "activation", "options"))
 """The fields that are Python literals."""
+FREE = ("backend", "save")
+"""Those of them in which ranks may differ; how kernels run (options) is every rank's own matter too."""
 LAYOUT = tuple(one.name for one in fields(ExpertLayout))
+
+
+def words_of(activation: Activation) -> str:
+    """Return what an activation is called; a callable goes by its name."""
+    if isinstance(activation, str):
+        return activation
+    if isinstance(activation, ClampedSwiGLU):
+        limit, alpha, up_offset = (0.0 + of for of in (activation.limit, activation.alpha, activation.up_offset))
+        return f"ClampedSwiGLU({limit}, alpha={alpha}, up_offset={up_offset})"  # 0.0 + -0.0 is 0.0
+    named: object = activation
+    while isinstance(named, partial):
+        named = named.func
+    return f"the callable {getattr(named, '__qualname__', type(named).__qualname__)}"
 
 
 class ExpertSettings(NamedTuple):
