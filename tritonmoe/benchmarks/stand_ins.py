@@ -14,7 +14,7 @@ from tritonmoe.dispatch.header import CallHeader
 from tritonmoe.dispatch.plan import DispatchPlan, exchange_plan
 from tritonmoe.dispatch.send_plan import plan_tokens
 from tritonmoe.dispatch.terms import CallTerms, plan_terms
-from tritonmoe.overlap.layer_pass import BackwardPass, ExpertsPass, ForwardPass
+from tritonmoe.overlap.layer_pass import BackwardPass, ForwardPass
 from tritonmoe.overlap.report import PassReport
 from tritonmoe.overlap.row_exchanges import RowExchanges, RowMetadata
 from tritonmoe.transports import Transport
@@ -62,7 +62,7 @@ def run_layer_pass(
     topk_ids: Tensor,
     topk_weights: Tensor,
     num_experts: int,
-    make_experts: Callable[[Tensor, DispatchPlan], ExpertsPass],
+    make_experts: Callable[[Tensor, DispatchPlan], FixedExperts],
     dout: Tensor | None = None,
 ) -> list[PassReport]:
     """Run a layer call with other experts, and with dout (T, D) its backward too; gives the reports of the passes.
@@ -90,5 +90,5 @@ def run_layer_pass(
         agreement = post_backward(transport, CallHeader(is_backward=1))
         needs_weights = PerWeight(False, False, False, False)
         backward = BackwardPass(exchanges, forward.experts, forward.received_weights, dout, needs_weights)
-        reports.append(backward.run(agreement).report)
+        reports.append(backward.run(agreement)[1])
     return reports

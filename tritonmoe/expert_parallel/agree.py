@@ -18,7 +18,7 @@ from tritonmoe.dispatch.plan import DispatchPlan, exchange_plan
 from tritonmoe.dispatch.send_plan import TokenPlan, plan_tokens
 from tritonmoe.dispatch.terms import CallTerms, plan_terms
 from tritonmoe.dispatch.two_level import exchange_two_level_plan
-from tritonmoe.expert_parallel.call import ExpertParallelCall
+from tritonmoe.expert_parallel.agreed_call import AgreedCall
 from tritonmoe.expert_parallel.check import CheckedCall
 from tritonmoe.expert_parallel.two_level_call import TwoLevelCall
 from tritonmoe.transports import TwoLevelTransport
@@ -28,7 +28,7 @@ __all__ = ["agree", "agree_without_capacity"]
 
 
 @torch.no_grad()
-def agree(call: CheckedCall, overlap: OverlapPlan, message: Message) -> ExpertParallelCall:
+def agree(call: CheckedCall, overlap: OverlapPlan, message: Message) -> AgreedCall:
     """Tell every rank what this call is and how many rows it sends there, hear the same of them, and plan the call.
 
     Args:
@@ -43,7 +43,7 @@ def agree(call: CheckedCall, overlap: OverlapPlan, message: Message) -> ExpertPa
         raise
 
 
-def _agree(call: CheckedCall, overlap: OverlapPlan, header: CallHeader) -> ExpertParallelCall:
+def _agree(call: CheckedCall, overlap: OverlapPlan, header: CallHeader) -> AgreedCall:
     if call.two_level is not None:
         return _agree_on_two_levels(call, header, overlap, call.two_level)
     if overlap.capacity is not None:
@@ -54,7 +54,7 @@ def _agree(call: CheckedCall, overlap: OverlapPlan, header: CallHeader) -> Exper
 
 
 @torch.no_grad()
-def agree_without_capacity(call: CheckedCall, first: ExpertParallelCall) -> ExpertParallelCall:
+def agree_without_capacity(call: CheckedCall, first: AgreedCall) -> AgreedCall:
     """Plan a call again by its counts, after a first run in which some rank's rows did not fit."""
     entered_at = time.perf_counter()
     header, overlap = first.header, replace(first.report.overlap, capacity=None)
@@ -69,11 +69,11 @@ def _plan_tokens(call: CheckedCall, overlap: OverlapPlan) -> TokenPlan:
     return plan_tokens(topk_ids, call.num_slots, rank, size, overlap, call.num_nonfinite_rows, read)
 
 
-def _planned(call: CheckedCall, plan: DispatchPlan, header: CallHeader) -> ExpertParallelCall:
+def _planned(call: CheckedCall, plan: DispatchPlan, header: CallHeader) -> AgreedCall:
     """Return a call whose plan is made, on one level."""
-    return ExpertParallelCall(
+    return AgreedCall(
         settings=call.settings,
-        owners=call.runner.owners,
+        owners=call.owners,
         all_ranks=call.transport,
         transport=call.transport,
         header=header,
@@ -84,7 +84,7 @@ def _planned(call: CheckedCall, plan: DispatchPlan, header: CallHeader) -> Exper
     )
 
 
-def _agree_on_capacity(call: CheckedCall, header: CallHeader, overlap: OverlapPlan) -> ExpertParallelCall:
+def _agree_on_capacity(call: CheckedCall, header: CallHeader, overlap: OverlapPlan) -> AgreedCall:
     """Plan with the room that the capacity gives, which reads no device; whether all fits is known behind the call.
 
     In a CUDA graph that is told on the device, beside the rows.
@@ -109,7 +109,7 @@ def _agree_on_two_levels(
     )
     return TwoLevelCall(
         settings=call.settings,
-        owners=call.runner.owners,
+        owners=call.owners,
         all_ranks=transport,
         transport=transport.between_nodes,
         header=header,
@@ -138,12 +138,12 @@ def call_header(call: CheckedCall, overlap: OverlapPlan, message: Message) -> Ca
         hidden_size=tensors.x.shape[1],
         intermediate_size=call.intermediate_size,
         topk_weights_dtype=DTYPE_CODES.get(tensors.topk_weights.dtype, 0),
-        grad_enabled=int(call.runner.grad_enabled),
+        grad_enabled=int(call.grad_enabled),
         needs_any=int(needs.any()),
         needs_x=int(needs.x),
         needs_topk_weights=int(needs.topk_weights),
-        half=call.runner.half,
-        compiled=int(call.runner.is_compiled),
+        half=call.half,
+        compiled=int(call.is_compiled),
         captured=int(call.is_captured),
         replay_overflowed=int(is_replay_wrong),
         replica_grads=replica_bits(placement, needs.weights),

@@ -10,12 +10,18 @@ import torch
 from torch import Tensor
 
 from tritonmoe.config.layer import is_fused
-from tritonmoe.expert_parallel.call import SavedTensors
-from tritonmoe.experts.run import ExpertsRun
+from tritonmoe.expert_parallel.agreed_call import AgreedCall
+from tritonmoe.expert_parallel.call_pass import SavedTensors
+from tritonmoe.experts.run import ForwardRun
 from tritonmoe.experts.tensors import CallTensors
 from tritonmoe.experts.weight_gradients import rows_to_save
 
-__all__ = ["gradients_of_inputs", "needs_of", "saved_forward", "tensors_to_save"]
+__all__ = ["anchor_of", "gradients_of_inputs", "needs_of", "saved_forward", "tensors_to_save"]
+
+
+def anchor_of(call: AgreedCall, tensors: CallTensors[Tensor]) -> Tensor | None:
+    """Return the anchor of a Function, by which a rank that needs no gradient itself takes part in others' backward."""
+    return tensors.x.new_empty(0).requires_grad_() if call.plan.needs_any else None
 
 
 def needs_of(ctx: Any) -> CallTensors[bool]:
@@ -25,7 +31,7 @@ def needs_of(ctx: Any) -> CallTensors[bool]:
 
 
 def tensors_to_save(
-    run: ExpertsRun, given: CallTensors[Tensor], needs: CallTensors[bool], mark: Tensor
+    run: ForwardRun, given: CallTensors[Tensor], needs: CallTensors[bool], mark: Tensor
 ) -> tuple[Tensor | None, ...]:
     """Return what the backward of a call needs; given: the call's own tensors; mark: that of keep_beside()."""
     computes_h = is_fused(run.settings.spec.activation) and run.h is None
