@@ -5,6 +5,7 @@ header_check.py compares the headers of all ranks, and count_exchange.py brings 
 
 import zlib
 from array import array
+from operator import index
 from typing import NamedTuple, SupportsIndex
 
 import torch
@@ -103,7 +104,7 @@ class CallHeader(NamedTuple):
 
     def sealed(self) -> array:
         """Return the fields as they travel."""
-        row = array("q", self)
+        row = array("q", map(index, self))
         row[CHECKSUM] = 0
         row[CHECKSUM] = zlib.crc32(row)
         return row

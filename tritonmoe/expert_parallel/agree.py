@@ -176,7 +176,10 @@ def _call_terms(
     overlap: OverlapPlan,
 ) -> CallTerms:
     """Return these as terms; kept by their values, which most calls of a layer share."""
-    named = {"dtype": dtype, "placement": "contiguous" if placement is None else placement.experts_of_rank}
+    named: dict[str, object] = {
+        "dtype": dtype,
+        "placement": "contiguous" if placement is None else placement.experts_of_rank,
+    }
     named |= dict(experts)
     if placement is None or not placement.has_replicas:
         del named["transposed"]  # gradients of replicas are summed as they lie in memory; to others it is all one

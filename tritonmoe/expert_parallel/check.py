@@ -47,6 +47,8 @@ class CheckedCall(NamedTuple):
     """In autocast's dtypes; topk_ids are slots where there is a placement."""
     num_slots: int
     """Of all ranks; slots are experts unless there is a placement."""
+    intermediate_size: int
+    """F."""
     num_nonfinite_rows: Tensor
     fillers: Sequence[Callable[[], None]]
     settings: ExpertSettings
@@ -65,12 +67,6 @@ class CheckedCall(NamedTuple):
     """The transport, where it has two levels."""
     entered_at: float
     """When the call came here: time.perf_counter()."""
-
-    @property
-    def intermediate_size(self) -> int:
-        """F."""
-        layout, weight = self.settings.spec.layout, self.tensors.weights.gate_up_proj
-        return layout.intermediate_size(weight.shape[2 if layout.transposed else 1])
 
 
 def check(arguments: CallArguments) -> CheckedCall:
@@ -108,7 +104,7 @@ def check(arguments: CallArguments) -> CheckedCall:
             num_slots = transport.size * spec.placement.num_slots
         if num_nonfinite_rows is None:
             num_nonfinite_rows = count_nonfinite_rows(tensors, num_slots)
-    state = state_of(transport)
+    state, weights = state_of(transport), tensors.weights
     return CheckedCall(
         spec=spec,
         transport=transport,
@@ -117,6 +113,7 @@ def check(arguments: CallArguments) -> CheckedCall:
         layer=layer,
         tensors=tensors,
         num_slots=num_slots,
+        intermediate_size=weights.down_proj.shape[1 if spec.experts.layout.transposed else 2],
         num_nonfinite_rows=num_nonfinite_rows,
         fillers=fillers,
         settings=settings,
@@ -137,7 +134,7 @@ def _checked_tensors(arguments: CallArguments) -> tuple[CallTensors[Tensor], Per
     Return the tensors in autocast's dtypes, and the weights as they are given where a main_grad hangs on one.
     """
     spec, transport, given = arguments.spec, arguments.transport, arguments.tensors
-    spec.experts.check()
+    _ = spec.experts.checked
     check_overlap(spec.overlap)
     check_tensors(given)
     check_fillers(arguments.fillers)

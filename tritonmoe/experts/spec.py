@@ -69,6 +69,11 @@ class ExpertSpec:
         self.options.check()
         return self
 
+    @cached_property
+    def checked(self) -> "ExpertSpec":
+        """Itself, checked once."""
+        return self.check()
+
     def with_dropout(self, adapters: ExpertAdapters | None) -> "ExpertSpec":
         """Return what experts with these adapters compute like."""
         return replace(self, dropout=adapters.dropout) if adapters is not None and adapters.dropout else self

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 from tritonmoe.errors import TransportError
-from tritonmoe.overlap.report import ExchangeMarks, Mark, PassReport, StepMarks, mark
+from tritonmoe.overlap.report import ExchangeMarks, Mark, PassReport, StepMarks
 from tritonmoe.overlap.schedule import Schedule, phase_ends
 from tritonmoe.overlap.steps import Step, StepKind
 from tritonmoe.transports import PendingExchange
@@ -30,7 +30,7 @@ class Execution:
     """
 
     def __init__(self, schedule: Schedule, actions: Actions, device: torch.device, call: str = "") -> None:
-        self._schedule, self._actions, self._device, self._call = schedule, actions, device, call
+        self._schedule, self._actions, self._call = schedule, actions, call
         self._report = PassReport(device)
         self._posted: dict[int, tuple[Mark, Mark, PendingExchange]] = {}
         self._position = 0
@@ -52,19 +52,19 @@ class Execution:
         return self._report
 
     def _run_until(self, end: int) -> None:
-        report, device, posted = self._report, self._device, self._posted
+        report, now, posted = self._report, self._report.now, self._posted
         for position in range(self._position, end):
             step = self._schedule[position]
             for earlier in step.after:
                 if earlier in posted:
-                    exchange = _wait(self._schedule[earlier], *posted.pop(earlier), device, self._call)
+                    exchange = _wait(self._schedule[earlier], *posted.pop(earlier), report, self._call)
                     report.exchanges.append(exchange)
-            started = mark(device)
+            started = now()
             pending = _run(step, self._actions)
             if pending is None:
-                report.computed.append(StepMarks(step, started, mark(device)))
+                report.computed.append(StepMarks(step, started, now()))
             else:
-                posted[position] = (started, mark(device), pending)
+                posted[position] = (started, now(), pending)
         self._position = end
 
 
@@ -75,23 +75,23 @@ def _run(step: Step, actions: Actions) -> PendingExchange | None:
         pending = action() if step.chunk is None else action(step.chunk)
     except TransportError as error:
         raise _at_step(step, error) from error
-    if (pending is None) != (step.lane == "compute"):
+    if (pending is None) != (step.kind.lane == "compute"):
         raise TypeError(f"step {step} is on the {step.lane} lane, and its action gave {pending!r}")
     return pending
 
 
 def _wait(
-    step: Step, started: Mark, posted: Mark, pending: PendingExchange, device: torch.device, call: str
+    step: Step, started: Mark, posted: Mark, pending: PendingExchange, report: PassReport, call: str
 ) -> ExchangeMarks:
     """Wait for an exchange, and give its times: they are all that is kept, since an exchange would keep its buffers."""
-    before = mark(device)
+    before = report.now()
     try:
         with Doing(lambda: _words(step, call)):
             pending.wait()
     except TransportError as error:
         raise _at_step(step, error) from error
-    after = mark(device)
-    if device.type != "cpu":
+    after = report.now()
+    if report.device.type != "cpu":
         return ExchangeMarks(step, started, posted, before, after, None)
     return ExchangeMarks(step, started, posted, before, after, pending.finished_at(), pending.arrivals())
 
