@@ -28,6 +28,7 @@ from tritonmoe.experts.tensors import CallTensors
 from tritonmoe.runtime.other_ranks import has_other_ranks
 
 __all__ = [
+    "LAYOUT",
     "ExpertSettings",
     "ExpertSpec",
     "choose_backend",
@@ -84,6 +85,7 @@ OTHERS = tuple(one.name for one in fields(ExpertSpec) if one.name not in ("layou
 FREE = ("backend", "save")
 """Those of them in which ranks may differ; how kernels run (options) is every rank's own matter too."""
 LAYOUT = tuple(one.name for one in fields(ExpertLayout))
+"""The names of what a layout says, by which MoEConfig has it too."""
 
 
 def words_of(activation: Activation) -> str:
@@ -144,17 +146,11 @@ def expert_spec(**settings: Any) -> ExpertSpec:
     return _make_spec(**settings).check()
 
 
-def _make_spec(
-    *,
-    gated: bool = True,
-    interleaved: bool = False,
-    transposed: bool = False,
-    num_sms: int | None = None,
-    batch_invariant: bool = False,
-    **others: Any,
-) -> ExpertSpec:
-    layout = ExpertLayout(gated, interleaved, transposed)
-    return ExpertSpec(layout=layout, options=KernelOptions(num_sms, batch_invariant), **others)
+def _make_spec(**settings: Any) -> ExpertSpec:
+    layout = ExpertLayout(**{name: value for name, value in settings.items() if name in LAYOUT})
+    options = KernelOptions(**{name: value for name, value in settings.items() if name in KernelOptions._fields})
+    others = {name: value for name, value in settings.items() if name not in (*LAYOUT, *KernelOptions._fields)}
+    return ExpertSpec(layout=layout, options=options, **others)
 
 
 @lru_cache(maxsize=1024, typed=True)  # typed: 1 is not True here
