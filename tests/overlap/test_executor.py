@@ -14,11 +14,12 @@ from tritonmoe.config.overlap import OverlapPlan, equal_sizes
 from tritonmoe.dispatch.header import CallHeader
 from tritonmoe.dispatch.plan import exchange_plan
 from tritonmoe.dispatch.send_plan import plan_tokens
+from tritonmoe.experts.tensors import NO_TENSORS
 from tritonmoe.overlap import report as report_module
 from tritonmoe.overlap.executor import Execution
 from tritonmoe.overlap.layer_pass import BackwardPass, ForwardPass
 from tritonmoe.overlap.report import PassReport
-from tritonmoe.overlap.row_exchanges import RowExchanges, RowMetadata
+from tritonmoe.overlap.row_exchanges import RowExchanges
 from tritonmoe.overlap.schedule import build_backward, build_forward
 from tritonmoe.overlap.steps import Step, StepKind
 from tritonmoe.transports import PendingExchange, Transport
@@ -163,9 +164,8 @@ def run_sleeping(
             with torch.no_grad():
                 forward_pass = ForwardPass(
                     exchanges,
-                    lambda p, rows, *_, s=slices: SleepingExperts(rows, s, seconds),
-                    x,
-                    RowMetadata(ids, torch.ones(num_tokens, 1)),
+                    lambda p, received, _, s=slices: SleepingExperts(received.x, s, seconds),
+                    NO_TENSORS._replace(x=x, topk_ids=ids, topk_weights=torch.ones(num_tokens, 1)),
                 )
                 y, forward = forward_pass.run()
                 assert torch.equal(y, 2 * x)

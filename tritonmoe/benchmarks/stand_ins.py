@@ -14,9 +14,10 @@ from tritonmoe.dispatch.header import CallHeader
 from tritonmoe.dispatch.plan import DispatchPlan, exchange_plan
 from tritonmoe.dispatch.send_plan import plan_tokens
 from tritonmoe.dispatch.terms import CallTerms, plan_terms
+from tritonmoe.experts.tensors import NO_TENSORS
 from tritonmoe.overlap.layer_pass import BackwardPass, ForwardPass
 from tritonmoe.overlap.report import PassReport
-from tritonmoe.overlap.row_exchanges import RowExchanges, RowMetadata
+from tritonmoe.overlap.row_exchanges import RowExchanges
 from tritonmoe.transports import Transport
 
 __all__ = ["FixedExperts", "run_layer_pass"]
@@ -83,8 +84,8 @@ def run_layer_pass(
     )
     plan = exchange_plan(transport, header, tokens, overlap)
     exchanges = RowExchanges(plan, transport, choose("auto", x.device, x.dtype).gather_sum)
-    metadata = RowMetadata(topk_ids, topk_weights)
-    forward = ForwardPass(exchanges, lambda plan, rows, *_: make_experts(rows, plan), x, metadata)
+    given = NO_TENSORS._replace(x=x, topk_ids=topk_ids, topk_weights=topk_weights)
+    forward = ForwardPass(exchanges, lambda plan, received, _: make_experts(received.x, plan), given)
     reports = [forward.run()[1]]
     if dout is not None:
         agreement = post_backward(transport, CallHeader(is_backward=1))

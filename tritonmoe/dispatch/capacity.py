@@ -185,8 +185,6 @@ def replay_overflowed(transport: Transport, flags: Sequence[Tensor], device: tor
 
     It waits for that stream.
     """
-    if not flags:
-        return False
     if device.type == "cuda":
         transport.wait_for_copy(HostCopy(torch.zeros((), dtype=torch.int64, device=device)))
     is_set = any(bool(flag) for flag in flags)

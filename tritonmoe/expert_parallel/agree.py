@@ -21,6 +21,7 @@ from tritonmoe.dispatch.two_level import exchange_two_level_plan
 from tritonmoe.expert_parallel.agreed_call import AgreedCall
 from tritonmoe.expert_parallel.check import CheckedCall
 from tritonmoe.expert_parallel.two_level_call import TwoLevelCall
+from tritonmoe.experts.tensors import NAMES, OPTIONAL
 from tritonmoe.transports import TwoLevelTransport
 from tritonmoe.tuning.votes import Message
 
@@ -125,9 +126,8 @@ def _agree_on_two_levels(
 def call_header(call: CheckedCall, overlap: OverlapPlan, message: Message) -> CallHeader:
     """Return what this rank says of a call to every rank, counts and nonfinite_rows apart."""
     spec, tensors, needs, placement = call.spec, call.tensors, call.needs, call.spec.placement
-    is_replay_wrong = not call.is_captured and replay_overflowed(
-        call.transport, call.state.captured_flags, tensors.x.device
-    )
+    flags = () if call.is_captured else call.state.captured_flags
+    is_replay_wrong = bool(flags) and replay_overflowed(call.transport, flags, tensors.x.device)
     return CallHeader(
         sequence=call.sequence,
         layer=-1 if call.layer is None else call.layer.layer,
@@ -139,7 +139,7 @@ def call_header(call: CheckedCall, overlap: OverlapPlan, message: Message) -> Ca
         intermediate_size=call.intermediate_size,
         topk_weights_dtype=DTYPE_CODES.get(tensors.topk_weights.dtype, 0),
         grad_enabled=int(call.grad_enabled),
-        needs_any=int(needs.any()),
+        needs_any=int(any(needs.flatten())),
         needs_x=int(needs.x),
         needs_topk_weights=int(needs.topk_weights),
         half=call.half,
@@ -159,10 +159,10 @@ def call_terms(call: CheckedCall, overlap: OverlapPlan) -> CallTerms:
     """Return what must be the same on all ranks of a call that runs this plan: what is configured, and its tensors."""
     weights, placement = call.tensors.weights, call.spec.placement
     ranks = [0 if of is None else of.shape[1] for of in (weights.gate_up_a, weights.down_a)]
-    has_bias = weights.gate_up_bias is not None, weights.down_bias is not None
+    given = tuple([name for name, tensor in zip(NAMES, call.tensors.flatten(), strict=False) if tensor is not None])
     gradients = "sum" if call.layer is None else call.layer.expert_gradients
     experts = call.spec.experts.agreed
-    return _call_terms(experts, placement, gradients, call.tensors.x.dtype, has_bias, tuple(ranks), overlap)
+    return _call_terms(experts, placement, gradients, call.tensors.x.dtype, given, tuple(ranks), overlap)
 
 
 @lru_cache(maxsize=1024)
@@ -171,7 +171,7 @@ def _call_terms(
     placement: ExpertPlacement | None,
     expert_gradients: str,
     dtype: torch.dtype,
-    has_bias: tuple[bool, ...],
+    given: tuple[str, ...],
     adapter_ranks: tuple[int, ...],
     overlap: OverlapPlan,
 ) -> CallTerms:
@@ -184,8 +184,7 @@ def _call_terms(
     if placement is None or not placement.has_replicas:
         del named["transposed"]  # gradients of replicas are summed as they lie in memory; to others it is all one
     named |= {"expert_gradients": expert_gradients}
-    for name, is_there in zip(("gate_up_bias", "down_bias"), has_bias, strict=True):
-        named[name] = "a tensor" if is_there else "none"
     for name, rank in zip(("gate_up_rank", "down_rank"), adapter_ranks, strict=True):
         named[name] = rank or "no adapter"
+    named |= {name: "a tensor" if name in given else "none" for name in sorted(OPTIONAL)}
     return CallTerms((*named.items(), *plan_terms(overlap)))

@@ -24,7 +24,6 @@ from tritonmoe.experts.tensors import CallTensors
 from tritonmoe.grouping import Grouping, RowSources
 from tritonmoe.overlap.layer_pass import BackwardExperts, ForwardExperts, MakeExperts
 from tritonmoe.overlap.report import LayerReport, PassReport
-from tritonmoe.overlap.row_exchanges import RowMetadata
 from tritonmoe.transports import PendingExchange, Transport, leaving_nobody_waiting
 
 __all__ = ["AgreedCall", "group_received"]
@@ -69,18 +68,17 @@ class AgreedCall:
 
     def own_experts(
         self,
-        weights: PerWeight[Tensor],
+        given: CallTensors[Tensor],
         keep_hidden: bool,
         plan: DispatchPlan,
-        rows: Tensor,
-        metadata: RowMetadata,
+        received: CallTensors[Tensor],
         places: RowPlaces,
     ) -> ForwardRun:
-        """Return this rank's experts of the rows that came to them."""
-        topk_ids, topk_weights, row_seeds = metadata
-        num_local_experts = weights.gate_up_proj.shape[0]
-        grouping = self.group(plan, places, topk_ids - self.first_expert, num_local_experts)
-        tensors = CallTensors(rows, topk_ids, topk_weights, weights, row_seeds)
+        """Return this rank's experts of the rows that came to them; given: the tensors of this rank's own call."""
+        num_local_experts = given.weights.gate_up_proj.shape[0]
+        grouping = self.group(plan, places, received.topk_ids - self.first_expert, num_local_experts)
+        weights, parameters = given.weights, given.activation_parameters
+        tensors = received.without("topk_ids")._replace(weights=weights, activation_parameters=parameters)
         return ForwardRun(self.settings, tensors, grouping, keep_hidden)
 
     def group(self, plan: DispatchPlan, places: RowPlaces, local_ids: Tensor, num_local_experts: int) -> Grouping:

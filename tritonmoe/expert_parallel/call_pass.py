@@ -30,7 +30,7 @@ from tritonmoe.grouping import Grouping
 from tritonmoe.overlap.executor import Execution
 from tritonmoe.overlap.layer_pass import BackwardPass, ForwardExperts, ForwardPass
 from tritonmoe.overlap.report import CallMarks, LayerReport, PassReport
-from tritonmoe.overlap.row_exchanges import RowExchanges, RowMetadata
+from tritonmoe.overlap.row_exchanges import RowExchanges
 from tritonmoe.runtime.autograd import checkpointed_region, is_recomputing
 from tritonmoe.runtime.host_device import is_captured
 
@@ -111,12 +111,10 @@ class CallForward(_CallPass[Tensor]):
 
     def _start(self) -> Execution:
         call, spec = self.call, self.call.settings.spec
-        x, topk_ids, topk_weights, weights, row_seeds, _ = self._tensors
         keep_hidden = call.plan.needs_any and (spec.save == "hidden" or not is_fused(spec.activation))
         exchanges = RowExchanges(call.plan, call.transport, call.settings.ops.gather_sum)
-        make_experts = call.make_experts(partial(call.own_experts, weights, keep_hidden))
-        metadata = RowMetadata(topk_ids, topk_weights, row_seeds)
-        self._pass = ForwardPass(exchanges, make_experts, x, metadata, call.fillers)
+        make_experts = call.make_experts(partial(call.own_experts, self._tensors, keep_hidden))
+        self._pass = ForwardPass(exchanges, make_experts, self._tensors, call.fillers)
         call.fillers = ()  # what they hold is for autograd alone to keep
         return self._pass.execution()
 

@@ -30,14 +30,11 @@ def needs_of(ctx: Any) -> CallTensors[bool]:
     return CallTensors.unflatten(needs)
 
 
-def tensors_to_save(
-    run: ForwardRun, given: CallTensors[Tensor], needs: CallTensors[bool], mark: Tensor
-) -> tuple[Tensor | None, ...]:
-    """Return what the backward of a call needs; given: the call's own tensors; mark: that of keep_beside()."""
+def tensors_to_save(run: ForwardRun, needs: CallTensors[bool], mark: Tensor) -> tuple[Tensor | None, ...]:
+    """Return what the backward of a call needs; mark: that of keep_beside()."""
     computes_h = is_fused(run.settings.spec.activation) and run.h is None
-    rows = rows_to_save(run.rows, given.weights, needs.weights.gate_up_proj, computes_h=computes_h)
-    received = given._replace(x=rows, topk_weights=run.topk_weights, row_seeds=run.row_seeds).without("topk_ids")
-    return mark, run.h, *received.flatten()
+    rows = rows_to_save(run.rows, run.weights, needs.weights.gate_up_proj, computes_h=computes_h)
+    return mark, run.h, *run.tensors._replace(x=rows).flatten()
 
 
 def saved_forward(saved: Sequence[Tensor]) -> tuple[SavedTensors, Tensor]:

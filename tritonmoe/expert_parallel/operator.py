@@ -32,7 +32,7 @@ from tritonmoe.expert_parallel.state import refuse
 from tritonmoe.experts.adapter_dropout import with_row_seeds
 from tritonmoe.experts.flops import FLOP_FORMULAS, Shape, backward_flops, forward_flops, register_flop_formulas
 from tritonmoe.experts.operator import gradient_shapes
-from tritonmoe.experts.tensors import NAMES, NO_TENSORS, CallTensors, schema
+from tritonmoe.experts.tensors import NAMES, OF_ROWS, CallTensors, schema
 from tritonmoe.runtime.autograd import refuse_second_derivative, without_autocast
 from tritonmoe.runtime.handles import find, hold
 
@@ -72,7 +72,7 @@ def _expert_parallel_mlp(turn: Tensor, layer: Tensor | None, *arguments: Any) ->
         out, run = forward.run(), forward.experts
         if call.plan.needs_any:
             rows = tensors.x.clone() if run.rows is tensors.x else run.rows  # the graph may write over its x
-            received = NO_TENSORS._replace(x=rows, topk_weights=run.topk_weights, row_seeds=run.row_seeds)
+            received = run.tensors.only(*OF_ROWS)._replace(x=rows)
             kept = hold((call, forward.kept, SavedTensors(received, run.h)))
         return out
 
@@ -122,7 +122,7 @@ def _gradient_shapes(after: Tensor | None, dout: Tensor, kept: Tensor, *argument
 
 def _at_home(tensors: CallTensors[Tensor]) -> CallTensors[Tensor | None]:
     """Return those that a backward takes from the graph; `kept` holds what came of the others."""
-    return tensors.without("x", "topk_ids", "row_seeds")
+    return tensors.without("x", *(name for name in OF_ROWS if name != "topk_weights"))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

@@ -53,8 +53,6 @@ class _SplitCall:
     """The forward that is under way."""
     backward: CallBackward | None = None
     """The backward that is under way."""
-    tensors: CallTensors[Tensor] = field(init=False)
-    """To be saved for the backward."""
     needs: CallTensors[bool] = field(init=False)
     shared_grads: SharedWeightGrads | None = None
     """With the other half's call, where both have the same weights."""
@@ -74,7 +72,6 @@ class _Post(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, split: _SplitCall, anchor: Tensor | None, *flat: Any) -> Tensor:
         tensors = CallTensors.unflatten(flat)
-        split.tensors = tensors.only(*PerWeight._fields)
         split.needs = needs_of(ctx)
         ctx.split, ctx.number, ctx.weights_dtype = split, split.nodes.next_number(), tensors.topk_weights.dtype
         split.forward = CallForward(split.call, tensors)
@@ -110,16 +107,14 @@ class _End(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, split: _SplitCall, token: Tensor) -> tuple[Tensor, Tensor | None]:
         ctx.split, ctx.number = split, split.nodes.next_number()
+        # What is saved must be held by autograd alone, which activation checkpointing makes let go.
         forward, split.forward = split.forward, None
         assert forward is not None
         out = forward.end()
-        # What is saved must be held by autograd alone, which activation checkpointing makes let go.
-        tensors = split.tensors
-        del split.tensors
         mark = None
         if split.call.plan.needs_any:
             mark = keep_beside(ctx, forward.kept)
-            ctx.save_for_backward(*tensors_to_save(forward.experts, tensors, split.needs, mark))
+            ctx.save_for_backward(*tensors_to_save(forward.experts, split.needs, mark))
         return out, mark
 
     @staticmethod

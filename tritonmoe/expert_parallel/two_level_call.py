@@ -11,11 +11,12 @@ from tritonmoe.dispatch.two_level import TwoLevelPlan
 from tritonmoe.errors import TransportError
 from tritonmoe.expert_parallel.agreed_call import AgreedCall, group_received
 from tritonmoe.experts.run import BackwardRun, ForwardRun
+from tritonmoe.experts.tensors import CallTensors
 from tritonmoe.grouping import Grouping
 from tritonmoe.overlap.layer_pass import BackwardExperts, ForwardExperts, MakeExperts
 from tritonmoe.overlap.node_pass import NodeBackward, NodeForward
 from tritonmoe.overlap.report import PassReport
-from tritonmoe.overlap.row_exchanges import RowExchanges, RowMetadata
+from tritonmoe.overlap.row_exchanges import RowExchanges
 from tritonmoe.transports import Transport
 
 __all__ = ["TwoLevelCall"]
@@ -38,13 +39,12 @@ class TwoLevelCall(AgreedCall):
         self,
         own_experts: MakeExperts[ForwardRun],
         plan: DispatchPlan,
-        rows: Tensor,
-        metadata: RowMetadata,
+        relayed: CallTensors[Tensor],
         places: RowPlaces,
     ) -> NodeForward[ForwardRun]:
         """Send what came with the relayed rows to the experts of this node."""
-        exchanges = self._exchanges_inside(self.two_level.inner(metadata.topk_ids))
-        return NodeForward(exchanges, plan.overlap.num_local_slices, rows, metadata, own_experts)
+        exchanges = self._exchanges_inside(self.two_level.inner(relayed.topk_ids))
+        return NodeForward(exchanges, plan.overlap.num_local_slices, relayed, own_experts)
 
     def group(self, plan: DispatchPlan, places: RowPlaces, local_ids: Tensor, num_local_experts: int) -> Grouping:
         sources = self.two_level.row_sources()

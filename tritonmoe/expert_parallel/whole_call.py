@@ -34,7 +34,7 @@ class _WholeCall(torch.autograd.Function):
         mark = None
         if call.plan.needs_any:
             mark = keep_beside(ctx, forward.kept)
-            ctx.save_for_backward(*tensors_to_save(forward.experts, tensors, needs_of(ctx), mark))
+            ctx.save_for_backward(*tensors_to_save(forward.experts, needs_of(ctx), mark))
         return out, mark
 
     @staticmethod

@@ -45,7 +45,7 @@ class _Run:
     def __init__(
         self, settings: ExpertSettings, tensors: CallTensors[Tensor], grouping: Grouping, h: Tensor | None = None
     ) -> None:
-        self.settings, self.grouping, self.h = settings, grouping, h
+        self.settings, self.tensors, self.grouping, self.h = settings, tensors, grouping, h
         self.weights, self.rows, self.topk_weights = tensors.weights, tensors.x, tensors.topk_weights
         self.row_seeds = tensors.row_seeds
         self.dropped: DroppedRows | None = None

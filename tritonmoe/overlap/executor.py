@@ -36,8 +36,10 @@ class Execution:
         self._position = 0
 
     def run(self) -> PassReport:
-        """Run all steps in order, and give their timings."""
-        return self.end()
+        """Run all steps that are left in order, and give the timings of all."""
+        self._run_until(len(self._schedule))
+        self._report.end()
+        return self._report
 
     def begin(self) -> None:
         self._run_until(phase_ends(self._schedule)[0])
@@ -45,11 +47,7 @@ class Execution:
     def compute(self) -> None:
         self._run_until(phase_ends(self._schedule)[1])
 
-    def end(self) -> PassReport:
-        """Run the steps that are left, and give the timings of all."""
-        self._run_until(len(self._schedule))
-        self._report.end()
-        return self._report
+    end = run
 
     def _run_until(self, end: int) -> None:
         report, now, posted = self._report, self._report.now, self._posted

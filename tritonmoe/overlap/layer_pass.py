@@ -12,9 +12,10 @@ from tritonmoe.dispatch.count_exchange import BackwardAgreement
 from tritonmoe.dispatch.expert_chunks import RowPlaces
 from tritonmoe.dispatch.placement import ExpertPlacement, pack_replica_grads, sum_replica_grads
 from tritonmoe.dispatch.plan import DispatchPlan
+from tritonmoe.experts.tensors import CallTensors
 from tritonmoe.overlap.executor import Actions, Execution
 from tritonmoe.overlap.report import PassReport
-from tritonmoe.overlap.row_exchanges import ArrivingMetadata, RowExchanges, RowMetadata
+from tritonmoe.overlap.row_exchanges import ArrivingMetadata, RowExchanges
 from tritonmoe.overlap.schedule import build_backward, build_forward
 from tritonmoe.overlap.steps import StepKind, Way
 from tritonmoe.transports import PendingExchange
@@ -46,8 +47,8 @@ class BackwardExperts(Protocol):
 
 
 Experts = TypeVar("Experts", bound=ForwardExperts)
-MakeExperts = Callable[[DispatchPlan, Tensor, RowMetadata, RowPlaces], Experts]
-"""(the plan, rows (R, D), what came with them, where they lie) -> the experts of one call."""
+MakeExperts = Callable[[DispatchPlan, CallTensors[Tensor], RowPlaces], Experts]
+"""(the plan, the received rows x (R, D) with what came with them, where they lie) -> the experts of one call."""
 
 
 class ForwardPass(Generic[Experts]):
@@ -55,7 +56,7 @@ class ForwardPass(Generic[Experts]):
 
     Args:
         make_experts: makes the experts of the received rows, before any of them has arrived.
-        x: (T, D). metadata: of its rows.
+        tensors: x (T, D), and what belongs to its rows.
         fillers: the caller's work, as in expert_parallel_mlp.
     """
 
@@ -73,15 +74,14 @@ class ForwardPass(Generic[Experts]):
         self,
         exchanges: RowExchanges,
         make_experts: MakeExperts[Experts],
-        x: Tensor,
-        metadata: RowMetadata,
+        tensors: CallTensors[Tensor],
         fillers: Sequence[Callable[[], None]] = (),
     ) -> None:
         self.exchanges, self.plan = exchanges, exchanges.plan
         self.make_experts = make_experts
-        self.x, self.sent_metadata = x, metadata
+        self.x, self.tensors = tensors.x, tensors
         self.fillers = fillers
-        plan, width = self.plan, x.shape[1]
+        plan, x, width = self.plan, tensors.x, tensors.x.shape[1]
         self.rows = x if plan.is_identity else x.new_empty(plan.num_received, width)
         self.home = x.new_empty(plan.num_home, width)
         self.out = self.home if plan.is_identity else x.new_empty(x.shape[0], width)
@@ -113,7 +113,7 @@ class ForwardPass(Generic[Experts]):
         }
 
     def metadata(self) -> PendingExchange:
-        pending, self._arriving = self.exchanges.send_metadata(self.sent_metadata)
+        pending, self._arriving = self.exchanges.send_metadata(self.tensors)
         return pending
 
     def dispatch(self, chunk: int) -> PendingExchange:
@@ -128,10 +128,9 @@ class ForwardPass(Generic[Experts]):
         if not plan.is_identity:
             local = slice(plan.num_local)
             torch.index_select(self.x, 0, plan.tokens.home_tokens[local], out=self.rows[local])
-        top_k = self.sent_metadata.topk_ids.shape[1]
-        metadata, places = self.exchanges.receive_metadata(self._arriving, top_k)
-        self.received_weights = metadata.topk_weights
-        self.experts = self.make_experts(plan, self.rows, metadata, places)
+        received, places = self.exchanges.receive_metadata(self._arriving, self.tensors)
+        self.received_weights = received.topk_weights
+        self.experts = self.make_experts(plan, received._replace(x=self.rows), places)
 
     def compute_experts(self, chunk: int) -> None:
         segment = self.plan.segment(chunk)

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from tritonmoe.backends.ops import WeightGrads
 from tritonmoe.config.layer import PerWeight
+from tritonmoe.experts.tensors import CallTensors
 from tritonmoe.overlap.executor import Actions, Execution
 from tritonmoe.overlap.layer_pass import BackwardExperts, Experts, MakeExperts
 from tritonmoe.overlap.report import PassReport
-from tritonmoe.overlap.row_exchanges import ArrivingMetadata, RowExchanges, RowMetadata
+from tritonmoe.overlap.row_exchanges import ArrivingMetadata, RowExchanges
 from tritonmoe.overlap.schedule import build_inside
 from tritonmoe.overlap.steps import Step, StepKind
 from tritonmoe.transports import PendingExchange
@@ -62,7 +63,7 @@ class NodeForward(_NodePass, Generic[Experts]):
     """What stands for the experts in a forward: see ForwardExperts. When made it spreads what came with the rows.
 
     Args:
-        relayed: (R, D) rows that the outer level brought here. metadata: theirs.
+        relayed: the rows x (R, D) that the outer level brought here, and what belongs to them.
         make_experts: makes the experts of the rows that came here inside the node.
     """
 
@@ -74,26 +75,25 @@ class NodeForward(_NodePass, Generic[Experts]):
         self,
         exchanges: RowExchanges,
         num_local_slices: int,
-        relayed: Tensor,
-        metadata: RowMetadata,
+        relayed: CallTensors[Tensor],
         make_experts: MakeExperts[Experts],
     ) -> None:
         super().__init__(exchanges, num_local_slices)
-        self.relayed = relayed
-        self.rows = relayed.new_empty(self.plan.num_received, relayed.shape[1])
+        self.relayed = relayed.x
+        self.rows = relayed.x.new_empty(self.plan.num_received, relayed.x.shape[1])
 
         arriving: ArrivingMetadata
 
         def post() -> PendingExchange:
             nonlocal arriving
-            pending, arriving = exchanges.send_metadata(metadata)
+            pending, arriving = exchanges.send_metadata(relayed)
             return pending
 
         def group() -> None:
-            received, places = exchanges.receive_metadata(arriving, metadata.topk_ids.shape[1])
-            self.experts = make_experts(self.plan, self.rows, received, places)
+            received, places = exchanges.receive_metadata(arriving, relayed)
+            self.experts = make_experts(self.plan, received._replace(x=self.rows), places)
 
-        self.run(Step(StepKind.GROUP, None), {StepKind.NODE_METADATA: post, StepKind.GROUP: group}, relayed.device)
+        self.run(Step(StepKind.GROUP, None), {StepKind.NODE_METADATA: post, StepKind.GROUP: group}, self.rows.device)
 
     def forward(self, segment: int, out: Tensor | None = None) -> Tensor:
         """Return the weighted partial sums of the relayed rows of a segment, over the experts of this node."""
