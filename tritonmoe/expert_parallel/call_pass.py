@@ -219,4 +219,4 @@ class CallBackward(_CallPass[CallTensors[Tensor | None]]):
         dx, dtopk_weights, grads = self._pass.grads
         if call.is_wrong is not None:
             poison([dx, dtopk_weights, *grads, *(run.main_grads or ()), *run.activation_grads], call.is_wrong)
-        return CallTensors(dx, None, dtopk_weights, grads, None, run.activation_grads)
+        return CallTensors(dx, None, dtopk_weights, grads, activation_parameters=run.activation_grads)
