@@ -186,5 +186,5 @@ def _call_terms(
     named |= {"expert_gradients": expert_gradients}
     for name, rank in zip(("gate_up_rank", "down_rank"), adapter_ranks, strict=True):
         named[name] = rank or "no adapter"
-    named |= {name: "a tensor" if name in given else "none" for name in sorted(OPTIONAL)}
+    named |= {name: "a tensor" if name in given else "none" for name in NAMES if name in OPTIONAL}
     return CallTerms((*named.items(), *plan_terms(overlap)))
