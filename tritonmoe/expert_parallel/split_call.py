@@ -49,9 +49,9 @@ class _SplitCall:
 
     call: AgreedCall
     nodes: NodeOrder
-    forward: CallForward | None = None
+    forward: CallForward = field(init=False)
     """The forward that is under way."""
-    backward: CallBackward | None = None
+    backward: CallBackward = field(init=False)
     """The backward that is under way."""
     needs: CallTensors[bool] = field(init=False)
     shared_grads: SharedWeightGrads | None = None
@@ -82,7 +82,8 @@ class _Post(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *_: Sequence[Tensor] | Tensor) -> tuple[Tensor | None, ...]:
         with ctx.split.in_turn(ctx.number):
-            backward, ctx.split.backward = ctx.split.backward, None
+            backward = ctx.split.backward
+            del ctx.split.backward
             grads = backward.end()
         return gradients_of_inputs(grads, ctx.weights_dtype)
 
@@ -91,7 +92,6 @@ class _Compute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, split: _SplitCall, token: Tensor) -> Tensor:
         ctx.split, ctx.number = split, split.nodes.next_number()
-        assert split.forward is not None
         split.forward.compute()
         return _token(token)
 
@@ -108,8 +108,8 @@ class _End(torch.autograd.Function):
     def forward(ctx: Any, split: _SplitCall, token: Tensor) -> tuple[Tensor, Tensor | None]:
         ctx.split, ctx.number = split, split.nodes.next_number()
         # What is saved must be held by autograd alone, which activation checkpointing makes let go.
-        forward, split.forward = split.forward, None
-        assert forward is not None
+        forward = split.forward
+        del split.forward
         out = forward.end()
         mark = None
         if split.call.plan.needs_any:
