@@ -24,16 +24,16 @@ from tritonmoe.config.layer import PerWeight
 from tritonmoe.expert_parallel.agreed_call import AgreedCall
 from tritonmoe.expert_parallel.call_pass import CallBackward, CallForward
 from tritonmoe.expert_parallel.call_spec import CallArguments
-from tritonmoe.expert_parallel.function_context import (
+from tritonmoe.expert_parallel.halves import Half, NodeOrder
+from tritonmoe.expert_parallel.state import refuse
+from tritonmoe.expert_parallel.whole_call import (
     anchor_of,
     gradients_of_inputs,
     needs_of,
+    run_whole_call,
     saved_forward,
     tensors_to_save,
 )
-from tritonmoe.expert_parallel.halves import Half, NodeOrder
-from tritonmoe.expert_parallel.state import refuse
-from tritonmoe.expert_parallel.whole_call import run_whole_call
 from tritonmoe.experts.tensors import CallTensors
 from tritonmoe.experts.weight_gradients import SharedWeightGrads
 from tritonmoe.runtime.autograd import keep_beside, kept_beside, once_differentiable
