@@ -22,7 +22,7 @@ from tritonmoe.dispatch.plan import DispatchPlan, exchange_plan
 from tritonmoe.dispatch.send_plan import plan_tokens
 from tritonmoe.dispatch.terms import CallTerms, plan_terms, words_of
 from tritonmoe.experts.spec import ExpertSpec
-from tritonmoe.transports import Transport
+from tritonmoe.transports import PendingExchange, Transport
 
 
 def owners(row: list[int], num_experts: int, size: int) -> list[int]:
@@ -270,14 +270,14 @@ def test_ranks_hear_of_one_that_fails_before_its_words(at: int) -> None:
     heard: list[str] = []
 
     def on_rank(transport: Transport) -> None:
-        exchange_counts, numbers = transport.exchange_counts, itertools.count()
+        post_counts, numbers = transport.post_counts, itertools.count()
 
-        def failing(counts: Tensor) -> Tensor:
+        def failing(counts: Tensor) -> PendingExchange:
             if transport.rank == 1 and next(numbers) == at:
                 raise OSError("the disk is full")
-            return exchange_counts(counts)
+            return post_counts(counts)
 
-        transport.exchange_counts = failing
+        transport.post_counts = failing
         overlap = OverlapPlan((1,) * (1 + transport.rank))
         tokens = plan_tokens(as_ids([[0, 3]], 2), 4, transport.rank, 2, overlap)
         try:
