@@ -26,7 +26,7 @@ from tritonmoe.experts.arguments import find_main_grads
 from tritonmoe.experts.moe_mlp import run_experts
 from tritonmoe.experts.parameters import PARAMETERS, draw_experts, draw_uniform, empty_parameters
 from tritonmoe.experts.shared_expert import SharedExpert
-from tritonmoe.experts.spec import ExpertSpec, expert_spec
+from tritonmoe.experts.spec import LAYOUT, ExpertSpec, expert_spec
 from tritonmoe.experts.tensors import CallTensors
 from tritonmoe.overlap.report import LayerReport
 from tritonmoe.routing import Routing, RoutingStatistics, TopKRouter, routing_statistics
@@ -105,10 +105,8 @@ class GroupedExperts(nn.Module):
         self.config = config
         check_name(backend)
         self.spec = expert_spec(
+            **{name: getattr(config, name) for name in LAYOUT},
             activation=config.activation,
-            gated=config.gated,
-            interleaved=config.interleaved,
-            transposed=config.transposed,
             backend=backend,
             num_sms=num_sms,
             batch_invariant=batch_invariant,

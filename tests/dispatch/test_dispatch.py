@@ -1,8 +1,11 @@
 """S_ik, the plan of a call and its agreement, against sets built token by token."""
 
 import functools
+import itertools
 import re
+from collections.abc import Sequence
 from itertools import pairwise
+from typing import NoReturn
 
 import pytest
 import torch
@@ -11,14 +14,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import tritonmoe as tm
-from tritonmoe.config.layer import Activation
 from tritonmoe.config.overlap import OverlapPlan, equal_sizes, ramp_sizes
 from tritonmoe.dispatch import header_check
-from tritonmoe.dispatch.header import CallHeader, activation_fields
+from tritonmoe.dispatch.header import CallHeader
 from tritonmoe.dispatch.header_check import check_headers
 from tritonmoe.dispatch.plan import DispatchPlan, exchange_plan
 from tritonmoe.dispatch.send_plan import plan_tokens
-from tritonmoe.transports import Transport
+from tritonmoe.dispatch.terms import CallTerms, plan_terms, words_of
+from tritonmoe.experts.spec import ExpertSpec
+from tritonmoe.transports import PendingExchange, Transport
 
 
 def owners(row: list[int], num_experts: int, size: int) -> list[int]:
@@ -31,22 +35,20 @@ def s_ik(ids: list[list[int]], num_experts: int, size: int) -> list[set[int]]:
 
 
 def header(overlap: OverlapPlan | None = None, num_experts: int = 4, top_k: int = 2, **changes: int) -> CallHeader:
-    common = CallHeader.of(
-        overlap or OverlapPlan(),
-        sequence=0,
-        num_experts=num_experts,
-        top_k=top_k,
-        hidden_size=8,
-        dtype=1,
-        grad_enabled=1,
-        needs_any=0,
-        needs_x=0,
-        needs_topk_weights=0,
-        error=0,
-        nonfinite_rows=0,
-        vote=0,
-    )
+    terms = CallTerms((("activation", "silu"), *plan_terms(overlap or OverlapPlan())))
+    common = CallHeader(terms=terms, num_experts=num_experts, top_k=top_k, hidden_size=8, grad_enabled=1)
     return common._replace(**changes)
+
+
+def with_terms(**changed: object) -> CallHeader:
+    """A header of a call of which one or more terms are others."""
+    return header(terms=CallTerms({**header().terms.words, **changed}.items()))
+
+
+def check(headers: Sequence[CallHeader]) -> None:
+    """Compare headers as they have come; nothing else has to travel."""
+    arrived = [CallHeader._make(one.sealed()) for one in headers]
+    check_headers(arrived, lambda: [one.terms.words for one in headers])
 
 
 def test_worked_example() -> None:
@@ -212,7 +214,7 @@ def test_a_token_travels_once_to_a_rank(local_first: bool) -> None:
         assert torch.equal(total, 2 * traffic[rank] + 2 * traffic[:, rank])
 
 
-COMPARED = {name: one for one in (*header_check.SAME_CALL, *header_check.SAME_PLAN) for name in one.fields}
+COMPARED = {name: one for one in (*header_check.SAME_CALL, *header_check.SAME_GRADIENTS) for name in one.fields}
 
 
 @pytest.mark.parametrize("name", COMPARED)
@@ -220,18 +222,77 @@ def test_headers_must_agree(name: str) -> None:
     """In words for all that a user knows: rank 2 says something else than the others."""
     headers = [header(), header(), header()._replace(**{name: 1 + getattr(header(), name)})]
     label = re.escape(COMPARED[name].label)
-    with pytest.raises(tm.CountMismatch, match=rf"disagree on {label} .*rank 0: .*, rank 1: .*, rank 2: ") as caught:
-        check_headers(headers)
-    is_checksum = COMPARED[name].words is None
-    assert re.search(r"\(rank 0: (.*), rank 1: \1, rank 2: ", str(caught.value)) or is_checksum
+    with pytest.raises(tm.CountMismatch, match=rf"disagree on {label} \(rank 0: (.*), rank 1: \1, rank 2: "):
+        check(headers)
 
 
-def activation_header(activation: Activation) -> CallHeader:
-    return header(**activation_fields(activation))
+@pytest.mark.parametrize("name", ["num_chunks", "chunk_sizes", "wire_dtype", "dropout", "a_new_option"])
+def test_terms_must_agree(name: str) -> None:
+    """Whatever they are: no table has their names."""
+    before = header().terms.words.get(name, "unknown")
+    words = re.escape(f"{header_check.LABELS.get(name, name)}")
+    with pytest.raises(tm.CountMismatch, match=rf"disagree on {words}.* \(rank 0: {re.escape(before)}, rank 1: 7\): "):
+        check([header(), with_terms(**{name: 7})])
+
+
+def test_terms_travel_as_one_number_that_every_process_makes_alike() -> None:
+    terms = CallTerms([("activation", "silu"), ("gated", True)])
+    assert CallHeader._make(header(terms=terms).sealed()).terms == 2377985469474309003 < 2**63
+    assert words_of(terms.text + b"  ") == terms.words
+    assert words_of(terms.text[:-3]) is words_of(b"\xff") is words_of(b"7") is None
+
+
+def test_long_values_are_cut() -> None:
+    first, second = (CallTerms([("placement", "1" * 500 + last)]).words["placement"] for last in "12")
+    assert first != second
+    assert len(first) < 200
+
+
+def test_only_ranks_that_differ_ask_for_words() -> None:
+    """What the others know to be damaged they don't ask for either: they would wait for each other."""
+
+    def ask() -> NoReturn:
+        raise AssertionError
+
+    check_headers([header(), header()], ask)
+    there = CallHeader._make(with_terms(activation="relu").sealed())
+    sent = CallHeader._make(header().sealed())
+    assert not sent.is_damaged
+    with pytest.raises(tm.CountMismatch, match=r"^the headers of ranks \[1\] were damaged on their way$"):
+        check_headers([sent, sent._replace(terms=int(sent.terms) ^ 4)], ask)
+    with pytest.raises(tm.CountMismatch, match=r"^the headers of ranks \[0\] were damaged on their way$"):
+        check_headers([there._replace(hidden_size=7), sent], ask)
+
+
+@pytest.mark.parametrize("at", [1, 2])
+def test_ranks_hear_of_one_that_fails_before_its_words(at: int) -> None:
+    """In the exchange of the lengths, or in that of the texts."""
+    heard: list[str] = []
+
+    def on_rank(transport: Transport) -> None:
+        post_counts, numbers = transport.post_counts, itertools.count()
+
+        def failing(counts: Tensor) -> PendingExchange:
+            if transport.rank == 1 and next(numbers) == at:
+                raise OSError("the disk is full")
+            return post_counts(counts)
+
+        transport.post_counts = failing
+        overlap = OverlapPlan((1,) * (1 + transport.rank))
+        tokens = plan_tokens(as_ids([[0, 3]], 2), 4, transport.rank, 2, overlap)
+        try:
+            exchange_plan(transport, header(overlap), tokens, overlap)
+        except tm.TransportError as error:
+            heard.append(str(error))
+            raise
+
+    with pytest.raises(OSError, match="the disk is full"):
+        tm.run_on_emulated_ranks(on_rank, 2, timeout_s=10)
+    assert re.search("^the ranks' configurations differ, and could not say where: .*rank 1", heard[0]), heard
 
 
 def test_the_words_of_activations() -> None:
-    def a_callable_with_a_name_of_many_letters(h: Tensor) -> Tensor:
+    def a_callable_with_a_name(h: Tensor) -> Tensor:
         return h
 
     words = {
@@ -240,13 +301,17 @@ def test_the_words_of_activations() -> None:
         "ClampedSwiGLU(7.0, alpha=-1.0, up_offset=0.0)": tm.ClampedSwiGLU(7, -1, -0.0),
         "the callable silu": torch.nn.functional.silu,
         "the callable GELU": torch.nn.GELU(),
-        "the callable activation_header": functools.partial(activation_header),
-        "the callable able_with_a_name_of_many_letters": a_callable_with_a_name_of_many_letters,
+        "the callable header": functools.partial(header),
+        "the callable test_the_words_of_activations.<locals>.a_callable_with_a_name": a_callable_with_a_name,
     }
     for said, activation in words.items():
-        check_headers([activation_header(activation)] * 2)
-        with pytest.raises(tm.CountMismatch, match=rf"on activation .*\(rank 0: silu, rank 1: {re.escape(said)}\): "):
-            check_headers([activation_header("silu"), activation_header(activation)])
+        assert dict(ExpertSpec(activation=activation).agreed)["activation"] == said
+
+
+def test_what_of_a_spec_ranks_must_say_alike() -> None:
+    """All of it that a field doesn't exclude, so that a new one is compared too."""
+    names = [name for name, _ in ExpertSpec().agreed]
+    assert names == ["gated", "interleaved", "transposed", "activation", "dropout", "adapters"]
 
 
 def test_headers_of_other_calls() -> None:
@@ -255,57 +320,60 @@ def test_headers_of_other_calls() -> None:
     here, there = header(layer=1, sequence=4), header(layer=0, sequence=3, is_backward=1)
     match = r"rank 0: forward of layer 1, call 4; rank 1: backward of layer 0, call 3\): " + order
     with pytest.raises(tm.CountMismatch, match=match):
-        check_headers([here, there])
+        check([here, there])
     with pytest.raises(tm.CountMismatch, match="rank 1: forward of expert_parallel_mlp, call 4"):
-        check_headers([here, header(sequence=4)])
+        check([here, header(sequence=4)])
     with pytest.raises(tm.CountMismatch, match="backward of layer 0, call 3; rank 1: forward of layer 0, call 3"):
-        check_headers([there, there._replace(is_backward=0)])
+        check([there, there._replace(is_backward=0)])
     fewer = there._replace(layers_made=2, layers_alive=1)
     match = (
         r"made or freed on some ranks alone .* rank 0 has made 3, of which 3 live; rank 1 has made 2, of which 1 live"
         r"\)\. Make the same layers on every rank, in the same order$"
     )
     with pytest.raises(tm.CountMismatch, match=match):
-        check_headers([here._replace(layers_made=3, layers_alive=3), fewer])
-    check_headers([there, fewer])  # another layer has been made, and may be called later
+        check([here._replace(layers_made=3, layers_alive=3), fewer])
+    check([there, fewer])  # another layer has been made, and may be called later
 
 
 def test_headers_that_stop_a_call() -> None:
-    check_headers([header(), header(vote=3, needs_any=1)])
+    check([header(), header(vote=3, needs_any=1)])
     with pytest.raises(tm.CountMismatch, match=r"ranks \[1\] sent something that is not a layer call"):
-        check_headers([header(), header(magic=5)])
+        check([header(), header(magic=5)])
     with pytest.raises(tm.TransportError, match=r"ranks \[0\] refused the arguments"):
-        check_headers([header(error=1), header()])
+        check([header(error=1), header()])
     with pytest.raises(tm.NonFiniteScores, match="rank 1: 3"):
-        check_headers([header(), header(nonfinite_rows=3)])
+        check([header(), header(nonfinite_rows=3)])
     with pytest.raises(tm.CountMismatch, match=r"ranks \[1\] run under torch.no_grad"):
-        check_headers([header(needs_any=1), header(grad_enabled=0)])
+        check([header(needs_any=1), header(grad_enabled=0)])
 
 
 def test_headers_of_other_kinds_of_calls() -> None:
     """They may differ; where plans that were chosen for them do, the error says what the cause is."""
-    check_headers([header(auto=1), header(auto=1, save=1, deterministic=1, grad_enabled=0)])
+    check([header(auto=1), header(auto=1, save=1, deterministic=1, grad_enabled=0)])
     other = {"save": 1, "deterministic": 1}
     words = (
         "save is hidden on ranks [0, 1], input on ranks [2]; "
         "torch.use_deterministic_algorithms is not set on ranks [0, 1], set on ranks [2]. Make it the same"
     )
     with pytest.raises(tm.CountMismatch, match=re.escape(words)):
-        check_headers([header(auto=1), header(auto=1), header(auto=1, window=7, **other)])
-    for headers in ([header(), header(window=7, **other)], [header(auto=1), header(auto=1, serial=1, **other)]):
+        check([header(auto=1), header(auto=1), with_terms(window=7)._replace(auto=1, **other)])
+    for headers in (
+        [header(), with_terms(window=7)._replace(**other)],
+        [header(auto=1), with_terms(serial=True)._replace(auto=1, **other)],
+    ):
         with pytest.raises(tm.CountMismatch, match=r"rank 1: (7|True)\): give every rank the same configuration"):
-            check_headers(headers)
+            check(headers)
 
 
 def test_the_call_is_compared_before_its_plan() -> None:
     with pytest.raises(tm.CountMismatch, match="disagree on top_k of"):
-        check_headers([header(), header(top_k=1, num_chunks=5)])
+        check([header(), with_terms(num_chunks=5)._replace(top_k=1)])
     with pytest.raises(tm.CountMismatch, match="disagree on which call this is"):
-        check_headers([header(), header(layer=1, top_k=5)])
+        check([header(), header(layer=1, top_k=5)])
 
 
 def test_an_error_is_reported_before_a_mismatch() -> None:
     """A rank that refuses its arguments sends an empty header: that is not a disagreement."""
     with pytest.raises(tm.TransportError, match="refused") as caught:
-        check_headers([header(), header(error=1, num_experts=0)])
+        check([header(), header(error=1, num_experts=0)])
     assert not isinstance(caught.value, tm.CountMismatch)

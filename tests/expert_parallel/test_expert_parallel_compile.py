@@ -19,8 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tritonmoe as tm
 from tritonmoe.config.overlap import ramp_sizes
-from tritonmoe.expert_parallel import expert_parallel_mlp as expert_parallel
-from tritonmoe.expert_parallel import operator as expert_parallel_operator
+from tritonmoe.expert_parallel.call_pass import CallBackward, CallForward
 from tritonmoe.expert_parallel.call_spec import CallSpec, decode, encode
 from tritonmoe.experts.spec import expert_spec
 from tritonmoe.experts.tensors import NAMES, CallTensors
@@ -351,9 +350,8 @@ def test_exchanges_keep_the_order_of_the_program(backend: str, monkeypatch: pyte
 
         return spy
 
-    for module in (expert_parallel, expert_parallel_operator):
-        for name, place in (("run_forward", 1), ("run_backward", 2)):
-            monkeypatch.setattr(module, name, spied(name, getattr(module, name), place))
+    for kind, place in ((CallForward, 2), (CallBackward, 3)):
+        monkeypatch.setattr(kind, "__init__", spied(kind.__name__, kind.__init__, place))
     found = []
     leaves = draw(LocalTransport())
     tokens = {name: leaves[name] for name in ("x", "topk_ids", "topk_weights")}
@@ -364,8 +362,8 @@ def test_exchanges_keep_the_order_of_the_program(backend: str, monkeypatch: pyte
         found.append(([y, *grads], list(log)))
     (expected, program), (actual, order) = found
     assert program == [
-        *(f"run_forward {name}" for name in ("second", "first", "second", "first")),
-        *(f"run_backward {name}" for name in ("first", "second", "first")),
+        *(f"CallForward {name}" for name in ("second", "first", "second", "first")),
+        *(f"CallBackward {name}" for name in ("first", "second", "first")),
     ]
     assert order == program
     for a, e in zip(actual, expected, strict=True):

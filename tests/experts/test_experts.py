@@ -23,7 +23,7 @@ from tolerance import assert_close_to_exact
 from torch import Tensor, nn
 
 import tritonmoe as tm
-from tritonmoe.experts.run import ExpertsRun
+from tritonmoe.experts.run import ForwardRun
 
 BACKENDS = ("torch", "reference")
 
@@ -447,14 +447,14 @@ def test_any_shape(num_tokens, top_k, num_experts, hidden, intermediate, activat
 def test_inference_keeps_no_hidden_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights that need gradients don't make no_grad allocate h: only `up` into scratch memory."""
     kept: list[bool] = []
-    forward = ExpertsRun.forward
+    forward = ForwardRun.forward
 
-    def recorded(run: ExpertsRun, chunk: int, out: torch.Tensor | None = None) -> torch.Tensor:
+    def recorded(run: ForwardRun, chunk: int, out: torch.Tensor | None = None) -> torch.Tensor:
         result = forward(run, chunk, out)
         kept.append(run.h is not None)
         return result
 
-    monkeypatch.setattr(ExpertsRun, "forward", recorded)
+    monkeypatch.setattr(ForwardRun, "forward", recorded)
     weights = [torch.randn(3, 8, 6).requires_grad_(), torch.randn(3, 6, 4).requires_grad_()]
     x, ids, topk_weights = torch.randn(5, 6), torch.zeros(5, 2, dtype=torch.int64), torch.rand(5, 2)
     with torch.no_grad():

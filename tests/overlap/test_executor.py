@@ -14,18 +14,19 @@ from tritonmoe.config.overlap import OverlapPlan, equal_sizes
 from tritonmoe.dispatch.header import CallHeader
 from tritonmoe.dispatch.plan import exchange_plan
 from tritonmoe.dispatch.send_plan import plan_tokens
+from tritonmoe.experts.tensors import NO_TENSORS
 from tritonmoe.overlap import report as report_module
-from tritonmoe.overlap.executor import execute
+from tritonmoe.overlap.executor import Execution
 from tritonmoe.overlap.layer_pass import BackwardPass, ForwardPass
 from tritonmoe.overlap.report import PassReport
-from tritonmoe.overlap.row_exchanges import RowExchanges, RowMetadata
+from tritonmoe.overlap.row_exchanges import RowExchanges
 from tritonmoe.overlap.schedule import build_backward, build_forward
 from tritonmoe.overlap.steps import Step, StepKind
 from tritonmoe.transports import PendingExchange, Transport
 
 CPU = torch.device("cpu")
-HEADER = {"num_experts": 2, "top_k": 1, "dtype": 1, "grad_enabled": 1, "needs_any": 1, "needs_x": 1}
-HEADER |= {"needs_topk_weights": 1, "error": 0, "nonfinite_rows": 0, "vote": 0}
+HEADER = {"num_experts": 2, "top_k": 1, "grad_enabled": 1, "needs_any": 1, "needs_x": 1}
+HEADER |= {"needs_topk_weights": 1}
 
 
 class LateExchange(PendingExchange):
@@ -74,7 +75,7 @@ def run_late(plan: OverlapPlan, num_steps: int = 3) -> list[str]:
             StepKind.COMBINE: combine_,
             StepKind.REDUCE: reduce,
         }
-        execute(build_forward(plan), actions, CPU)
+        Execution(build_forward(plan), actions, CPU).run()
         assert results == {c: 2 * (10.0 * step + c) for c in range(num_chunks)}
     return log
 
@@ -111,7 +112,7 @@ def test_every_exchange_is_waited_for_once_even_if_two_steps_need_it() -> None:
         b: lambda _: log.append("b"),
         c: lambda _: log.append("c"),
     }
-    execute(schedule, actions, CPU)
+    Execution(schedule, actions, CPU).run()
     assert log == ["post a", "wait a", "b", "c"]
 
 
@@ -120,7 +121,7 @@ def test_an_error_of_a_step_comes_out() -> None:
         raise ZeroDivisionError("in the experts")
 
     with pytest.raises(ZeroDivisionError, match="in the experts"):
-        execute((Step(StepKind.EXPERTS, 0),), {StepKind.EXPERTS: fails}, CPU)
+        Execution((Step(StepKind.EXPERTS, 0),), {StepKind.EXPERTS: fails}, CPU).run()
 
 
 class SleepingExperts:
@@ -156,21 +157,20 @@ def run_sleeping(
             x, dout = (torch.randn(num_tokens, width, generator=generator) for _ in range(2))
             overlap = OverlapPlan(equal_sizes(num_chunks), local_first=False, serial=serial)
             tokens = plan_tokens(ids, 2, transport.rank, 2, overlap)
-            header = CallHeader.of(overlap, **(HEADER | {"sequence": step, "hidden_size": width}))
+            header = CallHeader(**(HEADER | {"sequence": step, "hidden_size": width}))
             plan = exchange_plan(transport, header, tokens, overlap)
             slices = [plan.receive_slice(c) for c in range(num_chunks)]
             exchanges = RowExchanges(plan, transport, gather_sum)
             with torch.no_grad():
                 forward_pass = ForwardPass(
                     exchanges,
-                    lambda p, rows, *_, s=slices: SleepingExperts(rows, s, seconds),
-                    x,
-                    RowMetadata(ids, torch.ones(num_tokens, 1)),
+                    lambda p, received, _, s=slices: SleepingExperts(received.x, s, seconds),
+                    NO_TENSORS._replace(x=x, topk_ids=ids, topk_weights=torch.ones(num_tokens, 1)),
                 )
                 y, forward = forward_pass.run()
                 assert torch.equal(y, 2 * x)
                 experts, weights = forward_pass.experts, forward_pass.received_weights
-                dx, dweights, _, backward = BackwardPass(exchanges, experts, weights, dout, (False,) * 4).run()
+                (dx, dweights, _), backward = BackwardPass(exchanges, experts, weights, dout, (False,) * 4).run()
                 assert torch.equal(dx, 2 * dout)
                 assert torch.equal(dweights, torch.ones(num_tokens, 1))
         return y, dx, forward, backward
@@ -252,7 +252,7 @@ def test_times_on_a_device_wait_for_the_pass_alone(monkeypatch: pytest.MonkeyPat
     pending = LateExchange(torch.zeros(1), 1.0, [], "dispatch")
     schedule = (Step(StepKind.DISPATCH, 0), Step(StepKind.EXPERTS, 0, (0,)))
     actions = {StepKind.DISPATCH: lambda _: pending, StepKind.EXPERTS: lambda _: None}
-    report = execute(schedule, actions, torch.device("cuda", 3))
+    report = Execution(schedule, actions, torch.device("cuda", 3)).run()
     assert report.total_s == pytest.approx(7e-3)
     times = [t for timing in report.steps for t in (timing.start_s, timing.post_s, timing.wait_s)]
     assert times == pytest.approx([1e-3, 1e-3, 1e-3, 5e-3, 0, 0])
@@ -274,7 +274,7 @@ def test_a_peer_that_never_comes_is_an_error_of_the_step() -> None:
             StepKind.EXPERTS: lambda _: None,
         }
         try:
-            execute(schedule, actions, CPU)
+            Execution(schedule, actions, CPU).run()
         except tm.TransportError as error:
             arrived.set()
             return str(error)

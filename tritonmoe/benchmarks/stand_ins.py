@@ -10,12 +10,14 @@ from tritonmoe.backends import choose
 from tritonmoe.config.layer import NO_WEIGHTS, PerWeight
 from tritonmoe.config.overlap import OverlapPlan
 from tritonmoe.dispatch.count_exchange import post_backward
-from tritonmoe.dispatch.header import DTYPE_CODES, CallHeader
+from tritonmoe.dispatch.header import CallHeader
 from tritonmoe.dispatch.plan import DispatchPlan, exchange_plan
 from tritonmoe.dispatch.send_plan import plan_tokens
-from tritonmoe.overlap.layer_pass import BackwardPass, ExpertsPass, ForwardPass
+from tritonmoe.dispatch.terms import CallTerms, plan_terms
+from tritonmoe.experts.tensors import NO_TENSORS
+from tritonmoe.overlap.layer_pass import BackwardPass, ForwardPass
 from tritonmoe.overlap.report import PassReport
-from tritonmoe.overlap.row_exchanges import RowExchanges, RowMetadata
+from tritonmoe.overlap.row_exchanges import RowExchanges
 from tritonmoe.transports import Transport
 
 __all__ = ["FixedExperts", "run_layer_pass"]
@@ -61,7 +63,7 @@ def run_layer_pass(
     topk_ids: Tensor,
     topk_weights: Tensor,
     num_experts: int,
-    make_experts: Callable[[Tensor, DispatchPlan], ExpertsPass],
+    make_experts: Callable[[Tensor, DispatchPlan], FixedExperts],
     dout: Tensor | None = None,
 ) -> list[PassReport]:
     """Run a layer call with other experts, and with dout (T, D) its backward too; gives the reports of the passes.
@@ -70,28 +72,24 @@ def run_layer_pass(
     """
     needs = int(dout is not None)
     tokens = plan_tokens(topk_ids, num_experts, transport.rank, transport.size, overlap)
-    header = CallHeader.of(
-        overlap,
-        sequence=0,
+    header = CallHeader(
+        terms=CallTerms(plan_terms(overlap)),
         num_experts=num_experts,
         top_k=topk_ids.shape[1],
         hidden_size=x.shape[1],
-        dtype=DTYPE_CODES[x.dtype],
         grad_enabled=needs,
         needs_any=needs,
         needs_x=needs,
         needs_topk_weights=needs,
-        error=0,
-        nonfinite_rows=0,
     )
     plan = exchange_plan(transport, header, tokens, overlap)
     exchanges = RowExchanges(plan, transport, choose("auto", x.device, x.dtype).gather_sum)
-    metadata = RowMetadata(topk_ids, topk_weights)
-    forward = ForwardPass(exchanges, lambda plan, rows, *_: make_experts(rows, plan), x, metadata)
+    given = NO_TENSORS._replace(x=x, topk_ids=topk_ids, topk_weights=topk_weights)
+    forward = ForwardPass(exchanges, lambda plan, received, _: make_experts(received.x, plan), given)
     reports = [forward.run()[1]]
     if dout is not None:
         agreement = post_backward(transport, CallHeader(is_backward=1))
         needs_weights = PerWeight(False, False, False, False)
         backward = BackwardPass(exchanges, forward.experts, forward.received_weights, dout, needs_weights)
-        reports.append(backward.run(agreement).report)
+        reports.append(backward.run(agreement)[1])
     return reports

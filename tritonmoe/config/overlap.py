@@ -1,6 +1,7 @@
 """Frozen, checked settings of how exchanges overlap with compute: what a layer may choose from, and one choice."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from typing import Literal
 
@@ -106,7 +107,7 @@ class OverlapConfig:
                 f"shape must be 'auto', 'equal', 'ramp' or a tuple of relative chunk sizes, got {self.shape!r}"
             )
 
-    @property
+    @cached_property
     def is_auto(self) -> bool:
         """Whether the number of chunks is to be chosen."""
         return self.num_chunks == "auto" and not isinstance(self.shape, tuple)
@@ -198,16 +199,16 @@ class OverlapPlan:
             if not is_integer(getattr(self, name)) or not 1 <= getattr(self, name) <= MAX_CHUNKS:
                 raise ValueError(f"{name} must be 1..{MAX_CHUNKS}, got {getattr(self, name)!r}")
 
-    @property
+    @cached_property
     def num_chunks(self) -> int:
         return len(self.chunk_sizes)
 
-    @property
+    @cached_property
     def num_local_slices(self) -> int:
         """How many segments of rows stand before the chunks: two with local_first, at the start and at the end."""
         return 2 if self.local_first else 0
 
-    @property
+    @cached_property
     def num_segments(self) -> int:
         return self.num_local_slices + self.num_chunks
 

@@ -7,7 +7,7 @@ has its own calls, have a folder each in there.
 
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 
@@ -59,7 +59,8 @@ def folder_name(job_ranks: Sequence[int]) -> str:
 def plain_plan(plan: OverlapPlan) -> Json:
     """Return a plan as JSON has it."""
     wire_dtype = None if plan.wire_dtype is None else str(plan.wire_dtype).removeprefix("torch.")
-    return {**vars(plan), "chunk_sizes": list(plan.chunk_sizes), "wire_dtype": wire_dtype}
+    values = {field.name: getattr(plan, field.name) for field in fields(plan)}
+    return {**values, "chunk_sizes": list(plan.chunk_sizes), "wire_dtype": wire_dtype}
 
 
 @dataclass(frozen=True)

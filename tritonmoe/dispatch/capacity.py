@@ -25,8 +25,9 @@ from torch import Tensor
 
 from tritonmoe.config.overlap import OverlapPlan
 from tritonmoe.dispatch.count_exchange import exchange_counts
-from tritonmoe.dispatch.header import CallHeader, in_millionths
+from tritonmoe.dispatch.header import CallHeader
 from tritonmoe.dispatch.send_plan import TokenPlan, compact_columns, count_rows, owners_of_pairs, row_segments
+from tritonmoe.dispatch.terms import in_millionths
 from tritonmoe.runtime.cpu_memory import to_device
 from tritonmoe.runtime.host_device import HostCopy, is_captured
 from tritonmoe.transports import PendingExchange, Transport
@@ -184,8 +185,6 @@ def replay_overflowed(transport: Transport, flags: Sequence[Tensor], device: tor
 
     It waits for that stream.
     """
-    if not flags:
-        return False
     if device.type == "cuda":
         transport.wait_for_copy(HostCopy(torch.zeros((), dtype=torch.int64, device=device)))
     is_set = any(bool(flag) for flag in flags)

@@ -5,8 +5,8 @@ with an exchange of the same size, so that its header meets the header of whatev
 """
 
 import time
-from array import array
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -14,7 +14,8 @@ from torch import Tensor
 
 from tritonmoe.config.layer import MAX_PAIRS
 from tritonmoe.dispatch.header import HEADER_SIZE, MAGIC, CallHeader
-from tritonmoe.dispatch.header_check import check_headers
+from tritonmoe.dispatch.header_check import AllWords, check_headers
+from tritonmoe.dispatch.terms import CallTerms, words_of
 from tritonmoe.errors import CountMismatch, TransportError
 from tritonmoe.transports import Transport
 from tritonmoe.transports.base import MAX_HEADER, MAX_SEGMENTS
@@ -43,7 +44,7 @@ class CountTimes(NamedTuple):
 def _message(transport: Transport, header: CallHeader) -> Tensor:
     """Return what every rank is told, (W, L) int64: the header, and zeros behind it, where the counts will stand."""
     size, length = transport.size, transport.message_length
-    row = array("q", header).tobytes().ljust(8 * length, b"\0")
+    row = header.sealed().tobytes().ljust(8 * length, b"\0")
     return torch.frombuffer(bytearray(row * size), dtype=torch.int64).view(
         size, length
     )  # of Python numbers torch.tensor takes ten times as long
@@ -51,6 +52,28 @@ def _message(transport: Transport, header: CallHeader) -> Tensor:
 
 def _headers(received: Tensor) -> list[CallHeader]:
     return [CallHeader._make(row) for row in received[:, :HEADER_SIZE].tolist()]
+
+
+def _words_of_all(transport: Transport, header: CallHeader) -> AllWords:
+    """Return the words of every rank's terms: every rank calls this, once all know that the numbers differ.
+
+    One exchange brings the lengths, a second one the texts.
+    """
+    assert isinstance(header.terms, CallTerms), "this rank's own header has them"
+    size, text = transport.size, header.terms.text
+    try:
+        with Doing(lambda: f"the exchange of what differs in the {header.place}"):
+            lengths = transport.exchange_counts(torch.full((size, 1), len(text), dtype=torch.int64, device="cpu"))
+            width = -(-int(lengths.max()) // 8)
+            padded = torch.frombuffer(bytearray(text.ljust(8 * width)), dtype=torch.int64).repeat(size, 1)
+            received = transport.exchange_counts(padded)
+    except TransportError as error:
+        raise TransportError(f"the ranks' configurations differ, and could not say where: {error}") from error
+    words = [words_of(row.numpy().tobytes()) for row in received]
+    damaged = [rank for rank, one in enumerate(words) if one is None]
+    if damaged:
+        raise CountMismatch(f"the ranks' configurations differ; what ranks {damaged} said of it was damaged on its way")
+    return [one for one in words if one is not None]
 
 
 def refuse_call(transport: Transport, sequence: int) -> bool:
@@ -74,7 +97,7 @@ class BackwardAgreement:
     """
 
     def __init__(self, transport: Transport, header: CallHeader) -> None:
-        self._header = header
+        self._transport, self._header = transport, header
         self._message = _message(transport, header)
         self._pending = transport.post_counts(self._message)
         self._posted_at = time.perf_counter()
@@ -95,7 +118,7 @@ class BackwardAgreement:
             raise TransportError(f"before the {self._header.place}: {error}") from error
         self.times = CountTimes(self._posted_at, time.perf_counter())
         if not torch.equal(received, self._message):  # every rank says what this one does
-            check_headers(_headers(received))
+            check_headers(_headers(received), partial(_words_of_all, self._transport, self._header))
 
 
 def post_backward(transport: Transport, header: CallHeader) -> BackwardAgreement | None:
@@ -130,7 +153,7 @@ def exchange_counts(
         raise TransportError(f"count exchange of layer call {header.sequence}, {where}: {error}") from error
     times = CountTimes(posted_at, time.perf_counter())
     headers = _headers(received)
-    check_headers(headers)
+    check_headers(headers, partial(_words_of_all, transport, header))
     traffic = received[:, MAX_HEADER:first].reshape(size, 2, size).transpose(0, 1).contiguous()
     check_sizes(traffic[0].sum(0).tolist(), header.top_k)
     told = received[:, first:].view(size, num_kinds, MAX_SEGMENTS)[:, :, :num_segments].permute(1, 2, 0)

@@ -3,42 +3,20 @@
 Every rank has all headers, so every rank raises the same error.
 """
 
-import functools
-import struct
-from collections.abc import Callable, Sequence
-from operator import attrgetter
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter, index
+from typing import NamedTuple, NoReturn
 
-from tritonmoe.config.layer import ACTIVATION_NAMES, PerWeight
-from tritonmoe.config.overlap import WIRE_DTYPES
-from tritonmoe.dispatch.header import (
-    CALLABLE,
-    CHUNK_BY,
-    CLAMPED,
-    CLAMPED_FIELDS,
-    DTYPE_CODES,
-    EXPERT_GRADIENTS,
-    MAGIC,
-    NAME_FIELDS,
-    SAVES,
-    CallHeader,
-    numbers_of,
-)
+from tritonmoe.config.layer import PerWeight
+from tritonmoe.dispatch.header import DTYPE_CODES, MAGIC, SAVES, CallHeader
+from tritonmoe.dispatch.terms import PLAN_NAMES
 from tritonmoe.errors import CapacityOverflow, CountMismatch, NonFiniteScores, TransportError
 
-__all__ = ["NoLayerCall", "check_headers"]
+__all__ = ["AllWords", "NoLayerCall", "check_headers"]
 
+AllWords = Sequence[Mapping[str, str]]
+"""Every rank's words of its CallTerms, by name."""
 DTYPE_NAMES = {0: "another one", **{code: str(dtype) for dtype, code in DTYPE_CODES.items()}}
-
-
-def _activation_words(activation: int, *numbers_and_name: int) -> str:
-    if activation == CLAMPED:
-        limit, alpha, up_offset = numbers_of(*numbers_and_name[:3])
-        return f"ClampedSwiGLU({limit}, alpha={alpha}, up_offset={up_offset})"
-    if activation == CALLABLE:
-        name = struct.pack("<4q", *numbers_and_name[3:]).decode(errors="replace").rstrip()
-        return f"the callable {name}"
-    return _one_of(ACTIVATION_NAMES)(activation)
 
 
 def _one_of(values: Sequence[object]) -> Callable[[int], str]:
@@ -46,20 +24,8 @@ def _one_of(values: Sequence[object]) -> Callable[[int], str]:
     return lambda place: str(values[place]) if 0 <= place < len(values) else f"unknown ({place})"
 
 
-def _dtype_words(code: int) -> str:
-    return DTYPE_NAMES.get(code, f"unknown ({code})")
-
-
-def _capacity_words(millionths: int) -> str:
-    return str(millionths / 1e6) if millionths else "None"
-
-
 def _replica_words(bits: int) -> str:
     return " and ".join(name for i, name in enumerate(PerWeight._fields) if bits >> i & 1) or "none"
-
-
-def _rank_words(rank: int) -> str:
-    return str(rank) if rank else "no adapter"
 
 
 def _backwards_words(number: int, last: int, _: int) -> str:
@@ -67,19 +33,15 @@ def _backwards_words(number: int, last: int, _: int) -> str:
 
 
 class Compared(NamedTuple):
-    """Something that is the same on all ranks: its name for a user, its fields in the header, and their words."""
+    """Something of a call that is the same on all ranks: its name for a user, its fields in the header, and words."""
 
     label: str
     fields: tuple[str, ...]
-    words: Callable[..., str] | None = str
-    """Makes words of the fields' values; None where they are checksums, which have no words."""
+    words: Callable[..., str] = str
+    """Makes words of the fields' values."""
 
 
-def _field(name: str, words: Callable[..., str] | None = str) -> Compared:
-    return Compared(f"{name} of this layer call", (name,), words)
-
-
-_FALSE_TRUE = _one_of((False, True))
+OF_CALL = "{} of this layer call"
 SAME_CALL = (
     Compared(
         "the backwards that ran before this layer call, or their order",
@@ -87,42 +49,21 @@ SAME_CALL = (
         _backwards_words,
     ),
     Compared("which part of a batch this layer call is of", ("half",), _one_of(("all of it", "half 1", "half 2"))),
-    _field("num_experts"),
-    _field("top_k"),
-    _field("hidden_size"),
-    _field("intermediate_size"),
-    _field("dtype", _dtype_words),
-    _field("placement", None),
-    Compared("activation of this layer call", ("activation", *CLAMPED_FIELDS, *NAME_FIELDS), _activation_words),
-    _field("gated", _FALSE_TRUE),
-    _field("interleaved", _FALSE_TRUE),
-    _field("transposed", _FALSE_TRUE),
-    _field("expert_gradients", _one_of(EXPERT_GRADIENTS)),
-    _field("gate_up_bias", _one_of(("none", "a tensor"))),
-    _field("down_bias", _one_of(("none", "a tensor"))),
-    Compared("the rank of the adapter on gate_up_proj in this layer call", ("gate_up_rank",), _rank_words),
-    Compared("the rank of the adapter on down_proj in this layer call", ("down_rank",), _rank_words),
-    Compared("which of PEFT's adapters are active in this layer call, and with what scale", ("adapters",), None),
-    Compared("the dropout of the adapters in this layer call", ("dropout",), lambda bits: str(numbers_of(bits)[0])),
+    *(Compared(OF_CALL.format(name), (name,)) for name in ("num_experts", "top_k", "hidden_size", "intermediate_size")),
     Compared("whether a CUDA graph captures this layer call", ("captured",), _one_of(("not captured", "captured"))),
 )
-CHOSEN = (
-    _field("num_chunks"),
-    _field("chunk_sizes", None),
-    _field("local_start"),
-    _field("window"),
-    _field("backward_window"),
-    _field("chunk_by", _one_of(CHUNK_BY)),
-)
-"""The fields that follow from what num_chunks="auto" chooses."""
-SAME_PLAN = (
-    *CHOSEN,
-    _field("local_first", _FALSE_TRUE),
-    _field("serial", _FALSE_TRUE),
-    _field("wire_dtype", _one_of(WIRE_DTYPES)),
-    _field("capacity", _capacity_words),
+SAME_GRADIENTS = (
     Compared("which replicated weights need gradients in this layer call", ("replica_grads",), _replica_words),
 )
+LABELS = {
+    "gate_up_rank": "the rank of the adapter on gate_up_proj in this layer call",
+    "down_rank": "the rank of the adapter on down_proj in this layer call",
+    "adapters": "which of PEFT's adapters are active in this layer call, and with what scale",
+    "dropout": "the dropout of the adapters in this layer call",
+}
+"""What the terms are called that don't go by their own name."""
+CHOSEN = ("num_chunks", "chunk_sizes", "local_start", "window", "backward_window", "chunk_by")
+"""The terms that follow from what num_chunks="auto" chooses."""
 KINDS: dict[str, tuple[str, tuple[str, ...] | dict[int, str]]] = {
     "auto": ("num_chunks", ("given", '"auto"')),
     "grad_enabled": ("grad mode", ("torch.no_grad()", "torch.enable_grad()")),
@@ -137,33 +78,20 @@ class NoLayerCall(CountMismatch):
     """Some rank made a collective of the transport where this one called a layer, which that rank didn't count."""
 
 
-def check_headers(headers: Sequence[CallHeader]) -> None:
-    """Raise the same error on every rank unless all ranks make the same call, or run its backward."""
-    strangers = [rank for rank, h in enumerate(headers) if h.magic != MAGIC]
-    if strangers:
-        raise NoLayerCall(
-            f"ranks {strangers} sent something that is not a layer call: every rank must make the same "
-            "expert-parallel calls, in the same order, on this transport"
-        )
-    refused = [rank for rank, h in enumerate(headers) if h.error]
-    if refused:
-        raise TransportError(f"ranks {refused} refused the arguments of this layer call; see the error raised there")
-    _check_place(headers)
-    _check_agreement(headers, SAME_CALL)
-    if any(h.needs_any for h in headers) and not all(h.grad_enabled for h in headers):
-        without = [rank for rank, h in enumerate(headers) if not h.grad_enabled]
-        raise CountMismatch(
-            f"ranks {without} run under torch.no_grad() while other ranks need gradients of this layer call: "
-            "every rank must run its backward, so use one grad mode on all"
-        )
-    without = [rank for rank, h in enumerate(headers) if h.compiled and not h.needs_any]
-    if without and any(h.needs_any for h in headers):
-        raise CountMismatch(
-            f"ranks {without} run this layer call in a compiled graph in which it needs no gradient, while other ranks "
-            "need gradients of it: every rank must run its backward, so train something there too, or leave this layer "
-            "out of the graph on those ranks (torch.compiler.disable)"
-        )
-    _check_agreement(headers, SAME_PLAN)
+_all_that_is_equal = attrgetter(
+    *("magic", "sequence", "layer", "copy", "is_backward", "error", "terms"),
+    *(name for one in (*SAME_CALL, *SAME_GRADIENTS) for name in one.fields),
+)
+
+
+def check_headers(headers: Sequence[CallHeader], ask: Callable[[], AllWords]) -> None:
+    """Raise the same error on every rank unless all ranks make the same call, or run its backward.
+
+    ask: gets the words of all ranks' terms, in an exchange that every rank makes; called where they differ.
+    """
+    if len(set(map(_all_that_is_equal, headers))) > 1 or headers[0].magic != MAGIC or headers[0].error:
+        _check_one_call(headers, ask)
+    _check_gradients(headers)
     poisoned = [rank for rank, h in enumerate(headers) if h.replay_overflowed]
     if poisoned:
         raise CapacityOverflow(
@@ -177,6 +105,51 @@ def check_headers(headers: Sequence[CallHeader]) -> None:
         raise NonFiniteScores(
             f"router scores or weights of some tokens are NaN or infinite ({said}): "
             "look for an overflow in the activations before the router"
+        )
+
+
+def _check_one_call(headers: Sequence[CallHeader], ask: Callable[[], AllWords]) -> None:
+    """Raise what the headers differ in, in the order in which one thing explains another."""
+    strangers = [rank for rank, h in enumerate(headers) if h.magic != MAGIC]
+    if strangers:
+        raise NoLayerCall(
+            f"ranks {strangers} sent something that is not a layer call: every rank must make the same "
+            "expert-parallel calls, in the same order, on this transport"
+        )
+    refused = [rank for rank, h in enumerate(headers) if h.error]
+    if refused:
+        raise TransportError(f"ranks {refused} refused the arguments of this layer call; see the error raised there")
+    _check_place(headers)
+    words: AllWords = ()
+    if len({index(h.terms) for h in headers}) > 1:
+        damaged = [rank for rank, h in enumerate(headers) if h.is_damaged]
+        if damaged:
+            raise CountMismatch(f"the headers of ranks {damaged} were damaged on their way")
+        words = ask()
+    _check_agreement(headers, SAME_CALL)
+    names = list(dict.fromkeys(name for one in words for name in one))
+    _check_words(headers, words, [name for name in names if name not in PLAN_NAMES])
+    _check_gradients(headers)
+    _check_words(headers, words, [name for name in names if name in PLAN_NAMES])
+    _check_agreement(headers, SAME_GRADIENTS)
+
+
+def _check_gradients(headers: Sequence[CallHeader]) -> None:
+    """Raise CountMismatch unless every rank can run the backward that some rank needs."""
+    if not any(h.needs_any for h in headers):
+        return
+    without = [rank for rank, h in enumerate(headers) if not h.grad_enabled]
+    if without:
+        raise CountMismatch(
+            f"ranks {without} run under torch.no_grad() while other ranks need gradients of this layer call: "
+            "every rank must run its backward, so use one grad mode on all"
+        )
+    without = [rank for rank, h in enumerate(headers) if h.compiled and not h.needs_any]
+    if without:
+        raise CountMismatch(
+            f"ranks {without} run this layer call in a compiled graph in which it needs no gradient, while other ranks "
+            "need gradients of it: every rank must run its backward, so train something there too, or leave this layer "
+            "out of the graph on those ranks (torch.compiler.disable)"
         )
 
 
@@ -207,31 +180,29 @@ def _check_place(headers: Sequence[CallHeader]) -> None:
     raise CountMismatch(f"the ranks disagree on which call this is ({said}): {why}")
 
 
-@functools.cache
-def _getter(compared: tuple[Compared, ...]) -> Callable[[CallHeader], object]:
-    return attrgetter(*(name for one in compared for name in one.fields))
-
-
 def _check_agreement(headers: Sequence[CallHeader], compared: tuple[Compared, ...]) -> None:
     """Raise CountMismatch unless these are the same on all ranks."""
-    if len(set(map(_getter(compared), headers))) == 1:
-        return
     for one in compared:
         values = [tuple(getattr(h, name) for name in one.fields) for h in headers]
         if len(set(values)) > 1:
-            said = ", ".join(f"rank {rank}: {_words(one, values, rank)}" for rank in range(len(values)))
-            why = _other_kinds(headers) if one in CHOSEN else ""
-            raise CountMismatch(
-                f"the ranks disagree on {one.label} ({said}): "
-                + (why or "give every rank the same configuration and make the same calls in the same order")
-            )
+            _raise_mismatch(one.label, [one.words(*value) for value in values])
 
 
-def _words(compared: Compared, values: Sequence[tuple[int, ...]], rank: int) -> str:
-    if compared.words is not None:
-        return compared.words(*values[rank])
-    first = values.index(values[rank])
-    return "its own" if first == rank else f"that of rank {first}"
+def _check_words(headers: Sequence[CallHeader], words: AllWords, names: Sequence[str]) -> None:
+    """Raise CountMismatch unless the terms with these names are the same on all ranks."""
+    for name in names:
+        said = [one.get(name, "unknown") for one in words]
+        if len(set(said)) > 1:
+            why = _other_kinds(headers) if name in CHOSEN else ""
+            _raise_mismatch(LABELS.get(name, OF_CALL.format(name)), said, why)
+
+
+def _raise_mismatch(label: str, said: Sequence[str], why: str = "") -> NoReturn:
+    """Raise what the ranks differ in; why: the cause, where one is known."""
+    raise CountMismatch(
+        f"the ranks disagree on {label} ({', '.join(f'rank {rank}: {words}' for rank, words in enumerate(said))}): "
+        + (why or "give every rank the same configuration and make the same calls in the same order")
+    )
 
 
 def _other_kinds(headers: Sequence[CallHeader]) -> str:

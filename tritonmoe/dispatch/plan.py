@@ -87,52 +87,52 @@ class DispatchPlan:
         return chunk + self.overlap.num_local_slices
 
     def send_slice(self, chunk: int) -> slice:
-        segment = self.segment(chunk)
+        segment = chunk + self.overlap.num_local_slices
         return slice(*self.send_offsets[segment : segment + 2])
 
     def receive_slice(self, chunk: int) -> slice:
-        segment = self.segment(chunk)
+        segment = chunk + self.overlap.num_local_slices
         return slice(*self.receive_offsets[segment : segment + 2])
 
     def return_slice(self, chunk: int) -> slice:
-        segment = self.segment(chunk)
+        segment = chunk + self.overlap.num_local_slices
         return slice(*self.return_offsets[segment : segment + 2])
 
     def home_slice(self, chunk: int) -> slice:
-        segment = self.segment(chunk)
+        segment = chunk + self.overlap.num_local_slices
         return slice(*self.home_offsets[segment : segment + 2])
 
     def token_slice(self, chunk: int) -> slice:
         return slice(*self.tokens.token_bounds[chunk : chunk + 2])
 
     def send_splits(self, chunk: int) -> list[int]:
-        return self.tokens.rows[self.segment(chunk)]
+        return self.tokens.rows[chunk + self.overlap.num_local_slices]
 
     def receive_splits(self, chunk: int) -> list[int]:
-        return self.receive_rows[self.segment(chunk)]
+        return self.receive_rows[chunk + self.overlap.num_local_slices]
 
     def return_splits(self, chunk: int) -> list[int]:
-        return self.return_rows[self.segment(chunk)]
+        return self.return_rows[chunk + self.overlap.num_local_slices]
 
     def home_splits(self, chunk: int) -> list[int]:
-        return self.tokens.return_rows[self.segment(chunk)]
+        return self.tokens.return_rows[chunk + self.overlap.num_local_slices]
 
-    @property
+    @cached_property
     def num_local(self) -> int:
         """How many rows are not exchanged: all buffers start with them."""
         return self.send_offsets[self.overlap.num_local_slices]
 
-    @property
+    @cached_property
     def is_identity(self) -> bool:
         """Whether every token stays, once: then home rows, received rows and tokens are the same, in one order."""
         is_full = not self.tokens.has_padding and self.num_home == self.tokens.token_bounds[-1]
         return self.size == 1 and self.overlap.local_first and is_full
 
-    @property
+    @cached_property
     def num_home(self) -> int:
         return self.send_offsets[-1]
 
-    @property
+    @cached_property
     def num_received(self) -> int:
         return self.receive_offsets[-1]
 

@@ -4,22 +4,24 @@ On two levels the plan is made in _agree_on_two_levels, and with a capacity in _
 """
 
 import time
-import zlib
 from dataclasses import replace
+from functools import lru_cache
 
 import torch
 
 from tritonmoe.config.overlap import OverlapConfig, OverlapPlan
 from tritonmoe.dispatch.capacity import plan_capped_tokens, post_flag, replay_overflowed
-from tritonmoe.dispatch.header import DTYPE_CODES, EXPERT_GRADIENTS, SAVES, CallHeader, activation_fields, bits_of
+from tritonmoe.dispatch.header import DTYPE_CODES, SAVES, CallHeader
 from tritonmoe.dispatch.header_check import NoLayerCall
 from tritonmoe.dispatch.placement import ExpertPlacement, replica_bits
 from tritonmoe.dispatch.plan import DispatchPlan, exchange_plan
 from tritonmoe.dispatch.send_plan import TokenPlan, plan_tokens
+from tritonmoe.dispatch.terms import CallTerms, plan_terms
 from tritonmoe.dispatch.two_level import exchange_two_level_plan
-from tritonmoe.expert_parallel.call import ExpertParallelCall
+from tritonmoe.expert_parallel.agreed_call import AgreedCall
 from tritonmoe.expert_parallel.check import CheckedCall
 from tritonmoe.expert_parallel.two_level_call import TwoLevelCall
+from tritonmoe.experts.tensors import NAMES, OPTIONAL
 from tritonmoe.transports import TwoLevelTransport
 from tritonmoe.tuning.votes import Message
 
@@ -27,7 +29,7 @@ __all__ = ["agree", "agree_without_capacity"]
 
 
 @torch.no_grad()
-def agree(call: CheckedCall, overlap: OverlapPlan, message: Message) -> ExpertParallelCall:
+def agree(call: CheckedCall, overlap: OverlapPlan, message: Message) -> AgreedCall:
     """Tell every rank what this call is and how many rows it sends there, hear the same of them, and plan the call.
 
     Args:
@@ -42,7 +44,7 @@ def agree(call: CheckedCall, overlap: OverlapPlan, message: Message) -> ExpertPa
         raise
 
 
-def _agree(call: CheckedCall, overlap: OverlapPlan, header: CallHeader) -> ExpertParallelCall:
+def _agree(call: CheckedCall, overlap: OverlapPlan, header: CallHeader) -> AgreedCall:
     if call.two_level is not None:
         return _agree_on_two_levels(call, header, overlap, call.two_level)
     if overlap.capacity is not None:
@@ -53,10 +55,10 @@ def _agree(call: CheckedCall, overlap: OverlapPlan, header: CallHeader) -> Exper
 
 
 @torch.no_grad()
-def agree_without_capacity(call: CheckedCall, first: ExpertParallelCall) -> ExpertParallelCall:
+def agree_without_capacity(call: CheckedCall, first: AgreedCall) -> AgreedCall:
     """Plan a call again by its counts, after a first run in which some rank's rows did not fit."""
     entered_at = time.perf_counter()
-    header, overlap = first.header._replace(capacity=0), replace(first.report.overlap, capacity=None)
+    header, overlap = first.header, replace(first.report.overlap, capacity=None)
     again = _planned(call, exchange_plan(call.transport, header, _plan_tokens(call, overlap), overlap), header)
     again.entered_at, again.first_run = entered_at, first.report
     return again
@@ -68,11 +70,11 @@ def _plan_tokens(call: CheckedCall, overlap: OverlapPlan) -> TokenPlan:
     return plan_tokens(topk_ids, call.num_slots, rank, size, overlap, call.num_nonfinite_rows, read)
 
 
-def _planned(call: CheckedCall, plan: DispatchPlan, header: CallHeader) -> ExpertParallelCall:
+def _planned(call: CheckedCall, plan: DispatchPlan, header: CallHeader) -> AgreedCall:
     """Return a call whose plan is made, on one level."""
-    return ExpertParallelCall(
+    return AgreedCall(
         settings=call.settings,
-        owners=call.runner.owners,
+        owners=call.owners,
         all_ranks=call.transport,
         transport=call.transport,
         header=header,
@@ -83,7 +85,7 @@ def _planned(call: CheckedCall, plan: DispatchPlan, header: CallHeader) -> Exper
     )
 
 
-def _agree_on_capacity(call: CheckedCall, header: CallHeader, overlap: OverlapPlan) -> ExpertParallelCall:
+def _agree_on_capacity(call: CheckedCall, header: CallHeader, overlap: OverlapPlan) -> AgreedCall:
     """Plan with the room that the capacity gives, which reads no device; whether all fits is known behind the call.
 
     In a CUDA graph that is told on the device, beside the rows.
@@ -108,7 +110,7 @@ def _agree_on_two_levels(
     )
     return TwoLevelCall(
         settings=call.settings,
-        owners=call.runner.owners,
+        owners=call.owners,
         all_ranks=transport,
         transport=transport.between_nodes,
         header=header,
@@ -124,52 +126,65 @@ def _agree_on_two_levels(
 def call_header(call: CheckedCall, overlap: OverlapPlan, message: Message) -> CallHeader:
     """Return what this rank says of a call to every rank, counts and nonfinite_rows apart."""
     spec, tensors, needs, placement = call.spec, call.tensors, call.needs, call.spec.placement
-    experts, weights = spec.experts, tensors.weights
-    has_replicas = placement is not None and placement.has_replicas
-    is_replay_wrong = not call.is_captured and replay_overflowed(
-        call.transport, call.state.captured_flags, tensors.x.device
-    )
-    gradients = "sum" if call.layer is None else call.layer.expert_gradients
-    return CallHeader.of(
-        overlap,
+    flags = () if call.is_captured else call.state.captured_flags
+    is_replay_wrong = bool(flags) and replay_overflowed(call.transport, flags, tensors.x.device)
+    return CallHeader(
         sequence=call.sequence,
         layer=-1 if call.layer is None else call.layer.layer,
         copy=0 if call.layer is None else call.layer.copy,
+        terms=call_terms(call, overlap),
         num_experts=call.num_slots,
         top_k=tensors.topk_ids.shape[1],
         hidden_size=tensors.x.shape[1],
         intermediate_size=call.intermediate_size,
-        dtype=DTYPE_CODES[tensors.x.dtype],
         topk_weights_dtype=DTYPE_CODES.get(tensors.topk_weights.dtype, 0),
-        grad_enabled=int(call.runner.grad_enabled),
-        needs_any=int(needs.any()),
+        grad_enabled=int(call.grad_enabled),
+        needs_any=int(any(needs.flatten())),
         needs_x=int(needs.x),
         needs_topk_weights=int(needs.topk_weights),
-        half=call.runner.half,
-        compiled=int(call.runner.is_compiled),
+        half=call.half,
+        compiled=int(call.is_compiled),
         captured=int(call.is_captured),
         replay_overflowed=int(is_replay_wrong),
-        placement=placement_checksum(placement),
         replica_grads=replica_bits(placement, needs.weights),
         auto=int(isinstance(spec.overlap, OverlapConfig) and spec.overlap.is_auto),
-        save=SAVES.index(experts.save),
+        save=SAVES.index(spec.experts.save),
         deterministic=int(torch.are_deterministic_algorithms_enabled()),
-        gated=int(experts.layout.gated),
-        interleaved=int(experts.layout.interleaved),
-        transposed=int(experts.layout.transposed and has_replicas),
-        gate_up_bias=int(weights.gate_up_bias is not None),
-        down_bias=int(weights.down_bias is not None),
-        gate_up_rank=0 if weights.gate_up_a is None else weights.gate_up_a.shape[1],
-        down_rank=0 if weights.down_a is None else weights.down_a.shape[1],
-        dropout=bits_of(experts.dropout)[0],
-        adapters=zlib.crc32(experts.adapters.encode()),
-        expert_gradients=EXPERT_GRADIENTS.index(gradients),
-        **activation_fields(experts.activation),
         **call.state.history(),
         **message._asdict(),
     )
 
 
-def placement_checksum(placement: ExpertPlacement | None) -> int:
-    """Return what tells two placements apart; 0 for the contiguous one."""
-    return 0 if placement is None else zlib.crc32(str(placement.experts_of_rank).encode())
+def call_terms(call: CheckedCall, overlap: OverlapPlan) -> CallTerms:
+    """Return what must be the same on all ranks of a call that runs this plan: what is configured, and its tensors."""
+    weights, placement = call.tensors.weights, call.spec.placement
+    ranks = [0 if of is None else of.shape[1] for of in (weights.gate_up_a, weights.down_a)]
+    given = tuple([name for name, tensor in zip(NAMES, call.tensors.flatten(), strict=False) if tensor is not None])
+    gradients = "sum" if call.layer is None else call.layer.expert_gradients
+    experts = call.spec.experts.agreed
+    return _call_terms(experts, placement, gradients, call.tensors.x.dtype, given, tuple(ranks), overlap)
+
+
+@lru_cache(maxsize=1024)
+def _call_terms(
+    experts: tuple[tuple[str, object], ...],
+    placement: ExpertPlacement | None,
+    expert_gradients: str,
+    dtype: torch.dtype,
+    given: tuple[str, ...],
+    adapter_ranks: tuple[int, ...],
+    overlap: OverlapPlan,
+) -> CallTerms:
+    """Return these as terms; kept by their values, which most calls of a layer share."""
+    named: dict[str, object] = {
+        "dtype": dtype,
+        "placement": "contiguous" if placement is None else placement.experts_of_rank,
+    }
+    named |= dict(experts)
+    if placement is None or not placement.has_replicas:
+        del named["transposed"]  # gradients of replicas are summed as they lie in memory; to others it is all one
+    named |= {"expert_gradients": expert_gradients}
+    for name, rank in zip(("gate_up_rank", "down_rank"), adapter_ranks, strict=True):
+        named[name] = rank or "no adapter"
+    named |= {name: "a tensor" if name in given else "none" for name in NAMES if name in OPTIONAL}
+    return CallTerms((*named.items(), *plan_terms(overlap)))

@@ -16,7 +16,7 @@ from tritonmoe.experts.spec import ExpertSpec, from_plain, literal, to_plain
 from tritonmoe.experts.tensors import CallTensors
 from tritonmoe.transports import Transport
 
-__all__ = ["CallArguments", "CallSpec", "decode", "encode"]
+__all__ = ["CallArguments", "CallSpec", "InGraph", "decode", "encode"]
 
 PLAN_FIELDS, CONFIG_FIELDS = (tuple(field.name for field in fields(kind)) for kind in (OverlapPlan, OverlapConfig))
 
@@ -32,6 +32,13 @@ class CallSpec:
     placement: ExpertPlacement | None = None
 
 
+class InGraph(NamedTuple):
+    """What a compiled graph has settled of a call before it runs."""
+
+    grad_enabled: bool
+    needs: CallTensors[bool]
+
+
 class CallArguments(NamedTuple):
     """One expert-parallel call as its caller makes it."""
 
@@ -43,6 +50,10 @@ class CallArguments(NamedTuple):
     num_nonfinite_rows: Tensor | None = None
     """(), Routing's count of tokens without a finite score; None to look at topk_weights."""
     fillers: Sequence[Callable[[], None]] = ()
+    half: int = 0
+    """Which half of a batch in two_batches the call is of, 1 or 2; 0 for a whole batch."""
+    in_graph: InGraph | None = None
+    """None for an eager call."""
 
 
 # As a string

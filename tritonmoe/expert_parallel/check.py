@@ -12,7 +12,6 @@ from tritonmoe.config.overlap import OverlapConfig, OverlapPlan, check_overlap
 from tritonmoe.dispatch.header import DTYPE_CODES
 from tritonmoe.dispatch.placement import ExpertPlacement
 from tritonmoe.dispatch.two_level import check_two_level
-from tritonmoe.expert_parallel.call import Runner
 from tritonmoe.expert_parallel.call_spec import CallArguments, CallSpec
 from tritonmoe.expert_parallel.listeners import listeners
 from tritonmoe.expert_parallel.state import LayerCalls, TransportState, refuse, state_of
@@ -39,7 +38,6 @@ class CheckedCall(NamedTuple):
     """One call whose arguments fit together on this rank, and what follows from them alone."""
 
     spec: CallSpec
-    runner: Runner
     transport: Transport
     state: TransportState
     sequence: int
@@ -49,10 +47,20 @@ class CheckedCall(NamedTuple):
     """In autocast's dtypes; topk_ids are slots where there is a placement."""
     num_slots: int
     """Of all ranks; slots are experts unless there is a placement."""
+    intermediate_size: int
+    """F."""
     num_nonfinite_rows: Tensor
     fillers: Sequence[Callable[[], None]]
     settings: ExpertSettings
+    half: int
+    is_compiled: bool
+    """Whether the call stands in a compiled graph."""
+    grad_enabled: bool
+    """Whether the call was made with gradients enabled."""
     needs: CallTensors[bool]
+    """Of what this rank wants a gradient."""
+    owners: PerWeight[Tensor] | None
+    """As in AgreedCall."""
     is_captured: bool
     """Whether a CUDA graph captures the call, so that nothing of a device can be read."""
     two_level: TwoLevelTransport | None
@@ -60,14 +68,8 @@ class CheckedCall(NamedTuple):
     entered_at: float
     """When the call came here: time.perf_counter()."""
 
-    @property
-    def intermediate_size(self) -> int:
-        """F."""
-        layout, weight = self.settings.spec.layout, self.tensors.weights.gate_up_proj
-        return layout.intermediate_size(weight.shape[2 if layout.transposed else 1])
 
-
-def check(arguments: CallArguments, runner: Runner) -> CheckedCall:
+def check(arguments: CallArguments) -> CheckedCall:
     """Check a call on this rank, before anything of it is sent.
 
     Raises:
@@ -75,10 +77,10 @@ def check(arguments: CallArguments, runner: Runner) -> CheckedCall:
             and raise too.
     """
     entered_at = time.perf_counter()
-    spec, transport, _, layer, num_nonfinite_rows, fillers = arguments
+    spec, transport, _, layer, num_nonfinite_rows, fillers, half, in_graph = arguments
     two_level = transport if isinstance(transport, TwoLevelTransport) else None
     try:
-        tensors = _checked_tensors(arguments, runner.owners)
+        tensors, owners = _checked_tensors(arguments)
         if two_level is not None:
             check_two_level(spec.overlap, spec.placement)
         is_in_graph = is_captured(tensors.x.device)
@@ -94,47 +96,59 @@ def check(arguments: CallArguments, runner: Runner) -> CheckedCall:
     except Exception:
         refuse(transport)
         raise
-    needs = runner.needs(tensors)
     num_slots = spec.num_experts
+    needs = tensors.needs() if in_graph is None else in_graph.needs
     with torch.no_grad():
         if spec.placement is not None:
             tensors = tensors._replace(topk_ids=spec.placement.slots(tensors.topk_ids, transport.rank))
             num_slots = transport.size * spec.placement.num_slots
         if num_nonfinite_rows is None:
             num_nonfinite_rows = count_nonfinite_rows(tensors, num_slots)
-    state = state_of(transport)
+    state, weights = state_of(transport), tensors.weights
     return CheckedCall(
         spec=spec,
-        runner=runner,
         transport=transport,
         state=state,
         sequence=state.next_call(),
         layer=layer,
         tensors=tensors,
         num_slots=num_slots,
+        intermediate_size=weights.down_proj.shape[1 if spec.experts.layout.transposed else 2],
         num_nonfinite_rows=num_nonfinite_rows,
         fillers=fillers,
         settings=settings,
+        half=half,
+        is_compiled=in_graph is not None,
+        grad_enabled=torch.is_grad_enabled() if in_graph is None else in_graph.grad_enabled,
         needs=needs,
+        owners=owners,
         is_captured=is_in_graph,
         two_level=two_level,
         entered_at=entered_at,
     )
 
 
-def _checked_tensors(arguments: CallArguments, owners: PerWeight[Tensor] | None) -> CallTensors[Tensor]:
-    """Check what is so on every transport, in a CUDA graph or not; give the tensors in autocast's dtypes."""
-    spec, transport, tensors, *_ = arguments
-    spec.experts.check()
+def _checked_tensors(arguments: CallArguments) -> tuple[CallTensors[Tensor], PerWeight[Tensor] | None]:
+    """Check what is so on every transport, in a CUDA graph or not.
+
+    Return the tensors in autocast's dtypes, and the weights as they are given where a main_grad hangs on one.
+    """
+    spec, transport, given = arguments.spec, arguments.transport, arguments.tensors
+    _ = spec.experts.checked
     check_overlap(spec.overlap)
-    check_tensors(tensors)
+    check_tensors(given)
     check_fillers(arguments.fillers)
-    tensors = cast_for_autocast(tensors)
-    check_main_grads(owners, spec.placement)
+    tensors = cast_for_autocast(given)
+    is_added = arguments.in_graph is None and find_main_grads(given.weights) is not None
+    if is_added and spec.placement is not None and spec.placement.has_replicas:
+        raise ValueError(
+            "weights with a main_grad can't have replicas: what was added to a main_grad can't be summed over the "
+            "replicas any more. Use a placement without replicas, or leave main_grad to after the backward"
+        )
     check_arguments(tensors, spec.experts.layout)
     check_expert_parallel(tensors.weights.gate_up_proj.shape[0], spec.num_experts, transport.size, spec.placement)
     check_dtype(tensors.x.dtype, spec.overlap)
-    return with_row_seeds(tensors, spec.experts.dropout)
+    return with_row_seeds(tensors, spec.experts.dropout), given.weights if is_added else None
 
 
 def count_nonfinite_rows(tensors: CallTensors[Tensor], num_slots: int) -> Tensor:
@@ -149,16 +163,6 @@ def check_fillers(fillers: Sequence[Callable[[], None]]) -> None:
         raise TypeError(f"fillers must be a list of functions that take nothing, got {fillers!r}")
     if len(fillers) > MAX_FILLERS:
         raise ValueError(f"there is room for {MAX_FILLERS} fillers in a call, got {len(fillers)}")
-
-
-def check_main_grads(owners: PerWeight[Tensor] | None, placement: ExpertPlacement | None) -> None:
-    """Raise ValueError for a main_grad that doesn't fit its weight, or that a weight with replicas has."""
-    has_main_grads = owners is not None and find_main_grads(owners) is not None
-    if has_main_grads and placement is not None and placement.has_replicas:
-        raise ValueError(
-            "weights with a main_grad can't have replicas: what was added to a main_grad can't be summed over the "
-            "replicas any more. Use a placement without replicas, or leave main_grad to after the backward"
-        )
 
 
 def check_dtype(dtype: torch.dtype, overlap: OverlapConfig | OverlapPlan) -> None:

@@ -1,7 +1,8 @@
 """expert_parallel_mlp: the experts spread over many ranks, eager or traced."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -9,90 +10,26 @@ from torch import Tensor
 from tritonmoe.config.layer import Activation, PerWeight, is_fused
 from tritonmoe.config.overlap import OverlapConfig, OverlapPlan
 from tritonmoe.dispatch.placement import ExpertPlacement
-from tritonmoe.expert_parallel.call import ExpertParallelCall, run_backward, run_forward
+from tritonmoe.expert_parallel.call import run_call
 from tritonmoe.expert_parallel.call_spec import CallArguments, CallSpec
 from tritonmoe.expert_parallel.check import MAX_FILLERS
-from tritonmoe.expert_parallel.function_context import (
-    gradients_of_inputs,
-    needs_of,
-    saved_forward,
-    tensors_to_save,
-)
-from tritonmoe.expert_parallel.halves import Half, current_half
+from tritonmoe.expert_parallel.halves import current_half
 from tritonmoe.expert_parallel.operator import expert_parallel_operator
-from tritonmoe.expert_parallel.run import run_call
 from tritonmoe.expert_parallel.split_call import begin_half_call, run_split_call
 from tritonmoe.expert_parallel.state import refuse
+from tritonmoe.expert_parallel.whole_call import run_whole_call
 from tritonmoe.experts.adapters import ExpertAdapters, with_adapters
 from tritonmoe.experts.arguments import cast_for_autocast, find_main_grads
 from tritonmoe.experts.one_based_ids import watch_ids
 from tritonmoe.experts.spec import expert_spec
 from tritonmoe.experts.tensors import CallTensors
-from tritonmoe.runtime.autograd import keep_beside, kept_beside, once_differentiable, outside_graphs
+from tritonmoe.runtime.autograd import outside_graphs
 from tritonmoe.runtime.transforms import NOT_EXPERT_PARALLEL, is_transformed
 from tritonmoe.transports import Transport
 
 __all__ = ["expert_parallel_mlp", "run_expert_parallel"]
 
 DEFAULT_OVERLAP = OverlapConfig()
-
-
-class _ExpertParallelMLP(torch.autograd.Function):
-    """One layer call on one rank; the plan is made before, so that autograd sees what any rank needs."""
-
-    @staticmethod
-    def forward(ctx: Any, call: ExpertParallelCall, anchor: Tensor | None, *flat: Any) -> tuple[Tensor, Tensor | None]:
-        tensors = CallTensors.unflatten(flat)
-        out, run, kept = run_forward(call, tensors)
-        ctx.call = call
-        ctx.weights_dtype = tensors.topk_weights.dtype
-        mark = None
-        if kept.plan.needs_any:
-            mark = keep_beside(ctx, kept)
-            ctx.save_for_backward(*tensors_to_save(run, tensors, needs_of(ctx), mark))
-        return out, mark
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, saved: Sequence[Tensor], dout: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        forward, mark = saved_forward(saved)
-        grads = run_backward(ctx.call, kept_beside(ctx, mark), forward, dout, needs_of(ctx).weights)
-        return gradients_of_inputs(grads, ctx.weights_dtype)
-
-
-class _AsFunction:
-    """A Runner that runs a call as an autograd Function."""
-
-    is_compiled = False
-    half = 0
-
-    def __init__(self, owners: PerWeight[Tensor]) -> None:
-        self.grad_enabled = torch.is_grad_enabled()
-        self.owners = owners
-
-    def needs(self, tensors: CallTensors[Tensor]) -> CallTensors[bool]:
-        return tensors.needs()
-
-    def run(self, call: ExpertParallelCall, tensors: CallTensors[Tensor]) -> Tensor:
-        # A rank that needs no gradient itself still takes part in the others' backward.
-        anchor = tensors.x.new_empty(0).requires_grad_() if call.plan.needs_any else None
-        out, _ = _ExpertParallelMLP.apply(call, anchor, *tensors.flatten())
-        return out
-
-
-class _InHalf(_AsFunction):
-    """A Runner that runs a call of half a batch in three Functions, and a second run of the same call in one."""
-
-    def __init__(self, owners: PerWeight[Tensor], half: Half) -> None:
-        super().__init__(owners)
-        self.half = half.number
-        self._waiting: Half | None = half
-
-    def run(self, call: ExpertParallelCall, tensors: CallTensors[Tensor]) -> Tensor:
-        half, self._waiting = self._waiting, None
-        if half is None:
-            return super().run(call, tensors)
-        return run_split_call(half, call, tensors)
 
 
 def expert_parallel_mlp(
@@ -189,9 +126,9 @@ def _run_eagerly(arguments: CallArguments) -> Tensor:
         raise RuntimeError(NOT_EXPERT_PARALLEL)
     half = current_half()
     if half is None:
-        return run_call(arguments, _AsFunction(arguments.tensors.weights))
+        return run_call(arguments, run_whole_call)
     begin_half_call(half, arguments)
-    return run_call(arguments, _InHalf(arguments.tensors.weights, half))
+    return run_call(arguments._replace(half=half.number), partial(run_split_call, half))
 
 
 @outside_graphs

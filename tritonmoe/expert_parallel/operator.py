@@ -23,15 +23,16 @@ import torch
 from torch import Tensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
-from tritonmoe.expert_parallel.call import ExpertParallelCall, SavedTensors, run_backward, run_forward
-from tritonmoe.expert_parallel.call_spec import CallArguments, decode, encode
+from tritonmoe.expert_parallel.agreed_call import AgreedCall
+from tritonmoe.expert_parallel.call import run_call
+from tritonmoe.expert_parallel.call_pass import CallBackward, CallForward, SavedTensors
+from tritonmoe.expert_parallel.call_spec import CallArguments, InGraph, decode, encode
 from tritonmoe.expert_parallel.halves import current_half
-from tritonmoe.expert_parallel.run import run_call
 from tritonmoe.expert_parallel.state import refuse
 from tritonmoe.experts.adapter_dropout import with_row_seeds
 from tritonmoe.experts.flops import FLOP_FORMULAS, Shape, backward_flops, forward_flops, register_flop_formulas
 from tritonmoe.experts.operator import gradient_shapes
-from tritonmoe.experts.tensors import NAMES, NO_TENSORS, CallTensors, schema
+from tritonmoe.experts.tensors import NAMES, OF_ROWS, CallTensors, schema
 from tritonmoe.runtime.autograd import refuse_second_derivative, without_autocast
 from tritonmoe.runtime.handles import find, hold
 
@@ -45,30 +46,6 @@ IN_GRAPH = (
     "middle for the other half of the batch: compile the parts around them (torch.compile(block.attention)), or leave "
     "them out (torch.compiler.disable(layer))"
 )
-
-
-class _InOperator:
-    """A Runner that keeps what the backward operator needs behind a handle, `kept`."""
-
-    is_compiled = True
-    half = 0
-    owners = None
-
-    def __init__(self, grad_enabled: bool, needs: CallTensors[bool]) -> None:
-        self.grad_enabled = grad_enabled
-        self._needs = needs
-        self.kept = torch.zeros(1, dtype=torch.int64, device="cpu")
-
-    def needs(self, tensors: CallTensors[Tensor]) -> CallTensors[bool]:
-        return self._needs
-
-    def run(self, call: ExpertParallelCall, tensors: CallTensors[Tensor]) -> Tensor:
-        out, run, beside = run_forward(call, tensors)
-        if beside.plan.needs_any:
-            rows = tensors.x.clone() if run.rows is tensors.x else run.rows  # the graph may write over its x
-            received = NO_TENSORS._replace(x=rows, topk_weights=run.topk_weights, row_seeds=run.row_seeds)
-            self.kept = hold((call, beside, SavedTensors(received, run.h)))
-        return out
 
 
 @torch.library.custom_op(
@@ -86,10 +63,24 @@ def _expert_parallel_mlp(turn: Tensor, layer: Tensor | None, *arguments: Any) ->
     if current_half() is not None:
         refuse(find(turn))
         raise RuntimeError(IN_GRAPH)
-    runner = _InOperator(grad_enabled, CallTensors.unflatten(needs))
+    kept = torch.zeros(1, dtype=torch.int64, device="cpu")
+
+    def run_forward(call: AgreedCall, tensors: CallTensors[Tensor]) -> Tensor:
+        """Keep what the backward operator needs behind a handle, `kept`: see RunForward."""
+        nonlocal kept
+        forward = CallForward(call, tensors)
+        out, run = forward.run(), forward.experts
+        if call.plan.needs_any:
+            rows = tensors.x.clone() if run.rows is tensors.x else run.rows  # the graph may write over its x
+            received = run.tensors.only(*OF_ROWS)._replace(x=rows)
+            kept = hold((call, forward.kept, SavedTensors(received, run.h)))
+        return out
+
+    in_graph = InGraph(grad_enabled, CallTensors.unflatten(needs))
+    call = CallArguments(decode(spec), find(turn), tensors, calling, num_nonfinite_rows, in_graph=in_graph)
     with torch.no_grad(), without_autocast(tensors.x.device):
-        out = run_call(CallArguments(decode(spec), find(turn), tensors, calling, num_nonfinite_rows), runner)
-    return out, runner.kept, turn.clone()
+        out = run_call(call, run_forward)
+    return out, kept, turn.clone()
 
 
 @_expert_parallel_mlp.register_fake
@@ -114,7 +105,7 @@ def _expert_parallel_mlp_backward(after: Tensor | None, dout: Tensor, kept: Tens
     call, beside, saved = find(kept)
     saved = saved._replace(received=saved.received._replace(weights=tensors.weights))
     with torch.no_grad(), without_autocast(dout.device):
-        grads = run_backward(call, beside, saved, dout, wanted.weights)
+        grads = CallBackward(call, beside, saved, dout, wanted.weights).run()
     dtopk_weights = None
     if grads.topk_weights is not None and wanted.topk_weights:
         dtopk_weights = grads.topk_weights.to(tensors.topk_weights.dtype)
@@ -131,7 +122,7 @@ def _gradient_shapes(after: Tensor | None, dout: Tensor, kept: Tensor, *argument
 
 def _at_home(tensors: CallTensors[Tensor]) -> CallTensors[Tensor | None]:
     """Return those that a backward takes from the graph; `kept` holds what came of the others."""
-    return tensors.without("x", "topk_ids", "row_seeds")
+    return tensors.without("x", *(name for name in OF_ROWS if name != "topk_weights"))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -180,7 +171,7 @@ FLOP_FORMULAS[torch.ops.tritonmoe.expert_parallel_mlp_backward] = _backward_flop
 
 def expert_parallel_operator(arguments: CallArguments) -> Tensor:
     """Call the operator tritonmoe::expert_parallel_mlp: (T, D). Fillers are in the graph, and run before it."""
-    spec, transport, tensors, layer, num_nonfinite_rows, fillers = arguments
+    spec, transport, tensors, layer, num_nonfinite_rows, fillers, *_ = arguments
     for filler in fillers:
         filler()
     needs = tensors.needs().flatten()

@@ -21,26 +21,21 @@ from torch.autograd.graph import Node
 from torch.utils.checkpoint import CheckpointFunction
 
 from tritonmoe.config.layer import PerWeight
-from tritonmoe.expert_parallel.call import (
-    ExpertParallelCall,
-    Kept,
-    SavedTensors,
-    backward_phases,
-    forward_phases,
-)
+from tritonmoe.expert_parallel.agreed_call import AgreedCall
+from tritonmoe.expert_parallel.call_pass import CallBackward, CallForward
 from tritonmoe.expert_parallel.call_spec import CallArguments
-from tritonmoe.expert_parallel.function_context import (
+from tritonmoe.expert_parallel.halves import Half, NodeOrder
+from tritonmoe.expert_parallel.state import refuse
+from tritonmoe.expert_parallel.whole_call import (
+    anchor_of,
     gradients_of_inputs,
     needs_of,
+    run_whole_call,
     saved_forward,
     tensors_to_save,
 )
-from tritonmoe.expert_parallel.halves import Half, NodeOrder
-from tritonmoe.expert_parallel.state import refuse
-from tritonmoe.experts.run import ExpertsRun
 from tritonmoe.experts.tensors import CallTensors
 from tritonmoe.experts.weight_gradients import SharedWeightGrads
-from tritonmoe.overlap.executor import Phases, run_all_phases
 from tritonmoe.runtime.autograd import keep_beside, kept_beside, once_differentiable
 from tritonmoe.runtime.host_device import is_captured
 from tritonmoe.transports import leaving_nobody_waiting
@@ -52,14 +47,12 @@ __all__ = ["begin_half_call", "run_split_call"]
 class _SplitCall:
     """What the three Functions of one call share."""
 
-    call: ExpertParallelCall
+    call: AgreedCall
     nodes: NodeOrder
-    forward: Phases[tuple[Tensor, ExpertsRun, Kept]] = field(init=False)
+    forward: CallForward = field(init=False)
     """The forward that is under way."""
-    backward: Phases[CallTensors[Tensor | None]] = field(init=False)
+    backward: CallBackward = field(init=False)
     """The backward that is under way."""
-    tensors: CallTensors[Tensor] = field(init=False)
-    """To be saved for the backward."""
     needs: CallTensors[bool] = field(init=False)
     shared_grads: SharedWeightGrads | None = None
     """With the other half's call, where both have the same weights."""
@@ -74,46 +67,24 @@ class _SplitCall:
             self.nodes.check(number)
             yield
 
-    def begin_forward(self, tensors: CallTensors[Tensor]) -> None:
-        self.forward = forward_phases(self.call, tensors)
-        next(self.forward)
-
-    def go_on_with_forward(self) -> None:
-        next(self.forward)
-
-    def end_forward(self) -> tuple[Tensor, ExpertsRun, Kept]:
-        forward = self.forward
-        del self.forward
-        return run_all_phases(forward)
-
-    def begin_backward(self, kept: Kept, saved: SavedTensors, dout: Tensor) -> None:
-        self.backward = backward_phases(self.call, kept, saved, dout, self.needs.weights, self.shared_grads)
-        next(self.backward)
-
-    def go_on_with_backward(self) -> None:
-        next(self.backward)
-
-    def end_backward(self) -> CallTensors[Tensor | None]:
-        backward = self.backward
-        del self.backward
-        return run_all_phases(backward)
-
 
 class _Post(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, split: _SplitCall, anchor: Tensor | None, *flat: Any) -> Tensor:
         tensors = CallTensors.unflatten(flat)
-        split.tensors = tensors.only(*PerWeight._fields)
         split.needs = needs_of(ctx)
         ctx.split, ctx.number, ctx.weights_dtype = split, split.nodes.next_number(), tensors.topk_weights.dtype
-        split.begin_forward(tensors)
+        split.forward = CallForward(split.call, tensors)
+        split.forward.begin()
         return _token(tensors.x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *_: Sequence[Tensor] | Tensor) -> tuple[Tensor | None, ...]:
         with ctx.split.in_turn(ctx.number):
-            grads = ctx.split.end_backward()
+            backward = ctx.split.backward
+            del ctx.split.backward
+            grads = backward.end()
         return gradients_of_inputs(grads, ctx.weights_dtype)
 
 
@@ -121,14 +92,14 @@ class _Compute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, split: _SplitCall, token: Tensor) -> Tensor:
         ctx.split, ctx.number = split, split.nodes.next_number()
-        split.go_on_with_forward()
+        split.forward.compute()
         return _token(token)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, _: Sequence[Tensor], token: Tensor) -> tuple[Tensor | None, ...]:
         with ctx.split.in_turn(ctx.number):
-            ctx.split.go_on_with_backward()
+            ctx.split.backward.compute()
         return None, _token(token)
 
 
@@ -136,22 +107,25 @@ class _End(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, split: _SplitCall, token: Tensor) -> tuple[Tensor, Tensor | None]:
         ctx.split, ctx.number = split, split.nodes.next_number()
-        out, run, kept = split.end_forward()
         # What is saved must be held by autograd alone, which activation checkpointing makes let go.
-        tensors = split.tensors
-        del split.tensors
+        forward = split.forward
+        del split.forward
+        out = forward.end()
         mark = None
-        if kept.plan.needs_any:
-            mark = keep_beside(ctx, kept)
-            ctx.save_for_backward(*tensors_to_save(run, tensors, split.needs, mark))
+        if split.call.plan.needs_any:
+            mark = keep_beside(ctx, forward.kept)
+            ctx.save_for_backward(*tensors_to_save(forward.experts, split.needs, mark))
         return out, mark
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, saved: Sequence[Tensor], dout: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         forward, mark = saved_forward(saved)
-        with ctx.split.in_turn(ctx.number):
-            ctx.split.begin_backward(kept_beside(ctx, mark), forward, dout)
+        split = ctx.split
+        with split.in_turn(ctx.number):
+            kept = kept_beside(ctx, mark)
+            split.backward = CallBackward(split.call, kept, forward, dout, split.needs.weights, split.shared_grads)
+            split.backward.begin()
         return None, _token(dout)
 
 
@@ -160,13 +134,16 @@ def _token(like: Tensor) -> Tensor:
     return torch.zeros(1, device=like.device)
 
 
-def run_split_call(half: Half, call: ExpertParallelCall, tensors: CallTensors[Tensor]) -> Tensor:
-    """Run a planned call of half a batch, and the other half between its phases; give its result (T, D)."""
+def run_split_call(half: Half, call: AgreedCall, tensors: CallTensors[Tensor]) -> Tensor:
+    """Run a planned call of half a batch, and the other half between its phases: see RunForward.
+
+    A second run, by the counts, is of no use to the other half: it is one Function.
+    """
+    if call.first_run is not None:
+        return run_whole_call(call, tensors)
     split = _SplitCall(call, half.nodes)
-    # A rank that needs no gradient itself still takes part in the others' backward.
-    anchor = tensors.x.new_empty(0).requires_grad_() if call.plan.needs_any else None
     with leaving_nobody_waiting(call.all_ranks):
-        token = _Post.apply(split, anchor, *tensors.flatten())
+        token = _Post.apply(split, anchor_of(call, tensors), *tensors.flatten())
         _share_weight_grads(half, split, tensors.weights, token.grad_fn)
         half.hand_over()
         token = _Compute.apply(split, token)

@@ -136,7 +136,7 @@ class LayerCalls(Handled):
         self._num_copies = [0]
         """How many there are, in a list that all of them share."""
         self.expert_gradients = expert_gradients
-        """What becomes of its gradients: in EXPERT_GRADIENTS."""
+        """What becomes of its gradients: sums over the ranks stay ("sum"), or are divided by their number ("mean")."""
         self.last_report: LayerReport | None = None
         state.num_layers += 1
         state.layers.add(self)

@@ -1,59 +1,73 @@
 """TwoLevelCall: what is otherwise in a call whose rows go over nodes first, and then inside a node."""
 
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
-from tritonmoe.config.layer import PerWeight
 from tritonmoe.dispatch.expert_chunks import RowPlaces
 from tritonmoe.dispatch.plan import DispatchPlan
 from tritonmoe.dispatch.two_level import TwoLevelPlan
 from tritonmoe.errors import TransportError
-from tritonmoe.expert_parallel.call import ExpertParallelCall, Kept, ReceivedExperts, group_received
-from tritonmoe.experts.run import ExpertsRun
+from tritonmoe.expert_parallel.agreed_call import AgreedCall, group_received
+from tritonmoe.experts.run import BackwardRun, ForwardRun
+from tritonmoe.experts.tensors import CallTensors
 from tritonmoe.grouping import Grouping
-from tritonmoe.overlap.layer_pass import ExpertsPass, MakeExperts
-from tritonmoe.overlap.node_pass import NodePass
+from tritonmoe.overlap.layer_pass import BackwardExperts, ForwardExperts, MakeExperts
+from tritonmoe.overlap.node_pass import NodeBackward, NodeForward
 from tritonmoe.overlap.report import PassReport
-from tritonmoe.overlap.row_exchanges import RowExchanges, RowMetadata
+from tritonmoe.overlap.row_exchanges import RowExchanges
 from tritonmoe.transports import Transport
 
 __all__ = ["TwoLevelCall"]
 
 
 @dataclass(kw_only=True)
-class TwoLevelCall(ExpertParallelCall):
+class TwoLevelCall(AgreedCall):
     """One call on a TwoLevelTransport. `plan` is the outer one: its rows go between nodes, to relays.
 
-    What stands for the experts in the outer plan is a NodePass, which spreads a relay's rows inside the node.
+    What stands for the experts in the outer plan spreads a relay's rows inside the node: NodeForward, NodeBackward.
     """
 
     two_level: TwoLevelPlan
     inside_node: Transport
 
-    def make_experts(self, weights: PerWeight[Tensor], keep_hidden: bool) -> MakeExperts:
-        return _RelayedExperts(self, ReceivedExperts(self, weights, keep_hidden))
+    def make_experts(self, own_experts: MakeExperts[ForwardRun]) -> MakeExperts[ForwardExperts]:
+        return partial(self._spread, own_experts)
+
+    def _spread(
+        self,
+        own_experts: MakeExperts[ForwardRun],
+        plan: DispatchPlan,
+        relayed: CallTensors[Tensor],
+        places: RowPlaces,
+    ) -> NodeForward[ForwardRun]:
+        """Send what came with the relayed rows to the experts of this node."""
+        exchanges = self._exchanges_inside(self.two_level.inner(relayed.topk_ids))
+        return NodeForward(exchanges, plan.overlap.num_local_slices, relayed, own_experts)
 
     def group(self, plan: DispatchPlan, places: RowPlaces, local_ids: Tensor, num_local_experts: int) -> Grouping:
         sources = self.two_level.row_sources()
         return group_received(self.settings, plan, places, local_ids, num_local_experts, sources, True)
 
-    def after_forward(self, experts: ExpertsPass, timings: PassReport) -> tuple[ExpertsRun, DispatchPlan | None]:
-        assert isinstance(experts, NodePass)
-        assert isinstance(experts.experts, ExpertsRun)
+    def after_forward(self, experts: ForwardExperts, timings: PassReport) -> tuple[ForwardRun, DispatchPlan | None]:
+        assert isinstance(experts, NodeForward)
         timings.inside = experts.reports
         return experts.experts, experts.plan
 
-    def experts_of_backward(self, run: ExpertsRun, kept: Kept) -> tuple[ExpertsPass, Tensor]:
-        assert kept.inner_plan is not None
-        exchanges = RowExchanges(kept.inner_plan, self.inside_node, self.settings.ops.gather_sum)
-        no_relayed_rows, num_slices = run.rows.new_empty(0), kept.plan.overlap.num_local_slices
-        node = NodePass(exchanges, num_slices, no_relayed_rows, run, run.rows)
-        return node, run.topk_weights.new_empty(kept.plan.num_received, run.topk_weights.shape[1])
+    def experts_of_backward(
+        self, run: BackwardRun, plan: DispatchPlan, inner_plan: DispatchPlan | None
+    ) -> tuple[BackwardExperts, Tensor]:
+        assert inner_plan is not None
+        node = NodeBackward(self._exchanges_inside(inner_plan), plan.overlap.num_local_slices, run, run.rows)
+        return node, run.topk_weights.new_empty(plan.num_received, run.topk_weights.shape[1])
 
-    def after_backward(self, experts: ExpertsPass, timings: PassReport) -> None:
-        assert isinstance(experts, NodePass)
+    def after_backward(self, experts: BackwardExperts, timings: PassReport) -> None:
+        assert isinstance(experts, NodeBackward)
         timings.inside = experts.reports
+
+    def _exchanges_inside(self, inner: DispatchPlan) -> RowExchanges:
+        return RowExchanges(inner, self.inside_node, self.settings.ops.gather_sum)
 
     @property
     def pair_offsets(self) -> tuple[int, ...]:
@@ -66,18 +80,3 @@ class TwoLevelCall(ExpertParallelCall):
     def located(self, error: TransportError) -> TransportError:
         """Say which rank of all it is of: exchanges count the ranks of their level."""
         return TransportError(f"rank {self.all_ranks.rank} of {len(self.plan.headers)} on two levels: {error}")
-
-
-@dataclass(frozen=True)
-class _RelayedExperts:
-    """Makes what stands for the experts of the rows that came to this relay: the pass inside its node."""
-
-    call: TwoLevelCall
-    make_experts: ReceivedExperts
-
-    def __call__(self, plan: DispatchPlan, rows: Tensor, metadata: RowMetadata, places: RowPlaces) -> NodePass:
-        call = self.call
-        inner = call.two_level.inner(metadata.topk_ids)
-        exchanges = RowExchanges(inner, call.inside_node, call.settings.ops.gather_sum)
-        num_slices = plan.overlap.num_local_slices
-        return NodePass.receive(exchanges, num_slices, rows, metadata, self.make_experts)

@@ -19,7 +19,7 @@ from torch import Tensor
 from tritonmoe.config.layer import PerWeight
 from tritonmoe.experts.arguments import check_num_pairs
 from tritonmoe.experts.flops import FLOP_FORMULAS, Shape, backward_flops, forward_flops, register_flop_formulas
-from tritonmoe.experts.run import ExpertsRun
+from tritonmoe.experts.run import BackwardRun, ForwardRun
 from tritonmoe.experts.spec import ExpertSettings, ExpertSpec, choose_backend, decode, encode
 from tritonmoe.experts.tensors import CallTensors, schema
 from tritonmoe.grouping import Grouping
@@ -48,17 +48,7 @@ def run_forward(
 ) -> tuple[Tensor, Tensor | None, Grouping]:
     """Return out (T, D), h where it is kept, and the grouping. h: memory for it, (T*K, 2F) or more."""
     grouping = settings.ops.group(tensors.topk_ids, tensors.weights.gate_up_proj.shape[0])
-    run = ExpertsRun(
-        settings,
-        tensors.weights,
-        tensors.x,
-        tensors.topk_weights,
-        grouping,
-        keep_hidden,
-        row_seeds=tensors.row_seeds,
-    )
-    if h is not None:
-        run.h = h[: grouping.num_pairs]
+    run = ForwardRun(settings, tensors, grouping, keep_hidden, None if h is None else h[: grouping.num_pairs])
     return run.forward(0), run.h, grouping
 
 
@@ -71,17 +61,7 @@ def run_backward(
 ) -> CallTensors[Tensor | None]:
     """Return the wanted gradients; None for those in main_grads too."""
     tensors, grouping, h = saved
-    run = ExpertsRun(
-        settings,
-        tensors.weights,
-        tensors.x,
-        tensors.topk_weights,
-        grouping,
-        False,
-        h,
-        main_grads=main_grads,
-        row_seeds=tensors.row_seeds,
-    )
+    run = BackwardRun(settings, tensors, grouping, h, main_grads=main_grads)
     dx, dweights = run.backward(0, dout, needs.x)
     dtopk_weights = dweights.to(tensors.topk_weights.dtype) if needs.topk_weights else None
     return CallTensors(dx, None, dtopk_weights, run.weight_grad(dout, needs.weights))

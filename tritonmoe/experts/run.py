@@ -1,11 +1,12 @@
-"""ExpertsRun: the experts of one rank, a chunk at a time, forward and backward.
+"""ForwardRun and BackwardRun: the experts of one rank, a chunk at a time.
 
 Knows nothing of ranks, streams or transports. One device is the case of one chunk.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from functools import cached_property
 from itertools import pairwise
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -17,61 +18,134 @@ from tritonmoe.experts.adapter_dropout import DroppedRows, rows_of_pairs
 from tritonmoe.experts.callable_activation import ActivationGraph, run_activation, zero_padding
 from tritonmoe.experts.flops import count_products
 from tritonmoe.experts.spec import ExpertSettings
+from tritonmoe.experts.tensors import CallTensors
 from tritonmoe.experts.weight_gradients import SharedWeightGrads, weight_gradients
 from tritonmoe.grouping import Grouping, GroupingBlock
 from tritonmoe.runtime import cpu_memory
 from tritonmoe.runtime.cpu_threads import for_each, num_workers
 
-__all__ = ["ExpertsRun"]
+__all__ = ["BackwardRun", "ForwardRun"]
 
 SMALLEST_BLOCK_PAIRS = 256
 """Blocks are made smaller so that every worker has its share, but never smaller than this."""
 
 
-@dataclass
-class ExpertsRun:
-    """One call of this rank's experts, chunk by chunk in order, forward and backward.
+class _Run:
+    """One call of this rank's experts, chunk by chunk in order.
 
-    A chunk here is a segment of the plan, so local rows are chunks too. forward(c) needs the rows of chunk c's pairs to
-    be in `rows`; backward(c) the same of `dout`. weight_grad() comes after the last backward. Tensors that outlive a
-    chunk (h, dh, s*a) are allocated once for the whole layer.
+    A chunk here is a segment of the plan, so local rows are chunks too. Tensors that outlive a chunk are allocated once
+    for the whole layer.
+
+    Args:
+        tensors: x (R, D), the received rows of all chunks, topk_weights (R, K) and row_seeds (R,) of these rows, and
+            the weights; topk_ids are not read.
+        h: (N, 2F), where it is given back, or memory for it.
     """
 
-    settings: ExpertSettings
-    weights: PerWeight[Tensor]
-    rows: Tensor
-    """(R, D) received rows of all chunks."""
-    topk_weights: Tensor
-    """(R, K)."""
-    grouping: Grouping
-    keep_hidden: bool
-    """Whether h is kept for a backward; False in inference and with save="input"."""
-    h: Tensor | None = None
-    """(N, 2F), filled by forward, or given back to a run that only does backward."""
-    main_grads: PerWeight[Tensor | None] | None = None
-    """Where weight_grad adds the gradients of the weights that have such a tensor, instead of giving them."""
-    shared_grads: SharedWeightGrads | None = None
-    """Where another call has the same weights, and both run their backward in one graph."""
-    dh: Tensor | None = None
-    scaled_a: Tensor | None = None
-    adapter_rows: AdapterRowsOfBoth = (None, None)
-    """Of the up-projection's adapter and of the down-projection's, where there are such; filled as dh is."""
-    row_seeds: Tensor | None = None
-    """(R,) int32 with dropout on what adapters multiply."""
-    dropped: DroppedRows | None = None
-    """The rows as the adapter of the up-projection multiplies them, where it has dropout; filled chunk by chunk."""
-    dweights: Tensor | None = None
-    """(N',) gradients of the gate weights, one for each pair in chunks of experts, filled chunk by chunk; else None."""
-    activation_graphs: dict[int, ActivationGraph] = field(default_factory=dict)
-    """Callable activations: chunk -> the graph that backward goes through."""
-    reused: dict[str, Tensor] = field(default_factory=dict)
-    """Memory that every chunk uses again."""
-    activation_parameters: list[Tensor] = field(default_factory=list)
-    activation_grads: list[Tensor | None] = field(default_factory=list)
-    """Callable activations: the gradients of activation_parameters so far."""
+    def __init__(
+        self, settings: ExpertSettings, tensors: CallTensors[Tensor], grouping: Grouping, h: Tensor | None = None
+    ) -> None:
+        self.settings, self.tensors, self.grouping, self.h = settings, tensors, grouping, h
+        self.weights, self.rows, self.topk_weights = tensors.weights, tensors.x, tensors.topk_weights
+        self.row_seeds = tensors.row_seeds
+        self.dropped: DroppedRows | None = None
+        """The rows as the adapter of the up-projection multiplies them, where it has dropout; filled chunk by chunk."""
+        self._reused: dict[str, Tensor] = {}
+        """Memory that every chunk uses again."""
 
-    def __post_init__(self) -> None:
-        self.activation_grads = [None] * len(self.activation_parameters)
+    def _no_sums(self, grouping: Grouping) -> Tensor:
+        """Return the sums of rows without a pair, which are a capacity's padding."""
+        return self.rows.new_zeros(grouping.inverse.shape[0], self.rows.shape[1])
+
+    def _blocks(self, grouping: Grouping) -> list[GroupingBlock]:
+        """Cut a chunk's pairs into what the backend computes at a time, so that every worker of a CPU has its share."""
+        most, num_pairs = self.settings.ops.MAX_BLOCK_PAIRS, grouping.num_pairs
+        if most is not None and num_pairs > most:
+            workers = num_workers(self.rows.device)
+            if workers > 1:
+                most = min(most, max(SMALLEST_BLOCK_PAIRS, -(-num_pairs // (2 * workers))))
+        return grouping.blocks(most)
+
+    def _block_projections(self, block: GroupingBlock) -> tuple[AdaptedProjection, AdaptedProjection]:
+        """Return the up-projection and the down-projection of the block's experts."""
+        if block.grouping.num_experts == self.weights.gate_up_proj.shape[0]:
+            return self._projections
+        return self.settings.projections(self.weights.map(lambda weight: weight[block.experts]), self.row_seeds)
+
+    @cached_property
+    def _projections(self) -> tuple[AdaptedProjection, AdaptedProjection]:
+        """The up-projection and the down-projection of all experts."""
+        return self.settings.projections(self.weights, self.row_seeds)
+
+    def _drop_rows(self, chunk: int, grouping: Grouping) -> None:
+        """Fill `dropped` for the rows of a chunk."""
+        dropout = self.settings.adapter_dropout(self.row_seeds)
+        if dropout is None or self.weights.gate_up_a is None:
+            return
+        if self.dropped is None:
+            self.dropped = DroppedRows.like(self.rows)
+        first = self.grouping.first_expert_chunk
+        if first is None or chunk < first:
+            places: slice | Tensor = slice(*self.grouping.chunk_row_offsets[chunk : chunk + 2])
+        else:  # some of the rows that have come so far
+            places = rows_of_pairs(grouping)
+        dropout.drop_rows(self.rows, places, self.dropped)
+
+    @property
+    def _hidden_width(self) -> int:
+        """2F, or F when ungated."""
+        return self.weights.gate_up_proj.shape[2 if self.settings.spec.layout.transposed else 1]
+
+    def _chunk_scratch(self, name: str, num_pairs: int, width: int) -> Tensor:
+        """Return (num_pairs, width) of memory that is not needed after this chunk."""
+        if name not in self._reused:
+            largest = max(last - first for first, last in pairwise(self.grouping.chunk_pair_offsets))
+            self._reused[name] = cpu_memory.empty(largest, width, like=self.rows)
+        return self._reused[name][:num_pairs]
+
+    def _pairs(self, chunk: int) -> slice:
+        return slice(*self.grouping.chunk_pair_offsets[chunk : chunk + 2])
+
+    def _results(self, chunk: int) -> Tensor | None:
+        """Return the results (N, D) of all pairs in chunks of experts, since sums take those of several chunks.
+
+        None where the chunk is a range of rows, with all that its sums take.
+        """
+        first = self.grouping.first_expert_chunk
+        if first is None or chunk < first:
+            return None
+        if "results" not in self._reused:
+            offsets = self.grouping.chunk_pair_offsets
+            self._reused["results"] = cpu_memory.empty(offsets[-1] - offsets[first], self.rows.shape[1], like=self.rows)
+        return self._reused["results"]
+
+    def _among_results(self, chunk: int) -> slice:
+        """Return where the chunk's pairs lie in _results()."""
+        first = self.grouping.first_expert_chunk
+        assert first is not None
+        start, *pairs = (self.grouping.chunk_pair_offsets[c] for c in (first, chunk, chunk + 1))
+        return slice(pairs[0] - start, pairs[1] - start)
+
+
+class ForwardRun(_Run):
+    """The forward of a call. forward(c) needs the rows of chunk c's pairs to be in `rows`.
+
+    Args:
+        keep_hidden: whether h is kept for a backward, in `h`; False in inference and with save="input".
+    """
+
+    def __init__(
+        self,
+        settings: ExpertSettings,
+        tensors: CallTensors[Tensor],
+        grouping: Grouping,
+        keep_hidden: bool,
+        h: Tensor | None = None,
+    ) -> None:
+        super().__init__(settings, tensors, grouping, h)
+        self.keep_hidden = keep_hidden
+        self.activation_graphs: dict[int, ActivationGraph] = {}
+        """Callable activations: chunk -> the graph that backward goes through."""
 
     def forward(self, chunk: int, out: Tensor | None = None) -> Tensor:
         """Compute chunk `chunk` and give the weighted partial sums of the rows that it finishes, (R_c, D)."""
@@ -113,10 +187,6 @@ class ExpertsRun:
             y = down.down(a, grouping, out=y)
         return ops.gather_sum(y if results is None else results, grouping.inverse, self._row_weights(chunk), out=out)
 
-    def _no_sums(self, grouping: Grouping) -> Tensor:
-        """Return the sums of rows without a pair, which are a capacity's padding."""
-        return self.rows.new_zeros(grouping.inverse.shape[0], self.rows.shape[1])
-
     def _forward_block(
         self,
         block: GroupingBlock,
@@ -131,6 +201,46 @@ class ExpertsRun:
         assert a is not None
         return h, down.down(a, block.grouping, out=out_y)
 
+    def _row_weights(self, chunk: int) -> Tensor:
+        """Return topk_weights (R_c, K) of the rows that the chunk finishes."""
+        rows = slice(*self.grouping.chunk_row_offsets[chunk : chunk + 2])
+        if self.grouping.returned_rows is None:
+            return _part(self.topk_weights, rows)
+        return self.topk_weights.index_select(0, self.grouping.returned_rows[rows])
+
+
+class BackwardRun(_Run):
+    """The backward of a call. backward(c) needs the rows of chunk c's pairs in `dout`; weight_grad() comes behind all.
+
+    Args:
+        tensors: also with the parameters of a callable activation.
+        h, activation_graphs: what the forward has kept.
+        main_grads: where weight_grad adds the gradients of the weights that have such a tensor, instead of giving them.
+        shared_grads: where another call has the same weights, and both run their backward in one graph.
+    """
+
+    def __init__(
+        self,
+        settings: ExpertSettings,
+        tensors: CallTensors[Tensor],
+        grouping: Grouping,
+        h: Tensor | None,
+        activation_graphs: Mapping[int, ActivationGraph] = MappingProxyType({}),
+        main_grads: PerWeight[Tensor | None] | None = None,
+        shared_grads: SharedWeightGrads | None = None,
+    ) -> None:
+        super().__init__(settings, tensors, grouping, h)
+        self._activation_graphs, self._activation_parameters = activation_graphs, tensors.activation_parameters
+        self.activation_grads: list[Tensor | None] = [None] * len(tensors.activation_parameters)
+        """Callable activations: the gradients of their parameters so far."""
+        self.main_grads, self._shared_grads = main_grads, shared_grads
+        self._dh: Tensor | None = None
+        self._scaled_a: Tensor | None = None
+        self._adapter_rows: AdapterRowsOfBoth = (None, None)
+        """Of the up-projection's adapter and of the down-projection's, where there are such; filled as dh is."""
+        self._dweights: Tensor | None = None
+        """(N',) gradients of the gate weights, one for each pair in chunks of experts, filled chunk by chunk."""
+
     def backward(
         self, chunk: int, dout: Tensor, needs_dx: bool, out: Tensor | None = None
     ) -> tuple[Tensor | None, Tensor]:
@@ -141,12 +251,12 @@ class ExpertsRun:
         ops, activation = self.settings.ops, self.settings.spec.activation
         grouping = self.grouping.chunk(chunk)
         pairs = self._pairs(chunk)
-        if self.dh is None or self.scaled_a is None:
-            self.dh = cpu_memory.empty(self.grouping.num_pairs, self._hidden_width, like=self.rows)
+        if self._dh is None or self._scaled_a is None:
+            self._dh = cpu_memory.empty(self.grouping.num_pairs, self._hidden_width, like=self.rows)
             inner = self.settings.spec.layout.intermediate_size(self._hidden_width)
-            self.scaled_a = cpu_memory.empty(self.grouping.num_pairs, inner, like=self.rows)
+            self._scaled_a = cpu_memory.empty(self.grouping.num_pairs, inner, like=self.rows)
             gate_up, down = self._projections
-            self.adapter_rows = gate_up.rows(self.grouping.num_pairs), down.rows(self.grouping.num_pairs)
+            self._adapter_rows = gate_up.rows(self.grouping.num_pairs), down.rows(self.grouping.num_pairs)
         if grouping.num_pairs == 0 and self.grouping.num_chunks > 1:
             dweights = self.topk_weights.new_zeros(grouping.inverse.shape)
             if not needs_dx:
@@ -179,14 +289,14 @@ class ExpertsRun:
 
                 for_each(backward_block, blocks, dout.device)
         else:
-            graph = self.activation_graphs[chunk]
+            graph = self._activation_graphs[chunk]
             a = graph.a.detach()
             dh, scaled_a, (up_rows, down_rows) = self._backward_parts(pairs)
             da, _, dweights = down.down_grad(
                 dout, a, self.topk_weights, grouping, None, out=(None, scaled_a), rows=down_rows
             )
             zero_padding(da, grouping)
-            dh.copy_(graph.backward(da, self.activation_parameters, self.activation_grads))
+            dh.copy_(graph.backward(da, self._activation_parameters, self.activation_grads))
             dx_pairs = gate_up.up_grad(
                 dh, self.rows, grouping, needs_dx=needs_dx, out=dx_pairs, rows=up_rows, dropped=self.dropped
             )
@@ -229,52 +339,18 @@ class ExpertsRun:
 
     def _backward_parts(self, pairs: slice) -> tuple[Tensor, Tensor, AdapterRowsOfBoth]:
         """Return what backward fills for these pairs: parts of dh, scaled_a and adapter_rows."""
-        assert self.dh is not None
-        assert self.scaled_a is not None
-        up_rows, down_rows = (None if rows is None else rows.part(pairs) for rows in self.adapter_rows)
-        return _part(self.dh, pairs), _part(self.scaled_a, pairs), (up_rows, down_rows)
-
-    def _blocks(self, grouping: Grouping) -> list[GroupingBlock]:
-        """Cut a chunk's pairs into what the backend computes at a time, so that every worker of a CPU has its share."""
-        most, num_pairs = self.settings.ops.MAX_BLOCK_PAIRS, grouping.num_pairs
-        if most is not None and num_pairs > most:
-            workers = num_workers(self.rows.device)
-            if workers > 1:
-                most = min(most, max(SMALLEST_BLOCK_PAIRS, -(-num_pairs // (2 * workers))))
-        return grouping.blocks(most)
-
-    def _block_projections(self, block: GroupingBlock) -> tuple[AdaptedProjection, AdaptedProjection]:
-        """Return the up-projection and the down-projection of the block's experts."""
-        if block.grouping.num_experts == self.weights.gate_up_proj.shape[0]:
-            return self._projections
-        return self.settings.projections(self.weights.map(lambda weight: weight[block.experts]), self.row_seeds)
-
-    @cached_property
-    def _projections(self) -> tuple[AdaptedProjection, AdaptedProjection]:
-        """The up-projection and the down-projection of all experts."""
-        return self.settings.projections(self.weights, self.row_seeds)
-
-    def _drop_rows(self, chunk: int, grouping: Grouping) -> None:
-        """Fill `dropped` for the rows of a chunk."""
-        dropout = self.settings.adapter_dropout(self.row_seeds)
-        if dropout is None or self.weights.gate_up_a is None:
-            return
-        if self.dropped is None:
-            self.dropped = DroppedRows.like(self.rows)
-        first = self.grouping.first_expert_chunk
-        if first is None or chunk < first:
-            places: slice | Tensor = slice(*self.grouping.chunk_row_offsets[chunk : chunk + 2])
-        else:  # some of the rows that have come so far
-            places = rows_of_pairs(grouping)
-        dropout.drop_rows(self.rows, places, self.dropped)
+        assert self._dh is not None
+        assert self._scaled_a is not None
+        up_rows, down_rows = (None if rows is None else rows.part(pairs) for rows in self._adapter_rows)
+        return _part(self._dh, pairs), _part(self._scaled_a, pairs), (up_rows, down_rows)
 
     def weight_grad(self, dout: Tensor, needs: PerWeight[bool]) -> PerWeight[Tensor | None]:
         """Return the gradients of the weights that need one.
 
         None for the others, for those added to main_grads, and for those left to the other call in shared_grads.
         """
-        operands = GradientOperands(self.rows, self.dh, dout, self.scaled_a, self.topk_weights)
-        shared = self.shared_grads
+        operands = GradientOperands(self.rows, self._dh, dout, self._scaled_a, self.topk_weights)
+        shared = self._shared_grads
         left = NO_WEIGHTS if shared is None else shared.take()
         grads = weight_gradients(
             self.settings, self.grouping, needs, self.main_grads, operands, left, self._adapter_operands()
@@ -282,63 +358,21 @@ class ExpertsRun:
         return grads if shared is None else shared.leave(grads)
 
     def _adapter_operands(self) -> AdapterRowsOfBoth:
-        up_rows, down_rows = self.adapter_rows
+        up_rows, down_rows = self._adapter_rows
         if up_rows is not None and self.dropped is not None:
             up_rows = up_rows._replace(dropped=self.dropped.values)
         return up_rows, down_rows
-
-    @property
-    def _hidden_width(self) -> int:
-        """2F, or F when ungated."""
-        return self.weights.gate_up_proj.shape[2 if self.settings.spec.layout.transposed else 1]
-
-    def _chunk_scratch(self, name: str, num_pairs: int, width: int) -> Tensor:
-        """Return (num_pairs, width) of memory that is not needed after this chunk."""
-        if name not in self.reused:
-            largest = max(last - first for first, last in pairwise(self.grouping.chunk_pair_offsets))
-            self.reused[name] = cpu_memory.empty(largest, width, like=self.rows)
-        return self.reused[name][:num_pairs]
-
-    def _pairs(self, chunk: int) -> slice:
-        return slice(*self.grouping.chunk_pair_offsets[chunk : chunk + 2])
-
-    def _row_weights(self, chunk: int) -> Tensor:
-        """Return topk_weights (R_c, K) of the rows that the chunk finishes."""
-        rows = slice(*self.grouping.chunk_row_offsets[chunk : chunk + 2])
-        if self.grouping.returned_rows is None:
-            return _part(self.topk_weights, rows)
-        return self.topk_weights.index_select(0, self.grouping.returned_rows[rows])
-
-    def _results(self, chunk: int) -> Tensor | None:
-        """Return the results (N, D) of all pairs in chunks of experts, since sums take those of several chunks.
-
-        None where the chunk is a range of rows, with all that its sums take.
-        """
-        first = self.grouping.first_expert_chunk
-        if first is None or chunk < first:
-            return None
-        if "results" not in self.reused:
-            offsets = self.grouping.chunk_pair_offsets
-            self.reused["results"] = cpu_memory.empty(offsets[-1] - offsets[first], self.rows.shape[1], like=self.rows)
-        return self.reused["results"]
-
-    def _among_results(self, chunk: int) -> slice:
-        """Return where the chunk's pairs lie in _results()."""
-        first = self.grouping.first_expert_chunk
-        assert first is not None
-        start, *pairs = (self.grouping.chunk_pair_offsets[c] for c in (first, chunk, chunk + 1))
-        return slice(pairs[0] - start, pairs[1] - start)
 
     def _with_earlier_chunks(self, chunk: int, dweights: Tensor) -> Tensor:
         """Return the gradients of gate weights that `inverse` points into: this chunk's, or those of all so far."""
         first = self.grouping.first_expert_chunk
         if first is None or chunk < first:
             return dweights
-        if self.dweights is None:
+        if self._dweights is None:
             offsets = self.grouping.chunk_pair_offsets
-            self.dweights = dweights.new_empty(offsets[-1] - offsets[first])
-        self.dweights[self._among_results(chunk)] = dweights
-        return self.dweights
+            self._dweights = dweights.new_empty(offsets[-1] - offsets[first])
+        self._dweights[self._among_results(chunk)] = dweights
+        return self._dweights
 
 
 def _part(values: Tensor, positions: slice) -> Tensor:

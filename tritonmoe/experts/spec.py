@@ -2,7 +2,7 @@
 
 import ast
 from dataclasses import dataclass, field, fields, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -28,6 +28,7 @@ from tritonmoe.experts.tensors import CallTensors
 from tritonmoe.runtime.other_ranks import has_other_ranks
 
 __all__ = [
+    "LAYOUT",
     "ExpertSettings",
     "ExpertSpec",
     "choose_backend",
@@ -54,6 +55,13 @@ class ExpertSpec:
     adapters: str = ""
     """The names and scales of adapters that somebody else (PEFT) put on the experts: ranks compare them."""
 
+    @cached_property
+    def agreed(self) -> tuple[tuple[str, object], ...]:
+        """What must be the same on all ranks that share the experts, by name, as users read it."""
+        values = {**{name: getattr(self.layout, name) for name in LAYOUT}, "activation": words_of(self.activation)}
+        values |= {name: getattr(self, name) for name in OTHERS if name not in FREE}
+        return tuple(values.items())
+
     def check(self) -> "ExpertSpec":
         """Raise ValueError or TypeError unless experts can compute like this somewhere; give itself."""
         check_activation(self.activation, self.layout.gated)
@@ -62,6 +70,11 @@ class ExpertSpec:
         self.options.check()
         return self
 
+    @cached_property
+    def checked(self) -> "ExpertSpec":
+        """Itself, checked once."""
+        return self.check()
+
     def with_dropout(self, adapters: ExpertAdapters | None) -> "ExpertSpec":
         """Return what experts with these adapters compute like."""
         return replace(self, dropout=adapters.dropout) if adapters is not None and adapters.dropout else self
@@ -69,7 +82,23 @@ class ExpertSpec:
 
 OTHERS = tuple(one.name for one in fields(ExpertSpec) if one.name not in ("layout", "activation", "options"))
 """The fields that are Python literals."""
+FREE = ("backend", "save")
+"""Those of them in which ranks may differ; how kernels run (options) is every rank's own matter too."""
 LAYOUT = tuple(one.name for one in fields(ExpertLayout))
+"""The names of what a layout says, by which MoEConfig has it too."""
+
+
+def words_of(activation: Activation) -> str:
+    """Return what an activation is called; a callable goes by its name."""
+    if isinstance(activation, str):
+        return activation
+    if isinstance(activation, ClampedSwiGLU):
+        limit, alpha, up_offset = (0.0 + of for of in (activation.limit, activation.alpha, activation.up_offset))
+        return f"ClampedSwiGLU({limit}, alpha={alpha}, up_offset={up_offset})"  # 0.0 + -0.0 is 0.0
+    named: object = activation
+    while isinstance(named, partial):
+        named = named.func
+    return f"the callable {getattr(named, '__qualname__', type(named).__qualname__)}"
 
 
 class ExpertSettings(NamedTuple):
@@ -117,17 +146,11 @@ def expert_spec(**settings: Any) -> ExpertSpec:
     return _make_spec(**settings).check()
 
 
-def _make_spec(
-    *,
-    gated: bool = True,
-    interleaved: bool = False,
-    transposed: bool = False,
-    num_sms: int | None = None,
-    batch_invariant: bool = False,
-    **others: Any,
-) -> ExpertSpec:
-    layout = ExpertLayout(gated, interleaved, transposed)
-    return ExpertSpec(layout=layout, options=KernelOptions(num_sms, batch_invariant), **others)
+def _make_spec(**settings: Any) -> ExpertSpec:
+    layout = ExpertLayout(**{name: value for name, value in settings.items() if name in LAYOUT})
+    options = KernelOptions(**{name: value for name, value in settings.items() if name in KernelOptions._fields})
+    others = {name: value for name, value in settings.items() if name not in (*LAYOUT, *KernelOptions._fields)}
+    return ExpertSpec(layout=layout, options=options, **others)
 
 
 @lru_cache(maxsize=1024, typed=True)  # typed: 1 is not True here

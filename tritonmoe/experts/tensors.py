@@ -10,7 +10,7 @@ import torch
 
 from tritonmoe.config.layer import NO_WEIGHTS, PerWeight
 
-__all__ = ["NAMES", "NO_TENSORS", "OPTIONAL", "CallTensors", "schema"]
+__all__ = ["NAMES", "NO_TENSORS", "OF_ROWS", "OPTIONAL", "CallTensors", "schema"]
 
 Value = TypeVar("Value")
 Other = TypeVar("Other")
@@ -44,6 +44,10 @@ class CallTensors(NamedTuple, Generic[Value]):
         row_seeds, *parameters = others[end:]
         return CallTensors(x, topk_ids, topk_weights, PerWeight(*others[:end]), row_seeds, parameters)
 
+    def of_rows(self) -> "list[Value | None]":
+        """Return those that belong to the rows of x, in the order of OF_ROWS."""
+        return [getattr(self, name) for name in OF_ROWS]
+
     def map(self, function: Callable[[Value], Other]) -> "CallTensors[Other]":
         """Return function(value) in the place of each value, and None where there is None."""
         return self.unflatten([None if value is None else function(value) for value in self.flatten()])
@@ -70,6 +74,8 @@ class CallTensors(NamedTuple, Generic[Value]):
 
 NO_TENSORS: CallTensors[Any] = CallTensors(None, None, None, NO_WEIGHTS)
 NAMES = ("x", "topk_ids", "topk_weights", *PerWeight._fields, "row_seeds")
+OF_ROWS = ("topk_ids", "topk_weights", "row_seeds")
+"""Those that belong to the rows of x, and travel with them: (T, K) or (T,), as int32 or fp32."""
 OPTIONAL = frozenset(NAMES) - {"x", "topk_ids", "topk_weights", "gate_up_proj", "down_proj"}
 
 

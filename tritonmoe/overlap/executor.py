@@ -4,64 +4,66 @@ The same loop serves every transport and device: the only place where it meets c
 PendingExchange.wait(). What a step does is in the passes (overlap/layer_pass.py, overlap/node_pass.py).
 """
 
-from collections.abc import Callable, Generator, Mapping
-from typing import TypeVar
+from collections.abc import Callable, Mapping
 
 import torch
 
 from tritonmoe.errors import TransportError
-from tritonmoe.overlap.report import ExchangeMarks, Mark, PassReport, StepMarks, mark
+from tritonmoe.overlap.report import ExchangeMarks, Mark, PassReport, StepMarks
 from tritonmoe.overlap.schedule import Schedule, phase_ends
 from tritonmoe.overlap.steps import Step, StepKind
 from tritonmoe.transports import PendingExchange
 from tritonmoe.transports.waiting import Doing
 
-__all__ = ["Actions", "Phases", "execute", "execute_in_phases", "run_all_phases"]
-
-Result = TypeVar("Result")
-Phases = Generator[None, None, Result]
-"""Work that can be left twice, after its first and after its second phase, and goes on where it was left."""
+__all__ = ["Actions", "Execution"]
 
 Actions = Mapping[StepKind, Callable[..., PendingExchange | None]]
 """What a step of each kind does: it takes the step's chunk, unless the step is of the whole layer, and gives back the
 exchange that it posted, if its lane is comm."""
 
 
-def execute(schedule: Schedule, actions: Actions, device: torch.device, call: str = "") -> PassReport:
-    """Run the steps in order, and give their timings; call: names the layer call to whoever waits long."""
-    return run_all_phases(execute_in_phases(schedule, actions, device, call))
+class Execution:
+    """The steps of a schedule: run() runs them all, or begin(), compute() and end() the phases of phase_ends(), so that
+    other work can run between these.
 
+    call: names the layer call to whoever waits long.
+    """
 
-def run_all_phases(phases: Phases[Result]) -> Result:
-    """Run all phases, one behind the other, and give the result."""
-    while True:
-        try:
-            next(phases)
-        except StopIteration as end:
-            return end.value
+    def __init__(self, schedule: Schedule, actions: Actions, device: torch.device, call: str = "") -> None:
+        self._schedule, self._actions, self._call = schedule, actions, call
+        self._report = PassReport(device)
+        self._posted: dict[int, tuple[Mark, Mark, PendingExchange]] = {}
+        self._position = 0
 
+    def run(self) -> PassReport:
+        """Run all steps that are left in order, and give the timings of all."""
+        self._run_until(len(self._schedule))
+        self._report.end()
+        return self._report
 
-def execute_in_phases(schedule: Schedule, actions: Actions, device: torch.device, call: str) -> Phases[PassReport]:
-    """Do what execute() does, in three phases: see schedule.phase_ends()."""
-    report = PassReport(device)
-    posted: dict[int, tuple[Mark, Mark, PendingExchange]] = {}
-    ends = phase_ends(schedule)
-    for position, step in enumerate(schedule):
-        for _ in range(ends.count(position)):
-            yield
-        for earlier in step.after:
-            if earlier in posted:
-                report.exchanges.append(_wait(schedule[earlier], *posted.pop(earlier), device, call))
-        started = mark(device)
-        pending = _run(step, actions)
-        if pending is None:
-            report.computed.append(StepMarks(step, started, mark(device)))
-        else:
-            posted[position] = (started, mark(device), pending)
-    for _ in range(ends.count(len(schedule))):
-        yield
-    report.end()
-    return report
+    def begin(self) -> None:
+        self._run_until(phase_ends(self._schedule)[0])
+
+    def compute(self) -> None:
+        self._run_until(phase_ends(self._schedule)[1])
+
+    end = run
+
+    def _run_until(self, end: int) -> None:
+        report, now, posted = self._report, self._report.now, self._posted
+        for position in range(self._position, end):
+            step = self._schedule[position]
+            for earlier in step.after:
+                if earlier in posted:
+                    exchange = _wait(self._schedule[earlier], *posted.pop(earlier), report, self._call)
+                    report.exchanges.append(exchange)
+            started = now()
+            pending = _run(step, self._actions)
+            if pending is None:
+                report.computed.append(StepMarks(step, started, now()))
+            else:
+                posted[position] = (started, now(), pending)
+        self._position = end
 
 
 def _run(step: Step, actions: Actions) -> PendingExchange | None:
@@ -71,23 +73,23 @@ def _run(step: Step, actions: Actions) -> PendingExchange | None:
         pending = action() if step.chunk is None else action(step.chunk)
     except TransportError as error:
         raise _at_step(step, error) from error
-    if (pending is None) != (step.lane == "compute"):
+    if (pending is None) != (step.kind.lane == "compute"):
         raise TypeError(f"step {step} is on the {step.lane} lane, and its action gave {pending!r}")
     return pending
 
 
 def _wait(
-    step: Step, started: Mark, posted: Mark, pending: PendingExchange, device: torch.device, call: str
+    step: Step, started: Mark, posted: Mark, pending: PendingExchange, report: PassReport, call: str
 ) -> ExchangeMarks:
     """Wait for an exchange, and give its times: they are all that is kept, since an exchange would keep its buffers."""
-    before = mark(device)
+    before = report.now()
     try:
         with Doing(lambda: _words(step, call)):
             pending.wait()
     except TransportError as error:
         raise _at_step(step, error) from error
-    after = mark(device)
-    if device.type != "cpu":
+    after = report.now()
+    if report.device.type != "cpu":
         return ExchangeMarks(step, started, posted, before, after, None)
     return ExchangeMarks(step, started, posted, before, after, pending.finished_at(), pending.arrivals())
 

@@ -1,7 +1,7 @@
 """ForwardPass and BackwardPass: the buffers of one layer call on one rank, and what every kind of step does to them."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,23 +12,28 @@ from tritonmoe.dispatch.count_exchange import BackwardAgreement
 from tritonmoe.dispatch.expert_chunks import RowPlaces
 from tritonmoe.dispatch.placement import ExpertPlacement, pack_replica_grads, sum_replica_grads
 from tritonmoe.dispatch.plan import DispatchPlan
-from tritonmoe.overlap.executor import Actions, Phases, execute_in_phases, run_all_phases
+from tritonmoe.experts.tensors import CallTensors
+from tritonmoe.overlap.executor import Actions, Execution
 from tritonmoe.overlap.report import PassReport
-from tritonmoe.overlap.row_exchanges import ArrivingMetadata, RowExchanges, RowMetadata
+from tritonmoe.overlap.row_exchanges import ArrivingMetadata, RowExchanges
 from tritonmoe.overlap.schedule import build_backward, build_forward
 from tritonmoe.overlap.steps import StepKind, Way
 from tritonmoe.transports import PendingExchange
 from tritonmoe.transports.wire import WireFormat
 
-__all__ = ["BackwardPass", "ExpertsPass", "ForwardPass", "LayerGrads", "MakeExperts"]
+__all__ = ["BackwardExperts", "BackwardPass", "Experts", "ForwardExperts", "ForwardPass", "LayerGrads", "MakeExperts"]
 
 
-class ExpertsPass(Protocol):
-    """What a pass needs of the experts of one call: ExpertsRun, NodePass, or a stand-in of fixed duration."""
+class ForwardExperts(Protocol):
+    """What a forward needs of the experts of one call: ForwardRun, NodeForward, or a stand-in of fixed duration."""
 
     def forward(self, segment: int, out: Tensor | None = None) -> Tensor:
         """Return the weighted sums over this rank's experts of the rows that a segment finishes."""
         ...
+
+
+class BackwardExperts(Protocol):
+    """What a backward needs of them: BackwardRun, NodeBackward, or such a stand-in."""
 
     def backward(
         self, segment: int, dout: Tensor, needs_dx: bool, out: Tensor | None = None
@@ -41,22 +46,23 @@ class ExpertsPass(Protocol):
         ...
 
 
-MakeExperts = Callable[[DispatchPlan, Tensor, RowMetadata, RowPlaces], ExpertsPass]
-"""(the plan, rows (R, D), what came with them, where they lie) -> the experts of one call."""
+Experts = TypeVar("Experts", bound=ForwardExperts)
+MakeExperts = Callable[[DispatchPlan, CallTensors[Tensor], RowPlaces], Experts]
+"""(the plan, the received rows x (R, D) with what came with them, where they lie) -> the experts of one call."""
 
 
-class ForwardPass:
+class ForwardPass(Generic[Experts]):
     """The forward of one layer call on one rank.
 
     Args:
         make_experts: makes the experts of the received rows, before any of them has arrived.
-        x: (T, D). metadata: of its rows.
+        tensors: x (T, D), and what belongs to its rows.
         fillers: the caller's work, as in expert_parallel_mlp.
     """
 
     rows: Tensor
     """(R, D) received rows."""
-    experts: ExpertsPass
+    experts: Experts
     """The experts of the call, from the group step on."""
     received_weights: Tensor
     """(R, K) fp32, from the group step on."""
@@ -67,16 +73,15 @@ class ForwardPass:
     def __init__(
         self,
         exchanges: RowExchanges,
-        make_experts: MakeExperts,
-        x: Tensor,
-        metadata: RowMetadata,
+        make_experts: MakeExperts[Experts],
+        tensors: CallTensors[Tensor],
         fillers: Sequence[Callable[[], None]] = (),
     ) -> None:
         self.exchanges, self.plan = exchanges, exchanges.plan
         self.make_experts = make_experts
-        self.x, self.sent_metadata = x, metadata
+        self.x, self.tensors = tensors.x, tensors
         self.fillers = fillers
-        plan, width = self.plan, x.shape[1]
+        plan, x, width = self.plan, tensors.x, tensors.x.shape[1]
         self.rows = x if plan.is_identity else x.new_empty(plan.num_received, width)
         self.home = x.new_empty(plan.num_home, width)
         self.out = self.home if plan.is_identity else x.new_empty(x.shape[0], width)
@@ -88,13 +93,13 @@ class ForwardPass:
 
     def run(self) -> tuple[Tensor, PassReport]:
         """Return y (T, D), and the timings."""
-        return run_all_phases(self.phases())
-
-    def phases(self) -> Phases[tuple[Tensor, PassReport]]:
-        """Do what run() does, in three phases."""
-        schedule = build_forward(self.plan.overlap, len(self.fillers))
-        report = yield from execute_in_phases(schedule, self.actions(), self.x.device, self.plan.call)
+        report = self.execution().run()
         return self.out, report
+
+    def execution(self) -> Execution:
+        """Return the steps, of which `out` is the result (T, D) once they have run."""
+        schedule = build_forward(self.plan.overlap, len(self.fillers))
+        return Execution(schedule, self.actions(), self.x.device, self.plan.call)
 
     def actions(self) -> Actions:
         return {
@@ -108,7 +113,7 @@ class ForwardPass:
         }
 
     def metadata(self) -> PendingExchange:
-        pending, self._arriving = self.exchanges.send_metadata(self.sent_metadata)
+        pending, self._arriving = self.exchanges.send_metadata(self.tensors)
         return pending
 
     def dispatch(self, chunk: int) -> PendingExchange:
@@ -123,10 +128,9 @@ class ForwardPass:
         if not plan.is_identity:
             local = slice(plan.num_local)
             torch.index_select(self.x, 0, plan.tokens.home_tokens[local], out=self.rows[local])
-        top_k = self.sent_metadata.topk_ids.shape[1]
-        metadata, places = self.exchanges.receive_metadata(self._arriving, top_k)
-        self.received_weights = metadata.topk_weights
-        self.experts = self.make_experts(plan, self.rows, metadata, places)
+        received, places = self.exchanges.receive_metadata(self._arriving, self.tensors)
+        self.received_weights = received.topk_weights
+        self.experts = self.make_experts(plan, received._replace(x=self.rows), places)
 
     def compute_experts(self, chunk: int) -> None:
         segment = self.plan.segment(chunk)
@@ -150,8 +154,6 @@ class LayerGrads(NamedTuple):
     topk_weights: Tensor | None
     """(T, K) fp32 where some rank needs it."""
     weights: WeightGrads
-    report: PassReport
-    """The timings."""
 
 
 class BackwardPass:
@@ -175,7 +177,7 @@ class BackwardPass:
     def __init__(
         self,
         exchanges: RowExchanges,
-        experts: ExpertsPass,
+        experts: BackwardExperts,
         received_weights: Tensor,
         dout: Tensor,
         needs_weights: PerWeight[bool],
@@ -196,16 +198,17 @@ class BackwardPass:
         if placement is not None and placement.has_replicas and any(needs_weights):
             self.sums_replicas, self.replicas = True, placement
 
-    def run(self, agreement: BackwardAgreement | None = None) -> LayerGrads:
-        """Run the steps.
+    def run(self, agreement: BackwardAgreement | None = None) -> tuple[LayerGrads, PassReport]:
+        """Return the gradients, and the timings; agreement: as in execution()."""
+        report = self.execution(agreement).run()
+        return self.grads, report
+
+    def execution(self, agreement: BackwardAgreement | None = None) -> Execution:
+        """Return the steps, of which `grads` are the results once they have run.
 
         agreement: the exchange in which ranks agree on this backward, under way while the buffers are made and the
-            first chunk's rows are packed; no row is posted before it has ended.
+            first chunk's rows are packed; it ends here, before any row is posted.
         """
-        return run_all_phases(self.phases(agreement))
-
-    def phases(self, agreement: BackwardAgreement | None = None) -> Phases[LayerGrads]:
-        """Do what run() does, in three phases."""
         plan = self.plan
         schedule = build_backward(
             plan.overlap,
@@ -217,10 +220,13 @@ class BackwardPass:
             if schedule[0].kind is StepKind.COMBINE_BACKWARD:
                 self.packed[0] = self.exchanges.pack(self.dout, 0)
             agreement.wait()
-        report = yield from execute_in_phases(schedule, self.actions(), self.dout.device, plan.call)
-        dx = self.dx if plan.needs_x else None
-        dtopk_weights = self.dtopk_weights if plan.needs_topk_weights else None
-        return LayerGrads(dx, dtopk_weights, self.weight_grads, report)
+        return Execution(schedule, self.actions(), self.dout.device, plan.call)
+
+    @property
+    def grads(self) -> LayerGrads:
+        dx = self.dx if self.plan.needs_x else None
+        dtopk_weights = self.dtopk_weights if self.plan.needs_topk_weights else None
+        return LayerGrads(dx, dtopk_weights, self.weight_grads)
 
     def actions(self) -> Actions:
         return {

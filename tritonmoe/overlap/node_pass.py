@@ -1,134 +1,135 @@
-"""NodePass: what a relay does with a chunk: spread its rows inside the node, let the experts run, bring the sums back.
+"""NodeForward and NodeBackward: a relay spreads a chunk's rows inside the node, lets the experts run, returns the sums.
 
 To the outer pass of a two-level layer it is the experts. Its exchanges run inside the node while those of the outer
 pass, over the slow link, are under way; they are waited for where they are posted, and count as the experts' time.
 The steps are those of schedule.build_inside, which the simulator prices too.
 """
 
-from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Generic
 
 import torch
 from torch import Tensor
 
 from tritonmoe.backends.ops import WeightGrads
 from tritonmoe.config.layer import PerWeight
-from tritonmoe.dispatch.plan import DispatchPlan
-from tritonmoe.overlap.executor import Actions, execute
-from tritonmoe.overlap.layer_pass import ExpertsPass, MakeExperts
+from tritonmoe.experts.tensors import CallTensors
+from tritonmoe.overlap.executor import Actions, Execution
+from tritonmoe.overlap.layer_pass import BackwardExperts, Experts, MakeExperts
 from tritonmoe.overlap.report import PassReport
-from tritonmoe.overlap.row_exchanges import ArrivingMetadata, RowExchanges, RowMetadata
+from tritonmoe.overlap.row_exchanges import ArrivingMetadata, RowExchanges
 from tritonmoe.overlap.schedule import build_inside
 from tritonmoe.overlap.steps import Step, StepKind
 from tritonmoe.transports import PendingExchange
 from tritonmoe.transports.wire import WireFormat
 
-__all__ = ["NodePass"]
+__all__ = ["NodeBackward", "NodeForward"]
 
 
-@dataclass
-class NodePass:
-    """One layer call's inner level on one rank; see ExpertsPass for the calls."""
+class _NodePass:
+    """One direction of one layer call's inner level on one rank.
 
-    exchanges: RowExchanges
-    """Those inside the node. The tokens of their plan are the rows that this rank relays, and each of its chunks is a
-    segment of the outer plan."""
-    num_local_slices: int
-    """How many of the outer plan's segments are local ones."""
-    relayed: Tensor
-    """(R, D) rows that the outer level brought here."""
-    experts: ExpertsPass
-    rows: Tensor
-    """(R', D): what the experts work on."""
-    reports: list[tuple[Step, PassReport]] = field(default_factory=list)
-    """What every step so far did inside the node."""
-    _dout_rows: Tensor | None = None
-
-    @classmethod
-    def receive(
-        cls,
-        exchanges: RowExchanges,
-        num_local_slices: int,
-        relayed: Tensor,
-        metadata: RowMetadata,
-        make_experts: MakeExperts,
-    ) -> "NodePass":
-        """Spread what came with the relayed rows (R, D) inside the node, and make the experts.
-
+    Args:
+        exchanges: those inside the node. The tokens of their plan are the rows that this rank relays, and each of its
+            chunks is a segment of the outer plan.
         num_local_slices: how many of the outer plan's segments are local ones.
-        """
-        received = _Metadata(exchanges, relayed, metadata, make_experts)
-        step = Step(StepKind.GROUP, None)
-        actions = {StepKind.NODE_METADATA: received.metadata, StepKind.GROUP: received.group}
-        report = execute(build_inside(step, needs_x=True), actions, relayed.device, exchanges.plan.call)
-        return cls(exchanges, num_local_slices, relayed, received.experts, received.rows, [(step, report)])
+    """
 
-    @property
-    def plan(self) -> DispatchPlan:
-        return self.exchanges.plan
-
-    @property
-    def dout_rows(self) -> Tensor:
-        """(R', D): the gradients of the experts' outputs, made at the first use."""
-        if self._dout_rows is None:
-            self._dout_rows = torch.empty_like(self.rows)
-        return self._dout_rows
+    def __init__(self, exchanges: RowExchanges, num_local_slices: int) -> None:
+        self.exchanges, self.plan = exchanges, exchanges.plan
+        self._num_local_slices = num_local_slices
+        self.reports: list[tuple[Step, PassReport]] = []
+        """What every step so far did inside the node."""
 
     def segment(self, chunk: int) -> int:
         """Return the segment of a chunk of the outer plan, which is a chunk of the inner one."""
-        return chunk + self.num_local_slices
-
-    def forward(self, segment: int, out: Tensor | None = None) -> Tensor:
-        """Return the weighted partial sums of the relayed rows of a segment, over the experts of this node."""
-        inside = _Forward(self, out)
-        self._run(StepKind.EXPERTS, segment, inside.actions())
-        return inside.sums.result
-
-    def backward(
-        self, segment: int, dout: Tensor, needs_dx: bool, out: Tensor | None = None
-    ) -> tuple[Tensor | None, Tensor]:
-        """Return dx of the relayed rows of a segment, None unless needed, and the gradient of their topk_weights."""
-        inside = _Backward(self, dout, needs_dx, out)
-        self._run(StepKind.EXPERTS_BACKWARD, segment, inside.actions(), needs_dx)
-        return inside.dx.result if needs_dx else None, inside.dweights.result
-
-    def weight_grad(self, dout: Tensor, needs: PerWeight[bool]) -> WeightGrads:
-        """Return the gradients of this rank's experts; the gradients of their outputs came here chunk by chunk."""
-        return self.experts.weight_grad(self.dout_rows, needs)
+        return chunk + self._num_local_slices
 
     def spread(self, relayed: Tensor, segment: int, received: Tensor) -> PendingExchange:
         """Send the rows of a segment from their relay to the ranks of this node that need them."""
         packed = self.exchanges.pack(relayed, segment)
         return self.exchanges.send_chunk(packed, segment, received, WireFormat(relayed.dtype))
 
-    def _run(self, kind: StepKind, segment: int, actions: Actions, needs_x: bool = True) -> None:
-        step = Step(kind, segment - self.num_local_slices)
-        self.reports.append(
-            (step, execute(build_inside(step, needs_x=needs_x), actions, self.rows.device, self.plan.call))
-        )
+    def run(self, step: Step, actions: Actions, device: torch.device, needs_x: bool = True) -> None:
+        """Do what a step of the outer level has to do inside the node."""
+        report = Execution(build_inside(step, needs_x=needs_x), actions, device, self.plan.call).run()
+        self.reports.append((step, report))
+
+    def step_of(self, kind: StepKind, segment: int) -> Step:
+        return Step(kind, segment - self._num_local_slices)
 
 
-@dataclass
-class _Metadata:
-    """The steps that make the experts of a node."""
+class NodeForward(_NodePass, Generic[Experts]):
+    """What stands for the experts in a forward: see ForwardExperts. When made it spreads what came with the rows.
 
-    exchanges: RowExchanges
-    relayed: Tensor
-    of_relayed: RowMetadata
-    make_experts: MakeExperts
-    rows: Tensor = field(init=False)
-    experts: ExpertsPass = field(init=False)
-    arriving: ArrivingMetadata = field(init=False)
+    Args:
+        relayed: the rows x (R, D) that the outer level brought here, and what belongs to them.
+        make_experts: makes the experts of the rows that came here inside the node.
+    """
 
-    def __post_init__(self) -> None:
-        self.rows = self.relayed.new_empty(self.exchanges.plan.num_received, self.relayed.shape[1])
+    rows: Tensor
+    """(R', D): what the experts work on."""
+    experts: Experts
 
-    def metadata(self) -> PendingExchange:
-        pending, self.arriving = self.exchanges.send_metadata(self.of_relayed)
-        return pending
+    def __init__(
+        self,
+        exchanges: RowExchanges,
+        num_local_slices: int,
+        relayed: CallTensors[Tensor],
+        make_experts: MakeExperts[Experts],
+    ) -> None:
+        super().__init__(exchanges, num_local_slices)
+        self.relayed = relayed.x
+        self.rows = relayed.x.new_empty(self.plan.num_received, relayed.x.shape[1])
 
-    def group(self) -> None:
-        metadata, places = self.exchanges.receive_metadata(self.arriving, self.of_relayed.topk_ids.shape[1])
-        self.experts = self.make_experts(self.exchanges.plan, self.rows, metadata, places)
+        arriving: ArrivingMetadata
+
+        def post() -> PendingExchange:
+            nonlocal arriving
+            pending, arriving = exchanges.send_metadata(relayed)
+            return pending
+
+        def group() -> None:
+            received, places = exchanges.receive_metadata(arriving, relayed)
+            self.experts = make_experts(self.plan, received._replace(x=self.rows), places)
+
+        self.run(Step(StepKind.GROUP, None), {StepKind.NODE_METADATA: post, StepKind.GROUP: group}, self.rows.device)
+
+    def forward(self, segment: int, out: Tensor | None = None) -> Tensor:
+        """Return the weighted partial sums of the relayed rows of a segment, over the experts of this node."""
+        inside = _Forward(self, out)
+        self.run(self.step_of(StepKind.EXPERTS, segment), inside.actions(), self.rows.device)
+        return inside.sums.result
+
+
+class NodeBackward(_NodePass):
+    """What stands for the experts in a backward: see BackwardExperts.
+
+    Args:
+        experts: those of this rank. rows: (R', D), what they worked on.
+    """
+
+    def __init__(self, exchanges: RowExchanges, num_local_slices: int, experts: BackwardExperts, rows: Tensor) -> None:
+        super().__init__(exchanges, num_local_slices)
+        self.experts = experts
+        self._rows = rows
+
+    @cached_property
+    def dout_rows(self) -> Tensor:
+        """(R', D): the gradients of the experts' outputs, made at the first use."""
+        return torch.empty_like(self._rows)
+
+    def backward(
+        self, segment: int, dout: Tensor, needs_dx: bool, out: Tensor | None = None
+    ) -> tuple[Tensor | None, Tensor]:
+        """Return dx of the relayed rows of a segment, None unless needed, and the gradient of their topk_weights."""
+        inside = _Backward(self, dout, needs_dx, out)
+        self.run(self.step_of(StepKind.EXPERTS_BACKWARD, segment), inside.actions(), dout.device, needs_dx)
+        return inside.dx.result if needs_dx else None, inside.dweights.result
+
+    def weight_grad(self, dout: Tensor, needs: PerWeight[bool]) -> WeightGrads:
+        """Return the gradients of this rank's experts; the gradients of their outputs came here chunk by chunk."""
+        return self.experts.weight_grad(self.dout_rows, needs)
 
 
 class _Sums:
@@ -154,7 +155,7 @@ class _Sums:
 class _Forward:
     """The steps inside the node of one chunk's forward."""
 
-    def __init__(self, node: NodePass, out: Tensor | None) -> None:
+    def __init__(self, node: NodeForward[Any], out: Tensor | None) -> None:
         self.node = node
         self.sums = _Sums(node.exchanges, out)
         self.partials: dict[int, Tensor] = {}
@@ -183,7 +184,7 @@ class _Forward:
 class _Backward:
     """The steps inside the node of one chunk's backward."""
 
-    def __init__(self, node: NodePass, dout: Tensor, needs_dx: bool, out: Tensor | None) -> None:
+    def __init__(self, node: NodeBackward, dout: Tensor, needs_dx: bool, out: Tensor | None) -> None:
         self.node, self.dout, self.needs_dx = node, dout, needs_dx
         self.dx, self.dweights = _Sums(node.exchanges, out), _Sums(node.exchanges)
         self.partials: dict[int, Tensor] = {}

@@ -3,8 +3,9 @@
 import math
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -22,8 +23,8 @@ __all__ = [
     "PassReport",
     "StepMarks",
     "StepTiming",
+    "clock_of",
     "covered_s",
-    "mark",
 ]
 
 SHORTEST_WAIT_S = 2e-5
@@ -33,15 +34,21 @@ Mark = float | torch.cuda.Event | None
 """A moment on the lane that computes: the host's clock, or an event of the device's stream; None in a CUDA graph."""
 
 
-def mark(device: torch.device) -> Mark:
-    """Take the present moment."""
+def clock_of(device: torch.device) -> Callable[[], Mark]:
+    """Return what takes the present moment, in a pass that begins now."""
     if is_captured(device):
-        return None
-    if device.type == "cuda":
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(device))  # which need not be the current device
-        return event
-    return time.perf_counter()
+        return _no_mark
+    return partial(_event, device) if device.type == "cuda" else time.perf_counter
+
+
+def _no_mark() -> None:
+    return None
+
+
+def _event(device: torch.device) -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))  # which need not be the current device
+    return event
 
 
 class CallMarks(NamedTuple):
@@ -113,12 +120,13 @@ class PassReport:
         self.started_at = time.perf_counter()
         """The start of the pass, by the host's clock."""
         self._steps: list[StepTiming] | None = None
-        self._origin = mark(device)
+        self.now = clock_of(device)
+        self._origin = self.now()
         self._end = self._origin
 
     def end(self) -> None:
         """Note that the pass ends now."""
-        self._end = mark(self.device)
+        self._end = self.now()
 
     def _seconds(self, moment: Mark) -> float:
         """Return the seconds from the start of the pass."""

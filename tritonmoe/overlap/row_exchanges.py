@@ -1,18 +1,19 @@
 """RowExchanges: how the rows, ids and weights of one plan travel over a transport, in either direction and pass."""
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from tritonmoe.dispatch.expert_chunks import RowPlaces
 from tritonmoe.dispatch.plan import DispatchPlan
+from tritonmoe.experts.tensors import NO_TENSORS, OF_ROWS, CallTensors
 from tritonmoe.overlap.steps import Way
 from tritonmoe.transports import PendingExchange, Transport
 from tritonmoe.transports.wire import DecodedExchange, WireFormat
 
-__all__ = ["ArrivingMetadata", "GatherSum", "RowExchanges", "RowMetadata"]
+__all__ = ["ArrivingMetadata", "GatherSum", "RowExchanges"]
 
 
 class GatherSum(Protocol):
@@ -21,31 +22,36 @@ class GatherSum(Protocol):
     def __call__(self, y: Tensor, index: Tensor, *, out: Tensor | None = None) -> Tensor: ...
 
 
-class RowMetadata(NamedTuple):
-    """What travels with rows: where they go, and what is computed with them."""
+def pack(tensors: CallTensors[Tensor]) -> Tensor:
+    """Return what belongs to rows, (R, columns) int32: ids, the bits of fp32 weights and, if there are any, seeds."""
+    ids = tensors.topk_ids.clamp(-1, 2**31 - 1)  # an id past int32 must not come out as another expert's
+    columns = [
+        values.to(torch.float32).view(torch.int32) if values.is_floating_point() else values.to(torch.int32)
+        for values in tensors._replace(topk_ids=ids).of_rows()
+        if values is not None
+    ]
+    return torch.cat([bits if bits.dim() == 2 else bits.unsqueeze(1) for bits in columns], dim=1)
 
-    topk_ids: Tensor
-    """(R, K), global; int32 once it has travelled."""
-    topk_weights: Tensor
-    """(R, K); fp32 once it has travelled."""
-    row_seeds: Tensor | None = None
-    """(R,) int32, as in CallTensors."""
 
-    def pack(self) -> Tensor:
-        """Return (R, 2K) int32, ids, then the bits of the fp32 weights; with row_seeds (R, 2K + 1)."""
-        ids, weights, seeds = self
-        ids = ids.clamp(-1, 2**31 - 1).to(torch.int32)  # an id past int32 must not come out as another expert's
-        columns = [ids, weights.to(torch.float32).view(torch.int32)]
-        return torch.cat(columns if seeds is None else [*columns, seeds.unsqueeze(1)], dim=1)
+def unpack(packed: Tensor, like: CallTensors[Tensor]) -> CallTensors[Tensor]:
+    """Return what pack() made int32 of, of rows (R, columns) that other ranks may have packed.
 
-    @classmethod
-    def unpack(cls, packed: Tensor, top_k: int) -> "RowMetadata":
-        ids, bits, seeds = packed.tensor_split((top_k, 2 * top_k), dim=1)
-        return cls(ids, bits.contiguous().view(torch.float32), seeds.flatten() if seeds.shape[1] else None)
+    like: what this rank has packed of its own rows; all ranks have the same tensors.
+    """
+    unpacked: dict[str, Any] = {}
+    first = 0
+    for name, values in zip(OF_ROWS, like.of_rows(), strict=True):
+        if values is None:
+            continue
+        last = first + (values.shape[1] if values.dim() == 2 else 1)
+        bits, first = packed[:, first:last], last
+        bits = bits.contiguous().view(torch.float32) if values.is_floating_point() else bits
+        unpacked[name] = bits if values.dim() == 2 else bits.flatten()
+    return NO_TENSORS._replace(**unpacked)
 
 
 class ArrivingMetadata(NamedTuple):
-    """What comes with received rows while its exchange is under way, packed as RowMetadata.pack() does."""
+    """What comes with received rows while its exchange is under way, packed as pack() does."""
 
     stored: Tensor
     """One row for each received row; so far it has those that stay on this rank."""
@@ -61,23 +67,28 @@ class RowExchanges:
     transport: Transport
     gather_sum: GatherSum
 
-    def send_metadata(self, metadata: RowMetadata) -> tuple[PendingExchange, ArrivingMetadata]:
+    def send_metadata(self, tensors: CallTensors[Tensor]) -> tuple[PendingExchange, ArrivingMetadata]:
         """Send what belongs to the T rows of all chunks; what arrives is for receive_metadata."""
         plan = self.plan
-        pairs = metadata.pack().index_select(0, plan.tokens.home_tokens)
+        pairs = pack(tensors).index_select(0, plan.tokens.home_tokens)
         if plan.tokens.has_padding:
-            pairs[:, : metadata.topk_ids.shape[1]].masked_fill_(plan.tokens.padding()[:, None], -1)
+            pairs[:, : tensors.topk_ids.shape[1]].masked_fill_(plan.tokens.padding()[:, None], -1)
         stored = pairs.new_empty(plan.num_received, pairs.shape[1])
         stored[: plan.num_local] = pairs[: plan.num_local]
         pending, arriving = self.exchange_all(pairs.index_select(0, plan.send_order()), Way.TO_EXPERTS)
         return pending, ArrivingMetadata(stored, arriving)
 
-    def receive_metadata(self, metadata: ArrivingMetadata, top_k: int) -> tuple[RowMetadata, RowPlaces]:
-        """Return what came with the received rows, and their places, once the exchange has ended."""
+    def receive_metadata(
+        self, metadata: ArrivingMetadata, like: CallTensors[Tensor]
+    ) -> tuple[CallTensors[Tensor], RowPlaces]:
+        """Return what came with the received rows, and their places, once the exchange has ended; like: as in unpack().
+
+        These are int32 and fp32.
+        """
         stored, arrived = metadata
-        places = self.plan.place_received(arrived[:, :top_k])
+        places = self.plan.place_received(arrived[:, : like.topk_ids.shape[1]])
         stored[places.received] = arrived
-        return RowMetadata.unpack(stored, top_k), places
+        return unpack(stored, like), places
 
     def pack(self, values: Tensor, chunk: int) -> Tensor:
         """Copy the rows of `values` (T, D) that a chunk sends, rank by rank; what two ranks need is copied twice."""

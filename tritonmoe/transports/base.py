@@ -29,7 +29,7 @@ __all__ = [
 NATIVE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.int64)
 """Dtypes that every transport moves as they are; tensors of all others travel as bytes."""
 
-MAX_HEADER = 72
+MAX_HEADER = 40
 """The most integers with which one rank describes a layer call or a collective to the others."""
 MAX_SEGMENTS = MAX_CHUNKS + 2
 """The most segments that a layer call has: its chunks, and the two local slices before them."""

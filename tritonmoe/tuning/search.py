@@ -10,6 +10,7 @@ large as the one before, and still arrives while that one is computed. The searc
 import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
+from functools import lru_cache
 
 from tritonmoe.config.overlap import LOCAL_PARTS, MAX_CHUNKS, OverlapConfig, OverlapPlan, equal_sizes, ramp_sizes
 from tritonmoe.overlap.steps import StepKind
@@ -73,6 +74,7 @@ def closed_form_growth(experts_s: float, communication_s: float) -> int:
     return round(max(2.0, min(MOST_GROWTH, 2 * experts_s / communication_s))) if communication_s else MOST_GROWTH
 
 
+@lru_cache(maxsize=256)
 def fixed_plan(config: OverlapConfig, num_chunks: int, size: int) -> OverlapPlan:
     """Return the plan of so many chunks where nothing is measured: half of the local pairs at either end."""
     if isinstance(config.shape, tuple):

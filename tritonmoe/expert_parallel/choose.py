@@ -1,49 +1,20 @@
-"""run_call(): an expert-parallel call from its arguments to its result: check, choose a plan, agree, run."""
+"""choose_plan(): the plan that this rank proposes for a call, as configured, tuned, or taken from the forward."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import replace
-from functools import partial
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
 from tritonmoe.config.overlap import OverlapConfig, OverlapPlan
-from tritonmoe.dispatch.capacity import some_rank_overflowed, watched
-from tritonmoe.expert_parallel.agree import agree, agree_without_capacity
-from tritonmoe.expert_parallel.call import ExpertParallelCall, Runner
-from tritonmoe.expert_parallel.call_spec import CallArguments
-from tritonmoe.expert_parallel.check import CheckedCall, check
+from tritonmoe.expert_parallel.agreed_call import AgreedCall
+from tritonmoe.expert_parallel.check import CheckedCall
 from tritonmoe.overlap.report import LayerReport
-from tritonmoe.runtime.autograd import caller_autocast, is_recomputing, without_autocast
+from tritonmoe.runtime.autograd import is_recomputing
 from tritonmoe.runtime.cpu_threads import num_workers
 from tritonmoe.simulation.buffer_widths import BufferWidths, WorkingSet
 from tritonmoe.tuning.search import fixed_plan
 from tritonmoe.tuning.tuner import PlanChooser
 from tritonmoe.tuning.votes import Message
 
-__all__ = ["run_call"]
-
-
-def run_call(arguments: CallArguments, runner: Runner) -> Tensor:
-    """Return the result (T, D) of a call; its report goes to the layer that calls.
-
-    Raises:
-        What check() and agree() raise, and TransportError where an exchange fails.
-    """
-    call = check(arguments, runner)
-    choice = choose_plan(call)
-    agreed = agree(call, choice.overlap, choice.message)
-    y, report = run(call, agreed)
-    choice.learn(call, agreed, report)
-    report.half = runner.half
-    if call.layer is not None:
-        before = call.layer.last_report
-        if report.half == 2 and before is not None and before.half == 1:
-            report.first_half = before
-        call.layer.last_report = report
-    return y
+__all__ = ["Choice", "choose_plan"]
 
 
 class Choice(NamedTuple):
@@ -59,7 +30,7 @@ class Choice(NamedTuple):
     reason: str = ""
     """Why this plan was taken, where the chooser was not asked and learns nothing; in one sentence."""
 
-    def learn(self, call: CheckedCall, agreed: ExpertParallelCall, report: LayerReport) -> None:
+    def learn(self, call: CheckedCall, agreed: AgreedCall, report: LayerReport) -> None:
         """Return the call's report to the tuner, which picks later plans, and remember its plan for a recompute."""
         if self.chooser is None:
             return
@@ -84,7 +55,7 @@ def choose_plan(call: CheckedCall) -> Choice:
     message, reason = Message(), ""
     if again is not None:
         plan, reason = again, "the plan of the forward that is recomputed"
-    elif call.runner.half and chooser.is_tuned:  # times in which another half computes say nothing of a plan
+    elif call.half and chooser.is_tuned:  # times in which another half computes say nothing of a plan
         plan = half_plan(overlap, call.transport.size)
         reason = f"{plan}: of half a batch, whose exchanges the other half hides"
     else:
@@ -114,7 +85,7 @@ def find_chooser(call: CheckedCall, overlap: OverlapConfig) -> tuple[tuple, Plan
         x.dtype.itemsize,
         gated=settings.spec.layout.gated,
         save=settings.spec.save,
-        has_backward=call.runner.grad_enabled,
+        has_backward=call.grad_enabled,
     )
     kind = (call.spec.num_experts, widths, topk_ids.shape[1], x.dtype, topk_weights.dtype, overlap)
     chooser = call.state.choosers.get(kind)
@@ -125,30 +96,3 @@ def find_chooser(call: CheckedCall, overlap: OverlapConfig) -> tuple[tuple, Plan
     ops = settings.ops
     chooser.working_set = WorkingSet(ops.MAX_BLOCK_PAIRS, num_workers(x.device), ops.copies_rows())
     return kind, chooser
-
-
-def run(call: CheckedCall, agreed: ExpertParallelCall) -> tuple[Tensor, LayerReport]:
-    """Run a call as agreed, and once more by its counts where rows of some rank had no room in the capacity."""
-    autocast = caller_autocast(call.tensors.x.device)
-    agreed.fillers = [partial(_run_filler, filler, call.runner.grad_enabled, autocast) for filler in call.fillers]
-    y = _run_planned(call, agreed)
-    report = agreed.report
-    if agreed.is_wrong is not None:
-        call.state.captured_flags.append(watched(agreed.is_wrong))
-    if agreed.capped is not None and some_rank_overflowed(call.transport, agreed.header, agreed.capped):
-        del y  # and with it what the first run keeps for a backward
-        again = agree_without_capacity(call, agreed)
-        y = _run_planned(call, again)
-        return y, again.report
-    return y, report
-
-
-def _run_planned(call: CheckedCall, agreed: ExpertParallelCall) -> Tensor:
-    with without_autocast(call.tensors.x.device):
-        return call.runner.run(agreed, call.tensors)
-
-
-def _run_filler(filler: Callable[[], None], grad_enabled: bool, autocast: Callable[[], AbstractContextManager]) -> None:
-    """Run a filler in the modes of the caller: a Function's forward runs without either."""
-    with torch.set_grad_enabled(grad_enabled), autocast():
-        filler()

@@ -1,0 +1,68 @@
+"""CallTerms: what is configured of a layer call and must be the same on all ranks, which send one number that says it.
+
+Where the numbers differ every rank sees that they do, and only then the ranks send each other the names and the values,
+in the words that a user reads.
+"""
+
+import ast
+import hashlib
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from functools import lru_cache
+
+from tritonmoe.config.overlap import OverlapPlan
+
+__all__ = ["NO_TERMS", "PLAN_NAMES", "CallTerms", "in_millionths", "plan_terms", "words_of"]
+
+PLAN_NAMES = ("num_chunks", *(field.name for field in fields(OverlapPlan)))
+"""What a plan is made of."""
+LONGEST_WORDS = 160
+"""Longer values are cut, and a checksum tells them apart."""
+
+
+class CallTerms:
+    """Names and values. In a header they stand as one integer of 63 bits."""
+
+    def __init__(self, named: Iterable[tuple[str, object]]) -> None:
+        self.words = {name: _short(str(value)) for name, value in named}
+        """The values as a user reads them, by name."""
+        self.text = repr(self.words).encode()
+        """What travels where ranks have different numbers."""
+        self._digest = int.from_bytes(hashlib.blake2b(self.text, digest_size=8).digest(), "little") >> 1
+
+    def __index__(self) -> int:
+        return self._digest
+
+
+NO_TERMS = CallTerms(())
+"""Of a call of which nothing is known, or nothing has to be compared."""
+
+
+def _short(words: str) -> str:
+    if len(words) <= LONGEST_WORDS:
+        return words
+    return f"{words[:LONGEST_WORDS]}... (checksum {zlib.crc32(words.encode()):08x})"
+
+
+def words_of(text: bytes) -> Mapping[str, str] | None:
+    """Return the words of the terms of which this is the text; None where the text was damaged on its way."""
+    try:
+        words = ast.literal_eval(text.decode())
+    except (ValueError, SyntaxError):
+        return None
+    return words if isinstance(words, dict) else None
+
+
+@lru_cache(maxsize=1024)
+def plan_terms(overlap: OverlapPlan) -> tuple[tuple[str, object], ...]:
+    """Return the names and values of a plan."""
+    values = {name: getattr(overlap, name) for name in PLAN_NAMES}
+    if overlap.capacity is not None:
+        values["capacity"] = in_millionths(overlap.capacity) / 1e6
+    return tuple(values.items())
+
+
+def in_millionths(capacity: float) -> int:
+    """Return a capacity as ranks compare it."""
+    return round(1e6 * capacity)

@@ -1,0 +1,222 @@
+"""CallForward and CallBackward: the two passes of one expert-parallel call on one rank, once its plan is known.
+
+Whoever makes these, an autograd Function or an operator, saves the tensors.
+"""
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Generic, NamedTuple, TypeVar
+
+from torch import Tensor
+
+from tritonmoe.config.layer import PerWeight, is_fused
+from tritonmoe.dispatch.capacity import poison
+from tritonmoe.dispatch.count_exchange import post_backward
+from tritonmoe.dispatch.header import CallHeader
+from tritonmoe.dispatch.placement import replica_bits
+from tritonmoe.dispatch.plan import DispatchPlan
+from tritonmoe.expert_parallel.agreed_call import AgreedCall
+from tritonmoe.expert_parallel.listeners import listeners
+from tritonmoe.expert_parallel.state import state_of
+from tritonmoe.experts.arguments import find_main_grads
+from tritonmoe.experts.callable_activation import ActivationGraph
+from tritonmoe.experts.run import BackwardRun, ForwardRun
+from tritonmoe.experts.tensors import CallTensors
+from tritonmoe.experts.weight_gradients import SharedWeightGrads
+from tritonmoe.grouping import Grouping
+from tritonmoe.overlap.executor import Execution
+from tritonmoe.overlap.layer_pass import BackwardPass, ForwardExperts, ForwardPass
+from tritonmoe.overlap.report import CallMarks, LayerReport, PassReport
+from tritonmoe.overlap.row_exchanges import RowExchanges
+from tritonmoe.runtime.autograd import checkpointed_region, is_recomputing
+from tritonmoe.runtime.host_device import is_captured
+
+__all__ = ["CallBackward", "CallForward", "Kept", "SavedTensors"]
+
+Result = TypeVar("Result")
+
+
+@dataclass
+class Kept:
+    """What a forward keeps for its backward beside tensors."""
+
+    plan: DispatchPlan
+    inner_plan: DispatchPlan | None
+    grouping: Grouping
+    activation_graphs: Mapping[int, ActivationGraph]
+    report: LayerReport
+
+
+class SavedTensors(NamedTuple):
+    """The tensors that a backward needs of its forward."""
+
+    received: CallTensors[Tensor]
+    """Of the R rows that this rank's experts worked on: x (R, D), topk_weights (R, K) fp32; without topk_ids."""
+    h: Tensor | None
+
+
+class _CallPass(ABC, Generic[Result]):
+    """One pass: run() does all of it, or begin(), compute() and end() a part each, so that other work runs between."""
+
+    _execution: Execution
+
+    def __init__(self, call: AgreedCall) -> None:
+        self.call = call
+
+    def run(self) -> Result:
+        with self.call.in_the_middle():
+            timings = self._start().run()
+        return self._finish(timings)
+
+    def begin(self) -> None:
+        """Post the exchanges that need no other step."""
+        with self.call.in_the_middle():
+            self._execution = self._start()
+            self._execution.begin()
+
+    def compute(self) -> None:
+        """Compute, and post all other exchanges."""
+        with self.call.in_the_middle():
+            self._execution.compute()
+
+    def end(self) -> Result:
+        """Sum what these bring, and give the result."""
+        with self.call.in_the_middle():
+            timings = self._execution.end()
+        return self._finish(timings)
+
+    @abstractmethod
+    def _start(self) -> Execution:
+        """Make the buffers, and return the steps."""
+
+    @abstractmethod
+    def _finish(self, timings: PassReport) -> Result:
+        """Return the result once the steps have run."""
+
+
+class CallForward(_CallPass[Tensor]):
+    """The forward of a call, whose result is out (T, D)."""
+
+    experts: ForwardRun
+    """This rank's, of which a backward saves tensors."""
+    kept: Kept
+    _pass: ForwardPass[ForwardExperts]
+
+    def __init__(self, call: AgreedCall, tensors: CallTensors[Tensor]) -> None:
+        super().__init__(call)
+        self._tensors = tensors
+
+    def _start(self) -> Execution:
+        call, spec = self.call, self.call.settings.spec
+        keep_hidden = call.plan.needs_any and (spec.save == "hidden" or not is_fused(spec.activation))
+        exchanges = RowExchanges(call.plan, call.transport, call.settings.ops.gather_sum)
+        make_experts = call.make_experts(partial(call.own_experts, self._tensors, keep_hidden))
+        self._pass = ForwardPass(exchanges, make_experts, self._tensors, call.fillers)
+        call.fillers = ()  # what they hold is for autograd alone to keep
+        return self._pass.execution()
+
+    def _finish(self, timings: PassReport) -> Tensor:
+        call, plan, layer_pass = self.call, self.call.plan, self._pass
+        self.experts, inner_plan = call.after_forward(layer_pass.experts, timings)
+        width = self._tensors.x.shape[1]
+        call.report = LayerReport(
+            call.all_ranks.rank,
+            plan.traffic,
+            plan.traffic_pairs,
+            layer_pass.dispatch_wire.row_bytes(width),
+            plan.overlap,
+            self._tensors.topk_ids.shape[1],
+            plan.send_offsets,
+            plan.return_offsets,
+            call.pair_offsets,
+            forward=timings,
+            wire_squares=layer_pass.wire_squares,
+            other_row_bytes=layer_pass.wire.row_bytes(width),
+            first_run=call.first_run,
+            rows_to_nodes=call.rows_to_nodes,
+            marks=None if plan.count_times is None else CallMarks(call.entered_at, *plan.count_times),
+        )
+        for listener in listeners:
+            listener.after_forward(call.all_ranks, call.header, call.report, self.experts.grouping)
+        if call.flag is not None:
+            call.is_wrong = call.flag.wait().any().view(1)
+            poison([layer_pass.out], call.is_wrong)
+        # No backward goes through the graphs of a forward that will be recomputed.
+        is_first = checkpointed_region() is not None and not is_recomputing()
+        graphs = {} if is_first else self.experts.activation_graphs
+        self.kept = Kept(plan, inner_plan, self.experts.grouping, graphs, call.report)
+        return layer_pass.out
+
+
+class CallBackward(_CallPass[CallTensors[Tensor | None]]):
+    """The backward of a call. When made it tells the other ranks which one it is.
+
+    Its results are the gradients: those of x and topk_weights where any rank needs them, that of topk_weights in fp32.
+
+    Args:
+        dout: (T, D), the gradient of the call's result. shared_grads: as in BackwardRun.
+    Raises:
+        CountMismatch: the ranks don't all run this backward. TransportError: an exchange failed or timed out.
+        ValueError: a CUDA graph captures the backward and has not captured the forward.
+    """
+
+    def __init__(
+        self,
+        call: AgreedCall,
+        kept: Kept,
+        saved: SavedTensors,
+        dout: Tensor,
+        needs_weights: PerWeight[bool],
+        shared_grads: SharedWeightGrads | None = None,
+    ) -> None:
+        super().__init__(call)
+        self._entered_at = time.perf_counter()
+        if is_captured(dout.device) and not call.header.captured:
+            raise ValueError(
+                "a CUDA graph captures the backward of an expert-parallel call whose forward it has not captured: a "
+                "replay would repeat that one call's exchanges; capture both, or neither"
+            )
+        self._kept, self._dout, self._needs_weights = kept, dout, needs_weights
+        self._state = state_of(call.all_ranks)  # not the forward's: the transport may have been rebuilt since
+        header = CallHeader(
+            sequence=call.header.sequence,
+            layer=call.header.layer,
+            copy=call.header.copy,
+            is_backward=1,
+            terms=call.header.terms,
+            replica_grads=replica_bits(call.placement, needs_weights),
+            **self._state.history(),
+        )
+        self._agreement = post_backward(call.all_ranks, header)
+        main_grads = None if call.owners is None else find_main_grads(call.owners)
+        self._run = BackwardRun(
+            call.settings, saved.received, kept.grouping, saved.h, kept.activation_graphs, main_grads, shared_grads
+        )
+
+    def _start(self) -> Execution:
+        call, plan = self.call, self._kept.plan
+        exchanges = RowExchanges(plan, call.transport, call.settings.ops.gather_sum)
+        self._experts, received_weights = call.experts_of_backward(self._run, plan, self._kept.inner_plan)
+        self._pass = BackwardPass(
+            exchanges, self._experts, received_weights, self._dout, self._needs_weights, call.placement
+        )
+        return self._pass.execution(self._agreement)
+
+    def _finish(self, timings: PassReport) -> CallTensors[Tensor | None]:
+        call, kept, run = self.call, self._kept, self._run
+        self._state.note_backward(call.header.sequence)
+        call.after_backward(self._experts, timings)
+        times = None if self._agreement is None else self._agreement.times
+        kept.report.backward = timings
+        kept.report.backward_marks = None if times is None else CallMarks(self._entered_at, *times)
+        if call.report.overlap == kept.report.overlap:  # else it says nothing about the plan of the first forward
+            call.report.backward, call.report.backward_marks = timings, kept.report.backward_marks
+        for listener in listeners:
+            listener.after_backward(call.all_ranks, call.header, kept.report)
+        dx, dtopk_weights, grads = self._pass.grads
+        if call.is_wrong is not None:
+            poison([dx, dtopk_weights, *grads, *(run.main_grads or ()), *run.activation_grads], call.is_wrong)
+        return CallTensors(dx, None, dtopk_weights, grads, activation_parameters=run.activation_grads)

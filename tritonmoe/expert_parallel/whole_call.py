@@ -1,0 +1,83 @@
+"""A layer call as one autograd Function, and what such a Function saves, the same of a whole call and of half a batch.
+
+Activation checkpointing repeats a half's call as a whole one, and takes the tensors of the one for those of the other.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tritonmoe.config.layer import is_fused
+from tritonmoe.expert_parallel.agreed_call import AgreedCall
+from tritonmoe.expert_parallel.call_pass import CallBackward, CallForward, SavedTensors
+from tritonmoe.experts.run import ForwardRun
+from tritonmoe.experts.tensors import CallTensors
+from tritonmoe.experts.weight_gradients import rows_to_save
+from tritonmoe.runtime.autograd import keep_beside, kept_beside, once_differentiable
+
+__all__ = ["anchor_of", "gradients_of_inputs", "needs_of", "run_whole_call", "saved_forward", "tensors_to_save"]
+
+
+class _WholeCall(torch.autograd.Function):
+    """One layer call on one rank; the plan is made before, so that autograd sees what any rank needs."""
+
+    @staticmethod
+    def forward(ctx: Any, call: AgreedCall, anchor: Tensor | None, *flat: Any) -> tuple[Tensor, Tensor | None]:
+        tensors = CallTensors.unflatten(flat)
+        forward = CallForward(call, tensors)
+        out = forward.run()
+        ctx.call = call
+        ctx.weights_dtype = tensors.topk_weights.dtype
+        mark = None
+        if call.plan.needs_any:
+            mark = keep_beside(ctx, forward.kept)
+            ctx.save_for_backward(*tensors_to_save(forward.experts, needs_of(ctx), mark))
+        return out, mark
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, saved: Sequence[Tensor], dout: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        forward, mark = saved_forward(saved)
+        backward = CallBackward(ctx.call, kept_beside(ctx, mark), forward, dout, needs_of(ctx).weights)
+        return gradients_of_inputs(backward.run(), ctx.weights_dtype)
+
+
+def run_whole_call(call: AgreedCall, tensors: CallTensors[Tensor]) -> Tensor:
+    """Run a planned call as a Function: see RunForward."""
+    out, _ = _WholeCall.apply(call, anchor_of(call, tensors), *tensors.flatten())
+    return out
+
+
+def anchor_of(call: AgreedCall, tensors: CallTensors[Tensor]) -> Tensor | None:
+    """Return the anchor of a Function, by which a rank that needs no gradient itself takes part in others' backward."""
+    return tensors.x.new_empty(0).requires_grad_() if call.plan.needs_any else None
+
+
+def needs_of(ctx: Any) -> CallTensors[bool]:
+    """Say of which tensors a gradient is wanted; before them such a Function takes its call and an anchor."""
+    _, _, *needs = ctx.needs_input_grad
+    return CallTensors.unflatten(needs)
+
+
+def tensors_to_save(run: ForwardRun, needs: CallTensors[bool], mark: Tensor) -> tuple[Tensor | None, ...]:
+    """Return what the backward of a call needs; mark: that of keep_beside()."""
+    computes_h = is_fused(run.settings.spec.activation) and run.h is None
+    rows = rows_to_save(run.rows, run.weights, needs.weights.gate_up_proj, computes_h=computes_h)
+    return mark, run.h, *run.tensors._replace(x=rows).flatten()
+
+
+def saved_forward(saved: Sequence[Tensor]) -> tuple[SavedTensors, Tensor]:
+    """Make SavedTensors of what tensors_to_save() gave, and give the mark for kept_beside()."""
+    mark, h, *received = saved
+    return SavedTensors(CallTensors.unflatten(received), h), mark
+
+
+def gradients_of_inputs(
+    grads: CallTensors[Tensor | None], topk_weights_dtype: torch.dtype
+) -> tuple[Tensor | None, ...]:
+    """Return one gradient for each argument of a Function that takes a call, an anchor and flat tensors."""
+    if grads.topk_weights is not None:
+        grads = grads._replace(topk_weights=grads.topk_weights.to(topk_weights_dtype))
+    return None, None, *grads.flatten()
