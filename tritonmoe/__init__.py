@@ -4,7 +4,8 @@ Importing this touches no device, patches nothing, and works where triton is not
 """
 
 from tritonmoe import transports
-from tritonmoe.config.layer import ClampedSwiGLU, MoEConfig
+from tritonmoe.config.activations import ClampedSwiGLU
+from tritonmoe.config.layer import MoEConfig
 from tritonmoe.config.overlap import OverlapConfig, OverlapPlan
 from tritonmoe.dispatch.placement import ExpertPlacement
 from tritonmoe.errors import CapacityOverflow, CountMismatch, NonFiniteScores, TransportError

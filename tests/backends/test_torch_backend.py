@@ -14,7 +14,8 @@ from tritonmoe.backends import choose, reference, torch_products
 from tritonmoe.backends import torch as torch_backend
 from tritonmoe.backends import triton as triton_backend
 from tritonmoe.backends.ops import NO_GRADIENTS, GradientOperands, Operations
-from tritonmoe.config.layer import ACTIVATION_NAMES, ClampedSwiGLU, ExpertLayout, PerWeight, Projection
+from tritonmoe.config.activations import ACTIVATION_NAMES, ClampedSwiGLU
+from tritonmoe.config.layer import ExpertLayout, PerWeight, Projection
 from tritonmoe.grouping import Grouping, RowSources
 
 OPERATIONS = ("group", "up", "down", "gather_sum", "down_grad", "up_grad", "weight_grad")
@@ -185,7 +186,7 @@ def test_operations(dtype: torch.dtype, layout: str, num_chunks: int, small_bloc
 @pytest.mark.parametrize(
     "activation",
     [*ACTIVATION_NAMES, ClampedSwiGLU(0.5, alpha=1.702, up_offset=1.0)],
-    ids=lambda activation: activation if isinstance(activation, str) else "clamped",
+    ids=str,
 )
 @pytest.mark.parametrize("layout", ["concatenated", "interleaved"])
 def test_activations_of_a_chunk(layout: str, activation) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import tritonmoe as tm
-from tritonmoe.config.layer import Activation
+from tritonmoe.config.activations import Activation
 from tritonmoe.config.overlap import OverlapPlan, equal_sizes, ramp_sizes
 from tritonmoe.dispatch import header_check
 from tritonmoe.dispatch.header import CallHeader, activation_fields

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from tritonmoe.backends import reference
 from tritonmoe.backends.ops import GradientOperands
-from tritonmoe.config.layer import ExpertLayout, FusedActivation, Projection
+from tritonmoe.config.activations import FusedActivation
+from tritonmoe.config.layer import ExpertLayout, Projection
 from tritonmoe.grouping import Grouping
 
 

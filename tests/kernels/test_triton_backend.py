@@ -35,7 +35,7 @@ def test_signatures_are_those_of_the_reference(operation):
 @pytest.mark.parametrize(
     ("layout", "activation"),
     [
-        pytest.param(layout, activation, id=f"{name}-{getattr(activation, 'alpha', activation)}")
+        pytest.param(layout, activation, id=f"{name}-{activation}")
         for name, layout in LAYOUTS.items()
         for activation in ACTIVATIONS
         if layout.gated or isinstance(activation, str)

@@ -10,7 +10,8 @@ from uninitialised import nan_filled_memory
 from tritonmoe.backends import reference
 from tritonmoe.backends import triton as kernels
 from tritonmoe.backends.ops import GradientOperands
-from tritonmoe.config.layer import ACTIVATION_NAMES, ClampedSwiGLU, ExpertLayout, PerWeight, Projection
+from tritonmoe.config.activations import ACTIVATION_NAMES, ClampedSwiGLU
+from tritonmoe.config.layer import ExpertLayout, PerWeight, Projection
 from tritonmoe.grouping import RowSources
 from tritonmoe.kernels.row_tiles import TILE_HEIGHTS, num_tile_slots
 

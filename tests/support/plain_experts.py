@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 import tritonmoe as tm
 from tritonmoe.backends import reference
-from tritonmoe.config.layer import ACTIVATION_NAMES, PerWeight
+from tritonmoe.config.activations import ACTIVATION_NAMES
+from tritonmoe.config.layer import PerWeight
 from tritonmoe.experts.adapter_dropout import AdapterDropout, DroppedRows, with_row_seeds
 from tritonmoe.experts.tensors import CallTensors
 

@@ -86,7 +86,7 @@ class Compiled:
 
 
 def _product_tile(ttir: str) -> tuple[int, int, int] | None:
-    """Give rows, columns and depth of the tiles that a kernel multiplies in fp16 or bf16; None where there are none."""
+    """Return rows, columns and depth of a kernel's tiles in fp16 or bf16 products; None where there are none."""
     tiles = [
         (int(match[3]), int(match[4]), int(match[1]))
         for match in re.finditer(r"tt\.dot .*?tensor<\d+x(\d+)x(bf16|f16)\S*> \* .*-> tensor<(\d+)x(\d+)x", ttir)

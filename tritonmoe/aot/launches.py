@@ -12,15 +12,8 @@ from triton.runtime.jit import create_function_from_signature
 
 from tritonmoe.backends import triton as operations
 from tritonmoe.backends.ops import NO_GRADIENTS, GradientOperands
-from tritonmoe.config.layer import (
-    NO_WEIGHTS,
-    ClampedSwiGLU,
-    ExpertLayout,
-    FusedActivation,
-    KernelOptions,
-    PerWeight,
-    Projection,
-)
+from tritonmoe.config.activations import ClampedSwiGLU, FusedActivation
+from tritonmoe.config.layer import NO_WEIGHTS, ExpertLayout, KernelOptions, PerWeight, Projection
 from tritonmoe.config.routing import RoutingRule
 from tritonmoe.grouping import Grouping, RowSources
 from tritonmoe.kernels import launch
@@ -56,7 +49,7 @@ class Variant:
 
     @classmethod
     def of(cls, shape: Any, dtype: torch.dtype, num_rows: int) -> "Variant":
-        """Give the variant of a `benchmarks.shapes.LayerShape`."""
+        """Return the variant of a `benchmarks.shapes.LayerShape`."""
         names = ("layout", "activation", "hidden_size", "intermediate_size", "num_experts", "top_k", "bias")
         return cls(dtype, num_rows=num_rows, **{name: getattr(shape, name) for name in names})
 
@@ -214,7 +207,7 @@ class _RecordedStep:
         return grouping
 
     def _forward(self, grouping: Grouping) -> tuple[Tensor, Tensor]:
-        """Give h and y."""
+        """Return h and y."""
         activation, options = self.variant.activation, self.options
         arguments = self.x, self.gate_up, grouping
         operations.up(*arguments, activation, needs_h=False, options=options)
@@ -232,7 +225,7 @@ class _RecordedStep:
         return h, y
 
     def _backward(self, grouping: Grouping, h: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Give dh and s*a."""
+        """Return dh and s*a."""
         activation, options = self.variant.activation, self.options
         dh, scaled_a, _ = operations.down_grad(
             self.dout, self.down, h, self.topk_weights, grouping, activation, options=options

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from tritonmoe.backends import reference as reference_module
 from tritonmoe.backends.ops import NO_GRADIENTS, GradientOperands, Operations
-from tritonmoe.config.layer import ClampedSwiGLU, ExpertLayout, FusedActivation, Projection
+from tritonmoe.config.activations import ClampedSwiGLU, FusedActivation
+from tritonmoe.config.layer import ExpertLayout, Projection
 from tritonmoe.grouping import Grouping
 
 __all__ = ["CASES", "SMALL_CASES", "Checked", "CheckedLayer", "Distance", "check_ids", "check_layer", "distances"]

@@ -6,7 +6,8 @@ import torch
 
 from tritonmoe.benchmarks.argument_types import positive
 from tritonmoe.benchmarks.shapes import LayerShape
-from tritonmoe.config.layer import ACTIVATION_NAMES, ClampedSwiGLU, MoEConfig
+from tritonmoe.config.activations import ACTIVATION_NAMES, ClampedSwiGLU
+from tritonmoe.config.layer import MoEConfig
 
 __all__ = ["DTYPES", "add_layer_arguments", "layer_shape", "tokens_of_every_class"]
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-from tritonmoe.config.layer import check_flags, is_integer, is_number
+from tritonmoe.config.numbers import check_flags, is_integer, is_number
 
 __all__ = [
     "LOCAL_PARTS",

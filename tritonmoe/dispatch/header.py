@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from tritonmoe.config.layer import ACTIVATION_NAMES, Activation, ClampedSwiGLU
+from tritonmoe.config.activations import ACTIVATION_NAMES, Activation, ClampedSwiGLU
 from tritonmoe.config.overlap import WIRE_DTYPES, OverlapPlan
 
 __all__ = [

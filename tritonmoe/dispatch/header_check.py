@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from operator import attrgetter
 from typing import NamedTuple
 
-from tritonmoe.config.layer import ACTIVATION_NAMES, PerWeight
+from tritonmoe.config.activations import ACTIVATION_NAMES
+from tritonmoe.config.layer import PerWeight
 from tritonmoe.config.overlap import WIRE_DTYPES
 from tritonmoe.dispatch.header import (
     CALLABLE,

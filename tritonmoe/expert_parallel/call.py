@@ -13,7 +13,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from tritonmoe.config.layer import PerWeight, is_fused
+from tritonmoe.config.activations import is_fused
+from tritonmoe.config.layer import PerWeight
 from tritonmoe.dispatch.capacity import CappedTokens, poison
 from tritonmoe.dispatch.count_exchange import post_backward
 from tritonmoe.dispatch.expert_chunks import RowPlaces

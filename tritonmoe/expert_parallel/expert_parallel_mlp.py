@@ -6,7 +6,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tritonmoe.config.layer import Activation, PerWeight, is_fused
+from tritonmoe.config.activations import Activation, is_fused
+from tritonmoe.config.layer import PerWeight
 from tritonmoe.config.overlap import OverlapConfig, OverlapPlan
 from tritonmoe.dispatch.placement import ExpertPlacement
 from tritonmoe.expert_parallel.call import ExpertParallelCall, run_backward, run_forward

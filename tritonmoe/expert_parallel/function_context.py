@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritonmoe.config.layer import is_fused
+from tritonmoe.config.activations import is_fused
 from tritonmoe.expert_parallel.call import SavedTensors
 from tritonmoe.experts.run import ExpertsRun
 from tritonmoe.experts.tensors import CallTensors

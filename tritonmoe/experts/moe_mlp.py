@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from tritonmoe.backends.ops import GradientOperands
-from tritonmoe.config.layer import NO_WEIGHTS, Activation, PerWeight, is_fused
+from tritonmoe.config.activations import Activation, is_fused
+from tritonmoe.config.layer import NO_WEIGHTS, PerWeight
 from tritonmoe.experts.adapter_dropout import DroppedRows, with_row_seeds
 from tritonmoe.experts.adapters import ExpertAdapters, with_adapters
 from tritonmoe.experts.arguments import (

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tritonmoe.config.layer import is_integer
+from tritonmoe.config.numbers import is_integer
 from tritonmoe.planner.model import Attention, LatentAttention, Model
 from tritonmoe.planner.model_presets import MODELS
 from tritonmoe.runtime.files import Json, read_json

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from tritonmoe.backends import check_name
 from tritonmoe.backends.ops import Unchecked
-from tritonmoe.config.layer import MoEConfig, check_moe_config, is_number
+from tritonmoe.config.layer import MoEConfig, check_moe_config
+from tritonmoe.config.numbers import is_number
 from tritonmoe.config.routing import RoutingRule
 from tritonmoe.routing.check import ROUTERS, check_router
 from tritonmoe.routing.fused import is_fused, route_by_kernels

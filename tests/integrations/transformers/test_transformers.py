@@ -15,7 +15,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DeepseekV3Config, GptOssConfig, MixtralConfig, Qwen3MoeConfig
 
-from tritonmoe.config.layer import ClampedSwiGLU
+from tritonmoe.config.activations import ClampedSwiGLU, is_fused
 from tritonmoe.integrations.transformers import experts as experts_module
 from tritonmoe.integrations.transformers import register
 from tritonmoe.integrations.transformers.discovery import experts_classes, is_experts
@@ -254,7 +254,7 @@ def test_what_the_sources_say_of_a_class_is_what_it_does(found):
     assert found.is_interleaved == (not getattr(experts, "is_concatenated", found.name != "GptOssExperts"))
     assert found.has_post_expert_norm == getattr(experts, "has_post_expert_norm", False)
     activation, _ = choose_activation(experts)
-    assert found.activation.endswith("fused") == isinstance(activation, (str, ClampedSwiGLU))
+    assert found.activation.endswith("fused") == is_fused(activation)
 
 
 def test_the_sweep_covers_every_kind_of_class():

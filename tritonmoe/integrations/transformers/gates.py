@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from tritonmoe.config.layer import Activation, ClampedSwiGLU
+from tritonmoe.config.activations import Activation, ClampedSwiGLU
 
 __all__ = ["CLAMPED_GATES", "choose_activation", "fused_name"]
 

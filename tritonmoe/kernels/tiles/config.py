@@ -7,7 +7,7 @@ from typing import TypeGuard
 
 import triton
 
-from tritonmoe.config.layer import is_integer
+from tritonmoe.config.numbers import is_integer
 from tritonmoe.kernels.tiles import tma
 
 __all__ = ["GATHERS", "TileConfig", "refusal"]
