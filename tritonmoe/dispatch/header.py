@@ -10,19 +10,26 @@ from typing import NamedTuple
 
 import torch
 
-from tritonmoe.config.activations import ACTIVATION_NAMES, Activation, ClampedSwiGLU
+from tritonmoe.config.activations import (
+    GATE_FUNCTIONS,
+    MAX_NUMBERS,
+    POINTWISE,
+    Activation,
+    find_activation,
+    is_fused,
+)
 from tritonmoe.config.overlap import WIRE_DTYPES, OverlapPlan
 
 __all__ = [
     "CALLABLE",
     "CHUNK_BY",
-    "CLAMPED",
-    "CLAMPED_FIELDS",
     "DTYPE_CODES",
     "EXPERT_GRADIENTS",
+    "FUSED_NAMES",
     "HEADER_SIZE",
     "MAGIC",
     "NAME_FIELDS",
+    "NUMBER_FIELDS",
     "SAVES",
     "CallHeader",
     "activation_fields",
@@ -37,11 +44,12 @@ SAVES = ("hidden", "input")
 EXPERT_GRADIENTS = ("sum", "mean")
 """Whether the gradients of a layer's experts stay sums over the ranks, or are divided by their number."""
 DTYPE_CODES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3, torch.float64: 4}
-CLAMPED, CALLABLE = len(ACTIVATION_NAMES), len(ACTIVATION_NAMES) + 1
-"""The codes in CallHeader.activation of a ClampedSwiGLU and of a callable, which have no place in ACTIVATION_NAMES."""
+FUSED_NAMES = (*POINTWISE, *GATE_FUNCTIONS)
+CALLABLE = len(FUSED_NAMES)
+"""The code in CallHeader.activation of a callable."""
 NAME_BYTES = 32
 """So many bytes of a callable's qualified name travel: the last ones."""
-CLAMPED_FIELDS = ("limit", "alpha", "up_offset")
+NUMBER_FIELDS = tuple(f"number_{place}" for place in range(MAX_NUMBERS))
 NAME_FIELDS = ("name_0", "name_1", "name_2", "name_3")
 
 
@@ -127,11 +135,11 @@ class CallHeader(NamedTuple):
     topk_weights_dtype: int = 0
     """A code from DTYPE_CODES, 0 for a dtype that has none."""
     activation: int = 0
-    """A place in ACTIVATION_NAMES, CLAMPED or CALLABLE."""
-    limit: int = 0
-    """This field and the next two hold the bits of ClampedSwiGLU's numbers."""
-    alpha: int = 0
-    up_offset: int = 0
+    """A place in FUSED_NAMES, or CALLABLE."""
+    number_0: int = 0
+    """This field and the next two hold the bits of the activation's numbers."""
+    number_1: int = 0
+    number_2: int = 0
     name_0: int = 0
     """This field and the next three hold the bytes of a callable's name."""
     name_1: int = 0
@@ -208,11 +216,12 @@ def numbers_of(*bits: int) -> tuple[float, ...]:
 
 def activation_fields(activation: Activation) -> dict[str, int]:
     """Return the header's fields that say which activation this is; a callable travels as the end of its name."""
-    if isinstance(activation, str):
-        return {"activation": ACTIVATION_NAMES.index(activation)}
-    if isinstance(activation, ClampedSwiGLU):
-        numbers = bits_of(*(getattr(activation, name) for name in CLAMPED_FIELDS))
-        return {"activation": CLAMPED, **dict(zip(CLAMPED_FIELDS, numbers, strict=True))}
+    if is_fused(activation):
+        found = find_activation(activation)
+        return {
+            "activation": FUSED_NAMES.index(found.name),
+            **dict(zip(NUMBER_FIELDS, bits_of(*found.numbers), strict=False)),
+        }
     named: object = activation
     while isinstance(named, functools.partial):
         named = named.func

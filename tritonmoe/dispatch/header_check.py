@@ -9,18 +9,18 @@ from collections.abc import Callable, Sequence
 from operator import attrgetter
 from typing import NamedTuple
 
-from tritonmoe.config.activations import ACTIVATION_NAMES
+from tritonmoe.config.activations import GATE_FUNCTIONS, MAX_NUMBERS, from_plain
 from tritonmoe.config.layer import PerWeight
 from tritonmoe.config.overlap import WIRE_DTYPES
 from tritonmoe.dispatch.header import (
     CALLABLE,
     CHUNK_BY,
-    CLAMPED,
-    CLAMPED_FIELDS,
     DTYPE_CODES,
     EXPERT_GRADIENTS,
+    FUSED_NAMES,
     MAGIC,
     NAME_FIELDS,
+    NUMBER_FIELDS,
     SAVES,
     CallHeader,
     numbers_of,
@@ -33,13 +33,15 @@ DTYPE_NAMES = {0: "another one", **{code: str(dtype) for dtype, code in DTYPE_CO
 
 
 def _activation_words(activation: int, *numbers_and_name: int) -> str:
-    if activation == CLAMPED:
-        limit, alpha, up_offset = numbers_of(*numbers_and_name[:3])
-        return f"ClampedSwiGLU({limit}, alpha={alpha}, up_offset={up_offset})"
+    numbers, name_bits = numbers_and_name[:MAX_NUMBERS], numbers_and_name[MAX_NUMBERS:]
     if activation == CALLABLE:
-        name = struct.pack("<4q", *numbers_and_name[3:]).decode(errors="replace").rstrip()
+        name = struct.pack("<4q", *name_bits).decode(errors="replace").rstrip()
         return f"the callable {name}"
-    return _one_of(ACTIVATION_NAMES)(activation)
+    name = _one_of(FUSED_NAMES)(activation)
+    if name not in GATE_FUNCTIONS:
+        return name
+    count = len(GATE_FUNCTIONS[name].number_names())
+    return str(from_plain((name, *numbers_of(*numbers[:count]))))
 
 
 def _one_of(values: Sequence[object]) -> Callable[[int], str]:
@@ -94,7 +96,7 @@ SAME_CALL = (
     _field("intermediate_size"),
     _field("dtype", _dtype_words),
     _field("placement", None),
-    Compared("activation of this layer call", ("activation", *CLAMPED_FIELDS, *NAME_FIELDS), _activation_words),
+    Compared("activation of this layer call", ("activation", *NUMBER_FIELDS, *NAME_FIELDS), _activation_words),
     _field("gated", _FALSE_TRUE),
     _field("interleaved", _FALSE_TRUE),
     _field("transposed", _FALSE_TRUE),
