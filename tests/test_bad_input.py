@@ -81,7 +81,7 @@ WRONG: dict[str, tuple[dict[str, Any], type, str]] = {
     "activation-type": (
         {"activation": 3},
         TypeError,
-        "must be a name, a ClampedSwiGLU or a callable, got <class 'int'>",
+        "must be a name, a ClampedSwiGLU, a SoftcappedSwiGLU or a callable, got <class 'int'>",
     ),
     "clamped-ungated": (
         {"activation": tm.ClampedSwiGLU(1.0), "gated": False, "down_proj": full(4, 8, 8)},

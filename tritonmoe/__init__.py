@@ -4,7 +4,7 @@ Importing this touches no device, patches nothing, and works where triton is not
 """
 
 from tritonmoe import transports
-from tritonmoe.config.activations import ClampedSwiGLU
+from tritonmoe.config.activations import ClampedSwiGLU, SoftcappedSwiGLU
 from tritonmoe.config.layer import MoEConfig
 from tritonmoe.config.overlap import OverlapConfig, OverlapPlan
 from tritonmoe.dispatch.placement import ExpertPlacement
@@ -34,6 +34,7 @@ __all__ = [
     "NonFiniteScores",
     "OverlapConfig",
     "OverlapPlan",
+    "SoftcappedSwiGLU",
     "TopKRouter",
     "TransportError",
     "clip_grad_norm_",

@@ -133,9 +133,9 @@ COMPILE_ACTIVATIONS = """
 from tritonmoe.aot.compilation import compile_one
 from tritonmoe.aot.launches import Variant, record_launches
 from tritonmoe.aot.architectures import ARCHITECTURES
-from tritonmoe.config.activations import POINTWISE, ClampedSwiGLU
+from tritonmoe.config.activations import POINTWISE, ClampedSwiGLU, SoftcappedSwiGLU
 
-for activation in (*POINTWISE, ClampedSwiGLU(7.0, 1.702, 1.0)):
+for activation in (*POINTWISE, ClampedSwiGLU(7.0, 1.702, 1.0), SoftcappedSwiGLU(4.0, 25.0)):
     launches = record_launches(Variant(activation=activation), ARCHITECTURES["sm_90"].target)
     for kernel in ("up up", "down_grad down_grad"):
         print(kernel, activation, compile_one("", kernel, launches[kernel], "sm_90").problem, sep=": ")
@@ -150,7 +150,7 @@ def test_every_activation_compiles_and_fits(tmp_path):
     command = [sys.executable, "-c", COMPILE_ACTIVATIONS]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=True)
     lines = result.stdout.splitlines()
-    assert len(lines) == 12
+    assert len(lines) == 14
     assert [line for line in lines if not line.endswith(": ")] == []
 
 

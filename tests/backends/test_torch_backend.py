@@ -14,7 +14,7 @@ from tritonmoe.backends import choose, reference, torch_products
 from tritonmoe.backends import torch as torch_backend
 from tritonmoe.backends import triton as triton_backend
 from tritonmoe.backends.ops import NO_GRADIENTS, GradientOperands, Operations
-from tritonmoe.config.activations import ACTIVATION_NAMES, ClampedSwiGLU
+from tritonmoe.config.activations import ACTIVATION_NAMES, ClampedSwiGLU, SoftcappedSwiGLU
 from tritonmoe.config.layer import ExpertLayout, PerWeight, Projection
 from tritonmoe.grouping import Grouping, RowSources
 
@@ -185,7 +185,7 @@ def test_operations(dtype: torch.dtype, layout: str, num_chunks: int, small_bloc
 
 @pytest.mark.parametrize(
     "activation",
-    [*ACTIVATION_NAMES, ClampedSwiGLU(0.5, alpha=1.702, up_offset=1.0)],
+    [*ACTIVATION_NAMES, ClampedSwiGLU(0.5, alpha=1.702, up_offset=1.0), SoftcappedSwiGLU(0.7, 1.5)],
     ids=str,
 )
 @pytest.mark.parametrize("layout", ["concatenated", "interleaved"])

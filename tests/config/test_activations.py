@@ -8,6 +8,7 @@ from tritonmoe.config.activations import (
     MAX_NUMBERS,
     POINTWISE,
     ClampedSwiGLU,
+    SoftcappedSwiGLU,
     find_activation,
     from_plain,
     is_fused,
@@ -15,7 +16,7 @@ from tritonmoe.config.activations import (
 )
 from tritonmoe.kernels.activations import KERNEL_FUNCTIONS, activation_options
 
-ACTIVATIONS = (*POINTWISE, ClampedSwiGLU(0.5, 1.702, 1.0))
+ACTIVATIONS = (*POINTWISE, ClampedSwiGLU(0.5, 1.702, 1.0), SoftcappedSwiGLU(0.7, 1.5))
 
 
 def test_every_entry_is_tested_and_has_a_kernel_function() -> None:
@@ -36,7 +37,7 @@ def test_gradients_are_those_of_autograd(activation) -> None:
         again = found.gated_backward(da.clone(), gate, up_half, *out)
     torch.testing.assert_close(again, a.detach(), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(out, torch.stack(expected), rtol=1e-12, atol=1e-12)
-    assert activation in POINTWISE or (out == 0).any(), "a limit that nothing reaches is not tested"
+    assert (out == 0).any() == (activation in ("relu", "relu2") or "Clamped" in str(activation)), "limits are reached"
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
@@ -51,15 +52,16 @@ def test_literals_and_numbers_of_kernels(activation) -> None:
 
 def test_an_activation_reads_as_the_call_that_makes_it() -> None:
     assert str(ClampedSwiGLU(7.0, 1.702)) == "ClampedSwiGLU(7.0, alpha=1.702, up_offset=0.0)"
+    assert str(SoftcappedSwiGLU(4, 25.0)) == "SoftcappedSwiGLU(4, 25.0)"
 
 
 def test_an_unknown_name_is_told_the_known_ones() -> None:
-    match = "'mish' is not known: choose one of silu, gelu, gelu_tanh, relu, relu2, a ClampedSwiGLU, or"
-    with pytest.raises(ValueError, match=match):
+    known = "silu, gelu, gelu_tanh, relu, relu2, a ClampedSwiGLU, a SoftcappedSwiGLU"
+    with pytest.raises(ValueError, match=f"'mish' is not known: choose one of {known}, or pass a callable"):
         find_activation("mish")
 
 
-@pytest.mark.parametrize("limit", [0, -1.0, float("nan"), float("inf"), True, None])
-def test_limits_are_positive(limit) -> None:
-    with pytest.raises(ValueError, match="ClampedSwiGLU limit must be positive and finite"):
-        ClampedSwiGLU(limit)
+@pytest.mark.parametrize("cap", [0, -1.0, float("nan"), float("inf"), True, None])
+def test_caps_are_positive(cap) -> None:
+    with pytest.raises(ValueError, match="SoftcappedSwiGLU up_softcap must be positive and finite"):
+        SoftcappedSwiGLU(1.0, cap)

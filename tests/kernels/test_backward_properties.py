@@ -13,11 +13,11 @@ from tritonmoe import aot
 from tritonmoe.backends import reference
 from tritonmoe.backends import triton as kernels
 from tritonmoe.backends.ops import NO_GRADIENTS, GradientOperands
-from tritonmoe.config.activations import ACTIVATION_NAMES, ClampedSwiGLU, GateFunction
+from tritonmoe.config.activations import ACTIVATION_NAMES, ClampedSwiGLU, GateFunction, SoftcappedSwiGLU
 from tritonmoe.config.layer import KernelOptions, PerWeight, Projection
 from tritonmoe.kernels import bias_grad, launch, weight_grad
 
-ACTIVATIONS = (*ACTIVATION_NAMES, ClampedSwiGLU(0.7, alpha=1.702, up_offset=1.0), None)
+ACTIVATIONS = (*ACTIVATION_NAMES, ClampedSwiGLU(0.7, alpha=1.702, up_offset=1.0), SoftcappedSwiGLU(0.7, 1.5), None)
 
 
 @pytest.mark.thorough

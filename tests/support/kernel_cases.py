@@ -10,7 +10,7 @@ from uninitialised import nan_filled_memory
 from tritonmoe.backends import reference
 from tritonmoe.backends import triton as kernels
 from tritonmoe.backends.ops import GradientOperands
-from tritonmoe.config.activations import ACTIVATION_NAMES, ClampedSwiGLU
+from tritonmoe.config.activations import ACTIVATION_NAMES, ClampedSwiGLU, SoftcappedSwiGLU
 from tritonmoe.config.layer import ExpertLayout, PerWeight, Projection
 from tritonmoe.grouping import RowSources
 from tritonmoe.kernels.row_tiles import TILE_HEIGHTS, num_tile_slots
@@ -26,7 +26,7 @@ LAYOUTS = {
 }
 GPT_OSS = ClampedSwiGLU(1.0, alpha=1.702, up_offset=1.0)
 ALL_GRADIENTS = PerWeight(True, True, True, True)
-ACTIVATIONS = (*ACTIVATION_NAMES, GPT_OSS)
+ACTIVATIONS = (*ACTIVATION_NAMES, GPT_OSS, SoftcappedSwiGLU(0.7, 1.5))
 
 
 class Layer:

@@ -26,6 +26,7 @@ __all__ = [
     "GateFunction",
     "PlainActivation",
     "Pointwise",
+    "SoftcappedSwiGLU",
     "check_activation",
     "find_activation",
     "find_pointwise",
@@ -74,6 +75,12 @@ class GateFunction:
             if not is_number(number):
                 raise ValueError(f"{type(self).__name__} {name} must be a finite number, got {number!r}")
 
+    def _check_positive(self, *names: str) -> None:
+        for name in names:
+            number = getattr(self, name)
+            if not is_number(number) or number <= 0:
+                raise ValueError(f"{type(self).__name__} {name} must be positive and finite, got {number!r}")
+
     @classmethod
     def number_names(cls) -> tuple[str, ...]:
         return cls.__match_args__  # as fields() says, which torch.compile can't trace
@@ -99,11 +106,6 @@ class GateFunction:
         raise NotImplementedError
 
 
-def _check_limit(activation: "ClampedSwiGLU") -> None:
-    if not is_number(activation.limit) or activation.limit <= 0:
-        raise ValueError(f"{type(activation).__name__} limit must be positive and finite, got {activation.limit!r}")
-
-
 @dataclass(frozen=True)
 class ClampedSwiGLU(GateFunction):
     """Gated activation with clamped inputs: `g * sigmoid(alpha * g) * (u + up_offset)`.
@@ -119,7 +121,7 @@ class ClampedSwiGLU(GateFunction):
     name = "clamped_swiglu"
 
     def __post_init__(self) -> None:
-        _check_limit(self)
+        self._check_positive("limit")
         super().__post_init__()
 
     def gated(self, gate: Tensor, up_half: Tensor) -> Tensor:
@@ -138,6 +140,34 @@ class ClampedSwiGLU(GateFunction):
         return act * shifted
 
 
+@dataclass(frozen=True)
+class SoftcappedSwiGLU(GateFunction):
+    """Gated activation with bounded factors: `softcap(g) * sigmoid(g) * softcap(u)`, softcap(x) = cap * tanh(x / cap).
+
+    Inkling 2 is `SoftcappedSwiGLU(4.0, 25.0)`.
+    """
+
+    gate_softcap: float
+    up_softcap: float
+
+    name = "softcapped_swiglu"
+
+    def __post_init__(self) -> None:
+        self._check_positive(*self.number_names())
+
+    def gated(self, gate: Tensor, up_half: Tensor) -> Tensor:
+        capped_gate = self.gate_softcap * torch.tanh(gate / self.gate_softcap)
+        return capped_gate * torch.sigmoid(gate) * (self.up_softcap * torch.tanh(up_half / self.up_softcap))
+
+    def gated_backward(self, da: Tensor, gate: Tensor, up_half: Tensor, out_gate: Tensor, out_up: Tensor) -> Tensor:
+        gate_tanh, up_tanh = torch.tanh(gate / self.gate_softcap), torch.tanh(up_half / self.up_softcap)
+        sigmoid, capped_up = torch.sigmoid(gate), self.up_softcap * up_tanh
+        act = self.gate_softcap * gate_tanh * sigmoid
+        out_up.copy_(da * act * (1 - up_tanh.square()))
+        out_gate.copy_(da * capped_up * (sigmoid * (1 - gate_tanh.square()) + act * (1 - sigmoid)))
+        return act * capped_up
+
+
 def _gelu(approximate: str) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]:
     backward = partial(torch.ops.aten.gelu_backward.default, approximate=approximate)
     return partial(F.gelu, approximate=approximate), backward
@@ -153,7 +183,7 @@ POINTWISE = {
         Pointwise("relu2", lambda x: F.relu(x).square(), lambda grad, x: grad * (2 * F.relu(x))),
     )
 }
-GATE_FUNCTIONS: dict[str, type[GateFunction]] = {entry.name: entry for entry in (ClampedSwiGLU,)}
+GATE_FUNCTIONS: dict[str, type[GateFunction]] = {entry.name: entry for entry in (ClampedSwiGLU, SoftcappedSwiGLU)}
 ACTIVATION_NAMES = tuple(POINTWISE)
 _GATE_FUNCTION_NAMES = ", ".join(f"a {entry.__name__}" for entry in GATE_FUNCTIONS.values())
 

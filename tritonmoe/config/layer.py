@@ -138,7 +138,8 @@ class MoEConfig:
     top_k: int
     """K, experts per token; at most 16 and at most E."""
     activation: Activation = "silu"
-    """silu, gelu, gelu_tanh, relu, relu2, a ClampedSwiGLU, or a callable from (n, 2F) rows to (n, F)."""
+    """silu, gelu, gelu_tanh, relu, relu2, a ClampedSwiGLU, a SoftcappedSwiGLU, or a callable from (n, 2F) rows to
+    (n, F)."""
     gated: bool = True
     """Whether the up-projection has a gate half, the first F of its 2F columns."""
     interleaved: bool = False

@@ -103,4 +103,26 @@ def clamped_swiglu(gate, up, numbers, GATED: tl.constexpr):
     return a, slope_gate, slope_up
 
 
-KERNEL_FUNCTIONS = {function.__name__: function for function in (silu, gelu, gelu_tanh, relu, relu2, clamped_swiglu)}
+@triton.jit
+def _tanh(x):
+    """Return tanh(x), near zero by Cephes' polynomial: the difference of 1 and almost 1 has few bits."""
+    square = x * x
+    odd = -5.70498872745e-3 * square + 2.06390887954e-2
+    odd = (odd * square - 5.37397155531e-2) * square + 1.33314422036e-1
+    odd = (odd * square - 3.33332819422e-1) * square * x + x
+    return tl.where(tl.abs(x) < 0.625, odd, 1.0 - 2.0 * tl.sigmoid(-2.0 * x))
+
+
+@triton.jit
+def softcapped_swiglu(gate, up, numbers, GATED: tl.constexpr):
+    gate_cap, up_cap, _ = numbers
+    gate_tanh, up_tanh = _tanh(gate / gate_cap), _tanh(up / up_cap)
+    sigmoid, capped_up = tl.sigmoid(gate), up_cap * up_tanh
+    swish = gate_cap * gate_tanh * sigmoid
+    slope = sigmoid * (1.0 - gate_tanh * gate_tanh) + swish * (1.0 - sigmoid)
+    return swish * capped_up, slope * capped_up, swish * (1.0 - up_tanh * up_tanh)
+
+
+KERNEL_FUNCTIONS = {
+    function.__name__: function for function in (silu, gelu, gelu_tanh, relu, relu2, clamped_swiglu, softcapped_swiglu)
+}
