@@ -40,40 +40,39 @@ def moe_mlp_table(name: str) -> str:
 
 
 def codegen_table(name: str) -> str:
-    """Return the kernels of the default variant under the newest Triton, below a sentence that counts all variants'."""
+    """Return the worst of each kernel under the newest Triton, below a sentence that counts all of them."""
     if not (RESULTS / f"{name}.json").exists():
         return "`python -m bench.codegen`: not run yet."
     data = load(name)
     *older, newest = data["triton_versions"]
-    rows = data["results"]
-    targets = list(dict.fromkeys(row["target"] for row in rows))
-    variants = list(dict.fromkeys(row["variant"] for row in rows))
-    shown = [row for row in rows if row["triton"] == newest and row["variant"] == variants[0]]
-    problems = sum("problem" in row for row in rows)
-    spilled = sorted({row["spills"] for row in rows if "spills" in row})
-    few = sum("spills" in row for row in rows)
+    shown = [row for row in data["results"] if newest in row["worst"]]
+    targets = list(dict.fromkeys(target for row in shown for target in row["worst"][newest]))
+    most_spilled = max(
+        figures[data["figures"].index("spills")]
+        for row in data["results"]
+        for by_target in row["worst"].values()
+        for figures in by_target.values()
+    )
     lines = [
-        f"`python -m bench.codegen` with Triton {' and '.join([*older, newest])}: {len(rows)} kernels of "
-        f"{len(variants)} layouts, gates, dtypes, shapes and batch sizes, {problems} of them unfit (a spill in a loop "
-        "or of more than 16 bytes, too much shared memory, a missing matrix instruction). "
-        f"{few} spill {' or '.join(map(str, spilled))} bytes of a thread outside of their loops, so that one more "
-        f"program fits. Below: {variants[0]}, Triton {newest}. A cell has registers, "
-        "KB of shared memory, programs side by side on a multiprocessor, and the matrix instruction in the loop.",
+        f"`python -m bench.codegen` with Triton {' and '.join([*older, newest])}: {data['num_kernels']} kernels of "
+        f"{data['num_variants']} layouts, gates, dtypes, shapes and batch sizes, {len(data['unfit'])} of them unfit (a "
+        "spill in a loop or of more than 16 bytes, too much shared memory, a missing matrix instruction). "
+        f"{data['num_spilling']} spill up to {most_spilled} bytes of a thread outside of their loops, so that one more "
+        f"program fits. Below: the worst of each kernel with Triton {newest}. A cell has the most registers, the most "
+        "KB of shared memory, and the fewest programs side by side on a multiprocessor.",
         "",
         f"| kernel | {' | '.join(targets)} |",
         f"| --- |{' --- |' * len(targets)}",
     ]
-    for kernel in dict.fromkeys(row["kernel"] for row in shown):
-        cells = {row["target"]: codegen_cell(row) for row in shown if row["kernel"] == kernel}
-        lines.append(f"| {kernel} | {' | '.join(cells.get(target, '-') for target in targets)} |")
+    for row in shown:
+        cells = {target: _codegen_cell(data["figures"], worst) for target, worst in row["worst"][newest].items()}
+        lines.append(f"| {row['kernel']} | {' | '.join(cells.get(target, '-') for target in targets)} |")
     return "\n".join(lines)
 
 
-def codegen_cell(row: dict) -> str:
-    if "error" in row:
-        return "error"
-    sizes = f"{row['registers']}, {row.get('shared_bytes', 0) / 1024:.0f}, {row['occupancy']}"
-    return ", ".join(filter(None, (sizes, row.get("matrix"), "TMA" if row.get("tma_operands") else "")))
+def _codegen_cell(names: list[str], worst: list[int]) -> str:
+    figures = dict(zip(names, worst, strict=True))
+    return f"{figures['registers']}, {figures['shared_bytes'] / 1024:.0f}, {figures['occupancy']}"
 
 
 def codegen_steps_table(name: str) -> str:

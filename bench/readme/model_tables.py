@@ -105,7 +105,7 @@ def headline_table(_: str) -> str:
     nodes = load("overlap_nodes_100mbit")["results"]["summary"]["two_levels_speed_up"]
     doctor = [one["results"] for one in load_all("doctor_emulated")]
     kinds = {scenario["kind"] for one in doctor for scenario in one["scenarios"] if scenario["faults"]}
-    codegen = load("codegen")["results"]
+    codegen = load("codegen")
     found, tried = (sum(one["summary"]["first cause right"][name] for one in doctor) for name in ("right", "of"))
     training = [models["model", "training", dtype, "skewed"]["ratio"] for dtype in ("float32", "bfloat16")]
     rows = [
@@ -135,8 +135,8 @@ def headline_table(_: str) -> str:
             f"{found} of {tried} named first",
         ),
         (
-            f"{len(codegen)} kernels compiled for six GPUs",
-            f"{sum('problem' in row for row in codegen)} that spill in a loop or lack the matrix instruction",
+            f"{codegen['num_kernels']} kernels compiled for six GPUs",
+            f"{len(codegen['unfit'])} that spill in a loop or lack the matrix instruction",
         ),
         ("anything on a GPU", "not measured yet"),
     ]
