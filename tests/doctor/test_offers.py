@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.foreign_scenarios import Fault, Scenario
+from bench.faults import Fault
+from bench.foreign_scenarios import Scenario
 from bench.synthetic_traces import ROW_S, WIDTH, write_traces
 from tritonmoe.benchmarks.stand_ins import FixedExperts, run_layer_pass
 from tritonmoe.config.overlap import OverlapPlan
