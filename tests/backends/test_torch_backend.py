@@ -13,6 +13,7 @@ import tritonmoe as tm
 from tritonmoe.backends import choose, reference, torch_products
 from tritonmoe.backends import torch as torch_backend
 from tritonmoe.backends import triton as triton_backend
+from tritonmoe.backends.layer_case import LayerCase
 from tritonmoe.backends.ops import NO_GRADIENTS, GradientOperands, Operations
 from tritonmoe.config.activations import ACTIVATION_NAMES, ClampedSwiGLU, SoftcappedSwiGLU
 from tritonmoe.config.layer import ExpertLayout, PerWeight, Projection
@@ -56,45 +57,19 @@ def test_choice() -> None:
         assert choose("auto", torch.device("cuda"), torch.float32, **limits) is chosen
 
 
-class Operands:
+class Operands(LayerCase):
     """Operands of every operation in one dtype; rows in `num_chunks` equal chunks from two ranks."""
 
     def __init__(self, layout: ExpertLayout, dtype: torch.dtype, num_rows: int = 14, num_chunks: int = 1) -> None:
         generator = torch.Generator().manual_seed(1)
-
-        def random(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
-
-        width = 2 * INTERMEDIATE if layout.gated else INTERMEDIATE
-        self.layout, self.ids = layout, torch.randint(-1, NUM_EXPERTS + 1, (num_rows, TOP_K), generator=generator)
-        self.ids[self.ids == 3] = 1  # expert 3 is empty
-        up, down = (width, HIDDEN), (HIDDEN, INTERMEDIATE)
-        if layout.transposed:
-            up, down = up[::-1], down[::-1]
-        self.w1, self.w2 = random(NUM_EXPERTS, *up), random(NUM_EXPERTS, *down)
-        self.b1, self.b2 = random(NUM_EXPERTS, width), random(NUM_EXPERTS, HIDDEN)
-        self.x, self.dout = random(num_rows, HIDDEN), random(num_rows, HIDDEN)
-        self.weights = torch.rand(num_rows, TOP_K, generator=generator)
+        ids = torch.randint(-1, NUM_EXPERTS + 1, (num_rows, TOP_K), generator=generator)
+        ids[ids == 3] = 1  # expert 3 is empty
+        super().__init__(ids, NUM_EXPERTS, layout, dtype, hidden=HIDDEN, intermediate=INTERMEDIATE, seed=2)
         # Results of earlier operations, as operands of later ones.
-        num_pairs = int(((self.ids >= 0) & (self.ids < NUM_EXPERTS)).sum())
-        self.h, self.a = random(num_pairs, width), random(num_pairs, INTERMEDIATE)
-        self.y, self.dh = random(num_pairs, HIDDEN), random(num_pairs, width)
+        num_pairs = int(((ids >= 0) & (ids < NUM_EXPERTS)).sum())
+        self.h, self.a = self.draw(num_pairs, self.width), self.draw(num_pairs, INTERMEDIATE)
+        self.y, self.dh = self.draw(num_pairs, HIDDEN), self.draw(num_pairs, self.width)
         self.num_chunks, self.num_rows = num_chunks, num_rows
-
-    @property
-    def gate_up(self) -> Projection:
-        return Projection(self.w1, self.b1, self.layout)
-
-    @property
-    def down(self) -> Projection:
-        return Projection(self.w2, self.b2, self.layout)
-
-    def double(self) -> "Operands":
-        twin = object.__new__(Operands)
-        for name, value in vars(self).items():
-            is_float = isinstance(value, Tensor) and value.is_floating_point()
-            setattr(twin, name, value.double() if is_float else value)
-        return twin
 
     def group(self, backend: ModuleType) -> Grouping:
         if self.num_chunks == 1:
