@@ -19,7 +19,7 @@ from tritonmoe.layer import GroupedExperts, MoELayer
 from tritonmoe.routing import TopKRouter
 from tritonmoe.runtime.version import __version__ as __version__
 from tritonmoe.transports import LinkModel
-from tritonmoe.transports.emulated.run import run_on_emulated_ranks
+from tritonmoe.transports.emulated.emulated_ranks import run_on_emulated_ranks
 
 __all__ = [
     "CapacityOverflow",

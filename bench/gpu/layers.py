@@ -13,7 +13,7 @@ from tritonmoe.benchmarks.step_memory import kept_for_backward_mb, peak_mb
 from tritonmoe.config.layer import MoEConfig
 from tritonmoe.experts.moe_mlp import moe_mlp
 from tritonmoe.integrations.transformers import peers
-from tritonmoe.kernels.tiles import measured as measured_tiles
+from tritonmoe.kernels.tiles import measured_tiles
 from tritonmoe.routing.router import TopKRouter
 from tritonmoe.runtime.files import Json
 

@@ -7,7 +7,7 @@ from bench.readme.results import RESULTS, load, spread, table_head, table_row, w
 from tritonmoe import aot
 from tritonmoe.benchmarks.roofline import H100, kernel_work, product_flops
 from tritonmoe.benchmarks.shapes import GPU_SHAPES
-from tritonmoe.kernels.tiles import measured as measured_tiles
+from tritonmoe.kernels.tiles import measured_tiles
 
 __all__ = [
     "bounds_table",

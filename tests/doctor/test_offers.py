@@ -17,7 +17,7 @@ from tritonmoe.doctor.moe_layers import layers_of
 from tritonmoe.doctor.offers import Offers, offers_of
 from tritonmoe.doctor.reading import read_traces
 from tritonmoe.transports import LinkModel, Transport
-from tritonmoe.transports.emulated.run import run_on_emulated_ranks
+from tritonmoe.transports.emulated.emulated_ranks import run_on_emulated_ranks
 
 NUM_STEPS = 4
 

@@ -17,7 +17,7 @@ from tritonmoe.benchmarks.shapes import GPU_SHAPES
 from tritonmoe.config.layer import KernelOptions, Projection
 from tritonmoe.grouping import RowSources
 from tritonmoe.kernels import launch, row_tiles
-from tritonmoe.kernels.tiles import choice as tile_choice
+from tritonmoe.kernels.tiles import tile_choice
 
 
 @pytest.mark.sweep(1)

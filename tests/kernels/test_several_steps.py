@@ -7,7 +7,7 @@ from kernel_cases import DEVICE, GPT_OSS, LAYOUTS, Layer, WithOptions, check_ope
 from tritonmoe.backends import triton as kernels
 from tritonmoe.backends.ops import NO_GRADIENTS, GradientOperands
 from tritonmoe.config.layer import NO_WEIGHTS, KernelOptions
-from tritonmoe.kernels.tiles import measured as measured_tiles
+from tritonmoe.kernels.tiles import measured_tiles
 
 ON_THREE = KernelOptions(num_sms=3)
 

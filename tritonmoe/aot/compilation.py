@@ -15,7 +15,7 @@ from tritonmoe.aot.architectures import ARCHITECTURES, SCHEDULERS
 from tritonmoe.aot.launches import VARIANTS, record_launches, source_of
 from tritonmoe.aot.machine_code import MachineCode, read_amd, read_nvidia
 from tritonmoe.kernels import launch
-from tritonmoe.kernels.tiles import measured as measured_tiles
+from tritonmoe.kernels.tiles import measured_tiles
 from tritonmoe.runtime.processes import ends_with_its_parent
 
 __all__ = ["Compiled", "compile_all", "compile_one", "compile_unchecked"]

@@ -17,8 +17,8 @@ from tritonmoe.config.layer import NO_WEIGHTS, ExpertLayout, KernelOptions, PerW
 from tritonmoe.config.routing import RoutingRule
 from tritonmoe.grouping import Grouping, RowSources
 from tritonmoe.kernels import launch
-from tritonmoe.kernels.router import route, route_grad
-from tritonmoe.kernels.tiles import measured as measured_tiles
+from tritonmoe.kernels.router_kernels import route, route_grad
+from tritonmoe.kernels.tiles import measured_tiles
 
 __all__ = ["DEFAULT_VARIANTS", "VARIANTS", "Variant", "record_launches", "source_of"]
 

@@ -19,7 +19,7 @@ from tritonmoe.expert_parallel.state import state_of
 from tritonmoe.layer import GroupedExperts, report_of
 from tritonmoe.overlap.report import LayerReport, PassReport
 from tritonmoe.transports import LocalTransport, Transport, TwoLevelTransport
-from tritonmoe.transports.emulated.replay import ReplayTransport
+from tritonmoe.transports.emulated.link_replay import ReplayTransport
 from tritonmoe.tuning.search import fixed_plan
 from tritonmoe.tuning.tuner import PlanChooser
 

@@ -30,7 +30,7 @@ from tritonmoe.report.png import write_overlap_png
 from tritonmoe.report.timeline import Timeline, layer_timeline, simulated_timeline
 from tritonmoe.runtime.files import Json
 from tritonmoe.transports import EmulatedTransport, LinkModel, MPITransport, Transport
-from tritonmoe.transports.emulated.run import run_on_emulated_ranks
+from tritonmoe.transports.emulated.emulated_ranks import run_on_emulated_ranks
 from tritonmoe.transports.torchrun import torchrun_ranks
 from tritonmoe.transports.wire import WireFormat
 

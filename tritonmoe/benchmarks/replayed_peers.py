@@ -9,7 +9,7 @@ import torch
 from tritonmoe.config.overlap import OverlapPlan
 from tritonmoe.simulation.cost_model import LayerWork, LinkCosts
 from tritonmoe.transports.emulated.link_model import LinkModel
-from tritonmoe.transports.emulated.replay import Port
+from tritonmoe.transports.emulated.link_replay import Port
 
 __all__ = ["ReplayedPeers", "work_of_one"]
 

@@ -15,7 +15,7 @@ from tritonmoe.benchmarks.operation_calls import operation_calls
 from tritonmoe.benchmarks.shapes import LayerShape, draw_inputs
 from tritonmoe.benchmarks.tile_candidates import Candidate, candidates_of, judge_all, products_of, redundant
 from tritonmoe.kernels import launch
-from tritonmoe.kernels.tiles import measured as measured_tiles
+from tritonmoe.kernels.tiles import measured_tiles
 from tritonmoe.runtime.files import Json
 
 __all__ = ["LEAST_GAIN", "best_entries", "calls_by_key", "candidates_of_layer", "try_candidate", "tune"]

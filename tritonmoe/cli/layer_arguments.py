@@ -45,6 +45,6 @@ def layer_shape(arguments: argparse.Namespace) -> LayerShape:
 
 def tokens_of_every_class(shape: LayerShape) -> list[int]:
     """Return token counts of every class of tiles: 1 token, then about 16, 32, 64, 128, ... 4096 pairs per expert."""
-    from tritonmoe.kernels.tiles.choice import LONG_SUMS
+    from tritonmoe.kernels.tiles.tile_choice import LONG_SUMS
 
     return sorted({1, *(-(-pairs * shape.num_experts // shape.top_k) for pairs in (16, 32, 64, *LONG_SUMS))})

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from tritonmoe.config.numbers import is_integer, is_number
 from tritonmoe.config.overlap import WIRE_DTYPES, OverlapPlan
-from tritonmoe.diagnosis.recording import FORMAT, SCHEMA, RankCall, RecordedPass, RecordedStep
+from tritonmoe.diagnosis.call_recording import FORMAT, SCHEMA, RankCall, RecordedPass, RecordedStep
 from tritonmoe.diagnosis.schedules import inside_of, schedule_of
 from tritonmoe.overlap.report import CallMarks
 from tritonmoe.overlap.schedule import Schedule

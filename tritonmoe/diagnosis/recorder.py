@@ -17,7 +17,7 @@ from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
 
-from tritonmoe.diagnosis.recording import FORMAT, SCHEMA, file_name, folder_name, plain_plan
+from tritonmoe.diagnosis.call_recording import FORMAT, SCHEMA, file_name, folder_name, plain_plan
 from tritonmoe.dispatch.header import CallHeader
 from tritonmoe.expert_parallel.listeners import listeners
 from tritonmoe.grouping import Grouping

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tritonmoe.diagnosis.recording import RecordedCall, Recording
+from tritonmoe.diagnosis.call_recording import RecordedCall, Recording
 from tritonmoe.doctor.fits import fit_relative_line, medians, weighted_median
 from tritonmoe.doctor.messages import Messages, Reach, messages_of, reaches
 from tritonmoe.simulation.cost_model import EachLink, InsidePorts, LinkCosts

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from tritonmoe.kernels.arithmetic import dot, round_to
 from tritonmoe.kernels.launch import cdiv, contiguous_columns, launch, next_power_of_2, target_of
-from tritonmoe.kernels.tiles.choice import lacks_fences
 from tritonmoe.kernels.tiles.table import family_of
+from tritonmoe.kernels.tiles.tile_choice import lacks_fences
 
 __all__ = ["router_logits", "tokens_grad", "weight_grad"]
 

@@ -12,8 +12,8 @@ from tritonmoe.config.overlap import OverlapPlan
 from tritonmoe.overlap.schedule import build_backward, build_forward
 from tritonmoe.overlap.steps import StepKind
 from tritonmoe.planner.cluster import Cluster
-from tritonmoe.planner.exchange import ExchangeTime, LayerExchange, leaves
 from tritonmoe.planner.job import Job
+from tritonmoe.planner.layer_exchange import ExchangeTime, LayerExchange, leaves
 from tritonmoe.planner.layer_parts import Parts, layer_parts
 from tritonmoe.planner.step import BESIDE, exchange_time, in_turn, layer_exchange
 from tritonmoe.simulation.cost_model import LinkCosts, StepCosts

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from tritonmoe.planner.cluster import DTYPE_BYTES, Cluster
-from tritonmoe.planner.model import Model
+from tritonmoe.planner.transformer_model import Model
 
 __all__ = ["Job", "Recompute", "expert_degrees"]
 

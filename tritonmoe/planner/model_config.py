@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from tritonmoe.config.numbers import is_integer
-from tritonmoe.planner.model import Attention, LatentAttention, Model
 from tritonmoe.planner.model_presets import MODELS
+from tritonmoe.planner.transformer_model import Attention, LatentAttention, Model
 from tritonmoe.runtime.files import Json, read_json
 
 __all__ = ["expert_load", "find_model", "model_of_config"]

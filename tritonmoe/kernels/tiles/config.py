@@ -1,4 +1,4 @@
-"""What a tile configuration is. choice.py chooses one from table.py, and measured.py keeps those that were measured."""
+"""What a tile configuration is. tile_choice.py chooses one from table.py; measured_tiles.py keeps measured ones."""
 
 import dataclasses
 import functools

@@ -19,8 +19,7 @@ from tritonmoe.config.layer import KernelOptions
 from tritonmoe.grouping import Grouping
 from tritonmoe.kernels import launch
 from tritonmoe.kernels.row_tiles import TILE_HEIGHTS
-from tritonmoe.kernels.tiles import measured as measured_tiles
-from tritonmoe.kernels.tiles import table, tma
+from tritonmoe.kernels.tiles import measured_tiles, table, tma
 from tritonmoe.kernels.tiles.config import TileConfig
 
 __all__ = [

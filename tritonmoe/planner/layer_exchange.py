@@ -25,8 +25,8 @@ from tritonmoe.planner.operation_costs import (
 )
 from tritonmoe.planner.routed_rows import Needs, needs_of
 from tritonmoe.simulation.cost_model import LayerWork, LinkCosts, StepCosts
+from tritonmoe.simulation.halves_in_turn import simulate_two_batches
 from tritonmoe.simulation.simulator import SimulatedStep, Simulation, simulate
-from tritonmoe.simulation.two_batches import simulate_two_batches
 from tritonmoe.simulation.two_level_work import TwoLevelWork
 
 __all__ = ["ExchangeTime", "LayerExchange", "leaves"]

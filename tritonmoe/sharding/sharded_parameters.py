@@ -24,7 +24,7 @@ from tritonmoe.sharding.whole_states import StateDict, no_pickle, part_of, refus
 from tritonmoe.transports import EXPERT, Ranks, as_transport, is_mesh
 from tritonmoe.transports.base import Transport
 from tritonmoe.transports.process_group import ProcessGroupTransport
-from tritonmoe.transports.two_level import TwoLevelTransport
+from tritonmoe.transports.two_level_transport import TwoLevelTransport
 from tritonmoe.transports.waiting import Doing
 
 if TYPE_CHECKING:
