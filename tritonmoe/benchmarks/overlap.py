@@ -255,7 +255,7 @@ def _typical_timeline(measured: RankMeasurement, name: str) -> Timeline:
 
 
 def _bytes_between_nodes(rows: list[int | None], measured: RankMeasurement, workload: Workload) -> int | None:
-    """Give what all nodes together send each other in a call on two levels: rows, ids, weights and their gradients."""
+    """Return what all nodes send each other in a call on two levels: rows, ids, weights and their gradients."""
     total = sum(count for count in rows if count is not None)
     if None in rows:
         return None

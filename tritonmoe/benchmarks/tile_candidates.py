@@ -48,7 +48,7 @@ def _common(sizes: Sequence[int]) -> Fields:
 
 
 def _walks(fields: Fields) -> Iterator[Fields]:
-    """Give a tile whose programs compute one tile each, and one whose programs walk: two an SM where they are small."""
+    """Return a tile whose programs compute one tile each, and one whose programs walk: two an SM if they are small."""
     yield {**fields, "persistent": False}
     programs = 2 if fields["num_warps"] == 4 else 1
     yield {**fields, "persistent": True, "programs_per_multiprocessor": programs}

@@ -100,7 +100,7 @@ def _tensors(result: object) -> list[Tensor]:
 
 
 def best_entries(tried: Mapping[str, Json]) -> dict[str, dict[str, int | str]]:
-    """Give for each key the fields of its fastest tile, where it is really faster than the table's and agrees with it.
+    """Return each key's fields of its fastest tile, where that is really faster than the table's and as right.
 
     tried: what `try_candidate` gave, with "key" and "fields".
     """

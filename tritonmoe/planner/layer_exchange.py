@@ -180,7 +180,7 @@ class LayerExchange:
         return LayerWork(sent, computed, self.row_bytes, self.job.model.top_k, self.wide_row_bytes)
 
     def _step_costs(self) -> StepCosts:
-        """Give the seconds of every kind of step: weights and launches are fixed, arithmetic and rows are per unit."""
+        """Return the seconds of every kind of step: weights and launches are fixed, arithmetic and rows per unit."""
         job, gpu = self.job, self.cluster.gpu
         d, f, b = job.model.hidden_size, job.model.expert_size, job.dtype_bytes
         flops_s = job.peak_flops(self.cluster) * gpu.grouped_efficiency.value

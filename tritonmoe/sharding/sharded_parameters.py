@@ -192,7 +192,7 @@ def numbers_of_all(numbers: Tensor, transport: Transport) -> Tensor:
 
 
 def rows_here(parameter: Tensor, rows: Sequence[int]) -> Sequence[int]:
-    """Give which of this rank's rows of a parameter are in its memory: a part, where FSDP2 shards it over its replicas.
+    """Return which of this rank's rows of a parameter are in its memory: a part where FSDP2 shards replicas.
 
     Raises:
         ValueError: FSDP2 has sharded another dimension than the rows.
@@ -214,7 +214,7 @@ def rows_here(parameter: Tensor, rows: Sequence[int]) -> Sequence[int]:
 
 
 def local_shard(module: nn.Module, parameter: Tensor, sharding: Sharding, scale: float, number: int) -> Tensor:
-    """Give this rank's rows of a parameter, to compute with; its gradient comes back scaled and averaged over replicas.
+    """Return this rank's rows of a parameter, to compute with; their gradient is scaled and averaged over replicas.
 
     Where FSDP2 has sharded the parameter over its replicas, the average is left to it, with its reduce_dtype.
 

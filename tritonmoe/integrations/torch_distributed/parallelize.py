@@ -145,7 +145,7 @@ def _gather(names: tuple[str, ...], module: nn.Module, state_dict: StateDict, pr
 
 
 def routed_experts(module: nn.Module) -> dict[str, GroupedExperts]:
-    """Give the experts in `module` that tokens are routed to, by name: none that stand beside them for every token."""
+    """Return the experts in `module` that tokens are routed to, by name: no shared ones, which take every token."""
     beside = {
         id(child)
         for layer in module.modules()
