@@ -142,7 +142,7 @@ class _Config:
             raise ValueError(f"{self.path}: {key!r} must be a whole number of at least {least}, got {value!r}")
         return value
 
-    def layers(self, key: str, *known: object) -> list[Any]:
+    def layers(self, key: str, *known: object) -> list[object]:
         """Return what the list under a key says of each layer, [] where there is none; `known` is what it can say."""
         found, number = self.config.get(key), self.size("num_hidden_layers")
         if not found:

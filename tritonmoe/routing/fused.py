@@ -97,7 +97,7 @@ class _Route(torch.autograd.Function):
         dlogits: Tensor | None,
         dscores: Tensor | None,
         *others: Tensor | None,
-    ) -> tuple[Any, ...]:
+    ) -> tuple[object, ...]:
         needs_x, needs_weight = ctx.needs_input_grad[:2]
         grads = dlogits, dscores, others[1]
         return *_run_backward(grads, saved, (needs_x, needs_weight), ctx.rule), None, None
@@ -149,14 +149,14 @@ def _route_backward_shapes(*arguments: Any) -> list[Tensor]:
     return [like.new_empty(like.shape if needed else (0,)) for like, needed in zip((x, weight), needs, strict=True)]
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Parts) -> None:
+def _setup_context(ctx: Any, inputs: tuple[object, ...], output: Parts) -> None:
     x, weight, _, ctx.rule = inputs
     _, scores, topk_ids, topk_weights, counts = output
     ctx.mark_non_differentiable(topk_ids, counts)
     ctx.save_for_backward(x, weight, scores, topk_ids, topk_weights)
 
 
-def _backward(ctx: Any, dlogits: Tensor | None, dscores: Tensor | None, *others: Tensor | None) -> tuple[Any, ...]:
+def _backward(ctx: Any, dlogits: Tensor | None, dscores: Tensor | None, *others: Tensor | None) -> tuple[object, ...]:
     needs = list(ctx.needs_input_grad[:2])
     grads = _route_backward(dlogits, dscores, others[1], *ctx.saved_tensors, needs, ctx.rule)
     dx, dweight = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))

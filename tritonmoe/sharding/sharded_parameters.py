@@ -57,7 +57,7 @@ class Sharding:
     def __deepcopy__(self, memo: dict) -> "Sharding":
         return self
 
-    def __reduce_ex__(self, protocol: Any) -> str | tuple[Any, ...]:
+    def __reduce_ex__(self, protocol: Any) -> str | tuple[object, ...]:
         """Refuse pickle as the parameters do, which a module's other attributes may come before."""
         if self.transport.size > 1:
             raise no_pickle(self.transport.size)

@@ -36,7 +36,7 @@ def read_generation_config(directory: Path) -> "GenerationConfig | None":
     return _read(directory, "generation_config.json", transformers.GenerationConfig)
 
 
-def _read(directory: Path, name: str, kind: Any, **options: Any) -> Any:
+def _read(directory: Path, name: str, kind: Any, **options: object) -> Any:
     try:
         found = read_json(file_inside(directory, name))
     except FileNotFoundError as error:
