@@ -131,7 +131,9 @@ class LayerReplay(TorchFunctionMode):
             return None
         return calls.numbers[calls.position]
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, object] | None = None) -> Any:
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, object] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         if func is not torch.topk and func is not Tensor.topk:
             return func(*args, **kwargs)
