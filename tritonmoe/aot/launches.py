@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -10,8 +10,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from tritonmoe.backends import triton as operations
-from tritonmoe.backends.ops import NO_GRADIENTS, GradientOperands
+from tritonmoe.backends import triton as triton_backend
+from tritonmoe.backends.ops import NO_GRADIENTS, GradientOperands, Operations
 from tritonmoe.config.activations import ClampedSwiGLU, FusedActivation
 from tritonmoe.config.layer import NO_WEIGHTS, ExpertLayout, KernelOptions, PerWeight, Projection
 from tritonmoe.config.routing import RoutingRule
@@ -21,6 +21,8 @@ from tritonmoe.kernels.router_kernels import route, route_grad
 from tritonmoe.kernels.tiles import measured_tiles
 
 __all__ = ["DEFAULT_VARIANTS", "VARIANTS", "Variant", "record_launches", "source_of"]
+
+operations = cast(Operations, triton_backend)
 
 
 @dataclass(frozen=True)
@@ -214,8 +216,6 @@ class _RecordedStep:
         self._name("up inference")
         h, a = operations.up(*arguments, activation, options=options)
         self._name("up")
-        assert h is not None
-        assert a is not None
         y = operations.down(a, self.down, grouping, options=options)
         self._name("down")
         operations.gather_sum(y, grouping.inverse, self.topk_weights)
@@ -275,7 +275,6 @@ class _RecordedStep:
         factor_a = Projection(self._empty(v.num_experts, rank, v.hidden_size), None, plain)
         factor_b = Projection(self._empty(v.num_experts, dh.shape[1], rank), None, plain)
         reduced, _ = operations.up(self.x, factor_a, grouping, None, options=options)
-        assert reduced is not None
         self._name("up by a factor")
         down_b = Projection(self._empty(v.num_experts, v.hidden_size, rank), None, transposed)
         operations.up(self.dout, down_b, grouping, None, options=options)

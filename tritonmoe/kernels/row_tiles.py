@@ -180,10 +180,11 @@ def list_row_tiles(chunk_expert_offsets: Tensor, num_pairs: int) -> Tensor:
 
 def row_tiles_of(grouping: Grouping) -> Tensor:
     """Return the row tiles (1, num_slots, 4, 4) of one chunk; listed here where `group` has not listed them."""
-    if grouping.row_tiles is None:
-        vars(grouping)["row_tiles"] = list_row_tiles(grouping.chunk_expert_offsets, grouping.num_pairs)
-    assert grouping.row_tiles is not None
-    return grouping.row_tiles
+    if grouping.row_tiles is not None:
+        return grouping.row_tiles
+    row_tiles = list_row_tiles(grouping.chunk_expert_offsets, grouping.num_pairs)
+    vars(grouping)["row_tiles"] = row_tiles
+    return row_tiles
 
 
 @triton.jit
