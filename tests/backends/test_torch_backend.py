@@ -6,6 +6,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from kernel_cases import LAYOUTS as LAYOUTS_OF_KERNELS
 from tolerance import assert_close_to_exact
 from torch import Tensor
 
@@ -20,12 +21,7 @@ from tritonmoe.config.layer import ExpertLayout, PerWeight, Projection
 from tritonmoe.grouping import Grouping, RowSources
 
 OPERATIONS = ("group", "up", "down", "gather_sum", "down_grad", "up_grad", "weight_grad")
-LAYOUTS = {
-    "concatenated": ExpertLayout(),
-    "interleaved": ExpertLayout(interleaved=True),
-    "transposed": ExpertLayout(transposed=True),
-    "ungated": ExpertLayout(gated=False),
-}
+LAYOUTS = {name: LAYOUTS_OF_KERNELS[name] for name in ("concatenated", "interleaved", "transposed", "ungated")}
 HIDDEN, INTERMEDIATE, NUM_EXPERTS, TOP_K = 9, 6, 5, 3
 
 

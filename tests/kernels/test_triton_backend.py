@@ -1,6 +1,5 @@
 """The Triton kernels against the reference operations; in the interpreter where there is no GPU."""
 
-import inspect
 import threading
 
 import pytest
@@ -23,13 +22,6 @@ from tritonmoe.backends import reference
 from tritonmoe.backends import triton as kernels
 from tritonmoe.backends.ops import NO_GRADIENTS, GradientOperands
 from tritonmoe.config.layer import NO_WEIGHTS
-
-OPERATIONS = ("group", "up", "down", "gather_sum", "down_grad", "up_grad", "weight_grad")
-
-
-@pytest.mark.parametrize("operation", OPERATIONS)
-def test_signatures_are_those_of_the_reference(operation):
-    assert inspect.signature(getattr(kernels, operation)) == inspect.signature(getattr(reference, operation))
 
 
 @pytest.mark.parametrize(
@@ -258,4 +250,5 @@ def test_launches_from_several_threads():
 def test_operations_never_read_the_device(target):
     """Meta tensors have no values: any host read of one raises."""
     launches = aot.record_launches(aot.Variant(), aot.TARGETS[target])
-    assert {name.split()[0] for name in launches} == {*OPERATIONS, "router", "router_grad"}
+    operations = {"group", "up", "down", "gather_sum", "down_grad", "up_grad", "weight_grad"}
+    assert {name.split()[0] for name in launches} == operations | {"router", "router_grad"}

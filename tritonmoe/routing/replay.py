@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
-from tritonmoe.routing.recording import LayerRecording
+from tritonmoe.routing.layer_recording import LayerRecording
 from tritonmoe.runtime.autograd import checkpointed_calls, is_recomputing
 
 __all__ = ["LayerReplay", "is_replaying"]

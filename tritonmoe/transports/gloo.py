@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from tritonmoe.errors import TransportError
-from tritonmoe.transports.notices import Breakdown
+from tritonmoe.transports.breakdown import Breakdown
 from tritonmoe.transports.progress_thread import (
     SECONDS_TO_LET_GO,
     SECONDS_TO_STOP,
