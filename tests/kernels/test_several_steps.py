@@ -37,7 +37,7 @@ def test_operations(dtype, layout, activation, options):
 
 @pytest.mark.parametrize("layout", ["concatenated", "interleaved"])
 def test_addends_in_the_memory_of_the_result(layout):
-    check_operations(several_steps(layout=layout, addends=True), "silu", WithOptions(ON_THREE))
+    check_operations(several_steps(layout=layout).with_addends(), "silu", WithOptions(ON_THREE))
 
 
 @pytest.mark.parametrize("num_rows", [1, 8, 40, 80, 150])

@@ -57,8 +57,8 @@ def test_without_activation(layout):
 def test_addends_in_the_memory_of_the_result(layout, dtype):
     """As low-rank adapters add them: to h, y, g and dx."""
     ids = random_ids(33, 3, 5)
-    layer = Layer(ids, 5, LAYOUTS[layout], dtype, hidden=40, intermediate=36, addends=True)
-    check_operations(layer, "silu")
+    layer = Layer(ids, 5, LAYOUTS[layout], dtype, hidden=40, intermediate=36)
+    check_operations(layer.with_addends(), "silu")
 
 
 ROUTINGS = {

@@ -34,10 +34,9 @@ class LayerCase:
         hidden: int = 20,
         intermediate: int = 12,
         bias: bool = True,
-        addends: bool = False,
         seed: int = 0,
     ) -> None:
-        """Draw the operands. ids: (R, K). addends: whether each product of `run` has rows added to it."""
+        """Draw the operands. ids: (R, K)."""
         self._generator = torch.Generator().manual_seed(seed)
         self._dtype = dtype
         width = 2 * intermediate if layout.gated else intermediate
@@ -52,13 +51,18 @@ class LayerCase:
         self.x, self.dout = self.draw(ids.shape[0], hidden), self.draw(ids.shape[0], hidden)
         self.weights = torch.rand(ids.shape, generator=self._generator, device="cpu").to(ids.device)
         """(R, K) fp32: the gate weights."""
-        columns = {"h": width, "y": hidden, "g": intermediate, "dx": hidden} if addends else {}
-        self.addends = {name: self.draw(ids.numel(), number) for name, number in columns.items()}
+        self.addends: dict[str, Tensor] = {}
 
     def draw(self, *shape: int, scale: float = 1.0) -> Tensor:
         """Return normally distributed numbers in the layer's dtype."""
         drawn = torch.randn(*shape, generator=self._generator, device="cpu")
         return (drawn * scale).to(self.ids.device, self._dtype)
+
+    def with_addends(self) -> "LayerCase":
+        """Draw rows that `run` adds to each product; return this case."""
+        columns = {"h": self.width, "y": self.hidden, "g": self.intermediate, "dx": self.hidden}
+        self.addends = {name: self.draw(self.ids.numel(), number) for name, number in columns.items()}
+        return self
 
     @property
     def gate_up(self) -> Projection:
