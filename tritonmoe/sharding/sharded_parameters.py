@@ -9,15 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from tritonmoe.errors import CountMismatch
-from tritonmoe.sharding.data_parallel import (
-    ShardedNames,
-    explain_fully_shard,
-    ignore_sharded_parameters,
-    is_averaged_by_fsdp,
-    mark_mesh,
-    mark_sharded,
-)
+from tritonmoe.sharding.data_parallel import ignore_sharded_parameters
 from tritonmoe.sharding.dtensor_gaps import fill_dtensor_gaps
+from tritonmoe.sharding.fully_shard import explain_fully_shard
+from tritonmoe.sharding.marks import ShardedNames, is_averaged_by_fsdp, mark_mesh, mark_sharded
 from tritonmoe.sharding.mixed_lists import allow_mixed_lists
 from tritonmoe.sharding.watched_collectives import watched_on
 from tritonmoe.sharding.whole_states import StateDict, no_pickle, part_of, refuse_pickling

@@ -13,7 +13,8 @@ from tritonmoe.experts.adapters import shard_adapters
 from tritonmoe.integrations.torch_distributed.spreadable import check_spreadable
 from tritonmoe.layer import GroupedExperts, MoELayer
 from tritonmoe.routing import TopKRouter
-from tritonmoe.sharding.data_parallel import counts_by_wrapper, sharded_modules
+from tritonmoe.sharding.data_parallel import counts_by_wrapper
+from tritonmoe.sharding.marks import sharded_modules
 from tritonmoe.sharding.same_weights import check_on_all_ranks
 from tritonmoe.sharding.sharded_parameters import check_expert_gradients, find_sharding
 from tritonmoe.sharding.whole_states import StateDict, gather_optimizer, whole, whole_forms
