@@ -1,9 +1,11 @@
-"""Compile every kernel for every target under the oldest and the installed Triton, without a GPU, and keep the table.
+"""Compile every kernel for every target under the oldest and the installed Triton, without a GPU, and keep the worst.
 
 An older Triton is installed into a folder of its own (pip install --target), which stands before the installed one in
 PYTHONPATH of a second process: no second torch is needed.
 
-With --steps it is the small table of what a step of each of a layer's products costs: minutes instead of two hours.
+The table has a line for each kernel of an operation, with the worst that any layout, gate, dtype, shape and batch size
+makes of it; --rows keeps each of them. With --steps it is the table of what a step of each of a layer's products costs:
+minutes instead of two hours.
 """
 
 import argparse
@@ -20,7 +22,7 @@ from tritonmoe.benchmarks.argument_types import output_file, positive
 from tritonmoe.benchmarks.kept_results import hash_of
 from tritonmoe.runtime.files import write_whole
 
-__all__ = ["OLDEST_TRITON", "STEPS", "STEP_KERNELS", "main", "source_hash"]
+__all__ = ["FIGURES", "OLDEST_TRITON", "STEPS", "STEP_KERNELS", "main", "source_hash", "worst_of_kernels"]
 
 OLDEST_TRITON = "3.6.0"
 ROOT = Path(__file__).parent.parent / "tritonmoe"
@@ -32,6 +34,8 @@ STEP_KERNELS = (
     *("weight_grad W1 outer_sums", "weight_grad W2 outer_sums"),
 )
 """The products of a training step of one layer."""
+FIGURES = {"registers": max, "spills": max, "shared_bytes": max, "occupancy": min}
+"""What of a kernel is kept, and which of two is worse."""
 
 
 def source_hash() -> str:
@@ -61,6 +65,7 @@ def main(argv: list[str] | None = None) -> int:
     what.add_argument("--steps", action="store_true", help=f"what a step of each product of {STEP_VARIANT} costs")
     parser.add_argument("--targets", nargs="+", help="only these targets (default: all)")
     parser.add_argument("--json", type=output_file, help=f"file to write (default {RESULT}, of steps {STEPS})")
+    parser.add_argument("--rows", type=output_file, help="file for the row of every kernel (default: none)")
     arguments = parser.parse_args(argv)
     before, started = source_hash(), time.perf_counter()
     rows: list[dict[str, Any]] = []
@@ -88,14 +93,69 @@ def main(argv: list[str] | None = None) -> int:
         "torch": importlib.metadata.version("torch"),
         "date": time.strftime("%Y-%m-%d"),
     }
-    # One row a line: a readable difference when a kernel changes.
-    shortened = _step_of if arguments.steps else _without_zeros
-    lines = [json.dumps(shortened(row)) for row in rows]
-    text = json.dumps(table, indent=1)[:-2] + ',\n "results": [\n  ' + ",\n  ".join(lines) + "\n ]\n}\n"
+    if arguments.rows:
+        write_whole(arguments.rows, _text(table, [_without_zeros(row) for row in rows]), "rows")
     file = arguments.json or (STEPS if arguments.steps else RESULT)
+    if arguments.steps:
+        text = _text(table, [_step_of(row) for row in rows])
+    else:
+        text = _text(table | _counts(rows), worst_of_kernels(rows))
     write_whole(file, text, "table")
     print(f"wrote {file} in {time.perf_counter() - started:.0f} s")
     return 1 if problems else 0
+
+
+def _text(table: dict[str, Any], results: list[dict[str, Any]]) -> str:
+    """Return a table as JSON, one result a line: a readable difference when a kernel changes."""
+    lines = map(json.dumps, results)
+    return json.dumps(table, indent=1)[:-2] + ',\n "results": [\n  ' + ",\n  ".join(lines) + "\n ]\n}\n"
+
+
+def _counts(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return what the table says of all rows: how many, of how many variants, how many spill, and which are unfit."""
+    return {
+        "num_kernels": len(rows),
+        "num_variants": len({row["variant"] for row in rows}),
+        "num_spilling": sum(bool(row.get("spills")) for row in rows),
+        "unfit": [_without_zeros(row) for row in rows if row.get("problem")],
+        "figures": list(FIGURES),
+    }
+
+
+def worst_of_kernels(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return for each kernel its worst FIGURES by Triton and target, of all variants that compiled.
+
+    What the table of steps counts too, instructions of the innermost loop of a product's STEP_VARIANT, is in "loops".
+    """
+    kernels: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        place = row["triton"], row["target"]
+        kernel = kernels.setdefault(row["kernel"], {"num_kernels": 0, "worst": {}, "loops": {}})
+        kernel["num_kernels"] += 1
+        if row.get("error"):
+            continue
+        figures = {name: row.get(name, 0) for name in FIGURES}
+        before = kernel["worst"].get(place, figures)
+        kernel["worst"][place] = {name: worse(before[name], figures[name]) for name, worse in FIGURES.items()}
+        if row["variant"] == STEP_VARIANT and row["kernel"] in STEP_KERNELS:
+            kernel["loops"][place] = row["loop"]["all"]
+    return [
+        {
+            "kernel": name,
+            "num_kernels": kernel["num_kernels"],
+            "worst": _nested({place: list(figures.values()) for place, figures in kernel["worst"].items()}),
+        }
+        | ({"loops": _nested(kernel["loops"])} if kernel["loops"] else {})
+        for name, kernel in kernels.items()
+    ]
+
+
+def _nested(by_place: dict[tuple[str, str], Any]) -> dict[str, dict[str, Any]]:
+    """Return values by Triton and target as values by target, by Triton."""
+    found: dict[str, dict[str, Any]] = {}
+    for (version, target), value in by_place.items():
+        found.setdefault(version, {})[target] = value
+    return found
 
 
 def _without_zeros(row: dict[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.faults import Fault
+
 __all__ = [
     "ANYWHERE",
     "FACTORS",
@@ -17,8 +19,8 @@ __all__ = [
     "MEASURED",
     "OF_NOBODY",
     "STEADY",
-    "Fault",
     "Job",
+    "JobFault",
     "Layer",
     "drift_of",
     "read_job",
@@ -40,29 +42,15 @@ ANYWHERE = -1
 
 
 @dataclass(frozen=True)
-class Fault:
-    """Something that makes steps slow."""
+class JobFault(Fault):
+    """A fault of a job: its layer may be ANYWHERE, another place in each step."""
 
-    kind: str
-    ranks: tuple[int, ...]
-    """Who; of links sender and receiver, one pair after the other; empty: all, or another one in each step."""
-    amount: float
-    """How many times as slow, or seconds, or of an imbalance the share of tokens that choose the rank."""
-    when: str = "always"
-    period: int = 0
     moves: bool = False
-    phase: str = ""
-    """forward or backward alone; empty: both."""
-    layer: int | None = None
-    """In one layer alone, or before it; ANYWHERE: another place in each step."""
+    """Whether it is on another rank in each step."""
 
     def level(self, step: int, job: "Job") -> float:
         """Return how much of it there is in a step, from 0 to 1."""
-        if self.when == "periodic":
-            return float(step % self.period == self.period - 1)
-        if self.when == "growing":
-            return (step + 0.5) / job.num_steps
-        return float(self.when == "always" or step in _chosen(self.when, job.num_steps, job.seed))
+        return self.share(step, job.num_steps, lambda: step in _chosen(self.when, job.num_steps, job.seed))
 
     def amount_at(self, step: int, rank: int | None, job: "Job") -> float | None:
         """Return how bad it is on a rank in a step, None: not at all."""
@@ -128,7 +116,7 @@ class Job:
     """What the experts take for a chunk."""
     host_s: float = 2e-4
     noise: float = 0.03
-    faults: tuple[Fault, ...] = ()
+    faults: tuple[JobFault, ...] = ()
     one_chunk_steps: int = 0
     """So many steps run in one chunk before the others, as the first ones of num_chunks="auto" do."""
     slow_start: float = 1.0
@@ -204,7 +192,7 @@ def variants_of(job: Job) -> dict[str, Job]:
 def read_job(plain: dict[str, Any]) -> Job:
     """Return the job that was written as plain values."""
     layers = tuple(Layer(**layer) for layer in plain["layers"])
-    faults = tuple(Fault(**{**fault, "ranks": tuple(fault["ranks"])}) for fault in plain["faults"])
+    faults = tuple(JobFault(**{**fault, "ranks": tuple(fault["ranks"])}) for fault in plain["faults"])
     return Job(**{**plain, "layers": layers, "faults": faults})
 
 

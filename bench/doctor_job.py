@@ -25,8 +25,8 @@ from tritonmoe.benchmarks.inside_namespace import ask
 from tritonmoe.benchmarks.ranks import gather
 from tritonmoe.diagnosis.recorder import record
 from tritonmoe.transports import EmulatedTransport, LinkModel, PendingExchange, Transport
-from tritonmoe.transports.emulated.run import run_on_emulated_ranks
-from tritonmoe.transports.two_level import GroupView
+from tritonmoe.transports.emulated.emulated_ranks import run_on_emulated_ranks
+from tritonmoe.transports.two_level_transport import GroupView
 
 __all__ = ["run_emulated", "run_real"]
 

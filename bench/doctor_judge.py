@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.doctor_faults import MEASURED, OF_NOBODY, STEADY, Fault, Job, drift_of, read_job
+from bench.doctor_faults import MEASURED, OF_NOBODY, STEADY, Job, JobFault, drift_of, read_job
 from tritonmoe.cli import main as tritonmoe
 from tritonmoe.runtime.files import Json
 
@@ -36,10 +36,10 @@ class Said:
     period: int | None
     cost_s: float
 
-    def names(self, fault: Fault) -> bool:
+    def names(self, fault: JobFault) -> bool:
         return self.kind in NAMES.get(fault.kind, {fault.kind})
 
-    def blames(self, fault: Fault, size: int) -> bool:
+    def blames(self, fault: JobFault, size: int) -> bool:
         """Say whether it tells all who are at fault, and nobody else."""
         if fault.moves:
             return self.moves
@@ -47,7 +47,7 @@ class Said:
             return len(self.ranks) in (0, size)
         return set(self.ranks) == set(fault.ranks) and not self.moves
 
-    def times(self, fault: Fault) -> bool:
+    def times(self, fault: JobFault) -> bool:
         """Say whether it tells when the fault comes; of one that moves, that it does."""
         if fault.moves:
             return self.moves

@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from bench.doctor_faults import ANYWHERE, FREQUENCY, OF_NOBODY, Fault, Job, Layer
+from bench.doctor_faults import ANYWHERE, FREQUENCY, OF_NOBODY, Job, JobFault, Layer
 
 __all__ = ["KINDS", "draw_job", "is_held_out", "kinds_of"]
 
@@ -170,7 +170,7 @@ def _bytes_out(layer: Layer, size: int, hidden_size: int) -> float:
     return layer.tokens * layer.top_k * (1 - 1 / size) * 4 * hidden_size
 
 
-def _faults(specs: Sequence[Spec], job: Job, draw: random.Random) -> list[Fault]:
+def _faults(specs: Sequence[Spec], job: Job, draw: random.Random) -> list[JobFault]:
     ranks = draw.sample(range(job.size), job.size)
     pairs = draw.sample(list(itertools.permutations(range(job.size), 2)), 3)
     found = []
@@ -185,7 +185,7 @@ def _faults(specs: Sequence[Spec], job: Job, draw: random.Random) -> list[Fault]
         phase, layer = _place(spec, job, draw)
         share = draw.uniform(0.22, 0.5) if len(specs) == 1 else draw.uniform(0.2, 0.35)
         frequency = 1 / period if period else FREQUENCY[spec.when]
-        fault = Fault(spec.kind, who, 0.0, spec.when, period, spec.moves, phase, layer)
+        fault = JobFault(spec.kind, who, 0.0, spec.when, period, phase, layer, moves=spec.moves)
         found.append(replace(fault, amount=_amount(fault, share / (1 - share) / frequency, job)))
     return found
 
@@ -206,7 +206,7 @@ def _place(spec: Spec, job: Job, draw: random.Random) -> tuple[str, int | None]:
     }[spec.place]
 
 
-def _amount(fault: Fault, times: float, job: Job) -> float:
+def _amount(fault: JobFault, times: float, job: Job) -> float:
     """Return how bad a fault is that takes about so many times the healthy step."""
     steps_s = sum(3 * (layer.before_s + layer.compute_s()) for layer in job.layers)
     cost_s = times * steps_s

@@ -15,7 +15,7 @@ from tritonmoe.benchmarks.stand_ins import FixedExperts, run_layer_pass
 from tritonmoe.benchmarks.timing import Samples, add_arguments, summarize, write_json
 from tritonmoe.config.overlap import OverlapConfig
 from tritonmoe.transports import LinkModel, Transport
-from tritonmoe.transports.emulated.run import run_on_emulated_ranks
+from tritonmoe.transports.emulated.emulated_ranks import run_on_emulated_ranks
 from tritonmoe.tuning.search import fixed_plan
 
 __all__ = ["main"]

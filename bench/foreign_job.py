@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from bench.foreign_scenarios import Fault, Scenario
+from bench.faults import Fault
+from bench.foreign_scenarios import Scenario, level_on_rank
 
 __all__ = ["ATTENTION_S", "ROWS", "ROW_S", "WIDTH", "Exchange", "Job", "Layer", "Nap", "Work", "overslept_s"]
 
@@ -101,8 +102,7 @@ class Job:
             where = fault.phase or (phase if is_spread else "forward")
             which = fault.layer if fault.layer is not None else (layer if is_spread else 0)
             if fault.kind == kind and where == phase and which == layer:
-                of = self.scenario
-                found.append((fault, fault.level(self.step, of.num_steps, self.rank, self.size, of.seed)))
+                found.append((fault, level_on_rank(fault, self.scenario, self.step, self.rank)))
         return found
 
     def work(self, x: Tensor, layer: int, seconds: float) -> Tensor:

@@ -6,45 +6,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-__all__ = ["KINDS", "TRAINERS", "Fault", "Scenario", "draw", "is_held_out", "series"]
+from bench.faults import Fault
+
+__all__ = ["KINDS", "TRAINERS", "Scenario", "draw", "is_held_out", "level_on_rank", "series"]
 
 TRAINERS = ("ddp", "transformers", "fsdp2", "pipeline")
-
-
-@dataclass(frozen=True)
-class Fault:
-    """Something that makes steps slow."""
-
-    kind: str
-    """slow rank, late rank, slow link, imbalance or host overhead."""
-    ranks: tuple[int, ...]
-    """Who; of a slow link sender and receiver; empty: another rank in each step."""
-    amount: float
-    """slow rank: how many times as long; late rank: seconds; slow link: its rate is so many times less; imbalance: the
-    share of all tokens that chooses the rank; host overhead: seconds before each operation that takes long."""
-    when: str = "always"
-    """always, growing, periodic, at random."""
-    period: int = 0
-    phase: str = ""
-    """forward or backward alone; empty: both."""
-    layer: int | None = None
-    """In one layer alone."""
-
-    def level(self, step: int, num_steps: int, rank: int, num_ranks: int, seed: int) -> float:
-        """Return how much of the fault there is on a rank in a step, from 0 to 1."""
-        draw = random.Random(seed * 1000 + step)
-        if not self.ranks:
-            if rank != draw.randrange(num_ranks):
-                return 0.0
-        elif self.kind != "slow link" and rank not in self.ranks:
-            return 0.0
-        if self.when == "periodic":
-            return float(step % self.period == self.period - 1)
-        if self.when == "growing":
-            return (step + 0.5) / num_steps
-        if self.when == "at random":
-            return float(draw.random() < 0.3)
-        return 1.0
 
 
 @dataclass(frozen=True)
@@ -70,6 +36,17 @@ class Scenario:
     def of(plain: dict[str, Any]) -> "Scenario":
         faults = tuple(Fault(**{**one, "ranks": tuple(one["ranks"])}) for one in plain["faults"])
         return Scenario(**{**plain, "faults": faults})
+
+
+def level_on_rank(fault: Fault, of: Scenario, step: int, rank: int) -> float:
+    """Return how much of the fault there is on a rank in a step, from 0 to 1."""
+    draw = random.Random(of.seed * 1000 + step)
+    if not fault.ranks:
+        if rank != draw.randrange(of.num_ranks):
+            return 0.0
+    elif fault.kind != "slow link" and rank not in fault.ranks:
+        return 0.0
+    return fault.share(step, of.num_steps, lambda: draw.random() < 0.3)
 
 
 KINDS = (

@@ -40,7 +40,7 @@ def take_launches(folder: Path) -> ctypes.c_ulonglong:
     from triton.runtime.driver import driver
 
     from tritonmoe import aot
-    from tritonmoe.backends import choice
+    from tritonmoe.backends import backend_choice
     from tritonmoe.kernels import launch
 
     class StandIn(CudaDriver):
@@ -67,7 +67,7 @@ def take_launches(folder: Path) -> ctypes.c_ulonglong:
     replaced: list[tuple[Any, str, Any]] = [
         (torch.cuda, "device", OneDevice),
         (launch, "target_of", lambda device: aot.TARGETS["sm_90"]),
-        (choice, "_triton_unusable_reason", lambda *_: None),
+        (backend_choice, "_triton_unusable_reason", lambda *_: None),
     ]
     for module, name, value in replaced:
         setattr(module, name, value)

@@ -24,8 +24,8 @@ from tritonmoe.benchmarks.ranks import slowest
 from tritonmoe.benchmarks.timing import summarize, write_json
 from tritonmoe.config.overlap import OverlapPlan, equal_sizes
 from tritonmoe.integrations.transformers.bench_model import qwen3_moe_model
-from tritonmoe.integrations.transformers.parallelize import parallelize
-from tritonmoe.integrations.transformers.statistics import collect_statistics
+from tritonmoe.integrations.transformers.load_statistics import collect_statistics
+from tritonmoe.integrations.transformers.parallelize_model import parallelize
 from tritonmoe.planner.cluster_presets import CLUSTERS
 from tritonmoe.planner.cluster_probe import probe_cluster
 from tritonmoe.planner.job import Job

@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from bench.published import published
 from tritonmoe.planner.cluster import Cluster, Estimate
 from tritonmoe.planner.cluster_presets import CLUSTERS
-from tritonmoe.planner.model import Model
 from tritonmoe.planner.model_presets import MODELS
 from tritonmoe.planner.routed_rows import needs_of
+from tritonmoe.planner.transformer_model import Model
 
 __all__ = [
     "DECODE",

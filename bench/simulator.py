@@ -19,8 +19,8 @@ from tritonmoe.overlap.schedule import build_forward
 from tritonmoe.simulation.cost_model import LayerWork, LinkCosts, StepCosts
 from tritonmoe.simulation.simulator import simulate, simulate_layer
 from tritonmoe.transports import LinkModel, Transport
-from tritonmoe.transports.emulated.run import run_on_emulated_ranks
-from tritonmoe.tuning.measured import layer_costs, layer_work
+from tritonmoe.transports.emulated.emulated_ranks import run_on_emulated_ranks
+from tritonmoe.tuning.measured_calls import layer_costs, layer_work
 from tritonmoe.tuning.search import fixed_plan
 
 __all__ = ["main"]

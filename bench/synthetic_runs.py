@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import tritonmoe as tm
-from tritonmoe.diagnosis.recording import FORMAT, SCHEMA, file_name, plain_plan
+from tritonmoe.diagnosis.call_recording import FORMAT, SCHEMA, file_name, plain_plan
 from tritonmoe.overlap.schedule import build_backward, build_forward
 from tritonmoe.simulation.cost_model import EachLink, InsidePorts, LayerWork, LinkCosts, StepCosts, step_units
 from tritonmoe.simulation.simulator import SimulatedStep, simulate

@@ -11,7 +11,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from bench.foreign_scenarios import Fault, Scenario
+from bench.faults import Fault
+from bench.foreign_scenarios import Scenario, level_on_rank
 
 __all__ = ["write_traces"]
 
@@ -77,8 +78,7 @@ class _Job:
             before_s = end_s
 
     def _level(self, fault: Fault, step: int, rank: int) -> float:
-        of = self.scenario
-        return fault.level(step, of.num_steps, rank, of.num_ranks, of.seed)
+        return level_on_rank(fault, self.scenario, step, rank)
 
     def _factor(self, step: int, rank: int, phase: str, layer: int) -> float:
         factor = 1.0

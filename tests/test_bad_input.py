@@ -81,7 +81,7 @@ WRONG: dict[str, tuple[dict[str, Any], type, str]] = {
     "activation-type": (
         {"activation": 3},
         TypeError,
-        "must be a name, a ClampedSwiGLU or a callable, got <class 'int'>",
+        "must be a name, a ClampedSwiGLU, a SoftcappedSwiGLU or a callable, got <class 'int'>",
     ),
     "clamped-ungated": (
         {"activation": tm.ClampedSwiGLU(1.0), "gated": False, "down_proj": full(4, 8, 8)},
@@ -189,13 +189,13 @@ def test_limits_of_the_kernels(sizes: dict, dtype: torch.dtype, match: str, monk
 
 def test_triton_or_device_too_old_for_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(backends.choice, "_triton_version", lambda: "3.5.1")
+    monkeypatch.setattr(backends.backend_choice, "_triton_version", lambda: "3.5.1")
     with pytest.raises(ValueError, match=r"triton 3\.5\.1 is too old, the kernels need at least 3\.6"):
         tm.moe_mlp(**arguments(), backend="triton")
     for enough in ("3.6.0", "3.10.0+git1", "4.0", None):
-        monkeypatch.setattr(backends.choice, "_triton_version", lambda enough=enough: enough)
+        monkeypatch.setattr(backends.backend_choice, "_triton_version", lambda enough=enough: enough)
         assert backends.triton_unusable_reason(torch.device("cpu")) is None
-    monkeypatch.setattr(backends.choice, "_compute_capability", lambda index: (7, 5))
+    monkeypatch.setattr(backends.backend_choice, "_compute_capability", lambda index: (7, 5))
     reason = backends.triton_unusable_reason(torch.device("cuda", 1))
     assert reason == "cuda:1 has compute capability 7.5, the kernels need at least 8.0 (Ampere)"
 

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import tritonmoe as tm
 from tritonmoe.backends import BACKENDS
 from tritonmoe.backends import torch as torch_backend
-from tritonmoe.config.layer import Activation
+from tritonmoe.config.activations import Activation
 from tritonmoe.experts.spec import decode, encode, expert_spec
 from tritonmoe.experts.tensors import NAMES
 from tritonmoe.routing import save_topk

@@ -4,7 +4,8 @@ Importing this touches no device, patches nothing, and works where triton is not
 """
 
 from tritonmoe import transports
-from tritonmoe.config.layer import ClampedSwiGLU, MoEConfig
+from tritonmoe.config.activations import ClampedSwiGLU, SoftcappedSwiGLU
+from tritonmoe.config.layer import MoEConfig
 from tritonmoe.config.overlap import OverlapConfig, OverlapPlan
 from tritonmoe.dispatch.placement import ExpertPlacement
 from tritonmoe.errors import CapacityOverflow, CountMismatch, NonFiniteScores, TransportError
@@ -18,7 +19,7 @@ from tritonmoe.layer import GroupedExperts, MoELayer
 from tritonmoe.routing import TopKRouter
 from tritonmoe.runtime.version import __version__ as __version__
 from tritonmoe.transports import LinkModel
-from tritonmoe.transports.emulated.run import run_on_emulated_ranks
+from tritonmoe.transports.emulated.emulated_ranks import run_on_emulated_ranks
 
 __all__ = [
     "CapacityOverflow",
@@ -33,6 +34,7 @@ __all__ = [
     "NonFiniteScores",
     "OverlapConfig",
     "OverlapPlan",
+    "SoftcappedSwiGLU",
     "TopKRouter",
     "TransportError",
     "clip_grad_norm_",

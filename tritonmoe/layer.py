@@ -37,7 +37,7 @@ from tritonmoe.runtime.autograd import leaf_of, put_back_after_recompute
 from tritonmoe.runtime.wrappers import innermost
 from tritonmoe.sharding.data_parallel import is_averaged_by_ddp, mark_own_buffers
 from tritonmoe.sharding.grad_scaling import agree_on_overflow
-from tritonmoe.sharding.parameters import (
+from tritonmoe.sharding.sharded_parameters import (
     Sharding,
     check_expert_gradients,
     check_replicas,

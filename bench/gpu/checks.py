@@ -7,12 +7,12 @@ from torch import Tensor
 
 from bench.gpu.workbench import Workbench
 from tritonmoe.backends import choose
-from tritonmoe.backends.check import CASES, SMALL_CASES, check_layer, distances
+from tritonmoe.backends.kernel_check import CASES, SMALL_CASES, check_layer, distances
 from tritonmoe.benchmarks.shapes import LayerInputs
 from tritonmoe.experts.moe_mlp import moe_mlp
-from tritonmoe.kernels.tiles import measured as measured_tiles
-from tritonmoe.routing.check import ROUTERS, SMALL_ROUTERS, check_router
+from tritonmoe.kernels.tiles import measured_tiles
 from tritonmoe.routing.router import TopKRouter
+from tritonmoe.routing.router_check import ROUTERS, SMALL_ROUTERS, check_router
 from tritonmoe.runtime.files import Json
 
 __all__ = ["check_samples", "check_small_layers", "rerun"]

@@ -14,11 +14,11 @@ import triton
 from bench.gpu.children import answers
 from bench.gpu.setting import HEADLINE, Setting
 from tritonmoe.aot import ARCHITECTURES, Variant, compile_unchecked, record_launches, source_of
-from tritonmoe.backends.check import CASES
+from tritonmoe.backends.kernel_check import CASES
 from tritonmoe.benchmarks.kept_results import KeptResults
 from tritonmoe.benchmarks.tile_candidates import Candidate, judge
 from tritonmoe.benchmarks.tuning import candidates_of_layer
-from tritonmoe.kernels.tiles import measured as measured_tiles
+from tritonmoe.kernels.tiles import measured_tiles
 from tritonmoe.runtime.files import Json, write_whole
 
 __all__ = ["Kernel", "compile_missing", "headline_candidates", "kernels_of", "variant_of"]

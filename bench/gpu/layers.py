@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 
 from bench.gpu.workbench import Call, Workbench, with_entries
-from tritonmoe.benchmarks.roofline import backward_flops, forward_flops
+from tritonmoe.benchmarks.operation_calls import dense_products
+from tritonmoe.benchmarks.roofline import BACKWARD_PRODUCTS, FORWARD_PRODUCTS, product_flops
 from tritonmoe.benchmarks.shapes import LayerInputs
 from tritonmoe.benchmarks.step_memory import kept_for_backward_mb, peak_mb
 from tritonmoe.config.layer import MoEConfig
 from tritonmoe.experts.moe_mlp import moe_mlp
 from tritonmoe.integrations.transformers import peers
-from tritonmoe.kernels.tiles import measured as measured_tiles
+from tritonmoe.kernels.tiles import measured_tiles
 from tritonmoe.routing.router import TopKRouter
 from tritonmoe.runtime.files import Json
 
@@ -50,7 +51,7 @@ def measure_layer(
     variants |= {name: _step(inputs, function, backward) for name, function in functions.items()}
     found = bench.time(variants, OURS, UNCAPTURED)
     found["left_out"] |= left_out
-    flops = forward_flops(inputs.shape, num_tokens) + backward * backward_flops(inputs.shape, num_tokens)
+    flops = product_flops(inputs.shape, num_tokens, backward=backward)
     dense = found["times"].get(DENSE)
     for name, timed in found["times"].items():
         timed["tflops"] = flops / timed["us"] / 1e6
@@ -120,20 +121,12 @@ def _step(inputs: LayerInputs, function: Function, backward: bool) -> Call:
 
 def _dense_products(inputs: LayerInputs, backward: bool) -> Call:
     """Return matrix products of the layer's FLOPs: N rows, no experts, gather, activation or sum."""
-    shape, x = inputs.shape, inputs.x.detach()
-    n, d, f = inputs.topk_ids.numel(), shape.hidden_size, shape.intermediate_size
-    width = 2 * f if shape.layout.gated else f
-    rows, hidden, inner = (x.new_empty(n, columns).normal_() for columns in (d, width, f))
-    w1, w2 = x.new_empty(d, width).normal_(), x.new_empty(f, d).normal_()
+    products = dense_products(inputs)
+    names = (*FORWARD_PRODUCTS, *(BACKWARD_PRODUCTS if backward else ()))
 
     def run() -> None:
-        rows @ w1
-        inner @ w2
-        if backward:
-            rows @ w2.mT
-            hidden @ w1.mT
-            hidden.mT @ rows
-            inner.mT @ rows
+        for name in names:
+            products[name]()
 
     return run
 

@@ -8,7 +8,7 @@ from bench.gpu.operations import OPERATIONS
 from bench.gpu.setting import DAY, HEADLINE, REHEARSAL, SMALL
 from tritonmoe.benchmarks.operation_calls import operation_calls
 from tritonmoe.benchmarks.shapes import draw_inputs
-from tritonmoe.kernels.tiles import measured as measured_tiles
+from tritonmoe.kernels.tiles import measured_tiles
 
 __all__ = ["CALLS", "main"]
 

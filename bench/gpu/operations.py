@@ -14,7 +14,7 @@ from tritonmoe.benchmarks.tile_candidates import Candidate
 from tritonmoe.benchmarks.tuning import try_candidate
 from tritonmoe.experts.moe_mlp import moe_mlp
 from tritonmoe.kernels import launch
-from tritonmoe.kernels.tiles import measured as measured_tiles
+from tritonmoe.kernels.tiles import measured_tiles
 from tritonmoe.runtime.files import Json
 
 __all__ = [

@@ -13,7 +13,7 @@ from tritonmoe.benchmarks.device_time import CAPTURE_FAILED, TimedCalls, graph_p
 from tritonmoe.benchmarks.operation_calls import operation_calls
 from tritonmoe.benchmarks.shapes import LayerInputs, draw_inputs
 from tritonmoe.benchmarks.tuning import calls_by_key
-from tritonmoe.kernels.tiles import measured as measured_tiles
+from tritonmoe.kernels.tiles import measured_tiles
 from tritonmoe.runtime.files import Json
 
 __all__ = ["Call", "Workbench", "with_entries"]

@@ -5,7 +5,7 @@ import statistics
 
 from bench.foreign_scenarios import TRAINERS, is_held_out
 from bench.plan_ourselves import TELLING, rank_pairs
-from bench.readme.results import RESULTS, load, load_all, spread, where
+from bench.readme.results import RESULTS, load, load_all, spread, table_head, table_row, where
 
 __all__ = [
     "doctor_table",
@@ -37,9 +37,8 @@ def doctor_table(prefix: str) -> str:
     lines = [
         f"`python -m bench.doctor` on {where(data[0]['environment'])}: experts and the rest of the model sleep.",
         "",
-        f"| | {' | '.join(titles)} |",
-        f"| --- |{' --- |' * len(titles)}",
-        *(f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items()),
+        *table_head("", *titles),
+        *(table_row(name, *cells) for name, cells in rows.items()),
     ]
     return "\n".join(lines)
 
@@ -83,8 +82,7 @@ def as_cell(value: dict[str, int] | float | None) -> str:
 def plan_table(name: str) -> str:
     """Return one row for every published table that the planner is compared with, and what was fitted to it."""
     lines = [
-        "| published table | judged | median error | worst error | targets | fitted |",
-        "| --- | --- | --- | --- | --- | --- |",
+        *table_head("published table", "judged", "median error", "worst error", "targets", "fitted"),
     ]
     for table in load(name)["results"]:
         num_judged = sum(row["judged"] for row in table["rows"])
@@ -96,7 +94,7 @@ def plan_table(name: str) -> str:
             cells.append("-" if error is None else f"{error:.2%}")
             if target is not None:
                 targets.append(f"{kind} {target:.2%} {'met' if error <= target else '**missed**'}")
-        lines.append(f"| {' | '.join([*cells, ', '.join(targets) or '-', table['fitted']])} |")
+        lines.append(table_row(*cells, ", ".join(targets) or "-", table["fitted"]))
     return "\n".join(lines)
 
 
@@ -110,14 +108,15 @@ def plan_ourselves_table(prefix: str) -> str:
         f"Milliseconds, medians of {' and '.join(str(d['results']['cases'][0]['measured']['samples']) for d in files)} "
         "interleaved rounds.",
         "",
-        f"| link | schedule | {' | '.join(f'N = {size}: predicted | measured | error' for size in sizes)} |",
-        f"| --- | --- |{' --- |' * 3 * len(files)}",
+        *table_head(
+            "link", "schedule", *(t for size in sizes for t in (f"N = {size}: predicted", "measured", "error"))
+        ),
     ]
     for cases in zip(*(data["results"]["cases"] for data in files), strict=True):
         cells = [
             f"{case['predicted_ms']:.0f} | {case['measured']['median_ms']:.0f} | {case['error']:+.1%}" for case in cases
         ]
-        lines.append(f"| {cases[0]['rate']} | {cases[0]['plan']} | {' | '.join(cells)} |")
+        lines.append(table_row(cases[0]["rate"], cases[0]["plan"], *cells))
     for size, data in zip(sizes, files, strict=True):
         cases = data["results"]["cases"]
         errors = [abs(case["error"]) for case in cases]
@@ -135,7 +134,7 @@ def plan_rows_table(name: str) -> str:
     lines = []
     for table in load(name)["results"]:
         lines += ["", f"{table['name']}:", ""]
-        lines += ["| | measured | predicted | error | |", "| --- | --- | --- | --- | --- |"]
+        lines += table_head("", "measured", "predicted", "error", "")
         for row in table["rows"]:
             predicted = "-" if row["predicted"] is None else f"{row['predicted']:,.5g}"
             error = "-" if row["error"] is None else f"{row['error']:+.2%}"
@@ -146,9 +145,9 @@ def plan_rows_table(name: str) -> str:
 
 def plan_steps_table(name: str) -> str:
     """Return every published step with its prediction and interval, and how many lie in theirs."""
-    results, lines = load(name)["results"], []
-    lines += ["| rows | inside their 80 % interval | median width, upper end over lower | median error |"]
-    lines += ["| --- | --- | --- | --- |"]
+    results = load(name)["results"]
+    lines: list[str] = []
+    lines += table_head("rows", "inside their 80 % interval", "median width, upper end over lower", "median error")
     for what, of in results["summaries"].items():
         inside = f"{of['inside']} of {of['rows']} ({of['coverage']:.0%})"
         lines.append(f"| {what} | {inside} | {of['median_width']:.2f} | {of['median_error']:.0%} |")
@@ -158,8 +157,7 @@ def plan_steps_table(name: str) -> str:
             family = row["family"]
             lines += ["", f"[{family}]({row['source']}):", ""]
             lines += [
-                "| | measured s | predicted s | 80 % interval | error | inside |",
-                "| --- | --- | --- | --- | --- | --- |",
+                *table_head("", "measured s", "predicted s", "80 % interval", "error", "inside"),
             ]
         cells = [row["what"], f"{row['measured_s']:.4g}", f"{row['predicted_s']:.4g}"]
         cells += [
@@ -167,7 +165,7 @@ def plan_steps_table(name: str) -> str:
             f"{row['error']:+.0%}",
             "yes" if row["inside"] else "**no**",
         ]
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(table_row(*cells))
     return "\n".join(lines)
 
 
@@ -181,8 +179,14 @@ def recording_table(name: str) -> str:
         f"{samples} interleaved rounds; a difference is the median of the rounds' own. What a process computes is "
         "the time of all of its threads on the cores.",
         "",
-        "| tokens a rank | recorded | not recorded | difference | computed by a process, not recorded | difference |",
-        "| --- | --- | --- | --- | --- | --- |",
+        *table_head(
+            "tokens a rank",
+            "recorded",
+            "not recorded",
+            "difference",
+            "computed by a process, not recorded",
+            "difference",
+        ),
     ]
     for row in data["results"]:
         cells = [str(row["tokens_per_rank"])]
@@ -190,7 +194,7 @@ def recording_table(name: str) -> str:
         computed = row["computed"]
         cells += [f"{row['difference_us'] / 1e3:+.1f}", spread(computed["times"]["not recorded"])]
         cells += [f"{computed['difference_us'] / 1e3:+.2f} ({computed['share']:+.1%})"]
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(table_row(*cells))
     return "\n".join(lines)
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection
 
-from bench.readme.results import RESULTS, load, where
+from bench.readme.results import RESULTS, load, table_head, table_row, where
 from tritonmoe.benchmarks.kept_results import read_results
 from tritonmoe.benchmarks.shapes import GPU_SHAPES
 
@@ -28,12 +28,11 @@ def gpu_table(name: str) -> str:
         "FLOPs in the same rounds, and how many times as fast as the fastest peer that was timed in the same way, and "
         f"its name; uniform routing.{_peers(layers.values())}",
         "",
-        f"| shape | {' | '.join(f'T = {num_tokens}, {way}' for num_tokens, way in GPU_COLUMNS)} |",
-        f"| --- |{' --- |' * len(GPU_COLUMNS)}",
+        *table_head("shape", *(f"T = {num_tokens}, {way}" for num_tokens, way in GPU_COLUMNS)),
     ]
     for shape in GPU_SHAPES:
         cells = [gpu_cell(layers.get((shape, num_tokens, way), {})) for num_tokens, way in GPU_COLUMNS]
-        table.append(f"| {shape} | {' | '.join(cells)} |")
+        table.append(table_row(shape, *cells))
     return "\n".join(table)
 
 

@@ -3,11 +3,11 @@
 import torch
 
 from bench.launch import NUM_EXPERTS, NUM_TOKENS, PEER_EXPERTS, PEER_TOKENS, PEER_TOP_K, TOP_K
-from bench.readme.results import RESULTS, load, spread, where
+from bench.readme.results import RESULTS, load, spread, table_head, table_row, where
 from tritonmoe import aot
-from tritonmoe.benchmarks.roofline import H100, backward_flops, forward_flops, kernel_work
+from tritonmoe.benchmarks.roofline import H100, kernel_work, product_flops
 from tritonmoe.benchmarks.shapes import GPU_SHAPES
-from tritonmoe.kernels.tiles import measured as measured_tiles
+from tritonmoe.kernels.tiles import measured_tiles
 
 __all__ = [
     "bounds_table",
@@ -27,8 +27,7 @@ def moe_mlp_table(name: str) -> str:
         f"{data['results'][0]['times']['tritonmoe']['samples']} interleaved rounds in "
         "three placements of the tensors; ratio is the best other implementation's time over ours.",
         "",
-        "| E, K, D, F | T | dtype | pass | tritonmoe | best of transformers | ratio |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        *table_head("E, K, D, F", "T", "dtype", "pass", "tritonmoe", "best of transformers", "ratio"),
     ]
     for case in data["results"]:
         best = case["best_other"]
@@ -40,40 +39,38 @@ def moe_mlp_table(name: str) -> str:
 
 
 def codegen_table(name: str) -> str:
-    """Return the kernels of the default variant under the newest Triton, below a sentence that counts all variants'."""
+    """Return the worst of each kernel under the newest Triton, below a sentence that counts all of them."""
     if not (RESULTS / f"{name}.json").exists():
         return "`python -m bench.codegen`: not run yet."
     data = load(name)
     *older, newest = data["triton_versions"]
-    rows = data["results"]
-    targets = list(dict.fromkeys(row["target"] for row in rows))
-    variants = list(dict.fromkeys(row["variant"] for row in rows))
-    shown = [row for row in rows if row["triton"] == newest and row["variant"] == variants[0]]
-    problems = sum("problem" in row for row in rows)
-    spilled = sorted({row["spills"] for row in rows if "spills" in row})
-    few = sum("spills" in row for row in rows)
+    shown = [row for row in data["results"] if newest in row["worst"]]
+    targets = list(dict.fromkeys(target for row in shown for target in row["worst"][newest]))
+    most_spilled = max(
+        figures[data["figures"].index("spills")]
+        for row in data["results"]
+        for by_target in row["worst"].values()
+        for figures in by_target.values()
+    )
     lines = [
-        f"`python -m bench.codegen` with Triton {' and '.join([*older, newest])}: {len(rows)} kernels of "
-        f"{len(variants)} layouts, gates, dtypes, shapes and batch sizes, {problems} of them unfit (a spill in a loop "
-        "or of more than 16 bytes, too much shared memory, a missing matrix instruction). "
-        f"{few} spill {' or '.join(map(str, spilled))} bytes of a thread outside of their loops, so that one more "
-        f"program fits. Below: {variants[0]}, Triton {newest}. A cell has registers, "
-        "KB of shared memory, programs side by side on a multiprocessor, and the matrix instruction in the loop.",
+        f"`python -m bench.codegen` with Triton {' and '.join([*older, newest])}: {data['num_kernels']} kernels of "
+        f"{data['num_variants']} layouts, gates, dtypes, shapes and batch sizes, {len(data['unfit'])} of them unfit (a "
+        "spill in a loop or of more than 16 bytes, too much shared memory, a missing matrix instruction). "
+        f"{data['num_spilling']} spill up to {most_spilled} bytes of a thread outside of their loops, so that one more "
+        f"program fits. Below: the worst of each kernel with Triton {newest}. A cell has the most registers, the most "
+        "KB of shared memory, and the fewest programs side by side on a multiprocessor.",
         "",
-        f"| kernel | {' | '.join(targets)} |",
-        f"| --- |{' --- |' * len(targets)}",
+        *table_head("kernel", *targets),
     ]
-    for kernel in dict.fromkeys(row["kernel"] for row in shown):
-        cells = {row["target"]: codegen_cell(row) for row in shown if row["kernel"] == kernel}
-        lines.append(f"| {kernel} | {' | '.join(cells.get(target, '-') for target in targets)} |")
+    for row in shown:
+        cells = {target: _codegen_cell(data["figures"], worst) for target, worst in row["worst"][newest].items()}
+        lines.append(table_row(row["kernel"], *(cells.get(target, "-") for target in targets)))
     return "\n".join(lines)
 
 
-def codegen_cell(row: dict) -> str:
-    if "error" in row:
-        return "error"
-    sizes = f"{row['registers']}, {row.get('shared_bytes', 0) / 1024:.0f}, {row['occupancy']}"
-    return ", ".join(filter(None, (sizes, row.get("matrix"), "TMA" if row.get("tma_operands") else "")))
+def _codegen_cell(names: list[str], worst: list[int]) -> str:
+    figures = dict(zip(names, worst, strict=True))
+    return f"{figures['registers']}, {figures['shared_bytes'] / 1024:.0f}, {figures['occupancy']}"
 
 
 def codegen_steps_table(name: str) -> str:
@@ -88,15 +85,14 @@ def codegen_steps_table(name: str) -> str:
         "take; barriers; on sm_90 the groups of wgmma that run on behind the wait; and FLOP per byte that a tile reads "
         "from the L2 cache.",
         "",
-        f"| kernel, Triton | {' | '.join(targets)} |",
-        f"| --- |{' --- |' * len(targets)}",
+        *table_head("kernel, Triton", *targets),
     ]
     for kernel in dict.fromkeys(row["kernel"] for row in rows):
         for version in data["triton_versions"]:
             cells = {
                 row["target"]: _step_cell(row) for row in rows if (row["kernel"], row["triton"]) == (kernel, version)
             }
-            lines.append(f"| {kernel}, {version} | {' | '.join(cells[target] for target in targets)} |")
+            lines.append(table_row(f"{kernel}, {version}", *(cells[target] for target in targets)))
     return "\n".join(lines)
 
 
@@ -127,14 +123,13 @@ def missing_waits_table(name: str) -> str:
         "for a product of no steps (a hidden size of 0), for eight partial sums at once, "
         "or of AMD's for firmware that doesn't preload arguments.",
         "",
-        "| GPU | deleted | noticed | left over | one of several | never runs |",
-        "| --- | --- | --- | --- | --- | --- |",
+        *table_head("GPU", "deleted", "noticed", "left over", "one of several", "never runs"),
     ]
     for target in dict.fromkeys(row["target"] for row in rows):
         of_target = [row for row in rows if row["target"] == target]
         numbers = [sum(row.get("redundant") == reason for row in of_target) for reason in REDUNDANT]
         noticed = sum("noticed" in row for row in of_target)
-        lines.append(f"| {target} | {len(of_target)} | {noticed} | {' | '.join(map(str, numbers))} |")
+        lines.append(table_row(target, len(of_target), noticed, *numbers))
     return "\n".join(lines)
 
 
@@ -147,8 +142,7 @@ def bounds_table(num_tokens: str) -> str:
         f"T = {num_tokens}, bf16, {H100.name} at its peak of {H100.tflops:.0f} TFLOP/s and {H100.tb_per_s} TB/s "
         f"({H100.source}). Cells: FLOP per byte, shortest time in microseconds, and m where memory sets it.",
         "",
-        f"| shape | {' | '.join(BOUND_KERNELS)} | forward | forward + backward |",
-        f"| --- |{' --- |' * len(BOUND_KERNELS)} --- | --- |",
+        *table_head("shape", *BOUND_KERNELS, "forward", "forward + backward"),
     ]
     for shape in GPU_SHAPES.values():
         work = kernel_work(shape, int(num_tokens))
@@ -159,19 +153,16 @@ def bounds_table(num_tokens: str) -> str:
         ]
         forward_s = sum(work[name].seconds(H100) for name in ("group", "up", "down", "gather_sum"))
         both_s = sum(item.seconds(H100) for item in work.values())
-        forward = forward_flops(shape, int(num_tokens))
-        both = forward + backward_flops(shape, int(num_tokens))
+        forward, both = (product_flops(shape, int(num_tokens), backward=backward) for backward in (False, True))
         rates = [f"{flops / seconds / 1e12:.0f} TFLOP/s" for flops, seconds in ((forward, forward_s), (both, both_s))]
-        lines.append(f"| {shape.name} | {' | '.join([*cells, *rates])} |")
+        lines.append(table_row(shape.name, *cells, *rates))
     return "\n".join(lines)
 
 
 def decoding_table(target: str) -> str:
     """Return how many programs read the weights for one token, in bf16, which needs no measurement."""
-    lines = [
-        f"| one token on {target} | up: columns of a tile, programs | down: columns of a tile, programs |",
-        "| --- | --- | --- |",
-    ]
+    columns_of = (f"{product}: columns of a tile, programs" for product in ("up", "down"))
+    lines = [*table_head(f"one token on {target}", *columns_of)]
     for shape in GPU_SHAPES.values():
         with measured_tiles.using({}):
             launches = aot.record_launches(aot.Variant.of(shape, torch.bfloat16, 1), aot.TARGETS[target])
@@ -179,13 +170,13 @@ def decoding_table(target: str) -> str:
             f"{launches[kernel].constexprs['BLOCK_N'] * columns}, {launches[kernel].grid[0]}"
             for kernel, columns in (("up inference up", 2 if shape.layout.gated else 1), ("down grouped_matmul", 1))
         ]
-        lines.append(f"| {shape.name} | {' | '.join(cells)} |")
+        lines.append(table_row(shape.name, *cells))
     return "\n".join(lines)
 
 
 def launch_table(name: str) -> str:
     data = load(name)
-    lines = ["| what | launches | us of the host |", "| --- | --- | --- |"]
+    lines = [*table_head("what", "launches", "us of the host")]
     for row in data["results"]:
         quartiles = f"{row['lower_quartile_us']:.0f} to {row['upper_quartile_us']:.0f}"
         lines.append(f"| {row['what']} | {row['launches'] or '-'} | {row['median_us']:.0f} ({quartiles}) |")

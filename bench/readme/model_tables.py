@@ -1,6 +1,6 @@
 """Tables of whole models, and the README's own, of the figures that matter most."""
 
-from bench.readme.results import RESULTS, load, load_all, spread, where
+from bench.readme.results import RESULTS, load, load_all, spread, table_head, table_row, where
 
 __all__ = ["adapters_table", "headline_table", "routing_replay_table", "transformers_table", "upcycle_table"]
 
@@ -14,8 +14,7 @@ def transformers_table(name: str) -> str:
         "Every call has another batch, the same for all. Milliseconds, median (quartiles); decode is 16 tokens at "
         "batch 1; ratio is the best other implementation's time over ours.",
         "",
-        "| | pass | T | dtype | routing (MaxVio) | tritonmoe | best of transformers | ratio |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        *table_head("", "pass", "T", "dtype", "routing (MaxVio)", "tritonmoe", "best of transformers", "ratio"),
     ]
     for case in data["results"]:
         best = case["best_other"]
@@ -35,8 +34,9 @@ def routing_replay_table(name: str) -> str:
         f"routing in fp32 recorded for {data['results'][0]['tokens']} tokens, then the same in bf16. Shares are means "
         "over layers; KL is of the next token's distribution, from fp32.",
         "",
-        "| layers, E, K | equal ids | tokens with equal ids | replayed | KL | KL, replayed | bytes a token |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        *table_head(
+            "layers, E, K", "equal ids", "tokens with equal ids", "replayed", "KL", "KL, replayed", "bytes a token"
+        ),
     ]
     for row in data["results"]:
         lines.append(
@@ -60,8 +60,13 @@ def upcycle_table(name: str) -> str:
         f"on {perplexity['tokens']} tokens of Shakespeare is {perplexity['dense']:.4f} before and "
         f"{perplexity['upcycled']:.4f} after.",
         "",
-        "| experts, top-k, granularity | largest difference of a logit | of the largest logit | parameters | active |",
-        "| --- | --- | --- | --- | --- |",
+        *table_head(
+            "experts, top-k, granularity",
+            "largest difference of a logit",
+            "of the largest logit",
+            "parameters",
+            "active",
+        ),
     ]
     for case in results["equality"]:
         lines.append(
@@ -105,7 +110,7 @@ def headline_table(_: str) -> str:
     nodes = load("overlap_nodes_100mbit")["results"]["summary"]["two_levels_speed_up"]
     doctor = [one["results"] for one in load_all("doctor_netns")]
     kinds = {scenario["kind"] for one in doctor for scenario in one["scenarios"] if scenario["faults"]}
-    codegen = load("codegen")["results"]
+    codegen = load("codegen")
     found, tried = (sum(one["summary"]["first cause right"][name] for one in doctor) for name in ("right", "of"))
     training = [models["model", "training", dtype, "skewed"]["ratio"] for dtype in ("float32", "bfloat16")]
     rows = [
@@ -135,21 +140,22 @@ def headline_table(_: str) -> str:
             f"{found} of {tried} named first",
         ),
         (
-            f"{len(codegen)} kernels compiled for six GPUs",
-            f"{sum('problem' in row for row in codegen)} that spill in a loop or lack the matrix instruction",
+            f"{codegen['num_kernels']} kernels compiled for six GPUs",
+            f"{len(codegen['unfit'])} that spill in a loop or lack the matrix instruction",
         ),
         ("anything on a GPU", "not measured yet"),
     ]
     machine = where(layers["environment"]).rpartition(", ")[0]
-    lines = [f"On {machine}; ranks are processes in network namespaces over gloo.", "", "| what | |", "| --- | --- |"]
-    return "\n".join([*lines, *(f"| {what} | {figure} |" for what, figure in rows)])
+    lines = [f"On {machine}; ranks are processes in network namespaces over gloo.", "", *table_head("what", "")]
+    return "\n".join([*lines, *(table_row(*row) for row in rows)])
 
 
 def adapters_table(name: str) -> str:
     results = load(name)
     lines = [
-        "| experts | trained parameters of experts | ms a step | of frozen experts | most memory in a step, MB |",
-        "| --- | --- | --- | --- | --- |",
+        *table_head(
+            "experts", "trained parameters of experts", "ms a step", "of frozen experts", "most memory in a step, MB"
+        ),
     ]
     lines += [
         f"| {result['variant']} | {result['trained_of_experts'] / 1e6:.1f} M | {spread(result)} | "

@@ -2,7 +2,7 @@
 
 import statistics
 
-from bench.readme.results import RESULTS, load, load_all, spread, where
+from bench.readme.results import RESULTS, load, load_all, spread, table_head, table_row, where
 from tritonmoe.benchmarks.overlap_table import shown
 
 __all__ = [
@@ -23,8 +23,7 @@ def fixed_experts_table(name: str) -> str:
         f"`python -m bench.fixed_experts` on {where(data['environment'])}: 2 **emulated** ranks and link, experts of "
         f"a fixed duration. Milliseconds, median (quartiles) of {data['results'][0]['samples']} interleaved rounds.",
         "",
-        "| variant | time | multiple of max(compute, communication) |",
-        "| --- | --- | --- |",
+        *table_head("variant", "time", "multiple of max(compute, communication)"),
     ]
     for row in data["results"]:
         lines.append(f"| {row['variant']} | {spread(row)} | {row['multiple_of_bound']:.2f} |")
@@ -36,8 +35,7 @@ def scheduler_table(name: str) -> str:
     lines = [
         f"`python -m bench.scheduler` on {where(data['environment'])}, one chunk, LocalTransport, against moe_mlp.",
         "",
-        "| E, K, D, F | T | pass | moe_mlp | through the executor | overhead |",
-        "| --- | --- | --- | --- | --- | --- |",
+        *table_head("E, K, D, F", "T", "pass", "moe_mlp", "through the executor", "overhead"),
     ]
     for case in data["results"]:
         lines.append(
@@ -62,9 +60,20 @@ def overlap_table(prefix: str) -> str:
         "of these medians. bound_ratio is of max(T_compute, T_communication), pass_bound_ratio of each pass's: a "
         f"backward can't hide what the forward exposes.{of_rounds}",
         "",
-        "| E, K, D, F | T | routing | pass | T_compute | T_communication | T_serial | T_overlapped | bound_ratio | "
-        "pass_bound_ratio | speed_up | auto's bound_ratio |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        *table_head(
+            "E, K, D, F",
+            "T",
+            "routing",
+            "pass",
+            "T_compute",
+            "T_communication",
+            "T_serial",
+            "T_overlapped",
+            "bound_ratio",
+            "pass_bound_ratio",
+            "speed_up",
+            "auto's bound_ratio",
+        ),
     ]
     for one in data:
         results, summary = one["results"], one["results"]["summary"]
@@ -94,9 +103,16 @@ def two_levels_table(prefix: str) -> str:
         f"{results['dtype']}. Milliseconds, medians of {results['rounds']} interleaved rounds; bytes by the counters "
         "of the nodes' uplinks, all nodes together.",
         "",
-        "| uplink of a node | one level | two levels | auto on two levels | two_levels_speed_up | MB, one level | "
-        "MB, two levels | computed |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        *table_head(
+            "uplink of a node",
+            "one level",
+            "two levels",
+            "auto on two levels",
+            "two_levels_speed_up",
+            "MB, one level",
+            "MB, two levels",
+            "computed",
+        ),
     ]
     for one in data:
         results, summary = one["results"], one["results"]["summary"]
@@ -110,7 +126,7 @@ def two_levels_table(prefix: str) -> str:
         sent = results["uplink_bytes"]
         total = [sum(sent["one level"]), sum(sent["two levels"]), results["two_levels_computed_bytes"]]
         cells += [f"{count / 1e6:.2f}" for count in total]
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(table_row(*cells))
     return "\n".join(lines)
 
 
@@ -127,9 +143,16 @@ def auto_table(name: str) -> str:
         f"sweeps: {results['simulator_error_median']:.1%} in the median, {results['simulator_error_largest']:.1%} at "
         "worst. Milliseconds, median (quartiles).",
         "",
-        "| link | E, K, D, F | routing | auto | fastest of the sweep | auto over it | over the best without overlap | "
-        "the simulator's error: median, largest |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        *table_head(
+            "link",
+            "E, K, D, F",
+            "routing",
+            "auto",
+            "fastest of the sweep",
+            "auto over it",
+            "over the best without overlap",
+            "the simulator's error: median, largest",
+        ),
     ]
     for case in results["cases"]:
         again, winner = case["again_ms"], case["winner"]
@@ -159,8 +182,7 @@ def expert_parallel_table(name: str) -> str:
         f"as long as it communicates; tritonmoe is {results['ratio']:.2f} times as fast. Milliseconds, median "
         "(quartiles).",
         "",
-        "| ep_implementation, experts_implementation | step | on a link of 40 Gbit/s | MB sent by a rank |",
-        "| --- | --- | --- | --- |",
+        *table_head("ep_implementation, experts_implementation", "step", "on a link of 40 Gbit/s", "MB sent by a rank"),
     ]
     for variant, case in results["variants"].items():
         lines.append(
@@ -191,9 +213,20 @@ def two_batches_table(name: str) -> str:
         "is gained is the ratio of these medians; the bound is the longer of the step in halves on 40 Gbit/s "
         "and the wire's time.",
         "",
-        '| link | two batches | in 2 chunks | one batch | "auto" | serial | one device, no exchange | wire alone | two '
-        'batches over one | in 2 chunks | "auto" over one | beside the bound |',
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        *table_head(
+            "link",
+            "two batches",
+            "in 2 chunks",
+            "one batch",
+            '"auto"',
+            "serial",
+            "one device, no exchange",
+            "wire alone",
+            "two batches over one",
+            "in 2 chunks",
+            '"auto" over one',
+            "beside the bound",
+        ),
     ]
     for rate in results["rates"]:
         variants = ("two batches", "two batches in 2 chunks", "one batch", "auto", "serial", "one device")

@@ -9,7 +9,7 @@ import shlex
 import subprocess
 import sys
 
-from bench.readme.results import ROOT
+from bench.readme.results import ROOT, table_head
 from tritonmoe.benchmarks import BENCHMARKS
 from tritonmoe.cli import command_parser
 
@@ -26,7 +26,7 @@ COMMANDS = {
 
 def files_table(package: str) -> str:
     """Return every file of a package with the first line of its docstring, a room's own line before its files."""
-    lines = ["| file | what it is |", "| --- | --- |"]
+    lines = [*table_head("file", "what it is")]
     for path in sorted(
         (ROOT / package).rglob("*.py"), key=lambda path: (path.parent.parts, path.name != "__init__.py", path.name)
     ):
@@ -81,7 +81,7 @@ def _body(parser: argparse.ArgumentParser) -> list[str]:
         names = " ".join([action.option_strings[-1], value]).strip() if action.option_strings else value
         words = (action.help or "") % {**vars(action), "prog": parser.prog}
         rows.append(f"| `{_cell(names)}` | {_cell(words + _unsaid(action, words))} |")
-    return [*lines, "", "| argument | |", "| --- | --- |", *rows] if rows else lines
+    return [*lines, "", *table_head("argument", ""), *rows] if rows else lines
 
 
 def _unsaid(action: argparse.Action, words: str) -> str:

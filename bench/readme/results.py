@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-__all__ = ["DOCS", "RESULTS", "ROOT", "load", "load_all", "spread", "where"]
+__all__ = ["DOCS", "RESULTS", "ROOT", "load", "load_all", "spread", "table_head", "table_row", "where"]
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -26,3 +26,13 @@ def where(environment: dict) -> str:
 
 def spread(times: dict) -> str:
     return f"{times['median_ms']:.1f} ({times['lower_quartile_ms']:.1f} to {times['upper_quartile_ms']:.1f})"
+
+
+def table_head(*titles: str) -> tuple[str, str]:
+    """Return the first two lines of a table in Markdown."""
+    return table_row(*titles), table_row(*["---"] * len(titles))
+
+
+def table_row(*cells: object) -> str:
+    """Return a line of a table in Markdown."""
+    return f"|{''.join(f' {cell} |' if cell != '' else ' |' for cell in cells)}"

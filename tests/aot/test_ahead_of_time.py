@@ -129,6 +129,31 @@ def test_kernels_compile_and_fit(tmp_path):
             assert copies is (variant == "bf16 rows copied" and target in targets)
 
 
+COMPILE_ACTIVATIONS = """
+from tritonmoe.aot.compilation import compile_one
+from tritonmoe.aot.launches import Variant, record_launches
+from tritonmoe.aot.architectures import ARCHITECTURES
+from tritonmoe.config.activations import POINTWISE, ClampedSwiGLU, SoftcappedSwiGLU
+
+for activation in (*POINTWISE, ClampedSwiGLU(7.0, 1.702, 1.0), SoftcappedSwiGLU(4.0, 25.0)):
+    launches = record_launches(Variant(activation=activation), ARCHITECTURES["sm_90"].target)
+    for kernel in ("up up", "down_grad down_grad"):
+        print(kernel, activation, compile_one("", kernel, launches[kernel], "sm_90").problem, sep=": ")
+"""
+
+
+@pytest.mark.thorough
+def test_every_activation_compiles_and_fits(tmp_path):
+    pytest.importorskip("triton.backends.nvidia.compiler")
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    command = [sys.executable, "-c", COMPILE_ACTIVATIONS]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=True)
+    lines = result.stdout.splitlines()
+    assert len(lines) == 14
+    assert [line for line in lines if not line.endswith(": ")] == []
+
+
 @pytest.mark.parametrize(
     ("target", "registers", "shared_kb", "num_warps", "programs"),
     [

@@ -16,10 +16,10 @@ from torch.autograd.graph import saved_tensors_hooks
 from triton.compiler.errors import CompilationError
 
 from tritonmoe import __version__
-from tritonmoe.backends import check, choice, choose, first_use
+from tritonmoe.backends import backend_choice, choose, first_use, kernel_check
 from tritonmoe.backends import torch as torch_backend
 from tritonmoe.backends import triton as triton_backend
-from tritonmoe.backends.check import Checked, Distance
+from tritonmoe.backends.kernel_check import Checked, Distance
 from tritonmoe.config.layer import MoEConfig
 from tritonmoe.routing import router
 
@@ -35,11 +35,11 @@ def a_new_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[N
     monkeypatch.setenv("TRITONMOE_CACHE_DIR", str(tmp_path / "new"))
     monkeypatch.setattr(first_use, "_machine", lambda device: "a card, driver 13000")
     first_use._found.clear()
-    choice._choose.cache_clear()
+    backend_choice._choose.cache_clear()
     router._are_right.cache_clear()
     yield
     first_use._found.clear()
-    choice._choose.cache_clear()
+    backend_choice._choose.cache_clear()
     router._are_right.cache_clear()
 
 
@@ -203,7 +203,7 @@ def test_a_damaged_file_is_named(content: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("is_wrong", [False, True])
 def test_experts_in_the_interpreter(is_wrong: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The comparison that "auto" asks for, of a small layer."""
-    monkeypatch.setattr(check, "CASES", check.SMALL_CASES)
+    monkeypatch.setattr(kernel_check, "CASES", kernel_check.SMALL_CASES)
     right = triton_backend.gather_sum
 
     def slightly_wrong(*args: object, **keywords: object) -> torch.Tensor:
@@ -211,7 +211,7 @@ def test_experts_in_the_interpreter(is_wrong: bool, monkeypatch: pytest.MonkeyPa
 
     if is_wrong:
         monkeypatch.setattr(triton_backend, "gather_sum", slightly_wrong)
-    assert choice._are_experts_right(CPU, torch.float32) is not is_wrong
+    assert backend_choice._are_experts_right(CPU, torch.float32) is not is_wrong
 
 
 @pytest.mark.parametrize("is_wrong", [False, True])
@@ -234,12 +234,12 @@ def test_auto_takes_what_is_right(are_right: bool, monkeypatch: pytest.MonkeyPat
     assert choose("triton", CUDA, torch.bfloat16) is triton_backend
     if not are_right:
         with pytest.raises(ValueError, match="its kernels are wrong here"):
-            choose("auto", CUDA, torch.bfloat16, choice.KernelOptions(batch_invariant=True))
+            choose("auto", CUDA, torch.bfloat16, backend_choice.KernelOptions(batch_invariant=True))
 
 
 def test_what_a_graph_captures_is_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing can be compared then: kernels are taken, and compared at the first call behind it."""
-    monkeypatch.setattr(check, "check_layer", lambda *_: [WRONG])
+    monkeypatch.setattr(kernel_check, "check_layer", lambda *_: [WRONG])
     monkeypatch.setattr(router, "check_router", lambda *_: [WRONG])
     for captured in (True, False):
         monkeypatch.setattr(first_use, "is_captured", lambda device, captured=captured: captured)
@@ -264,5 +264,5 @@ def test_auto_takes_a_router_that_is_right(are_right: bool, backend: str, monkey
 def test_this_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        assert choice._are_experts_right(CUDA, dtype)
+        assert backend_choice._are_experts_right(CUDA, dtype)
         assert router._are_kernels_right(CUDA, dtype)

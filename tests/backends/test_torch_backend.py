@@ -6,6 +6,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from kernel_cases import LAYOUTS as LAYOUTS_OF_KERNELS
 from tolerance import assert_close_to_exact
 from torch import Tensor
 
@@ -13,17 +14,14 @@ import tritonmoe as tm
 from tritonmoe.backends import choose, reference, torch_products
 from tritonmoe.backends import torch as torch_backend
 from tritonmoe.backends import triton as triton_backend
+from tritonmoe.backends.layer_case import LayerCase
 from tritonmoe.backends.ops import NO_GRADIENTS, GradientOperands, Operations
-from tritonmoe.config.layer import ACTIVATION_NAMES, ClampedSwiGLU, ExpertLayout, PerWeight, Projection
+from tritonmoe.config.activations import ACTIVATION_NAMES, ClampedSwiGLU, SoftcappedSwiGLU
+from tritonmoe.config.layer import ExpertLayout, PerWeight, Projection
 from tritonmoe.grouping import Grouping, RowSources
 
 OPERATIONS = ("group", "up", "down", "gather_sum", "down_grad", "up_grad", "weight_grad")
-LAYOUTS = {
-    "concatenated": ExpertLayout(),
-    "interleaved": ExpertLayout(interleaved=True),
-    "transposed": ExpertLayout(transposed=True),
-    "ungated": ExpertLayout(gated=False),
-}
+LAYOUTS = {name: LAYOUTS_OF_KERNELS[name] for name in ("concatenated", "interleaved", "transposed", "ungated")}
 HIDDEN, INTERMEDIATE, NUM_EXPERTS, TOP_K = 9, 6, 5, 3
 
 
@@ -55,45 +53,19 @@ def test_choice() -> None:
         assert choose("auto", torch.device("cuda"), torch.float32, **limits) is chosen
 
 
-class Operands:
+class Operands(LayerCase):
     """Operands of every operation in one dtype; rows in `num_chunks` equal chunks from two ranks."""
 
     def __init__(self, layout: ExpertLayout, dtype: torch.dtype, num_rows: int = 14, num_chunks: int = 1) -> None:
         generator = torch.Generator().manual_seed(1)
-
-        def random(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
-
-        width = 2 * INTERMEDIATE if layout.gated else INTERMEDIATE
-        self.layout, self.ids = layout, torch.randint(-1, NUM_EXPERTS + 1, (num_rows, TOP_K), generator=generator)
-        self.ids[self.ids == 3] = 1  # expert 3 is empty
-        up, down = (width, HIDDEN), (HIDDEN, INTERMEDIATE)
-        if layout.transposed:
-            up, down = up[::-1], down[::-1]
-        self.w1, self.w2 = random(NUM_EXPERTS, *up), random(NUM_EXPERTS, *down)
-        self.b1, self.b2 = random(NUM_EXPERTS, width), random(NUM_EXPERTS, HIDDEN)
-        self.x, self.dout = random(num_rows, HIDDEN), random(num_rows, HIDDEN)
-        self.weights = torch.rand(num_rows, TOP_K, generator=generator)
+        ids = torch.randint(-1, NUM_EXPERTS + 1, (num_rows, TOP_K), generator=generator)
+        ids[ids == 3] = 1  # expert 3 is empty
+        super().__init__(ids, NUM_EXPERTS, layout, dtype, hidden=HIDDEN, intermediate=INTERMEDIATE, seed=2)
         # Results of earlier operations, as operands of later ones.
-        num_pairs = int(((self.ids >= 0) & (self.ids < NUM_EXPERTS)).sum())
-        self.h, self.a = random(num_pairs, width), random(num_pairs, INTERMEDIATE)
-        self.y, self.dh = random(num_pairs, HIDDEN), random(num_pairs, width)
+        num_pairs = int(((ids >= 0) & (ids < NUM_EXPERTS)).sum())
+        self.h, self.a = self.draw(num_pairs, self.width), self.draw(num_pairs, INTERMEDIATE)
+        self.y, self.dh = self.draw(num_pairs, HIDDEN), self.draw(num_pairs, self.width)
         self.num_chunks, self.num_rows = num_chunks, num_rows
-
-    @property
-    def gate_up(self) -> Projection:
-        return Projection(self.w1, self.b1, self.layout)
-
-    @property
-    def down(self) -> Projection:
-        return Projection(self.w2, self.b2, self.layout)
-
-    def double(self) -> "Operands":
-        twin = object.__new__(Operands)
-        for name, value in vars(self).items():
-            is_float = isinstance(value, Tensor) and value.is_floating_point()
-            setattr(twin, name, value.double() if is_float else value)
-        return twin
 
     def group(self, backend: ModuleType) -> Grouping:
         if self.num_chunks == 1:
@@ -184,8 +156,8 @@ def test_operations(dtype: torch.dtype, layout: str, num_chunks: int, small_bloc
 
 @pytest.mark.parametrize(
     "activation",
-    [*ACTIVATION_NAMES, ClampedSwiGLU(0.5, alpha=1.702, up_offset=1.0)],
-    ids=lambda activation: activation if isinstance(activation, str) else "clamped",
+    [*ACTIVATION_NAMES, ClampedSwiGLU(0.5, alpha=1.702, up_offset=1.0), SoftcappedSwiGLU(0.7, 1.5)],
+    ids=str,
 )
 @pytest.mark.parametrize("layout", ["concatenated", "interleaved"])
 def test_activations_of_a_chunk(layout: str, activation) -> None:

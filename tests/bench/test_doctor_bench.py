@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from bench import doctor
-from bench.doctor_faults import MEASURED, Fault, Job, Layer, read_job, without
+from bench.doctor_faults import MEASURED, Job, JobFault, Layer, read_job, without
 from bench.doctor_job import run_emulated
 from bench.doctor_judge import Said, judge, summarize
 from bench.doctor_kinds import KINDS, draw_job, is_held_out, kinds_of
 
 LAYERS = tuple(Layer(64, 2, 2, pair_s, 0.004) for pair_s in (5e-5, 1e-4))
 HEALTHY = Job("healthy", 0, 3, LAYERS, 6, rate=0.01, latency_s=1e-4, hidden_size=16, fixed_s=1e-4)
-EVERY_THIRD = Fault("late rank", (1,), 0.09, "periodic", 3, phase="forward", layer=1)
+EVERY_THIRD = JobFault("late rank", (1,), 0.09, "periodic", 3, phase="forward", layer=1)
 LATE = replace(HEALTHY, kind="late every n-th", faults=(EVERY_THIRD,))
 
 
@@ -45,7 +45,7 @@ def test_every_kind_can_be_drawn(is_real: bool) -> None:
 def test_ranks_get_as_much_unless_an_expert_is_hot() -> None:
     for top_k in (1, 2):
         job = replace(HEALTHY, size=4, layers=(Layer(256, top_k, 2, 1e-4, 0.0),))
-        hot = replace(job, faults=(Fault("imbalance", (2,), 0.8),))
+        hot = replace(job, faults=(JobFault("imbalance", (2,), 0.8),))
         even, uneven = (torch.cat([of.ids(0, rank, 0) for rank in range(4)]) // 2 for of in (job, hot))
         assert int(even.flatten().bincount().max()) <= 1.1 * 256 * top_k
         assert int((uneven == 2).sum()) >= 1.8 * 256 * top_k
@@ -104,7 +104,7 @@ def test_a_verdict_is_right_where_everything_is() -> None:
 
 
 def test_of_several_faults_all_are_asked_for() -> None:
-    slow = Fault("slow rank", (0, 2), 2.0)
+    slow = JobFault("slow rank", (0, 2), 2.0)
     job = replace(LATE, faults=(EVERY_THIRD, slow))
     seconds = {name: [0.1] * 6 for name in ("without", "with")}
     seconds |= {"with": [0.2] * 6, "without late rank": [0.17] * 6, "without slow rank": [0.13] * 6}

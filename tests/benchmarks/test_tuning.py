@@ -16,7 +16,7 @@ from tritonmoe.benchmarks.operation_calls import operation_calls
 from tritonmoe.benchmarks.shapes import LayerShape, draw_inputs
 from tritonmoe.benchmarks.tile_candidates import Candidate, redundant
 from tritonmoe.kernels import launch
-from tritonmoe.kernels.tiles import measured as measured_tiles
+from tritonmoe.kernels.tiles import measured_tiles
 from tritonmoe.kernels.tiles.config import TileConfig
 
 CPU = torch.device("cpu")

@@ -6,12 +6,11 @@ import os
 import pytest
 import torch
 
-from tritonmoe.backends import check as backends_check
-from tritonmoe.backends import triton
+from tritonmoe.backends import kernel_check, triton
 from tritonmoe.cli import main
 from tritonmoe.config.layer import Projection
-from tritonmoe.kernels import router
-from tritonmoe.routing import check as routing_check
+from tritonmoe.kernels import router_kernels as router
+from tritonmoe.routing import router_check
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="runs in the interpreter")
 
@@ -38,7 +37,7 @@ def test_a_wrong_kernel_is_named(
         return result
 
     monkeypatch.setattr(triton, operation, slightly_wrong)
-    monkeypatch.setattr(routing_check, "SMALL_ROUTERS", ())
+    monkeypatch.setattr(router_check, "SMALL_ROUTERS", ())
     assert main(["check"]) == 1
     out = capsys.readouterr().out
     assert "WRONG" in out
@@ -60,7 +59,7 @@ def test_a_wrong_router_is_named(
         return found
 
     monkeypatch.setattr(router, kernel, slightly_wrong)
-    monkeypatch.setattr(backends_check, "SMALL_CASES", ())
+    monkeypatch.setattr(kernel_check, "SMALL_CASES", ())
     assert main(["check"]) == 1
     assert f"  router: {result}: largest error" in capsys.readouterr().out
 
@@ -74,17 +73,17 @@ def test_a_small_error_of_every_sum_is_wrong(capsys: pytest.CaptureFixture, monk
         a[:, -1] *= 0.97
         return right(a, projection, *args, **keywords)
 
-    monkeypatch.setattr(routing_check, "SMALL_ROUTERS", ())
+    monkeypatch.setattr(router_check, "SMALL_ROUTERS", ())
     monkeypatch.setattr(triton, "down", last_unit_too_small)
-    layer = next(layer for layer in backends_check.SMALL_CASES if layer.dtype == torch.bfloat16)
-    monkeypatch.setattr(backends_check, "SMALL_CASES", (layer,))
+    layer = next(layer for layer in kernel_check.SMALL_CASES if layer.dtype == torch.bfloat16)
+    monkeypatch.setattr(kernel_check, "SMALL_CASES", (layer,))
     assert main(["check"]) == 1
     assert "  down: root mean square error" in capsys.readouterr().out
 
 
 def test_results_that_are_not_finite_are_wrong(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     right = triton.gather_sum
-    monkeypatch.setattr(routing_check, "SMALL_ROUTERS", ())
+    monkeypatch.setattr(router_check, "SMALL_ROUTERS", ())
     monkeypatch.setattr(triton, "gather_sum", lambda *args, **keywords: right(*args, **keywords).fill_(float("nan")))
     assert main(["check"]) == 1
     assert "gather_sum: largest error nan" in capsys.readouterr().out

@@ -11,8 +11,8 @@ import torch
 from html_pages import check_page
 
 from tritonmoe.cli import demo, main
+from tritonmoe.demo.demo_text import title
 from tritonmoe.demo.measure import LayerMeasurement, LayerShape
-from tritonmoe.demo.report import title
 from tritonmoe.report import png
 from tritonmoe.report.timeline import PassTimeline, Timeline
 

@@ -13,7 +13,7 @@ from tritonmoe.benchmarks import tuning
 from tritonmoe.benchmarks.shapes import LayerShape
 from tritonmoe.cli import main, tune
 from tritonmoe.cli.layer_arguments import tokens_of_every_class
-from tritonmoe.kernels.tiles import measured as measured_tiles
+from tritonmoe.kernels.tiles import measured_tiles
 from tritonmoe.kernels.tiles.table import TABLE
 
 SHAPE = ["128", "8", "2048", "768", "bfloat16"]
@@ -166,7 +166,7 @@ def test_processes_that_tune_at_once_lose_nothing(cache):
     script = """
 import sys
 from pathlib import Path
-from tritonmoe.kernels.tiles import measured as measured_tiles
+from tritonmoe.kernels.tiles import measured_tiles
 print(flush=True)
 sys.stdin.readline()
 for n in range(25):

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import tritonmoe as tm
 from bench.synthetic_runs import Run, write_run
 from tritonmoe.diagnosis import record
-from tritonmoe.diagnosis.recording import folder_name
+from tritonmoe.diagnosis.call_recording import folder_name
 from tritonmoe.diagnosis.recording_reader import read_recording
 from tritonmoe.doctor.recorded_run import judge_recording
 from tritonmoe.errors import TransportError
@@ -24,7 +24,7 @@ from tritonmoe.layer import report_of
 from tritonmoe.overlap.report import LayerReport
 from tritonmoe.overlap.steps import StepKind
 from tritonmoe.transports import EmulatedTransport, LocalTransport, PendingExchange, Transport, TwoLevelTransport
-from tritonmoe.transports.two_level import GroupView
+from tritonmoe.transports.two_level_transport import GroupView
 
 SIZE, NUM_TOKENS, CALLS = 2, 48, 3
 CONFIG = tm.MoEConfig(8, 4, 4, 2)

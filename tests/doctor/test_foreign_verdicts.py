@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from bench.faults import Fault
 from bench.foreign_judging import judge
-from bench.foreign_scenarios import Fault, Scenario, draw
+from bench.foreign_scenarios import Scenario, draw
 from bench.synthetic_traces import write_traces
 from tritonmoe.cli import main
 from tritonmoe.doctor.attribution import Verdict, attribute

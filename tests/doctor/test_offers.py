@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.foreign_scenarios import Fault, Scenario
+from bench.faults import Fault
+from bench.foreign_scenarios import Scenario
 from bench.synthetic_traces import ROW_S, WIDTH, write_traces
 from tritonmoe.benchmarks.stand_ins import FixedExperts, run_layer_pass
 from tritonmoe.config.overlap import OverlapPlan
@@ -16,7 +17,7 @@ from tritonmoe.doctor.moe_layers import layers_of
 from tritonmoe.doctor.offers import Offers, offers_of
 from tritonmoe.doctor.reading import read_traces
 from tritonmoe.transports import LinkModel, Transport
-from tritonmoe.transports.emulated.run import run_on_emulated_ranks
+from tritonmoe.transports.emulated.emulated_ranks import run_on_emulated_ranks
 
 NUM_STEPS = 4
 

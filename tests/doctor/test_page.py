@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from html_pages import Parsed, check_page
 
-from bench.foreign_scenarios import Fault, Scenario
+from bench.faults import Fault
+from bench.foreign_scenarios import Scenario
 from bench.synthetic_runs import Run, write_run
 from bench.synthetic_traces import write_traces
 from tritonmoe.cli import main

@@ -9,12 +9,12 @@ import torch
 
 from bench.synthetic_runs import Run, healthy, write_run
 from tritonmoe.config.overlap import OverlapPlan
-from tritonmoe.diagnosis.recording import RecordedPass, Recording
+from tritonmoe.diagnosis.call_recording import RecordedPass, Recording
 from tritonmoe.diagnosis.recording_reader import read_recording
 from tritonmoe.doctor.recorded_run import RecordedRun, judge_recording
 from tritonmoe.overlap.report import CallMarks
 from tritonmoe.simulation.cost_model import LayerWork
-from tritonmoe.simulation.two_batches import simulate_two_batches
+from tritonmoe.simulation.halves_in_turn import simulate_two_batches
 
 CALLS = 4
 

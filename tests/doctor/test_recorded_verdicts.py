@@ -19,7 +19,7 @@ from tritonmoe.doctor.costs import fit_costs
 from tritonmoe.doctor.recorded_run import RecordedRun, judge_recording
 from tritonmoe.doctor.run_figures import figures_of
 from tritonmoe.doctor.verdict import as_text
-from tritonmoe.simulation.two_batches import simulate_two_batches
+from tritonmoe.simulation.halves_in_turn import simulate_two_batches
 
 CALLS = 4
 

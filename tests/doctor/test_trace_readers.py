@@ -13,7 +13,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bench.foreign_scenarios import Fault, Scenario
+from bench.faults import Fault
+from bench.foreign_scenarios import Scenario
 from bench.synthetic_traces import write_traces
 from tritonmoe.cli import main
 from tritonmoe.doctor.attribution import Verdict, attribute

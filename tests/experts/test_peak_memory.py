@@ -19,7 +19,7 @@ from tritonmoe.backends.torch import MAX_BLOCK_PAIRS
 from tritonmoe.config.overlap import MAX_CHUNKS, equal_sizes, ramp_sizes
 from tritonmoe.dispatch.capacity import capped_traffic
 from tritonmoe.expert_parallel import choose
-from tritonmoe.kernels.tiles import measured as measured_tiles
+from tritonmoe.kernels.tiles import measured_tiles
 from tritonmoe.kernels.tiles.config import GATHERS
 from tritonmoe.runtime import cpu_memory
 from tritonmoe.simulation.buffer_widths import BufferWidths, WorkingSet

@@ -3,56 +3,29 @@
 from types import ModuleType
 
 import torch
-from kernel_cases import ALL_GRADIENTS, DEVICE
+from kernel_cases import ALL_GRADIENTS, Layer
 from torch import Tensor
 
 from tritonmoe.backends import reference
 from tritonmoe.backends.ops import GradientOperands
-from tritonmoe.config.layer import ExpertLayout, FusedActivation, Projection
+from tritonmoe.config.activations import FusedActivation
+from tritonmoe.config.layer import ExpertLayout, Projection
 from tritonmoe.grouping import Grouping
 
 
-class Operands:
+class Operands(Layer):
     """What a layer's backward needs, in one dtype; values behind the last pair are NaN."""
 
     def __init__(
-        self,
-        ids: Tensor,
-        num_experts: int,
-        layout: ExpertLayout,
-        dtype: torch.dtype = torch.float32,
-        *,
-        hidden: int = 20,
-        intermediate: int = 12,
-        seed: int = 0,
+        self, ids: Tensor, num_experts: int, layout: ExpertLayout, dtype: torch.dtype = torch.float32, **others
     ) -> None:
-        generator = torch.Generator().manual_seed(seed)
-
-        def random(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator).to(DEVICE, dtype)
-
-        self.ids, self.num_experts, self.layout = ids.to(DEVICE), num_experts, layout
-        self.width = 2 * intermediate if layout.gated else intermediate
-        self.intermediate, self.hidden = intermediate, hidden
+        super().__init__(ids, num_experts, layout, dtype, **others)
         num_pairs = ids.numel()
-        self.x, self.dout = random(ids.shape[0], hidden), random(ids.shape[0], hidden)
-        self.weights = torch.rand(ids.shape, generator=generator).to(DEVICE)
-        self.h, self.a = random(num_pairs, self.width), random(num_pairs, intermediate)
-        self.dh, self.scaled_a = random(num_pairs, self.width), random(num_pairs, intermediate)
-        shape = (hidden, intermediate)
-        self.w2 = random(num_experts, *(shape[::-1] if layout.transposed else shape)) * intermediate**-0.5
-        self.b2 = random(num_experts, hidden)
+        self.h, self.a = self.draw(num_pairs, self.width), self.draw(num_pairs, self.intermediate)
+        self.dh, self.scaled_a = self.draw(num_pairs, self.width), self.draw(num_pairs, self.intermediate)
         num_active = int(((self.ids >= 0) & (self.ids < num_experts)).sum())
         for values in (self.h, self.a, self.dh, self.scaled_a):
             values[num_active:] = float("nan")
-
-    def double(self) -> "Operands":
-        """Return the same numbers in fp64."""
-        twin = object.__new__(Operands)
-        for name, value in vars(self).items():
-            is_float = isinstance(value, Tensor) and value.is_floating_point()
-            setattr(twin, name, value.double() if is_float else value)
-        return twin
 
     def group(self) -> Grouping:
         return reference.group(self.ids, self.num_experts)

@@ -23,7 +23,7 @@ from tritonmoe.benchmarks.shapes import LayerShape
 from tritonmoe.cli.warmup import launches_of_layer
 from tritonmoe.config.routing import RoutingRule
 from tritonmoe.kernels import launch
-from tritonmoe.kernels.router import route, route_grad
+from tritonmoe.kernels.router_kernels import route, route_grad
 
 TARGET = aot.TARGETS["sm_90"]
 E, K, D, F = 8, 2, 64, 32

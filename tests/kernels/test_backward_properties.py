@@ -13,10 +13,11 @@ from tritonmoe import aot
 from tritonmoe.backends import reference
 from tritonmoe.backends import triton as kernels
 from tritonmoe.backends.ops import NO_GRADIENTS, GradientOperands
-from tritonmoe.config.layer import ACTIVATION_NAMES, ClampedSwiGLU, KernelOptions, PerWeight, Projection
+from tritonmoe.config.activations import ACTIVATION_NAMES, ClampedSwiGLU, GateFunction, SoftcappedSwiGLU
+from tritonmoe.config.layer import KernelOptions, PerWeight, Projection
 from tritonmoe.kernels import bias_grad, launch, weight_grad
 
-ACTIVATIONS = (*ACTIVATION_NAMES, ClampedSwiGLU(0.7, alpha=1.702, up_offset=1.0), None)
+ACTIVATIONS = (*ACTIVATION_NAMES, ClampedSwiGLU(0.7, alpha=1.702, up_offset=1.0), SoftcappedSwiGLU(0.7, 1.5), None)
 
 
 @pytest.mark.thorough
@@ -52,7 +53,7 @@ def test_backward_matches_reference(
     seed,
 ):
     """Against fp64, in memory full of NaN, twice with the same bits; a clamp of 0.7 cuts half of all units."""
-    if isinstance(activation, ClampedSwiGLU) and not LAYOUTS[layout].gated:
+    if isinstance(activation, GateFunction) and not LAYOUTS[layout].gated:
         activation = "silu"
     ids = random_ids(num_rows, top_k, num_experts, skip=skip, seed=seed)
     operands = Operands(ids, num_experts, LAYOUTS[layout], dtype, hidden=hidden, intermediate=intermediate, seed=seed)

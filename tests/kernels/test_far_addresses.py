@@ -117,7 +117,7 @@ def check(folder):
 def check_router(far, x, weight):
     """Run the router and its backward on tokens x (3, 20), the weight (3, 20) and gradients that are far apart."""
     from tritonmoe.config.routing import RoutingRule
-    from tritonmoe.kernels.router import route, route_grad
+    from tritonmoe.kernels.router_kernels import route, route_grad
 
     x, weight, rule = x.bfloat16(), weight.bfloat16(), RoutingRule(2)
     generator = torch.Generator().manual_seed(0)

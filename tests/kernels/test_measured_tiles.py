@@ -13,7 +13,7 @@ import triton
 
 from tritonmoe import aot
 from tritonmoe.benchmarks.tuning import candidates_of_layer
-from tritonmoe.kernels.tiles import measured as measured_tiles
+from tritonmoe.kernels.tiles import measured_tiles
 from tritonmoe.kernels.tiles.config import TileConfig, refusal
 
 KEY = f"sm_90 bfloat16 up 1024x2048 rows 128 triton {triton.__version__}"

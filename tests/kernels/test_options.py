@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import DEVICE, LAYOUTS, Layer, WithOptions, assert_row_tiles, random_ids, run_operations
+from kernel_cases import DEVICE, LAYOUTS, Layer, WithOptions, assert_row_tiles, random_ids
 from uninitialised import nan_filled_memory
 
 from tritonmoe import aot
@@ -17,7 +17,7 @@ from tritonmoe.benchmarks.shapes import GPU_SHAPES
 from tritonmoe.config.layer import KernelOptions, Projection
 from tritonmoe.grouping import RowSources
 from tritonmoe.kernels import launch, row_tiles
-from tritonmoe.kernels.tiles import choice as tile_choice
+from tritonmoe.kernels.tiles import tile_choice
 
 
 @pytest.mark.sweep(1)
@@ -27,8 +27,8 @@ def test_bits_do_not_depend_on_num_sms(layout, num_sms):
     """Several tiles for each program, with experts that are empty or end in the middle of a tile."""
     layer = Layer(random_ids(50, 2, 4), 6, LAYOUTS[layout], hidden=70, intermediate=50)
     grouping = kernels.group(layer.ids, 6)
-    expected = run_operations(kernels, layer, grouping, "silu")
-    actual = run_operations(WithOptions(KernelOptions(num_sms=num_sms)), layer, grouping, "silu")
+    expected = layer.run(kernels, grouping, "silu")
+    actual = layer.run(WithOptions(KernelOptions(num_sms=num_sms)), grouping, "silu")
     for name in expected:
         assert torch.equal(actual[name], expected[name]), name
 

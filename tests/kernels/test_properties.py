@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from kernel_cases import ACTIVATIONS, LAYOUTS, Layer, check_operations, random_ids
 
-from tritonmoe.config.layer import ClampedSwiGLU
+from tritonmoe.config.activations import ClampedSwiGLU, GateFunction
 
 FEWEST_CASES, FEW_CASES, MANY_CASES = 12, 60, 200
 DEEPSEEK_V4 = ClampedSwiGLU(0.5)
@@ -29,7 +29,7 @@ def layers(draw):
     """Return a small layer and an activation that fits it."""
     layout = draw(st.sampled_from(list(LAYOUTS.values())))
     activation = draw(st.sampled_from((*ACTIVATIONS, DEEPSEEK_V4)))
-    if not layout.gated and isinstance(activation, ClampedSwiGLU):
+    if not layout.gated and isinstance(activation, GateFunction):
         activation = "relu2"
     num_experts, top_k, num_rows = draw(st.integers(1, 6)), draw(st.integers(1, 3)), draw(st.integers(0, 20))
     routing = draw(st.sampled_from(["skips", "skips", "even", "hot", "half empty", "all skipped"]))

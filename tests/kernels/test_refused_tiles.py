@@ -10,7 +10,7 @@ from triton.runtime.errors import OutOfResources
 from tritonmoe.benchmarks.operation_calls import operation_calls
 from tritonmoe.benchmarks.shapes import LayerShape, draw_inputs
 from tritonmoe.kernels import down, down_grad, launch, up, weight_grad
-from tritonmoe.kernels.tiles import measured as measured_tiles
+from tritonmoe.kernels.tiles import measured_tiles
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="runs in the interpreter")
 

@@ -15,10 +15,10 @@ from tritonmoe import aot
 from tritonmoe.config.layer import MoEConfig
 from tritonmoe.config.routing import RoutingRule
 from tritonmoe.kernels import launch, router_products
-from tritonmoe.kernels.router import route, route_grad
 from tritonmoe.kernels.router_choice import choose_experts
 from tritonmoe.kernels.router_choice_grad import choice_grad
 from tritonmoe.kernels.router_counts import count_pairs
+from tritonmoe.kernels.router_kernels import route, route_grad
 from tritonmoe.routing import TopKRouter
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32

@@ -15,8 +15,7 @@ from tritonmoe.backends import reference
 from tritonmoe.backends import triton as kernels
 from tritonmoe.cli import main
 from tritonmoe.config.layer import KernelOptions
-from tritonmoe.kernels.tiles import measured as measured_tiles
-from tritonmoe.kernels.tiles import tma
+from tritonmoe.kernels.tiles import measured_tiles, tma
 
 NEEDED_CAPABILITY = {"tma": 10, "copy": 9}
 """The major compute capability from which a GPU can read rows so."""

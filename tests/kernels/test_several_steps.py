@@ -7,7 +7,7 @@ from kernel_cases import DEVICE, GPT_OSS, LAYOUTS, Layer, WithOptions, check_ope
 from tritonmoe.backends import triton as kernels
 from tritonmoe.backends.ops import NO_GRADIENTS, GradientOperands
 from tritonmoe.config.layer import NO_WEIGHTS, KernelOptions
-from tritonmoe.kernels.tiles import measured as measured_tiles
+from tritonmoe.kernels.tiles import measured_tiles
 
 ON_THREE = KernelOptions(num_sms=3)
 
@@ -37,7 +37,7 @@ def test_operations(dtype, layout, activation, options):
 
 @pytest.mark.parametrize("layout", ["concatenated", "interleaved"])
 def test_addends_in_the_memory_of_the_result(layout):
-    check_operations(several_steps(layout=layout, addends=True), "silu", WithOptions(ON_THREE))
+    check_operations(several_steps(layout=layout).with_addends(), "silu", WithOptions(ON_THREE))
 
 
 @pytest.mark.parametrize("num_rows", [1, 8, 40, 80, 150])

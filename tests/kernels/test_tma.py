@@ -14,9 +14,7 @@ from tritonmoe import aot
 from tritonmoe.backends import reference
 from tritonmoe.backends import triton as kernels
 from tritonmoe.cli import main
-from tritonmoe.kernels.tiles import choice as tile_choice
-from tritonmoe.kernels.tiles import measured as measured_tiles
-from tritonmoe.kernels.tiles import tma
+from tritonmoe.kernels.tiles import measured_tiles, tile_choice, tma
 
 pytestmark = pytest.mark.usefixtures("reads_by_tma")
 OFF = "switched off by a test"

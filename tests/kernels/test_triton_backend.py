@@ -1,6 +1,5 @@
 """The Triton kernels against the reference operations; in the interpreter where there is no GPU."""
 
-import inspect
 import threading
 
 import pytest
@@ -24,18 +23,11 @@ from tritonmoe.backends import triton as kernels
 from tritonmoe.backends.ops import NO_GRADIENTS, GradientOperands
 from tritonmoe.config.layer import NO_WEIGHTS
 
-OPERATIONS = ("group", "up", "down", "gather_sum", "down_grad", "up_grad", "weight_grad")
-
-
-@pytest.mark.parametrize("operation", OPERATIONS)
-def test_signatures_are_those_of_the_reference(operation):
-    assert inspect.signature(getattr(kernels, operation)) == inspect.signature(getattr(reference, operation))
-
 
 @pytest.mark.parametrize(
     ("layout", "activation"),
     [
-        pytest.param(layout, activation, id=f"{name}-{getattr(activation, 'alpha', activation)}")
+        pytest.param(layout, activation, id=f"{name}-{activation}")
         for name, layout in LAYOUTS.items()
         for activation in ACTIVATIONS
         if layout.gated or isinstance(activation, str)
@@ -65,8 +57,8 @@ def test_without_activation(layout):
 def test_addends_in_the_memory_of_the_result(layout, dtype):
     """As low-rank adapters add them: to h, y, g and dx."""
     ids = random_ids(33, 3, 5)
-    layer = Layer(ids, 5, LAYOUTS[layout], dtype, hidden=40, intermediate=36, addends=True)
-    check_operations(layer, "silu")
+    layer = Layer(ids, 5, LAYOUTS[layout], dtype, hidden=40, intermediate=36)
+    check_operations(layer.with_addends(), "silu")
 
 
 ROUTINGS = {
@@ -88,9 +80,9 @@ def test_routings(routing):
     grouping = reference.group(layer.ids, 7)
     counts = grouping.expert_offsets.diff()
     for name in ("gate_up_proj", "down_proj", "gate_up_bias", "down_bias"):
-        assert (results[name][counts == 0] == 0).all(), name
+        assert (results[f"weight_grad: {name}"][counts == 0] == 0).all(), name
     rows_without_pairs = (grouping.inverse < 0).all(1)
-    assert (results["out"][rows_without_pairs] == 0).all()
+    assert (results["gather_sum"][rows_without_pairs] == 0).all()
 
 
 def test_skipped_pair_may_have_any_weight():
@@ -258,4 +250,5 @@ def test_launches_from_several_threads():
 def test_operations_never_read_the_device(target):
     """Meta tensors have no values: any host read of one raises."""
     launches = aot.record_launches(aot.Variant(), aot.TARGETS[target])
-    assert {name.split()[0] for name in launches} == {*OPERATIONS, "router", "router_grad"}
+    operations = {"group", "up", "down", "gather_sum", "down_grad", "up_grad", "weight_grad"}
+    assert {name.split()[0] for name in launches} == operations | {"router", "router_grad"}

@@ -22,8 +22,7 @@ from tritonmoe.config.layer import KernelOptions, PerWeight
 from tritonmoe.grouping import Grouping
 from tritonmoe.kernels import bias_grad, launch, ragged_tiles, spans, weight_grad
 from tritonmoe.kernels.spans import span_of_slot
-from tritonmoe.kernels.tiles import measured as measured_tiles
-from tritonmoe.kernels.tiles import tma
+from tritonmoe.kernels.tiles import measured_tiles, tma
 
 BACKENDS = pytest.mark.parametrize(
     "backend", [reference, torch_backend, triton_backend], ids=["reference", "torch", "triton"]

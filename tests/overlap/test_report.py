@@ -1,6 +1,5 @@
 """What a layer's report says of its call."""
 
-import pytest
 import torch
 
 import tritonmoe as tm
@@ -8,7 +7,7 @@ from tritonmoe.overlap.report import LayerReport
 from tritonmoe.transports import Transport
 
 
-def test_offsets_have_their_former_names_for_one_release() -> None:
+def test_offsets_end_with_the_rows_of_a_rank() -> None:
     """Two chunks of experts, whose rows return in other chunks than they came in."""
     config = tm.MoEConfig(hidden_size=16, intermediate_size=8, num_experts=8, top_k=3)
 
@@ -21,8 +20,3 @@ def test_offsets_have_their_former_names_for_one_release() -> None:
     for report in tm.run_on_emulated_ranks(on_rank, 2):
         assert report.send_offsets[-1] == report.traffic_rows[report.rank].sum()
         assert report.return_offsets[-1] == report.traffic_rows[:, report.rank].sum()
-        with pytest.warns(DeprecationWarning, match=r"home_offsets is now LayerReport\.send_offsets") as told:
-            assert report.home_offsets == report.send_offsets
-        assert told[0].filename == __file__
-        with pytest.warns(DeprecationWarning, match=r"receive_offsets is now LayerReport\.return_offsets"):
-            assert report.receive_offsets == report.return_offsets

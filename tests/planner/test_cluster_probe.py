@@ -12,8 +12,8 @@ from tritonmoe.planner.cluster_file import parse_cluster, read_cluster, to_toml
 from tritonmoe.planner.cluster_presets import CLUSTERS
 from tritonmoe.planner.cluster_probe import _probed, probe_cluster, say_scatter, scatter
 from tritonmoe.planner.job import Job
-from tritonmoe.planner.model import Attention, Model
-from tritonmoe.planner.plan import plan
+from tritonmoe.planner.training_plan import plan
+from tritonmoe.planner.transformer_model import Attention, Model
 from tritonmoe.transports import Transport
 
 TINY = Model("tiny", 64, 2, 0, Attention(2, 1, 32), 8, 2, 32, 0, 64, 128)

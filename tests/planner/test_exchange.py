@@ -7,8 +7,8 @@ import torch
 
 from tritonmoe.config.overlap import OverlapPlan, equal_sizes, ramp_sizes
 from tritonmoe.planner.cluster_presets import CLUSTERS
-from tritonmoe.planner.exchange import LayerExchange
 from tritonmoe.planner.job import Job
+from tritonmoe.planner.layer_exchange import LayerExchange
 from tritonmoe.planner.model_presets import MODELS
 from tritonmoe.planner.operation_costs import link_costs
 from tritonmoe.simulation.cost_model import LayerWork

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tritonmoe.planner.model import Attention, LatentAttention
 from tritonmoe.planner.model_config import find_model, model_of_config
 from tritonmoe.planner.model_presets import MODELS
+from tritonmoe.planner.transformer_model import Attention, LatentAttention
 
 transformers = pytest.importorskip("transformers")
 

@@ -15,10 +15,10 @@ from tritonmoe.planner.comparison import compare, equalized
 from tritonmoe.planner.job import Job
 from tritonmoe.planner.model_error import MODEL_ERROR
 from tritonmoe.planner.model_presets import MODELS
-from tritonmoe.planner.plan import plan
+from tritonmoe.planner.plan_search import Free
 from tritonmoe.planner.plan_table import comparison_table, plan_table
-from tritonmoe.planner.search import Free
 from tritonmoe.planner.trainer import trained_by
+from tritonmoe.planner.training_plan import plan
 
 JOB = Job(MODELS["Qwen3-30B-A3B"], micro_batches=8)
 FULL = replace(JOB, recompute="full")

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 import tritonmoe as tm
-import tritonmoe.planner.probe
+import tritonmoe.planner.probe_costs
 from tritonmoe.overlap import report as layer_report
 from tritonmoe.overlap.schedule import build_backward, build_forward
-from tritonmoe.planner.probe import probe, probe_link, probe_steps
+from tritonmoe.planner.probe_costs import probe, probe_link, probe_steps
 from tritonmoe.simulation.cost_model import LayerWork, LinkCosts, StepCosts
 from tritonmoe.simulation.simulator import simulate_layer
 from tritonmoe.transports import LocalTransport, PendingExchange, Transport
@@ -44,7 +44,7 @@ def test_probe_on_ranks_of_a_group_of_three() -> None:
 
 def test_a_link_too_fast_to_be_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where noise is all that is measured, no line rises with the bytes."""
-    monkeypatch.setattr(tritonmoe.planner.probe, "fit_line", lambda points: (0.0, 0.0))
+    monkeypatch.setattr(tritonmoe.planner.probe_costs, "fit_line", lambda points: (0.0, 0.0))
     found = tm.run_on_emulated_ranks(probe_link, 2)
     assert found[0].bytes_per_s == float("inf")
     assert found[0].contention == 0.0
@@ -62,8 +62,8 @@ def test_jitter_beside_a_fast_link_is_no_contention(monkeypatch: pytest.MonkeyPa
         return 1e-5 * count * (1 + 0.01 * (next(products[of_thread.rank]) % 2))  # every second time takes longer
 
     of_thread = threading.local()
-    monkeypatch.setattr(tritonmoe.planner.probe, "fit_line", lambda points: (0.0, 1 / 200e9))
-    monkeypatch.setattr(tritonmoe.planner.probe, "_multiply", multiply)
+    monkeypatch.setattr(tritonmoe.planner.probe_costs, "fit_line", lambda points: (0.0, 1 / 200e9))
+    monkeypatch.setattr(tritonmoe.planner.probe_costs, "_multiply", multiply)
     for link in tm.run_on_emulated_ranks(on_rank, 2):
         assert link.bytes_per_s == pytest.approx(200e9)
         assert link.contention < 0.02
@@ -73,8 +73,8 @@ def test_jitter_beside_a_fast_link_is_no_contention(monkeypatch: pytest.MonkeyPa
 def test_exchanges_on_a_device_are_waited_for_one_by_one(is_shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where they take turns the first of two ends in the middle; waiting for the device would end both at once."""
     clock = [0.0]
-    monkeypatch.setattr(tritonmoe.planner.probe, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
-    monkeypatch.setattr(tritonmoe.planner.probe, "_multiply", lambda count, _: 1e-5 * count)
+    monkeypatch.setattr(tritonmoe.planner.probe_costs, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(tritonmoe.planner.probe_costs, "_multiply", lambda count, _: 1e-5 * count)
 
     class Enqueued(PendingExchange):
         def __init__(self, transport: "Turns", end: float) -> None:
@@ -100,7 +100,7 @@ def test_exchanges_on_a_device_are_waited_for_one_by_one(is_shared: bool, monkey
     def wait_for_current_stream(_: object) -> None:
         clock[0] = max(clock[0], transport.current_stream)
 
-    monkeypatch.setattr(tritonmoe.planner.probe, "wait_for_current_stream", wait_for_current_stream)
+    monkeypatch.setattr(tritonmoe.planner.probe_costs, "wait_for_current_stream", wait_for_current_stream)
     assert probe_link(transport).is_shared == is_shared
 
 

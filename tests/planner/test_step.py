@@ -9,15 +9,15 @@ from hypothesis import strategies as st
 from tritonmoe.config.overlap import OverlapPlan
 from tritonmoe.planner.cluster import BetweenLink, Cluster, Estimate, Gpu, Host, InsideLink
 from tritonmoe.planner.cluster_presets import CLUSTERS
-from tritonmoe.planner.exchange import LayerExchange
 from tritonmoe.planner.job import Job, expert_degrees
 from tritonmoe.planner.job_memory import memory_gb
+from tritonmoe.planner.layer_exchange import LayerExchange
 from tritonmoe.planner.layer_parts import ATTENTION_BACKWARD
-from tritonmoe.planner.model import Attention, Model
 from tritonmoe.planner.model_presets import MODELS
 from tritonmoe.planner.operation_costs import exchange_s, link_costs
-from tritonmoe.planner.search import OVERLAPS
+from tritonmoe.planner.plan_search import OVERLAPS
 from tritonmoe.planner.step import step_time
+from tritonmoe.planner.transformer_model import Attention, Model
 
 TINY = Model("tiny", 16, 2, 0, Attention(2, 1, 8), 4, 2, 32, 0, 48, 64)
 SERIAL = OverlapPlan((1,), local_first=False, serial=True)

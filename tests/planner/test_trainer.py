@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 
 from tritonmoe.planner.cluster_presets import CLUSTERS
-from tritonmoe.planner.exchange import LayerExchange
 from tritonmoe.planner.exchange_curve import SERIAL
 from tritonmoe.planner.job import Job
 from tritonmoe.planner.job_memory import memory_gb
+from tritonmoe.planner.layer_exchange import LayerExchange
 from tritonmoe.planner.model_presets import MODELS
 from tritonmoe.planner.step import step_time
 from tritonmoe.planner.trainer import TRAINERS, trained_by

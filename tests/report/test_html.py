@@ -25,7 +25,7 @@ from tritonmoe.doctor.recorded_run import RecordedRun, judge_recording
 from tritonmoe.doctor.run_figures import figures_of
 from tritonmoe.doctor.verdict import as_json
 from tritonmoe.planner import comparison as comparing
-from tritonmoe.planner import plan as planning
+from tritonmoe.planner import training_plan as planning
 from tritonmoe.planner.cluster_presets import CLUSTERS
 from tritonmoe.planner.job import Job
 from tritonmoe.planner.model_config import find_model

@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from tritonmoe.report import png
+from tritonmoe.report.picture import new_figure
 from tritonmoe.report.terminal import TextStyle, heat_map, lane_timelines, sparkline, text_style
 from tritonmoe.report.timeline import PassTimeline, Span, Timeline
 
@@ -43,7 +44,7 @@ def test_heat_map_begins_at_the_least_count():
     ("rows", "limits"), [([[100, 104], [102, 108]], (100, 108)), ([[7, 7]] * 2, (7, 8)), ([], (0, 1))]
 )
 def test_the_picture_begins_at_the_least_count(rows, limits):
-    figure = png._make_figure(4, 4)
+    figure = new_figure(4, 4)
     axes = figure.add_subplot()
     png._draw_heat_map(axes, rows or [[0]])
     assert axes.images[0].get_clim() == limits

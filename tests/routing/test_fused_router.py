@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 import tritonmoe as tm
 from tritonmoe.config.layer import MoEConfig
 from tritonmoe.errors import NonFiniteScores
-from tritonmoe.kernels import router as kernels
+from tritonmoe.kernels import router_kernels as kernels
 from tritonmoe.routing import Routing, RoutingRecording, TopKRouter, load_balance_loss, save_topk, z_loss
 from tritonmoe.routing.replay import LayerReplay
 

@@ -13,7 +13,7 @@ from tritonmoe.simulation.cost_model import LayerWork, LinkCosts, StepCosts
 from tritonmoe.simulation.simulator import Simulation, simulate_layer
 from tritonmoe.simulation.two_level_work import TwoLevelWork
 from tritonmoe.transports import EmulatedWorld, LinkModel, PendingExchange, Transport, TwoLevelTransport
-from tritonmoe.transports.two_level import GroupView
+from tritonmoe.transports.two_level_transport import GroupView
 
 CONFIG = tm.MoEConfig(hidden_size=64, intermediate_size=8, num_experts=8, top_k=4)
 SIZE, NODE_SIZE, NUM_TOKENS = 4, 2, 512

@@ -9,8 +9,9 @@ from uninitialised import nan_filled_memory
 
 from tritonmoe.backends import reference
 from tritonmoe.backends import triton as kernels
-from tritonmoe.backends.ops import GradientOperands
-from tritonmoe.config.layer import ACTIVATION_NAMES, ClampedSwiGLU, ExpertLayout, PerWeight, Projection
+from tritonmoe.backends.layer_case import LayerCase
+from tritonmoe.config.activations import ACTIVATION_NAMES, ClampedSwiGLU, SoftcappedSwiGLU
+from tritonmoe.config.layer import ExpertLayout, PerWeight
 from tritonmoe.grouping import RowSources
 from tritonmoe.kernels.row_tiles import TILE_HEIGHTS, num_tile_slots
 
@@ -25,110 +26,14 @@ LAYOUTS = {
 }
 GPT_OSS = ClampedSwiGLU(1.0, alpha=1.702, up_offset=1.0)
 ALL_GRADIENTS = PerWeight(True, True, True, True)
-ACTIVATIONS = (*ACTIVATION_NAMES, GPT_OSS)
+ACTIVATIONS = (*ACTIVATION_NAMES, GPT_OSS, SoftcappedSwiGLU(0.7, 1.5))
 
 
-class Layer:
-    """Random weights and rows of one layer, in one dtype."""
+class Layer(LayerCase):
+    """A LayerCase on the device of the tests."""
 
-    def __init__(
-        self,
-        ids,
-        num_experts,
-        layout,
-        dtype=torch.float32,
-        *,
-        hidden=20,
-        intermediate=12,
-        bias=True,
-        addends=False,
-        seed=0,
-    ):
-        generator = torch.Generator().manual_seed(seed)
-
-        def random(*shape, scale=1.0):
-            return (torch.randn(*shape, generator=generator) * scale).to(DEVICE, dtype)
-
-        width = 2 * intermediate if layout.gated else intermediate
-        self.layout, self.ids, self.num_experts = layout, ids.to(DEVICE), num_experts
-        self.w1 = random(num_experts, width, hidden, scale=hidden**-0.5)
-        self.w2 = random(num_experts, hidden, intermediate, scale=intermediate**-0.5)
-        if layout.transposed:
-            self.w1, self.w2 = self.w1.mT.contiguous(), self.w2.mT.contiguous()
-        self.b1 = random(num_experts, width, scale=0.5) if bias else None
-        self.b2 = random(num_experts, hidden, scale=0.5) if bias else None
-        self.x, self.dout = random(ids.shape[0], hidden), random(ids.shape[0], hidden)
-        self.weights = torch.rand(ids.shape, generator=generator).to(DEVICE)
-        columns = {"h": width, "y": hidden, "g": intermediate, "dx": hidden}
-        self.addend_of_h, self.addend_of_y, self.addend_of_g, self.addend_of_dx = (
-            random(ids.numel(), columns[name]) if addends else None for name in columns
-        )
-
-    @property
-    def gate_up(self):
-        return Projection(self.w1, self.b1, self.layout)
-
-    @property
-    def down(self):
-        return Projection(self.w2, self.b2, self.layout)
-
-    def adding(self, projection, name, num_pairs):
-        """Return a projection whose product `name` has an addend, if this layer has some; a copy to be written over."""
-        addend = getattr(self, f"addend_of_{name}")
-        return projection if addend is None else projection._replace(addend=addend[:num_pairs].clone())
-
-    def double(self):
-        """Return the same numbers in fp64."""
-        twin = object.__new__(Layer)
-        for name, value in vars(self).items():
-            is_float = isinstance(value, torch.Tensor) and value.is_floating_point()
-            setattr(twin, name, value.double() if is_float else value)
-        return twin
-
-
-def run_operations(backend, layer, grouping, activation, given=None):
-    """Run every operation once; with `given`, on the operands that another run produced.
-
-    Returns results by name; those in storage order are cut to the pairs that do work.
-    """
-    num_active = int(grouping.expert_offsets[-1])
-    layout, found = layer.layout, {}
-
-    def pad(tensor):
-        """Return the operand of the other run in this run's dtype and length, NaN behind the last pair."""
-        padded = torch.full((grouping.num_pairs, *tensor.shape[1:]), float("nan"), device=DEVICE)
-        padded[:num_active] = tensor
-        return padded.to(layer.x.dtype)
-
-    def operand(name, own):
-        return own if given is None else pad(given[name])
-
-    gate_up = layer.adding(layer.gate_up, "h", grouping.num_pairs)
-    h, a = backend.up(layer.x, gate_up, grouping, activation, out_h=gate_up.addend)
-    found["h"] = h[:num_active]
-    if a is None:
-        a = torch.full_like(h[:, : h.shape[1] // 2] if layout.gated else h, 0.5)
-        h = a
-    else:
-        found["a"] = a[:num_active]
-        h, a = operand("h", h), operand("a", a)
-    down = layer.adding(layer.down, "y", grouping.num_pairs)
-    y = backend.down(a, down, grouping, out=down.addend)
-    found["y"] = y[:num_active]
-    found["out"] = backend.gather_sum(operand("y", y), grouping.inverse, layer.weights)
-    found["unweighted"] = backend.gather_sum(operand("y", y), grouping.inverse)
-    down = layer.adding(layer.down, "g", grouping.num_pairs)
-    out = None, down.addend
-    dh, scaled_a, dweights = backend.down_grad(layer.dout, down, h, layer.weights, grouping, activation, out=out)
-    found |= {"dh": dh[:num_active], "scaled_a": scaled_a[:num_active], "dweights": dweights[:num_active]}
-    if activation is None:
-        return found
-    dh, scaled_a = operand("dh", dh), operand("scaled_a", scaled_a)
-    gate_up = layer.adding(layer.gate_up, "dx", grouping.num_pairs)
-    found["dx"] = backend.up_grad(dh, gate_up, grouping, out=gate_up.addend)[:num_active]
-    operands = GradientOperands(layer.x, dh, layer.dout, scaled_a, layer.weights)
-    grads = backend.weight_grad(grouping, layout, operands, ALL_GRADIENTS)
-    return found | given_grads(grads)
+    def __init__(self, ids, num_experts, layout, dtype=torch.float32, **others):
+        super().__init__(ids.to(DEVICE), num_experts, layout, dtype, **others)
 
 
 def given_grads(grads):
@@ -152,11 +57,11 @@ class WithOptions:
 def check_operations(layer, activation, backend=kernels):
     """Compare every operation with the reference, each on the same operands."""
     expected_grouping = reference.group(layer.ids, layer.num_experts)
-    expected = run_operations(reference, layer, expected_grouping, activation)
-    exact = run_operations(reference, layer.double(), expected_grouping, activation, expected)
+    expected = layer.run(reference, expected_grouping, activation)
+    exact = layer.double().run(reference, expected_grouping, activation, expected)
     with nan_filled_memory():
         grouping = backend.group(layer.ids, layer.num_experts)
-        actual = run_operations(backend, layer, grouping, activation, expected)
+        actual = layer.run(backend, grouping, activation, expected)
     assert actual.keys() == expected.keys()
     for name in actual:
         assert_close_to_exact(name, actual[name], expected[name], exact[name])

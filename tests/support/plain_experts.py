@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 import tritonmoe as tm
 from tritonmoe.backends import reference
-from tritonmoe.config.layer import ACTIVATION_NAMES, PerWeight
+from tritonmoe.config.activations import ACTIVATION_NAMES
+from tritonmoe.config.layer import PerWeight
 from tritonmoe.experts.adapter_dropout import AdapterDropout, DroppedRows, with_row_seeds
 from tritonmoe.experts.tensors import CallTensors
 
@@ -42,6 +43,7 @@ GPT_OSS = tm.ClampedSwiGLU(1.0, alpha=1.702, up_offset=1.0)
 ACTIVATIONS = {name: name for name in ACTIVATION_NAMES} | {
     "gpt_oss": GPT_OSS,
     "deepseek_v4": tm.ClampedSwiGLU(0.7),
+    "inkling2": tm.SoftcappedSwiGLU(0.7, 1.5),
 }
 FACTORS = ("gate_up_a", "gate_up_b", "down_a", "down_b")
 SCALES = {"gate_up_scale": 0.75, "down_scale": 2.0}
@@ -126,6 +128,9 @@ def plain_activation(h: Tensor, case: Case) -> Tensor:
         limit = case.activation.limit
         gate, up_half = torch.clamp(gate, max=limit), torch.clamp(up_half, -limit, limit)
         return gate * torch.sigmoid(case.activation.alpha * gate) * (up_half + case.activation.up_offset)
+    if isinstance(case.activation, tm.SoftcappedSwiGLU):
+        gate_cap, up_cap = case.activation.gate_softcap, case.activation.up_softcap
+        return torch.tanh(gate / gate_cap) * gate_cap * torch.sigmoid(gate) * torch.tanh(up_half / up_cap) * up_cap
     act = {
         "silu": F.silu,
         "gelu": F.gelu,

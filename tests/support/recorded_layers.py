@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from bench.synthetic_runs import Run, write_run
-from tritonmoe.diagnosis.recording import RecordedPass, Recording
+from tritonmoe.diagnosis.call_recording import RecordedPass, Recording
 from tritonmoe.diagnosis.recording_reader import read_recording
 from tritonmoe.overlap.report import CallMarks
 

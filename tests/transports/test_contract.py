@@ -14,7 +14,7 @@ from processes import ENVIRONMENT, NEEDS_MPI, run_processes
 
 from tritonmoe.errors import TransportError
 from tritonmoe.transports import LinkModel, LocalTransport, ProcessGroupTransport, Transport, TwoLevelTransport
-from tritonmoe.transports.emulated.run import run_on_emulated_ranks
+from tritonmoe.transports.emulated.emulated_ranks import run_on_emulated_ranks
 
 GLOO_SIZES = MPI_SIZES = (2, pytest.param(3, marks=pytest.mark.thorough))
 LINK = LinkModel(bandwidth_gb_per_s=0.001, latency_us=500)
@@ -225,9 +225,8 @@ def test_a_process_of_mpi_that_ends_with_rows_under_way_aborts() -> None:
 
 
 def test_importing_the_transports_leaves_torch_distributed_alone() -> None:
-    code = (
-        "import sys, torch; before = set(sys.modules); import tritonmoe.transports, tritonmoe.transports.emulated.run; "
-    )
+    code = "import sys, torch; before = set(sys.modules); "
+    code += "import tritonmoe.transports, tritonmoe.transports.emulated.emulated_ranks; "
     code += "new = set(sys.modules) - before; "
     code += "assert not any(m.startswith(('torch.distributed', 'mpi4py')) for m in new), new"
     subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, check=True)

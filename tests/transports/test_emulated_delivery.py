@@ -11,8 +11,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from tritonmoe.errors import TransportError
 from tritonmoe.transports import EmulatedWorld, LinkModel, Transport
+from tritonmoe.transports.emulated.emulated_ranks import run_on_emulated_ranks
 from tritonmoe.transports.emulated.exchange import EmulatedExchange
-from tritonmoe.transports.emulated.run import run_on_emulated_ranks
 
 
 @within(QUICK_S)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from tritonmoe.errors import TransportError
 from tritonmoe.transports import Death, Delay, EmulatedTransport, EmulatedWorld, LinkModel, Transport
-from tritonmoe.transports.emulated.run import run_on_emulated_ranks
+from tritonmoe.transports.emulated.emulated_ranks import run_on_emulated_ranks
 
 QUICK_S = 2.0
 """Nothing in these tests waits this long unless it hangs."""

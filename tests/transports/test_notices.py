@@ -6,8 +6,10 @@ import time
 import pytest
 import torch.distributed as dist
 
+from tritonmoe.transports import breakdown as breakdowns
 from tritonmoe.transports import notices, waiting
-from tritonmoe.transports.notices import Breakdown, Notice, Notices
+from tritonmoe.transports.breakdown import Breakdown
+from tritonmoe.transports.notices import Notice, Notices
 from tritonmoe.transports.waiting import LongWait, wait_aloud
 
 
@@ -19,7 +21,8 @@ def test_a_late_rank_is_not_blamed_for_an_earlier_transport(
     is_earlier: bool, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What it left of one is told where it had made this transport before: then it makes the calls of the other."""
-    monkeypatch.setattr(notices, "GRACE_S", 0.1)
+    for module in (notices, breakdowns):
+        monkeypatch.setattr(module, "GRACE_S", 0.1)
     store = dist.HashStore()
     waiting, first = Notices(store, 0, 2, 1), Notices(store, 1, 2, 0)
     if not is_earlier:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 import tritonmoe as tm
 from tritonmoe.transports import LinkModel, Transport
-from tritonmoe.transports.emulated.replay import Port, ReplayExchange, ReplayTransport
+from tritonmoe.transports.emulated.link_replay import Port, ReplayExchange, ReplayTransport
 
 NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NEEDS_CUDA])]

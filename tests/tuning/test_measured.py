@@ -6,7 +6,7 @@ import torch
 from tritonmoe.config.overlap import OverlapPlan
 from tritonmoe.overlap.report import ExchangeMarks, LayerReport, PassReport
 from tritonmoe.overlap.steps import Step, StepKind
-from tritonmoe.tuning.measured import link_costs
+from tritonmoe.tuning.measured_calls import link_costs
 
 ROWS, ROW_BYTES, TOP_K = 1000, 4096, 2
 LATENCY_S, BYTES_PER_S = 50e-6, 0.5e9

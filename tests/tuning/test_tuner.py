@@ -16,7 +16,7 @@ from tritonmoe.simulation.cost_model import LayerWork, LinkCosts, StepCosts
 from tritonmoe.simulation.memory import peak_bytes
 from tritonmoe.transports import LocalTransport, Transport
 from tritonmoe.tuning import tuner
-from tritonmoe.tuning.measured import layer_costs, link_costs, median_steps
+from tritonmoe.tuning.measured_calls import layer_costs, link_costs, median_steps
 from tritonmoe.tuning.search import (
     COMMUNICATION_BOUND_NUM_CHUNKS,
     budgeted_plan,

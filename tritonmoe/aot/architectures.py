@@ -38,7 +38,7 @@ class Architecture:
     tensor_memory_columns: int = 0
 
     def occupancy(self, registers: int, shared_bytes: int, num_warps: int, tensor_memory_columns: int = 0) -> int:
-        """Give how many programs fit side by side.
+        """Return how many programs fit side by side.
 
         Args:
             registers: of one thread. shared_bytes, num_warps: of one program.

@@ -15,7 +15,7 @@ from tritonmoe.aot.architectures import ARCHITECTURES, SCHEDULERS
 from tritonmoe.aot.launches import VARIANTS, record_launches, source_of
 from tritonmoe.aot.machine_code import MachineCode, read_amd, read_nvidia
 from tritonmoe.kernels import launch
-from tritonmoe.kernels.tiles import measured as measured_tiles
+from tritonmoe.kernels.tiles import measured_tiles
 from tritonmoe.runtime.processes import ends_with_its_parent
 
 __all__ = ["Compiled", "compile_all", "compile_one", "compile_unchecked"]
@@ -86,7 +86,7 @@ class Compiled:
 
 
 def _product_tile(ttir: str) -> tuple[int, int, int] | None:
-    """Give rows, columns and depth of the tiles that a kernel multiplies in fp16 or bf16; None where there are none."""
+    """Return rows, columns and depth of a kernel's tiles in fp16 or bf16 products; None where there are none."""
     tiles = [
         (int(match[3]), int(match[4]), int(match[1]))
         for match in re.finditer(r"tt\.dot .*?tensor<\d+x(\d+)x(bf16|f16)\S*> \* .*-> tensor<(\d+)x(\d+)x", ttir)

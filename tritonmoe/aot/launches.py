@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -10,24 +10,19 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from tritonmoe.backends import triton as operations
-from tritonmoe.backends.ops import NO_GRADIENTS, GradientOperands
-from tritonmoe.config.layer import (
-    NO_WEIGHTS,
-    ClampedSwiGLU,
-    ExpertLayout,
-    FusedActivation,
-    KernelOptions,
-    PerWeight,
-    Projection,
-)
+from tritonmoe.backends import triton as triton_backend
+from tritonmoe.backends.ops import NO_GRADIENTS, GradientOperands, Operations
+from tritonmoe.config.activations import ClampedSwiGLU, FusedActivation
+from tritonmoe.config.layer import NO_WEIGHTS, ExpertLayout, KernelOptions, PerWeight, Projection
 from tritonmoe.config.routing import RoutingRule
 from tritonmoe.grouping import Grouping, RowSources
 from tritonmoe.kernels import launch
-from tritonmoe.kernels.router import route, route_grad
-from tritonmoe.kernels.tiles import measured as measured_tiles
+from tritonmoe.kernels.router_kernels import route, route_grad
+from tritonmoe.kernels.tiles import measured_tiles
 
 __all__ = ["DEFAULT_VARIANTS", "VARIANTS", "Variant", "record_launches", "source_of"]
+
+operations = cast(Operations, triton_backend)
 
 
 @dataclass(frozen=True)
@@ -56,7 +51,7 @@ class Variant:
 
     @classmethod
     def of(cls, shape: Any, dtype: torch.dtype, num_rows: int) -> "Variant":
-        """Give the variant of a `benchmarks.shapes.LayerShape`."""
+        """Return the variant of a `benchmarks.shapes.LayerShape`."""
         names = ("layout", "activation", "hidden_size", "intermediate_size", "num_experts", "top_k", "bias")
         return cls(dtype, num_rows=num_rows, **{name: getattr(shape, name) for name in names})
 
@@ -214,15 +209,13 @@ class _RecordedStep:
         return grouping
 
     def _forward(self, grouping: Grouping) -> tuple[Tensor, Tensor]:
-        """Give h and y."""
+        """Return h and y."""
         activation, options = self.variant.activation, self.options
         arguments = self.x, self.gate_up, grouping
         operations.up(*arguments, activation, needs_h=False, options=options)
         self._name("up inference")
         h, a = operations.up(*arguments, activation, options=options)
         self._name("up")
-        assert h is not None
-        assert a is not None
         y = operations.down(a, self.down, grouping, options=options)
         self._name("down")
         operations.gather_sum(y, grouping.inverse, self.topk_weights)
@@ -232,7 +225,7 @@ class _RecordedStep:
         return h, y
 
     def _backward(self, grouping: Grouping, h: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Give dh and s*a."""
+        """Return dh and s*a."""
         activation, options = self.variant.activation, self.options
         dh, scaled_a, _ = operations.down_grad(
             self.dout, self.down, h, self.topk_weights, grouping, activation, options=options
@@ -282,7 +275,6 @@ class _RecordedStep:
         factor_a = Projection(self._empty(v.num_experts, rank, v.hidden_size), None, plain)
         factor_b = Projection(self._empty(v.num_experts, dh.shape[1], rank), None, plain)
         reduced, _ = operations.up(self.x, factor_a, grouping, None, options=options)
-        assert reduced is not None
         self._name("up by a factor")
         down_b = Projection(self._empty(v.num_experts, v.hidden_size, rank), None, transposed)
         operations.up(self.dout, down_b, grouping, None, options=options)

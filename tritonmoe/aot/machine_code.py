@@ -138,7 +138,7 @@ def _amd_instructions(assembly: str) -> Iterator[_Instruction]:
 
 
 def _loops(code: list[_Instruction]) -> Iterator[tuple[int, int]]:
-    """Give the loops, the shortest first: the place of a label, and that of a later branch back to it.
+    """Return the loops, the shortest first: the place of a label, and that of a later branch back to it.
 
     A branch back from a wait that was moved behind the end of the kernel makes no loop: it is reached otherwise, too.
     """
@@ -154,7 +154,7 @@ def _loops(code: list[_Instruction]) -> Iterator[tuple[int, int]]:
 
 
 def _innermost_loops(code: list[_Instruction]) -> Iterator[list[_Instruction]]:
-    """Give the loops that have no loop inside them."""
+    """Return the loops that have no loop inside them."""
     found: list[tuple[int, int]] = []
     for first, last in _loops(code):
         if not any(first <= inner_first and inner_last <= last for inner_first, inner_last in found):
@@ -163,13 +163,13 @@ def _innermost_loops(code: list[_Instruction]) -> Iterator[list[_Instruction]]:
 
 
 def _matrix_loop(code: list[_Instruction], kinds: Mapping[str, str]) -> list[_Instruction]:
-    """Give the innermost loop that has a matrix instruction; empty where none has."""
+    """Return the innermost loop that has a matrix instruction; empty where none has."""
     loops = (code[first : last + 1] for first, last in _loops(code))
     return next((loop for loop in loops if _matrix(_count(loop, kinds))), [])
 
 
 def _next_places(item: _Instruction, place: int, labels: Mapping[str, int]) -> list[int]:
-    """Give where a program may go on from `place`; a label that is not among `labels` is left out."""
+    """Return where a program may go on from `place`; a label that is not among `labels` is left out."""
     places = [] if item.always else [place + 1]
     if item.name and item.label in labels:
         places.append(labels[item.label])
@@ -194,7 +194,7 @@ def _matrix(counts: Mapping[str, int]) -> str:
 def _counts(
     code: list[_Instruction], loop: list[_Instruction], kinds: Mapping[str, str]
 ) -> tuple[str, dict[str, int], dict[str, int]]:
-    """Give the matrix instruction, the instructions by kind, and what a step has: as MachineCode does."""
+    """Return the matrix instruction, the instructions by kind, and what a step has: as MachineCode does."""
     counts = _count(loop or code, kinds)
     if not loop:
         return _matrix(counts), counts, {}
@@ -208,7 +208,7 @@ def _counts(
 
 
 def _shortest_way(loop: list[_Instruction], matrix: re.Pattern[str]) -> list[_Instruction]:
-    """Give the shortest way through a loop, of those that pass the most matrix instructions."""
+    """Return the shortest way through a loop, of those that pass the most matrix instructions."""
     labels = {item.label: place for place, item in enumerate(loop) if not item.name}
     # From each place to the end: (-matrix instructions, instructions, the next place).
     ways: list[tuple[float, float, int]] = [(0, 0, len(loop))] * len(loop)

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 
-from tritonmoe.backends.check import Checked
+from tritonmoe.backends.kernel_check import Checked
 from tritonmoe.backends.ops import Unchecked
 from tritonmoe.kernels.launch import TRITON_VERSION
-from tritonmoe.kernels.tiles import measured
+from tritonmoe.kernels.tiles import measured_tiles
 from tritonmoe.kernels.tiles.left_out import is_refusal
 from tritonmoe.runtime.files import locked, read_json, write_whole
 from tritonmoe.runtime.host_device import is_captured
@@ -65,7 +65,7 @@ def _machine(device: torch.device) -> str | None:
 
 
 def _file() -> Path:
-    return measured.cache_file().with_name("checked.json")
+    return measured_tiles.cache_file().with_name("checked.json")
 
 
 def _kept() -> list[str]:

@@ -17,18 +17,10 @@ where the experts have no gate ("ungated"). "Storage order" is the order of pair
 from typing import Literal, NamedTuple, Protocol, overload
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from tritonmoe.config.layer import (
-    NO_WEIGHTS,
-    ClampedSwiGLU,
-    ExpertLayout,
-    FusedActivation,
-    KernelOptions,
-    PerWeight,
-    Projection,
-)
+from tritonmoe.config.activations import FusedActivation, find_activation, find_pointwise
+from tritonmoe.config.layer import NO_WEIGHTS, ExpertLayout, KernelOptions, PerWeight, Projection
 from tritonmoe.grouping import Grouping, RowSources
 
 __all__ = [
@@ -93,25 +85,9 @@ def split_gate(h: Tensor, layout: ExpertLayout) -> tuple[Tensor, Tensor]:
 
 def apply_activation(h: Tensor, layout: ExpertLayout, activation: FusedActivation) -> Tensor:
     """Return act(h): (n, 2F) -> (n, F), or (n, F) -> (n, F) when ungated; computed in h's own dtype."""
-    if isinstance(activation, ClampedSwiGLU):
-        gate, up_half = split_gate(h, layout)
-        gate = gate.clamp(max=activation.limit)
-        up_half = up_half.clamp(-activation.limit, activation.limit)
-        return gate * torch.sigmoid(activation.alpha * gate) * (up_half + activation.up_offset)
-    gate, factor = split_gate(h, layout) if layout.gated else (h, h)
-    if activation == "silu":
-        out = F.silu(gate)
-    elif activation == "gelu":
-        out = F.gelu(gate)
-    elif activation == "gelu_tanh":
-        out = F.gelu(gate, approximate="tanh")
-    elif activation == "relu":
-        out = F.relu(gate)
-    elif activation == "relu2":
-        out = F.relu(gate).square()
-    else:
-        raise ValueError(f"activation {activation!r} is not known")
-    return out * factor if layout.gated else out
+    if not layout.gated:
+        return find_pointwise(activation).value(h)
+    return find_activation(activation).gated(*split_gate(h, layout))
 
 
 class Operations(Protocol):

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from tritonmoe.backends.ops import GradientOperands, WeightGrads, accumulation_dtype, apply_activation, required
-from tritonmoe.config.layer import NO_WEIGHTS, ExpertLayout, FusedActivation, KernelOptions, PerWeight, Projection
+from tritonmoe.config.activations import FusedActivation
+from tritonmoe.config.layer import NO_WEIGHTS, ExpertLayout, KernelOptions, PerWeight, Projection
 from tritonmoe.grouping import Grouping, RowSources
 
 __all__ = [

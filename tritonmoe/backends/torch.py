@@ -21,15 +21,8 @@ from tritonmoe.backends.ops import (
 )
 from tritonmoe.backends.torch_grouping import group
 from tritonmoe.backends.torch_products import expert_slices, outer_sums, pair_products
-from tritonmoe.config.layer import (
-    NO_WEIGHTS,
-    ClampedSwiGLU,
-    ExpertLayout,
-    FusedActivation,
-    KernelOptions,
-    PerWeight,
-    Projection,
-)
+from tritonmoe.config.activations import FusedActivation, find_activation, find_pointwise
+from tritonmoe.config.layer import NO_WEIGHTS, ExpertLayout, KernelOptions, PerWeight, Projection
 from tritonmoe.grouping import Grouping
 
 __all__ = ["copies_rows", "down", "down_grad", "gather_sum", "group", "up", "up_grad", "weight_grad"]
@@ -212,43 +205,11 @@ def _activation_backward(
     h: Tensor, da: Tensor, layout: ExpertLayout, activation: FusedActivation, out: Tensor
 ) -> Tensor:
     """Write dh for da into `out` and give a = act(h), both from h (n, 2F) in the accumulation dtype."""
-    if isinstance(activation, ClampedSwiGLU):
-        raw_gate, raw_up = split_gate(h, layout)
-        out_gate, out_up = split_gate(out, layout)
-        gate = raw_gate.clamp(max=activation.limit)
-        up_half = raw_up.clamp(-activation.limit, activation.limit)
-        sigmoid = torch.sigmoid(activation.alpha * gate)
-        act = gate * sigmoid
-        shifted = up_half + activation.up_offset
-        out_up.copy_((da * act).masked_fill_(raw_up.abs() > activation.limit, 0))
-        slope = sigmoid + activation.alpha * act * (1 - sigmoid)
-        out_gate.copy_((da * shifted).mul_(slope).masked_fill_(raw_gate > activation.limit, 0))
-        return act * shifted
     if not layout.gated:
-        out.copy_(_gate_backward(da, h, activation))
-        return apply_activation(h, layout, activation)
-    gate, up_half = split_gate(h, layout)
-    out_gate, out_up = split_gate(out, layout)
-    act = apply_activation(gate, ExpertLayout(gated=False), activation)
-    if out.dtype == h.dtype:
-        torch.mul(da, act, out=out_up)
-    else:
-        out_up.copy_(da * act)
-    out_gate.copy_(_gate_backward(da.mul_(up_half), gate, activation))
-    return act.mul_(up_half)
-
-
-def _gate_backward(grad: Tensor, gate: Tensor, activation: FusedActivation) -> Tensor:
-    """Return grad * act'(gate)."""
-    if activation == "silu":
-        return torch.ops.aten.silu_backward.default(grad, gate)
-    if activation in ("gelu", "gelu_tanh"):
-        approximate = "tanh" if activation == "gelu_tanh" else "none"
-        return torch.ops.aten.gelu_backward.default(grad, gate, approximate=approximate)
-    if activation == "relu":
-        return grad * (gate > 0)
-    assert activation == "relu2"
-    return grad * (2 * F.relu(gate))
+        pointwise = find_pointwise(activation)
+        out.copy_(pointwise.backward(da, h))
+        return pointwise.value(h)
+    return find_activation(activation).gated_backward(da, *split_gate(h, layout), *split_gate(out, layout))
 
 
 def up_grad(

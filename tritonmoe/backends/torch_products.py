@@ -83,29 +83,44 @@ def pair_products(
         values = values.index_select(0, index)
     if addend is not None and addend is not out:
         out.copy_(addend)
+    if _is_rounded(values, max(grouping.host_counts[1], default=0)):
+        _write_rounded_products(values, matrices, bias, grouping, out)
+    else:
+        _write_products(values, matrices, bias, grouping, out, adds=addend is not None)
+    return out
+
+
+def _write_products(
+    values: Tensor, matrices: Tensor, bias: Tensor | None, grouping: Grouping, out: Tensor, adds: bool
+) -> None:
+    """Write the product of each expert's rows to `out`, or add it to what is there, with the expert's bias."""
     experts, counts = grouping.host_counts
-    if not _is_rounded(values, max(counts, default=0)):
-        parts, targets = values.split_with_sizes(counts), out.split_with_sizes(counts)
+    parts, targets = values.split_with_sizes(counts), out.split_with_sizes(counts)
 
-        def multiply(item: tuple[int, Tensor, Tensor]) -> None:
-            e, part, target = item
-            if addend is None:
-                _multiply(part, matrices[e], None if bias is None else bias[e], target)
-            else:
-                torch.addmm(target, part, matrices[e], out=target)
-                if bias is not None:
-                    target.add_(bias[e])
-
-        items = list(zip(experts, parts, targets, strict=True))
-        is_few = max(counts, default=0) <= FEW_ROWS and len(items) >= FEWEST_SHARED_EXPERTS.get(values.itemsize, 2)
-        if is_few and len(items) * matrices[0].nbytes >= FEWEST_SHARED_BYTES:
-            for_each(multiply, items, values.device)
+    def multiply(item: tuple[int, Tensor, Tensor]) -> None:
+        e, part, target = item
+        if not adds:
+            _multiply(part, matrices[e], None if bias is None else bias[e], target)
         else:
-            for item in items:
-                multiply(item)
-        return out
+            torch.addmm(target, part, matrices[e], out=target)
+            if bias is not None:
+                target.add_(bias[e])
+
+    items = list(zip(experts, parts, targets, strict=True))
+    is_few = max(counts, default=0) <= FEW_ROWS and len(items) >= FEWEST_SHARED_EXPERTS.get(values.itemsize, 2)
+    if is_few and len(items) * matrices[0].nbytes >= FEWEST_SHARED_BYTES:
+        for_each(multiply, items, values.device)
+    else:
+        for item in items:
+            multiply(item)
+
+
+def _write_rounded_products(
+    values: Tensor, matrices: Tensor, bias: Tensor | None, grouping: Grouping, out: Tensor
+) -> None:
+    """Write the product of each expert's rows, their number rounded up, to `out`, with the expert's bias."""
     last = 0
-    for e, count in zip(experts, counts, strict=True):
+    for e, count in zip(*grouping.host_counts, strict=True):
         expert_bias = None if bias is None else bias[e]
         first, last = last, last + count
         num_rows = count + _padding(values, count)
@@ -114,12 +129,11 @@ def pair_products(
             rows = slice(first, first + num_rows)
             _multiply(values[rows], matrices[e], expert_bias, out[rows])
         elif num_rows <= last:
-            product = values.new_empty(num_rows, width)
+            product = values.new_empty(num_rows, out.shape[1])
             _multiply(values[last - num_rows : last], matrices[e], expert_bias, product)
             out[first:last] = product[-count:]
         else:
             _multiply(values[first:last], matrices[e], expert_bias, out[first:last])
-    return out
 
 
 def _multiply(part: Tensor, matrix: Tensor, bias: Tensor | None, out: Tensor) -> None:

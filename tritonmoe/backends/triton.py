@@ -18,7 +18,7 @@ from tritonmoe.kernels.gather_sum import gather_sum
 from tritonmoe.kernels.group import MAX_FEW_PAIRS, group_few_pairs, group_pairs
 from tritonmoe.kernels.group_tiles import TileTable
 from tritonmoe.kernels.row_tiles import list_row_tiles
-from tritonmoe.kernels.tiles import measured as measured_tiles
+from tritonmoe.kernels.tiles import measured_tiles
 from tritonmoe.kernels.up import up
 from tritonmoe.kernels.weight_grad import outer_sums
 

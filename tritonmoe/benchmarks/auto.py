@@ -170,7 +170,7 @@ def measure_case(transport: Transport, workload: Workload, device: str, argument
 
 
 def summarize_cases(cases: list[Json]) -> Json:
-    """Give the median and the worst of all cases: auto over the sweep's winner, auto over no overlap, the simulator."""
+    """Return the median and the worst of all cases: auto over the sweep's winner and no overlap, the simulator."""
     excess = [case["auto_over_winner"] - 1 for case in cases]
     errors = [abs(error) for case in cases for error in case["errors"].values()]
     return {

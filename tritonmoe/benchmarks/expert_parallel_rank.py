@@ -12,7 +12,7 @@ from tritonmoe.benchmarks.inside_namespace import ask, interface_bytes
 from tritonmoe.benchmarks.ranks import slowest
 from tritonmoe.benchmarks.timing import Samples, synchronize
 from tritonmoe.integrations.transformers.discovery import experts_modules
-from tritonmoe.integrations.transformers.two_batches import two_batches
+from tritonmoe.integrations.transformers.model_halves import two_batches
 from tritonmoe.transports import Transport
 from tritonmoe.tuning.tuner import SETTLING_CALLS
 

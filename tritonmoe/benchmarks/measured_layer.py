@@ -19,7 +19,7 @@ from tritonmoe.expert_parallel.state import state_of
 from tritonmoe.layer import GroupedExperts, report_of
 from tritonmoe.overlap.report import LayerReport, PassReport
 from tritonmoe.transports import LocalTransport, Transport, TwoLevelTransport
-from tritonmoe.transports.emulated.replay import ReplayTransport
+from tritonmoe.transports.emulated.link_replay import ReplayTransport
 from tritonmoe.tuning.search import fixed_plan
 from tritonmoe.tuning.tuner import PlanChooser
 
@@ -33,7 +33,7 @@ class Link:
     """What rank 0 can do with the link, and what every rank knows of it."""
 
     set_rate: Callable[[float], None] | None = None
-    """Give every rank's link so many bits per second."""
+    """Set every rank's link to so many bits per second."""
     read_bytes: Callable[[], tuple[int, int]] | None = None
     """This rank's interface counters: bytes received, bytes sent."""
     read_uplinks: Callable[[], list[int]] | None = None
@@ -109,7 +109,7 @@ class MeasuredLayer:
         return replay.received
 
     def _transport_for_next(self, variant: Variant) -> Transport:
-        """Give what the next call of this variant goes over; a call that no peer can answer yet is recorded before."""
+        """Return what the next call of this variant goes over; a call that no peer can answer is recorded first."""
         peers = self.link.peers
         if variant.kind.endswith("two levels"):
             return self.link.both_levels()

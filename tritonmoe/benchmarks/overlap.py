@@ -30,7 +30,7 @@ from tritonmoe.report.png import write_overlap_png
 from tritonmoe.report.timeline import Timeline, layer_timeline, simulated_timeline
 from tritonmoe.runtime.files import Json
 from tritonmoe.transports import EmulatedTransport, LinkModel, MPITransport, Transport
-from tritonmoe.transports.emulated.run import run_on_emulated_ranks
+from tritonmoe.transports.emulated.emulated_ranks import run_on_emulated_ranks
 from tritonmoe.transports.torchrun import torchrun_ranks
 from tritonmoe.transports.wire import WireFormat
 
@@ -255,7 +255,7 @@ def _typical_timeline(measured: RankMeasurement, name: str) -> Timeline:
 
 
 def _bytes_between_nodes(rows: list[int | None], measured: RankMeasurement, workload: Workload) -> int | None:
-    """Give what all nodes together send each other in a call on two levels: rows, ids, weights and their gradients."""
+    """Return what all nodes send each other in a call on two levels: rows, ids, weights and their gradients."""
     total = sum(count for count in rows if count is not None)
     if None in rows:
         return None

@@ -6,7 +6,7 @@ from tritonmoe.benchmarks.overlap_table import TERMS_OF_PICTURE, as_terms, headl
 from tritonmoe.report.charts import Curve, Curves, Heat
 from tritonmoe.report.figures import Cell, Figures, Table, Words
 from tritonmoe.report.html import Page, Section
-from tritonmoe.report.lanes import lanes_chart, ranks_within
+from tritonmoe.report.lane_chart import lanes_chart, ranks_within
 from tritonmoe.report.perfetto import chrome_trace
 from tritonmoe.report.timeline import Timeline
 from tritonmoe.runtime.files import Json

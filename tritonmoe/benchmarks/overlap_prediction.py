@@ -11,12 +11,12 @@ from tritonmoe.benchmarks.ranks import gather
 from tritonmoe.benchmarks.replayed_peers import work_of_one
 from tritonmoe.benchmarks.timing import Samples
 from tritonmoe.overlap.report import LayerReport
-from tritonmoe.planner.probe import probe_link
+from tritonmoe.planner.probe_costs import probe_link
 from tritonmoe.simulation.cost_model import LayerWork, LinkCosts, StepCosts
 from tritonmoe.simulation.simulator import Simulation, simulate_layer
 from tritonmoe.simulation.two_level_work import TwoLevelWork
 from tritonmoe.transports import TwoLevelTransport
-from tritonmoe.tuning.measured import layer_work, median_steps
+from tritonmoe.tuning.measured_calls import layer_work, median_steps
 
 __all__ = ["predict"]
 

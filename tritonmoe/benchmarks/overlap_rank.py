@@ -20,7 +20,7 @@ from tritonmoe.overlap.steps import StepKind, Way
 from tritonmoe.runtime.progress import Progress, say
 from tritonmoe.simulation.simulator import Simulation
 from tritonmoe.transports import Transport
-from tritonmoe.tuning.measured import layer_work
+from tritonmoe.tuning.measured_calls import layer_work
 from tritonmoe.tuning.tuner import SETTLING_CALLS
 
 __all__ = ["RankMeasurement", "measure_rank", "run_rounds"]

@@ -45,37 +45,42 @@ def verdict(results: Json) -> Json:
 
     found["possible_gain"] = possible = max(0.0, gain(longest_ms))
     by_pass = " (each pass by itself)" if longest_ms > longer[1] * (1 + BEYOND_BOUND) else ""
-    name, time_ms = overlapped["variant"], overlapped["median_ms"]
     case = _case(serial, overlapped, longest_ms, possible)
     if case in ("gained", "hidden", "lost"):
-        found["gain"] = gain(time_ms)
+        found["gain"] = gain(overlapped["median_ms"])
         if auto["median_ms"] >= longest_ms * (1 - BEYOND_BOUND) and not _is_noise(serial, auto):
             found["auto_gain"] = gain(auto["median_ms"])
-    of_auto = f"auto {_said(found['auto_gain'], possible)}"
-    if case in ("gained", "hidden"):
-        outcome = f"{name} {_said(found['gain'], possible)}, {of_auto}"
-        if case == "hidden":
-            outcome += f": with {name} the {shorter[0]} {_be(shorter[0])} hidden"
-    elif case == "lost":
-        fastest = "auto" if (found["auto_gain"] or 0) > 0 else serial["variant"]
-        outcome = f"but {name} {_said(found['gain'], possible)}, {of_auto}: {fastest} is the fastest"
-    elif case == "few rounds":
-        outcome = f"{serial['samples']} round{'s' * (serial['samples'] > 1)} can't tell what it gained: {AGAIN}"
-    elif case == "noise":
-        outcome = (
-            f"what it gained can't be told from the noise, {name} took {_middle(overlapped)} and {serial['variant']} "
-            f"{_middle(serial)} in the middle half of the rounds: {AGAIN}"
-        )
-    else:
-        outcome = (
-            f"what it gained can't be told, for {name} took {_ms(time_ms)}, less than the {_ms(longest_ms)} of its "
-            f"bound: {AGAIN}"
-        )
+    outcome = _outcome(case, summary, found, shorter[0], longest_ms)
     text = (
         f"{takes}: of the {_ms(series_ms)} in series overlap can gain at most {_percent(possible)} here{by_pass}; "
         f"{outcome}."
     )
     return {"case": case, "text": text, **found}
+
+
+def _outcome(case: str, summary: Json, found: Json, shorter: str, longest_ms: float) -> str:
+    """Return what the fastest overlapped schedule and auto made of the possible gain, in words."""
+    serial, overlapped, possible = summary["T_serial"], summary["overlapped"], found["possible_gain"]
+    name = overlapped["variant"]
+    if case in ("gained", "hidden", "lost"):
+        gains = f"{name} {_said(found['gain'], possible)}, auto {_said(found['auto_gain'], possible)}"
+        if case == "gained":
+            return gains
+        if case == "hidden":
+            return f"{gains}: with {name} the {shorter} {_be(shorter)} hidden"
+        fastest = "auto" if (found["auto_gain"] or 0) > 0 else serial["variant"]
+        return f"but {gains}: {fastest} is the fastest"
+    if case == "few rounds":
+        return f"{serial['samples']} round{'s' * (serial['samples'] > 1)} can't tell what it gained: {AGAIN}"
+    if case == "noise":
+        return (
+            f"what it gained can't be told from the noise, {name} took {_middle(overlapped)} and {serial['variant']} "
+            f"{_middle(serial)} in the middle half of the rounds: {AGAIN}"
+        )
+    return (
+        f"what it gained can't be told, for {name} took {_ms(overlapped['median_ms'])}, less than the "
+        f"{_ms(longest_ms)} of its bound: {AGAIN}"
+    )
 
 
 def _case(serial: Json, overlapped: Json, longest_ms: float, possible: float) -> str:

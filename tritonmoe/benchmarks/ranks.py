@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritonmoe.planner.probe import slowest
+from tritonmoe.planner.probe_costs import slowest
 from tritonmoe.transports import Transport
 
 __all__ = ["device_and_backend", "gather", "slowest"]

@@ -9,7 +9,7 @@ import torch
 from tritonmoe.config.overlap import OverlapPlan
 from tritonmoe.simulation.cost_model import LayerWork, LinkCosts
 from tritonmoe.transports.emulated.link_model import LinkModel
-from tritonmoe.transports.emulated.replay import Port
+from tritonmoe.transports.emulated.link_replay import Port
 
 __all__ = ["ReplayedPeers", "work_of_one"]
 
@@ -48,7 +48,7 @@ class ReplayedPeers:
 
 
 def work_of_one(work: LayerWork, rank: int) -> LayerWork:
-    """Give what a call is to a rank whose peers are replayed: they have nothing to do with each other, only with it."""
+    """Return what a call is to a rank whose peers are replayed: they exchange with it, and not with each other."""
     is_own = torch.zeros_like(work.rows)
     is_own[rank] = is_own[:, rank] = 1
     return replace(work, rows=work.rows * is_own, pairs=work.pairs * is_own)

@@ -4,7 +4,10 @@ from dataclasses import dataclass
 
 from tritonmoe.benchmarks.shapes import LayerShape
 
-__all__ = ["H100", "Card", "Work", "backward_flops", "forward_flops", "kernel_work"]
+__all__ = ["BACKWARD_PRODUCTS", "FORWARD_PRODUCTS", "H100", "Card", "Work", "kernel_work", "product_flops"]
+
+FORWARD_PRODUCTS = ("up", "down")
+BACKWARD_PRODUCTS = ("down_grad", "up_grad", "weight_grad W1", "weight_grad W2")
 
 
 @dataclass(frozen=True)
@@ -51,17 +54,6 @@ class Work:
         return "compute" if self.flops / (card.tflops * 1e12) >= self.num_bytes / (card.tb_per_s * 1e12) else "memory"
 
 
-def forward_flops(shape: LayerShape, num_tokens: int) -> int:
-    """Return 6*N*D*F for gated experts (two products of 2F and F columns), 4*N*D*F without a gate; N = T*K."""
-    width = 3 if shape.layout.gated else 2
-    return 2 * width * num_tokens * shape.top_k * shape.hidden_size * shape.intermediate_size
-
-
-def backward_flops(shape: LayerShape, num_tokens: int) -> int:
-    """Return twice the forward's: every product has one gradient for its rows and one for its weights."""
-    return 2 * forward_flops(shape, num_tokens)
-
-
 def kernel_work(shape: LayerShape, num_tokens: int, *, element_bytes: int = 2) -> dict[str, Work]:
     """Return every kernel's operations and bytes, forward and backward, when each tensor is read or written once.
 
@@ -89,3 +81,9 @@ def kernel_work(shape: LayerShape, num_tokens: int, *, element_bytes: int = 2) -
         "weight_grad W1": Work(up_flops, x + hidden + index + all_w1),
         "weight_grad W2": Work(down_flops, x + inner + index + all_w2),
     }
+
+
+def product_flops(shape: LayerShape, num_tokens: int, *, backward: bool) -> int:
+    """Return the FLOPs of a layer's products in a forward, or in a forward and backward."""
+    work = kernel_work(shape, num_tokens)
+    return sum(work[name].flops for name in (*FORWARD_PRODUCTS, *(BACKWARD_PRODUCTS if backward else ())))

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritonmoe.config.layer import ClampedSwiGLU, ExpertLayout, FusedActivation
+from tritonmoe.config.activations import ClampedSwiGLU, FusedActivation
+from tritonmoe.config.layer import ExpertLayout
 
 __all__ = ["GPU_SHAPES", "LayerInputs", "LayerShape", "draw_inputs", "draw_routing", "tiny"]
 

@@ -17,7 +17,7 @@ import torch
 
 from tritonmoe.aot import ARCHITECTURES, Variant, compile_one, compile_unchecked, record_launches, source_of
 from tritonmoe.kernels.launch import Launch
-from tritonmoe.kernels.tiles import measured as measured_tiles
+from tritonmoe.kernels.tiles import measured_tiles
 from tritonmoe.kernels.tiles.config import TileConfig
 from tritonmoe.runtime.processes import ends_with_its_parent
 
@@ -48,7 +48,7 @@ def _common(sizes: Sequence[int]) -> Fields:
 
 
 def _walks(fields: Fields) -> Iterator[Fields]:
-    """Give a tile whose programs compute one tile each, and one whose programs walk: two an SM where they are small."""
+    """Return a tile whose programs compute one tile each, and one whose programs walk: two an SM if they are small."""
     yield {**fields, "persistent": False}
     programs = 2 if fields["num_warps"] == 4 else 1
     yield {**fields, "persistent": True, "programs_per_multiprocessor": programs}
@@ -77,7 +77,7 @@ def candidates_of(operation: str, config: TileConfig, dtype: torch.dtype) -> lis
     """Return the tiles to try for an operation, as the fields that replace the table's.
 
     Args:
-        operation: as `tiles.choice.grouped_matmul_config` takes it. config: the table's tile; no candidate is higher.
+        operation: as `tile_choice.grouped_matmul_config` takes it. config: the table's tile; no candidate is higher.
         dtype: in fp32 the steps are half as deep, and the tiles half as wide: an element has twice the bytes.
     """
     height = 128 if operation == "weight_grad" else config.block_m
@@ -92,7 +92,7 @@ class Candidate:
     """One tile for one product."""
 
     key: str
-    """What the product is measured for: see `tiles.measured.tile_key`."""
+    """What the product is measured for: see `tiles.measured_tiles.tile_key`."""
     fields: Fields
 
     @property

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from tritonmoe.report.files import write_picture
+from tritonmoe.report.picture import new_figure, write_picture
 from tritonmoe.runtime.files import Json
 
 __all__ = ["as_table", "write_png"]
@@ -38,11 +38,7 @@ def as_table(results: list[Json], names: Sequence[str]) -> str:
 
 def write_png(path: Path, results: list[Json], names: Sequence[str]) -> None:
     """Draw a bar for every implementation of every case, as a multiple of the median time of names[0]."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 1.2 + 0.55 * len(results)), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(11, 1.2 + 0.55 * len(results), "constrained")
     axes = figure.add_subplot()
     ours, names = names[0], _measured(results, names)
     height = 0.8 / len(names)

@@ -15,7 +15,7 @@ from tritonmoe.benchmarks.operation_calls import operation_calls
 from tritonmoe.benchmarks.shapes import LayerShape, draw_inputs
 from tritonmoe.benchmarks.tile_candidates import Candidate, candidates_of, judge_all, products_of, redundant
 from tritonmoe.kernels import launch
-from tritonmoe.kernels.tiles import measured as measured_tiles
+from tritonmoe.kernels.tiles import measured_tiles
 from tritonmoe.runtime.files import Json
 
 __all__ = ["LEAST_GAIN", "best_entries", "calls_by_key", "candidates_of_layer", "try_candidate", "tune"]
@@ -100,7 +100,7 @@ def _tensors(result: object) -> list[Tensor]:
 
 
 def best_entries(tried: Mapping[str, Json]) -> dict[str, dict[str, int | str]]:
-    """Give for each key the fields of its fastest tile, where it is really faster than the table's and agrees with it.
+    """Return each key's fields of its fastest tile, where that is really faster than the table's and as right.
 
     tried: what `try_candidate` gave, with "key" and "fields".
     """

@@ -32,11 +32,11 @@ def run(arguments: argparse.Namespace) -> int:
     if reason is not None:
         print(f"tritonmoe check: there are no kernels to check, since {reason}", file=sys.stderr)
         return 2
-    from tritonmoe.backends.check import CASES, SMALL_CASES, check_layer
+    from tritonmoe.backends.kernel_check import CASES, SMALL_CASES, check_layer
     from tritonmoe.kernels import launch
-    from tritonmoe.kernels.tiles import measured
-    from tritonmoe.routing.check import ROUTERS, SMALL_ROUTERS, check_router
+    from tritonmoe.kernels.tiles import measured_tiles
     from tritonmoe.routing.router import TopKRouter
+    from tritonmoe.routing.router_check import ROUTERS, SMALL_ROUTERS, check_router
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "Triton's interpreter"
     layers, routers = (SMALL_CASES, SMALL_ROUTERS) if launch.INTERPRETED else (CASES, ROUTERS)
@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
     checks += [(router.name, check_router(router, TopKRouter, device)) for router in routers]
     found, wrong = [], 0
     for case, results in checks:
-        with measured.asked() as tiles:
+        with measured_tiles.asked() as tiles:
             checked = list(results)
         found += checked
         bad = [one for one in checked if not one.is_right]

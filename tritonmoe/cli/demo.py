@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 
 from tritonmoe.benchmarks.argument_types import Subparsers, output_folder, positive, seed
+from tritonmoe.demo.demo_page import as_page
+from tritonmoe.demo.demo_text import Results, as_json, as_text, rate_text, title
 from tritonmoe.demo.measure import LATENCY_US, VARIANTS, LayerShape, measure_layer
 from tritonmoe.demo.model import ModelShape, load_shakespeare
-from tritonmoe.demo.page import as_page
-from tritonmoe.demo.report import Results, as_json, as_text, rate_text, title
 from tritonmoe.demo.training import RankTraining, Training, train
 from tritonmoe.report.html import write_page
 from tritonmoe.report.perfetto import write_chrome_trace

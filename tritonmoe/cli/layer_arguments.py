@@ -6,7 +6,8 @@ import torch
 
 from tritonmoe.benchmarks.argument_types import positive
 from tritonmoe.benchmarks.shapes import LayerShape
-from tritonmoe.config.layer import ACTIVATION_NAMES, ClampedSwiGLU, MoEConfig
+from tritonmoe.config.activations import ACTIVATION_NAMES, ClampedSwiGLU
+from tritonmoe.config.layer import MoEConfig
 
 __all__ = ["DTYPES", "add_layer_arguments", "layer_shape", "tokens_of_every_class"]
 
@@ -44,6 +45,6 @@ def layer_shape(arguments: argparse.Namespace) -> LayerShape:
 
 def tokens_of_every_class(shape: LayerShape) -> list[int]:
     """Return token counts of every class of tiles: 1 token, then about 16, 32, 64, 128, ... 4096 pairs per expert."""
-    from tritonmoe.kernels.tiles.choice import LONG_SUMS
+    from tritonmoe.kernels.tiles.tile_choice import LONG_SUMS
 
     return sorted({1, *(-(-pairs * shape.num_experts // shape.top_k) for pairs in (16, 32, 64, *LONG_SUMS))})

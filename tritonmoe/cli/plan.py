@@ -16,11 +16,11 @@ from tritonmoe.planner.comparison import Equal, compare
 from tritonmoe.planner.job import Job, Recompute
 from tritonmoe.planner.model_config import expert_load, find_model
 from tritonmoe.planner.model_presets import MODELS
-from tritonmoe.planner.plan import plan
 from tritonmoe.planner.plan_page import comparison_page, plan_page
+from tritonmoe.planner.plan_search import Free
 from tritonmoe.planner.plan_table import comparison_table, plan_table
-from tritonmoe.planner.search import Free
 from tritonmoe.planner.trainer import TRAINERS, UNKNOWN_IMBALANCE, Sends, trained_by
+from tritonmoe.planner.training_plan import plan
 from tritonmoe.report.html import Page, write_page
 from tritonmoe.runtime.files import Json, write_whole
 

@@ -67,7 +67,7 @@ def run(arguments: argparse.Namespace, say: Callable[[str], None] = print) -> in
         )
         return 2
     from tritonmoe.benchmarks.tuning import tune
-    from tritonmoe.kernels.tiles import measured as measured_tiles
+    from tritonmoe.kernels.tiles import measured_tiles
 
     path = measured_tiles.cache_file()
     try:
@@ -119,7 +119,7 @@ def chosen_tiles(
         ValueError: there is no such target. ImportError: there is no triton.
     """
     from tritonmoe.aot import ARCHITECTURES, Variant, record_launches
-    from tritonmoe.kernels.tiles import measured as measured_tiles
+    from tritonmoe.kernels.tiles import measured_tiles
     from tritonmoe.kernels.tiles.config import TileConfig
 
     if target not in ARCHITECTURES:

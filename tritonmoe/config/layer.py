@@ -1,110 +1,34 @@
-"""Frozen, checked settings: the weights' layout, the activation, the layer; and one value for each kind of weight.
+"""Frozen, checked settings: the weights' layout, the layer; and one value for each kind of weight.
 
 Shapes in this project: T tokens on this rank, D model width, F expert width, E experts, E_local experts on one
 rank, K experts per token, W ranks, C chunks, N = T*K routed pairs, R received rows. See docs/glossary.md.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Generic, Literal, TypeGuard, TypeVar
+from typing import Generic, Literal, TypeVar
 
 import torch
 from typing_extensions import NamedTuple  # typing's is not generic before Python 3.11
 
+from tritonmoe.config.activations import Activation, check_activation
+from tritonmoe.config.numbers import check_flags, is_integer, is_number
+
 __all__ = [
-    "ACTIVATION_NAMES",
     "MAX_PAIRS",
     "NO_WEIGHTS",
-    "Activation",
-    "ClampedSwiGLU",
     "ExpertLayout",
-    "FusedActivation",
     "KernelOptions",
     "MoEConfig",
     "PerWeight",
     "Projection",
-    "check_activation",
-    "check_flags",
     "check_moe_config",
-    "is_fused",
-    "is_integer",
-    "is_number",
 ]
 
 MAX_TOP_K = 16
 MAX_EXPERTS = 1024
 MAX_PAIRS = 2**31 - 1
 """Positions of pairs are int32."""
-ACTIVATION_NAMES = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
-
-
-def is_integer(value: object) -> TypeGuard[int]:
-    """Say whether this is an int; True and False are none here."""
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def is_number(value: object) -> bool:
-    """Say whether this is an int or a float, and finite (not by math.isfinite, which torch.compile can't trace)."""
-    return is_integer(value) or (isinstance(value, float) and abs(value) < math.inf)
-
-
-def check_flags(settings: object, *names: str) -> None:
-    """Raise TypeError unless each of these fields is True or False."""
-    for name in names:
-        if not isinstance(getattr(settings, name), bool):
-            raise TypeError(f"{name} must be True or False, got {getattr(settings, name)!r}")
-
-
-@dataclass(frozen=True)
-class ClampedSwiGLU:
-    """Gated activation with clamped inputs: `g * sigmoid(alpha * g) * (u + up_offset)`.
-
-    g is the gate clamped to at most `limit`; u is the up half clamped to [-limit, limit].
-    gpt-oss is `ClampedSwiGLU(7.0, alpha=1.702, up_offset=1.0)`; DeepSeek-V4 is `ClampedSwiGLU(limit)`.
-    """
-
-    limit: float
-    alpha: float = 1.0
-    up_offset: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not is_number(self.limit) or self.limit <= 0:
-            raise ValueError(f"ClampedSwiGLU limit must be positive and finite, got {self.limit!r}")
-        for name in ("alpha", "up_offset"):
-            if not is_number(getattr(self, name)):
-                raise ValueError(f"ClampedSwiGLU {name} must be a finite number, got {getattr(self, name)!r}")
-
-
-FusedActivation = str | ClampedSwiGLU
-"""An activation that the kernels know: one of ACTIVATION_NAMES, or a ClampedSwiGLU."""
-
-Activation = str | ClampedSwiGLU | Callable[[torch.Tensor], torch.Tensor]
-"""A fused activation, or any callable from (n, 2F) rows ((n, F) when ungated) to (n, F) rows."""
-
-
-def is_fused(activation: Activation) -> TypeGuard[FusedActivation]:
-    """Say whether the kernels apply this activation themselves (a name or a ClampedSwiGLU)."""
-    return isinstance(activation, (str, ClampedSwiGLU))
-
-
-def check_activation(activation: Activation, gated: bool) -> None:
-    """Raise ValueError or TypeError unless `activation` is one that experts can run."""
-    if isinstance(activation, str):
-        if activation not in ACTIVATION_NAMES:
-            raise ValueError(
-                f"activation {activation!r} is not known: choose one of {', '.join(ACTIVATION_NAMES)}, "
-                "a ClampedSwiGLU, or pass a callable"
-            )
-    elif isinstance(activation, ClampedSwiGLU):
-        if not gated:
-            raise ValueError("ClampedSwiGLU needs a gate and an up half: use gated=True")
-    elif isinstance(activation, type):
-        raise TypeError(
-            f"activation is the class {activation.__name__}: pass an instance of it, {activation.__name__}()"
-        )
-    elif not callable(activation):
-        raise TypeError(f"activation must be a name, a ClampedSwiGLU or a callable, got {type(activation)}")
 
 
 @dataclass(frozen=True)
@@ -214,7 +138,8 @@ class MoEConfig:
     top_k: int
     """K, experts per token; at most 16 and at most E."""
     activation: Activation = "silu"
-    """silu, gelu, gelu_tanh, relu, relu2, a ClampedSwiGLU, or a callable from (n, 2F) rows to (n, F)."""
+    """silu, gelu, gelu_tanh, relu, relu2, a ClampedSwiGLU, a SoftcappedSwiGLU, or a callable from (n, 2F) rows to
+    (n, F)."""
     gated: bool = True
     """Whether the up-projection has a gate half, the first F of its 2F columns."""
     interleaved: bool = False

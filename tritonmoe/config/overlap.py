@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from tritonmoe.config.layer import check_flags, is_integer, is_number
+from tritonmoe.config.numbers import check_flags, is_integer, is_number
 
 __all__ = [
     "LOCAL_PARTS",
@@ -213,7 +213,7 @@ class OverlapPlan:
         return self.num_local_slices + self.num_chunks
 
     def bounds(self, count: int) -> tuple[int, ...]:
-        """Give the (C+1) bounds of the chunks of a rank's tokens, or of its experts: sizes (1, 2) cut 9 at 0, 3, 9."""
+        """Return the (C+1) bounds of the chunks of a rank's tokens or experts: sizes (1, 2) cut 9 at 0, 3, 9."""
         total, reached = sum(self.chunk_sizes), (0, *accumulate(self.chunk_sizes))
         return tuple(count * size // total for size in reached)
 

@@ -13,7 +13,7 @@ from tritonmoe.layer import MoELayer, report_of
 from tritonmoe.overlap.report import LayerReport, PassReport
 from tritonmoe.report.timeline import Timeline, layer_timeline
 from tritonmoe.transports import LinkModel, Transport
-from tritonmoe.transports.emulated.run import run_on_emulated_ranks
+from tritonmoe.transports.emulated.emulated_ranks import run_on_emulated_ranks
 
 __all__ = ["LATENCY_US", "VARIANTS", "LayerMeasurement", "LayerShape", "measure_layer"]
 

@@ -138,7 +138,7 @@ class ByteModel(nn.Module):
             yield block.moe
 
     def forward(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Give the mean loss in nats per byte and the routers' auxiliary loss, of (B, L) bytes and those after them."""
+        """Return the mean loss in nats per byte and the routers' auxiliary loss, of (B, L) bytes and the next ones."""
         # The head wants a small embedding and the residual path one that the blocks' outputs don't drown.
         x = F.embedding(inputs, self.embedding) * self.embedding.shape[1] ** 0.5 + self.position
         for block in self.blocks:

@@ -11,7 +11,7 @@ from tritonmoe.config.overlap import OverlapConfig
 from tritonmoe.demo.model import ByteModel, ModelShape, Text
 from tritonmoe.integrations.torch_distributed.parallelize import expert_parameters
 from tritonmoe.transports import LinkModel, Transport
-from tritonmoe.transports.emulated.run import run_on_emulated_ranks
+from tritonmoe.transports.emulated.emulated_ranks import run_on_emulated_ranks
 
 __all__ = ["RankTraining", "Training", "row_bytes_per_layer", "train"]
 

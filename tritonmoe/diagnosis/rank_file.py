@@ -7,9 +7,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
 
-from tritonmoe.config.layer import is_integer, is_number
+from tritonmoe.config.numbers import is_integer, is_number
 from tritonmoe.config.overlap import WIRE_DTYPES, OverlapPlan
-from tritonmoe.diagnosis.recording import FORMAT, SCHEMA, RankCall, RecordedPass, RecordedStep
+from tritonmoe.diagnosis.call_recording import FORMAT, SCHEMA, RankCall, RecordedPass, RecordedStep
 from tritonmoe.diagnosis.schedules import inside_of, schedule_of
 from tritonmoe.overlap.report import CallMarks
 from tritonmoe.overlap.schedule import Schedule

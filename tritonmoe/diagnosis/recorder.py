@@ -1,41 +1,31 @@
 """record: write what every layer call of this process does to files, one for each rank, which the doctor reads."""
 
-import importlib.metadata
-import json
 import os
-import platform
 import queue
-import socket
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple, TextIO
+from typing import NamedTuple
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
 
-from tritonmoe.diagnosis.recording import FORMAT, SCHEMA, file_name, folder_name, plain_plan
+from tritonmoe.diagnosis.call_recording import folder_name
+from tritonmoe.diagnosis.rank_file_writer import HeldCall, RankFileWriter
 from tritonmoe.dispatch.header import CallHeader
 from tritonmoe.expert_parallel.listeners import listeners
 from tritonmoe.grouping import Grouping
-from tritonmoe.overlap.report import CallMarks, LayerReport, PassReport, StepTiming
+from tritonmoe.overlap.report import LayerReport
 from tritonmoe.runtime.autograd import is_recomputing
-from tritonmoe.runtime.files import Json
 from tritonmoe.runtime.host_device import HostCopy
-from tritonmoe.runtime.version import __version__
-from tritonmoe.simulation.cost_model import step_units
-from tritonmoe.transports import Transport, TwoLevelTransport
+from tritonmoe.transports import Transport
 
 __all__ = ["record"]
 
 PAUSE_S = 0.25
 """So long the thread that writes waits for more calls: several in a row take it half of the time of single ones, for
 which the core's caches are cold."""
-DECIMALS = 7
-"""Seconds are written to a tenth of a microsecond."""
 
 
 @contextmanager
@@ -90,19 +80,6 @@ def _leave(recorder: "_Recorder") -> None:
     recorder.end()
 
 
-class _Held(NamedTuple):
-    """A call that is to be written."""
-
-    file: "_RankFile"
-    header: CallHeader
-    report: LayerReport
-    pairs: HostCopy
-    """Where the pairs of each expert start."""
-    is_recompute: bool
-    backward: PassReport | None = None
-    backward_marks: CallMarks | None = None
-
-
 class _Dropped(NamedTuple):
     """Says that a call's graph is gone, so that its backward can't come any more."""
 
@@ -117,13 +94,13 @@ class _Recorder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.num_users = 0
-        self._files: WeakKeyDictionary[Transport, _RankFile] = WeakKeyDictionary()
+        self._files: WeakKeyDictionary[Transport, RankFileWriter] = WeakKeyDictionary()
         self._transports_of_rank: dict[tuple[Path, int], int] = {}
-        self._held: dict[tuple[int, int], tuple[_Held, ReferenceType[Grouping]]] = {}
+        self._held: dict[tuple[int, int], tuple[HeldCall, ReferenceType[Grouping]]] = {}
         """By file and number of the call, those whose backward may come, each with what its graph keeps. As long as
         the graph lives so does the report: holding it takes no memory worth a bound."""
         self._lock = threading.Lock()
-        self._complete: queue.SimpleQueue[_Held | _Dropped | None] = queue.SimpleQueue()
+        self._complete: queue.SimpleQueue[HeldCall | _Dropped | None] = queue.SimpleQueue()
         self._failure: OSError | None = None
         self._is_ending = threading.Event()
         self._thread = threading.Thread(target=self._write, name="recorder", daemon=True)
@@ -137,7 +114,7 @@ class _Recorder:
             folder = self.path if ranks is None else self.path / folder_name(ranks)
             number = self._transports_of_rank.get((folder, transport.rank), 0)
             own = folder / f"transport-{number}" if number else folder
-            self._files[transport] = _RankFile(own, transport, device)
+            self._files[transport] = RankFileWriter(own, transport, device)
             self._transports_of_rank[folder, transport.rank] = number + 1
             transport.tells_arrivals = True
 
@@ -145,7 +122,7 @@ class _Recorder:
         file = self._files.get(transport)
         if header.captured or file is None:  # None: the call began before the recording
             return
-        held = _Held(file, header, report, HostCopy(grouping.expert_offsets), is_recomputing())
+        held = HeldCall(file, header, report, HostCopy(grouping.expert_offsets), is_recomputing())
         if not header.grad_enabled:
             self._complete.put(held)
             return
@@ -192,7 +169,7 @@ class _Recorder:
                 except OSError as error:
                     self._failure = error
 
-    def _to_write(self, one: _Held | _Dropped | None) -> _Held | None:
+    def _to_write(self, one: HeldCall | _Dropped | None) -> HeldCall | None:
         """Return a call that is over; of a call whose graph is gone, the forward, unless its backward came before."""
         if not isinstance(one, _Dropped):
             return one
@@ -204,136 +181,9 @@ class _Recorder:
         return held
 
 
-def _write_calls(batch: Sequence[_Held]) -> None:
+def _write_calls(batch: Sequence[HeldCall]) -> None:
     """Write calls; their lines have reached the system when this returns."""
     for held in batch:
         held.file.write(held)
     for file in {held.file for held in batch}:
         file.flush()
-
-
-class _RankFile:
-    """The file of one rank on one transport."""
-
-    def __init__(self, folder: Path, transport: Transport, device: torch.device) -> None:
-        self._path = folder / file_name(transport.rank)
-        if self._path.exists():
-            raise FileExistsError(
-                f"{self._path} is of an earlier run: give record() another folder for each run, and each restart of "
-                "one, or remove this one first"
-            )
-        self._header: Json = {
-            "format": FORMAT,
-            "schema": SCHEMA,
-            "rank": transport.rank,
-            "size": transport.size,
-            "job_ranks": transport.job_ranks,
-            "transport": _public_name(type(transport)),
-            "node_size": transport.node_size if isinstance(transport, TwoLevelTransport) else None,
-            "shares_link": transport.shares_link(device),
-            "uses_rendezvous": transport.uses_rendezvous(device),
-            "host": socket.gethostname(),
-            "cores": os.cpu_count(),
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-            "versions": {"tritonmoe": __version__, "python": platform.python_version(), **_versions("torch", "triton")},
-            "wall_clock": time.time(),
-            "perf_counter": time.perf_counter(),
-        }
-        self._file: TextIO | None = None
-
-    def write(self, held: _Held) -> None:
-        """Write a call, into memory at first."""
-        if self._file is None:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self._path.open("x")
-            self._header["model"] = {**_sizes(held.header), "top_k": held.header.top_k}
-            _write_line(self._file, self._header)
-        _write_line(self._file, _plain_call(held))
-
-    def flush(self) -> None:
-        if self._file is not None:
-            self._file.flush()
-
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-
-
-def _write_line(file: TextIO, values: Json) -> None:
-    file.write(json.dumps(values, separators=(",", ":")) + "\n")
-
-
-def _versions(*packages: str) -> dict[str, str | None]:
-    versions: dict[str, str | None] = {}
-    for package in packages:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
-    return versions
-
-
-def _sizes(header: CallHeader) -> dict[str, int]:
-    return {name: getattr(header, name) for name in ("num_experts", "hidden_size", "intermediate_size")}
-
-
-def _plain_call(held: _Held) -> Json:
-    """Return a call as it is written; waits for the device, if it has not ended the call yet."""
-    report, header = held.report, held.header
-    (offsets,) = held.pairs.wait()
-    sizes = [
-        [float(last - first) for first, last in pairwise(of)]
-        for of in (report.send_offsets, report.return_offsets, report.pair_offsets)
-    ]
-    return {
-        "call": header.sequence,
-        "layer": header.layer,
-        "recomputed": held.is_recompute,
-        "half": header.half,
-        "choice": report.choice,
-        "plan": plain_plan(report.overlap),
-        "sizes": _sizes(header),
-        "top_k": report.top_k,
-        "row_bytes": report.row_bytes,
-        "other_row_bytes": report.row_bytes if report.other_row_bytes is None else report.other_row_bytes,
-        "rows_to_nodes": report.rows_to_nodes,
-        "overflowed": report.overflowed,
-        "send_offsets": report.send_offsets,
-        "return_offsets": report.return_offsets,
-        "pair_offsets": report.pair_offsets,
-        "rows": report.traffic_rows[report.rank].tolist(),
-        "pairs": report.traffic_pairs[report.rank].tolist(),
-        "pairs_per_expert": offsets.diff().tolist(),
-        "forward": _plain_pass(report.forward, report.marks, report, sizes),
-        "backward": held.backward and _plain_pass(held.backward, held.backward_marks, report, sizes),
-    }
-
-
-def _plain_pass(layer_pass: PassReport, marks: CallMarks | None, report: LayerReport, sizes: list[list[float]]) -> Json:
-    num_local_slices = report.overlap.num_local_slices
-
-    def plain(timing: StepTiming) -> Json:
-        step, arrivals = timing.step, timing.arrivals_s
-        return {
-            "kind": str(step.kind),
-            "chunk": step.chunk,
-            "start_s": round(timing.start_s, DECIMALS),
-            "end_s": round(timing.end_s, DECIMALS),
-            "wait_s": round(timing.wait_s, DECIMALS),
-            "post_s": round(timing.post_s, DECIMALS),
-            "units": step_units(step, num_local_slices, *sizes),
-            "arrivals_s": arrivals and [None if at is None else round(at, DECIMALS) for at in arrivals],
-        }
-
-    return {
-        "marks": marks and {name: round(at, DECIMALS) for name, at in marks._asdict().items()},
-        "origin": round(layer_pass.started_at, DECIMALS),
-        "total_s": round(layer_pass.total_s, DECIMALS),
-        "steps": [plain(timing) for timing in layer_pass.steps],
-        "steps_inside": [plain(timing) for timing in layer_pass.steps_inside],
-    }
-
-
-def _public_name(kind: type) -> str:
-    """Return the name of the class, or of the nearest one above it whose name is public."""
-    return next(one.__name__ for one in kind.__mro__ if not one.__name__.startswith("_"))

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from tritonmoe.diagnosis.call_recording import RankCall, RecordedCall, RecordedPass, Recording, file_name
 from tritonmoe.diagnosis.rank_file import CallLine, RankFile, read_rank_file
-from tritonmoe.diagnosis.recording import RankCall, RecordedCall, RecordedPass, Recording, file_name
 from tritonmoe.overlap.report import CallMarks
 from tritonmoe.overlap.steps import Step
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from tritonmoe.backends.ops import WeightGrads, accumulation_dtype
-from tritonmoe.config.layer import PerWeight, is_integer
+from tritonmoe.config.layer import PerWeight
+from tritonmoe.config.numbers import is_integer
 from tritonmoe.runtime.cpu_memory import to_device
 
 __all__ = ["ExpertPlacement", "pack_replica_grads", "replica_bits", "sum_replica_grads"]

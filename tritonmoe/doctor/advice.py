@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 
 from tritonmoe.config.overlap import OverlapConfig
-from tritonmoe.diagnosis.recording import RecordedCall, Recording, by_layer
+from tritonmoe.diagnosis.call_recording import RecordedCall, Recording, by_layer
 from tritonmoe.dispatch.placement import ExpertPlacement
 from tritonmoe.doctor.attribution import Cost
 from tritonmoe.doctor.conditions import (
@@ -26,7 +26,7 @@ from tritonmoe.doctor.conditions import (
 )
 from tritonmoe.doctor.costs import Costs, fit_costs
 from tritonmoe.simulation.cost_model import EachLink, InsidePorts, LayerWork
-from tritonmoe.simulation.two_batches import MOST_LAYERS
+from tritonmoe.simulation.halves_in_turn import MOST_LAYERS
 from tritonmoe.transports.wire import WireFormat
 from tritonmoe.tuning.search import search
 

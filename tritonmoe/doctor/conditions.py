@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from tritonmoe.config.overlap import OverlapPlan
-from tritonmoe.diagnosis.recording import RecordedCall, RecordedPass, Recording
+from tritonmoe.diagnosis.call_recording import RecordedCall, RecordedPass, Recording
 from tritonmoe.diagnosis.schedules import schedule_of
 from tritonmoe.doctor.costs import Costs
 from tritonmoe.overlap.schedule import Schedule
 from tritonmoe.overlap.steps import StepKind
 from tritonmoe.simulation.cost_model import EachLink, LayerWork, LinkCosts, StepCosts
+from tritonmoe.simulation.halves_in_turn import simulate_two_batches
 from tritonmoe.simulation.simulator import Simulation, simulate
-from tritonmoe.simulation.two_batches import simulate_two_batches
 from tritonmoe.simulation.two_level_work import TwoLevelWork
 
 __all__ = [

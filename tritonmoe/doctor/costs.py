@@ -11,7 +11,7 @@ from itertools import groupby
 
 import torch
 
-from tritonmoe.diagnosis.recording import RecordedCall, RecordedPass, RecordedStep, Recording
+from tritonmoe.diagnosis.call_recording import RecordedCall, RecordedPass, RecordedStep, Recording
 from tritonmoe.doctor.fits import ALIKE, fit_relative_line, weighted_median
 from tritonmoe.doctor.links import LinkRatios, fit_links
 from tritonmoe.overlap.report import covered_s

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tritonmoe.diagnosis.recording import RecordedCall, Recording
+from tritonmoe.diagnosis.call_recording import RecordedCall, Recording
 from tritonmoe.doctor.fits import medians, weighted_median
 from tritonmoe.doctor.messages import Messages, Reach, messages_of, reaches
 from tritonmoe.simulation.cost_model import EachLink, InsidePorts, LinkCosts

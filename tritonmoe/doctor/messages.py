@@ -9,7 +9,7 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from tritonmoe.diagnosis.recording import RecordedCall
+from tritonmoe.diagnosis.call_recording import RecordedCall
 from tritonmoe.overlap.steps import Step, StepKind, Way
 
 __all__ = ["Messages", "Reach", "members", "messages_of", "reaches"]

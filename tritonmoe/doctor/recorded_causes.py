@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tritonmoe.diagnosis.recording import RecordedCall, Recording
+from tritonmoe.diagnosis.call_recording import RecordedCall, Recording
 from tritonmoe.doctor.causes import CauseKind, Excess
 from tritonmoe.doctor.costs import Costs, fit_costs
 from tritonmoe.doctor.graph import Graph

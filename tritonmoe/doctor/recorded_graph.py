@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tritonmoe.diagnosis.recording import RecordedPass, Recording
+from tritonmoe.diagnosis.call_recording import RecordedPass, Recording
 from tritonmoe.doctor.graph import Graph, Kind
 from tritonmoe.doctor.recorded_between import Between, between_of
 from tritonmoe.doctor.recorded_steps import Event, Events, PlacedPass, events_of, placed_passes

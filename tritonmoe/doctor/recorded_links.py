@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tritonmoe.diagnosis.recording import Recording
+from tritonmoe.diagnosis.call_recording import Recording
 from tritonmoe.doctor.causes import CauseKind
 from tritonmoe.doctor.costs import Costs
 from tritonmoe.doctor.messages import Messages, Reach, messages_of, reaches

@@ -10,7 +10,7 @@ from tritonmoe.doctor.run_figures import PASSES, timelines_of
 from tritonmoe.report.charts import Heat
 from tritonmoe.report.figures import Cell, Figures, Line, Table, Words
 from tritonmoe.report.html import Block
-from tritonmoe.report.lanes import MOST_SPANS, lanes_chart, ranks_within
+from tritonmoe.report.lane_chart import MOST_SPANS, lanes_chart, ranks_within
 
 __all__ = ["RecordedPart"]
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from tritonmoe.diagnosis.recording import RecordedCall, Recording
+from tritonmoe.diagnosis.call_recording import RecordedCall, Recording
 from tritonmoe.doctor.advice import Advice, advice_on
 from tritonmoe.doctor.attribution import Verdict, attribute
 from tritonmoe.doctor.costs import Costs

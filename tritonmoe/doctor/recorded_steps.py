@@ -6,7 +6,7 @@ from functools import lru_cache
 from itertools import pairwise
 
 from tritonmoe.config.overlap import OverlapPlan
-from tritonmoe.diagnosis.recording import RecordedCall, RecordedPass, Recording
+from tritonmoe.diagnosis.call_recording import RecordedCall, RecordedPass, Recording
 from tritonmoe.diagnosis.schedules import inside_of, schedule_of
 from tritonmoe.overlap.schedule import build_inside
 from tritonmoe.overlap.steps import StepKind

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from tritonmoe.diagnosis.recording import RecordedCall, RecordedPass
+from tritonmoe.diagnosis.call_recording import RecordedCall, RecordedPass
 from tritonmoe.doctor.conditions import PassesBefore, conditions_of, measured_s, passes_before, walk
 from tritonmoe.doctor.messages import members
 from tritonmoe.doctor.recorded_run import RecordedRun

@@ -7,7 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tritonmoe.config.layer import PerWeight, is_fused, is_integer
+from tritonmoe.config.activations import is_fused
+from tritonmoe.config.layer import PerWeight
+from tritonmoe.config.numbers import is_integer
 from tritonmoe.config.overlap import OverlapConfig, OverlapPlan, check_overlap
 from tritonmoe.dispatch.header import DTYPE_CODES
 from tritonmoe.dispatch.placement import ExpertPlacement

@@ -7,7 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tritonmoe.config.layer import Activation, PerWeight, is_fused
+from tritonmoe.config.activations import Activation, is_fused
+from tritonmoe.config.layer import PerWeight
 from tritonmoe.config.overlap import OverlapConfig, OverlapPlan
 from tritonmoe.dispatch.placement import ExpertPlacement
 from tritonmoe.expert_parallel.call import run_call

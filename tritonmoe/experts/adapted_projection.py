@@ -9,7 +9,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from tritonmoe.backends.ops import GradientOperands, Operations
-from tritonmoe.config.layer import ExpertLayout, FusedActivation, KernelOptions, PerWeight, Projection
+from tritonmoe.config.activations import FusedActivation
+from tritonmoe.config.layer import ExpertLayout, KernelOptions, PerWeight, Projection
 from tritonmoe.experts.adapter_dropout import AdapterDropout, DroppedRows
 from tritonmoe.experts.flops import count_products, matrix_size
 from tritonmoe.grouping import Grouping

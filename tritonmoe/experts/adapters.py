@@ -7,10 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tritonmoe.config.layer import (
-    PerWeight,
-    is_number,
-)
+from tritonmoe.config.layer import PerWeight
+from tritonmoe.config.numbers import is_number
 
 __all__ = [
     "HANDS_OVER",

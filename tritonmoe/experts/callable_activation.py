@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tritonmoe.config.layer import Activation, ExpertLayout
+from tritonmoe.config.activations import Activation
+from tritonmoe.config.layer import ExpertLayout
 from tritonmoe.experts.spec import ExpertSettings
 from tritonmoe.grouping import Grouping
 

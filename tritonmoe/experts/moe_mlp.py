@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from tritonmoe.backends.ops import GradientOperands
-from tritonmoe.config.layer import NO_WEIGHTS, Activation, PerWeight, is_fused
+from tritonmoe.config.activations import Activation, is_fused
+from tritonmoe.config.layer import NO_WEIGHTS, PerWeight
 from tritonmoe.experts.adapter_dropout import DroppedRows, with_row_seeds
 from tritonmoe.experts.adapters import ExpertAdapters, with_adapters
 from tritonmoe.experts.arguments import (
@@ -226,8 +227,8 @@ def moe_mlp(
         topk_weights: (T, K) floating point; used in fp32.
         gate_up_proj: (E, 2F, D), or (E, D, 2F) with transposed=True; F instead of 2F with gated=False.
         down_proj: (E, D, F), or (E, F, D) with transposed=True.
-        activation: silu, gelu, gelu_tanh, relu, relu2, a ClampedSwiGLU, or a callable that takes (n, 2F) rows in
-            x.dtype, in the weights' own column order and with the bias added, and gives (n, F).
+        activation: silu, gelu, gelu_tanh, relu, relu2, a ClampedSwiGLU, a SoftcappedSwiGLU, or a callable that takes
+            (n, 2F) rows in x.dtype, in the weights' own column order and with the bias added, and gives (n, F).
         gated: whether the up-projection has a gate half, which are the first F of its 2F columns.
         interleaved: gate and up columns alternate instead, those of the bias too: 0, 2, 4, ... are the gate.
         transposed: the weights lie the other way round, as in gpt-oss.

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from tritonmoe.backends.ops import GradientOperands, accumulation_dtype
-from tritonmoe.config.layer import NO_WEIGHTS, PerWeight, is_fused
+from tritonmoe.config.activations import is_fused
+from tritonmoe.config.layer import NO_WEIGHTS, PerWeight
 from tritonmoe.experts.adapted_projection import AdaptedProjection, AdapterRowsOfBoth
 from tritonmoe.experts.adapter_dropout import DroppedRows, rows_of_pairs
 from tritonmoe.experts.callable_activation import ActivationGraph, run_activation, zero_padding

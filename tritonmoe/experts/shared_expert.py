@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tritonmoe.backends.ops import accumulation_dtype, apply_activation
-from tritonmoe.config.layer import ClampedSwiGLU, MoEConfig
+from tritonmoe.config.activations import is_fused
+from tritonmoe.config.layer import MoEConfig
 from tritonmoe.runtime.autograd import is_autocast_on
 
 __all__ = ["SharedExpert"]
@@ -68,7 +69,7 @@ class SharedExpert(nn.Module):
         if x.dtype != weight.dtype and not is_autocast_on(x.device):
             raise TypeError(f"the shared expert is {weight.dtype} and x is {x.dtype}: cast one to the other's dtype")
         h = F.linear(x, self._rows_out(weight))
-        if isinstance(self.activation, str | ClampedSwiGLU):
+        if is_fused(self.activation):
             return apply_activation(h.to(accumulation_dtype(h.dtype)), self.layout, self.activation).to(h.dtype)
         return self.activation(h)
 

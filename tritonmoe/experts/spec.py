@@ -10,16 +10,9 @@ from torch import Tensor
 
 from tritonmoe import backends
 from tritonmoe.backends.ops import Operations
-from tritonmoe.config.layer import (
-    Activation,
-    ClampedSwiGLU,
-    ExpertLayout,
-    KernelOptions,
-    PerWeight,
-    Projection,
-    check_activation,
-    is_fused,
-)
+from tritonmoe.config import activations
+from tritonmoe.config.activations import Activation, check_activation, is_fused
+from tritonmoe.config.layer import ExpertLayout, KernelOptions, PerWeight, Projection
 from tritonmoe.experts.adapted_projection import AdaptedProjection
 from tritonmoe.experts.adapter_dropout import AdapterDropout
 from tritonmoe.experts.adapters import ExpertAdapters
@@ -92,9 +85,9 @@ def words_of(activation: Activation) -> str:
     """Return what an activation is called; a callable goes by its name."""
     if isinstance(activation, str):
         return activation
-    if isinstance(activation, ClampedSwiGLU):
-        limit, alpha, up_offset = (0.0 + of for of in (activation.limit, activation.alpha, activation.up_offset))
-        return f"ClampedSwiGLU({limit}, alpha={alpha}, up_offset={up_offset})"  # 0.0 + -0.0 is 0.0
+    if is_fused(activation):
+        name, *numbers = activations.to_plain(activation)
+        return str(activations.from_plain((name, *(0.0 + number for number in numbers))))  # 0.0 + -0.0 is 0.0
     named: object = activation
     while isinstance(named, partial):
         named = named.func
@@ -181,10 +174,9 @@ def choose_backend(spec: ExpertSpec, inputs: CallTensors[Tensor], *, beside_exch
 
 def to_plain(spec: ExpertSpec) -> tuple[Any, ...]:
     """Return a spec whose activation is fused as a tuple of Python literals, which from_plain() reads."""
-    activation: Any = spec.activation
-    if isinstance(activation, ClampedSwiGLU):
-        activation = activation.limit, activation.alpha, activation.up_offset
+    assert is_fused(spec.activation)
     layout = tuple([getattr(spec.layout, name) for name in LAYOUT])
+    activation = activations.to_plain(spec.activation)
     return layout, activation, tuple(spec.options), *[getattr(spec, name) for name in OTHERS]
 
 
@@ -192,7 +184,7 @@ def from_plain(plain: tuple[Any, ...]) -> ExpertSpec:
     layout, activation, options, *others = plain
     return ExpertSpec(
         layout=ExpertLayout(**dict(zip(LAYOUT, layout, strict=True))),
-        activation=ClampedSwiGLU(*activation) if isinstance(activation, tuple) else activation,
+        activation=activations.from_plain(activation),
         options=KernelOptions(*options),
         **dict(zip(OTHERS, others, strict=True)),
     )

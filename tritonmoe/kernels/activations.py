@@ -1,88 +1,128 @@
-"""Activations and their slopes in fp32, as pieces of kernels."""
+"""Activations and their slopes in fp32, as pieces of kernels: a function for each entry of config/activations.py.
+
+A function takes gate and up (the gate once more where there is none), the activation's numbers and GATED. It returns
+a = act(gate, up), da/dgate and da/dup.
+"""
+
+from typing import Any
 
 import triton
 import triton.language as tl
 
-from tritonmoe.config.layer import ClampedSwiGLU, FusedActivation
+from tritonmoe.config.activations import MAX_NUMBERS, FusedActivation, find_activation
 
-__all__ = ["activate", "activate_with_slopes", "activation_options"]
+__all__ = ["activation_options"]
 
 
-def activation_options(activation: FusedActivation | None) -> tuple[str, tuple[float, float, float]]:
-    """Give the ACTIVATION constexpr and the scalars (limit, alpha, up_offset)."""
+def activation_options(activation: FusedActivation | None) -> tuple[Any, tuple[float, ...]]:
+    """Return the ACTIVATION constexpr and MAX_NUMBERS numbers, zeros behind those of the activation."""
     if activation is None:
-        return "none", (0.0, 0.0, 0.0)
-    if isinstance(activation, ClampedSwiGLU):
-        scalars = (float(activation.limit), float(activation.alpha), float(activation.up_offset))
-        return "clamped_swiglu", scalars
-    return activation, (0.0, 0.0, 0.0)
+        return None, (0.0,) * MAX_NUMBERS
+    found = find_activation(activation)
+    numbers = tuple(map(float, found.numbers))
+    return KERNEL_FUNCTIONS[found.name], numbers + (0.0,) * (MAX_NUMBERS - len(numbers))
 
 
 @triton.jit
 def _lower_of(x, bound):
-    """Give the lower one; NaN stays NaN, as in PyTorch."""
+    """Return the lower one; NaN stays NaN, as in PyTorch."""
     return tl.minimum(x, bound, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def _higher_of(x, bound):
-    """Give the higher one; NaN stays NaN."""
+    """Return the higher one; NaN stays NaN."""
     return tl.maximum(x, bound, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
-def _pointwise_with_slope(x, ACTIVATION: tl.constexpr):
-    """Give f(x) and f'(x)."""
-    if ACTIVATION == "silu":
-        sigmoid = tl.sigmoid(x)
-        value = x * sigmoid
-        slope = sigmoid * (1.0 + x * (1.0 - sigmoid))
-    elif ACTIVATION == "gelu":
-        cumulative = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
-        value = x * cumulative
-        slope = cumulative + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
-    elif ACTIVATION == "gelu_tanh":
-        # (1 + tanh(z)) / 2 is sigmoid(2 z); 1.5957... is 2 sqrt(2 / pi).
-        square = x * x
-        sigmoid = tl.sigmoid(1.5957691216057308 * x * (1.0 + 0.044715 * square))
-        value = x * sigmoid
-        slope = sigmoid + x * sigmoid * (1.0 - sigmoid) * 1.5957691216057308 * (1.0 + 0.134145 * square)
-    elif ACTIVATION == "relu":
-        value = _higher_of(x, 0.0)
-        slope = tl.where(x <= 0.0, 0.0, 1.0)  # 1 for NaN, as in PyTorch
-    else:
-        tl.static_assert(ACTIVATION == "relu2")
-        value = _higher_of(x, 0.0)
-        slope = 2.0 * value
-        value = value * value
-    return value, slope
-
-
-@triton.jit
-def activate_with_slopes(gate, up, limit, alpha, up_offset, GATED: tl.constexpr, ACTIVATION: tl.constexpr):
-    """Give a = act(gate, up), da/dgate and da/dup; `up` is ignored (and da/dup is da/dgate) when ungated."""
-    if ACTIVATION == "clamped_swiglu":
-        clamped_gate = _lower_of(gate, limit)
-        shifted_up = _lower_of(_higher_of(up, -limit), limit) + up_offset
-        sigmoid = tl.sigmoid(alpha * clamped_gate)
-        swish = clamped_gate * sigmoid
-        a = swish * shifted_up
-        slope = sigmoid * (1.0 + alpha * clamped_gate * (1.0 - sigmoid))
-        slope_gate = tl.where(gate <= limit, slope * shifted_up, 0.0)
-        slope_up = tl.where((up >= -limit) & (up <= limit), swish, 0.0)
-    elif GATED:
-        value, slope = _pointwise_with_slope(gate, ACTIVATION)
+def _times_up(value, slope, up, GATED: tl.constexpr):
+    """Return value times up and its two slopes, for the value and slope of the gate."""
+    if GATED:
         a = value * up
         slope_gate = slope * up
         slope_up = value
     else:
-        a, slope_gate = _pointwise_with_slope(gate, ACTIVATION)
-        slope_up = slope_gate
+        a = value
+        slope_gate = slope
+        slope_up = slope
     return a, slope_gate, slope_up
 
 
 @triton.jit
-def activate(gate, up, limit, alpha, up_offset, GATED: tl.constexpr, ACTIVATION: tl.constexpr):
-    """Give a = act(gate, up)."""
-    a, _, _ = activate_with_slopes(gate, up, limit, alpha, up_offset, GATED, ACTIVATION)
-    return a
+def silu(gate, up, numbers, GATED: tl.constexpr):
+    sigmoid = tl.sigmoid(gate)
+    value = gate * sigmoid
+    slope = sigmoid * (1.0 + gate * (1.0 - sigmoid))
+    return _times_up(value, slope, up, GATED)
+
+
+@triton.jit
+def gelu(gate, up, numbers, GATED: tl.constexpr):
+    cumulative = 0.5 * (1.0 + tl.erf(gate * 0.7071067811865476))
+    value = gate * cumulative
+    slope = cumulative + gate * 0.3989422804014327 * tl.exp(-0.5 * gate * gate)
+    return _times_up(value, slope, up, GATED)
+
+
+@triton.jit
+def gelu_tanh(gate, up, numbers, GATED: tl.constexpr):
+    # (1 + tanh(z)) / 2 is sigmoid(2 z); 1.5957... is 2 sqrt(2 / pi).
+    square = gate * gate
+    sigmoid = tl.sigmoid(1.5957691216057308 * gate * (1.0 + 0.044715 * square))
+    value = gate * sigmoid
+    slope = sigmoid + gate * sigmoid * (1.0 - sigmoid) * 1.5957691216057308 * (1.0 + 0.134145 * square)
+    return _times_up(value, slope, up, GATED)
+
+
+@triton.jit
+def relu(gate, up, numbers, GATED: tl.constexpr):
+    value = _higher_of(gate, 0.0)
+    slope = tl.where(gate <= 0.0, 0.0, 1.0)  # 1 for NaN, as in PyTorch
+    return _times_up(value, slope, up, GATED)
+
+
+@triton.jit
+def relu2(gate, up, numbers, GATED: tl.constexpr):
+    value = _higher_of(gate, 0.0)
+    slope = 2.0 * value
+    return _times_up(value * value, slope, up, GATED)
+
+
+@triton.jit
+def clamped_swiglu(gate, up, numbers, GATED: tl.constexpr):
+    limit, alpha, up_offset = numbers
+    clamped_gate = _lower_of(gate, limit)
+    shifted_up = _lower_of(_higher_of(up, -limit), limit) + up_offset
+    sigmoid = tl.sigmoid(alpha * clamped_gate)
+    swish = clamped_gate * sigmoid
+    a = swish * shifted_up
+    slope = sigmoid * (1.0 + alpha * clamped_gate * (1.0 - sigmoid))
+    slope_gate = tl.where(gate <= limit, slope * shifted_up, 0.0)
+    slope_up = tl.where((up >= -limit) & (up <= limit), swish, 0.0)
+    return a, slope_gate, slope_up
+
+
+@triton.jit
+def _tanh(x):
+    """Return tanh(x), near zero by Cephes' polynomial: the difference of 1 and almost 1 has few bits."""
+    square = x * x
+    odd = -5.70498872745e-3 * square + 2.06390887954e-2
+    odd = (odd * square - 5.37397155531e-2) * square + 1.33314422036e-1
+    odd = (odd * square - 3.33332819422e-1) * square * x + x
+    return tl.where(tl.abs(x) < 0.625, odd, 1.0 - 2.0 * tl.sigmoid(-2.0 * x))
+
+
+@triton.jit
+def softcapped_swiglu(gate, up, numbers, GATED: tl.constexpr):
+    gate_cap, up_cap, _ = numbers
+    gate_tanh, up_tanh = _tanh(gate / gate_cap), _tanh(up / up_cap)
+    sigmoid, capped_up = tl.sigmoid(gate), up_cap * up_tanh
+    swish = gate_cap * gate_tanh * sigmoid
+    slope = sigmoid * (1.0 - gate_tanh * gate_tanh) + swish * (1.0 - sigmoid)
+    return swish * capped_up, slope * capped_up, swish * (1.0 - up_tanh * up_tanh)
+
+
+KERNEL_FUNCTIONS = {
+    function.__name__: function for function in (silu, gelu, gelu_tanh, relu, relu2, clamped_swiglu, softcapped_swiglu)
+}

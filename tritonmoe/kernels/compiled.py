@@ -77,15 +77,15 @@ class CompiledKernels:
             compiled[grid + (1,) * (3 - len(grid))](*args, *values)
 
     def in_order(self, args: Sequence[Any], constexprs: dict[str, Any]) -> list[Any]:
-        """Give the constexprs as they follow `args` in the signature."""
+        """Return the constexprs as they follow `args` in the signature."""
         return list(map(constexprs.__getitem__, self.kernel.arg_names[len(args) :]))
 
     def key(self, device_index: int | None, args: Sequence[Any], values: Sequence[Any], options: dict[str, Any]) -> Key:
-        """Give what decides which compiled kernel a launch takes. values: the constexprs in order."""
+        """Return what decides which compiled kernel a launch takes. values: the constexprs in order."""
         return device_index, *values, *options.values(), *self._specialised(args)
 
     def _specialised(self, args: Sequence[Any]) -> list[Any]:
-        """Give what of these arguments Triton compiles in, and perhaps more."""
+        """Return what of these arguments Triton compiles in, and perhaps more."""
         parts = [  # every launch waits for this: no call for most arguments, no loop of statements
             arg
             if arg is None or type(arg) is int  # of which it is no more than 1, a multiple of 16, and the width
@@ -102,7 +102,7 @@ class CompiledKernels:
 
 
 def _kind(arg: Any) -> Any:
-    """Give what Triton compiles in of a rarer kind of argument."""
+    """Return what Triton compiles in of a rarer kind of argument."""
     if isinstance(arg, float):
         return float
     assert isinstance(arg, TensorDescriptor), f"an argument of a kernel is a {type(arg).__name__}"
@@ -113,7 +113,7 @@ _made: dict[int, CompiledKernels] = {}
 
 
 def compiled_kernels(kernel: Any) -> CompiledKernels:
-    """Give what was compiled of a `triton.jit` function; it holds the function, so no other one gets its id."""
+    """Return what was compiled of a `triton.jit` function; it holds the function, so no other one gets its id."""
     made = _made.get(id(kernel))
     if made is None:
         with _lock:

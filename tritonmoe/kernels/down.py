@@ -25,8 +25,8 @@ from tritonmoe.kernels.row_tiles import (
     tile_of_slot_again,
 )
 from tritonmoe.kernels.tiles import tma
-from tritonmoe.kernels.tiles.choice import grouped_matmul_config
 from tritonmoe.kernels.tiles.left_out import leaving_out_refused_tiles
+from tritonmoe.kernels.tiles.tile_choice import grouped_matmul_config
 
 __all__ = ["down", "up_grad"]
 

@@ -5,7 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tritonmoe.config.layer import FusedActivation, KernelOptions, Projection
+from tritonmoe.config.activations import FusedActivation
+from tritonmoe.config.layer import KernelOptions, Projection
 from tritonmoe.grouping import Grouping
 from tritonmoe.kernels import weight_tiles
 from tritonmoe.kernels.activations import activation_options
@@ -31,8 +32,8 @@ from tritonmoe.kernels.row_tiles import (
     tile_of_slot_again,
 )
 from tritonmoe.kernels.tiles import tma
-from tritonmoe.kernels.tiles.choice import grouped_matmul_config
 from tritonmoe.kernels.tiles.left_out import leaving_out_refused_tiles
+from tritonmoe.kernels.tiles.tile_choice import grouped_matmul_config
 
 __all__ = ["down_grad"]
 
@@ -42,7 +43,7 @@ def _down_grad_kernel(
     dout,  # (R, D)
     weight,  # (E, D, F) in any layout, through its strides, or its descriptor
     addend,  # (N, F), perhaps the same memory as scaled_a, or None
-    hidden,  # (N, 2F): h; with ACTIVATION "none" (N, F): a
+    hidden,  # (N, 2F): h; without ACTIVATION (N, F): a
     topk_weights,  # (R, K)
     pair_index,  # (N,) int32
     row_tiles,  # (1, num_slots, 4, 4) int32
@@ -65,9 +66,9 @@ def _down_grad_kernel(
     stride_topk_weights_slot,
     stride_dhidden_row,
     stride_scaled_a_row,
-    limit,
-    alpha,
-    up_offset,
+    number_0,
+    number_1,
+    number_2,
     K: tl.constexpr,
     GATED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
@@ -165,9 +166,7 @@ def _down_grad_kernel(
                     stride_hidden_row,
                     stride_dhidden_row,
                     stride_scaled_a_row,
-                    limit,
-                    alpha,
-                    up_offset,
+                    (number_0, number_1, number_2),
                     GATED,
                     INTERLEAVED,
                     ACTIVATION,
@@ -203,7 +202,7 @@ def down_grad(
     dout = contiguous_columns(dout)
     if hidden.stride(1) != 1:
         hidden = hidden.contiguous()
-    name, scalars = activation_options(activation)
+    function, numbers = activation_options(activation)
     refusals = {"weight": tma.refusal_of_weight(down_proj)}
     # Alternating columns of h take more registers, and Triton 3.6 spills some.
     fits = not layout.interleaved or TRITON_VERSION >= (3, 7)
@@ -242,11 +241,11 @@ def down_grad(
         topk_weights.stride(1),
         dh.stride(0),
         scaled_a.stride(0),
-        *scalars,
+        *numbers,
         K=grouping.top_k,
         GATED=layout.gated,
         INTERLEAVED=layout.interleaved,
-        ACTIVATION=name,
+        ACTIVATION=function,
         WEIGHT_BY_TMA=config.by_tma("weight"),
         DEPTH_LAST=(tma.innermost_last(down_proj) is down_proj) == (out_axis == 2),
         EVEN_D=depth % config.block_k == 0,

@@ -3,7 +3,6 @@
 import triton
 import triton.language as tl
 
-from tritonmoe.kernels.activations import activate, activate_with_slopes
 from tritonmoe.kernels.arithmetic import round_to, split_column_pairs
 
 __all__ = ["down_grad_epilogue", "up_epilogue"]
@@ -27,9 +26,7 @@ def up_epilogue(
     stride_addend_row,
     stride_h_row,
     stride_a_row,
-    limit,
-    alpha,
-    up_offset,
+    numbers,  # of the activation
     dtype: tl.constexpr,
     GATED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
@@ -71,8 +68,8 @@ def up_epilogue(
             tl.store(h_rows + units[None, :], gate, mask=mask)
             if GATED:
                 tl.store(h_rows + F + units[None, :], up_half, mask=mask)
-    if ACTIVATION != "none":
-        a_tile = activate(gate.to(tl.float32), up_half.to(tl.float32), limit, alpha, up_offset, GATED, ACTIVATION)
+    if ACTIVATION is not None:
+        a_tile, _, _ = ACTIVATION(gate.to(tl.float32), up_half.to(tl.float32), numbers, GATED)
         a_pointers = a + positions[:, None] * stride_a_row + units[None, :]
         tl.store(a_pointers, round_to(a_tile, dtype), mask=mask)
 
@@ -85,7 +82,7 @@ def down_grad_epilogue(
     positions,  # (BLOCK_M,) int64
     valid,  # (BLOCK_M,)
     addend,  # (N, F), perhaps the same memory as scaled_a, or None
-    hidden,  # (N, 2F): h; with ACTIVATION "none" (N, F): a
+    hidden,  # (N, 2F): h; without ACTIVATION (N, F): a
     dhidden,  # as hidden
     scaled_a,  # (N, F)
     F,
@@ -93,9 +90,7 @@ def down_grad_epilogue(
     stride_hidden_row,
     stride_dhidden_row,
     stride_scaled_a_row,
-    limit,
-    alpha,
-    up_offset,
+    numbers,  # of the activation
     GATED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -112,7 +107,7 @@ def down_grad_epilogue(
         addend_pointers = addend + positions[:, None] * stride_addend_row + units[None, :]
         g += tl.load(addend_pointers, mask=mask, other=0.0).to(tl.float32)
     da = scale[:, None] * g
-    if ACTIVATION == "none":
+    if ACTIVATION is None:
         a = tl.load(hidden_rows + units[None, :], mask=mask, other=0.0).to(tl.float32)
         total = tl.sum(g * a, 1)
         tl.store(dhidden_rows + units[None, :], round_to(da, dtype), mask=mask)
@@ -129,9 +124,7 @@ def down_grad_epilogue(
         else:
             gate = tl.load(hidden_rows + units[None, :], mask=mask, other=0.0)
             up = gate
-        exact_a, slope_gate, slope_up = activate_with_slopes(
-            gate.to(tl.float32), up.to(tl.float32), limit, alpha, up_offset, GATED, ACTIVATION
-        )
+        exact_a, slope_gate, slope_up = ACTIVATION(gate.to(tl.float32), up.to(tl.float32), numbers, GATED)
         a = round_to(exact_a, dtype).to(tl.float32)
         total = tl.sum(g * a, 1)
         dgate = round_to(slope_gate * da, dtype)

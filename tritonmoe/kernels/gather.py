@@ -35,7 +35,7 @@ def _gather_rows_kernel(
 
 
 def gather_rows(x: Tensor, grouping: Grouping) -> Tensor:
-    """Give the row (N, D) of x at every storage position; behind the last pair nothing is written."""
+    """Return the row (N, D) of x at every storage position; behind the last pair nothing is written."""
     num_pairs, width = grouping.num_pairs, x.shape[1]
     out = output(x, num_pairs, width)
     block_m, block_d = (32, 64) if INTERPRETED else (4, min(512, next_power_of_2(width)))

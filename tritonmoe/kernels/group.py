@@ -172,7 +172,7 @@ def _group_few_kernel(
 
 
 def _num_bins(num_experts: int) -> int:
-    """Give one bin for each expert and one for skipped pairs; tl.histogram wants at least one for each thread."""
+    """Return one bin for each expert and one for skipped pairs; tl.histogram wants at least one for each thread."""
     return max(256, next_power_of_2(num_experts + 1))
 
 

@@ -28,7 +28,7 @@ def _tile_range(
     num_tiles,
     TILE: tl.constexpr,
 ):
-    """Give a tile's first flat pair, the end of its pairs, and its chunk's first storage position."""
+    """Return a tile's first flat pair, the end of its pairs, and its chunk's first storage position."""
     if tile_table is None:
         return tile * TILE, num_pairs, 0
     else:
@@ -46,7 +46,7 @@ def _load_experts(
     stride_ids_row,
     stride_ids_slot,
 ):
-    """Give each flat pair's expert as int32; E for pairs that are skipped or past the end."""
+    """Return each flat pair's expert as int32; E for pairs that are skipped or past the end."""
     row = row_of(flat, K)
     pointers = topk_ids + row.to(tl.int64) * stride_ids_row + (flat - row * K) * stride_ids_slot
     ids = tl.load(pointers, mask=valid, other=-1)
@@ -124,7 +124,7 @@ def scan_tiles(
 
 @triton.jit
 def _tiles_of_steps(steps, end, tile_table, num_tiles):
-    """Give the tiles, int64, that a scan meets at these steps."""
+    """Return the tiles, int64, that a scan meets at these steps."""
     if tile_table is None:
         return steps.to(tl.int64)
     else:

@@ -91,7 +91,7 @@ def _device_target(index: int) -> GPUTarget:
 
 
 def target_of(device: torch.device) -> GPUTarget | None:
-    """Give the GPU that kernels on `device` are compiled for; None for the interpreter."""
+    """Return the GPU that kernels on `device` are compiled for; None for the interpreter."""
     if _recording is not None:
         return _recording.target
     if INTERPRETED:
@@ -108,7 +108,7 @@ def architecture_of(target: GPUTarget | None) -> str:
 
 @functools.cache
 def _pinned_options() -> dict[str, Any]:
-    """Give options that every launch fixes: Triton's default for FP fusion changes between versions."""
+    """Return options that every launch fixes: Triton's default for FP fusion changes between versions."""
     try:
         from triton.backends.nvidia.compiler import CUDAOptions
     except ImportError:
@@ -156,17 +156,17 @@ def launch(
 
 
 def cdiv(dividend: int, divisor: int) -> int:
-    """Give the quotient rounded up. Triton's own, which kernels may call too, takes 4 us on the host."""
+    """Return the quotient rounded up. Triton's own, which kernels may call too, takes 4 us on the host."""
     return -(-dividend // divisor)
 
 
 def next_power_of_2(number: int) -> int:
-    """Give the smallest power of two that is no smaller than `number`, from 1 on; Triton's own takes 4 us too."""
+    """Return the smallest power of two that is no smaller than `number`, from 1 on; Triton's own takes 4 us too."""
     return 1 << (number - 1).bit_length()
 
 
 def tile_keywords(config: TileConfig, like: Tensor) -> dict[str, Any]:
-    """Give the keywords of `launch` that say how a grouped product of such operands cuts its matrices into tiles."""
+    """Return the keywords of `launch` that say how a grouped product of such operands cuts its matrices into tiles."""
     return {
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
@@ -181,7 +181,7 @@ def tile_keywords(config: TileConfig, like: Tensor) -> dict[str, Any]:
 
 
 def num_programs(num_tiles: int, config: TileConfig, options: KernelOptions, device: torch.device) -> int:
-    """Give the grid of a kernel whose programs walk all tiles: one for each tile, or as many as its SMs may take."""
+    """Return the grid of a kernel whose programs walk all tiles: one for each tile, or as many as its SMs may take."""
     num_sms = options.num_sms
     if num_sms is None and config.persistent and device.type == "cuda":
         num_sms = _num_multiprocessors(torch.cuda.current_device() if device.index is None else device.index)
@@ -194,7 +194,7 @@ def _num_multiprocessors(index: int) -> int:
 
 
 def dot_precision(like: Tensor) -> str:
-    """Give the PRECISION of `dot` of such tensors: tf32 for fp32, if the torch setting asks and the GPU has it."""
+    """Return the PRECISION of `dot` of such tensors: tf32 for fp32, if the torch setting asks and the GPU has it."""
     if like.dtype != torch.float32:
         return "ieee"
     target = target_of(like.device)
@@ -205,12 +205,12 @@ def dot_precision(like: Tensor) -> str:
 
 
 def contiguous_columns(tensor: Tensor) -> Tensor:
-    """Give `tensor` (n, width) with columns side by side or expanded; rows may have any stride."""
+    """Return `tensor` (n, width) with columns side by side or expanded; rows may have any stride."""
     return tensor if tensor.stride(1) in (0, 1) or tensor.shape[1] == 1 else tensor.contiguous()
 
 
 def output(like: Tensor, num_rows: int, num_columns: int, out: Tensor | None = None) -> Tensor:
-    """Give `out`, whose rows must be contiguous, or new memory with the dtype and device of `like`."""
+    """Return `out`, whose rows must be contiguous, or new memory with the dtype and device of `like`."""
     if out is None:
         return like.new_empty(num_rows, num_columns)
     assert out.shape == (num_rows, num_columns), f"out is {tuple(out.shape)}, not {(num_rows, num_columns)}"

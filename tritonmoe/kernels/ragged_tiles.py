@@ -30,7 +30,7 @@ def refusal(values: Tensor) -> str:
 
 
 def describe(values: Tensor, block_rows: int, block_columns: int) -> TensorDescriptor:
-    """Give the descriptor of values (N, width) for `load`; `refusal` has nothing against them."""
+    """Return the descriptor of values (N, width) for `load`; `refusal` has nothing against them."""
     stride = values.stride(0)
     # BOUND * 2^34 elements are a multiple of 2^64 bytes: one step along the first axis is BOUND rows back.
     return tma.describe(
@@ -50,7 +50,7 @@ def load(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """Give (BLOCK_ROWS, BLOCK_COLUMNS) from row `start` on, zero from row `end` on."""
+    """Return (BLOCK_ROWS, BLOCK_COLUMNS) from row `start` on, zero from row `end` on."""
     bound = 2**30  # BOUND; the interpreter takes no tl.constexpr among coordinates
     tile = values.load([bound, end, bound - (end - start), first_column])
     return tl.reshape(tile, (BLOCK_ROWS, BLOCK_COLUMNS))

@@ -21,14 +21,14 @@ _LEAST = tl.constexpr(-(2**31) + 0x7FFFFF)
 
 @triton.jit
 def _order_key(values):
-    """Give int32 that compare as these fp32 do; the two zeros are equal."""
+    """Return int32 that compare as these fp32 do; the two zeros are equal."""
     bits = tl.where(values == 0.0, 0.0, values).to(tl.int32, bitcast=True)
     return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
 @triton.jit
 def _best_column(keys, columns, NUM_COLUMNS: tl.constexpr):
-    """Give each row's column of the largest key; of equal ones the first."""
+    """Return each row's column of the largest key; of equal ones the first."""
     best = tl.max(keys, 1)
     return tl.min(tl.where(keys == best[:, None], columns[None, :], NUM_COLUMNS), 1)
 
@@ -137,7 +137,7 @@ def _choose_experts_kernel(
 
 
 def row_block(num_experts: int) -> dict[str, int]:
-    """Give how many tokens and experts the one warp of a program holds: 8 or 16 values in a thread, or one token's.
+    """Return how many tokens and experts the one warp of a program holds: 8 or 16 values in a thread, or one token's.
 
     Of the fewest experts 16 tokens: 32 would spill with Triton 3.6.
     """

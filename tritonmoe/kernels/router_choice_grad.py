@@ -103,7 +103,7 @@ def choice_grad(
     rule: RoutingRule,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Give the gradient of the logits, zero in rows without experts.
+    """Return the gradient of the logits, zero in rows without experts.
 
     Args:
         scores, topk_ids, topk_weights: of choose_experts, contiguous.

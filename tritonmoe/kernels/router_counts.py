@@ -36,7 +36,7 @@ def _count_pairs_kernel(
 
 
 def count_pairs(topk_ids: Tensor, num_experts: int) -> Tensor:
-    """Give (E+1,) int64: each expert's pairs, then rows without experts.
+    """Return (E+1,) int64: each expert's pairs, then rows without experts.
 
     topk_ids: (T, K) int64, contiguous; in [0, E), or -1 in a whole row.
     """

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from tritonmoe.kernels.arithmetic import dot, round_to
 from tritonmoe.kernels.launch import cdiv, contiguous_columns, launch, next_power_of_2, target_of
-from tritonmoe.kernels.tiles.choice import lacks_fences
 from tritonmoe.kernels.tiles.table import family_of
+from tritonmoe.kernels.tiles.tile_choice import lacks_fences
 
 __all__ = ["router_logits", "tokens_grad", "weight_grad"]
 
@@ -113,7 +113,7 @@ def _sums_over_rows_kernel(
 
 
 def _tile(device: torch.device, width: int, *strides: int) -> dict[str, int]:
-    """Give the rows, columns and depth of a product's tile, its warps and its stages.
+    """Return the rows, columns and depth of a product's tile, its warps and its stages.
 
     It doesn't depend on the number of tokens, so neither do a token's bits. An operand whose rows are no multiple of
     eight elements fits no vector load, and takes registers for every address.
@@ -156,7 +156,7 @@ def _row_products(rows: Tensor, matrix: Tensor, topk_ids: Tensor | None, out: Te
 
 
 def router_logits(x: Tensor, weight: Tensor) -> Tensor:
-    """Give x (T, D) times the rows of weight (E, D): (T, E) fp32, of any dtypes up to fp32."""
+    """Return x (T, D) times the rows of weight (E, D): (T, E) fp32, of any dtypes up to fp32."""
     if x.dtype != weight.dtype or x.dtype == torch.float32:
         return x.float() @ weight.float().T
     weight = contiguous_columns(weight)
@@ -165,7 +165,7 @@ def router_logits(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def tokens_grad(dlogits: Tensor, weight: Tensor, topk_ids: Tensor, dtype: torch.dtype) -> Tensor:
-    """Give the gradient of x, (T, D) in `dtype`: zero for tokens without experts.
+    """Return the gradient of x, (T, D) in `dtype`: zero for tokens without experts.
 
     Args:
         dlogits: as choice_grad gives it: (T, 2E) bf16, with which x and weight are in bf16, or (T, E) fp32.
@@ -179,7 +179,7 @@ def tokens_grad(dlogits: Tensor, weight: Tensor, topk_ids: Tensor, dtype: torch.
 
 
 def weight_grad(dlogits: Tensor, x: Tensor, topk_ids: Tensor, weight: Tensor) -> Tensor:
-    """Give the gradient of the router's weight, (E, D) in its dtype; tokens without experts take no part.
+    """Return the gradient of the router's weight, (E, D) in its dtype; tokens without experts take no part.
 
     The sum over tokens is cut into pieces that run side by side, and are then added in their order.
 

@@ -51,20 +51,20 @@ def num_tile_slots(num_pairs: int, num_experts: int, height: int) -> int:
 
 
 def empty_row_tiles(num_chunks: int, num_pairs: int, num_experts: int, like: Tensor) -> Tensor:
-    """Give memory (C, num_slots, 4, 4) int32 for the row tiles of chunks of at most num_pairs, where `like` is."""
+    """Return memory (C, num_slots, 4, 4) int32 for the row tiles of chunks of at most num_pairs, where `like` is."""
     num_slots = num_tile_slots(num_pairs, num_experts, TILE_HEIGHTS[0])
     return like.new_empty(num_chunks, num_slots, len(TILE_HEIGHTS), 4, dtype=torch.int32)
 
 
 @triton.jit
 def row_of(pairs, K: tl.constexpr):
-    """Give the rows of pairs, none of which is negative: an unsigned division by a constant is short."""
+    """Return the rows of pairs, none of which is negative: an unsigned division by a constant is short."""
     return (pairs.to(tl.uint32) // K).to(tl.int32)
 
 
 @triton.jit
 def _entry(row_tiles, slot, BLOCK_M: tl.constexpr):
-    """Give where the four numbers of a slot stand for tiles of BLOCK_M rows, one of TILE_HEIGHTS."""
+    """Return where the four numbers of a slot stand for tiles of BLOCK_M rows, one of TILE_HEIGHTS."""
     HEIGHT: tl.constexpr = (BLOCK_M > 16) + (BLOCK_M > 32) + (BLOCK_M > 64)
     return row_tiles + tl.cast(slot, tl.int64) * 16 + HEIGHT * 4
 
@@ -75,7 +75,7 @@ def tile_of_slot(
     row_tiles,  # (num_slots, 4, 4) int32
     BLOCK_M: tl.constexpr,
 ):
-    """Give the expert, first position and end position of row tile `slot`; expert -1: nothing to do."""
+    """Return the expert, first position and end position of row tile `slot`; expert -1: nothing to do."""
     entry = _entry(row_tiles, slot, BLOCK_M)
     return tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
 
@@ -86,7 +86,7 @@ def tile_of_slot_again(
     row_tiles,  # (num_slots, 4, 4) int32
     BLOCK_M: tl.constexpr,
 ):
-    """Give the same behind a loop. Kept through it they take registers; the loads differ, or they would be one.
+    """Return the same behind a loop. Kept through it they take registers; the loads differ, or they would be one.
 
     Not where a program walks: its flat loop would carry the slot.
     """
@@ -101,7 +101,7 @@ def num_row_tiles(
     row_tiles,  # (num_slots, 4, 4) int32
     BLOCK_M: tl.constexpr,
 ):
-    """Give the number of row tiles, which have the first slots."""
+    """Return the number of row tiles, which have the first slots."""
     return tl.load(_entry(row_tiles, 0, BLOCK_M) + 3)
 
 
@@ -162,7 +162,7 @@ def _row_tiles_kernel(
 
 
 def list_row_tiles(chunk_expert_offsets: Tensor, num_pairs: int) -> Tensor:
-    """Give the row tiles (C, num_slots, 4, 4) of chunks with these offsets (C, E+1); num_pairs: the most of a chunk."""
+    """Return the row tiles (C, num_slots, 4, 4) of chunks with offsets (C, E+1); num_pairs: the most of a chunk."""
     num_chunks, num_experts = len(chunk_expert_offsets), chunk_expert_offsets.shape[1] - 1
     row_tiles = empty_row_tiles(num_chunks, num_pairs, num_experts, chunk_expert_offsets)
     num_slots = row_tiles.shape[1]
@@ -179,16 +179,17 @@ def list_row_tiles(chunk_expert_offsets: Tensor, num_pairs: int) -> Tensor:
 
 
 def row_tiles_of(grouping: Grouping) -> Tensor:
-    """Give the row tiles (1, num_slots, 4, 4) of one chunk; where `group` has not listed them, they are listed here."""
-    if grouping.row_tiles is None:
-        vars(grouping)["row_tiles"] = list_row_tiles(grouping.chunk_expert_offsets, grouping.num_pairs)
-    assert grouping.row_tiles is not None
-    return grouping.row_tiles
+    """Return the row tiles (1, num_slots, 4, 4) of one chunk; listed here where `group` has not listed them."""
+    if grouping.row_tiles is not None:
+        return grouping.row_tiles
+    row_tiles = list_row_tiles(grouping.chunk_expert_offsets, grouping.num_pairs)
+    vars(grouping)["row_tiles"] = row_tiles
+    return row_tiles
 
 
 @triton.jit
 def slot_and_column_tile(tile, num_slots, num_column_tiles, GROUP_M: tl.constexpr):
-    """Give the (row slot, column tile) of a tile: GROUP_M slots go through all column tiles together."""
+    """Return the (row slot, column tile) of a tile: GROUP_M slots go through all column tiles together."""
     tiles_per_group = GROUP_M * num_column_tiles
     first_slot = tile // tiles_per_group * GROUP_M
     slots = min(num_slots - first_slot, GROUP_M)

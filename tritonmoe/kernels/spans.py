@@ -43,7 +43,7 @@ def span_of_slot(
     BLOCK_E: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
-    """Give a slot's expert, the first and end position of its span, and its workspace row (-1 when it is all).
+    """Return a slot's expert, the first and end position of its span, and its workspace row (-1 when it is all).
 
     The expert is -1 where there is nothing to do. An expert without pairs has one span, which is empty.
     """

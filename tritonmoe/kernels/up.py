@@ -5,7 +5,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from tritonmoe.config.layer import FusedActivation, KernelOptions, Projection
+from tritonmoe.config.activations import FusedActivation
+from tritonmoe.config.layer import KernelOptions, Projection
 from tritonmoe.grouping import Grouping
 from tritonmoe.kernels import weight_tiles
 from tritonmoe.kernels.activations import activation_options
@@ -30,9 +31,9 @@ from tritonmoe.kernels.row_tiles import (
     tile_of_slot_again,
 )
 from tritonmoe.kernels.tiles import tma
-from tritonmoe.kernels.tiles.choice import grouped_matmul_config
 from tritonmoe.kernels.tiles.config import TileConfig
 from tritonmoe.kernels.tiles.left_out import leaving_out_refused_tiles
+from tritonmoe.kernels.tiles.tile_choice import grouped_matmul_config
 
 __all__ = ["up"]
 
@@ -51,7 +52,7 @@ def _tile_columns(
     BLOCK_N: tl.constexpr,
     SUB_N: tl.constexpr,
 ):
-    """Give the weight's column for each lane of a tile read through pointers, and whether it exists.
+    """Return the weight's column for each lane of a tile read through pointers, and whether it exists.
 
     A subtile of 2*SUB_N lanes holds gate and up of SUB_N units: alternating, or one half after the other (HALVES).
     """
@@ -97,9 +98,9 @@ def _up_kernel(
     stride_addend_row,
     stride_h_row,
     stride_a_row,
-    limit,
-    alpha,
-    up_offset,
+    number_0,
+    number_1,
+    number_2,
     K: tl.constexpr,
     GATED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
@@ -212,9 +213,7 @@ def _up_kernel(
                     stride_addend_row,
                     stride_h_row,
                     stride_a_row,
-                    limit,
-                    alpha,
-                    up_offset,
+                    (number_0, number_1, number_2),
                     (a if h is None else h).dtype.element_ty,
                     GATED,
                     INTERLEAVED,
@@ -227,7 +226,7 @@ def _up_kernel(
 def _operands(
     x: Tensor, projection: Projection, grouping: Grouping, config: TileConfig
 ) -> tuple[Tensor | TensorDescriptor, Tensor | TensorDescriptor]:
-    """Give the rows and the weight as the kernel takes them: tensors, or the descriptors of what TMA reads."""
+    """Return the rows and the weight as the kernel takes them: tensors, or the descriptors of what TMA reads."""
     gate_up_proj, layout = projection.weight, projection.layout
     out_axis, in_axis = (2, 1) if layout.transposed else (1, 2)
     rows: Tensor | TensorDescriptor = x
@@ -264,7 +263,7 @@ def up(
     keeps_h = needs_h or out_h is not None or activation is None
     h = output(x, grouping.num_pairs, width, out_h) if keeps_h else None
     a = None if activation is None else output(x, grouping.num_pairs, num_units)
-    name, scalars = activation_options(activation)
+    function, numbers = activation_options(activation)
     operation = "up" if layout.gated else "up_ungated"
     in_halves = layout.gated and not layout.interleaved
     refused = tma.refusal_of_halves(gate_up_proj, out_axis) if in_halves else tma.refusal_of_weight(gate_up_proj)
@@ -298,7 +297,7 @@ def up(
         0 if addend is None else addend.stride(0),
         0 if h is None else h.stride(0),
         0 if a is None else a.stride(0),
-        *scalars,
+        *numbers,
         max_registers=80 if num_units <= FEW_COLUMNS else None,
         K=grouping.top_k,
         GATED=layout.gated,
@@ -307,7 +306,7 @@ def up(
         HALVES=in_halves and gate_up_proj.stride(out_axis) == 1,
         WEIGHT_BY_TMA=config.by_tma("weight"),
         DEPTH_LAST=(tma.innermost_last(gate_up_proj) is gate_up_proj) == (in_axis == 2),
-        ACTIVATION=name,
+        ACTIVATION=function,
         GATHER=config.gather,
         EVEN_D=depth % config.block_k == 0,
         **tile_keywords(config, x),

@@ -14,9 +14,9 @@ from tritonmoe.kernels.arithmetic import dot, round_to, split_columns
 from tritonmoe.kernels.launch import cdiv, contiguous_columns, dot_precision, launch, next_power_of_2, num_programs
 from tritonmoe.kernels.row_tiles import row_of, slot_and_column_tile
 from tritonmoe.kernels.spans import add_to, num_span_slots, num_workspace_rows, span_of_slot, sum_spans
-from tritonmoe.kernels.tiles.choice import grouped_matmul_config
 from tritonmoe.kernels.tiles.config import TileConfig
 from tritonmoe.kernels.tiles.left_out import leaving_out_refused_tiles
+from tritonmoe.kernels.tiles.tile_choice import grouped_matmul_config
 
 __all__ = ["outer_sums", "span_length"]
 
@@ -27,7 +27,7 @@ ENOUGH_TILES = 512
 
 
 def span_length(num_pairs: int, tiles_per_expert: int) -> int:
-    """Give the pairs of a span, from what the whole layer has: an expert of two spans or more is cut.
+    """Return the pairs of a span, from what the whole layer has: an expert of two spans or more is cut.
 
     There are at most ENOUGH_TILES / tiles_per_expert spans, rounded up: if one expert has all the pairs, its tiles
     still keep the GPU busy, and the workspace has the size of ENOUGH_TILES accumulators (128 MiB of 128 x 256).
@@ -131,7 +131,7 @@ def _outer_sums_kernel(
 
 
 def _max_registers(tile_size: int, num_warps: int) -> int:
-    """Give the registers of a thread that leave room for as many programs as shared memory: 1 or, of small tiles, 2.
+    """Return the registers of a thread that leave room for as many programs as shared memory: 1 or, of small tiles, 2.
 
     ptxas doesn't know shared memory, and by itself spills up to 32 bytes a thread to make room for one more.
     """

@@ -16,7 +16,7 @@ def first_pointers(
     stride_depth,
     stride_column,
 ):
-    """Give pointers (BLOCK_K, WIDTH) to an expert's first tile."""
+    """Return pointers (BLOCK_K, WIDTH) to an expert's first tile."""
     expert_pointer = weight + expert.to(tl.int64) * stride_expert
     return expert_pointer + depth[:, None] * stride_depth + columns[None, :] * stride_column
 
@@ -37,7 +37,7 @@ def load_tile(
     BLOCK_K: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Give (BLOCK_K, WIDTH) of one expert's weight from depth `start` on.
+    """Return (BLOCK_K, WIDTH) of one expert's weight from depth `start` on.
 
     By TMA: from first_column on; DEPTH_LAST: the depth is the contiguous axis; TWO_BOXES: of `tma.halves`, whose column
     is a unit, WIDTH // 2 gate columns, then their up columns. Through pointers: where they point; EVEN_DEPTH: no tile

@@ -2,7 +2,6 @@
 
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -283,18 +282,6 @@ class LayerReport:
         return sum(self.rows_to_nodes) - self.rows_to_nodes[own_node]
 
     @property
-    def home_offsets(self) -> tuple[int, ...]:
-        """The former name of send_offsets, for one release."""
-        _warn_of_new_name("home_offsets", "send_offsets")
-        return self.send_offsets
-
-    @property
-    def receive_offsets(self) -> tuple[int, ...]:
-        """The former name of return_offsets, for one release."""
-        _warn_of_new_name("receive_offsets", "return_offsets")
-        return self.return_offsets
-
-    @property
     def overflowed(self) -> bool:
         """Whether rows of some rank didn't fit into the capacity."""
         return self.first_run is not None
@@ -319,8 +306,3 @@ class LayerReport:
         """(W, W) int64: bytes that rank i sends to rank k in the forward's dispatch; own rows: 0."""
         off_diagonal = 1 - torch.eye(self.traffic_rows.shape[0], dtype=torch.int64, device="cpu")
         return self.traffic_rows * off_diagonal * self.row_bytes
-
-
-def _warn_of_new_name(old: str, new: str) -> None:
-    words = f"LayerReport.{old} is now LayerReport.{new}; the old name goes with the next release"
-    warnings.warn(words, DeprecationWarning, stacklevel=3)

@@ -8,7 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from tritonmoe.config.layer import is_integer, is_number
+from tritonmoe.config.numbers import is_integer, is_number
 from tritonmoe.planner.cluster import DTYPE_BYTES, SOURCES, SPREADS, Cluster, Estimate, Of, settings_of
 from tritonmoe.runtime.files import Json, check_regular
 

@@ -15,7 +15,7 @@ from tritonmoe.layer import GroupedExperts
 from tritonmoe.planner.cluster import SPREADS, Cluster, Estimate, Gpu, Host, Link
 from tritonmoe.planner.job import Job
 from tritonmoe.planner.operation_costs import product_s
-from tritonmoe.planner.probe import PROBE_BYTES, probe_link, slowest
+from tritonmoe.planner.probe_costs import PROBE_BYTES, probe_link, slowest
 from tritonmoe.transports import LocalTransport, Transport, TwoLevelTransport
 
 __all__ = ["probe_cluster", "say_scatter", "scatter"]

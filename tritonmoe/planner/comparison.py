@@ -8,8 +8,8 @@ from typing import Literal, get_args
 
 from tritonmoe.planner.cluster import Cluster
 from tritonmoe.planner.job import Job
-from tritonmoe.planner.plan import Plan, plan
-from tritonmoe.planner.search import Free, search
+from tritonmoe.planner.plan_search import Free, search
+from tritonmoe.planner.training_plan import Plan, plan
 from tritonmoe.runtime.files import Json
 
 __all__ = ["Comparison", "Equal", "Sized", "compare", "equalized"]

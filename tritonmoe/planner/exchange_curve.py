@@ -12,8 +12,8 @@ from tritonmoe.config.overlap import OverlapPlan
 from tritonmoe.overlap.schedule import build_backward, build_forward
 from tritonmoe.overlap.steps import StepKind
 from tritonmoe.planner.cluster import Cluster
-from tritonmoe.planner.exchange import ExchangeTime, LayerExchange, leaves
 from tritonmoe.planner.job import Job
+from tritonmoe.planner.layer_exchange import ExchangeTime, LayerExchange, leaves
 from tritonmoe.planner.layer_parts import Parts, layer_parts
 from tritonmoe.planner.step import BESIDE, exchange_time, in_turn, layer_exchange
 from tritonmoe.simulation.cost_model import LinkCosts, StepCosts
@@ -100,7 +100,7 @@ class ExchangeCurve:
         return (2 if job.two_batches else 1) * latency_s
 
     def time(self, job: Job, cluster: Cluster, parts: Parts) -> ExchangeTime:
-        """Give what exchange_time does, within some hundredths, for a job that differs in what its steps cost only."""
+        """Return exchange_time, within some hundredths, of a job that differs only in what its steps cost."""
         calls = self._calls(layer_exchange(_whole(job), cluster, self.num_levels, parts), parts)
         busy = cluster.gpu.contention.value / CONTENTION
         found = []
@@ -154,7 +154,7 @@ def _whole(job: Job) -> Job:
 
 
 def _slower(cluster: Cluster, factor: float, contention: float) -> Cluster:
-    """Give the cluster whose links are so many times as slow, in every respect, and take so much of compute's speed."""
+    """Return the cluster with links so many times as slow, in every respect, that take so much of compute's speed."""
     links = {}
     for name in ("inside", "between"):
         link = getattr(cluster, name)

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from tritonmoe.planner.cluster import DTYPE_BYTES, Cluster
-from tritonmoe.planner.model import Model
+from tritonmoe.planner.transformer_model import Model
 
 __all__ = ["Job", "Recompute", "expert_degrees"]
 
@@ -112,7 +112,7 @@ class Job:
         return stages
 
     def rank_parameters(self, stage: int) -> tuple[float, float]:
-        """Give how many parameters a rank of a stage has: those that all data-parallel ranks have, and its experts'."""
+        """Return how many parameters a rank of a stage has: those of all data-parallel ranks, and its experts'."""
         model = self.model
         num_dense, num_sparse = self.stage_layers()[stage]
         shared = num_dense * 3 * model.hidden_size * model.dense_size / self.tp

@@ -3,8 +3,8 @@
 from dataclasses import replace
 
 from tritonmoe.planner.cluster import Cluster
-from tritonmoe.planner.exchange import LayerExchange
 from tritonmoe.planner.job import Job
+from tritonmoe.planner.layer_exchange import LayerExchange
 from tritonmoe.planner.operation_costs import MAIN_GRAD_BYTES
 
 __all__ = ["USABLE_MEMORY", "memory_gb"]

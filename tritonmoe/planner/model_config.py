@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tritonmoe.config.layer import is_integer
-from tritonmoe.planner.model import Attention, LatentAttention, Model
+from tritonmoe.config.numbers import is_integer
 from tritonmoe.planner.model_presets import MODELS
+from tritonmoe.planner.transformer_model import Attention, LatentAttention, Model
 from tritonmoe.runtime.files import Json, read_json
 
 __all__ = ["expert_load", "find_model", "model_of_config"]
@@ -142,7 +142,7 @@ class _Config:
             raise ValueError(f"{self.path}: {key!r} must be a whole number of at least {least}, got {value!r}")
         return value
 
-    def layers(self, key: str, *known: object) -> list[Any]:
+    def layers(self, key: str, *known: object) -> list[object]:
         """Return what the list under a key says of each layer, [] where there is none; `known` is what it can say."""
         found, number = self.config.get(key), self.size("num_hidden_layers")
         if not found:

@@ -1,6 +1,6 @@
 """flops_per_token: the arithmetic of a training step that a model needs, whatever computes it."""
 
-from tritonmoe.planner.model import Model
+from tritonmoe.planner.transformer_model import Model
 
 __all__ = ["flops_per_token"]
 

@@ -1,6 +1,6 @@
 """Published models as a Model."""
 
-from tritonmoe.planner.model import Attention, LatentAttention, Model
+from tritonmoe.planner.transformer_model import Attention, LatentAttention, Model
 
 __all__ = ["MODELS"]
 

@@ -4,8 +4,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from tritonmoe.planner.comparison import Comparison
-from tritonmoe.planner.plan import Plan
-from tritonmoe.planner.verdict import DECIDES, compare_verdict, plan_verdict
+from tritonmoe.planner.plan_verdict import DECIDES, compare_verdict, plan_verdict
+from tritonmoe.planner.training_plan import Plan
 from tritonmoe.report.charts import Curve, Curves, Segment, Strip, Strips, ticks
 from tritonmoe.report.figures import Cell, Figures, Table, Words
 from tritonmoe.report.html import Block, Page, Section

@@ -3,8 +3,8 @@
 from collections.abc import Iterator, Sequence
 
 from tritonmoe.planner.comparison import Comparison
-from tritonmoe.planner.plan import Plan, Prediction
-from tritonmoe.planner.verdict import DECIDES, compare_verdict, plan_verdict, why
+from tritonmoe.planner.plan_verdict import DECIDES, compare_verdict, plan_verdict, why
+from tritonmoe.planner.training_plan import Plan, Prediction
 
 __all__ = ["comparison_table", "plan_table"]
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cache
 from math import comb
 
-from tritonmoe.planner.model import Model
+from tritonmoe.planner.transformer_model import Model
 
 __all__ = ["Needs", "needs_of", "probability_needed"]
 

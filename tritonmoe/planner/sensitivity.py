@@ -7,7 +7,7 @@ from tritonmoe.config.overlap import OverlapPlan
 from tritonmoe.planner.draws import Draw, uncertainties
 from tritonmoe.planner.exchange_curve import ExchangeCurve
 from tritonmoe.planner.layer_parts import layer_parts
-from tritonmoe.planner.search import Spread
+from tritonmoe.planner.plan_search import Spread
 from tritonmoe.planner.step import step_with
 
 __all__ = ["Sensitivity", "sensitivities"]

@@ -6,11 +6,11 @@ from functools import partial
 
 from tritonmoe.config.overlap import OverlapPlan
 from tritonmoe.planner.cluster import Cluster
-from tritonmoe.planner.exchange import ExchangeTime, LayerExchange
 from tritonmoe.planner.job import Job
+from tritonmoe.planner.layer_exchange import ExchangeTime, LayerExchange
 from tritonmoe.planner.layer_parts import Parts, layer_parts
 from tritonmoe.planner.operation_costs import MAIN_GRAD_BYTES, copy_s, exchange_s, product_s
-from tritonmoe.simulation.two_batches import MOST_LAYERS
+from tritonmoe.simulation.halves_in_turn import MOST_LAYERS
 
 __all__ = ["BESIDE", "StepTime", "exchange_time", "in_turn", "layer_exchange", "step_time", "step_with"]
 

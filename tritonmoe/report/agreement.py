@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping
 
-from tritonmoe.report.files import write_picture
+from tritonmoe.report.picture import new_figure, write_picture
 
 __all__ = ["write_agreement_png"]
 
@@ -23,15 +23,7 @@ def write_agreement_png(
     layers = next(iter(agreements.values()), {})
     if not layers or any(list(shares) != list(layers) for shares in agreements.values()):
         raise ValueError("there is nothing to draw: every agreement must have the same layers, and at least one")
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            "drawing a PNG needs matplotlib, which is not installed: pip install 'tritonmoe[demo]'"
-        ) from error
-    figure = Figure(figsize=(3.5 + min(14.0, 0.16 * len(layers) + 3), 3.5), dpi=120)
-    FigureCanvasAgg(figure)
+    figure = new_figure(3.5 + min(14.0, 0.16 * len(layers) + 3), 3.5)
     axes = figure.add_subplot()
     for name, shares in agreements.items():
         mean = sum(shares.values()) / len(shares)

@@ -51,7 +51,7 @@ class Page:
 
 
 def page_text(page: Page) -> str:
-    """Give the page as HTML. Raises ImportError where jinja2 is missing, ValueError for NaN or infinity in its data."""
+    """Return the page as HTML. Raises ImportError without jinja2, ValueError for NaN or infinity in its data."""
     try:
         from jinja2 import Environment, StrictUndefined
     except ImportError as error:

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 
-from tritonmoe.report.files import write_picture
+from tritonmoe.report.picture import new_figure, write_picture
 
 __all__ = ["write_load_png"]
 
@@ -22,20 +22,12 @@ def write_load_png(
     """
     if not loads:
         raise ValueError("there is nothing to draw: no layer has been called yet")
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            "drawing a PNG needs matplotlib, which is not installed: pip install 'tritonmoe[demo]'"
-        ) from error
     num_experts = max(len(load) for load in loads.values())
     relative = []
     for load in loads.values():
         mean = sum(load) / len(load) or 1.0
         relative.append([count / mean for count in load] + [float("nan")] * (num_experts - len(load)))
-    figure = Figure(figsize=(3.5 + min(14.0, 0.16 * num_experts + 3), 1.5 + 0.3 * len(loads)), dpi=120)
-    FigureCanvasAgg(figure)
+    figure = new_figure(3.5 + min(14.0, 0.16 * num_experts + 3), 1.5 + 0.3 * len(loads))
     axes = figure.add_subplot()
     image = axes.imshow(relative, cmap="viridis", vmin=0.0, vmax=max(2.0, min(8.0, _largest(relative))), aspect="auto")
     axes.set_title(title, fontsize=11)

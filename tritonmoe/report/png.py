@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tritonmoe.report.files import write_picture
+from tritonmoe.report.picture import new_figure, write_picture
 from tritonmoe.report.terminal import short_name
 from tritonmoe.report.timeline import Span, Timeline
 from tritonmoe.runtime.files import Json
@@ -40,7 +40,7 @@ def write_png(
     Raises:
         ImportError: matplotlib is not installed. OSError: the picture could not be written; no part of it is left.
     """
-    figure = _make_figure(14, 2.0 + 1.7 * max(2, len(timelines)))
+    figure = new_figure(14, 2.0 + 1.7 * max(2, len(timelines)), "constrained")
     figure.suptitle(f"{title}\n{note}" if note else title, fontsize=12)
     grid = figure.add_gridspec(max(1, len(timelines)), 2, width_ratios=(1, 2.6))
     _draw_heat_map(figure.add_subplot(grid[:, 0]), traffic_rows)
@@ -59,7 +59,7 @@ def write_overlap_png(
         ImportError: matplotlib is not installed. OSError: the picture could not be written; no part of it is left.
     """
     legend_height = 0.2 * (1 + len(legend.splitlines()))
-    figure = _make_figure(14, 4.6 + 1.7 * len(timelines) + legend_height)
+    figure = new_figure(14, 4.6 + 1.7 * len(timelines) + legend_height, "constrained")
     title = (
         f"{results['model']}, T={results['tokens']} on each of {results['ranks']} ranks, {results['routing']} routing, "
         f"{results['pass']}; {results['link']}"
@@ -73,20 +73,6 @@ def write_overlap_png(
     words.set_axis_off()
     words.text(0, 1, legend, va="top", family="monospace", fontsize=9, transform=words.transAxes)
     write_picture(path, figure)
-
-
-def _make_figure(width: float, height: float) -> "Figure":
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            "drawing a PNG needs matplotlib, which is not installed: pip install 'tritonmoe[demo]'"
-        ) from error
-    # Not pyplot: it keeps global state and may look for a screen.
-    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
 
 
 def _draw_timelines(figure: "Figure", cells: "Sequence[SubplotSpec]", timelines: Sequence[Timeline]) -> None:

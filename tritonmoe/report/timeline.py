@@ -166,7 +166,7 @@ def _timings(steps: Sequence[SimulatedStep], rank: int) -> list[StepTiming]:
 
 
 def layer_timeline(name: str, report: LayerReport) -> Timeline:
-    """Give the timeline of a layer's last call, in two_batches of both halves; without a backward its part is empty."""
+    """Return the timeline of a layer's last call, in two_batches of both halves; its backward may be empty."""
     first = report.first_half
     if first is not None:
         backward = PassTimeline((), 0.0)

@@ -6,8 +6,9 @@ balance loss of Switch Transformers (https://arxiv.org/abs/2101.03961), for any 
 """
 
 from tritonmoe.routing.checkpointing import save_topk
+from tritonmoe.routing.layer_recording import LayerRecording
 from tritonmoe.routing.losses import load_balance_loss, z_loss
-from tritonmoe.routing.recording import LayerRecording, RoutingRecording
+from tritonmoe.routing.recording import RoutingRecording
 from tritonmoe.routing.router import Routing, TopKRouter
 from tritonmoe.routing.statistics import RoutingStatistics, expert_load, routing_statistics
 

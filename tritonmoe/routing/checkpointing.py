@@ -41,8 +41,8 @@ class _KeepTopK(TorchDispatchMode):
         self,
         func: "OpOverload",
         types: object,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
     ) -> object:
         result = func(*args, **(kwargs or {}))
         if func is torch.ops.aten.topk.default:

@@ -19,7 +19,7 @@ __all__ = ["is_fused", "route_by_kernels"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Parts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-"""The fields of kernels.router.Routed: logits, scores, topk_ids, topk_weights, counts."""
+"""The fields of kernels.router_kernels.Routed: logits, scores, topk_ids, topk_weights, counts."""
 
 
 def is_fused(backend: str, x: Tensor, weight: Tensor) -> bool:
@@ -49,14 +49,14 @@ _has_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def route_by_kernels(x: Tensor, weight: Tensor, selection_bias: Tensor | None, rule: str) -> Parts:
-    """Return the fields of kernels.router.Routed, differentiable (once) in x and weight. rule: RoutingRule.encode()."""
+    """Return the fields of router_kernels.Routed, differentiable (once) in x and weight. rule: RoutingRule.encode()."""
     if torch.compiler.is_compiling():
         return _route(x, weight, selection_bias, rule)
     return _Route.apply(x, weight, selection_bias, rule)
 
 
 def _run(x: Tensor, weight: Tensor, selection_bias: Tensor | None, rule: str) -> Parts:
-    from tritonmoe.kernels.router import route
+    from tritonmoe.kernels.router_kernels import route
 
     with without_autocast(x.device):
         logits, scores, topk_ids, topk_weights, counts = route(x, weight, selection_bias, decode(rule))
@@ -70,7 +70,7 @@ def _run_backward(
     rule: str,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return the gradients of x and weight; those of logits, scores and weights are given, or None."""
-    from tritonmoe.kernels.router import route_grad
+    from tritonmoe.kernels.router_kernels import route_grad
 
     with without_autocast(saved[0].device):
         return route_grad(*saved, grads, decode(rule), needs)
@@ -97,7 +97,7 @@ class _Route(torch.autograd.Function):
         dlogits: Tensor | None,
         dscores: Tensor | None,
         *others: Tensor | None,
-    ) -> tuple[Any, ...]:
+    ) -> tuple[object, ...]:
         needs_x, needs_weight = ctx.needs_input_grad[:2]
         grads = dlogits, dscores, others[1]
         return *_run_backward(grads, saved, (needs_x, needs_weight), ctx.rule), None, None
@@ -149,14 +149,14 @@ def _route_backward_shapes(*arguments: Any) -> list[Tensor]:
     return [like.new_empty(like.shape if needed else (0,)) for like, needed in zip((x, weight), needs, strict=True)]
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Parts) -> None:
+def _setup_context(ctx: Any, inputs: tuple[object, ...], output: Parts) -> None:
     x, weight, _, ctx.rule = inputs
     _, scores, topk_ids, topk_weights, counts = output
     ctx.mark_non_differentiable(topk_ids, counts)
     ctx.save_for_backward(x, weight, scores, topk_ids, topk_weights)
 
 
-def _backward(ctx: Any, dlogits: Tensor | None, dscores: Tensor | None, *others: Tensor | None) -> tuple[Any, ...]:
+def _backward(ctx: Any, dlogits: Tensor | None, dscores: Tensor | None, *others: Tensor | None) -> tuple[object, ...]:
     needs = list(ctx.needs_input_grad[:2])
     grads = _route_backward(dlogits, dscores, others[1], *ctx.saved_tensors, needs, ctx.rule)
     dx, dweight = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
-from tritonmoe.routing.recording import LayerRecording
+from tritonmoe.routing.layer_recording import LayerRecording
 from tritonmoe.runtime.autograd import checkpointed_calls, is_recomputing
 
 __all__ = ["LayerReplay", "is_replaying"]
@@ -54,7 +54,7 @@ class LayerReplay(TorchFunctionMode):
         self._offsets = [0]
         for num_tokens in recording.num_tokens:
             self._offsets.append(self._offsets[-1] + num_tokens)
-        self._calls: WeakKeyDictionary[Any, _Calls] = WeakKeyDictionary()
+        self._calls: WeakKeyDictionary[object, _Calls] = WeakKeyDictionary()
         self._around: Any = None  # the checkpointed call that this one is part of
         self._number = 0
         self._problem = ""
@@ -131,13 +131,15 @@ class LayerReplay(TorchFunctionMode):
             return None
         return calls.numbers[calls.position]
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, object] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         if func is not torch.topk and func is not Tensor.topk:
             return func(*args, **kwargs)
         return self._topk(func, args, kwargs)
 
-    def _topk(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def _topk(self, func: Any, args: tuple, kwargs: dict[str, object]) -> Any:
         scores, k, dim = (_argument(args, kwargs, *which) for which in ((0, "input"), (1, "k"), (2, "dim")))
         num_experts, (num_tokens, top_k) = self.recording.num_experts, self._shape
         if dim not in (None, -1, scores.dim() - 1):
@@ -236,5 +238,5 @@ def _version(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
-def _argument(args: tuple, kwargs: dict[str, Any], place: int, name: str) -> Any:
+def _argument(args: tuple, kwargs: dict[str, object], place: int, name: str) -> Any:
     return args[place] if len(args) > place else kwargs.get(name)

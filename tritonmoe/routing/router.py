@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from tritonmoe.backends import check_name
 from tritonmoe.backends.ops import Unchecked
-from tritonmoe.config.layer import MoEConfig, check_moe_config, is_number
+from tritonmoe.config.layer import MoEConfig, check_moe_config
+from tritonmoe.config.numbers import is_number
 from tritonmoe.config.routing import RoutingRule
-from tritonmoe.routing.check import ROUTERS, check_router
 from tritonmoe.routing.fused import is_fused, route_by_kernels
+from tritonmoe.routing.router_check import ROUTERS, check_router
 from tritonmoe.routing.statistics import expert_load, reduce_counts
 from tritonmoe.runtime.autograd import is_recomputing, without_autocast
 from tritonmoe.runtime.helping import is_helping

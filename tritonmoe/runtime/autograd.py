@@ -154,7 +154,7 @@ def is_recomputing() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def checkpointed_region() -> "weakref.ref[Any] | None":
+def checkpointed_region() -> "weakref.ref[object] | None":
     """Return what tells apart the calls of non-reentrant checkpointing: the same in a forward and in its recompute.
 
     PyTorch says it only in the closures of the hooks that it lays on saved tensors.
@@ -163,7 +163,7 @@ def checkpointed_region() -> "weakref.ref[Any] | None":
     return None if hooks is None else _region_of(hooks[0])
 
 
-def _region_of(pack: Callable[[Tensor], object]) -> "weakref.ref[Any] | None":
+def _region_of(pack: Callable[[Tensor], object]) -> "weakref.ref[object] | None":
     pack = inspect.unwrap(pack)
     if not inspect.isfunction(pack) or pack.__module__ != torch.utils.checkpoint.__name__:
         return None
@@ -173,7 +173,7 @@ def _region_of(pack: Callable[[Tensor], object]) -> "weakref.ref[Any] | None":
     return weakref.ref(closure["frame"].cell_contents) if "frame" in closure else None
 
 
-def checkpointed_calls() -> list[Any]:
+def checkpointed_calls() -> list[object]:
     """Return what stands for each call of torch.utils.checkpoint, of either kind, inside of which this runs.
 
     They are the same objects in a forward and in its recompute, and live no longer than the graph that may recompute
@@ -191,7 +191,7 @@ def checkpointed_calls() -> list[Any]:
     return calls
 
 
-_before_recomputes: "weakref.WeakKeyDictionary[Any, dict[str, object]]" = weakref.WeakKeyDictionary()
+_before_recomputes: "weakref.WeakKeyDictionary[object, dict[str, object]]" = weakref.WeakKeyDictionary()
 """By object: the attributes that a recompute has set, as they were before it."""
 
 
@@ -212,7 +212,7 @@ def put_back_after_recompute(owner: object, names: Sequence[str], used: Tensor) 
         used.register_hook(partial(_put_back, weakref.ref(owner)))
 
 
-def _put_back(owner_ref: "weakref.ref[Any]", _: Tensor) -> None:
+def _put_back(owner_ref: "weakref.ref[object]", _: Tensor) -> None:
     owner = owner_ref()
     if owner is not None:
         for name, value in _before_recomputes.pop(owner, {}).items():

@@ -89,7 +89,7 @@ class ThreadState:
             generator.set_state(state)
 
     def with_other_numbers(self) -> "ThreadState":
-        """Give this state with generators of other random numbers, whose seeds are drawn from the CPU's global one."""
+        """Return this state with generators of other numbers, whose seeds are drawn from the CPU's global one."""
         fresh = []
         for generator, _ in self.generators:
             seed = int(torch.randint(2**62, (), device="cpu"))

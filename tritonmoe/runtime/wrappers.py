@@ -13,7 +13,7 @@ COPIES = "modules_to_save"
 
 
 def inside_wrapper(module: nn.Module) -> nn.Module | None:
-    """Give what a wrapper runs: the module inside or, of modules_to_save, the copy in force; None where it is none."""
+    """Return what a wrapper runs: the module inside or, of modules_to_save, the active copy; None for no wrapper."""
     modules = module._modules
     copies: Any = modules.get(COPIES)
     if copies is None:

@@ -1,68 +1,38 @@
-"""Sharded parameters under DistributedDataParallel, which leaves them alone, and FSDP2, which has to be told to."""
+"""Sharded parameters under DistributedDataParallel, which has to be told to leave them alone."""
 
 import contextlib
 import functools
 import gc
 import inspect
-import logging
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
-from weakref import WeakKeyDictionary, WeakSet
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from tritonmoe.routing import TopKRouter
-from tritonmoe.sharding.whole_states import note_sharded_by_fsdp, refuse_pickling
+from tritonmoe.sharding.marks import (
+    MARK,
+    OWN_BUFFERS,
+    own_buffers,
+    sharded_modules,
+    warn_of_sums,
+)
 from tritonmoe.transports import Ranks, as_transport
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
-    from torch.distributed.fsdp._fully_shard._fsdp_common import DataParallelMeshInfo
-    from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam, ParamModuleInfo
-    from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
     from torch.nn.parallel import DistributedDataParallel
 
-__all__ = [
-    "ShardedNames",
-    "counts_by_wrapper",
-    "explain_fully_shard",
-    "ignore_sharded_parameters",
-    "is_averaged_by_ddp",
-    "is_averaged_by_fsdp",
-    "is_marked_mesh",
-    "mark_mesh",
-    "mark_own_buffers",
-    "mark_sharded",
-    "own_buffers",
-    "sharded_modules",
-]
+__all__ = ["counts_by_wrapper", "ignore_sharded_parameters", "is_averaged_by_ddp", "mark_own_buffers"]
 
-log = logging.getLogger("tritonmoe")
-
-MARK = "_tritonmoe_sharded"
-OWN_BUFFERS = "_tritonmoe_own_buffers"
 OF_NOBODY = "_tritonmoe_of_nobody"
 _averaged: "WeakKeyDictionary[DistributedDataParallel, frozenset[int]]" = WeakKeyDictionary()
 """The id() of each parameter that a living one averages, which keeps it; a weakref to a parameter forbids its swap."""
 _averaged_lock = threading.Lock()
-_warned_of: "WeakSet[nn.Module]" = WeakSet()
-
-
-class ShardedNames(NamedTuple):
-    """What a module says of its own parameters that are other ones on every rank."""
-
-    names: tuple[str, ...]
-    members: tuple[int, ...] | None
-    """The global ranks among which a gradient of one of them is averaged already; None where torch knows no ranks."""
-    replicas: tuple[int, ...]
-    """Those of them that hold copies of this rank's parameters."""
-    averaged: tuple[str, ...] = ()
-    """The parameters whose gradients FSDP2 averages over these replicas, among which it shards them."""
-    is_summed: bool = False
-    """Whether their gradients stay sums over the ranks, where dense ones are averaged."""
 
 
 class SumOverRanks:
@@ -88,47 +58,10 @@ def _nothing() -> None:
     """Stand for a SumOverRanks in a file."""
 
 
-def mark_sharded(module: nn.Module, marked: ShardedNames) -> None:
-    """Mark these parameters of the module itself as others on every rank."""
-    setattr(module, MARK, marked)
-
-
-def is_averaged_by_fsdp(module: nn.Module, parameter: torch.Tensor) -> bool:
-    """Say whether FSDP2 averages the gradient of this parameter of the module itself over its replicas."""
-    marked = module.__dict__.get(MARK)
-    return marked is not None and any(getattr(module, name) is parameter for name in marked.averaged)
-
-
-def mark_mesh(mesh: "DeviceMesh") -> None:
-    """Mark a mesh as one over which experts are spread; it need not be named for them."""
-    setattr(mesh, MARK, True)
-
-
-def is_marked_mesh(mesh: "DeviceMesh") -> bool:
-    """Say whether experts are spread over this mesh."""
-    return hasattr(mesh, MARK)
-
-
 def mark_own_buffers(module: nn.Module, names: tuple[str, ...]) -> None:
     """Mark these buffers of the module itself as others on every rank, which are to stay so."""
     setattr(module, OWN_BUFFERS, names)
     ignore_sharded_parameters()
-
-
-def own_buffers(module: nn.Module) -> list[str]:
-    """Return the names of what mark_own_buffers() has marked inside `module`."""
-    marked = [
-        (prefix, name) for prefix, child in module.named_modules() for name in child.__dict__.get(OWN_BUFFERS, ())
-    ]
-    return [f"{prefix}.{name}".lstrip(".") for prefix, name in marked]
-
-
-def sharded_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module, ShardedNames]]:
-    """Return every module inside `module` that was marked, by name, `module` itself included."""
-    for name, child in module.named_modules():
-        marked = child.__dict__.get(MARK)
-        if marked is not None:
-            yield name, child, marked
 
 
 def ignore_sharded_parameters() -> None:
@@ -248,23 +181,6 @@ def _is_noted(parameter: Tensor) -> bool:
         return any(id(parameter) in averaged for averaged in _averaged.values())
 
 
-def _warn_of_sums(averages: str, name: str, marked: ShardedNames, child: nn.Module) -> None:
-    """Say once of a module that gradients of its experts are sums beside averaged ones."""
-    if marked.is_summed and marked.members is not None and len(marked.members) > 1 and child not in _warned_of:
-        _warned_of.add(child)
-        number = len(marked.members)
-        log.warning(
-            "%s averages dense gradients over %d ranks, and those of the experts of %s stay sums over them "
-            '(expert_gradients="sum"), %d times as large: take expert_gradients="mean", or divide them by %d yourself '
-            "before each step, or let a communication hook sum the dense ones",
-            averages,
-            number,
-            name,
-            number,
-            number,
-        )
-
-
 def _averages_nothing(module: nn.Module) -> bool:
     """Say whether everything that is trained is other parameters on every rank, as adapters of experts alone are."""
     ignored = set(getattr(module, "_ddp_params_and_buffers_to_ignore", ()))
@@ -288,84 +204,6 @@ def _something_to_average(module: nn.Module) -> "Iterator[None]":
         yield
     finally:
         delattr(module, OF_NOBODY)
-
-
-def explain_fully_shard() -> None:
-    """Let FSDP2 say the way out where it is given what it can't make right, and note what it averages, from now on.
-
-    What it can't make right is marked parameters which are spread over its ranks already, and others over fewer ranks
-    than these average. What it averages is marked parameters that it shards over their replicas.
-    """
-    from torch.distributed.fsdp._fully_shard import _fsdp_param, _fsdp_param_group
-
-    _check_ranks_of_groups(_fsdp_param_group.FSDPParamGroup)
-    original: Callable[..., None] = _fsdp_param.FSDPParam.__init__
-    if hasattr(original, MARK):
-        return
-
-    @functools.wraps(original)
-    def init(
-        self: "FSDPParam", param: nn.Parameter, module_info: "ParamModuleInfo", *arguments: object, **keywords: object
-    ) -> None:
-        module, name = module_info.module, module_info.param_name
-        marked: ShardedNames | None = module.__dict__.get(MARK)
-        if marked is None or name not in marked.names:
-            original(self, param, module_info, *arguments, **keywords)
-            note_sharded_by_fsdp(self)
-            return
-        try:
-            original(self, param, module_info, *arguments, **keywords)
-        except Exception as error:
-            raise ValueError(
-                f"fully_shard can't shard {name} of {type(module).__name__}, whose experts are spread over these ranks "
-                "already: pass ignored_params=set(tritonmoe.expert_parameters(module)), or shard the module of the "
-                "experts itself over their replicas"
-            ) from error
-        refuse_pickling(self.sharded_param)  # type: ignore[arg-type]  # over both dimensions
-        if set(self.mesh_info.mesh.mesh.flatten().tolist()) == set(marked.replicas):
-            mark_sharded(module, marked._replace(averaged=(*marked.averaged, name)))
-
-    setattr(init, MARK, True)
-    _fsdp_param.FSDPParam.__init__ = init  # type: ignore[method-assign]
-
-
-def _check_ranks_of_groups(group_class: "type[FSDPParamGroup]") -> None:
-    """Let FSDP2's groups of parameters check their ranks when they are made, from now on."""
-    original: Callable[..., None] = group_class.__init__
-    if hasattr(original, MARK):
-        return
-
-    @functools.wraps(original)
-    def init(
-        self: "FSDPParamGroup",
-        params: list[nn.Parameter],
-        modules: tuple[nn.Module, ...],
-        mesh_info: "DataParallelMeshInfo",
-        *arguments: object,
-        **keywords: object,
-    ) -> None:
-        _check_ranks(params, modules, mesh_info.mesh)
-        original(self, params, modules, mesh_info, *arguments, **keywords)
-
-    setattr(init, MARK, True)
-    group_class.__init__ = init  # type: ignore[method-assign]
-
-
-def _check_ranks(parameters: Iterable[nn.Parameter], modules: Iterable[nn.Module], mesh: "DeviceMesh") -> None:
-    """Raise ValueError if FSDP2 would average dense parameters over other ranks than the experts beside them."""
-    sharded = [found for module in modules for found in sharded_modules(module)]
-    of_experts = {id(getattr(child, name)) for _, child, marked in sharded for name in marked.names}
-    if all(id(parameter) in of_experts for parameter in parameters):
-        return
-    ranks = sorted(mesh.mesh.flatten().tolist())
-    for name, child, marked in sharded:
-        _warn_of_sums("fully_shard", name or type(child).__name__, marked, child)
-        if marked.members is not None and sorted(marked.members) != ranks:
-            raise ValueError(
-                f"fully_shard averages over the ranks {ranks}, but gradients of the experts of {type(child).__name__} "
-                f"are averaged over the ranks {sorted(marked.members)}, so the copies of dense parameters would drift "
-                "apart: shard those over all of these ranks, and at most the experts alone over their replicas"
-            )
 
 
 def _ignore(module: nn.Module, group: "ProcessGroup | None", mesh: "DeviceMesh | None") -> None:
@@ -394,7 +232,7 @@ def _ignore(module: nn.Module, group: "ProcessGroup | None", mesh: "DeviceMesh |
                 'over the same ranks, with a DeviceMesh of the dimensions "replica" and "expert" where each expert '
                 "has copies"
             )
-        _warn_of_sums("DistributedDataParallel", prefix or type(child).__name__, marked, child)
+        warn_of_sums("DistributedDataParallel", prefix or type(child).__name__, marked, child)
         for name in marked.names:
             parameter = getattr(child, name)
             if parameter is not None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
-from tritonmoe.sharding.data_parallel import is_marked_mesh
+from tritonmoe.sharding.marks import is_marked_mesh
 from tritonmoe.sharding.watched_collectives import full_tensor, watched_on
 
 if TYPE_CHECKING:

@@ -46,7 +46,7 @@ def allow_mixed_lists() -> None:
 
 
 def _operations_on_lists() -> "Iterator[OpOverload]":
-    """Give every operation on lists that optimizers and clipping use; dir(torch.ops.aten) lists those called before."""
+    """Return all operations on lists that optimizers and clipping use; dir(torch.ops.aten) has those called before."""
     for full_name in torch._C._dispatch_get_all_op_names():
         namespace, _, name = full_name.partition("::")
         packet_name, _, overload = name.partition(".")

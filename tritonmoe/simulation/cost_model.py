@@ -291,7 +291,7 @@ ALIKE = 1.05
 
 
 def _join(points: Sequence[tuple[float, float]]) -> tuple[float, list[tuple[float, float]]]:
-    """Give seconds at zero units, and the slopes of a curve through the points as (units from which, seconds per unit).
+    """Return seconds at zero units, and a curve's slopes through the points as (units from which, seconds per unit).
 
     Points of about the same number of units (ALIKE) are taken as one with their median time, of two with the shorter
     one: the slope of a line through them would be noise.

@@ -12,7 +12,7 @@ from tritonmoe.transports.emulated.world import EmulatedWorld
 from tritonmoe.transports.local import LocalTransport
 from tritonmoe.transports.mpi import MPITransport
 from tritonmoe.transports.process_group import ProcessGroupTransport, is_registered
-from tritonmoe.transports.two_level import TwoLevelTransport
+from tritonmoe.transports.two_level_transport import TwoLevelTransport
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

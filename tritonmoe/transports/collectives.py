@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from tritonmoe.config.layer import is_integer
+from tritonmoe.config.numbers import is_integer
 from tritonmoe.errors import CountMismatch, TransportError
 from tritonmoe.runtime.autograd import outside_graphs
 from tritonmoe.transports.waiting import Doing

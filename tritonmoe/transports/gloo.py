@@ -21,8 +21,14 @@ import torch
 from torch import Tensor
 
 from tritonmoe.errors import TransportError
-from tritonmoe.transports.notices import Breakdown
-from tritonmoe.transports.progress import SECONDS_TO_LET_GO, SECONDS_TO_STOP, ProgressThread, Receipt, ThreadedExchange
+from tritonmoe.transports.breakdown import Breakdown
+from tritonmoe.transports.progress_thread import (
+    SECONDS_TO_LET_GO,
+    SECONDS_TO_STOP,
+    ProgressThread,
+    Receipt,
+    ThreadedExchange,
+)
 
 if TYPE_CHECKING:
     from torch.distributed import Store, Work

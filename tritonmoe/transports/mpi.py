@@ -29,7 +29,7 @@ from tritonmoe.transports.base import (
     describe,
     raise_in_child,
 )
-from tritonmoe.transports.progress import ProgressThread, ThreadedExchange
+from tritonmoe.transports.progress_thread import ProgressThread, ThreadedExchange
 
 if TYPE_CHECKING:
     from mpi4py import MPI

@@ -23,11 +23,12 @@ from tritonmoe.transports.base import (
     describe,
     raise_in_child,
 )
+from tritonmoe.transports.breakdown import Breakdown
 from tritonmoe.transports.device_group import CollectiveExchange
 from tritonmoe.transports.gloo import GlooExchange, GlooLinks, end_links
-from tritonmoe.transports.notices import Breakdown, Missed, Notices
-from tritonmoe.transports.progress import ProgressThread
-from tritonmoe.transports.two_level import TwoLevelTransport, check_nodes
+from tritonmoe.transports.notices import Missed, Notices
+from tritonmoe.transports.progress_thread import ProgressThread
+from tritonmoe.transports.two_level_transport import TwoLevelTransport, check_nodes
 from tritonmoe.transports.waiting import LongWait
 
 if TYPE_CHECKING:

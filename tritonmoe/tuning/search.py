@@ -16,9 +16,9 @@ from tritonmoe.config.overlap import LOCAL_PARTS, MAX_CHUNKS, OverlapConfig, Ove
 from tritonmoe.overlap.steps import StepKind
 from tritonmoe.simulation.buffer_widths import BufferWidths, WorkingSet
 from tritonmoe.simulation.cost_model import LayerWork, LinkCosts, StepCosts
+from tritonmoe.simulation.halves_in_turn import simulate_two_batches
 from tritonmoe.simulation.memory import peak_bytes
 from tritonmoe.simulation.simulator import simulate_layer
-from tritonmoe.simulation.two_batches import simulate_two_batches
 from tritonmoe.simulation.two_level_work import TwoLevelWork
 
 __all__ = [

@@ -34,7 +34,7 @@ from tritonmoe.overlap.report import LayerReport
 from tritonmoe.overlap.steps import StepKind
 from tritonmoe.simulation.buffer_widths import ALL_AT_ONCE, BufferWidths, WorkingSet
 from tritonmoe.simulation.cost_model import LayerWork
-from tritonmoe.tuning.measured import layer_costs, layer_work, link_costs, most_work
+from tritonmoe.tuning.measured_calls import layer_costs, layer_work, link_costs, most_work
 from tritonmoe.tuning.search import budgeted_plan, fixed_plan, plan_of, preferred, search, takes_chunks_of_experts
 from tritonmoe.tuning.votes import Message, other_chunks_first, pack, unpack
 

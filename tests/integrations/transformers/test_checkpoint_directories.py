@@ -18,7 +18,7 @@ from tritonmoe.integrations.transformers.upcycle import checkpoint_files
 from tritonmoe.integrations.transformers.upcycle.checkpoint import upcycle_checkpoint
 from tritonmoe.integrations.transformers.upcycle.checkpoint_files import CheckpointReader
 from tritonmoe.integrations.transformers.upcycle.checkpoint_paths import file_inside
-from tritonmoe.integrations.transformers.upcycle.upcycle import upcycle
+from tritonmoe.integrations.transformers.upcycle.conversion import upcycle
 
 OPTIONS = {"num_experts": 4, "top_k": 2}
 INDEX = "model.safetensors.index.json"

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from tritonmoe.integrations.transformers import collect_statistics, parallelize, patch, register
 from tritonmoe.integrations.transformers import experts as experts_module
-from tritonmoe.integrations.transformers.upcycle.upcycle import upcycle
+from tritonmoe.integrations.transformers.upcycle.conversion import upcycle
 from tritonmoe.transports import LocalTransport
 
 SIZES = {

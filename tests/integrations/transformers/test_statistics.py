@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from tritonmoe.config.layer import MoEConfig
 from tritonmoe.integrations.transformers import collect_statistics, register
-from tritonmoe.integrations.transformers.upcycle.upcycle import upcycle
+from tritonmoe.integrations.transformers.upcycle.conversion import upcycle
 from tritonmoe.layer import MoELayer
 from tritonmoe.report.load import write_load_png
 

@@ -15,7 +15,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DeepseekV3Config, GptOssConfig, MixtralConfig, Qwen3MoeConfig
 
-from tritonmoe.config.layer import ClampedSwiGLU
+from tritonmoe.config.activations import ClampedSwiGLU, SoftcappedSwiGLU, is_fused
 from tritonmoe.integrations.transformers import experts as experts_module
 from tritonmoe.integrations.transformers import register
 from tritonmoe.integrations.transformers.discovery import experts_classes, is_experts
@@ -254,7 +254,7 @@ def test_what_the_sources_say_of_a_class_is_what_it_does(found):
     assert found.is_interleaved == (not getattr(experts, "is_concatenated", found.name != "GptOssExperts"))
     assert found.has_post_expert_norm == getattr(experts, "has_post_expert_norm", False)
     activation, _ = choose_activation(experts)
-    assert found.activation.endswith("fused") == isinstance(activation, (str, ClampedSwiGLU))
+    assert found.activation.endswith("fused") == is_fused(activation)
 
 
 def test_the_sweep_covers_every_kind_of_class():
@@ -267,6 +267,17 @@ def test_clamped_gates_are_fused(module_name, class_name):
     activation, is_interleaved = choose_activation(experts)
     assert isinstance(activation, ClampedSwiGLU)
     assert is_interleaved == (not experts.is_concatenated)
+
+
+@pytest.mark.parametrize("name", ["Inkling2Experts", "Inkling2LoopExperts"])
+def test_softcapped_gates_are_fused(name):
+    experts = find_class(name)
+    experts.act_fn.gate_softcap.softcap = 1.5
+    assert choose_activation(experts) == (SoftcappedSwiGLU(1.5, 2.0), False)
+    inputs = make_expert_inputs()
+    assert_same(run_experts(experts, "tritonmoe", inputs), run_experts(experts, "eager", inputs))
+    experts.act_fn = nn.Bilinear(1, 1, 1)
+    assert choose_activation(experts)[0] == experts._apply_gate
 
 
 def find_class(name: str) -> nn.Module:

@@ -8,7 +8,7 @@ import torch
 from test_transformers_expert_parallel import VERSION, run
 
 from tritonmoe.integrations.transformers.halves_trial import HalvesTrial
-from tritonmoe.integrations.transformers.two_batches import HalvedForward, _split
+from tritonmoe.integrations.transformers.model_halves import HalvedForward, _split
 from tritonmoe.transports import LocalTransport
 
 WORKER = Path(__file__).parent / "two_batches_worker.py"

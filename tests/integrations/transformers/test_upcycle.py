@@ -26,9 +26,9 @@ from tritonmoe.integrations.transformers.discovery import experts_classes
 from tritonmoe.integrations.transformers.requirements import check_transformers
 from tritonmoe.integrations.transformers.trainer_loading import load_saved
 from tritonmoe.integrations.transformers.upcycle.checkpoint import upcycle_checkpoint
+from tritonmoe.integrations.transformers.upcycle.conversion import upcycle
 from tritonmoe.integrations.transformers.upcycle.expert_init import DenseFFN, UpcycleSettings, make_experts
 from tritonmoe.integrations.transformers.upcycle.ffn_blocks import find_blocks
-from tritonmoe.integrations.transformers.upcycle.upcycle import upcycle
 
 NO_DROPOUT = {"gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}, "t5_gated": {"dropout_rate": 0.0}}
 EXACT_FP32 = 2e-6  # of the largest output; the dense models themselves differ by 1e-7 from their fp64 selves

@@ -22,7 +22,7 @@ from tritonmoe.integrations.transformers import load_upcycled
 from tritonmoe.integrations.transformers.upcycle import checkpoint_files
 from tritonmoe.integrations.transformers.upcycle.checkpoint import upcycle_checkpoint
 from tritonmoe.integrations.transformers.upcycle.checkpoint_files import ShardWriter, parse_size
-from tritonmoe.integrations.transformers.upcycle.upcycle import upcycle
+from tritonmoe.integrations.transformers.upcycle.conversion import upcycle
 
 OPTIONS = {"num_experts": 4, "top_k": 2}
 

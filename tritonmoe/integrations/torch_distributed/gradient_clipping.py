@@ -71,11 +71,7 @@ def clip_grad_norm_(
         for transport, spread in of_transports.items():
             counted = [part for pair in spread for part in _counted_here(*pair)]
             own = get_total_norm(counted, norm_type, foreach=foreach).to(spread[0][0].device).double()
-            # A rank without a gradient takes part too: the others wait for it.
-            if norm_type == math.inf:
-                norms.append(transport.all_reduce(own, "max"))
-            else:
-                norms.append(transport.all_reduce(own**norm_type) ** (1 / norm_type))
+            norms.append(_norm_of_all_ranks(own, norm_type, transport))
     total = torch.linalg.vector_norm(torch.stack([norm.to(norms[-1].device) for norm in norms]), norm_type)
     if error_if_nonfinite and not bool(total.isfinite()):
         raise RuntimeError(
@@ -88,6 +84,13 @@ def clip_grad_norm_(
     for group in (plain, *of_meshes.values()):
         clip_grads_with_norm_(group, max_norm, total, foreach=foreach)
     return total
+
+
+def _norm_of_all_ranks(own: Tensor, norm_type: float, transport: Transport) -> Tensor:
+    """Return the norm of which every rank has a part, this rank `own`; one without a gradient takes part too."""
+    if norm_type == math.inf:
+        return transport.all_reduce(own, "max")
+    return transport.all_reduce(own**norm_type) ** (1 / norm_type)
 
 
 def _check_same(norm: Tensor, transport: Transport) -> None:

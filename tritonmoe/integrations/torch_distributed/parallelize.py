@@ -13,9 +13,10 @@ from tritonmoe.experts.adapters import shard_adapters
 from tritonmoe.integrations.torch_distributed.spreadable import check_spreadable
 from tritonmoe.layer import GroupedExperts, MoELayer
 from tritonmoe.routing import TopKRouter
-from tritonmoe.sharding.data_parallel import counts_by_wrapper, sharded_modules
-from tritonmoe.sharding.parameters import check_expert_gradients, find_sharding
+from tritonmoe.sharding.data_parallel import counts_by_wrapper
+from tritonmoe.sharding.marks import sharded_modules
 from tritonmoe.sharding.same_weights import check_on_all_ranks
+from tritonmoe.sharding.sharded_parameters import check_expert_gradients, find_sharding
 from tritonmoe.sharding.whole_states import StateDict, gather_optimizer, whole, whole_forms
 from tritonmoe.transports import Ranks, as_transport
 
@@ -145,7 +146,7 @@ def _gather(names: tuple[str, ...], module: nn.Module, state_dict: StateDict, pr
 
 
 def routed_experts(module: nn.Module) -> dict[str, GroupedExperts]:
-    """Give the experts in `module` that tokens are routed to, by name: none that stand beside them for every token."""
+    """Return the experts in `module` that tokens are routed to, by name: no shared ones, which take every token."""
     beside = {
         id(child)
         for layer in module.modules()

@@ -13,7 +13,8 @@ from tritonmoe.experts.adapters import SHARDS, check_hands_over
 from tritonmoe.experts.parameters import PARAMETERS
 from tritonmoe.layer import MoELayer
 from tritonmoe.routing import TopKRouter
-from tritonmoe.sharding.data_parallel import counts_by_wrapper, sharded_modules
+from tritonmoe.sharding.data_parallel import counts_by_wrapper
+from tritonmoe.sharding.marks import sharded_modules
 
 __all__ = ["check_spreadable"]
 

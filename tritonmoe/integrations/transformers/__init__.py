@@ -3,18 +3,18 @@
 Importing this package imports no transformers; register() does.
 """
 
+from tritonmoe.integrations.transformers.load_statistics import ModelStatistics, collect_statistics
+from tritonmoe.integrations.transformers.model_halves import HalvedForward, two_batches
 from tritonmoe.integrations.transformers.names import EXPERTS_IMPLEMENTATION
-from tritonmoe.integrations.transformers.parallelize import parallelize
+from tritonmoe.integrations.transformers.parallelize_model import parallelize
 from tritonmoe.integrations.transformers.patching import PatchReport, patch
 from tritonmoe.integrations.transformers.registration import register
 from tritonmoe.integrations.transformers.requirements import MINIMUM_TRANSFORMERS
 from tritonmoe.integrations.transformers.routing_replay import record_routing, replay_routing
-from tritonmoe.integrations.transformers.statistics import ModelStatistics, collect_statistics
-from tritonmoe.integrations.transformers.two_batches import HalvedForward, two_batches
 from tritonmoe.integrations.transformers.upcycle.auxiliary_loss import aux_loss
 from tritonmoe.integrations.transformers.upcycle.checkpoint import upcycle_checkpoint
+from tritonmoe.integrations.transformers.upcycle.conversion import UpcycleReport, upcycle, verify_upcycle
 from tritonmoe.integrations.transformers.upcycle.saved import load_upcycled
-from tritonmoe.integrations.transformers.upcycle.upcycle import UpcycleReport, upcycle, verify_upcycle
 
 __all__ = [
     "EXPERTS_IMPLEMENTATION",

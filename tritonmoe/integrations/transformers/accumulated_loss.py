@@ -101,7 +101,7 @@ def watch_auxiliary_losses(model: nn.Module) -> None:
             module.register_forward_hook(_warn_of_multiplied, with_kwargs=True)
 
 
-def _warn_of_multiplied(model: nn.Module, _: object, keywords: Mapping[str, Any], output: Any) -> None:
+def _warn_of_multiplied(model: nn.Module, _: object, keywords: Mapping[str, object], output: Any) -> None:
     if not model.training or keywords.get("num_items_in_batch") is None or torch.compiler.is_compiling():
         return
     if not all(isinstance(getattr(output, name, None), Tensor) for name in ("loss", "aux_loss")):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypeGuard
 import torch
 from torch import nn
 
-from tritonmoe.integrations.transformers.gates import CLAMPED_GATES
+from tritonmoe.integrations.transformers.gates import CLAMPED_GATES, SOFTCAPPED_GATES
 from tritonmoe.integrations.transformers.requirements import check_transformers
 
 if TYPE_CHECKING:
@@ -55,6 +55,8 @@ class ExpertsClass:
         """How tritonmoe runs the activation: inside the kernels, or as the class's own code between two products."""
         if not self.has_own_gate:
             return "act(gate) * up, fused" if self.is_gated else "act(up), fused"
+        if self.name in SOFTCAPPED_GATES:
+            return "softcapped SwiGLU, fused"
         return "clamped SwiGLU, fused" if self.name in CLAMPED_GATES else "its own, called"
 
 

@@ -8,7 +8,8 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from tritonmoe.config.layer import Activation, PerWeight, is_fused
+from tritonmoe.config.activations import Activation, is_fused
+from tritonmoe.config.layer import PerWeight
 from tritonmoe.experts.adapters import noted_adapters, noted_factors
 from tritonmoe.experts.arguments import check_plain
 from tritonmoe.experts.moe_mlp import run_experts as run_on_one_device

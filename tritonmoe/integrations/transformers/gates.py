@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from tritonmoe.config.layer import Activation, ClampedSwiGLU
+from tritonmoe.config.activations import Activation, ClampedSwiGLU, SoftcappedSwiGLU
 
-__all__ = ["CLAMPED_GATES", "choose_activation", "fused_name"]
+__all__ = ["CLAMPED_GATES", "SOFTCAPPED_GATES", "choose_activation", "fused_name"]
 
 DEFAULT_GATE = "_default_apply_gate"
 
@@ -29,6 +29,9 @@ CLAMPED_GATES: dict[str, tuple[str, str | None, bool]] = {
 With an alpha, the gate is gpt-oss's: `g * sigmoid(alpha * g) * (u + 1)`; without, it is `silu(g) * u` or, where the
 module has one, `act_fn(g) * u`. Both clamp.
 """
+
+SOFTCAPPED_GATES = ("Inkling2Experts", "Inkling2LoopExperts")
+"""Classes whose `_apply_gate` is `act_fn(g, u)`, where act_fn has the modules gate_softcap and up_softcap."""
 
 _FUSED_NAMES = {
     "SiLUActivation": "silu",
@@ -76,4 +79,6 @@ def choose_activation(experts: nn.Module) -> tuple[Activation, bool]:
             return ClampedSwiGLU(float(limit), alpha=float(getattr(experts, alpha_name)), up_offset=1.0), is_interleaved
         if limit is not None and (act_fn is None or fused_name(act_fn) == "silu"):
             return ClampedSwiGLU(float(limit)), is_interleaved
+    if defined_by in SOFTCAPPED_GATES and type(act_fn).__module__ == method.__module__:
+        return SoftcappedSwiGLU(float(act_fn.gate_softcap.softcap), float(act_fn.up_softcap.softcap)), False
     return apply_gate, False

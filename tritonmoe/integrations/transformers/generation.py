@@ -169,7 +169,7 @@ def _callees(model: nn.Module) -> list[nn.Module]:
     return list(dict.fromkeys(found))
 
 
-def _before_forward(callee: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+def _before_forward(callee: nn.Module, arguments: tuple[object, ...], keywords: dict[str, object]) -> None:
     if not _under_way.is_open:
         return
     if _under_way.is_announced:
@@ -178,7 +178,7 @@ def _before_forward(callee: nn.Module, arguments: tuple[Any, ...], keywords: dic
     run_outside_graphs(_announce, callee, arguments, keywords)
 
 
-def _announce(callee: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+def _announce(callee: nn.Module, arguments: tuple[object, ...], keywords: dict[str, object]) -> None:
     assert _under_way.generate is not None
     _under_way.generate.announce(callee, arguments, keywords)
 
@@ -242,7 +242,7 @@ def _announcing(original: Callable[..., Any]) -> Callable[..., Any]:
             return compiled
 
         @functools.wraps(compiled)
-        def announced(*arguments: Any, **keywords: Any) -> Any:
+        def announced(*arguments: object, **keywords: object) -> Any:
             _announce(self, arguments, keywords)
             _under_way.is_announced = True
             try:
@@ -256,7 +256,7 @@ def _announcing(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _refusing_continuous_batching(original: Callable[..., Any]) -> Callable[..., Any]:
-    def init_continuous_batching(self: Any, *arguments: Any, **settings: Any) -> Any:
+    def init_continuous_batching(self: Any, *arguments: object, **settings: object) -> Any:
         if _ranks_together(self):
             raise ValueError(
                 f"the experts of this {type(self).__name__} are spread over ranks, and continuous batching "
@@ -271,7 +271,7 @@ def _refusing_continuous_batching(original: Callable[..., Any]) -> Callable[...,
 def _refusing_early_exit(original: Callable[..., Any]) -> Callable[..., Any]:
     signature = inspect.signature(original)
 
-    def init(self: Any, *arguments: Any, **settings: Any) -> None:
+    def init(self: Any, *arguments: object, **settings: object) -> None:
         model: Any = signature.bind(self, *arguments, **settings).arguments.get("assistant_model")
         if _ranks_together(model):
             raise ValueError(

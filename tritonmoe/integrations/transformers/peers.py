@@ -93,7 +93,7 @@ def gpt_oss_experts_function(
 def liger_function(
     gate_up_proj: torch.nn.Parameter, down_proj: torch.nn.Parameter
 ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """Give (x, topk_ids, topk_weights) -> y of Liger-Kernel's fused MoE (0.8 or newer), shapes as experts_function."""
+    """Return Liger-Kernel's fused MoE (0.8 or newer), (x, topk_ids, topk_weights) -> y, as experts_function does."""
     from liger_kernel.ops import LigerFusedMoEFunction
 
     def run(x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:

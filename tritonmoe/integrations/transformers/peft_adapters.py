@@ -77,7 +77,7 @@ def _then_sharded(move: Callable[..., None]) -> Callable[..., None]:
     """Let this rank keep its part of an adapter once that has its values, and PEFT moves it to the experts' device."""
 
     @functools.wraps(move)
-    def method(self: "ParamWrapper", *arguments: Any, **keywords: Any) -> None:
+    def method(self: "ParamWrapper", *arguments: object, **keywords: object) -> None:
         move(self, *arguments, **keywords)
         shard_factors(self)
 
@@ -248,7 +248,7 @@ def _log_once(wrapper: "ParamWrapper", reason: str) -> None:
         )
 
 
-def _delta_weight(self: "ParamWrapper", adapter_name: str, *args: Any, **keywords: Any) -> Tensor:
+def _delta_weight(self: "ParamWrapper", adapter_name: str, *args: object, **keywords: object) -> Tensor:
     """Stand in the place of ParamWrapper.get_delta_weight: of spread experts give a DTensor, which merge() adds."""
     local = local_factors(self, adapter_name)
     if local is not None:

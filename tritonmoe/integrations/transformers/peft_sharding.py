@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from tritonmoe.expert_parallel.halves import for_both_halves
 from tritonmoe.integrations.transformers.sharding import expert_parallel_state, transport_of
 from tritonmoe.layer import GroupedExperts
-from tritonmoe.sharding.data_parallel import sharded_modules
-from tritonmoe.sharding.parameters import Sharding, local_shard, shard_parameters
+from tritonmoe.sharding.marks import sharded_modules
 from tritonmoe.sharding.same_weights import check_on_all_ranks
+from tritonmoe.sharding.sharded_parameters import Sharding, local_shard, shard_parameters
 from tritonmoe.sharding.whole_states import StateDict, give_whole_as, part_of, whole_forms
 from tritonmoe.transports import as_transport
 

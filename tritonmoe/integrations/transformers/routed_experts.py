@@ -78,12 +78,9 @@ def routed_experts(model: nn.Module) -> dict[str, RoutedExperts]:
 
 def routed_ids(arguments: tuple[Tensor, ...], keywords: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Return the ids and weights (T, K) of a call of such a module."""
-    own = [keywords.get("hidden_states"), keywords.get("top_k_index"), keywords.get("top_k_weights")]
-    own[: len(arguments)] = arguments[:3]
-    _, topk_ids, topk_weights = own
-    assert topk_ids is not None
-    assert topk_weights is not None
-    return topk_ids, topk_weights
+    names = ("hidden_states", "top_k_index", "top_k_weights")
+    own = {**keywords, **dict(zip(names, arguments, strict=False))}
+    return own["top_k_index"], own["top_k_weights"]
 
 
 def uncompiled_experts(model: nn.Module) -> dict[str, RoutedExperts]:

@@ -20,7 +20,7 @@ from tritonmoe.integrations.transformers.generation import announce_forwards, le
 from tritonmoe.integrations.transformers.names import EXPERTS_IMPLEMENTATION
 from tritonmoe.integrations.transformers.requirements import check_forward
 from tritonmoe.integrations.transformers.sharding import transport_of
-from tritonmoe.sharding.data_parallel import sharded_modules
+from tritonmoe.sharding.marks import sharded_modules
 from tritonmoe.sharding.watched_collectives import full_tensor
 from tritonmoe.sharding.whole_states import StateDict, name_in_state, whole, whole_forms
 

@@ -14,7 +14,7 @@ from tritonmoe.expert_parallel.state import LayerCalls
 from tritonmoe.experts.spec import ExpertSpec
 from tritonmoe.experts.tensors import CallTensors
 from tritonmoe.layer import GroupedExperts
-from tritonmoe.sharding.parameters import Sharding, local_shard
+from tritonmoe.sharding.sharded_parameters import Sharding, local_shard
 from tritonmoe.transports import Transport
 
 if TYPE_CHECKING:

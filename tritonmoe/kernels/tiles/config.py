@@ -1,4 +1,4 @@
-"""What a tile configuration is. choice.py chooses one from table.py, and measured.py keeps those that were measured."""
+"""What a tile configuration is. tile_choice.py chooses one from table.py; measured_tiles.py keeps measured ones."""
 
 import dataclasses
 import functools
@@ -7,7 +7,7 @@ from typing import TypeGuard
 
 import triton
 
-from tritonmoe.config.layer import is_integer
+from tritonmoe.config.numbers import is_integer
 from tritonmoe.kernels.tiles import tma
 
 __all__ = ["GATHERS", "TileConfig", "refusal"]

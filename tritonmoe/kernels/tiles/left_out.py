@@ -10,7 +10,7 @@ from typing import ParamSpec, TypeVar
 
 from triton.errors import TritonError
 
-from tritonmoe.kernels.tiles import measured as measured_tiles
+from tritonmoe.kernels.tiles import measured_tiles
 
 __all__ = ["is_refusal", "leaving_out_refused_tiles"]
 

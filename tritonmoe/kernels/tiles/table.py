@@ -116,7 +116,7 @@ def elements_of(dtype: torch.dtype, width: int, depth: int) -> str:
 
 @functools.cache
 def tile_of(family: str, elements: str, operation: str, height: int) -> TileConfig:
-    """Give the tile of the first row that fits, no higher than `height`."""
+    """Return the tile of the first row that fits, no higher than `height`."""
     wanted = (family, elements, operation, str(height))
     for row in _ROWS:
         if all(value in fits or fits == (ANY,) for value, fits in zip(wanted, row.fits, strict=True)):

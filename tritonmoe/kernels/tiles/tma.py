@@ -78,7 +78,7 @@ def refusal_of_copied_rows(tensor: Tensor, num_rows: int) -> str:
 
 
 def reads(refusals: Mapping[str, str], unusable: str) -> tuple[tuple[str, str], ...]:
-    """Give how the tiles of each operand are read: (name, BY_TMA), or (name, "pointers: " and the reason).
+    """Return how the tiles of each operand are read: (name, BY_TMA), or (name, "pointers: " and the reason).
 
     refusals: why TMA can't read an operand. unusable: why it can read none of them. Empty where it can.
     """
@@ -89,7 +89,7 @@ def reads(refusals: Mapping[str, str], unusable: str) -> tuple[tuple[str, str], 
 def describe(
     tensor: Tensor, box: Sequence[int], shape: Sequence[int] | None = None, strides: Sequence[int] | None = None
 ) -> TensorDescriptor:
-    """Give the descriptor of a tensor that `refusal` has nothing against; what lies beyond its end is read as zeros.
+    """Return the descriptor of a tensor that `refusal` has nothing against; what lies beyond its end is read as zeros.
 
     shape, strides: where the descriptor's are not the tensor's.
     """
@@ -102,7 +102,7 @@ def describe(
 
 
 def innermost_last(weight: Tensor) -> Tensor:
-    """Give (E, rows, columns) as it is, or (E, columns, rows) where its rows are the contiguous axis."""
+    """Return (E, rows, columns) as it is, or (E, columns, rows) where its rows are the contiguous axis."""
     return weight.mT if weight.stride(1) == 1 and weight.stride(2) != 1 else weight
 
 

@@ -100,7 +100,7 @@ class Delivery:
         self._wake()
 
     def _arrival(self, link: LinkModel, sender: EmulatedExchange, receiver: EmulatedExchange, start: float) -> float:
-        """Give when a message is there to which both ports have turned at `start`; on a slow link it waits its turn."""
+        """Return when a message arrives to which both ports turned at `start`; on a slow link it waits its turn."""
         rows, ends = sender.outgoing[receiver.rank], (sender.rank, receiver.rank)
         link_s = link.link_s(rows.numel() * rows.element_size(), *ends)
         if link_s:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from tritonmoe.config.layer import is_integer, is_number
+from tritonmoe.config.numbers import is_integer, is_number
 from tritonmoe.errors import TransportError
 
 __all__ = ["Death", "Delay", "FaultScript", "PeerFailure", "RankStopped"]

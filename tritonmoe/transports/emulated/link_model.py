@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from tritonmoe.config.layer import is_number
+from tritonmoe.config.numbers import is_number
 
 __all__ = ["LinkModel"]
 

@@ -124,7 +124,7 @@ class _Watched(NamedTuple):
     """Of its forward's parameters, in order."""
 
 
-def _given(name: str, names: Sequence[str], arguments: tuple[Any, ...], keywords: Mapping[str, Any]) -> object:
+def _given(name: str, names: Sequence[str], arguments: tuple[object, ...], keywords: Mapping[str, object]) -> object:
     """Return an argument of a call by its name, of those that the forward takes in this order; None for nothing."""
     if name in keywords:
         return keywords[name]
@@ -132,7 +132,7 @@ def _given(name: str, names: Sequence[str], arguments: tuple[Any, ...], keywords
     return arguments[position] if position < len(arguments) else None
 
 
-def _enter(watched: _Watched, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+def _enter(watched: _Watched, module: nn.Module, arguments: tuple[object, ...], keywords: dict[str, object]) -> None:
     if is_recomputing():
         return
     mask = _given("attention_mask", watched.names, arguments, keywords)
@@ -209,8 +209,8 @@ def _add_aux_loss(
     heeds: bool,
     are_shifted: bool,
     model: nn.Module,
-    arguments: tuple[Any, ...],
-    keywords: Mapping[str, Any],
+    arguments: tuple[object, ...],
+    keywords: Mapping[str, object],
     output: Any,
 ) -> Any:
     """Add aux_loss() to the loss in what a model upcycled in place gives in training; a forward hook of such a model.

@@ -15,13 +15,13 @@ from tritonmoe.integrations.transformers.upcycle.checkpoint_destination import c
 from tritonmoe.integrations.transformers.upcycle.checkpoint_files import CheckpointReader, ShardWriter, parse_size
 from tritonmoe.integrations.transformers.upcycle.checkpoint_model import build_skeleton, find_model_class, read_config
 from tritonmoe.integrations.transformers.upcycle.checkpoint_paths import file_inside
+from tritonmoe.integrations.transformers.upcycle.conversion import make_conversion
 from tritonmoe.integrations.transformers.upcycle.description import DESCRIPTION_FILE, WEIGHTS_STEM
 from tritonmoe.integrations.transformers.upcycle.expert_init import UpcycleSettings
 from tritonmoe.integrations.transformers.upcycle.ffn_blocks import LayerChoice, refuse_experts, refuse_quantised
 from tritonmoe.integrations.transformers.upcycle.inplace import InplaceConversion
 from tritonmoe.integrations.transformers.upcycle.native import NativeConversion
 from tritonmoe.integrations.transformers.upcycle.saved import write_description
-from tritonmoe.integrations.transformers.upcycle.upcycle import make_conversion
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -17,7 +17,7 @@ __all__ = ["build_skeleton", "find_model_class", "model_name", "read_config", "r
 
 
 def read_config(directory: Path, kind: "type[PreTrainedConfig] | None" = None) -> "PreTrainedConfig":
-    """Give the config that config.json describes, of this kind or the one that it names; no code that it names is run.
+    """Return the config that config.json describes, of this kind or of the one it names, whose code is not run.
 
     Raises:
         ValueError: it is missing or damaged, or transformers refuses it. ImportError: it needs another package.
@@ -36,7 +36,7 @@ def read_generation_config(directory: Path) -> "GenerationConfig | None":
     return _read(directory, "generation_config.json", transformers.GenerationConfig)
 
 
-def _read(directory: Path, name: str, kind: Any, **options: Any) -> Any:
+def _read(directory: Path, name: str, kind: Any, **options: object) -> Any:
     try:
         found = read_json(file_inside(directory, name))
     except FileNotFoundError as error:

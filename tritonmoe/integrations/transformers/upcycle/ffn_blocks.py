@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from tritonmoe.config.layer import Activation
+from tritonmoe.config.activations import Activation
 from tritonmoe.integrations.transformers.gates import fused_name
 from tritonmoe.integrations.transformers.requirements import WEIGHT_DTYPES, quantisation_method, quantised_kind
 from tritonmoe.integrations.transformers.upcycle.expert_init import DenseFFN

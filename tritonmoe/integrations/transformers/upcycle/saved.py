@@ -52,7 +52,7 @@ def save_pretrained(
     save_peft_format: bool = True,
     save_original_format: bool = True,
     distributed_checkpoint: bool = False,
-    **hub_settings: Any,
+    **hub_settings: object,
 ) -> None:
     """Write the model's config, its weights and the description of its conversion; all of it or nothing.
 
@@ -71,7 +71,7 @@ def save_pretrained(
         OSError: the disk is full; what was there before is there still.
     """
     if getattr(model, "_hf_peft_config_loaded", False):
-        settings: dict[str, Any] = {"distributed_checkpoint": True} if distributed_checkpoint else {}
+        settings: dict[str, object] = {"distributed_checkpoint": True} if distributed_checkpoint else {}
         settings |= {"push_to_hub": push_to_hub, "max_shard_size": max_shard_size, "variant": variant, "token": token}
         settings |= {"save_peft_format": save_peft_format, "save_original_format": save_original_format}
         type(model).save_pretrained(model, save_directory, is_main_process, state_dict, **settings, **hub_settings)

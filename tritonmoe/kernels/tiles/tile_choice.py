@@ -19,8 +19,7 @@ from tritonmoe.config.layer import KernelOptions
 from tritonmoe.grouping import Grouping
 from tritonmoe.kernels import launch
 from tritonmoe.kernels.row_tiles import TILE_HEIGHTS
-from tritonmoe.kernels.tiles import measured as measured_tiles
-from tritonmoe.kernels.tiles import table, tma
+from tritonmoe.kernels.tiles import measured_tiles, table, tma
 from tritonmoe.kernels.tiles.config import TileConfig
 
 __all__ = [
@@ -39,7 +38,7 @@ LONG_SUMS = (128, 256, 512, 1024, 2048, 4096)
 
 
 def row_class(grouping: Grouping, options: KernelOptions) -> int | None:
-    """Give the class of the layer's pairs per expert: 16, 32, 64 or 128, the height of its tiles; 8 for decoding.
+    """Return the class of the layer's pairs per expert: 16, 32, 64 or 128, the height of its tiles; 8 for decoding.
 
     A tile that is higher than an expert's share of the pairs would be mostly empty. Calls of at most 8 rows (tokens)
     are a class of their own, 8: their tiles are 16 high too, and narrower. With `batch_invariant` the class is None:
@@ -54,7 +53,7 @@ def row_class(grouping: Grouping, options: KernelOptions) -> int | None:
 
 
 def measured_class(operation: str, rows: int | None, grouping: Grouping) -> int | None:
-    """Give the class of pairs per expert that a product is measured for: the row class, of weight_grad up to 4096.
+    """Return the class of pairs per expert that a product is measured for: the row class, of weight_grad up to 4096.
 
     Its sums are as long as an expert has pairs, so which tile is fastest changes beyond the highest tile's 128.
     """
@@ -64,7 +63,7 @@ def measured_class(operation: str, rows: int | None, grouping: Grouping) -> int 
 
 
 def tile_height(operation: str, rows: int | None, grouping: Grouping) -> int:
-    """Give the most rows that a tile may have: 16, 32, 64 or 128.
+    """Return the most rows that a tile may have: 16, 32, 64 or 128.
 
     A tile of weight_grad has columns of an operand for its rows: their number doesn't depend on the pairs. Where the
     class is unknown (rows is None), layers with more than 16 experts for each of a token's pairs take lower tiles:

@@ -1,11 +1,11 @@
 """What `tritonmoe demo` found, as an HTML report."""
 
+from tritonmoe.demo.demo_text import Results, as_json
 from tritonmoe.demo.measure import VARIANTS
-from tritonmoe.demo.report import Results, as_json
 from tritonmoe.report.charts import Curve, Curves, Heat
 from tritonmoe.report.figures import Cell, Figures, Line, Table
 from tritonmoe.report.html import Page, Section
-from tritonmoe.report.lanes import lanes_chart, ranks_within
+from tritonmoe.report.lane_chart import lanes_chart, ranks_within
 from tritonmoe.report.perfetto import chrome_trace
 
 __all__ = ["as_page"]

@@ -68,13 +68,7 @@ def upcycle(
         shared_expert=shared_expert,
         seed=seed,
     )
-    places = {str(parameter.device) for parameter in model.parameters()}
-    places |= {"ranks" for parameter in model.parameters() if hasattr(parameter, "to_local")}
-    if len(places) > 1 or "meta" in places:
-        raise ValueError(
-            f"the model is spread over {', '.join(sorted(places))}: load it on one device, or use "
-            "upcycle_checkpoint() or `tritonmoe upcycle`, which work on files"
-        )
+    _check_one_device(model)
     conversion = make_conversion(model, settings, target=target, layers=layers)
     converted: Any = conversion.convert(model)
     let_trainer_load_experts()
@@ -91,6 +85,17 @@ def upcycle(
     else:
         converted.__dict__[IS_UPCYCLED] = True
     return converted
+
+
+def _check_one_device(model: "PreTrainedModel") -> None:
+    """Raise ValueError unless all parameters are whole and on one device."""
+    places = {str(parameter.device) for parameter in model.parameters()}
+    places |= {"ranks" for parameter in model.parameters() if hasattr(parameter, "to_local")}
+    if len(places) > 1 or "meta" in places:
+        raise ValueError(
+            f"the model is spread over {', '.join(sorted(places))}: load it on one device, or use "
+            "upcycle_checkpoint() or `tritonmoe upcycle`, which work on files"
+        )
 
 
 def make_conversion(

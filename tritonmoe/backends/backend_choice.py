@@ -158,10 +158,10 @@ def _choose(
 
 
 def _are_experts_right(device: torch.device, dtype: torch.dtype) -> bool:
-    from tritonmoe.backends import check, first_use  # only where kernels run: a CPU may have no Triton
+    from tritonmoe.backends import first_use, kernel_check  # only where kernels run: a CPU may have no Triton
 
-    layer, ops = dataclasses.replace(check.CASES[0], dtype=dtype), choose("triton", device, dtype)
-    return first_use.are_right(device, dtype, "experts", lambda: check.check_layer(layer, ops, device))
+    layer, ops = dataclasses.replace(kernel_check.CASES[0], dtype=dtype), choose("triton", device, dtype)
+    return first_use.are_right(device, dtype, "experts", lambda: kernel_check.check_layer(layer, ops, device))
 
 
 def launches_kernels(ops: Operations) -> bool:

@@ -25,8 +25,8 @@ from tritonmoe.planner.operation_costs import (
 )
 from tritonmoe.planner.routed_rows import Needs, needs_of
 from tritonmoe.simulation.cost_model import LayerWork, LinkCosts, StepCosts
+from tritonmoe.simulation.halves_in_turn import simulate_two_batches
 from tritonmoe.simulation.simulator import SimulatedStep, Simulation, simulate
-from tritonmoe.simulation.two_batches import simulate_two_batches
 from tritonmoe.simulation.two_level_work import TwoLevelWork
 
 __all__ = ["ExchangeTime", "LayerExchange", "leaves"]
@@ -180,7 +180,7 @@ class LayerExchange:
         return LayerWork(sent, computed, self.row_bytes, self.job.model.top_k, self.wide_row_bytes)
 
     def _step_costs(self) -> StepCosts:
-        """Give the seconds of every kind of step: weights and launches are fixed, arithmetic and rows are per unit."""
+        """Return the seconds of every kind of step: weights and launches are fixed, arithmetic and rows per unit."""
         job, gpu = self.job, self.cluster.gpu
         d, f, b = job.model.hidden_size, job.model.expert_size, job.dtype_bytes
         flops_s = job.peak_flops(self.cluster) * gpu.grouped_efficiency.value

@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 
 import torch
 
-from tritonmoe.config.layer import is_integer
+from tritonmoe.config.numbers import is_integer
 from tritonmoe.errors import TransportError
 from tritonmoe.transports.base import Transport
 from tritonmoe.transports.emulated.faults import Death, Delay, PeerFailure, RankStopped

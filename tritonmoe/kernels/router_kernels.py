@@ -50,7 +50,7 @@ def route_grad(
     rule: RoutingRule,
     needs: tuple[bool, bool],
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Give the gradients of x and weight, in their dtypes; None for one that isn't needed.
+    """Return the gradients of x and weight, in their dtypes; None for one that isn't needed.
 
     Args:
         x, weight: of the forward. scores, topk_ids, topk_weights: as it gave them.

@@ -15,7 +15,7 @@ from tritonmoe.overlap.report import LayerReport
 from tritonmoe.runtime.host_device import wait_for_current_stream
 from tritonmoe.simulation.cost_model import LinkCosts, StepCosts, fit_line
 from tritonmoe.transports import LocalTransport, PendingExchange, Transport
-from tritonmoe.tuning.measured import median_steps
+from tritonmoe.tuning.measured_calls import median_steps
 
 __all__ = ["probe", "probe_link", "probe_steps", "slowest"]
 

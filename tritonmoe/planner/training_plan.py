@@ -10,7 +10,7 @@ from tritonmoe.planner.exchange_curve import SERIAL, ExchangeCurve
 from tritonmoe.planner.job import Job, Recompute
 from tritonmoe.planner.model_error import MODEL_ERROR, ModelError
 from tritonmoe.planner.model_flops import flops_per_token
-from tritonmoe.planner.search import Free, Spread, best_overlap, search
+from tritonmoe.planner.plan_search import Free, Spread, best_overlap, search
 from tritonmoe.planner.sensitivity import Sensitivity, sensitivities
 from tritonmoe.planner.step import StepTime
 from tritonmoe.runtime.files import Json

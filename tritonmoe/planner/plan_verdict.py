@@ -4,9 +4,9 @@ from collections.abc import Iterator
 
 from tritonmoe.planner.comparison import Comparison
 from tritonmoe.planner.job_memory import USABLE_MEMORY
-from tritonmoe.planner.plan import Plan
-from tritonmoe.planner.search import search
+from tritonmoe.planner.plan_search import search
 from tritonmoe.planner.sensitivity import Sensitivity
+from tritonmoe.planner.training_plan import Plan
 
 __all__ = ["DECIDES", "compare_verdict", "nothing_fits", "plan_verdict", "why"]
 

@@ -37,7 +37,7 @@ class Port:
         self._posted.append(exchange)
 
     def arrival(self, exchange: "ReplayExchange") -> float:
-        """Give the time.perf_counter() at which an exchange's rows arrive; blocks until the rows it sends are ready."""
+        """Return the time.perf_counter() at which an exchange's rows arrive; wait until its own rows are ready."""
         while exchange.arrives_at is None:
             first = self._posted.popleft()
             start = max(first.ready_at(), self._is_free_at)

@@ -17,13 +17,13 @@ from tritonmoe.integrations.transformers.requirements import check_model
 from tritonmoe.integrations.transformers.sharded_model import bind_to_spread
 from tritonmoe.integrations.transformers.sharding import STATE, ExpertParallelState
 from tritonmoe.integrations.transformers.trainer_checkpoints import let_trainer_save_spread_models
-from tritonmoe.sharding.parameters import (
+from tritonmoe.sharding.same_weights import check_on_all_ranks
+from tritonmoe.sharding.sharded_parameters import (
     Sharding,
     check_expert_gradients,
     find_sharding,
     shard_parameters,
 )
-from tritonmoe.sharding.same_weights import check_on_all_ranks
 from tritonmoe.transports import Ranks, Transport, as_transport
 
 __all__ = ["parallelize"]

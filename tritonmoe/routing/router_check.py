@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritonmoe.backends.check import Checked, check_ids, distances
+from tritonmoe.backends.kernel_check import Checked, check_ids, distances
 from tritonmoe.config.layer import MoEConfig
 
 __all__ = ["ROUTERS", "SMALL_ROUTERS", "CheckedRouter", "check_router"]

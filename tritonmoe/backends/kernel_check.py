@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from tritonmoe.backends import reference as reference_module
-from tritonmoe.backends.ops import NO_GRADIENTS, GradientOperands, Operations
-from tritonmoe.config.layer import ClampedSwiGLU, ExpertLayout, FusedActivation, Projection
-from tritonmoe.grouping import Grouping
+from tritonmoe.backends.layer_case import LayerCase
+from tritonmoe.backends.ops import Operations
+from tritonmoe.config.activations import ClampedSwiGLU, FusedActivation
+from tritonmoe.config.layer import ExpertLayout
 
 __all__ = ["CASES", "SMALL_CASES", "Checked", "CheckedLayer", "Distance", "check_ids", "check_layer", "distances"]
 
@@ -107,84 +108,34 @@ def check_ids(layer: str, operation: str, found: Tensor, right: Tensor) -> Check
     return Checked(layer, operation, {"number of different ids": Distance(different, 0.0)})
 
 
-class _Operands:
-    """One layer's random operands, the same numbers in every dtype."""
-
-    def __init__(self, layer: CheckedLayer, device: torch.device) -> None:
-        generator = torch.Generator().manual_seed(0)
-
-        def draw(*shape: int, scale: float = 1.0) -> Tensor:
-            return (torch.randn(*shape, generator=generator, device="cpu") * scale).to(device, layer.dtype)
-
-        experts, model_width, inner = layer.num_experts, layer.hidden_size, layer.intermediate_size
-        width = 2 * inner if layer.layout.gated else inner
-        w1, w2 = (
-            draw(experts, width, model_width, scale=model_width**-0.5),
-            draw(experts, model_width, inner, scale=inner**-0.5),
-        )
-        if layer.layout.transposed:
-            w1, w2 = w1.mT.contiguous(), w2.mT.contiguous()
-        b1, b2 = (draw(experts, width), draw(experts, model_width)) if layer.bias else (None, None)
-        self.layer, self.gate_up, self.down = layer, Projection(w1, b1, layer.layout), Projection(w2, b2, layer.layout)
-        self.x, self.dout = draw(layer.num_tokens, model_width), draw(layer.num_tokens, model_width)
-        # a hot expert, an empty one, and skipped pairs
-        ids = torch.randint(-1, experts - 1, (layer.num_tokens, layer.top_k), generator=generator, device="cpu")
-        ids[: layer.num_tokens // 4, 0] = 1
-        self.ids = ids.to(device)
-        self.topk_weights = torch.rand(ids.shape, generator=generator, device="cpu").to(device)
-
-    def double(self) -> "_Operands":
-        twin = object.__new__(_Operands)
-        for name, value in vars(self).items():
-            if isinstance(value, Projection):
-                value = value._replace(
-                    weight=value.weight.double(), bias=None if value.bias is None else value.bias.double()
-                )
-            elif isinstance(value, Tensor) and value.is_floating_point():
-                value = value.double()
-            setattr(twin, name, value)
-        return twin
+def _case(layer: CheckedLayer, device: torch.device) -> LayerCase:
+    """Return the layer's operands; ids have a hot expert, an empty one, and skipped pairs."""
+    generator = torch.Generator().manual_seed(0)
+    shape = layer.num_tokens, layer.top_k
+    ids = torch.randint(-1, layer.num_experts - 1, shape, generator=generator, device="cpu")
+    ids[: layer.num_tokens // 4, 0] = 1
+    return LayerCase(
+        ids.to(device),
+        layer.num_experts,
+        layer.layout,
+        layer.dtype,
+        hidden=layer.hidden_size,
+        intermediate=layer.intermediate_size,
+        bias=layer.bias,
+    )
 
 
 def check_layer(layer: CheckedLayer, ops: Operations, device: torch.device) -> Iterator[Checked]:
     """Run every operation of `ops`, each on operands that plain PyTorch made, and compare with fp64."""
-    operands, reference = _Operands(layer, device), cast(Operations, reference_module)
-    expected = reference.group(operands.ids, layer.num_experts)
-    grouping = ops.group(operands.ids, layer.num_experts)
+    case, reference = _case(layer, device), cast(Operations, reference_module)
+    expected = reference.group(case.ids, layer.num_experts)
+    grouping = ops.group(case.ids, layer.num_experts)
     for name in ("expert_offsets", "inverse", "pair_index"):
         found, right = getattr(grouping, name), getattr(expected, name)
         yield check_ids(layer.name, f"group: {name}", found[: len(right)], right)
-    plain = _results(reference, operands, expected, {})
-    exact = _results(reference, operands.double(), expected, plain)
-    actual = _results(ops, operands, grouping, plain)
+    plain = case.run(reference, expected, layer.activation)
+    exact = case.double().run(reference, expected, layer.activation, plain)
+    actual = case.run(ops, grouping, layer.activation, plain)
     for name, value in actual.items():
-        right = exact[name]
-        found, near = (values[: len(right)] for values in (value, plain[name]))
-        if right.numel():
-            yield Checked(layer.name, name, distances(found, near, right, found.dtype))
-
-
-def _results(ops: Operations, operands: _Operands, grouping: Grouping, given: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Run every operation once, on the results in `given` of earlier ones; by name, those of pairs in storage order."""
-    layer, gate_up, down, weights = operands.layer, operands.gate_up, operands.down, operands.topk_weights
-    found: dict[str, Tensor] = {}
-
-    def operand(name: str) -> Tensor:
-        """Return the result, in this run's dtype and number of pairs."""
-        value = given.get(name, found[name])
-        padded = torch.zeros(grouping.num_pairs, *value.shape[1:], device=value.device, dtype=operands.x.dtype)
-        padded[: len(value)] = value
-        return padded
-
-    found["up: h"], found["up: a"] = ops.up(operands.x, gate_up, grouping, layer.activation)
-    found["down"] = ops.down(operand("up: a"), down, grouping)
-    found["gather_sum"] = ops.gather_sum(operand("down"), grouping.inverse, weights)
-    hidden = operand("up: h")
-    dh, scaled_a, dweights = ops.down_grad(operands.dout, down, hidden, weights, grouping, layer.activation)
-    found |= {"down_grad: dh": dh, "down_grad: s*a": scaled_a, "down_grad: gate weights": dweights}
-    found["up_grad"] = ops.up_grad(operand("down_grad: dh"), gate_up, grouping)
-    rows = GradientOperands(operands.x, operand("down_grad: dh"), operands.dout, operand("down_grad: s*a"), weights)
-    needs = NO_GRADIENTS._replace(gate_up_proj=True, down_proj=True, gate_up_bias=layer.bias, down_bias=layer.bias)
-    grads = ops.weight_grad(grouping, layer.layout, rows, needs)
-    found |= {f"weight_grad: {name}": grad for name, grad in grads._asdict().items() if grad is not None}
-    return found
+        if value.numel():
+            yield Checked(layer.name, name, distances(value, plain[name], exact[name], value.dtype))

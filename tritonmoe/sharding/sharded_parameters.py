@@ -9,22 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from tritonmoe.errors import CountMismatch
-from tritonmoe.sharding.data_parallel import (
-    ShardedNames,
-    explain_fully_shard,
-    ignore_sharded_parameters,
-    is_averaged_by_fsdp,
-    mark_mesh,
-    mark_sharded,
-)
+from tritonmoe.sharding.data_parallel import ignore_sharded_parameters
 from tritonmoe.sharding.dtensor_gaps import fill_dtensor_gaps
+from tritonmoe.sharding.fully_shard import explain_fully_shard
+from tritonmoe.sharding.marks import ShardedNames, is_averaged_by_fsdp, mark_mesh, mark_sharded
 from tritonmoe.sharding.mixed_lists import allow_mixed_lists
 from tritonmoe.sharding.watched_collectives import watched_on
 from tritonmoe.sharding.whole_states import StateDict, no_pickle, part_of, refuse_pickling
 from tritonmoe.transports import EXPERT, Ranks, as_transport, is_mesh
 from tritonmoe.transports.base import Transport
 from tritonmoe.transports.process_group import ProcessGroupTransport
-from tritonmoe.transports.two_level import TwoLevelTransport
+from tritonmoe.transports.two_level_transport import TwoLevelTransport
 from tritonmoe.transports.waiting import Doing
 
 if TYPE_CHECKING:
@@ -57,7 +52,7 @@ class Sharding:
     def __deepcopy__(self, memo: dict) -> "Sharding":
         return self
 
-    def __reduce_ex__(self, protocol: Any) -> str | tuple[Any, ...]:
+    def __reduce_ex__(self, protocol: Any) -> str | tuple[object, ...]:
         """Refuse pickle as the parameters do, which a module's other attributes may come before."""
         if self.transport.size > 1:
             raise no_pickle(self.transport.size)
@@ -192,7 +187,7 @@ def numbers_of_all(numbers: Tensor, transport: Transport) -> Tensor:
 
 
 def rows_here(parameter: Tensor, rows: Sequence[int]) -> Sequence[int]:
-    """Give which of this rank's rows of a parameter are in its memory: a part, where FSDP2 shards it over its replicas.
+    """Return which of this rank's rows of a parameter are in its memory: a part where FSDP2 shards replicas.
 
     Raises:
         ValueError: FSDP2 has sharded another dimension than the rows.
@@ -214,7 +209,7 @@ def rows_here(parameter: Tensor, rows: Sequence[int]) -> Sequence[int]:
 
 
 def local_shard(module: nn.Module, parameter: Tensor, sharding: Sharding, scale: float, number: int) -> Tensor:
-    """Give this rank's rows of a parameter, to compute with; its gradient comes back scaled and averaged over replicas.
+    """Return this rank's rows of a parameter, to compute with; their gradient is scaled and averaged over replicas.
 
     Where FSDP2 has sharded the parameter over its replicas, the average is left to it, with its reduce_dtype.
 

@@ -21,7 +21,7 @@ Marks = Mapping[str, float]
 def ranks_within(
     runs: Mapping[str, Sequence[Timeline]], most: int = MOST_SPANS, first: Iterable[int] = ()
 ) -> list[int]:
-    """Give the ranks that can be drawn, with at most `most` steps but at least one rank; `first` before the others."""
+    """Return the ranks to draw, with at most `most` steps but at least one rank; `first` before the others."""
     size = max(map(len, runs.values()))
     order = list(dict.fromkeys([*first, *range(size)]))
     chosen: list[int] = []

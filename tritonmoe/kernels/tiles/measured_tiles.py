@@ -55,7 +55,7 @@ log = logging.getLogger("tritonmoe")
 
 @functools.cache
 def tile_key(architecture: str, dtype: torch.dtype, operation: str, width: int, depth: int, rows: int | None) -> str:
-    """Give the key of one grouped product.
+    """Return the key of one grouped product.
 
     Args:
         architecture: "sm_90", "gfx942".
@@ -70,7 +70,7 @@ def tile_key(architecture: str, dtype: torch.dtype, operation: str, width: int, 
 
 
 def fields_of(key: str) -> tuple[tuple[str, int | str], ...]:
-    """Give the fields that an entry for `key` replaces, with their values; none where there is no entry."""
+    """Return the fields that an entry for `key` replaces, with their values; none where there is no entry."""
     entries = _cached() if _replacement is None else _replacement
     fields = entries.get(key, SHIPPED.get(key, {}))
     if not fields or key in _left_out:
@@ -130,7 +130,7 @@ def asked() -> Iterator[dict[str, TileConfig]]:
 
 
 def cache_file() -> Path:
-    """Give where measured entries are kept: tiles.json in $TRITONMOE_CACHE_DIR, or in ~/.cache/tritonmoe."""
+    """Return where measured entries are kept: tiles.json in $TRITONMOE_CACHE_DIR, or in ~/.cache/tritonmoe."""
     folder = os.environ.get("TRITONMOE_CACHE_DIR")
     return (Path(folder) if folder else Path.home() / ".cache" / "tritonmoe") / "tiles.json"
 
@@ -142,7 +142,7 @@ def _cached() -> Entries:
 
 
 def read(path: Path) -> dict[str, dict[str, int | str]]:
-    """Give the entries of a cache file; none where there is no file.
+    """Return the entries of a cache file; none where there is no file.
 
     Raises:
         ValueError: the file is not one that `write` wrote, or a field can't be what an entry says.

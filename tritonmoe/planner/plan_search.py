@@ -7,10 +7,10 @@ from typing import get_args
 
 from tritonmoe.config.overlap import OverlapPlan, equal_sizes, ramp_sizes
 from tritonmoe.planner.cluster import Cluster
-from tritonmoe.planner.exchange import ExchangeTime
 from tritonmoe.planner.exchange_curve import SERIAL
 from tritonmoe.planner.job import Job, Recompute, expert_degrees
 from tritonmoe.planner.job_memory import USABLE_MEMORY, memory_gb
+from tritonmoe.planner.layer_exchange import ExchangeTime
 from tritonmoe.planner.layer_parts import layer_parts
 from tritonmoe.planner.step import exchange_time, step_with
 from tritonmoe.tuning.search import preferred

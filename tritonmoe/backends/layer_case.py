@@ -1,0 +1,138 @@
+"""LayerCase: one layer's random operands, and every operation of it run once, by which backends are compared."""
+
+import copy
+
+import torch
+from torch import Tensor
+
+from tritonmoe.backends.ops import GradientOperands, Operations
+from tritonmoe.config.activations import FusedActivation
+from tritonmoe.config.layer import ExpertLayout, PerWeight, Projection
+from tritonmoe.grouping import Grouping
+
+__all__ = ["LayerCase"]
+
+IN_STORAGE_ORDER = (
+    *("up: h", "up: a", "down", "down_grad: dh", "down_grad: s*a", "down_grad: gate weights", "up_grad"),
+)
+
+
+class LayerCase:
+    """Random weights and rows of one layer, in one dtype, on the device of its ids.
+
+    R rows of D columns with K experts each out of E, which are F wide. The same seed gives the same numbers in every
+    dtype.
+    """
+
+    def __init__(
+        self,
+        ids: Tensor,
+        num_experts: int,
+        layout: ExpertLayout,
+        dtype: torch.dtype = torch.float32,
+        *,
+        hidden: int = 20,
+        intermediate: int = 12,
+        bias: bool = True,
+        seed: int = 0,
+    ) -> None:
+        """Draw the operands. ids: (R, K)."""
+        self._generator = torch.Generator().manual_seed(seed)
+        self._dtype = dtype
+        width = 2 * intermediate if layout.gated else intermediate
+        self.layout, self.ids, self.num_experts = layout, ids, num_experts
+        self.hidden, self.intermediate, self.width = hidden, intermediate, width
+        self.w1 = self.draw(num_experts, width, hidden, scale=hidden**-0.5)
+        self.w2 = self.draw(num_experts, hidden, intermediate, scale=intermediate**-0.5)
+        if layout.transposed:
+            self.w1, self.w2 = self.w1.mT.contiguous(), self.w2.mT.contiguous()
+        self.b1 = self.draw(num_experts, width, scale=0.5) if bias else None
+        self.b2 = self.draw(num_experts, hidden, scale=0.5) if bias else None
+        self.x, self.dout = self.draw(ids.shape[0], hidden), self.draw(ids.shape[0], hidden)
+        self.weights = torch.rand(ids.shape, generator=self._generator, device="cpu").to(ids.device)
+        """(R, K) fp32: the gate weights."""
+        self.addends: dict[str, Tensor] = {}
+
+    def draw(self, *shape: int, scale: float = 1.0) -> Tensor:
+        """Return normally distributed numbers in the layer's dtype."""
+        drawn = torch.randn(*shape, generator=self._generator, device="cpu")
+        return (drawn * scale).to(self.ids.device, self._dtype)
+
+    def with_addends(self) -> "LayerCase":
+        """Draw rows that `run` adds to each product; return this case."""
+        columns = {"h": self.width, "y": self.hidden, "g": self.intermediate, "dx": self.hidden}
+        self.addends = {name: self.draw(self.ids.numel(), number) for name, number in columns.items()}
+        return self
+
+    @property
+    def gate_up(self) -> Projection:
+        return Projection(self.w1, self.b1, self.layout)
+
+    @property
+    def down(self) -> Projection:
+        return Projection(self.w2, self.b2, self.layout)
+
+    def double(self) -> "LayerCase":
+        """Return the same numbers in fp64."""
+        twin = copy.copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor) and value.is_floating_point():
+                setattr(twin, name, value.double())
+        twin.addends = {name: value.double() for name, value in self.addends.items()}
+        return twin
+
+    def run(
+        self,
+        ops: Operations,
+        grouping: Grouping,
+        activation: FusedActivation | None,
+        given: dict[str, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        """Run every operation once, on what earlier ones gave or, where another run's results are given, on those.
+
+        Returns the results by operation and name; those in storage order are cut to the pairs that do work. Without an
+        activation, whose gradients are somebody else's, nothing runs behind down_grad.
+        """
+        num_pairs, num_active = grouping.num_pairs, int(grouping.expert_offsets[-1])
+        found: dict[str, Tensor] = {}
+
+        def operand(name: str) -> Tensor:
+            """Return a result of this run's dtype and number of pairs; one that is given is NaN behind the last."""
+            if given is None or name not in given:
+                return found[name]
+            value = given[name]
+            padded = torch.full((num_pairs, *value.shape[1:]), torch.nan, dtype=self.x.dtype, device=value.device)
+            padded[:num_active] = value
+            return padded
+
+        gate_up = self._adding(self.gate_up, "h", num_pairs)
+        h, a = ops.up(self.x, gate_up, grouping, activation, out_h=gate_up.addend)
+        found["up: h"] = h
+        if a is None:
+            hidden = found["up: a"] = h.new_full((num_pairs, self.intermediate), 0.5)
+        else:
+            found["up: a"], hidden = a, operand("up: h")
+        down = self._adding(self.down, "y", num_pairs)
+        found["down"] = ops.down(operand("up: a"), down, grouping, out=down.addend)
+        found["gather_sum"] = ops.gather_sum(operand("down"), grouping.inverse, self.weights)
+        found["gather_sum: without weights"] = ops.gather_sum(operand("down"), grouping.inverse)
+        down = self._adding(self.down, "g", num_pairs)
+        dh, scaled_a, dweights = ops.down_grad(
+            self.dout, down, hidden, self.weights, grouping, activation, out=(None, down.addend)
+        )
+        found |= {"down_grad: dh": dh, "down_grad: s*a": scaled_a, "down_grad: gate weights": dweights}
+        if activation is not None:
+            gate_up = self._adding(self.gate_up, "dx", num_pairs)
+            found["up_grad"] = ops.up_grad(operand("down_grad: dh"), gate_up, grouping, out=gate_up.addend)
+            rows = GradientOperands(
+                self.x, operand("down_grad: dh"), self.dout, operand("down_grad: s*a"), self.weights
+            )
+            needs = PerWeight(True, self.b1 is not None, True, self.b2 is not None)
+            grads = ops.weight_grad(grouping, self.layout, rows, needs)
+            found |= {f"weight_grad: {name}": grad for name, grad in grads._asdict().items() if grad is not None}
+        return {name: value[:num_active] if name in IN_STORAGE_ORDER else value for name, value in found.items()}
+
+    def _adding(self, projection: Projection, name: str, num_pairs: int) -> Projection:
+        """Return a projection whose product `name` has an addend, if this layer has some; a copy to be written over."""
+        addend = self.addends.get(name)
+        return projection if addend is None else projection._replace(addend=addend[:num_pairs].clone())

@@ -1,0 +1,23 @@
+"""What a setting may be: integers, finite numbers, and flags that are True or False."""
+
+import math
+from typing import TypeGuard
+
+__all__ = ["check_flags", "is_integer", "is_number"]
+
+
+def is_integer(value: object) -> TypeGuard[int]:
+    """Say whether this is an int; True and False are none here."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> bool:
+    """Say whether this is an int or a float, and finite (not by math.isfinite, which torch.compile can't trace)."""
+    return is_integer(value) or (isinstance(value, float) and abs(value) < math.inf)
+
+
+def check_flags(settings: object, *names: str) -> None:
+    """Raise TypeError unless each of these fields is True or False."""
+    for name in names:
+        if not isinstance(getattr(settings, name), bool):
+            raise TypeError(f"{name} must be True or False, got {getattr(settings, name)!r}")

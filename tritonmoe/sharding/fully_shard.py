@@ -1,0 +1,102 @@
+"""FSDP2 beside sharded parameters: it says the way out where it can't be right, and what it averages is noted."""
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from tritonmoe.sharding.marks import (
+    MARK,
+    ShardedNames,
+    mark_sharded,
+    sharded_modules,
+    warn_of_sums,
+)
+from tritonmoe.sharding.whole_states import note_sharded_by_fsdp, refuse_pickling
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp._fully_shard._fsdp_common import DataParallelMeshInfo
+    from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam, ParamModuleInfo
+    from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
+
+__all__ = ["explain_fully_shard"]
+
+
+def explain_fully_shard() -> None:
+    """Let FSDP2 say the way out where it is given what it can't make right, and note what it averages, from now on.
+
+    What it can't make right is marked parameters which are spread over its ranks already, and others over fewer ranks
+    than these average. What it averages is marked parameters that it shards over their replicas.
+    """
+    from torch.distributed.fsdp._fully_shard import _fsdp_param, _fsdp_param_group
+
+    _check_ranks_of_groups(_fsdp_param_group.FSDPParamGroup)
+    original: Callable[..., None] = _fsdp_param.FSDPParam.__init__
+    if hasattr(original, MARK):
+        return
+
+    @functools.wraps(original)
+    def init(
+        self: "FSDPParam", param: nn.Parameter, module_info: "ParamModuleInfo", *arguments: object, **keywords: object
+    ) -> None:
+        module, name = module_info.module, module_info.param_name
+        marked: ShardedNames | None = module.__dict__.get(MARK)
+        if marked is None or name not in marked.names:
+            original(self, param, module_info, *arguments, **keywords)
+            note_sharded_by_fsdp(self)
+            return
+        try:
+            original(self, param, module_info, *arguments, **keywords)
+        except Exception as error:
+            raise ValueError(
+                f"fully_shard can't shard {name} of {type(module).__name__}, whose experts are spread over these ranks "
+                "already: pass ignored_params=set(tritonmoe.expert_parameters(module)), or shard the module of the "
+                "experts itself over their replicas"
+            ) from error
+        refuse_pickling(self.sharded_param)  # type: ignore[arg-type]  # over both dimensions
+        if set(self.mesh_info.mesh.mesh.flatten().tolist()) == set(marked.replicas):
+            mark_sharded(module, marked._replace(averaged=(*marked.averaged, name)))
+
+    setattr(init, MARK, True)
+    _fsdp_param.FSDPParam.__init__ = init  # type: ignore[method-assign]
+
+
+def _check_ranks_of_groups(group_class: "type[FSDPParamGroup]") -> None:
+    """Let FSDP2's groups of parameters check their ranks when they are made, from now on."""
+    original: Callable[..., None] = group_class.__init__
+    if hasattr(original, MARK):
+        return
+
+    @functools.wraps(original)
+    def init(
+        self: "FSDPParamGroup",
+        params: list[nn.Parameter],
+        modules: tuple[nn.Module, ...],
+        mesh_info: "DataParallelMeshInfo",
+        *arguments: object,
+        **keywords: object,
+    ) -> None:
+        _check_ranks(params, modules, mesh_info.mesh)
+        original(self, params, modules, mesh_info, *arguments, **keywords)
+
+    setattr(init, MARK, True)
+    group_class.__init__ = init  # type: ignore[method-assign]
+
+
+def _check_ranks(parameters: Iterable[nn.Parameter], modules: Iterable[nn.Module], mesh: "DeviceMesh") -> None:
+    """Raise ValueError if FSDP2 would average dense parameters over other ranks than the experts beside them."""
+    sharded = [found for module in modules for found in sharded_modules(module)]
+    of_experts = {id(getattr(child, name)) for _, child, marked in sharded for name in marked.names}
+    if all(id(parameter) in of_experts for parameter in parameters):
+        return
+    ranks = sorted(mesh.mesh.flatten().tolist())
+    for name, child, marked in sharded:
+        warn_of_sums("fully_shard", name or type(child).__name__, marked, child)
+        if marked.members is not None and sorted(marked.members) != ranks:
+            raise ValueError(
+                f"fully_shard averages over the ranks {ranks}, but gradients of the experts of {type(child).__name__} "
+                f"are averaged over the ranks {sorted(marked.members)}, so the copies of dense parameters would drift "
+                "apart: shard those over all of these ranks, and at most the experts alone over their replicas"
+            )
