@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from tritonmoe.config.numbers import is_integer, is_number
 from tritonmoe.config.overlap import WIRE_DTYPES, OverlapPlan
@@ -272,7 +272,7 @@ def _read_pass(fields: _Fields, plan: OverlapPlan, size: int, node_size: int | N
 
     def step(values: object, moments_of: Callable[[object], tuple[float | None, ...]]) -> RecordedStep:
         of = _Fields(values, "a step")
-        times = [of.values.get(name) for name in TIMES]
+        times: list[Any] = [of.values.get(name) for name in TIMES]
         if set(map(type, times)) == {float} and min(times[2:]) >= 0 and times[4] <= MOST:  # nothing is wrong with them
             start_s, end_s, wait_s, post_s, units = times
         else:

@@ -12,7 +12,8 @@ from typing import Generic, NamedTuple, TypeVar
 
 from torch import Tensor
 
-from tritonmoe.config.layer import PerWeight, is_fused
+from tritonmoe.config.activations import is_fused
+from tritonmoe.config.layer import PerWeight
 from tritonmoe.dispatch.capacity import poison
 from tritonmoe.dispatch.count_exchange import post_backward
 from tritonmoe.dispatch.header import CallHeader

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritonmoe.config.layer import is_fused
+from tritonmoe.config.activations import is_fused
 from tritonmoe.expert_parallel.agreed_call import AgreedCall
 from tritonmoe.expert_parallel.call_pass import CallBackward, CallForward, SavedTensors
 from tritonmoe.experts.run import ForwardRun

@@ -86,8 +86,8 @@ def words_of(activation: Activation) -> str:
     if isinstance(activation, str):
         return activation
     if is_fused(activation):
-        name, *numbers = activations.to_plain(activation)
-        return str(activations.from_plain((name, *(0.0 + number for number in numbers))))  # 0.0 + -0.0 is 0.0
+        numbers = [0.0 + number for number in activation.numbers]  # 0.0 + -0.0 is 0.0
+        return str(replace(activation, **dict(zip(activation.number_names(), numbers, strict=True))))
     named: object = activation
     while isinstance(named, partial):
         named = named.func
