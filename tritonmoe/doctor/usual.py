@@ -254,7 +254,7 @@ class _Samples:
         medians = table.nanmedian(1).values
         noise = float(middle(1.4826 * middle((table - middle(table)[:, None]).abs())[None])[0])
         count = len(rest) / len(medians)
-        uncertain = max(LEAST_S, noise * 1.25 / count**0.5 if count > 1 else 0.0)
+        uncertain = max(LEAST_S, noise * 1.25 / count**0.5, _uncertainty(table)) if count > 1 else LEAST_S
         usual = level(medians.tolist(), uncertain)
         of_rank = rank.unique(return_inverse=True)[1]
         residuals = rest - medians[of_rank]
@@ -271,6 +271,19 @@ class _Samples:
         self.scattered = torch.where(residuals > far, residuals, 0.0)
         """What of that is not there in most steps."""
         self.levels = (usual + unit_s * (fair[step] - mean) + self.of_size).clamp(min=0)
+
+
+def _uncertainty(table: Tensor) -> float:
+    """Return how far medians of the rows of (G, L) may be off, in the middle of all rows; NaN are no values.
+
+    Where values are now of one kind and now of another, as if drawn, medians are too: the values beside them tell.
+    """
+    ordered, counts = table.sort(1).values, (~table.isnan()).sum(1)
+    low, high = ((counts - 1) / 2 + side * counts.sqrt() / 2 for side in (-1, 1))
+    last = (counts - 1).clamp(min=0)
+    low, high = (of.round().to(torch.int64).clamp(min=0).minimum(last) for of in (low, high))
+    widths = ordered.gather(1, high[:, None]) - ordered.gather(1, low[:, None])
+    return float(middle(widths.T / 2)[0])
 
 
 def _by_step(step: Tensor, values: Tensor, what: str, num_steps: int) -> Tensor:
