@@ -1,10 +1,10 @@
 """RoutingRule: how logits become ids and weights of K experts; also as a string, for operators."""
 
-import ast
 from functools import lru_cache
 from typing import NamedTuple
 
 from tritonmoe.config.layer import MoEConfig
+from tritonmoe.config.literals import read_literal
 
 __all__ = ["RoutingRule", "decode"]
 
@@ -42,4 +42,4 @@ class RoutingRule(NamedTuple):
 @lru_cache(maxsize=1024)
 def decode(encoded: str) -> RoutingRule:
     """Return the rule that encode() made the string of."""
-    return RoutingRule(*ast.literal_eval(encoded))
+    return RoutingRule(*read_literal(encoded))

@@ -4,8 +4,8 @@ Where the numbers differ every rank sees that they do, and only then the ranks s
 in the words that a user reads.
 """
 
-import ast
 import hashlib
+import json
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
@@ -27,7 +27,7 @@ class CallTerms:
     def __init__(self, named: Iterable[tuple[str, object]]) -> None:
         self.words = {name: _short(str(value)) for name, value in named}
         """The values as a user reads them, by name."""
-        self.text = repr(self.words).encode()
+        self.text = json.dumps(self.words).encode()
         """What travels where ranks have different numbers."""
         self._digest = int.from_bytes(hashlib.blake2b(self.text, digest_size=8).digest(), "little") >> 1
 
@@ -48,8 +48,8 @@ def _short(words: str) -> str:
 def words_of(text: bytes) -> Mapping[str, str] | None:
     """Return the words of the terms of which this is the text; None where the text was damaged on its way."""
     try:
-        words = ast.literal_eval(text.decode())
-    except (ValueError, SyntaxError):
+        words = json.loads(text)
+    except ValueError:
         return None
     return words if isinstance(words, dict) else None
 

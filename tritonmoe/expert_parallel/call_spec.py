@@ -1,6 +1,5 @@
 """CallSpec: what an expert-parallel call is, apart from its tensors, decided once; also as a string, for operators."""
 
-import ast
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
@@ -9,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tritonmoe.config.literals import read_literal
 from tritonmoe.config.overlap import WIRE_DTYPES, OverlapConfig, OverlapPlan
 from tritonmoe.dispatch.placement import ExpertPlacement
 from tritonmoe.expert_parallel.state import LayerCalls
@@ -72,7 +72,7 @@ def encode(spec: CallSpec) -> str:
 @lru_cache(maxsize=1024)
 def decode(encoded: str) -> CallSpec:
     """Return the spec that encode() made the string of."""
-    experts, num_experts, is_plan, settings, held = ast.literal_eval(encoded)
+    experts, num_experts, is_plan, settings, held = read_literal(encoded)
     named: dict[str, Any] = dict(zip(PLAN_FIELDS if is_plan else CONFIG_FIELDS, settings, strict=True))
     if named["wire_dtype"] is not None:
         named["wire_dtype"] = WIRE_DTYPES[named["wire_dtype"]]

@@ -1,6 +1,5 @@
 """ExpertSpec: how experts compute, decided and checked once for all calls alike; also as a string, for operators."""
 
-import ast
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, lru_cache, partial
 from typing import Any, Literal, NamedTuple
@@ -13,6 +12,7 @@ from tritonmoe.backends.ops import Operations
 from tritonmoe.config import activations
 from tritonmoe.config.activations import Activation, check_activation, is_fused
 from tritonmoe.config.layer import ExpertLayout, KernelOptions, PerWeight, Projection
+from tritonmoe.config.literals import read_literal
 from tritonmoe.experts.adapted_projection import AdaptedProjection
 from tritonmoe.experts.adapter_dropout import AdapterDropout
 from tritonmoe.experts.adapters import ExpertAdapters
@@ -191,7 +191,7 @@ def from_plain(plain: tuple[Any, ...]) -> ExpertSpec:
 
 
 def literal(plain: object) -> str:
-    """Return the literal of what to_plain() gave, or of a tuple of such; ast.literal_eval() reads it."""
+    """Return the literal of what to_plain() gave, or of a tuple of such; read_literal() reads it."""
     return repr(_settled(plain) if torch.compiler.is_compiling() else plain)
 
 
@@ -217,4 +217,4 @@ def encode(spec: ExpertSpec) -> str:
 @lru_cache(maxsize=1024)
 def decode(encoded: str) -> ExpertSpec:
     """Return the spec that encode() made the string of, checked."""
-    return from_plain(ast.literal_eval(encoded)).check()
+    return from_plain(read_literal(encoded)).check()
