@@ -18,8 +18,9 @@ import torch
 
 from tritonmoe.benchmarks.argument_types import output_file, positive
 from tritonmoe.benchmarks.inside_namespace import ask, check_start, is_inside
+from tritonmoe.benchmarks.link_rates import parse_rate
 from tritonmoe.benchmarks.model_sizes import add_model_sizes, check_model_sizes, model_sizes
-from tritonmoe.benchmarks.namespaces import Namespaces, parse_rate
+from tritonmoe.benchmarks.namespaces import Namespaces
 from tritonmoe.benchmarks.ranks import slowest
 from tritonmoe.benchmarks.timing import summarize, write_json
 from tritonmoe.config.overlap import OverlapPlan, equal_sizes

@@ -26,8 +26,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from tritonmoe.benchmarks.argument_types import positive, positive_number
 from tritonmoe.benchmarks.expert_parallel_rank import num_settling_steps
 from tritonmoe.benchmarks.inside_namespace import ask, check_start, interface_bytes, is_inside
+from tritonmoe.benchmarks.link_rates import parse_rate
 from tritonmoe.benchmarks.model_sizes import add_model_sizes, check_model_sizes, model_sizes
-from tritonmoe.benchmarks.namespaces import Namespaces, parse_rate
+from tritonmoe.benchmarks.namespaces import Namespaces
 from tritonmoe.benchmarks.ranks import slowest
 from tritonmoe.benchmarks.timing import Samples, add_arguments, ratio, summarize, write_json
 from tritonmoe.benchmarks.workload import DTYPES, NAMED_WIRE_DTYPES

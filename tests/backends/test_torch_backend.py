@@ -60,7 +60,7 @@ class Operands(LayerCase):
         generator = torch.Generator().manual_seed(1)
         ids = torch.randint(-1, NUM_EXPERTS + 1, (num_rows, TOP_K), generator=generator)
         ids[ids == 3] = 1  # expert 3 is empty
-        super().__init__(ids, NUM_EXPERTS, layout, dtype, hidden=HIDDEN, intermediate=INTERMEDIATE, seed=2)
+        super().__init__(ids, NUM_EXPERTS, layout, dtype, sizes=(HIDDEN, INTERMEDIATE), seed=2)
         # Results of earlier operations, as operands of later ones.
         num_pairs = int(((ids >= 0) & (ids < NUM_EXPERTS)).sum())
         self.h, self.a = self.draw(num_pairs, self.width), self.draw(num_pairs, INTERMEDIATE)

@@ -18,8 +18,9 @@ from namespace_processes import processes_in, start_of
 
 import tritonmoe as tm
 from tritonmoe.benchmarks import BENCHMARKS, load, overlap
+from tritonmoe.benchmarks.link_rates import parse_rate
 from tritonmoe.benchmarks.measured_layer import MeasuredLayer
-from tritonmoe.benchmarks.namespaces import parse_rate, unusable_reason
+from tritonmoe.benchmarks.namespaces import unusable_reason
 from tritonmoe.benchmarks.overlap import main
 from tritonmoe.benchmarks.overlap_variants import variants_of
 from tritonmoe.benchmarks.overlap_verdict import verdict

@@ -52,7 +52,7 @@ def test_literals_and_numbers_of_kernels(activation) -> None:
 
 def test_an_activation_reads_as_the_call_that_makes_it() -> None:
     assert str(ClampedSwiGLU(7.0, 1.702)) == "ClampedSwiGLU(7.0, alpha=1.702, up_offset=0.0)"
-    assert str(SoftcappedSwiGLU(4, 25.0)) == "SoftcappedSwiGLU(4, 25.0)"
+    assert str(ClampedSwiGLU(7, -1, -0.0)) == "ClampedSwiGLU(7.0, alpha=-1.0, up_offset=0.0)"
 
 
 def test_an_unknown_name_is_told_the_known_ones() -> None:

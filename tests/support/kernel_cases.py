@@ -32,8 +32,8 @@ ACTIVATIONS = (*ACTIVATION_NAMES, GPT_OSS, SoftcappedSwiGLU(0.7, 1.5))
 class Layer(LayerCase):
     """A LayerCase on the device of the tests."""
 
-    def __init__(self, ids, num_experts, layout, dtype=torch.float32, **others):
-        super().__init__(ids.to(DEVICE), num_experts, layout, dtype, **others)
+    def __init__(self, ids, num_experts, layout, dtype=torch.float32, *, hidden=20, intermediate=12, **others):
+        super().__init__(ids.to(DEVICE), num_experts, layout, dtype, sizes=(hidden, intermediate), **others)
 
 
 def given_grads(grads):

@@ -119,8 +119,7 @@ def _case(layer: CheckedLayer, device: torch.device) -> LayerCase:
         layer.num_experts,
         layer.layout,
         layer.dtype,
-        hidden=layer.hidden_size,
-        intermediate=layer.intermediate_size,
+        sizes=(layer.hidden_size, layer.intermediate_size),
         bias=layer.bias,
     )
 

@@ -31,14 +31,14 @@ class LayerCase:
         layout: ExpertLayout,
         dtype: torch.dtype = torch.float32,
         *,
-        hidden: int = 20,
-        intermediate: int = 12,
+        sizes: tuple[int, int] = (20, 12),
         bias: bool = True,
         seed: int = 0,
     ) -> None:
-        """Draw the operands. ids: (R, K)."""
+        """Draw the operands. ids: (R, K). sizes: D and F."""
         self._generator = torch.Generator().manual_seed(seed)
         self._dtype = dtype
+        hidden, intermediate = sizes
         width = 2 * intermediate if layout.gated else intermediate
         self.layout, self.ids, self.num_experts = layout, ids, num_experts
         self.hidden, self.intermediate, self.width = hidden, intermediate, width

@@ -16,8 +16,9 @@ import torch
 
 from tritonmoe.benchmarks.argument_types import chunk_count, output_file, positive, positive_number
 from tritonmoe.benchmarks.inside_namespace import ask, check_start
+from tritonmoe.benchmarks.link_rates import parse_rate
 from tritonmoe.benchmarks.measured_layer import Link, MeasuredLayer
-from tritonmoe.benchmarks.namespaces import Namespaces, parse_rate
+from tritonmoe.benchmarks.namespaces import Namespaces
 from tritonmoe.benchmarks.overlap_prediction import predict
 from tritonmoe.benchmarks.overlap_rank import run_rounds
 from tritonmoe.benchmarks.overlap_variants import Variant, best, overlapped_variants

@@ -19,8 +19,9 @@ import torch
 from tritonmoe.benchmarks.argument_types import chunk_count, output_file, positive, positive_number
 from tritonmoe.benchmarks.expert_parallel_rank import OURS, PEERS, RankSteps, measure_steps
 from tritonmoe.benchmarks.inside_namespace import check_start
+from tritonmoe.benchmarks.link_rates import parse_rate
 from tritonmoe.benchmarks.model_sizes import add_model_sizes, check_model_sizes, model_sizes
-from tritonmoe.benchmarks.namespaces import Namespaces, parse_rate
+from tritonmoe.benchmarks.namespaces import Namespaces
 from tritonmoe.benchmarks.ranks import gather
 from tritonmoe.benchmarks.timing import ratio, summarize, write_json
 from tritonmoe.benchmarks.workload import DTYPES

@@ -18,31 +18,15 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 
 from tritonmoe.benchmarks.inside_namespace import CONTROL, INSIDE, INTERFACE
+from tritonmoe.benchmarks.link_rates import address, bucket, shaping
 
-__all__ = ["INTERFACE", "Namespaces", "parse_rate", "unusable_reason"]
+__all__ = ["INTERFACE", "Namespaces", "unusable_reason"]
 
 CLONE_NEWNET = 0x40000000
 PR_SET_PDEATHSIG = 1
 COMMANDS = {"ip": "iproute2", "tc": "iproute2", "nsenter": "util-linux"}
 MTU = 9000
 """Headers are then less than 1 % of the bytes on the wire."""
-UNITS = {"bit": 1.0, "kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
-
-
-def parse_rate(text: str) -> float:
-    """Return bits per second of a rate as tc writes it: "1gbit" gives 1e9.
-
-    Raises:
-        ValueError: the text is not a positive number with one of the units bit, kbit, mbit, gbit.
-    """
-    number = text.rstrip("abcdefghijklmnopqrstuvwxyz")
-    try:
-        rate = float(number) * UNITS[text[len(number) :]]
-    except (ValueError, KeyError):
-        rate = 0.0
-    if not 0 < rate < 1e15:
-        raise ValueError(f"a rate is a positive number with bit, kbit, mbit or gbit, as in 1gbit, got {text!r}")
-    return rate
 
 
 def unusable_reason() -> str | None:
@@ -158,22 +142,22 @@ class Namespaces:
     def set_rate(self, rate: float) -> None:
         """Return all ranks' links another rate; what is under way goes on."""
         self.rate = rate
-        self._in_hub([f"tc qdisc replace dev r{rank} root {_bucket(rate)}" for rank in range(self.num_ranks)])
+        self._in_hub([f"tc qdisc replace dev r{rank} root {bucket(rate)}" for rank in range(self.num_ranks)])
         for process in self._processes:
-            _run_in(process.pid, [f"tc qdisc replace dev {INTERFACE} root {_bucket(rate)}"])
+            _run_in(process.pid, [f"tc qdisc replace dev {INTERFACE} root {bucket(rate)}"])
 
     def set_uplink_rate(self, rate: float) -> None:
         """Return the uplinks of all nodes another rate, in both directions."""
         self.inter_rate = rate
         ends = [f"{end}{node}" for node in range(self.num_nodes) for end in ("up", "down")]
-        self._in_hub([f"tc qdisc replace dev {end} root {_bucket(rate)}" for end in ends])
+        self._in_hub([f"tc qdisc replace dev {end} root {bucket(rate)}" for end in ends])
 
     def set_rates(self, of_ranks: Sequence[float], of_links: Mapping[tuple[int, int], float]) -> None:
         """Return every rank's link a rate of its own, and what it sends to some ranks a lower one within that."""
-        self._in_hub([f"tc qdisc replace dev r{rank} root {_bucket(rate)}" for rank, rate in enumerate(of_ranks)])
+        self._in_hub([f"tc qdisc replace dev r{rank} root {bucket(rate)}" for rank, rate in enumerate(of_ranks)])
         for sender, process in enumerate(self._processes):
             slow = {receiver: rate for (of, receiver), rate in of_links.items() if of == sender}
-            _run_in(process.pid, _shaping(of_ranks[sender], slow))
+            _run_in(process.pid, shaping(of_ranks[sender], slow))
 
     def uplink_bytes(self) -> list[int]:
         """Return the bytes that every node has sent to other nodes, by its uplink's counters."""
@@ -192,7 +176,7 @@ class Namespaces:
                 "RANK": str(rank),
                 "LOCAL_RANK": str(rank),
                 "WORLD_SIZE": str(self.num_ranks),
-                "MASTER_ADDR": _address(0),
+                "MASTER_ADDR": address(0),
                 "MASTER_PORT": "29500",
                 "GLOO_SOCKET_IFNAME": INTERFACE,
                 "OMP_NUM_THREADS": "1",
@@ -234,14 +218,14 @@ class Namespaces:
         )
 
     def _link(self) -> None:
-        bucket = _bucket(self.rate)
+        of_rank = bucket(self.rate)
         commands = ["ip link set lo up"]
         commands += [f"ip link add br{node} type bridge" for node in range(self.num_nodes)]
         for rank, process in enumerate(self._processes):
             commands += [
                 f"ip link add r{rank} mtu {MTU} type veth peer name {INTERFACE} mtu {MTU} netns {process.pid}",
                 f"ip link set r{rank} master br{rank // self.node_size} up",
-                f"tc qdisc add dev r{rank} root {bucket}",
+                f"tc qdisc add dev r{rank} root {of_rank}",
             ]
         if self.num_nodes > 1:
             commands += ["ip link add core type bridge", "ip link set core up"]
@@ -250,7 +234,7 @@ class Namespaces:
                 for end, bridge in ((f"up{node}", f"br{node}"), (f"down{node}", "core")):
                     commands += [
                         f"ip link set {end} master {bridge} up",
-                        f"tc qdisc add dev {end} root {_bucket(self.inter_rate)}",
+                        f"tc qdisc add dev {end} root {bucket(self.inter_rate)}",
                     ]
         commands += [f"ip link set br{node} up" for node in range(self.num_nodes)]
         self._in_hub(commands)
@@ -259,9 +243,9 @@ class Namespaces:
                 process.pid,
                 [
                     "ip link set lo up",
-                    f"ip addr add {_address(rank)}/16 dev {INTERFACE}",
+                    f"ip addr add {address(rank)}/16 dev {INTERFACE}",
                     f"ip link set {INTERFACE} up",
-                    f"tc qdisc add dev {INTERFACE} root {bucket}",
+                    f"tc qdisc add dev {INTERFACE} root {of_rank}",
                 ],
             )
 
@@ -280,36 +264,6 @@ class Namespaces:
                 process.stdin.close()
         self._control.close()
         self._control_of_rank.close()
-
-
-def _address(rank: int) -> str:
-    return f"10.77.{rank // 200}.{rank % 200 + 1}"
-
-
-def _bucket(rate: float) -> str:
-    """Return tc's token bucket; a burst of 1 ms, and a queue that is long enough to lose nothing."""
-    burst = max(128 * 1024, int(rate / 8 * 1e-3))
-    return f"tbf rate {int(rate)}bit burst {burst} limit {max(8 << 20, int(rate / 8 * 0.5))}"
-
-
-def _shaping(rate: float, slow: Mapping[int, float]) -> list[str]:
-    """Return the commands that shape what a rank sends: all of it, and within that what goes to some ranks."""
-    device = f"dev {INTERFACE}"
-    if not slow:
-        return [f"tc qdisc replace {device} root {_bucket(rate)}"]
-    commands = [
-        f"tc qdisc del {device} root",
-        f"tc qdisc add {device} root handle 1: htb default 10",
-        f"tc class add {device} parent 1: classid 1:1 htb rate {int(rate)}bit",
-        f"tc class add {device} parent 1:1 classid 1:10 htb rate {int(rate)}bit",
-    ]
-    for receiver, bits in slow.items():
-        commands += [
-            f"tc class add {device} parent 1:1 classid 1:{20 + receiver} htb rate {int(bits)}bit",
-            f"tc filter add {device} parent 1: protocol ip prio 1 u32 match ip dst {_address(receiver)}/32 "
-            f"flowid 1:{20 + receiver}",
-        ]
-    return commands
 
 
 def _run_in(pid: int, commands: Sequence[str]) -> str:

@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 
 from tritonmoe.benchmarks.inside_namespace import ask, interface_bytes, is_inside
+from tritonmoe.benchmarks.link_rates import parse_rate
 from tritonmoe.benchmarks.measured_layer import Link, MeasuredLayer
-from tritonmoe.benchmarks.namespaces import Namespaces, parse_rate
+from tritonmoe.benchmarks.namespaces import Namespaces
 from tritonmoe.benchmarks.overlap_arguments import DEFAULT_RATE, check_arguments, check_ranks, make_parser
 from tritonmoe.benchmarks.overlap_page import overlap_page
 from tritonmoe.benchmarks.overlap_rank import RankMeasurement, measure_rank

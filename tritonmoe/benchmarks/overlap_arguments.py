@@ -14,7 +14,7 @@ from tritonmoe.benchmarks.argument_types import (
     seed,
 )
 from tritonmoe.benchmarks.inside_namespace import check_start
-from tritonmoe.benchmarks.namespaces import parse_rate
+from tritonmoe.benchmarks.link_rates import parse_rate
 from tritonmoe.benchmarks.overlap_table import TERMS, as_terms
 from tritonmoe.benchmarks.workload import DTYPES, MODELS, NAMED_WIRE_DTYPES
 

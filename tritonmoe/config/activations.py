@@ -71,9 +71,9 @@ class GateFunction:
     name: ClassVar[str]
 
     def __post_init__(self) -> None:
-        for name, number in zip(self.number_names(), self.numbers, strict=True):
-            if not is_number(number):
-                raise ValueError(f"{type(self).__name__} {name} must be a finite number, got {number!r}")
+        for name in self.number_names():
+            if not is_number(getattr(self, name)):
+                raise ValueError(f"{type(self).__name__} {name} must be a finite number, got {getattr(self, name)!r}")
 
     def _check_positive(self, *names: str) -> None:
         for name in names:
@@ -87,7 +87,8 @@ class GateFunction:
 
     @property
     def numbers(self) -> tuple[float, ...]:
-        return tuple([getattr(self, name) for name in self.number_names()])
+        """The fields as floats, -0.0 as 0.0: equal activations have the same words and literals."""
+        return tuple([0.0 + getattr(self, name) for name in self.number_names()])
 
     def __str__(self) -> str:
         """Return the call that makes it."""

@@ -19,8 +19,8 @@ def activation_options(activation: FusedActivation | None) -> tuple[Any, tuple[f
     if activation is None:
         return None, (0.0,) * MAX_NUMBERS
     found = find_activation(activation)
-    numbers = tuple(map(float, found.numbers))
-    return KERNEL_FUNCTIONS[found.name], numbers + (0.0,) * (MAX_NUMBERS - len(numbers))
+    padding = (0.0,) * (MAX_NUMBERS - len(found.numbers))
+    return KERNEL_FUNCTIONS[found.name], found.numbers + padding
 
 
 @triton.jit
