@@ -19,7 +19,7 @@ def tables() -> list[Table]:
 
 
 def exchange_errors(found: list[Table]) -> dict[str, list[float]]:
-    """Give the sizes of the errors of all exchanges of 100 us and above, without and with rows of their own cluster."""
+    """Return the errors' sizes for all exchanges of 100 us and above, without and with rows of their own cluster."""
     rows = [row for table in found for row in table.rows if row.seconds is not None and row.seconds >= SHORTEST_S]
     return {
         "kernels that forward told by their row of two nodes": [

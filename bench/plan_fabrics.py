@@ -27,7 +27,7 @@ LEAST, MOST = Defaults(0.5, 0.0, 0.0, 0.0), Defaults(1.0, 0.4, 400.0, 3.0)
 
 
 def _seconds(fabric: Fabric, sample: Sample, defaults: Defaults, moved_gb_per_s: float | None) -> float:
-    """Give what is predicted. moved_gb_per_s: what kernels that forward move, where their own two-node row said so."""
+    """Return what is predicted. moved_gb_per_s: of kernels that forward, where their own two-node row said it."""
     cluster = fabric.cluster if fabric.is_nccl else gpu_posted(fabric.cluster)
     between, inside, inside_bytes = cluster.between, cluster.inside, sample.inside_bytes
     between = replace(
@@ -124,7 +124,7 @@ SHORTEST_S = 100e-6
 
 
 def errors_with_nothing_of_their_own() -> list[float]:
-    """Give the sizes of the errors of all these exchanges of 100 us and more, none of whose own rows was looked at."""
+    """Return the sizes of the errors of all these exchanges of 100 us and more, by other clusters' rows alone."""
     every, found = fabrics(), []
     for fabric in every:
         defaults = _fit([other for other in every if other is not fabric])

@@ -1,4 +1,4 @@
-"""Who may import whom: the order of folders, no circles between files, and the four fences."""
+"""Who may import whom: the order of folders, no circles between files, and the four fences; how docstrings begin."""
 
 import ast
 import functools
@@ -112,7 +112,7 @@ def test_a_file_imports_only_from_its_folder_and_those_before(path: Path) -> Non
 
 
 def imported_modules(path: Path) -> set[str]:
-    """Give the modules of this package whose code a file needs: of `from a.b import c` a.b.c if it is one, else a.b."""
+    """Return the package's modules whose code a file needs: of `from a.b import c` a.b.c if it is one, else a.b."""
     used = set()
     for name in names_used(path, for_types=False):
         while name and name not in MODULES:
@@ -150,3 +150,15 @@ def test_every_exception_is_needed() -> None:
         path = ROOT / file
         assert path.exists(), file
         assert used == "*" or any(is_within(name, used) for name in names_used(path)), (file, used)
+
+
+def test_no_docstring_begins_with_give() -> None:
+    wrong = [
+        f"{path}: {docstring}"
+        for folder in ("tritonmoe", "bench", "virtual_gpu")
+        for path in sorted((ROOT.parent / folder).rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
+        and (docstring := ast.get_docstring(node) or "").startswith(("Give ", "Gives "))
+    ]
+    assert not wrong, "write Return: " + "; ".join(wrong)

@@ -88,7 +88,7 @@ class SharedMemory:
         self._since_fence[:] = UNTOUCHED
 
     def read(self, addresses: NDArray[Any], size: int, warps: NDArray[np.intp], aligned: int = 0) -> NDArray[np.uint8]:
-        """Give (n, size) bytes at `addresses` (n,), multiples of `aligned` or of `size` (0), read by the warps (n,)."""
+        """Return (n, size) bytes at `addresses` (n,), multiples of `aligned` or `size` (0), read by the warps (n,)."""
         pieces = self._pieces(addresses, size, aligned)
         self._check_no_copy(pieces, "a thread reads shared memory that an asynchronous copy still writes")
         written, now = _rows(self._written, pieces)[pieces.numbers], self.epoch * 64
@@ -174,7 +174,7 @@ class SharedMemory:
         self._num_products += 1
 
     def end_matrix_read(self, pieces: Pieces, waiter: int | None) -> NDArray[np.uint8]:
-        """Give the bytes that the instruction read; that it has ended the warp knows that waited (None: every warp)."""
+        """Return the bytes that the instruction read; the warp that waited (None: all) knows that it has ended."""
         _rows(self._busy, pieces)[pieces.numbers] -= 1
         self._num_products -= 1
         if waiter is not None:

@@ -46,7 +46,7 @@ class Clocks:
                 self._readings.append((time.monotonic(), values))
 
     def since(self, started: float) -> Json:
-        """Give each number's median since time.monotonic() was `started`, the lowest clock, and the number of readings.
+        """Return each number's median since time.monotonic() was `started`, the lowest clock, and how many readings.
 
         There are none where less than some ten milliseconds went by, or where the card has no NVML.
         """

@@ -66,7 +66,7 @@ def _ours(backend: str, inputs: LayerInputs) -> Function:
 
 
 def _peers(inputs: LayerInputs) -> tuple[dict[str, Function], dict[str, str]]:
-    """Give every peer that can run, as functions of the same tensors, the torch backend last, and why others can't."""
+    """Return all peers that can run, as functions of the same tensors, the torch backend last, and why others can't."""
     x, ids, gates = inputs.x, inputs.topk_ids, inputs.topk_weights
     found: dict[str, Function] = {}
     left_out: dict[str, str] = {}
@@ -132,7 +132,7 @@ def _dense_products(inputs: LayerInputs, backward: bool) -> Call:
 
 
 def measure_memory(bench: Workbench, shape: str, num_tokens: int, routing: str) -> Json:
-    """Give the megabytes that a forward keeps for backward beside x and the weights, and the most that a step holds."""
+    """Return the megabytes that a forward keeps for backward beside x and weights, and the most that a step holds."""
     inputs = bench.inputs(shape, num_tokens, routing)
 
     def forward() -> Tensor:

@@ -12,7 +12,7 @@ RANKS, STEPS, EXCHANGES = 4, 12, 20
 
 
 def run_of(faulty: tuple[int, ...], late_s: float, num_ranks: int = RANKS) -> Graph:
-    """Give a run whose exchanges take 4.5 ms or 8.5 ms by chance, on each rank for itself, as gloo's do on one link."""
+    """Return a run whose exchanges take 4.5 or 8.5 ms by chance, on each rank for itself, as gloo's do on one link."""
     draw = random.Random(3)
     graph = Graph(list(range(num_ranks)), list(range(STEPS)), begin_s=[0.0] * num_ranks)
     graph.programs = [[] for _ in range(num_ranks)]

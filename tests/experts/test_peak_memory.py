@@ -107,7 +107,7 @@ class Batch:
         self.work = LayerWork(rows.double(), pairs.double(), HIDDEN * dtype.itemsize, TOP_K)
 
     def measure(self, plan: tm.OverlapPlan, save: str) -> tuple[int, ...]:
-        """Give the most bytes that a layer call holds on any rank in its forward, and, with gradients, its backward."""
+        """Return the most bytes that a layer call holds on any rank in its forward and, with gradients, backward."""
 
         def on_rank(transport: Transport) -> tuple[int, ...]:
             rank, exchange = transport.rank, transport.exchange

@@ -43,7 +43,7 @@ def ragged_layer(dtype, layout, **sizes):
 
 
 def products(backend, layer, grouping, values):
-    """Give all products but weight_grad, with `values` (N, F) as a, and as many columns as W1 has of them as h, dh."""
+    """Return all products but weight_grad, `values` (N, F) being a, and as many columns of them as W1 has h, dh."""
     hidden = torch.cat([values, values.flip(1)], 1) if layer.layout.gated else values
     h, a = backend.up(layer.x, layer.gate_up, grouping, "silu")
     down = backend.down(values, layer.down, grouping)

@@ -90,7 +90,7 @@ def test_only_one_of_the_gradients_is_added(backend: ModuleType) -> None:
 
 
 def ways(operands: Operands, grouping: Grouping, **fields: bool) -> tuple[list[str], reference.WeightGrads]:
-    """Give how the values of pairs were read, for each of both weights, and the gradients; `fields` as if measured."""
+    """Return how pairs' values were read, for each of both weights, and the gradients; `fields` as if measured."""
 
     class Everything(dict):
         def get(self, key, default=None):

@@ -78,7 +78,7 @@ def random_ids(num_rows, top_k, num_experts, *, skip=0.2, seed=0):
 
 
 def chunked_rows(num_rows, num_chunks, num_sources, seed=0):
-    """Give chunk_row_offsets and the sources of the rows, in any order of the ranks; some chunks and runs are empty."""
+    """Return chunk_row_offsets and the rows' sources, in any order of the ranks; some chunks and runs are empty."""
     generator = torch.Generator().manual_seed(seed)
     cuts = torch.randint(0, num_rows + 1, (num_chunks - 1,), generator=generator).sort().values.tolist()
     offsets = (0, *cuts, num_rows)

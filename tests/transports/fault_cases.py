@@ -122,7 +122,7 @@ DAMAGED = 1
 
 
 class DamagingTransport(WatchedTransport):
-    """Gives counts of another rank of which one has a bit too many, or too few."""
+    """A transport that returns another rank's counts, of which one has a bit too many, or too few."""
 
     def __init__(self, transport: Transport, place: int = ROWS_OF_CHUNK_1, bit: int = 4) -> None:
         super().__init__(transport, lambda: None)

@@ -161,7 +161,7 @@ LAYOUTS = {
 
 
 def slices(layout, base, size):
-    """Give the descriptors (modes left out) of the four slices of 16 along K of a matrix of `size` rows or columns."""
+    """Return descriptors (modes left out) of the four slices of 16 along K of a matrix of `size` rows or columns."""
     width, transposed = LAYOUTS[layout]
     for step in range(4):
         if transposed:

@@ -64,7 +64,7 @@ class OverlapConfig:
     fit, all ranks run the call again without a capacity before it returns: results are always exact, and
     last_report.overflowed says so. What travels is the room, padding included. Chunks of experts and a
     TwoLevelTransport have no such mode. Calls with backend="triton" can be captured by a CUDA graph: see
-    docs/design.md, "Capacity"."""
+    docs/decisions.md, "Capacity"."""
 
     memory_budget_bytes: int | None = None
     """With num_chunks="auto": choose the fewest equal chunks, two exchanges of a kind under way, with which the buffers

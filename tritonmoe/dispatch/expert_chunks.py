@@ -30,7 +30,7 @@ class RowPlaces(NamedTuple):
 
 
 def pair_chunks(local_ids: Tensor, num_local_experts: int, overlap: OverlapPlan) -> Tensor:
-    """Give the chunk (..., K) int64 of each pair from its expert's place on its rank; any number for a skipped pair."""
+    """Return each pair's chunk (..., K) int64 from its expert's place on its rank; any number for a skipped pair."""
     starts = torch.tensor(overlap.bounds(num_local_experts)[1:-1], dtype=local_ids.dtype, device="cpu")
     return torch.bucketize(local_ids, to_device(starts, local_ids.device), right=True)
 

@@ -173,7 +173,7 @@ class DispatchPlan:
         return self._by_rank(self.tokens.return_rows)
 
     def _by_rank(self, rows: list[list[int]]) -> Tensor:
-        """Give the places (int64) of exchanged rows by (rank, segment); they lie and are counted by (segment, rank)."""
+        """Return the places (int64) by (rank, segment) of exchanged rows, which lie by (segment, rank) as counted."""
         num_slices, device = self.overlap.num_local_slices, self.tokens.home_index.device
         counts = torch.tensor(rows[num_slices:], dtype=torch.int64, device="cpu")
         starts = (counts.view(-1).cumsum(0) - counts.view(-1)).view_as(counts) + self.num_local

@@ -143,7 +143,7 @@ def _samples(calls: Sequence[RecordedCall]) -> list[_Sample]:
 
 
 def _steps_of(call: RecordedCall, number: int) -> Iterator[tuple[int, RecordedStep, float]]:
-    """Give the steps of a pass that have work, with their rank, and for how long of each an exchange was under way."""
+    """Return a pass's steps that have work, with their rank, and for how long of each an exchange was under way."""
     passes = [of.passes[number] for of in call.ranks]
     last_posted: dict[Step, float] = {}
     for one in passes:
@@ -187,7 +187,7 @@ def _lines(by_kind: _ByKind, slowness: Sequence[float], contention: float) -> di
 
 
 def _of_same_sum(line: tuple[float, float], points: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """Give the line, of which the sum over all points is theirs: relative errors alone let it lie below noisy ones."""
+    """Return the line whose sum over all points is theirs: relative errors alone let it lie below noisy points."""
     fixed, unit = line
     expected = sum(fixed + unit * units for units, _ in points)
     share = sum(seconds for _, seconds in points) / expected if expected else 1.0

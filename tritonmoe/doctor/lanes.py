@@ -72,7 +72,7 @@ class Shown:
 
 
 def slow_steps(times_s: Sequence[float]) -> list[int]:
-    """Give the steps that took longer than the others: by a tenth of the median, and by more than steps usually do."""
+    """Return the steps that took longer than others: by a tenth of the median, and by more than steps usually do."""
     middle = statistics.median(times_s)
     usual = statistics.median(abs(one - middle) for one in times_s)
     return [step for step, one in enumerate(times_s) if one > SLOW * middle and one - middle > FAR_OUT * usual]

@@ -28,7 +28,7 @@ class PairTimes:
     """[i][k] seconds of each further byte."""
 
     def slow(self) -> list[tuple[int, int, float]]:
-        """Give (i, k, how many times as long as on the typical link a byte takes) of the slow ones, the worst first."""
+        """Return (i, k, how many times as long as on the typical link a byte takes) of slow pairs, the worst first."""
         size = len(self.byte_s)
         links = [(i, k) for i in range(size) for k in range(size) if i != k]
         typical = statistics.median_low([self.byte_s[i][k] for i, k in links])

@@ -195,7 +195,7 @@ def _has_events(path: Path) -> bool:
 
 
 def _merged(traces: Sequence[RankTrace], limits: list[str]) -> list[RankTrace]:
-    """Give one trace for each rank: where it has a flight record too, its exchanges get groups and numbers of that."""
+    """Return a trace for each rank, its exchanges with the groups and numbers of its flight record where it has one."""
     whole = [trace for trace in traces if trace.lanes in ("gpu", "cpu")]
     records = [trace for trace in traces if trace.lanes not in ("gpu", "cpu")]
     if not whole:

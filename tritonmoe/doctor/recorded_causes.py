@@ -47,7 +47,7 @@ class Known:
 
 
 def _fitted_calls(built: RecordedGraph) -> tuple[list[RecordedCall], float]:
-    """Give calls to fit costs to, of the layers' sizes and plan that take most of the time, and the share they take."""
+    """Return calls to fit costs to, of the layers' sizes and plan that take most time, and the share they take."""
     seconds: dict[tuple, float] = defaultdict(float)
     calls: dict[tuple, dict[int, RecordedCall]] = defaultdict(dict)
     for of in built.passes:
@@ -101,7 +101,7 @@ def _latency_s(graph: Graph, costs: Costs) -> Tensor:
 
 
 def _chunks_s(built: RecordedGraph, busy_s: Tensor) -> Tensor:
-    """Give (N,) by how much the parts of a layer would take less if all of them together had the fixed cost of one."""
+    """Return (N,) how much less the parts of a layer would take if all together had the fixed cost of one."""
     tables = built.graph.tables
     found = torch.zeros_like(busy_s)
     of_kind: dict[tuple, list[int]] = defaultdict(list)

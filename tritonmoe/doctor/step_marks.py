@@ -33,7 +33,7 @@ def mark_steps(traces: Sequence[RankTrace], limits: list[str]) -> None:
 
 
 def _common(traces: Sequence[RankTrace]) -> list[list[Part]]:
-    """Give the exchanges of each trace that all traces of that group have: dumps keep the last so many of each rank."""
+    """Return each trace's exchanges that all traces of that group have: dumps keep the last so many of each rank."""
     known = [{(part.group, part.sequence) for part in trace.parts if part.sequence is not None} for trace in traces]
     found = []
     for trace in traces:

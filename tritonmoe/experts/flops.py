@@ -42,7 +42,7 @@ def forward_flops(shapes: CallTensors[Shape]) -> int:
 
 
 def backward_flops(shapes: CallTensors[Shape], needs: CallTensors[bool], computes_h: bool) -> int:
-    """Give twice the forward's where everything is wanted; less for frozen tensors, more where h is computed again."""
+    """Return twice the forward's where all is wanted; less for frozen tensors, more where h is computed again."""
     products = _products(shapes)
     of_x = {"gate_up_proj": needs.x, "gate_up_a": 1 + needs.x, "gate_up_b": 1}
     of_x |= {"down_proj": 1, "down_a": 2, "down_b": 1}

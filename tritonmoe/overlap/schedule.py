@@ -118,7 +118,7 @@ def _check_needs(schedule: Schedule, waited_at: dict[int, int]) -> None:
 
 
 def _needed_by(step: Step, positions: dict[tuple[StepKind, int | None], int]) -> Iterator[int]:
-    """Give the positions of the steps whose results a step reads; ValueError where that of its own chunk is missing."""
+    """Yield the positions of the steps whose results a step reads; ValueError where its own chunk's is missing."""
     for kind, which in NEEDS.get(step.kind.twin, ()):
         there = {chunk for of, chunk in positions if of is kind}
         is_local = step.chunk is not None and step.chunk < 0
@@ -221,7 +221,7 @@ def build_backward(
 
 @lru_cache(maxsize=KEPT_SCHEDULES)
 def build_inside(step: Step, *, needs_x: bool) -> Schedule:
-    """Give what a step of two levels does inside a node, where every exchange is waited for at once; () if nothing."""
+    """Return what a step of two levels does inside a node, where each exchange is waited for at once; () if nothing."""
     builder, c = _Builder(), step.chunk
     if step.kind is StepKind.GROUP:
         builder.add(StepKind.GROUP, None, builder.add(StepKind.NODE_METADATA, None))

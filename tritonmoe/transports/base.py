@@ -54,7 +54,7 @@ class PendingExchange(ABC):
         return None
 
     def arrivals(self) -> "tuple[float | None, ...] | None":
-        """Give, rank by rank, the time.perf_counter() at which the rows that it sent had arrived, once wait() is over.
+        """Return for each rank when the rows that it sent had arrived, as time.perf_counter(); call it after wait().
 
         A rank's is None where nobody knows, where it sent none, and for this rank itself; all of it where the transport
         doesn't know of any, as with NCCL.

@@ -27,7 +27,7 @@ def operand_matrix(words: NDArray[np.uint32], element: str, size: int) -> NDArra
 
 
 def accumulator_registers(matrix: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Give (registers, waves, 64) of a result (waves, size, size) of V_MFMA: four rows a lane, then the next group."""
+    """Return (registers, waves, 64) of V_MFMA's result (waves, size, size): four rows a lane, then the next group."""
     waves, size, _ = matrix.shape
     groups = LANES // size
     parts = matrix.reshape(waves, size // 4 // groups, groups, 4, size)

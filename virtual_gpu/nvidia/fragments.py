@@ -35,7 +35,7 @@ def swizzled(places: NDArray[np.intp], width: int) -> NDArray[np.intp]:
 
 
 def load_matrices(rows: NDArray[np.uint8], num_matrices: int, transposed: bool) -> NDArray[np.uint32]:
-    """Give the registers of ldmatrix (matrices, threads) of the rows of all warps: (warps * matrices * 8, 16) bytes."""
+    """Return ldmatrix's registers (matrices, threads) of the rows of all warps: (warps * matrices * 8, 16) bytes."""
     matrices = np.ascontiguousarray(rows).view(np.uint16).reshape(-1, num_matrices, 8, 8)
     if transposed:
         matrices = matrices.transpose(0, 1, 3, 2)
@@ -76,7 +76,7 @@ def product(left: NDArray[np.float32], right: NDArray[np.float32]) -> NDArray[np
 
 @cache
 def accumulator_rows_and_columns(num_registers: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    """Give the row of 16 and the column of each accumulator (num_registers, 32): of mma.sync, and a warp's of wgmma."""
+    """Return the row of 16 and the column of each accumulator (num_registers, 32), of mma.sync and a warp's wgmma."""
     register = np.arange(num_registers)[:, None]
     return GROUP + register % 4 // 2 * 8, register // 4 * 8 + 2 * MEMBER + register % 2
 
