@@ -83,11 +83,8 @@ LAYOUT = tuple(one.name for one in fields(ExpertLayout))
 
 def words_of(activation: Activation) -> str:
     """Return what an activation is called; a callable goes by its name."""
-    if isinstance(activation, str):
-        return activation
     if is_fused(activation):
-        numbers = [0.0 + number for number in activation.numbers]  # 0.0 + -0.0 is 0.0
-        return str(replace(activation, **dict(zip(activation.number_names(), numbers, strict=True))))
+        return str(activation)
     named: object = activation
     while isinstance(named, partial):
         named = named.func
