@@ -225,3 +225,18 @@ def test_a_rank_that_counts_reach_late_does_not_move_a_clock(late: int, tmp_path
                 assert other.marks is not None
                 assert one.marks[:2] == pytest.approx(other.marks[:2])
                 assert one.marks.counts_left - other.marks.counts_left == pytest.approx(LATE_S * (rank == late))
+
+
+def test_large_files_are_read_by_several_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_run(tmp_path / "run", [Run(num_chunks=2, noise=0.1)] * 3)
+    with (folder / "rank-0001.jsonl").open("a") as file:
+        file.write('{"call": 3')
+    here = read_recording(folder)
+    monkeypatch.setattr("tritonmoe.runtime.processes.SMALL_BYTES", 0)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1}, raising=False)
+    there = read_recording(folder)
+    assert there.notes == here.notes != ()
+    assert [vars(call)["ranks"] for call in there.calls] == [vars(call)["ranks"] for call in here.calls]
+    (folder / "rank-0002.jsonl").write_text("{")
+    with pytest.raises(ValueError, match=r"rank-0002\.jsonl"):
+        read_recording(folder)

@@ -181,15 +181,16 @@ class RankFile:
     rank: int
     size: int
     calls: dict[int, CallLine]
+    notes: list[str]
+    """What is left out of it."""
 
 
-def read_rank_file(path: Path, notes: list[str]) -> RankFile:
-    """Read a rank's file; what is left out of it is said in `notes`. Raises as read_recording()."""
+def read_rank_file(path: Path) -> RankFile:
+    """Read a rank's file. Raises as read_recording()."""
     check_regular(path)
     lines = path.read_bytes().split(b"\n")
     tail = lines.pop()  # what stands behind the last line's end
-    if tail:
-        notes.append(f"{path.name} ends in the middle of line {len(lines) + 1}, which is left out")
+    notes = [f"{path.name} ends in the middle of line {len(lines) + 1}, which is left out"] if tail else []
     if not lines:
         raise ValueError(f"{path} line 1: it ends before its header does: there is nothing to read")
     header = _parse(lines[0], path, 1)
@@ -206,7 +207,7 @@ def read_rank_file(path: Path, notes: list[str]) -> RankFile:
     node_size = None if header.values.get("node_size") is None else header.take("node_size", _integer)
     if node_size is not None and not (1 < node_size < size and size % node_size == 0):
         raise ValueError(f"{path} line 1: node_size must make two or more nodes of {size} ranks, got {node_size}")
-    found = RankFile(path, header.values, rank, size, {})
+    found = RankFile(path, header.values, rank, size, {}, notes)
     for number, line in enumerate(lines[1:], 2):
         fields = _parse(line, path, number)
         sequence = fields.take("call", _integer)

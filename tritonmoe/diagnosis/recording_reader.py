@@ -10,6 +10,7 @@ from tritonmoe.diagnosis.call_recording import RankCall, RecordedCall, RecordedP
 from tritonmoe.diagnosis.rank_file import CallLine, RankFile, read_rank_file
 from tritonmoe.overlap.report import CallMarks
 from tritonmoe.overlap.steps import Step
+from tritonmoe.runtime.processes import read_files
 
 __all__ = ["is_recording", "read_recording"]
 
@@ -52,8 +53,8 @@ def read_recording(path: Path) -> Recording:
             f"{path} has no recording: there is no file {file_name(0)} in it, which the first call of an "
             "expert-parallel layer makes while record() lasts"
         )
-    notes: list[str] = []
-    ranks = [read_rank_file(file, notes) for file in files]
+    ranks = read_files(read_rank_file, files)
+    notes = [note for found in ranks for note in found.notes]
     size = ranks[0].size
     for found in ranks:
         if found.size != size:

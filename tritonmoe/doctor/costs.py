@@ -3,9 +3,10 @@
 A step takes `slowness of its rank * (fixed + unit * units)`, and longer where it runs beside an exchange.
 """
 
+import functools
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
@@ -14,6 +15,7 @@ import torch
 from tritonmoe.diagnosis.call_recording import RecordedCall, RecordedPass, RecordedStep, Recording
 from tritonmoe.doctor.fits import ALIKE, fit_relative_line, weighted_median
 from tritonmoe.doctor.links import LinkRatios, fit_links
+from tritonmoe.doctor.messages import KEPT_PASSES
 from tritonmoe.overlap.report import covered_s
 from tritonmoe.overlap.steps import Step, StepKind, Unit
 from tritonmoe.simulation.cost_model import LinkCosts, StepCosts, step_units
@@ -142,7 +144,8 @@ def _samples(calls: Sequence[RecordedCall]) -> list[_Sample]:
     return samples
 
 
-def _steps_of(call: RecordedCall, number: int) -> Iterator[tuple[int, RecordedStep, float]]:
+@functools.lru_cache(maxsize=KEPT_PASSES)
+def _steps_of(call: RecordedCall, number: int) -> list[tuple[int, RecordedStep, float]]:
     """Return a pass's steps that have work, with their rank, and for how long of each an exchange was under way."""
     passes = [of.passes[number] for of in call.ranks]
     last_posted: dict[Step, float] = {}
@@ -152,6 +155,7 @@ def _steps_of(call: RecordedCall, number: int) -> Iterator[tuple[int, RecordedSt
                 posted = one.origin + step.start_s + step.post_s
                 last_posted[step.step] = max(posted, last_posted.get(step.step, posted))
     filled = call.filled.tolist()
+    found = []
     for rank, one in enumerate(passes):
         # Rows are under way when the last rank has posted them, and exchanges take turns.
         under_way = [
@@ -166,7 +170,8 @@ def _steps_of(call: RecordedCall, number: int) -> Iterator[tuple[int, RecordedSt
                 step = replace(step, units=step.units * filled[rank])
             if step.units > 0:
                 is_computed = step.step.lane == "compute"
-                yield rank, step, covered_s(under_way, step.start_s, step.end_s) if is_computed else 0.0
+                found.append((rank, step, covered_s(under_way, step.start_s, step.end_s) if is_computed else 0.0))
+    return found
 
 
 def _units_inside(call: RecordedCall, step: Step, rank: int) -> float:

@@ -12,10 +12,10 @@ from torch import Tensor
 from tritonmoe.diagnosis.call_recording import RecordedCall
 from tritonmoe.overlap.steps import Step, StepKind, Way
 
-__all__ = ["Messages", "Reach", "members", "messages_of", "reaches"]
+__all__ = ["KEPT_PASSES", "Messages", "Reach", "members", "messages_of", "reaches"]
 
-KEPT_PASSES = 2048
-"""The exchanges of so many passes are kept: calls are fitted in many selections."""
+KEPT_PASSES = 256
+"""What so many passes did is kept: calls are fitted in many selections."""
 APART_S = 1e4
 """No pass takes so long."""
 

@@ -1,9 +1,7 @@
 """read_traces: a folder of traces of any kind, or a file, as one graph; files are known by what stands in them."""
 
 import gc
-import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +19,10 @@ from tritonmoe.doctor.plain_pickle import read_plain_pickle
 from tritonmoe.doctor.step_marks import mark_steps
 from tritonmoe.doctor.trace import RankTrace
 from tritonmoe.doctor.trace_files import JsonPieces, damaged, first_bytes, open_text
+from tritonmoe.runtime.processes import read_files
 
 __all__ = ["ForeignRun", "read_traces"]
 
-SMALL_BYTES = 32 << 20
-"""Files that are smaller together are read in this process."""
 MOST_DUMP_BYTES = 512 << 20
 NO_TRACE = (".txt", ".md", ".yaml", ".yml", ".log", ".csv", ".py", ".sh", ".html", ".png", ".err", ".out")
 
@@ -71,7 +68,7 @@ def _read_traces(path: Path) -> ForeignRun:
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
     if not files:
         raise ValueError(f"{path} has no files in it")
-    found = _read_all([file for file in files if not file.name.startswith(".")])
+    found = read_files(_read, [file for file in files if not file.name.startswith(".")])
     read = [one for one in found if not isinstance(one, str)]
     others = [one for one in found if isinstance(one, str)]
     if not read:
@@ -122,15 +119,6 @@ def _shortened(others: Sequence[str]) -> str:
 
 
 _Read = RankTrace | tuple[Graph, list[str]] | str
-
-
-def _read_all(files: Sequence[Path]) -> list[_Read]:
-    sizes = [file.stat().st_size for file in files]
-    workers = min(len(files), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-    if sum(sizes) < SMALL_BYTES or workers < 2:
-        return [_read(file) for file in files]
-    with ProcessPoolExecutor(workers) as pool:
-        return list(pool.map(_read, files))
 
 
 def _read(path: Path) -> _Read:

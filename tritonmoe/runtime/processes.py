@@ -5,8 +5,16 @@ import multiprocessing
 import os
 import signal
 import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import TypeVar
 
-__all__ = ["dies_with_its_parent", "ends_with_its_parent"]
+__all__ = ["dies_with_its_parent", "ends_with_its_parent", "read_files"]
+
+SMALL_BYTES = 32 << 20
+"""Files that are smaller together are read in this process."""
+Found = TypeVar("Found")
 
 PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # loaded here: it is called between fork and exec
@@ -24,3 +32,12 @@ def ends_with_its_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None and not parent.is_alive():
         os._exit(1)
+
+
+def read_files(read: Callable[[Path], Found], files: Sequence[Path]) -> list[Found]:
+    """Return what `read` finds in each file, large ones read by as many processes as there are cores."""
+    workers = min(len(files), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    if workers < 2 or sum(file.stat().st_size for file in files) < SMALL_BYTES:
+        return [read(file) for file in files]
+    with ProcessPoolExecutor(workers) as pool:
+        return list(pool.map(read, files))
