@@ -73,6 +73,15 @@ def test_padded_sequences_of_every_form(form):
     assert_holds(packed, {0: first[0], 1: first[1], 2: first[2], 4: second[0]}, 6)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_the_default_device_has_no_part_in_it(form):
+    rows, like = rows_of(20), recorded(rows_of(21))
+    given = FORMS[form](rows)
+    with torch.device("meta"):
+        recording = RoutingRecording.from_rollout([given], torch.ones(1, 21, dtype=torch.bool, device="cpu"), like)
+    assert_holds(recording, dict(enumerate(rows)), 21)
+
+
 @given(
     lengths=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 5), st.integers(0, 3)), min_size=1, max_size=4),
     cuts=st.lists(st.integers(0, 5), max_size=3),
@@ -144,7 +153,7 @@ def with_ids(rows: Tensor, token: int, ids: list[int]) -> Tensor:
     ("change", "rule"),
     [
         (lambda rows: rows[1:], r"4 tokens in token_mask, and must have 3 rows .*none for its last.*, got 2: .*no gap"),
-        (lambda rows: torch.cat([rows[:1], rows]), r"must have 3 rows .*, got 4: pass has_last=True where"),
+        (lambda rows: torch.cat([rows[:1], rows]), r"must have 3 rows .*, got 4: has_last=True where"),
         (lambda rows: torch.cat([rows, rows]), r"must have 3 rows .*, got 6: .*none twice"),
         (
             lambda rows: with_ids(rows, 1, [0, 8]),
@@ -191,6 +200,11 @@ def test_rows_shifted_by_one_that_are_as_many(where):
     other = recorded(rows_of(40, num_experts=64, top_k=4, seed=2), num_experts=64)
     for unrelated in (other, LIKE_OF_64):  # which tell nothing
         RoutingRecording.from_rollout([shifted], mask, unrelated)
+
+
+def test_a_last_row_that_is_not_there():
+    with pytest.raises(ValueError, match=r"must have 4 rows .*one for each.*, got 3: has_last=False where"):
+        RoutingRecording.from_rollout([rows_of(3)], FOUR, LIKE, has_last=True)
 
 
 def test_damaged_texts():

@@ -67,7 +67,8 @@ class RoutingRecording:
 
         A shift by one token is refused where it changes the number of rows, and where `like` holds the same tokens and
         agrees far better with the rows of their neighbours. Otherwise rows that belong to other tokens, or to another
-        text of the same length, can't be told from right ones: agreement() with the model's own choice is then low.
+        text of as many tokens, can't be told from right ones, since rows hold no token ids: compare the engine's token
+        ids with those of the batch, and look at agreement() with the model's own choice, which is then low.
 
         Args:
             routed_experts: for each sequence (rows, layers, K) integers, as a tensor, a NumPy array or base64, of an

@@ -72,21 +72,22 @@ def _is_token(token_mask: Tensor) -> Tensor:
 
 def _rows(routed_experts: Sequence, num_tokens: list[int], num_rows: list[int], shape: tuple[int, int]) -> Tensor:
     """Return (rows, layers, K) of all sequences, one below the other; raises ValueError where one has other rows."""
-    parts = [torch.empty(0, *shape, dtype=torch.int16)]
+    parts = [torch.empty(0, *shape, dtype=torch.int16, device="cpu")]
     for number, entry in enumerate(routed_experts):
         pieces = list(_pieces(entry, shape, f"routed_experts[{number}]"))
         got = sum(len(piece) for piece in pieces)
         if got != num_rows[number]:
-            is_last = num_rows[number] == num_tokens[number]
+            has_all = num_rows[number] == num_tokens[number]
+            if got == num_tokens[number]:
+                way_out = "has_last=True where the engine gives a row for the last token too; else they are misaligned"
+            elif has_all and got == num_tokens[number] - 1:
+                way_out = "has_last=False where the last token has none; else they are misaligned"
+            else:
+                way_out = "the rows of prompt, completion and turns follow each other, with no gap and none twice"
             raise ValueError(
                 f"sequence {number} has {num_tokens[number]} tokens in token_mask, and must have {num_rows[number]} "
-                f"rows of routed_experts ({'one for each' if is_last else 'none for its last token'}), got {got}: "
-                + (
-                    "pass has_last=True where the engine gives a row for the last token too, which else are shifted "
-                    "or of other tokens"
-                    if got == num_tokens[number]
-                    else "the rows of prompt, completion and turns follow each other, with no gap and none twice"
-                )
+                f"rows of routed_experts ({'one for each' if has_all else 'none for its last token'}), got {got}: "
+                f"{way_out}"
             )
         parts += pieces
     return torch.cat(parts)
@@ -110,7 +111,7 @@ def _tensor(piece: Any, shape: tuple[int, int], name: str) -> Tensor:
     if isinstance(piece, str):
         piece = _decoded(piece, shape, name)
     elif hasattr(piece, "__array__") and not isinstance(piece, Tensor):
-        piece = torch.tensor(piece)  # a copy: engines give arrays that can't be written
+        piece = torch.tensor(piece, device="cpu")  # a copy: engines give arrays that can't be written
     check_integers(name, piece)
     return piece
 
@@ -122,7 +123,7 @@ def _decoded(text: str, shape: tuple[int, int], name: str) -> Tensor:
         if content.startswith(NPY):
             import numpy
 
-            return torch.tensor(numpy.load(io.BytesIO(content), allow_pickle=False))
+            return torch.tensor(numpy.load(io.BytesIO(content), allow_pickle=False), device="cpu")
     except (ValueError, EOFError) as error:
         raise ValueError(f"{name} must be base64 of an npy file, or of int32 ids, and is damaged: {error}") from error
     row_bytes = 4 * shape[0] * shape[1]
@@ -132,7 +133,7 @@ def _decoded(text: str, shape: tuple[int, int], name: str) -> Tensor:
             f"{shape[1]} int32 ids, {row_bytes} bytes each: has_experts names layers without experts"
         )
     if not content:
-        return torch.empty(0, *shape, dtype=torch.int32)
+        return torch.empty(0, *shape, dtype=torch.int32, device="cpu")
     return torch.frombuffer(bytearray(content), dtype=torch.int32).view(-1, *shape)
 
 
