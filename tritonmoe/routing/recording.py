@@ -3,25 +3,28 @@
 import io
 import os
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from tritonmoe.routing.layer_recording import LayerRecording, check_integers
+from tritonmoe.routing.rollout import rollout_ids
 from tritonmoe.runtime.files import check_regular, write_whole
 
 __all__ = ["RoutingRecording", "check_same_layers"]
 
 FORMAT = "tritonmoe routing 1"
+FEWEST_COMPARED = 16
+"""Of fewer tokens nothing tells whether their rows are shifted."""
 
 
 class RoutingRecording:
     """The ids (and weights, if asked for) that the routers of a model chose; made by record_routing().
 
-    Also made by hand from what an inference engine reports: `recording.add(layer, topk_ids, num_experts)` once per
-    layer and forward. Replaying it is an idea of R3 (https://arxiv.org/abs/2510.11370).
+    from_rollout() makes one of what vLLM or SGLang returns, and `recording.add(layer, topk_ids, num_experts)`, once per
+    layer and forward, of anything else. Replaying it is an idea of R3 (https://arxiv.org/abs/2510.11370).
     """
 
     def __init__(self) -> None:
@@ -47,6 +50,54 @@ class RoutingRecording:
             raise ValueError(f"{layer} has {found.num_experts} experts in earlier calls, and {num_experts} in this one")
         found.add(topk_ids, topk_weights, is_recorded)
         self.layers[layer] = found
+
+    @classmethod
+    def from_rollout(
+        cls,
+        routed_experts: Sequence,
+        token_mask: Tensor,
+        like: "RoutingRecording",
+        *,
+        has_experts: Sequence[bool] | None = None,
+        has_last: bool = False,
+    ) -> "RoutingRecording":
+        """Return one call of B * S tokens with the ids that vLLM or SGLang returned of a rollout's B sequences.
+
+        Tokens without a row choose by themselves in a replay: padding, and the last token, which was never an input.
+
+        A shift by one token is refused where it changes the number of rows, and where `like` holds the same tokens and
+        agrees far better with the rows of their neighbours. Otherwise rows that belong to other tokens, or to another
+        text of as many tokens, can't be told from right ones, since rows hold no token ids: compare the engine's token
+        ids with those of the batch, and look at agreement() with the model's own choice, which is then low.
+
+        Args:
+            routed_experts: for each sequence (rows, layers, K) integers, as a tensor, a NumPy array or base64, of an
+                npy file as vLLM sends, or of bare int32 as SGLang does. Or a list of such pieces, in their order:
+                prompt and completion, or the turns of a conversation, each without the rows of earlier ones. Rows of -1
+                in all layers are of tokens without routing.
+            token_mask: (B, S) bool or 0 and 1, false where the batch is padded, left or right.
+            like: record_routing() of the model that will train, on this batch or any other, of one token say: it has
+                the names of layers, E and K.
+            has_experts: for each layer in routed_experts whether it has experts, where dense layers have (meaningless)
+                ids too; None: all have.
+            has_last: the engine gives a row for the last token of each sequence too.
+        Raises:
+            ValueError: other layers, K or numbers of rows than that; ids outside [0, E), or twice for one token, as in
+                what fills dense layers; rows shifted by one. TypeError: no integers, no recording.
+        Example:
+            A prompt of 2 tokens and 2 new ones, padded by one on the left, has 3 rows; token_mask is [[0, 1, 1, 1, 1]],
+            and of the call's 5 tokens 1, 2 and 3 are recorded.
+        """
+        if not isinstance(like, RoutingRecording):
+            raise TypeError(f"like must be a RoutingRecording, as record_routing() makes, got {type(like).__name__}")
+        _ = like.num_tokens  # raises where nothing was recorded
+        found, is_recorded = rollout_ids(routed_experts, token_mask, like.layers, has_experts, has_last)
+        recording = cls()
+        for name, ids in found.items():
+            recording.add(name, ids, like.layers[name].num_experts, is_recorded=is_recorded)
+        if like.num_tokens == recording.num_tokens:
+            _check_not_shifted(recording, like, is_recorded.nonzero().squeeze(1))
+        return recording
 
     @property
     def num_tokens(self) -> list[int]:
@@ -224,6 +275,26 @@ def check_same_layers(recording: RoutingRecording, num_experts: Mapping[str, int
                 f"both must have the same experts: {name} has {num_experts[name]} in {owner}, and {recorded_experts} "
                 "in the recording"
             )
+
+
+def _check_not_shifted(recording: RoutingRecording, like: RoutingRecording, known: Tensor) -> None:
+    """Raise ValueError where the recorded tokens `known` agree far better with their neighbours in `like`."""
+    if known.numel() < FEWEST_COMPARED:
+        return
+    with_own = _mean_agreement(recording, like)
+    for where, tokens, neighbours in (("before", known[1:], known[:-1]), ("after", known[:-1], known[1:])):
+        with_neighbours = _mean_agreement(recording.rearranged(tokens), like.rearranged(neighbours))
+        if 4 * (1 - with_neighbours) < 1 - with_own:
+            raise ValueError(
+                f"rows must be those of their tokens: {with_own:.0%} of the ids are those that `like` has, and "
+                f"{with_neighbours:.0%} those of the token {where}, so the rows are shifted by one; row 0 is of a "
+                "sequence's first token"
+            )
+
+
+def _mean_agreement(recording: RoutingRecording, other: RoutingRecording) -> float:
+    shares = recording.agreement(other).values()
+    return sum(shares) / len(shares)
 
 
 def _mean(shares: Tensor) -> float:

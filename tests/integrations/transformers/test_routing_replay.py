@@ -468,6 +468,55 @@ def test_generated_tokens_are_trained_on_in_other_layouts():
         assert torch.equal(first[flat < 0], first_own[flat < 0])  # they chose by themselves
 
 
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
+def test_a_rollout_as_engines_return_it_is_replayed(family):
+    """Ids that no router would choose, in the form of an engine, are those of the replay, and its logits theirs."""
+    model = test_families.make_model(family).eval()
+    tokens, mask = batch(2, 9), torch.ones(2, 9, dtype=torch.int64)
+    mask[1, :3] = 0  # padded on the left
+    with record_routing(model) as own, torch.no_grad():
+        expected_logits = model(tokens, attention_mask=mask).logits
+    is_dense = family == "deepseek_v3"  # its first layer, which vLLM fills with zeros
+    layers = list(own.layers)
+    ids = [torch.stack([random_ids(n, seed=10 * n + k) for k in range(len(layers))], dim=1) for n in (8, 5)]
+    dense = [rows.new_zeros(len(rows), 1, 2) for rows in ids]
+    engine = [torch.cat([zeros, rows], dim=1) if is_dense else rows for zeros, rows in zip(dense, ids, strict=True)]
+    routed_experts = [engine[0].to(torch.int16).numpy(), [engine[1][:2], engine[1][2:]]]
+    has_experts = [False, True] if is_dense else None
+    recording = RoutingRecording.from_rollout(routed_experts, mask, own, has_experts=has_experts)
+    with replay_routing(model, recording), record_routing(model) as replayed, torch.no_grad():
+        logits = model(tokens, attention_mask=mask).logits
+    for number, layer in enumerate(replayed.layers.values()):
+        assert layer.topk_ids[:8].tolist() == ids[0][:, number].tolist()
+        assert layer.topk_ids[12:17].tolist() == ids[1][:, number].tolist()
+
+    forced = RoutingRecording()  # the same by hand
+    for number, name in enumerate(layers):
+        chosen = replayed.layers[name].topk_ids.clone()
+        chosen[:8], chosen[12:17] = ids[0][:, number], ids[1][:, number]
+        forced.add(name, chosen, 6)
+    with replay_routing(model, forced), torch.no_grad():
+        assert torch.equal(model(tokens, attention_mask=mask).logits, logits)
+    assert not torch.allclose(logits, expected_logits, atol=1e-2)
+
+
+def test_a_shifted_rollout_is_refused_by_the_models_own_choice():
+    model = test_families.make_model("qwen3_moe").eval()
+    tokens = batch(4, 20)
+    rollout_model = copy.deepcopy(model).bfloat16()
+    with record_routing(rollout_model) as rollout, torch.no_grad():
+        rollout_model(tokens)
+    with record_routing(model) as own, torch.no_grad():
+        model(tokens)
+    rows = torch.stack([layer.topk_ids for layer in rollout.layers.values()], dim=1).view(4, 20, 2, 2)
+    mask = torch.ones_like(tokens)
+    RoutingRecording.from_rollout(list(rows[:, :-1]), mask, own)
+    with pytest.raises(ValueError, match="those of the token after, so the rows are shifted by one"):
+        RoutingRecording.from_rollout(list(rows[:, 1:]), mask, own)
+    with pytest.raises(ValueError, match=r"must have 19 rows of routed_experts .*, got 18"):
+        RoutingRecording.from_rollout(list(rows[:, 1:-1]), mask, own)
+
+
 # What is refused
 
 
