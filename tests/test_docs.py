@@ -1,5 +1,6 @@
 """README and docs: what is generated is current, what is code runs, what is public is described."""
 
+import argparse
 import importlib
 import json
 import re
@@ -11,10 +12,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from run_page import is_alike
 
 import tritonmoe
 from tritonmoe import errors
-from tritonmoe.cli import main
+from tritonmoe.cli import command_parser, main
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -62,6 +64,33 @@ def test_a_page_runs(page: Path, tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "tests" / "support" / "run_page.py"), str(page)]
     ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
     assert ended.returncode == 0, ended.stdout + ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("shown", "printed", "alike"),
+    [
+        ("rank 0: loss 4.857\nrank 1: loss 4.876\n", "rank 1: loss 4.870\nrank 0: loss 4.861\n", True),
+        ("waits 9.7 ms of 11.5 ms, 84%\n", "waits 103 ms of 121.0 ms, 85%\n", True),
+        ("4 passed in 8.31s\n", "4 passed in 0.12s\n", True),
+        ("4 passed in 8.31s\n", "3 passed in 8.31s\n", False),
+        ("loss 4.857\n", "loss 3.857\n", False),
+        ("a gradient\n", "no gradient\n", False),
+        ("", "a line that the page does not show\n", False),
+    ],
+)
+def test_what_a_page_shows_is_what_is_printed(shown: str, printed: str, alike: bool) -> None:
+    assert is_alike(shown, printed) is alike
+
+
+def test_every_name_and_command_of_a_page_exists() -> None:
+    modules = {"tm": tritonmoe, "tmt": importlib.import_module(TRANSFORMERS)}
+    (commands,) = (action for action in command_parser()._actions if isinstance(action, argparse._SubParsersAction))
+    for page in (ROOT / "README.md", *DOCS.rglob("*.md")):
+        text = page.read_text()
+        for module, name in re.findall(r"\b(tmt?)\.([a-zA-Z]\w*)", text):
+            assert hasattr(modules[module], name), f"{page}: {module}.{name}"
+        for command in re.findall(r"[`$] ?tritonmoe ([a-z-]+)\b", text):
+            assert command in commands.choices, f"{page}: tritonmoe {command}"
 
 
 class _Trainer:
