@@ -6,10 +6,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.readme import diagnosis_tables, gpu_tables, kernel_tables, model_tables, overlap_tables, reference
+from bench.readme import diagnosis_tables, gpu_tables, install, kernel_tables, model_tables, overlap_tables, reference
 from bench.readme.results import DOCS, ROOT
 
 TABLES = {
+    "asking": install.asking_text,
+    "checkout": install.checkout_text,
+    "install": install.install_command,
     "files": reference.files_table,
     "commands": reference.commands_reference,
     "output": reference.command_output,
@@ -45,6 +48,7 @@ TABLES = {
     "launch": kernel_tables.launch_table,
 }
 SLOW = ("output",)
+PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md")))
 NOTEBOOK = DOCS / "tutorials" / "first-layer.ipynb"
 
 
@@ -62,7 +66,7 @@ def render(text: str, left_alone: Sequence[str] = ()) -> str:
 
 def generated(left_alone: Sequence[str] = ()) -> dict[Path, str]:
     """Return what every page, and the notebook, must be."""
-    pages = {page: render(page.read_text(), left_alone) for page in (ROOT / "README.md", *sorted(DOCS.rglob("*.md")))}
+    pages = {page: render(page.read_text(), left_alone) for page in PAGES}
     return {**pages, NOTEBOOK: reference.notebook_of(NOTEBOOK.with_suffix(".md").read_text())}
 
 

@@ -132,8 +132,8 @@ def headline_table(_: str) -> str:
         ),
         ("nodes with a slow uplink: two levels over one", f"{nodes:.2f} times as fast"),
         (
-            'what "auto" chooses, over the best of a sweep',
-            f"{chosen['auto_excess_median']:+.1%} in the median, {chosen['auto_excess_largest']:+.1%} at worst",
+            '`num_chunks="auto"` compared with the best fixed setting',
+            f"{chosen['auto_excess_median']:.1%} slower (median), {chosen['auto_excess_largest']:.1%} at worst",
         ),
         (
             f"`tritonmoe doctor` on four ranks over TCP, {len(kinds)} kinds of faults: causes of 15 % of a step",

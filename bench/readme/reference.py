@@ -8,7 +8,9 @@ import re
 import shlex
 import subprocess
 import sys
+from itertools import zip_longest
 
+from bench.readme.install import install_command
 from bench.readme.results import ROOT, table_head
 from tritonmoe.benchmarks import BENCHMARKS
 from tritonmoe.cli import command_parser
@@ -100,15 +102,15 @@ def _cell(text: str) -> str:
 
 def notebook_of(page: str) -> str:
     """Return a tutorial as a notebook: a cell for each block of Python, and one for the words between two of them."""
-    install = "%pip install -q tritonmoe"
-    cells = [_code_cell(install)]
-    for number, part in enumerate(re.split(r"```python\n(.*?)```\n", page, flags=re.DOTALL)):
-        text = part.strip()
-        if text:
+    cells = [_code_cell(install_command("notebook"))]
+    blocks = re.compile(r"(?:<!-- varies -->\n)?```python\n(.*?)```\n(?:\n```output\n(.*?)```\n)?", re.DOTALL)
+    words, codes, outputs = (blocks.split(page)[first::3] for first in range(3))
+    for text, code, output in zip_longest(words, codes, outputs):
+        if text.strip():
             # A notebook stands alone: links to other pages lead nowhere there.
-            cells.append(
-                _code_cell(text) if number % 2 else _cell_of("markdown", re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", text))
-            )
+            cells.append(_cell_of("markdown", re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", text.strip())))
+        if code is not None:
+            cells.append(_code_cell(code.strip(), output))
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
     for number, cell in enumerate(cells):
         cell["id"] = f"cell-{number}"
@@ -116,8 +118,9 @@ def notebook_of(page: str) -> str:
     return json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
 
 
-def _code_cell(text: str) -> dict:
-    return {**_cell_of("code", text), "execution_count": None, "outputs": []}
+def _code_cell(text: str, output: str | None = None) -> dict:
+    printed = {"name": "stdout", "output_type": "stream", "text": (output or "").splitlines(keepends=True)}
+    return {**_cell_of("code", text), "execution_count": None, "outputs": [printed] if output else []}
 
 
 def _cell_of(kind: str, text: str) -> dict:

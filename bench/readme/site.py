@@ -1,17 +1,28 @@
-"""A hook of MkDocs: links from docs/ to files of the repository, which the site doesn't have, become their names."""
+"""A hook of MkDocs: the repository's address; links to files of it that the site doesn't have become their names."""
 
 import logging
 import re
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from mkdocs.config.defaults import MkDocsConfig
     from mkdocs.structure.pages import Page
 
 DOCS = Path(__file__).parents[2] / "docs"
 FOLDERS = "tritonmoe|tests|bench|examples|virtual_gpu|CONTRIBUTING"
 OUTSIDE = re.compile(rf"\[([^]]*)\]\(((?:\.\./)+(?:{FOLDERS})[^)#]*)(?:#[^)]*)?\)")
 logger = logging.getLogger("mkdocs.hooks.site")  # its warnings end a strict build
+
+
+def on_config(config: "MkDocsConfig") -> "MkDocsConfig":
+    """Link the repository from every page, once it has an address."""
+    sys.path.insert(0, str(DOCS.parent))  # MkDocs runs this file by its path
+    from bench.readme.install import repository_address
+
+    config.repo_url = repository_address()
+    return config
 
 
 def on_page_markdown(markdown: str, *, page: "Page", **_: object) -> str:

@@ -1,39 +1,128 @@
 """Run a page of the docs as a reader would: its blocks of Python in order, its files written, its commands called.
 
-    python tests/support/run_page.py docs/tutorials/torchrun.md
+    python tests/support/run_page.py docs/tutorials/torchrun.md [--write]
 
 Blocks of ```python run in one namespace; ```python title="train.py" is a file in the current folder; lines of
 ```console that begin with "$ " are commands. Blocks of other kinds are only shown.
+
+What a block of Python prints stands in a block of ```output behind it, what a command prints to stdout below its line:
+it must be what is printed now, or with --write becomes that. Lines may come in another order, as those of ranks do, a
+time or a share may be any, and another number with a point may differ by a tenth. Behind <!-- varies --> what is shown
+is an example, and nothing is compared.
 """
 
+import argparse
+import contextlib
+import io
+import itertools
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
-BLOCK = re.compile(r'^```(python|console)(?: title="([\w.]+)")?\n(.*?)^```$', re.DOTALL | re.MULTILINE)
+BLOCK = re.compile(
+    r'^(?P<varies><!-- varies -->\n)?```(?P<kind>python|console)(?: title="(?P<title>[\w.]+)")?\n(?P<text>.*?)^```$'
+    r"(?:\n\n```output\n(?P<shown>.*?)^```$)?",
+    re.DOTALL | re.MULTILINE,
+)
+NUMBER = re.compile(r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)")
+UNIT = re.compile(r" ?(?:ms|us|s|%|MB|GB)\b| ?%")
 
 
-def main(page: Path) -> None:
-    namespace: dict[str, object] = {"__name__": "__main__"}
-    environment = {
-        **os.environ,
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
-        "OMP_NUM_THREADS": "1",
-    }
-    for match in BLOCK.finditer(page.read_text()):
-        kind, title, text = match.groups()
+def is_alike(shown: str, printed: str) -> bool:
+    """Return whether the same words are printed, with numbers that are as near as a page promises."""
+    lines = [sorted(" ".join(line.split()) for line in text.splitlines() if line.strip()) for text in (shown, printed)]
+    if len(lines[0]) != len(lines[1]):
+        return False
+    return all(map(_lines_are_alike, *[sorted(one, key=lambda line: NUMBER.sub("", line)) for one in lines]))
+
+
+def _lines_are_alike(shown: str, printed: str) -> bool:
+    shown_parts, printed_parts = NUMBER.split(shown), NUMBER.split(printed)
+    if shown_parts[::2] != printed_parts[::2]:
+        return False
+    behind = shown_parts[2::2]
+    for one, other, rest in zip(shown_parts[1::2], printed_parts[1::2], behind, strict=True):
+        if UNIT.match(rest) or one == other:
+            continue
+        if one.isdigit() and other.isdigit():
+            return False
+        if abs(float(one) - float(other)) > 0.1 * abs(float(one)) + 0.02:
+            return False
+    return True
+
+
+class Page:
+    """A page that runs, what it says is printed, and what is."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.namespace: dict[str, object] = {"__name__": "__main__"}
+        self.differences: list[str] = []
+        self.environment = {
+            **os.environ,
+            "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+            "OMP_NUM_THREADS": "1",
+            "COLUMNS": "120",
+        }
+
+    def run(self) -> str:
+        """Run every block, and return the page with what was printed."""
+        return BLOCK.sub(self._run_block, self.path.read_text())
+
+    def _run_block(self, match: re.Match) -> str:
+        kind, title, text = match["kind"], match["title"], match["text"]
         if title is not None:
             Path(title).write_text(text)
-        elif kind == "python":
-            exec(compile(text, f"{page.name}, {text.splitlines()[0]}", "exec"), namespace)
-        else:
-            for line in text.splitlines():
-                if line.startswith("$ "):
-                    print(line, flush=True)
-                    subprocess.run(line[2:], shell=True, check=True, env=environment)
+            return match[0]
+        opening = f"{match['varies'] or ''}```{kind}\n"
+        if kind == "console":
+            return f"{opening}{self._run_commands(text, bool(match['varies']))}```"
+        where = f"{self.path.name}, {text.splitlines()[0]}"
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            exec(compile(text, where, "exec"), self.namespace)
+        output = self._compare(where, match["shown"] or "", printed.getvalue(), bool(match["varies"]))
+        return f"{opening}{text}```" + (f"\n\n```output\n{output}```" if output else "")
+
+    def _run_commands(self, text: str, varies: bool) -> str:
+        lines = text.splitlines(keepends=True)
+        starts = [number for number, line in enumerate(lines) if line.startswith("$ ")]
+        pieces = lines[: starts[0]] if starts else lines
+        for start, end in itertools.pairwise([*starts, len(lines)]):
+            command = lines[start][2:].rstrip("\n")
+            ended = subprocess.run(command, shell=True, stdout=subprocess.PIPE, text=True, env=self.environment)
+            if ended.returncode:
+                sys.exit(f"{ended.stdout}\n{self.path.name}: `{command}` ended with {ended.returncode}")
+            shown = "".join(lines[start + 1 : end])
+            pieces += [lines[start], self._compare(command, shown, ended.stdout, varies)]
+        return "".join(pieces)
+
+    def _compare(self, where: str, shown: str, printed: str, varies: bool) -> str:
+        printed = "".join(f"{line.rstrip()}\n" for line in printed.strip("\n").splitlines())
+        if varies:
+            return printed
+        if is_alike(shown, printed):
+            return shown
+        self.differences.append(f"{where} prints\n{printed}where the page has\n{shown}")
+        return printed
+
+
+def main() -> None:
+    """Run a page, and write what it prints or end with what differs."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("page", type=lambda name: Path(name).resolve())
+    parser.add_argument("--write", action="store_true", help="put what is printed into the page")
+    arguments = parser.parse_args()
+    page = Page(arguments.page)
+    text = page.run()
+    if arguments.write:
+        arguments.page.write_text(text)
+    elif page.differences:
+        sys.exit(
+            "\n".join([*page.differences, f"python tests/support/run_page.py {arguments.page} --write mends this"])
+        )
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]).resolve())
+    main()

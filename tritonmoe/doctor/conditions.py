@@ -52,7 +52,7 @@ class Entry:
     own_s: Tensor
     """How much later than the others each rank enters, for a reason of its own."""
     passed_on_s: Tensor
-    """How much later it enters because it ended the pass before later."""
+    """How much later it enters because its previous pass ended late: charged to that pass, not to the rank."""
     follows: int
     """The number of the pass before: 0 of a forward, 1 of a backward, of this call or another one."""
     before_counts_s: Tensor
@@ -145,7 +145,7 @@ class Walk:
 
     total_s: float
     """From when most ranks have entered each pass until the last rank has ended it, all passes; where ranks come late
-    because they ended the pass before late, from when the last of them has come."""
+    because their previous pass ended late, from when the last of them has come."""
     passes: tuple[Simulation, ...]
     """Their times count from there."""
 

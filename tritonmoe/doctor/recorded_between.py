@@ -111,7 +111,7 @@ def _tell_apart(
 def _meets(ended: Tensor, entered: Tensor, passes: Sequence[PlacedPass]) -> Tensor:
     """Say before which passes (P,) ranks wait for each other, as in a barrier or a sum of gradients.
 
-    Where they do, a rank that has ended the pass before late is not later than others in the next one.
+    Where they do, a rank whose previous pass ended late enters the next one with the others.
     """
     behind, late = ended - ended.amin(1, keepdim=True), entered - entered.amin(1, keepdim=True)
     most, last = behind.max(1)
