@@ -8,7 +8,6 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from tritonmoe.doctor.graph import Graph, Kind, Member, Run
 from tritonmoe.doctor.trace_files import damaged, number
@@ -39,10 +38,12 @@ class _Event:
         self.sequence, self.chunk = sequence, chunk
 
 
-def is_timeline(event: Any) -> bool:
+def is_timeline(event: object) -> bool:
     """Say whether this event is one of a pipeline's timeline."""
-    arguments = event.get("args") if isinstance(event, dict) else None
-    return isinstance(arguments, dict) and _is_known(event) and "step" in arguments and "seq_id" in arguments
+    if not isinstance(event, dict) or not _is_known(event):
+        return False
+    arguments = event.get("args")
+    return isinstance(arguments, dict) and "step" in arguments and "seq_id" in arguments
 
 
 def _is_known(event: dict) -> bool:
@@ -50,7 +51,7 @@ def _is_known(event: dict) -> bool:
     return isinstance(name, str) and name in NAMES
 
 
-def read_timeline(path: Path, events: Iterable[Any]) -> tuple[Graph, list[str]]:
+def read_timeline(path: Path, events: Iterable[object]) -> tuple[Graph, list[str]]:
     """Read the events of a timeline; give the graph of its steps, and what the file can't tell.
 
     Raises:
@@ -96,7 +97,7 @@ def read_timeline(path: Path, events: Iterable[Any]) -> tuple[Graph, list[str]]:
     return _Pipeline(path, list(workers), dict(sorted(steps.items()))).graph()
 
 
-def _hashable(path: Path, count: int, value: Any) -> int | str:
+def _hashable(path: Path, count: int, value: object) -> int | str:
     if not isinstance(value, int | str):
         raise damaged(path, f"event {count} has a process or thread that is neither a number nor a text")
     return value

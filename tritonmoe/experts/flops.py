@@ -67,7 +67,7 @@ def _grouped_products(like: Tensor, flops: int) -> None:
     """Do nothing: stands for kernels that somebody counts. like: a tensor on their device."""
 
 
-def _given_flops(like: Shape, flops: int, *_: Any, **__: Any) -> int:
+def _given_flops(like: Shape, flops: int, *_: object, **__: object) -> int:
     return flops
 
 
