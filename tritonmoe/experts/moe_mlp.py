@@ -91,8 +91,7 @@ class _UpHalf(torch.autograd.Function):
         settings, grouping, tensors = experts.settings, experts.grouping, CallTensors.unflatten(flat)
         gate_up, _ = settings.projections(tensors.weights)
         count_products(settings.ops, tensors.x, grouping.num_pairs, lambda: gate_up.num_products)
-        h, _ = gate_up.up(tensors.x, grouping, None, dropped=_dropped(settings, tensors))
-        assert h is not None
+        h = gate_up.hidden(tensors.x, grouping, _dropped(settings, tensors))
         zero_padding(h, grouping)
         ctx.experts = experts
         needs_gate_up = _needs(ctx, flat).weights.gate_up_proj

@@ -135,9 +135,8 @@ def check_merged_is_finite(wrapper: "ParamWrapper", adapters: Sequence[str]) -> 
             delta: Any = wrapper.get_delta_weight(adapter)
             merged += delta.to_local()
     is_broken = (~merged.isfinite()).any().to(torch.int32)
-    transport = transport_of(wrapper.get_base_layer())
-    assert transport is not None
-    transport.all_reduce(is_broken, "max")
+    if (transport := transport_of(wrapper.get_base_layer())) is not None:
+        transport.all_reduce(is_broken, "max")
     if is_broken.item():
         raise ValueError(
             f"the adapters {list(adapters)} would make some rank's weights of {wrapper.parameter_name} infinite or "
