@@ -7,7 +7,6 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tritonmoe.doctor.chrome_timeline import is_timeline, read_timeline
 from tritonmoe.doctor.exchange_names import as_run
@@ -169,7 +168,7 @@ def _read_pickle(path: Path) -> _Read:
 
 def _read_json(path: Path) -> _Read:
     reader = KinetoReader(path)
-    events: list[Any] | None = None
+    events: list[object] | None = None
     pieces = JsonPieces(path, "traceEvents")
     pieces.scan = reader.scan
     for key, value in pieces:

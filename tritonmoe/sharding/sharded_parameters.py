@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +53,7 @@ class Sharding:
     def __deepcopy__(self, memo: dict) -> "Sharding":
         return self
 
-    def __reduce_ex__(self, protocol: Any) -> str | tuple[object, ...]:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> str | tuple[object, ...]:
         """Refuse pickle as the parameters do, which a module's other attributes may come before."""
         if self.transport.size > 1:
             raise no_pickle(self.transport.size)
