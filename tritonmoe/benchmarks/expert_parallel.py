@@ -12,7 +12,7 @@ import statistics
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 
@@ -30,9 +30,6 @@ from tritonmoe.errors import TransportError
 from tritonmoe.integrations.transformers.bench_model import load_spread, qwen3_moe_model
 from tritonmoe.runtime.files import Json
 from tritonmoe.transports.torchrun import torchrun_ranks
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 __all__ = ["main", "make_parser", "summarize_steps"]
 
@@ -93,7 +90,7 @@ def _run(arguments: argparse.Namespace, argv: list[str]) -> int:
             return namespaces.run(arguments.timeout_s)
 
 
-def _make_model(arguments: argparse.Namespace) -> "PreTrainedModel":
+def _make_model(arguments: argparse.Namespace) -> Any:
     return qwen3_moe_model(
         model_sizes(arguments),
         dtype=DTYPES[arguments.dtype],

@@ -11,7 +11,7 @@ import multiprocessing
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 
@@ -20,9 +20,6 @@ from tritonmoe.kernels.launch import Launch
 from tritonmoe.kernels.tiles import measured_tiles
 from tritonmoe.kernels.tiles.config import TileConfig
 from tritonmoe.runtime.processes import ends_with_its_parent
-
-if TYPE_CHECKING:
-    from triton.backends.compiler import GPUTarget
 
 __all__ = ["Candidate", "Fields", "Fitness", "candidates_of", "judge", "judge_all", "products_of", "redundant"]
 
@@ -150,7 +147,7 @@ def judge(variant: Variant, target_name: str, candidate: Candidate) -> Fitness:
     return Fitness("", f"{digest.hexdigest()[:16]} x {programs}", registers, shared_bytes)
 
 
-def _describe(launch: Launch, target: "GPUTarget") -> tuple[str, str]:
+def _describe(launch: Launch, target: Any) -> tuple[str, str]:
     return source_of(launch, target).hash(), str(launch.options)
 
 
