@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import TypeGuard
 
 from tritonmoe.doctor.exchange_names import ELEMENT_BYTES, kind_of_name
 from tritonmoe.doctor.trace import Part, RankTrace
@@ -11,7 +12,7 @@ from tritonmoe.runtime.files import Json
 __all__ = ["is_flight_record", "read_flight_record"]
 
 
-def is_flight_record(found: object) -> bool:
+def is_flight_record(found: object) -> TypeGuard[Json]:
     """Say whether a file's content is a dump of the flight recorder."""
     return (
         isinstance(found, dict)

@@ -2,7 +2,7 @@
 
 import io
 import pickle
-from typing import Any, NoReturn
+from typing import NoReturn
 
 __all__ = ["read_plain_pickle"]
 
@@ -17,7 +17,7 @@ class _PlainData(pickle.Unpickler):
         raise ValueError("it refers to something outside itself")
 
 
-def read_plain_pickle(content: bytes) -> Any:
+def read_plain_pickle(content: bytes) -> object:
     """Return what a pickle holds.
 
     Raises:

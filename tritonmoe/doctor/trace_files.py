@@ -165,7 +165,7 @@ class JsonPieces:
                 raise damaged(self.path, f"there is no comma after element {self.num_elements - 1} of {key}")
             self._skip_blank()
 
-    def _value(self, what: str) -> Any:
+    def _value(self, what: str) -> object:
         grown = BLOCK
         while True:
             try:
