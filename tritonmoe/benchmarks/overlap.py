@@ -207,13 +207,7 @@ def _measure(
         "ranks": transport.size,
         "computing_ranks": len(ranks),
         "rate_bits_per_s": rate,
-        "model": workload.model,
-        "E_K_D_F": list(workload.shape),
-        "tokens": workload.num_tokens,
-        "dtype": workload.dtype,
-        "wire_dtype": workload.wire_dtype,
-        "routing": workload.routing,
-        "pass": "forward+backward" if workload.backward else "forward",
+        **_plain_workload(workload),
         "rounds": arguments.rounds,
         "traffic_rows": measured.traffic_rows,
         "row_bytes": measured.row_bytes,
@@ -232,6 +226,18 @@ def _measure(
         "timelines": {name: [Timeline.of_plain(r["timelines"][name]) for r in ranks] for name in timelines},
     }
     return {**results, "verdict": verdict(results)}
+
+
+def _plain_workload(workload: Workload) -> Json:
+    return {
+        "model": workload.model,
+        "E_K_D_F": list(workload.shape),
+        "tokens": workload.num_tokens,
+        "dtype": workload.dtype,
+        "wire_dtype": workload.wire_dtype,
+        "routing": workload.routing,
+        "pass": "forward+backward" if workload.backward else "forward",
+    }
 
 
 def _timelines(measured: RankMeasurement, summary: Json, rank: int) -> dict[str, Timeline]:

@@ -249,12 +249,8 @@ class BackwardRun(_Run):
         ops, activation = self.settings.ops, self.settings.spec.activation
         grouping = self.grouping.chunk(chunk)
         pairs = self._pairs(chunk)
-        if self._dh is None or self._scaled_a is None:
-            self._dh = cpu_memory.empty(self.grouping.num_pairs, self._hidden_width, like=self.rows)
-            inner = self.settings.spec.layout.intermediate_size(self._hidden_width)
-            self._scaled_a = cpu_memory.empty(self.grouping.num_pairs, inner, like=self.rows)
-            gate_up, down = self._projections
-            self._adapter_rows = gate_up.rows(self.grouping.num_pairs), down.rows(self.grouping.num_pairs)
+        if self._dh is None:
+            self._begin()
         if grouping.num_pairs == 0 and self.grouping.num_chunks > 1:
             dweights = self.topk_weights.new_zeros(grouping.inverse.shape)
             if not needs_dx:
@@ -301,6 +297,15 @@ class BackwardRun(_Run):
         if dx_pairs is not None:
             dx = ops.gather_sum(dx_pairs if results is None else results, grouping.inverse, out=out)
         return dx, grouping.pairs_to_rows(self._with_earlier_chunks(chunk, dweights))
+
+    def _begin(self) -> None:
+        """Provide the memory of dh, scaled_a and adapter_rows, which all chunks fill."""
+        num_pairs, width = self.grouping.num_pairs, self._hidden_width
+        self._dh = cpu_memory.empty(num_pairs, width, like=self.rows)
+        inner = self.settings.spec.layout.intermediate_size(width)
+        self._scaled_a = cpu_memory.empty(num_pairs, inner, like=self.rows)
+        gate_up, down = self._projections
+        self._adapter_rows = gate_up.rows(num_pairs), down.rows(num_pairs)
 
     def _backward_block(
         self,
