@@ -195,9 +195,6 @@ def _measure(
     ranks = gather(link.measured_ranks(transport), own)
     for kind in ("overlapped", "auto"):
         summary[kind]["contention"] = max(r["contention"][kind] for r in ranks)
-    rate = measured.rate
-    if rate is None and (arguments.emulate is not None or arguments.netns is not None):
-        rate = parse_rate(arguments.rate or DEFAULT_RATE)
     if measured.rate is not None:
         description = f"{description} (rate chosen: {measured.rate / 1e9:.4g} gbit)"
     results = {
@@ -206,7 +203,7 @@ def _measure(
         "device": torch.device(device).type,
         "ranks": transport.size,
         "computing_ranks": len(ranks),
-        "rate_bits_per_s": rate,
+        "rate_bits_per_s": _rate_of(measured, arguments),
         **_plain_workload(workload),
         "rounds": arguments.rounds,
         "traffic_rows": measured.traffic_rows,
@@ -226,6 +223,13 @@ def _measure(
         "timelines": {name: [Timeline.of_plain(r["timelines"][name]) for r in ranks] for name in timelines},
     }
     return {**results, "verdict": verdict(results)}
+
+
+def _rate_of(measured: RankMeasurement, arguments: argparse.Namespace) -> float | None:
+    """Return the rate of the link: the chosen one, else the one asked for; None on a link that nobody emulates."""
+    if measured.rate is None and (arguments.emulate is not None or arguments.netns is not None):
+        return parse_rate(arguments.rate or DEFAULT_RATE)
+    return measured.rate
 
 
 def _plain_workload(workload: Workload) -> Json:

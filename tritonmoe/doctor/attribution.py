@@ -137,13 +137,9 @@ def attribute(graph: Graph, known: Known | None = None) -> Verdict:
     compared: Removal = dict.fromkeys(kind for kind in kinds if kind in KINDS)
     healthy, alone_s, others_s = _walked(causes, kinds, compared)
     all_gained_s = statistics.fmean(_less(causes.as_it_was, healthy))
-    healthy_s = SMALLEST_SHARE * step_s
-    if healthy_s <= all_gained_s < LARGE_SHARE * step_s:
-        healthy_s = max(healthy_s, gain_of_noise(graph, usual, causes.walker))
+    healthy_s = _healthy_s(causes, step_s, all_gained_s)
     is_ill = all_gained_s >= healthy_s
-    least_s = dict.fromkeys(KINDS, healthy_s) | dict.fromkeys(STRUCTURAL, SMALLEST_STRUCTURAL * step_s)
-    if known is not None:
-        least_s["pause"] = SMALLEST_SHARE * known.step_s
+    least_s = _least_s(healthy_s, step_s, known)
     findings: list[Finding] = []
     others: list[tuple[CauseKind, float]] = [(kind, 0.0) for kind in causes.excess if kind not in kinds]
     for kind, only, other in zip(kinds, alone_s, others_s, strict=True):
@@ -201,6 +197,22 @@ def _walked(
     ]
     healthy, *walked = causes.without([compared, *alone, *others])
     return healthy, walked[: len(kinds)], walked[len(kinds) :]
+
+
+def _healthy_s(causes: Causes, step_s: float, all_gained_s: float) -> float:
+    """Return what a healthy run may gain without what is compared: a share of a step, or what noise alone gains."""
+    healthy_s = SMALLEST_SHARE * step_s
+    if not healthy_s <= all_gained_s < LARGE_SHARE * step_s:
+        return healthy_s
+    return max(healthy_s, gain_of_noise(causes.graph, causes.usual, causes.walker))
+
+
+def _least_s(healthy_s: float, step_s: float, known: Known | None) -> dict[CauseKind, float]:
+    """Return how much each kind of cause must cost to be spoken of."""
+    least_s = dict.fromkeys(KINDS, healthy_s) | dict.fromkeys(STRUCTURAL, SMALLEST_STRUCTURAL * step_s)
+    if known is not None:
+        least_s["pause"] = SMALLEST_SHARE * known.step_s
+    return least_s
 
 
 def _named(finding: Finding, slow: SlowLinks | None, known: Known | None) -> Finding:

@@ -253,10 +253,7 @@ class _Builder:
         every = torch.arange(self.num_rows)
         run_row = torch.cat([every, first, paused])
         is_step = rows["is_step"] > 0
-        overhead_s = torch.where(
-            between.is_bound, rows["start"] - rows["arrived"], torch.where(between.is_first, 0.0, between.gap_s)
-        )
-        overhead_s += torch.where(is_step, 0.0, between.body_s)
+        overhead_s = _overhead_s(rows, between)
         nothing, no_pause = torch.zeros(len(first), dtype=torch.float64), torch.zeros(len(paused), dtype=torch.float64)
         names = {name: indices([self._key(of, name) for of in self.passes]) for name in ("before", "between")}
         met = self._meet(rows, members, between, meeting, first)
@@ -288,14 +285,10 @@ class _Builder:
             num_bytes=torch.maximum(members["out"], members["into"]).nan_to_num(nan=0.0),
             programs=programs,
         )
-        graph = Graph(list(range(self.size)), list(range(num_steps)), is_queued_at_start=False)
-        graph.begin_s = [0.0] * self.size
-        graph.tables = tables
         whole = _step_times(step_of_row, rows["start"] + rows["body"], between.begin)
         usual_s = torch.zeros(num_steps, dtype=torch.float64).index_add(0, steps, between.usual_s)
-        graph.measured_s = (whole - usual_s).clamp(min=0).tolist()
         return RecordedGraph(
-            graph, self.passes, self.notes,
+            _graph(self.size, tables, (whole - usual_s).clamp(min=0)), self.passes, self.notes,
             run_begin=between.start[run_row],
             kind_in_pass=torch.cat([rows["kind_in_pass"], torch.full((len(first) + len(paused),), -1)]),
             pause_s=torch.cat([0 * overhead_s, nothing, between.pause_s[paused]]),
@@ -363,6 +356,19 @@ class _Builder:
         order = joined["at"].argsort(stable=True)
         counts = joined["rank"].bincount(minlength=self.size).tolist()
         return list(zip(joined["kind"][order].split(counts), joined["index"][order].split(counts), strict=True))
+
+
+def _graph(size: int, tables: Tables, measured_s: Tensor) -> Graph:
+    graph = Graph(list(range(size)), list(range(len(measured_s))), is_queued_at_start=False)
+    graph.begin_s, graph.tables, graph.measured_s = [0.0] * size, tables, measured_s.tolist()
+    return graph
+
+
+def _overhead_s(rows: dict[str, Tensor], between: Between) -> Tensor:
+    """Return what lies between each event and what it waits for, or the event before, and what is no step itself."""
+    waiting_s = torch.where(between.is_first, 0.0, between.gap_s)
+    overhead_s = torch.where(between.is_bound, rows["start"] - rows["arrived"], waiting_s)
+    return overhead_s + torch.where(rows["is_step"] > 0, 0.0, between.body_s)
 
 
 def _step_times(step: Tensor, ends: Tensor, begin: float) -> Tensor:
