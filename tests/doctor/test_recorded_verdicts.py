@@ -295,7 +295,7 @@ def test_chunks_that_differ_by_chance_occupy_ports_for_longer(tmp_path: Path) ->
         ]
         ranks.append(replace(of, forward=replace(of.forward, steps=tuple(steps))))
     costs = fit_costs(recording.calls, recording)
-    even, uneven = (conditions_of(one, {}, costs).each_link for one in (call, replace(call, ranks=tuple(ranks))))
+    even, uneven = (conditions_of(one, {}, costs).link.each_link for one in (call, replace(call, ranks=tuple(ranks))))
     assert torch.equal(even.port_out_s, costs.link.each.port_out_s)
     assert (uneven.port_out_s / even.port_out_s).tolist() == pytest.approx([1.5, 1.5])
     assert (uneven.port_in_s / even.port_in_s).tolist() == pytest.approx([1.5, 1.5])

@@ -56,11 +56,7 @@ def group(
         chunk_expert_offsets = starts.unfold(0, num_experts + 1, num_experts) - starts[:-1:num_experts, None]
         for first, last in pairwise(pair_offsets):
             positions[first:last] -= first
-        # Storage already has ascending tokens within a source, so a stable sort by (expert, source) is enough.
-        num_sources = max(row_sources.ranks) + 1
-        row_source = row_sources.of_rows(device)
-        by_source = sorted_keys[:num_pairs] % num_experts * num_sources + row_source[stored // top_k]
-        source_order = torch.sort(by_source, stable=True)[1].to(torch.int32)
+        source_order = _order_by_source(sorted_keys[:num_pairs] % num_experts, stored // top_k, row_sources)
         expert_offsets = chunk_expert_offsets.sum(0, dtype=torch.int32)
     inverse = positions.new_empty(num_rows * top_k)
     if num_pairs < inverse.shape[0]:
@@ -78,6 +74,14 @@ def group(
     if num_chunks == 1:
         grouping.__dict__["host_expert_offsets"] = host_starts  # read above; the property would read them once more
     return grouping
+
+
+def _order_by_source(experts: Tensor, rows: Tensor, row_sources: RowSources) -> Tensor:
+    """Return the pairs in storage order, whose experts and rows are given, in the order of (expert, source, token)."""
+    # Storage already has ascending tokens within a source, so a stable sort by (expert, source) is enough.
+    num_sources = max(row_sources.ranks) + 1
+    by_source = experts * num_sources + row_sources.of_rows(rows.device)[rows]
+    return torch.sort(by_source, stable=True)[1].to(torch.int32)
 
 
 def _group_few(topk_ids: Tensor, num_experts: int) -> Grouping:

@@ -48,7 +48,7 @@ class TimedCalls:
         Raises what the function does, and torch.OutOfMemoryError where its graph needs too much.
         """
         self.run, self.device = run, device
-        self.pool: Any = graph_pool(device) if pool is None else pool
+        self.pool: GraphPool = graph_pool(device) if pool is None else pool
         self.graph: torch.cuda.CUDAGraph | None = None
         self.way = "clock" if device.type == "cpu" else "graph" if captures else "events"
         for _ in range(WARM_UPS if device.type == "cuda" else 1):

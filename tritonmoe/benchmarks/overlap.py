@@ -195,9 +195,6 @@ def _measure(
     ranks = gather(link.measured_ranks(transport), own)
     for kind in ("overlapped", "auto"):
         summary[kind]["contention"] = max(r["contention"][kind] for r in ranks)
-    rate = measured.rate
-    if rate is None and (arguments.emulate is not None or arguments.netns is not None):
-        rate = parse_rate(arguments.rate or DEFAULT_RATE)
     if measured.rate is not None:
         description = f"{description} (rate chosen: {measured.rate / 1e9:.4g} gbit)"
     results = {
@@ -206,14 +203,8 @@ def _measure(
         "device": torch.device(device).type,
         "ranks": transport.size,
         "computing_ranks": len(ranks),
-        "rate_bits_per_s": rate,
-        "model": workload.model,
-        "E_K_D_F": list(workload.shape),
-        "tokens": workload.num_tokens,
-        "dtype": workload.dtype,
-        "wire_dtype": workload.wire_dtype,
-        "routing": workload.routing,
-        "pass": "forward+backward" if workload.backward else "forward",
+        "rate_bits_per_s": _rate_of(measured, arguments),
+        **_plain_workload(workload),
         "rounds": arguments.rounds,
         "traffic_rows": measured.traffic_rows,
         "row_bytes": measured.row_bytes,
@@ -232,6 +223,25 @@ def _measure(
         "timelines": {name: [Timeline.of_plain(r["timelines"][name]) for r in ranks] for name in timelines},
     }
     return {**results, "verdict": verdict(results)}
+
+
+def _rate_of(measured: RankMeasurement, arguments: argparse.Namespace) -> float | None:
+    """Return the rate of the link: the chosen one, else the one asked for; None on a link that nobody emulates."""
+    if measured.rate is None and (arguments.emulate is not None or arguments.netns is not None):
+        return parse_rate(arguments.rate or DEFAULT_RATE)
+    return measured.rate
+
+
+def _plain_workload(workload: Workload) -> Json:
+    return {
+        "model": workload.model,
+        "E_K_D_F": list(workload.shape),
+        "tokens": workload.num_tokens,
+        "dtype": workload.dtype,
+        "wire_dtype": workload.wire_dtype,
+        "routing": workload.routing,
+        "pass": "forward+backward" if workload.backward else "forward",
+    }
 
 
 def _timelines(measured: RankMeasurement, summary: Json, rank: int) -> dict[str, Timeline]:

@@ -12,6 +12,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ import torch
 from tritonmoe.benchmarks.argument_types import Subparsers, output_folder, positive, seed
 from tritonmoe.demo.demo_page import as_page
 from tritonmoe.demo.demo_text import Results, as_json, as_text, rate_text, title
-from tritonmoe.demo.measure import LATENCY_US, VARIANTS, LayerShape, measure_layer
+from tritonmoe.demo.measure import LATENCY_US, VARIANTS, LayerMeasurement, LayerShape, measure_layer
 from tritonmoe.demo.model import ModelShape, load_shakespeare
 from tritonmoe.demo.training import RankTraining, Training, train
 from tritonmoe.report.html import write_page
@@ -132,20 +133,6 @@ def _run_all(arguments: argparse.Namespace, device: torch.device) -> Results:
     )
 
     say("writing the picture, the trace and the report ...")
-
-    def draw(path: Path) -> None:
-        write_png(
-            path,
-            layer.traffic_rows,
-            layer.shown,
-            title=title(layer),
-            note=f"emulated link of {rate_text(layer.bandwidth_gb_per_s)}; the median round of each schedule, on its "
-            "slowest rank",
-        )
-
-    def trace(path: Path) -> None:
-        write_chrome_trace(path, {name: layer.timelines[name] for name in ("serial", "overlapped")})
-
     results = Results(
         device=device,
         num_ranks=num_ranks,
@@ -158,14 +145,29 @@ def _run_all(arguments: argparse.Namespace, device: torch.device) -> Results:
         num_compared_steps=num_compared,
         is_bit_equal=_have_equal_losses(serial, overlapped, num_compared),
         layer=layer,
-        png=_written(draw, arguments.out / "tritonmoe-demo.png"),
-        trace=_written(trace, arguments.out / "tritonmoe-demo-trace.json"),
+        png=_written(partial(_draw, layer), arguments.out / "tritonmoe-demo.png"),
+        trace=_written(partial(_trace, layer), arguments.out / "tritonmoe-demo-trace.json"),
         report=None,
         elapsed_s=time.perf_counter() - started,
     )
     report_path = arguments.out / "tritonmoe-demo-report.html"
     results.report = _written(lambda path: write_page(path, as_page(results)), report_path)
     return results
+
+
+def _draw(layer: LayerMeasurement, path: Path) -> None:
+    write_png(
+        path,
+        layer.traffic_rows,
+        layer.shown,
+        title=title(layer),
+        note=f"emulated link of {rate_text(layer.bandwidth_gb_per_s)}; the median round of each schedule, on its "
+        "slowest rank",
+    )
+
+
+def _trace(layer: LayerMeasurement, path: Path) -> None:
+    write_chrome_trace(path, {name: layer.timelines[name] for name in ("serial", "overlapped")})
 
 
 def _written(write: Callable[[Path], None], path: Path) -> Path | None:

@@ -9,13 +9,16 @@ import argparse
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from tritonmoe.benchmarks.argument_types import Subparsers, positive
 from tritonmoe.benchmarks.shapes import LayerShape
 from tritonmoe.cli.layer_arguments import DTYPES, add_layer_arguments, layer_shape, tokens_of_every_class
+
+if TYPE_CHECKING:
+    from tritonmoe.kernels.launch import Launch
 
 __all__ = ["add_parser", "launches_of_layer"]
 
@@ -73,7 +76,7 @@ def run(arguments: argparse.Namespace, say: Callable[[str], None] = print) -> in
 
 def launches_of_layer(
     shape: LayerShape, num_ranks: int, tokens: list[int] | None, dtype: torch.dtype, target: Any
-) -> list[tuple[int, str, Any]]:
+) -> list[tuple[int, str, "Launch"]]:
     """Return (tokens, kernel, launch) of everything that a layer's steps would compile on `target`, each once.
 
     Args:
@@ -98,7 +101,7 @@ def launches_of_layer(
     return jobs
 
 
-def compile_launch(variant: str, kernel: str, item: Any, target: Any) -> tuple[str, str]:
+def compile_launch(variant: str, kernel: str, item: "Launch", target: Any) -> tuple[str, str]:
     """Compile into Triton's cache; give what is wrong, and what is needed where that is known of the architecture."""
     from tritonmoe.aot import ARCHITECTURES, compile_one, compile_unchecked
     from tritonmoe.kernels import launch

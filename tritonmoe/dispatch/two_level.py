@@ -137,14 +137,7 @@ def exchange_two_level_plan(
     )
     header = header._replace(nonfinite_rows=int(nonfinite_rows))
     outer_rows, outer_pairs = outer_counts.tolist()
-    rank_rows, rank_pairs = rank_counts
-
-    # What each rank is told: its own rows and pairs, and as a relay (the rank with our place in its node) the outer
-    # rows it gets from us and the rows it has to pass on to each rank of its node.
-    told = torch.zeros(3 + node_size, num_segments, size, dtype=torch.int64, device="cpu")
-    told[0], told[1] = rank_rows, rank_pairs
-    told[2, :, place::node_size] = outer_counts[0]
-    told[3:, :, place::node_size] = rank_rows.view(num_segments, num_nodes, node_size).permute(2, 0, 1)
+    told = _told(rank_counts, outer_counts[0], node_size, place)
     headers, (traffic, traffic_pairs), received, times = exchange_counts(transport, header, told)
     told_rows, told_pairs = received[:2].tolist()
     relayed_from = received[:, :, place::node_size]  # (kinds, segments, nodes): only our place in a node tells us
@@ -183,6 +176,20 @@ def exchange_two_level_plan(
         num_experts_of_node=experts_of_node,
         place=place,
     )
+
+
+def _told(rank_counts: Tensor, outer_rows: Tensor, node_size: int, place: int) -> Tensor:
+    """Return (3 + node_size, segments, W) what each rank is told by the rank with this place in its node.
+
+    These are its own rows and pairs, and as a relay (the rank with our place in its node) the outer rows it gets from
+    us and the rows it has to pass on to each rank of its node.
+    """
+    _, num_segments, size = rank_counts.shape
+    told = torch.zeros(3 + node_size, num_segments, size, dtype=torch.int64, device="cpu")
+    told[:2] = rank_counts
+    told[2, :, place::node_size] = outer_rows
+    told[3:, :, place::node_size] = rank_counts[0].view(num_segments, -1, node_size).permute(2, 0, 1)
+    return told
 
 
 def check_relayed(counts: Tensor, traffic: Tensor, transport: TwoLevelTransport) -> None:

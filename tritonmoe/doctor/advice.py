@@ -241,7 +241,7 @@ def _share_after(load: torch.Tensor, placement: ExpertPlacement) -> torch.Tensor
 
 def _other_levels(call: RecordedCall, typical: Conditions) -> Iterator[Proposal]:
     """Propose one level instead of two, or two instead of one where it is known which ranks are neighbours."""
-    plan, inside = typical.plan, typical.each_link.inside
+    plan, inside = typical.plan, typical.link.each_link.inside
     if typical.nodes is not None:
         yield Proposal("one level: the transport of all ranks", "", lambda of: replace(of, nodes=None))
     elif inside is not None and plan.chunk_by == "tokens" and plan.capacity is None:
@@ -275,7 +275,7 @@ def _needing_any(needed: Sequence[torch.Tensor], tokens: torch.Tensor, top_k: in
 
 def _fewer_ranks(typical: Conditions) -> Iterator[Proposal]:
     """Propose to spread the experts over half as many ranks, so that both halves of the ranks have all of them."""
-    size, inside = typical.work.size, typical.each_link.inside
+    size, inside = typical.work.size, typical.link.each_link.inside
     are_whole_nodes = inside is None or inside.node_size % (size // 2) == 0 or size // 2 % inside.node_size == 0
     if size >= 4 and size % 2 == 0 and are_whole_nodes:
         yield Proposal(
@@ -293,7 +293,7 @@ def _on_half(of: Conditions, number: int) -> Conditions:
     tokens = _tokens(work)[ranks]
     rows = _needing_any([work.rows[ranks, owners] for owners in halves], tokens, work.top_k)
     pairs = work.pairs[ranks, halves[0]] + work.pairs[ranks, halves[1]]
-    each, inside = of.each_link, of.each_link.inside
+    each, inside = of.link.each_link, of.link.each_link.inside
     link = EachLink(
         each.port_out_s[ranks], each.port_in_s[ranks], each.link_s[ranks, ranks], each.latency_s[ranks, ranks]
     )

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from tritonmoe.doctor.causes import KINDS, STRUCTURAL, CauseKind, Causes, Removal
 from tritonmoe.doctor.culprits import Culprits, culprits_of
 from tritonmoe.doctor.graph import Graph
+from tritonmoe.doctor.link_ends import SlowLinks
 from tritonmoe.doctor.noise import gain_of_noise
 from tritonmoe.doctor.pattern import FEW_STEPS, Pattern, pattern_of
 from tritonmoe.doctor.recorded_causes import Known
@@ -134,26 +135,14 @@ def attribute(graph: Graph, known: Known | None = None) -> Verdict:
     step_s = statistics.fmean(causes.as_it_was)
     kinds = [kind for kind in causes.excess if not causes.is_nothing(kind)]
     compared: Removal = dict.fromkeys(kind for kind in kinds if kind in KINDS)
-    removals: list[Removal] = [
-        compared,
-        *({kind: None} for kind in kinds),
-        *(
-            {one: None for one in compared if one != kind} if kind in compared else {**compared, kind: None}
-            for kind in kinds
-        ),
-    ]
-    healthy, *walked = causes.without(removals)
+    healthy, alone_s, others_s = _walked(causes, kinds, compared)
     all_gained_s = statistics.fmean(_less(causes.as_it_was, healthy))
-    healthy_s = SMALLEST_SHARE * step_s
-    if healthy_s <= all_gained_s < LARGE_SHARE * step_s:
-        healthy_s = max(healthy_s, gain_of_noise(graph, usual, causes.walker))
+    healthy_s = _healthy_s(causes, step_s, all_gained_s)
     is_ill = all_gained_s >= healthy_s
-    least_s = dict.fromkeys(KINDS, healthy_s) | dict.fromkeys(STRUCTURAL, SMALLEST_STRUCTURAL * step_s)
-    if known is not None:
-        least_s["pause"] = SMALLEST_SHARE * known.step_s
+    least_s = _least_s(healthy_s, step_s, known)
     findings: list[Finding] = []
     others: list[tuple[CauseKind, float]] = [(kind, 0.0) for kind in causes.excess if kind not in kinds]
-    for kind, only, other in zip(kinds, walked[: len(kinds)], walked[len(kinds) :], strict=True):
+    for kind, only, other in zip(kinds, alone_s, others_s, strict=True):
         alone = _less(causes.as_it_was, only)
         hidden = _less(other, healthy) if kind in compared else _less(healthy, other)
         if (kind in compared and not is_ill) or kind == "exchange contention":
@@ -166,10 +155,8 @@ def attribute(graph: Graph, known: Known | None = None) -> Verdict:
         if is_asked and at_most.seconds >= least_s[kind] and at_most.low_s > 0:
             others_first = [one for one in compared if one != kind] if most is hidden else []
             culprits = culprits_of(causes, kind, most, others_first)
-            if kind == "slow link" and graph.slow_links is not None:
-                slow = graph.slow_links
-                culprits = replace(culprits, ranks=slow.ranks, moves=False, links=slow.links, words=slow.words)
-            findings.append(_named(Finding(kind, culprits, pattern_of(most), cost, is_hidden), known))
+            found = Finding(kind, culprits, pattern_of(most), cost, is_hidden)
+            findings.append(_named(found, graph.slow_links, known))
         else:
             others.append((kind, cost.share(step_s)))
     findings.sort(key=lambda one: (one.kind == "pause", -one.cost.seconds))
@@ -179,8 +166,7 @@ def attribute(graph: Graph, known: Known | None = None) -> Verdict:
     quiet = causes.walker.step_times(usual.level_busy_s + usual.level_idle_s, usual.level_transfer_s)
     no_transfers = causes.walker.step_times(causes.run_s, causes.transfer_s.clamp(max=0))
     per_step = len(graph.ranks) * len(graph.steps)
-    tables = graph.tables
-    computing_s, host_s = float(tables.busy_s.sum()) / per_step, float(tables.idle_s.sum()) / per_step
+    computing_s, host_s = (float(spent_s.sum()) / per_step for spent_s in (graph.tables.busy_s, graph.tables.idle_s))
     return Verdict(
         graph=graph,
         measured_s=statistics.fmean(graph.measured_s),
@@ -197,9 +183,46 @@ def attribute(graph: Graph, known: Known | None = None) -> Verdict:
     )
 
 
-def _named(finding: Finding, known: Known | None) -> Finding:
+def _walked(
+    causes: Causes, kinds: Sequence[CauseKind], compared: Removal
+) -> tuple[list[float], list[list[float]], list[list[float]]]:
+    """Return how long each step takes without all that is compared; by kind, without it alone; by kind, beside others.
+
+    Beside others: a kind that is compared is left as it was, and the others of these are not; another kind goes too.
+    """
+    alone: list[Removal] = [{kind: None} for kind in kinds]
+    others: list[Removal] = [
+        {one: None for one in compared if one != kind} if kind in compared else {**compared, kind: None}
+        for kind in kinds
+    ]
+    healthy, *walked = causes.without([compared, *alone, *others])
+    return healthy, walked[: len(kinds)], walked[len(kinds) :]
+
+
+def _healthy_s(causes: Causes, step_s: float, all_gained_s: float) -> float:
+    """Return what a healthy run may gain without what is compared: a share of a step, or what noise alone gains."""
+    healthy_s = SMALLEST_SHARE * step_s
+    if not healthy_s <= all_gained_s < LARGE_SHARE * step_s:
+        return healthy_s
+    return max(healthy_s, gain_of_noise(causes.graph, causes.usual, causes.walker))
+
+
+def _least_s(healthy_s: float, step_s: float, known: Known | None) -> dict[CauseKind, float]:
+    """Return how much each kind of cause must cost to be spoken of."""
+    least_s = dict.fromkeys(KINDS, healthy_s) | dict.fromkeys(STRUCTURAL, SMALLEST_STRUCTURAL * step_s)
+    if known is not None:
+        least_s["pause"] = SMALLEST_SHARE * known.step_s
+    return least_s
+
+
+def _named(finding: Finding, slow: SlowLinks | None, known: Known | None) -> Finding:
     """Say which links it is, and which of their ends, where that is known."""
-    if finding.kind != "slow link" or known is None or known.fault is None:
+    if finding.kind != "slow link":
+        return finding
+    if slow is not None:
+        own = replace(finding.culprits, ranks=slow.ranks, moves=False, links=slow.links, words=slow.words)
+        finding = replace(finding, culprits=own)
+    if known is None or known.fault is None:
         return finding
     fault = known.fault
     culprits = replace(finding.culprits, ranks=fault.ranks, links=fault.links, moves=not fault.ranks, words=fault.words)

@@ -8,7 +8,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
 from tritonmoe.doctor.graph import Graph, Kind, Member, Run
 from tritonmoe.doctor.trace_files import damaged, number
@@ -39,10 +39,12 @@ class _Event:
         self.sequence, self.chunk = sequence, chunk
 
 
-def is_timeline(event: Any) -> bool:
+def is_timeline(event: object) -> bool:
     """Say whether this event is one of a pipeline's timeline."""
-    arguments = event.get("args") if isinstance(event, dict) else None
-    return isinstance(arguments, dict) and _is_known(event) and "step" in arguments and "seq_id" in arguments
+    if not isinstance(event, dict) or not _is_known(event):
+        return False
+    arguments = event.get("args")
+    return isinstance(arguments, dict) and "step" in arguments and "seq_id" in arguments
 
 
 def _is_known(event: dict) -> bool:
@@ -50,7 +52,7 @@ def _is_known(event: dict) -> bool:
     return isinstance(name, str) and name in NAMES
 
 
-def read_timeline(path: Path, events: Iterable[Any]) -> tuple[Graph, list[str]]:
+def read_timeline(path: Path, events: Iterable[object]) -> tuple[Graph, list[str]]:
     """Read the events of a timeline; give the graph of its steps, and what the file can't tell.
 
     Raises:
@@ -96,10 +98,14 @@ def read_timeline(path: Path, events: Iterable[Any]) -> tuple[Graph, list[str]]:
     return _Pipeline(path, list(workers), dict(sorted(steps.items()))).graph()
 
 
-def _hashable(path: Path, count: int, value: Any) -> int | str:
+def _hashable(path: Path, count: int, value: object) -> int | str:
     if not isinstance(value, int | str):
         raise damaged(path, f"event {count} has a process or thread that is neither a number nor a text")
     return value
+
+
+_OfLinks: TypeAlias = dict[tuple[int, int, str], list[_Event]]
+"""By sender, receiver and way."""
 
 
 class _Pipeline:
@@ -185,18 +191,7 @@ class _Pipeline:
         self, index: int, step: int, by_worker: dict[int, list[_Event]]
     ) -> dict[int, list[tuple[list[_Event], int]]]:
         """Match sends with receives; give each worker's batches of them, in order, with their members."""
-        sends: dict[tuple[int, int, str], list[_Event]] = defaultdict(list)
-        receives: dict[tuple[int, int, str], list[_Event]] = defaultdict(list)
-        for worker, own in by_worker.items():
-            data, stage = self.workers[worker]
-            for event in own:
-                way, _, what = event.name.partition("-")
-                if what == "send":
-                    other = (stage + (1 if way == "forward" else -1)) % self.stages
-                    sends[worker, self._at(data, other), way].append(event)
-                elif what == "recv":
-                    other = (stage - (1 if way == "forward" else -1)) % self.stages
-                    receives[self._at(data, other), worker, way].append(event)
+        sends, receives = self._by_link(by_worker)
         parent: dict[int, int] = {}
 
         def root(one: int) -> int:
@@ -243,6 +238,22 @@ class _Pipeline:
             worker: [(batch, members[worker, at]) for at, batch in enumerate(of_worker)]
             for worker, of_worker in batches.items()
         }
+
+    def _by_link(self, by_worker: dict[int, list[_Event]]) -> tuple[_OfLinks, _OfLinks]:
+        """Return the sends, and the receives, in the order of their events, by the link that they use."""
+        sends: _OfLinks = defaultdict(list)
+        receives: _OfLinks = defaultdict(list)
+        for worker, own in by_worker.items():
+            data, stage = self.workers[worker]
+            for event in own:
+                way, _, what = event.name.partition("-")
+                if what == "send":
+                    other = (stage + (1 if way == "forward" else -1)) % self.stages
+                    sends[worker, self._at(data, other), way].append(event)
+                elif what == "recv":
+                    other = (stage - (1 if way == "forward" else -1)) % self.stages
+                    receives[self._at(data, other), worker, way].append(event)
+        return sends, receives
 
     def _at(self, data: int, stage: int) -> int:
         worker = self.worker_at.get((data, stage))

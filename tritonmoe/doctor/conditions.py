@@ -18,7 +18,7 @@ from tritonmoe.diagnosis.schedules import schedule_of
 from tritonmoe.doctor.costs import Costs
 from tritonmoe.overlap.schedule import Schedule
 from tritonmoe.overlap.steps import StepKind
-from tritonmoe.simulation.cost_model import EachLink, LayerWork, LinkCosts, StepCosts
+from tritonmoe.simulation.cost_model import LayerWork, LinkCosts, StepCosts
 from tritonmoe.simulation.halves_in_turn import simulate_two_batches
 from tritonmoe.simulation.simulator import Simulation, simulate
 from tritonmoe.simulation.two_level_work import TwoLevelWork
@@ -86,27 +86,20 @@ class Conditions:
     """The layer whose call it is."""
 
     @property
-    def each_link(self) -> EachLink:
-        """What a byte costs on each link, which the costs of a recorded call always tell."""
-        if self.link.each is None:
-            raise ValueError("these costs don't tell links apart")
-        return self.link.each
-
-    @property
     def walked_work(self) -> LayerWork | TwoLevelWork:
         """What is sent and computed, on the levels that are walked."""
-        nodes, inside = self.nodes, self.each_link.inside
+        nodes, inside = self.nodes, self.link.each_link.inside
         if nodes is None:
             return self.work
         assert inside is not None
-        each = replace(self.each_link, port_out_s=inside.out_s, port_in_s=inside.in_s, inside=None)
+        each = replace(self.link.each_link, port_out_s=inside.out_s, port_in_s=inside.in_s, inside=None)
         link = replace(self.link, each=each, contention=0.0)
         return TwoLevelWork.of(self.work, nodes.rows_of(self.work), link, inside_row_bytes=nodes.row_bytes)
 
     @property
     def walked_link(self) -> LinkCosts:
         """The link of `walked_work`, of two levels the one between nodes."""
-        return self.link if self.nodes is None else replace(self.link, each=replace(self.each_link, inside=None))
+        return self.link if self.nodes is None else replace(self.link, each=replace(self.link.each_link, inside=None))
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from tritonmoe.doctor.links import LinkRatios, fit_links
 from tritonmoe.doctor.messages import KEPT_PASSES
 from tritonmoe.overlap.report import covered_s
 from tritonmoe.overlap.steps import Step, StepKind, Unit
-from tritonmoe.simulation.cost_model import LinkCosts, StepCosts, step_units
+from tritonmoe.simulation.cost_model import LayerWork, LinkCosts, StepCosts, step_units
 
 __all__ = ["Costs", "fit_costs"]
 
@@ -164,8 +164,9 @@ def _steps_of(call: RecordedCall, number: int) -> list[tuple[int, RecordedStep, 
             if step.step.lane == "comm"
         ]
         for step in _leaves(one):
-            if step.step.kind.is_inside_node:
-                step = replace(step, units=_units_inside(call, step.step, rank))
+            if call.levels is not None and step.step.kind.is_inside_node:
+                work = call.levels.inside(call.plan, step.step.chunk)
+                step = replace(step, units=_units_inside(work, step.step.kind.twin, rank))
             elif call.plan.capacity is not None and step.step.kind.unit is Unit.PAIRS:  # experts skip the padding
                 step = replace(step, units=step.units * filled[rank])
             if step.units > 0:
@@ -174,12 +175,10 @@ def _steps_of(call: RecordedCall, number: int) -> list[tuple[int, RecordedStep, 
     return found
 
 
-def _units_inside(call: RecordedCall, step: Step, rank: int) -> float:
-    """Return the units of a step inside a node, as if each chunk had its share of the rows."""
-    assert call.levels is not None
-    work = call.levels.inside(call.plan, step.chunk)
+def _units_inside(work: LayerWork, twin: StepKind, rank: int) -> float:
+    """Return the units of a step inside a node, by the work of its chunk there."""
     sizes = [[of[rank]] for of in (work.rows.sum(1), work.rows.sum(0), work.pairs.sum(0))]
-    return float(step_units(Step(step.kind.twin, None), 0, *sizes))
+    return float(step_units(Step(twin, None), 0, *sizes))
 
 
 _ByKind = Mapping[StepKind, Sequence[_Sample]]

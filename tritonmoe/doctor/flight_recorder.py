@@ -2,16 +2,17 @@
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import TypeGuard
 
 from tritonmoe.doctor.exchange_names import ELEMENT_BYTES, kind_of_name
 from tritonmoe.doctor.trace import Part, RankTrace
 from tritonmoe.doctor.trace_files import damaged, number
+from tritonmoe.runtime.files import Json
 
 __all__ = ["is_flight_record", "read_flight_record"]
 
 
-def is_flight_record(found: Any) -> bool:
+def is_flight_record(found: object) -> TypeGuard[Json]:
     """Say whether a file's content is a dump of the flight recorder."""
     return (
         isinstance(found, dict)
@@ -20,7 +21,7 @@ def is_flight_record(found: Any) -> bool:
     )
 
 
-def read_flight_record(path: Path, found: dict[str, Any]) -> RankTrace:
+def read_flight_record(path: Path, found: Json) -> RankTrace:
     """Return what a dump says of its rank: the exchanges, without anything of what was computed between them.
 
     Raises:
@@ -57,7 +58,7 @@ def read_flight_record(path: Path, found: dict[str, Any]) -> RankTrace:
     return trace
 
 
-def _part(path: Path, count: int, entry: dict[str, Any], trace: RankTrace) -> Part:
+def _part(path: Path, count: int, entry: Json, trace: RankTrace) -> Part:
     where = f"entry {count}"
     name = entry.get("profiling_name", "")
     kind = kind_of_name(str(name).partition(":")[2] or str(name)) or "exchange"

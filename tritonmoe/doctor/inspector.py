@@ -8,12 +8,12 @@ import json
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from tritonmoe.doctor.exchange_names import kind_of_name
 from tritonmoe.doctor.inspector_pairs import Pair, as_exchanges
 from tritonmoe.doctor.trace import Part, RankTrace
 from tritonmoe.doctor.trace_files import damaged, number, open_text
+from tritonmoe.runtime.files import Json
 
 __all__ = ["is_inspector_line", "name_ranks", "read_inspector"]
 
@@ -33,7 +33,7 @@ class _File:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.header: dict[str, Any] = {}
+        self.header: Json = {}
         self.communicators: dict[str, tuple[int, int]] = {}
         """Rank and number of ranks in each."""
         self.dropped = self.missing = self.num_records = 0
@@ -44,7 +44,7 @@ class _File:
         self.wires: dict[tuple[str, str, int], list[float]] = defaultdict(lambda: [0.0, 0.0])
         """Bytes and seconds on the wire by the network's proxy, of (communicator, send or recv, peer)."""
 
-    def take(self, record: dict[str, Any]) -> None:
+    def take(self, record: Json) -> None:
         self.num_records += 1
         where = f"record {self.num_records}"
         if isinstance(record.get("header"), dict):
@@ -75,7 +75,7 @@ class _File:
         self.communicators[name] = (rank, size)
         return name
 
-    def _on_the_wire(self, where: str, content: dict[str, Any], group: str) -> None:
+    def _on_the_wire(self, where: str, content: Json, group: str) -> None:
         steps = content.get("steps")
         way = content.get("direction")
         if way not in ("send", "recv") or "peer" not in content:
@@ -127,7 +127,7 @@ def read_inspector(path: Path) -> RankTrace:
     return trace
 
 
-def _records(path: Path) -> Iterator[dict[str, Any]]:
+def _records(path: Path) -> Iterator[Json]:
     decode = json.JSONDecoder().raw_decode
     with open_text(path) as file:
         try:
@@ -150,7 +150,7 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
         yield record
 
 
-def _times(path: Path, where: str, content: dict[str, Any], prefix: str) -> tuple[float, float | None]:
+def _times(path: Path, where: str, content: Json, prefix: str) -> tuple[float, float | None]:
     """Return how long an exchange took, and when it started, if that is there."""
     seconds = number(path, where, content, f"{prefix}_exec_time_us") / 1e6
     if seconds < 0:
@@ -162,7 +162,7 @@ def _times(path: Path, where: str, content: dict[str, Any], prefix: str) -> tupl
     return seconds, min(number(path, where, one, "kernel_start_ts") for one in kernels) / 1e6
 
 
-def _collective(path: Path, where: str, content: dict[str, Any], group: str) -> tuple[Part, bool]:
+def _collective(path: Path, where: str, content: Json, group: str) -> tuple[Part, bool]:
     seconds, start_s = _times(path, where, content, "coll")
     part = Part(kind_of_name(str(content.get("coll", ""))) or "exchange", 0.0, 0.0, seconds, group=group)
     if start_s is not None:
@@ -173,7 +173,7 @@ def _collective(path: Path, where: str, content: dict[str, Any], group: str) -> 
     return part, start_s is not None
 
 
-def _pair(path: Path, where: str, content: dict[str, Any]) -> Pair:
+def _pair(path: Path, where: str, content: Json) -> Pair:
     way = str(content.get("p2p", "")).lower()
     if way not in ("send", "recv"):
         raise damaged(path, f"{where}: {way[:40]!r} is neither a send nor a receive")

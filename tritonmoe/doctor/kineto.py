@@ -7,11 +7,12 @@ from collections import defaultdict
 from collections.abc import Sequence
 from itertools import count, pairwise
 from pathlib import Path
-from typing import Any
+from typing import TypeGuard
 
 from tritonmoe.doctor.exchange_names import ELEMENT_BYTES, as_run, kind_of_kernel, kind_of_name, kind_of_operator
 from tritonmoe.doctor.trace import Part, RankTrace, Step
 from tritonmoe.doctor.trace_files import damaged
+from tritonmoe.runtime.files import Json
 
 __all__ = ["KinetoReader", "union"]
 
@@ -44,20 +45,20 @@ class KinetoReader:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.top: dict[str, Any] = {}
+        self.top: Json = {}
         self.num_events = 0
         self._is_exchange: dict[str, bool] = {}
         self.kernels: tuple[array, array, array] = (array("d"), array("d"), array("q"))
         """Start, end and correlation of all that a GPU did, but exchanges; seconds."""
-        self.operators: dict[Any, tuple[array, array]] = defaultdict(lambda: (array("d"), array("d")))
+        self.operators: dict[object, tuple[array, array]] = defaultdict(lambda: (array("d"), array("d")))
         """Start and end of what computes on the CPU, by thread."""
         self.launches: tuple[array, array] = (array("d"), array("q"))
         self.backward: tuple[array, array] = (array("d"), array("d"))
         self.exchanges_on_gpu: list[tuple[str, float, float, dict]] = []
-        self.posts: list[tuple[str, float, float, Any, dict]] = []
-        self.waits: list[tuple[Any, float]] = []
+        self.posts: list[tuple[str, float, float, object, dict]] = []
+        self.waits: list[tuple[object, float]] = []
         """Threads that wait for an exchange, and since when."""
-        self.by_workers: list[tuple[str, float, float, Any]] = []
+        self.by_workers: list[tuple[str, float, float, object]] = []
         self.comms: list[tuple[float, dict]] = []
         """Of record_param_comms, with which NCCL's exchanges are handed over."""
         self.steps: list[Step] = []
@@ -97,7 +98,7 @@ class KinetoReader:
         self.num_events += count
         return at, count
 
-    def take(self, key: str, value: Any) -> None:
+    def take(self, key: str, value: object) -> None:
         """Take a member of the file's object, or an event.
 
         Raises:
@@ -118,8 +119,6 @@ class KinetoReader:
             raise self._wrong("has no name or category")
         if not _is_number(start) or not _is_number(seconds):
             raise self._wrong(f"({name[:40]}) has no times")
-        assert start is not None
-        assert seconds is not None
         if not -1e18 < start < 1e19 or not 0 <= seconds < 1e15:
             raise self._wrong(f"({name[:40]}) has impossible times")
         category = category.lower()
@@ -326,7 +325,7 @@ class KinetoReader:
 
     def _of_cpu(self, found: RankTrace) -> None:
         self.posts.sort(key=lambda post: post[1])
-        by_thread: dict[Any, list[float]] = defaultdict(list)
+        by_thread: dict[object, list[float]] = defaultdict(list)
         for _, start_s, _, thread, _ in self.posts:
             by_thread[thread].append(start_s)
         holding = {thread: list(own) for thread, own in by_thread.items()}
@@ -351,7 +350,7 @@ class KinetoReader:
             part.start_s = start_s
             found.parts.append(part)
             waiting[as_run(kind)].append(part)
-        lanes: dict[Any, int] = {}
+        lanes: dict[object, int] = {}
         alone = count(MOST_LANES)
         for name, start_s, end_s, thread in sorted(self.by_workers, key=lambda one: one[1]):
             of_kind = waiting.get(as_run(kind_of_name(name) or ""), [])
@@ -373,7 +372,7 @@ class KinetoReader:
             part.end_s = ends_of_posts[part.posted_s]
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
     kind = type(value)  # faster than isinstance, which takes True for a number
     return kind is float or kind is int
 
@@ -412,7 +411,7 @@ def union(starts: Sequence[float], ends: Sequence[float]) -> tuple[array, array]
     return found_starts, found_ends
 
 
-def _whole_numbers(text: Any) -> tuple[tuple[int, ...], bool]:
+def _whole_numbers(text: object) -> tuple[tuple[int, ...], bool]:
     """Return the numbers of a list that was written as text, and whether it was cut."""
     if isinstance(text, list):
         return tuple(one for one in text if type(one) is int), False

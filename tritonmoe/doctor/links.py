@@ -84,8 +84,7 @@ def fit_links(calls: Sequence[RecordedCall], recording: Recording) -> tuple[Link
     elif not any(fit.sent.are_told_apart for fit in fits.values()):
         notes.append("it is not known when each rank's rows arrived (NCCL): links and ports are not told apart")
     each, ratios = next(iter(fits.values())).found()
-    if Reach.INSIDE in fits:
-        assert node_size is not None
+    if node_size is not None:
         near, near_ratios = fits[Reach.INSIDE].found()
         is_near = Reach.INSIDE.pairs(size, node_size)
         each = EachLink(

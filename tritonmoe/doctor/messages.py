@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tritonmoe.diagnosis.call_recording import RecordedCall
 from tritonmoe.overlap.steps import Step, StepKind, Way
+from tritonmoe.simulation.cost_model import LayerWork
 
 __all__ = ["KEPT_PASSES", "Messages", "Reach", "members", "messages_of", "reaches"]
 
@@ -102,13 +103,17 @@ def messages_of(call: RecordedCall, number: int, reach: Reach, node_size: int | 
     """Return the messages of a pass of a call, in the order in which all ranks posted its exchanges."""
     ranks = [of.passes[number] for of in call.ranks]
     size = len(ranks)
-    is_inside = call.levels is not None and reach is Reach.INSIDE
+    inside = call.levels if reach is Reach.INSIDE else None
     steps = [
-        {step.step: step for step in (one.steps_inside if is_inside else one.steps) if step.step.lane == "comm"}
+        {
+            step.step: step
+            for step in (one.steps_inside if inside is not None else one.steps)
+            if step.step.lane == "comm"
+        }
         for one in ranks
     ]
     is_sent = reach.pairs(size, node_size)
-    peers = torch.tensor([list(members(call, rank, is_inside, node_size)) for rank in range(size)], device="cpu")
+    peers = torch.tensor([list(members(call, rank, inside is not None)) for rank in range(size)], device="cpu")
     origins = torch.tensor([[one.origin] for one in ranks], dtype=torch.float64, device="cpu")
     travelling = functools.cache(lambda kind: _travelling(call, kind))
     posted, arrived, before, sent_bytes, are_told_apart = [], [], [], [], False
@@ -117,8 +122,8 @@ def messages_of(call: RecordedCall, number: int, reach: Reach, node_size: int | 
         if step.kind is StepKind.REPLICA_BACKWARD:
             continue
         own = [of[step] for of in steps]
-        if is_inside:
-            sent = _bytes_inside(call, step)
+        if inside is not None:
+            sent = _bytes_inside(inside.inside(call.plan, step.chunk), step.kind)
         else:
             sent = _sent_bytes(call, step, [one.units for one in own], travelling)
         sent_bytes.append(torch.where(is_sent, sent, 0.0))
@@ -154,7 +159,7 @@ def messages_of(call: RecordedCall, number: int, reach: Reach, node_size: int | 
     )
 
 
-def members(call: RecordedCall, rank: int, is_inside: bool, node_size: int | None) -> range:
+def members(call: RecordedCall, rank: int, is_inside: bool) -> range:
     """Return the ranks that take part in an exchange of a rank, in the order of its arrivals.
 
     is_inside: whether the exchange is one inside a node, on two levels.
@@ -162,7 +167,7 @@ def members(call: RecordedCall, rank: int, is_inside: bool, node_size: int | Non
     size = len(call.ranks)
     if call.levels is None:
         return range(size)
-    assert node_size is not None
+    node_size = call.levels.node_size
     first = rank - rank % node_size
     return range(first, first + node_size) if is_inside else range(rank % node_size, size, node_size)
 
@@ -180,12 +185,10 @@ def _sent_bytes(
     return rows * work.bytes_per_row(step.kind)
 
 
-def _bytes_inside(call: RecordedCall, step: Step) -> Tensor:
-    """Return the bytes (W, W) from rank i to rank k of its node, as if each chunk had its share of the rows."""
-    assert call.levels is not None
-    work = call.levels.inside(call.plan, step.chunk)
-    rows = work.rows if step.kind.way is Way.TO_EXPERTS else work.rows.T
-    return rows.clone().fill_diagonal_(0) * work.bytes_per_row(step.kind.twin)
+def _bytes_inside(work: LayerWork, kind: StepKind) -> Tensor:
+    """Return the bytes (W, W) from rank i to rank k of its node in a step, by the work of its chunk there."""
+    rows = work.rows if kind.way is Way.TO_EXPERTS else work.rows.T
+    return rows.clone().fill_diagonal_(0) * work.bytes_per_row(kind.twin)
 
 
 def _travelling(call: RecordedCall, kind: StepKind) -> Tensor:

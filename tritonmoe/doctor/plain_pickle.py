@@ -2,7 +2,7 @@
 
 import io
 import pickle
-from typing import Any
+from typing import NoReturn
 
 __all__ = ["read_plain_pickle"]
 
@@ -10,14 +10,14 @@ __all__ = ["read_plain_pickle"]
 class _PlainData(pickle.Unpickler):
     """Builds numbers, texts, lists, tuples, sets and dicts."""
 
-    def find_class(self, module: str, name: str) -> Any:
+    def find_class(self, module: str, name: str) -> NoReturn:
         raise ValueError(f"it names {module[:60]}.{name[:60]}, which is no plain data")
 
-    def persistent_load(self, pid: Any) -> Any:
+    def persistent_load(self, pid: object) -> NoReturn:
         raise ValueError("it refers to something outside itself")
 
 
-def read_plain_pickle(content: bytes) -> Any:
+def read_plain_pickle(content: bytes) -> object:
     """Return what a pickle holds.
 
     Raises:

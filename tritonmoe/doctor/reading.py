@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tritonmoe.doctor.chrome_timeline import is_timeline, read_timeline
 from tritonmoe.doctor.exchange_names import as_run
@@ -157,7 +156,7 @@ def _read_pickle(path: Path) -> _Read:
 
 def _read_json(path: Path) -> _Read:
     reader = KinetoReader(path)
-    events: list[Any] | None = None
+    events: list[object] | None = None
     pieces = JsonPieces(path, "traceEvents")
     pieces.scan = reader.scan
     for key, value in pieces:

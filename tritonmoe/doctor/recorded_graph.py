@@ -253,48 +253,13 @@ class _Builder:
         every = torch.arange(self.num_rows)
         run_row = torch.cat([every, first, paused])
         is_step = rows["is_step"] > 0
-        overhead_s = torch.where(
-            between.is_bound, rows["start"] - rows["arrived"], torch.where(between.is_first, 0.0, between.gap_s)
-        )
-        overhead_s += torch.where(is_step, 0.0, between.body_s)
+        overhead_s = _overhead_s(rows, between)
         nothing, no_pause = torch.zeros(len(first), dtype=torch.float64), torch.zeros(len(paused), dtype=torch.float64)
         names = {name: indices([self._key(of, name) for of in self.passes]) for name in ("before", "between")}
-        meeting_of = torch.full((len(self.passes),), -1, dtype=torch.int64)
-        for place, member in meeting.items():
-            meeting_of[place] = member
-        num_rows, num_first = self.num_rows, len(first)
-        items = _Columns()
-
-        def add(row: Tensor, sub: int, kind: Kind, index: Tensor) -> None:
-            items.add(at=row * PLACES + sub, rank=rows["rank"][row], kind=torch.full_like(row, int(kind)), index=index)
-
-        met = first[meeting_of[rows["place"][first]] >= 0]
-        own = meeting_of[rows["place"][met]] + rows["rank"][met]
-        posted[own], end[own] = between.ended[met], between.ended[met]
-        of_meeting = torch.full((self.num_exchanges,), -torch.inf, dtype=torch.float64).scatter_reduce(
-            0, members["exchange"][own], end[own], "amax"
-        )
-        end[own] = of_meeting[members["exchange"][own]]
-        add(met, 0, Kind.POST, own)
-        add(met, 1, Kind.WAIT, own)
-        add(paused, 2, Kind.RUN, num_rows + num_first + torch.arange(len(paused)))
-        add(first, 3, Kind.RUN, num_rows + torch.arange(num_first))
-        add(waits["row"], 4, Kind.WAIT, waits["member"])
-        add(every, 5, Kind.RUN, every)
-        posting = every[rows["posts"] >= 0]
-        add(posting, 6, Kind.POST, rows["posts"][posting])
+        met = self._meet(rows, members, between, meeting, first)
         step_of_row = steps[rows["place"]]
-        for of_rank in every.split(rows["rank"].bincount(minlength=self.size).tolist()):
-            reached = step_of_row[of_rank].cummax(0).values
-            last = torch.searchsorted(reached, torch.arange(num_steps), right=True) - 1
-            add(of_rank[last], 7, Kind.STEP, torch.arange(num_steps))
-        joined = items.joined()
-        order = joined["at"].argsort(stable=True)
-        counts = joined["rank"].bincount(minlength=self.size).tolist()
-        programs = list(zip(joined["kind"][order].split(counts), joined["index"][order].split(counts), strict=True))
-        latest = torch.full((self.num_exchanges,), -torch.inf, dtype=torch.float64)
-        latest = latest.scatter_reduce(0, members["exchange"], posted, "amax")
-        posted = latest[members["exchange"]]
+        programs = self._programs(rows, waits, step_of_row, first, paused, met)
+        posted = self._latest(members["exchange"], posted)[members["exchange"]]
         since = torch.maximum(posted, _ends_before(programs, members["lane"], end))
         run_step = steps[rows["place"]][run_row]
         key = torch.cat([rows["key"], names["before"][rows["place"][first]], names["between"][rows["place"][paused]]])
@@ -320,22 +285,97 @@ class _Builder:
             num_bytes=torch.maximum(members["out"], members["into"]).nan_to_num(nan=0.0),
             programs=programs,
         )
-        graph = Graph(list(range(self.size)), list(range(num_steps)), is_queued_at_start=False)
-        graph.begin_s = [0.0] * self.size
-        graph.tables = tables
-        ends = torch.full((num_steps,), -torch.inf, dtype=torch.float64)
-        ends = ends.scatter_reduce(0, step_of_row, rows["start"] + rows["body"], "amax").cummax(0).values
-        whole = ends.diff(prepend=floats([between.begin]))
+        whole = _step_times(step_of_row, rows["start"] + rows["body"], between.begin)
         usual_s = torch.zeros(num_steps, dtype=torch.float64).index_add(0, steps, between.usual_s)
-        graph.measured_s = (whole - usual_s).clamp(min=0).tolist()
         return RecordedGraph(
-            graph, self.passes, self.notes,
+            _graph(self.size, tables, (whole - usual_s).clamp(min=0)), self.passes, self.notes,
             run_begin=between.start[run_row],
-            kind_in_pass=torch.cat([rows["kind_in_pass"], torch.full((num_first + len(paused),), -1)]),
+            kind_in_pass=torch.cat([rows["kind_in_pass"], torch.full((len(first) + len(paused),), -1)]),
             pause_s=torch.cat([0 * overhead_s, nothing, between.pause_s[paused]]),
             first_member=self.first_member, since=since, posted=posted, end=end,
             step_s=float(whole.mean()), node_size=self.node_size,
         )  # fmt: skip
+
+    def _meet(
+        self,
+        rows: dict[str, Tensor],
+        members: dict[str, Tensor],
+        between: Between,
+        meeting: dict[int, int],
+        first: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Say when ranks came to meetings, and when these ended; give the rows behind them, and their members."""
+        meeting_of = torch.full((len(self.passes),), -1, dtype=torch.int64)
+        for place, member in meeting.items():
+            meeting_of[place] = member
+        met = first[meeting_of[rows["place"][first]] >= 0]
+        own = meeting_of[rows["place"][met]] + rows["rank"][met]
+        of_meeting = self._latest(members["exchange"][own], between.ended[met])
+        members["posted"][own], members["end"][own] = between.ended[met], of_meeting[members["exchange"][own]]
+        return met, own
+
+    def _latest(self, exchange: Tensor, moments: Tensor) -> Tensor:
+        """Return the latest of the moments of each exchange."""
+        none = torch.full((self.num_exchanges,), -torch.inf, dtype=torch.float64)
+        return none.scatter_reduce(0, exchange, moments, "amax")
+
+    def _programs(
+        self,
+        rows: dict[str, Tensor],
+        waits: dict[str, Tensor],
+        step_of_row: Tensor,
+        first: Tensor,
+        paused: Tensor,
+        met: tuple[Tensor, Tensor],
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Return every rank's program: the kinds of its items, and which Run, member or step each of them is.
+
+        Args:
+            first, paused: the rows that begin a pass, and those of them before which there is a pause; their Runs
+                follow those of the rows. met: what _meet() gave.
+        """
+        items, every, num_first = _Columns(), torch.arange(self.num_rows), len(first)
+
+        def add(row: Tensor, sub: int, kind: Kind, index: Tensor) -> None:
+            items.add(at=row * PLACES + sub, rank=rows["rank"][row], kind=torch.full_like(row, int(kind)), index=index)
+
+        add(met[0], 0, Kind.POST, met[1])
+        add(met[0], 1, Kind.WAIT, met[1])
+        add(paused, 2, Kind.RUN, self.num_rows + num_first + torch.arange(len(paused)))
+        add(first, 3, Kind.RUN, self.num_rows + torch.arange(num_first))
+        add(waits["row"], 4, Kind.WAIT, waits["member"])
+        add(every, 5, Kind.RUN, every)
+        posting = every[rows["posts"] >= 0]
+        add(posting, 6, Kind.POST, rows["posts"][posting])
+        each_step = torch.arange(int(step_of_row.max()) + 1)
+        for of_rank in every.split(rows["rank"].bincount(minlength=self.size).tolist()):
+            reached = step_of_row[of_rank].cummax(0).values
+            last = torch.searchsorted(reached, each_step, right=True) - 1
+            add(of_rank[last], 7, Kind.STEP, each_step)
+        joined = items.joined()
+        order = joined["at"].argsort(stable=True)
+        counts = joined["rank"].bincount(minlength=self.size).tolist()
+        return list(zip(joined["kind"][order].split(counts), joined["index"][order].split(counts), strict=True))
+
+
+def _graph(size: int, tables: Tables, measured_s: Tensor) -> Graph:
+    graph = Graph(list(range(size)), list(range(len(measured_s))), is_queued_at_start=False)
+    graph.begin_s, graph.tables, graph.measured_s = [0.0] * size, tables, measured_s.tolist()
+    return graph
+
+
+def _overhead_s(rows: dict[str, Tensor], between: Between) -> Tensor:
+    """Return what lies between each event and what it waits for, or the event before, and what is no step itself."""
+    waiting_s = torch.where(between.is_first, 0.0, between.gap_s)
+    overhead_s = torch.where(between.is_bound, rows["start"] - rows["arrived"], waiting_s)
+    return overhead_s + torch.where(rows["is_step"] > 0, 0.0, between.body_s)
+
+
+def _step_times(step: Tensor, ends: Tensor, begin: float) -> Tensor:
+    """Return how long each step takes, by the ends of its events, from when the one before had ended."""
+    of_steps = torch.full((int(step.max()) + 1,), -torch.inf, dtype=torch.float64)
+    of_steps = of_steps.scatter_reduce(0, step, ends, "amax").cummax(0).values
+    return of_steps.diff(prepend=floats([begin]))
 
 
 def _ends_before(programs: Sequence[tuple[Tensor, Tensor]], lane: Tensor, end: Tensor) -> Tensor:

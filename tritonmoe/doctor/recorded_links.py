@@ -111,8 +111,7 @@ def linked_of(recording: Recording, built: RecordedGraph, costs: Costs) -> Linke
 
 def _times_of_bytes(passes: Sequence[_Pass], costs: Costs, size: int, node_size: int | None, num_steps: int) -> Tensor:
     """Return (S, W, W): how many times as long as usual a byte takes on each link in each step; 1 where it is usual."""
-    each, ratios = costs.link.each, costs.ratios
-    assert each is not None
+    each, ratios = costs.link.each_link, costs.ratios
     typical_s = _typical_byte_s(costs, size, node_size)
     took, due = (torch.zeros(num_steps, size, size, dtype=torch.float64, device="cpu") for _ in range(2))
     for one in passes:
@@ -141,8 +140,7 @@ def _times_of_bytes(passes: Sequence[_Pass], costs: Costs, size: int, node_size:
 
 def _typical_byte_s(costs: Costs, size: int, node_size: int | None) -> Tensor:
     """Return (W, W) what a byte takes on links and ports like most others."""
-    each = costs.link.each
-    assert each is not None
+    each = costs.link.each_link
     found = torch.full((size, size), 1 / costs.link.bytes_per_s, dtype=torch.float64, device="cpu")
     if each.inside is None or node_size is None:
         return found
@@ -160,8 +158,7 @@ def _mend(
     held_up_s: Tensor,
 ) -> None:
     """Add what slow links cost in the exchanges of a pass, and which links hold ranks up there."""
-    each, late_s = costs.link.each, costs.ratios.excess_s
-    assert each is not None
+    each, late_s = costs.link.each_link, costs.ratios.excess_s
     size = recording.size
     arrived: dict[int, Tensor] = {}
     mended: dict[int, Tensor] = {}

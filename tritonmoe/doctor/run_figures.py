@@ -109,16 +109,16 @@ def _loads(run: RecordedRun) -> Json:
 def _waits(run: RecordedRun) -> list[list[float]] | None:
     if not (run.recording.has_arrivals and run.costs.ratios.are_told_apart):
         return None
-    of_calls = torch.stack([_waits_of(call, run.recording.node_size) for call in run.calls])
+    of_calls = torch.stack([_waits_of(call) for call in run.calls])
     return [[round(value, DECIMALS) for value in row] for row in of_calls.median(0).values.tolist()]
 
 
-def _waits_of(call: RecordedCall, node_size: int | None) -> torch.Tensor:
+def _waits_of(call: RecordedCall) -> torch.Tensor:
     waits_s = torch.zeros(len(call.ranks), len(call.ranks), dtype=torch.float64, device="cpu")
     for rank, of in enumerate(call.ranks):
         steps = [step for one in of.passes for step in (*one.steps, *one.steps_inside) if step.arrivals_s is not None]
         for step in steps:
-            peers = members(call, rank, step.step.kind.is_inside_node, node_size)
+            peers = members(call, rank, step.step.kind.is_inside_node)
             for peer, arrived_s in zip(peers, step.arrivals_s or (), strict=True):
                 if arrived_s is not None:
                     waits_s[rank, peer] += min(step.wait_s, max(0.0, arrived_s - (step.end_s - step.wait_s)))

@@ -7,7 +7,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, TypeAlias
 
 from tritonmoe.runtime.files import check_regular
 
@@ -18,6 +18,8 @@ MAX_VALUE = 256 << 20
 """No value of a trace, beside the list of its events, has more characters."""
 GZIP = b"\x1f\x8b"
 BLANK = re.compile(r"[\s]*")
+Member: TypeAlias = tuple[str, Any]
+"""A key of an object of JSON, and what stands there."""
 NEXT = re.compile(r"\s*,\s*(?=\S)")
 
 
@@ -32,7 +34,7 @@ def number(path: Path, where: str, values: dict, key: str, default: float | None
     Raises:
         ValueError: it is no finite number, or missing without a default.
     """
-    value: Any = values.get(key, default)
+    value: object = values.get(key, default)
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e19:
         raise damaged(path, f"{where}: {key} is {str(value)[:40]!r} and no number")
     return float(value)
@@ -65,7 +67,7 @@ def open_text(path: Path) -> io.TextIOBase:
     return path.open(encoding="utf-8")
 
 
-def _no_constant(name: str) -> Any:
+def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"it has {name}")
 
 
@@ -84,7 +86,7 @@ class JsonPieces:
         self.scan: Callable[[str, int], tuple[int, int]] | None = None
         """Takes elements from the text, with the comma behind each; gives where the next one begins, and how many."""
 
-    def __iter__(self) -> Iterator[tuple[str, Any]]:
+    def __iter__(self) -> Iterator[Member]:
         """Return members and elements.
 
         Raises:
@@ -100,7 +102,7 @@ class JsonPieces:
         except RecursionError:
             raise damaged(self.path, "it nests too deep") from None
 
-    def _whole(self) -> Iterator[tuple[str, Any]]:
+    def _whole(self) -> Iterator[Member]:
         opening = self._next()
         if opening == "[":
             yield from self._elements(self.long_key)
@@ -111,7 +113,7 @@ class JsonPieces:
         if self._next(allow_end=True):
             raise damaged(self.path, "something follows where it should have ended")
 
-    def _members(self) -> Iterator[tuple[str, Any]]:
+    def _members(self) -> Iterator[Member]:
         self._skip_blank()
         if self._peek() == "}":
             self._at += 1
@@ -137,7 +139,7 @@ class JsonPieces:
             if separator != ",":
                 raise damaged(self.path, f"there is no comma after {key[:40]!r}")
 
-    def _elements(self, key: str) -> Iterator[tuple[str, Any]]:
+    def _elements(self, key: str) -> Iterator[Member]:
         self._skip_blank()
         if self._peek() == "]":
             self._at += 1
@@ -163,7 +165,7 @@ class JsonPieces:
                 raise damaged(self.path, f"there is no comma after element {self.num_elements - 1} of {key}")
             self._skip_blank()
 
-    def _value(self, what: str) -> Any:
+    def _value(self, what: str) -> object:
         grown = BLOCK
         while True:
             try:

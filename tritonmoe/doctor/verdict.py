@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import TypeAlias
 
 from tritonmoe.doctor.advice import Advice
-from tritonmoe.doctor.attribution import Cost, Verdict
+from tritonmoe.doctor.attribution import Cost, Finding, Verdict
 from tritonmoe.doctor.lanes import Shown, shown_of
 from tritonmoe.doctor.reading import ForeignRun
 from tritonmoe.doctor.recorded_run import RecordedRun
@@ -140,25 +140,7 @@ def as_json(run: AnyRun, found: Verdict, advice: Sequence[Advice] = (), shown: S
         "host_s": found.host_s,
         "exposed_exchanges_s": found.exposed_s,
         "together": _plain(found.together, found),
-        "findings": [
-            {
-                "kind": one.kind,
-                "ranks": [graph.ranks[index] for index in one.culprits.ranks],
-                "moves": one.culprits.moves,
-                "phase": one.culprits.phase or None,
-                "place": list(one.culprits.place) if one.culprits.place else None,
-                "layer": one.culprits.layer,
-                "links": [list(link) for link in one.culprits.links],
-                "factor": one.culprits.factor,
-                "when": one.when.when,
-                "period": one.when.period or None,
-                "is_hidden": one.is_hidden,
-                "words": words_of(one, found).sentence,
-                "to_do": words_of(one, found, isinstance(run, RecordedRun)).to_do,
-                **_plain(one.cost, found),
-            }
-            for one in found.findings
-        ],
+        "findings": [_plain_finding(one, run, found) for one in found.findings],
         "advice": [
             {
                 "words": one.words,
@@ -178,6 +160,26 @@ def as_json(run: AnyRun, found: Verdict, advice: Sequence[Advice] = (), shown: S
             for index, (rank, of) in enumerate(zip(graph.ranks, shown.ranks, strict=True))
         ],
         "waits_for_ranks_s": [[round(seconds, DECIMALS) for seconds in of] for of in shown.waits_s],
+    }
+
+
+def _plain_finding(finding: Finding, run: AnyRun, found: Verdict) -> Json:
+    culprits = finding.culprits
+    return {
+        "kind": finding.kind,
+        "ranks": [found.graph.ranks[index] for index in culprits.ranks],
+        "moves": culprits.moves,
+        "phase": culprits.phase or None,
+        "place": list(culprits.place) if culprits.place else None,
+        "layer": culprits.layer,
+        "links": [list(link) for link in culprits.links],
+        "factor": culprits.factor,
+        "when": finding.when.when,
+        "period": finding.when.period or None,
+        "is_hidden": finding.is_hidden,
+        "words": words_of(finding, found).sentence,
+        "to_do": words_of(finding, found, isinstance(run, RecordedRun)).to_do,
+        **_plain(finding.cost, found),
     }
 
 

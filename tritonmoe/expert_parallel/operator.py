@@ -33,7 +33,7 @@ from tritonmoe.experts.adapter_dropout import with_row_seeds
 from tritonmoe.experts.flops import FLOP_FORMULAS, Shape, backward_flops, forward_flops, register_flop_formulas
 from tritonmoe.experts.operator import gradient_shapes
 from tritonmoe.experts.tensors import NAMES, OF_ROWS, CallTensors, schema
-from tritonmoe.runtime.autograd import refuse_second_derivative, without_autocast
+from tritonmoe.runtime.autograd import Context, refuse_second_derivative, without_autocast
 from tritonmoe.runtime.handles import find, hold
 
 __all__ = ["expert_parallel_operator"]
@@ -84,7 +84,7 @@ def _expert_parallel_mlp(turn: Tensor, layer: Tensor | None, *arguments: Any) ->
 
 
 @_expert_parallel_mlp.register_fake
-def _shapes(turn: Tensor, layer: Tensor | None, x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _shapes(turn: Tensor, layer: Tensor | None, x: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
     register_flop_formulas()  # here, since every graph is made with this
     return x.new_empty(x.shape), turn.new_empty(1), turn.new_empty(())
 
@@ -125,7 +125,7 @@ def _at_home(tensors: CallTensors[Tensor]) -> CallTensors[Tensor | None]:
     return tensors.without("x", *(name for name in OF_ROWS if name != "topk_weights"))
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _setup_context(ctx: Context, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     turn, _, *flat, _, _, _, spec = inputs
     _, kept, *_ = output
     ctx.mark_non_differentiable(*output[1:])
@@ -134,8 +134,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.save_for_backward(kept, *_at_home(CallTensors.unflatten(flat)).flatten())
 
 
-def _backward(ctx: Any, dout: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    _, _, *needs, _, _, _, _ = ctx.needs_input_grad
+def _backward(ctx: Context, dout: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    needs = list(ctx.needs_input_grad[2:-4])
     # While a graph is made, its calls on one transport see one FunctionalTensor of its handle, its own.
     is_traced = isinstance(ctx.transport, FunctionalTensor)
     after = getattr(ctx.transport, "after", None) if is_traced else None
@@ -151,7 +151,7 @@ _expert_parallel_mlp.register_autograd(_backward, setup_context=_setup_context)
 _expert_parallel_mlp_backward.register_autograd(refuse_second_derivative)
 
 
-def _forward_flops(turn: Shape, layer: Shape | None, *arguments: Any, **_: Any) -> int:
+def _forward_flops(turn: Shape, layer: Shape | None, *arguments: Any, **_: object) -> int:
     """Return the FLOPs of this rank's own pairs, wherever they are computed: summed over ranks, what all compute.
 
     Shapes stand for tensors.
@@ -160,7 +160,7 @@ def _forward_flops(turn: Shape, layer: Shape | None, *arguments: Any, **_: Any) 
     return forward_flops(CallTensors.unflatten(shapes))
 
 
-def _backward_flops(after: Shape | None, dout: Shape, kept: Shape, *arguments: Any, **_: Any) -> int:
+def _backward_flops(after: Shape | None, dout: Shape, kept: Shape, *arguments: Any, **_: object) -> int:
     *shapes, needs, save = arguments
     return backward_flops(CallTensors.unflatten(shapes), CallTensors.unflatten(needs), save == "input")
 

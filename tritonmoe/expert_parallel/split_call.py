@@ -13,7 +13,7 @@ import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ from tritonmoe.expert_parallel.whole_call import (
 )
 from tritonmoe.experts.tensors import CallTensors
 from tritonmoe.experts.weight_gradients import SharedWeightGrads
-from tritonmoe.runtime.autograd import keep_beside, kept_beside, once_differentiable
+from tritonmoe.runtime.autograd import Context, keep_beside, kept_beside, once_differentiable
 from tritonmoe.runtime.host_device import is_captured
 from tritonmoe.transports import leaving_nobody_waiting
 
@@ -70,7 +70,7 @@ class _SplitCall:
 
 class _Post(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, split: _SplitCall, anchor: Tensor | None, *flat: Any) -> Tensor:
+    def forward(ctx: Context, split: _SplitCall, anchor: Tensor | None, *flat: Tensor | None) -> Tensor:
         tensors = CallTensors.unflatten(flat)
         split.needs = needs_of(ctx)
         ctx.split, ctx.number, ctx.weights_dtype = split, split.nodes.next_number(), tensors.topk_weights.dtype
@@ -80,7 +80,7 @@ class _Post(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *_: Sequence[Tensor] | Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, *_: Sequence[Tensor] | Tensor) -> tuple[Tensor | None, ...]:
         with ctx.split.in_turn(ctx.number):
             backward = ctx.split.backward
             del ctx.split.backward
@@ -90,14 +90,14 @@ class _Post(torch.autograd.Function):
 
 class _Compute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, split: _SplitCall, token: Tensor) -> Tensor:
+    def forward(ctx: Context, split: _SplitCall, token: Tensor) -> Tensor:
         ctx.split, ctx.number = split, split.nodes.next_number()
         split.forward.compute()
         return _token(token)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, _: Sequence[Tensor], token: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, _: Sequence[Tensor], token: Tensor) -> tuple[Tensor | None, ...]:
         with ctx.split.in_turn(ctx.number):
             ctx.split.backward.compute()
         return None, _token(token)
@@ -105,7 +105,7 @@ class _Compute(torch.autograd.Function):
 
 class _End(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, split: _SplitCall, token: Tensor) -> tuple[Tensor, Tensor | None]:
+    def forward(ctx: Context, split: _SplitCall, token: Tensor) -> tuple[Tensor, Tensor | None]:
         ctx.split, ctx.number = split, split.nodes.next_number()
         # What is saved must be held by autograd alone, which activation checkpointing makes let go.
         forward = split.forward
@@ -119,7 +119,7 @@ class _End(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, saved: Sequence[Tensor], dout: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, saved: Sequence[Tensor], dout: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         forward, mark = saved_forward(saved)
         split = ctx.split
         with split.in_turn(ctx.number):

@@ -3,8 +3,8 @@
 import copy
 import zlib
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary, WeakSet
+from typing import NamedTuple
+from weakref import WeakKeyDictionary, WeakSet, ref
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ class UnderWay(NamedTuple):
     kind: tuple
     """Of the call, as in TransportState.choosers."""
     plan: OverlapPlan
-    region: Any
+    region: "ref[object] | None"
     """checkpointed_region() of the forward."""
 
 
@@ -55,7 +55,7 @@ class TransportState:
     """Of calls with a capacity that CUDA graphs have captured: (1,) bool on the host, set by a replay that gave NaN."""
     under_way: dict[int, UnderWay] = field(default_factory=dict)
     """By number of the call."""
-    recompute: tuple[Any, int, int] = (None, -1, 0)
+    recompute: tuple["ref[object] | None", int, int] = (None, -1, 0)
     """The region and backward of the latest recomputed call, and how many calls of the region came before it."""
 
     def history(self) -> dict[str, int]:
@@ -141,10 +141,10 @@ class LayerCalls(Handled):
         state.num_layers += 1
         state.layers.add(self)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {**super().__getstate__(), "last_report": None}
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "LayerCalls":
+    def __deepcopy__(self, memo: dict[int, object]) -> "LayerCalls":
         copied = copy.copy(self)
         self._num_copies[0] += 1
         copied.copy = self._num_copies[0]

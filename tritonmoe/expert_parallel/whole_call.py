@@ -4,7 +4,6 @@ Activation checkpointing repeats a half's call as a whole one, and takes the ten
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from tritonmoe.expert_parallel.call_pass import CallBackward, CallForward, Saved
 from tritonmoe.experts.run import ForwardRun
 from tritonmoe.experts.tensors import CallTensors
 from tritonmoe.experts.weight_gradients import rows_to_save
-from tritonmoe.runtime.autograd import keep_beside, kept_beside, once_differentiable
+from tritonmoe.runtime.autograd import Context, keep_beside, kept_beside, once_differentiable
 
 __all__ = ["anchor_of", "gradients_of_inputs", "needs_of", "run_whole_call", "saved_forward", "tensors_to_save"]
 
@@ -24,7 +23,9 @@ class _WholeCall(torch.autograd.Function):
     """One layer call on one rank; the plan is made before, so that autograd sees what any rank needs."""
 
     @staticmethod
-    def forward(ctx: Any, call: AgreedCall, anchor: Tensor | None, *flat: Any) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        ctx: Context, call: AgreedCall, anchor: Tensor | None, *flat: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         tensors = CallTensors.unflatten(flat)
         forward = CallForward(call, tensors)
         out = forward.run()
@@ -38,7 +39,7 @@ class _WholeCall(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, saved: Sequence[Tensor], dout: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, saved: Sequence[Tensor], dout: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         forward, mark = saved_forward(saved)
         backward = CallBackward(ctx.call, kept_beside(ctx, mark), forward, dout, needs_of(ctx).weights)
         return gradients_of_inputs(backward.run(), ctx.weights_dtype)
@@ -55,7 +56,7 @@ def anchor_of(call: AgreedCall, tensors: CallTensors[Tensor]) -> Tensor | None:
     return tensors.x.new_empty(0).requires_grad_() if call.plan.needs_any else None
 
 
-def needs_of(ctx: Any) -> CallTensors[bool]:
+def needs_of(ctx: Context) -> CallTensors[bool]:
     """Say of which tensors a gradient is wanted; before them such a Function takes its call and an anchor."""
     _, _, *needs = ctx.needs_input_grad
     return CallTensors.unflatten(needs)

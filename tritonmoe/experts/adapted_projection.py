@@ -111,6 +111,12 @@ class AdaptedProjection(NamedTuple):
                 x, grouping = rows, by_row
         return ops.up(x, projection, grouping, activation, needs_h=needs_h, out_h=out_h, options=options)
 
+    def hidden(self, x: Tensor, grouping: Grouping, dropped: DroppedRows | None) -> Tensor:
+        """Return h alone, (N, 2F), as up() gives it."""
+        h, _ = self.up(x, grouping, None, dropped=dropped)
+        assert h is not None
+        return h
+
     def down(self, a: Tensor, grouping: Grouping, *, out: Tensor | None = None) -> Tensor:
         """Do what the operation `down` does."""
         ops, options, projection, factor_a, factor_b, dropout = self

@@ -1,7 +1,7 @@
 """Activations that are callables: run, checked, differentiated between the two products, their parameters found."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -83,7 +83,7 @@ def activation_parameters(activation: Activation, gate_up_proj: Tensor, layout: 
         empty = torch.zeros(0, width, dtype=gate_up_proj.dtype, device=gate_up_proj.device, requires_grad=True)
         out = _call_checked(activation, layout, empty.clone())
     found: dict[int, Tensor] = {}
-    seen: set[Any] = set()
+    seen: set[object] = set()
     nodes = [] if out.grad_fn is None else [out.grad_fn]
     while nodes:
         node = nodes.pop()

@@ -8,7 +8,7 @@ their place that does nothing but cost what they do.
 import sys
 from collections.abc import Callable, Iterator
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from tritonmoe.backends import launches_kernels
 from tritonmoe.backends.ops import Operations
 from tritonmoe.experts.tensors import CallTensors
+
+if TYPE_CHECKING:
+    from torch.utils.flop_counter import FlopCounterMode
 
 __all__ = [
     "FLOP_FORMULAS",
@@ -67,11 +70,11 @@ def _grouped_products(like: Tensor, flops: int) -> None:
     """Do nothing: stands for kernels that somebody counts. like: a tensor on their device."""
 
 
-def _given_flops(like: Shape, flops: int, *_: Any, **__: Any) -> int:
+def _given_flops(like: Shape, flops: int, *_: object, **__: object) -> int:
     return flops
 
 
-FLOP_FORMULAS: dict[Any, Callable[..., int]] = {torch.ops.tritonmoe.grouped_products: _given_flops}
+FLOP_FORMULAS: dict[object, Callable[..., int]] = {torch.ops.tritonmoe.grouped_products: _given_flops}
 """Operator -> its FLOPs, from shapes in place of tensors; modules with operators add theirs."""
 
 
@@ -104,7 +107,7 @@ def count_products(ops: Operations, like: Tensor, num_pairs: int, multiplication
         _grouped_products(like, 2 * num_pairs * multiplications())
 
 
-def _counters_at_work(flop_counter: ModuleType) -> Iterator[Any]:
+def _counters_at_work(flop_counter: ModuleType) -> Iterator["FlopCounterMode"]:
     for mode in _get_current_dispatch_mode_stack():
         counter = getattr(mode, "counter", None)
         if isinstance(counter, flop_counter.FlopCounterMode):

@@ -1,7 +1,7 @@
 """moe_mlp(): the experts on one device, eager or traced."""
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,14 @@ from tritonmoe.experts.spec import ExpertSettings, ExpertSpec, choose_backend, e
 from tritonmoe.experts.tensors import NO_TENSORS, CallTensors
 from tritonmoe.experts.weight_gradients import rows_to_save, weight_gradients
 from tritonmoe.grouping import Grouping
-from tritonmoe.runtime.autograd import keep_beside, kept_beside, once_differentiable, outside_graphs, without_autocast
+from tritonmoe.runtime.autograd import (
+    Context,
+    keep_beside,
+    kept_beside,
+    once_differentiable,
+    outside_graphs,
+    without_autocast,
+)
 from tritonmoe.runtime.transforms import MAIN_GRAD, is_transformed, run_function, unwrapped
 
 __all__ = ["moe_mlp", "run_experts"]
@@ -58,7 +65,7 @@ class _MoEMLP(torch.autograd.Function):
     """moe_mlp with a fused activation, called eagerly: what the operator (operator.py) does, at a tenth of its cost."""
 
     @staticmethod
-    def forward(ctx: Any, experts: _Experts, *flat: Any) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Context, experts: _Experts, *flat: Tensor | None) -> tuple[Tensor, Tensor]:
         settings, tensors = experts.settings, CallTensors.unflatten(flat)
         out, h, grouping = run_forward(settings, tensors, settings.spec.save == "hidden")
         ctx.experts = experts
@@ -69,7 +76,7 @@ class _MoEMLP(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, saved: Sequence[Tensor], dout: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, saved: Sequence[Tensor], dout: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         mark, h, *flat = saved
         forward = SavedForward(CallTensors.unflatten(flat), kept_beside(ctx, mark), h)
         main_grads = find_main_grads(ctx.experts.owners)
@@ -80,12 +87,11 @@ class _UpHalf(torch.autograd.Function):
     """h = gathered rows x up-projection (+ bias): what a callable activation takes."""
 
     @staticmethod
-    def forward(ctx: Any, experts: _Half, *flat: Any) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Context, experts: _Half, *flat: Tensor | None) -> tuple[Tensor, Tensor]:
         settings, grouping, tensors = experts.settings, experts.grouping, CallTensors.unflatten(flat)
         gate_up, _ = settings.projections(tensors.weights)
         count_products(settings.ops, tensors.x, grouping.num_pairs, lambda: gate_up.num_products)
-        h, _ = gate_up.up(tensors.x, grouping, None, dropped=_dropped(settings, tensors))
-        assert h is not None
+        h = gate_up.hidden(tensors.x, grouping, _dropped(settings, tensors))
         zero_padding(h, grouping)
         ctx.experts = experts
         needs_gate_up = _needs(ctx, flat).weights.gate_up_proj
@@ -96,7 +102,7 @@ class _UpHalf(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, saved: Sequence[Tensor], dh: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, saved: Sequence[Tensor], dh: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         (mark, *flat), settings = saved, ctx.experts.settings
         grouping, tensors, needs = kept_beside(ctx, mark), CallTensors.unflatten(flat), _needs(ctx, flat)
         dh = dh.contiguous()
@@ -116,7 +122,7 @@ class _DownHalf(torch.autograd.Function):
     """Weighted sum per token of a x down-projection (+ bias): what follows a callable activation."""
 
     @staticmethod
-    def forward(ctx: Any, experts: _Half, *flat: Any) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Context, experts: _Half, *flat: Tensor | None) -> tuple[Tensor, Tensor]:
         settings, grouping, tensors = experts.settings, experts.grouping, CallTensors.unflatten(flat)
         a, topk_weights = tensors.x, tensors.topk_weights
         _, down = settings.projections(tensors.weights, tensors.row_seeds)
@@ -129,7 +135,7 @@ class _DownHalf(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, saved: Sequence[Tensor], dout: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, saved: Sequence[Tensor], dout: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         (mark, *flat), settings = saved, ctx.experts.settings
         grouping, tensors, needs = kept_beside(ctx, mark), CallTensors.unflatten(flat), _needs(ctx, flat)
         a, topk_weights = tensors.x, tensors.topk_weights
@@ -155,7 +161,7 @@ def _dropped(settings: ExpertSettings, tensors: CallTensors[Tensor]) -> DroppedR
     return dropped
 
 
-def _needs(ctx: Any, flat: Sequence[Any]) -> CallTensors[bool]:
+def _needs(ctx: Context, flat: Sequence[object]) -> CallTensors[bool]:
     """Say of which of a Function's tensors a gradient is wanted; under a transform, before its backward, of any."""
     _, *needs = getattr(ctx, "needs_input_grad", (False, *(True for _ in flat)))
     return CallTensors.unflatten(needs)

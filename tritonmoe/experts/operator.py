@@ -23,7 +23,7 @@ from tritonmoe.experts.run import BackwardRun, ForwardRun
 from tritonmoe.experts.spec import ExpertSettings, ExpertSpec, choose_backend, decode, encode
 from tritonmoe.experts.tensors import CallTensors, schema
 from tritonmoe.grouping import Grouping
-from tritonmoe.runtime.autograd import refuse_second_derivative, without_autocast
+from tritonmoe.runtime.autograd import Context, refuse_second_derivative, without_autocast
 
 __all__ = [
     "SavedForward",
@@ -127,7 +127,7 @@ def gradient_shapes(dout: Tensor, tensors: Sequence[Tensor | None], needs: Seque
     ]
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _setup_context(ctx: Context, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, keep_hidden, ctx.spec = inputs
     h = output[1]
     ctx.mark_non_differentiable(h)
@@ -135,10 +135,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.save_for_backward(*tensors, h if keep_hidden else None)
 
 
-def _backward(ctx: Any, dout: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Context, dout: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if dout is None:
         return (None,) * len(ctx.needs_input_grad)
-    *needs, _, _ = ctx.needs_input_grad
+    needs = list(ctx.needs_input_grad[:-2])
     grads = _moe_mlp_backward(dout, *ctx.saved_tensors, needs, ctx.spec)
     return *(grad if needed else None for grad, needed in zip(grads, needs, strict=True)), None, None
 
@@ -147,13 +147,13 @@ _moe_mlp.register_autograd(_backward, setup_context=_setup_context)
 _moe_mlp_backward.register_autograd(refuse_second_derivative)
 
 
-def _forward_flops(*arguments: Any, **_: Any) -> int:
+def _forward_flops(*arguments: Any, **_: object) -> int:
     """Shapes stand for tensors."""
     *shapes, _, _ = arguments
     return forward_flops(CallTensors.unflatten(shapes))
 
 
-def _backward_flops(dout: Shape, *arguments: Any, **_: Any) -> int:
+def _backward_flops(dout: Shape, *arguments: Any, **_: object) -> int:
     *shapes, h, needs, _ = arguments
     return backward_flops(CallTensors.unflatten(shapes), CallTensors.unflatten(needs), h is None)
 

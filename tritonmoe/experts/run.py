@@ -107,23 +107,22 @@ class _Run:
     def _pairs(self, chunk: int) -> slice:
         return slice(*self.grouping.chunk_pair_offsets[chunk : chunk + 2])
 
-    def _results(self, chunk: int) -> Tensor | None:
-        """Return the results (N, D) of all pairs in chunks of experts, since sums take those of several chunks.
+    def _results(self, chunk: int) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """Return the results (N, D) of all pairs in chunks of experts, since sums take those of several, and its own.
 
         None where the chunk is a range of rows, with all that its sums take.
         """
         first = self.grouping.first_expert_chunk
         if first is None or chunk < first:
-            return None
+            return None, None
         if "results" not in self._reused:
             offsets = self.grouping.chunk_pair_offsets
             self._reused["results"] = cpu_memory.empty(offsets[-1] - offsets[first], self.rows.shape[1], like=self.rows)
-        return self._reused["results"]
+        results = self._reused["results"]
+        return results, results[self._pairs_since(first, chunk)]
 
-    def _among_results(self, chunk: int) -> slice:
-        """Return where the chunk's pairs lie in _results()."""
-        first = self.grouping.first_expert_chunk
-        assert first is not None
+    def _pairs_since(self, first: int, chunk: int) -> slice:
+        """Return where the chunk's pairs lie among those of the chunks from `first` on."""
         start, *pairs = (self.grouping.chunk_pair_offsets[c] for c in (first, chunk, chunk + 1))
         return slice(pairs[0] - start, pairs[1] - start)
 
@@ -157,8 +156,7 @@ class ForwardRun(_Run):
         gate_up, down = self._projections
         self._drop_rows(chunk, grouping)
         count_products(ops, self.rows, grouping.num_pairs, lambda: gate_up.num_products + down.num_products)
-        results = self._results(chunk)
-        y = None if results is None else results[self._among_results(chunk)]
+        results, y = self._results(chunk)
         if is_fused(activation):
             blocks = self._blocks(grouping)
             is_whole = len(blocks) == 1 and self.grouping.num_chunks == 1
@@ -180,8 +178,7 @@ class ForwardRun(_Run):
                 for_each(forward_block, blocks, self.rows.device)
                 y = pairs_y
         else:
-            h, _ = gate_up.up(self.rows, grouping, None, dropped=self.dropped)
-            assert h is not None
+            h = gate_up.hidden(self.rows, grouping, self.dropped)
             a, graph = run_activation(self.settings, h, grouping, self.keep_hidden)
             if graph is not None:
                 self.activation_graphs[chunk] = graph
@@ -252,12 +249,8 @@ class BackwardRun(_Run):
         ops, activation = self.settings.ops, self.settings.spec.activation
         grouping = self.grouping.chunk(chunk)
         pairs = self._pairs(chunk)
-        if self._dh is None or self._scaled_a is None:
-            self._dh = cpu_memory.empty(self.grouping.num_pairs, self._hidden_width, like=self.rows)
-            inner = self.settings.spec.layout.intermediate_size(self._hidden_width)
-            self._scaled_a = cpu_memory.empty(self.grouping.num_pairs, inner, like=self.rows)
-            gate_up, down = self._projections
-            self._adapter_rows = gate_up.rows(self.grouping.num_pairs), down.rows(self.grouping.num_pairs)
+        if self._dh is None:
+            self._begin()
         if grouping.num_pairs == 0 and self.grouping.num_chunks > 1:
             dweights = self.topk_weights.new_zeros(grouping.inverse.shape)
             if not needs_dx:
@@ -272,8 +265,7 @@ class BackwardRun(_Run):
             return products + computes_h * gate_up.num_products
 
         count_products(ops, self.rows, grouping.num_pairs, multiplications)
-        results = self._results(chunk) if needs_dx else None
-        dx_pairs = None if results is None else results[self._among_results(chunk)]
+        results, dx_pairs = self._results(chunk) if needs_dx else (None, None)
         if is_fused(activation):
             h = None if self.h is None else _part(self.h, pairs)
             blocks = self._blocks(grouping)
@@ -306,6 +298,15 @@ class BackwardRun(_Run):
             dx = ops.gather_sum(dx_pairs if results is None else results, grouping.inverse, out=out)
         return dx, grouping.pairs_to_rows(self._with_earlier_chunks(chunk, dweights))
 
+    def _begin(self) -> None:
+        """Provide the memory of dh, scaled_a and adapter_rows, which all chunks fill."""
+        num_pairs, width = self.grouping.num_pairs, self._hidden_width
+        self._dh = cpu_memory.empty(num_pairs, width, like=self.rows)
+        inner = self.settings.spec.layout.intermediate_size(width)
+        self._scaled_a = cpu_memory.empty(num_pairs, inner, like=self.rows)
+        gate_up, down = self._projections
+        self._adapter_rows = gate_up.rows(num_pairs), down.rows(num_pairs)
+
     def _backward_block(
         self,
         block: GroupingBlock,
@@ -323,11 +324,7 @@ class BackwardRun(_Run):
         assert is_fused(activation), "callables take whole chunks"
         gate_up, down = self._block_projections(block)
         positions = block.positions
-        if h is None:
-            hidden, _ = gate_up.up(self.rows, block.grouping, None, dropped=self.dropped)
-            assert hidden is not None
-        else:
-            hidden = _part(h, positions)
+        hidden = gate_up.hidden(self.rows, block.grouping, self.dropped) if h is None else _part(h, positions)
         among_all = slice(first_pair + positions.start, first_pair + positions.stop)
         dh, scaled_a, (up_rows, down_rows) = self._backward_parts(among_all)
         _, _, dweights = down.down_grad(
@@ -372,7 +369,7 @@ class BackwardRun(_Run):
         if self._dweights is None:
             offsets = self.grouping.chunk_pair_offsets
             self._dweights = dweights.new_empty(offsets[-1] - offsets[first])
-        self._dweights[self._among_results(chunk)] = dweights
+        self._dweights[self._pairs_since(first, chunk)] = dweights
         return self._dweights
 
 

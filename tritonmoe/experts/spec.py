@@ -169,7 +169,7 @@ def choose_backend(spec: ExpertSpec, inputs: CallTensors[Tensor], *, beside_exch
 # As a string
 
 
-def to_plain(spec: ExpertSpec) -> tuple[Any, ...]:
+def to_plain(spec: ExpertSpec) -> tuple[object, ...]:
     """Return a spec whose activation is fused as a tuple of Python literals, which from_plain() reads."""
     assert is_fused(spec.activation)
     layout = tuple([getattr(spec.layout, name) for name in LAYOUT])
@@ -192,7 +192,7 @@ def literal(plain: object) -> str:
     return repr(_settled(plain) if torch.compiler.is_compiling() else plain)
 
 
-def _settled(plain: Any) -> Any:
+def _settled(plain: object) -> object:
     """Return the same with numbers that are known: while it traces, torch.compile may have left their values open."""
     if isinstance(plain, tuple):
         return tuple([_settled(value) for value in plain])

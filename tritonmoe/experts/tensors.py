@@ -4,7 +4,7 @@ autograd and operators take flat lists; their order is known to flatten() and un
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import torch
 
@@ -37,9 +37,9 @@ class CallTensors(NamedTuple, Generic[Value]):
         return [x, topk_ids, topk_weights, *weights, row_seeds, *parameters]
 
     @classmethod
-    def unflatten(cls, values: Iterable[Any]) -> "CallTensors[Any]":
+    def unflatten(cls, values: Iterable[Other | None]) -> "CallTensors[Other]":
         """Return the tensors of which flatten() gave the values."""
-        x, topk_ids, topk_weights, *others = values
+        x, topk_ids, topk_weights, *others = cast(Iterable[Other], values)
         end = len(PerWeight._fields)
         row_seeds, *parameters = others[end:]
         return CallTensors(x, topk_ids, topk_weights, PerWeight(*others[:end]), row_seeds, parameters)

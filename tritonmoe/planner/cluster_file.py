@@ -70,7 +70,7 @@ class _Reader:
                 raise self.error(prefix.rstrip("."), f"lacks {prefix + name!r}: {of.what}")
         return kind(**values)
 
-    def value(self, kind: Any, found: object, key: str, of: Of) -> Any:
+    def value(self, kind: Any, found: object, key: str, of: Of) -> object:
         if kind is Estimate:
             return self.estimate(found, key, of)
         if dataclasses.is_dataclass(kind):
@@ -156,7 +156,7 @@ def to_toml(cluster: Cluster, remarks: Mapping[str, str] | None = None) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _write(settings: Any, prefix: str, remarks: Mapping[str, str], lines: list[str]) -> None:
+def _write(settings: object, prefix: str, remarks: Mapping[str, str], lines: list[str]) -> None:
     tables = []
     for name, of in settings_of(type(settings)).items():  # type: ignore[arg-type]
         value, key = getattr(settings, name), f"{prefix}{name}"

@@ -145,11 +145,7 @@ def _probe_gpu(
         rows, weight = random(tokens, inputs), random(outputs, inputs)
         products = _times(lambda: F.linear(rows, weight), device)
         dense_s = slowest_of(statistics.median(products))
-        seen = min(job.sequence, tokens)
-        heads = model.attention.num_heads
-        q, k = (random(1, heads, seen, model.attention.qk_dim) for _ in range(2))
-        v = random(1, heads, seen, model.attention.v_dim)
-        cores = _times(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True), device)
+        cores, core_flops = _attention(job, random, device)
         attention_s = slowest_of(statistics.median(cores))
         own_experts = max(1, model.num_experts // job.ep)
         top_k = min(model.top_k, own_experts)
@@ -161,7 +157,6 @@ def _probe_gpu(
     samples = {"copies": copies, "products": products, "cores": cores, "calls": calls}
     spreads = {name: slowest_of(scatter(times)) for name, times in samples.items()}
     dense_flops = 2 * tokens * inputs * outputs
-    core_flops = 2 * (seen / 2) * seen * heads * (model.attention.qk_dim + model.attention.v_dim)
     grouped_flops = 6 * tokens * top_k * d * f
     dense, core = dense_flops / dense_s, core_flops / attention_s
     # What a plan takes for the operands' bytes comes off, since it will be added again.
@@ -188,6 +183,15 @@ def _probe_gpu(
         f"attention {core / 1e12:.4g}; memory {memory_rate / 1e12:.4g} TB/s"
     )
     return replace(gpu, gemm_efficiency=_probed(share, spreads["products"]))
+
+
+def _attention(job: Job, random: Callable[..., torch.Tensor], device: torch.device) -> tuple[list[float], float]:
+    """Return the seconds of some causal attentions of one sequence, and the FLOPs of one."""
+    of, seen = job.model.attention, min(job.sequence, job.num_tokens)
+    q, k = (random(1, of.num_heads, seen, of.qk_dim) for _ in range(2))
+    v = random(1, of.num_heads, seen, of.v_dim)
+    seconds = _times(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True), device)
+    return seconds, 2 * (seen / 2) * seen * of.num_heads * (of.qk_dim + of.v_dim)
 
 
 def _probe_host(

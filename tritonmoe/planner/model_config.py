@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from tritonmoe.config.numbers import is_integer
 from tritonmoe.planner.model_presets import MODELS
@@ -72,7 +71,7 @@ ALL_WINDOW = ("mixtral", "mistral", "phimoe")
 """Families of which every layer has the window, where there is one."""
 
 
-def model_of_config(config: Any, path: str) -> Model:
+def model_of_config(config: object, path: str) -> Model:
     """Return what a Hugging Face config says of a model's sizes.
 
     Raises:
@@ -121,7 +120,7 @@ def model_of_config(config: Any, path: str) -> Model:
     )
 
 
-def _has_experts(of: Any) -> bool:
+def _has_experts(of: object) -> bool:
     """Say whether a part of a config speaks of experts."""
     return isinstance(of, dict) and (not of.keys().isdisjoint(EXPERTS_KEYS) or any(map(_has_experts, of.values())))
 

@@ -5,11 +5,14 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from tritonmoe.report.charts import Bars, Curves, Heat, Strips
 from tritonmoe.report.figures import Line, Table, Words
 from tritonmoe.runtime.files import Json, write_whole
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
 
 __all__ = ["Banner", "Block", "Page", "Section", "page_text", "write_page"]
 
@@ -62,7 +65,7 @@ def page_text(page: Page) -> str:
     return template.render(page=page)
 
 
-def _embedded(data: object) -> Any:
+def _embedded(data: object) -> "Markup":
     """Return JSON that can stand inside a script element, whatever its strings hold."""
     from markupsafe import Markup
 

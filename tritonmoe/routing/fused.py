@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tritonmoe.backends import triton_unusable_reason
 from tritonmoe.config.routing import decode
 from tritonmoe.routing.replay import is_replaying
-from tritonmoe.runtime.autograd import once_differentiable, refuse_second_derivative, without_autocast
+from tritonmoe.runtime.autograd import Context, once_differentiable, refuse_second_derivative, without_autocast
 from tritonmoe.runtime.transforms import is_transformed
 
 __all__ = ["is_fused", "route_by_kernels"]
@@ -80,7 +80,7 @@ class _Route(torch.autograd.Function):
     """(x, weight, selection_bias, rule) -> the fields of Routed."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, selection_bias: Tensor | None, rule: str) -> Parts:
+    def forward(ctx: Context, x: Tensor, weight: Tensor, selection_bias: Tensor | None, rule: str) -> Parts:
         parts = _run(x, weight, selection_bias, rule)
         _, scores, topk_ids, topk_weights, counts = parts
         ctx.rule = rule
@@ -92,7 +92,7 @@ class _Route(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any,
+        ctx: Context,
         saved: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
         dlogits: Tensor | None,
         dscores: Tensor | None,
@@ -149,14 +149,16 @@ def _route_backward_shapes(*arguments: Any) -> list[Tensor]:
     return [like.new_empty(like.shape if needed else (0,)) for like, needed in zip((x, weight), needs, strict=True)]
 
 
-def _setup_context(ctx: Any, inputs: tuple[object, ...], output: Parts) -> None:
+def _setup_context(ctx: Context, inputs: tuple[Tensor, Tensor, Tensor | None, str], output: Parts) -> None:
     x, weight, _, ctx.rule = inputs
     _, scores, topk_ids, topk_weights, counts = output
     ctx.mark_non_differentiable(topk_ids, counts)
     ctx.save_for_backward(x, weight, scores, topk_ids, topk_weights)
 
 
-def _backward(ctx: Any, dlogits: Tensor | None, dscores: Tensor | None, *others: Tensor | None) -> tuple[object, ...]:
+def _backward(
+    ctx: Context, dlogits: Tensor | None, dscores: Tensor | None, *others: Tensor | None
+) -> tuple[object, ...]:
     needs = list(ctx.needs_input_grad[:2])
     grads = _route_backward(dlogits, dscores, others[1], *ctx.saved_tensors, needs, ctx.rule)
     dx, dweight = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))

@@ -1,5 +1,6 @@
 """LayerReplay: a router's own code runs, and its top-k takes recorded ids with the scores that it has there."""
 
+from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -55,7 +56,7 @@ class LayerReplay(TorchFunctionMode):
         for num_tokens in recording.num_tokens:
             self._offsets.append(self._offsets[-1] + num_tokens)
         self._calls: WeakKeyDictionary[object, _Calls] = WeakKeyDictionary()
-        self._around: Any = None  # the checkpointed call that this one is part of
+        self._around: object = None  # the checkpointed call that this one is part of
         self._number = 0
         self._problem = ""
         self._ids: Tensor | None = None  # (T, K) int64: those of the call that is replayed now
@@ -132,14 +133,14 @@ class LayerReplay(TorchFunctionMode):
         return calls.numbers[calls.position]
 
     def __torch_function__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, object] | None = None
-    ) -> Any:
+        self, func: Callable[..., Any], types: object, args: tuple = (), kwargs: dict[str, object] | None = None
+    ) -> object:
         kwargs = kwargs or {}
         if func is not torch.topk and func is not Tensor.topk:
             return func(*args, **kwargs)
         return self._topk(func, args, kwargs)
 
-    def _topk(self, func: Any, args: tuple, kwargs: dict[str, object]) -> Any:
+    def _topk(self, func: Callable[..., Any], args: tuple, kwargs: dict[str, object]) -> object:
         scores, k, dim = (_argument(args, kwargs, *which) for which in ((0, "input"), (1, "k"), (2, "dim")))
         num_experts, (num_tokens, top_k) = self.recording.num_experts, self._shape
         if dim not in (None, -1, scores.dim() - 1):

@@ -19,7 +19,7 @@ from tritonmoe.config.routing import RoutingRule
 from tritonmoe.routing.fused import is_fused, route_by_kernels
 from tritonmoe.routing.router_check import ROUTERS, check_router
 from tritonmoe.routing.statistics import expert_load, reduce_counts
-from tritonmoe.runtime.autograd import is_recomputing, without_autocast
+from tritonmoe.runtime.autograd import Context, is_recomputing, without_autocast
 from tritonmoe.runtime.helping import is_helping
 from tritonmoe.runtime.transforms import below_transforms, refuse_tangents, refuse_vmap, unwrapped
 
@@ -113,13 +113,13 @@ class _RouterLogits(torch.autograd.Function):
         return logits, logits.isfinite().all(dim=1, keepdim=True)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
+    def setup_context(ctx: Context, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
         is_finite = output[1]
         ctx.mark_non_differentiable(is_finite)
         ctx.save_for_backward(*inputs, is_finite)
 
     @staticmethod
-    def backward(ctx: Any, dlogits: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: Context, dlogits: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight, is_finite = ctx.saved_tensors
         dlogits = torch.where(is_finite, dlogits, 0.0)
         dx = dweight = None

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
@@ -10,9 +10,12 @@ from torch import Tensor
 from tritonmoe.backends.kernel_check import Checked, check_ids, distances
 from tritonmoe.config.layer import MoEConfig
 
+if TYPE_CHECKING:
+    from tritonmoe.routing.router import Routing, TopKRouter
+
 __all__ = ["ROUTERS", "SMALL_ROUTERS", "CheckedRouter", "check_router"]
 
-RouterClass = Callable[..., Any]
+RouterClass: TypeAlias = "Callable[..., TopKRouter]"
 """TopKRouter, which asks here itself."""
 
 
@@ -68,7 +71,7 @@ class _Operands:
         outputs = ((num_tokens, width) for width in (config.num_experts, config.num_experts, config.top_k))
         self.doutputs = [draw(*shape) for shape in outputs]
 
-    def run(self, backend: str, dtype: torch.dtype) -> tuple[Any, dict[str, Tensor]]:
+    def run(self, backend: str, dtype: torch.dtype) -> tuple["Routing", dict[str, Tensor]]:
         """Return what a router chooses in this dtype, and its results and gradients by name."""
         x = self.x.to(dtype).requires_grad_()
         router = self.router_class(self.config, backend=backend, device=x.device, dtype=dtype)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial, wraps
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import torch
 import torch.utils.checkpoint
@@ -20,6 +20,7 @@ from torch import Tensor
 from tritonmoe.runtime.thread_state import saved_tensors_hooks
 
 __all__ = [
+    "Context",
     "caller_autocast",
     "checkpointed_calls",
     "checkpointed_region",
@@ -40,6 +41,23 @@ SECOND_DERIVATIVE = (
     "backward is one operation without a derivative of its own, in every backend. For a gradient penalty or a Hessian "
     "write the experts in plain PyTorch; a router with backend='torch' has second derivatives"
 )
+
+
+class Context(Protocol):
+    """What an autograd Function, or the gradient formula of an operator, keeps from its forward for its backward."""
+
+    needs_input_grad: tuple[bool, ...]
+    saved_tensors: tuple[Tensor, ...]
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None: ...
+
+    def mark_non_differentiable(self, *tensors: Tensor) -> None: ...
+
+    def set_materialize_grads(self, value: bool) -> None: ...
+
+    def __getattr__(self, name: str) -> Any: ...
+
+    def __setattr__(self, name: str, value: object) -> None: ...
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager:
@@ -68,7 +86,7 @@ does so at the first call. Callers ask torch.compiler.is_compiling() before they
 """
 
 
-def refuse_second_derivative(ctx: Any, *_: Tensor) -> NoReturn:
+def refuse_second_derivative(ctx: Context, *_: Tensor) -> NoReturn:
     """Stand as the backward of what gives gradients, and say that there is none."""
     raise RuntimeError(SECOND_DERIVATIVE)
 
@@ -93,7 +111,7 @@ def once_differentiable(backward: Callable[..., tuple]) -> Callable[..., tuple]:
     """
 
     @wraps(backward)
-    def once(ctx: Any, *douts: Tensor | None) -> tuple:
+    def once(ctx: Context, *douts: Tensor | None) -> tuple:
         saved = ctx.saved_tensors
         device = next(dout.device for dout in douts if dout is not None)
         if not torch.is_grad_enabled():
@@ -112,7 +130,7 @@ _CPU = torch.device("cpu")
 _kept_by_recomputes: dict[int, object] = {}
 
 
-def keep_beside(ctx: Any, value: object) -> Tensor:
+def keep_beside(ctx: Context, value: object) -> Tensor:
     """Keep what is no tensor and belongs to the saved ones (a grouping, a plan), and give the mark to save with them.
 
     The Function gives the mark as an output too: once_differentiable says why.
@@ -133,7 +151,7 @@ def keep_beside(ctx: Any, value: object) -> Tensor:
     return torch.tensor(number, dtype=torch.float64, device=_CPU)  # of a dtype that has gradients
 
 
-def kept_beside(ctx: Any, mark: Tensor) -> Any:
+def kept_beside(ctx: Context, mark: Tensor) -> Any:
     """Return what keep_beside() kept in the forward that saved these tensors; `mark` is one of them."""
     number, (own_number, own) = int(mark.item()), ctx.kept
     recomputed = _kept_by_recomputes.pop(number, None)

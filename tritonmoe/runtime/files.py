@@ -119,7 +119,7 @@ def parse_json(text: bytes, where: Path | str) -> Any:
     return found
 
 
-def _loaded(text: bytes) -> Any:
+def _loaded(text: bytes) -> object:
     """Return what JSON says; an integer of more than 20 digits is 2 to the 64."""
     try:
         return json.loads(text, object_pairs_hook=_as_object)

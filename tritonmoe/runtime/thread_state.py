@@ -8,11 +8,14 @@ and not left yet when the other goes on, each must find what it has left, and no
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch._C._dynamo import eval_frame
+
+if TYPE_CHECKING:
+    from torch._dynamo.types import DynamoCallback
 
 __all__ = ["ThreadState", "saved_tensors_hooks"]
 
@@ -32,7 +35,7 @@ class ThreadState:
     """The outermost first, as in the next two."""
     function_modes: tuple[object, ...]
     dispatch_modes: tuple[object, ...]
-    compiler: Any
+    compiler: "DynamoCallback"
     """What torch.compile has put in the place of the interpreter's own way to run a frame."""
     generators: tuple[tuple[torch.Generator, Tensor], ...]
     """The global generators of random numbers, of the CPU and of the current CUDA device, and their states."""

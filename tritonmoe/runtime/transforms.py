@@ -6,13 +6,13 @@ a transform is active: a Function with setup_context costs several times as much
 """
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from tritonmoe.runtime.autograd import outside_graphs, refuse_second_derivative, without_autocast
+from tritonmoe.runtime.autograd import Context, outside_graphs, refuse_second_derivative, without_autocast
 
 __all__ = [
     "MAIN_GRAD",
@@ -117,13 +117,13 @@ class _Transformed(torch.autograd.Function):
         return out, kept
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[object, ...], output: tuple[Tensor, _Context]) -> None:
+    def setup_context(ctx: Context, inputs: tuple[object, ...], output: tuple[Tensor, _Context]) -> None:
         function, *arguments = inputs
         ctx.function, ctx.kept = function, output[1]
         ctx.save_for_backward(*(argument for argument in arguments if isinstance(argument, Tensor)))
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor, _: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, dout: Tensor, _: None) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad[1:]
         # The tensors are what the gradients depend on, by which a second derivative finds its refusal.
         return None, *_TransformedBackward.apply(ctx.function, ctx.kept, needs, dout, *ctx.saved_tensors)

@@ -3,12 +3,13 @@
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, SupportsIndex
 
 import torch
 from torch import Tensor, nn
 
 from tritonmoe.errors import CountMismatch
+from tritonmoe.runtime.autograd import Context
 from tritonmoe.sharding.data_parallel import ignore_sharded_parameters
 from tritonmoe.sharding.dtensor_gaps import fill_dtensor_gaps
 from tritonmoe.sharding.fully_shard import explain_fully_shard
@@ -52,7 +53,7 @@ class Sharding:
     def __deepcopy__(self, memo: dict) -> "Sharding":
         return self
 
-    def __reduce_ex__(self, protocol: Any) -> str | tuple[object, ...]:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> str | tuple[object, ...]:
         """Refuse pickle as the parameters do, which a module's other attributes may come before."""
         if self.transport.size > 1:
             raise no_pickle(self.transport.size)
@@ -246,11 +247,11 @@ class _ScaledGradient(torch.autograd.Function):
         return tensor.view_as(tensor)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[object, ...], output: Tensor) -> None:
+    def setup_context(ctx: Context, inputs: tuple[object, ...], output: Tensor) -> None:
         _, ctx.scale, ctx.replicas, ctx.number = inputs
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.replicas is None:
             # In place, since nobody else has what the experts' backward has just made.
             is_traced = torch.compiler.is_compiling() or torch.is_grad_enabled()

@@ -73,6 +73,13 @@ class LinkCosts:
     """With `each`: whether a message also waits for those before it in the other direction (gloo)."""
 
     @property
+    def each_link(self) -> EachLink:
+        """What a byte costs on each link, which the costs of a recorded call always tell."""
+        if self.each is None:
+            raise ValueError("these costs don't tell links apart")
+        return self.each
+
+    @property
     def port_node_size(self) -> int | None:
         """The ranks of a node, where each rank has a second port for them."""
         if self.each is None:

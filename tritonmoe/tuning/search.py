@@ -176,14 +176,8 @@ def search(
         if fits(plan):
             seconds(plan)
 
-    one = simulate_layer(plan_of(config, (1,)), work, costs, link, backward=False)[0]
-    experts_s = one.lane_s(StepKind.EXPERTS)
-    communication_s = one.lane_s(StepKind.DISPATCH, StepKind.COMBINE)
-    outer = work.outer if isinstance(work, TwoLevelWork) else work
-    eps_s = costs.of_one_more_chunk(StepKind.EXPERTS, float(outer.pairs.sum(0).max()))
-    seed = closed_form_num_chunks(experts_s, communication_s, eps_s)
-    seed = min(seed, MAX_CHUNKS - 2)  # the inner level of two has the local slices as chunks too
-    growths = {"equal": [1], "ramp": [2]}.get(str(config.shape), [1, 2, closed_form_growth(experts_s, communication_s)])
+    seed, growth = _closed_form(config, work, costs, link)
+    growths = {"equal": [1], "ramp": [2]}.get(str(config.shape), [1, 2, growth])
     for num_chunks in sorted({1, seed, *SEARCHED_NUM_CHUNKS}):
         for growth in growths:
             tries(plan_of(config, ramp_sizes(num_chunks, growth)))
@@ -199,6 +193,20 @@ def search(
                     tries(replace(plan, backward_window=window))
                     tries(replace(plan, window=window, backward_window=window))
     return [(seconds(plan), plan) for plan in best(len(predicted))]
+
+
+def _closed_form(
+    config: OverlapConfig, work: LayerWork | TwoLevelWork, costs: StepCosts, link: LinkCosts
+) -> tuple[int, int]:
+    """Return the number of chunks, and how much each is larger than the one before, that the closed forms give."""
+    one = simulate_layer(plan_of(config, (1,)), work, costs, link, backward=False)[0]
+    experts_s = one.lane_s(StepKind.EXPERTS)
+    communication_s = one.lane_s(StepKind.DISPATCH, StepKind.COMBINE)
+    outer = work.outer if isinstance(work, TwoLevelWork) else work
+    eps_s = costs.of_one_more_chunk(StepKind.EXPERTS, float(outer.pairs.sum(0).max()))
+    seed = closed_form_num_chunks(experts_s, communication_s, eps_s)
+    # The inner level of two has the local slices as chunks too.
+    return min(seed, MAX_CHUNKS - 2), closed_form_growth(experts_s, communication_s)
 
 
 def preferred(found: Sequence[tuple[float, OverlapPlan]]) -> list[tuple[float, OverlapPlan]]:

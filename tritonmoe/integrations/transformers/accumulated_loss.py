@@ -11,12 +11,15 @@ import logging
 import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from tritonmoe.integrations.transformers.requirements import check_transformers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = ["are_labels_shifted", "heeds_num_items", "share_of_items", "watch_auxiliary_losses"]
 
@@ -50,7 +53,7 @@ def share_of_items(are_shifted: bool, given: Callable[[str], object]) -> Tensor 
     return share
 
 
-def are_labels_shifted(model: Any) -> bool:
+def are_labels_shifted(model: "PreTrainedModel") -> bool:
     """Say whether Trainer leaves out the first label of a row of this model when it counts."""
     from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
@@ -101,7 +104,7 @@ def watch_auxiliary_losses(model: nn.Module) -> None:
             module.register_forward_hook(_warn_of_multiplied, with_kwargs=True)
 
 
-def _warn_of_multiplied(model: nn.Module, _: object, keywords: Mapping[str, object], output: Any) -> None:
+def _warn_of_multiplied(model: "PreTrainedModel", _: object, keywords: Mapping[str, object], output: Any) -> None:
     if not model.training or keywords.get("num_items_in_batch") is None or torch.compiler.is_compiling():
         return
     if not all(isinstance(getattr(output, name, None), Tensor) for name in ("loss", "aux_loss")):
@@ -132,7 +135,7 @@ def _warn_of_multiplied(model: nn.Module, _: object, keywords: Mapping[str, obje
     )
 
 
-def _coefficient(model: Any) -> tuple[str | None, float | None]:
+def _coefficient(model: "PreTrainedModel") -> tuple[str | None, float | None]:
     """Return the attribute of a model that holds its coefficient, and what its config asks for."""
     text = model.config.get_text_config()
     attribute = next((name for name in COEFFICIENTS if name in model.__dict__), None)

@@ -10,7 +10,7 @@ import inspect
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -28,6 +28,10 @@ log = logging.getLogger("tritonmoe")
 ENDED, FAILED = 0, 2**40
 """What a rank says instead of the number of the model that it calls, counted from 1."""
 MARK = "_tritonmoe_keeps_step"
+Original: TypeAlias = Callable[..., Any]
+"""A method of transformers, or what stands in its place."""
+Arguments: TypeAlias = tuple[tuple[object, ...], dict[str, Any]]
+"""Those of a forward: positional, and by name."""
 
 
 class _UnderWay:
@@ -49,10 +53,10 @@ class _Generate:
         self.callees = callees
         """Alike on every rank."""
         self.transports = transports
-        self.last: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+        self.last: dict[nn.Module, Arguments] = {}
         """The arguments of the last forward of each."""
 
-    def announce(self, callee: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+    def announce(self, callee: nn.Module, arguments: tuple[object, ...], keywords: dict[str, object]) -> None:
         """Return when all ranks that still generate call this model; until then help with what they call."""
         number = next((n for n, other in enumerate(self.callees, 1) if other is callee), None)
         if number is None:
@@ -97,7 +101,7 @@ class _Generate:
             _under_way.is_announced = True
             callee(*arguments, **keywords)
 
-    def _least(self, callee: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def _least(self, callee: Any) -> Arguments:
         """Return arguments for a forward of little work that leaves no trace: one token at the first position."""
         positional, named = self.last.get(callee, ((), {}))
         ids = torch.zeros(1, 1, dtype=torch.int64, device=callee.device)
@@ -183,7 +187,7 @@ def _announce(callee: nn.Module, arguments: tuple[object, ...], keywords: dict[s
     _under_way.generate.announce(callee, arguments, keywords)
 
 
-def _replace(kind: type, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+def _replace(kind: type, name: str, wrap: Callable[[Original], Original]) -> None:
     original = vars(kind).get(name)
     if original is not None and not hasattr(original, MARK):
         replaced = functools.wraps(original)(wrap(original))
@@ -191,10 +195,10 @@ def _replace(kind: type, name: str, wrap: Callable[[Callable[..., Any]], Callabl
         setattr(kind, name, replaced)
 
 
-def _keeping_step(original: Callable[..., Any]) -> Callable[..., Any]:
+def _keeping_step(original: Original) -> Original:
     signature = inspect.signature(original)
 
-    def generate(self: Any, *arguments: Any, **settings: Any) -> Any:
+    def generate(self: object, *arguments: object, **settings: object) -> object:
         transports = _ranks_together(self)
         if not transports:
             return original(self, *arguments, **settings)
@@ -211,11 +215,11 @@ def _keeping_step(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @contextmanager
-def _keep_step(models: list[Any], transports: list[Transport]) -> Iterator[None]:
+def _keep_step(models: list[object], transports: list[Transport]) -> Iterator[None]:
     """Announce this rank's forwards of these models, and wait for the other ranks at the end, whatever it is."""
     callees = []
     for model in models:
-        if _ranks_together(model):
+        if isinstance(model, nn.Module) and _ranks_together(model):
             announce_forwards(model)
             callees += _callees(model)
     step = _Generate(callees, transports)
@@ -233,16 +237,16 @@ def _keep_step(models: list[Any], transports: list[Transport]) -> Iterator[None]
         _under_way.is_open, _under_way.is_announced, _under_way.generate = False, False, None
 
 
-def _announcing(original: Callable[..., Any]) -> Callable[..., Any]:
+def _announcing(original: Original) -> Original:
     """Announce compiled forwards before they begin: a graph holds no exchange by which ranks agree."""
 
-    def get_compiled_call(self: Any, compile_config: Any) -> Callable[..., Any]:
+    def get_compiled_call(self: nn.Module, compile_config: object) -> Original:
         compiled = original(self, compile_config)
         if not _under_way.is_open:
             return compiled
 
         @functools.wraps(compiled)
-        def announced(*arguments: object, **keywords: object) -> Any:
+        def announced(*arguments: object, **keywords: object) -> object:
             _announce(self, arguments, keywords)
             _under_way.is_announced = True
             try:
@@ -255,8 +259,8 @@ def _announcing(original: Callable[..., Any]) -> Callable[..., Any]:
     return get_compiled_call
 
 
-def _refusing_continuous_batching(original: Callable[..., Any]) -> Callable[..., Any]:
-    def init_continuous_batching(self: Any, *arguments: object, **settings: object) -> Any:
+def _refusing_continuous_batching(original: Original) -> Original:
+    def init_continuous_batching(self: object, *arguments: object, **settings: object) -> object:
         if _ranks_together(self):
             raise ValueError(
                 f"the experts of this {type(self).__name__} are spread over ranks, and continuous batching "
@@ -268,11 +272,11 @@ def _refusing_continuous_batching(original: Callable[..., Any]) -> Callable[...,
     return init_continuous_batching
 
 
-def _refusing_early_exit(original: Callable[..., Any]) -> Callable[..., Any]:
+def _refusing_early_exit(original: Original) -> Original:
     signature = inspect.signature(original)
 
-    def init(self: Any, *arguments: object, **settings: object) -> None:
-        model: Any = signature.bind(self, *arguments, **settings).arguments.get("assistant_model")
+    def init(self: object, *arguments: object, **settings: object) -> None:
+        model = signature.bind(self, *arguments, **settings).arguments.get("assistant_model")
         if _ranks_together(model):
             raise ValueError(
                 f"the experts of this {type(model).__name__} are spread over ranks, and assistant_early_exit runs some "

@@ -4,7 +4,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from tritonmoe.integrations.transformers.sharding import expert_parallel_state, 
 from tritonmoe.layer import MoELayer
 from tritonmoe.overlap.report import LayerReport
 from tritonmoe.transports import Transport, as_transport
+
+if TYPE_CHECKING:
+    from transformers.utils import ModelOutput
 
 __all__ = ["HalvedForward", "two_batches"]
 
@@ -72,7 +75,7 @@ class HalvedForward:
         else:
             self.model.forward = self._own
 
-    def __call__(self, *positional: object, **named: object) -> Any:
+    def __call__(self, *positional: object, **named: object) -> object:
         given = self.__signature__.bind(*positional, **named)
         arguments = _flat(given, self.__signature__)
         why_whole = self._why_whole(arguments)
@@ -137,7 +140,7 @@ class HalvedForward:
             return "use_cache=True asks for one cache of the keys and values of all sequences"
         return ""
 
-    def _run_halves(self, arguments: Arguments, reason: str) -> Any:
+    def _run_halves(self, arguments: Arguments, reason: str) -> "ModelOutput | tuple":
         size = _batch_size(arguments)
         first = (size + 1) // 2
         self.choice = f"two halves, of {first} and {size - first} sequences" + (reason and f": {reason}")
@@ -184,7 +187,7 @@ class HalvedForward:
                 "can't weigh the halves: leave out `labels`, and compute the loss of the logits"
             )
 
-    def _join(self, outputs: tuple[Any, ...], arguments: Arguments) -> Any:
+    def _join(self, outputs: tuple["ModelOutput", ...], arguments: Arguments) -> "ModelOutput":
         """Return one output of the halves' outputs."""
         first, second = outputs
         joined: Arguments = {}

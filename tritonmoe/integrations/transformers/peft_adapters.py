@@ -105,7 +105,7 @@ def _hotswap_parts() -> None:
     swap = hotswap.hotswap_adapter_from_state_dict
 
     @functools.wraps(swap)
-    def swap_parts(model: nn.Module, state_dict: dict[str, Tensor], *arguments: Any, **keywords: Any) -> None:
+    def swap_parts(model: nn.Module, state_dict: dict[str, Tensor], *arguments: object, **keywords: object) -> None:
         swap(model, with_parts(model, state_dict), *arguments, **keywords)
 
     hotswap.hotswap_adapter_from_state_dict = swap_parts  # type: ignore[attr-defined]

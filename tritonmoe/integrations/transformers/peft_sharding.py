@@ -23,6 +23,7 @@ from tritonmoe.transports import as_transport
 
 if TYPE_CHECKING:
     from peft.tuners.lora.layer import ParamWrapper
+    from torch.distributed.tensor import DTensor
 
 __all__ = ["check_merged_is_finite", "local_factors", "shard_factors", "spread_of", "with_parts"]
 
@@ -128,16 +129,15 @@ def with_parts(model: nn.Module, state_dict: StateDict) -> StateDict:
 
 def check_merged_is_finite(wrapper: "ParamWrapper", adapters: Sequence[str]) -> None:
     """Raise ValueError on every rank if an adapter would make some rank's weights infinite or NaN; every rank calls."""
-    weight: Any = wrapper.get_param().detach()
+    weight: DTensor = wrapper.get_param().detach()
     merged = weight.to_local().clone()
     for adapter in adapters:
         if adapter in wrapper.lora_A:
-            delta: Any = wrapper.get_delta_weight(adapter)
+            delta: DTensor = wrapper.get_delta_weight(adapter)
             merged += delta.to_local()
     is_broken = (~merged.isfinite()).any().to(torch.int32)
-    transport = transport_of(wrapper.get_base_layer())
-    assert transport is not None
-    transport.all_reduce(is_broken, "max")
+    if (transport := transport_of(wrapper.get_base_layer())) is not None:
+        transport.all_reduce(is_broken, "max")
     if is_broken.item():
         raise ValueError(
             f"the adapters {list(adapters)} would make some rank's weights of {wrapper.parameter_name} infinite or "

@@ -12,7 +12,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import torch
 from torch import nn
@@ -27,6 +27,10 @@ logger = logging.getLogger(__name__)
 
 OPTIMIZER = "optimizer_sharded"
 """The directory of the optimizer's shards. Called so, Trainer asks for optimizer.pt where the experts aren't spread."""
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from transformers import TrainerState
+
 TRAINER_STATE, SCHEDULER = "trainer_state.json", "scheduler.pt"
 MARK = "_tritonmoe_saves_spread_models"
 
@@ -36,16 +40,16 @@ class SpreadTrainer(Protocol):
 
     model: nn.Module
     args: Any
-    state: Any
-    accelerator: Any
-    optimizer: Any
-    lr_scheduler: Any
+    state: "TrainerState"
+    accelerator: "Accelerator"
+    optimizer: torch.optim.Optimizer
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler
     push_to_hub: Callable[..., object]
     _save: Callable[..., None]
     _get_output_dir: Callable[..., str]
 
 
-Original: TypeAlias = Callable[..., Any]
+Original: TypeAlias = Callable[..., object]
 """Trainer's own method, which one of these functions stands in for."""
 
 

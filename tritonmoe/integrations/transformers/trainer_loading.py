@@ -9,7 +9,7 @@ import functools
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -18,6 +18,9 @@ from tritonmoe.integrations.transformers.discovery import experts_modules
 from tritonmoe.integrations.transformers.sharded_model import saves_adapters
 from tritonmoe.integrations.transformers.upcycle.checkpoint_files import CheckpointReader
 from tritonmoe.integrations.transformers.upcycle.description import DESCRIPTION_FILE, WEIGHTS_STEM, read_description
+
+if TYPE_CHECKING:
+    from transformers import Trainer
 
 __all__ = ["IS_UPCYCLED", "is_spread", "let_trainer_load_experts", "load_saved"]
 
@@ -57,7 +60,7 @@ def is_spread(model: nn.Module) -> bool:
     return any(hasattr(parameter, "device_mesh") for parameter in expert_parameters(model))
 
 
-def _load(trainer: Any, model: nn.Module, directory: Path) -> bool:
+def _load(trainer: "Trainer", model: nn.Module, directory: Path) -> bool:
     if not is_spread(model) and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):  # have ways of their own
         return False
     return load_saved(model, directory)

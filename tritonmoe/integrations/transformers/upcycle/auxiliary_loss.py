@@ -212,7 +212,7 @@ def _add_aux_loss(
     arguments: tuple[object, ...],
     keywords: Mapping[str, object],
     output: Any,
-) -> Any:
+) -> object:
     """Add aux_loss() to the loss in what a model upcycled in place gives in training; a forward hook of such a model.
 
     Trainer and whoever else takes the model's own loss gets it so, as with transformers' MoE models. A batch that is a

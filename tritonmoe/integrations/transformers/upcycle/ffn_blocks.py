@@ -197,7 +197,7 @@ def parent_and_name(model: nn.Module, path: str) -> tuple[nn.Module, str]:
 
 
 def _submodule(module: nn.Module, path: str) -> Any:
-    found: Any = module
+    found: object = module
     for part in path.split("."):
         found = getattr(found, part, None)
     return found
