@@ -17,11 +17,11 @@ from tritonmoe.experts.arguments import (
     check_tensors,
     find_main_grads,
 )
+from tritonmoe.experts.backward_run import BackwardRun
 from tritonmoe.experts.callable_activation import checked_activation, zero_padding
 from tritonmoe.experts.flops import count_products
 from tritonmoe.experts.one_based_ids import watch_ids
 from tritonmoe.experts.operator import moe_mlp_operator, run_backward, run_forward
-from tritonmoe.experts.run import BackwardRun
 from tritonmoe.experts.spec import ExpertSettings, ExpertSpec, choose_backend, expert_spec
 from tritonmoe.experts.tensors import NO_TENSORS, CallTensors
 from tritonmoe.experts.weight_gradients import rows_to_save, weight_gradients

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from tritonmoe.experts.arguments import check_num_pairs
+from tritonmoe.experts.backward_run import BackwardRun
 from tritonmoe.experts.flops import FLOP_FORMULAS, Shape, backward_flops, forward_flops, register_flop_formulas
-from tritonmoe.experts.run import BackwardRun, ForwardRun
+from tritonmoe.experts.forward_run import ForwardRun
 from tritonmoe.experts.spec import ExpertSettings, ExpertSpec, choose_backend, decode, encode
 from tritonmoe.experts.tensors import CallTensors, schema
 from tritonmoe.grouping import Grouping
