@@ -4,7 +4,9 @@ import pytest
 
 from tritonmoe.benchmarks.roofline import H100, Work, kernel_work, product_flops
 from tritonmoe.benchmarks.shapes import GPU_SHAPES, LayerShape
-from tritonmoe.config.layer import ExpertLayout
+from tritonmoe.config.layer import NO_WEIGHTS, ExpertLayout
+from tritonmoe.experts.flops import backward_flops, forward_flops
+from tritonmoe.experts.tensors import CallTensors
 
 SHAPE = LayerShape("small", num_experts=4, top_k=2, hidden_size=8, intermediate_size=3)
 
@@ -35,6 +37,17 @@ def test_products_add_up_to_the_layer(shape):
     product = 100 * shape.top_k * shape.hidden_size * shape.intermediate_size
     assert product_flops(shape, 100, backward=False) == 6 * product
     assert product_flops(shape, 100, backward=True) == 18 * product
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_products_are_those_that_flop_counters_hear_of(gated):
+    shape = LayerShape("small", 4, 2, 8, 3, "silu" if gated else "relu2", ExpertLayout(gated=gated))
+    weights = NO_WEIGHTS._replace(gate_up_proj=(4, 6 if gated else 3, 8), down_proj=(4, 8, 3))
+    shapes = CallTensors((5, 8), (5, 2), (5, 2), weights)
+    forward = forward_flops(shapes)
+    assert product_flops(shape, 5, backward=False) == forward
+    needs = shapes.map(lambda _: True)
+    assert product_flops(shape, 5, backward=True) == forward + backward_flops(shapes, needs, computes_h=False)
 
 
 def test_without_a_gate():

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import tritonmoe as tm
 from tritonmoe.config.activations import GateFunction
-from tritonmoe.experts.run import ForwardRun
+from tritonmoe.experts.forward_run import ForwardRun
 
 BACKENDS = ("torch", "reference")
 

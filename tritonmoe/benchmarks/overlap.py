@@ -204,7 +204,7 @@ def _measure(
         "ranks": transport.size,
         "computing_ranks": len(ranks),
         "rate_bits_per_s": _rate_of(measured, arguments),
-        **_plain_workload(workload),
+        **workload.as_json(),
         "rounds": arguments.rounds,
         "traffic_rows": measured.traffic_rows,
         "row_bytes": measured.row_bytes,
@@ -230,18 +230,6 @@ def _rate_of(measured: RankMeasurement, arguments: argparse.Namespace) -> float 
     if measured.rate is None and (arguments.emulate is not None or arguments.netns is not None):
         return parse_rate(arguments.rate or DEFAULT_RATE)
     return measured.rate
-
-
-def _plain_workload(workload: Workload) -> Json:
-    return {
-        "model": workload.model,
-        "E_K_D_F": list(workload.shape),
-        "tokens": workload.num_tokens,
-        "dtype": workload.dtype,
-        "wire_dtype": workload.wire_dtype,
-        "routing": workload.routing,
-        "pass": "forward+backward" if workload.backward else "forward",
-    }
 
 
 def _timelines(measured: RankMeasurement, summary: Json, rank: int) -> dict[str, Timeline]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tritonmoe.config import overlap as overlap_config
-from tritonmoe.runtime.files import read_json
+from tritonmoe.runtime.files import Json, read_json
 
 __all__ = ["MODELS", "Workload", "draw_ids"]
 
@@ -58,6 +58,18 @@ class Workload:
     @property
     def torch_wire_dtype(self) -> torch.dtype | None:
         return None if self.wire_dtype is None else NAMED_WIRE_DTYPES[self.wire_dtype]
+
+    def as_json(self) -> Json:
+        """Return what results say of it."""
+        return {
+            "model": self.model,
+            "E_K_D_F": list(self.shape),
+            "tokens": self.num_tokens,
+            "dtype": self.dtype,
+            "wire_dtype": self.wire_dtype,
+            "routing": self.routing,
+            "pass": "forward+backward" if self.backward else "forward",
+        }
 
 
 def draw_ids(workload: Workload, rank: int, size: int) -> Tensor:

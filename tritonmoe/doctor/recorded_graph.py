@@ -12,16 +12,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tritonmoe.diagnosis.call_recording import RecordedPass, Recording
+from tritonmoe.diagnosis.call_recording import Recording
+from tritonmoe.doctor.event_times import EventTimes
 from tritonmoe.doctor.graph import Graph, Kind
 from tritonmoe.doctor.recorded_between import Between, between_of
-from tritonmoe.doctor.recorded_steps import Event, Events, PlacedPass, events_of, placed_passes
+from tritonmoe.doctor.recorded_steps import COUNTS, Event, Events, PlacedPass, events_of, placed_passes
 from tritonmoe.doctor.tables import Key, Tables, floats, indices
 from tritonmoe.overlap.steps import StepKind, Unit, Way
 
 __all__ = ["RecordedGraph", "graph_of"]
 
-_COUNTS, _MEETING = "counts", "meeting"
+_MEETING = "meeting"
 PLACES = 16
 """So many items of a program, of different sorts, may stand at one event."""
 
@@ -59,7 +60,7 @@ class RecordedGraph:
 
 def place_in_exchange(name: str, is_inside: bool, rank: Tensor, size: int, node_size: int | None) -> Tensor:
     """Return where ranks stand among the members of an exchange, which follow each other by its groups."""
-    if node_size is None or name in (_COUNTS, _MEETING) or is_inside:
+    if node_size is None or name in (COUNTS, _MEETING) or is_inside:
         return rank
     return (rank % node_size) * (size // node_size) + rank // node_size
 
@@ -131,10 +132,10 @@ class _Builder:
         groups, count = torch.zeros_like(rank), 1
         if self.node_size is not None and is_inside:
             groups, count = rank // self.node_size, self.size // self.node_size
-        elif self.node_size is not None and name not in (_COUNTS, _MEETING):
+        elif self.node_size is not None and name not in (COUNTS, _MEETING):
             groups, count = rank % self.node_size, self.node_size  # those at one place of every node
         order = self._place_in_exchange(name, is_inside, rank).argsort()
-        level = {_COUNTS: 2, _MEETING: 3}.get(name, int(is_inside))
+        level = {COUNTS: 2, _MEETING: 3}.get(name, int(is_inside))
         same = torch.ones_like(rank)
         self.members.add(
             rank=rank[order], exchange=(self.num_exchanges + groups)[order], step=of.step * same,
@@ -146,7 +147,7 @@ class _Builder:
 
     def _add_events(self, events: Events, where: Sequence[tuple[int, int]]) -> None:
         """Add all events of passes that consist of the same ones: (place of the pass, rank) of each."""
-        times = _Times([self.passes[place].of_ranks[rank] for place, rank in where], events)
+        times = EventTimes([self.passes[place].of_ranks[rank] for place, rank in where], events)
         place, rank = indices([one for one, _ in where]), indices([one for _, one in where])
         filled = floats([self._filled(*one) for one in where])
         ended = list(times.ended)
@@ -186,7 +187,7 @@ class _Builder:
             )  # fmt: skip
 
     def _bytes_of(
-        self, events: Events, number: int, times: "_Times", place: Tensor, rank: Tensor
+        self, events: Events, number: int, times: EventTimes, place: Tensor, rank: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Return the bytes (Q,) that an exchange takes from each rank to others, and brings it; NaN where not known."""
         event = events.events[number]
@@ -387,47 +388,3 @@ def _ends_before(programs: Sequence[tuple[Tensor, Tensor]], lane: Tensor, end: T
         follows = lane[order][1:] == lane[order][:-1]
         before[order[1:][follows]] = end[order[:-1][follows]]
     return before
-
-
-class _Times:
-    """When the events of passes that consist of the same ones began, by the recording's clock; all of them (Q,)."""
-
-    def __init__(self, passes: Sequence[RecordedPass], events: Events) -> None:
-        count = len(passes)
-        origin, total_s = (floats([getattr(one, name) for one in passes]) for name in ("origin", "total_s"))
-        entered, posted, left = (
-            floats([one.origin if one.marks is None else one.marks[n] for one in passes]) for n in range(3)
-        )
-
-        def numbers(of: Sequence[Sequence]) -> Tensor:
-            flat = [x for steps in of for s in steps for x in (s.start_s, s.end_s, s.wait_s, s.post_s, s.units)]
-            return floats(flat).view(count, -1, 5)
-
-        steps = {False: numbers([one.steps for one in passes]), True: numbers([one.steps_inside for one in passes])}
-        nothing = torch.zeros_like(origin)
-        self.start: list[Tensor] = []
-        self.body: list[Tensor] = []
-        self.units: list[Tensor] = []
-        self.ended: list[Tensor] = []
-        """Of every exchange, in the order in which they are posted."""
-        self.waited: list[Tensor] = []
-        waits: list[Tensor] = []
-        """For how long each exchange is waited for."""
-        for event in events.events:
-            if event.kind is not None:
-                start_s, end_s, wait_s, post_s, units = steps[event.is_inside][:, event.place].unbind(1)
-                start, body = origin + start_s, post_s if event.posts >= 0 else (end_s - start_s).clamp(min=0)
-                units = 0 * units if event.is_inside and event.kind.is_inside_node else units
-            elif event.name == _COUNTS:
-                start, body, units, wait_s = entered, (posted - entered).clamp(min=0), nothing, left - posted
-            elif event.name == "plan":
-                start, body, units = left, (origin - left).clamp(min=0), nothing
-            else:
-                start, body, units = origin + total_s, nothing, nothing
-            self.start.append(start)
-            self.body.append(body)
-            self.units.append(units)
-            if event.posts >= 0:
-                self.ended.append(left if event.kind is None else origin + end_s)
-                waits.append(wait_s)
-            self.waited.append(sum((waits[exchange] for exchange in event.waits), nothing))

@@ -11,8 +11,10 @@ from tritonmoe.diagnosis.schedules import inside_of, schedule_of
 from tritonmoe.overlap.schedule import build_inside
 from tritonmoe.overlap.steps import StepKind
 
-__all__ = ["Event", "Events", "PlacedPass", "events_of", "placed_passes"]
+__all__ = ["COUNTS", "Event", "Events", "PlacedPass", "events_of", "placed_passes"]
 
+COUNTS = "counts"
+"""The event of a pass in which its ranks exchange their counts."""
 WARM = 1.25
 """A first step is one of warming up if it takes so many times as long as those after it do."""
 FEW_STEPS = 4
@@ -184,14 +186,14 @@ def _events_of(plan: OverlapPlan, kinds: tuple[StepKind, ...], has_inside: bool,
         name: str, chunk: int | None, kind: StepKind | None, place: int, waits: list[int], is_inside: bool = False
     ) -> int:
         posts = -1
-        if name == "counts" or (kind is not None and kind.lane == "comm"):
+        if name == COUNTS or (kind is not None and kind.lane == "comm"):
             posts = len(exchanges)
             exchanges.append(len(events))
         events.append(Event(name, chunk, kind, place, is_inside, tuple(waits), posts))
         return posts
 
     if has_counts:
-        counts = add("counts", None, None, -1, [])
+        counts = add(COUNTS, None, None, -1, [])
         add("plan", None, None, -1, [counts])
     schedule = schedule_of(plan, list(kinds))
     needs_x = bool(inside_of(schedule)) and StepKind.DISPATCH_BACKWARD in kinds

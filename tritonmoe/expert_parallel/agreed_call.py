@@ -18,7 +18,8 @@ from tritonmoe.dispatch.header import CallHeader
 from tritonmoe.dispatch.placement import ExpertPlacement
 from tritonmoe.dispatch.plan import DispatchPlan
 from tritonmoe.errors import CountMismatch, TransportError
-from tritonmoe.experts.run import BackwardRun, ForwardRun
+from tritonmoe.experts.backward_run import BackwardRun
+from tritonmoe.experts.forward_run import ForwardRun
 from tritonmoe.experts.spec import ExpertSettings
 from tritonmoe.experts.tensors import CallTensors
 from tritonmoe.grouping import Grouping, RowSources

@@ -23,8 +23,9 @@ from tritonmoe.expert_parallel.agreed_call import AgreedCall
 from tritonmoe.expert_parallel.listeners import listeners
 from tritonmoe.expert_parallel.state import state_of
 from tritonmoe.experts.arguments import find_main_grads
+from tritonmoe.experts.backward_run import BackwardRun
 from tritonmoe.experts.callable_activation import ActivationGraph
-from tritonmoe.experts.run import BackwardRun, ForwardRun
+from tritonmoe.experts.forward_run import ForwardRun
 from tritonmoe.experts.tensors import CallTensors
 from tritonmoe.experts.weight_gradients import SharedWeightGrads
 from tritonmoe.grouping import Grouping

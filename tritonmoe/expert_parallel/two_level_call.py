@@ -10,7 +10,8 @@ from tritonmoe.dispatch.plan import DispatchPlan
 from tritonmoe.dispatch.two_level import TwoLevelPlan
 from tritonmoe.errors import TransportError
 from tritonmoe.expert_parallel.agreed_call import AgreedCall, group_received
-from tritonmoe.experts.run import BackwardRun, ForwardRun
+from tritonmoe.experts.backward_run import BackwardRun
+from tritonmoe.experts.forward_run import ForwardRun
 from tritonmoe.experts.tensors import CallTensors
 from tritonmoe.grouping import Grouping
 from tritonmoe.overlap.layer_pass import BackwardExperts, ForwardExperts, MakeExperts

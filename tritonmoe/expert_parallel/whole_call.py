@@ -11,7 +11,7 @@ from torch import Tensor
 from tritonmoe.config.activations import is_fused
 from tritonmoe.expert_parallel.agreed_call import AgreedCall
 from tritonmoe.expert_parallel.call_pass import CallBackward, CallForward, SavedTensors
-from tritonmoe.experts.run import ForwardRun
+from tritonmoe.experts.forward_run import ForwardRun
 from tritonmoe.experts.tensors import CallTensors
 from tritonmoe.experts.weight_gradients import rows_to_save
 from tritonmoe.runtime.autograd import Context, keep_beside, kept_beside, once_differentiable

@@ -17,10 +17,11 @@ from tritonmoe.experts.arguments import (
     check_tensors,
     find_main_grads,
 )
+from tritonmoe.experts.backward_run import BackwardRun
 from tritonmoe.experts.callable_activation import checked_activation, zero_padding
 from tritonmoe.experts.flops import count_products
 from tritonmoe.experts.one_based_ids import watch_ids
-from tritonmoe.experts.operator import SavedForward, moe_mlp_operator, run_backward, run_forward
+from tritonmoe.experts.operator import moe_mlp_operator, run_backward, run_forward
 from tritonmoe.experts.spec import ExpertSettings, ExpertSpec, choose_backend, expert_spec
 from tritonmoe.experts.tensors import NO_TENSORS, CallTensors
 from tritonmoe.experts.weight_gradients import rows_to_save, weight_gradients
@@ -77,10 +78,10 @@ class _MoEMLP(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Context, saved: Sequence[Tensor], dout: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        mark, h, *flat = saved
-        forward = SavedForward(CallTensors.unflatten(flat), kept_beside(ctx, mark), h)
-        main_grads = find_main_grads(ctx.experts.owners)
-        return None, *run_backward(ctx.experts.settings, forward, dout, _needs(ctx, flat), main_grads).flatten()
+        (mark, h, *flat), (settings, owners) = saved, ctx.experts
+        tensors, grouping = CallTensors.unflatten(flat), kept_beside(ctx, mark)
+        run = BackwardRun(settings, tensors, grouping, h, main_grads=find_main_grads(owners))
+        return None, *run_backward(run, dout, _needs(ctx, flat)).flatten()
 
 
 class _UpHalf(torch.autograd.Function):

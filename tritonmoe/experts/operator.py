@@ -11,36 +11,26 @@ token less, of the kernels 12K.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from tritonmoe.config.layer import PerWeight
 from tritonmoe.experts.arguments import check_num_pairs
+from tritonmoe.experts.backward_run import BackwardRun
 from tritonmoe.experts.flops import FLOP_FORMULAS, Shape, backward_flops, forward_flops, register_flop_formulas
-from tritonmoe.experts.run import BackwardRun, ForwardRun
+from tritonmoe.experts.forward_run import ForwardRun
 from tritonmoe.experts.spec import ExpertSettings, ExpertSpec, choose_backend, decode, encode
 from tritonmoe.experts.tensors import CallTensors, schema
 from tritonmoe.grouping import Grouping
 from tritonmoe.runtime.autograd import Context, refuse_second_derivative, without_autocast
 
 __all__ = [
-    "SavedForward",
     "gradient_shapes",
     "moe_mlp_operator",
     "run_backward",
     "run_forward",
 ]
-
-
-class SavedForward(NamedTuple):
-    """What a forward leaves for its backward."""
-
-    tensors: CallTensors[Tensor]
-    grouping: Grouping
-    h: Tensor | None
-    """(N, 2F), or None where backward computes it again."""
 
 
 def run_forward(
@@ -52,18 +42,10 @@ def run_forward(
     return run.forward(0), run.h, grouping
 
 
-def run_backward(
-    settings: ExpertSettings,
-    saved: SavedForward,
-    dout: Tensor,
-    needs: CallTensors[bool],
-    main_grads: PerWeight[Tensor | None] | None = None,
-) -> CallTensors[Tensor | None]:
+def run_backward(run: BackwardRun, dout: Tensor, needs: CallTensors[bool]) -> CallTensors[Tensor | None]:
     """Return the wanted gradients; None for those in main_grads too."""
-    tensors, grouping, h = saved
-    run = BackwardRun(settings, tensors, grouping, h, main_grads=main_grads)
     dx, dweights = run.backward(0, dout, needs.x)
-    dtopk_weights = dweights.to(tensors.topk_weights.dtype) if needs.topk_weights else None
+    dtopk_weights = dweights.to(run.topk_weights.dtype) if needs.topk_weights else None
     return CallTensors(dx, None, dtopk_weights, run.weight_grad(dout, needs.weights))
 
 
@@ -108,8 +90,8 @@ def _moe_mlp_backward(dout: Tensor, *arguments: Any) -> list[Tensor]:
     with without_autocast(dout.device):
         grouping = settings.ops.group(tensors.topk_ids, tensors.weights.gate_up_proj.shape[0])
         h = None if h is None else h[: grouping.num_pairs]
-        saved = SavedForward(tensors, grouping, h)
-        grads = run_backward(settings, saved, dout, CallTensors.unflatten(needs))
+        run = BackwardRun(settings, tensors, grouping, h)
+        grads = run_backward(run, dout, CallTensors.unflatten(needs))
     return [dout.new_empty(0) if grad is None else grad for grad in grads.flatten()]
 
 
