@@ -8,14 +8,11 @@ and not left yet when the other goes on, each must find what it has left, and no
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C._dynamo import eval_frame
-
-if TYPE_CHECKING:
-    from torch._dynamo.types import DynamoCallback
 
 __all__ = ["ThreadState", "saved_tensors_hooks"]
 
@@ -35,7 +32,7 @@ class ThreadState:
     """The outermost first, as in the next two."""
     function_modes: tuple[object, ...]
     dispatch_modes: tuple[object, ...]
-    compiler: "DynamoCallback"
+    compiler: Any
     """What torch.compile has put in the place of the interpreter's own way to run a frame."""
     generators: tuple[tuple[torch.Generator, Tensor], ...]
     """The global generators of random numbers, of the CPU and of the current CUDA device, and their states."""
