@@ -131,8 +131,10 @@ def test_transformers_own_models_say_that_theirs_is_multiplied(kind, tmp_path, c
     divided.router_aux_loss_coef /= 4
     averaged.accepts_loss_kwargs = False
     caplog.clear()
-    for other in (divided, averaged):
-        torch.testing.assert_close(router_gradients(other, 4, tmp_path), expected, **TOLERANCE)
+    torch.testing.assert_close(router_gradients(divided, 4, tmp_path), expected, **TOLERANCE)
+    # Older releases of transformers divide by all labels where they sum, and by the shifted ones where they average.
+    of_one_batch = router_gradients(copy.deepcopy(averaged), 1, tmp_path)
+    torch.testing.assert_close(router_gradients(averaged, 4, tmp_path), of_one_batch, **TOLERANCE)
     assert MULTIPLIED not in caplog.text
 
 

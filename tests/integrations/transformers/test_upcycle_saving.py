@@ -96,10 +96,13 @@ def test_attached_adapters_are_saved_alone(tmp_path, monkeypatch):
 class RaiseLearningRate(TrainerCallback):
     """So that what follows step 2 is worse."""
 
+    def __init__(self, learning_rate: float = 10.0) -> None:
+        self.learning_rate = learning_rate
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 2:
             for group in kwargs["optimizer"].param_groups:
-                group["lr"] = 10.0
+                group["lr"] = self.learning_rate
 
 
 def make_trainer(model: nn.Module, directory: Path, **settings: Any) -> Any:
@@ -203,7 +206,7 @@ def test_trainer_loads_the_best_adapters_over_an_upcycled_model(tmp_path):
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True)
     trainer = make_trainer(peft.get_peft_model(upcycled(), config), tmp_path, **BEST)
-    trainer.add_callback(RaiseLearningRate())
+    trainer.add_callback(RaiseLearningRate(-0.05))  # uphill
     trainer.train()
     best = trainer.state.best_model_checkpoint
     assert best.endswith("checkpoint-2")
