@@ -6,7 +6,10 @@ import random
 import pytest
 
 from tritonmoe.doctor.attribution import attribute
+from tritonmoe.doctor.causes import Causes
 from tritonmoe.doctor.graph import Graph, Kind, Member, Run
+from tritonmoe.doctor.noise import gain_of_noise
+from tritonmoe.doctor.usual import usual_of
 
 RANKS, STEPS, EXCHANGES = 4, 12, 20
 
@@ -123,3 +126,12 @@ def test_exchanges_of_two_kinds_by_chance_are_no_slow_link() -> None:
             graph.programs[rank].append((Kind.STEP, step))
         graph.measured_s.append(0.0)
     assert attribute(graph).findings == ()
+
+
+def test_noise_of_exchanges_alone() -> None:
+    """As a flight record has them, which says nothing of what is computed."""
+    graph = run_of((), 0.0)
+    graph.runs = []
+    graph.programs = [[one for one in program if one[0] is not Kind.RUN] for program in graph.programs]
+    usual = usual_of(graph)
+    assert gain_of_noise(graph, usual, Causes(graph, usual).walker) >= 0

@@ -30,7 +30,7 @@ def gain_of_noise(graph: Graph, usual: Usual, walker: Walker) -> float:
     member_places = tables.member_key * num_steps + tables.member_step
     level_busy_s, level_transfer_s = usual.level_busy_s - usual.of_rows_s, usual.level_transfer_s - usual.of_bytes_s
     gains = []
-    for _ in range(max(FEWEST_RUNS, min(MOST_RUNS, MOST_OPERATIONS // len(tables.run_key)))):
+    for _ in range(max(FEWEST_RUNS, min(MOST_RUNS, MOST_OPERATIONS // max(1, len(tables.run_key))))):
         run_of, member_of = (_dealt(places, draw) for places in (run_places, member_places))
         busy_s = (level_busy_s + (usual.busy_s - usual.level_busy_s)[run_of]).clamp(min=0)
         idle_s = (usual.level_idle_s + (usual.idle_s - usual.level_idle_s)[run_of]).clamp(min=0)

@@ -152,21 +152,22 @@ def usual_of(graph: Graph, linked_s: Tensor | None = None) -> Usual:
         fair = _fair_bytes(tables.bytes_out[own], tables.bytes_in[own], sizes, step, num_steps)
         times = found.transfer_s[own]
         fullest, longest = (_by_step(step, values, "amax", num_steps) for values in (sizes, times))
-        unit_s, is_hot, counts = None, (fullest > HOT * fair)[step], torch.ones_like(rank, dtype=torch.bool)
-        if bool(is_hot.any()):
+        unit_s, are_hot, counts = None, fullest > HOT * fair, torch.ones_like(rank, dtype=torch.bool)
+        has_hot = bool(are_hot.any())
+        if has_hot:
             # Who of all gets its rows when is up to the hot port: whatever it takes is due to the bytes there.
-            unit_s = max(0.0, float(((longest - latency_s) / fullest)[fullest > HOT * fair].median()))
+            unit_s = max(0.0, float(((longest - latency_s) / fullest)[are_hot].median()))
             of_port = torch.minimum(fullest[step], (times - latency_s).clamp(min=0) / max(unit_s, LEAST_BYTE_S))
             is_fullest = sizes == fullest[step]
             hot_rank = torch.zeros(num_steps, dtype=torch.int64, device="cpu")
             hot_rank[step[is_fullest]] = rank[is_fullest]
-            found.bytes_due_to[own] = torch.where(is_hot, hot_rank[step], rank)
-            sizes = torch.where(is_hot, of_port, sizes)
+            found.bytes_due_to[own] = torch.where(are_hot[step], hot_rank[step], rank)
+            sizes = torch.where(are_hot[step], of_port, sizes)
         elif _is_of_the_fullest(step, sizes, times, num_steps):
             sizes = fullest[step]
             bound = ((times - latency_s) / sizes)[sizes > 0]
             unit_s = max(0.0, float(middle(bound[None])[0])) if len(bound) else None
-        if not can_last and not bool(is_hot.any()):
+        if not can_last and not has_hot:
             counts, times = times == longest[step], longest[step]
         samples = _Samples(rank, step, sizes, times, num_steps, fair, unit_s, can_last)
         found.transfer_s[own] -= torch.where(counts, samples.excess, 0.0)
