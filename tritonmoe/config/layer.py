@@ -12,6 +12,7 @@ import torch
 from typing_extensions import NamedTuple  # typing's is not generic before Python 3.11
 
 from tritonmoe.config.activations import Activation, check_activation
+from tritonmoe.config.formats import weight_shape
 from tritonmoe.config.numbers import check_flags, is_integer, is_number
 
 __all__ = [
@@ -73,6 +74,9 @@ class PerWeight(NamedTuple, Generic[Value]):
     gate_up_b: Value | None = None
     down_a: Value | None = None
     down_b: Value | None = None
+    gate_up_scales: Value | None = None
+    """Those of a gate_up_proj that is packed, as formats.py says; None for a weight that is not."""
+    down_scales: Value | None = None
 
     def map(self, function: Callable[[Value], Other]) -> "PerWeight[Other]":
         """Return function(value) in the place of each value, and None where there is None."""
@@ -98,6 +102,13 @@ class Projection(NamedTuple):
     """A row for each pair, in storage order and in the rows' dtype, which is added to the pair's product: to h or y in
     forward, to g or dx in backward; before the product is rounded, but for some products of the torch backend. It may
     be the memory that the result is written to; of `down_grad`, that of scaled_a."""
+    scales: torch.Tensor | None = None
+    """Of a packed weight (formats.py); then `weight` has its values, and no kernel reads it."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the weight itself, packed or not."""
+        return weight_shape(self.weight, self.scales)
 
 
 class KernelOptions(NamedTuple):
