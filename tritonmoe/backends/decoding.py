@@ -210,13 +210,13 @@ def bitsandbytes_decoder() -> Callable[[Tensor, Tensor, Tensor], None] | None:
         def decode(bytes_: Tensor, scales: Tensor, out: Tensor) -> None:
             state = functional.QuantState(
                 absmax=scales,
-                shape=out.shape,
+                shape=torch.Size((scales.numel(), NF4_BLOCK)),  # blocks of other rows it puts where they are not
                 dtype=torch.bfloat16,
                 blocksize=NF4_BLOCK,
                 code=code,
                 quant_type="nf4",
             )
-            out.copy_(functional.dequantize_4bit(bytes_.view(-1, 1), state))
+            out.copy_(functional.dequantize_4bit(bytes_.view(-1, 1), state).view(out.shape))
 
         bytes_ = torch.arange(256, device="cpu").to(torch.uint8).repeat(4)
         scales = torch.linspace(0.01, 3, bytes_.numel() * 2 // NF4_BLOCK, device="cpu")

@@ -1,0 +1,104 @@
+"""Rounding weights to the nearest values of a packed format, an expert at a time.
+
+nf4: as bitsandbytes rounds (block size 64). mxfp4: as the triton_kernels that transformers calls: the scale is the next
+power of two with which no value is past 6, and halves round away from zero. fp8: the largest magnitude of a 128 x 128
+block becomes 448.
+"""
+
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tritonmoe.config.formats import (
+    FP4_VALUES,
+    FP8_BLOCK,
+    LARGEST_MXFP4_SCALE,
+    MXFP4_BLOCK,
+    NF4_BLOCK,
+    NF4_VALUES,
+    WeightFormat,
+    scales_shape,
+)
+from tritonmoe.experts.quantized_weight import QuantizedWeight
+
+__all__ = ["empty_packed", "pack", "pack_expert"]
+
+LARGEST_FP4, LARGEST_E4M3 = 6.0, 448.0
+
+
+def pack(weight: Tensor, weight_format: WeightFormat) -> QuantizedWeight:
+    """Return a weight (E, A, B) of any floating dtype, rounded to nearest in a format."""
+    if weight.dim() != 3 or not weight.is_floating_point():
+        raise TypeError(f"a weight to pack is (E, A, B) and floating point, got {tuple(weight.shape)} {weight.dtype}")
+    values, scales = empty_packed(tuple(weight.shape), weight_format, weight.device)
+    for expert, one in enumerate(weight.detach()):
+        pack_expert(one, weight_format, values[expert], scales[expert])
+    if weight_format == "fp8":
+        values = values.view(torch.float8_e4m3fn)
+    return QuantizedWeight(weight_format, values, scales)
+
+
+def empty_packed(
+    shape: tuple[int, ...], weight_format: WeightFormat, device: torch.device | str | None
+) -> tuple[Tensor, Tensor]:
+    """Return memory for the values, all bytes, and for the scales of a packed weight (E, A, B), uninitialised."""
+    num_experts, rows, columns = shape
+    size = scales_shape(weight_format, shape)
+    values = torch.empty(
+        num_experts, rows, columns if weight_format == "fp8" else columns // 2, dtype=torch.uint8, device=device
+    )
+    dtype = torch.uint8 if weight_format == "mxfp4" else torch.float32
+    return values, torch.empty(size, dtype=dtype, device=device)
+
+
+@torch.no_grad()
+def pack_expert(expert: Tensor, weight_format: WeightFormat, values: Tensor, scales: Tensor) -> None:
+    """Round one expert (A, B) and write it to the values, as bytes, and scales of a packed weight's expert.
+
+    Raises:
+        ValueError: a value is not finite, or too large for the format.
+    """
+    wide = expert.float()
+    if not bool(torch.isfinite(wide).all()):
+        raise ValueError("a weight with a value that is not finite can't be packed")
+    {"mxfp4": _pack_mxfp4, "fp8": _pack_fp8, "nf4": _pack_nf4}[weight_format](wide, values, scales)
+
+
+def _pack_nf4(wide: Tensor, values: Tensor, scales: Tensor) -> None:
+    blocks = wide.reshape(-1, NF4_BLOCK)
+    largest = blocks.abs().amax(1)
+    scales.copy_(largest)
+    scaled = (blocks * (1 / largest.clamp(min=1e-38)).unsqueeze(1)).clamp(-1, 1)
+    codes = torch.tensor(NF4_VALUES, device=wide.device)
+    bounds = torch.tensor([(one + other) / 2 for one, other in pairwise(codes.tolist())], device=wide.device)
+    found = torch.bucketize(scaled.flatten(), bounds).to(torch.uint8)
+    values.copy_((found[::2] << 4 | found[1::2]).view(values.shape))
+
+
+def _pack_mxfp4(wide: Tensor, values: Tensor, scales: Tensor) -> None:
+    blocks = wide.reshape(-1, MXFP4_BLOCK)
+    wanted = blocks.abs().amax(1) / LARGEST_FP4
+    powers = ((wanted.view(torch.int32) + 0x7FFFFF) >> 23).clamp(0, 255)  # the exponent of the next power of two
+    if int(powers.max()) > LARGEST_MXFP4_SCALE:
+        raise ValueError("a weight is too large for mxfp4: its scale has no value in bf16")
+    scales.copy_(powers.view(scales.shape))
+    scaled = (
+        blocks.double() * torch.ldexp(torch.ones_like(powers, dtype=torch.float64), 127 - powers).unsqueeze(1)
+    ).float()
+    steps = FP4_VALUES[:8]
+    bounds = torch.tensor([(one + other) / 2 for one, other in pairwise(steps)], device=wide.device)
+    found = torch.bucketize(scaled.abs().flatten(), bounds, right=True)
+    codes = (found + 8 * torch.signbit(scaled).flatten()).to(torch.uint8)
+    values.copy_((codes[1::2] << 4 | codes[::2]).view(values.shape))
+
+
+def _pack_fp8(wide: Tensor, values: Tensor, scales: Tensor) -> None:
+    rows, columns = wide.shape
+    padded = F.pad(wide, (0, -columns % FP8_BLOCK, 0, -rows % FP8_BLOCK))
+    largest = padded.view(padded.shape[0] // FP8_BLOCK, FP8_BLOCK, -1, FP8_BLOCK).abs().amax((1, 3))
+    scales.copy_(torch.where(largest > 0, largest / LARGEST_E4M3, 1.0))
+    of_values = scales.repeat_interleave(FP8_BLOCK, 0)[:rows].repeat_interleave(FP8_BLOCK, 1)[:, :columns]
+    rounded = (wide / of_values).clamp(-LARGEST_E4M3, LARGEST_E4M3).to(torch.float8_e4m3fn)
+    values.copy_(rounded.view(torch.uint8))
