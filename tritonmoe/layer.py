@@ -24,7 +24,7 @@ from tritonmoe.expert_parallel.state import LayerCalls, refuse
 from tritonmoe.experts.adapters import ExpertAdapters, check_hands_over, noted_adapters, noted_factors, with_adapters
 from tritonmoe.experts.arguments import find_main_grads
 from tritonmoe.experts.moe_mlp import run_experts
-from tritonmoe.experts.packed_parameters import apply_to_packed, as_values, check_loaded
+from tritonmoe.experts.packed_parameters import as_values, check_loaded
 from tritonmoe.experts.parameters import PARAMETERS, draw_experts, draw_packed_experts, draw_uniform, empty_parameters
 from tritonmoe.experts.quantized_weight import is_packed
 from tritonmoe.experts.shared_expert import SharedExpert
@@ -301,7 +301,7 @@ class GroupedExperts(nn.Module):
 
     def _adapted_weights(self, x: Tensor | None, adapters: ExpertAdapters | None) -> PerWeight[Tensor]:
         """Return _weights() with these adapters, or the factors of those that are noted here (PEFT's)."""
-        weights = as_values(self, self._weights(x, adapters))
+        weights = as_values(self, self.config.weight_format, self._weights(x, adapters))
         if adapters is not None and self.transport is not None and self.transport.size > 1:
             _note_factors(self, adapters)
         factors = noted_factors(
@@ -359,10 +359,6 @@ class GroupedExperts(nn.Module):
             raise
         arguments = CallArguments(spec, self.transport, inputs, self._calls, num_nonfinite_rows, fillers)
         return run_expert_parallel(arguments)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        """Move packed weights as all others, and leave their dtypes when others are cast."""
-        return super()._apply(partial(apply_to_packed, self, fn), recurse)
 
     def _in_mode(self, adapters: ExpertAdapters | None) -> ExpertAdapters | None:
         """Return adapters without dropout, but in training mode."""

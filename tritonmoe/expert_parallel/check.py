@@ -94,7 +94,9 @@ def check(arguments: CallArguments) -> CheckedCall:
                 listener.before_forward(transport, tensors.x.device)
         settings = choose_backend(spec.experts, tensors, beside_exchanges=transport.size > 1)
         if not is_fused(settings.spec.activation):
-            found = activation_parameters(settings, tensors)
+            weights = tensors.weights
+            like = tensors.x.new_empty(1).expand(weight_shape(weights.gate_up_proj, weights.gate_up_scales))
+            found = activation_parameters(settings.spec.activation, like, settings.spec.layout)
             tensors = tensors._replace(activation_parameters=found)
     except Exception:
         refuse(transport)

@@ -7,10 +7,8 @@ import torch
 from torch import Tensor
 
 from tritonmoe.config.activations import Activation
-from tritonmoe.config.formats import weight_shape
 from tritonmoe.config.layer import ExpertLayout
 from tritonmoe.experts.spec import ExpertSettings
-from tritonmoe.experts.tensors import CallTensors
 from tritonmoe.grouping import Grouping
 
 __all__ = ["ActivationGraph", "activation_parameters", "checked_activation", "run_activation", "zero_padding"]
@@ -75,17 +73,15 @@ def _call_checked(activation: Activation, layout: ExpertLayout, h: Tensor) -> Te
     return a.contiguous()
 
 
-def activation_parameters(settings: ExpertSettings, tensors: CallTensors[Tensor]) -> list[Tensor]:
+def activation_parameters(activation: Activation, gate_up_proj: Tensor, layout: ExpertLayout) -> list[Tensor]:
     """Find the parameters that a callable activation uses, by running it on no rows and walking the graph.
 
     Raises what checked_activation raises, so that a callable that doesn't fit is found before anything is sent.
     """
-    layout = settings.spec.layout
-    shape = weight_shape(tensors.weights.gate_up_proj, tensors.weights.gate_up_scales)
+    width = gate_up_proj.shape[2 if layout.transposed else 1]
     with torch.enable_grad():
-        width = shape[2 if layout.transposed else 1]
-        empty = torch.zeros(0, width, dtype=tensors.x.dtype, device=tensors.x.device, requires_grad=True)
-        out = _call_checked(settings.spec.activation, layout, empty.clone())
+        empty = torch.zeros(0, width, dtype=gate_up_proj.dtype, device=gate_up_proj.device, requires_grad=True)
+        out = _call_checked(activation, layout, empty.clone())
     found: dict[int, Tensor] = {}
     seen: set[object] = set()
     nodes = [] if out.grad_fn is None else [out.grad_fn]

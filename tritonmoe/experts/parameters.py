@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from tritonmoe.config.layer import MoEConfig, PerWeight
+from tritonmoe.experts.packed_parameters import from_bytes, to_bytes
 from tritonmoe.experts.rounding import empty_packed, pack_expert
 
 __all__ = ["PARAMETERS", "draw_experts", "draw_packed_experts", "draw_uniform", "empty_parameters"]
@@ -17,8 +18,7 @@ PARAMETERS = (
 )
 """The names of the experts' parameters, as in transformers; None for biases and scales that experts don't have.
 
-Of packed experts gate_up_proj and down_proj are the bytes of the values, uint8 in every format: collectives carry
-bytes, and casts of a whole model leave them alone.
+Of packed experts, weights and scales are bytes in every format: see packed_parameters.py.
 """
 
 
@@ -33,7 +33,7 @@ def empty_parameters(
             parts[name] = torch.empty(num_experts, *shape, device=device, dtype=dtype, requires_grad=True)
         else:
             packed = empty_packed((num_experts, *shape), config.weight_format, device)
-            parts[name], parts[f"{name}_scales"] = packed
+            parts[name], parts[f"{name}_scales"] = to_bytes(config.weight_format, *packed)
         if config.bias:
             parts[f"{name}_bias"] = torch.empty(num_experts, out, device=device, dtype=dtype, requires_grad=True)
     return parts
@@ -54,16 +54,18 @@ def draw_experts(gate_up_proj: Tensor, down_proj: Tensor, config: MoEConfig, exp
 def draw_packed_experts(parts: PerWeight[Tensor], config: MoEConfig, experts: Sequence[int], seed: int) -> None:
     """Do what draw_experts() does for packed experts: each is drawn in fp32, and rounded.
 
-    parts: the values as bytes, and the scales, of all experts, written in place.
+    parts: the bytes of all experts, written in place.
     """
     assert config.weight_format is not None
     assert parts.gate_up_scales is not None
     assert parts.down_scales is not None
+    gate_up = from_bytes(config.weight_format, parts.gate_up_proj, parts.gate_up_scales)
+    of_down = from_bytes(config.weight_format, parts.down_proj, parts.down_scales)
     up, down = (torch.empty(1, *shape, device="cpu") for shape in config.weight_shapes)
     for place, expert in enumerate(experts):
         draw_experts(up, down, config, (expert,), seed)
-        pack_expert(up[0], config.weight_format, parts.gate_up_proj[place], parts.gate_up_scales[place])
-        pack_expert(down[0], config.weight_format, parts.down_proj[place], parts.down_scales[place])
+        pack_expert(up[0], config.weight_format, *(part[place] for part in gate_up))
+        pack_expert(down[0], config.weight_format, *(part[place] for part in of_down))
 
 
 def draw_uniform(weight: Tensor, fan_in: int, generator: torch.Generator | None) -> None:

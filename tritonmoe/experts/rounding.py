@@ -35,27 +35,26 @@ def pack(weight: Tensor, weight_format: WeightFormat) -> QuantizedWeight:
     values, scales = empty_packed(tuple(weight.shape), weight_format, weight.device)
     for expert, one in enumerate(weight.detach()):
         pack_expert(one, weight_format, values[expert], scales[expert])
-    if weight_format == "fp8":
-        values = values.view(torch.float8_e4m3fn)
     return QuantizedWeight(weight_format, values, scales)
 
 
 def empty_packed(
     shape: tuple[int, ...], weight_format: WeightFormat, device: torch.device | str | None
 ) -> tuple[Tensor, Tensor]:
-    """Return memory for the values, all bytes, and for the scales of a packed weight (E, A, B), uninitialised."""
+    """Return memory for the values and the scales of a packed weight (E, A, B), uninitialised."""
     num_experts, rows, columns = shape
     size = scales_shape(weight_format, shape)
-    values = torch.empty(
-        num_experts, rows, columns if weight_format == "fp8" else columns // 2, dtype=torch.uint8, device=device
-    )
+    is_fp8 = weight_format == "fp8"
+    values = torch.empty(num_experts, rows, columns if is_fp8 else columns // 2, dtype=torch.uint8, device=device)
+    if is_fp8:
+        values = values.view(torch.float8_e4m3fn)
     dtype = torch.uint8 if weight_format == "mxfp4" else torch.float32
     return values, torch.empty(size, dtype=dtype, device=device)
 
 
 @torch.no_grad()
 def pack_expert(expert: Tensor, weight_format: WeightFormat, values: Tensor, scales: Tensor) -> None:
-    """Round one expert (A, B) and write it to the values, as bytes, and scales of a packed weight's expert.
+    """Round one expert (A, B) and write it to the values and scales of a packed weight's expert.
 
     Raises:
         ValueError: a value is not finite, or too large for the format.
@@ -100,5 +99,4 @@ def _pack_fp8(wide: Tensor, values: Tensor, scales: Tensor) -> None:
     largest = padded.view(padded.shape[0] // FP8_BLOCK, FP8_BLOCK, -1, FP8_BLOCK).abs().amax((1, 3))
     scales.copy_(torch.where(largest > 0, largest / LARGEST_E4M3, 1.0))
     of_values = scales.repeat_interleave(FP8_BLOCK, 0)[:rows].repeat_interleave(FP8_BLOCK, 1)[:, :columns]
-    rounded = (wide / of_values).clamp(-LARGEST_E4M3, LARGEST_E4M3).to(torch.float8_e4m3fn)
-    values.copy_(rounded.view(torch.uint8))
+    values.copy_((wide / of_values).clamp(-LARGEST_E4M3, LARGEST_E4M3).to(torch.float8_e4m3fn))
