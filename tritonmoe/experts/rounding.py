@@ -23,7 +23,7 @@ from tritonmoe.config.formats import (
 )
 from tritonmoe.experts.quantized_weight import QuantizedWeight
 
-__all__ = ["empty_packed", "pack", "pack_expert"]
+__all__ = ["check_packable", "empty_packed", "pack", "pack_expert"]
 
 LARGEST_FP4, LARGEST_E4M3 = 6.0, 448.0
 
@@ -32,6 +32,7 @@ def pack(weight: Tensor, weight_format: WeightFormat) -> QuantizedWeight:
     """Return a weight (E, A, B) of any floating dtype, rounded to nearest in a format."""
     if weight.dim() != 3 or not weight.is_floating_point():
         raise TypeError(f"a weight to pack is (E, A, B) and floating point, got {tuple(weight.shape)} {weight.dtype}")
+    check_packable(weight)
     values, scales = empty_packed(tuple(weight.shape), weight_format, weight.device)
     for expert, one in enumerate(weight.detach()):
         pack_expert(one, weight_format, values[expert], scales[expert])
@@ -52,16 +53,20 @@ def empty_packed(
     return values, torch.empty(size, dtype=dtype, device=device)
 
 
+def check_packable(weight: Tensor) -> None:
+    """Raise ValueError where a value is not finite, or past what all formats hold."""
+    largest = max((float(expert.detach().abs().max()) for expert in weight), default=0.0)
+    if not largest <= LARGEST_FP4 * 2.0 ** (LARGEST_MXFP4_SCALE - 127):
+        raise ValueError(f"a weight whose largest magnitude is {largest} can't be packed")
+
+
 @torch.no_grad()
 def pack_expert(expert: Tensor, weight_format: WeightFormat, values: Tensor, scales: Tensor) -> None:
     """Round one expert (A, B) and write it to the values and scales of a packed weight's expert.
 
-    Raises:
-        ValueError: a value is not finite, or too large for the format.
+    The weight has passed check_packable().
     """
     wide = expert.float()
-    if not bool(torch.isfinite(wide).all()):
-        raise ValueError("a weight with a value that is not finite can't be packed")
     {"mxfp4": _pack_mxfp4, "fp8": _pack_fp8, "nf4": _pack_nf4}[weight_format](wide, values, scales)
 
 
@@ -80,8 +85,6 @@ def _pack_mxfp4(wide: Tensor, values: Tensor, scales: Tensor) -> None:
     blocks = wide.reshape(-1, MXFP4_BLOCK)
     wanted = blocks.abs().amax(1) / LARGEST_FP4
     powers = ((wanted.view(torch.int32) + 0x7FFFFF) >> 23).clamp(0, 255)  # the exponent of the next power of two
-    if int(powers.max()) > LARGEST_MXFP4_SCALE:
-        raise ValueError("a weight is too large for mxfp4: its scale has no value in bf16")
     scales.copy_(powers.view(scales.shape))
     scaled = (
         blocks.double() * torch.ldexp(torch.ones_like(powers, dtype=torch.float64), 127 - powers).unsqueeze(1)
