@@ -17,6 +17,7 @@ from tritonmoe.config.formats import (
     weight_shape,
 )
 from tritonmoe.config.layer import PerWeight
+from tritonmoe.experts.rounding import check_packable, empty_packed, pack_expert
 from tritonmoe.runtime.host_device import is_captured
 
 __all__ = [
@@ -91,6 +92,20 @@ class QuantizedWeight:
     def nbytes(self) -> int:
         """The memory of the values and of the scales."""
         return self.values.nbytes + self.scales.nbytes
+
+    @classmethod
+    def pack(cls, weight: Tensor, format: WeightFormat) -> "QuantizedWeight":
+        """Return a weight (E, A, B) of any floating dtype, each value rounded to the nearest in a format."""
+        check_format(format)
+        if weight.dim() != 3 or not weight.is_floating_point():
+            raise TypeError(
+                f"a weight to pack is (E, A, B) and floating point, got {tuple(weight.shape)} {weight.dtype}"
+            )
+        check_packable(weight)
+        values, scales = empty_packed(tuple(weight.shape), format, weight.device)
+        for expert, one in enumerate(weight.detach()):
+            pack_expert(one, format, values[expert], scales[expert])
+        return cls(format, values, scales)
 
     def decode(self) -> Tensor:
         """Return the whole weight in bf16, (E, A, B): what experts never make."""

@@ -21,22 +21,10 @@ from tritonmoe.config.formats import (
     WeightFormat,
     scales_shape,
 )
-from tritonmoe.experts.quantized_weight import QuantizedWeight
 
-__all__ = ["check_packable", "empty_packed", "pack", "pack_expert"]
+__all__ = ["check_packable", "empty_packed", "pack_expert"]
 
 LARGEST_FP4, LARGEST_E4M3 = 6.0, 448.0
-
-
-def pack(weight: Tensor, weight_format: WeightFormat) -> QuantizedWeight:
-    """Return a weight (E, A, B) of any floating dtype, rounded to nearest in a format."""
-    if weight.dim() != 3 or not weight.is_floating_point():
-        raise TypeError(f"a weight to pack is (E, A, B) and floating point, got {tuple(weight.shape)} {weight.dtype}")
-    check_packable(weight)
-    values, scales = empty_packed(tuple(weight.shape), weight_format, weight.device)
-    for expert, one in enumerate(weight.detach()):
-        pack_expert(one, weight_format, values[expert], scales[expert])
-    return QuantizedWeight(weight_format, values, scales)
 
 
 def empty_packed(

@@ -5,7 +5,7 @@ FP8 as transformers has it: `NAME` and `NAME_scale_inv`. NF4 as bitsandbytes has
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,16 @@ from tritonmoe.config.formats import WeightFormat
 from tritonmoe.experts.packed_parameters import from_bytes
 from tritonmoe.experts.quantized_weight import check_content
 
-__all__ = ["PACKED", "PackedLayout", "is_packed_experts", "num_experts_of", "read_packed", "set_packed"]
+__all__ = [
+    "PACKED",
+    "PackedLayout",
+    "is_packed_experts",
+    "logical_shape_of",
+    "num_experts_of",
+    "read_packed",
+    "set_packed",
+    "up_name",
+]
 
 PACKED = "_tritonmoe_packed"
 """The attribute of an experts module with blocks and scales; it holds its PackedLayout."""
@@ -32,15 +41,38 @@ class PackedLayout(NamedTuple):
     """Whether they are (E, D, 2F) and (E, F, D); mxfp4 is not, where the bf16 weights of gpt-oss are."""
 
 
+class _Shape(Tensor):
+    """What stands where a weight was: on the meta device, and an error for whoever computes with it."""
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in INITIALISES:
+            return args[0]
+        if getattr(func, "__name__", "") not in SAYS:
+            raise ValueError(
+                f"{getattr(func, '__name__', func)} is called with a weight of experts that is packed, whose values "
+                'are not here: call model.set_experts_implementation("tritonmoe"), or load the model without '
+                "register(packed=True)"
+            )
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+SAYS = ("__get__", "dim", "size", "numel", "__repr__", "__deepcopy__", "is_floating_point", "__reduce_ex__", "detach")
+"""What says something of a tensor, or copies it, and reads no value."""
+INITIALISES = (Tensor.normal_, Tensor.zero_, Tensor.uniform_, Tensor.fill_)
+
+
 def set_packed(
     experts: nn.Module, name: str, parts: tuple[Tensor, Tensor], shape: tuple[int, ...], layout: PackedLayout
 ) -> None:
     """Put bytes, of values and scales, in the place of a weight of the module.
 
-    Under its name stays a tensor on the meta device, which says its shape to whoever asks, and is no parameter.
+    Under its name stays what says its shape to whoever asks, and is no parameter.
     """
     experts._parameters.pop(name, None)
-    experts.__dict__[name] = torch.empty(shape, dtype=torch.bfloat16, device="meta")
+    experts.__dict__[name] = torch.empty(shape, dtype=torch.bfloat16, device="meta").as_subclass(_Shape)
     for suffix, part in zip(("blocks", "scales"), parts, strict=True):
         experts.register_parameter(f"{name}_{suffix}", nn.Parameter(part, requires_grad=False))
     setattr(experts, PACKED, layout)
@@ -94,6 +126,16 @@ def read_packed(experts: nn.Module, name: str, take: Take) -> tuple[Tensor, Tens
         scales = scales.view(num_experts, -1)
     check_content(values, scales, noted_on=noted_on)
     return values, scales, is_transposed
+
+
+def logical_shape_of(experts: nn.Module, name: str) -> tuple[int, ...]:
+    """Return the shape of a packed weight as the module's class has it, of the experts that are here."""
+    if _is_foreign(experts):
+        return tuple(_foreign_state(experts, name).shape)
+    if hasattr(experts, PACKED):
+        _, *sizes = experts.__dict__.get(name, experts._parameters.get(name)).shape
+        return num_experts_of(experts), *sizes
+    return tuple(getattr(experts, name).shape)
 
 
 def _is_foreign(experts: nn.Module) -> bool:

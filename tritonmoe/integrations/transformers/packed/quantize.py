@@ -76,7 +76,19 @@ def quantize_experts(model: nn.Module, weight_format: Literal["nf4", "mxfp4"]) -
     layers = [_quantize(name, experts, weight_format) for name, experts in found.items()]
     if experts_modules(model):
         patch(model)
+        for module in model.modules():
+            if hasattr(module, "save_pretrained"):
+                module.__dict__["save_pretrained"] = _refuse_save
     return QuantizeReport(weight_format, tuple(layers))
+
+
+def _refuse_save(*_: object, **__: object) -> None:
+    """Stand in the place of a model's save_pretrained."""
+    raise ValueError(
+        "no release of transformers reads the experts that quantize_experts() has packed: save the adapters (of a PEFT "
+        "model, save_pretrained), and load the model again as it was, with quantize_experts() after it, which gives "
+        "the same bits"
+    )
 
 
 def _weight_names(experts: nn.Module) -> tuple[str, str]:

@@ -114,7 +114,15 @@ def _quantizers() -> dict[str, type]:
                         experts.register_parameter(own_name, nn.Parameter(part, requires_grad=False))
 
         def _process_model_after_weight_loading(self, model: "PreTrainedModel", **_: object) -> "PreTrainedModel":
+            if self.quantization_config.dequantize:
+                return model
             _run_through_tritonmoe(self, model)
+            for experts in experts_modules(model).values():
+                for name in (up_name(experts), "down_proj"):
+                    getattr(experts, name).requires_grad_(False)
+                    getattr(experts, f"{name}_scale_inv").requires_grad_(False)
+            conversions = getattr(model, "_weight_conversions", None) or []
+            model._weight_conversions = [one for one in conversions if not _dequantizes(one)]
             skipped = set(self.quantization_config.modules_to_not_convert or ())
             linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
             self.quantization_config.modules_to_not_convert = sorted(skipped | linear)  # they are bf16 from here on
@@ -128,6 +136,10 @@ def _quantizers() -> dict[str, type]:
             ]
 
     return {"mxfp4": PackedMxfp4Quantizer, "fp8": PackedFP8Quantizer}
+
+
+def _dequantizes(conversion: Any) -> bool:
+    return any(type(one).__name__ == "Fp8Dequantize" for one in getattr(conversion, "operations", ()))
 
 
 def _check_pre_quantized(quantizer: Any) -> None:
