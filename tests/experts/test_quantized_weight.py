@@ -5,9 +5,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from held_storages import HeldStorages
 from packed_weights import FORMATS, PackedCase, random_weight
 from same_bits import assert_same_bits
-from test_peak_memory import HeldStorages
 from torch import Tensor, nn
 
 import tritonmoe as tm

@@ -43,9 +43,11 @@ def empty_packed(
 
 def check_packable(weight: Tensor) -> None:
     """Raise ValueError where a value is not finite, or past what all formats hold."""
-    largest = max((float(expert.detach().abs().max()) for expert in weight), default=0.0)
-    if not largest <= LARGEST_FP4 * 2.0 ** (LARGEST_MXFP4_SCALE - 127):
-        raise ValueError(f"a weight whose largest magnitude is {largest} can't be packed")
+    limit = LARGEST_FP4 * 2.0 ** (LARGEST_MXFP4_SCALE - 127)
+    for expert in weight.detach():
+        largest = float(expert.abs().max())
+        if not largest <= limit:
+            raise ValueError(f"a weight whose largest magnitude is {largest} can't be packed")
 
 
 @torch.no_grad()

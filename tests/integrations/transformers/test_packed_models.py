@@ -62,8 +62,8 @@ def test_loads_runs_and_saves(loaded: tuple[Any, Any, dict[str, Tensor], Path], 
     assert torch.equal(copy.deepcopy(packed)(IDS).logits, plain(IDS).logits)
     settings = {"max_new_tokens": 4, "do_sample": False}
     assert torch.equal(packed.generate(IDS, **settings), plain.generate(IDS, **settings))
-    with pytest.raises((ValueError, RuntimeError)):  # which of these says it, transformers' eager experts decide
-        packed.set_experts_implementation("eager")
+    packed.set_experts_implementation("eager")
+    with pytest.raises((ValueError, RuntimeError)):  # of bytes and of other dtypes
         packed(IDS)
     packed.set_experts_implementation("tritonmoe")
     packed.save_pretrained(tmp_path / "saved")
@@ -112,7 +112,7 @@ def test_adapters_of_peft_train_as_on_decoded_weights(
     with pytest.raises(ValueError, match="is packed in 4 or 8 bits"):
         model.merge_and_unload()
     back = model.unload()
-    assert_same_bits({name: parameter for name, parameter in back.named_parameters()}, before)
+    assert_same_bits(dict(back.named_parameters()), before)
     again = peft.PeftModel.from_pretrained(load(folder), tmp_path / "packed")
     assert torch.equal(again(IDS).logits, peft.PeftModel.from_pretrained(back, tmp_path / "packed")(IDS).logits)
     AUTO_QUANTIZER_MAPPING.update(QUANTIZERS)

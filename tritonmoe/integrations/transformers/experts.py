@@ -17,7 +17,12 @@ from tritonmoe.experts.spec import ExpertSpec, expert_spec
 from tritonmoe.experts.tensors import CallTensors
 from tritonmoe.integrations.transformers.discovery import ExpertsModule
 from tritonmoe.integrations.transformers.gates import choose_activation
-from tritonmoe.integrations.transformers.packed.packed_experts import is_packed_experts, num_experts_of, read_packed
+from tritonmoe.integrations.transformers.packed.packed_experts import (
+    is_packed_experts,
+    is_packed_weight,
+    num_experts_of,
+    read_packed,
+)
 from tritonmoe.integrations.transformers.sharding import ExpertParallelState, expert_parallel_state
 from tritonmoe.runtime.autograd import without_autocast
 
@@ -84,11 +89,10 @@ def run_experts(
     if not is_fused(activation):
         activation = _keep_dtype(activation)
     is_transposed = getattr(experts, "is_transposed", False)
-    if is_packed:
-        up, up_scales, is_transposed = read_packed(experts, up_name, take)
-        down, down_scales, _ = read_packed(experts, "down_proj", take)
-    else:
-        (up, up_scales), (down, down_scales) = (cast(up_name), None), (cast("down_proj"), None)
+    (up, up_scales, is_transposed), (down, down_scales, _) = (
+        read_packed(experts, name, take) if is_packed_weight(experts, name) else (cast(name), None, is_transposed)
+        for name in (up_name, "down_proj")
+    )
     spec = expert_spec(activation=activation, gated=has_gate, interleaved=is_interleaved, transposed=is_transposed)
     own_experts = range(num_experts) if state is None else state.expert_ids
     factors = noted_factors(experts, dtype, own_experts)

@@ -18,6 +18,7 @@ __all__ = [
     "PACKED",
     "PackedLayout",
     "is_packed_experts",
+    "is_packed_weight",
     "logical_shape_of",
     "num_experts_of",
     "read_packed",
@@ -44,15 +45,19 @@ class PackedLayout(NamedTuple):
 class _Shape(Tensor):
     """What stands where a weight was: on the meta device, and an error for whoever computes with it."""
 
+    def __deepcopy__(self, _: object) -> "_Shape":
+        return self
+
     @classmethod
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func in INITIALISES:
-            return args[0]
-        if getattr(func, "__name__", "") not in SAYS:
+        name = getattr(func, "__name__", "")
+        if name in INITIALISES:
+            return args[0] if args else (kwargs or {}).get("tensor")
+        if name not in SAYS:
             raise ValueError(
-                f"{getattr(func, '__name__', func)} is called with a weight of experts that is packed, whose values "
+                f"{name or func} is called with a weight of experts that is packed, whose values "
                 'are not here: call model.set_experts_implementation("tritonmoe"), or load the model without '
                 "register(packed=True)"
             )
@@ -61,7 +66,8 @@ class _Shape(Tensor):
 
 SAYS = ("__get__", "dim", "size", "numel", "__repr__", "__deepcopy__", "is_floating_point", "__reduce_ex__", "detach")
 """What says something of a tensor, or copies it, and reads no value."""
-INITIALISES = (Tensor.normal_, Tensor.zero_, Tensor.uniform_, Tensor.fill_)
+INITIALISES = ("normal_", "zero_", "uniform_", "fill_", "trunc_normal_")
+"""What transformers gives values with to weights that a checkpoint has not."""
 
 
 def set_packed(
@@ -79,8 +85,13 @@ def set_packed(
 
 
 def is_packed_experts(experts: nn.Module) -> bool:
-    """Say whether the weights of this module are packed in a way that is read here."""
-    return hasattr(experts, PACKED) or f"{up_name(experts)}_scale_inv" in experts._parameters or _is_foreign(experts)
+    """Say whether a weight of this module is packed in a way that is read here."""
+    return is_packed_weight(experts, up_name(experts)) or is_packed_weight(experts, "down_proj")
+
+
+def is_packed_weight(experts: nn.Module, name: str) -> bool:
+    """Say whether this weight of a module is."""
+    return hasattr(experts, PACKED) or f"{name}_scale_inv" in experts._parameters or _is_foreign(experts, name)
 
 
 def up_name(experts: nn.Module) -> str:
@@ -92,7 +103,7 @@ def num_experts_of(experts: nn.Module) -> int:
     """Return how many experts the weights of a module have here, without reading one."""
     if hasattr(experts, PACKED):
         return int(experts.down_proj_blocks.shape[0])
-    if _is_foreign(experts):
+    if _is_foreign(experts, "down_proj"):
         return int(_foreign_state(experts, "down_proj").shape[0])
     return int(experts.down_proj.shape[0])
 
@@ -130,7 +141,7 @@ def read_packed(experts: nn.Module, name: str, take: Take) -> tuple[Tensor, Tens
 
 def logical_shape_of(experts: nn.Module, name: str) -> tuple[int, ...]:
     """Return the shape of a packed weight as the module's class has it, of the experts that are here."""
-    if _is_foreign(experts):
+    if _is_foreign(experts, name):
         return tuple(_foreign_state(experts, name).shape)
     if hasattr(experts, PACKED):
         _, *sizes = experts.__dict__.get(name, experts._parameters.get(name)).shape
@@ -138,9 +149,9 @@ def logical_shape_of(experts: nn.Module, name: str) -> tuple[int, ...]:
     return tuple(getattr(experts, name).shape)
 
 
-def _is_foreign(experts: nn.Module) -> bool:
+def _is_foreign(experts: nn.Module, name: str) -> bool:
     own = getattr(experts, "parametrizations", {})
-    return any(name in own and type(own[name][0]).__name__ == FOREIGN for name in (up_name(experts), "down_proj"))
+    return name in own and type(own[name][0]).__name__ == FOREIGN
 
 
 def _foreign_state(experts: nn.Module, name: str):  # type: ignore[no-untyped-def]  # bitsandbytes' QuantState

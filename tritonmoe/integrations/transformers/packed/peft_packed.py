@@ -8,7 +8,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from tritonmoe.integrations.transformers.packed.packed_experts import is_packed_experts, logical_shape_of, up_name
+from tritonmoe.integrations.transformers.packed.packed_experts import (
+    is_packed_experts,
+    is_packed_weight,
+    logical_shape_of,
+    up_name,
+)
 from tritonmoe.layer import GroupedExperts
 
 if TYPE_CHECKING:
@@ -33,7 +38,7 @@ def is_packed_parameter(experts: nn.Module, name: str) -> bool:
     """Say whether a module of experts has this weight packed."""
     if isinstance(experts, GroupedExperts):
         return experts.config.weight_format is not None and name in ("gate_up_proj", "down_proj")
-    return is_packed_experts(experts) and name in (up_name(experts), "down_proj")
+    return name in (up_name(experts), "down_proj") and is_packed_weight(experts, name)
 
 
 def stand_in(experts: nn.Module, name: str) -> Tensor:
@@ -94,7 +99,7 @@ def _named(model: nn.Module) -> Iterator[None]:
     for experts in packed:
         own: dict[str, object] = {}
         for name in (up_name(experts), "down_proj"):
-            if name in experts._parameters:  # fp8, whose shape is the weight's
+            if name in experts._parameters:  # plain, or fp8, whose shape is the weight's
                 continue
             shaped = nn.Parameter(stand_in(experts, name), requires_grad=False)
             own[name] = experts.__dict__.pop(name, None)
