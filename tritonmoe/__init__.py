@@ -13,6 +13,7 @@ from tritonmoe.expert_parallel.expert_parallel_mlp import expert_parallel_mlp
 from tritonmoe.expert_parallel.two_batches import two_batches
 from tritonmoe.experts.adapters import ExpertAdapters
 from tritonmoe.experts.moe_mlp import moe_mlp
+from tritonmoe.experts.quantized_weight import QuantizedWeight
 from tritonmoe.integrations.torch_distributed.gradient_clipping import clip_grad_norm_
 from tritonmoe.integrations.torch_distributed.parallelize import expert_parameters, gather_state_dicts, parallelize
 from tritonmoe.layer import GroupedExperts, MoELayer
@@ -34,6 +35,7 @@ __all__ = [
     "NonFiniteScores",
     "OverlapConfig",
     "OverlapPlan",
+    "QuantizedWeight",
     "SoftcappedSwiGLU",
     "TopKRouter",
     "TransportError",

@@ -24,7 +24,9 @@ from tritonmoe.expert_parallel.state import LayerCalls, refuse
 from tritonmoe.experts.adapters import ExpertAdapters, check_hands_over, noted_adapters, noted_factors, with_adapters
 from tritonmoe.experts.arguments import find_main_grads
 from tritonmoe.experts.moe_mlp import run_experts
-from tritonmoe.experts.parameters import PARAMETERS, draw_experts, draw_uniform, empty_parameters
+from tritonmoe.experts.packed_parameters import as_values, check_loaded
+from tritonmoe.experts.parameters import PARAMETERS, draw_experts, draw_packed_experts, draw_uniform, empty_parameters
+from tritonmoe.experts.quantized_weight import is_packed
 from tritonmoe.experts.shared_expert import SharedExpert
 from tritonmoe.experts.spec import LAYOUT, ExpertSpec, expert_spec
 from tritonmoe.experts.tensors import CallTensors
@@ -60,8 +62,10 @@ class GroupedExperts(nn.Module):
     """The experts as parameters, named and shaped as in transformers; runs moe_mlp, or its parallel twin.
 
     Parameters: gate_up_proj (E, 2F, D), down_proj (E, D, F), and with config.bias gate_up_proj_bias (E, 2F) and
-    down_proj_bias (E, D); F instead of 2F when ungated, axes swapped when transposed. On ranks that torch.distributed
-    knows each is a DTensor, Shard(0) over the dimension "expert"; on other transports it is this rank's E / W experts.
+    down_proj_bias (E, D); F instead of 2F when ungated, axes swapped when transposed. With config.weight_format the
+    first two are frozen bytes, with gate_up_proj_scales and down_proj_scales beside them, which no cast of the module
+    changes. On ranks that torch.distributed knows each is a DTensor, Shard(0) over the dimension "expert"; on other
+    transports it is this rank's E / W experts.
 
     Args:
         config: shapes and activation.
@@ -84,6 +88,8 @@ class GroupedExperts(nn.Module):
     down_proj: nn.Parameter
     gate_up_proj_bias: nn.Parameter | None
     down_proj_bias: nn.Parameter | None
+    gate_up_proj_scales: nn.Parameter | None
+    down_proj_scales: nn.Parameter | None
 
     def __init__(
         self,
@@ -117,6 +123,7 @@ class GroupedExperts(nn.Module):
         self._join(transport, overlap, placement, expert_gradients, torch.empty(0, device=device).device)
         self._hold(empty_parameters(config, len(self.expert_ids), device, dtype))
         self.reset_parameters(generator)
+        self.register_load_state_dict_pre_hook(check_loaded)
         self._remember()
 
     def __setstate__(self, state: dict[str, object]) -> None:
@@ -166,7 +173,7 @@ class GroupedExperts(nn.Module):
         """Make parameters of this rank's experts."""
         if self._sharding is None:
             for name, part in parts.items():
-                self.register_parameter(name, None if part is None else nn.Parameter(part))
+                self.register_parameter(name, None if part is None else nn.Parameter(part, part.requires_grad))
             return
         is_in_order = self.placement is None or self.placement.is_contiguous
         is_summed = self._calls is not None and self._calls.expert_gradients == "sum"
@@ -210,6 +217,7 @@ class GroupedExperts(nn.Module):
     def extra_repr(self) -> str:
         config, transport = self.config, self.transport
         flags = [name for name in ("interleaved", "transposed", "bias") if getattr(config, name)]
+        flags += [] if config.weight_format is None else [config.weight_format]
         said = [
             f"hidden_size={config.hidden_size}, intermediate_size={config.intermediate_size}",
             f"num_experts={config.num_experts}, top_k={config.top_k}",
@@ -243,7 +251,10 @@ class GroupedExperts(nn.Module):
             check_replicas(seed, self._sharding)
         experts = rows_here(self.gate_up_proj, self.expert_ids)
         weights = self._weights()
-        draw_experts(weights.gate_up_proj, weights.down_proj, self.config, experts, seed)
+        if self.config.weight_format is None:
+            draw_experts(weights.gate_up_proj, weights.down_proj, self.config, experts, seed)
+        else:
+            draw_packed_experts(weights, self.config, experts, seed)
         for bias in (weights.gate_up_bias, weights.down_bias):
             if bias is not None:
                 bias.zero_()
@@ -251,7 +262,12 @@ class GroupedExperts(nn.Module):
     def _weights(self, x: Tensor | None = None, adapters: ExpertAdapters | None = None) -> PerWeight[Tensor]:
         """Return this rank's experts as plain tensors, whose gradients reach the parameters, to compute with x."""
         own: PerWeight[Tensor] = PerWeight(
-            self.gate_up_proj, self.gate_up_proj_bias, self.down_proj, self.down_proj_bias
+            self.gate_up_proj,
+            self.gate_up_proj_bias,
+            self.down_proj,
+            self.down_proj_bias,
+            gate_up_scales=self.gate_up_proj_scales,
+            down_scales=self.down_proj_scales,
         )
         parameters = with_adapters(own, adapters)
         sharding, calls = self._sharding, self._calls
@@ -285,10 +301,12 @@ class GroupedExperts(nn.Module):
 
     def _adapted_weights(self, x: Tensor | None, adapters: ExpertAdapters | None) -> PerWeight[Tensor]:
         """Return _weights() with these adapters, or the factors of those that are noted here (PEFT's)."""
-        weights = self._weights(x, adapters)
+        weights = as_values(self, self.config.weight_format, self._weights(x, adapters))
         if adapters is not None and self.transport is not None and self.transport.size > 1:
             _note_factors(self, adapters)
-        factors = noted_factors(self, weights.gate_up_proj.dtype, self.expert_ids)
+        factors = noted_factors(
+            self, torch.bfloat16 if is_packed(weights) else weights.gate_up_proj.dtype, self.expert_ids
+        )
         if factors and adapters is not None:
             raise ValueError(
                 "adapters are given to experts that PEFT has adapted already: give none, or don't wrap them"

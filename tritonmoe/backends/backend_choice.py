@@ -99,6 +99,7 @@ def choose(
     *,
     num_experts: int = 1,
     top_k: int = 1,
+    is_packed: bool = False,
 ) -> Operations:
     """Return the backend module for `backend` ("auto", "triton", "torch" or "reference").
 
@@ -107,13 +108,13 @@ def choose(
     code by the number of rows, and round a row differently with its neighbours.
 
     Args:
-        num_experts: on this device. top_k: experts per token.
+        num_experts: on this device. top_k: experts per token. is_packed: whether a weight is packed (formats.py).
     Raises:
         ValueError: the name is not known, or the backend can't run these tensors with these options.
         TypeError: no backend computes in this dtype.
     """
     interprets = os.environ.get("TRITON_INTERPRET") == "1"
-    arguments = device, dtype, options, num_experts, top_k, _triton_version(), interprets
+    arguments = device, dtype, options, num_experts, top_k, is_packed, _triton_version(), interprets
     try:
         return _choose(backend, *arguments)
     except Unchecked:  # taken for right in this call, and asked again in the next one
@@ -128,6 +129,7 @@ def _choose(
     options: KernelOptions,
     num_experts: int,
     top_k: int,
+    is_packed: bool,
     triton_version: str | None,
     interprets: bool,
 ) -> Operations:
@@ -135,9 +137,11 @@ def _choose(
     if dtype not in DTYPES:
         raise TypeError(
             f"experts compute in float32, bfloat16, float16 or float64, got {dtype}: cast x and the weights "
-            "(quantised weights are not supported, and never dequantised on the quiet)"
+            "(quantised ones are given as tritonmoe.QuantizedWeight)"
         )
     reason = _triton_unusable_reason(device, triton_version, interprets) or _beyond_limits(dtype, num_experts, top_k)
+    if is_packed:
+        reason = reason or "the kernels don't decode packed weights (QuantizedWeight), the torch backend does"
     if backend == "triton" and reason is not None:
         raise ValueError(f"backend='triton' can't run here: {reason}. Use backend='auto', 'torch' or 'reference'.")
     if backend == "auto":

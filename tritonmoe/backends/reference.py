@@ -7,6 +7,7 @@ from torch import Tensor
 
 from tritonmoe.backends.ops import GradientOperands, WeightGrads, accumulation_dtype, apply_activation, required
 from tritonmoe.config.activations import FusedActivation
+from tritonmoe.config.formats import FP4_VALUES, FP8_BLOCK, MXFP4_BLOCK, NF4_BLOCK, NF4_VALUES, format_of, weight_shape
 from tritonmoe.config.layer import NO_WEIGHTS, ExpertLayout, KernelOptions, PerWeight, Projection
 from tritonmoe.grouping import Grouping, RowSources
 
@@ -32,7 +33,24 @@ def copies_rows() -> bool:
 def _in_out(projection: Projection, expert: int) -> Tensor:
     """Return one expert's weight as (in, out), whatever the layout."""
     weight = projection.weight[expert]
+    if projection.scales is not None:
+        weight = _decoded(weight, projection.scales[expert])
     return weight if projection.layout.transposed else weight.T
+
+
+def _decoded(values: Tensor, scales: Tensor) -> Tensor:
+    """Return one expert (A, B) of a packed weight in bf16: each value times its scale in fp32, rounded once."""
+    weight_format = format_of(values, scales)
+    rows, columns = weight_shape(values, scales)
+    if weight_format == "fp8":
+        of_values = scales.repeat_interleave(FP8_BLOCK, 0)[:rows].repeat_interleave(FP8_BLOCK, 1)[:, :columns]
+        return (values.float() * of_values).to(torch.bfloat16)
+    codes = values.long()
+    halves = [codes & 15, codes >> 4] if weight_format == "mxfp4" else [codes >> 4, codes & 15]
+    table = torch.tensor(FP4_VALUES if weight_format == "mxfp4" else NF4_VALUES, device=values.device)
+    each = table[torch.stack(halves, -1)].view(-1, MXFP4_BLOCK if weight_format == "mxfp4" else NF4_BLOCK)
+    powers = torch.pow(2.0, scales.double() - 127).float() if weight_format == "mxfp4" else scales
+    return (each * powers.reshape(-1, 1)).to(torch.bfloat16).view(rows, columns)
 
 
 def group(
@@ -90,7 +108,7 @@ def up(
     """Multiply one expert's rows after the other's."""
     acc = accumulation_dtype(x.dtype)
     layout, bias = projection.layout, projection.bias
-    width = projection.weight.shape[2 if layout.transposed else 1]
+    width = projection.shape[2 if layout.transposed else 1]
     h = x.new_empty(grouping.num_pairs, width) if out_h is None else out_h
     for e, (first, last) in enumerate(_ranges(grouping)):
         rows = x[grouping.row_index[first:last].long()].to(acc)
@@ -115,7 +133,7 @@ def down(
 ) -> Tensor:
     """Multiply one expert's pairs after the other's."""
     acc = accumulation_dtype(a.dtype)
-    width = projection.weight.shape[2 if projection.layout.transposed else 1]
+    width = projection.shape[2 if projection.layout.transposed else 1]
     y = a.new_empty(grouping.num_pairs, width) if out is None else out
     for e, (first, last) in enumerate(_ranges(grouping)):
         product = a[first:last].to(acc) @ _in_out(projection, e).to(acc)
@@ -154,11 +172,11 @@ def down_grad(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Carry each expert's rows through its product, and leave the activation to autograd."""
     acc = accumulation_dtype(dout.dtype)
-    down_proj, down_bias, layout, addend = projection
+    _, down_bias, layout, addend, _ = projection
     rows = grouping.row_index.long()
     grad = dout[rows].to(acc)
     scale = topk_weights.flatten()[grouping.pair_index.long()].to(acc)[:, None]
-    g = dout.new_empty(grouping.num_pairs, down_proj.shape[1 if layout.transposed else 2], dtype=acc)
+    g = dout.new_empty(grouping.num_pairs, projection.shape[1 if layout.transposed else 2], dtype=acc)
     bias_term = dout.new_zeros(grouping.num_pairs, dtype=acc)
     for e, (first, last) in enumerate(_ranges(grouping)):
         g[first:last] = grad[first:last] @ _in_out(projection, e).to(acc).T
@@ -198,7 +216,7 @@ def up_grad(
 ) -> Tensor:
     """Multiply one expert's pairs after the other's."""
     acc = accumulation_dtype(dh.dtype)
-    width = projection.weight.shape[1 if projection.layout.transposed else 2]
+    width = projection.shape[1 if projection.layout.transposed else 2]
     dx = dh.new_empty(grouping.num_pairs, width) if out is None else out
     for e, (first, last) in enumerate(_ranges(grouping)):
         product = dh[first:last].to(acc) @ _in_out(projection, e).to(acc).T

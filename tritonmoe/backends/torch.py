@@ -19,8 +19,9 @@ from tritonmoe.backends.ops import (
     required,
     split_gate,
 )
+from tritonmoe.backends.packed_matrices import PackedMatrices
 from tritonmoe.backends.torch_grouping import group
-from tritonmoe.backends.torch_products import expert_slices, outer_sums, pair_products
+from tritonmoe.backends.torch_products import Matrices, expert_slices, outer_sums, pair_products
 from tritonmoe.config.activations import FusedActivation, find_activation, find_pointwise
 from tritonmoe.config.layer import NO_WEIGHTS, ExpertLayout, KernelOptions, PerWeight, Projection
 from tritonmoe.grouping import Grouping
@@ -39,13 +40,19 @@ def copies_rows() -> bool:
     return False  # not those of a whole chunk, only those of a block
 
 
-def _in_out(projection: Projection) -> Tensor:
+def _in_out(projection: Projection) -> Matrices:
     """Return the experts' weights as (E, in, out) of the forward product."""
-    return projection.weight if projection.layout.transposed else projection.weight.mT
+    return _matrices(projection, is_swapped=not projection.layout.transposed)
 
 
-def _out_in(projection: Projection) -> Tensor:
-    return projection.weight.mT if projection.layout.transposed else projection.weight
+def _out_in(projection: Projection) -> Matrices:
+    return _matrices(projection, is_swapped=projection.layout.transposed)
+
+
+def _matrices(projection: Projection, is_swapped: bool) -> Matrices:
+    if projection.scales is not None:
+        return PackedMatrices(projection.weight, projection.scales, is_swapped)
+    return projection.weight.mT if is_swapped else projection.weight
 
 
 def _gathered(grouping: Grouping) -> Tensor | None:
@@ -71,7 +78,7 @@ def up(
     options: KernelOptions = KernelOptions(),
 ) -> tuple[Tensor | None, Tensor | None]:
     layout = projection.layout
-    width = projection.weight.shape[2 if layout.transposed else 1]
+    width = projection.shape[2 if layout.transposed else 1]
     acc = accumulation_dtype(x.dtype)
     h = _products(x, _gathered(grouping), projection, grouping, out_h)
     if activation is None:
@@ -169,9 +176,9 @@ def down_grad(
     options: KernelOptions = KernelOptions(),
 ) -> tuple[Tensor, Tensor, Tensor]:
     acc = accumulation_dtype(dout.dtype)
-    down_proj, down_bias, layout, addend = projection
+    _, down_bias, layout, addend, _ = projection
     out_dh, out_scaled_a = out
-    inner = down_proj.shape[1 if layout.transposed else 2]
+    inner = projection.shape[1 if layout.transposed else 2]
     dh = torch.empty_like(hidden) if out_dh is None else out_dh
     scaled_a = dout.new_empty(grouping.num_pairs, inner) if out_scaled_a is None else out_scaled_a
     dweights = torch.empty(grouping.num_pairs, dtype=acc, device=dout.device)

@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tritonmoe.backends.ops import accumulation_dtype
+from tritonmoe.backends.packed_matrices import PackedMatrices
 from tritonmoe.grouping import Grouping
 from tritonmoe.runtime import cpu_memory
 from tritonmoe.runtime.cpu_threads import for_each, num_workers
 
-__all__ = ["expert_slices", "outer_sums", "pads", "pair_products"]
+__all__ = ["Matrices", "expert_slices", "outer_sums", "pads", "pair_products"]
 
 SMALL_PAIRS_PER_EXPERT = 32
 """Up to so many pairs per expert, all experts' products may be one batched product."""
@@ -33,6 +34,10 @@ FEWEST_SHARED_EXPERTS = {4: 9}
 one token's 8 experts already wait for memory."""
 ROWS_MULTIPLE, FEWEST_ROUNDED = 8, 33
 """On a CPU, products in narrow dtypes have a multiple of ROWS_MULTIPLE rows, from FEWEST_ROUNDED on: see _padding."""
+
+
+Matrices = Tensor | PackedMatrices
+"""What pairs are multiplied by: (E, in, out), of which a product takes one expert's."""
 
 
 def pads(grouping: Grouping) -> bool:
@@ -53,7 +58,7 @@ def pads(grouping: Grouping) -> bool:
 def pair_products(
     values: Tensor,
     index: Tensor | None,
-    matrices: Tensor,
+    matrices: Matrices,
     bias: Tensor | None,
     grouping: Grouping,
     out: Tensor | None,
@@ -72,8 +77,7 @@ def pair_products(
         places = grouping.padded_pairs
         padded = values.index_select(0, places.pairs if index is None else index.index_select(0, places.pairs))
         padded = padded.view(grouping.num_experts, -1, values.shape[1])
-        products = torch.bmm(padded, matrices) if bias is None else torch.baddbmm(bias.unsqueeze(1), padded, matrices)
-        products = products.view(-1, width)
+        products = _batched_products(padded, matrices, bias, grouping).view(-1, width)
         if out is None:
             return products.index_select(0, places.of_pairs)
         return torch.index_select(products, 0, places.of_pairs, out=out)
@@ -90,8 +94,25 @@ def pair_products(
     return out
 
 
+def _batched_products(padded: Tensor, matrices: Matrices, bias: Tensor | None, grouping: Grouping) -> Tensor:
+    """Return the products of every expert's padded rows (E, m, in) with its matrix, and its bias: (E, m, out)."""
+    if isinstance(matrices, Tensor):
+        return torch.bmm(padded, matrices) if bias is None else torch.baddbmm(bias.unsqueeze(1), padded, matrices)
+    products = padded.new_empty(*padded.shape[:2], matrices.shape[2])
+
+    def multiply(group: slice) -> None:
+        decoded = matrices.group(group, grouping.host_counts[0])
+        if bias is None:
+            torch.bmm(padded[group], decoded, out=products[group])
+        else:
+            torch.baddbmm(bias[group].unsqueeze(1), padded[group], decoded, out=products[group])
+
+    for_each(multiply, matrices.groups(grouping.host_counts[0]), padded.device)
+    return products
+
+
 def _write_products(
-    values: Tensor, matrices: Tensor, bias: Tensor | None, grouping: Grouping, out: Tensor, adds: bool
+    values: Tensor, matrices: Matrices, bias: Tensor | None, grouping: Grouping, out: Tensor, adds: bool
 ) -> None:
     """Write the product of each expert's rows to `out`, or add it to what is there, with the expert's bias."""
     experts, counts = grouping.host_counts
@@ -108,7 +129,8 @@ def _write_products(
 
     items = list(zip(experts, parts, targets, strict=True))
     is_few = max(counts, default=0) <= FEW_ROWS and len(items) >= FEWEST_SHARED_EXPERTS.get(values.itemsize, 2)
-    if is_few and len(items) * matrices[0].nbytes >= FEWEST_SHARED_BYTES:
+    nbytes = matrices.shape[1] * matrices.shape[2] * values.itemsize
+    if is_few and len(items) * nbytes >= FEWEST_SHARED_BYTES:
         for_each(multiply, items, values.device)
     else:
         for item in items:
@@ -116,7 +138,7 @@ def _write_products(
 
 
 def _write_rounded_products(
-    values: Tensor, matrices: Tensor, bias: Tensor | None, grouping: Grouping, out: Tensor
+    values: Tensor, matrices: Matrices, bias: Tensor | None, grouping: Grouping, out: Tensor
 ) -> None:
     """Write the product of each expert's rows, their number rounded up, to `out`, with the expert's bias."""
     last = 0

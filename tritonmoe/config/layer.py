@@ -12,6 +12,7 @@ import torch
 from typing_extensions import NamedTuple  # typing's is not generic before Python 3.11
 
 from tritonmoe.config.activations import Activation, check_activation
+from tritonmoe.config.formats import FP8_BLOCK, WeightFormat, check_format, scales_shape, weight_shape
 from tritonmoe.config.numbers import check_flags, is_integer, is_number
 
 __all__ = [
@@ -73,6 +74,9 @@ class PerWeight(NamedTuple, Generic[Value]):
     gate_up_b: Value | None = None
     down_a: Value | None = None
     down_b: Value | None = None
+    gate_up_scales: Value | None = None
+    """Those of a gate_up_proj that is packed, as formats.py says; None for a weight that is not."""
+    down_scales: Value | None = None
 
     def map(self, function: Callable[[Value], Other]) -> "PerWeight[Other]":
         """Return function(value) in the place of each value, and None where there is None."""
@@ -98,6 +102,13 @@ class Projection(NamedTuple):
     """A row for each pair, in storage order and in the rows' dtype, which is added to the pair's product: to h or y in
     forward, to g or dx in backward; before the product is rounded, but for some products of the torch backend. It may
     be the memory that the result is written to; of `down_grad`, that of scaled_a."""
+    scales: torch.Tensor | None = None
+    """Of a packed weight (formats.py); then `weight` has its values, and no kernel reads it."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the weight itself, packed or not."""
+        return weight_shape(self.weight, self.scales)
 
 
 class KernelOptions(NamedTuple):
@@ -148,6 +159,8 @@ class MoEConfig:
     """Whether weights are (E, D, 2F) and (E, F, D) instead of (E, 2F, D) and (E, D, F)."""
     bias: bool = False
     """Whether experts have the parameters gate_up_proj_bias (E, 2F) and down_proj_bias (E, D)."""
+    weight_format: WeightFormat | None = None
+    """How gate_up_proj and down_proj are packed, frozen: "mxfp4", "fp8" or "nf4" (see QuantizedWeight); None: not."""
     score_function: Literal["softmax", "sigmoid"] = "softmax"
     """Of the router's logits, over all E experts."""
     softmax_after_topk: bool = False
@@ -194,6 +207,7 @@ class MoEConfig:
             raise ValueError(f"top_k must be at most {MAX_TOP_K}, got {self.top_k}")
         check_activation(self.activation, self.gated)
         ExpertLayout(self.gated, self.interleaved, self.transposed)
+        self._check_format()
         check_flags(self, "bias", "softmax_after_topk", "renormalize", "selection_bias")
         if not is_number(self.routed_scaling_factor) or self.routed_scaling_factor <= 0:
             raise ValueError(f"routed_scaling_factor must be positive and finite, got {self.routed_scaling_factor!r}")
@@ -220,6 +234,29 @@ class MoEConfig:
                 f"top_k ({self.top_k}) exceeds the {eligible} experts in top_k_groups={self.top_k_groups} "
                 f"groups of {self.num_experts // self.num_expert_groups}"
             )
+
+    def _check_format(self) -> None:
+        if self.weight_format is None:
+            return
+        check_format(self.weight_format)
+        for shape in self.weight_shapes:
+            scales_shape(self.weight_format, (1, *shape))
+        if self.weight_format == "fp8" and self.intermediate_size % FP8_BLOCK:
+            raise ValueError(
+                f"intermediate_size ({self.intermediate_size}) must be a multiple of {FP8_BLOCK} in fp8, so that no "
+                "block has a part of the gate and a part of the up half"
+            )
+
+    @property
+    def weight_shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """The shapes of one expert's gate_up_proj and down_proj."""
+        model_width, inner = self.hidden_size, self.intermediate_size
+        width = 2 * inner if self.gated else inner
+        return (
+            ((model_width, width), (inner, model_width))
+            if self.transposed
+            else ((width, model_width), (model_width, inner))
+        )
 
     @property
     def layout(self) -> ExpertLayout:

@@ -8,7 +8,10 @@ from dataclasses import replace
 from functools import lru_cache
 
 import torch
+from torch import Tensor
 
+from tritonmoe.config.formats import format_of
+from tritonmoe.config.layer import PerWeight
 from tritonmoe.config.overlap import OverlapConfig, OverlapPlan
 from tritonmoe.dispatch.capacity import plan_capped_tokens, post_flag, replay_overflowed
 from tritonmoe.dispatch.header import DTYPE_CODES, SAVES, CallHeader
@@ -161,8 +164,17 @@ def call_terms(call: CheckedCall, overlap: OverlapPlan) -> CallTerms:
     ranks = [0 if of is None else of.shape[1] for of in (weights.gate_up_a, weights.down_a)]
     given = tuple([name for name, tensor in zip(NAMES, call.tensors.flatten(), strict=False) if tensor is not None])
     gradients = "sum" if call.layer is None else call.layer.expert_gradients
-    experts = call.spec.experts.agreed
+    experts = (*call.spec.experts.agreed, *_formats(weights))
     return _call_terms(experts, placement, gradients, call.tensors.x.dtype, given, tuple(ranks), overlap)
+
+
+def _formats(weights: PerWeight[Tensor]) -> list[tuple[str, object]]:
+    """Return in which formats the weights are packed, by name."""
+    pairs = {
+        "gate_up_format": (weights.gate_up_proj, weights.gate_up_scales),
+        "down_format": (weights.down_proj, weights.down_scales),
+    }
+    return [(name, format_of(values, scales)) for name, (values, scales) in pairs.items() if scales is not None]
 
 
 @lru_cache(maxsize=1024)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tritonmoe.config.activations import is_fused
+from tritonmoe.config.formats import weight_shape
 from tritonmoe.config.layer import PerWeight
 from tritonmoe.config.numbers import is_integer
 from tritonmoe.config.overlap import OverlapConfig, OverlapPlan, check_overlap
@@ -93,7 +94,9 @@ def check(arguments: CallArguments) -> CheckedCall:
                 listener.before_forward(transport, tensors.x.device)
         settings = choose_backend(spec.experts, tensors, beside_exchanges=transport.size > 1)
         if not is_fused(settings.spec.activation):
-            found = activation_parameters(settings.spec.activation, tensors.weights.gate_up_proj, settings.spec.layout)
+            weights = tensors.weights
+            like = tensors.x.new_empty(1).expand(weight_shape(weights.gate_up_proj, weights.gate_up_scales))
+            found = activation_parameters(settings.spec.activation, like, settings.spec.layout)
             tensors = tensors._replace(activation_parameters=found)
     except Exception:
         refuse(transport)
@@ -115,7 +118,7 @@ def check(arguments: CallArguments) -> CheckedCall:
         layer=layer,
         tensors=tensors,
         num_slots=num_slots,
-        intermediate_size=weights.down_proj.shape[1 if spec.experts.layout.transposed else 2],
+        intermediate_size=weight_shape(weights.down_proj, weights.down_scales)[2 - spec.experts.layout.transposed],
         num_nonfinite_rows=num_nonfinite_rows,
         fillers=fillers,
         settings=settings,

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from tritonmoe.config.activations import Activation, is_fused
-from tritonmoe.config.layer import PerWeight
 from tritonmoe.config.overlap import OverlapConfig, OverlapPlan
 from tritonmoe.dispatch.placement import ExpertPlacement
 from tritonmoe.expert_parallel.call import run_call
@@ -22,6 +21,7 @@ from tritonmoe.expert_parallel.whole_call import run_whole_call
 from tritonmoe.experts.adapters import ExpertAdapters, with_adapters
 from tritonmoe.experts.arguments import cast_for_autocast, find_main_grads
 from tritonmoe.experts.one_based_ids import watch_ids
+from tritonmoe.experts.quantized_weight import Weight, given_weights
 from tritonmoe.experts.spec import expert_spec
 from tritonmoe.experts.tensors import CallTensors
 from tritonmoe.runtime.autograd import outside_graphs
@@ -37,8 +37,8 @@ def expert_parallel_mlp(
     x: Tensor,
     topk_ids: Tensor,
     topk_weights: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
+    gate_up_proj: Weight,
+    down_proj: Weight,
     *,
     num_experts: int,
     transport: Transport,
@@ -98,7 +98,7 @@ def expert_parallel_mlp(
             num_sms=num_sms,
             batch_invariant=batch_invariant,
         )
-        weights = with_adapters(PerWeight(gate_up_proj, gate_up_bias, down_proj, down_bias), adapters)
+        weights = with_adapters(given_weights(gate_up_proj, gate_up_bias, down_proj, down_bias), adapters)
         experts = experts.with_dropout(adapters)
     except Exception:
         refuse(transport)

@@ -63,7 +63,8 @@ class AdaptedProjection(NamedTuple):
     @property
     def _sizes(self) -> list[int]:
         """The multiplications of one pair with the weight, with A and with B."""
-        return [0 if of is None else matrix_size(of) for of in (self.projection.weight, self.factor_a, self.factor_b)]
+        of_factors = [0 if of is None else matrix_size(of.shape) for of in (self.factor_a, self.factor_b)]
+        return [matrix_size(self.projection.shape), *of_factors]
 
     @property
     def num_products(self) -> int:

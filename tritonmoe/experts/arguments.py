@@ -4,7 +4,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from tritonmoe.config.formats import FP8_BLOCK, format_of, weight_shape
 from tritonmoe.config.layer import MAX_PAIRS, ExpertLayout, PerWeight
+from tritonmoe.experts.quantized_weight import check_contents, check_packed
 from tritonmoe.experts.tensors import NAMES, OPTIONAL, CallTensors
 from tritonmoe.runtime.autograd import is_autocast_on
 
@@ -73,37 +75,46 @@ def _check_tokens(inputs: CallTensors[Tensor]) -> None:
 
 def _check_weights(x: Tensor, weights: PerWeight[Tensor], layout: ExpertLayout) -> None:
     w1, b1, w2, b2, *_ = weights
-    check_plain("gate_up_proj", w1)
-    check_plain("down_proj", w2)
+    for name, weight, scales in _with_scales(weights):
+        if scales is None:
+            check_plain(name, weight)
+        else:
+            check_packed(name, weight, scales)
+    check_contents(weights)
     if w1.dim() != 3 or w2.dim() != 3:
         raise ValueError(f"gate_up_proj and down_proj must have 3 axes, got {tuple(w1.shape)} and {tuple(w2.shape)}")
     num_experts, model_width = w1.shape[0], x.shape[1]
+    up_shape = weight_shape(w1, weights.gate_up_scales)
     if num_experts < 1:
-        raise ValueError(f"there must be at least one expert, got gate_up_proj {tuple(w1.shape)}")
-    width = w1.shape[2 if layout.transposed else 1]
+        raise ValueError(f"there must be at least one expert, got gate_up_proj {up_shape}")
+    width = up_shape[2 if layout.transposed else 1]
     if layout.gated and width % 2:
-        raise ValueError(f"a gated gate_up_proj needs an even 2F axis, got {tuple(w1.shape)}")
+        raise ValueError(f"a gated gate_up_proj needs an even 2F axis, got {up_shape}")
     inner = layout.intermediate_size(width)
     if inner < 1 or model_width < 1:
-        raise ValueError(f"D and F must be at least 1, got x {tuple(x.shape)} and gate_up_proj {tuple(w1.shape)}")
+        raise ValueError(f"D and F must be at least 1, got x {tuple(x.shape)} and gate_up_proj {up_shape}")
     want_w1 = (num_experts, model_width, width) if layout.transposed else (num_experts, width, model_width)
     want_w2 = (num_experts, inner, model_width) if layout.transposed else (num_experts, model_width, inner)
     up_axes, down_axes = ("(E, D, 2F)", "(E, F, D)") if layout.transposed else ("(E, 2F, D)", "(E, D, F)")
-    for name, tensor, want, axes in (
-        ("gate_up_proj", w1, want_w1, up_axes),
-        ("down_proj", w2, want_w2, down_axes),
-        ("gate_up_bias", b1, (num_experts, width), "(E, 2F)"),
-        ("down_bias", b2, (num_experts, model_width), "(E, D)"),
+    for name, tensor, scales, want, axes in (
+        ("gate_up_proj", w1, weights.gate_up_scales, want_w1, up_axes),
+        ("down_proj", w2, weights.down_scales, want_w2, down_axes),
+        ("gate_up_bias", b1, None, (num_experts, width), "(E, 2F)"),
+        ("down_bias", b2, None, (num_experts, model_width), "(E, D)"),
     ):
         if tensor is None:
             continue
-        if tensor.shape != want:
+        shape = weight_shape(tensor, scales)
+        if shape != want:
             form = axes if layout.gated else axes.replace("2F", "F")
             raise ValueError(
                 f"{name} must be {form} = {want} with D = {model_width} from x and transposed={layout.transposed}, "
-                f"gated={layout.gated}; got {tuple(tensor.shape)}"
+                f"gated={layout.gated}; got {shape}"
             )
-        _check_dtype(name, tensor, x)
+        if scales is None:
+            _check_dtype(name, tensor, x)
+        else:
+            _check_decoded(name, tensor, scales, x, inner)
     _check_factors("gate_up", x, weights.gate_up_a, weights.gate_up_b, (num_experts, width, model_width))
     _check_factors("down", x, weights.down_a, weights.down_b, (num_experts, model_width, inner))
 
@@ -111,6 +122,20 @@ def _check_weights(x: Tensor, weights: PerWeight[Tensor], layout: ExpertLayout) 
 def _check_dtype(name: str, tensor: Tensor, x: Tensor) -> None:
     if tensor.dtype != x.dtype:
         raise TypeError(f"{name} is {tensor.dtype} and x is {x.dtype}: cast one to the other's dtype")
+
+
+def _check_decoded(name: str, values: Tensor, scales: Tensor, x: Tensor, inner: int) -> None:
+    """Check what a packed weight asks of the experts: rows of bf16, and halves of whole blocks."""
+    if x.dtype != torch.bfloat16:
+        raise TypeError(
+            f"{name} is packed, and stands for a bf16 weight, but x is {x.dtype}: cast x to bf16 (model.to("
+            "torch.bfloat16) leaves packed weights as they are), or call under torch.autocast with bf16"
+        )
+    if format_of(values, scales) == "fp8" and inner % FP8_BLOCK:
+        raise ValueError(
+            f"F = {inner} is not a multiple of {FP8_BLOCK}, so that a block of {name} in fp8 has a part of the gate "
+            "and a part of the up half, whose scales no checkpoint has in one place: decode such weights to bf16"
+        )
 
 
 def _check_factors(
@@ -172,8 +197,9 @@ def check_plain(name: str, weight: Tensor) -> None:
     kind = type(weight).__name__
     if not weight.is_floating_point() or weight.itemsize < 2 or hasattr(weight, "quant_state"):
         raise TypeError(
-            f"{name} is quantised ({kind} of {weight.dtype}): the experts take fp64, fp32, bf16 or fp16 and never "
-            "dequantise a weight on their own. Leave the experts out of the quantisation, or pass a dequantised weight"
+            f"{name} is quantised ({kind} of {weight.dtype}): the experts take fp64, fp32, bf16 or fp16, and of packed "
+            "weights tritonmoe.QuantizedWeight, which is told where the scales are. Make one of its tensors, leave the "
+            "experts out of the quantisation, or pass a dequantised weight"
         )
     if type(weight) not in (Tensor, nn.Parameter) and is_traceable_wrapper_subclass(weight):
         raise TypeError(
@@ -191,12 +217,24 @@ def cast_for_autocast(inputs: CallTensors[Tensor]) -> CallTensors[Tensor]:
     if not is_autocast_on(x.device):
         return inputs
     dtype = torch.get_autocast_dtype(x.device.type)
-    for name, weight in zip(PerWeight._fields, weights, strict=True):
-        if weight is not None:
+    packed = [name for name, _, scales in _with_scales(weights) if scales is not None]
+    kept = {"gate_up_scales", "down_scales", *packed}
+    cast: dict[str, Tensor] = {}
+    for name, weight in weights._asdict().items():
+        if weight is not None and name not in kept:
             check_plain(name, weight)
-    cast_weights = weights.map(lambda weight: _cast_unless_fp64(weight, dtype))
+            cast[name] = _cast_unless_fp64(weight, dtype)
+    cast_weights = weights._replace(**cast)
     topk_weights = _cast_unless_fp64(topk_weights, torch.float32)
     return inputs._replace(x=_cast_unless_fp64(x, dtype), topk_weights=topk_weights, weights=cast_weights)
+
+
+def _with_scales(weights: PerWeight[Tensor]) -> list[tuple[str, Tensor, Tensor | None]]:
+    """Return the two weights that may be packed, by name, with their scales."""
+    return [
+        ("gate_up_proj", weights.gate_up_proj, weights.gate_up_scales),
+        ("down_proj", weights.down_proj, weights.down_scales),
+    ]
 
 
 def _cast_unless_fp64(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -6,7 +6,7 @@ their place that does nothing but cost what they do.
 """
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from tritonmoe.backends import launches_kernels
 from tritonmoe.backends.ops import Operations
+from tritonmoe.config.formats import logical_shape
 from tritonmoe.experts.tensors import CallTensors
 
 if TYPE_CHECKING:
@@ -34,9 +35,9 @@ __all__ = [
 Shape = tuple[int, ...]
 
 
-def matrix_size(weight: Tensor) -> int:
-    """Return the multiplications of one pair with its expert's matrix of a weight (E, ., .)."""
-    return weight.shape[1] * weight.shape[2]
+def matrix_size(shape: Sequence[int]) -> int:
+    """Return the multiplications of one pair with its expert's matrix of a weight of this shape (E, ., .)."""
+    return shape[1] * shape[2]
 
 
 def forward_flops(shapes: CallTensors[Shape]) -> int:
@@ -58,11 +59,11 @@ def backward_flops(shapes: CallTensors[Shape], needs: CallTensors[bool], compute
 def _products(shapes: CallTensors[Shape]) -> dict[str, int]:
     """Return the multiplications of every pair with its expert's matrices, of the weights that are matrices."""
     num_tokens, top_k = shapes.topk_weights
-    return {
-        name: 0 if shape is None else num_tokens * top_k * shape[1] * shape[2]
-        for name, shape in shapes.weights._asdict().items()
-        if "bias" not in name
-    }
+    weights = shapes.weights
+    matrices = {name: getattr(weights, name) for name in ("gate_up_a", "gate_up_b", "down_a", "down_b")}
+    matrices["gate_up_proj"] = logical_shape(weights.gate_up_proj, weights.gate_up_scales)
+    matrices["down_proj"] = logical_shape(weights.down_proj, weights.down_scales)
+    return {name: 0 if shape is None else num_tokens * top_k * matrix_size(shape) for name, shape in matrices.items()}
 
 
 @torch.library.custom_op("tritonmoe::grouped_products", mutates_args=())

@@ -22,6 +22,7 @@ from tritonmoe.experts.callable_activation import checked_activation, zero_paddi
 from tritonmoe.experts.flops import count_products
 from tritonmoe.experts.one_based_ids import watch_ids
 from tritonmoe.experts.operator import moe_mlp_operator, run_backward, run_forward
+from tritonmoe.experts.quantized_weight import Weight, given_weights
 from tritonmoe.experts.spec import ExpertSettings, ExpertSpec, choose_backend, expert_spec
 from tritonmoe.experts.tensors import NO_TENSORS, CallTensors
 from tritonmoe.experts.weight_gradients import rows_to_save, weight_gradients
@@ -42,8 +43,8 @@ Owners = PerWeight[Tensor | None]
 """The weights as the user holds them (autocast hands over copies): a main_grad hangs on them."""
 
 
-OF_UP = ("gate_up_proj", "gate_up_bias", "gate_up_a", "gate_up_b")
-OF_DOWN = ("down_proj", "down_bias", "down_a", "down_b")
+OF_UP = ("gate_up_proj", "gate_up_bias", "gate_up_a", "gate_up_b", "gate_up_scales")
+OF_DOWN = ("down_proj", "down_bias", "down_a", "down_b", "down_scales")
 """The names of what the two projections have."""
 
 
@@ -208,8 +209,8 @@ def moe_mlp(
     x: Tensor,
     topk_ids: Tensor,
     topk_weights: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
+    gate_up_proj: Weight,
+    down_proj: Weight,
     *,
     activation: Activation = "silu",
     gated: bool = True,
@@ -225,14 +226,16 @@ def moe_mlp(
 ) -> Tensor:
     """Run every token through its K chosen experts and give the weighted sum, on one device.
 
-    Differentiable (once) in x, topk_weights and every weight; a callable activation's parameters get gradients too.
+    Differentiable (once) in x, topk_weights and every weight that is not packed; a callable activation's parameters get
+    gradients too.
 
     Args:
         x: tokens (T, D), floating point; T = 0 gives (0, D), still attached to the graph.
         topk_ids: (T, K) int32 or int64; ids outside [0, E) are skipped: no work, zero gradient for their weight.
             An id may stand twice in a row. Where the first ids all lie in [1, E], a warning is logged, once.
         topk_weights: (T, K) floating point; used in fp32.
-        gate_up_proj: (E, 2F, D), or (E, D, 2F) with transposed=True; F instead of 2F with gated=False.
+        gate_up_proj: (E, 2F, D), or (E, D, 2F) with transposed=True; F instead of 2F with gated=False. A
+            QuantizedWeight is frozen, and x then bf16; so for down_proj.
         down_proj: (E, D, F), or (E, F, D) with transposed=True.
         activation: silu, gelu, gelu_tanh, relu, relu2, a ClampedSwiGLU, a SoftcappedSwiGLU, or a callable that takes
             (n, 2F) rows in x.dtype, in the weights' own column order and with the bias added, and gives (n, F).
@@ -265,7 +268,7 @@ def moe_mlp(
         num_sms=num_sms,
         batch_invariant=batch_invariant,
     )
-    weights = with_adapters(PerWeight(gate_up_proj, gate_up_bias, down_proj, down_bias), adapters)
+    weights = with_adapters(given_weights(gate_up_proj, gate_up_bias, down_proj, down_bias), adapters)
     spec = spec.with_dropout(adapters)
     out = run_experts(spec, CallTensors(x, topk_ids, topk_weights, weights))
     watch_ids(topk_ids, gate_up_proj.shape[0])

@@ -16,10 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tritonmoe.config.formats import weight_shape
 from tritonmoe.experts.arguments import check_num_pairs
 from tritonmoe.experts.backward_run import BackwardRun
 from tritonmoe.experts.flops import FLOP_FORMULAS, Shape, backward_flops, forward_flops, register_flop_formulas
 from tritonmoe.experts.forward_run import ForwardRun
+from tritonmoe.experts.quantized_weight import check_contents
 from tritonmoe.experts.spec import ExpertSettings, ExpertSpec, choose_backend, decode, encode
 from tritonmoe.experts.tensors import CallTensors, schema
 from tritonmoe.grouping import Grouping
@@ -58,6 +60,7 @@ def _moe_mlp(*arguments: Any) -> tuple[Tensor, Tensor]:
     tensors = CallTensors.unflatten(flat)
     settings = choose_backend(decode(spec), tensors)
     check_num_pairs(tensors.topk_ids)
+    check_contents(tensors.weights)
     h = _empty_hidden(tensors, keep_hidden, spec)
     with without_autocast(h.device):
         out, _, grouping = run_forward(settings, tensors, keep_hidden, h if keep_hidden else None)
@@ -73,7 +76,8 @@ def _moe_mlp_shapes(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def _empty_hidden(tensors: CallTensors[Tensor], keep_hidden: bool, spec: str) -> Tensor:
-    width = tensors.weights.gate_up_proj.shape[2 if decode(spec).layout.transposed else 1]
+    shape = weight_shape(tensors.weights.gate_up_proj, tensors.weights.gate_up_scales)
+    width = shape[2 if decode(spec).layout.transposed else 1]
     return tensors.x.new_empty(tensors.topk_ids.numel() if keep_hidden else 0, width)
 
 

@@ -6,29 +6,37 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tritonmoe.config.layer import MoEConfig
+from tritonmoe.config.layer import MoEConfig, PerWeight
+from tritonmoe.experts.packed_parameters import from_bytes, to_bytes
+from tritonmoe.experts.rounding import empty_packed, pack_expert
 
-__all__ = ["PARAMETERS", "draw_experts", "draw_uniform", "empty_parameters"]
+__all__ = ["PARAMETERS", "draw_experts", "draw_packed_experts", "draw_uniform", "empty_parameters"]
 
-PARAMETERS = ("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias")
-"""The names of the experts' parameters, as in transformers; experts without biases have None for them."""
+PARAMETERS = (
+    *("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias"),
+    *("gate_up_proj_scales", "down_proj_scales"),
+)
+"""The names of the experts' parameters, as in transformers; None for biases and scales that experts don't have.
+
+Of packed experts, weights and scales are bytes in every format: see packed_parameters.py.
+"""
 
 
 def empty_parameters(
     config: MoEConfig, num_experts: int, device: torch.device | str | None, dtype: torch.dtype | None
 ) -> dict[str, Tensor | None]:
     """Return memory for the parameters of num_experts experts, by name, uninitialised."""
-    layout, model_width, inner = config.layout, config.hidden_size, config.intermediate_size
-    width = 2 * inner if layout.gated else inner
-    up_shape = (model_width, width) if layout.transposed else (width, model_width)
-    down_shape = (inner, model_width) if layout.transposed else (model_width, inner)
-    shapes = dict(zip(PARAMETERS, (up_shape, down_shape, (width,), (model_width,)), strict=True))
-    return {
-        name: torch.empty(num_experts, *shape, device=device, dtype=dtype, requires_grad=True)
-        if config.bias or not name.endswith("bias")
-        else None
-        for name, shape in shapes.items()
-    }
+    parts: dict[str, Tensor | None] = dict.fromkeys(PARAMETERS)
+    width = config.intermediate_size * (2 if config.gated else 1)
+    for name, shape, out in zip(PARAMETERS, config.weight_shapes, (width, config.hidden_size), strict=False):
+        if config.weight_format is None:
+            parts[name] = torch.empty(num_experts, *shape, device=device, dtype=dtype, requires_grad=True)
+        else:
+            packed = empty_packed((num_experts, *shape), config.weight_format, device)
+            parts[name], parts[f"{name}_scales"] = to_bytes(config.weight_format, *packed)
+        if config.bias:
+            parts[f"{name}_bias"] = torch.empty(num_experts, out, device=device, dtype=dtype, requires_grad=True)
+    return parts
 
 
 def draw_experts(gate_up_proj: Tensor, down_proj: Tensor, config: MoEConfig, experts: Sequence[int], seed: int) -> None:
@@ -41,6 +49,23 @@ def draw_experts(gate_up_proj: Tensor, down_proj: Tensor, config: MoEConfig, exp
         own = torch.Generator().manual_seed(seed + expert)
         draw_uniform(gate_up_proj[place], config.hidden_size, own)
         draw_uniform(down_proj[place], config.intermediate_size, own)
+
+
+def draw_packed_experts(parts: PerWeight[Tensor], config: MoEConfig, experts: Sequence[int], seed: int) -> None:
+    """Do what draw_experts() does for packed experts: each is drawn in fp32, and rounded.
+
+    parts: the bytes of all experts, written in place.
+    """
+    assert config.weight_format is not None
+    assert parts.gate_up_scales is not None
+    assert parts.down_scales is not None
+    gate_up = from_bytes(config.weight_format, parts.gate_up_proj, parts.gate_up_scales)
+    of_down = from_bytes(config.weight_format, parts.down_proj, parts.down_scales)
+    up, down = (torch.empty(1, *shape, device="cpu") for shape in config.weight_shapes)
+    for place, expert in enumerate(experts):
+        draw_experts(up, down, config, (expert,), seed)
+        pack_expert(up[0], config.weight_format, *(part[place] for part in gate_up))
+        pack_expert(down[0], config.weight_format, *(part[place] for part in of_down))
 
 
 def draw_uniform(weight: Tensor, fan_in: int, generator: torch.Generator | None) -> None:

@@ -86,7 +86,7 @@ class ExpertsRun:
     @property
     def _hidden_width(self) -> int:
         """2F, or F when ungated."""
-        return self.weights.gate_up_proj.shape[2 if self.settings.spec.layout.transposed else 1]
+        return self._projections[0].projection.shape[2 if self.settings.spec.layout.transposed else 1]
 
     def _chunk_scratch(self, name: str, num_pairs: int, width: int) -> Tensor:
         """Return (num_pairs, width) of memory that is not needed after this chunk."""

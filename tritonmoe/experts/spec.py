@@ -17,6 +17,7 @@ from tritonmoe.experts.adapted_projection import AdaptedProjection
 from tritonmoe.experts.adapter_dropout import AdapterDropout
 from tritonmoe.experts.adapters import ExpertAdapters
 from tritonmoe.experts.arguments import check_strides
+from tritonmoe.experts.quantized_weight import is_packed
 from tritonmoe.experts.tensors import CallTensors
 from tritonmoe.runtime.other_ranks import has_other_ranks
 
@@ -106,8 +107,9 @@ class ExpertSettings(NamedTuple):
 
         row_seeds: (R,), with dropout; of the up-projection, callers drop columns of the rows themselves.
         """
-        w1, b1, w2, b2, up_a, up_b, down_a, down_b = weights
-        up, down = Projection(w1, b1, self.spec.layout), Projection(w2, b2, self.spec.layout)
+        w1, b1, w2, b2, up_a, up_b, down_a, down_b, up_scales, down_scales = weights
+        up = Projection(w1, b1, self.spec.layout, scales=up_scales)
+        down = Projection(w2, b2, self.spec.layout, scales=down_scales)
         dropout = self.adapter_dropout(row_seeds)
         return (
             AdaptedProjection(self.ops, self.options, up, up_a, up_b),
@@ -160,7 +162,15 @@ def choose_backend(spec: ExpertSpec, inputs: CallTensors[Tensor], *, beside_exch
         options = options._replace(beside_exchanges=True)
     num_experts, top_k = inputs.weights.gate_up_proj.shape[0], inputs.topk_ids.shape[1]
     x = inputs.x
-    ops = backends.choose(spec.backend, x.device, x.dtype, options, num_experts=num_experts, top_k=top_k)
+    ops = backends.choose(
+        spec.backend,
+        x.device,
+        x.dtype,
+        options,
+        num_experts=num_experts,
+        top_k=top_k,
+        is_packed=is_packed(inputs.weights),
+    )
     if backends.launches_kernels(ops):
         check_strides(inputs)
     return ExpertSettings(ops, spec, options)

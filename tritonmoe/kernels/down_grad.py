@@ -192,7 +192,7 @@ def down_grad(
 
     One kernel computes the product and the activation's backward, a second one sums the gradients of the gate weights.
     """
-    down_proj, down_bias, layout, addend = projection
+    down_proj, down_bias, layout, addend = projection[:4]
     in_axis, out_axis = (1, 2) if layout.transposed else (2, 1)
     num_experts, num_units, depth = down_proj.shape[0], down_proj.shape[in_axis], dout.shape[1]
     num_pairs = grouping.num_pairs

@@ -256,7 +256,7 @@ def up(
     options: KernelOptions = KernelOptions(),
 ) -> tuple[Tensor | None, Tensor | None]:
     """Launch the operation `up` of `backends.ops`: gather, product, bias and activation in one kernel."""
-    gate_up_proj, gate_up_bias, layout, addend = projection
+    gate_up_proj, gate_up_bias, layout, addend = projection[:4]
     out_axis, in_axis = (2, 1) if layout.transposed else (1, 2)
     num_experts, width, depth = gate_up_proj.shape[0], gate_up_proj.shape[out_axis], x.shape[1]
     num_units = layout.intermediate_size(width)

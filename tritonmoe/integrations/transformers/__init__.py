@@ -6,6 +6,7 @@ Importing this package imports no transformers; register() does.
 from tritonmoe.integrations.transformers.load_statistics import ModelStatistics, collect_statistics
 from tritonmoe.integrations.transformers.model_halves import HalvedForward, two_batches
 from tritonmoe.integrations.transformers.names import EXPERTS_IMPLEMENTATION
+from tritonmoe.integrations.transformers.packed.quantize import QuantizeReport, quantize_experts
 from tritonmoe.integrations.transformers.parallelize_model import parallelize
 from tritonmoe.integrations.transformers.patching import PatchReport, patch
 from tritonmoe.integrations.transformers.registration import register
@@ -22,12 +23,14 @@ __all__ = [
     "HalvedForward",
     "ModelStatistics",
     "PatchReport",
+    "QuantizeReport",
     "UpcycleReport",
     "aux_loss",
     "collect_statistics",
     "load_upcycled",
     "parallelize",
     "patch",
+    "quantize_experts",
     "record_routing",
     "register",
     "replay_routing",

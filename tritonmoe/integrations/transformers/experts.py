@@ -17,6 +17,12 @@ from tritonmoe.experts.spec import ExpertSpec, expert_spec
 from tritonmoe.experts.tensors import CallTensors
 from tritonmoe.integrations.transformers.discovery import ExpertsModule
 from tritonmoe.integrations.transformers.gates import choose_activation
+from tritonmoe.integrations.transformers.packed.packed_experts import (
+    is_packed_experts,
+    is_packed_weight,
+    num_experts_of,
+    read_packed,
+)
 from tritonmoe.integrations.transformers.sharding import ExpertParallelState, expert_parallel_state
 from tritonmoe.runtime.autograd import without_autocast
 
@@ -35,11 +41,12 @@ def experts_forward(self: ExpertsModule, hidden_states: Tensor, top_k_index: Ten
         top_k_weights: (T, K).
 
     Under autocast everything is computed in the autocast dtype, else in that of the expert weights. Experts that
-    `parallelize` has spread over ranks exchange their rows here. Raises TypeError where a weight is quantised.
+    `parallelize` has spread over ranks exchange their rows here. Packed weights are decoded
+    one expert at a time, with rows of bf16. Raises TypeError where a weight is quantised otherwise.
     """
     state = expert_parallel_state(self)
     if state is None:
-        num_experts = self.down_proj.shape[0]
+        num_experts = num_experts_of(self)
         return run_experts(self, hidden_states, top_k_index, top_k_weights, run_on_one_device, num_experts)
     return run_experts(self, hidden_states, top_k_index, top_k_weights, state.run, state.num_experts, state)
 
@@ -64,13 +71,17 @@ def run_experts(
     has_bias = getattr(experts, "has_bias", False)
     up_name = "gate_up_proj" if has_gate else "up_proj"
     device_type = hidden_states.device.type
+    is_packed = is_packed_experts(experts)
     if torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
     else:
-        dtype = getattr(experts, up_name).dtype
+        dtype = torch.bfloat16 if is_packed else getattr(experts, up_name).dtype
+
+    def take(name: str) -> Tensor:
+        return getattr(experts, name) if state is None else state.local_parameter(experts, name)
 
     def cast(name: str) -> Tensor:
-        weight = getattr(experts, name) if state is None else state.local_parameter(experts, name)
+        weight = take(name)
         check_plain(name, weight)  # a cast would take the numbers of a quantised one for its values
         return weight.to(dtype)
 
@@ -78,16 +89,22 @@ def run_experts(
     if not is_fused(activation):
         activation = _keep_dtype(activation)
     is_transposed = getattr(experts, "is_transposed", False)
+    (up, up_scales, is_transposed), (down, down_scales, _) = (
+        read_packed(experts, name, take) if is_packed_weight(experts, name) else (cast(name), None, is_transposed)
+        for name in (up_name, "down_proj")
+    )
     spec = expert_spec(activation=activation, gated=has_gate, interleaved=is_interleaved, transposed=is_transposed)
     own_experts = range(num_experts) if state is None else state.expert_ids
     factors = noted_factors(experts, dtype, own_experts)
     if factors:
         spec = replace(spec, adapters=noted_adapters(experts))
     weights = PerWeight(
-        cast(up_name),
+        up,
         cast(f"{up_name}_bias") if has_bias else None,
-        cast("down_proj"),
+        down,
         cast("down_proj_bias") if has_bias else None,
+        gate_up_scales=up_scales,
+        down_scales=down_scales,
         **factors,
     )
     inputs = CallTensors(hidden_states.to(dtype), topk_ids, topk_weights, weights)

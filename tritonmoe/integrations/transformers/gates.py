@@ -33,6 +33,9 @@ module has one, `act_fn(g) * u`. Both clamp.
 SOFTCAPPED_GATES = ("Inkling2Experts", "Inkling2LoopExperts")
 """Classes whose `_apply_gate` is `act_fn(g, u)`, where act_fn has the modules gate_softcap and up_softcap."""
 
+FP8_EXPERTS, FP8_LIMITS = "FP8Experts", ("swiglu_alpha", "swiglu_limit", "limit", "gate_softcap", "up_softcap")
+"""transformers' class of experts in FP8, which stands in the place of any, and the limits of its gate."""
+
 _FUSED_NAMES = {
     "SiLUActivation": "silu",
     "SiLU": "silu",
@@ -79,6 +82,8 @@ def choose_activation(experts: nn.Module) -> tuple[Activation, bool]:
             return ClampedSwiGLU(float(limit), alpha=float(getattr(experts, alpha_name)), up_offset=1.0), is_interleaved
         if limit is not None and (act_fn is None or fused_name(act_fn) == "silu"):
             return ClampedSwiGLU(float(limit)), is_interleaved
+    if defined_by == FP8_EXPERTS and all(getattr(experts, name, None) is None for name in FP8_LIMITS):
+        return fused_name(act_fn) or apply_gate, False
     if defined_by in SOFTCAPPED_GATES and type(act_fn).__module__ == method.__module__:
         return SoftcappedSwiGLU(float(act_fn.gate_softcap.softcap), float(act_fn.up_softcap.softcap)), False
     return apply_gate, False

@@ -11,6 +11,7 @@ from tritonmoe.experts.adapters import shard_adapters
 from tritonmoe.integrations.torch_distributed.parallelize import device_of, routed_experts, spread_layers
 from tritonmoe.integrations.torch_distributed.spreadable import check_spreadable
 from tritonmoe.integrations.transformers.discovery import ExpertsModule, experts_modules
+from tritonmoe.integrations.transformers.packed.packed_experts import num_experts_of
 from tritonmoe.integrations.transformers.patching import check_patchable, patch
 from tritonmoe.integrations.transformers.peft_adapters import hand_over_factors
 from tritonmoe.integrations.transformers.requirements import check_model
@@ -99,7 +100,7 @@ def parallelize(
 
 def _spread(experts: ExpertsModule, sharding: Sharding, overlap: OverlapConfig, expert_gradients: str) -> None:
     """Keep this rank's experts of a module, as DTensors, and note on the module how rows reach the others."""
-    transport, num_experts = sharding.transport, experts.down_proj.shape[0]
+    transport, num_experts = sharding.transport, num_experts_of(experts)
     own: dict[str, Tensor | None] = {
         name: _own_experts(parameter, transport)
         for name, parameter in experts.named_parameters(recurse=False)

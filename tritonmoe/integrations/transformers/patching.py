@@ -10,6 +10,7 @@ from torch import nn
 from tritonmoe.integrations.transformers.accumulated_loss import watch_auxiliary_losses
 from tritonmoe.integrations.transformers.discovery import UNSUPPORTED_NAMES, experts_modules
 from tritonmoe.integrations.transformers.names import EXPERTS_IMPLEMENTATION
+from tritonmoe.integrations.transformers.packed.packed_experts import is_packed_experts
 from tritonmoe.integrations.transformers.registration import register
 from tritonmoe.integrations.transformers.requirements import (
     check_forward,
@@ -108,14 +109,19 @@ def check_patchable(model: nn.Module, found: Mapping[str, nn.Module], left: dict
         left: what else is called experts; found here where it is None.
     """
     left = _other_experts(model, found) if left is None else left
-    quantised = {name: module for name, module in {**found, **left}.items() if _quantised_kinds(module)}
+    quantised = {
+        name: module
+        for name, module in {**found, **left}.items()
+        if _quantised_kinds(module) and not (name in found and is_packed_experts(module))
+    }
     kinds = sorted(set().union(*map(_quantised_kinds, quantised.values())))
     if not quantised and not found and (method := quantisation_method(model)) is not None:
         quantised, kinds = left, [method]  # MXFP4 on a GPU is in no parameter
     if quantised:
         raise ValueError(
-            f"the weights of {_list(quantised)} are quantised ({', '.join(kinds)}), and tritonmoe has no quantised "
-            "arithmetic: load the model without quantization_config or, where its checkpoint is quantised, with "
+            f"the weights of {_list(quantised)} are quantised ({', '.join(kinds)}) in a way that is not read "
+            "here: call register(packed=True) before from_pretrained(), which keeps experts in MXFP4 and FP8 as they "
+            "are, load the model without quantization_config, or, where its checkpoint is quantised, with "
             "Mxfp4Config(dequantize=True) or FineGrainedFP8Config(dequantize=True), as its method is"
         )
     if found:

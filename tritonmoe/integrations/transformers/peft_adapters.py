@@ -20,6 +20,7 @@ from tritonmoe.expert_parallel.state import refuse
 from tritonmoe.experts.adapters import HANDS_OVER, NOTES, SHARDS, Note
 from tritonmoe.integrations.transformers.discovery import is_experts
 from tritonmoe.integrations.transformers.names import EXPERTS_IMPLEMENTATION
+from tritonmoe.integrations.transformers.packed.peft_packed import adapt_packed, is_packed_parameter
 from tritonmoe.integrations.transformers.peft_sharding import (
     check_merged_is_finite,
     local_factors,
@@ -63,6 +64,7 @@ def hand_over_factors() -> None:
         logger.warning("it is not known here how this release of PEFT runs adapters of experts: it keeps its own way")
         return
     setattr(wrapper, HANDS_OVER, wrapper._activate_lora)
+    adapt_packed(wrapper)
     wrapper._activate_lora = _activate
     setattr(wrapper, DELTA, wrapper.get_delta_weight)
     wrapper.get_delta_weight = _delta_weight
@@ -200,7 +202,8 @@ def _why_not(wrapper: "ParamWrapper", active_adapters: list[str]) -> str | None:
     up_name = "gate_up_proj" if getattr(experts, "has_gate", True) else "up_proj"
     if wrapper.parameter_name not in (up_name, "down_proj") or len(shape) != 3 or wrapper.num_experts < 2:
         return f"{wrapper.parameter_name} {tuple(shape)} is no projection of several experts"
-    if wrapper.parameter_name in getattr(experts, "parametrizations", {}):
+    is_packed = is_packed_parameter(experts, wrapper.parameter_name)
+    if wrapper.parameter_name in getattr(experts, "parametrizations", {}) and not is_packed:
         return f"{wrapper.parameter_name} has another parametrization: remove it"
     if wrapper.lora_variant.get(active[0]) is not None or wrapper.lora_bias.get(active[0]):
         return "the adapter is more than two factors: leave out DoRA, or the bias"

@@ -1,0 +1,131 @@
+"""Packed experts spread over ranks: outputs and gradients have the bits of decoded experts over the same ranks."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from held_storages import HeldStorages
+from packed_weights import FORMATS, PackedCase
+from processes import run_processes
+from same_bits import assert_same_bits
+from torch import Tensor
+
+import tritonmoe as tm
+from tritonmoe.config.formats import WeightFormat
+from tritonmoe.transports import Transport, TwoLevelTransport
+
+WORKER = Path(__file__).parent / "packed_worker.py"
+OVERLAPS = {
+    "C1": tm.OverlapConfig(1),
+    "C3": tm.OverlapConfig(3),
+    "experts": tm.OverlapConfig(2, chunk_by="experts"),
+    "capacity": tm.OverlapConfig(2, capacity=4.0),
+}
+
+
+def part(weight: tm.QuantizedWeight, own: slice) -> tm.QuantizedWeight:
+    return tm.QuantizedWeight(weight.format, weight.values[own], weight.scales[own])
+
+
+def call(
+    case: PackedCase, transport: Transport, overlap: tm.OverlapConfig, decoded: bool, **options: object
+) -> dict[str, Tensor]:
+    """Run this rank's call of expert_parallel_mlp; give its result and every gradient."""
+    num_local = case.num_experts // transport.size
+    own = slice(transport.rank * num_local, (transport.rank + 1) * num_local)
+    up, down = (part(weight, own) for weight in case.weights())
+    leaves = {
+        name: leaf.detach()[own if name[-2:] in ("_a", "_b") or "bias" in name else slice(None)]
+        .clone()
+        .requires_grad_()
+        for name, leaf in case.leaves().items()
+    }
+    torch.manual_seed(3)
+    x = leaves["x"] * (1 + transport.rank)
+    weights = (up.decode(), down.decode()) if decoded else (up, down)
+    given = {**case.keywords(leaves), **options, "num_experts": case.num_experts, "transport": transport}
+    y = tm.expert_parallel_mlp(x, case.topk_ids(), leaves["topk_weights"], *weights, overlap=overlap, **given)  # type: ignore[arg-type]
+    y.backward(case.dout())
+    return {"y": y.detach(), **{name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}}
+
+
+@pytest.mark.sweep(1)
+@pytest.mark.parametrize("weight_format", FORMATS)
+@pytest.mark.parametrize("overlap", OVERLAPS)
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+@pytest.mark.parametrize("save", ["hidden", "input"])
+def test_bits_are_those_of_decoded_experts(
+    save: str, num_ranks: int, overlap: str, weight_format: WeightFormat
+) -> None:
+    case = PackedCase(weight_format, rank=3, bias=True, dropout=0.2)
+
+    def on_rank(transport: Transport) -> None:
+        found = [call(case, transport, OVERLAPS[overlap], decoded, save=save) for decoded in (False, True)]
+        assert_same_bits(*found)
+
+    tm.run_on_emulated_ranks(on_rank, num_ranks, timeout_s=60)
+
+
+def test_two_levels() -> None:
+    case = PackedCase("mxfp4", rank=2)
+
+    def on_rank(world: Transport) -> None:
+        transport = TwoLevelTransport(world, 2)
+        assert_same_bits(*(call(case, transport, tm.OverlapConfig(2), decoded) for decoded in (False, True)))
+
+    tm.run_on_emulated_ranks(on_rank, 4, timeout_s=60)
+
+
+def test_ranks_with_other_formats_are_told() -> None:
+    def on_rank(transport: Transport) -> None:
+        case = PackedCase("nf4" if transport.rank else "mxfp4")
+        with pytest.raises(tm.CountMismatch, match="gate_up_format"):
+            call(case, transport, tm.OverlapConfig(1), decoded=False)
+
+    tm.run_on_emulated_ranks(on_rank, 2, timeout_s=30)
+
+
+def test_a_rank_with_decoded_experts_is_told() -> None:
+    case = PackedCase("nf4")
+
+    def on_rank(transport: Transport) -> None:
+        with pytest.raises(tm.CountMismatch):
+            call(case, transport, tm.OverlapConfig(1), decoded=transport.rank == 1)
+
+    tm.run_on_emulated_ranks(on_rank, 2, timeout_s=30)
+
+
+def test_what_one_rank_refuses_no_rank_waits_for() -> None:
+    case = PackedCase("mxfp4")
+
+    def on_rank(transport: Transport) -> None:
+        if transport.rank == 0:
+            with pytest.raises(tm.TransportError):
+                call(case, transport, tm.OverlapConfig(1), decoded=False)
+        else:
+            with pytest.raises(ValueError, match="don't decode packed weights"):
+                call(case, transport, tm.OverlapConfig(1), decoded=False, backend="triton")
+
+    tm.run_on_emulated_ranks(on_rank, 2, timeout_s=30)
+
+
+def test_no_whole_decoded_weight_is_ever_made() -> None:
+    case = PackedCase("mxfp4", 8, 32, 2, hidden=128, intermediate=128, rank=2)
+    up, down = case.weights()
+    leaves = case.leaves()
+    with HeldStorages() as held:
+        transport = tm.transports.LocalTransport()
+        given = {**case.keywords(leaves), "num_experts": case.num_experts, "transport": transport, "backend": "torch"}
+        y = tm.expert_parallel_mlp(leaves["x"], case.topk_ids(), leaves["topk_weights"], up, down, **given)  # type: ignore[arg-type]
+        y.backward(case.dout())
+    tables = 2**16 * 8
+    assert max(held.num_bytes) <= tables < min(up.decode().nbytes, down.decode().nbytes)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize("weight_format", FORMATS)
+def test_layers_on_processes(weight_format: WeightFormat, num_ranks: int, tmp_path: Path) -> None:
+    """Layers, parallelize, casts, DTensors, checkpoints, DDP and FSDP2: each right, or refused."""
+    ended = run_processes(num_ranks, "gloo", str(WORKER), str(tmp_path), weight_format, timeout_s=170.0)
+    assert ended.statuses == [0] * num_ranks, ended.output[-6000:]

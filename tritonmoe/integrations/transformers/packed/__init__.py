@@ -1,0 +1,1 @@
+"""Experts of transformers' models whose weights are packed: found, read, loaded, made."""

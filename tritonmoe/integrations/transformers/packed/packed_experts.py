@@ -1,0 +1,169 @@
+"""Packed weights of an experts module of transformers: where they are, whoever has put them there.
+
+MXFP4 as gpt-oss has it, or what quantize_experts() made: `NAME_blocks` and `NAME_scales`, bytes, in place of `NAME`.
+FP8 as transformers has it: `NAME` and `NAME_scale_inv`. NF4 as bitsandbytes has it: a parametrization of `NAME`.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tritonmoe.config.formats import WeightFormat
+from tritonmoe.experts.packed_parameters import from_bytes
+from tritonmoe.experts.quantized_weight import check_content
+
+__all__ = [
+    "PACKED",
+    "PackedLayout",
+    "is_packed_experts",
+    "is_packed_weight",
+    "logical_shape_of",
+    "num_experts_of",
+    "read_packed",
+    "set_packed",
+    "up_name",
+]
+
+PACKED = "_tritonmoe_packed"
+"""The attribute of an experts module with blocks and scales; it holds its PackedLayout."""
+FOREIGN = "Bnb4bitParametrization"
+"""The class of bitsandbytes with which a weight is decoded, all of it, whenever somebody asks for it."""
+Take = Callable[[str], Tensor]
+"""What gives a parameter of a module by its name: all experts, or those of this rank."""
+
+
+class PackedLayout(NamedTuple):
+    """How the packed weights of a module lie."""
+
+    weight_format: WeightFormat
+    is_transposed: bool
+    """Whether they are (E, D, 2F) and (E, F, D); mxfp4 is not, where the bf16 weights of gpt-oss are."""
+
+
+class _Shape(Tensor):
+    """What stands where a weight was: on the meta device, and an error for whoever computes with it."""
+
+    def __deepcopy__(self, _: object) -> "_Shape":
+        return self
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in INITIALISES:
+            return args[0] if args else (kwargs or {}).get("tensor")
+        if name not in SAYS:
+            raise ValueError(
+                f"{name or func} is called with a weight of experts that is packed, whose values "
+                'are not here: call model.set_experts_implementation("tritonmoe"), or load the model without '
+                "register(packed=True)"
+            )
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+SAYS = ("__get__", "dim", "size", "numel", "__repr__", "__deepcopy__", "is_floating_point", "__reduce_ex__", "detach")
+"""What says something of a tensor, or copies it, and reads no value."""
+INITIALISES = ("normal_", "zero_", "uniform_", "fill_", "trunc_normal_")
+"""What transformers gives values with to weights that a checkpoint has not."""
+
+
+def set_packed(
+    experts: nn.Module, name: str, parts: tuple[Tensor, Tensor], shape: tuple[int, ...], layout: PackedLayout
+) -> None:
+    """Put bytes, of values and scales, in the place of a weight of the module.
+
+    Under its name stays what says its shape to whoever asks, and is no parameter.
+    """
+    experts._parameters.pop(name, None)
+    experts.__dict__[name] = torch.empty(shape, dtype=torch.bfloat16, device="meta").as_subclass(_Shape)
+    for suffix, part in zip(("blocks", "scales"), parts, strict=True):
+        experts.register_parameter(f"{name}_{suffix}", nn.Parameter(part, requires_grad=False))
+    setattr(experts, PACKED, layout)
+
+
+def is_packed_experts(experts: nn.Module) -> bool:
+    """Say whether a weight of this module is packed in a way that is read here."""
+    return is_packed_weight(experts, up_name(experts)) or is_packed_weight(experts, "down_proj")
+
+
+def is_packed_weight(experts: nn.Module, name: str) -> bool:
+    """Say whether this weight of a module is."""
+    return hasattr(experts, PACKED) or f"{name}_scale_inv" in experts._parameters or _is_foreign(experts, name)
+
+
+def up_name(experts: nn.Module) -> str:
+    """Return the name of the up-projection of a module."""
+    return "gate_up_proj" if getattr(experts, "has_gate", True) else "up_proj"
+
+
+def num_experts_of(experts: nn.Module) -> int:
+    """Return how many experts the weights of a module have here, without reading one."""
+    if hasattr(experts, PACKED):
+        return int(experts.down_proj_blocks.shape[0])
+    if _is_foreign(experts, "down_proj"):
+        return int(_foreign_state(experts, "down_proj").shape[0])
+    return int(experts.down_proj.shape[0])
+
+
+def read_packed(experts: nn.Module, name: str, take: Take) -> tuple[Tensor, Tensor, bool]:
+    """Return the values and scales of a packed weight, as PerWeight has them, and whether it is transposed.
+
+    Raises:
+        ValueError: bitsandbytes has packed it otherwise than NF4 in blocks of 64 with plain scales.
+    """
+    layout: PackedLayout | None = getattr(experts, PACKED, None)
+    is_transposed = bool(getattr(experts, "is_transposed", False))
+    if layout is not None:
+        values, scales = take(f"{name}_blocks"), take(f"{name}_scales")
+        if layout.weight_format == "mxfp4":
+            values = values.flatten(2)
+        values, scales = from_bytes(layout.weight_format, values, scales)
+        noted_on, is_transposed = getattr(experts, f"{name}_scales"), layout.is_transposed
+    elif f"{name}_scale_inv" in experts._parameters:
+        values, scales = take(name), take(f"{name}_scale_inv")
+        if values.dtype == torch.int8:  # e2m1 with a power of two for a row and 32 columns
+            values, scales = values.view(torch.uint8), scales.view(torch.uint8)
+        noted_on = getattr(experts, f"{name}_scale_inv")
+    else:
+        state = _foreign_state(experts, name)
+        _check_foreign(name, state)
+        values = experts.parametrizations[name].original  # type: ignore[index, union-attr]
+        scales = noted_on = state.absmax
+        num_experts, rows, columns = state.shape
+        values = values.detach().view(num_experts, rows, columns // 2)
+        scales = scales.view(num_experts, -1)
+    check_content(values, scales, noted_on=noted_on)
+    return values, scales, is_transposed
+
+
+def logical_shape_of(experts: nn.Module, name: str) -> tuple[int, ...]:
+    """Return the shape of a packed weight as the module's class has it, of the experts that are here."""
+    if _is_foreign(experts, name):
+        return tuple(_foreign_state(experts, name).shape)
+    if hasattr(experts, PACKED):
+        _, *sizes = experts.__dict__.get(name, experts._parameters.get(name)).shape
+        return num_experts_of(experts), *sizes
+    return tuple(getattr(experts, name).shape)
+
+
+def _is_foreign(experts: nn.Module, name: str) -> bool:
+    own = getattr(experts, "parametrizations", {})
+    return name in own and type(own[name][0]).__name__ == FOREIGN
+
+
+def _foreign_state(experts: nn.Module, name: str):  # type: ignore[no-untyped-def]  # bitsandbytes' QuantState
+    return experts.parametrizations[name][0].quant_state  # type: ignore[index, union-attr]
+
+
+def _check_foreign(name: str, state: object) -> None:
+    kind, size = getattr(state, "quant_type", None), getattr(state, "blocksize", None)
+    if kind != "nf4" or size != 64 or getattr(state, "nested", False):
+        nested = ", with scales that are quantised too" if getattr(state, "nested", False) else ""
+        raise ValueError(
+            f"{name} is quantised by bitsandbytes as {kind} in blocks of {size}{nested}: experts run on nf4 in blocks "
+            "of 64 with plain scales. Call replace_parameter_4bit with quant_type='nf4' and without "
+            "compress_statistics, or leave the experts out"
+        )

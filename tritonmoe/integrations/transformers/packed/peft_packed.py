@@ -1,0 +1,121 @@
+"""PEFT's adapters of packed experts: found by the name of the weight, shaped as the weight, and never merged."""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from tritonmoe.integrations.transformers.packed.packed_experts import (
+    is_packed_experts,
+    is_packed_weight,
+    logical_shape_of,
+    up_name,
+)
+from tritonmoe.layer import GroupedExperts
+
+if TYPE_CHECKING:
+    from peft.tuners.lora.layer import ParamWrapper
+
+__all__ = ["adapt_packed", "is_packed_parameter"]
+
+
+def adapt_packed(wrapper: type) -> None:
+    """Teach PEFT's ParamWrapper, and what makes its wrappers, what packed weights of experts are."""
+    from peft.tuners import tuners_utils
+
+    own: Any = wrapper
+    own.get_param = _packed_parameter(own.get_param)
+    own.merge = _refused_merge(own.merge)
+    tuner: Any = tuners_utils.BaseTuner
+    if hasattr(tuner, "_inject_parameters"):
+        tuner._inject_parameters = _found_by_name(tuner._inject_parameters)
+
+
+def is_packed_parameter(experts: nn.Module, name: str) -> bool:
+    """Say whether a module of experts has this weight packed."""
+    if isinstance(experts, GroupedExperts):
+        return experts.config.weight_format is not None and name in ("gate_up_proj", "down_proj")
+    return name in (up_name(experts), "down_proj") and is_packed_weight(experts, name)
+
+
+def stand_in(experts: nn.Module, name: str) -> Tensor:
+    """Return a tensor of the weight's shape, in bf16 and without memory, on the experts' device."""
+    if isinstance(experts, GroupedExperts):
+        shape: tuple[int, ...] = experts.config.num_experts, *experts.config.weight_shapes[name == "down_proj"]
+    else:
+        shape = logical_shape_of(experts, name)
+    device = next(experts.parameters()).device
+    return torch.empty(1, dtype=torch.bfloat16, device=device).expand(shape)
+
+
+def _packed_parameter(get_param: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @functools.wraps(get_param)
+    def method(self: "ParamWrapper") -> Tensor:
+        experts = self.get_base_layer()
+        if is_packed_parameter(experts, self.parameter_name):
+            return stand_in(experts, self.parameter_name)
+        return get_param(self)
+
+    return method
+
+
+def _refused_merge(merge: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(merge)
+    def method(self: "ParamWrapper", *arguments: object, **keywords: object) -> None:
+        if is_packed_parameter(self.get_base_layer(), self.parameter_name):
+            raise ValueError(
+                f"{self.parameter_name} of {type(self.get_base_layer()).__name__} is packed in 4 or 8 bits, to which a "
+                "merged adapter would be rounded: save the adapter (save_pretrained), load the model in bf16 (without "
+                "register(packed=True), or with dequantize=True in its quantization_config) and merge it there"
+            )
+        merge(self, *arguments, **keywords)
+
+    return method
+
+
+def _found_by_name(inject: Callable[..., list[str]]) -> Callable[..., list[str]]:
+    """Let PEFT, which looks for parameters by their names, find packed weights under those of the weights."""
+
+    @functools.wraps(inject)
+    def method(self: Any, peft_config: Any, model: nn.Module, *arguments: Any, **keywords: Any) -> list[str]:
+        with _named(model):
+            return inject(self, peft_config, model, *arguments, **keywords)
+
+    return method
+
+
+@contextlib.contextmanager
+def _named(model: nn.Module) -> Iterator[None]:
+    """Give packed experts parameters without memory, and hide bitsandbytes' parametrizations, while PEFT looks."""
+    packed = [
+        module
+        for module in model.modules()
+        if not isinstance(module, GroupedExperts) and hasattr(module, "num_experts") and is_packed_experts(module)
+    ]
+    kept: list[tuple[nn.Module, dict[str, object]]] = []
+    for experts in packed:
+        own: dict[str, object] = {}
+        for name in (up_name(experts), "down_proj"):
+            if name in experts._parameters:  # plain, or fp8, whose shape is the weight's
+                continue
+            shaped = nn.Parameter(stand_in(experts, name), requires_grad=False)
+            own[name] = experts.__dict__.pop(name, None)
+            experts._parameters[name] = shaped
+        parametrizations = experts._modules.pop("parametrizations", None)
+        if parametrizations is not None:
+            own["parametrizations"] = parametrizations
+        kept.append((experts, own))
+    try:
+        yield
+    finally:
+        for experts, own in kept:
+            for name, value in own.items():
+                if name == "parametrizations":
+                    experts._modules[name] = value  # type: ignore[assignment]
+                    continue
+                experts._parameters.pop(name, None)
+                if value is not None:
+                    experts.__dict__[name] = value

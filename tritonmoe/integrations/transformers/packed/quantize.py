@@ -1,0 +1,166 @@
+"""quantize_experts(): pack the experts of a model, or of layers, in place, and say what that changes."""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from tritonmoe.config.formats import check_format, scales_shape
+from tritonmoe.experts.packed_parameters import to_bytes
+from tritonmoe.experts.quantized_weight import QuantizedWeight
+from tritonmoe.experts.rounding import check_packable, empty_packed, pack_expert
+from tritonmoe.integrations.torch_distributed.parallelize import routed_experts
+from tritonmoe.integrations.transformers.discovery import experts_modules
+from tritonmoe.integrations.transformers.packed.packed_experts import (
+    PackedLayout,
+    is_packed_experts,
+    set_packed,
+    up_name,
+)
+from tritonmoe.integrations.transformers.patching import patch
+from tritonmoe.layer import GroupedExperts
+
+__all__ = ["QuantizeReport", "QuantizedLayer", "quantize_experts"]
+
+
+@dataclass(frozen=True)
+class QuantizedLayer:
+    """What packing has changed in the weights of one module of experts."""
+
+    name: str
+    errors: dict[str, float]
+    """By weight: the norm of what rounding has changed, as a share of the weight's norm."""
+    bytes_before: int
+    bytes_after: int
+
+
+@dataclass(frozen=True)
+class QuantizeReport:
+    """What quantize_experts() did."""
+
+    weight_format: str
+    layers: tuple[QuantizedLayer, ...]
+
+    def __str__(self) -> str:
+        before, after = (sum(getattr(one, name) for one in self.layers) for name in ("bytes_before", "bytes_after"))
+        sizes = f"{before / 1e6:.1f} MB are {after / 1e6:.1f}"
+        lines = [f"experts of {len(self.layers)} layers in {self.weight_format}: {sizes}"]
+        for layer in self.layers:
+            said = ", ".join(f"{name} {error:.2%}" for name, error in layer.errors.items())
+            lines.append(f"  {layer.name or 'experts'}: {said}")
+        return "\n".join(lines)
+
+
+def quantize_experts(model: nn.Module, weight_format: Literal["nf4", "mxfp4"]) -> QuantizeReport:
+    """Round the experts of a model to nearest in 4 bits, in place and one at a time, and freeze them.
+
+    `model` is a MoE model of transformers, which then runs through tritonmoe, or has MoELayers or GroupedExperts. Make
+    adapters, the optimizer, and ranks (parallelize) afterwards. nf4 rounds as bitsandbytes does (blocks of 64), mxfp4
+    as transformers does. What packed experts compute with is bf16.
+
+    Returns:
+        How much the weights of each layer have changed; str() of it is a table.
+    Raises:
+        ValueError: the model has no such experts, or they are packed, spread over ranks, adapted, computed from other
+            parameters, or of sizes or values that the format can't hold. Nothing is changed.
+    """
+    check_format(weight_format)
+    if weight_format not in ("nf4", "mxfp4"):
+        raise ValueError(f"experts are quantised to 'nf4' or 'mxfp4', got {weight_format!r}")
+    found: dict[str, nn.Module] = {**experts_modules(model), **routed_experts(model)}
+    if not found:
+        patch(model)  # it says what is missing
+    for name, experts in found.items():
+        _check(name, experts, weight_format)
+    layers = [_quantize(name, experts, weight_format) for name, experts in found.items()]
+    if experts_modules(model):
+        patch(model)
+        for module in model.modules():
+            if hasattr(module, "save_pretrained"):
+                module.__dict__["save_pretrained"] = _refuse_save
+    return QuantizeReport(weight_format, tuple(layers))
+
+
+def _refuse_save(*_: object, **__: object) -> None:
+    """Stand in the place of a model's save_pretrained."""
+    raise ValueError(
+        "no release of transformers reads the experts that quantize_experts() has packed: save the adapters (of a PEFT "
+        "model, save_pretrained), and load the model again as it was, with quantize_experts() after it, which gives "
+        "the same bits"
+    )
+
+
+def _weight_names(experts: nn.Module) -> tuple[str, str]:
+    return ("gate_up_proj" if isinstance(experts, GroupedExperts) else up_name(experts)), "down_proj"
+
+
+def _check(name: str, experts: nn.Module, weight_format: Literal["nf4", "mxfp4"]) -> None:
+    where = name or "the module"
+    is_packed = experts.config.weight_format if isinstance(experts, GroupedExperts) else is_packed_experts(experts)
+    if is_packed:
+        raise ValueError(f"the experts of {where} are packed already")
+    for weight in _weight_names(experts):
+        parameter = experts._parameters.get(weight)
+        if parameter is None or hasattr(parameter, "to_local") or not parameter.is_floating_point():
+            raise ValueError(
+                f"{weight} of {where} is no plain parameter here (spread over ranks, adapted, or computed): "
+                "quantise the experts first, then adapt them and call parallelize()"
+            )
+        if parameter.is_meta:
+            raise ValueError(f"{weight} of {where} is on the meta device, and has no values yet: load it first")
+        if parameter.itemsize < 2:
+            raise ValueError(f"{weight} of {where} is {parameter.dtype}: it is quantised already")
+        scales_shape(weight_format, tuple(_stored(experts, weight_format, parameter).shape))
+        check_packable(parameter)
+    if isinstance(experts, GroupedExperts) and experts.transport is not None:
+        raise ValueError(f"the experts of {where} are spread over ranks: quantise them first, then call parallelize()")
+
+
+def _stored(experts: nn.Module, weight_format: str, weight: Tensor) -> Tensor:
+    """Return a weight as the format has it: mxfp4 with blocks along what is summed over."""
+    is_swapped = weight_format == "mxfp4" and not isinstance(experts, GroupedExperts) and _is_transposed(experts)
+    return weight.detach().mT if is_swapped else weight.detach()
+
+
+def _is_transposed(experts: nn.Module) -> bool:
+    return bool(getattr(experts, "is_transposed", False))
+
+
+@torch.no_grad()
+def _quantize(name: str, experts: nn.Module, weight_format: Literal["nf4", "mxfp4"]) -> QuantizedLayer:
+    """Pack one module; of its plain weights each is gone before the next one is packed."""
+    errors, sizes = {}, [0, 0]
+    for weight in _weight_names(experts):
+        plain = experts._parameters.pop(weight)
+        assert plain is not None
+        stored = _stored(experts, weight_format, plain)
+        values, scales = empty_packed(tuple(stored.shape), weight_format, plain.device)
+        for expert, one in enumerate(stored):
+            pack_expert(one, weight_format, values[expert], scales[expert])
+        errors[weight] = _error(stored, QuantizedWeight(weight_format, values, scales))
+        sizes[0] += plain.nbytes
+        sizes[1] += values.nbytes + scales.nbytes
+        parts = to_bytes(weight_format, values, scales)
+        if isinstance(experts, GroupedExperts):
+            for own_name, part in zip((weight, f"{weight}_scales"), parts, strict=True):
+                experts.register_parameter(own_name, nn.Parameter(part, requires_grad=False))
+            continue
+        if weight_format == "mxfp4":
+            parts = parts[0].unflatten(2, (-1, 16)), parts[1]
+        is_transposed = weight_format != "mxfp4" and _is_transposed(experts)
+        set_packed(experts, weight, parts, tuple(plain.shape), PackedLayout(weight_format, is_transposed))
+    if isinstance(experts, GroupedExperts):
+        experts.config = replace(experts.config, weight_format=weight_format)
+    return QuantizedLayer(name, errors, *sizes)
+
+
+def _error(stored: Tensor, packed: QuantizedWeight) -> float:
+    """Return the relative error of a packed weight, decoded one expert at a time."""
+    difference, norm = 0.0, 0.0
+    for expert, one in enumerate(stored):
+        own = slice(expert, expert + 1)
+        decoded = QuantizedWeight(packed.format, packed.values[own], packed.scales[own]).decode()[0]
+        difference += float((decoded.double() - one.double()).square().sum())
+        norm += float(one.double().square().sum())
+    return (difference / norm) ** 0.5 if norm else 0.0
