@@ -4,17 +4,22 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from tritonmoe.config.overlap import OverlapConfig, OverlapPlan
+from tritonmoe.dispatch.copies import ExpertCopies
 from tritonmoe.expert_parallel.agreed_call import AgreedCall
 from tritonmoe.expert_parallel.check import CheckedCall
 from tritonmoe.overlap.report import LayerReport
 from tritonmoe.runtime.autograd import is_recomputing
 from tritonmoe.runtime.cpu_threads import num_workers
 from tritonmoe.simulation.buffer_widths import BufferWidths, WorkingSet
+from tritonmoe.tuning.copy_costs import MeasuredCosts
 from tritonmoe.tuning.search import fixed_plan
 from tritonmoe.tuning.tuner import PlanChooser
 from tritonmoe.tuning.votes import Message
 
 __all__ = ["Choice", "choose_plan"]
+
+GIVEN = ("wire_dtype", "capacity", "balance", "max_copies")
+"""What a chooser has no choice about."""
 
 
 class Choice(NamedTuple):
@@ -26,44 +31,68 @@ class Choice(NamedTuple):
     chooser: PlanChooser | None = None
     """None for a plan that was given."""
     kind: tuple = ()
-    """Of the call, as in TransportState.choosers."""
+    """Of the call, as in TransportState.choosers; () where a recompute has nothing to repeat."""
     reason: str = ""
     """Why this plan was taken, where the chooser was not asked and learns nothing; in one sentence."""
+    copies: ExpertCopies | None = None
+    """Those of the forward that is recomputed."""
+    costs: MeasuredCosts | None = None
+    """By which copies are planned from the counts; None where none are."""
+
+    @property
+    def copy_words(self) -> str:
+        """Which copies of experts the call has, in words, as far as that is known before its counts are."""
+        if self.costs is not None:
+            return "planned from counts"
+        return "none" if self.copies is None else self.copies.words
 
     def learn(self, call: CheckedCall, agreed: AgreedCall, report: LayerReport) -> None:
         """Return the call's report to the tuner, which picks later plans, and remember its plan for a recompute."""
-        if self.chooser is None:
-            return
+        if self.costs is not None and not call.is_captured:
+            self.costs.observe(report, agreed.plan.needs_any, agreed.planning_s)
+        if self.chooser is not None:
+            self._teach(self.chooser, call, agreed, report)
+        if self.kind and agreed.plan.needs_any and not is_recomputing():
+            call.state.start(call.sequence, self.kind, report.overlap, agreed.copies)
+
+    def _teach(self, chooser: PlanChooser, call: CheckedCall, agreed: AgreedCall, report: LayerReport) -> None:
         if self.reason:
             report.choice = self.reason
         elif call.is_captured:  # it has no times, and no later call may read its events
-            report.choice = self.chooser.choice
+            report.choice = chooser.choice
         else:
-            messages = [Message.of(header) for header in agreed.plan.headers]
-            self.chooser.observe(messages, report, agreed.plan.needs_any)
-        if agreed.plan.needs_any and not is_recomputing():
-            call.state.start(call.sequence, self.kind, report.overlap)
+            chooser.observe([Message.of(header) for header in agreed.plan.headers], report, agreed.plan.needs_any)
 
 
 def choose_plan(call: CheckedCall) -> Choice:
     """Return the plan of a call: as configured, tuned, or, in a recompute, that of the forward."""
     overlap = call.spec.overlap
-    if isinstance(overlap, OverlapPlan):
+    if isinstance(overlap, OverlapPlan) and (overlap.balance is None or call.transport.size == 1):
         return Choice(overlap, Message())
-    kind, chooser = find_chooser(call, overlap)
-    again = call.state.plan_to_recompute(kind) if is_recomputing() else None
+    chooser = None
+    if isinstance(overlap, OverlapPlan):
+        kind: tuple = (overlap, call.spec.num_experts, call.tensors.x.shape[1], call.tensors.x.dtype)
+    else:
+        kind, chooser = find_chooser(call, overlap)
+    again = call.state.forward_to_recompute(kind) if is_recomputing() else None
     message, reason = Message(), ""
     if again is not None:
-        plan, reason = again, "the plan of the forward that is recomputed"
+        plan, reason = again.plan, "the plan of the forward that is recomputed"
+    elif isinstance(overlap, OverlapPlan) or chooser is None:
+        plan = overlap
     elif call.half and chooser.is_tuned:  # times in which another half computes say nothing of a plan
         plan = half_plan(overlap, call.transport.size)
         reason = f"{plan}: of half a batch, whose exchanges the other half hides"
     else:
         plan = chooser.plan()
         message = message if call.is_captured else chooser.message()
-    if (plan.wire_dtype, plan.capacity) != (overlap.wire_dtype, overlap.capacity):
-        plan = replace(plan, wire_dtype=overlap.wire_dtype, capacity=overlap.capacity)
-    return Choice(plan, message, chooser, kind, reason)
+    given = {name: getattr(overlap, name) for name in GIVEN}
+    if any(getattr(plan, name) != value for name, value in given.items()):
+        plan = replace(plan, **given)
+    costs = None
+    if plan.balance is not None and again is None and not call.half and call.transport.size > 1:
+        costs = call.state.copy_costs.setdefault(kind, MeasuredCosts())
+    return Choice(plan, message, chooser, kind, reason, None if again is None else again.copies, costs)
 
 
 def half_plan(overlap: OverlapConfig, size: int) -> OverlapPlan:
