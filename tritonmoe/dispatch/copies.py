@@ -1,8 +1,8 @@
 """ExpertCopies: which experts have copies on other ranks for one call, and which of their pairs go there.
 
-Slots are counted as elsewhere: rank k has the slots k * L .. (k + 1) * L, which are experts unless there is a placement.
-With copies every rank has G slots more, behind its own L; so slots are numbered anew, and everything behind the layer's
-entry counts these.
+Slots are counted as elsewhere: rank k has the slots k * L .. (k + 1) * L, which are experts unless there is a
+placement. With copies every rank has G slots more, behind its own L; so slots are numbered anew, and everything behind
+the layer's entry counts these.
 """
 
 from dataclasses import dataclass
@@ -144,7 +144,9 @@ class ExpertCopies:
             reached = list(accumulate(copy.pairs[rank] for copy in of_expert))
             bounds.append(reached + reached[-1:] * missing)
             targets.append([self._slot(copy) for copy in of_expert] + [-1] * (missing + 1))
-        columns, bounds, targets = (torch.tensor(of, dtype=torch.int64, device="cpu") for of in (columns, bounds, targets))
+        columns, bounds, targets = (
+            torch.tensor(of, dtype=torch.int64, device="cpu") for of in (columns, bounds, targets)
+        )
         return columns, bounds, targets
 
     def _slot(self, copy: ExpertCopy) -> int:

@@ -1,9 +1,9 @@
 """plan_copies(): which experts are copied for one call and how many of their pairs go there, from counts alone.
 
-Every rank calls it with the same numbers and must find the same plan, so there are only integers here. Candidates differ
-in how evenly they spread the pairs, in how many copies they make, and in where these are: a closed form prices each.
-A pass takes as long as the busiest rank computes, or as the busiest port is occupied, and then what nothing hides:
-the first rows that come and the last that go. What is copied occupies the ports of its owner and of the rank it goes to.
+Every rank calls it with the same numbers and must find the same plan, so there are only integers here. Candidates
+differ in how evenly they spread the pairs, in how many copies they make, and in where these are: a closed form prices
+each. A pass takes as long as the busiest rank computes, or as the busiest port is occupied, and then what nothing
+hides: the first rows that come and the last that go. What is copied occupies the ports of its owner and of its rank.
 """
 
 from collections.abc import Iterator, Sequence
@@ -217,7 +217,7 @@ class _Candidate:
         return ExpertCopies(self.load.size, self.load.num_own, tuple(found))
 
     def price(self, costs: CopyCosts | None) -> tuple[int, int]:
-        """Return femtoseconds of the call, or without costs the pairs of the busiest rank; then the number of copies."""
+        """Return femtoseconds of the call, or without costs the busiest rank's pairs; and the number of copies."""
         load = self.load
         pairs = list(load.of_rank)
         for (expert, rank, _), moved in zip(self.moves, self.flow.sum(0).tolist(), strict=True):
@@ -250,7 +250,9 @@ class _Candidate:
             gained[list(ranks), numbers] = 0
             for rank, change in enumerate((gained - lost).sum(1).tolist()):
                 out[rank] += change
-            for owner, rank, less, more in zip(owners, ranks, lost.sum(0).tolist(), gained.sum(0).tolist(), strict=True):
+            for owner, rank, less, more in zip(
+                owners, ranks, lost.sum(0).tolist(), gained.sum(0).tolist(), strict=True
+            ):
                 into[owner] -= less
                 into[rank] += more
                 copies_out[owner] += 1

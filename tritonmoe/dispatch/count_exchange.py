@@ -198,7 +198,7 @@ def check_counts(
 
 
 def check_copy_pairs(pairs: Sequence[Sequence[int]], copy_pairs: Sequence[Sequence[int]], rank: int) -> None:
-    """Raise CountMismatch unless what each rank says of the pairs of copies, [segment][rank], is a part of its pairs."""
+    """Raise CountMismatch unless the pairs of copies, [segment][rank], are a part of the pairs that each rank tells."""
     for segment, of_copies in zip(pairs, copy_pairs, strict=True):
         for sender, (count, of_copy) in enumerate(zip(segment, of_copies, strict=True)):
             if not 0 <= of_copy <= count:

@@ -59,7 +59,7 @@ class CallHeader(NamedTuple):
     needs_topk_weights: int = 0
     """Whether it needs that of topk_weights."""
     needs_weights: int = 0
-    """A bit for each kind of weight, in the order of PerWeight: whether it needs the gradient."""
+    """With `balance`, a bit for each kind of weight, in the order of PerWeight: whether it needs the gradient."""
     error: int = 0
     """Whether this rank's arguments were refused."""
     nonfinite_rows: int = 0

@@ -81,8 +81,7 @@ class DispatchPlan:
 
     @property
     def keeps_copies(self) -> bool:
-        """Whether the weights of copies are kept until the backward: not if some rank computes h again to save memory.
-        """
+        """Whether weights of copies are kept until the backward: not if some rank computes h again to save memory."""
         return all(h.save == SAVES.index("hidden") for h in self.headers)
 
     @cached_property

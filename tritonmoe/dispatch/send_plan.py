@@ -179,7 +179,9 @@ def count_rows(
     needs = torch.zeros_like(keys, dtype=torch.bool).scatter_(1, owner, True)[:, :size]
     row_keys = keys[:, :size].masked_fill(~needs, absent).flatten()
     pair_keys = keys.gather(1, owner)
-    counted = [row_keys, pair_keys] if is_copy is None else [row_keys, pair_keys, pair_keys.masked_fill(~is_copy, absent)]
+    counted = (
+        [row_keys, pair_keys] if is_copy is None else [row_keys, pair_keys, pair_keys.masked_fill(~is_copy, absent)]
+    )
     counts = torch.stack([count_keys(of, absent) for of in counted])
     return row_keys, counts.view(-1, num_segments, size)
 

@@ -27,6 +27,7 @@ from tritonmoe.expert_parallel.choose import Choice
 from tritonmoe.expert_parallel.two_level_call import TwoLevelCall
 from tritonmoe.experts.tensors import NAMES, OPTIONAL
 from tritonmoe.transports import TwoLevelTransport
+from tritonmoe.tuning.copy_costs import MeasuredCosts
 
 __all__ = ["agree", "agree_without_capacity"]
 
@@ -51,32 +52,34 @@ def _agree(call: CheckedCall, choice: Choice, header: CallHeader) -> AgreedCall:
         return _agree_on_two_levels(call, header, overlap, call.two_level)
     if overlap.capacity is not None:
         return _agree_on_capacity(call, header, overlap)
-    first = _agree_on_counts(call, header, overlap, choice.copies)
-    if choice.costs is None:
-        return first
-    began = time.perf_counter()
-    balanced = plan_balance(call, first.plan, choice.costs)
+    if choice.copies is not None:
+        return _agree_on_copies(call, header, overlap, choice.copies)
+    tokens = _plan_tokens(call, overlap)
+    header = header._replace(nonfinite_rows=tokens.nonfinite_rows)
+    first = _planned(call, exchange_plan(call.transport, header, tokens, overlap), header)
+    return first if choice.costs is None else _agree_on_balance(call, first, choice.costs)
+
+
+def _agree_on_balance(call: CheckedCall, first: AgreedCall, costs: MeasuredCosts) -> AgreedCall:
+    """Plan a call once more if experts shall have copies in it; first: what was agreed without."""
+    began, overlap = time.perf_counter(), first.plan.overlap
+    balanced = plan_balance(call, first.plan, costs)
     if balanced.copies is None:
         first.balance = balanced.words
         return first
     terms = call_terms(call, overlap, balanced.copies.words)
-    second = _agree_on_counts(call, header._replace(terms=terms), overlap, balanced.copies)
+    second = _agree_on_copies(call, first.header._replace(terms=terms), overlap, balanced.copies)
     times = first.plan.count_times, second.plan.count_times
-    assert times[0] is not None and times[1] is not None
+    assert times[0] is not None
+    assert times[1] is not None
     second.plan = replace(second.plan, count_times=CountTimes(times[0].posted, times[1].left))
     second.pairs_without_copies, second.balance = first.plan.traffic_pairs, balanced.words
     second.planning_s = time.perf_counter() - began
     return second
 
 
-def _agree_on_counts(
-    call: CheckedCall, header: CallHeader, overlap: OverlapPlan, copies: ExpertCopies | None
-) -> AgreedCall:
-    """Plan a call by the counts of its rows, with copies of experts or without."""
-    if copies is None:
-        tokens = _plan_tokens(call, overlap)
-        header = header._replace(nonfinite_rows=tokens.nonfinite_rows)
-        return _planned(call, exchange_plan(call.transport, header, tokens, overlap), header)
+def _agree_on_copies(call: CheckedCall, header: CallHeader, overlap: OverlapPlan, copies: ExpertCopies) -> AgreedCall:
+    """Plan a call by the counts of its rows with copies of experts."""
     transport = call.transport
     slots = copies.slots(call.tensors.topk_ids, transport.rank, overlap)
     counted = call._replace(tensors=call.tensors._replace(topk_ids=slots), num_slots=copies.num_slots)
@@ -175,7 +178,7 @@ def call_header(call: CheckedCall, choice: Choice) -> CallHeader:
         needs_any=int(any(needs.flatten())),
         needs_x=int(needs.x),
         needs_topk_weights=int(needs.topk_weights),
-        needs_weights=weight_bits(needs.weights),
+        needs_weights=0 if spec.overlap.balance is None else weight_bits(needs.weights),
         half=call.half,
         compiled=int(call.is_compiled),
         captured=int(call.is_captured),

@@ -24,7 +24,7 @@ from tritonmoe.experts.forward_run import ForwardRun
 from tritonmoe.experts.spec import ExpertSettings
 from tritonmoe.experts.tensors import CallTensors
 from tritonmoe.grouping import Grouping, RowSources
-from tritonmoe.overlap.copied_experts import BackwardWithCopies, ForwardWithCopies
+from tritonmoe.overlap.copied_experts import ForwardWithCopies
 from tritonmoe.overlap.copy_exchanges import CopyExchanges
 from tritonmoe.overlap.layer_pass import BackwardExperts, ForwardExperts, MakeExperts
 from tritonmoe.overlap.report import LayerReport, PassReport

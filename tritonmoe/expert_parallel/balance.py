@@ -1,4 +1,4 @@
-"""plan_balance(): whether experts get copies for one call, and which: every rank hears all counts and plans the same."""
+"""plan_balance(): whether experts get copies for one call: every rank hears all counts, and plans the same."""
 
 from typing import NamedTuple
 
@@ -80,7 +80,10 @@ def _costs(call: CheckedCall, plan: DispatchPlan, numbers: list[Numbers]) -> Cop
     x = call.tensors.x
     wire = WireFormat(x.dtype, plan.overlap.wire_dtype)
     after = WireFormat(x.dtype, None if plan.overlap.wire_dtype == torch.float8_e4m3fn else plan.overlap.wire_dtype)
-    needed = [weight if is_needed else None for weight, is_needed in zip(call.tensors.weights, plan.needs_weights)]
+    needed = [
+        weight if is_needed else None
+        for weight, is_needed in zip(call.tensors.weights, plan.needs_weights, strict=True)
+    ]
     copied_bytes = expert_bytes(call.tensors.weights)
     return agreed_costs(
         numbers,

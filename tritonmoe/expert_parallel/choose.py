@@ -38,13 +38,8 @@ class Choice(NamedTuple):
     """Those of the forward that is recomputed."""
     costs: MeasuredCosts | None = None
     """By which copies are planned from the counts; None where none are."""
-
-    @property
-    def copy_words(self) -> str:
-        """Which copies of experts the call has, in words, as far as that is known before its counts are."""
-        if self.costs is not None:
-            return "planned from counts"
-        return "none" if self.copies is None else self.copies.words
+    copy_words: str = "none"
+    """Which copies of experts the call has, as far as that is known before its counts are."""
 
     def learn(self, call: CheckedCall, agreed: AgreedCall, report: LayerReport) -> None:
         """Return the call's report to the tuner, which picks later plans, and remember its plan for a recompute."""
@@ -89,10 +84,15 @@ def choose_plan(call: CheckedCall) -> Choice:
     given = {name: getattr(overlap, name) for name in GIVEN}
     if any(getattr(plan, name) != value for name, value in given.items()):
         plan = replace(plan, **given)
-    costs = None
-    if plan.balance is not None and again is None and not call.half and call.transport.size > 1:
-        costs = call.state.copy_costs.setdefault(kind, MeasuredCosts())
-    return Choice(plan, message, chooser, kind, reason, None if again is None else again.copies, costs)
+    choice = Choice(plan, message, chooser, kind, reason)
+    if plan.balance is None or call.transport.size == 1:
+        return choice
+    if again is not None:
+        return choice if again.copies is None else choice._replace(copies=again.copies, copy_words=again.copies.words)
+    if call.half:
+        return choice
+    costs = call.state.copy_costs.setdefault(kind, MeasuredCosts())
+    return choice._replace(costs=costs, copy_words="planned from counts")
 
 
 def half_plan(overlap: OverlapConfig, size: int) -> OverlapPlan:

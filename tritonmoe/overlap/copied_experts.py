@@ -1,9 +1,9 @@
-"""ForwardWithCopies and BackwardWithCopies: one rank's own experts, and beside them its copies of other ranks' experts.
+"""ForwardWithCopies and BackwardWithCopies: one rank's experts, and beside them its copies of other ranks' experts.
 
-Both run on the rows that the rank received, each for its own pairs; a row that has pairs of both gets the sum of the two.
+Both run on the rows that the rank received, each for its own pairs; a row that has pairs of both gets their sum.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cached_property
 
 from torch import Tensor

@@ -1,6 +1,7 @@
-"""CopyExchanges: how the weights of copied experts reach the ranks that have a copy, and how their gradients go home."""
+"""CopyExchanges: how the weights of copied experts reach their copies, and how the gradients of these go home."""
 
 from functools import cached_property
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ class CopyExchanges:
         rank = self.transport.rank
         experts = self.copies.sent(rank)
         parts = [weight for weight in self.own if weight is not None]
-        index = to_device(torch.tensor(sum(experts, []), dtype=torch.int64, device="cpu"), parts[0].device)
+        index = to_device(torch.tensor([*chain(*experts)], dtype=torch.int64, device="cpu"), parts[0].device)
         rows = torch.cat([part.detach().index_select(0, index).flatten(1) for part in parts], dim=1)
         received = self.copies.received(rank)
         self._arriving = rows.new_empty(sum(received), rows.shape[1])
@@ -70,7 +71,7 @@ class CopyExchanges:
         main_grads: where the gradients of own pairs were added, if they are not in `grads`.
         """
         rows_of: dict[int, list[int]] = {}
-        for row, expert in enumerate(sum(self.copies.sent(self.transport.rank), [])):
+        for row, expert in enumerate(chain(*self.copies.sent(self.transport.rank))):
             rows_of.setdefault(expert, []).append(row)
         of_copies = self._unpack(arrived, self.needs)
         for kind, grad in enumerate(grads):

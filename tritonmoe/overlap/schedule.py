@@ -170,17 +170,20 @@ def build_forward(plan: OverlapPlan, num_fillers: int = 0, *, has_copies: bool =
     num_chunks, window = plan.num_chunks, 0 if plan.serial else plan.window
     metadata = builder.add(StepKind.METADATA, None)
     dispatches = [builder.add(StepKind.DISPATCH, c) for c in range(min(window, num_chunks, 1))]
-    copies = (builder.add(StepKind.COPIES, None),) if has_copies else ()
+    copies = (builder.add(StepKind.COPIES, None),) if has_copies and not plan.serial else ()
     dispatches += [builder.add(StepKind.DISPATCH, c) for c in range(1, min(window, num_chunks))]
     if num_fillers > 0:
         builder.add(StepKind.FILLER, 0)
-    group = builder.add(StepKind.GROUP, None, metadata, *(copies if plan.serial else ()))
+    group = builder.add(StepKind.GROUP, None, metadata)
+    if plan.serial and has_copies:
+        copies = (builder.add(StepKind.COPIES, None),)
+    at_start = (group, *copies) if plan.serial else (group,)
     slices = local_slices(plan, has_copies)
-    local = [builder.add(StepKind.EXPERTS, c, group) for c in slices if plan.serial or c == LOCAL_START]
+    local = [builder.add(StepKind.EXPERTS, c, *at_start) for c in slices if plan.serial or c == LOCAL_START]
     combines: list[int] = []
     for c in range(num_chunks):
         if plan.serial:
-            dispatches.append(builder.add(StepKind.DISPATCH, c))
+            dispatches.append(builder.add(StepKind.DISPATCH, c, *copies))
         elif c + window < num_chunks:
             dispatches.append(builder.add(StepKind.DISPATCH, c + window, dispatches[c]))
         experts = builder.add(StepKind.EXPERTS, c, dispatches[c], group, *copies)
@@ -225,7 +228,7 @@ def build_backward(
     returns: list[int] = []
     for c in range(num_chunks):
         if plan.serial:
-            sends.append(builder.add(StepKind.COMBINE_BACKWARD, c))
+            sends.append(builder.add(StepKind.COMBINE_BACKWARD, c, *copies))
         elif c + window < num_chunks:
             sends.append(builder.add(StepKind.COMBINE_BACKWARD, c + window, sends[c]))
         experts = builder.add(StepKind.EXPERTS_BACKWARD, c, sends[c], *copies)

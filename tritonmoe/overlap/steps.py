@@ -142,6 +142,7 @@ _PAIRS = (
     (StepKind.DISPATCH, StepKind.DISPATCH_BACKWARD),
     (StepKind.EXPERTS, StepKind.EXPERTS_BACKWARD),
     (StepKind.COMBINE, StepKind.COMBINE_BACKWARD),
+    (StepKind.COPIES, StepKind.COPIES_BACKWARD),
 )
 _ADJOINTS = {**dict(_PAIRS), **{backward: forward for forward, backward in _PAIRS}}
 

@@ -70,7 +70,9 @@ class MeasuredCosts:
         if torch.are_deterministic_algorithms_enabled():
             return Numbers()
         for report, has_backward in list(self._unread):
-            if not report.forward.is_over or (has_backward and (report.backward is None or not report.backward.is_over)):
+            if not report.forward.is_over or (
+                has_backward and (report.backward is None or not report.backward.is_over)
+            ):
                 continue
             self._unread.remove((report, has_backward))
             self._calls.append(_read(report))
