@@ -83,6 +83,11 @@ class ExpertCopies:
         return [[len(experts) for experts in self.sent(owner)] for owner in range(self.size)]
 
     @cached_property
+    def copy_pairs(self) -> list[int]:
+        """How many pairs the copies on each rank compute."""
+        return [sum(sum(copy.pairs) for copy in self.on(rank)) for rank in range(self.size)]
+
+    @cached_property
     def most_on_a_port(self) -> int:
         """How many copies the busiest rank sends, or receives."""
         sent = self.sent_copies

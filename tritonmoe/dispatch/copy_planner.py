@@ -173,7 +173,7 @@ def _by_tokens(load: _Load, cap: int, max_copies: int, least: int) -> tuple[Move
     if not room or not hot:
         return ()
     ranks = list(room)
-    found = load.counts[ranks][:, hot].flatten()
+    found = _columns(load.counts, hot).index_select(0, _as_index(ranks)).flatten()
     order = torch.sort(found, descending=True, stable=True)[1][: 4 * max_copies * load.size].tolist()
     here, held = found.tolist(), dict.fromkeys(ranks, 0)
     moves: list[Move] = []
@@ -206,7 +206,7 @@ class _Candidate:
         stay = torch.minimum(load.counts[ranks, experts], pieces)
         left = load.counts.clone()
         left[ranks, experts] -= stay
-        left = left[:, experts]
+        left = left.index_select(1, experts)
         flow = torch.div(left * (pieces - stay), left.sum(0).clamp_(min=1), rounding_mode="floor")
         flow[ranks, places] += stay
         return flow
@@ -243,8 +243,8 @@ class _Candidate:
             owners = [expert // load.num_own for expert in experts]
             # A pair that leaves takes its part of a row along, and needs a new one where its token didn't go before.
             tokens = load.tokens[:, None]
-            lost = self.flow * load.rows[:, owners] // load.pairs[:, owners].clamp(min=1)
-            gained = self.flow * (tokens - load.rows[:, ranks]).clamp_(min=0) // tokens
+            lost = self.flow * _columns(load.rows, owners) // _columns(load.pairs, owners).clamp_(min=1)
+            gained = self.flow * (tokens - _columns(load.rows, ranks)).clamp_(min=0) // tokens
             numbers = torch.arange(len(self.moves), device="cpu")
             lost[owners, numbers] = 0
             gained[list(ranks), numbers] = 0
@@ -261,6 +261,15 @@ class _Candidate:
             [max(0, *both) for both in zip(out, into, strict=True)],
             list(map(max, copies_out, copies_in)),
         )
+
+
+def _as_index(numbers: Sequence[int]) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.int64, device="cpu")
+
+
+def _columns(values: Tensor, numbers: Sequence[int]) -> Tensor:
+    """Return these columns; values[:, numbers] would start threads, which takes longer than all the rest."""
+    return values.index_select(1, _as_index(numbers))
 
 
 def _pass_fs(

@@ -11,13 +11,14 @@ from tritonmoe.dispatch.plan import DispatchPlan
 from tritonmoe.dispatch.send_plan import count_keys
 from tritonmoe.errors import TransportError
 from tritonmoe.expert_parallel.check import CheckedCall
+from tritonmoe.overlap.copy_exchanges import expert_bytes
 from tritonmoe.runtime.host_device import HostCopy
 from tritonmoe.transports import leaving_nobody_waiting
 from tritonmoe.transports.waiting import Doing
 from tritonmoe.transports.wire import WireFormat
 from tritonmoe.tuning.copy_costs import MeasuredCosts, Numbers, agreed_costs
 
-__all__ = ["Balanced", "expert_bytes", "plan_balance"]
+__all__ = ["Balanced", "plan_balance"]
 
 
 class Balanced(NamedTuple):
@@ -80,20 +81,12 @@ def _costs(call: CheckedCall, plan: DispatchPlan, numbers: list[Numbers]) -> Cop
     x = call.tensors.x
     wire = WireFormat(x.dtype, plan.overlap.wire_dtype)
     after = WireFormat(x.dtype, None if plan.overlap.wire_dtype == torch.float8_e4m3fn else plan.overlap.wire_dtype)
-    needed = [
-        weight if is_needed else None
-        for weight, is_needed in zip(call.tensors.weights, plan.needs_weights, strict=True)
-    ]
-    copied_bytes = expert_bytes(call.tensors.weights)
+    weights = call.tensors.weights
+    again = 0 if plan.keeps_copies else expert_bytes(weights)
     return agreed_costs(
         numbers,
         has_backward=plan.needs_any,
         row_bytes=(wire.row_bytes(x.shape[1]), after.row_bytes(x.shape[1])),
-        expert_bytes=copied_bytes,
-        gradient_bytes=expert_bytes(needed) + (0 if plan.keeps_copies else copied_bytes),
+        expert_bytes=expert_bytes(weights),
+        gradient_bytes=expert_bytes(weights, plan.needs_weights) + again,
     )
-
-
-def expert_bytes(weights: "list[Tensor | None] | tuple[Tensor | None, ...]") -> int:
-    """Return the bytes of one expert's weights."""
-    return sum(weight[0].nbytes for weight in weights if weight is not None)

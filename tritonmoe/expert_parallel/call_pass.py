@@ -21,7 +21,6 @@ from tritonmoe.dispatch.header import CallHeader
 from tritonmoe.dispatch.placement import replica_bits
 from tritonmoe.dispatch.plan import DispatchPlan
 from tritonmoe.expert_parallel.agreed_call import AgreedCall
-from tritonmoe.expert_parallel.balance import expert_bytes
 from tritonmoe.expert_parallel.listeners import listeners
 from tritonmoe.expert_parallel.state import state_of
 from tritonmoe.experts.arguments import find_main_grads
@@ -32,7 +31,7 @@ from tritonmoe.experts.tensors import CallTensors
 from tritonmoe.experts.weight_gradients import SharedWeightGrads
 from tritonmoe.grouping import Grouping
 from tritonmoe.overlap.copied_experts import BackwardWithCopies, ForwardWithCopies
-from tritonmoe.overlap.copy_exchanges import CopyExchanges
+from tritonmoe.overlap.copy_exchanges import CopyExchanges, expert_bytes
 from tritonmoe.overlap.executor import Execution
 from tritonmoe.overlap.layer_pass import BackwardPass, ForwardExperts, ForwardPass
 from tritonmoe.overlap.report import CallMarks, LayerReport, PassReport
@@ -153,6 +152,10 @@ class CallForward(_CallPass[Tensor]):
             experts, self.copies = experts.own, experts.copies
         self.experts, inner_plan = call.after_forward(experts, timings)
         width = self._tensors.x.shape[1]
+        copied_bytes = gradient_bytes = 0
+        if call.copies is not None:
+            weights = self._tensors.weights
+            copied_bytes, gradient_bytes = expert_bytes(weights), expert_bytes(weights, plan.needs_weights)
         call.report = LayerReport(
             call.all_ranks.rank,
             plan.traffic,
@@ -169,7 +172,9 @@ class CallForward(_CallPass[Tensor]):
             first_run=call.first_run,
             rows_to_nodes=call.rows_to_nodes,
             copies=call.copies,
-            copied_bytes=0 if call.copies is None else expert_bytes(self._tensors.weights),
+            copied_bytes=copied_bytes,
+            copied_gradient_bytes=gradient_bytes,
+            copies_are_kept=call.copies is None or plan.keeps_copies,
             pairs_without_copies=call.pairs_without_copies,
             balance=call.balance,
             marks=None if plan.count_times is None else CallMarks(call.entered_at, *plan.count_times),

@@ -12,7 +12,7 @@ from tritonmoe.dispatch.copies import ExpertCopies
 from tritonmoe.runtime.cpu_memory import to_device
 from tritonmoe.transports import PendingExchange, Transport
 
-__all__ = ["CopyExchanges"]
+__all__ = ["CopyExchanges", "expert_bytes"]
 
 
 class CopyExchanges:
@@ -98,3 +98,9 @@ class CopyExchanges:
             found.append(rows[:, first:last].reshape(-1, *weight.shape[1:]).contiguous())
             first = last
         return PerWeight(*found)
+
+
+def expert_bytes(weights: PerWeight[Tensor], needs: PerWeight[bool] | None = None) -> int:
+    """Return the bytes of one expert's weights, or of the gradients of those that need one."""
+    there = [True] * len(weights) if needs is None else needs
+    return sum(of[0].nbytes for of, needed in zip(weights, there, strict=True) if of is not None and needed)

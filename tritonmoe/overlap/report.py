@@ -277,6 +277,10 @@ class LayerReport:
     """The copies of experts that the call had; traffic_rows and traffic_pairs count with them."""
     copied_bytes: int = 0
     """The bytes of one expert's weights, which travel for each copy."""
+    copied_gradient_bytes: int = 0
+    """The bytes of what comes home of their gradients."""
+    copies_are_kept: bool = True
+    """Whether these weights are kept until the backward, instead of sent once more."""
     pairs_without_copies: Tensor | None = None
     """(W, W) int64: what traffic_pairs would be without copies; None where there are none."""
     balance: str = ""
