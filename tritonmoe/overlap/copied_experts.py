@@ -13,7 +13,9 @@ from tritonmoe.config.layer import NO_WEIGHTS, PerWeight
 from tritonmoe.dispatch.plan import DispatchPlan
 from tritonmoe.experts.backward_run import BackwardRun
 from tritonmoe.experts.forward_run import ForwardRun
+from tritonmoe.experts.run import ExpertsRun
 from tritonmoe.overlap.copy_exchanges import CopyExchanges
+from tritonmoe.runtime import cpu_memory
 from tritonmoe.transports import PendingExchange
 
 __all__ = ["BackwardWithCopies", "ForwardWithCopies"]
@@ -42,7 +44,7 @@ class ForwardWithCopies:
             return self.own.forward(segment, out)
         if not has_own:
             return self.copies.forward(segment, out)
-        return self.own.forward(segment, out).add_(self.copies.forward(segment))
+        return self.own.forward(segment, out).add_(self.copies.forward(segment, _sums(self.copies, segment)))
 
 
 class BackwardWithCopies:
@@ -78,7 +80,8 @@ class BackwardWithCopies:
             self.own.backward(segment, dout, False)  # none of its pairs, but its buffers begin with its first segment
             return self.copies.backward(segment, dout, needs_dx, out)
         dx, dweights = self.own.backward(segment, dout, needs_dx, out)
-        copies_dx, copies_dweights = self.copies.backward(segment, dout, needs_dx)
+        copies_out = _sums(self.copies, segment) if needs_dx else None
+        copies_dx, copies_dweights = self.copies.backward(segment, dout, needs_dx, copies_out)
         if dx is not None and copies_dx is not None:
             dx.add_(copies_dx)
         return dx, dweights.add_(copies_dweights)  # each pair has one of the two, the other is zero
@@ -101,6 +104,12 @@ class BackwardWithCopies:
     def add_copies(self, grads: WeightGrads) -> WeightGrads:
         """Add what came home to the gradients of own experts' weights."""
         return self.exchanges.add_gradients(self._arriving, grads, self.own.main_grads)
+
+
+def _sums(run: ExpertsRun, segment: int) -> Tensor:
+    """Return memory for the sums of the rows that a segment finishes."""
+    first, last = run.grouping.chunk_row_offsets[segment : segment + 2]
+    return cpu_memory.empty(last - first, run.rows.shape[1], like=run.rows)
 
 
 def _num_copy_pairs(plan: DispatchPlan) -> int:

@@ -9,6 +9,7 @@ from torch import Tensor
 from tritonmoe.backends.ops import WeightGrads, accumulation_dtype
 from tritonmoe.config.layer import PerWeight
 from tritonmoe.dispatch.copies import ExpertCopies
+from tritonmoe.runtime import cpu_memory
 from tritonmoe.runtime.cpu_memory import to_device
 from tritonmoe.transports import PendingExchange, Transport
 
@@ -34,12 +35,14 @@ class CopyExchanges:
     def send(self) -> PendingExchange:
         """Send the weights of this rank's experts to their copies, and receive those of its own copies."""
         rank = self.transport.rank
-        experts = self.copies.sent(rank)
-        parts = [weight for weight in self.own if weight is not None]
+        experts, received = self.copies.sent(rank), self.copies.received(rank)
+        parts = [weight.detach() for weight in self.own if weight is not None]
         index = to_device(torch.tensor([*chain(*experts)], dtype=torch.int64, device="cpu"), parts[0].device)
-        rows = torch.cat([part.detach().index_select(0, index).flatten(1) for part in parts], dim=1)
-        received = self.copies.received(rank)
-        self._arriving = rows.new_empty(sum(received), rows.shape[1])
+        widths = [part[0].numel() for part in parts]
+        rows = cpu_memory.empty(len(index), sum(widths), like=parts[0])
+        for part, columns in zip(parts, rows.split(widths, dim=1), strict=True):
+            torch.index_select(part, 0, index, out=columns.unflatten(1, part.shape[1:]))
+        self._arriving = cpu_memory.empty(sum(received), sum(widths), like=parts[0])
         return self.transport.exchange(rows, list(map(len, experts)), received, self._arriving)
 
     @cached_property
@@ -55,12 +58,16 @@ class CopyExchanges:
         grads: none at all where no pair came for a copy.
         """
         rank, received = self.transport.rank, self.copies.received(self.transport.rank)
-        columns = sum(weight[0].numel() for weight, needed in zip(self.own, self.needs, strict=True) if needed)
-        parts = [grad.flatten(1) for grad in grads if grad is not None]
-        like = next(weight for weight in self.own if weight is not None)
-        rows = torch.cat(parts, dim=1) if parts else like.new_zeros(sum(received), columns)
+        own = [weight for weight, needed in zip(self.own, self.needs, strict=True) if needed]
+        widths = [weight[0].numel() for weight in own]
+        parts = [grad for grad in grads if grad is not None]
+        rows = cpu_memory.empty(sum(received), sum(widths), like=own[0])
+        if not parts:
+            rows.zero_()
+        for part, columns in zip(parts, rows.split(widths, dim=1) if parts else (), strict=True):
+            columns.copy_(part.flatten(1))
         splits = list(map(len, self.copies.sent(rank)))
-        arriving = rows.new_empty(sum(splits), columns)
+        arriving = cpu_memory.empty(sum(splits), sum(widths), like=own[0])
         return self.transport.exchange(rows, received, splits, arriving), arriving
 
     def add_gradients(
@@ -80,10 +87,11 @@ class CopyExchanges:
             if total is None or terms is None:
                 continue
             for expert, rows in rows_of.items():
-                sums = total[expert].to(accumulation_dtype(total.dtype))
+                sums = total[expert].to(accumulation_dtype(total.dtype))  # a view where that is its own dtype
                 for row in rows:
-                    sums = sums + terms[row]
-                total[expert].copy_(sums)
+                    sums.add_(terms[row])
+                if sums.dtype != total.dtype:
+                    total[expert].copy_(sums)
         return grads
 
     def _unpack(self, rows: Tensor, there: PerWeight[bool]) -> PerWeight[Tensor]:
@@ -95,7 +103,9 @@ class CopyExchanges:
                 found.append(None)
                 continue
             last = first + weight[0].numel()
-            found.append(rows[:, first:last].reshape(-1, *weight.shape[1:]).contiguous())
+            part = rows[:, first:last].unflatten(1, weight.shape[1:])
+            is_whole = part.is_contiguous()
+            found.append(part if is_whole else cpu_memory.empty(*part.shape, like=part).copy_(part))
             first = last
         return PerWeight(*found)
 
