@@ -50,16 +50,24 @@ class CopyCosts(NamedTuple):
     """Of the weights of one expert."""
     gradient_bytes: int
     """Of what comes home of them in a backward, and of what goes there again before it."""
+    with_permille: int = 1000
+    """By how much calls with copies have taken longer, or shorter, than was expected of them."""
+    without_permille: int = 1000
+    """The same of calls without."""
 
 
 class PlannedCopies(NamedTuple):
-    """Copies, and what they are expected to gain."""
+    """Copies, and what a call is expected to take with them and without, in femtoseconds; 0 without costs."""
 
-    copies: ExpertCopies
-    call_fs: int
-    """Femtoseconds that the call is expected to take; 0 where nothing is known of costs."""
-    call_without_fs: int
-    """The same without copies."""
+    copies: ExpertCopies | None
+    """None where copies would not make the call 3 % faster."""
+    with_fs: int
+    without_fs: int
+
+    @property
+    def call_fs(self) -> int:
+        """What the call is expected to take as it will run."""
+        return self.without_fs if self.copies is None else self.with_fs
 
 
 def is_uneven(pairs: Sequence[int]) -> bool:
@@ -67,10 +75,8 @@ def is_uneven(pairs: Sequence[int]) -> bool:
     return 100 * max(pairs) * len(pairs) > (100 + SMALLEST_EXCESS_PERCENT) * sum(pairs)
 
 
-def plan_copies(
-    counts: Tensor, rows: Tensor, top_k: int, max_copies: int, costs: CopyCosts | None
-) -> PlannedCopies | None:
-    """Return the copies that make a call fastest; None where it would not be 3 % faster.
+def plan_copies(counts: Tensor, rows: Tensor, top_k: int, max_copies: int, costs: CopyCosts | None) -> PlannedCopies:
+    """Return the copies that make a call fastest, if it is 3 % faster with them.
 
     Args:
         counts: (W, slots) int64 on the CPU, how many pairs each rank's tokens have of each slot.
@@ -89,13 +95,13 @@ def plan_copies(
             price = candidate.price(costs)
             if price < best_price:
                 best, best_price = candidate, price
-    base_price = without.price(costs)
-    if best is without or 100 * best_price[0] > LARGEST_SHARE_PERCENT * base_price[0]:
-        return None
-    copies = best.copies()
-    if not copies.copies:
-        return None
-    return PlannedCopies(copies, *((best_price[0], base_price[0]) if costs else (0, 0)))
+    with_fs, without_fs = best_price[0], without.price(costs)[0]
+    permille = (1000, 1000) if costs is None else (costs.with_permille, costs.without_permille)
+    is_faster = 100 * with_fs * permille[0] <= LARGEST_SHARE_PERCENT * without_fs * permille[1]
+    copies = best.copies() if best is not without and is_faster else None
+    if copies is not None and not copies.copies:
+        copies = None
+    return PlannedCopies(copies, with_fs, without_fs) if costs else PlannedCopies(copies, 0, 0)
 
 
 class _Load:

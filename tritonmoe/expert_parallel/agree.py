@@ -65,7 +65,7 @@ def _agree_on_balance(call: CheckedCall, first: AgreedCall, costs: MeasuredCosts
     began, overlap = time.perf_counter(), first.plan.overlap
     balanced = plan_balance(call, first.plan, costs)
     if balanced.copies is None:
-        first.balance = balanced.words
+        first.balance, first.expected_fs = balanced.words, balanced.expected_fs
         return first
     terms = call_terms(call, overlap, balanced.copies.words)
     second = _agree_on_copies(call, first.header._replace(terms=terms), overlap, balanced.copies)
@@ -73,7 +73,8 @@ def _agree_on_balance(call: CheckedCall, first: AgreedCall, costs: MeasuredCosts
     assert times[0] is not None
     assert times[1] is not None
     second.plan = replace(second.plan, count_times=CountTimes(times[0].posted, times[1].left))
-    second.pairs_without_copies, second.balance = first.plan.traffic_pairs, balanced.words
+    second.pairs_without_copies = first.plan.traffic_pairs
+    second.balance, second.expected_fs = balanced.words, balanced.expected_fs
     second.planning_s = time.perf_counter() - began
     return second
 

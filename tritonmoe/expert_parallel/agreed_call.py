@@ -62,6 +62,8 @@ class AgreedCall:
     """As in LayerReport."""
     balance: str = ""
     """As in LayerReport."""
+    expected_fs: int = 0
+    """With balance="auto": what the passes are expected to take, in femtoseconds; 0 where nobody knows."""
     planning_s: float | None = None
     """How long it took to plan the copies; None where they weren't."""
     fillers: Sequence[Callable[[], None]] = ()

@@ -27,6 +27,8 @@ class Balanced(NamedTuple):
     copies: ExpertCopies | None
     words: str
     """Why, in one sentence."""
+    expected_fs: int = 0
+    """What the call is expected to take, in femtoseconds; 0 where nobody knows."""
 
 
 def plan_balance(call: CheckedCall, plan: DispatchPlan, costs: MeasuredCosts) -> Balanced:
@@ -39,7 +41,7 @@ def plan_balance(call: CheckedCall, plan: DispatchPlan, costs: MeasuredCosts) ->
     """
     if not is_uneven(plan.traffic_pairs.sum(0).tolist()):
         return Balanced(None, "no copies: ranks have about as many pairs")
-    transport, overlap = call.transport, plan.overlap
+    transport, overlap, top_k = call.transport, plan.overlap, call.tensors.topk_ids.shape[1]
     with leaving_nobody_waiting(transport):
         counts = _count_slots(call)
         told = torch.cat([counts, torch.tensor(costs.numbers(), dtype=torch.int64, device="cpu")])
@@ -48,25 +50,23 @@ def plan_balance(call: CheckedCall, plan: DispatchPlan, costs: MeasuredCosts) ->
                 received = transport.exchange_counts(told.repeat(transport.size, 1))
         except TransportError as error:
             raise TransportError(f"experts' counts of {plan.call}: {error}") from error
-        agreed = None
+        slots, agreed = received[:, : len(counts)].contiguous(), None
         if overlap.balance == "auto":
-            agreed = _costs(call, plan, [Numbers(*of) for of in received[:, len(counts) :].tolist()])
+            numbers = [Numbers(*of) for of in received[:, len(counts) :].tolist()]
+            agreed = _costs(call, plan, numbers)
             if agreed is None:
                 return Balanced(None, "no copies: too few calls of this kind were measured on every rank")
-        found = plan_copies(
-            received[:, : len(counts)].contiguous(),
-            plan.traffic,
-            call.tensors.topk_ids.shape[1],
-            overlap.max_copies,
-            agreed,
-        )
-    if found is None:
-        return Balanced(None, "no copies: none make the call at least 3 % faster")
+            if not all(of.without_permille for of in numbers):
+                found = plan_copies(slots, plan.traffic, top_k, 1, agreed)
+                return Balanced(None, "no copies: the call is measured without them first", found.without_fs)
+        found = plan_copies(slots, plan.traffic, top_k, overlap.max_copies, agreed)
+    if found.copies is None:
+        return Balanced(None, "no copies: none make the call at least 3 % faster", found.call_fs)
     words = f"{len(found.copies.copies)} copies"
     if agreed is not None:
-        gain = 1 - found.call_fs / found.call_without_fs
-        words += f": {found.call_fs / 1e12:.2f} ms expected, {gain:.0%} less than without"
-    return Balanced(found.copies, words)
+        gain = 1 - found.with_fs / found.without_fs
+        words += f": {found.with_fs / 1e12:.2f} ms expected, {gain:.0%} less than without"
+    return Balanced(found.copies, words, found.call_fs)
 
 
 def _count_slots(call: CheckedCall) -> Tensor:

@@ -44,7 +44,7 @@ class Choice(NamedTuple):
     def learn(self, call: CheckedCall, agreed: AgreedCall, report: LayerReport) -> None:
         """Return the call's report to the tuner, which picks later plans, and remember its plan for a recompute."""
         if self.costs is not None and not call.is_captured:
-            self.costs.observe(report, agreed.plan.needs_any, agreed.planning_s)
+            self.costs.observe(report, agreed.plan.needs_any, agreed.planning_s, agreed.expected_fs)
         if self.chooser is not None:
             self._teach(self.chooser, call, agreed, report)
         if self.kind and agreed.plan.needs_any and not is_recomputing():
