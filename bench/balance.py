@@ -1,6 +1,6 @@
 """`python -m bench.balance`: a layer whose routing is skewed, with copies of hot experts and without.
 
-Forward and backward of the experts of one layer, all ranks beginning together; a call takes as long as its slowest rank.
+Forward and backward of one layer's experts, all ranks beginning together; a call takes as long as its slowest rank.
 Variants run in interleaved rounds: without copies, with OverlapConfig(balance="auto") and "always", and the ideal: the
 same routing with the hot experts spread evenly over the ranks from the start, by an ExpertPlacement. With --netns 2 the
 ranks are processes in network namespaces of this machine, with links of the given rates, one core and one thread each.

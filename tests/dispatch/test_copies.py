@@ -1,5 +1,7 @@
 """Copies of one call: which pairs go there, and which copies the planner finds."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -42,7 +44,7 @@ def test_every_chunk_gives_away_the_same_share() -> None:
         plan = OverlapPlan(sizes)
         moved = (copies.slots(ids, 0, plan) == 3).flatten()
         bounds = plan.bounds(12)
-        found = [int(moved[first:last].sum()) for first, last in zip(bounds, bounds[1:], strict=False)]
+        found = [int(moved[first:last].sum()) for first, last in pairwise(bounds)]
         assert sum(found) == 6
         assert all(abs(a - b) <= 1 for a, b in zip(found, shares, strict=True)), (sizes, found)
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 import torch
 
 import tritonmoe as tm
+from tritonmoe.overlap.report import LayerReport
 from tritonmoe.transports import Transport
 from tritonmoe.tuning import copy_costs
 from tritonmoe.tuning.copy_costs import JUDGED_CALLS, LEAST_CALLS, MeasuredCosts, Numbers, agreed_costs
@@ -46,7 +47,11 @@ def skewed_layer(transport: Transport, overlap: tm.OverlapConfig) -> tuple[tm.Gr
 
 def run_calls(monkeypatch, taken: dict[bool, float], num_calls: int) -> list[str]:
     """Return what each call says of its balance, where calls take so many times what is expected of them."""
-    monkeypatch.setattr(copy_costs, "_read", lambda report: copy_costs._Call(report.pair_offsets[-1] or 1, 10**14, 10**14, 1))
+
+    def read(report: LayerReport) -> copy_costs._Call:
+        return copy_costs._Call(report.pair_offsets[-1] or 1, 10**14, 10**14, 1)
+
+    monkeypatch.setattr(copy_costs, "_read", read)
 
     monkeypatch.setattr(copy_costs, "_taken_fs", lambda report: int(taken[report.copies is not None] * EXPECTED))
     monkeypatch.setattr(MeasuredCosts, "observe", _with_expected(MeasuredCosts.observe))

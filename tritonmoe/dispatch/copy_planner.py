@@ -24,6 +24,8 @@ CAPS_PERCENT = (100, 110, 150, 220)
 """Up to how much of the mean the candidates let ranks keep."""
 EXPOSED_SHARE = 8
 """One part in so many of a pass's exchanges is taken to be hidden by nothing at either end."""
+COPY_SHARE = 256
+"""Each copy on a rank is taken to make the call longer by one part in so many: products of fewer pairs are slower."""
 SMALLEST_PIECE = 32
 """Without costs, no copy takes fewer pairs than one part in so many of the mean of a rank."""
 
@@ -237,7 +239,10 @@ class _Candidate:
         backward = 0
         if costs.backward_fs:
             backward = _pass_fs(pairs, costs.backward_fs, ports, last, copied, costs.gradient_bytes, costs.byte_fs)
-        return forward + backward + (costs.call_fs if self.moves else 0), len(self.moves)
+        ranks = [rank for _, rank, _ in self.moves]
+        most = max(map(ranks.count, ranks), default=0)
+        total = forward + backward + (costs.call_fs if self.moves else 0)
+        return total + total * most // COPY_SHARE, len(self.moves)
 
     def _ports(self) -> tuple[list[int], list[int]]:
         """Return how many rows, and how many copies, pass the busier direction of each rank's port."""
