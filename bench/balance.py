@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -112,23 +113,30 @@ class Case:
         }
 
     def _variant(
-        self, ids: Tensor, placement: ExpertPlacement | None = None, balance: str | None = None
+        self, ids: Tensor, placement: ExpertPlacement | None = None, balance: Literal["auto", "always"] | None = None
     ) -> Callable[[], Tensor]:
         size, rank = self.transport.size, self.transport.rank
         held = (placement or ExpertPlacement.contiguous(NUM_EXPERTS, size)).experts_of_rank[rank]
-        weights = {
-            "gate_up_proj": self.gate_up[list(held)].requires_grad_(),
-            "down_proj": self.down[list(held)].requires_grad_(),
-        }
+        gate_up_proj = self.gate_up[list(held)].requires_grad_()
+        down_proj = self.down[list(held)].requires_grad_()
         overlap = OverlapConfig(
             self.arguments.chunks, chunk_by="tokens", balance=balance, max_copies=self.arguments.max_copies
         )
 
         def call() -> Tensor:
-            for tensor in (self.x, self.topk_weights, *weights.values()):
+            for tensor in (self.x, self.topk_weights, gate_up_proj, down_proj):
                 tensor.grad = None
-            settings = {"num_experts": NUM_EXPERTS, "transport": self.transport, "overlap": overlap}
-            y = expert_parallel_mlp(self.x, ids, self.topk_weights, **weights, **settings, placement=placement)
+            y = expert_parallel_mlp(
+                self.x,
+                ids,
+                self.topk_weights,
+                gate_up_proj,
+                down_proj,
+                num_experts=NUM_EXPERTS,
+                transport=self.transport,
+                overlap=overlap,
+                placement=placement,
+            )
             y.backward(self.dout)
             return y.detach()
 

@@ -59,9 +59,9 @@ class DispatchPlan:
     """What every rank said of this call."""
     num_local_experts: int = 0
     """The experts of one rank, which only chunks of experts ask for."""
-    copy_pair_offsets: tuple[int, ...] | None = None
+    copy_pair_offsets: tuple[int, ...] = ()
     """Where each segment starts among the pairs that this rank's copies of other ranks' experts compute, and its end;
-    None without copies."""
+    () without copies."""
     count_times: CountTimes | None = None
     """Of the count exchange; None of the plan inside a node, whose counts came with those of all ranks."""
 
@@ -237,7 +237,7 @@ def exchange_plan(transport: Transport, header: CallHeader, tokens: TokenPlan, o
         needs_topk_weights=any(h.needs_topk_weights for h in headers),
         headers=headers,
         num_local_experts=header.num_experts // transport.size,
-        copy_pair_offsets=offsets(third) if has_copies else None,
+        copy_pair_offsets=offsets(third) if has_copies else (),
         count_times=times,
     )
 

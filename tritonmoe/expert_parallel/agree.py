@@ -69,10 +69,9 @@ def _agree_on_balance(call: CheckedCall, first: AgreedCall, costs: MeasuredCosts
         return first
     terms = call_terms(call, overlap, balanced.copies.words)
     second = _agree_on_copies(call, first.header._replace(terms=terms), overlap, balanced.copies)
-    times = first.plan.count_times, second.plan.count_times
-    assert times[0] is not None
-    assert times[1] is not None
-    second.plan = replace(second.plan, count_times=CountTimes(times[0].posted, times[1].left))
+    began_at, ended_at = first.plan.count_times, second.plan.count_times
+    if began_at is not None and ended_at is not None:
+        second.plan = replace(second.plan, count_times=CountTimes(began_at.posted, ended_at.left))
     second.pairs_without_copies = first.plan.traffic_pairs
     second.balance, second.expected_fs = balanced.words, balanced.expected_fs
     second.planning_s = time.perf_counter() - began

@@ -26,7 +26,7 @@ from tritonmoe.experts.tensors import CallTensors
 from tritonmoe.grouping import Grouping, RowSources
 from tritonmoe.overlap.copied_experts import ForwardWithCopies
 from tritonmoe.overlap.copy_exchanges import CopyExchanges
-from tritonmoe.overlap.layer_pass import BackwardExperts, ForwardExperts, MakeExperts
+from tritonmoe.overlap.experts import BackwardExperts, ForwardExperts, MakeExperts
 from tritonmoe.overlap.report import LayerReport, PassReport
 from tritonmoe.transports import PendingExchange, Transport, leaving_nobody_waiting
 
@@ -107,7 +107,6 @@ class AgreedCall:
         places: RowPlaces,
     ) -> ForwardWithCopies:
         """Return this rank's experts and copies of the rows that came to them; given: as in own_experts."""
-        assert plan.copy_pair_offsets is not None
         num_own = given.weights.gate_up_proj.shape[0]
         copied = replace(plan, pair_offsets=plan.copy_pair_offsets)
         own_offsets = tuple(all_ - of for all_, of in zip(plan.pair_offsets, plan.copy_pair_offsets, strict=True))

@@ -33,7 +33,8 @@ from tritonmoe.grouping import Grouping
 from tritonmoe.overlap.copied_experts import BackwardWithCopies, ForwardWithCopies
 from tritonmoe.overlap.copy_exchanges import CopyExchanges, expert_bytes
 from tritonmoe.overlap.executor import Execution
-from tritonmoe.overlap.layer_pass import BackwardPass, ForwardExperts, ForwardPass
+from tritonmoe.overlap.experts import ForwardExperts
+from tritonmoe.overlap.layer_pass import BackwardPass, ForwardPass
 from tritonmoe.overlap.report import CallMarks, LayerReport, PassReport
 from tritonmoe.overlap.row_exchanges import RowExchanges
 from tritonmoe.runtime.autograd import checkpointed_region, is_recomputing
@@ -149,7 +150,7 @@ class CallForward(_CallPass[Tensor]):
         call, plan, layer_pass = self.call, self.call.plan, self._pass
         experts = layer_pass.experts
         if isinstance(experts, ForwardWithCopies):
-            experts, self.copies = experts.own, experts.copies
+            self.copies, experts = experts.copies, experts.own
         self.experts, inner_plan = call.after_forward(experts, timings)
         width = self._tensors.x.shape[1]
         copied_bytes = gradient_bytes = 0

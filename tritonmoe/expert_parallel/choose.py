@@ -7,6 +7,7 @@ from tritonmoe.config.overlap import OverlapConfig, OverlapPlan
 from tritonmoe.dispatch.copies import ExpertCopies
 from tritonmoe.expert_parallel.agreed_call import AgreedCall
 from tritonmoe.expert_parallel.check import CheckedCall
+from tritonmoe.expert_parallel.state import UnderWay
 from tritonmoe.overlap.report import LayerReport
 from tritonmoe.runtime.autograd import is_recomputing
 from tritonmoe.runtime.cpu_threads import num_workers
@@ -17,9 +18,6 @@ from tritonmoe.tuning.tuner import PlanChooser
 from tritonmoe.tuning.votes import Message
 
 __all__ = ["Choice", "choose_plan"]
-
-GIVEN = ("wire_dtype", "capacity", "balance", "max_copies")
-"""What a chooser has no choice about."""
 
 
 class Choice(NamedTuple):
@@ -62,36 +60,45 @@ class Choice(NamedTuple):
 def choose_plan(call: CheckedCall) -> Choice:
     """Return the plan of a call: as configured, tuned, or, in a recompute, that of the forward."""
     overlap = call.spec.overlap
-    if isinstance(overlap, OverlapPlan) and (overlap.balance is None or call.transport.size == 1):
-        return Choice(overlap, Message())
-    chooser = None
     if isinstance(overlap, OverlapPlan):
-        kind: tuple = (overlap, call.spec.num_experts, call.tensors.x.shape[1], call.tensors.x.dtype)
-    else:
-        kind, chooser = find_chooser(call, overlap)
+        return _chosen_with_copies(call, overlap)
+    kind, chooser = find_chooser(call, overlap)
     again = call.state.forward_to_recompute(kind) if is_recomputing() else None
     message, reason = Message(), ""
     if again is not None:
         plan, reason = again.plan, "the plan of the forward that is recomputed"
-    elif isinstance(overlap, OverlapPlan) or chooser is None:
-        plan = overlap
     elif call.half and chooser.is_tuned:  # times in which another half computes say nothing of a plan
         plan = half_plan(overlap, call.transport.size)
         reason = f"{plan}: of half a batch, whose exchanges the other half hides"
     else:
         plan = chooser.plan()
         message = message if call.is_captured else chooser.message()
-    given = {name: getattr(overlap, name) for name in GIVEN}
-    if any(getattr(plan, name) != value for name, value in given.items()):
-        plan = replace(plan, **given)
+    if (plan.wire_dtype, plan.capacity) != (overlap.wire_dtype, overlap.capacity):
+        plan = replace(plan, wire_dtype=overlap.wire_dtype, capacity=overlap.capacity)
     choice = Choice(plan, message, chooser, kind, reason)
-    if plan.balance is None or call.transport.size == 1:
+    if overlap.balance is None:
         return choice
+    plan = replace(plan, balance=overlap.balance, max_copies=overlap.max_copies)
+    return _with_copies(call, choice._replace(overlap=plan), again)
+
+
+def _chosen_with_copies(call: CheckedCall, overlap: OverlapPlan) -> Choice:
+    """Return a plan that was given, of which only the copies are to be chosen."""
+    choice = Choice(overlap, Message())
+    if overlap.balance is None:
+        return choice
+    kind = (overlap, call.spec.num_experts, call.tensors.x.shape[1], call.tensors.x.dtype)
+    again = call.state.forward_to_recompute(kind) if is_recomputing() else None
+    return _with_copies(call, choice._replace(kind=kind), again)
+
+
+def _with_copies(call: CheckedCall, choice: Choice, again: UnderWay | None) -> Choice:
+    """Return the choice with the copies of the forward that is recomputed, or with what new ones are planned by."""
     if again is not None:
         return choice if again.copies is None else choice._replace(copies=again.copies, copy_words=again.copies.words)
-    if call.half:
+    if call.half or call.transport.size == 1:
         return choice
-    costs = call.state.copy_costs.setdefault(kind, MeasuredCosts())
+    costs = call.state.copy_costs.setdefault(choice.kind, MeasuredCosts())
     return choice._replace(costs=costs, copy_words="planned from counts")
 
 

@@ -19,7 +19,7 @@ from tritonmoe.transports import Transport
 from tritonmoe.tuning.copy_costs import MeasuredCosts
 from tritonmoe.tuning.tuner import PlanChooser
 
-__all__ = ["LayerCalls", "TransportState", "refuse", "state_of"]
+__all__ = ["LayerCalls", "TransportState", "UnderWay", "refuse", "state_of"]
 
 MAX_UNDER_WAY = 4096
 CALLS_OF_GENERATION = 10**9

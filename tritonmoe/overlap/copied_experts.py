@@ -35,7 +35,7 @@ class ForwardWithCopies:
     @cached_property
     def copies(self) -> ForwardRun | None:
         """The run of the copies, made by the first step that needs it; None where this rank has no pair for one."""
-        return self._make_copies() if _num_copy_pairs(self._plan) else None
+        return self._make_copies() if self._plan.copy_pair_offsets[-1] else None
 
     def forward(self, segment: int, out: Tensor | None = None) -> Tensor:
         """Return the weighted sums over own experts and copies of the rows that a segment finishes."""
@@ -67,7 +67,7 @@ class BackwardWithCopies:
     @cached_property
     def copies(self) -> BackwardRun | None:
         """The run of the copies, made by the first step that needs it; None where this rank has no pair for one."""
-        return self._make_copies() if _num_copy_pairs(self._plan) else None
+        return self._make_copies() if self._plan.copy_pair_offsets[-1] else None
 
     def backward(
         self, segment: int, dout: Tensor, needs_dx: bool, out: Tensor | None = None
@@ -112,14 +112,8 @@ def _sums(run: ExpertsRun, segment: int) -> Tensor:
     return cpu_memory.empty(last - first, run.rows.shape[1], like=run.rows)
 
 
-def _num_copy_pairs(plan: DispatchPlan) -> int:
-    assert plan.copy_pair_offsets is not None
-    return plan.copy_pair_offsets[-1]
-
-
 def _who_has_pairs(plan: DispatchPlan, segment: int) -> tuple[bool, bool]:
     """Say whether own experts have pairs in a segment, and whether copies have."""
-    assert plan.copy_pair_offsets is not None
     (first, last), (first_copied, last_copied) = (
         of[segment : segment + 2] for of in (plan.pair_offsets, plan.copy_pair_offsets)
     )

@@ -2,6 +2,7 @@
 
 from functools import cached_property
 from itertools import chain
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -58,7 +59,7 @@ class CopyExchanges:
         grads: none at all where no pair came for a copy.
         """
         rank, received = self.transport.rank, self.copies.received(self.transport.rank)
-        own = [weight for weight, needed in zip(self.own, self.needs, strict=True) if needed]
+        own = [of for of, needed in zip(self.own, self.needs, strict=True) if of is not None and needed]
         widths = [weight[0].numel() for weight in own]
         parts = [grad for grad in grads if grad is not None]
         rows = cpu_memory.empty(sum(received), sum(widths), like=own[0])
@@ -107,7 +108,7 @@ class CopyExchanges:
             is_whole = part.is_contiguous()
             found.append(part if is_whole else cpu_memory.empty(*part.shape, like=part).copy_(part))
             first = last
-        return PerWeight(*found)
+        return cast(PerWeight[Tensor], PerWeight(*found))
 
 
 def expert_bytes(weights: PerWeight[Tensor], needs: PerWeight[bool] | None = None) -> int:

@@ -1,7 +1,7 @@
 """ForwardPass and BackwardPass: the buffers of one layer call on one rank, and what every kind of step does to them."""
 
 from collections.abc import Callable, Sequence
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from typing import Generic, NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,13 +9,12 @@ from torch import Tensor
 from tritonmoe.backends.ops import WeightGrads
 from tritonmoe.config.layer import PerWeight
 from tritonmoe.dispatch.count_exchange import BackwardAgreement
-from tritonmoe.dispatch.expert_chunks import RowPlaces
 from tritonmoe.dispatch.placement import ExpertPlacement, pack_replica_grads, sum_replica_grads
-from tritonmoe.dispatch.plan import DispatchPlan
 from tritonmoe.experts.tensors import CallTensors
 from tritonmoe.overlap.copied_experts import BackwardWithCopies
 from tritonmoe.overlap.copy_exchanges import CopyExchanges
 from tritonmoe.overlap.executor import Actions, Execution
+from tritonmoe.overlap.experts import BackwardExperts, Experts, MakeExperts
 from tritonmoe.overlap.report import PassReport
 from tritonmoe.overlap.row_exchanges import ArrivingMetadata, RowExchanges
 from tritonmoe.overlap.schedule import build_backward, build_forward
@@ -23,34 +22,7 @@ from tritonmoe.overlap.steps import StepKind, Way
 from tritonmoe.transports import PendingExchange
 from tritonmoe.transports.wire import WireFormat
 
-__all__ = ["BackwardExperts", "BackwardPass", "Experts", "ForwardExperts", "ForwardPass", "LayerGrads", "MakeExperts"]
-
-
-class ForwardExperts(Protocol):
-    """What a forward needs of the experts of one call: ForwardRun, NodeForward, or a stand-in of fixed duration."""
-
-    def forward(self, segment: int, out: Tensor | None = None) -> Tensor:
-        """Return the weighted sums over this rank's experts of the rows that a segment finishes."""
-        ...
-
-
-class BackwardExperts(Protocol):
-    """What a backward needs of them: BackwardRun, NodeBackward, or such a stand-in."""
-
-    def backward(
-        self, segment: int, dout: Tensor, needs_dx: bool, out: Tensor | None = None
-    ) -> tuple[Tensor | None, Tensor]:
-        """Return dx of the rows that a segment finishes, None unless needed, and the gradients of their weights."""
-        ...
-
-    def weight_grad(self, dout: Tensor, needs: PerWeight[bool]) -> WeightGrads:
-        """Return the gradients of the experts' weights, over all segments."""
-        ...
-
-
-Experts = TypeVar("Experts", bound=ForwardExperts)
-MakeExperts = Callable[[DispatchPlan, CallTensors[Tensor], RowPlaces], Experts]
-"""(the plan, the received rows x (R, D) with what came with them, where they lie) -> the experts of one call."""
+__all__ = ["BackwardPass", "ForwardPass", "LayerGrads"]
 
 
 class ForwardPass(Generic[Experts]):
@@ -106,10 +78,11 @@ class ForwardPass(Generic[Experts]):
         return Execution(schedule, self.actions(), self.x.device, self.plan.call)
 
     def actions(self) -> Actions:
+        of_copies = {} if self.copies is None else {StepKind.COPIES: self.copies.send}
         return {
+            **of_copies,
             StepKind.METADATA: self.metadata,
             StepKind.DISPATCH: self.dispatch,
-            StepKind.COPIES: self.send_copies,
             StepKind.FILLER: self.filler,
             StepKind.GROUP: self.group,
             StepKind.EXPERTS: self.compute_experts,
@@ -124,10 +97,6 @@ class ForwardPass(Generic[Experts]):
     def dispatch(self, chunk: int) -> PendingExchange:
         packed = self.exchanges.pack(self.x, chunk)
         return self.exchanges.send_chunk(packed, chunk, self.rows, self.dispatch_wire, self.wire_squares)
-
-    def send_copies(self) -> PendingExchange:
-        assert self.copies is not None
-        return self.copies.send()
 
     def filler(self, number: int) -> None:
         self.fillers[number]()

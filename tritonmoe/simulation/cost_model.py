@@ -238,6 +238,7 @@ def step_units(
     sent: Sequence[Size],
     returned: Sequence[Size],
     pairs: Sequence[Size],
+    *,
     copies: tuple[Size, Size] | None = None,
 ) -> Size:
     """Return how many of its kind's units (Unit) a step has.
