@@ -439,3 +439,25 @@ def test_a_rank_that_fails_while_it_plans(monkeypatch) -> None:
             patch.setattr(balance, name, function)
             tm.run_on_emulated_ranks(on_rank, 2, timeout_s=20)
     assert balance.plan_copies is plan_copies
+
+
+def test_halves_of_a_batch_run_without(reports: dict[int, list[LayerReport]]) -> None:
+    """The weights would travel for each half."""
+    batch = hot(Batch(2, 6, 2))
+    expected = batch.on_one_device()
+
+    def on_rank(transport: Transport) -> Tensor:
+        mine, rank = batch.of_rank(transport.rank), transport.rank
+
+        def run_half(tokens: slice) -> Tensor:
+            own = {name: mine[name][tokens] for name in ("x", "topk_weights")}
+            settings = {"num_experts": 6, "transport": transport, "overlap": ALWAYS}
+            return tm.expert_parallel_mlp(topk_ids=batch.ids[rank][tokens], **{**mine, **own}, **settings)
+
+        count = len(batch.ids[rank])
+        return torch.cat(tm.two_batches(run_half, slice(count // 2), slice(count // 2, None)))
+
+    outs = tm.run_on_emulated_ranks(on_rank, 2, timeout_s=20)
+    assert_equals_one_device({"out": torch.cat(outs)}, expected)
+    assert all(report.copies is None for report in reports[0])
+    assert {report.half for report in reports[0]} == {1, 2}

@@ -15,7 +15,10 @@ __all__ = ["BackwardExperts", "Experts", "ForwardExperts", "MakeExperts"]
 
 
 class ForwardExperts(Protocol):
-    """What a forward needs of the experts of one call: ForwardRun, NodeForward, ForwardWithCopies, or a stand-in of fixed duration."""
+    """What a forward needs of the experts of one call.
+
+    These are ForwardRun, NodeForward, ForwardWithCopies, and stand-ins of fixed duration.
+    """
 
     def forward(self, segment: int, out: Tensor | None = None) -> Tensor:
         """Return the weighted sums over this rank's experts of the rows that a segment finishes."""

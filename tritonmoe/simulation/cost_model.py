@@ -144,8 +144,8 @@ class LayerWork:
     def bytes_per_row(self, kind: StepKind) -> int:
         """Return the bytes of one row, or of one copied expert, in an exchange of this kind."""
         if kind in (StepKind.COPIES, StepKind.COPIES_BACKWARD):
-            assert self.copies is not None
-            return self.copies.expert_bytes if kind is StepKind.COPIES else self.copies.gradient_bytes
+            copies = self.copies
+            return 0 if copies is None else copies.expert_bytes if kind is StepKind.COPIES else copies.gradient_bytes
         if kind is StepKind.METADATA:
             return 8 * self.top_k  # int32 ids and fp32 weights
         if kind is StepKind.ROUTING_BACKWARD:
@@ -250,8 +250,7 @@ def step_units(
     """
     unit = step.kind.unit
     if unit in (Unit.COPY_PAIRS, Unit.COPIES):
-        assert copies is not None
-        return copies[unit is Unit.COPIES]
+        return pairs[0] * 0 if copies is None else copies[unit is Unit.COPIES]
     of = pairs if unit is Unit.PAIRS else sent if unit is Unit.SENT_ROWS else returned
     segment = step.segment(num_local_slices)
     if segment is not None:
