@@ -357,3 +357,20 @@ def test_rows_to_nodes_that_contradict_are_refused(tmp_path: Path) -> None:
     file.write_text(f"{header}\n{json.dumps(call)}\n")
     with pytest.raises(ValueError, match=r"rank-0002.jsonl line 2: rows_to_nodes: 1000000 of node 1 contradict rows"):
         read_recording(folder)
+
+
+def test_calls_with_copies_are_left_out(tmp_path) -> None:
+    """A recording has no word for copies; a warning says so, once, and other calls of the run are there."""
+    config = tm.MoEConfig(hidden_size=8, intermediate_size=6, num_experts=4, top_k=1)
+
+    def on_rank(transport: Transport) -> None:
+        experts = tm.GroupedExperts(config, transport, tm.OverlapConfig(1, balance="always"))
+        for hot in (False, True, True):
+            ids = torch.zeros(8, 1, dtype=torch.int64) if hot else torch.arange(8).remainder(4).view(8, 1)
+            experts(torch.randn(8, 8), ids, torch.ones(8, 1)).sum().backward()
+            assert (experts.last_report.copies is not None) == hot
+
+    with pytest.warns(UserWarning, match="copies") as warned, tm.diagnosis.record(tmp_path / "run"):
+        tm.run_on_emulated_ranks(on_rank, 2, timeout_s=20)
+    assert len([one for one in warned if "OverlapConfig.balance" in str(one.message)]) == 1
+    assert len(read_recording(tmp_path / "run").calls) == 1

@@ -27,13 +27,26 @@ def plans() -> list[tuple[OverlapPlan, str]]:
 
 
 def forwards() -> list:
-    return [pytest.param(build_forward(plan), plan, id=f"forward-{name}") for plan, name in plans()]
+    without = [pytest.param(build_forward(plan), plan, id=f"forward-{name}") for plan, name in plans()]
+    return without + [
+        pytest.param(build_forward(plan, has_copies=True), plan, id=f"forward-{name}-copies") for plan, name in plans()
+    ]
 
 
 def backwards() -> list:
-    return [
+    without = [
         pytest.param(build_backward(plan, needs_x=x, needs_topk_weights=w), plan, id=f"backward-{name}-x{x:d}-w{w:d}")
         for (plan, name), x, w in itertools.product(plans(), (True, False), (True, False))
+    ]
+    return without + [
+        pytest.param(
+            build_backward(
+                plan, needs_x=True, needs_topk_weights=True, has_copies=True, sends_copies=sent, returns_copies=home
+            ),
+            plan,
+            id=f"backward-{name}-copies-sent{sent:d}-home{home:d}",
+        )
+        for (plan, name), sent, home in itertools.product(plans(), (True, False), (True, False))
     ]
 
 
@@ -153,7 +166,9 @@ def test_data_flow_of_forward(schedule: Schedule, plan: OverlapPlan) -> None:
     group = position(schedule, "group", None)
     assert position(schedule, "metadata", None) in schedule[group].after
     local = [n for n, step in enumerate(schedule) if step.kind == "experts" and step.chunk < 0]
-    expected = [LOCAL_START] * (plan.local_start > 0) + [LOCAL_END] * (plan.local_start < LOCAL_PARTS)
+    has_copies = any(step.kind == "copies" for step in schedule)
+    has_end = plan.local_start < LOCAL_PARTS or has_copies
+    expected = [LOCAL_START] * (plan.local_start > 0) + [LOCAL_END] * has_end
     assert [schedule[n].chunk for n in local] == (expected if plan.local_first else [])
     assert all(group in schedule[n].after for n in local)
     for c in range(plan.num_chunks):
@@ -191,6 +206,24 @@ def test_data_flow_of_backward(schedule: Schedule, plan: OverlapPlan) -> None:
         routing = position(schedule, "routing_backward", None)
         assert set(experts) <= set(schedule[routing].after)
         assert routing in schedule[position(schedule, "reduce_routing_backward", None)].after
+
+
+@pytest.mark.parametrize(("schedule", "plan"), [*forwards(), *backwards()])
+def test_copies_are_there_before_what_needs_them(schedule: Schedule, plan: OverlapPlan) -> None:
+    """Weights travel behind the first rows; gradients go home under the gradients of own pairs, and are added last."""
+    if any(step.kind == "copies" for step in schedule):
+        copies = position(schedule, "copies", None)
+        for step in schedule:
+            if step.kind in ("experts", "experts_backward") and step.chunk != LOCAL_START:
+                assert copies in step.after
+        if not plan.serial:
+            sent = "dispatch" if schedule[0].kind is StepKind.METADATA else "combine_backward"
+            assert position(schedule, sent, 0) < copies
+    if any(step.kind == "copies_backward" for step in schedule):
+        home, own = position(schedule, "copies_backward", None), position(schedule, "weight_grad", None)
+        assert set(schedule[-1].after) == {home, own}
+        assert schedule[-1].kind is StepKind.REDUCE_COPIES_BACKWARD
+        assert plan.serial or home < own
 
 
 def test_gradients_that_no_rank_needs_are_left_out() -> None:
@@ -422,7 +455,11 @@ def test_the_adjoint_of_an_exchange_goes_the_other_way() -> None:
         if kind.adjoint is not None:
             assert kind.adjoint.adjoint is kind
             assert kind.adjoint.lane == kind.lane
-            assert {kind.way, kind.adjoint.way} in ({Way.TO_EXPERTS, Way.HOME}, {None})
+            assert {kind.way, kind.adjoint.way} in (
+                {Way.TO_EXPERTS, Way.HOME},
+                {Way.TO_COPIES, Way.TO_OWNERS},
+                {None},
+            )
     exchanges = [kind for kind in StepKind if kind.way is not None]
     assert all(kind.adjoint is not None for kind in exchanges)
     assert StepKind.NODE_COMBINE.adjoint is StepKind.NODE_COMBINE_BACKWARD

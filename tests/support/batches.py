@@ -15,7 +15,7 @@ HIDDEN, INTERMEDIATE = 6, 5
 WEIGHTS = ("gate_up_proj", "down_proj", "gate_up_bias", "down_bias")
 Overlap = tm.OverlapConfig | tm.OverlapPlan
 NAMES = ("x", "topk_weights", *WEIGHTS)
-NUM_TOKENS = {1: (9,), 2: (7, 0), 3: (7, 0, 5), 4: (7, 0, 5, 3)}
+NUM_TOKENS = {1: (9,), 2: (7, 0), 3: (7, 0, 5), 4: (7, 0, 5, 3), 8: (7, 0, 5, 3, 9, 1, 4, 6)}
 """Uneven, and rank 1 has none."""
 
 

@@ -21,8 +21,9 @@ ONE_LEVEL_OVERLAPS = (
     tm.OverlapConfig(3, chunk_by="experts"),
     tm.OverlapConfig(3, capacity=100),
     tm.OverlapConfig(2, capacity=0.1),
+    tm.OverlapConfig(2, balance="always"),
 )
-"""The last two: rows fit, and don't."""
+"""Those with a capacity: rows fit, and don't."""
 HALVES = None
 """In the place of chunks: tm.two_batches."""
 

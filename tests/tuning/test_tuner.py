@@ -103,6 +103,7 @@ class Report:
 
     row_bytes, other_row_bytes, top_k, backward, choice = 1000, None, 1, None, ""
     first_run: "Report | None" = None
+    copies = None
 
     def __init__(
         self, plan: tm.OverlapPlan, experts_s: float, dispatch_s: float, total_s: float = 0.0, chunk_s: float = 0.0

@@ -12,6 +12,7 @@ from tritonmoe.config.numbers import check_flags, is_integer, is_number
 __all__ = [
     "LOCAL_PARTS",
     "MAX_CHUNKS",
+    "MAX_COPIES",
     "WIRE_DTYPES",
     "OverlapConfig",
     "OverlapPlan",
@@ -26,6 +27,7 @@ WIRE_DTYPES = (None, torch.bfloat16, torch.float8_e4m3fn)
 """The dtypes that rows may travel in, None being their own; see transports/wire.py."""
 MAX_CHUNK_SIZE = 1000
 MAX_CAPACITY = 1024
+MAX_COPIES = 64
 LOCAL_PARTS = 16
 """Local pairs are split by sixteenths."""
 
@@ -72,9 +74,21 @@ class OverlapConfig:
     Nothing is tuned then; where nothing fits, last_report.choice says how much the least is. Chunks of experts and a
     TwoLevelTransport have no budget."""
 
+    balance: Literal["auto", "always"] | None = None
+    """Copies of experts for one call: from the counts of every call, the weights of hot experts travel to ranks that
+    have less to do, which compute a part of their pairs, and send the gradients of these weights home. "auto" does so
+    where the call is expected to take at least 3 % less time for it, by what calls before have taken; "always" wherever
+    ranks have different numbers of pairs. Parameters, optimizers and checkpoints don't know of copies. None: never.
+    Chunks of experts, a capacity, a memory budget, placements with replicas, callable activations and a
+    TwoLevelTransport have no copies; halves of a batch run without."""
+    max_copies: int = 2
+    """With `balance`: the most experts of other ranks that a rank computes a part of in one call. Each takes the memory
+    of its weights until the backward; with save="input" they travel again instead."""
+
     def __post_init__(self) -> None:
         check_wire_dtype(self.wire_dtype)
         check_flags(self, "local_first", "serial")
+        check_balance(self)
         if self.chunk_by not in ("tokens", "experts", "auto"):
             raise ValueError(f"chunk_by must be 'tokens', 'experts' or 'auto', got {self.chunk_by!r}")
         check_capacity(self.capacity, self.chunk_by)
@@ -95,6 +109,11 @@ class OverlapConfig:
                     "memory_budget_bytes needs chunks of tokens: with chunk_by='experts' the results of all pairs are "
                     "kept until the last chunk, whatever the number of chunks"
                 )
+        if budget is not None and self.balance is not None:
+            raise ValueError(
+                "memory_budget_bytes bounds what the buffers of a call take, which copies of experts are not counted "
+                "in: leave one of balance and memory_budget_bytes out"
+            )
         if isinstance(self.shape, tuple):
             check_chunk_sizes(self.shape)
             if self.num_chunks not in ("auto", len(self.shape)):
@@ -127,6 +146,26 @@ def check_capacity(capacity: float | None, chunk_by: str) -> None:
         raise ValueError(
             "capacity needs chunks of tokens, since the chunk of experts that a row leaves with, and the one that it "
             "returns with, follow from its routing alone: use chunk_by='tokens', or leave capacity out"
+        )
+
+
+def check_balance(overlap: "OverlapConfig | OverlapPlan") -> None:
+    """Raise ValueError unless copies of experts are left out, or can be made of chunks as these."""
+    if overlap.balance not in ("auto", "always", None):
+        raise ValueError(f"balance must be 'auto', 'always' or None, got {overlap.balance!r}")
+    if not is_integer(overlap.max_copies) or not 1 <= overlap.max_copies <= MAX_COPIES:
+        raise ValueError(f"max_copies must be 1..{MAX_COPIES} experts of a rank, got {overlap.max_copies!r}")
+    if overlap.balance is None:
+        return
+    if overlap.chunk_by == "experts":
+        raise ValueError(
+            "balance needs chunks of tokens, since copies of experts belong to no chunk of experts: use "
+            "chunk_by='tokens', or leave balance out"
+        )
+    if overlap.capacity is not None:
+        raise ValueError(
+            "balance needs counts that have reached the host, for which a capacity doesn't wait: leave one of balance "
+            "and capacity out"
         )
 
 
@@ -185,9 +224,14 @@ class OverlapPlan:
     """As in OverlapConfig."""
     capacity: float | None = None
     """As in OverlapConfig."""
+    balance: Literal["auto", "always"] | None = None
+    """As in OverlapConfig."""
+    max_copies: int = 2
+    """As in OverlapConfig."""
 
     def __post_init__(self) -> None:
         check_wire_dtype(self.wire_dtype)
+        check_balance(self)
         if self.chunk_by not in ("tokens", "experts"):
             raise ValueError(f"chunk_by must be 'tokens' or 'experts', got {self.chunk_by!r}")
         check_capacity(self.capacity, self.chunk_by)
@@ -240,6 +284,8 @@ class OverlapPlan:
             words += f", rows sent as {str(self.wire_dtype).removeprefix('torch.')}"
         if self.capacity is not None:
             words += f", capacity {self.capacity}"
+        if self.balance is not None:
+            words += f", balance {self.balance} with at most {self.max_copies} copies on a rank"
         return words
 
 

@@ -3,6 +3,7 @@
 import os
 import queue
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,10 @@ __all__ = ["record"]
 PAUSE_S = 0.25
 """So long the thread that writes waits for more calls: several in a row take it half of the time of single ones, for
 which the core's caches are cold."""
+LEFT_OUT = (
+    "calls whose hot experts have copies (OverlapConfig.balance) are left out of a recording, which has no word for "
+    "copies: record a run without balance for the doctor; last_report tells what copies did"
+)
 
 
 @contextmanager
@@ -94,6 +99,7 @@ class _Recorder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.num_users = 0
+        self._has_left_out = False
         self._files: WeakKeyDictionary[Transport, RankFileWriter] = WeakKeyDictionary()
         self._transports_of_rank: dict[tuple[Path, int], int] = {}
         self._held: dict[tuple[int, int], tuple[HeldCall, ReferenceType[Grouping]]] = {}
@@ -121,6 +127,11 @@ class _Recorder:
     def after_forward(self, transport: Transport, header: CallHeader, report: LayerReport, grouping: Grouping) -> None:
         file = self._files.get(transport)
         if header.captured or file is None:  # None: the call began before the recording
+            return
+        if report.copies is not None:
+            if not self._has_left_out:
+                warnings.warn(LEFT_OUT, stacklevel=2)
+            self._has_left_out = True
             return
         held = HeldCall(file, header, report, HostCopy(grouping.expert_offsets), is_recomputing())
         if not header.grad_enabled:

@@ -24,6 +24,7 @@ from tritonmoe.transports.waiting import Doing
 __all__ = [
     "BackwardAgreement",
     "CountTimes",
+    "check_copy_pairs",
     "check_counts",
     "check_sizes",
     "exchange_counts",
@@ -194,6 +195,17 @@ def check_counts(
                 f"{row_counts} rows{returning} with {pair_counts} pairs of at most {top_k} a row, {total_pairs} in "
                 "all: they were damaged on their way"
             )
+
+
+def check_copy_pairs(pairs: Sequence[Sequence[int]], copy_pairs: Sequence[Sequence[int]], rank: int) -> None:
+    """Raise CountMismatch unless the pairs of copies, [segment][rank], are a part of the pairs that each rank tells."""
+    for segment, of_copies in zip(pairs, copy_pairs, strict=True):
+        for sender, (count, of_copy) in enumerate(zip(segment, of_copies, strict=True)):
+            if not 0 <= of_copy <= count:
+                raise CountMismatch(
+                    f"rank {rank} got counts of rank {sender} that contradict each other: {count} pairs in a segment, "
+                    f"of which {of_copy} are for copies of experts: they were damaged on their way"
+                )
 
 
 def check_sizes(received: Sequence[int], top_k: int) -> None:

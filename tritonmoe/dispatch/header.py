@@ -10,9 +10,10 @@ from typing import NamedTuple, SupportsIndex
 
 import torch
 
+from tritonmoe.config.layer import PerWeight
 from tritonmoe.dispatch.terms import NO_TERMS
 
-__all__ = ["DTYPE_CODES", "HEADER_SIZE", "MAGIC", "SAVES", "CallHeader"]
+__all__ = ["DTYPE_CODES", "HEADER_SIZE", "MAGIC", "SAVES", "CallHeader", "weight_bits"]
 
 MAGIC = 0x7417_0E
 SAVES = ("hidden", "input")
@@ -57,6 +58,8 @@ class CallHeader(NamedTuple):
     """Whether it needs that of x."""
     needs_topk_weights: int = 0
     """Whether it needs that of topk_weights."""
+    needs_weights: int = 0
+    """With `balance`, a bit for each kind of weight, in the order of PerWeight: whether it needs the gradient."""
     error: int = 0
     """Whether this rank's arguments were refused."""
     nonfinite_rows: int = 0
@@ -117,3 +120,8 @@ class CallHeader(NamedTuple):
 
 CHECKSUM = CallHeader._fields.index("checksum")
 HEADER_SIZE = len(CallHeader._fields)
+
+
+def weight_bits(needs: PerWeight[bool]) -> int:
+    """Return a bit for each kind of weight that needs a gradient."""
+    return sum(2**i for i, needed in enumerate(needs) if needed)

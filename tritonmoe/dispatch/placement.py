@@ -14,6 +14,7 @@ from torch import Tensor
 from tritonmoe.backends.ops import WeightGrads, accumulation_dtype
 from tritonmoe.config.layer import PerWeight
 from tritonmoe.config.numbers import is_integer
+from tritonmoe.dispatch.header import weight_bits
 from tritonmoe.runtime.cpu_memory import to_device
 
 __all__ = ["ExpertPlacement", "pack_replica_grads", "replica_bits", "sum_replica_grads"]
@@ -190,9 +191,7 @@ def _fill(ranks: list[list[int]], replicas: list[int], slots: int) -> None:
 
 def replica_bits(placement: ExpertPlacement | None, needs_weights: PerWeight[bool]) -> int:
     """Return a bit for each kind of weight whose gradients are summed over replicas, 0 where there are no replicas."""
-    if placement is None or not placement.has_replicas:
-        return 0
-    return sum(2**i for i, needed in enumerate(needs_weights) if needed)
+    return 0 if placement is None or not placement.has_replicas else weight_bits(needs_weights)
 
 
 def pack_replica_grads(grads: WeightGrads, placement: ExpertPlacement, rank: int) -> tuple[Tensor, list[int]]:

@@ -14,10 +14,11 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from tritonmoe.config.layer import PerWeight
 from tritonmoe.config.overlap import OverlapPlan
-from tritonmoe.dispatch.count_exchange import CountTimes, check_counts, exchange_counts
+from tritonmoe.dispatch.count_exchange import CountTimes, check_copy_pairs, check_counts, exchange_counts
 from tritonmoe.dispatch.expert_chunks import RowPlaces, place_rows
-from tritonmoe.dispatch.header import CallHeader
+from tritonmoe.dispatch.header import SAVES, CallHeader
 from tritonmoe.dispatch.send_plan import TokenPlan
 from tritonmoe.grouping import RowSources
 from tritonmoe.runtime.cpu_memory import to_device
@@ -58,6 +59,9 @@ class DispatchPlan:
     """What every rank said of this call."""
     num_local_experts: int = 0
     """The experts of one rank, which only chunks of experts ask for."""
+    copy_pair_offsets: tuple[int, ...] = ()
+    """Where each segment starts among the pairs that this rank's copies of other ranks' experts compute, and its end;
+    () without copies."""
     count_times: CountTimes | None = None
     """Of the count exchange; None of the plan inside a node, whose counts came with those of all ranks."""
 
@@ -69,6 +73,16 @@ class DispatchPlan:
     @property
     def num_chunks(self) -> int:
         return self.overlap.num_chunks
+
+    @property
+    def needs_weights(self) -> PerWeight[bool]:
+        """Of which kinds of weight some rank needs the gradient."""
+        return PerWeight(*(any(h.needs_weights >> i & 1 for h in self.headers) for i in range(len(PerWeight._fields))))
+
+    @property
+    def keeps_copies(self) -> bool:
+        """Whether weights of copies are kept until the backward: not if some rank computes h again to save memory."""
+        return all(h.save == SAVES.index("hidden") for h in self.headers)
 
     @cached_property
     def home_offsets(self) -> tuple[int, ...]:
@@ -196,11 +210,16 @@ def exchange_plan(transport: Transport, header: CallHeader, tokens: TokenPlan, o
         NonFiniteScores: a rank's router scores were not finite. CapacityOverflow: an earlier replay's rows didn't fit.
         ValueError: a rank would receive more pairs than int32 positions can number.
     """
-    counts = torch.tensor([tokens.rows, tokens.pairs, tokens.return_rows], device="cpu")  # (3, segments, W)
+    has_copies = tokens.copy_pairs is not None
+    third = tokens.copy_pairs if has_copies else tokens.return_rows  # rows return as they came where there are copies
+    counts = torch.tensor([tokens.rows, tokens.pairs, third], device="cpu")  # (3, segments, W)
     headers, (traffic, traffic_pairs), received, times = exchange_counts(transport, header, counts)
-    receive_rows, receive_pairs, return_rows = received.tolist()
+    receive_rows, receive_pairs, third = received.tolist()
+    return_rows = receive_rows if has_copies else third
     with leaving_nobody_waiting(transport):
         check_counts(receive_rows, receive_pairs, return_rows, traffic, traffic_pairs, header.top_k, transport.rank)
+        if has_copies:
+            check_copy_pairs(receive_pairs, third, transport.rank)
     return DispatchPlan(
         rank=transport.rank,
         size=transport.size,
@@ -218,6 +237,7 @@ def exchange_plan(transport: Transport, header: CallHeader, tokens: TokenPlan, o
         needs_topk_weights=any(h.needs_topk_weights for h in headers),
         headers=headers,
         num_local_experts=header.num_experts // transport.size,
+        copy_pair_offsets=offsets(third) if has_copies else (),
         count_times=times,
     )
 

@@ -47,6 +47,8 @@ class TokenPlan:
     """How many tokens have router scores that are not finite."""
     has_padding: bool = False
     """Whether some home rows are padding, which belongs to no token; only with a capacity."""
+    copy_pairs: list[list[int]] | None = None
+    """[segment][rank] those of `pairs` that the rank's copies of experts compute; None without copies."""
 
     @property
     def home_ranks(self) -> Tensor:
@@ -68,11 +70,15 @@ def plan_tokens(
     overlap: OverlapPlan,
     num_nonfinite_rows: Tensor | None = None,
     read: Callable[[HostCopy], list[Tensor]] = HostCopy.wait,
+    num_copies: int = 0,
 ) -> TokenPlan:
     """Decide which token goes where and when, from this rank's ids (T, K) alone.
 
     Rank k owns the experts k * E / W .. (k + 1) * E / W. The one host read of a layer call before its count exchange is
     here, by `read` (Transport.wait_for_copy): of the counts, and of num_nonfinite_rows, a scalar, with them.
+
+    num_copies: the last so many of each rank's experts are copies, whose weights come beside the first rows: with
+        local_first, tokens that need them on their own rank are among those that run last.
     """
     owner = owners_of_pairs(topk_ids, num_experts, size)
     if num_nonfinite_rows is None:
@@ -80,12 +86,20 @@ def plan_tokens(
     if overlap.chunk_by == "experts":
         return _plan_by_experts(topk_ids, owner, num_experts // size, rank, size, overlap, num_nonfinite_rows, read)
     segments = row_segments(topk_ids.shape[0], rank, size, overlap, topk_ids.device)
-    row_keys, counts = count_rows(owner, segments, overlap.num_segments)
+    is_copy = None
+    if num_copies:
+        num_slots = num_experts // size
+        is_copy = (owner < size) & (topk_ids % num_slots >= num_slots - num_copies)
+        if overlap.local_first:
+            segments[:, rank] |= (is_copy & (owner == rank)).any(1)
+    row_keys, counts = count_rows(owner, segments, overlap.num_segments, is_copy)
     counts, nonfinite_rows = read(HostCopy(counts, num_nonfinite_rows))
-    rows, pairs = counts.tolist()
+    rows, pairs, *copy_pairs = counts.tolist()
     bounds = overlap.bounds(topk_ids.shape[0])
     order = order_rows(row_keys, size, topk_ids.shape[1], rows)
-    return TokenPlan(bounds, *order, rows, pairs, rows, int(nonfinite_rows))
+    return TokenPlan(
+        bounds, *order, rows, pairs, rows, int(nonfinite_rows), copy_pairs=copy_pairs[0] if copy_pairs else None
+    )
 
 
 def _plan_by_experts(
@@ -146,14 +160,17 @@ def _local_slices(num_tokens: int, overlap: OverlapPlan, device: torch.device) -
     return (torch.arange(num_tokens, device=device) >= overlap.local_bound(num_tokens)).to(torch.int64)
 
 
-def count_rows(owner: Tensor, segments: Tensor, num_segments: int) -> tuple[Tensor, Tensor]:
+def count_rows(
+    owner: Tensor, segments: Tensor, num_segments: int, is_copy: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Count the home rows and their pairs by (segment, rank).
 
     Args:
         owner: (T, K) int64, W for a skipped pair. segments: (T, W) int64.
+        is_copy: (T, K) bool: pairs that are counted once more for themselves.
     Returns:
         The key of each (token, rank), (T * W,) int64: segment * W + rank, num_segments * W where it does not travel;
-        and the counts of rows and of pairs, (2, num_segments, W) int64.
+        and the counts of rows and of pairs, (2, num_segments, W) int64; (3, ..) with those of is_copy.
     """
     num_tokens, size = segments.shape
     absent = num_segments * size
@@ -161,8 +178,12 @@ def count_rows(owner: Tensor, segments: Tensor, num_segments: int) -> tuple[Tens
     keys[:, :size] = segments * size + torch.arange(size, device=segments.device)
     needs = torch.zeros_like(keys, dtype=torch.bool).scatter_(1, owner, True)[:, :size]
     row_keys = keys[:, :size].masked_fill(~needs, absent).flatten()
-    counts = torch.stack([count_keys(row_keys, absent), count_keys(keys.gather(1, owner), absent)])
-    return row_keys, counts.view(2, num_segments, size)
+    pair_keys = keys.gather(1, owner)
+    counted = (
+        [row_keys, pair_keys] if is_copy is None else [row_keys, pair_keys, pair_keys.masked_fill(~is_copy, absent)]
+    )
+    counts = torch.stack([count_keys(of, absent) for of in counted])
+    return row_keys, counts.view(-1, num_segments, size)
 
 
 def count_keys(keys: Tensor, limit: int) -> Tensor:

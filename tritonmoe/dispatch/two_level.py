@@ -104,6 +104,11 @@ def check_two_level(overlap: OverlapConfig | OverlapPlan, placement: ExpertPlace
         )
     if overlap.capacity is not None:
         raise ValueError("capacity needs a transport of one level: leave it out, or use TwoLevelTransport.world")
+    if overlap.balance is not None:
+        raise ValueError(
+            "balance needs a transport of one level, since copies of experts go from any rank to any other: leave it "
+            "out, or use TwoLevelTransport.world"
+        )
     if placement is not None and placement.has_replicas:
         raise ValueError(
             "a placement with replicas needs a transport of one level, since the gradients of replicas are summed over "

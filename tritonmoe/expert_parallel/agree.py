@@ -14,7 +14,9 @@ from tritonmoe.config.formats import format_of
 from tritonmoe.config.layer import PerWeight
 from tritonmoe.config.overlap import OverlapConfig, OverlapPlan
 from tritonmoe.dispatch.capacity import plan_capped_tokens, post_flag, replay_overflowed
-from tritonmoe.dispatch.header import DTYPE_CODES, SAVES, CallHeader
+from tritonmoe.dispatch.copies import ExpertCopies
+from tritonmoe.dispatch.count_exchange import CountTimes
+from tritonmoe.dispatch.header import DTYPE_CODES, SAVES, CallHeader, weight_bits
 from tritonmoe.dispatch.header_check import NoLayerCall
 from tritonmoe.dispatch.placement import ExpertPlacement, replica_bits
 from tritonmoe.dispatch.plan import DispatchPlan, exchange_plan
@@ -22,39 +24,73 @@ from tritonmoe.dispatch.send_plan import TokenPlan, plan_tokens
 from tritonmoe.dispatch.terms import CallTerms, plan_terms
 from tritonmoe.dispatch.two_level import exchange_two_level_plan
 from tritonmoe.expert_parallel.agreed_call import AgreedCall
+from tritonmoe.expert_parallel.balance import plan_balance
 from tritonmoe.expert_parallel.check import CheckedCall
+from tritonmoe.expert_parallel.choose import Choice
 from tritonmoe.expert_parallel.two_level_call import TwoLevelCall
 from tritonmoe.experts.tensors import NAMES, OPTIONAL
 from tritonmoe.transports import TwoLevelTransport
-from tritonmoe.tuning.votes import Message
+from tritonmoe.tuning.copy_costs import MeasuredCosts
 
 __all__ = ["agree", "agree_without_capacity"]
 
 
 @torch.no_grad()
-def agree(call: CheckedCall, overlap: OverlapPlan, message: Message) -> AgreedCall:
+def agree(call: CheckedCall, choice: Choice) -> AgreedCall:
     """Tell every rank what this call is and how many rows it sends there, hear the same of them, and plan the call.
 
-    Args:
-        overlap: the plan that was chosen. message: what this rank tells the other ranks' tuners.
     Raises, on every rank alike:
         CountMismatch, TransportError, NonFiniteScores, CapacityOverflow, ValueError: as exchange_plan says.
     """
     try:
-        return _agree(call, overlap, call_header(call, overlap, message))
+        return _agree(call, choice, call_header(call, choice))
     except NoLayerCall:
         call.state.uncount_call()
         raise
 
 
-def _agree(call: CheckedCall, overlap: OverlapPlan, header: CallHeader) -> AgreedCall:
+def _agree(call: CheckedCall, choice: Choice, header: CallHeader) -> AgreedCall:
+    overlap = choice.overlap
     if call.two_level is not None:
         return _agree_on_two_levels(call, header, overlap, call.two_level)
     if overlap.capacity is not None:
         return _agree_on_capacity(call, header, overlap)
+    if choice.copies is not None:
+        return _agree_on_copies(call, header, overlap, choice.copies)
     tokens = _plan_tokens(call, overlap)
     header = header._replace(nonfinite_rows=tokens.nonfinite_rows)
-    return _planned(call, exchange_plan(call.transport, header, tokens, overlap), header)
+    first = _planned(call, exchange_plan(call.transport, header, tokens, overlap), header)
+    return first if choice.costs is None else _agree_on_balance(call, first, choice.costs)
+
+
+def _agree_on_balance(call: CheckedCall, first: AgreedCall, costs: MeasuredCosts) -> AgreedCall:
+    """Plan a call once more if experts shall have copies in it; first: what was agreed without."""
+    began, overlap = time.perf_counter(), first.plan.overlap
+    balanced = plan_balance(call, first.plan, costs)
+    if balanced.copies is None:
+        first.balance, first.expected_fs = balanced.words, balanced.expected_fs
+        return first
+    terms = call_terms(call, overlap, balanced.copies.words)
+    second = _agree_on_copies(call, first.header._replace(terms=terms), overlap, balanced.copies)
+    began_at, ended_at = first.plan.count_times, second.plan.count_times
+    if began_at is not None and ended_at is not None:
+        second.plan = replace(second.plan, count_times=CountTimes(began_at.posted, ended_at.left))
+    second.pairs_without_copies = first.plan.traffic_pairs
+    second.balance, second.expected_fs = balanced.words, balanced.expected_fs
+    second.planning_s = time.perf_counter() - began
+    return second
+
+
+def _agree_on_copies(call: CheckedCall, header: CallHeader, overlap: OverlapPlan, copies: ExpertCopies) -> AgreedCall:
+    """Plan a call by the counts of its rows with copies of experts."""
+    transport = call.transport
+    slots = copies.slots(call.tensors.topk_ids, transport.rank, overlap)
+    counted = call._replace(tensors=call.tensors._replace(topk_ids=slots), num_slots=copies.num_slots)
+    tokens = _plan_tokens(counted, overlap, copies.num_copies)
+    header = header._replace(nonfinite_rows=tokens.nonfinite_rows, num_experts=copies.num_slots)
+    planned = _planned(counted, exchange_plan(transport, header, tokens, overlap), header)
+    planned.copies, planned.slots = copies, slots
+    return planned
 
 
 @torch.no_grad()
@@ -67,10 +103,10 @@ def agree_without_capacity(call: CheckedCall, first: AgreedCall) -> AgreedCall:
     return again
 
 
-def _plan_tokens(call: CheckedCall, overlap: OverlapPlan) -> TokenPlan:
+def _plan_tokens(call: CheckedCall, overlap: OverlapPlan, num_copies: int = 0) -> TokenPlan:
     rank, size, topk_ids = call.transport.rank, call.transport.size, call.tensors.topk_ids
     read = call.transport.wait_for_copy
-    return plan_tokens(topk_ids, call.num_slots, rank, size, overlap, call.num_nonfinite_rows, read)
+    return plan_tokens(topk_ids, call.num_slots, rank, size, overlap, call.num_nonfinite_rows, read, num_copies)
 
 
 def _planned(call: CheckedCall, plan: DispatchPlan, header: CallHeader) -> AgreedCall:
@@ -126,7 +162,7 @@ def _agree_on_two_levels(
     )
 
 
-def call_header(call: CheckedCall, overlap: OverlapPlan, message: Message) -> CallHeader:
+def call_header(call: CheckedCall, choice: Choice) -> CallHeader:
     """Return what this rank says of a call to every rank, counts and nonfinite_rows apart."""
     spec, tensors, needs, placement = call.spec, call.tensors, call.needs, call.spec.placement
     flags = () if call.is_captured else call.state.captured_flags
@@ -135,7 +171,7 @@ def call_header(call: CheckedCall, overlap: OverlapPlan, message: Message) -> Ca
         sequence=call.sequence,
         layer=-1 if call.layer is None else call.layer.layer,
         copy=0 if call.layer is None else call.layer.copy,
-        terms=call_terms(call, overlap),
+        terms=call_terms(call, choice.overlap, choice.copy_words),
         num_experts=call.num_slots,
         top_k=tensors.topk_ids.shape[1],
         hidden_size=tensors.x.shape[1],
@@ -145,6 +181,7 @@ def call_header(call: CheckedCall, overlap: OverlapPlan, message: Message) -> Ca
         needs_any=int(any(needs.flatten())),
         needs_x=int(needs.x),
         needs_topk_weights=int(needs.topk_weights),
+        needs_weights=0 if spec.overlap.balance is None else weight_bits(needs.weights),
         half=call.half,
         compiled=int(call.is_compiled),
         captured=int(call.is_captured),
@@ -154,18 +191,21 @@ def call_header(call: CheckedCall, overlap: OverlapPlan, message: Message) -> Ca
         save=SAVES.index(spec.experts.save),
         deterministic=int(torch.are_deterministic_algorithms_enabled()),
         **call.state.history(),
-        **message._asdict(),
+        **choice.message._asdict(),
     )
 
 
-def call_terms(call: CheckedCall, overlap: OverlapPlan) -> CallTerms:
-    """Return what must be the same on all ranks of a call that runs this plan: what is configured, and its tensors."""
+def call_terms(call: CheckedCall, overlap: OverlapPlan, copies: str) -> CallTerms:
+    """Return what must be the same on all ranks of a call that runs this plan: what is configured, and its tensors.
+
+    copies: which copies of experts it has, in words.
+    """
     weights, placement = call.tensors.weights, call.spec.placement
     ranks = [0 if of is None else of.shape[1] for of in (weights.gate_up_a, weights.down_a)]
     given = tuple([name for name, tensor in zip(NAMES, call.tensors.flatten(), strict=False) if tensor is not None])
     gradients = "sum" if call.layer is None else call.layer.expert_gradients
     experts = (*call.spec.experts.agreed, *_formats(weights))
-    return _call_terms(experts, placement, gradients, call.tensors.x.dtype, given, tuple(ranks), overlap)
+    return _call_terms(experts, placement, gradients, call.tensors.x.dtype, given, tuple(ranks), copies, overlap)
 
 
 def _formats(weights: PerWeight[Tensor]) -> list[tuple[str, object]]:
@@ -185,6 +225,7 @@ def _call_terms(
     dtype: torch.dtype,
     given: tuple[str, ...],
     adapter_ranks: tuple[int, ...],
+    copies: str,
     overlap: OverlapPlan,
 ) -> CallTerms:
     """Return these as terms; kept by their values, which most calls of a layer share."""
@@ -198,5 +239,6 @@ def _call_terms(
     named |= {"expert_gradients": expert_gradients}
     for name, rank in zip(("gate_up_rank", "down_rank"), adapter_ranks, strict=True):
         named[name] = rank or "no adapter"
+    named["copies"] = copies
     named |= {name: "a tensor" if name in given else "none" for name in NAMES if name in OPTIONAL}
     return CallTerms((*named.items(), *plan_terms(overlap)))

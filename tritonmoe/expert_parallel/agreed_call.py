@@ -5,7 +5,7 @@ call_pass.py runs its forward and its backward.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tritonmoe.config.layer import PerWeight
 from tritonmoe.dispatch.capacity import CappedTokens
+from tritonmoe.dispatch.copies import ExpertCopies
 from tritonmoe.dispatch.expert_chunks import RowPlaces
 from tritonmoe.dispatch.header import CallHeader
 from tritonmoe.dispatch.placement import ExpertPlacement
@@ -23,7 +24,9 @@ from tritonmoe.experts.forward_run import ForwardRun
 from tritonmoe.experts.spec import ExpertSettings
 from tritonmoe.experts.tensors import CallTensors
 from tritonmoe.grouping import Grouping, RowSources
-from tritonmoe.overlap.layer_pass import BackwardExperts, ForwardExperts, MakeExperts
+from tritonmoe.overlap.copied_experts import ForwardWithCopies
+from tritonmoe.overlap.copy_exchanges import CopyExchanges
+from tritonmoe.overlap.experts import BackwardExperts, ForwardExperts, MakeExperts
 from tritonmoe.overlap.report import LayerReport, PassReport
 from tritonmoe.transports import PendingExchange, Transport, leaving_nobody_waiting
 
@@ -47,10 +50,22 @@ class AgreedCall:
     """What this rank told the others: by `sequence`, `layer` and `copy` they know that they run the same backward."""
     plan: DispatchPlan
     first_expert: int
-    """The first slot of this rank, where slots are experts unless there is a placement."""
+    """The first slot of this rank, where slots are experts unless there is a placement, and copies have some too."""
     placement: ExpertPlacement | None
     entered_at: float
     """As in CheckedCall; of a second run, when that began."""
+    copies: ExpertCopies | None = None
+    """The copies of experts that the plan counts with."""
+    slots: Tensor | None = None
+    """(T, K) the slots of this rank's pairs, counted with copies, until the forward takes them."""
+    pairs_without_copies: Tensor | None = None
+    """As in LayerReport."""
+    balance: str = ""
+    """As in LayerReport."""
+    expected_fs: int = 0
+    """With balance="auto": what the passes are expected to take, in femtoseconds; 0 where nobody knows."""
+    planning_s: float | None = None
+    """How long it took to plan the copies; None where they weren't."""
     fillers: Sequence[Callable[[], None]] = ()
     first_run: LayerReport | None = None
     """As in LayerReport."""
@@ -81,6 +96,29 @@ class AgreedCall:
         weights, parameters = given.weights, given.activation_parameters
         tensors = received.without("topk_ids")._replace(weights=weights, activation_parameters=parameters)
         return ForwardRun(self.settings, tensors, grouping, keep_hidden)
+
+    def experts_with_copies(
+        self,
+        given: CallTensors[Tensor],
+        keep_hidden: bool,
+        exchanges: CopyExchanges,
+        plan: DispatchPlan,
+        received: CallTensors[Tensor],
+        places: RowPlaces,
+    ) -> ForwardWithCopies:
+        """Return this rank's experts and copies of the rows that came to them; given: as in own_experts."""
+        num_own = given.weights.gate_up_proj.shape[0]
+        copied = replace(plan, pair_offsets=plan.copy_pair_offsets)
+        own_offsets = tuple(all_ - of for all_, of in zip(plan.pair_offsets, plan.copy_pair_offsets, strict=True))
+        own = self.own_experts(given, keep_hidden, replace(plan, pair_offsets=own_offsets), received, places)
+
+        def make_copies() -> ForwardRun:
+            weights = exchanges.weights
+            local_ids = received.topk_ids - (self.first_expert + num_own)
+            grouping = self.group(copied, places, local_ids, weights.gate_up_proj.shape[0])
+            return ForwardRun(self.settings, own.tensors._replace(weights=weights), grouping, keep_hidden)
+
+        return ForwardWithCopies(own, make_copies, plan)
 
     def group(self, plan: DispatchPlan, places: RowPlaces, local_ids: Tensor, num_local_experts: int) -> Grouping:
         """Group the rows that `plan` brings here, of experts local_ids (R, K)."""

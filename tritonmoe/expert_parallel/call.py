@@ -32,7 +32,7 @@ def run_call(arguments: CallArguments, run_forward: RunForward) -> Tensor:
     """
     call = check(arguments)
     choice = choose_plan(call)
-    agreed = agree(call, choice.overlap, choice.message)
+    agreed = agree(call, choice)
     y, report = run(call, agreed, run_forward)
     choice.learn(call, agreed, report)
     report.half = call.half
@@ -50,8 +50,10 @@ def run(call: CheckedCall, agreed: AgreedCall, run_forward: RunForward) -> tuple
     if call.fillers:
         autocast = caller_autocast(device)
         agreed.fillers = [partial(_run_filler, filler, call.grad_enabled, autocast) for filler in call.fillers]
+    tensors = call.tensors if agreed.slots is None else call.tensors._replace(topk_ids=agreed.slots)
+    agreed.slots = None
     with without_autocast(device):
-        y = run_forward(agreed, call.tensors)
+        y = run_forward(agreed, tensors)
     report = agreed.report
     if agreed.is_wrong is not None:
         call.state.captured_flags.append(watched(agreed.is_wrong))

@@ -8,13 +8,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple, TypeVar, cast
 
 from torch import Tensor
 
 from tritonmoe.config.activations import is_fused
-from tritonmoe.config.layer import PerWeight
+from tritonmoe.config.layer import NO_WEIGHTS, PerWeight
 from tritonmoe.dispatch.capacity import poison
+from tritonmoe.dispatch.copies import ExpertCopies
 from tritonmoe.dispatch.count_exchange import post_backward
 from tritonmoe.dispatch.header import CallHeader
 from tritonmoe.dispatch.placement import replica_bits
@@ -29,8 +30,11 @@ from tritonmoe.experts.forward_run import ForwardRun
 from tritonmoe.experts.tensors import CallTensors
 from tritonmoe.experts.weight_gradients import SharedWeightGrads
 from tritonmoe.grouping import Grouping
+from tritonmoe.overlap.copied_experts import BackwardWithCopies, ForwardWithCopies
+from tritonmoe.overlap.copy_exchanges import CopyExchanges, expert_bytes
 from tritonmoe.overlap.executor import Execution
-from tritonmoe.overlap.layer_pass import BackwardPass, ForwardExperts, ForwardPass
+from tritonmoe.overlap.experts import ForwardExperts
+from tritonmoe.overlap.layer_pass import BackwardPass, ForwardPass
 from tritonmoe.overlap.report import CallMarks, LayerReport, PassReport
 from tritonmoe.overlap.row_exchanges import RowExchanges
 from tritonmoe.runtime.autograd import checkpointed_region, is_recomputing
@@ -39,6 +43,7 @@ from tritonmoe.runtime.host_device import is_captured
 __all__ = ["CallBackward", "CallForward", "Kept", "SavedTensors"]
 
 Result = TypeVar("Result")
+NOT_SAVED = cast(PerWeight[Tensor], NO_WEIGHTS)
 
 
 @dataclass
@@ -50,6 +55,9 @@ class Kept:
     grouping: Grouping
     activation_graphs: Mapping[int, ActivationGraph]
     report: LayerReport
+    copies: ExpertCopies | None = None
+    copy_grouping: Grouping | None = None
+    """Of the pairs of this rank's copies; None where there are none."""
 
 
 class SavedTensors(NamedTuple):
@@ -58,6 +66,10 @@ class SavedTensors(NamedTuple):
     received: CallTensors[Tensor]
     """Of the R rows that this rank's experts worked on: x (R, D), topk_weights (R, K) fp32; without topk_ids."""
     h: Tensor | None
+    copy_h: Tensor | None
+    """Of the pairs of this rank's copies."""
+    copy_weights: PerWeight[Tensor]
+    """Of these copies; None where a backward has them sent again."""
 
 
 class _CallPass(ABC, Generic[Result]):
@@ -104,6 +116,8 @@ class CallForward(_CallPass[Tensor]):
 
     experts: ForwardRun
     """This rank's, of which a backward saves tensors."""
+    copies: ForwardRun | None = None
+    """Its copies of other ranks' experts, which have pairs in this call."""
     kept: Kept
     _pass: ForwardPass[ForwardExperts]
 
@@ -115,15 +129,34 @@ class CallForward(_CallPass[Tensor]):
         call, spec = self.call, self.call.settings.spec
         keep_hidden = call.plan.needs_any and (spec.save == "hidden" or not is_fused(spec.activation))
         exchanges = RowExchanges(call.plan, call.transport, call.settings.ops.gather_sum)
+        copies = None
         make_experts = call.make_experts(partial(call.own_experts, self._tensors, keep_hidden))
-        self._pass = ForwardPass(exchanges, make_experts, self._tensors, call.fillers)
+        if call.copies is not None:
+            weights = self._tensors.weights
+            copies = CopyExchanges(call.copies, call.transport, weights, call.plan.needs_weights)
+            make_experts = partial(call.experts_with_copies, self._tensors, keep_hidden, copies)
+        self._pass = ForwardPass(exchanges, make_experts, self._tensors, call.fillers, copies)
         call.fillers = ()  # what they hold is for autograd alone to keep
         return self._pass.execution()
 
+    @property
+    def saved_of_copies(self) -> tuple[Tensor | None, PerWeight[Tensor]]:
+        """copy_h and copy_weights of SavedTensors."""
+        if self.copies is None:
+            return None, NOT_SAVED
+        return self.copies.h, self.copies.weights if self.call.plan.keeps_copies else NOT_SAVED
+
     def _finish(self, timings: PassReport) -> Tensor:
         call, plan, layer_pass = self.call, self.call.plan, self._pass
-        self.experts, inner_plan = call.after_forward(layer_pass.experts, timings)
+        experts = layer_pass.experts
+        if isinstance(experts, ForwardWithCopies):
+            self.copies, experts = experts.copies, experts.own
+        self.experts, inner_plan = call.after_forward(experts, timings)
         width = self._tensors.x.shape[1]
+        copied_bytes = gradient_bytes = 0
+        if call.copies is not None:
+            weights = self._tensors.weights
+            copied_bytes, gradient_bytes = expert_bytes(weights), expert_bytes(weights, plan.needs_weights)
         call.report = LayerReport(
             call.all_ranks.rank,
             plan.traffic,
@@ -139,6 +172,12 @@ class CallForward(_CallPass[Tensor]):
             other_row_bytes=layer_pass.wire.row_bytes(width),
             first_run=call.first_run,
             rows_to_nodes=call.rows_to_nodes,
+            copies=call.copies,
+            copied_bytes=copied_bytes,
+            copied_gradient_bytes=gradient_bytes,
+            copies_are_kept=call.copies is None or plan.keeps_copies,
+            pairs_without_copies=call.pairs_without_copies,
+            balance=call.balance,
             marks=None if plan.count_times is None else CallMarks(call.entered_at, *plan.count_times),
         )
         for listener in listeners:
@@ -149,7 +188,9 @@ class CallForward(_CallPass[Tensor]):
         # No backward goes through the graphs of a forward that will be recomputed.
         is_first = checkpointed_region() is not None and not is_recomputing()
         graphs = {} if is_first else self.experts.activation_graphs
-        self.kept = Kept(plan, inner_plan, self.experts.grouping, graphs, call.report)
+        copy_grouping = None if self.copies is None else self.copies.grouping
+        grouping = self.experts.grouping
+        self.kept = Kept(plan, inner_plan, grouping, graphs, call.report, call.copies, copy_grouping)
         return layer_pass.out
 
 
@@ -194,6 +235,7 @@ class CallBackward(_CallPass[CallTensors[Tensor | None]]):
         )
         self._agreement = post_backward(call.all_ranks, header)
         main_grads = None if call.owners is None else find_main_grads(call.owners)
+        self._saved = saved
         self._run = BackwardRun(
             call.settings, saved.received, kept.grouping, saved.h, kept.activation_graphs, main_grads, shared_grads
         )
@@ -202,10 +244,26 @@ class CallBackward(_CallPass[CallTensors[Tensor | None]]):
         call, plan = self.call, self._kept.plan
         exchanges = RowExchanges(plan, call.transport, call.settings.ops.gather_sum)
         self._experts, received_weights = call.experts_of_backward(self._run, plan, self._kept.inner_plan)
+        sends_copies = False
+        if self._kept.copies is not None:
+            self._experts, sends_copies = self._with_copies(self._kept.copies), not plan.keeps_copies
         self._pass = BackwardPass(
-            exchanges, self._experts, received_weights, self._dout, self._needs_weights, call.placement
+            exchanges, self._experts, received_weights, self._dout, self._needs_weights, call.placement, sends_copies
         )
         return self._pass.execution(self._agreement)
+
+    def _with_copies(self, copies: ExpertCopies) -> BackwardWithCopies:
+        """Return what computes the backward of this rank's own experts and of its copies."""
+        call, kept, saved = self.call, self._kept, self._saved
+        exchanges = CopyExchanges(copies, call.transport, saved.received.weights, kept.plan.needs_weights)
+
+        def make_copies() -> BackwardRun:
+            assert kept.copy_grouping is not None
+            weights = saved.copy_weights if kept.plan.keeps_copies else exchanges.weights
+            received = saved.received._replace(weights=weights)
+            return BackwardRun(call.settings, received, kept.copy_grouping, saved.copy_h)
+
+        return BackwardWithCopies(self._run, make_copies, kept.plan, exchanges)
 
     def _finish(self, timings: PassReport) -> CallTensors[Tensor | None]:
         call, kept, run = self.call, self._kept, self._run

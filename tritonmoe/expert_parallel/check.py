@@ -86,6 +86,8 @@ def check(arguments: CallArguments) -> CheckedCall:
         tensors, owners = _checked_tensors(arguments)
         if two_level is not None:
             check_two_level(spec.overlap, spec.placement)
+        if spec.overlap.balance is not None:
+            check_balance(spec)
         is_in_graph = is_captured(tensors.x.device)
         if is_in_graph:
             check_capture(spec.overlap)
@@ -175,6 +177,20 @@ def check_dtype(dtype: torch.dtype, overlap: OverlapConfig | OverlapPlan) -> Non
     if dtype not in DTYPE_CODES:
         raise TypeError(f"x must be one of {', '.join(map(str, DTYPE_CODES))}, got {dtype}")
     WireFormat(dtype, overlap.wire_dtype)
+
+
+def check_balance(spec: CallSpec) -> None:
+    """Raise ValueError for experts that can't have copies for one call."""
+    if not is_fused(spec.experts.activation):
+        raise ValueError(
+            "balance copies the weights of experts, and a callable activation may have parameters or a state of its "
+            "own: name an activation that the kernels know (see moe_mlp), or leave OverlapConfig.balance out"
+        )
+    if spec.placement is not None and spec.placement.has_replicas:
+        raise ValueError(
+            "balance can't copy experts that have replicas, over which gradients are summed already: use a placement "
+            "without replicas, or leave OverlapConfig.balance out"
+        )
 
 
 def check_capture(overlap: OverlapConfig | OverlapPlan) -> None:

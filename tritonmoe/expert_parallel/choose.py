@@ -4,12 +4,15 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from tritonmoe.config.overlap import OverlapConfig, OverlapPlan
+from tritonmoe.dispatch.copies import ExpertCopies
 from tritonmoe.expert_parallel.agreed_call import AgreedCall
 from tritonmoe.expert_parallel.check import CheckedCall
+from tritonmoe.expert_parallel.state import UnderWay
 from tritonmoe.overlap.report import LayerReport
 from tritonmoe.runtime.autograd import is_recomputing
 from tritonmoe.runtime.cpu_threads import num_workers
 from tritonmoe.simulation.buffer_widths import BufferWidths, WorkingSet
+from tritonmoe.tuning.copy_costs import MeasuredCosts
 from tritonmoe.tuning.search import fixed_plan
 from tritonmoe.tuning.tuner import PlanChooser
 from tritonmoe.tuning.votes import Message
@@ -26,35 +29,44 @@ class Choice(NamedTuple):
     chooser: PlanChooser | None = None
     """None for a plan that was given."""
     kind: tuple = ()
-    """Of the call, as in TransportState.choosers."""
+    """Of the call, as in TransportState.choosers; () where a recompute has nothing to repeat."""
     reason: str = ""
     """Why this plan was taken, where the chooser was not asked and learns nothing; in one sentence."""
+    copies: ExpertCopies | None = None
+    """Those of the forward that is recomputed."""
+    costs: MeasuredCosts | None = None
+    """By which copies are planned from the counts; None where none are."""
+    copy_words: str = "none"
+    """Which copies of experts the call has, as far as that is known before its counts are."""
 
     def learn(self, call: CheckedCall, agreed: AgreedCall, report: LayerReport) -> None:
         """Return the call's report to the tuner, which picks later plans, and remember its plan for a recompute."""
-        if self.chooser is None:
-            return
+        if self.costs is not None and not call.is_captured:
+            self.costs.observe(report, agreed.plan.needs_any, agreed.planning_s, agreed.expected_fs)
+        if self.chooser is not None:
+            self._teach(self.chooser, call, agreed, report)
+        if self.kind and agreed.plan.needs_any and not is_recomputing():
+            call.state.start(call.sequence, self.kind, report.overlap, agreed.copies)
+
+    def _teach(self, chooser: PlanChooser, call: CheckedCall, agreed: AgreedCall, report: LayerReport) -> None:
         if self.reason:
             report.choice = self.reason
         elif call.is_captured:  # it has no times, and no later call may read its events
-            report.choice = self.chooser.choice
+            report.choice = chooser.choice
         else:
-            messages = [Message.of(header) for header in agreed.plan.headers]
-            self.chooser.observe(messages, report, agreed.plan.needs_any)
-        if agreed.plan.needs_any and not is_recomputing():
-            call.state.start(call.sequence, self.kind, report.overlap)
+            chooser.observe([Message.of(header) for header in agreed.plan.headers], report, agreed.plan.needs_any)
 
 
 def choose_plan(call: CheckedCall) -> Choice:
     """Return the plan of a call: as configured, tuned, or, in a recompute, that of the forward."""
     overlap = call.spec.overlap
     if isinstance(overlap, OverlapPlan):
-        return Choice(overlap, Message())
+        return _chosen_with_copies(call, overlap)
     kind, chooser = find_chooser(call, overlap)
-    again = call.state.plan_to_recompute(kind) if is_recomputing() else None
+    again = call.state.forward_to_recompute(kind) if is_recomputing() else None
     message, reason = Message(), ""
     if again is not None:
-        plan, reason = again, "the plan of the forward that is recomputed"
+        plan, reason = again.plan, "the plan of the forward that is recomputed"
     elif call.half and chooser.is_tuned:  # times in which another half computes say nothing of a plan
         plan = half_plan(overlap, call.transport.size)
         reason = f"{plan}: of half a batch, whose exchanges the other half hides"
@@ -63,7 +75,31 @@ def choose_plan(call: CheckedCall) -> Choice:
         message = message if call.is_captured else chooser.message()
     if (plan.wire_dtype, plan.capacity) != (overlap.wire_dtype, overlap.capacity):
         plan = replace(plan, wire_dtype=overlap.wire_dtype, capacity=overlap.capacity)
-    return Choice(plan, message, chooser, kind, reason)
+    choice = Choice(plan, message, chooser, kind, reason)
+    if overlap.balance is None:
+        return choice
+    plan = replace(plan, balance=overlap.balance, max_copies=overlap.max_copies)
+    return _with_copies(call, choice._replace(overlap=plan), again)
+
+
+def _chosen_with_copies(call: CheckedCall, overlap: OverlapPlan) -> Choice:
+    """Return a plan that was given, of which only the copies are to be chosen."""
+    choice = Choice(overlap, Message())
+    if overlap.balance is None:
+        return choice
+    kind = (overlap, call.spec.num_experts, call.tensors.x.shape[1], call.tensors.x.dtype)
+    again = call.state.forward_to_recompute(kind) if is_recomputing() else None
+    return _with_copies(call, choice._replace(kind=kind), again)
+
+
+def _with_copies(call: CheckedCall, choice: Choice, again: UnderWay | None) -> Choice:
+    """Return the choice with the copies of the forward that is recomputed, or with what new ones are planned by."""
+    if again is not None:
+        return choice if again.copies is None else choice._replace(copies=again.copies, copy_words=again.copies.words)
+    if call.half or call.transport.size == 1:
+        return choice
+    costs = call.state.copy_costs.setdefault(choice.kind, MeasuredCosts())
+    return choice._replace(costs=costs, copy_words="planned from counts")
 
 
 def half_plan(overlap: OverlapConfig, size: int) -> OverlapPlan:

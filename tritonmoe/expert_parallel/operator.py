@@ -73,7 +73,7 @@ def _expert_parallel_mlp(turn: Tensor, layer: Tensor | None, *arguments: Any) ->
         if call.plan.needs_any:
             rows = tensors.x.clone() if run.rows is tensors.x else run.rows  # the graph may write over its x
             received = run.tensors.only(*OF_ROWS)._replace(x=rows)
-            kept = hold((call, forward.kept, SavedTensors(received, run.h)))
+            kept = hold((call, forward.kept, SavedTensors(received, run.h, *forward.saved_of_copies)))
         return out
 
     in_graph = InGraph(grad_enabled, CallTensors.unflatten(needs))

@@ -114,7 +114,7 @@ class _End(torch.autograd.Function):
         mark = None
         if split.call.plan.needs_any:
             mark = keep_beside(ctx, forward.kept)
-            ctx.save_for_backward(*tensors_to_save(forward.experts, split.needs, mark))
+            ctx.save_for_backward(*tensors_to_save(forward, split.needs, mark))
         return out, mark
 
     @staticmethod

@@ -10,14 +10,16 @@ import torch
 from torch import Tensor
 
 from tritonmoe.config.overlap import OverlapPlan
+from tritonmoe.dispatch.copies import ExpertCopies
 from tritonmoe.dispatch.count_exchange import refuse_call
 from tritonmoe.overlap.report import LayerReport
 from tritonmoe.runtime.autograd import checkpointed_region
 from tritonmoe.runtime.handles import Handled
 from tritonmoe.transports import Transport
+from tritonmoe.tuning.copy_costs import MeasuredCosts
 from tritonmoe.tuning.tuner import PlanChooser
 
-__all__ = ["LayerCalls", "TransportState", "refuse", "state_of"]
+__all__ = ["LayerCalls", "TransportState", "UnderWay", "refuse", "state_of"]
 
 MAX_UNDER_WAY = 4096
 CALLS_OF_GENERATION = 10**9
@@ -30,6 +32,7 @@ class UnderWay(NamedTuple):
     kind: tuple
     """Of the call, as in TransportState.choosers."""
     plan: OverlapPlan
+    copies: ExpertCopies | None
     region: "ref[object] | None"
     """checkpointed_region() of the forward."""
 
@@ -51,6 +54,8 @@ class TransportState:
     """A checksum of the numbers of all calls whose backwards have run, in their order."""
     choosers: dict[tuple, PlanChooser] = field(default_factory=dict)
     """By kind of call: what calls have in common that may take the same plan."""
+    copy_costs: dict[tuple, MeasuredCosts] = field(default_factory=dict)
+    """By kind of call: what calls have taken, by which copies of experts are planned."""
     captured_flags: list[Tensor] = field(default_factory=list)
     """Of calls with a capacity that CUDA graphs have captured: (1,) bool on the host, set by a replay that gave NaN."""
     under_way: dict[int, UnderWay] = field(default_factory=dict)
@@ -90,16 +95,16 @@ class TransportState:
         fresh = TransportState(generation, num_calls=generation * CALLS_OF_GENERATION, **kept)
         vars(self).update(vars(fresh))
 
-    def start(self, sequence: int, kind: tuple, plan: OverlapPlan) -> None:
+    def start(self, sequence: int, kind: tuple, plan: OverlapPlan, copies: ExpertCopies | None) -> None:
         """Remember a forward, if it is one that will be recomputed."""
         region = checkpointed_region()
         if region is not None:
-            self.under_way[sequence] = UnderWay(kind, plan, region)
+            self.under_way[sequence] = UnderWay(kind, plan, copies, region)
         if len(self.under_way) > MAX_UNDER_WAY:  # of forwards whose backward never came
             del self.under_way[next(iter(self.under_way))]
 
-    def plan_to_recompute(self, kind: tuple) -> OverlapPlan | None:
-        """Return the plan of the forward that this call recomputes: the n-th call of a region repeats its n-th forward.
+    def forward_to_recompute(self, kind: tuple) -> UnderWay | None:
+        """Return the forward that this call recomputes: the n-th call of a region repeats its n-th forward.
 
         None in reentrant checkpointing, where the recompute is the only call that keeps anything.
         """
@@ -107,7 +112,7 @@ class TransportState:
         number = self.recompute[2] + 1 if self.recompute[:2] == (region, backward) else 0
         self.recompute = region, backward, number
         calls = [call for call in self.under_way.values() if call.region == region]
-        return calls[number].plan if number < len(calls) and calls[number].kind == kind else None
+        return calls[number] if number < len(calls) and calls[number].kind == kind else None
 
 
 _states: "WeakKeyDictionary[Transport, TransportState]" = WeakKeyDictionary()

@@ -14,7 +14,7 @@ from tritonmoe.experts.backward_run import BackwardRun
 from tritonmoe.experts.forward_run import ForwardRun
 from tritonmoe.experts.tensors import CallTensors
 from tritonmoe.grouping import Grouping
-from tritonmoe.overlap.layer_pass import BackwardExperts, ForwardExperts, MakeExperts
+from tritonmoe.overlap.experts import BackwardExperts, ForwardExperts, MakeExperts
 from tritonmoe.overlap.node_pass import NodeBackward, NodeForward
 from tritonmoe.overlap.report import PassReport
 from tritonmoe.overlap.row_exchanges import RowExchanges

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from tritonmoe.config.activations import is_fused
+from tritonmoe.config.layer import PerWeight
 from tritonmoe.expert_parallel.agreed_call import AgreedCall
 from tritonmoe.expert_parallel.call_pass import CallBackward, CallForward, SavedTensors
-from tritonmoe.experts.forward_run import ForwardRun
 from tritonmoe.experts.tensors import CallTensors
 from tritonmoe.experts.weight_gradients import rows_to_save
 from tritonmoe.runtime.autograd import Context, keep_beside, kept_beside, once_differentiable
@@ -34,7 +34,7 @@ class _WholeCall(torch.autograd.Function):
         mark = None
         if call.plan.needs_any:
             mark = keep_beside(ctx, forward.kept)
-            ctx.save_for_backward(*tensors_to_save(forward.experts, needs_of(ctx), mark))
+            ctx.save_for_backward(*tensors_to_save(forward, needs_of(ctx), mark))
         return out, mark
 
     @staticmethod
@@ -62,17 +62,23 @@ def needs_of(ctx: Context) -> CallTensors[bool]:
     return CallTensors.unflatten(needs)
 
 
-def tensors_to_save(run: ForwardRun, needs: CallTensors[bool], mark: Tensor) -> tuple[Tensor | None, ...]:
+def tensors_to_save(forward: CallForward, needs: CallTensors[bool], mark: Tensor) -> tuple[Tensor | None, ...]:
     """Return what the backward of a call needs; mark: that of keep_beside()."""
+    run = forward.experts
     computes_h = is_fused(run.settings.spec.activation) and run.h is None
-    rows = rows_to_save(run.rows, run.weights, needs.weights.gate_up_proj, computes_h=computes_h)
-    return mark, run.h, *run.tensors._replace(x=rows).flatten()
+    needs_gate_up = needs.weights.gate_up_proj
+    if forward.copies is not None:
+        needs_gate_up |= forward.call.plan.needs_weights.gate_up_proj
+    rows = rows_to_save(run.rows, run.weights, needs_gate_up, computes_h=computes_h)
+    copy_h, copy_weights = forward.saved_of_copies
+    return mark, run.h, copy_h, *copy_weights, *run.tensors._replace(x=rows).flatten()
 
 
 def saved_forward(saved: Sequence[Tensor]) -> tuple[SavedTensors, Tensor]:
     """Make SavedTensors of what tensors_to_save() gave, and give the mark for kept_beside()."""
-    mark, h, *received = saved
-    return SavedTensors(CallTensors.unflatten(received), h), mark
+    mark, h, copy_h, *others = saved
+    end = len(PerWeight._fields)
+    return SavedTensors(CallTensors.unflatten(others[end:]), h, copy_h, PerWeight(*others[:end])), mark
 
 
 def gradients_of_inputs(

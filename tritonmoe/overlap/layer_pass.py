@@ -1,7 +1,7 @@
 """ForwardPass and BackwardPass: the buffers of one layer call on one rank, and what every kind of step does to them."""
 
 from collections.abc import Callable, Sequence
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from typing import Generic, NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,11 +9,12 @@ from torch import Tensor
 from tritonmoe.backends.ops import WeightGrads
 from tritonmoe.config.layer import PerWeight
 from tritonmoe.dispatch.count_exchange import BackwardAgreement
-from tritonmoe.dispatch.expert_chunks import RowPlaces
 from tritonmoe.dispatch.placement import ExpertPlacement, pack_replica_grads, sum_replica_grads
-from tritonmoe.dispatch.plan import DispatchPlan
 from tritonmoe.experts.tensors import CallTensors
+from tritonmoe.overlap.copied_experts import BackwardWithCopies
+from tritonmoe.overlap.copy_exchanges import CopyExchanges
 from tritonmoe.overlap.executor import Actions, Execution
+from tritonmoe.overlap.experts import BackwardExperts, Experts, MakeExperts
 from tritonmoe.overlap.report import PassReport
 from tritonmoe.overlap.row_exchanges import ArrivingMetadata, RowExchanges
 from tritonmoe.overlap.schedule import build_backward, build_forward
@@ -21,34 +22,7 @@ from tritonmoe.overlap.steps import StepKind, Way
 from tritonmoe.transports import PendingExchange
 from tritonmoe.transports.wire import WireFormat
 
-__all__ = ["BackwardExperts", "BackwardPass", "Experts", "ForwardExperts", "ForwardPass", "LayerGrads", "MakeExperts"]
-
-
-class ForwardExperts(Protocol):
-    """What a forward needs of the experts of one call: ForwardRun, NodeForward, or a stand-in of fixed duration."""
-
-    def forward(self, segment: int, out: Tensor | None = None) -> Tensor:
-        """Return the weighted sums over this rank's experts of the rows that a segment finishes."""
-        ...
-
-
-class BackwardExperts(Protocol):
-    """What a backward needs of them: BackwardRun, NodeBackward, or such a stand-in."""
-
-    def backward(
-        self, segment: int, dout: Tensor, needs_dx: bool, out: Tensor | None = None
-    ) -> tuple[Tensor | None, Tensor]:
-        """Return dx of the rows that a segment finishes, None unless needed, and the gradients of their weights."""
-        ...
-
-    def weight_grad(self, dout: Tensor, needs: PerWeight[bool]) -> WeightGrads:
-        """Return the gradients of the experts' weights, over all segments."""
-        ...
-
-
-Experts = TypeVar("Experts", bound=ForwardExperts)
-MakeExperts = Callable[[DispatchPlan, CallTensors[Tensor], RowPlaces], Experts]
-"""(the plan, the received rows x (R, D) with what came with them, where they lie) -> the experts of one call."""
+__all__ = ["BackwardPass", "ForwardPass", "LayerGrads"]
 
 
 class ForwardPass(Generic[Experts]):
@@ -58,6 +32,7 @@ class ForwardPass(Generic[Experts]):
         make_experts: makes the experts of the received rows, before any of them has arrived.
         tensors: x (T, D), and what belongs to its rows.
         fillers: the caller's work, as in expert_parallel_mlp.
+        copies: how the weights of copied experts travel; None where there are none.
     """
 
     rows: Tensor
@@ -76,9 +51,10 @@ class ForwardPass(Generic[Experts]):
         make_experts: MakeExperts[Experts],
         tensors: CallTensors[Tensor],
         fillers: Sequence[Callable[[], None]] = (),
+        copies: CopyExchanges | None = None,
     ) -> None:
         self.exchanges, self.plan = exchanges, exchanges.plan
-        self.make_experts = make_experts
+        self.make_experts, self.copies = make_experts, copies
         self.x, self.tensors = tensors.x, tensors
         self.fillers = fillers
         plan, x, width = self.plan, tensors.x, tensors.x.shape[1]
@@ -98,11 +74,13 @@ class ForwardPass(Generic[Experts]):
 
     def execution(self) -> Execution:
         """Return the steps, of which `out` is the result (T, D) once they have run."""
-        schedule = build_forward(self.plan.overlap, len(self.fillers))
+        schedule = build_forward(self.plan.overlap, len(self.fillers), has_copies=self.copies is not None)
         return Execution(schedule, self.actions(), self.x.device, self.plan.call)
 
     def actions(self) -> Actions:
+        of_copies = {} if self.copies is None else {StepKind.COPIES: self.copies.send}
         return {
+            **of_copies,
             StepKind.METADATA: self.metadata,
             StepKind.DISPATCH: self.dispatch,
             StepKind.FILLER: self.filler,
@@ -161,6 +139,7 @@ class BackwardPass:
 
     Args:
         experts, received_weights: those of the forward, or experts that go on from what it saved.
+        sends_copies: where experts have copies, whether the weights of these travel once more.
         dout: (T, D), the gradient of the output. needs_weights: which weights need a gradient.
         placement: where replicas of experts are, whose gradients are summed.
     """
@@ -182,9 +161,12 @@ class BackwardPass:
         dout: Tensor,
         needs_weights: PerWeight[bool],
         placement: ExpertPlacement | None = None,
+        sends_copies: bool = False,
     ) -> None:
         self.exchanges, self.plan = exchanges, exchanges.plan
         self.experts, self.dout, self.needs_weights = experts, dout, needs_weights
+        self.copies = experts if isinstance(experts, BackwardWithCopies) else None
+        self.sends_copies = sends_copies
         plan, width = self.plan, dout.shape[1]
         self.dout_rows = dout if plan.is_identity else dout.new_empty(plan.num_received, width)
         self.home = dout.new_empty(plan.num_home, width)
@@ -215,6 +197,9 @@ class BackwardPass:
             needs_x=plan.needs_x,
             needs_topk_weights=plan.needs_topk_weights,
             sums_replicas=self.sums_replicas,
+            has_copies=self.copies is not None,
+            sends_copies=self.sends_copies,
+            returns_copies=self.copies is not None and any(self.copies.exchanges.needs),
         )
         if agreement is not None:
             if schedule[0].kind is StepKind.COMBINE_BACKWARD:
@@ -229,7 +214,9 @@ class BackwardPass:
         return LayerGrads(dx, dtopk_weights, self.weight_grads)
 
     def actions(self) -> Actions:
+        of_copies = {} if self.copies is None else self._actions_of_copies(self.copies)
         return {
+            **of_copies,
             StepKind.COMBINE_BACKWARD: self.combine_backward,
             StepKind.EXPERTS_BACKWARD: self.experts_backward,
             StepKind.DISPATCH_BACKWARD: self.dispatch_backward,
@@ -239,6 +226,17 @@ class BackwardPass:
             StepKind.REDUCE_ROUTING_BACKWARD: self.reduce_routing_backward,
             StepKind.REPLICA_BACKWARD: self.replica_backward,
             StepKind.REDUCE_REPLICA_BACKWARD: self.reduce_replica_backward,
+        }
+
+    def _actions_of_copies(self, copies: BackwardWithCopies) -> Actions:
+        def add() -> None:
+            self.weight_grads = copies.add_copies(self.weight_grads)
+
+        return {
+            StepKind.COPIES: copies.exchanges.send,
+            StepKind.COPY_WEIGHT_GRAD: lambda: copies.copy_weight_grad(self.dout_rows),
+            StepKind.COPIES_BACKWARD: copies.return_copies,
+            StepKind.REDUCE_COPIES_BACKWARD: add,
         }
 
     def combine_backward(self, chunk: int) -> PendingExchange:

@@ -15,7 +15,7 @@ from tritonmoe.backends.ops import WeightGrads
 from tritonmoe.config.layer import PerWeight
 from tritonmoe.experts.tensors import CallTensors
 from tritonmoe.overlap.executor import Actions, Execution
-from tritonmoe.overlap.layer_pass import BackwardExperts, Experts, MakeExperts
+from tritonmoe.overlap.experts import BackwardExperts, Experts, MakeExperts
 from tritonmoe.overlap.report import PassReport
 from tritonmoe.overlap.row_exchanges import ArrivingMetadata, RowExchanges
 from tritonmoe.overlap.schedule import build_inside

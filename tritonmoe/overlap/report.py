@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tritonmoe.config.overlap import OverlapPlan
+from tritonmoe.dispatch.copies import ExpertCopies
 from tritonmoe.overlap.steps import Step, StepKind
 from tritonmoe.runtime.host_device import is_captured
 
@@ -229,6 +230,11 @@ def covered_s(spans: Iterable[tuple[float, float]], start_s: float, end_s: float
     return total_s
 
 
+def _imbalance(pairs: Tensor) -> float:
+    of_rank = pairs.sum(0)
+    return float(of_rank.max() * len(of_rank)) / max(1, int(of_rank.sum()))
+
+
 @dataclass
 class LayerReport:
     """What the last call of a layer did: traffic, and the time of every step."""
@@ -267,6 +273,18 @@ class LayerReport:
     """When this rank came to the call, and when it had everybody's counts."""
     backward_marks: CallMarks | None = None
     """The same of the backward; None where it began without an agreement."""
+    copies: ExpertCopies | None = None
+    """The copies of experts that the call had; traffic_rows and traffic_pairs count with them."""
+    copied_bytes: int = 0
+    """The bytes of one expert's weights, which travel for each copy."""
+    copied_gradient_bytes: int = 0
+    """The bytes of what comes home of their gradients."""
+    copies_are_kept: bool = True
+    """Whether these weights are kept until the backward, instead of sent once more."""
+    pairs_without_copies: Tensor | None = None
+    """(W, W) int64: what traffic_pairs would be without copies; None where there are none."""
+    balance: str = ""
+    """What came of OverlapConfig.balance in this call, in one sentence; "" without."""
     half: int = 0
     """Which half of a batch in two_batches the call is of, 1 or 2; 0 for a whole batch. The times of a half's pass hold
     what the other half did in between."""
@@ -280,6 +298,16 @@ class LayerReport:
             return None
         own_node = self.rank * len(self.rows_to_nodes) // len(self.traffic_rows)
         return sum(self.rows_to_nodes) - self.rows_to_nodes[own_node]
+
+    @property
+    def imbalance(self) -> float:
+        """The pairs that the busiest rank computes over the mean of all ranks."""
+        return _imbalance(self.traffic_pairs)
+
+    @property
+    def imbalance_without_copies(self) -> float:
+        """The same as it would be without copies."""
+        return _imbalance(self.traffic_pairs if self.pairs_without_copies is None else self.pairs_without_copies)
 
     @property
     def overflowed(self) -> bool:

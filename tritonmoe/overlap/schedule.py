@@ -55,6 +55,7 @@ class _Of(Enum):
     CHUNKS_SO_FAR = "the step of the same chunk, which the schedule must contain, and the steps of all earlier chunks"
     LOCAL_ROWS = "those of local rows"
     ALL = "every one"
+    ALL_BUT_FIRST = "every one, except for the step of the local rows that run first"
 
 
 NEEDS: dict[StepKind, tuple[tuple[StepKind, _Of], ...]] = {
@@ -63,12 +64,14 @@ NEEDS: dict[StepKind, tuple[tuple[StepKind, _Of], ...]] = {
         (StepKind.GROUP, _Of.ALL),
         (StepKind.DISPATCH, _Of.CHUNKS_SO_FAR),
         (StepKind.EXPERTS, _Of.CHUNKS_SO_FAR),
+        (StepKind.COPIES, _Of.ALL_BUT_FIRST),
     ),
     StepKind.COMBINE: ((StepKind.EXPERTS, _Of.CHUNKS_SO_FAR),),
     StepKind.REDUCE: ((StepKind.COMBINE, _Of.CHUNKS_SO_FAR), (StepKind.EXPERTS, _Of.LOCAL_ROWS)),
     StepKind.EXPERTS_BACKWARD: (
         (StepKind.COMBINE_BACKWARD, _Of.CHUNKS_SO_FAR),
         (StepKind.EXPERTS_BACKWARD, _Of.CHUNKS_SO_FAR),
+        (StepKind.COPIES, _Of.ALL_BUT_FIRST),
     ),
     StepKind.DISPATCH_BACKWARD: ((StepKind.EXPERTS_BACKWARD, _Of.CHUNKS_SO_FAR),),
     StepKind.REDUCE_BACKWARD: (
@@ -80,6 +83,12 @@ NEEDS: dict[StepKind, tuple[tuple[StepKind, _Of], ...]] = {
     StepKind.WEIGHT_GRAD: ((StepKind.EXPERTS_BACKWARD, _Of.ALL),),
     StepKind.REPLICA_BACKWARD: ((StepKind.WEIGHT_GRAD, _Of.CHUNKS_SO_FAR),),
     StepKind.REDUCE_REPLICA_BACKWARD: ((StepKind.REPLICA_BACKWARD, _Of.CHUNKS_SO_FAR),),
+    StepKind.COPY_WEIGHT_GRAD: ((StepKind.EXPERTS_BACKWARD, _Of.ALL),),
+    StepKind.COPIES_BACKWARD: ((StepKind.COPY_WEIGHT_GRAD, _Of.CHUNKS_SO_FAR),),
+    StepKind.REDUCE_COPIES_BACKWARD: (
+        (StepKind.COPIES_BACKWARD, _Of.CHUNKS_SO_FAR),
+        (StepKind.WEIGHT_GRAD, _Of.CHUNKS_SO_FAR),
+    ),
 }
 """The steps whose results a step of each kind reads. With chunks of experts a row travels with the first chunk that
 needs it, is computed by several chunks, and returns with the last: so a chunk needs the chunks before it too. Chunks
@@ -130,8 +139,10 @@ def _needed_by(step: Step, positions: dict[tuple[StepKind, int | None], int]) ->
 
 def _chunks_needed(which: _Of, own: int | None, there: set[int | None]) -> set[int | None]:
     """Return those of the chunks that are `there` whose steps must have ended before the step of chunk `own` starts."""
-    if which is _Of.ALL:
+    if which is _Of.ALL or (which is _Of.ALL_BUT_FIRST and own != LOCAL_START):
         return there
+    if which is _Of.ALL_BUT_FIRST:
+        return set()
     if which is _Of.LOCAL_ROWS:
         return there & {LOCAL_START, LOCAL_END}
     if own is None or own < 0:  # the whole layer, or rows that have come with no chunk
@@ -139,36 +150,43 @@ def _chunks_needed(which: _Of, own: int | None, there: set[int | None]) -> set[i
     return {chunk for chunk in there if chunk is not None and 0 <= chunk <= own}
 
 
-def local_slices(plan: OverlapPlan) -> list[int]:
-    """Return the local slices that have a share of the rows."""
+def local_slices(plan: OverlapPlan, has_copies: bool) -> list[int]:
+    """Return the local slices that have a share of the rows; what needs copies of experts is in the second one."""
     if not plan.local_first:
         return []
-    return [LOCAL_START] * (plan.local_start > 0) + [LOCAL_END] * (plan.local_start < LOCAL_PARTS)
+    return [LOCAL_START] * (plan.local_start > 0) + [LOCAL_END] * (has_copies or plan.local_start < LOCAL_PARTS)
 
 
 @lru_cache(maxsize=KEPT_SCHEDULES)
-def build_forward(plan: OverlapPlan, num_fillers: int = 0) -> Schedule:
+def build_forward(plan: OverlapPlan, num_fillers: int = 0, *, has_copies: bool = False) -> Schedule:
     """Return the forward's steps; a serial plan waits for each exchange before anything else is started.
 
-    num_fillers: how much work there is of the caller's that needs no exchange: the first one runs under the first
-        dispatch, a second one under the last combine.
+    Args:
+        num_fillers: how much work there is of the caller's that needs no exchange: the first one runs under the first
+            dispatch, a second one under the last combine.
+        has_copies: whether experts have copies, whose weights then travel behind the first dispatch.
     """
     builder = _Builder()
     num_chunks, window = plan.num_chunks, 0 if plan.serial else plan.window
     metadata = builder.add(StepKind.METADATA, None)
-    dispatches = [builder.add(StepKind.DISPATCH, c) for c in range(min(window, num_chunks))]
+    dispatches = [builder.add(StepKind.DISPATCH, c) for c in range(min(window, num_chunks, 1))]
+    copies = (builder.add(StepKind.COPIES, None),) if has_copies and not plan.serial else ()
+    dispatches += [builder.add(StepKind.DISPATCH, c) for c in range(1, min(window, num_chunks))]
     if num_fillers > 0:
         builder.add(StepKind.FILLER, 0)
     group = builder.add(StepKind.GROUP, None, metadata)
-    slices = local_slices(plan)
-    local = [builder.add(StepKind.EXPERTS, c, group) for c in slices if plan.serial or c == LOCAL_START]
+    if plan.serial and has_copies:
+        copies = (builder.add(StepKind.COPIES, None),)
+    at_start = (group, *copies) if plan.serial else (group,)
+    slices = local_slices(plan, has_copies)
+    local = [builder.add(StepKind.EXPERTS, c, *at_start) for c in slices if plan.serial or c == LOCAL_START]
     combines: list[int] = []
     for c in range(num_chunks):
         if plan.serial:
-            dispatches.append(builder.add(StepKind.DISPATCH, c))
+            dispatches.append(builder.add(StepKind.DISPATCH, c, *copies))
         elif c + window < num_chunks:
             dispatches.append(builder.add(StepKind.DISPATCH, c + window, dispatches[c]))
-        experts = builder.add(StepKind.EXPERTS, c, dispatches[c], group)
+        experts = builder.add(StepKind.EXPERTS, c, dispatches[c], group, *copies)
         earlier = combines[c - window : c - window + 1] if 0 < window <= c else []
         combines.append(builder.add(StepKind.COMBINE, c, experts, *earlier))
         if plan.serial:
@@ -176,7 +194,7 @@ def build_forward(plan: OverlapPlan, num_fillers: int = 0) -> Schedule:
     if num_fillers > 1:
         builder.add(StepKind.FILLER, 1)
     if not plan.serial:
-        local += [builder.add(StepKind.EXPERTS, c, group) for c in slices if c == LOCAL_END]
+        local += [builder.add(StepKind.EXPERTS, c, group, *copies) for c in slices if c == LOCAL_END]
         for c, combine in enumerate(combines):
             builder.add(StepKind.REDUCE, c, combine, *local)
     return builder.build()
@@ -184,20 +202,36 @@ def build_forward(plan: OverlapPlan, num_fillers: int = 0) -> Schedule:
 
 @lru_cache(maxsize=KEPT_SCHEDULES)
 def build_backward(
-    plan: OverlapPlan, *, needs_x: bool, needs_topk_weights: bool, sums_replicas: bool = False
+    plan: OverlapPlan,
+    *,
+    needs_x: bool,
+    needs_topk_weights: bool,
+    sums_replicas: bool = False,
+    has_copies: bool = False,
+    sends_copies: bool = False,
+    returns_copies: bool = False,
 ) -> Schedule:
-    """Return the backward's steps; exchanges whose gradient no rank needs are left out."""
+    """Return the backward's steps; exchanges whose gradient no rank needs are left out.
+
+    Args:
+        has_copies: whether experts have copies. sends_copies: whether their weights travel once more, since those of
+            the forward aren't kept. returns_copies: whether the gradients of their weights go to the owners.
+    """
     builder = _Builder()
     num_chunks, window = plan.num_chunks, 0 if plan.serial else plan.backward_window
     sends = [builder.add(StepKind.COMBINE_BACKWARD, c) for c in range(min(window, num_chunks))]
-    computed = [builder.add(StepKind.EXPERTS_BACKWARD, c) for c in local_slices(plan)]
+    copies = (builder.add(StepKind.COPIES, None),) if sends_copies else ()
+    computed = [
+        builder.add(StepKind.EXPERTS_BACKWARD, c, *(copies if plan.serial or c == LOCAL_END else ()))
+        for c in local_slices(plan, has_copies)
+    ]
     returns: list[int] = []
     for c in range(num_chunks):
         if plan.serial:
-            sends.append(builder.add(StepKind.COMBINE_BACKWARD, c))
+            sends.append(builder.add(StepKind.COMBINE_BACKWARD, c, *copies))
         elif c + window < num_chunks:
             sends.append(builder.add(StepKind.COMBINE_BACKWARD, c + window, sends[c]))
-        experts = builder.add(StepKind.EXPERTS_BACKWARD, c, sends[c])
+        experts = builder.add(StepKind.EXPERTS_BACKWARD, c, sends[c], *copies)
         computed.append(experts)
         if needs_x:
             earlier = returns[c - window : c - window + 1] if 0 < window <= c else []
@@ -207,6 +241,7 @@ def build_backward(
     routing = builder.add(StepKind.ROUTING_BACKWARD, None, *computed) if needs_topk_weights else None
     if plan.serial and routing is not None:
         builder.add(StepKind.REDUCE_ROUTING_BACKWARD, None, routing)
+    copies_home = _return_copies(builder, computed) if returns_copies and not plan.serial else None
     weight_grad = builder.add(StepKind.WEIGHT_GRAD, None, *computed)
     replicas = builder.add(StepKind.REPLICA_BACKWARD, None, weight_grad) if sums_replicas else None
     if not plan.serial:
@@ -216,7 +251,16 @@ def build_backward(
             builder.add(StepKind.REDUCE_ROUTING_BACKWARD, None, routing)
     if replicas is not None:
         builder.add(StepKind.REDUCE_REPLICA_BACKWARD, None, replicas)
+    if returns_copies and plan.serial:
+        copies_home = _return_copies(builder, computed)
+    if copies_home is not None:
+        builder.add(StepKind.REDUCE_COPIES_BACKWARD, None, copies_home, weight_grad)
     return builder.build()
+
+
+def _return_copies(builder: _Builder, computed: list[int]) -> int:
+    """Add the gradients of copies and their way to the owners, and give the position of the exchange."""
+    return builder.add(StepKind.COPIES_BACKWARD, None, builder.add(StepKind.COPY_WEIGHT_GRAD, None, *computed))
 
 
 @lru_cache(maxsize=KEPT_SCHEDULES)

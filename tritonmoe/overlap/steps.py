@@ -23,13 +23,17 @@ class Unit(Enum):
     SENT_ROWS = "rows that this rank sends when tokens go to their experts"
     RETURNED_ROWS = "rows that this rank returns when results go home"
     PAIRS = "routed pairs that this rank computes"
+    COPY_PAIRS = "those of them that belong to copies of other ranks' experts"
+    COPIES = "copies of experts that this rank sends"
 
 
 class Way(Enum):
-    """Which way the rows of an exchange go."""
+    """Which way the rows of an exchange go, or the weights of copied experts and their gradients."""
 
     TO_EXPERTS = "from the rank that has a token to the ranks that have its experts"
     HOME = "from the ranks that have a token's experts to the rank that has the token"
+    TO_COPIES = "from the rank that owns an expert to the ranks that have a copy of it"
+    TO_OWNERS = "from the ranks that have a copy of an expert to the rank that owns it"
 
 
 class StepKind(str, Enum):
@@ -65,6 +69,8 @@ class StepKind(str, Enum):
     """Sends the sums of a chunk's received rows home."""
     REDUCE = "reduce", "compute", Unit.SENT_ROWS
     """Sums what the ranks returned for each token that a chunk completes."""
+    COPIES = "copies", "comm", Unit.COPIES, Way.TO_COPIES
+    """Sends the weights of experts that have copies for this call; in a backward once more, where they aren't kept."""
     # Backward.
     COMBINE_BACKWARD = "combine_backward", "comm", Unit.SENT_ROWS, Way.TO_EXPERTS
     """Sends the gradients of a chunk's output to the ranks that have its experts."""
@@ -84,6 +90,12 @@ class StepKind(str, Enum):
     """Exchanges the weight gradients of experts of which several ranks have a replica."""
     REDUCE_REPLICA_BACKWARD = "reduce_replica_backward", "compute", Unit.SENT_ROWS
     """Sums the weight gradients of replicas."""
+    COPY_WEIGHT_GRAD = "copy_weight_grad", "compute", Unit.COPY_PAIRS
+    """Computes the gradients of the weights of copies."""
+    COPIES_BACKWARD = "copies_backward", "comm", Unit.COPIES, Way.TO_OWNERS
+    """Sends the gradients of the weights of copies to the owners of the experts."""
+    REDUCE_COPIES_BACKWARD = "reduce_copies_backward", "compute", Unit.COPIES
+    """Adds them to the gradients of the owner's own pairs."""
     # Inside a node, on two levels.
     NODE_METADATA = "node_metadata", "comm", Unit.SENT_ROWS, Way.TO_EXPERTS
     NODE_DISPATCH = "node_dispatch", "comm", Unit.SENT_ROWS, Way.TO_EXPERTS
@@ -130,6 +142,7 @@ _PAIRS = (
     (StepKind.DISPATCH, StepKind.DISPATCH_BACKWARD),
     (StepKind.EXPERTS, StepKind.EXPERTS_BACKWARD),
     (StepKind.COMBINE, StepKind.COMBINE_BACKWARD),
+    (StepKind.COPIES, StepKind.COPIES_BACKWARD),
 )
 _ADJOINTS = {**dict(_PAIRS), **{backward: forward for forward, backward in _PAIRS}}
 

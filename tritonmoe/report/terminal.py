@@ -27,12 +27,17 @@ SHORT_NAMES = {
     StepKind.WEIGHT_GRAD: "w",
     StepKind.REDUCE_BACKWARD: "r",
     StepKind.REDUCE_ROUTING_BACKWARD: "r",
+    StepKind.COPIES: "k",
+    StepKind.COPY_WEIGHT_GRAD: "w",
+    StepKind.COPIES_BACKWARD: "k",
+    StepKind.REDUCE_COPIES_BACKWARD: "r",
 }
 """A backward's exchange of rows has the letter of the forward's in the same direction."""
 TIMELINE_LEGEND = (
     "d dispatch (in backward: output gradients to the experts), e experts,",
     "c combine (in backward: input gradients home), w weight gradients, r sums at",
-    "home, m routing data, g grouping; 0 1 2 ...: chunk, L: rows that stay at home",
+    "home, m routing data, g grouping, k weights of copied experts (in backward: their",
+    "gradients); 0 1 2 ...: chunk, L: rows that stay at home",
 )
 
 # 256-colour palette: from dark blue through violet to yellow, readable with white, then black text.

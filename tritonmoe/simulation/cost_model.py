@@ -3,7 +3,6 @@
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import TypeVar
 
@@ -13,7 +12,7 @@ from torch import Tensor
 from tritonmoe.config.overlap import LOCAL_PARTS, OverlapPlan
 from tritonmoe.overlap.steps import Step, StepKind, Unit, Way
 
-__all__ = ["EachLink", "InsidePorts", "LayerWork", "LinkCosts", "StepCosts", "fit_line", "step_units"]
+__all__ = ["CopyWork", "EachLink", "InsidePorts", "LayerWork", "LinkCosts", "StepCosts", "fit_line", "step_units"]
 
 Size = TypeVar("Size", float, Tensor)
 
@@ -97,6 +96,22 @@ class LinkCosts:
             raise ValueError(f"node_size and inter_bytes_per_s must be positive, got {self}")
 
 
+@dataclass(frozen=True, eq=False)
+class CopyWork:
+    """What copies of experts make all ranks of a call send and compute."""
+
+    copied: Tensor
+    """(W, W) float64: how many experts of rank i (row) have a copy on rank k."""
+    pairs: Tensor
+    """(W,) float64: how many pairs each rank's copies compute."""
+    expert_bytes: int
+    """Of one expert's weights."""
+    gradient_bytes: int
+    """Of what comes home of their gradients; 0 where nothing does."""
+    are_sent_again: bool = False
+    """Whether the weights travel once more in the backward."""
+
+
 @dataclass(frozen=True)
 class LayerWork:
     """What all ranks of one layer call send and compute."""
@@ -110,6 +125,7 @@ class LayerWork:
     top_k: int
     other_row_bytes: int | None = None
     """The bytes of one row in the other exchanges of rows, where a wire format makes them differ from row_bytes."""
+    copies: CopyWork | None = None
 
     @classmethod
     def of(cls, traffic_rows: Tensor, pairs_per_row: float, row_bytes: int, top_k: int) -> "LayerWork":
@@ -126,7 +142,10 @@ class LayerWork:
         return self.rows.shape[0]
 
     def bytes_per_row(self, kind: StepKind) -> int:
-        """Return the bytes of one row in an exchange of this kind."""
+        """Return the bytes of one row, or of one copied expert, in an exchange of this kind."""
+        if kind in (StepKind.COPIES, StepKind.COPIES_BACKWARD):
+            copies = self.copies
+            return 0 if copies is None else copies.expert_bytes if kind is StepKind.COPIES else copies.gradient_bytes
         if kind is StepKind.METADATA:
             return 8 * self.top_k  # int32 ids and fp32 weights
         if kind is StepKind.ROUTING_BACKWARD:
@@ -138,7 +157,7 @@ class LayerWork:
     def segments(self, plan: OverlapPlan) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Return rows sent, rows returned and pairs (W,) of every segment, as if each chunk had exactly its share."""
         own_rows, own_pairs = self.rows.diagonal(), self.pairs.diagonal()
-        home, received, pairs = self._sums
+        home, received, pairs = self.rows.sum(1), self.rows.sum(0), self.pairs.sum(0)
         slices: list[float] = []
         if plan.local_first:
             home, received, pairs = home - own_rows, received - own_rows, pairs - own_pairs
@@ -173,19 +192,22 @@ class LayerWork:
         returning = [last**pairs_per_row - first**pairs_per_row for first, last in pairwise(reached)]
         return leaving, returning
 
-    @cached_property
-    def _sums(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.rows.sum(1), self.rows.sum(0), self.pairs.sum(0)
+    def travelling(self, way: Way) -> Tensor:
+        """Return (W, W) what travels from rank i to rank k in an exchange of all chunks: rows, or copied experts."""
+        if way in (Way.TO_EXPERTS, Way.HOME):
+            found = self.rows
+        else:
+            found = torch.zeros_like(self.rows) if self.copies is None else self.copies.copied
+        return found.T if way in (Way.HOME, Way.TO_OWNERS) else found
 
     def ports(self, link: LinkCosts, way: Way = Way.TO_EXPERTS) -> tuple[Tensor, Tensor]:
         """Return (W,) seconds for which one byte per travelling row occupies each rank's port: out of it, and into it.
 
         Where ranks of one node have a second port for each other, it is the one to other nodes.
         """
-        own, node_size = self.rows.diagonal(), link.port_node_size
-        out, into = self._sums[0] - own, self._sums[1] - own
-        if way is Way.HOME:
-            out, into = into, out
+        rows, node_size = self.travelling(way), link.port_node_size
+        own = rows.diagonal()
+        out, into = rows.sum(1) - own, rows.sum(0) - own
         if node_size is not None:
             inside_out, inside_in = self._inside_rows(node_size, way)
             out, into = out - inside_out, into - inside_in
@@ -206,21 +228,29 @@ class LayerWork:
     def _inside_rows(self, node_size: int, way: Way) -> tuple[Tensor, Tensor]:
         """Return the rows (W,) that each rank sends to the others of its node, and those that come from there."""
         node = torch.arange(self.size, device="cpu") // node_size
-        inside = torch.where(node[:, None] == node, self.rows, 0.0).fill_diagonal_(0)
-        out, into = inside.sum(1), inside.sum(0)
-        return (into, out) if way is Way.HOME else (out, into)
+        inside = torch.where(node[:, None] == node, self.travelling(way), 0.0).fill_diagonal_(0)
+        return inside.sum(1), inside.sum(0)
 
 
 def step_units(
-    step: Step, num_local_slices: int, sent: Sequence[Size], returned: Sequence[Size], pairs: Sequence[Size]
+    step: Step,
+    num_local_slices: int,
+    sent: Sequence[Size],
+    returned: Sequence[Size],
+    pairs: Sequence[Size],
+    *,
+    copies: tuple[Size, Size] | None = None,
 ) -> Size:
     """Return how many of its kind's units (Unit) a step has.
 
     Args:
         num_local_slices: how many of the segments are local ones.
         sent, returned, pairs: how many rows are sent, how many return, and how many pairs there are, by segment.
+        copies: how many of the pairs belong to copies of experts, and how many copies are sent; None without any.
     """
     unit = step.kind.unit
+    if unit in (Unit.COPY_PAIRS, Unit.COPIES):
+        return pairs[0] * 0 if copies is None else copies[unit is Unit.COPIES]
     of = pairs if unit is Unit.PAIRS else sent if unit is Unit.SENT_ROWS else returned
     segment = step.segment(num_local_slices)
     if segment is not None:
@@ -228,7 +258,7 @@ def step_units(
     total = of[0]
     for size in of[1:]:
         total = total + size
-    return total
+    return total - copies[0] if copies is not None and step.kind is StepKind.WEIGHT_GRAD else total
 
 
 @dataclass(frozen=True)

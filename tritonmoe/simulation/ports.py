@@ -25,6 +25,8 @@ class Ports:
         )
         self.is_in_one_group = self.group_of_rank[:, None] == self.group_of_rank if work.size <= EXACT_RANKS else None
         self.ports = {way: work.ports(link, way) for way in Way}
+        self.has_copies = {way: work.travelling(way) > 0 for way in (Way.TO_COPIES, Way.TO_OWNERS)}
+        """(W, W): whether rank i sends rank k anything of copied experts, as most don't; rows go from all to all."""
         self.inside_ports = {way: work.inside_ports(link, way) for way in Way}
         """Those to the other ranks of a node, where they are second ones."""
         self.inside_clock = torch.zeros(work.size, dtype=torch.float64, device="cpu")
@@ -33,7 +35,7 @@ class Ports:
         self.link_clock = torch.zeros(0, device="cpu")
         """(W, W), there: when each is free."""
         if each is not None:
-            self.link_s = {Way.TO_EXPERTS: work.rows * each.link_s, Way.HOME: work.rows.T * each.link_s}
+            self.link_s = {way: work.travelling(way) * each.link_s for way in Way}
             self.link_clock = torch.zeros_like(each.link_s)
         self.messages: dict[int, Tensor] = {}
         """When the rows of each exchange have arrived, from rank i to rank k; without an entry that is not known."""
@@ -74,7 +76,8 @@ class Ports:
                 self.link_clock = torch.where(link_s > 0, begin + link_s, self.link_clock)
                 message_s = torch.maximum(message_s, link_s)
             latency_s = self.link.latency_s if self.link.each is None else self.link.each.latency_s
-            arrival = (begin + message_s + latency_s).where(self.is_in_one_group, -1.0)
+            is_sent = self.is_in_one_group & self.has_copies.get(way, self.is_in_one_group)
+            arrival = (begin + message_s + latency_s).where(is_sent, -1.0)
             if len(arrival) > 1:
                 arrival.fill_diagonal_(-1.0)
             self.messages[number] = arrival

@@ -127,6 +127,8 @@ class WalkedPass:
         self._under_way: dict[int, int] = {}
         """The numbers of the exchanges, by the positions of their steps."""
         self._sizes, (self._leaving, self._returning) = walk.outer.segments(walk.plan), walk.outer.shares(walk.plan)
+        copies = walk.outer.copies
+        self._copies = None if copies is None else (copies.pairs, copies.copied.sum(1))
         self._needs_x = any(step.kind is StepKind.DISPATCH_BACKWARD for step in schedule)
 
     def go_on(self, end: int | None = None) -> None:
@@ -148,7 +150,8 @@ class WalkedPass:
             walk.now = done[-1].end_s
             steps.append(SimulatedStep(step, start, walk.now, done))
             return
-        seconds = walk.costs.on_ranks(step.kind, step_units(step, walk.plan.num_local_slices, *self._sizes))
+        units = step_units(step, walk.plan.num_local_slices, *self._sizes, copies=self._copies)
+        seconds = walk.costs.on_ranks(step.kind, units)
         if step.lane == "compute":
             walk.compute(seconds)
             steps.append(SimulatedStep(step, start, walk.now))
@@ -211,7 +214,17 @@ def simulate_layer(
     plan: OverlapPlan, work: LayerWork | TwoLevelWork, costs: StepCosts, link: LinkCosts, *, backward: bool
 ) -> Sequence[Simulation]:
     """Return the simulated forward and, with every gradient needed, the backward."""
-    schedules = [build_forward(plan)]
+    copies = None if isinstance(work, TwoLevelWork) else work.copies
+    schedules = [build_forward(plan, has_copies=copies is not None)]
     if backward:
-        schedules.append(build_backward(plan, needs_x=True, needs_topk_weights=True))
+        schedules.append(
+            build_backward(
+                plan,
+                needs_x=True,
+                needs_topk_weights=True,
+                has_copies=copies is not None,
+                sends_copies=copies is not None and copies.are_sent_again,
+                returns_copies=copies is not None and copies.gradient_bytes > 0,
+            )
+        )
     return [simulate(schedule, plan, work, costs, link) for schedule in schedules]

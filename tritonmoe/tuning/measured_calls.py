@@ -8,9 +8,10 @@ from itertools import pairwise
 import torch
 
 from tritonmoe.config.overlap import OverlapPlan
+from tritonmoe.dispatch.copies import ExpertCopies
 from tritonmoe.overlap.report import LayerReport
 from tritonmoe.overlap.steps import Step, StepKind, Way
-from tritonmoe.simulation.cost_model import LayerWork, LinkCosts, StepCosts, fit_line, step_units
+from tritonmoe.simulation.cost_model import CopyWork, LayerWork, LinkCosts, StepCosts, fit_line, step_units
 
 __all__ = ["layer_costs", "layer_work", "link_costs", "median_steps", "most_work"]
 
@@ -20,7 +21,18 @@ SMALLEST_ALONE_SHARE = 0.4
 def layer_work(report: LayerReport) -> LayerWork:
     """Return what all ranks did in a call, the same on every rank."""
     rows, pairs = report.traffic_rows.to(torch.float64), report.traffic_pairs.to(torch.float64)
-    return LayerWork(rows, pairs, report.row_bytes, report.top_k, report.other_row_bytes)
+    copies = None if report.copies is None else _copy_work(report, report.copies)
+    return LayerWork(rows, pairs, report.row_bytes, report.top_k, report.other_row_bytes, copies)
+
+
+def _copy_work(report: LayerReport, copies: ExpertCopies) -> CopyWork:
+    return CopyWork(
+        torch.tensor(copies.sent_copies, dtype=torch.float64, device="cpu"),
+        torch.tensor(copies.copy_pairs, dtype=torch.float64, device="cpu"),
+        report.copied_bytes,
+        report.copied_gradient_bytes,
+        are_sent_again=not report.copies_are_kept,
+    )
 
 
 def most_work(report: LayerReport) -> LayerWork:
@@ -30,6 +42,13 @@ def most_work(report: LayerReport) -> LayerWork:
         return work
     first = layer_work(report.first_run)
     return replace(work, rows=torch.maximum(work.rows, first.rows), pairs=torch.maximum(work.pairs, first.pairs))
+
+
+def copies_of(report: LayerReport) -> tuple[float, float] | None:
+    """Return how many pairs this rank's copies compute, and how many copies it sends; None without copies."""
+    if report.copies is None:
+        return None
+    return float(report.copies.copy_pairs[report.rank]), float(sum(report.copies.sent_copies[report.rank]))
 
 
 def median_steps(reports: Sequence[LayerReport]) -> list[tuple[StepKind, float, float]]:
@@ -46,7 +65,7 @@ def median_steps(reports: Sequence[LayerReport]) -> list[tuple[StepKind, float, 
         timings = report.forward.steps + ([] if report.backward is None else report.backward.steps)
         for timing in timings:
             step = timing.step
-            units = step_units(step, report.overlap.num_local_slices, *sizes)
+            units = step_units(step, report.overlap.num_local_slices, *sizes, copies=copies_of(report))
             elapsed = timing.post_s if step.lane == "comm" else timing.end_s - timing.start_s
             seconds.setdefault((report.overlap, step, units), []).append(elapsed)
     return [(step.kind, units, statistics.median_low(times)) for (_, step, units), times in seconds.items()]

@@ -15,6 +15,8 @@ from tritonmoe.integrations import transformers as tmt
 
 WIDTH, NUM_EXPERTS = 16, 8
 OVERLAP = tm.OverlapConfig(num_chunks=2)
+COPIES = tm.OverlapConfig(num_chunks=2, balance="always", max_copies=3)
+"""Few tokens are never even: most calls have copies of experts."""
 CONFIG = tm.MoEConfig(
     hidden_size=WIDTH,
     intermediate_size=24,
@@ -144,8 +146,8 @@ def seeded(make: Callable[[], nn.Module]) -> nn.Module:
     return make()
 
 
-def parallelized(model: nn.Module, spread_over: Any, num_experts_modules: int = 2) -> nn.Module:
-    assert tm.parallelize(model, spread_over, OVERLAP) == num_experts_modules
+def parallelized(model: nn.Module, spread_over: Any, overlap: tm.OverlapConfig = OVERLAP) -> nn.Module:
+    assert tm.parallelize(model, spread_over, overlap) == 2
     return model
 
 
@@ -216,6 +218,13 @@ FORMS = [
         "module parallelized",
         lambda: seeded(Net),
         lambda spread_over: parallelized(seeded(Net), spread_over),
+        lambda model: list(model.blocks),
+        of_transformers=False,
+    ),
+    Form(
+        "module with copies of experts",
+        lambda: seeded(Net),
+        lambda spread_over: parallelized(seeded(Net), spread_over, COPIES),
         lambda model: list(model.blocks),
         of_transformers=False,
     ),

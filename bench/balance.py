@@ -1,0 +1,270 @@
+"""`python -m bench.balance`: a layer whose routing is skewed, with copies of hot experts and without.
+
+Forward and backward of one layer's experts, all ranks beginning together; a call takes as long as its slowest rank.
+Variants run in interleaved rounds: without copies, with OverlapConfig(balance="auto") and "always", and the ideal: the
+same routing with the hot experts spread evenly over the ranks from the start, by an ExpertPlacement. With --netns 2 the
+ranks are processes in network namespaces of this machine, with links of the given rates, one core and one thread each.
+Without it they are emulated in this process, and their experts take time by sleeping, a fixed time for each pair
+(bench/sleeping_experts.py): the ideal is then routing to uniformly drawn experts, since every pair takes as long.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from bench.sleeping_experts import sleeping_experts
+from tritonmoe.benchmarks.argument_types import positive, positive_number
+from tritonmoe.benchmarks.inside_namespace import ask, check_start, is_inside
+from tritonmoe.benchmarks.link_rates import parse_rate
+from tritonmoe.benchmarks.namespaces import Namespaces
+from tritonmoe.benchmarks.ranks import gather, slowest
+from tritonmoe.benchmarks.timing import Samples, add_arguments, summarize, write_json
+from tritonmoe.config.overlap import OverlapConfig
+from tritonmoe.dispatch.placement import ExpertPlacement
+from tritonmoe.expert_parallel.expert_parallel_mlp import expert_parallel_mlp
+from tritonmoe.expert_parallel.listeners import listeners
+from tritonmoe.overlap.report import LayerReport
+from tritonmoe.runtime.files import Json
+from tritonmoe.simulation.simulator import simulate_layer
+from tritonmoe.transports import LinkModel, Transport
+from tritonmoe.transports.emulated.emulated_ranks import run_on_emulated_ranks
+from tritonmoe.transports.torchrun import torchrun_ranks
+from tritonmoe.tuning.measured_calls import layer_costs, layer_work, link_costs
+
+__all__ = ["main"]
+
+UNSHAPED = "40gbit"
+HIDDEN, INTERMEDIATE, NUM_EXPERTS, TOP_K = 512, 256, 64, 8
+SETTLED = 5
+"""Calls of every variant that are not counted: "auto" knows what calls cost behind the second, and what they take
+without copies behind the fourth."""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench.balance", description=__doc__)
+    parser.add_argument("--netns", type=positive, metavar="N", help="N network namespaces (default: emulated ranks)")
+    parser.add_argument("--ranks", type=positive, default=8, help="emulated ranks (default 8)")
+    parser.add_argument("--rates", nargs="+", help="of links (default: 12gbit and 1gbit, in namespaces 1gbit, 400mbit)")
+    parser.add_argument("--tokens", type=positive, default=1024, help="of each rank (default 1024)")
+    parser.add_argument(
+        "--hot", type=int, nargs="+", default=[2], help="hot experts on rank 0, a case each (default 2)"
+    )
+    parser.add_argument("--share", type=positive_number, default=1.0, help="of tokens that need each hot expert")
+    parser.add_argument("--max-copies", type=positive, default=2)
+    parser.add_argument("--chunks", type=positive, default=2)
+    parser.add_argument("--pair-us", type=positive_number, default=13.0, help="that a sleeping expert takes, thrice")
+    parser.add_argument("--timeout-s", type=positive_number, default=120.0, help="of every exchange (default 120)")
+    add_arguments(parser, rounds=5)
+    return parser
+
+
+def draw(num_tokens: int, num_hot: int, share: float, generator: torch.Generator) -> Tensor:
+    """Return topk_ids (T, K): each of the first num_hot experts for a share of the tokens, then others, all alike."""
+    scores = torch.rand(num_tokens, NUM_EXPERTS, generator=generator)
+    is_hot = torch.rand(num_tokens, num_hot, generator=generator) < share
+    scores[:, :num_hot] += torch.where(is_hot, 1.0, -1.0)
+    return scores.topk(TOP_K, dim=1)[1]
+
+
+def spread(num_hot: int, size: int) -> ExpertPlacement:
+    """Return a placement that deals the hot experts out over the ranks, and then the others."""
+    local = NUM_EXPERTS // size
+    held: list[list[int]] = [[] for _ in range(size)]
+    for expert in range(num_hot):
+        held[expert % size].append(expert)
+    others = iter(range(num_hot, NUM_EXPERTS))
+    for own in held:
+        own += [next(others) for _ in range(local - len(own))]
+    return ExpertPlacement(tuple(map(tuple, held)))
+
+
+class Case:
+    """The calls of one rank, a variant each."""
+
+    def __init__(self, transport: Transport, arguments: argparse.Namespace, num_hot: int) -> None:
+        self.transport, self.arguments = transport, arguments
+        generator = torch.Generator().manual_seed(transport.rank)
+        tokens = arguments.tokens
+        self.x = torch.randn(tokens, HIDDEN, generator=generator, requires_grad=True)
+        self.ids = draw(tokens, num_hot, arguments.share, generator)
+        self.even = draw(tokens, 0, 0.0, generator)
+        self.topk_weights = torch.rand(tokens, TOP_K, generator=generator, requires_grad=True)
+        self.dout = torch.randn(tokens, HIDDEN, generator=generator)
+        weights = torch.Generator().manual_seed(0)
+        self.gate_up = torch.randn(NUM_EXPERTS, 2 * INTERMEDIATE, HIDDEN, generator=weights) * HIDDEN**-0.5
+        self.down = torch.randn(NUM_EXPERTS, HIDDEN, INTERMEDIATE, generator=weights) * INTERMEDIATE**-0.5
+        placement = spread(num_hot, transport.size)
+        is_ideal = arguments.netns is not None
+        self.variants: dict[str, Callable[[], Tensor]] = {
+            "without": self._variant(self.ids),
+            "auto": self._variant(self.ids, balance="auto"),
+            "always": self._variant(self.ids, balance="always"),
+            "ideal": self._variant(self.ids, placement) if is_ideal else self._variant(self.even),
+            "even": self._variant(self.even),
+            "even, auto": self._variant(self.even, balance="auto"),
+        }
+
+    def _variant(
+        self, ids: Tensor, placement: ExpertPlacement | None = None, balance: Literal["auto", "always"] | None = None
+    ) -> Callable[[], Tensor]:
+        size, rank = self.transport.size, self.transport.rank
+        held = (placement or ExpertPlacement.contiguous(NUM_EXPERTS, size)).experts_of_rank[rank]
+        gate_up_proj = self.gate_up[list(held)].requires_grad_()
+        down_proj = self.down[list(held)].requires_grad_()
+        overlap = OverlapConfig(
+            self.arguments.chunks, chunk_by="tokens", balance=balance, max_copies=self.arguments.max_copies
+        )
+
+        def call() -> Tensor:
+            for tensor in (self.x, self.topk_weights, gate_up_proj, down_proj):
+                tensor.grad = None
+            y = expert_parallel_mlp(
+                self.x,
+                ids,
+                self.topk_weights,
+                gate_up_proj,
+                down_proj,
+                num_experts=NUM_EXPERTS,
+                transport=self.transport,
+                overlap=overlap,
+                placement=placement,
+            )
+            y.backward(self.dout)
+            return y.detach()
+
+        return call
+
+    def measure(self, rounds: int) -> Json:
+        """Return what every variant takes, and what "auto" did."""
+        reports: dict[str, LayerReport] = {}
+        current = ""
+        transport = self.transport
+
+        class Listener:
+            def before_forward(self, *_: object) -> None: ...
+            def after_backward(self, *_: object) -> None: ...
+            def after_forward(self, of: Transport, header: object, report: LayerReport, grouping: object) -> None:
+                if of is transport:
+                    reports[current] = report
+
+        listener = Listener()
+        listeners.append(listener)
+        samples: Samples = {name: [] for name in self.variants}
+        try:
+            for number in range(SETTLED + rounds):
+                for current, call in self.variants.items():
+                    transport.barrier()
+                    started = time.perf_counter()
+                    call()
+                    seconds = time.perf_counter() - started
+                    if number >= SETTLED:
+                        samples[current].append(seconds)
+        finally:
+            listeners.remove(listener)
+        samples = {name: slowest(transport, of) for name, of in samples.items()}
+        predicted = {name: self._predicted(reports["even"], reports[name]) for name in ("without", "auto", "always")}
+        return _summary(samples, reports, predicted)
+
+    def _predicted(self, measured: LayerReport, report: LayerReport) -> float:
+        """Return what the simulator says a call takes, by what the steps of a call with even ranks have taken."""
+        costs, link = layer_costs([measured, report]), link_costs([measured], False)
+        passes = simulate_layer(report.overlap, layer_work(report), costs, link, backward=True)
+        return statistics.median(gather(self.transport, sum(of.total_s for of in passes)))
+
+
+def _summary(samples: Samples, reports: dict[str, LayerReport], predicted: dict[str, float]) -> Json:
+    medians = {name: statistics.median(of) for name, of in samples.items()}
+    auto, always = reports["auto"], reports["always"]
+    return {
+        "calls": {name: summarize(of) for name, of in samples.items()},
+        "imbalance": round(auto.imbalance_without_copies, 3),
+        "imbalance_auto": round(auto.imbalance, 3),
+        "imbalance_always": round(always.imbalance, 3),
+        "copies_auto": 0 if auto.copies is None else len(auto.copies.copies),
+        "copies_always": 0 if always.copies is None else len(always.copies.copies),
+        "without_over_ideal": round(medians["without"] / medians["ideal"], 3),
+        "auto_over_ideal": round(medians["auto"] / medians["ideal"], 3),
+        "always_over_ideal": round(medians["always"] / medians["ideal"], 3),
+        "auto_over_without": round(medians["auto"] / medians["without"], 3),
+        "even_auto_over_even": round(medians["even, auto"] / medians["even"], 3),
+        "predicted_over_measured": {name: round(of / medians[name], 3) for name, of in predicted.items()},
+        "choice": auto.balance,
+    }
+
+
+def as_line(rate: str, num_hot: int, result: Json) -> str:
+    times = ", ".join(f"{name} {of['median_ms']:.0f}" for name, of in result["calls"].items())
+    others = {name: value for name, value in result.items() if name not in ("calls", "choice")}
+    return f"{rate:>8}, {num_hot} hot: {times} ms; {others}; {result['choice']}"
+
+
+def run_rank(arguments: argparse.Namespace) -> None:
+    """Measure on this process, one of the ranks; the first one prints and writes."""
+    torch.set_num_threads(1)
+    results: list[Json] = []
+    with torchrun_ranks(timeout_s=arguments.timeout_s) as transport:
+        for rate in arguments.rates:
+            if transport.rank == 0:
+                ask(f"rate {parse_rate(rate)}")
+            transport.barrier()
+            for num_hot in arguments.hot:
+                results.append(
+                    {"rate": rate, "hot": num_hot, **Case(transport, arguments, num_hot).measure(arguments.rounds)}
+                )
+                if transport.rank == 0:
+                    print(as_line(rate, num_hot, results[-1]), flush=True)
+        if transport.rank == 0:
+            write_json(arguments.json, "balance", {"arguments": _described(arguments), "results": results})
+
+
+def run_emulated(arguments: argparse.Namespace) -> None:
+    """Measure on emulated ranks, whose experts sleep."""
+    results: list[Json] = []
+    for rate in arguments.rates:
+        link = LinkModel(bandwidth_gb_per_s=parse_rate(rate) / 8e9)
+        for num_hot in arguments.hot:
+
+            def on_rank(transport: Transport, num_hot: int = num_hot) -> Json:
+                return Case(transport, arguments, num_hot).measure(arguments.rounds)
+
+            with sleeping_experts(arguments.pair_us / 1e6) if arguments.pair_us else nullcontext():
+                of_ranks = run_on_emulated_ranks(on_rank, arguments.ranks, link=link, timeout_s=arguments.timeout_s)
+            results.append({"rate": rate, "hot": num_hot, **of_ranks[0]})
+            print(as_line(rate, num_hot, results[-1]), flush=True)
+    write_json(arguments.json, "balance", {"arguments": _described(arguments), "results": results})
+
+
+def _described(arguments: argparse.Namespace) -> Json:
+    return {name: value for name, value in vars(arguments).items() if name != "json"}
+
+
+def main() -> int:
+    """Start the ranks, or be one of them."""
+    arguments = make_parser().parse_args()
+    if arguments.rates is None:
+        arguments.rates = ["12gbit", "1gbit"] if arguments.netns is None else [UNSHAPED, "1gbit", "400mbit"]
+    for rate in arguments.rates:
+        parse_rate(rate)
+    if arguments.netns is None:
+        run_emulated(arguments)
+        return 0
+    check_start(arguments.netns, {})
+    if is_inside():
+        run_rank(arguments)
+        return 0
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    command = [sys.executable, "-m", "bench.balance", *sys.argv[1:]]
+    with Namespaces(command, arguments.netns, parse_rate(UNSHAPED)) as namespaces:
+        return namespaces.run(arguments.timeout_s)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

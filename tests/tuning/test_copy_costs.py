@@ -1,0 +1,128 @@
+"""What ranks tell each other of their calls, and what becomes of it: copies once calls are measured, and taken back."""
+
+from dataclasses import replace
+
+import torch
+
+import tritonmoe as tm
+from tritonmoe.overlap.report import LayerReport
+from tritonmoe.transports import Transport
+from tritonmoe.tuning import copy_costs
+from tritonmoe.tuning.copy_costs import JUDGED_CALLS, LEAST_CALLS, MeasuredCosts, Numbers, agreed_costs
+
+NUMBERS = Numbers(1000, 10**9, 1000, 2 * 10**9, 5, 7, 0, 1000)
+SIZES = {"has_backward": True, "row_bytes": (64, 64), "expert_bytes": 100, "gradient_bytes": 50}
+
+
+def test_costs_are_agreed_from_all_ranks() -> None:
+    other = Numbers(3000, 5 * 10**9, 1000, 4 * 10**9, 9, 3, 0, 2000)
+    costs = agreed_costs([NUMBERS, other], **SIZES)
+    assert costs is not None
+    assert (costs.forward_fs, costs.backward_fs) == (6 * 10**9 // 4000, 6 * 10**9 // 2000)
+    assert (costs.byte_fs, costs.call_fs) == (9, 7)
+    assert (costs.with_permille, costs.without_permille) == (1000, 1000)  # nobody has seen copies
+    seen = [of._replace(with_permille=1500) for of in (NUMBERS, other)]
+    costs = agreed_costs(seen, **SIZES)
+    assert costs is not None
+    assert (costs.with_permille, costs.without_permille) == (1500, 2000)
+
+
+def test_nothing_is_agreed_before_every_rank_has_measured() -> None:
+    assert agreed_costs([NUMBERS, Numbers()], **SIZES) is None
+    assert agreed_costs([NUMBERS._replace(backward_pairs=0)] * 2, **SIZES) is None
+    assert agreed_costs([NUMBERS._replace(backward_pairs=0)] * 2, **{**SIZES, "has_backward": False}) is not None
+
+
+def skewed_layer(transport: Transport, overlap: tm.OverlapConfig) -> tuple[tm.GroupedExperts, dict]:
+    config = tm.MoEConfig(hidden_size=16, intermediate_size=12, num_experts=8, top_k=2)
+    layer = tm.GroupedExperts(config, transport, overlap)
+    generator = torch.Generator().manual_seed(transport.rank)
+    ids = torch.randint(0, 4, (64, 2), generator=generator)
+    return layer, {
+        "x": torch.randn(64, 16, generator=generator),
+        "topk_ids": ids,
+        "topk_weights": torch.rand(64, 2, generator=generator),
+    }
+
+
+def run_calls(monkeypatch, taken: dict[bool, float], num_calls: int) -> list[str]:
+    """Return what each call says of its balance, where calls take so many times what is expected of them."""
+
+    def read(report: LayerReport) -> copy_costs._Call:
+        return copy_costs._Call(report.pair_offsets[-1] or 1, 10**14, 10**14, 1)
+
+    monkeypatch.setattr(copy_costs, "_read", read)
+
+    monkeypatch.setattr(copy_costs, "_taken_fs", lambda report: int(taken[report.copies is not None] * EXPECTED))
+    monkeypatch.setattr(MeasuredCosts, "observe", _with_expected(MeasuredCosts.observe))
+
+    def on_rank(transport: Transport) -> list[str]:
+        layer, call = skewed_layer(transport, tm.OverlapConfig(2, balance="auto"))
+        said = []
+        for _ in range(num_calls):
+            layer(**call).sum().backward()
+            said.append(layer.last_report.balance)
+        return said
+
+    first, second = tm.run_on_emulated_ranks(on_rank, 2, timeout_s=60)
+    assert first == second
+    return first
+
+
+EXPECTED = 10**12
+
+
+def _with_expected(observe):
+    def observed(self, report, has_backward, planning_s, expected_fs) -> None:
+        observe(self, report, has_backward, planning_s and 1e-12, EXPECTED if expected_fs else 0)
+
+    return observed
+
+
+BASELINE = LEAST_CALLS + JUDGED_CALLS[False]
+
+
+def test_copies_come_once_calls_are_measured(monkeypatch) -> None:
+    said = run_calls(monkeypatch, {True: 1.0, False: 1.0}, BASELINE + JUDGED_CALLS[True] + 2)
+    assert all("too few calls" in of for of in said[:LEAST_CALLS])
+    assert all("measured without them first" in of for of in said[LEAST_CALLS:BASELINE])
+    assert all("copies: " in of and "less than without" in of for of in said[BASELINE:])
+
+
+def test_measured_times_take_copies_back(monkeypatch) -> None:
+    """Calls with copies take thrice what was expected of them."""
+    said = run_calls(monkeypatch, {True: 3.0, False: 1.0}, BASELINE + JUDGED_CALLS[True] + 3)
+    assert all("less than without" in of for of in said[BASELINE : BASELINE + JUDGED_CALLS[True]])
+    assert all(of.startswith("no copies: none make") for of in said[BASELINE + JUDGED_CALLS[True] :])
+
+
+def test_no_time_decides_where_results_must_not_depend_on_it() -> None:
+    def on_rank(transport: Transport) -> list[str]:
+        layer, call = skewed_layer(transport, tm.OverlapConfig(2, balance="auto"))
+        said = []
+        for _ in range(4):
+            layer(**call).sum().backward()
+            said.append(layer.last_report.balance)
+        layer.overlap = replace(layer.overlap, balance="always")
+        layer(**call).sum().backward()
+        return [*said, layer.last_report.balance]
+
+    torch.use_deterministic_algorithms(True)
+    try:
+        *auto, always = tm.run_on_emulated_ranks(on_rank, 2, timeout_s=60)[0]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all("too few calls" in of for of in auto)
+    assert always == "2 copies"
+
+
+def test_a_backward_that_never_comes_is_no_measurement() -> None:
+    def on_rank(transport: Transport) -> list[str]:
+        layer, call = skewed_layer(transport, tm.OverlapConfig(2, balance="auto"))
+        said = []
+        for _ in range(4):
+            layer(**call)
+            said.append(layer.last_report.balance)
+        return said
+
+    assert all("too few calls" in of for of in tm.run_on_emulated_ranks(on_rank, 2, timeout_s=60)[0])

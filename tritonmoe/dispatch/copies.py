@@ -1,0 +1,174 @@
+"""ExpertCopies: which experts have copies on other ranks for one call, and which of their pairs go there.
+
+Slots are counted as elsewhere: rank k has the slots k * L .. (k + 1) * L, which are experts unless there is a
+placement. With copies every rank has G slots more, behind its own L; so slots are numbered anew, and everything behind
+the layer's entry counts these.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tritonmoe.config.overlap import OverlapPlan
+from tritonmoe.runtime.cpu_memory import to_device
+
+__all__ = ["ExpertCopies", "ExpertCopy"]
+
+
+class ExpertCopy(NamedTuple):
+    """One expert that a rank computes a part of beside its own."""
+
+    expert: int
+    """Its slot, as it is counted without copies."""
+    rank: int
+    """Where the copy is."""
+    pairs: tuple[int, ...]
+    """How many pairs of each rank's tokens it takes; the owner computes all others."""
+
+
+@dataclass(frozen=True)
+class ExpertCopies:
+    """The copies of one call, the same on every rank.
+
+    Example:
+        W=2, L=2, one copy of expert 0 on rank 1 with pairs (0, 3): rank 0 has the slots 0 and 1, and a place for a copy
+        that stays empty, rank 1 the slots 3 and 4, and the copy in 5. Of the pairs that rank 1's tokens have of expert
+        0, three go to slot 5, and all others to slot 0, as do those of rank 0's tokens.
+    """
+
+    size: int
+    num_own: int
+    """L, the slots of one rank without copies."""
+    copies: tuple[ExpertCopy, ...]
+    """By (expert, rank)."""
+
+    @cached_property
+    def num_copies(self) -> int:
+        """G, the most copies that a rank has."""
+        return max(map(len, self._on_rank))
+
+    @property
+    def num_slots(self) -> int:
+        """The slots of all ranks, those of copies included."""
+        return self.size * (self.num_own + self.num_copies)
+
+    @cached_property
+    def _on_rank(self) -> list[list[ExpertCopy]]:
+        return [[copy for copy in self.copies if copy.rank == rank] for rank in range(self.size)]
+
+    def on(self, rank: int) -> list[ExpertCopy]:
+        """Return the copies that a rank has, in the order of their slots, which is that of their owners."""
+        return self._on_rank[rank]
+
+    def owner(self, copy: ExpertCopy) -> int:
+        return copy.expert // self.num_own
+
+    def sent(self, owner: int) -> list[list[int]]:
+        """Return for each rank the experts that it gets a copy of from `owner`, as that one counts its own."""
+        first = owner * self.num_own
+        return [[c.expert - first for c in self.on(rank) if self.owner(c) == owner] for rank in range(self.size)]
+
+    def received(self, rank: int) -> list[int]:
+        """Return how many copies a rank gets from each other one."""
+        owners = [self.owner(copy) for copy in self.on(rank)]
+        return [owners.count(owner) for owner in range(self.size)]
+
+    @cached_property
+    def sent_copies(self) -> list[list[int]]:
+        """[owner][rank] how many experts are copied."""
+        return [[len(experts) for experts in self.sent(owner)] for owner in range(self.size)]
+
+    @cached_property
+    def copy_pairs(self) -> list[int]:
+        """How many pairs the copies on each rank compute."""
+        return [sum(sum(copy.pairs) for copy in self.on(rank)) for rank in range(self.size)]
+
+    @cached_property
+    def most_on_a_port(self) -> int:
+        """How many copies the busiest rank sends, or receives."""
+        sent = self.sent_copies
+        return max(*map(sum, sent), *map(sum, zip(*sent, strict=True)))
+
+    @cached_property
+    def words(self) -> str:
+        """What ranks compare."""
+        return "; ".join(f"{expert} on {rank} {list(pairs)}" for expert, rank, pairs in self.copies)
+
+    def slots(self, topk_ids: Tensor, rank: int, overlap: OverlapPlan) -> Tensor:
+        """Return the slot (T, K) int64, counted with copies, of each pair of `rank`'s tokens; -1 for skipped pairs.
+
+        An expert's pairs are counted in an order of the tokens: by how far behind the start of its chunk each is, so
+        that every chunk gives away about the same share. The first pairs go to the copy on this rank, if there is one,
+        then to the others by rank, and the rest to the owner. So tokens that leave an owner leave it with the pairs of
+        all its copied experts. Where there are other pairs than the plan was made for, as near-ties can give in a
+        recompute, the owner gets more of them or fewer.
+
+        Args:
+            topk_ids: slots counted without copies.
+        """
+        ids = topk_ids.long()
+        skipped = (ids < 0) | (ids >= self.size * self.num_own)
+        ids = ids.masked_fill(skipped, 0)
+        slots = ids + torch.div(ids, self.num_own, rounding_mode="floor") * self.num_copies
+        columns, bounds, targets = (to_device(table, ids.device) for table in self._tables(rank))
+        column = columns[ids].masked_fill(skipped, -1)
+        order = _order_in_chunks(ids.shape[0], overlap, ids.device)
+        if order is not None:
+            column = column[order]
+        column = column.view(-1, 1)
+        is_copied = column >= 0
+        number = (column == torch.arange(bounds.shape[0], device=ids.device)).cumsum(0, dtype=torch.int32)
+        column = column.clamp_(min=0)
+        place = (number.gather(1, column) > bounds[column[:, 0]]).sum(1, keepdim=True)
+        target = targets[column[:, 0]].gather(1, place).masked_fill_(~is_copied, -1).view_as(ids)
+        if order is not None:
+            target = torch.empty_like(target).index_copy_(0, order, target)
+        return torch.where(target >= 0, target, slots).masked_fill_(skipped, -1)
+
+    def _tables(self, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what slots() looks up.
+
+        (slots,) the number of each copied expert among them, -1 for others; (H, places) up to which of its pairs each
+        place takes them; and (H, places + 1) the slot of each place, -1 for the owner's, which is the last.
+        """
+        copied = sorted({copy.expert for copy in self.copies})
+        columns = [-1] * (self.size * self.num_own)
+        places = []
+        for number, expert in enumerate(copied):
+            columns[expert] = number
+            of_expert = [copy for copy in self.copies if copy.expert == expert]
+            places.append(sorted(of_expert, key=lambda copy: (copy.rank != rank, copy.rank)))
+        width = max(map(len, places), default=0)
+        bounds, targets = [], []
+        for of_expert in places:
+            missing = width - len(of_expert)
+            reached = list(accumulate(copy.pairs[rank] for copy in of_expert))
+            bounds.append(reached + reached[-1:] * missing)
+            targets.append([self._slot(copy) for copy in of_expert] + [-1] * (missing + 1))
+        columns, bounds, targets = (
+            torch.tensor(of, dtype=torch.int64, device="cpu") for of in (columns, bounds, targets)
+        )
+        return columns, bounds, targets
+
+    def _slot(self, copy: ExpertCopy) -> int:
+        return copy.rank * (self.num_own + self.num_copies) + self.num_own + self.on(copy.rank).index(copy)
+
+
+def _order_in_chunks(num_tokens: int, overlap: OverlapPlan, device: torch.device) -> Tensor | None:
+    """Return the tokens (T,) by how far behind the start of their chunk they are, in shares of it; None for one chunk.
+
+    Example:
+        Six tokens in two chunks, (0, 1, 2) and (3, 4, 5): (0, 3, 1, 4, 2, 5).
+    """
+    if overlap.num_chunks == 1:
+        return None
+    bounds = overlap.bounds(num_tokens)
+    sizes = torch.tensor([last - first for first, last in pairwise(bounds)], device="cpu")
+    starts, sizes = to_device(torch.stack([torch.tensor(bounds[:-1], device="cpu"), sizes]), device)
+    of_token = sizes.repeat_interleave(sizes, output_size=num_tokens)
+    behind = torch.arange(num_tokens, device=device) - starts.repeat_interleave(sizes, output_size=num_tokens)
+    return torch.sort(behind.double() / of_token, stable=True)[1]

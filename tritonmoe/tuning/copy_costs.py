@@ -1,0 +1,214 @@
+"""MeasuredCosts: what calls of one kind have taken on this rank, and what all ranks agree that the next one will take.
+
+Numbers travel as integers, so that all ranks plan the same copies from them.
+"""
+
+import statistics
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from tritonmoe.dispatch.copy_planner import CopyCosts
+from tritonmoe.overlap.report import LayerReport, PassReport
+from tritonmoe.overlap.steps import StepKind, Way
+
+__all__ = ["MeasuredCosts", "Numbers", "agreed_costs"]
+
+KEPT_CALLS = 8
+"""So many of the last calls count."""
+LEAST_CALLS = 2
+"""So many calls must have been measured on every rank."""
+WATCHED_CALLS = 128
+"""Of so many calls the end is waited for: models have fewer layers with experts than that, all of which run forward
+before the first one runs backward."""
+FORGETTING_CALLS = 256
+"""After so many calls without copies it is forgotten what calls with them took."""
+JUDGED_CALLS = {True: 5, False: 2}
+"""So many calls with copies, and without, are needed to judge by what they took."""
+PLANNING_FS = 10**12
+"""What a call takes longer for being planned again, until that is measured: 1 ms."""
+BACKWARD_KINDS = (StepKind.EXPERTS_BACKWARD, StepKind.WEIGHT_GRAD, StepKind.COPY_WEIGHT_GRAD)
+
+
+class Numbers(NamedTuple):
+    """What one rank tells the others of its last calls. Zeros where it has not measured enough."""
+
+    pairs: int = 0
+    """Which its experts have computed."""
+    forward_fs: int = 0
+    """How long that took."""
+    backward_pairs: int = 0
+    backward_fs: int = 0
+    byte_fs: int = 0
+    """For how long a byte occupied the busiest port."""
+    planning_fs: int = 0
+    """How long the second half of an agreement took, after which there were copies."""
+    with_permille: int = 0
+    """What calls with copies took of what was expected of them; 0 where none has."""
+    without_permille: int = 0
+    """The same of calls without copies."""
+
+
+@dataclass(eq=False)
+class _Watched:
+    """A call that may not be over."""
+
+    report: LayerReport
+    has_backward: bool
+    planning_fs: int
+    """How long its copies took to plan; 0 without any."""
+    expected_fs: int
+    """What it was expected to take; 0 where nothing was."""
+
+    @property
+    def is_over(self) -> bool:
+        report = self.report
+        if not self.has_backward:
+            return report.forward.is_over
+        return report.backward is not None and report.backward.is_over and report.forward.is_over
+
+
+class _Call(NamedTuple):
+    """One call that is over."""
+
+    pairs: int
+    forward_fs: int
+    backward_fs: int
+    """0 without a backward."""
+    byte_fs: int
+    """0 where no bytes travelled."""
+
+
+class MeasuredCosts:
+    """The last calls of one kind on this rank."""
+
+    def __init__(self) -> None:
+        self._calls: deque[_Call] = deque(maxlen=KEPT_CALLS)
+        self._watched: deque[_Watched] = deque(maxlen=WATCHED_CALLS)
+        self._planning_fs: deque[int] = deque(maxlen=KEPT_CALLS)
+        self._permille: dict[bool, deque[int]] = {True: deque(maxlen=KEPT_CALLS), False: deque(maxlen=KEPT_CALLS)}
+        """What calls with copies, and those without, took of what was expected."""
+        self._num_without = 0
+        """How many calls there were since the last one with copies."""
+
+    def observe(self, report: LayerReport, has_backward: bool, planning_s: float | None, expected_fs: int) -> None:
+        """Take in a call.
+
+        Args:
+            planning_s: how long it took to plan its copies, None where it has none.
+            expected_fs: what it was expected to take; 0 where nothing was.
+        """
+        planning_fs = 0 if planning_s is None else _femtoseconds(planning_s)
+        self._watched.append(_Watched(report, has_backward, planning_fs, expected_fs))
+        if planning_fs:
+            self._planning_fs.append(planning_fs)
+        self._num_without = 0 if report.copies is not None else self._num_without + 1
+        if self._num_without == FORGETTING_CALLS:  # what was slower once may be tried again
+            self._permille[True].clear()
+
+    def numbers(self) -> Numbers:
+        """Return what the other ranks are told before the next call."""
+        if torch.are_deterministic_algorithms_enabled():
+            return Numbers()
+        over = [watched for watched in self._watched if watched.is_over]
+        for watched in over:
+            self._watched.remove(watched)
+            self._calls.append(_read(watched.report))
+            if watched.expected_fs:
+                taken_fs = watched.planning_fs + _taken_fs(watched.report)
+                self._permille[watched.report.copies is not None].append(1000 * taken_fs // watched.expected_fs)
+        if len(self._calls) < LEAST_CALLS:
+            return Numbers()
+        byte_fs = [call.byte_fs for call in self._calls if call.byte_fs]
+        with_backward = [call for call in self._calls if call.backward_fs]
+        return Numbers(
+            sum(call.pairs for call in self._calls),
+            sum(call.forward_fs for call in self._calls),
+            sum(call.pairs for call in with_backward),
+            sum(call.backward_fs for call in with_backward),
+            min(byte_fs, default=0),
+            min(self._planning_fs, default=PLANNING_FS),
+            self._median_permille(True),
+            self._median_permille(False),
+        )
+
+    def _median_permille(self, has_copies: bool) -> int:
+        """Return what calls took of what was expected; 0 before there are enough of them to judge by."""
+        found = self._permille[has_copies]
+        return statistics.median_low(found) if len(found) >= JUDGED_CALLS[has_copies] else 0
+
+
+def agreed_costs(
+    numbers: Sequence[Numbers],
+    *,
+    has_backward: bool,
+    row_bytes: tuple[int, int],
+    expert_bytes: int,
+    gradient_bytes: int,
+) -> CopyCosts | None:
+    """Return what all ranks take for the costs of the next call; None where some rank has not measured enough.
+
+    Args:
+        row_bytes: of a row in the forward's dispatch, and in other exchanges. The others: as in CopyCosts.
+    """
+    if not all(of.planning_fs for of in numbers):
+        return None
+    pairs, backward_pairs = sum(of.pairs for of in numbers), sum(of.backward_pairs for of in numbers)
+    byte_fs = max(of.byte_fs for of in numbers)
+    if not pairs or not byte_fs or (has_backward and not backward_pairs):
+        return None
+    return CopyCosts(
+        forward_fs=sum(of.forward_fs for of in numbers) // pairs,
+        backward_fs=sum(of.backward_fs for of in numbers) // backward_pairs if has_backward else 0,
+        byte_fs=byte_fs,
+        call_fs=max(of.planning_fs for of in numbers),
+        row_bytes=row_bytes[0],
+        other_row_bytes=row_bytes[1],
+        expert_bytes=expert_bytes,
+        gradient_bytes=gradient_bytes,
+        **_permille(numbers),
+    )
+
+
+def _permille(numbers: Sequence[Numbers]) -> dict[str, int]:
+    """Return what calls took of what was expected, where every rank has seen both kinds, with copies and without."""
+    if not all(of.with_permille and of.without_permille for of in numbers):
+        return {}
+    return {name: max(getattr(of, name) for of in numbers) for name in ("with_permille", "without_permille")}
+
+
+def _taken_fs(report: LayerReport) -> int:
+    backward_s = 0.0 if report.backward is None else report.backward.total_s
+    return _femtoseconds(report.forward.total_s + backward_s)
+
+
+def _read(report: LayerReport) -> _Call:
+    backward = report.backward
+    return _Call(
+        report.pair_offsets[-1],
+        _femtoseconds(report.forward.lane_s(StepKind.EXPERTS)),
+        0 if backward is None else _femtoseconds(backward.lane_s(*BACKWARD_KINDS)),
+        _byte_fs(report, report.forward),
+    )
+
+
+def _byte_fs(report: LayerReport, forward: PassReport) -> int:
+    """Return the time from the first dispatch to the end of the last one, by the bytes on the busiest port."""
+    rows = report.traffic_rows - torch.diag(report.traffic_rows.diagonal())
+    num_bytes = int(torch.maximum(rows.sum(0), rows.sum(1)).max()) * report.row_bytes
+    timings = [timing for timing in forward.steps if timing.step.kind.way in (Way.TO_EXPERTS, Way.TO_COPIES)]
+    dispatches = [timing for timing in timings if timing.step.kind is StepKind.DISPATCH]
+    if report.copies is not None:
+        num_bytes += report.copies.most_on_a_port * report.copied_bytes
+    if not num_bytes or not dispatches:
+        return 0
+    began = min(timing.start_s + timing.post_s for timing in dispatches)
+    over = max(timing.end_s for timing in timings)
+    return _femtoseconds(over - began) // num_bytes
+
+
+def _femtoseconds(seconds: float) -> int:
+    return max(1, int(seconds * 1e15))
