@@ -16,6 +16,7 @@ from tritonmoe.experts.moe_mlp import moe_mlp
 from tritonmoe.integrations.torch_distributed.gradient_clipping import clip_grad_norm_
 from tritonmoe.integrations.torch_distributed.parallelize import expert_parameters, gather_state_dicts, parallelize
 from tritonmoe.layer import GroupedExperts, MoELayer
+from tritonmoe.rebalancing.rebalance import Rebalanced, Rebalancer, rebalance
 from tritonmoe.routing import TopKRouter
 from tritonmoe.runtime.version import __version__ as __version__
 from tritonmoe.transports import LinkModel
@@ -34,6 +35,8 @@ __all__ = [
     "NonFiniteScores",
     "OverlapConfig",
     "OverlapPlan",
+    "Rebalanced",
+    "Rebalancer",
     "SoftcappedSwiGLU",
     "TopKRouter",
     "TransportError",
@@ -43,6 +46,7 @@ __all__ = [
     "gather_state_dicts",
     "moe_mlp",
     "parallelize",
+    "rebalance",
     "run_on_emulated_ranks",
     "transports",
     "two_batches",
