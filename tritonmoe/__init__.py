@@ -16,7 +16,8 @@ from tritonmoe.experts.moe_mlp import moe_mlp
 from tritonmoe.integrations.torch_distributed.gradient_clipping import clip_grad_norm_
 from tritonmoe.integrations.torch_distributed.parallelize import expert_parameters, gather_state_dicts, parallelize
 from tritonmoe.layer import GroupedExperts, MoELayer
-from tritonmoe.rebalancing.rebalance import Rebalanced, Rebalancer, rebalance
+from tritonmoe.rebalancing.rebalance import Rebalancer, rebalance
+from tritonmoe.rebalancing.rebalanced import Rebalanced
 from tritonmoe.routing import TopKRouter
 from tritonmoe.runtime.version import __version__ as __version__
 from tritonmoe.transports import LinkModel

@@ -24,13 +24,12 @@ def better_placements(load: Sequence[int], placement: ExpertPlacement) -> Iterat
     Args:
         load: the pairs of each expert.
     Example:
-        load [9, 8, 1, 2] and the placement ((0, 1), (2, 3)): exchanging 1 and 2 gives ((0, 2), (1, 3)).
+        load [9, 8, 1, 2] and the placement ((0, 1), (2, 3)), 17 pairs on rank 0: exchanging the experts 0 and 3 gives
+        ((3, 1), (2, 0)), 10 pairs on each.
     """
     yield from _exchanged(load, placement)
     balanced = ExpertPlacement.balanced(torch.tensor(load, device="cpu"), placement.size, placement.num_slots)
-    fresh = balanced
-    for fresh in _exchanged(load, balanced):
-        pass
+    *_, fresh = balanced, *_exchanged(load, balanced)
     yield _by_the_same_ranks(fresh, placement)
 
 
@@ -91,10 +90,7 @@ def _best_exchange(of_copy: Sequence[int], held: list[list[int]]) -> tuple[tuple
     less = loads[rank][:, None, None] - loads[None]  # (L, W, L): what an exchange takes from the busiest rank
     after = torch.maximum(of_rank[rank] - less, of_rank[None, :, None] + less)
     is_there = torch.tensor(
-        [
-            [[a in other or b in held[rank] for b in other] for other in held]
-            for a in held[rank]
-        ],
+        [[[a in other or b in held[rank] for b in other] for other in held] for a in held[rank]],
         device="cpu",
     )  # of replicas a rank holds one
     after = after.masked_fill(is_there, torch.iinfo(torch.int64).max)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from tritonmoe.expert_parallel.state import LayerCalls, state_of
 from tritonmoe.rebalancing.spread_experts import SpreadExperts
+from tritonmoe.sharding.local_rows import local_rows
 
 __all__ = ["carried_tensors", "check_optimizers", "digest", "expert_bytes", "refuse_elsewhere"]
 
@@ -22,6 +23,7 @@ def check_optimizers(optimizers: Iterable[object]) -> None:
             )
 
 
+@torch.no_grad()
 def carried_tensors(experts: SpreadExperts, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
     """Return the memory of this rank's experts, by what it holds: as many rows for each slot.
 
@@ -50,12 +52,10 @@ def carried_tensors(experts: SpreadExperts, optimizers: Sequence[torch.optim.Opt
     return found
 
 
-def _of_parameter(
-    name: str, parameter: nn.Parameter, optimizers: Sequence[torch.optim.Optimizer]
-) -> dict[str, Tensor]:
-    found = {name: _local(name, parameter, parameter)}
+def _of_parameter(name: str, parameter: nn.Parameter, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    found = {name: local_rows(name, parameter, parameter)}
     if parameter.grad is not None:
-        found[f"{name}.grad"] = _local(f"{name}.grad", parameter.grad, parameter)
+        found[f"{name}.grad"] = local_rows(f"{name}.grad", parameter.grad, parameter)
     for key, value in vars(parameter).items():
         if not isinstance(value, Tensor) or not value.dim():
             continue
@@ -64,47 +64,20 @@ def _of_parameter(
                 f"{name}.{key} is a tensor {tuple(value.shape)} on the parameter, and nothing says whether it moves "
                 "with the experts: take it off before the experts move, or give tm.rebalance a model without it"
             )
-        found[f"{name}.main_grad"] = _local(f"{name}.main_grad", value, parameter)
+        found[f"{name}.main_grad"] = local_rows(f"{name}.main_grad", value, parameter)
     for number, optimizer in enumerate(optimizers):
         for key, value in optimizer.state.get(parameter, {}).items():
             what = f"the state {key!r} that {type(optimizer).__name__} {number} keeps of {name}"
             if isinstance(value, Tensor):
                 if value.dim():
-                    found[what] = _local(what, value, parameter)
+                    found[what] = local_rows(what, value, parameter)
             elif value is not None and not isinstance(value, (bool, int, float, complex, str)):
                 raise ValueError(
-                    f"{what} is a {type(value).__name__}, and nothing says which part of it is an expert's: tm.rebalance "
-                    "takes optimizers whose states are tensors with the experts in their first dimension, or numbers"
+                    f"{what} is a {type(value).__name__}, and nothing says which part of it is an expert's: "
+                    "tm.rebalance takes optimizers whose states are numbers, or tensors with the experts in their first "
+                    "dimension"
                 )
     return found
-
-
-def _local(what: str, tensor: Tensor, parameter: Tensor) -> Tensor:
-    """Return this rank's memory of a tensor with the experts in its first dimension, as the parameter has them."""
-    shape = tuple(parameter.shape)
-    if hasattr(parameter, "to_local"):
-        from torch.distributed.tensor import Shard
-
-        if tuple(getattr(parameter, "placements", ())) != (Shard(0),):
-            raise ValueError(
-                f"{what} lies as {getattr(parameter, 'placements', None)}, spread over replicas besides, and experts "
-                "move between ranks that hold all of an expert: leave the experts out of fully_shard "
-                "(ignored_params=set(tritonmoe.expert_parameters(model)))"
-            )
-        if hasattr(tensor, "to_local"):
-            is_spread = tuple(getattr(tensor, "placements", ())) == (Shard(0),)
-            local = tensor.detach().to_local() if is_spread and tensor.shape[0] == shape[0] else None
-        else:
-            local = tensor if tensor.shape == parameter.to_local().shape else None
-    else:
-        local = tensor.detach() if tensor.dim() and tensor.shape[0] == shape[0] else None
-    if local is None or type(local) not in (Tensor, nn.Parameter) or local.layout != torch.strided:
-        raise ValueError(
-            f"{what} is a {type(tensor).__name__} {tuple(tensor.shape)} for a parameter {shape}, and nothing says which "
-            "part of it is an expert's: tm.rebalance moves what has the experts in its first dimension, as the states "
-            "of torch's optimizers have (AdamW, SGD, Adagrad, Adafactor, ...)"
-        )
-    return local.detach()
 
 
 def expert_bytes(tensors: Iterable[Tensor], num_slots: int) -> int:
@@ -128,8 +101,9 @@ def refuse_elsewhere(every: Sequence[SpreadExperts], optimizers: Sequence[torch.
             "a CUDA graph has captured calls of these layers, with the placement that they had: run them without a "
             "graph (OverlapConfig without a capacity), or leave the placement as it is"
         )
-    if next(_elsewhere(every, optimizers), None) is not None:
-        gc.collect()  # it may be about to be freed
+    if next(_elsewhere(every, optimizers), None) is None:
+        return
+    gc.collect()  # it may be about to be freed
     for why in _elsewhere(every, optimizers):
         raise ValueError(why)
 
@@ -156,7 +130,7 @@ def _elsewhere(every: Sequence[SpreadExperts], optimizers: Sequence[torch.optim.
                 )
         elif issubclass(kind, LayerCalls) and id(held) not in own and id(held.copies) in layers:
             yield (
-                f"a deepcopy of the experts of {layers[id(held.copies)]} lives (as an average of weights has one), which "
-                "would hold other experts in the same places once these move: delete it and copy anew behind the move, "
-                "or copy before the experts are spread over ranks"
+                f"a deepcopy of the experts of {layers[id(held.copies)]} lives (as an average of weights has one), "
+                "which would hold other experts in the same places once these move: delete it and copy anew behind the "
+                "move, or copy before the experts are spread over ranks"
             )

@@ -31,11 +31,11 @@ def move(
         for source, slot in [source_of(expert, rank, before)]
         if source == rank and slot != new_slot
     ]
-    splits = [[len(slots[other]) for other in range(size)] for slots in (sent, received)]
+    sent_to, received_from = ([len(slots[other]) for other in range(size)] for slots in (sent, received))
     with leaving_nobody_waiting(transport), Doing(lambda: f"the move of the experts of {layer}"):
         views = [tensor.unflatten(0, (before.num_slots, -1)) for tensor in tensors.values()]
         leaving = [slot for slots in sent for slot in slots]
-        pending = [transport.exchange(view[leaving].contiguous(), *splits) for view in views]
+        pending = [transport.exchange(view[leaving].contiguous(), sent_to, received_from) for view in views]
         for view, rows in zip(views, pending, strict=True):
             arrived = rows.wait()
             stayed = view[[slot for slot, _ in kept]]  # a copy, before anything is written

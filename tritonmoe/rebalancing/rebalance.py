@@ -1,12 +1,11 @@
 """rebalance(): experts move to other ranks where the load of the last steps says that this pays."""
 
 import logging
-import math
 import time
 import zlib
 from collections import deque
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from tritonmoe.config.numbers import is_integer
 from tritonmoe.dispatch.placement import ExpertPlacement
-from tritonmoe.rebalancing.better_placement import busiest, moved_experts
+from tritonmoe.rebalancing.agreement import agree
 from tritonmoe.rebalancing.carried import (
     carried_tensors,
     check_optimizers,
@@ -24,53 +23,15 @@ from tritonmoe.rebalancing.carried import (
 )
 from tritonmoe.rebalancing.costs import best_placement, experts_time, ns_of_a_megabyte
 from tritonmoe.rebalancing.moving import move
+from tritonmoe.rebalancing.rebalanced import Look, Rebalanced
 from tritonmoe.rebalancing.spread_experts import SpreadExperts, find_spread_experts
 from tritonmoe.transports import as_transport
 from tritonmoe.transports.waiting import Doing
 
-__all__ = ["Rebalanced", "Rebalancer", "rebalance"]
+__all__ = ["Rebalancer", "rebalance"]
 
 log = logging.getLogger("tritonmoe")
 MEGABYTE = 2**20
-
-
-@dataclass(frozen=True)
-class Rebalanced:
-    """What Rebalancer.step() has decided: the same on every rank, apart from took_s."""
-
-    step: int
-    """The number of the call of step(), from 1."""
-    moved: tuple[str, ...]
-    """The layers whose experts have moved; none where that would not have paid."""
-    imbalance_before: float
-    """The pairs of the busiest rank over the mean of all, over all layers, in the steps of the history."""
-    imbalance_after: float
-    """The same of the same steps with the new placements."""
-    moved_bytes: int
-    """What the ranks sent in all."""
-    expected_move_s: float
-    expected_gain_s: float
-    """How much shorter the experts of one step compute on the busiest ranks."""
-    took_s: float
-    """How long the move took on this rank."""
-
-    @property
-    def paid_after_steps(self) -> int | None:
-        """After how many steps the move has paid; None where nothing moved."""
-        return math.ceil(self.expected_move_s / self.expected_gain_s) if self.moved else None
-
-    def __str__(self) -> str:
-        if not self.moved:
-            return (
-                f"step {self.step}: the busiest rank has {self.imbalance_before:.2f} times the mean, and no move of "
-                "experts would pay before the next look"
-            )
-        return (
-            f"step {self.step}: the busiest rank had {self.imbalance_before:.2f} times the mean and has "
-            f"{self.imbalance_after:.2f}; experts of {len(self.moved)} layers moved, {self.moved_bytes / 1e6:.1f} MB in "
-            f"all, expected to take {self.expected_move_s * 1e3:.1f} ms (took {self.took_s * 1e3:.1f} ms) and to be "
-            f"paid after {self.paid_after_steps} steps"
-        )
 
 
 def rebalance(
@@ -92,8 +53,8 @@ def rebalance(
         history: of how many last steps the load counts; None for `every`.
     Raises:
         ValueError: there are no such experts; something belongs to them of which nothing says how it moves: states of
-            an optimizer that are not by expert, an optimizer that is not given, adapters given to calls, a deepcopy of a
-            layer, experts that FSDP2 shards over replicas, a CUDA graph with a call of theirs. Every rank raises.
+            an optimizer that are not by expert, an optimizer that is not given, adapters given to calls, a deepcopy of
+            a layer, experts that FSDP2 shards over replicas, a CUDA graph with a call of theirs. Every rank raises.
         TypeError: an optimizer that is none of torch's.
     Example:
         rebalancer = tm.rebalance(model, optimizer, every=100, history=50)
@@ -172,56 +133,26 @@ class Rebalancer:
             self._move(experts, own, first)
 
     def _look(self) -> Rebalanced:
-        tensors = self._check()
+        tensors = self._check(is_moving=False)
         loads, ns_of_pair = self._agreed_loads()
-        before = [experts.placement for experts in self._layers]
-        wanted: list[ExpertPlacement | None] = [None] * len(before)
-        if any(ns_of_pair) and self._layers[0].transport.size > 1:
-            ns_of_byte = self._agreed_ns_of_megabyte() / MEGABYTE
-            for number, (load, placement, own, ns) in enumerate(zip(loads, before, tensors, ns_of_pair, strict=True)):
-                ns_of_expert = ns_of_byte * expert_bytes(own.values(), placement.num_slots)
-                wanted[number] = best_placement(load, placement, ns, ns_of_expert, self._every)
-        after = [old if new is None else new for old, new in zip(before, wanted, strict=True)]
-        decided = self._decided(loads, ns_of_pair, before, after, tensors)
+        may_move = any(ns_of_pair) and self._layers[0].transport.size > 1
+        ns_of_byte = self._agreed_ns_of_megabyte() / MEGABYTE if may_move else 0.0
+        looks = []
+        for experts, load, own, ns in zip(self._layers, loads, tensors, ns_of_pair, strict=True):
+            before = experts.placement
+            num_bytes = expert_bytes(own.values(), before.num_slots)
+            after = best_placement(load, before, ns, ns_of_byte * num_bytes, self._every) if may_move else None
+            looks.append(Look(experts.name, load, ns, num_bytes, before, before if after is None else after))
+        decided = Look.decided(self._num_steps, looks, ns_of_byte)
         if not decided.moved:
             return decided
+        tensors = self._check()
         began = time.perf_counter()
-        for experts, own, placement in zip(self._layers, tensors, after, strict=True):
-            self._move(experts, own, placement)
-        for own in tensors:  # on a device, wait for it
-            next(iter(own.values())).flatten()[:1].cpu()
-        took_s = time.perf_counter() - began
-        return replace(decided, took_s=took_s)
-
-    def _decided(
-        self,
-        loads: list[list[int]],
-        ns_of_pair: list[float],
-        before: list[ExpertPlacement],
-        after: list[ExpertPlacement],
-        tensors: list[dict[str, Tensor]],
-    ) -> Rebalanced:
-        size = before[0].size
-        mean = sum(sum(load) for load in loads) / size
-        busiest_before, busiest_after = ([busiest(*of) for of in zip(loads, where, strict=True)] for where in (before, after))
-        ports, moved_bytes, names = [0] * size, 0, []
-        for experts, old, new, own in zip(self._layers, before, after, tensors, strict=True):
-            sent, received = moved_experts(old, new)
-            num_bytes = expert_bytes(own.values(), old.num_slots)
-            moved_bytes += sum(sent) * num_bytes
-            ports = [port + max(pair) * num_bytes for port, pair in zip(ports, zip(sent, received, strict=True), strict=True)]
-            names += [experts.name] if old != new else []
-        gains = [(b - a) * ns for b, a, ns in zip(busiest_before, busiest_after, ns_of_pair, strict=True)]
-        return Rebalanced(
-            step=self._num_steps,
-            moved=tuple(names),
-            imbalance_before=sum(busiest_before) / mean if mean else 1.0,
-            imbalance_after=sum(busiest_after) / mean if mean else 1.0,
-            moved_bytes=moved_bytes,
-            expected_move_s=max(ports) * self._ns_of_megabyte / MEGABYTE / 1e9,
-            expected_gain_s=sum(gains) / 1e9,
-            took_s=0.0,
-        )
+        for experts, own, look in zip(self._layers, tensors, looks, strict=True):
+            self._move(experts, own, look.after)
+        for own in tensors:
+            next(iter(own.values())).flatten()[:1].cpu()  # a device may still be at it
+        return replace(decided, took_s=time.perf_counter() - began)
 
     def _move(self, experts: SpreadExperts, tensors: Mapping[str, Tensor], placement: ExpertPlacement) -> None:
         before = experts.placement
@@ -235,80 +166,62 @@ class Rebalancer:
 
     # What ranks agree on
 
-    def _check(self) -> list[dict[str, Tensor]]:
-        """Return what moves of each layer; ValueError on every rank where it can't move on one, or differs."""
+    def _check(self, *, is_moving: bool = True) -> list[dict[str, Tensor]]:
+        """Return what moves of each layer; ValueError on every rank where it can't move on one, or differs.
+
+        is_moving: whether to look for what would go on with the old places, too, in all that this process has.
+        """
         error: Exception | None = None
         tensors: list[dict[str, Tensor]] = []
         number = -1
         try:
-            refuse_elsewhere(self._layers, self._optimizers)
+            if is_moving:
+                refuse_elsewhere(self._layers, self._optimizers)
             tensors = [carried_tensors(experts, self._optimizers) for experts in self._layers]
             placements = [experts.placement.experts_of_rank for experts in self._layers]
             of_all = str((self._num_steps, self._every, placements, list(map(digest, tensors))))
             number = zlib.crc32(of_all.encode())
         except Exception as refused:  # whatever it is, the other ranks wait for this one's word
             error = refused
-        sharding = self._layers[0].sharding
-        transports = [self._layers[0].transport]
-        if sharding.replicas is not None:  # and what is found among these goes to all the others
-            transports += [as_transport(sharding.replicas), transports[0]]
-        for transport in transports:
-            numbers = transport.share_number(-1 if error is not None else number)
-            ranks = transport.job_ranks or range(transport.size)
-            refused_on = [rank for rank, said in zip(ranks, numbers, strict=True) if said < 0]
-            others = [rank for rank, said in zip(ranks, numbers, strict=True) if said not in (numbers[0], -1)]
-            if error is None and refused_on:
-                error = ValueError(
-                    f"ranks {refused_on} can't move their experts, so that none does: their own errors say why"
-                )
-            elif error is None and others:
-                error = ValueError(
-                    f"what moves with the experts is not the same on ranks {others} as on rank {ranks[0]} (steps so "
-                    "far, layers, gradients that are there, or states of optimizers): call step() on every rank behind "
-                    "the same step, after zero_grad()"
-                )
-        if error is not None:
-            raise error
+        agree(self._layers[0].sharding, number, error)
         return tensors
 
     def _agreed_loads(self) -> tuple[list[list[int]], list[float]]:
         """Return the pairs of each layer's experts, and the nanoseconds that one of them costs the average step.
 
-        The pairs are those of all ranks in all steps of the history. Layers whose experts have the same shapes share the time of a pair: that of one call is a rough measure.
+        The pairs are those of all ranks in all steps of the history. Layers whose experts have the same shapes share
+        the time of a pair: that of one call is a rough measure.
         """
         counted = torch.stack(list(self._history)).sum(0)
-        times = [time for experts in self._layers for time in experts_time(experts)]
+        times = [number for experts in self._layers for number in experts_time(experts)]
         numbers = torch.cat([counted, torch.tensor(times, dtype=torch.int64, device=counted.device)])
         sharding = self._layers[0].sharding
-        own, *agreed = self._layers[0].transport.all_reduce(numbers).split([len(counted), len(times)])
-        copies = 1
-        if sharding.replicas is not None:
-            as_transport(sharding.replicas).all_reduce(numbers)
-            copies = sharding.replicas.size()
-        steps = len(self._history) * copies
+        own, agreed = sharding.sum_over_ranks(numbers).split([len(counted), len(times)])
+        steps = len(self._history) * (1 if sharding.replicas is None else sharding.replicas.size())
         loads = [layer[:-1].tolist() for layer in self._by_layer(own)]
-        of_shape: dict[object, list[int]] = {}
-        for experts, (ns, pairs) in zip(self._layers, agreed[0].view(-1, 2).tolist(), strict=True):
-            total = of_shape.setdefault(_shape(experts), [0, 0])
-            total[0] += ns
-            total[1] += pairs
+        of_shape: dict[object, tuple[int, int]] = {}
+        for experts, (ns, pairs) in zip(self._layers, agreed.view(-1, 2).tolist(), strict=True):
+            before = of_shape.get(_shape(experts), (0, 0))
+            of_shape[_shape(experts)] = before[0] + ns, before[1] + pairs
         totals = [of_shape[_shape(experts)] for experts in self._layers]
         return loads, [ns / pairs / steps if pairs else 0.0 for ns, pairs in totals]
 
     def _agreed_ns_of_megabyte(self) -> int:
         """Return the nanoseconds in which the slowest rank sends a megabyte, measured once."""
         if not self._ns_of_megabyte:
-            transport = self._layers[0].transport
-            numbers = torch.tensor([ns_of_a_megabyte(transport, self._load.device)], device="cpu")
-            self._layers[0].sharding.transport.all_reduce(numbers, "max")
-            if self._layers[0].sharding.replicas is not None:
-                as_transport(self._layers[0].sharding.replicas).all_reduce(numbers, "max")
+            sharding = self._layers[0].sharding
+            numbers = torch.tensor(ns_of_a_megabyte(self._layers[0].transport, self._load.device), device="cpu")
+            sharding.transport.all_reduce(numbers, "max")
+            if sharding.replicas is not None:
+                as_transport(sharding.replicas).all_reduce(numbers, "max")
             self._ns_of_megabyte = int(numbers)
         return self._ns_of_megabyte
 
 
 def _shape(experts: SpreadExperts) -> tuple[object, ...]:
-    return tuple((name, tuple(parameter.shape[1:])) for name, parameter in experts.module.named_parameters(recurse=False))
+    return tuple(
+        (name, tuple(parameter.shape[1:])) for name, parameter in experts.module.named_parameters(recurse=False)
+    )
 
 
 def _refuse_state_of_moved(experts: SpreadExperts, first: ExpertPlacement, *_: object) -> None:
@@ -316,6 +229,6 @@ def _refuse_state_of_moved(experts: SpreadExperts, first: ExpertPlacement, *_: o
     if experts.placement != first:
         raise ValueError(
             f"the experts of {experts.name} have moved between ranks that torch.distributed doesn't know, whose state "
-            "dicts hold each rank's own experts: call restore() of the Rebalancer on every rank first, which moves them "
-            "back"
+            "dicts hold each rank's own experts: call restore() of the Rebalancer on every rank first, which moves "
+            "them back"
         )

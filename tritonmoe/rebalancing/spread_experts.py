@@ -57,7 +57,7 @@ class SpreadExperts:
         return ExpertPlacement.contiguous(self.num_experts, self.transport.size) if placement is None else placement
 
     def marked(self) -> list[tuple[str, nn.Module, ShardedNames]]:
-        """Return the module, and those of its adapters, with the names of parameters that other ranks have others of."""
+        """Return the module, and those of its adapters, with the names of the parameters that are this rank's."""
         return [
             (self.name if number == 0 else f"adapter {number} of {self.name}", module, module.__dict__[MARK])
             for number, module in enumerate((self.module, *self.factors))

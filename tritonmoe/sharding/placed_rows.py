@@ -1,9 +1,9 @@
 """PlacedRows: the rows of experts in the order of a placement, which a state dict shows in the order of the model.
 
 A parameter of spread experts is a DTensor of slots: rank k holds the rows of its slots. In a state dict the same memory
-stands behind a DTensor of experts, whose local tensor is PlacedRows: torch.distributed.checkpoint asks it for its chunks
-of the whole tensor, writes these and reads into these, and full_tensor() gives the model's order. What torch would
-compute from the place of a row alone is refused.
+stands behind a DTensor of experts, whose local tensor is PlacedRows: torch.distributed.checkpoint asks it for its
+chunks of the whole tensor, writes these and reads into these, and full_tensor() gives the model's order. What torch
+would compute from the place of a row alone is refused.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -59,14 +59,14 @@ class PlacedRows(Tensor):
         self.rows, self.experts_of_rank, self.rank = rows, experts_of_rank, rank
         return self
 
-    def __repr__(self, **_: object) -> str:
+    def __repr__(self, *, tensor_contents: object = None) -> str:  # type: ignore[override]
         return f"PlacedRows(experts {self.experts_of_rank[self.rank]}, {self.rows})"
 
     def __reduce_ex__(self, protocol: object) -> tuple[Callable[..., "PlacedRows"], tuple[object, ...]]:
         return PlacedRows, (self.rows, self.experts_of_rank, self.rank)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> object:
         kwargs = kwargs or {}
@@ -82,13 +82,18 @@ class PlacedRows(Tensor):
                 f"{func} is not defined for experts in a state dict, whose rows lie as a placement says: compute with "
                 "the parameters of the module, or with full_tensor()"
             )
+        if any(isinstance(value, Tensor) and value.dim() for value in args if not isinstance(value, PlacedRows)):
+            raise ValueError(
+                "experts in a state dict, whose rows lie as a placement says, are computed with a tensor whose rows "
+                "don't: take both from state_dict(), or compute with full_tensor()"
+            )
         if any(other.experts_of_rank != first.experts_of_rank for other in given):
             raise ValueError(
                 "these are experts in state dicts from before and behind a rebalance(), whose rows are other experts': "
                 "take both from the same placement, or compute with full_tensor()"
             )
-        plain = [value.rows if isinstance(value, PlacedRows) else value for value in args]
-        found = func(*plain, **{k: value.rows if isinstance(value, PlacedRows) else value for k, value in kwargs.items()})
+        plain = [_plain(value) for value in args]
+        found = func(*plain, **{name: _plain(value) for name, value in kwargs.items()})
         if found is first.rows:  # in place
             return first
         if not isinstance(found, Tensor) or found.shape != first.rows.shape:
@@ -161,6 +166,10 @@ class PlacedRows(Tensor):
         return self.rows.narrow(0, run.slot * each, run.length * each)
 
 
+def _plain(value: object) -> object:
+    return value.rows if isinstance(value, PlacedRows) else value
+
+
 def in_model_order(tensor: "DTensor", experts_of_rank: ExpertsOfRank) -> "DTensor":
     """Return a DTensor of slots as one of experts in the model's order, of the same memory.
 
@@ -173,10 +182,12 @@ def in_model_order(tensor: "DTensor", experts_of_rank: ExpertsOfRank) -> "DTenso
         return tensor
     if tuple(tensor.placements) != (Shard(0),):
         raise ValueError(
-            f"experts that lie as {tensor.placements} and whose order a placement gives have no state dict: leave them "
-            "out of fully_shard (ignored_params=set(tritonmoe.expert_parameters(module))), or use no placement"
+            f"experts that lie as {tensor.placements}, or a state of an optimizer for them, and whose order a "
+            "placement gives, have no state dict: leave them out of fully_shard "
+            "(ignored_params=set(tritonmoe.expert_parameters(module))), take an optimizer whose states lie as the "
+            "parameters do (AdamW, SGD, Adagrad), or use no placement"
         )
-    local = tensor.detach().to_local()
+    local = tensor.to_local().detach()
     rows = PlacedRows(local, experts_of_rank, tensor.device_mesh.get_local_rank())
     num_experts = 1 + max(max(held) for held in experts_of_rank)
     shape = torch.Size([num_experts * rows.rows_of_expert, *local.shape[1:]])

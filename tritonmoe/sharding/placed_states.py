@@ -97,7 +97,7 @@ def show_in_model_order(
     order = order_of(module)
     for name in names if order is not None else ():
         value = state_dict.get(prefix + name)
-        if order is not None and hasattr(value, "device_mesh"):
+        if value is not None and order is not None and hasattr(value, "device_mesh"):
             state_dict[prefix + name] = in_model_order(value, order)
 
 

@@ -62,9 +62,9 @@ def refuse_pickling(spread: "DTensor") -> None:
         def reduce(tensor: Tensor, protocol: object) -> str | tuple[object, ...]:
             assert isinstance(tensor, DTensor)
             shapes = refused.get(tensor.device_mesh)
-            if placed_rows_of(tensor) is not None and tensor.device_mesh.size() > 1 and not _is_sent_to_checkpointer():
-                raise no_pickle(tensor.device_mesh.size())
-            if shapes and placed_rows_of(tensor) is None and _is_made_of(tensor, shapes) and not _is_sent_to_checkpointer():
+            is_placed = placed_rows_of(tensor) is not None and tensor.device_mesh.size() > 1
+            is_spread = is_placed or (shapes and _is_made_of(tensor, shapes))
+            if is_spread and not _is_sent_to_checkpointer():
                 raise no_pickle(tensor.device_mesh.size())
             return original(tensor, protocol)
 
