@@ -74,8 +74,8 @@ def _of_parameter(name: str, parameter: nn.Parameter, optimizers: Sequence[torch
             elif value is not None and not isinstance(value, (bool, int, float, complex, str)):
                 raise ValueError(
                     f"{what} is a {type(value).__name__}, and nothing says which part of it is an expert's: "
-                    "tm.rebalance takes optimizers whose states are numbers, or tensors with the experts in their first "
-                    "dimension"
+                    "tm.rebalance takes optimizers whose states are numbers, or tensors with the experts in their "
+                    "first dimension"
                 )
     return found
 
