@@ -69,7 +69,7 @@ def here(step: int) -> Tensor:
 def rebalancing(net: nn.Module, *optimizers: torch.optim.Optimizer, **settings: Any) -> tm.Rebalancer:
     """Return a Rebalancer for which a move takes no time, so that what is measured decides nothing."""
     found = tm.rebalance(net, *optimizers, **{"every": 1, "history": 1, **settings})
-    found._ns_of_megabyte = 1
+    found._largest = lambda _: 1
     return found
 
 

@@ -39,7 +39,7 @@ def tokens(step: int, rank: int) -> Tensor:
 def rebalancing(layer: nn.Module, *optimizers: torch.optim.Optimizer, **settings) -> tm.Rebalancer:
     """Return a Rebalancer for which a move takes no time, so that what is measured decides nothing."""
     found = tm.rebalance(layer, *optimizers, **{"every": 1, "history": 1, **settings})
-    found._ns_of_megabyte = 1
+    found._largest = lambda _: 1
     return found
 
 
@@ -154,15 +154,28 @@ def test_nothing_moves_where_that_never_pays():
         assert "no move of experts would pay" in str(decided)
 
 
+def test_a_move_is_priced_by_the_last_one():
+    def on_rank(transport: Transport) -> tuple[float, float, int]:
+        layer = made(transport)
+        heated(layer, (0, 1))
+        rebalancer = tm.rebalance(layer, every=1)
+        rebalancer._ns_of_megabyte = 1
+        with torch.no_grad():
+            layer(tokens(0, transport.rank).abs())
+        decided = rebalancer.step()
+        return decided.expected_move_s, decided.took_s, rebalancer._ns_of_megabyte
+
+    found = tm.run_on_emulated_ranks(on_rank, 2, timeout_s=60)
+    assert {found[0][2]} == {number for _, _, number in found}
+    expected_s, took_s = found[0][0], max(took_s for _, took_s, _ in found)
+    assert found[0][2] == pytest.approx(took_s / expected_s, rel=1e-6)
+
+
 def test_the_link_is_measured():
     def on_rank(transport: Transport) -> int:
         layer = made(transport)
         heated(layer, (0, 1))
-        rebalancer = tm.rebalance(layer, every=1)
-        with torch.no_grad():
-            layer(tokens(0, transport.rank).abs())
-        rebalancer.step()
-        return rebalancer._ns_of_megabyte
+        return tm.rebalance(layer, every=1)._agreed_ns_of_megabyte()
 
     link = tm.LinkModel(bandwidth_gb_per_s=0.05, latency_us=0)  # a megabyte takes 21 ms
     first, *others = tm.run_on_emulated_ranks(on_rank, 4, link=link, timeout_s=60)

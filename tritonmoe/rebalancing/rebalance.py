@@ -152,7 +152,9 @@ class Rebalancer:
             self._move(experts, own, look.after)
         for own in tensors:
             next(iter(own.values())).flatten()[:1].cpu()  # a device may still be at it
-        return replace(decided, took_s=time.perf_counter() - began)
+        took_s = time.perf_counter() - began
+        self._ns_of_megabyte = self._largest(self._ns_of_megabyte * took_s / decided.expected_move_s)
+        return replace(decided, took_s=took_s)
 
     def _move(self, experts: SpreadExperts, tensors: Mapping[str, Tensor], placement: ExpertPlacement) -> None:
         before = experts.placement
@@ -207,15 +209,19 @@ class Rebalancer:
         return loads, [ns / pairs / steps if pairs else 0.0 for ns, pairs in totals]
 
     def _agreed_ns_of_megabyte(self) -> int:
-        """Return the nanoseconds in which the slowest rank sends a megabyte, measured once."""
+        """Return the nanoseconds in which the slowest rank sends a megabyte: in the last move, before one in a probe."""
         if not self._ns_of_megabyte:
-            sharding = self._layers[0].sharding
-            numbers = torch.tensor(ns_of_a_megabyte(self._layers[0].transport, self._load.device), device="cpu")
-            sharding.transport.all_reduce(numbers, "max")
-            if sharding.replicas is not None:
-                as_transport(sharding.replicas).all_reduce(numbers, "max")
-            self._ns_of_megabyte = int(numbers)
+            self._ns_of_megabyte = self._largest(ns_of_a_megabyte(self._layers[0].transport, self._load.device))
         return self._ns_of_megabyte
+
+    def _largest(self, number: float) -> int:
+        """Return the largest of all ranks' numbers, as an integer of at least 1."""
+        largest = torch.tensor(max(1, round(number)), device="cpu")
+        sharding = self._layers[0].sharding
+        sharding.transport.all_reduce(largest, "max")
+        if sharding.replicas is not None:
+            as_transport(sharding.replicas).all_reduce(largest, "max")
+        return int(largest)
 
 
 def _shape(experts: SpreadExperts) -> tuple[object, ...]:
