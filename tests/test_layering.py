@@ -18,6 +18,7 @@ FOLDERS = (
         "tuning",
         "expert_parallel",
         "layer",
+        "rebalancing",
         "integrations",
         "report",
         "diagnosis",

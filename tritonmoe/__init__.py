@@ -17,6 +17,8 @@ from tritonmoe.experts.quantized_weight import QuantizedWeight
 from tritonmoe.integrations.torch_distributed.gradient_clipping import clip_grad_norm_
 from tritonmoe.integrations.torch_distributed.parallelize import expert_parameters, gather_state_dicts, parallelize
 from tritonmoe.layer import GroupedExperts, MoELayer
+from tritonmoe.rebalancing.rebalance import Rebalancer, rebalance
+from tritonmoe.rebalancing.rebalanced import Rebalanced
 from tritonmoe.routing import TopKRouter
 from tritonmoe.runtime.version import __version__ as __version__
 from tritonmoe.transports import LinkModel
@@ -36,6 +38,8 @@ __all__ = [
     "OverlapConfig",
     "OverlapPlan",
     "QuantizedWeight",
+    "Rebalanced",
+    "Rebalancer",
     "SoftcappedSwiGLU",
     "TopKRouter",
     "TransportError",
@@ -45,6 +49,7 @@ __all__ = [
     "gather_state_dicts",
     "moe_mlp",
     "parallelize",
+    "rebalance",
     "run_on_emulated_ranks",
     "transports",
     "two_batches",

@@ -175,9 +175,9 @@ class GroupedExperts(nn.Module):
             for name, part in parts.items():
                 self.register_parameter(name, None if part is None else nn.Parameter(part, part.requires_grad))
             return
-        is_in_order = self.placement is None or self.placement.is_contiguous
+        held = None if self.placement is None else self.placement.experts_of_rank
         is_summed = self._calls is not None and self._calls.expert_gradients == "sum"
-        shard_parameters(self, parts, self._sharding, is_in_order, is_summed)
+        shard_parameters(self, parts, self._sharding, held, is_summed)
 
     def spread_over(
         self,
@@ -208,6 +208,20 @@ class GroupedExperts(nn.Module):
         None on one device. It holds no experts, so that a copy of a router that has it copies none.
         """
         return None if self._sharding is None else self._sharding.sum_over_ranks
+
+    @property
+    def calls(self) -> LayerCalls | None:
+        """What its calls over ranks have in common; None on one device."""
+        return self._calls
+
+    def take_placement(self, placement: ExpertPlacement | None) -> None:
+        """Note that the rows of the parameters are other experts' from now on: rebalance() has moved them."""
+        if self.transport is not None:
+            rank, num_local = self.transport.rank, len(self.expert_ids)
+            self.placement = placement
+            self.expert_ids = tuple(range(rank * num_local, (rank + 1) * num_local))
+            if placement is not None:
+                self.expert_ids = placement.experts_of_rank[rank]
 
     @property
     def sharding(self) -> Sharding | None:

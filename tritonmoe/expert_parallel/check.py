@@ -106,6 +106,10 @@ def check(arguments: CallArguments) -> CheckedCall:
     num_slots = spec.num_experts
     needs = tensors.needs() if in_graph is None else in_graph.needs
     with torch.no_grad():
+        if layer is not None:
+            layer.count(tensors.topk_ids)
+            has_factors = tensors.weights.gate_up_a is not None or tensors.weights.down_a is not None
+            layer.takes_adapters |= has_factors and not spec.experts.adapters
         if spec.placement is not None:
             tensors = tensors._replace(topk_ids=spec.placement.slots(tensors.topk_ids, transport.rank))
             num_slots = transport.size * spec.placement.num_slots

@@ -138,8 +138,12 @@ class LayerCalls(Handled):
         """By this and `copy` the ranks know that they call the same layer."""
         self.copy = 0
         """Which copy of that layer it is, copies of copies included; 0: the layer itself."""
-        self._num_copies = [0]
+        self.copies = [0]
         """How many there are, in a list that all of them share."""
+        self.load: Tensor | None = None
+        """(E + 1,) int64: the pairs that this rank's tokens gave each expert, and skipped ones, where someone asks."""
+        self.takes_adapters = False
+        """Whether it was called with adapters that are nobody's but the caller's."""
         self.expert_gradients = expert_gradients
         """What becomes of its gradients: sums over the ranks stay ("sum"), or are divided by their number ("mean")."""
         self.last_report: LayerReport | None = None
@@ -147,18 +151,27 @@ class LayerCalls(Handled):
         state.layers.add(self)
 
     def __getstate__(self) -> dict[str, object]:
-        return {**super().__getstate__(), "last_report": None}
+        return {**super().__getstate__(), "last_report": None, "load": None}
 
     def __deepcopy__(self, memo: dict[int, object]) -> "LayerCalls":
         copied = copy.copy(self)
-        self._num_copies[0] += 1
-        copied.copy = self._num_copies[0]
+        self.copies[0] += 1
+        copied.copy, copied.load = self.copies[0], None
         return copied
 
     @property
     def number(self) -> int:
         """One number for `layer` and `copy`."""
         return self.copy << 32 | self.layer
+
+    def count(self, topk_ids: Tensor) -> None:
+        """Add a call's pairs to the load of their experts; a recompute's are counted already."""
+        if self.load is None or torch._C._current_graph_task_id() != -1:
+            return
+        num_experts = len(self.load) - 1
+        ids = topk_ids.flatten().long()
+        ids = ids.masked_fill((ids < 0) | (ids >= num_experts), num_experts).to(self.load.device)
+        self.load.scatter_add_(0, ids, torch.ones_like(ids))
 
 
 def refuse(transport: Transport) -> None:

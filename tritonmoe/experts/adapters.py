@@ -11,12 +11,14 @@ from tritonmoe.config.layer import PerWeight
 from tritonmoe.config.numbers import is_number
 
 __all__ = [
+    "FACTORS",
     "HANDS_OVER",
     "NOTES",
     "SHARDS",
     "ExpertAdapters",
     "Note",
     "check_hands_over",
+    "factors_of",
     "noted_adapters",
     "noted_factors",
     "shard_adapters",
@@ -103,6 +105,8 @@ HANDS_OVER = "_tritonmoe_hands_over"
 SHARDS = "_tritonmoe_shards"
 """The attribute of such a class that holds a function of a wrapper, which keeps this rank's factors of spread experts.
 """
+FACTORS = "_tritonmoe_factors_of"
+"""The attribute of such a class that holds a function of a wrapper: its experts, and the modules with their factors."""
 GiveFactors = Callable[[torch.dtype, Sequence[int]], tuple[Tensor, Tensor]]
 """(dtype, ids of experts) -> A and B with its scale, of these experts."""
 
@@ -134,6 +138,12 @@ def shard_adapters(module: nn.Module) -> None:
         shard = getattr(type(child), SHARDS, None)
         if shard is not None:
             shard(child)
+
+
+def factors_of(module: nn.Module) -> tuple[nn.Module, list[nn.Module]] | None:
+    """Return whose experts a wrapper adapts, and the modules that have the factors; None for any other module."""
+    give = getattr(type(module), FACTORS, None)
+    return None if give is None else give(module)
 
 
 def noted_factors(experts: nn.Module, dtype: torch.dtype, expert_ids: Sequence[int]) -> dict[str, Tensor]:

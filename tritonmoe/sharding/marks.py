@@ -8,12 +8,15 @@ from weakref import WeakSet
 import torch
 from torch import nn
 
+from tritonmoe.sharding.placed_rows import ExpertsOfRank
+
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 __all__ = [
     "MARK",
     "OWN_BUFFERS",
+    "STATE",
     "ShardedNames",
     "is_averaged_by_fsdp",
     "is_marked_mesh",
@@ -28,6 +31,9 @@ log = logging.getLogger("tritonmoe")
 
 MARK = "_tritonmoe_sharded"
 OWN_BUFFERS = "_tritonmoe_own_buffers"
+STATE = "_tritonmoe_expert_parallel"
+"""The attribute of an experts module that an integration has spread: what it left there, with the module's placement.
+"""
 _warned_of: "WeakSet[nn.Module]" = WeakSet()
 
 
@@ -43,6 +49,8 @@ class ShardedNames(NamedTuple):
     """The parameters whose gradients FSDP2 averages over these replicas, among which it shards them."""
     is_summed: bool = False
     """Whether their gradients stay sums over the ranks, where dense ones are averaged."""
+    experts_of_rank: ExpertsOfRank | None = None
+    """The expert in each slot of each rank, where the slots of all ranks are not the experts in the model's order."""
 
 
 def mark_sharded(module: nn.Module, marked: ShardedNames) -> None:

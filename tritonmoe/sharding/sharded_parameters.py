@@ -15,8 +15,10 @@ from tritonmoe.sharding.dtensor_gaps import fill_dtensor_gaps
 from tritonmoe.sharding.fully_shard import explain_fully_shard
 from tritonmoe.sharding.marks import ShardedNames, is_averaged_by_fsdp, mark_mesh, mark_sharded
 from tritonmoe.sharding.mixed_lists import allow_mixed_lists
+from tritonmoe.sharding.placed_rows import ExpertsOfRank
+from tritonmoe.sharding.placed_states import in_slot_order, note_order, order_of, show_in_model_order
 from tritonmoe.sharding.watched_collectives import watched_on
-from tritonmoe.sharding.whole_states import StateDict, no_pickle, part_of, refuse_pickling
+from tritonmoe.sharding.whole_states import StateDict, no_pickle, refuse_pickling
 from tritonmoe.transports import EXPERT, Ranks, as_transport, is_mesh
 from tritonmoe.transports.base import Transport
 from tritonmoe.transports.process_group import ProcessGroupTransport
@@ -120,19 +122,21 @@ def shard_parameters(
     module: nn.Module,
     parts: dict[str, Tensor | None],
     sharding: Sharding,
-    is_in_order: bool = True,
+    experts_of_rank: ExpertsOfRank | None = None,
     is_summed: bool = False,
 ) -> None:
     """Return the module its parameters, of which this rank holds `parts`: DTensors where torch.distributed is.
 
     Args:
         parts: by name; (rows of this rank, ...), as many on every rank, with requires_grad as the parameter's.
-        is_in_order: whether the parts, one behind the other, are the whole parameter; else it can't be saved.
+        experts_of_rank: whose rows every rank's parts are; None where the parts, one behind the other, are the whole.
         is_summed: whether their gradients stay sums over the ranks.
     """
     if sharding.mesh is not None or sharding.transport.size > 1:
         replicas = () if sharding.replicas is None else tuple(sharding.replicas.mesh.tolist())
         mark_sharded(module, ShardedNames(tuple(parts), sharding.members, replicas, is_summed=is_summed))
+        if experts_of_rank is not None and sharding.mesh is not None:
+            note_order(module, experts_of_rank)
     for name, part in parts.items():
         parameter, before = None if part is None else _as_parameter(part, sharding), module._parameters.get(name)
         if parameter is not None and before is not None:
@@ -148,11 +152,8 @@ def shard_parameters(
     for name in parts:
         if (parameter := getattr(module, name)) is not None:
             refuse_pickling(parameter)
-    if is_in_order:
-        module.register_load_state_dict_pre_hook(functools.partial(_shard_loaded, tuple(parts)))
-    else:
-        module.register_load_state_dict_pre_hook(_refuse_state_dict)
-        module.register_state_dict_pre_hook(_refuse_state_dict)
+    module.register_state_dict_post_hook(functools.partial(show_in_model_order, tuple(parts)))
+    module.register_load_state_dict_pre_hook(functools.partial(_take_loaded, tuple(parts)))
 
 
 def _as_parameter(part: Tensor, sharding: Sharding) -> nn.Parameter:
@@ -284,27 +285,10 @@ def _check_number(number: int, replicas: "DeviceMesh", device: torch.device) -> 
         torch._assert_async(numbers[0] == -numbers[1], said)
 
 
-def _shard_loaded(
-    names: Sequence[str],
-    module: nn.Module,
-    state_dict: StateDict,
-    prefix: str,
-    *_: object,
-) -> None:
-    """Turn whole parameters of a state dict into this rank's part of them, before they are loaded."""
-    from torch.distributed.tensor import DTensor, Shard
-
+def _take_loaded(names: Sequence[str], module: nn.Module, state_dict: StateDict, prefix: str, *_: object) -> None:
+    """Turn what a state dict has of these parameters into this rank's part of them, before it is loaded."""
     for name in names:
-        value, parameter = state_dict.get(prefix + name), getattr(module, name)
-        if not isinstance(value, Tensor) or isinstance(value, DTensor) or not isinstance(parameter, DTensor):
+        if (value := state_dict.get(prefix + name)) is None:
             continue
-        if parameter.placements == (Shard(0),) and value.shape == parameter.shape:  # else torch says what differs
-            state_dict[prefix + name] = part_of(value, parameter)
-
-
-def _refuse_state_dict(module: nn.Module, *_: object) -> None:
-    raise ValueError(
-        f"the experts of this {type(module).__name__} stand in the order of its placement's slots, in which no other "
-        "layer could read them: save and load the layer without a placement. placement.first_owner(expert) says whose "
-        "parameter.to_local() holds an expert"
-    )
+        parameter = getattr(module, name)
+        state_dict[prefix + name] = in_slot_order(value, parameter, order_of(module), prefix + name)

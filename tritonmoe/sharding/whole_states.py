@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from tritonmoe.sharding.placed_rows import ExpertsOfRank, placed_rows_of
+from tritonmoe.sharding.placed_states import numbered_parameters, orders_of, part_of, shown_state
 from tritonmoe.sharding.watched_collectives import full_tensor
 
 if TYPE_CHECKING:
@@ -24,7 +26,6 @@ __all__ = [
     "name_in_state",
     "no_pickle",
     "note_sharded_by_fsdp",
-    "part_of",
     "refuse_pickling",
     "whole",
     "whole_forms",
@@ -61,7 +62,9 @@ def refuse_pickling(spread: "DTensor") -> None:
         def reduce(tensor: Tensor, protocol: object) -> str | tuple[object, ...]:
             assert isinstance(tensor, DTensor)
             shapes = refused.get(tensor.device_mesh)
-            if shapes and _is_made_of(tensor, shapes) and not _is_sent_to_checkpointer():
+            is_placed = placed_rows_of(tensor) is not None and tensor.device_mesh.size() > 1
+            is_spread = is_placed or (shapes and _is_made_of(tensor, shapes))
+            if is_spread and not _is_sent_to_checkpointer():
                 raise no_pickle(tensor.device_mesh.size())
             return original(tensor, protocol)
 
@@ -142,54 +145,33 @@ def whole(value: object, form: Callable[[Tensor], Tensor] | None = None) -> obje
     return gathered if form is None else form(gathered)
 
 
-def part_of(value: Tensor, parameter: "DTensor") -> Tensor:
-    """Return this rank's part of a whole tensor, as a DTensor like the parameter.
-
-    Raises:
-        ValueError: the parameter is sharded over several dimensions of a mesh.
-    """
-    from torch.distributed.tensor import DTensor, Shard
-
-    if parameter.placements != (Shard(0),):
-        raise ValueError(
-            f"a whole tensor can't be divided as {parameter.placements}: load with torch.distributed.checkpoint"
-        )
-    mesh = parameter.device_mesh
-    parts, rank = value.chunk(mesh.size()), mesh.get_local_rank()  # as DTensor and FSDP2 divide
-    part = (parts[rank] if rank < len(parts) else value[:0]).clone()  # a view would keep the whole
-    if not parameter.is_meta:
-        part = part.to(parameter.to_local().device)
-    return DTensor.from_local(part, mesh, [Shard(0)], run_check=False, shape=value.shape, stride=value.stride())
-
-
 def gather_optimizer(optimizer: torch.optim.Optimizer) -> None:
     """Make the optimizer's state_dict() whole, and let its load_state_dict() take what is whole."""
     optimizer.register_state_dict_post_hook(_gathered_state)
     optimizer.register_load_state_dict_pre_hook(_divided_state)
 
 
-def _gathered_state(_: torch.optim.Optimizer, state_dict: StateDict) -> StateDict:
-    state = {number: {name: whole(value) for name, value in own.items()} for number, own in state_dict["state"].items()}
+def _gathered_state(optimizer: torch.optim.Optimizer, state_dict: StateDict) -> StateDict:
+    shown = shown_state(optimizer, state_dict)
+    state = {number: {name: whole(value) for name, value in own.items()} for number, own in shown["state"].items()}
     return {**state_dict, "state": state}
 
 
 def _divided_state(optimizer: torch.optim.Optimizer, state_dict: StateDict) -> StateDict:
-    parameters = {
-        number: parameter
-        for saved, group in zip(state_dict["param_groups"], optimizer.param_groups, strict=False)
-        for number, parameter in zip(saved["params"], group["params"], strict=False)
-    }  # torch says what differs in length
+    parameters = numbered_parameters(optimizer, state_dict)
+    orders = orders_of(list(parameters.values()))
     state = {}
     for number, own in state_dict["state"].items():
         parameter = parameters.get(number)
-        state[number] = {name: _divided(value, parameter) for name, value in own.items()}
+        order = orders.get(id(parameter))
+        state[number] = {name: _divided(value, parameter, order) for name, value in own.items()}
     return {**state_dict, "state": state}
 
 
-def _divided(value: object, parameter: Tensor | None) -> object:
+def _divided(value: object, parameter: Tensor | None, order: ExpertsOfRank | None) -> object:
     """Return this rank's part of a whole tensor of an optimizer's state, and anything else as it is."""
     from torch.distributed.tensor import DTensor
 
     if isinstance(value, Tensor) and not isinstance(value, DTensor) and value.dim() and isinstance(parameter, DTensor):
-        return part_of(value, parameter)
+        return part_of(value, parameter, order)
     return value

@@ -27,7 +27,7 @@ import tritonmoe as tm
 from tritonmoe.diagnosis import record
 from tritonmoe.diagnosis.recording_reader import read_recording
 from tritonmoe.sharding.dtensor_gaps import handlers
-from tritonmoe.sharding.whole_states import part_of
+from tritonmoe.sharding.placed_states import part_of
 
 CONFIG = tm.MoEConfig(hidden_size=8, intermediate_size=12, num_experts=8, top_k=2)
 BIASED = tm.MoEConfig(hidden_size=8, intermediate_size=12, num_experts=8, top_k=2, selection_bias=True)

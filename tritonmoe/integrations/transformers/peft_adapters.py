@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tritonmoe.expert_parallel.state import refuse
-from tritonmoe.experts.adapters import HANDS_OVER, NOTES, SHARDS, Note
+from tritonmoe.experts.adapters import FACTORS, HANDS_OVER, NOTES, SHARDS, Note
 from tritonmoe.integrations.transformers.discovery import is_experts
 from tritonmoe.integrations.transformers.names import EXPERTS_IMPLEMENTATION
 from tritonmoe.integrations.transformers.packed.peft_packed import adapt_packed, is_packed_parameter
@@ -70,9 +70,15 @@ def hand_over_factors() -> None:
     wrapper.get_delta_weight = _delta_weight
     wrapper.merge = _safely_merged(wrapper.merge)
     setattr(wrapper, SHARDS, shard_factors)
+    setattr(wrapper, FACTORS, _factors_of)
     wrapper._move_adapter_to_device_of_base_layer = _then_sharded(wrapper._move_adapter_to_device_of_base_layer)
     gather_what_peft_saves()
     _hotswap_parts()
+
+
+def _factors_of(wrapper: "ParamWrapper") -> tuple[nn.Module, list[nn.Module]]:
+    """Return the experts of a wrapper, and the modules that have the factors of all its adapters."""
+    return wrapper.get_base_layer(), [*wrapper.lora_A.values(), *wrapper.lora_B.values()]
 
 
 def _then_sharded(move: Callable[..., None]) -> Callable[..., None]:

@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from tritonmoe.dispatch.placement import ExpertPlacement
 from tritonmoe.expert_parallel.halves import for_both_halves
 from tritonmoe.integrations.transformers.sharding import expert_parallel_state, transport_of
 from tritonmoe.layer import GroupedExperts
 from tritonmoe.sharding.marks import sharded_modules
+from tritonmoe.sharding.placed_states import order_of, part_of
 from tritonmoe.sharding.same_weights import check_on_all_ranks
 from tritonmoe.sharding.sharded_parameters import Sharding, local_shard, shard_parameters
-from tritonmoe.sharding.whole_states import StateDict, give_whole_as, part_of, whole_forms
+from tritonmoe.sharding.whole_states import StateDict, give_whole_as, whole_forms
 from tritonmoe.transports import as_transport
 
 if TYPE_CHECKING:
@@ -35,25 +37,27 @@ class Spread(NamedTuple):
     gradient_scale: float
     number: int
     """LayerCalls.number."""
+    placement: ExpertPlacement | None
+    """Which rank holds which experts; None for E / W contiguous ones each."""
 
 
 def spread_of(experts: nn.Module) -> Spread | None:
     """Return how the factors of these experts are spread, None where every rank has them all.
 
-    None too over ranks that torch.distributed doesn't know, or where a placement gives the experts another order.
+    None too over ranks that torch.distributed doesn't know, or where experts have replicas.
     """
     if isinstance(experts, GroupedExperts):
-        if experts.placement is not None and not experts.placement.is_contiguous:
-            return None
+        placement = experts.placement
         sharding, scale, calls = experts._sharding, experts._gradient_scale, experts._calls
     else:
         state = expert_parallel_state(experts)
         if state is None:
             return None
-        sharding, scale, calls = state.sharding, state.gradient_scale, state.calls
-    if sharding is None or sharding.mesh is None or calls is None:
+        placement, sharding, scale, calls = state.placement, state.sharding, state.gradient_scale, state.calls
+    has_replicas = placement is not None and placement.has_replicas
+    if sharding is None or sharding.mesh is None or calls is None or has_replicas:
         return None
-    return Spread(sharding, scale, calls.number)
+    return Spread(sharding, scale, calls.number, placement)
 
 
 def shard_factors(wrapper: "ParamWrapper") -> None:
@@ -67,23 +71,25 @@ def shard_factors(wrapper: "ParamWrapper") -> None:
     for adapter in wrapper.lora_A:
         for linear, is_b in ((wrapper.lora_A[adapter], False), (wrapper.lora_B[adapter], True)):
             if not linear.weight.is_meta and not any(sharded_modules(linear)):
-                _shard(linear, spread.sharding, wrapper.num_experts, is_b)
+                _shard(linear, spread, wrapper.num_experts, is_b)
 
 
-def _shard(linear: Any, sharding: Sharding, num_experts: int, is_b: bool) -> None:
+def _shard(linear: Any, spread: Spread, num_experts: int, is_b: bool) -> None:
+    sharding, placement = spread.sharding, spread.placement
     if sharding.replicas is not None:
         check_on_all_ranks(
             linear, {"": linear}, replace(sharding, transport=as_transport(sharding.replicas), replicas=None)
         )
     weight, rank, size = linear.weight, sharding.transport.rank, sharding.transport.size
+    held = (ExpertPlacement.contiguous(num_experts, size) if placement is None else placement).experts_of_rank
     whole = _from_peft(weight.detach(), num_experts) if is_b else weight.detach()
     if is_b:
         linear.register_load_state_dict_pre_hook(partial(_load_from_peft, num_experts))
         give_whole_as(linear, _to_peft)
     else:
         give_whole_as(linear, _as_it_is)
-    part = whole.tensor_split(size)[rank].clone().requires_grad_(weight.requires_grad)
-    shard_parameters(linear, {"weight": part}, sharding)
+    part = whole.unflatten(0, (num_experts, -1))[list(held[rank])].flatten(0, 1)
+    shard_parameters(linear, {"weight": part.requires_grad_(weight.requires_grad)}, sharding, held)
 
 
 def _as_it_is(weight: Tensor) -> Tensor:
@@ -123,7 +129,8 @@ def with_parts(model: nn.Module, state_dict: StateDict) -> StateDict:
                 f"PEFT can't swap {name} {tuple(value.shape)} into an adapter of another rank, whose experts are "
                 f"spread over ranks: load it under a name of its own with load_adapter(), which takes any rank"
             )
-        given[name] = part_of(_from_peft(value, wrapper.num_experts) if is_b else value, linear.weight)
+        by_expert = _from_peft(value, wrapper.num_experts) if is_b else value
+        given[name] = part_of(by_expert, linear.weight, order_of(linear))
     return given
 
 

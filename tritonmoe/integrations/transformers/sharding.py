@@ -1,12 +1,14 @@
 """ExpertParallelState: what parallelize() leaves on an experts module, by which it reaches the other ranks."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from tritonmoe.config.overlap import OverlapConfig
+from tritonmoe.dispatch.placement import ExpertPlacement
 from tritonmoe.expert_parallel.call_spec import CallArguments, CallSpec
 from tritonmoe.expert_parallel.expert_parallel_mlp import run_expert_parallel
 from tritonmoe.expert_parallel.halves import for_both_halves
@@ -14,6 +16,7 @@ from tritonmoe.expert_parallel.state import LayerCalls
 from tritonmoe.experts.spec import ExpertSpec
 from tritonmoe.experts.tensors import CallTensors
 from tritonmoe.layer import GroupedExperts
+from tritonmoe.sharding.marks import STATE
 from tritonmoe.sharding.sharded_parameters import Sharding, local_shard
 from tritonmoe.transports import Transport
 
@@ -22,8 +25,6 @@ if TYPE_CHECKING:
 
 __all__ = ["STATE", "ExpertParallelState", "expert_parallel_state", "note_transport", "replicas_of", "transport_of"]
 
-STATE = "_tritonmoe_expert_parallel"
-"""The attribute of an experts module that holds its ExpertParallelState."""
 TRANSPORT = "_tritonmoe_transport"
 """The attribute of one that was spread when transformers loaded it, which holds the transport of its rows."""
 
@@ -41,18 +42,26 @@ class ExpertParallelState:
     calls: LayerCalls
     names: tuple[str, ...]
     """The parameters of which each rank holds its experts."""
+    placement: ExpertPlacement | None = None
+    """Which rank holds which experts; None for E / W contiguous ones each."""
 
     def run(self, spec: ExpertSpec, inputs: CallTensors[Tensor]) -> Tensor:
         """Run what expert_parallel_mlp runs over these ranks, as a layer that the ranks know."""
-        call_spec = CallSpec(spec, self.num_experts, self.overlap)
+        call_spec = CallSpec(spec, self.num_experts, self.overlap, self.placement)
         return run_expert_parallel(CallArguments(call_spec, self.sharding.transport, inputs, self.calls))
 
     @property
-    def expert_ids(self) -> range:
-        """The experts of this rank."""
+    def expert_ids(self) -> Sequence[int]:
+        """The experts of this rank, in the order of its weights."""
+        if self.placement is not None:
+            return self.placement.experts_of_rank[self.sharding.transport.rank]
         num_local = self.num_experts // self.sharding.transport.size
         first = self.sharding.transport.rank * num_local
         return range(first, first + num_local)
+
+    def placed(self, placement: ExpertPlacement | None) -> "ExpertParallelState":
+        """Return the same with another placement."""
+        return replace(self, placement=placement)
 
     def local_parameter(self, experts: nn.Module, name: str) -> Tensor:
         """Return this rank's experts of a parameter of the module, by its name; differentiable."""

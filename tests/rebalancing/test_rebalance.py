@@ -1,0 +1,289 @@
+"""Experts of emulated ranks move between steps: what they compute, what the optimizer keeps, what is refused."""
+
+import functools
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tritonmoe as tm
+from tritonmoe.transports import Transport
+
+CONFIG = tm.MoEConfig(hidden_size=8, intermediate_size=6, num_experts=8, top_k=2, bias=True)
+ADAMW = functools.partial(torch.optim.AdamW, lr=0.01, eps=1e-4)
+SGD = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9)
+CLOSE = {"rtol": 1e-6, "atol": 1e-7}
+"""Gate weights travel in fp32."""
+REPLICATED = tm.ExpertPlacement(((0, 1, 2), (2, 3, 4), (4, 5, 6), (6, 7, 0)))
+
+
+def made(transport: Transport | None, placement: tm.ExpertPlacement | None = None, **settings) -> tm.MoELayer:
+    generator = torch.Generator().manual_seed(0)  # ranks are threads, which share torch's own
+    return tm.MoELayer(CONFIG, transport, placement=placement, dtype=torch.float64, generator=generator, **settings)
+
+
+def heated(layer: tm.MoELayer, hot: tuple[int, ...]) -> None:
+    with torch.no_grad():
+        layer.router.weight.zero_()
+        layer.router.weight[list(hot)] = torch.eye(8, dtype=torch.float64)[: len(hot)] * 3
+        layer.router.weight.requires_grad_(False)
+
+
+def tokens(step: int, rank: int) -> Tensor:
+    number = 0 if rank == 1 and step == 2 else 9 + rank  # one rank has no token once
+    generator = torch.Generator().manual_seed(10 * step + rank)
+    return torch.randn(number, 8, generator=generator, dtype=torch.float64)
+
+
+def rebalancing(layer: nn.Module, *optimizers: torch.optim.Optimizer, **settings) -> tm.Rebalancer:
+    """Return a Rebalancer for which a move takes no time, so that what is measured decides nothing."""
+    found = tm.rebalance(layer, *optimizers, **{"every": 1, "history": 1, **settings})
+    found._largest = lambda _: 1
+    return found
+
+
+def on_one_device(kind: Callable, size: int) -> list[dict[str, Tensor]]:
+    """Return outputs, gradients and weights of every step of the whole batch."""
+    layer = made(None)
+    optimizer, steps = kind(layer.experts.parameters()), []
+    for step in range(6):
+        heated(layer, ((0, 1), (5, 4, 2))[step // 3])
+        outs = [layer(tokens(step, rank)) for rank in range(size)]
+        torch.stack([out.square().sum() for out in outs]).mean().backward()
+        found = {f"out {rank}": out.detach() for rank, out in enumerate(outs)}
+        found |= {f"{name}.grad": parameter.grad.clone() for name, parameter in layer.experts.named_parameters()}
+        optimizer.step()
+        optimizer.zero_grad()
+        steps.append(found | {name: parameter.detach().clone() for name, parameter in layer.experts.named_parameters()})
+    return steps
+
+
+@pytest.mark.parametrize(
+    ("size", "replicated", "kind"),
+    [
+        (4, False, ADAMW),
+        (2, True, SGD),
+        pytest.param(2, False, SGD, marks=pytest.mark.thorough),
+        pytest.param(4, True, ADAMW, marks=pytest.mark.thorough),
+        pytest.param(4, True, SGD, marks=pytest.mark.thorough),
+    ],
+)
+def test_steps_behind_moves_are_those_of_one_device(size, replicated, kind):
+    placement = REPLICATED if replicated else None
+    if replicated and size == 2:
+        placement = tm.ExpertPlacement(((0, 1, 2, 3, 4), (4, 5, 6, 7, 0)))
+    expected = on_one_device(kind, size)
+
+    def on_rank(transport: Transport) -> int:
+        layer = made(transport, placement, overlap=tm.OverlapConfig(num_chunks=2))
+        optimizer = kind(layer.experts.parameters())
+        rebalancer, num_moves = rebalancing(layer, optimizer), 0
+        wrong = []
+        for step in range(6):
+            heated(layer, ((0, 1), (5, 4, 2))[step // 3])
+            out = layer(tokens(step, transport.rank))
+            out.square().sum().backward()
+            ids = list(layer.experts.expert_ids)
+            found = {f"out {transport.rank}": out.detach()}
+            grads = {f"{name}.grad": p.grad.clone() for name, p in layer.experts.named_parameters()}
+            optimizer.step()
+            optimizer.zero_grad()
+            found |= grads | {name: p.detach().clone() for name, p in layer.experts.named_parameters()}
+            for name, value in found.items():
+                wanted = expected[step][name]
+                wanted = wanted if name.startswith("out") else wanted[ids]
+                if not torch.allclose(value, wanted, **CLOSE):
+                    wrong.append(f"step {step}, {name}")
+            decided = rebalancer.step()
+            num_moves += bool(decided and decided.moved)
+        assert not wrong
+        rebalancer.restore()
+        assert layer.experts.placement == placement
+        for name, parameter in layer.experts.named_parameters():
+            torch.testing.assert_close(parameter.detach(), expected[-1][name][list(layer.experts.expert_ids)], **CLOSE)
+        return num_moves
+
+    for num_moves in tm.run_on_emulated_ranks(on_rank, size, timeout_s=60):
+        assert num_moves >= 2
+
+
+def test_what_a_look_says():
+    def on_rank(transport: Transport) -> tuple:
+        layer = made(transport)
+        heated(layer, (0, 1))
+        optimizer = torch.optim.AdamW(layer.experts.parameters())
+        rebalancer = rebalancing(layer, optimizer, every=3, history=2)
+        decided = []
+        for step in (0, 1, 3):
+            layer(tokens(step, transport.rank).abs()).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            decided.append(rebalancer.step())
+        return decided, rebalancer.last, sum(len(tokens(step, transport.rank)) for step in (1, 3))
+
+    found = tm.run_on_emulated_ranks(on_rank, 4, timeout_s=60)
+    for (*none, decided), last, _ in found:
+        assert none == [None, None]
+        assert decided is last
+        assert (decided.step, decided.moved) == (3, ("experts",))
+        assert decided.imbalance_before == pytest.approx(4.0)  # all pairs are the two experts' of rank 0
+        assert decided.imbalance_after == pytest.approx(2.0)
+        # Experts 0 and 1 part: one of them changes places with another, 5 tensors of 4 weights, in fp64.
+        each = (12 * 8 + 8 * 6 + 12 + 8) * 8 * 3
+        assert decided.moved_bytes == 2 * each
+        assert decided.paid_after_steps == 1
+        assert "had 4.00 times the mean and has 2.00" in str(decided)
+        assert decided.expected_gain_s == found[0][0][-1].expected_gain_s
+
+
+def test_nothing_moves_where_that_never_pays():
+    def on_rank(transport: Transport) -> tuple[tm.Rebalanced | None, object]:
+        layer = made(transport)
+        heated(layer, (0, 1))
+        rebalancer = rebalancing(layer, every=1)
+        rebalancer._ns_of_megabyte = 10**15
+        with torch.no_grad():
+            layer(tokens(0, transport.rank).abs())
+        return rebalancer.step(), layer.experts.placement
+
+    for decided, placement in tm.run_on_emulated_ranks(on_rank, 2, timeout_s=60):
+        assert decided.moved == ()
+        assert decided.paid_after_steps is None
+        assert placement is None
+        assert "no move of experts would pay" in str(decided)
+
+
+def test_a_move_is_priced_by_the_last_one():
+    def on_rank(transport: Transport) -> tuple[float, float, int]:
+        layer = made(transport)
+        heated(layer, (0, 1))
+        rebalancer = tm.rebalance(layer, every=1)
+        rebalancer._ns_of_megabyte = 1
+        with torch.no_grad():
+            layer(tokens(0, transport.rank).abs())
+        decided = rebalancer.step()
+        return decided.expected_move_s, decided.took_s, rebalancer._ns_of_megabyte
+
+    found = tm.run_on_emulated_ranks(on_rank, 2, timeout_s=60)
+    assert {found[0][2]} == {number for _, _, number in found}
+    expected_s, took_s = found[0][0], max(took_s for _, took_s, _ in found)
+    assert found[0][2] == pytest.approx(took_s / expected_s, rel=1e-6)
+
+
+def test_the_link_is_measured():
+    def on_rank(transport: Transport) -> int:
+        layer = made(transport)
+        heated(layer, (0, 1))
+        return tm.rebalance(layer, every=1)._agreed_ns_of_megabyte()
+
+    link = tm.LinkModel(bandwidth_gb_per_s=0.05, latency_us=0)  # a megabyte takes 21 ms
+    first, *others = tm.run_on_emulated_ranks(on_rank, 4, link=link, timeout_s=60)
+    assert 18e6 < first < 200e6
+    assert others == [first] * 3
+
+
+def test_recomputed_forwards_and_skipped_pairs_are_counted_once_and_not():
+    from torch.utils.checkpoint import checkpoint
+
+    def on_rank(transport: Transport) -> list[int]:
+        layer = made(transport)
+        rebalancing(layer, every=5)
+        x = tokens(0, transport.rank).requires_grad_()
+        mask = torch.arange(len(x)) > 2
+        checkpoint(lambda rows: layer(rows, token_mask=mask), x, use_reentrant=False).sum().backward()
+        return layer.experts.calls.load.tolist()
+
+    for rank, load in enumerate(tm.run_on_emulated_ranks(on_rank, 2, timeout_s=60)):
+        assert sum(load[:-1]) == 2 * (9 + rank - 3)
+        assert load[-1] == 2 * 3
+
+
+def test_a_state_dict_of_this_rank_alone_waits_for_restore():
+    def on_rank(transport: Transport) -> None:
+        layer = made(transport)
+        heated(layer, (0, 1))
+        kept = {name: value.clone() for name, value in layer.state_dict().items()}
+        rebalancer = rebalancing(layer)
+        with torch.no_grad():
+            layer(tokens(0, transport.rank).abs())
+        assert rebalancer.step().moved
+        for refused in (layer.state_dict, lambda: layer.load_state_dict(kept)):
+            with pytest.raises(ValueError, match="call restore"):
+                refused()
+        rebalancer.restore()
+        for name, value in layer.state_dict().items():
+            assert torch.equal(value, kept[name]), name
+
+    tm.run_on_emulated_ranks(on_rank, 2, timeout_s=60)
+
+
+def refuses(prepare: Callable, message: str, *, kind: type[Exception] = ValueError) -> None:
+    """Check that rebalance(), or the first look, raises on every rank."""
+
+    def on_rank(transport: Transport) -> None:
+        layer = made(transport)
+        heated(layer, (0, 1))
+        with pytest.raises(kind, match=message):
+            prepare(layer, transport)
+
+    tm.run_on_emulated_ranks(on_rank, 2, timeout_s=60)
+
+
+def test_what_is_refused_at_once():
+    refuses(lambda layer, _: tm.rebalance(nn.Linear(2, 2)), "has no experts that are spread")
+    refuses(lambda layer, _: tm.rebalance(made(None)), "has no experts that are spread")
+    refuses(lambda layer, _: tm.rebalance(layer, object()), "optimizers of torch are needed", kind=TypeError)
+    refuses(lambda layer, _: tm.rebalance(layer.experts.gate_up_proj), "must be a torch.nn.Module", kind=TypeError)
+    for name in ("every", "history"):
+        for number in (0, 1.5, True):
+            refuses(lambda layer, _, n=name, of=number: tm.rebalance(layer, **{n: of}), f"{name} must be a number of")
+
+
+def test_an_optimizer_that_is_not_given_is_refused():
+    def prepare(layer: tm.MoELayer, transport: Transport) -> None:
+        optimizer = torch.optim.SGD(layer.experts.parameters(), lr=0.1)
+        tm.rebalance(layer)
+        del optimizer
+
+    refuses(prepare, "was made with experts.* and not given to tm.rebalance")
+
+
+def test_adapters_of_a_call_are_refused():
+    def prepare(layer: tm.MoELayer, transport: Transport) -> None:
+        ones = functools.partial(torch.ones, dtype=torch.float64)
+        rebalancer = rebalancing(layer)
+        layer(tokens(0, transport.rank), adapters=tm.ExpertAdapters(down_a=ones(4, 2, 6), down_b=ones(4, 8, 2)))
+        rebalancer.step()
+
+    refuses(prepare, "were called with adapters=")
+
+
+def test_a_parameter_of_the_caller_beside_the_experts_is_refused():
+    def prepare(layer: tm.MoELayer, transport: Transport) -> None:
+        layer.experts.scale = nn.Parameter(torch.ones(4))
+        tm.rebalance(layer)
+
+    refuses(prepare, "scale of experts is no weight of which")
+
+
+def test_ranks_that_count_other_steps_are_told():
+    def on_rank(transport: Transport) -> None:
+        layer = made(transport)
+        rebalancer = rebalancing(layer, every=2)
+        for _ in range(1 + transport.rank):
+            rebalancer._num_steps += 1
+        with pytest.raises(ValueError, match="is not the same on ranks"):
+            rebalancer._check()
+
+    tm.run_on_emulated_ranks(on_rank, 2, timeout_s=60)
+
+
+def test_a_rank_in_another_call_is_told():
+    def on_rank(transport: Transport) -> None:
+        layer = made(transport)
+        rebalancer = rebalancing(layer)
+        with pytest.raises((tm.CountMismatch, tm.TransportError)):
+            layer(tokens(0, 0)) if transport.rank else rebalancer.step()
+
+    tm.run_on_emulated_ranks(on_rank, 2, timeout_s=20)

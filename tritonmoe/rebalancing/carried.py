@@ -1,0 +1,136 @@
+"""What moves with an expert: its rows of parameters, gradients and the optimizers' state; and what can't be moved."""
+
+import gc
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from tritonmoe.expert_parallel.state import LayerCalls, state_of
+from tritonmoe.rebalancing.spread_experts import SpreadExperts
+from tritonmoe.sharding.local_rows import local_rows
+
+__all__ = ["carried_tensors", "check_optimizers", "digest", "expert_bytes", "refuse_elsewhere"]
+
+
+def check_optimizers(optimizers: Iterable[object]) -> None:
+    """Raise TypeError unless all are optimizers of torch, whose state is by parameter."""
+    for optimizer in optimizers:
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(
+                f"optimizers of torch are needed, before anything wraps them, got {type(optimizer).__name__}"
+            )
+
+
+@torch.no_grad()
+def carried_tensors(experts: SpreadExperts, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    """Return the memory of this rank's experts, by what it holds: as many rows for each slot.
+
+    Raises:
+        ValueError: something belongs to these experts of which nothing says how it would move.
+    """
+    if experts.calls.takes_adapters:
+        raise ValueError(
+            f"the experts of {experts.name} were called with adapters=, whose factors are this rank's experts' and are "
+            "no parameters of the model: adapt them by PEFT (target_parameters), whose factors move, or leave these "
+            "layers where they are"
+        )
+    found: dict[str, Tensor] = {}
+    for owner, module, marked in experts.marked():
+        tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        for name, _ in tensors:
+            if name not in marked.names:
+                raise ValueError(
+                    f"{name} of {owner} is no weight of which a row, or several, are an expert's, and nothing says "
+                    "whether it moves with the experts: keep it in a module of its own"
+                )
+        for name in marked.names:
+            parameter = getattr(module, name)
+            if parameter is not None:
+                found |= _of_parameter(f"{owner}.{name}", parameter, optimizers)
+    return found
+
+
+def _of_parameter(name: str, parameter: nn.Parameter, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    found = {name: local_rows(name, parameter, parameter)}
+    if parameter.grad is not None:
+        found[f"{name}.grad"] = local_rows(f"{name}.grad", parameter.grad, parameter)
+    for key, value in vars(parameter).items():
+        if not isinstance(value, Tensor) or not value.dim():
+            continue
+        if key != "main_grad":
+            raise ValueError(
+                f"{name}.{key} is a tensor {tuple(value.shape)} on the parameter, and nothing says whether it moves "
+                "with the experts: take it off before the experts move, or give tm.rebalance a model without it"
+            )
+        found[f"{name}.main_grad"] = local_rows(f"{name}.main_grad", value, parameter)
+    for number, optimizer in enumerate(optimizers):
+        for key, value in optimizer.state.get(parameter, {}).items():
+            what = f"the state {key!r} that {type(optimizer).__name__} {number} keeps of {name}"
+            if isinstance(value, Tensor):
+                if value.dim():
+                    found[what] = local_rows(what, value, parameter)
+            elif value is not None and not isinstance(value, (bool, int, float, complex, str)):
+                raise ValueError(
+                    f"{what} is a {type(value).__name__}, and nothing says which part of it is an expert's: "
+                    "tm.rebalance takes optimizers whose states are numbers, or tensors with the experts in their "
+                    "first dimension"
+                )
+    return found
+
+
+def expert_bytes(tensors: Iterable[Tensor], num_slots: int) -> int:
+    """Return how many bytes move with one expert."""
+    return sum(tensor.numel() * tensor.element_size() // num_slots for tensor in tensors)
+
+
+def digest(found: dict[str, Tensor]) -> int:
+    """Return a number by which ranks know that they would move the same: names, shapes and dtypes."""
+    return zlib.crc32(str([(name, tuple(value.shape), str(value.dtype)) for name, value in found.items()]).encode())
+
+
+def refuse_elsewhere(every: Sequence[SpreadExperts], optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """Raise ValueError where something beside the given optimizers goes on with the places that experts leave.
+
+    That is an optimizer that was not given, a copy of a layer (of an average of weights, say), whose rows belong to the
+    same experts only as long as none moves, and a CUDA graph.
+    """
+    if any(state_of(experts.sharding.transport).captured_flags for experts in every):
+        raise ValueError(
+            "a CUDA graph has captured calls of these layers, with the placement that they had: run them without a "
+            "graph (OverlapConfig without a capacity), or leave the placement as it is"
+        )
+    if next(_elsewhere(every, optimizers), None) is None:
+        return
+    gc.collect()  # it may be about to be freed
+    for why in _elsewhere(every, optimizers):
+        raise ValueError(why)
+
+
+def _elsewhere(every: Sequence[SpreadExperts], optimizers: Sequence[torch.optim.Optimizer]) -> Iterator[str]:
+    names = {
+        id(getattr(module, name)): f"{owner}.{name}"
+        for experts in every
+        for owner, module, marked in experts.marked()
+        for name in marked.names
+    }
+    own = {id(experts.calls) for experts in every}
+    layers = {id(experts.calls.copies): experts.name for experts in every}
+    states = {id(optimizer.state) for optimizer in optimizers}
+    for held in gc.get_objects():
+        kind = type(held)
+        if issubclass(kind, torch.optim.Optimizer):
+            groups = getattr(held, "param_groups", ())
+            name = next((names[id(p)] for group in groups for p in group["params"] if id(p) in names), None)
+            if name is not None and id(held.state) not in states:
+                yield (
+                    f"a {kind.__name__} was made with {name} and not given to tm.rebalance, and its state would stay "
+                    "where the experts were: give it, or delete it"
+                )
+        elif issubclass(kind, LayerCalls) and id(held) not in own and id(held.copies) in layers:
+            yield (
+                f"a deepcopy of the experts of {layers[id(held.copies)]} lives (as an average of weights has one), "
+                "which would hold other experts in the same places once these move: delete it and copy anew behind the "
+                "move, or copy before the experts are spread over ranks"
+            )

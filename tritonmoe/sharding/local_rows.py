@@ -1,0 +1,44 @@
+"""local_rows: the memory of this rank's experts in a parameter, its gradient or a state of its optimizer."""
+
+from torch import Tensor, nn, strided
+
+__all__ = ["local_rows"]
+
+
+def local_rows(what: str, tensor: Tensor, parameter: Tensor) -> Tensor:
+    """Return this rank's memory of a tensor with the experts in its first dimension, as the parameter has them.
+
+    It is not detached: autograd is to see that a forward's weights have changed before its backward.
+
+    Raises:
+        ValueError: it doesn't lie as a parameter of spread experts does.
+    """
+    shape = tuple(parameter.shape)
+    if hasattr(parameter, "to_local"):
+        from torch.distributed.tensor import Shard
+
+        if tuple(getattr(parameter, "placements", ())) != (Shard(0),):
+            raise ValueError(
+                f"{what} lies as {getattr(parameter, 'placements', None)}, spread over replicas besides, and experts "
+                "move between ranks that hold all of an expert: leave the experts out of fully_shard "
+                "(ignored_params=set(tritonmoe.expert_parameters(model)))"
+            )
+        if hasattr(tensor, "to_local"):
+            lies = tuple(getattr(tensor, "placements", ()))
+            if lies != (Shard(0),):
+                raise ValueError(
+                    f"{what} lies as {lies}, not as the parameter does, and tm.rebalance moves what each rank holds of "
+                    "its own experts alone: take an optimizer whose states are like the parameter (AdamW, SGD, Adagrad)"
+                )
+            local = tensor.to_local() if tensor.shape[0] == shape[0] else None
+        else:
+            local = tensor if tensor.shape == parameter.to_local().shape else None
+    else:
+        local = tensor if tensor.dim() and tensor.shape[0] == shape[0] else None
+    if local is None or type(local) not in (Tensor, nn.Parameter) or local.layout != strided:
+        raise ValueError(
+            f"{what} is a {type(tensor).__name__} {tuple(tensor.shape)} for a parameter {shape}, and nothing says "
+            "which part of it is an expert's: tm.rebalance moves what has the experts in its first dimension, as the "
+            "states of AdamW, SGD and Adagrad have"
+        )
+    return local

@@ -1,0 +1,206 @@
+"""State dicts of modules and optimizers show experts in the order of the model, whatever their placement."""
+
+import functools
+import gc
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from tritonmoe.sharding.marks import MARK, ShardedNames
+from tritonmoe.sharding.placed_rows import ExpertsOfRank, in_model_order, is_in_model_order, placed_rows_of
+from tritonmoe.sharding.watched_collectives import full_tensor
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+    from tritonmoe.sharding.whole_states import StateDict
+
+__all__ = [
+    "in_slot_order",
+    "note_order",
+    "numbered_parameters",
+    "order_of",
+    "orders_of",
+    "part_of",
+    "show_in_model_order",
+    "shown_state",
+]
+
+
+def note_order(module: nn.Module, experts_of_rank: ExpertsOfRank) -> None:
+    """Note which experts' rows the marked parameters of a module hold from now on, on every rank."""
+    marked: ShardedNames = module.__dict__[MARK]
+    order = None if is_in_model_order(experts_of_rank) else experts_of_rank
+    setattr(module, MARK, marked._replace(experts_of_rank=order))
+    if order is not None:
+        _show_states_of_optimizers()
+
+
+def order_of(module: nn.Module) -> ExpertsOfRank | None:
+    """Return the experts in the slots of every rank of a marked module; None where they are in the model's order."""
+    marked: ShardedNames = module.__dict__[MARK]
+    return marked.experts_of_rank
+
+
+def orders_of(parameters: Sequence[Tensor]) -> dict[int, ExpertsOfRank]:
+    """Return the order of those of these parameters that are not in the model's, by their id.
+
+    The living modules are asked: a note on a parameter would be lost where it is exchanged for another.
+    """
+    wanted = {id(parameter) for parameter in parameters if hasattr(parameter, "device_mesh")}
+    found: dict[int, ExpertsOfRank] = {}
+    for module in gc.get_objects() if wanted else ():
+        if not issubclass(type(module), nn.Module):
+            continue
+        marked: ShardedNames | None = module.__dict__.get(MARK)
+        if marked is None or marked.experts_of_rank is None:
+            continue
+        for name in marked.names:
+            parameter = module.__dict__["_parameters"].get(name)
+            if id(parameter) in wanted:
+                found[id(parameter)] = marked.experts_of_rank
+    return found
+
+
+def part_of(value: Tensor, parameter: "DTensor", experts_of_rank: ExpertsOfRank | None = None) -> "DTensor":
+    """Return this rank's part of a whole tensor, as a DTensor like the parameter.
+
+    Args:
+        experts_of_rank: the parameter's order; None is the model's.
+    Raises:
+        ValueError: the parameter is sharded over several dimensions of a mesh.
+    """
+    from torch.distributed.tensor import DTensor, Shard
+
+    if parameter.placements != (Shard(0),):
+        raise ValueError(
+            f"a whole tensor can't be divided as {parameter.placements}: load with torch.distributed.checkpoint"
+        )
+    mesh = parameter.device_mesh
+    rank = mesh.get_local_rank()
+    device = value.device if parameter.is_meta else parameter.to_local().device
+    if experts_of_rank is not None:
+        by_expert = value.unflatten(0, (_num_experts(experts_of_rank), -1))
+        part = by_expert[list(experts_of_rank[rank])].flatten(0, 1).to(device)
+        return DTensor.from_local(part, mesh, [Shard(0)], run_check=False)
+    parts = value.chunk(mesh.size())  # as DTensor and FSDP2 divide
+    part = (parts[rank] if rank < len(parts) else value[:0]).clone().to(device)  # a view would keep the whole
+    return DTensor.from_local(part, mesh, [Shard(0)], run_check=False, shape=value.shape, stride=value.stride())
+
+
+def show_in_model_order(
+    names: Sequence[str], module: nn.Module, state_dict: "StateDict", prefix: str, *_: object
+) -> None:
+    """Show marked parameters in a module's state dict in the order of the model: a hook of state_dict()."""
+    order = order_of(module)
+    for name in names if order is not None else ():
+        value = state_dict.get(prefix + name)
+        if value is not None and order is not None and hasattr(value, "device_mesh"):
+            state_dict[prefix + name] = in_model_order(value, order)
+
+
+def in_slot_order(value: object, parameter: object, order: ExpertsOfRank | None, name: str) -> object:
+    """Return what a state dict has of a parameter, or of its optimizer's state, as this rank's part in its slots.
+
+    A whole tensor gives the rows of this rank's experts. What state_dict() has shown under another placement is
+    gathered, so every rank calls. What has another shape is left for torch to refuse.
+
+    Raises:
+        ValueError: it is a DTensor of which nothing tells the order, for a parameter in another order than the model's.
+    """
+    from torch.distributed.tensor import DTensor, Shard
+
+    if not isinstance(value, Tensor) or not isinstance(parameter, DTensor) or not value.dim():
+        return value
+    rows = placed_rows_of(value)
+    if rows is not None and rows.experts_of_rank == order:
+        return DTensor.from_local(rows.rows, parameter.device_mesh, [Shard(0)], run_check=False)
+    if rows is not None:
+        value = full_tensor(value, "the loading of experts that have moved since their state was taken")
+    elif isinstance(value, DTensor):
+        if order is not None:
+            raise ValueError(
+                f"{name} is a DTensor of which nothing says which expert a row belongs to, and the experts of this "
+                "module have moved (or have a placement): load what state_dict() gave, whole tensors on every rank, or "
+                "with torch.distributed.checkpoint into state_dict()"
+            )
+        return value
+    num_slots = parameter.shape[0]
+    num_rows = num_slots if order is None else num_slots // sum(map(len, order)) * _num_experts(order)
+    if tuple(parameter.placements) != (Shard(0),) or value.shape[0] != num_rows:
+        return value
+    return part_of(value, parameter, order)
+
+
+def _num_experts(experts_of_rank: ExpertsOfRank) -> int:
+    return 1 + max(max(held) for held in experts_of_rank)
+
+
+# Optimizers
+
+
+def shown_state(optimizer: torch.optim.Optimizer, state_dict: "StateDict") -> "StateDict":
+    """Return an optimizer's state dict with the states of experts in the order of the model."""
+    parameters = numbered_parameters(optimizer, state_dict)
+    orders = orders_of(list(parameters.values()))
+    state = {}
+    for number, own in state_dict["state"].items():
+        parameter = parameters.get(number)
+        order = orders.get(id(parameter))
+        state[number] = own if order is None else {name: _shown(value, parameter, order) for name, value in own.items()}
+    return {**state_dict, "state": state}
+
+
+def _shown(value: object, parameter: Tensor | None, order: ExpertsOfRank) -> object:
+    is_spread = isinstance(value, Tensor) and hasattr(value, "device_mesh") and value.dim() and parameter is not None
+    if not is_spread or placed_rows_of(value) is not None or value.shape[0] != parameter.shape[0]:  # type: ignore[union-attr,attr-defined]
+        return value
+    return in_model_order(value, order)  # type: ignore[arg-type]
+
+
+def _taken_state(optimizer: torch.optim.Optimizer, state_dict: "StateDict") -> "StateDict":
+    """Return a state dict with the states of moved experts, or taken before these moved, in the order of the slots."""
+    parameters = numbered_parameters(optimizer, state_dict)
+    orders = orders_of(list(parameters.values()))
+    state = {}
+    for number, own in state_dict["state"].items():
+        parameter = parameters.get(number)
+        order = orders.get(id(parameter))
+        state[number] = own
+        if order is not None or any(placed_rows_of(value) is not None for value in own.values()):
+            state[number] = {
+                name: in_slot_order(value, parameter, order, f"the state {name!r} of parameter {number}")
+                for name, value in own.items()
+            }
+    return {**state_dict, "state": state}
+
+
+def numbered_parameters(optimizer: torch.optim.Optimizer, state_dict: "StateDict") -> dict[int, Tensor]:
+    """Return the optimizer's parameters by their numbers in a state dict; torch says what differs in length."""
+    return {
+        number: parameter
+        for saved, group in zip(state_dict["param_groups"], optimizer.param_groups, strict=False)
+        for number, parameter in zip(saved["params"], group["params"], strict=False)
+    }
+
+
+def _show_states_of_optimizers() -> None:
+    """Let every optimizer's state_dict() show, and load_state_dict() take, experts in the order of the model."""
+    kind = torch.optim.Optimizer
+    if hasattr(kind.state_dict, MARK):
+        return
+    give, take = kind.state_dict, kind.load_state_dict
+
+    @functools.wraps(give)
+    def state_dict(self: torch.optim.Optimizer) -> "StateDict":
+        return shown_state(self, give(self))
+
+    @functools.wraps(take)
+    def load_state_dict(self: torch.optim.Optimizer, state_dict: "StateDict") -> None:
+        take(self, _taken_state(self, state_dict))
+
+    setattr(state_dict, MARK, True)
+    kind.state_dict = state_dict  # type: ignore[method-assign]
+    kind.load_state_dict = load_state_dict  # type: ignore[method-assign]
