@@ -1,6 +1,7 @@
 """Compile launches, several processes at a time, and judge what came out."""
 
 import concurrent.futures
+import functools
 import multiprocessing
 import re
 from collections.abc import Callable, Collection, Iterable
@@ -150,11 +151,16 @@ def compile_one(variant: str, kernel: str, item: launch.Launch, target_name: str
     )
 
 
+@functools.lru_cache(2)
+def _launches(variant: str, target: str) -> dict[str, launch.Launch]:
+    """Return the launches of a variant, with the table's tiles whatever somebody tuned on this machine."""
+    with measured_tiles.using({}):
+        return record_launches(VARIANTS[variant], ARCHITECTURES[target].target)
+
+
 def _run(job: tuple[str, str, str]) -> Compiled:
     variant, target, kernel = job
-    with measured_tiles.using({}):
-        launches = record_launches(VARIANTS[variant], ARCHITECTURES[target].target)
-    return compile_one(variant, kernel, launches[kernel], target)
+    return compile_one(variant, kernel, _launches(variant, target)[kernel], target)
 
 
 def compile_all(
@@ -171,9 +177,7 @@ def compile_all(
     jobs, seen = [], set()
     for variant in variants:
         for target in targets:
-            with measured_tiles.using({}):  # whatever somebody tuned on this machine
-                launches = record_launches(VARIANTS[variant], ARCHITECTURES[target].target)
-            for kernel, item in launches.items():
+            for kernel, item in _launches(variant, target).items():
                 source = source_of(item, ARCHITECTURES[target].target)
                 key = (target, source.hash(), str(item.options))
                 if key not in seen and (not kernels or kernel in kernels):
