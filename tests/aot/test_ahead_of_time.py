@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from tritonmoe.aot import ARCHITECTURES, Compiled
+from tritonmoe.aot.compilation import doubt_of
 from tritonmoe.aot.machine_code import read_amd
 from tritonmoe.kernels import launch
 
@@ -266,3 +267,14 @@ def test_a_step_passes_the_matrix_instruction():
 def test_what_is_unfit(measured, problem):
     fit = {"registers": 128, "num_warps": 8, "occupancy": 1, "matrix": "wgmma", "expected_matrix": "wgmma"}
     assert Compiled("bf16", "up", **({"target": "sm_90"} | fit | measured)).problem == problem
+
+
+@pytest.mark.parametrize("ptxas", ["12.8", "12.9", "13.0", "13.2", "13.3", "14.0"])
+def test_wgmma_of_registers_needs_a_ptxas_that_keeps_them(ptxas):
+    product = "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16"
+    of_memory = f"\t{product} {{%r1,%r2,%r3,%r4}}, %rd1, %rd2, %p1, 1, 1, 0, 0;"
+    of_registers = f"\t{product} {{%r1,%r2,%r3,%r4}}, {{%r5,%r6,%r7,%r8}}, %rd2, %p1, 1, 1, 0;"
+    assert doubt_of(of_memory, ptxas) == ""
+    doubt = doubt_of(f"{of_memory}\n{of_registers}", ptxas)
+    assert bool(doubt) == (ptxas not in ("13.3", "14.0"))
+    assert Compiled("", "up up", "sm_90", occupancy=1, doubt=doubt).problem == doubt

@@ -4,7 +4,7 @@ import concurrent.futures
 import functools
 import multiprocessing
 import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import triton
@@ -26,6 +26,8 @@ HALF_BYTES = 2
 """Bytes of an element of fp16 and bf16."""
 
 
+FIRST_RIGHT_PTXAS = (13, 3)
+"""The release that keeps the registers of wgmma's operands until it has read them."""
 FEW_BYTES = 16
 """What a thread may spill outside of innermost loops: ptxas does so where one more program then fits."""
 
@@ -59,6 +61,8 @@ class Compiled:
     """Of a step of a product in fp16 or bf16: the tile's rows, columns and depth, what `MachineCode.step` has, the
     bytes of its operands' tiles ("l2_bytes"), the cycles of its products ("matrix_cycles"), and on NVIDIA those in
     which one scheduler issues its instructions ("issue_slots")."""
+    doubt: str = ""
+    """Why the assembler isn't trusted with it; empty where it is."""
     error: str = ""
 
     @property
@@ -68,6 +72,8 @@ class Compiled:
         limit = architecture.shared_bytes_per_program
         if self.error:
             return self.error
+        if self.doubt:
+            return self.doubt
         if architecture.target.backend == "cuda":
             if self.looped_spills:
                 return f"spills in a loop: {self.looped_spills} loads and stores of {self.spills} bytes"
@@ -106,6 +112,25 @@ def _step(code: MachineCode, tile: tuple[int, int, int] | None, target_name: str
     if architecture.target.backend == "cuda":  # AMD's take a vector instruction in four cycles, and others beside it
         step["issue_slots"] = code.step["instructions"] * code.num_warps // SCHEDULERS
     return step
+
+
+def doubt_of(ptx: str, ptxas: str) -> str:
+    """Say why ptxas of this version, as "12.9", may make wrong code of a kernel; empty where no such mistake is known.
+
+    It used registers of a wgmma's left operand again before the product had read them (triton-lang/triton#11781).
+    """
+    found = re.search(r"wgmma\.mma_async\S*\s*\{[^}]*\}\s*,\s*\{", ptx)
+    if found is None or tuple(map(int, ptxas.split("."))) >= FIRST_RIGHT_PTXAS:
+        return ""
+    return f"wgmma reads its left operand from registers, of which ptxas {ptxas} makes wrong code: 13.3 is right"
+
+
+def _doubt(assembly: Mapping[str, object], target: GPUTarget) -> str:
+    if target.backend != "cuda":
+        return ""
+    from triton.backends.nvidia.compiler import get_ptxas  # a Triton for AMD alone hasn't it
+
+    return doubt_of(str(assembly["ptx"]), get_ptxas(target.arch).version)
 
 
 def compile_unchecked(item: launch.Launch, target: GPUTarget) -> CompiledKernel:
@@ -148,6 +173,7 @@ def compile_one(variant: str, kernel: str, item: launch.Launch, target_name: str
         tma_operands=sum(isinstance(argument, TensorDescriptor) for argument in item.args),
         loop=code.loop,
         step=_step(code, tile, target_name),
+        doubt=_doubt(assembly, architecture.target),
     )
 
 
