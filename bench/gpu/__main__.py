@@ -14,7 +14,7 @@ from bench.gpu.compilation import compile_missing, kernels_of
 from bench.gpu.plan import Case, cases
 from bench.gpu.setting import DAY, REHEARSAL, Setting
 from bench.gpu.worker import Worker
-from tritonmoe.aot import ARCHITECTURES
+from tritonmoe.aot import architecture_named
 from tritonmoe.benchmarks.argument_types import output_file
 from tritonmoe.benchmarks.kept_results import KeptResults, open_results, source_hash
 from tritonmoe.benchmarks.machine import identity
@@ -44,8 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     setting = REHEARSAL if arguments.rehearse else DAY
     target = REHEARSED_TARGET if arguments.rehearse else launch.architecture_of(launch.target_of(setting.device))
-    if target not in ARCHITECTURES:
-        print(f"python -m bench.gpu: {target} is none of {', '.join(ARCHITECTURES)}", file=sys.stderr)
+    try:
+        architecture_named(target)
+    except ValueError as error:
+        print(f"python -m bench.gpu: {error}", file=sys.stderr)
         return 2
     deadline = time.monotonic() + arguments.budget_s
     try:

@@ -12,7 +12,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from tritonmoe.aot.architectures import ARCHITECTURES, SCHEDULERS
+from tritonmoe.aot.architectures import SCHEDULERS, architecture_named
 from tritonmoe.aot.launches import VARIANTS, record_launches, source_of
 from tritonmoe.aot.machine_code import MachineCode, read_amd, read_nvidia
 from tritonmoe.kernels import launch
@@ -68,7 +68,7 @@ class Compiled:
     @property
     def problem(self) -> str:
         """Say what is wrong; empty when the kernel is fit to run."""
-        architecture = ARCHITECTURES[self.target]
+        architecture = architecture_named(self.target)
         limit = architecture.shared_bytes_per_program
         if self.error:
             return self.error
@@ -105,7 +105,7 @@ def _step(code: MachineCode, tile: tuple[int, int, int] | None, target_name: str
     """Put what a step of a product costs beside what the tile asks for; empty where no matrix instruction loops."""
     if tile is None or not code.step:
         return {}
-    architecture, (rows, columns, depth) = ARCHITECTURES[target_name], tile
+    architecture, (rows, columns, depth) = architecture_named(target_name), tile
     step = {"rows": rows, "columns": columns, "depth": depth, **code.step}
     step["l2_bytes"] = (rows + columns) * depth * HALF_BYTES
     step["matrix_cycles"] = 2 * rows * columns * depth // architecture.matrix_flops
@@ -140,7 +140,7 @@ def compile_unchecked(item: launch.Launch, target: GPUTarget) -> CompiledKernel:
 
 def compile_one(variant: str, kernel: str, item: launch.Launch, target_name: str) -> Compiled:
     """Compile one launch for one target."""
-    architecture = ARCHITECTURES[target_name]
+    architecture = architecture_named(target_name)
     try:
         compiled = compile_unchecked(item, architecture.target)
         assembly = compiled.asm
@@ -181,7 +181,7 @@ def compile_one(variant: str, kernel: str, item: launch.Launch, target_name: str
 def _launches(variant: str, target: str) -> dict[str, launch.Launch]:
     """Return the launches of a variant, with the table's tiles whatever somebody tuned on this machine."""
     with measured_tiles.using({}):
-        return record_launches(VARIANTS[variant], ARCHITECTURES[target].target)
+        return record_launches(VARIANTS[variant], architecture_named(target).target)
 
 
 def _run(job: tuple[str, str, str]) -> Compiled:
@@ -204,7 +204,7 @@ def compile_all(
     for variant in variants:
         for target in targets:
             for kernel, item in _launches(variant, target).items():
-                source = source_of(item, ARCHITECTURES[target].target)
+                source = source_of(item, architecture_named(target).target)
                 key = (target, source.hash(), str(item.options))
                 if key not in seen and (not kernels or kernel in kernels):
                     seen.add(key)

@@ -98,7 +98,7 @@ def _doubted_reason(device: torch.device, installed: str | None) -> str | None:
     if numbers >= FENCED_TRITON:
         return None
     return (
-        f"what Triton {installed} makes for compute capability {capability[0]}.{capability[1]} lacks a barrier and fences "
+        f"what Triton {installed} makes for compute capability 10.{capability[1]} lacks a barrier and fences "
         f"(triton-lang/triton#9871): upgrade it to {'.'.join(map(str, FENCED_TRITON))}. With backend='triton' kernels "
         "run, and load nothing asynchronously"
     )

@@ -124,9 +124,8 @@ class LayerCase:
         found |= {"down_grad: dh": dh, "down_grad: s*a": scaled_a, "down_grad: gate weights": dweights}
         if activation is not None:
             gate_up = self._adding(self.gate_up, "dx", num_pairs)
-            found["up_grad"] = ops.up_grad(
-                operand("down_grad: dh"), gate_up, grouping, out=gate_up.addend, options=options
-            )
+            dh_given = operand("down_grad: dh")
+            found["up_grad"] = ops.up_grad(dh_given, gate_up, grouping, out=gate_up.addend, options=options)
             rows = GradientOperands(self.x, dh_given, self.dout, operand("down_grad: s*a"), self.weights)
             needs = PerWeight(True, self.b1 is not None, True, self.b2 is not None)
             grads = ops.weight_grad(grouping, self.layout, rows, needs, options=options)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from tritonmoe.aot import ARCHITECTURES, Variant, compile_one, compile_unchecked, record_launches, source_of
+from tritonmoe.aot import Variant, architecture_named, compile_one, compile_unchecked, record_launches, source_of
 from tritonmoe.kernels.launch import Launch
 from tritonmoe.kernels.tiles import measured_tiles
 from tritonmoe.kernels.tiles.config import TileConfig
@@ -121,7 +121,7 @@ class Candidate:
 def products_of(variant: Variant, target_name: str) -> dict[str, TileConfig]:
     """Return the table's tile of every product of a layer's steps on a GPU, by its key."""
     with measured_tiles.using({}), measured_tiles.asked() as found:
-        record_launches(variant, ARCHITECTURES[target_name].target)
+        record_launches(variant, architecture_named(target_name).target)
     return found
 
 
@@ -139,7 +139,7 @@ class Fitness:
 
 def judge(variant: Variant, target_name: str, candidate: Candidate) -> Fitness:
     """Compile what a candidate changes in a layer's steps; the kernels stay in Triton's cache."""
-    target = ARCHITECTURES[target_name].target
+    target = architecture_named(target_name).target
     with measured_tiles.using({}):
         plain = record_launches(variant, target)
     with measured_tiles.using({candidate.key: candidate.fields}):
