@@ -4,10 +4,12 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
+from triton.backends.compiler import GPUTarget
 
-from tritonmoe.aot import ARCHITECTURES, Compiled
+from tritonmoe.aot import ARCHITECTURES, Compiled, architecture_named
 from tritonmoe.aot.compilation import doubt_of
 from tritonmoe.aot.machine_code import read_amd
 from tritonmoe.kernels import launch
@@ -267,6 +269,30 @@ def test_a_step_passes_the_matrix_instruction():
 def test_what_is_unfit(measured, problem):
     fit = {"registers": 128, "num_warps": 8, "occupancy": 1, "matrix": "wgmma", "expected_matrix": "wgmma"}
     assert Compiled("bf16", "up", **({"target": "sm_90"} | fit | measured)).problem == problem
+
+
+@pytest.mark.parametrize(
+    ("name", "like", "target"),
+    [
+        ("sm_90", "sm_90", GPUTarget("cuda", 90, 32)),
+        ("sm_87", "sm_86", GPUTarget("cuda", 87, 32)),
+        ("sm_103", "sm_100", GPUTarget("cuda", 103, 32)),
+        ("sm_121", "sm_120", GPUTarget("cuda", 121, 32)),
+        ("gfx90a", "gfx90a", GPUTarget("hip", "gfx90a", 64)),
+        ("gfx908", "gfx90a", GPUTarget("hip", "gfx908", 64)),
+    ],
+)
+def test_a_card_that_is_not_listed_has_what_its_family_has(name, like, target):
+    found = architecture_named(name)
+    assert found.target == target
+    assert replace(found, target=architecture_named(like).target) == architecture_named(like)
+
+
+def test_cards_that_nobody_knows():
+    assert architecture_named("gfx1100").target == GPUTarget("hip", "gfx1100", 32)
+    for name in ("sm_75", "sm_90a", "90", "gfx803", ""):
+        with pytest.raises(ValueError, match=f"a target must be named as sm_80, .*, got '{name}'"):
+            architecture_named(name)
 
 
 @pytest.mark.parametrize("ptxas", ["12.8", "12.9", "13.0", "13.2", "13.3", "14.0"])
