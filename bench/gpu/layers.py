@@ -134,15 +134,15 @@ def _dense_products(inputs: LayerInputs, backward: bool) -> Call:
     return run
 
 
-def measure_memory(bench: Workbench, shape: str, num_tokens: int, routing: str, others: bool) -> Json:
+def measure_memory(bench: Workbench, shape: str, num_tokens: int, routing: str, with_peers: bool) -> Json:
     """Return the megabytes that a forward keeps for backward beside x and weights, and the most that a step holds.
 
-    others: whether those of the peers and the torch backend too, by name; a peer that raises is left out, and why.
+    with_peers: whether those of the peers and the torch backend too, by name; a peer that raises is left out, and why.
     """
     inputs = bench.inputs(shape, num_tokens, routing)
     ours = _with_tiles(_ours(bench.setting.layer_backend, inputs), {})
     found: Json = _memory_of(inputs, ours)
-    if others:
+    if with_peers:
         functions, left_out = _peers(inputs)
         memory: dict[str, Json] = {OURS: dict(found)}
         for name, function in functions.items():

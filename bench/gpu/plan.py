@@ -86,7 +86,7 @@ def _headline(setting: Setting) -> Iterator[Case]:
         yield Case(f"B operation {operation}", "measure_operation", {**layer, "operation": operation})
     yield Case("B ways", "measure_ways", {**layer, "routing": "uniform"}, limit_s=180.0, usual_s=60.0)
     yield Case("B router", "measure_router", layer)
-    yield Case("B memory", "measure_memory", {**layer, "routing": "uniform", "others": False})
+    yield Case("B memory", "measure_memory", {**layer, "routing": "uniform", "with_peers": False})
     for operation in OPERATIONS:
         few = {"operation": operation, "num_tokens": FEW_TOKENS}
         yield Case(f"B host time of {operation}", "measure_host", few)
@@ -114,7 +114,7 @@ def _tiles(setting: Setting, target_name: str) -> Iterator[Case]:
 def _peers(setting: Setting) -> Iterator[Case]:
     for num_tokens in setting.peer_tokens:
         yield from _layer("D", HEADLINE, num_tokens, "uniform", others=True, tuned=True)
-    layer = {"shape": HEADLINE, "num_tokens": setting.peer_tokens[0], "routing": "uniform", "others": True}
+    layer = {"shape": HEADLINE, "num_tokens": setting.peer_tokens[0], "routing": "uniform", "with_peers": True}
     yield Case("D memory", "measure_memory", layer, limit_s=180.0, usual_s=45.0)
 
 

@@ -157,7 +157,7 @@ def test_a_variant_that_fails_while_it_is_timed_is_left_out(bench):
 
 def test_memory_is_h_and_the_mark_of_the_call(bench):
     """h in the layer's dtype, one int64 that marks the call, and nothing that depends on D."""
-    found = layers.measure_memory(bench, HEADLINE, 12, "uniform", others=False)
+    found = layers.measure_memory(bench, HEADLINE, 12, "uniform", with_peers=False)
     assert found["kept_mb"] == round((24 * 2 * 16 * 4 + 8) / 1e6, 3)
     assert found["peak_mb"] > 0
 
@@ -289,7 +289,7 @@ def test_files_of_tests(monkeypatch):
 
 
 def test_the_memory_of_peers_stands_beside_ours(bench):
-    found = layers.measure_memory(bench, HEADLINE, 12, "uniform", others=True)
+    found = layers.measure_memory(bench, HEADLINE, 12, "uniform", with_peers=True)
     assert {"tritonmoe", "torch backend", "eager"} <= set(found["memory"])
     assert found["memory"]["tritonmoe"] == {"kept_mb": found["kept_mb"], "peak_mb": found["peak_mb"]}
     assert all(one["kept_mb"] > 0 and one["peak_mb"] > 0 for one in found["memory"].values())

@@ -31,7 +31,7 @@ def add_parser(subparsers: Subparsers) -> None:
     show_help = "print the configurations that are chosen, or without a layer the table of tiles; needs no GPU"
     parser.add_argument("--show", action="store_true", help=show_help)
     parser.add_argument("--json", action="store_true", help="with --show and a layer: print one JSON object")
-    parser.add_argument("--target", help="with --show: sm_80, sm_90, sm_100, sm_120, gfx942, gfx950 (default sm_90)")
+    parser.add_argument("--target", help="with --show: any card, as sm_90 (the default) or gfx942")
     parser.set_defaults(run=run)
 
 

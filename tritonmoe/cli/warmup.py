@@ -33,7 +33,7 @@ def add_parser(subparsers: Subparsers) -> None:
         default=1,
         help="ranks that the experts are spread over (default 1); --tokens are then the rows that one of them receives",
     )
-    parser.add_argument("--target", help="compile for sm_80, sm_90, sm_100, sm_120, gfx942 or gfx950, without a GPU")
+    parser.add_argument("--target", help="compile for any card, as sm_90 or gfx942, without a GPU")
     parser.set_defaults(run=run)
 
 
