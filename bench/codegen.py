@@ -28,7 +28,7 @@ OLDEST_TRITON = "3.6.0"
 ROOT = Path(__file__).parent.parent / "tritonmoe"
 RESULT = Path("bench") / "results" / "codegen.json"
 STEPS = RESULT.with_name("codegen_steps.json")
-STEP_VARIANT = "bf16"
+STEP_VARIANT = "Qwen3-30B-A3B"
 STEP_KERNELS = (
     *("up up", "down grouped_matmul", "down_grad down_grad", "up_grad grouped_matmul"),
     *("weight_grad W1 outer_sums", "weight_grad W2 outer_sums"),

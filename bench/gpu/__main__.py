@@ -4,8 +4,9 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -14,7 +15,7 @@ from bench.gpu.compilation import compile_missing, kernels_of
 from bench.gpu.plan import Case, cases
 from bench.gpu.setting import DAY, REHEARSAL, Setting
 from bench.gpu.worker import Worker
-from tritonmoe.aot import ARCHITECTURES
+from tritonmoe.aot import architecture_named
 from tritonmoe.benchmarks.argument_types import output_file
 from tritonmoe.benchmarks.kept_results import KeptResults, open_results, source_hash
 from tritonmoe.benchmarks.machine import identity
@@ -36,6 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--budget-s", type=float, default=570.0, help="begin no case that may last longer than so many seconds (570)"
     )
+    for name, what in (("only", "only cases"), ("skip", "no case")):
+        parser.add_argument(
+            f"--{name}", type=_words, default=(), help=f"{what} of these stages, or with these words: A,D or tests"
+        )
     parser.add_argument("--rehearse", action="store_true", help="tiny shapes, on this CPU")
     arguments = parser.parse_args(argv)
     problem = _why_not(arguments.rehearse)
@@ -44,16 +49,42 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     setting = REHEARSAL if arguments.rehearse else DAY
     target = REHEARSED_TARGET if arguments.rehearse else launch.architecture_of(launch.target_of(setting.device))
-    if target not in ARCHITECTURES:
-        print(f"python -m bench.gpu: {target} is none of {', '.join(ARCHITECTURES)}", file=sys.stderr)
+    try:
+        architecture_named(target)
+    except ValueError as error:
+        print(f"python -m bench.gpu: {error}", file=sys.stderr)
         return 2
     deadline = time.monotonic() + arguments.budget_s
     try:
         with open_results(arguments.out, {**identity(), "is_rehearsal": arguments.rehearse}) as results:
-            return _run(setting, target, results, deadline)
+            return _run(setting, target, results, deadline, _Choice(arguments.only, arguments.skip))
     except (OSError, ValueError) as error:
         print(f"python -m bench.gpu: {error}", file=sys.stderr)
         return 2
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(filter(None, (word.strip() for word in text.split(","))))
+
+
+class _Choice(NamedTuple):
+    """Which cases this call runs."""
+
+    only: tuple[str, ...]
+    skip: tuple[str, ...]
+
+    def has(self, case: Case) -> bool:
+        def is_one_of(words: tuple[str, ...]) -> bool:
+            return any(word == case.name[0] or (len(word) > 1 and word in case.name) for word in words)
+
+        return (not self.only or is_one_of(self.only)) and not is_one_of(self.skip)
+
+
+def expected_s(case: Case, plan: Sequence[Case], by_case: Mapping[str, Json]) -> float:
+    """Return how long a case may last: a quarter longer than any that measured the same, if one did."""
+    alike = [by_case.get(one.name, {}).get("seconds") for one in plan if one.measure == case.measure]
+    measured = [seconds for seconds in alike if seconds is not None]
+    return min(1.25 * max(measured), case.limit_s) if measured else case.usual_s
 
 
 def _why_not(rehearse: bool) -> str:
@@ -76,24 +107,34 @@ def is_wrong(result: Json) -> bool:
     return result.get("passed") is False or "failed" in result or bool(result.get("problem"))
 
 
-def _run(setting: Setting, target: str, results: KeptResults, deadline: float) -> int:
+def _run(setting: Setting, target: str, results: KeptResults, deadline: float, choice: _Choice) -> int:
     kernels = kernels_of(setting, target)
     plan = cases(setting, target)
-    missing = [case for case in plan if not is_finished(results.by_case.get(case.name))]
+    unfinished = [case for case in plan if not is_finished(results.by_case.get(case.name))]
+    missing = [case for case in unfinished if choice.has(case)]
     print(
-        f"run {results.run}: {len(plan) - len(missing)} of {len(plan)} cases are finished in {results.path}", flush=True
+        f"run {results.run}: {len(plan) - len(unfinished)} of {len(plan)} cases are finished in {results.path}",
+        flush=True,
     )
-    worker, compiled = Worker(setting), 0
+    worker, compiled, left = Worker(setting), 0, list[Case]()
+
+    def fits(case: Case) -> bool:
+        return time.monotonic() + expected_s(case, plan, results.by_case) <= deadline
+
     try:
-        for number, case in enumerate(missing):
+        for case in missing:
+            # What waits for tiles that were measured waits for all of them.
+            waits = case.needs_tuned and any(one.name[0] == "C" for one in left)
+            if waits or not fits(case):
+                left.append(case)
+                continue
             needed = [kernel for kernel in kernels if kernel.name[0] <= case.name[0]]
-            is_ready = len(needed) == compiled or case.measure in ("describe_machine", "measure_dense")
-            if not is_ready:
+            if len(needed) > compiled and case.measure not in ("describe_machine", "measure_dense"):
                 is_ready = compile_missing(needed, target, results, deadline, lambda text: print(text, flush=True))
-                compiled = len(needed)
-            if not is_ready or time.monotonic() + case.usual_s > deadline:
-                print(f"{len(missing) - number} cases are left: run the same command again")
-                return 3
+                compiled = len(needed) if is_ready else compiled
+                if not is_ready or not fits(case):
+                    left.append(case)
+                    continue
             started = time.monotonic()
             found = _run_case(case, setting, results, worker)
             seconds = round(time.monotonic() - started, 2)
@@ -101,13 +142,18 @@ def _run(setting: Setting, target: str, results: KeptResults, deadline: float) -
             print(f"{case.name}: {_headline(found)} ({seconds:.1f} s)", flush=True)
     finally:
         worker.stop()
+    if left:
+        seconds = sum(expected_s(case, plan, results.by_case) for case in left)
+        print(f"{len(left)} cases are left, of about {seconds:.0f} s: run the same command again")
+        return 3
     names = [case.name for case in plan] + [kernel.name for kernel in kernels if kernel.candidate is None]
     wrong = {name: result for name in names if is_wrong(result := results.by_case.get(name, {}))}
     for name, result in wrong.items():
         why = next((result[word] for word in ("failed", "errors", "failures", "problem") if result.get(word)), result)
         print(f"WRONG: {name}: {why}"[:1000], file=sys.stderr)
     print(f"tiles that were faster, twice: {json.dumps(tuned_entries(results.by_case))}")
-    print(f"all {len(plan)} cases are finished, {len(wrong)} of them wrong")
+    chosen = [case for case in plan if choice.has(case)]
+    print(f"all {len(chosen)} cases{' chosen' if chosen != plan else ''} are finished, {len(wrong)} of them wrong")
     return 1 if wrong else 0
 
 

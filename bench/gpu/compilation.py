@@ -13,7 +13,7 @@ import triton
 
 from bench.gpu.children import answers
 from bench.gpu.setting import HEADLINE, Setting
-from tritonmoe.aot import ARCHITECTURES, Variant, compile_unchecked, record_launches, source_of
+from tritonmoe.aot import Variant, architecture_named, compile_unchecked, record_launches, source_of
 from tritonmoe.backends.kernel_check import CASES
 from tritonmoe.benchmarks.kept_results import KeptResults
 from tritonmoe.benchmarks.tile_candidates import Candidate, judge
@@ -63,7 +63,7 @@ def headline_candidates(setting: Setting, target_name: str) -> list[Candidate]:
 
 def kernels_of(setting: Setting, target_name: str) -> list[Kernel]:
     """Return all that is launched, each once, the headline's first; what only F launches is compiled before F."""
-    target = ARCHITECTURES[target_name].target
+    target = architecture_named(target_name).target
     num_tokens = setting.headline_tokens
     headline = variant_of(setting, HEADLINE, num_tokens)
     layers = {f"A compile {HEADLINE} T={num_tokens} {tiles}": replace(headline, tiles=tiles) for tiles in CHECKED_TILES}
@@ -101,9 +101,9 @@ def _compile(kernel: Kernel, target_name: str) -> Json:
         found: Json = asdict(judge(kernel.variant, target_name, kernel.candidate))
     else:
         with measured_tiles.using({}):
-            launch = record_launches(kernel.variant, ARCHITECTURES[target_name].target)[kernel.kernel]
+            launch = record_launches(kernel.variant, architecture_named(target_name).target)[kernel.kernel]
         try:
-            compiled = compile_unchecked(launch, ARCHITECTURES[target_name].target)
+            compiled = compile_unchecked(launch, architecture_named(target_name).target)
             found = {"problem": "", "shared_bytes": compiled.metadata.shared}
         except Exception as error:
             found = {"problem": f"{type(error).__name__}: {error}"[:2000]}

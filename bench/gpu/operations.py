@@ -114,7 +114,8 @@ def measure_host(bench: Workbench, operation: str, num_tokens: int) -> Json:
             samples.append((time.perf_counter() - started) / count)
             if is_gpu:
                 torch.cuda.synchronize()
-        with launch.recording(TARGETS["sm_90"]) as launches:
+        target = launch.target_of(bench.setting.device) if is_gpu else None
+        with launch.recording(target or TARGETS["sm_90"]) as launches:
             call()
     us = sorted(1e6 * seconds for seconds in samples)
     return {"host_us": round(us[len(us) // 2], 2), "samples_us": us, "launches": len(launches)}

@@ -1,8 +1,9 @@
 """The day's plan: every case in the order in which it is run, what matters most first.
 
 A: what machine this is, dense ceilings, everything compiled, small layers and the headline's own tiles checked.
-B: the headline, layer and operations, then the kernels' tests on the GPU, which compile a lot. C: its tiles, tuned and
-measured again. D: its peers. E: ncu and compute-sanitizer. F: other numbers of tokens, other layers, other tests.
+B: the headline: layer, in every way in which jobs run it, and operations. C: its tiles, tuned and measured again. D:
+its peers, with their memory. E: ncu and compute-sanitizer, then the kernels' tests on the GPU, which compile a lot. F:
+other numbers of tokens, other layers, other tests.
 """
 
 from collections.abc import Iterator, Sequence
@@ -83,13 +84,13 @@ def _headline(setting: Setting) -> Iterator[Case]:
     layer = {"shape": HEADLINE, "num_tokens": num_tokens}
     for operation in OPERATIONS:
         yield Case(f"B operation {operation}", "measure_operation", {**layer, "operation": operation})
+    yield Case("B ways", "measure_ways", {**layer, "routing": "uniform"}, limit_s=180.0, usual_s=60.0)
     yield Case("B router", "measure_router", layer)
-    yield Case("B memory", "measure_memory", {**layer, "routing": "uniform"})
+    yield Case("B memory", "measure_memory", {**layer, "routing": "uniform", "with_peers": False})
     for operation in OPERATIONS:
         few = {"operation": operation, "num_tokens": FEW_TOKENS}
         yield Case(f"B host time of {operation}", "measure_host", few)
     yield Case("B kernels of a step", "profile_step", {**layer, "entries": {}})
-    yield from _tests("B", setting.kernel_tests)
 
 
 def _tests(stage: str, files: Sequence[str]) -> Iterator[Case]:
@@ -113,6 +114,8 @@ def _tiles(setting: Setting, target_name: str) -> Iterator[Case]:
 def _peers(setting: Setting) -> Iterator[Case]:
     for num_tokens in setting.peer_tokens:
         yield from _layer("D", HEADLINE, num_tokens, "uniform", others=True, tuned=True)
+    layer = {"shape": HEADLINE, "num_tokens": setting.peer_tokens[0], "routing": "uniform", "with_peers": True}
+    yield Case("D memory", "measure_memory", layer, limit_s=180.0, usual_s=45.0)
 
 
 def _tools(setting: Setting) -> Iterator[Case]:
@@ -123,6 +126,7 @@ def _tools(setting: Setting) -> Iterator[Case]:
         for operation in setting.profiled_operations:
             arguments = {"tool": tool, "operation": operation, "num_tokens": setting.sanitized_tokens}
             yield Case(f"E {tool} {operation}", "run_sanitizer", arguments, limit_s=300.0, usual_s=75.0)
+    yield from _tests("E", setting.kernel_tests)
 
 
 def _other_layers(setting: Setting) -> Iterator[Case]:

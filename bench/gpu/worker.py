@@ -28,7 +28,7 @@ def _measures() -> dict[str, Callable[..., Json]]:
     functions = (
         *(versions.describe_machine, operations.measure_dense, programs.run_tests),
         *(checks.check_small_layers, checks.check_samples, checks.rerun),
-        *(layers.measure_layer, layers.measure_memory, layers.measure_router),
+        *(layers.measure_layer, layers.measure_memory, layers.measure_router, layers.measure_ways),
         *(operations.measure_operation, operations.profile_step, operations.measure_host),
         *(operations.try_tile, operations.remeasure_tile, programs.profile_with_ncu, programs.run_sanitizer),
     )

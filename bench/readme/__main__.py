@@ -41,6 +41,7 @@ TABLES = {
     "fixed_experts": overlap_tables.fixed_experts_table,
     "scheduler": overlap_tables.scheduler_table,
     "codegen": kernel_tables.codegen_table,
+    "codegen_epilogues": kernel_tables.codegen_epilogues_table,
     "codegen_steps": kernel_tables.codegen_steps_table,
     "gpu": gpu_tables.gpu_table,
     "gpu_killed": gpu_tables.killed_text,

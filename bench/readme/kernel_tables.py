@@ -11,6 +11,7 @@ from tritonmoe.kernels.tiles import measured_tiles
 
 __all__ = [
     "bounds_table",
+    "codegen_epilogues_table",
     "codegen_steps_table",
     "codegen_table",
     "decoding_table",
@@ -56,6 +57,7 @@ def codegen_table(name: str) -> str:
         f"`python -m bench.codegen` with Triton {' and '.join([*older, newest])}: {data['num_kernels']} kernels of "
         f"{data['num_variants']} layouts, gates, dtypes, shapes and batch sizes, {len(data['unfit'])} of them unfit (a "
         "spill in a loop or of more than 16 bytes, too much shared memory, a missing matrix instruction). "
+        "sm_86, sm_89 and gfx90a are compiled for in the variants of the test suite alone. "
         f"{data['num_spilling']} spill up to {most_spilled} bytes of a thread outside of their loops, so that one more "
         f"program fits. Below: the worst of each kernel with Triton {newest}. A cell has the most registers, the most "
         "KB of shared memory, and the fewest programs side by side on a multiprocessor.",
@@ -96,6 +98,35 @@ def codegen_steps_table(name: str) -> str:
     return "\n".join(lines)
 
 
+EPILOGUES = ("up up", "down grouped_matmul", "down_grad down_grad", "up_grad grouped_matmul")
+"""The products whose programs walk, so that a tile's beginning and end stand in the loop."""
+
+
+def codegen_epilogues_table(name: str) -> str:
+    """Return what a tile's beginning and end cost, in the table `name` and in that of today's kernels."""
+    tables = load(name), load("codegen_steps")
+    places = [(row["triton"], row["target"]) for row in tables[0]["results"] if row["kernel"] == EPILOGUES[0]]
+    around = [
+        {
+            (row["kernel"], row["triton"], row["target"]): row["loop_instructions"] - row["instructions"]
+            for row in table["results"]
+        }
+        for table in tables
+    ]
+    lines = [
+        f"`python -m bench.codegen --steps`, Qwen3-30B-A3B in bf16, of {tables[0]['date']} and {tables[1]['date']}: "
+        "instructions of a warp in the persistent loop that are no part of a step, so a tile's beginning and end, "
+        "before and after. A dash: no program walks.",
+        "",
+        *table_head("kernel", *(f"{target}, {version}" for version, target in places)),
+    ]
+    for kernel in EPILOGUES:
+        pairs = [tuple(one[(kernel, *place)] for one in around) for place in places]
+        cells = (f"{before}, {after}" if before else "-" for before, after in pairs)
+        lines.append(table_row(kernel, *cells))
+    return "\n".join(lines)
+
+
 def _step_cell(row: dict) -> str:
     around = row["loop_instructions"]
     cell = [f"{row['instructions']}{f' ({around})' if around > 2 * row['instructions'] else ''}"]
@@ -120,7 +151,7 @@ def missing_waits_table(name: str) -> str:
         "of a layer's products (up, down, down_grad, up_grad and both weight gradients, bf16), deleted alone: "
         f"{len(rows)} in all. *Left over*: it can go together with all others of its kind in this column, and the "
         "order is kept. *One of several*: once those are gone the machine notices this one too. *Never runs*: in code "
-        "for a product of no steps (a hidden size of 0), for eight partial sums at once, "
+        "for eight partial sums at once, "
         "or of AMD's for firmware that doesn't preload arguments.",
         "",
         *table_head("GPU", "deleted", "noticed", "left over", "one of several", "never runs"),

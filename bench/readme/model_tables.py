@@ -140,7 +140,7 @@ def headline_table(_: str) -> str:
             f"{found} of {tried} named first",
         ),
         (
-            f"{codegen['num_kernels']} kernels compiled for six GPUs",
+            f"{codegen['num_kernels']} kernels compiled for nine GPUs",
             f"{len(codegen['unfit'])} that spill in a loop or lack the matrix instruction",
         ),
         ("anything on a GPU", "not measured yet"),

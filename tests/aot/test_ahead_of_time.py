@@ -4,10 +4,13 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
+from triton.backends.compiler import GPUTarget
 
-from tritonmoe.aot import ARCHITECTURES, Compiled
+from tritonmoe.aot import ARCHITECTURES, Compiled, architecture_named
+from tritonmoe.aot.compilation import doubt_of
 from tritonmoe.aot.machine_code import read_amd
 from tritonmoe.kernels import launch
 
@@ -266,3 +269,38 @@ def test_a_step_passes_the_matrix_instruction():
 def test_what_is_unfit(measured, problem):
     fit = {"registers": 128, "num_warps": 8, "occupancy": 1, "matrix": "wgmma", "expected_matrix": "wgmma"}
     assert Compiled("bf16", "up", **({"target": "sm_90"} | fit | measured)).problem == problem
+
+
+@pytest.mark.parametrize(
+    ("name", "like", "target"),
+    [
+        ("sm_90", "sm_90", GPUTarget("cuda", 90, 32)),
+        ("sm_87", "sm_86", GPUTarget("cuda", 87, 32)),
+        ("sm_103", "sm_100", GPUTarget("cuda", 103, 32)),
+        ("sm_121", "sm_120", GPUTarget("cuda", 121, 32)),
+        ("gfx90a", "gfx90a", GPUTarget("hip", "gfx90a", 64)),
+        ("gfx908", "gfx90a", GPUTarget("hip", "gfx908", 64)),
+    ],
+)
+def test_a_card_that_is_not_listed_has_what_its_family_has(name, like, target):
+    found = architecture_named(name)
+    assert found.target == target
+    assert replace(found, target=architecture_named(like).target) == architecture_named(like)
+
+
+def test_cards_that_nobody_knows():
+    assert architecture_named("gfx1100").target == GPUTarget("hip", "gfx1100", 32)
+    for name in ("sm_75", "sm_90a", "90", "gfx803", ""):
+        with pytest.raises(ValueError, match=f"a target must be named as sm_80, .*, got '{name}'"):
+            architecture_named(name)
+
+
+@pytest.mark.parametrize("ptxas", ["12.8", "12.9", "13.0", "13.2", "13.3", "14.0"])
+def test_wgmma_of_registers_needs_a_ptxas_that_keeps_them(ptxas):
+    product = "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16"
+    of_memory = f"\t{product} {{%r1,%r2,%r3,%r4}}, %rd1, %rd2, %p1, 1, 1, 0, 0;"
+    of_registers = f"\t{product} {{%r1,%r2,%r3,%r4}}, {{%r5,%r6,%r7,%r8}}, %rd2, %p1, 1, 1, 0;"
+    assert doubt_of(of_memory, ptxas) == ""
+    doubt = doubt_of(f"{of_memory}\n{of_registers}", ptxas)
+    assert bool(doubt) == (ptxas not in ("13.3", "14.0"))
+    assert Compiled("", "up up", "sm_90", occupancy=1, doubt=doubt).problem == doubt

@@ -19,8 +19,10 @@ from tritonmoe import __version__
 from tritonmoe.backends import backend_choice, choose, first_use, kernel_check
 from tritonmoe.backends import torch as torch_backend
 from tritonmoe.backends import triton as triton_backend
-from tritonmoe.backends.kernel_check import Checked, Distance
-from tritonmoe.config.layer import MoEConfig
+from tritonmoe.backends.backend_choice import CalledLayer
+from tritonmoe.backends.kernel_check import Checked, Distance, cases_like
+from tritonmoe.config.activations import ClampedSwiGLU
+from tritonmoe.config.layer import ExpertLayout, KernelOptions, MoEConfig, Projection
 from tritonmoe.routing import router
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -214,6 +216,72 @@ def test_experts_in_the_interpreter(is_wrong: bool, monkeypatch: pytest.MonkeyPa
     assert backend_choice._are_experts_right(CPU, torch.float32) is not is_wrong
 
 
+OWN = CalledLayer(ExpertLayout(interleaved=True, transposed=True), ClampedSwiGLU(7.0), 24, 16, True)
+
+
+def test_layers_like_a_calls_own() -> None:
+    cases = cases_like(OWN, torch.bfloat16, KernelOptions(batch_invariant=True), 256, 6)
+    assert [(case.num_tokens, case.num_experts, case.top_k) for case in cases] == [(342, 8, 6), (16, 8, 6)]
+    assert all(case.options.batch_invariant and case.bias and case.layout == OWN.layout for case in cases)
+    large = cases_like(OWN._replace(hidden_size=7168, intermediate_size=2880), torch.bfloat16, KernelOptions(), 1, 1)
+    assert (large[0].hidden_size, large[0].intermediate_size, large[0].num_experts) == (1024, 1088, 2)
+    of_a_callable = cases_like(OWN._replace(activation=None), torch.bfloat16, KernelOptions(), 8, 2)
+    assert [case.activation for case in of_a_callable] == [None, "silu", "silu"]
+    names = {
+        cases_like(layer, torch.bfloat16, KernelOptions(), 8, 2)[0].name
+        for layer in (
+            OWN,
+            OWN._replace(has_bias=False),
+            OWN._replace(layout=ExpertLayout()),
+            OWN._replace(activation="gelu"),
+        )
+    }
+    assert len(names) == 4
+
+
+@pytest.mark.parametrize("is_wrong", [False, True])
+def test_a_calls_own_layer_is_checked(is_wrong: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is wrong with one activation and layout alone, the first of all checked layers doesn't show."""
+    right = triton_backend.up
+
+    def slightly_wrong(x: torch.Tensor, projection: Projection, *args: object, **keywords: object) -> tuple:
+        h, a = right(x, projection, *args, **keywords)
+        return h, a * 1.1 if projection.layout.interleaved and a is not None else a
+
+    monkeypatch.setattr(kernel_check, "CASES", kernel_check.SMALL_CASES)
+    if is_wrong:
+        monkeypatch.setattr(triton_backend, "up", slightly_wrong)
+    assert backend_choice._are_experts_right(CPU, torch.float32)
+    of_call = torch.float32, KernelOptions(), 3, 2, OWN
+    assert backend_choice._are_experts_right(CPU, *of_call) is not is_wrong
+
+
+@pytest.mark.parametrize(
+    ("installed", "reason"),
+    [
+        ("3.6.0", "lacks a barrier"),
+        ("3.7.0+git1", "upgrade it to 3.7.1"),
+        ("3.7.1", None),
+        ("3.10.0", None),
+        (None, None),
+    ],
+)
+def test_blackwell_before_the_barrier(
+    installed: str | None, reason: str | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(backend_choice, "_triton_version", lambda: installed)
+    monkeypatch.setattr(first_use, "are_right", lambda *_: True)
+    for capability in ((9, 0), (10, 3), (12, 0)):
+        monkeypatch.setattr(backend_choice, "_compute_capability", lambda index, found=capability: found)
+        backend_choice._choose.cache_clear()
+        with caplog.at_level(logging.INFO, "tritonmoe"):
+            chosen = choose("auto", CUDA, torch.bfloat16)
+        refused = capability == (10, 3) and reason is not None
+        assert chosen is (torch_backend if refused else triton_backend)
+        assert choose("triton", CUDA, torch.bfloat16) is triton_backend
+    assert (reason or "chose torch") in caplog.text or reason is None
+
+
 @pytest.mark.parametrize("is_wrong", [False, True])
 def test_routers_in_the_interpreter(is_wrong: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     right = router.route_by_kernels
@@ -234,7 +302,7 @@ def test_auto_takes_what_is_right(are_right: bool, monkeypatch: pytest.MonkeyPat
     assert choose("triton", CUDA, torch.bfloat16) is triton_backend
     if not are_right:
         with pytest.raises(ValueError, match="its kernels are wrong here"):
-            choose("auto", CUDA, torch.bfloat16, backend_choice.KernelOptions(batch_invariant=True))
+            choose("auto", CUDA, torch.bfloat16, KernelOptions(batch_invariant=True))
 
 
 def test_what_a_graph_captures_is_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:

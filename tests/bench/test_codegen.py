@@ -77,11 +77,16 @@ def test_steps_are_a_table_of_their_own(tmp_path, no_compiling):
     done.stdout = json.dumps([row | {"step": {"instructions": 9, "barriers": 0}, "loop": {"all": 12}}])
     assert run(tmp_path, "--triton-versions", "9.9", "--steps") == 0
     ((command, _),) = commands
-    assert command[command.index("--variants") :] == ["--variants", "bf16", "--kernels", *codegen.STEP_KERNELS]
+    assert command[command.index("--variants") :] == [
+        "--variants",
+        codegen.STEP_VARIANT,
+        "--kernels",
+        *codegen.STEP_KERNELS,
+    ]
     (written,) = json.loads((tmp_path / "table.json").read_text())["results"]
     where = {"triton": "9.9", "kernel": "up up", "target": "sm_90"}
     assert written == where | {"instructions": 9, "barriers": 0, "loop_instructions": 12}
-    done.stdout = json.dumps([row | {"variant": "bf16", "loop": {"all": 12}}])
+    done.stdout = json.dumps([row | {"variant": codegen.STEP_VARIANT, "loop": {"all": 12}}])
     assert run(tmp_path, "--triton-versions", "9.9") == 0
     (written,) = json.loads((tmp_path / "table.json").read_text())["results"]
     assert written["loops"] == {"9.9": {"sm_90": 12}}

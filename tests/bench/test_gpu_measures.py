@@ -157,7 +157,7 @@ def test_a_variant_that_fails_while_it_is_timed_is_left_out(bench):
 
 def test_memory_is_h_and_the_mark_of_the_call(bench):
     """h in the layer's dtype, one int64 that marks the call, and nothing that depends on D."""
-    found = layers.measure_memory(bench, HEADLINE, 12, "uniform")
+    found = layers.measure_memory(bench, HEADLINE, 12, "uniform", with_peers=False)
     assert found["kept_mb"] == round((24 * 2 * 16 * 4 + 8) / 1e6, 3)
     assert found["peak_mb"] > 0
 
@@ -286,3 +286,17 @@ def test_files_of_tests(monkeypatch):
     for status, passed in ((0, True), (programs.NO_TESTS, True), (None, False)):
         bench, _ = on_a_gpu(monkeypatch, "", status)
         assert programs.run_tests(bench, "tests/a.py")["passed"] == passed
+
+
+def test_the_memory_of_peers_stands_beside_ours(bench):
+    found = layers.measure_memory(bench, HEADLINE, 12, "uniform", with_peers=True)
+    assert {"tritonmoe", "torch backend", "eager"} <= set(found["memory"])
+    assert found["memory"]["tritonmoe"] == {"kept_mb": found["kept_mb"], "peak_mb": found["peak_mb"]}
+    assert all(one["kept_mb"] > 0 and one["peak_mb"] > 0 for one in found["memory"].values())
+
+
+def test_a_layer_in_every_way_in_which_jobs_run_it(bench):
+    found = layers.measure_ways(bench, HEADLINE, 12, "uniform")
+    ways = {"tritonmoe", "one tile a program", "hidden recomputed", "adapters of rank 16"}
+    assert set(found["times"]) == ways
+    assert found["left_out"] == {}

@@ -28,7 +28,8 @@ def test_the_day_in_its_order():
     assert DAY.reruns == 50
     assert sum(case.measure == "profile_with_ncu" for case in cases) == 6
     measures = [case.measure for case in cases]
-    assert measures.index("run_tests") > measures.index("profile_step")
+    peers = [number for number, case in enumerate(cases) if case.name[0] == "D"]
+    assert measures.index("run_tests") > peers[-1] > peers[0] > measures.index("try_tile")
     assert measures.index("profile_step") > len(measures) - measures[::-1].index("measure_host") - 1
     assert all(
         (case.measure in ("remeasure_tile", "profile_step") or "tuned" in case.name)
@@ -166,6 +167,48 @@ def test_a_kernel_that_does_not_compile_is_wrong(ran, tmp_path, monkeypatch, cap
     monkeypatch.setattr(gpu, "compile_missing", compile_missing)
     assert run(tmp_path) == 1
     assert "WRONG: A compile one: CompilationError: no" in capsys.readouterr().err
+
+
+def test_the_next_case_that_fits_is_taken(ran, tmp_path, monkeypatch, capsys):
+    """What a case lasts is known of others that measured the same; what needs tuned tiles waits for all of them."""
+    clock = [0.0]
+    monkeypatch.setattr(gpu.time, "monotonic", lambda: clock[0])
+    right = gpu.Worker.run
+
+    def timed(self, measure, arguments, limit_s):
+        clock[0] += {"describe_machine": 1.0, "try_tile": 4.0}.get(measure, 0.1)
+        return right(self, measure, arguments, limit_s)
+
+    monkeypatch.setattr(gpu.Worker, "run", timed)
+    planned = plan.cases(REHEARSAL, "sm_90")
+    assert gpu.expected_s(planned[0], planned, {}) == planned[0].usual_s
+    assert gpu.expected_s(planned[0], planned, {planned[0].name: {"seconds": 4.0}}) == 5.0
+    longest = max(case.usual_s for case in planned)
+    assert run(tmp_path, "--budget-s", str(longest - 1)) == 3
+    finished = {line["case"] for line in read_results(tmp_path / "gpu.jsonl")}
+    left = [case for case in planned if case.name not in finished]
+    assert {"run_tests"} <= {case.measure for case in left}
+    assert any(case.name in finished for case in planned[planned.index(left[0]) :])
+    tiles = [case for case in planned if case.measure == "try_tile"]
+    if any(case.name not in finished for case in tiles):
+        assert not any(case.name in finished for case in planned if case.needs_tuned)
+    assert f"{len(left)} cases are left, of about" in capsys.readouterr().out
+
+
+def test_some_cases_alone(ran, tmp_path, capsys):
+    planned = plan.cases(REHEARSAL, "sm_90")
+    assert run(tmp_path, "--only", "D,memory") == 0
+    finished = {line["case"] for line in read_results(tmp_path / "gpu.jsonl")}
+    assert finished & {case.name for case in planned} == {
+        case.name for case in planned if case.name[0] == "D" or "memory" in case.name
+    }
+    assert "cases chosen are finished" in capsys.readouterr().out
+    assert run(tmp_path, "--skip", "F,tests") == 0
+    finished = {line["case"] for line in read_results(tmp_path / "gpu.jsonl")}
+    left = [case for case in planned if case.name not in finished]
+    assert left
+    assert all(case.name[0] == "F" or "tests" in case.name for case in left)
+    assert run(tmp_path) == 0
 
 
 @pytest.mark.parametrize("of_a_case", [-0.1, 0.9])

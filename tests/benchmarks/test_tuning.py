@@ -45,6 +45,16 @@ def test_whole_tiles_are_tried():
         *((gather, group_m) for gather in ("pointers", "copy") for group_m in (4, 8, 16)),
         ("tma", None),
     }
+    assert {f["num_stages"] for f in up if f["block_n"] == 128} == {3, 4}
+    assert {f["group_m"] for f in down if "group_m" in f} == {4, 8, 16}
+    down_grad = tried_fields("down_grad", num_rows=32768)
+    assert {(f["block_n"], f["num_stages"]) for f in down_grad if f["num_warps"] == 8 and "subtiles" not in f} == {
+        *((128, num_stages) for num_stages in (3, 5, 6)),
+    }
+    in_eight = [f for f in down_grad if f.get("subtiles") == 8]
+    assert {(f["block_n"], f["persistent"], f.get("programs_per_multiprocessor")) for f in in_eight} == {
+        *((128, True, 2), (128, False, None), (256, False, None)),
+    }
     weight_grad = tried_fields("weight_grad", num_rows=32768)
     assert {f.get("group_m") for f in weight_grad} == {1, 4, 8}
     no_effect = {"persistent", "tma", "gather", "subtiles", "programs_per_multiprocessor"}

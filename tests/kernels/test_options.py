@@ -1,6 +1,7 @@
 """num_sms and batch_invariant, and the tiles that follow from them and from a layer's pairs per expert."""
 
 import dataclasses
+import logging
 
 import pytest
 import torch
@@ -252,3 +253,21 @@ def test_tiles_are_those_of_the_layer_whatever_the_chunk():
 def test_batch_invariant_tiles_do_not_depend_on_the_rows():
     options = KernelOptions(batch_invariant=True)
     assert len({tile(rows, options) for rows in (0, 1, 100, 100_000)}) == 1
+
+
+def test_what_keeps_a_product_from_its_fast_way_is_logged_once(caplog):
+    """A weight whose address TMA can't take, and other ranks whose collectives may hold multiprocessors."""
+    layout, storage = LAYOUTS["concatenated"], torch.empty(64 * 2048 * 768 + 1, dtype=torch.bfloat16)
+    at_an_odd_address = storage[1:].view(64, 2048, 768)
+    a = torch.empty(4096 * 8, 768, dtype=torch.bfloat16)
+    tile_choice._config.cache_clear()
+    with caplog.at_level(logging.INFO, "tritonmoe"), launch.recording(aot.TARGETS["sm_90"]):
+        grouping = kernels.group(torch.zeros(4096, 8, dtype=torch.int64), 64)
+        for options in 2 * (KernelOptions(), KernelOptions(beside_exchanges=True), KernelOptions(10, False, True)):
+            kernels.down(a, Projection(storage[:-1].view(64, 2048, 768), None, layout), grouping, options=options)
+        assert len(caplog.records) == 1
+        assert "down is slower than it could be: a program has one tile: other ranks may hold" in caplog.text
+        for _ in range(2):
+            kernels.down(a, Projection(at_an_odd_address, None, layout), grouping)
+    assert len(caplog.records) == 2
+    assert "its weight is read through pointers: its address is no multiple of 16 bytes" in caplog.text

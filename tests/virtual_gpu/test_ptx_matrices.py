@@ -289,6 +289,33 @@ def test_wgmma_without_its_order(missing):
         run_on("\n".join(lines), inputs, 1, 4096, 128)
 
 
+@pytest.mark.parametrize("waits", [True, False])
+def test_wgmma_reads_its_registers_until_the_wait(waits):
+    """A is all ones in registers, which threads write behind the product: before its wait that is no order."""
+    n = 8
+    registers = ", ".join(f"%r{100 + index}" for index in range(n // 2))
+    wait, write = "wgmma.wait_group.sync.aligned 0;", "mov.b32 %r90, 0;"
+    lines = [
+        copied(4096, 128),
+        *(f"mov.b32 %r{100 + index}, 0;" for index in range(n // 2)),
+        *(f"mov.b32 %r{90 + index}, 0x3C003C00;" for index in range(4)),
+        "wgmma.fence.sync.aligned;",
+        f"mov.b64 %rd21, {descriptor(2048, 128, 128, 0)};",
+        "mov.pred %p1, 1;",
+        f"wgmma.mma_async.sync.aligned.m64n{n}k16.f32.f16.f16 {{{registers}}}, {{%r90, %r91, %r92, %r93}}, %rd21, "
+        "%p1, 1, 1, 0;",
+        "wgmma.commit_group.sync.aligned;",
+        *((wait, write) if waits else (write, wait)),
+        stores(n // 2),
+    ]
+    ones = np.full(2048, 1, np.float16).view(np.uint8)
+    if waits:
+        assert (run_on("\n".join(lines), ones, n // 2, 4096, 128).view(np.float32) == 16).all()
+    else:
+        with pytest.raises(MemoryFault, match="registers that threads wrote before they waited for it"):
+            run_on("\n".join(lines), ones, n // 2, 4096, 128)
+
+
 def exchanged(instruction, result="%r100"):
     generator = np.random.default_rng(4)
     values = generator.integers(0, 1 << 32, 64, dtype=np.uint32)

@@ -4,17 +4,19 @@ The backend's own operations run on meta tensors while `launch.recording` collec
 compiled here, argument specialisation included, is what a GPU would get.
 """
 
-from tritonmoe.aot.architectures import ARCHITECTURES, Architecture
+from tritonmoe.aot.architectures import ARCHITECTURES, OTHER_ARCHITECTURES, Architecture, architecture_named
 from tritonmoe.aot.compilation import Compiled, compile_all, compile_one, compile_unchecked
 from tritonmoe.aot.launches import VARIANTS, Variant, record_launches, source_of
 
 __all__ = [
     "ARCHITECTURES",
+    "OTHER_ARCHITECTURES",
     "TARGETS",
     "VARIANTS",
     "Architecture",
     "Compiled",
     "Variant",
+    "architecture_named",
     "compile_all",
     "compile_one",
     "compile_unchecked",

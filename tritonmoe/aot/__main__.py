@@ -10,7 +10,7 @@ import json
 import sys
 from dataclasses import asdict
 
-from tritonmoe.aot import ARCHITECTURES, VARIANTS, Compiled, compile_all
+from tritonmoe.aot import ARCHITECTURES, OTHER_ARCHITECTURES, VARIANTS, Compiled, architecture_named, compile_all
 from tritonmoe.aot.launches import DEFAULT_VARIANTS
 from tritonmoe.kernels import launch
 
@@ -48,13 +48,23 @@ def _print_tables(results: list[Compiled]) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tritonmoe.aot", description=__doc__)
-    parser.add_argument("--targets", nargs="+", choices=list(ARCHITECTURES), default=list(ARCHITECTURES))
+    parser.add_argument("--targets", nargs="+", default=[], help=f"default: {' '.join(ARCHITECTURES)}")
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(DEFAULT_VARIANTS))
-    parser.add_argument("--all", action="store_true", help="every variant: layouts, activations, shapes, batch sizes")
+    parser.add_argument(
+        "--all",
+        action="store_true",
+        help="every variant: layouts, activations, shapes, batch sizes; and, unless there are --targets, the default "
+        f"variants for {', '.join(OTHER_ARCHITECTURES)}",
+    )
     parser.add_argument("--kernels", nargs="+", default=(), help='only these, as printed: "up up" (default: all)')
     parser.add_argument("--json", action="store_true", help="print JSON instead of the tables")
     parser.add_argument("--workers", type=int, default=2, help="processes (default 2)")
     options = parser.parse_args(arguments)
+    for target in options.targets:
+        try:
+            architecture_named(target)
+        except ValueError as error:
+            parser.error(str(error))
     if launch.INTERPRETED:
         print("Triton's interpreter is on: nothing can be compiled. Unset TRITON_INTERPRET.", file=sys.stderr)
         return 2
@@ -64,7 +74,11 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"compiled {done} of {total}", file=sys.stderr, flush=True)
 
     variants = list(VARIANTS) if options.all else options.variants
-    results = compile_all(options.targets, variants, options.kernels, options.workers, progress)
+    targets = options.targets or list(ARCHITECTURES)
+    results = compile_all(targets, variants, options.kernels, options.workers, progress)
+    if options.all and not options.targets:
+        others = list(OTHER_ARCHITECTURES)
+        results += compile_all(others, DEFAULT_VARIANTS, options.kernels, options.workers, progress)
     if options.json:
         print(json.dumps([{**asdict(result), "problem": result.problem} for result in results], indent=1))
     else:

@@ -2,14 +2,15 @@
 
 NVIDIA's limits are those of the CUDA programming guide's table of compute capabilities, AMD's those of the CDNA 3 and
 CDNA 4 instruction set manuals. Rates of products are the data sheets' dense peaks, divided by multiprocessors and boost
-clock: A100 312 TFLOP/s, H100 989, B200 2250, RTX PRO 6000 504, MI300X 1307, MI355X 2517.
+clock: A100 312 TFLOP/s, H100 989, B200 2250, RTX PRO 6000 504, MI300X 1307, MI355X 2517, A40 150, L40S 362, MI250X 383.
 """
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 
 from triton.backends.compiler import GPUTarget
 
-__all__ = ["ARCHITECTURES", "SCHEDULERS", "Architecture"]
+__all__ = ["ARCHITECTURES", "OTHER_ARCHITECTURES", "SCHEDULERS", "Architecture", "architecture_named"]
 
 KB = 1024
 SCHEDULERS = 4
@@ -76,10 +77,12 @@ def _nvidia(
     )
 
 
-def _amd(name: str, shared_kb: int, matrix_flops: int) -> Architecture:
+def _amd(
+    name: str, shared_kb: int, matrix_flops: int, matrix_instruction: str = "mfma", warp_size: int = 64
+) -> Architecture:
     return Architecture(
-        GPUTarget("hip", name, 64),
-        "mfma",
+        GPUTarget("hip", name, warp_size),
+        matrix_instruction,
         shared_bytes_per_program=shared_kb * KB,
         shared_bytes=shared_kb * KB,
         reserved_shared_bytes=0,
@@ -101,3 +104,40 @@ ARCHITECTURES = {
     "gfx942": _amd("gfx942", shared_kb=64, matrix_flops=2048),
     "gfx950": _amd("gfx950", shared_kb=160, matrix_flops=4096),
 }
+"""The targets for which every variant of every kernel is compiled."""
+
+OTHER_ARCHITECTURES = {
+    "sm_86": _nvidia(86, "mma.sync", shared_kb=100, matrix_flops=1024, warps=48, programs=16),
+    "sm_89": _nvidia(89, "mma.sync", shared_kb=100, matrix_flops=1024, warps=48, programs=24),
+    "gfx90a": _amd("gfx90a", shared_kb=64, matrix_flops=1024),
+}
+"""The targets for which the variants are compiled that are compiled by default."""
+
+_FAMILIES = {
+    r"sm_8\d": OTHER_ARCHITECTURES["sm_86"],
+    r"sm_10\d": ARCHITECTURES["sm_100"],
+    r"sm_12\d": ARCHITECTURES["sm_120"],
+    r"gfx9\w+": OTHER_ARCHITECTURES["gfx90a"],
+    r"gfx1[12]\w+": _amd("gfx1100", shared_kb=64, matrix_flops=512, matrix_instruction="wmma", warp_size=32),
+}
+"""What stands for a card that is not listed: its family's, or the one of its family that has least."""
+
+
+def architecture_named(name: str) -> Architecture:
+    """Return what a GPU has, named as a tile's key names it: "sm_87", "gfx942".
+
+    Raises:
+        ValueError: no such GPU is known.
+    """
+    listed = {**ARCHITECTURES, **OTHER_ARCHITECTURES}
+    if name in listed:
+        return listed[name]
+    for pattern, relative in _FAMILIES.items():
+        if re.fullmatch(pattern, name):
+            target = relative.target
+            arch = int(name.removeprefix("sm_")) if target.backend == "cuda" else name
+            return replace(relative, target=GPUTarget(target.backend, arch, target.warp_size))
+    raise ValueError(
+        f"a target must be named as {', '.join(listed)} are, or another of compute capability 8, 10 or 12, gfx9, gfx11 "
+        f"or gfx12, got {name!r}"
+    )

@@ -1,9 +1,10 @@
 """Compile launches, several processes at a time, and judge what came out."""
 
 import concurrent.futures
+import functools
 import multiprocessing
 import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import triton
@@ -11,7 +12,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from tritonmoe.aot.architectures import ARCHITECTURES, SCHEDULERS
+from tritonmoe.aot.architectures import SCHEDULERS, architecture_named
 from tritonmoe.aot.launches import VARIANTS, record_launches, source_of
 from tritonmoe.aot.machine_code import MachineCode, read_amd, read_nvidia
 from tritonmoe.kernels import launch
@@ -25,6 +26,8 @@ HALF_BYTES = 2
 """Bytes of an element of fp16 and bf16."""
 
 
+FIRST_RIGHT_PTXAS = (13, 3)
+"""The release that keeps the registers of wgmma's operands until it has read them."""
 FEW_BYTES = 16
 """What a thread may spill outside of innermost loops: ptxas does so where one more program then fits."""
 
@@ -58,15 +61,19 @@ class Compiled:
     """Of a step of a product in fp16 or bf16: the tile's rows, columns and depth, what `MachineCode.step` has, the
     bytes of its operands' tiles ("l2_bytes"), the cycles of its products ("matrix_cycles"), and on NVIDIA those in
     which one scheduler issues its instructions ("issue_slots")."""
+    doubt: str = ""
+    """Why the assembler isn't trusted with it; empty where it is."""
     error: str = ""
 
     @property
     def problem(self) -> str:
         """Say what is wrong; empty when the kernel is fit to run."""
-        architecture = ARCHITECTURES[self.target]
+        architecture = architecture_named(self.target)
         limit = architecture.shared_bytes_per_program
         if self.error:
             return self.error
+        if self.doubt:
+            return self.doubt
         if architecture.target.backend == "cuda":
             if self.looped_spills:
                 return f"spills in a loop: {self.looped_spills} loads and stores of {self.spills} bytes"
@@ -98,13 +105,32 @@ def _step(code: MachineCode, tile: tuple[int, int, int] | None, target_name: str
     """Put what a step of a product costs beside what the tile asks for; empty where no matrix instruction loops."""
     if tile is None or not code.step:
         return {}
-    architecture, (rows, columns, depth) = ARCHITECTURES[target_name], tile
+    architecture, (rows, columns, depth) = architecture_named(target_name), tile
     step = {"rows": rows, "columns": columns, "depth": depth, **code.step}
     step["l2_bytes"] = (rows + columns) * depth * HALF_BYTES
     step["matrix_cycles"] = 2 * rows * columns * depth // architecture.matrix_flops
     if architecture.target.backend == "cuda":  # AMD's take a vector instruction in four cycles, and others beside it
         step["issue_slots"] = code.step["instructions"] * code.num_warps // SCHEDULERS
     return step
+
+
+def doubt_of(ptx: str, ptxas: str) -> str:
+    """Say why ptxas of this version, as "12.9", may make wrong code of a kernel; empty where no such mistake is known.
+
+    It used registers of a wgmma's left operand again before the product had read them (triton-lang/triton#11781).
+    """
+    found = re.search(r"wgmma\.mma_async\S*\s*\{[^}]*\}\s*,\s*\{", ptx)
+    if found is None or tuple(map(int, ptxas.split("."))) >= FIRST_RIGHT_PTXAS:
+        return ""
+    return f"wgmma reads its left operand from registers, of which ptxas {ptxas} makes wrong code: 13.3 is right"
+
+
+def _doubt(assembly: Mapping[str, object], target: GPUTarget) -> str:
+    if target.backend != "cuda":
+        return ""
+    from triton.backends.nvidia.compiler import get_ptxas  # a Triton for AMD alone hasn't it
+
+    return doubt_of(str(assembly["ptx"]), get_ptxas(target.arch).version)
 
 
 def compile_unchecked(item: launch.Launch, target: GPUTarget) -> CompiledKernel:
@@ -114,7 +140,7 @@ def compile_unchecked(item: launch.Launch, target: GPUTarget) -> CompiledKernel:
 
 def compile_one(variant: str, kernel: str, item: launch.Launch, target_name: str) -> Compiled:
     """Compile one launch for one target."""
-    architecture = ARCHITECTURES[target_name]
+    architecture = architecture_named(target_name)
     try:
         compiled = compile_unchecked(item, architecture.target)
         assembly = compiled.asm
@@ -147,14 +173,20 @@ def compile_one(variant: str, kernel: str, item: launch.Launch, target_name: str
         tma_operands=sum(isinstance(argument, TensorDescriptor) for argument in item.args),
         loop=code.loop,
         step=_step(code, tile, target_name),
+        doubt=_doubt(assembly, architecture.target),
     )
+
+
+@functools.lru_cache(2)
+def _launches(variant: str, target: str) -> dict[str, launch.Launch]:
+    """Return the launches of a variant, with the table's tiles whatever somebody tuned on this machine."""
+    with measured_tiles.using({}):
+        return record_launches(VARIANTS[variant], architecture_named(target).target)
 
 
 def _run(job: tuple[str, str, str]) -> Compiled:
     variant, target, kernel = job
-    with measured_tiles.using({}):
-        launches = record_launches(VARIANTS[variant], ARCHITECTURES[target].target)
-    return compile_one(variant, kernel, launches[kernel], target)
+    return compile_one(variant, kernel, _launches(variant, target)[kernel], target)
 
 
 def compile_all(
@@ -171,10 +203,8 @@ def compile_all(
     jobs, seen = [], set()
     for variant in variants:
         for target in targets:
-            with measured_tiles.using({}):  # whatever somebody tuned on this machine
-                launches = record_launches(VARIANTS[variant], ARCHITECTURES[target].target)
-            for kernel, item in launches.items():
-                source = source_of(item, ARCHITECTURES[target].target)
+            for kernel, item in _launches(variant, target).items():
+                source = source_of(item, architecture_named(target).target)
                 key = (target, source.hash(), str(item.options))
                 if key not in seen and (not kernels or kernel in kernels):
                     seen.add(key)

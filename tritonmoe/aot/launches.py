@@ -74,6 +74,7 @@ _DEEPSEEK = Variant(
     routing=RoutingRule(0, sigmoid=True, routed_scaling_factor=2.5, num_expert_groups=8, top_k_groups=4),
 )
 VARIANTS = {
+    "Qwen3-30B-A3B": Variant(bias=False),
     "bf16": Variant(),
     "fp32": Variant(torch.float32),
     "fp16 gelu transposed": Variant(torch.float16, ExpertLayout(transposed=True), "gelu"),

@@ -31,12 +31,13 @@ NVIDIA_KINDS = {
 }
 AMD_KINDS = {
     "mfma": r"v_s?mfma\w*",
+    "wmma": r"v_s?wmma\w*",
     "load": r"(global|buffer|flat)_load\w*",
     "store": r"(global|buffer|flat)_store\w*",
     "shared": r"ds_\w+",
     "barrier": r"s_barrier\w*|s_waitcnt\w*",
 }
-MATRIX_KINDS = ("wgmma", "tcgen05", "mma.sync", "mfma")
+MATRIX_KINDS = ("wgmma", "tcgen05", "mma.sync", "mfma", "wmma")
 WAITS = {"copies_in_flight": "DEPBAR", "products_in_flight": "WARPGROUP"}
 """The waits of a step that say what they leave under way: groups of cp.async, and of wgmma."""
 

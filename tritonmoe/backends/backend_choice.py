@@ -5,24 +5,39 @@ import functools
 import importlib
 import importlib.metadata
 import importlib.util
+import itertools
 import logging
 import os
 import re
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 
 from tritonmoe.backends.ops import Operations, Unchecked
-from tritonmoe.config.layer import MAX_EXPERTS, MAX_TOP_K, KernelOptions
+from tritonmoe.config.activations import FusedActivation
+from tritonmoe.config.layer import MAX_EXPERTS, MAX_TOP_K, ExpertLayout, KernelOptions
 
-__all__ = ["BACKENDS", "check_name", "choose", "launches_kernels", "triton_unusable_reason"]
+__all__ = ["BACKENDS", "CalledLayer", "check_name", "choose", "launches_kernels", "triton_unusable_reason"]
 
 BACKENDS = ("triton", "torch", "reference")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MIN_TRITON = (3, 6)
 MIN_COMPUTE_CAPABILITY = (8, 0)
+FENCED_TRITON = (3, 7, 1)
+"""Before it kernels of compute capability 10.x lack a barrier (triton-lang/triton#9871) and fences of copies."""
 TRITON_PACKAGES = ("triton", "pytorch-triton", "pytorch-triton-rocm", "triton-rocm", "triton-windows")
 log = logging.getLogger("tritonmoe")
+
+
+class CalledLayer(NamedTuple):
+    """What of a call's layer decides the code of its kernels, beside dtype, number of experts and K."""
+
+    layout: ExpertLayout
+    activation: FusedActivation | None
+    """None for a callable."""
+    hidden_size: int
+    intermediate_size: int
+    has_bias: bool
 
 
 @functools.cache
@@ -74,6 +89,21 @@ def _triton_unusable_reason(device: torch.device, installed: str | None, interpr
     )
 
 
+def _doubted_reason(device: torch.device, installed: str | None) -> str | None:
+    """Say why "auto" doesn't take kernels that may run on a device; None where nothing is known against them."""
+    capability = _compute_capability(device.index) if device.type == "cuda" else None
+    if installed is None or capability is None or capability[0] != 10:
+        return None
+    numbers = tuple(map(int, re.findall(r"\d+", installed)[:3]))
+    if numbers >= FENCED_TRITON:
+        return None
+    return (
+        f"what Triton {installed} makes for compute capability 10.{capability[1]} lacks a barrier and fences "
+        f"(triton-lang/triton#9871): upgrade it to {'.'.join(map(str, FENCED_TRITON))}. With backend='triton' kernels "
+        "run, and load nothing asynchronously"
+    )
+
+
 def _beyond_limits(dtype: torch.dtype, num_experts: int, top_k: int) -> str | None:
     """Say why the Triton kernels can't compute such a layer on any device; None where they can."""
     if dtype == torch.float64:
@@ -100,6 +130,7 @@ def choose(
     num_experts: int = 1,
     top_k: int = 1,
     is_packed: bool = False,
+    layer: CalledLayer | None = None,
 ) -> Operations:
     """Return the backend module for `backend` ("auto", "triton", "torch" or "reference").
 
@@ -109,12 +140,13 @@ def choose(
 
     Args:
         num_experts: on this device. top_k: experts per token. is_packed: whether a weight is packed (formats.py).
+        layer: what is seen to be right; else one of many layers.
     Raises:
         ValueError: the name is not known, or the backend can't run these tensors with these options.
         TypeError: no backend computes in this dtype.
     """
     interprets = os.environ.get("TRITON_INTERPRET") == "1"
-    arguments = device, dtype, options, num_experts, top_k, is_packed, _triton_version(), interprets
+    arguments = device, dtype, options, num_experts, top_k, is_packed, layer, _triton_version(), interprets
     try:
         return _choose(backend, *arguments)
     except Unchecked:  # taken for right in this call, and asked again in the next one
@@ -130,6 +162,7 @@ def _choose(
     num_experts: int,
     top_k: int,
     is_packed: bool,
+    layer: CalledLayer | None,
     triton_version: str | None,
     interprets: bool,
 ) -> Operations:
@@ -147,7 +180,8 @@ def _choose(
     if backend == "auto":
         if reason is None and device.type != "cuda":
             reason = "the interpreter is for tests only"
-        if reason is None and not _are_experts_right(device, dtype):
+        reason = reason or _doubted_reason(device, triton_version)
+        if reason is None and not _are_experts_right(device, dtype, options, num_experts, top_k, layer):
             reason = "its kernels are wrong here"
         backend = "triton" if reason is None else "torch"
         if reason is not None:
@@ -161,11 +195,25 @@ def _choose(
     return cast(Operations, importlib.import_module(f"{__package__}.{backend}"))
 
 
-def _are_experts_right(device: torch.device, dtype: torch.dtype) -> bool:
+def _are_experts_right(
+    device: torch.device,
+    dtype: torch.dtype,
+    options: KernelOptions = KernelOptions(),
+    num_experts: int = 1,
+    top_k: int = 1,
+    layer: CalledLayer | None = None,
+) -> bool:
+    """Say whether kernels are right in a call's own layer or, where none is given, in the first of all checked ones."""
     from tritonmoe.backends import first_use, kernel_check  # only where kernels run: a CPU may have no Triton
 
-    layer, ops = dataclasses.replace(kernel_check.CASES[0], dtype=dtype), choose("triton", device, dtype)
-    return first_use.are_right(device, dtype, "experts", lambda: kernel_check.check_layer(layer, ops, device))
+    ops = choose("triton", device, dtype)
+    if layer is None:
+        cases, what = [dataclasses.replace(kernel_check.CASES[0], dtype=dtype)], "experts"
+    else:
+        cases = kernel_check.cases_like(layer, dtype, options, num_experts, top_k)
+        what = f"experts ({cases[0].name})"
+    checks = (kernel_check.check_layer(case, ops, device) for case in cases)
+    return first_use.are_right(device, dtype, what, lambda: itertools.chain.from_iterable(checks))
 
 
 def launches_kernels(ops: Operations) -> bool:

@@ -11,12 +11,23 @@ import torch
 from torch import Tensor
 
 from tritonmoe.backends import reference as reference_module
+from tritonmoe.backends.backend_choice import CalledLayer
 from tritonmoe.backends.layer_case import LayerCase
 from tritonmoe.backends.ops import Operations
 from tritonmoe.config.activations import ClampedSwiGLU, FusedActivation
-from tritonmoe.config.layer import ExpertLayout
+from tritonmoe.config.layer import ExpertLayout, KernelOptions
 
-__all__ = ["CASES", "SMALL_CASES", "Checked", "CheckedLayer", "Distance", "check_ids", "check_layer", "distances"]
+__all__ = [
+    "CASES",
+    "SMALL_CASES",
+    "Checked",
+    "CheckedLayer",
+    "Distance",
+    "cases_like",
+    "check_ids",
+    "check_layer",
+    "distances",
+]
 
 
 class Distance(NamedTuple):
@@ -54,12 +65,13 @@ class CheckedLayer:
     dtype: torch.dtype
     num_tokens: int
     layout: ExpertLayout = field(default_factory=ExpertLayout)
-    activation: FusedActivation = "silu"
+    activation: FusedActivation | None = "silu"
     hidden_size: int = 512
     intermediate_size: int = 384
     num_experts: int = 8
     top_k: int = 2
     bias: bool = False
+    options: KernelOptions = KernelOptions()
 
 
 _CLAMPED = ClampedSwiGLU(7.0, alpha=1.702, up_offset=1.0)
@@ -81,6 +93,46 @@ SMALL_CASES = tuple(
     if case.dtype != torch.bfloat16 or not case.layout.gated
 )
 """For Triton's interpreter."""
+
+
+LARGE = 1024
+"""A multiple of every side of a tile: a longer product has the code of one that is longer than it by less than 128."""
+FEW_EXPERTS = 8
+
+
+def _large_enough(size: int) -> int:
+    return size if size < LARGE + 128 else LARGE + size % 128
+
+
+def cases_like(
+    layer: CalledLayer, dtype: torch.dtype, options: KernelOptions, num_experts: int, top_k: int
+) -> list[CheckedLayer]:
+    """Return layers that have the kernels of a call's own, with many pairs per expert and with few.
+
+    They are smaller where that makes no other code. A callable activation stands outside of the kernels, and silu for
+    what follows it.
+    """
+    hidden_size, intermediate_size = _large_enough(layer.hidden_size), _large_enough(layer.intermediate_size)
+    experts = max(2, min(num_experts, FEW_EXPERTS))
+    names = ", ".join(name for name, value in vars(layer.layout).items() if value is True)
+    activation = "a callable" if layer.activation is None else str(layer.activation)
+    name = f"{hidden_size} x {intermediate_size}, K {top_k}, {activation}, {names or 'ungated'}"
+    name += (", biases" if layer.has_bias else "") + (f", {options}" if options != KernelOptions() else "")
+    of_call = CheckedLayer(
+        name,
+        dtype,
+        -(-256 * experts // top_k),
+        layer.layout,
+        layer.activation or "silu",
+        hidden_size,
+        intermediate_size,
+        experts,
+        top_k,
+        layer.has_bias,
+        options,
+    )
+    cases = [of_call, replace(of_call, num_tokens=-(-12 * experts // top_k))]
+    return cases if layer.activation is not None else [replace(of_call, activation=None), *cases]
 
 
 @dataclass(frozen=True)
@@ -134,7 +186,7 @@ def check_layer(layer: CheckedLayer, ops: Operations, device: torch.device) -> I
         yield check_ids(layer.name, f"group: {name}", found[: len(right)], right)
     plain = case.run(reference, expected, layer.activation)
     exact = case.double().run(reference, expected, layer.activation, plain)
-    actual = case.run(ops, grouping, layer.activation, plain)
+    actual = case.run(ops, grouping, layer.activation, plain, layer.options)
     for name, value in actual.items():
         if value.numel():
             yield Checked(layer.name, name, distances(value, plain[name], exact[name], value.dtype))

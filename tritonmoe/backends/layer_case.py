@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tritonmoe.backends.ops import GradientOperands, Operations
 from tritonmoe.config.activations import FusedActivation
-from tritonmoe.config.layer import ExpertLayout, PerWeight, Projection
+from tritonmoe.config.layer import ExpertLayout, KernelOptions, PerWeight, Projection
 from tritonmoe.grouping import Grouping
 
 __all__ = ["LayerCase"]
@@ -87,6 +87,7 @@ class LayerCase:
         grouping: Grouping,
         activation: FusedActivation | None,
         given: dict[str, Tensor] | None = None,
+        options: KernelOptions = KernelOptions(),
     ) -> dict[str, Tensor]:
         """Run every operation once, on what earlier ones gave or, where another run's results are given, on those.
 
@@ -106,29 +107,28 @@ class LayerCase:
             return padded
 
         gate_up = self._adding(self.gate_up, "h", num_pairs)
-        h, a = ops.up(self.x, gate_up, grouping, activation, out_h=gate_up.addend)
+        h, a = ops.up(self.x, gate_up, grouping, activation, out_h=gate_up.addend, options=options)
         found["up: h"] = h
         if a is None:
             hidden = found["up: a"] = h.new_full((num_pairs, self.intermediate), 0.5)
         else:
             found["up: a"], hidden = a, operand("up: h")
         down = self._adding(self.down, "y", num_pairs)
-        found["down"] = ops.down(operand("up: a"), down, grouping, out=down.addend)
+        found["down"] = ops.down(operand("up: a"), down, grouping, out=down.addend, options=options)
         found["gather_sum"] = ops.gather_sum(operand("down"), grouping.inverse, self.weights)
         found["gather_sum: without weights"] = ops.gather_sum(operand("down"), grouping.inverse)
         down = self._adding(self.down, "g", num_pairs)
         dh, scaled_a, dweights = ops.down_grad(
-            self.dout, down, hidden, self.weights, grouping, activation, out=(None, down.addend)
+            self.dout, down, hidden, self.weights, grouping, activation, out=(None, down.addend), options=options
         )
         found |= {"down_grad: dh": dh, "down_grad: s*a": scaled_a, "down_grad: gate weights": dweights}
         if activation is not None:
             gate_up = self._adding(self.gate_up, "dx", num_pairs)
-            found["up_grad"] = ops.up_grad(operand("down_grad: dh"), gate_up, grouping, out=gate_up.addend)
-            rows = GradientOperands(
-                self.x, operand("down_grad: dh"), self.dout, operand("down_grad: s*a"), self.weights
-            )
+            dh_given = operand("down_grad: dh")
+            found["up_grad"] = ops.up_grad(dh_given, gate_up, grouping, out=gate_up.addend, options=options)
+            rows = GradientOperands(self.x, dh_given, self.dout, operand("down_grad: s*a"), self.weights)
             needs = PerWeight(True, self.b1 is not None, True, self.b2 is not None)
-            grads = ops.weight_grad(grouping, self.layout, rows, needs)
+            grads = ops.weight_grad(grouping, self.layout, rows, needs, options=options)
             found |= {f"weight_grad: {name}": grad for name, grad in grads._asdict().items() if grad is not None}
         return {name: value[:num_active] if name in IN_STORAGE_ORDER else value for name, value in found.items()}
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from tritonmoe.aot import ARCHITECTURES, Variant, compile_one, compile_unchecked, record_launches, source_of
+from tritonmoe.aot import Variant, architecture_named, compile_one, compile_unchecked, record_launches, source_of
 from tritonmoe.kernels.launch import Launch
 from tritonmoe.kernels.tiles import measured_tiles
 from tritonmoe.kernels.tiles.config import TileConfig
@@ -28,10 +28,13 @@ Fields = dict[str, int | str]
 
 _COMMON = ("block_m", "block_n", "block_k", "num_warps", "num_stages")
 _TALL: dict[str, tuple[tuple[int, ...], ...]] = {
-    "up": ((128, 128, 64, 8, 3), (128, 64, 64, 4, 3)),
-    "up_ungated": ((128, 256, 64, 8, 3), (128, 128, 64, 4, 3)),
+    "up": ((128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128, 64, 64, 4, 3)),
+    "up_ungated": ((128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (128, 128, 64, 4, 3)),
     "down": ((128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (128, 128, 64, 4, 3)),
-    "down_grad": ((128, 128, 64, 8, 3), (128, 128, 64, 4, 3), (64, 128, 64, 4, 3), (128, 64, 64, 4, 3)),
+    "down_grad": (
+        *((128, 128, 64, 8, num_stages) for num_stages in (3, 5, 6)),
+        *((128, 128, 64, 4, 3), (64, 128, 64, 4, 3), (128, 64, 64, 4, 3)),
+    ),
     "weight_grad": (
         *((128, 256, 64, 8, num_stages) for num_stages in (4, 3)),
         *((128, 128, 64, num_warps, num_stages) for num_warps, num_stages in ((4, 3), (8, 4), (8, 6))),
@@ -40,6 +43,15 @@ _TALL: dict[str, tuple[tuple[int, ...], ...]] = {
     ),
 }
 """By operation: block_m, block_n, block_k, num_warps and num_stages, in half precision."""
+_DOWN_GRAD_IN_EIGHT: tuple[Fields, ...] = (
+    {"block_n": 128, "num_stages": 3, "persistent": True, "programs_per_multiprocessor": 2},
+    {"block_n": 128, "num_stages": 3, "persistent": False},
+    {"block_n": 256, "num_stages": 3, "persistent": False},
+    {"block_n": 256, "num_stages": 4, "persistent": False},
+)
+"""Tiles of down_grad whose epilogue, in eight pieces, takes so few registers that two programs fit, or more columns."""
+_GROUPS = (4, 8, 16)
+"""Of the first tile of every product: row tiles side by side."""
 _LOW_COLUMNS, _LOW_DEPTHS, _LOW_STAGES = (32, 64, 128), (64, 128), (3, 4, 5)
 
 
@@ -61,16 +73,22 @@ def _low(height: int) -> Iterator[Fields]:
 
 def _tall(operation: str) -> Iterator[Fields]:
     for sizes in _TALL[operation]:
-        fields = _common(sizes)
+        fields, is_first = _common(sizes), sizes == _TALL[operation][0]
         if operation == "weight_grad":
-            groups = (1, 4, 8) if sizes == _TALL[operation][0] else (8,)
+            groups = (1, 4, 8) if is_first else (8,)
             yield from ({**fields, "group_m": group_m} for group_m in groups)
-        elif operation in ("up", "up_ungated") and fields["num_warps"] == 8:
-            for gather, group_m, walking in itertools.product(("pointers", "copy"), (4, 8, 16), _walks(fields)):
+        elif operation in ("up", "up_ungated") and is_first:
+            for gather, group_m, walking in itertools.product(("pointers", "copy"), _GROUPS, _walks(fields)):
                 yield {**walking, "group_m": group_m, "gather": gather}
             yield {**fields, "gather": "tma", "persistent": True}
+        elif is_first:
+            for group_m, walking in itertools.product(_GROUPS, _walks(fields)):
+                yield {**walking, "group_m": group_m}
         else:
             yield from _walks(fields)
+    if operation == "down_grad":
+        common = {"block_m": 128, "block_k": 64, "num_warps": 8, "subtiles": 8}
+        yield from ({**common, **fields} for fields in _DOWN_GRAD_IN_EIGHT)
 
 
 def candidates_of(operation: str, config: TileConfig, dtype: torch.dtype) -> list[Fields]:
@@ -103,7 +121,7 @@ class Candidate:
 def products_of(variant: Variant, target_name: str) -> dict[str, TileConfig]:
     """Return the table's tile of every product of a layer's steps on a GPU, by its key."""
     with measured_tiles.using({}), measured_tiles.asked() as found:
-        record_launches(variant, ARCHITECTURES[target_name].target)
+        record_launches(variant, architecture_named(target_name).target)
     return found
 
 
@@ -121,7 +139,7 @@ class Fitness:
 
 def judge(variant: Variant, target_name: str, candidate: Candidate) -> Fitness:
     """Compile what a candidate changes in a layer's steps; the kernels stay in Triton's cache."""
-    target = ARCHITECTURES[target_name].target
+    target = architecture_named(target_name).target
     with measured_tiles.using({}):
         plain = record_launches(variant, target)
     with measured_tiles.using({candidate.key: candidate.fields}):

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tritonmoe.aot import ARCHITECTURES, Variant
+from tritonmoe.aot import Variant, architecture_named
 from tritonmoe.benchmarks.device_time import TimedCalls, graph_pool, interleaved
 from tritonmoe.benchmarks.kept_results import KeptResults, open_results
 from tritonmoe.benchmarks.machine import identity
@@ -131,8 +131,7 @@ def tune(
     """
     device = torch.device("cuda")
     target_name = launch.architecture_of(launch.target_of(device))
-    if target_name not in ARCHITECTURES:
-        raise ValueError(f"no tiles are known to try on {target_name}, only on {', '.join(ARCHITECTURES)}")
+    architecture_named(target_name)
     variant = Variant.of(shape, dtype, num_tokens)
     candidates = candidates_of_layer(variant, target_name, done)
     entries: dict[str, dict[str, int | str]] = {}

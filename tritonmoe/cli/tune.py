@@ -31,7 +31,7 @@ def add_parser(subparsers: Subparsers) -> None:
     show_help = "print the configurations that are chosen, or without a layer the table of tiles; needs no GPU"
     parser.add_argument("--show", action="store_true", help=show_help)
     parser.add_argument("--json", action="store_true", help="with --show and a layer: print one JSON object")
-    parser.add_argument("--target", help="with --show: sm_80, sm_90, sm_100, sm_120, gfx942, gfx950 (default sm_90)")
+    parser.add_argument("--target", help="with --show: any card, as sm_90 (the default) or gfx942")
     parser.set_defaults(run=run)
 
 
@@ -118,18 +118,17 @@ def chosen_tiles(
     Raises:
         ValueError: there is no such target. ImportError: there is no triton.
     """
-    from tritonmoe.aot import ARCHITECTURES, Variant, record_launches
+    from tritonmoe.aot import Variant, architecture_named, record_launches
     from tritonmoe.kernels.tiles import measured_tiles
     from tritonmoe.kernels.tiles.config import TileConfig
 
-    if target not in ARCHITECTURES:
-        raise ValueError(f"--target must be one of {', '.join(ARCHITECTURES)}, got {target!r}")
+    gpu = architecture_named(target).target
     tuned = measured_tiles.read(measured_tiles.cache_file())
     tiles: dict[str, tuple[TileConfig, str]] = {}
     for num_tokens in tokens:
         variant = Variant.of(shape, dtype, num_tokens)
         with measured_tiles.asked() as found:
-            record_launches(variant, ARCHITECTURES[target].target)
+            record_launches(variant, gpu)
         for key, config in found.items():
             source = "tuned" if key in tuned else "shipped" if key in measured_tiles.SHIPPED else "heuristic"
             tiles[key] = config, source

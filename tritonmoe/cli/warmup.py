@@ -33,7 +33,7 @@ def add_parser(subparsers: Subparsers) -> None:
         default=1,
         help="ranks that the experts are spread over (default 1); --tokens are then the rows that one of them receives",
     )
-    parser.add_argument("--target", help="compile for sm_80, sm_90, sm_100, sm_120, gfx942 or gfx950, without a GPU")
+    parser.add_argument("--target", help="compile for any card, as sm_90 or gfx942, without a GPU")
     parser.set_defaults(run=run)
 
 
@@ -51,20 +51,21 @@ def run(arguments: argparse.Namespace, say: Callable[[str], None] = print) -> in
         print("tritonmoe warmup needs a GPU, or --target sm_90 (say) to compile for another machine's", file=sys.stderr)
         return 2
     try:
-        from tritonmoe.aot import ARCHITECTURES
+        from tritonmoe.aot import architecture_named
         from tritonmoe.kernels import launch
     except ImportError as error:
         print(f"tritonmoe warmup: the package triton can't be imported: {error}", file=sys.stderr)
         return 2
-    if arguments.target is not None and arguments.target not in ARCHITECTURES:
-        choices = ", ".join(ARCHITECTURES)
-        print(f"tritonmoe warmup: --target must be one of {choices}, got {arguments.target!r}", file=sys.stderr)
+    try:
+        named = None if arguments.target is None else architecture_named(arguments.target).target
+    except ValueError as error:
+        print(f"tritonmoe warmup: --target: {error}", file=sys.stderr)
         return 2
     if launch.INTERPRETED:
         print("tritonmoe warmup: Triton's interpreter is on, unset TRITON_INTERPRET", file=sys.stderr)
         return 2
     here = torch.device("cuda")
-    target = launch.target_of(here) if arguments.target is None else ARCHITECTURES[arguments.target].target
+    target = launch.target_of(here) if named is None else named
     jobs = launches_of_layer(shape, num_ranks, arguments.tokens, DTYPES[arguments.dtype], target)
     status = 0
     for number, (num_tokens, kernel, item) in enumerate(jobs, 1):
@@ -103,15 +104,17 @@ def launches_of_layer(
 
 def compile_launch(variant: str, kernel: str, item: "Launch", target: Any) -> tuple[str, str]:
     """Compile into Triton's cache; give what is wrong, and what is needed where that is known of the architecture."""
-    from tritonmoe.aot import ARCHITECTURES, compile_one, compile_unchecked
+    from tritonmoe.aot import architecture_named, compile_one, compile_unchecked
     from tritonmoe.kernels import launch
 
     name = launch.architecture_of(target)
-    if name in ARCHITECTURES:
-        compiled = compile_one(variant, kernel, item, name)
-        return compiled.problem, f"{compiled.registers} registers, {compiled.shared_bytes / 1024:.0f} KB shared"
     try:
-        compile_unchecked(item, target)
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"[:2000], ""
-    return "", f"compiled for {name}"
+        architecture_named(name)
+    except ValueError:  # a card of which nothing is known
+        try:
+            compile_unchecked(item, target)
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"[:2000], ""
+        return "", f"compiled for {name}"
+    compiled = compile_one(variant, kernel, item, name)
+    return compiled.problem, f"{compiled.registers} registers, {compiled.shared_bytes / 1024:.0f} KB shared"

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tritonmoe import backends
+from tritonmoe.backends.backend_choice import CalledLayer
 from tritonmoe.backends.ops import Operations
 from tritonmoe.config import activations
 from tritonmoe.config.activations import Activation, check_activation, is_fused
@@ -160,8 +161,14 @@ def choose_backend(spec: ExpertSpec, inputs: CallTensors[Tensor], *, beside_exch
     options = spec.options
     if beside_exchanges or has_other_ranks():
         options = options._replace(beside_exchanges=True)
-    num_experts, top_k = inputs.weights.gate_up_proj.shape[0], inputs.topk_ids.shape[1]
-    x = inputs.x
+    x, (num_experts, *sizes), top_k = inputs.x, inputs.weights.gate_up_proj.shape, inputs.topk_ids.shape[1]
+    layer = CalledLayer(
+        spec.layout,
+        spec.activation if is_fused(spec.activation) else None,
+        x.shape[1],
+        spec.layout.intermediate_size(sizes[1 if spec.layout.transposed else 0]),
+        inputs.weights.gate_up_bias is not None,
+    )
     ops = backends.choose(
         spec.backend,
         x.device,
@@ -170,6 +177,7 @@ def choose_backend(spec: ExpertSpec, inputs: CallTensors[Tensor], *, beside_exch
         num_experts=num_experts,
         top_k=top_k,
         is_packed=is_packed(inputs.weights),
+        layer=layer,
     )
     if backends.launches_kernels(ops):
         check_strides(inputs)

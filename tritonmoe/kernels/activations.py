@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from tritonmoe.config.activations import MAX_NUMBERS, FusedActivation, find_activation
+from tritonmoe.kernels.arithmetic import sigmoid_of
 
 __all__ = ["activation_options"]
 
@@ -51,7 +52,7 @@ def _times_up(value, slope, up, GATED: tl.constexpr):
 
 @triton.jit
 def silu(gate, up, numbers, GATED: tl.constexpr):
-    sigmoid = tl.sigmoid(gate)
+    sigmoid = sigmoid_of(gate)
     value = gate * sigmoid
     slope = sigmoid * (1.0 + gate * (1.0 - sigmoid))
     return _times_up(value, slope, up, GATED)
@@ -69,7 +70,7 @@ def gelu(gate, up, numbers, GATED: tl.constexpr):
 def gelu_tanh(gate, up, numbers, GATED: tl.constexpr):
     # (1 + tanh(z)) / 2 is sigmoid(2 z); 1.5957... is 2 sqrt(2 / pi).
     square = gate * gate
-    sigmoid = tl.sigmoid(1.5957691216057308 * gate * (1.0 + 0.044715 * square))
+    sigmoid = sigmoid_of(1.5957691216057308 * gate * (1.0 + 0.044715 * square))
     value = gate * sigmoid
     slope = sigmoid + gate * sigmoid * (1.0 - sigmoid) * 1.5957691216057308 * (1.0 + 0.134145 * square)
     return _times_up(value, slope, up, GATED)
@@ -94,7 +95,7 @@ def clamped_swiglu(gate, up, numbers, GATED: tl.constexpr):
     limit, alpha, up_offset = numbers
     clamped_gate = _lower_of(gate, limit)
     shifted_up = _lower_of(_higher_of(up, -limit), limit) + up_offset
-    sigmoid = tl.sigmoid(alpha * clamped_gate)
+    sigmoid = sigmoid_of(alpha * clamped_gate)
     swish = clamped_gate * sigmoid
     a = swish * shifted_up
     slope = sigmoid * (1.0 + alpha * clamped_gate * (1.0 - sigmoid))
@@ -110,14 +111,14 @@ def _tanh(x):
     odd = -5.70498872745e-3 * square + 2.06390887954e-2
     odd = (odd * square - 5.37397155531e-2) * square + 1.33314422036e-1
     odd = (odd * square - 3.33332819422e-1) * square * x + x
-    return tl.where(tl.abs(x) < 0.625, odd, 1.0 - 2.0 * tl.sigmoid(-2.0 * x))
+    return tl.where(tl.abs(x) < 0.625, odd, 1.0 - 2.0 * sigmoid_of(-2.0 * x))
 
 
 @triton.jit
 def softcapped_swiglu(gate, up, numbers, GATED: tl.constexpr):
     gate_cap, up_cap, _ = numbers
     gate_tanh, up_tanh = _tanh(gate / gate_cap), _tanh(up / up_cap)
-    sigmoid, capped_up = tl.sigmoid(gate), up_cap * up_tanh
+    sigmoid, capped_up = sigmoid_of(gate), up_cap * up_tanh
     swish = gate_cap * gate_tanh * sigmoid
     slope = sigmoid * (1.0 - gate_tanh * gate_tanh) + swish * (1.0 - sigmoid)
     return swish * capped_up, slope * capped_up, swish * (1.0 - up_tanh * up_tanh)

@@ -2,12 +2,48 @@
 
 import triton
 import triton.language as tl
+from triton.language.extra.libdevice import fast_dividef
 
 from tritonmoe.kernels.launch import INTERPRETED
 
-__all__ = ["dot", "round_to", "split_column_pairs", "split_columns"]
+__all__ = ["dot", "round_to", "rounded", "sigmoid_of", "split_column_pairs", "split_columns", "widened", "zeros"]
 
 _IN_INTERPRETER = tl.constexpr(INTERPRETED)
+
+
+@tl.core.builtin
+def _is_nvidia(_semantic=None):
+    """Return whether the compiler's target is NVIDIA's; `tl.target_info` asks the driver instead, if there is one."""
+    return tl.constexpr(_semantic.builder.options.backend_name == "cuda")
+
+
+@tl.core.builtin
+def _is_blackwell(_semantic=None):
+    """Return whether the compiler's target is sm_100: products are outside of its registers, and LLVM makes of sums and
+    products of neighbours, but not of inline assembly, instructions that compute both."""
+    return tl.constexpr(_semantic.builder.options.arch.startswith("sm10"))
+
+
+@triton.jit
+def _one_each(instruction: tl.constexpr, x):
+    return tl.inline_asm_elementwise(instruction, "=f,f", [x], tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def sigmoid_of(x):
+    """Return 1 / (1 + exp(-x)) in fp32, by the two approximations of the hardware: about 1e-7 * (1 + |x|) off.
+
+    `tl.sigmoid` takes more than twice the instructions: for denormal numbers, which are zero here, and for divisors
+    beyond 2^126, whose quotients are zero here.
+    """
+    power = -1.4426950408889634 * x
+    if _IN_INTERPRETER:
+        result = 1.0 / (1.0 + tl.exp2(power))
+    elif _is_nvidia():
+        result = _one_each("rcp.approx.ftz.f32 $0, $1;", 1.0 + _one_each("ex2.approx.ftz.f32 $0, $1;", power))
+    else:
+        result = fast_dividef(1.0, 1.0 + tl.exp2(power))
+    return result
 
 
 @triton.jit
@@ -43,14 +79,57 @@ def split_column_pairs(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HALVE
 
 @triton.jit
 def split_columns(tile, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr):
-    """Cut (BLOCK_M, WIDTH) into a tuple of 1, 2 or 4 tiles, from left to right."""
+    """Cut (BLOCK_M, WIDTH) into a tuple of 1, 2, 4 or 8 tiles, from left to right."""
     if PARTS == 1:
         return (tile,)
     elif PARTS == 2:
         return split_column_pairs(tile, BLOCK_M, WIDTH // 2, True)
     else:
-        tl.static_assert(PARTS == 4)
+        tl.static_assert(PARTS == 4 or PARTS == 8)
         left, right = split_column_pairs(tile, BLOCK_M, WIDTH // 2, True)
-        first, second = split_column_pairs(left, BLOCK_M, WIDTH // 4, True)
-        third, fourth = split_column_pairs(right, BLOCK_M, WIDTH // 4, True)
-        return (first, second, third, fourth)
+        lefts = split_columns(left, BLOCK_M, WIDTH // 2, PARTS // 2)
+        rights = split_columns(right, BLOCK_M, WIDTH // 2, PARTS // 2)
+        return lefts + rights
+
+
+@triton.jit
+def zeros(count, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr, FLATTEN: tl.constexpr):
+    """Return (BLOCK_M, WIDTH) zeros to add products to. count: an int32 from 0 on that is not known when compiling."""
+    zero = 0.0
+    if FLATTEN and not _IN_INTERPRETER and not _is_blackwell():
+        # ptxas brings every constant zero to its place through a uniform register: two instructions each.
+        zero = (count >> 31).to(tl.float32, bitcast=True)
+    return tl.full((BLOCK_M, WIDTH), zero, tl.float32)
+
+
+@triton.jit
+def widened(tile):
+    """Return a tile of a stored dtype in fp32."""
+    if _IN_INTERPRETER or tile.dtype != tl.bfloat16:
+        return tile.to(tl.float32)
+    elif _is_nvidia() and not _is_blackwell():
+        bits = tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16;\nand.b32 $1, $2, 0xffff0000;", "=&r,=&r,r", [tile], tl.int32, is_pure=True, pack=2
+        )
+        return bits.to(tl.float32, bitcast=True)
+    else:
+        return tile.to(tl.float32)
+
+
+@triton.jit
+def rounded(value, dtype: tl.constexpr):
+    """Return fp32 values of a stored dtype: the nearest ones."""
+    if _IN_INTERPRETER or dtype != tl.bfloat16:
+        return round_to(value, dtype).to(tl.float32)
+    elif _is_nvidia() and not _is_blackwell():
+        bits = tl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $3, $2;\nand.b32 $1, $0, 0xffff0000;\nshl.b32 $0, $0, 16;",
+            "=r,=r,f,f",
+            [value],
+            tl.int32,
+            is_pure=True,
+            pack=2,
+        )
+        return bits.to(tl.float32, bitcast=True)
+    else:
+        return round_to(value, dtype).to(tl.float32)

@@ -7,7 +7,7 @@ from torch import Tensor
 from tritonmoe.config.layer import KernelOptions, Projection
 from tritonmoe.grouping import Grouping
 from tritonmoe.kernels import weight_tiles
-from tritonmoe.kernels.arithmetic import dot, round_to, split_columns
+from tritonmoe.kernels.arithmetic import dot, round_to, split_columns, zeros
 from tritonmoe.kernels.launch import (
     cdiv,
     contiguous_columns,
@@ -17,6 +17,7 @@ from tritonmoe.kernels.launch import (
     tile_keywords,
 )
 from tritonmoe.kernels.row_tiles import (
+    first_tile,
     num_row_tiles,
     num_tile_slots,
     row_tiles_of,
@@ -64,11 +65,12 @@ def _grouped_matmul_kernel(
     SUBTILES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    tl.assume(depth_size > 0)
     num_used_slots = num_slots
     if FLATTEN:
         num_used_slots = num_row_tiles(row_tiles, BLOCK_M)
     num_tiles = num_used_slots * num_column_tiles
-    for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), flatten=FLATTEN):
+    for tile in tl.range(first_tile(), num_tiles, tl.num_programs(0), flatten=FLATTEN):
         slot, column_tile = slot_and_column_tile(tile, num_used_slots, num_column_tiles, GROUP_M)
         expert, first, end = tile_of_slot(slot, row_tiles, BLOCK_M)
         if FLATTEN or expert >= 0:
@@ -85,7 +87,7 @@ def _grouped_matmul_kernel(
                 weight_pointers = weight_tiles.first_pointers(
                     weight, expert, depth, columns, stride_weight_expert, stride_weight_in, stride_weight_out
                 )
-            accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            accumulator = zeros(num_tiles, BLOCK_M, BLOCK_N, FLATTEN)
             for start in range(0, depth_size, BLOCK_K):
                 depth_mask = depth < depth_size - start
                 if VALUES_BY_TMA:

@@ -10,7 +10,7 @@ from tritonmoe.config.layer import KernelOptions, Projection
 from tritonmoe.grouping import Grouping
 from tritonmoe.kernels import weight_tiles
 from tritonmoe.kernels.activations import activation_options
-from tritonmoe.kernels.arithmetic import dot, split_columns
+from tritonmoe.kernels.arithmetic import dot, split_columns, zeros
 from tritonmoe.kernels.epilogues import down_grad_epilogue
 from tritonmoe.kernels.launch import (
     TRITON_VERSION,
@@ -23,6 +23,7 @@ from tritonmoe.kernels.launch import (
 )
 from tritonmoe.kernels.pair_sums import sum_partials
 from tritonmoe.kernels.row_tiles import (
+    first_tile,
     num_row_tiles,
     num_tile_slots,
     row_of,
@@ -84,11 +85,12 @@ def _down_grad_kernel(
     SUBTILES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    tl.assume(D > 0)
     num_used_slots = num_slots
     if FLATTEN:
         num_used_slots = num_row_tiles(row_tiles, BLOCK_M)
     num_tiles = num_used_slots * num_column_tiles
-    for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), flatten=FLATTEN):
+    for tile in tl.range(first_tile(), num_tiles, tl.num_programs(0), flatten=FLATTEN):
         slot, column_tile = slot_and_column_tile(tile, num_used_slots, num_column_tiles, GROUP_M)
         expert, first, end = tile_of_slot(slot, row_tiles, BLOCK_M)
         if FLATTEN or expert >= 0:
@@ -109,7 +111,7 @@ def _down_grad_kernel(
             if not FLATTEN:
                 # Behind the last tile's epilogue, once: Triton 3.6 would put a barrier for it into every step.
                 tl.debug_barrier()
-            g = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            g = zeros(num_tiles, BLOCK_M, BLOCK_N, FLATTEN)
             for start in range(0, D, BLOCK_K):
                 depth_mask = depth < D - start
                 if EVEN_D:

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from tritonmoe.kernels.arithmetic import round_to, split_column_pairs
+from tritonmoe.kernels.arithmetic import round_to, rounded, split_column_pairs, widened
 
 __all__ = ["down_grad_epilogue", "up_epilogue"]
 
@@ -69,7 +69,7 @@ def up_epilogue(
             if GATED:
                 tl.store(h_rows + F + units[None, :], up_half, mask=mask)
     if ACTIVATION is not None:
-        a_tile, _, _ = ACTIVATION(gate.to(tl.float32), up_half.to(tl.float32), numbers, GATED)
+        a_tile, _, _ = ACTIVATION(widened(gate), widened(up_half), numbers, GATED)
         a_pointers = a + positions[:, None] * stride_a_row + units[None, :]
         tl.store(a_pointers, round_to(a_tile, dtype), mask=mask)
 
@@ -124,8 +124,8 @@ def down_grad_epilogue(
         else:
             gate = tl.load(hidden_rows + units[None, :], mask=mask, other=0.0)
             up = gate
-        exact_a, slope_gate, slope_up = ACTIVATION(gate.to(tl.float32), up.to(tl.float32), numbers, GATED)
-        a = round_to(exact_a, dtype).to(tl.float32)
+        exact_a, slope_gate, slope_up = ACTIVATION(widened(gate), widened(up), numbers, GATED)
+        a = rounded(exact_a, dtype)
         total = tl.sum(g * a, 1)
         dgate = round_to(slope_gate * da, dtype)
         if GATED:

@@ -85,7 +85,7 @@ def recording(target: GPUTarget, run: Callable[[Launch], None] | None = None) ->
 def _device_target(index: int) -> GPUTarget:
     if torch.version.hip is not None:
         properties = torch.cuda.get_device_properties(index)
-        return GPUTarget("hip", properties.gcnArchName.split(":")[0], 64)
+        return GPUTarget("hip", properties.gcnArchName.split(":")[0], properties.warp_size)
     major, minor = torch.cuda.get_device_capability(index)
     return GPUTarget("cuda", 10 * major + minor, 32)
 

@@ -10,7 +10,7 @@ from tritonmoe.config.layer import KernelOptions, Projection
 from tritonmoe.grouping import Grouping
 from tritonmoe.kernels import weight_tiles
 from tritonmoe.kernels.activations import activation_options
-from tritonmoe.kernels.arithmetic import dot, split_column_pairs, split_columns
+from tritonmoe.kernels.arithmetic import dot, split_column_pairs, split_columns, zeros
 from tritonmoe.kernels.epilogues import up_epilogue
 from tritonmoe.kernels.gather import gather_rows
 from tritonmoe.kernels.launch import (
@@ -22,6 +22,7 @@ from tritonmoe.kernels.launch import (
     tile_keywords,
 )
 from tritonmoe.kernels.row_tiles import (
+    first_tile,
     num_row_tiles,
     num_tile_slots,
     row_of,
@@ -123,11 +124,12 @@ def _up_kernel(
     SUB_N: tl.constexpr = BLOCK_N // SUBTILES
     # By TMA all gate columns come first, then all up columns: two boxes in one load.
     TWO_BOXES: tl.constexpr = WEIGHT_BY_TMA and GATED and not INTERLEAVED
+    tl.assume(D > 0)
     num_used_slots = num_slots
     if FLATTEN:
         num_used_slots = num_row_tiles(row_tiles, BLOCK_M)
     num_tiles = num_used_slots * num_column_tiles
-    for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), flatten=FLATTEN):
+    for tile in tl.range(first_tile(), num_tiles, tl.num_programs(0), flatten=FLATTEN):
         slot, column_tile = slot_and_column_tile(tile, num_used_slots, num_column_tiles, GROUP_M)
         expert, first, end = tile_of_slot(slot, row_tiles, BLOCK_M)
         if FLATTEN or expert >= 0:
@@ -146,7 +148,7 @@ def _up_kernel(
                 weight_pointers = weight_tiles.first_pointers(
                     weight, expert, depth, columns, stride_weight_expert, stride_weight_in, stride_weight_out
                 )
-            accumulator = tl.zeros((BLOCK_M, WIDTH), tl.float32)
+            accumulator = zeros(num_tiles, BLOCK_M, WIDTH, FLATTEN)
             for start in range(0, D, BLOCK_K):
                 depth_mask = depth < D - start
                 if GATHER == "copy":

@@ -33,7 +33,7 @@ class _Product:
 
     registers: tuple[str, ...]
     left: Any
-    """A of each warpgroup: its bits (groups, 64, 16), or where it is in shared memory."""
+    """Where A is in shared memory, for each warpgroup; or its registers, by name, with what they hold."""
     right: list[Pieces]
     """Where B is, for each warpgroup."""
     transposed: tuple[int, int]
@@ -129,11 +129,10 @@ class MatrixUnit:
         from_registers = isinstance(a, tuple)
         self._require_fenced([*results, *(a if from_registers else ())])
         transposed = immediates[2:] if not from_registers else [0, *immediates[2:]]
-        num_groups, shared = self._machine.num_threads // 128, self._machine.shared
+        shared = self._machine.shared
         first = range(0, self._machine.num_threads, 128)
         if from_registers:
-            words = self._words(a)
-            left: Any = fragments.mma_operands(words, words[:, :2])[0].reshape(num_groups, 64, 16)
+            left: Any = {register: self._machine.registers[register] for register in a}
         else:
             left = [fragments.descriptor_places(int(a[one]), 64, 16, not transposed[0], tcgen05=False) for one in first]
         right = [
@@ -163,7 +162,7 @@ class MatrixUnit:
         """Let a product be done. Each warp has waited for its own part of it: of the others' it knows nothing."""
         registers = self._machine.registers
         left, right = (
-            self._matrices_of(places, outer, not transposed) if isinstance(places, list) else places
+            self._matrices_of(places, outer, not transposed) if isinstance(places, list) else self._still_held(places)
             for places, outer, transposed in zip(
                 (product.left, product.right), (64, 2 * len(product.registers)), product.transposed, strict=True
             )
@@ -177,6 +176,13 @@ class MatrixUnit:
         new = dict(zip(product.registers, sums.view(np.uint32), strict=True))
         registers.update(new)
         self._fenced.update(new)
+
+    def _still_held(self, operand: dict[str, Any]) -> NDArray[np.uint16]:
+        """Return A of registers that no thread has written since the product was started: (groups, 64, 16)."""
+        if any(self._machine.registers[register] is not held for register, held in operand.items()):
+            raise MemoryFault("wgmma reads registers that threads wrote before they waited for it")
+        words = self._words(tuple(operand))
+        return fragments.mma_operands(words, words[:, :2])[0].reshape(-1, 64, 16)
 
     def _matrices_of(self, places: list[Pieces], outer: int, depth_contiguous: bool) -> NDArray[np.uint16]:
         """Return the matrix of each warpgroup, whose reading ends: (groups, outer, 16)."""

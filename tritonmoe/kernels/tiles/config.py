@@ -36,7 +36,7 @@ def refusal(name: str, value: object) -> str:
     elif name == "num_warps":
         fits, rule = _is_power_of_two(value) and value <= 32, "a power of two up to 32"
     elif name == "subtiles":
-        fits, rule = is_integer(value) and value in (1, 2, 4), "1, 2 or 4"
+        fits, rule = is_integer(value) and value in (1, 2, 4, 8), "1, 2, 4 or 8"
     elif name == "gather":
         fits, rule = value in GATHERS, f"one of {', '.join(GATHERS)}"
     elif name in ("persistent", "tma"):

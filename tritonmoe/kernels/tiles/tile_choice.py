@@ -6,6 +6,7 @@ layer's rows either.
 """
 
 import functools
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -30,6 +31,8 @@ __all__ = [
     "row_class",
     "tile_height",
 ]
+
+log = logging.getLogger("tritonmoe")
 
 ENOUGH_PROGRAMS = 320
 """So many programs occupy every supported GPU: none has more multiprocessors (MI300X has 304 compute units)."""
@@ -104,6 +107,11 @@ def grouped_matmul_config(
     abilities = _why_no_tma(target), lacks_fences(target), launch.dot_precision(like)
     product = _Product(operation, target, *abilities, like.dtype, width, depth)
     gather = dict(measured).get("gather")
+    why_one_tile = ""
+    if not may_be_persistent:
+        why_one_tile = "it would spill registers"
+    elif options.beside_exchanges and options.num_sms is None:
+        why_one_tile = "other ranks may hold multiprocessors (num_sms says how many are free)"
     config, clipped = _config(
         product,
         rows,
@@ -112,7 +120,7 @@ def grouped_matmul_config(
         measured,
         tuple(refusals.items()),
         _why_no_gather(target, gather, like, grouping.num_pairs) if gather in ("tma", "copy") else "",
-        may_be_persistent and (options.num_sms is not None or not options.beside_exchanges),
+        why_one_tile,
     )
     measured_tiles.note(key, config)
     return clipped
@@ -141,14 +149,14 @@ def _config(
     measured: tuple[tuple[str, Any], ...],
     refusals: tuple[tuple[str, str], ...],
     gather_refusal: str,
-    may_be_persistent: bool,
+    why_one_tile: str,
 ) -> tuple[TileConfig, TileConfig]:
     """Choose the tile, and shrink it to the product; every launch asks.
 
     Args:
         rows: the row class. height: the most rows of a tile. num_slots: the row tiles that one token has at least.
         measured: the fields that a measured entry replaces. gather_refusal: why x can't be gathered as it says.
-        may_be_persistent: whether it is known how many multiprocessors are free, and nothing spills.
+        why_one_tile: why a program may not walk over several tiles; empty where it may.
     """
     operation, target, why_no_tma, _, _, dtype, width, depth = product
     config = table.tile_of(table.family_of(target), table.elements_of(dtype, width, depth), operation, height)
@@ -163,7 +171,9 @@ def _config(
             f"got {config.block_m}: correct the measured entry, or delete it and run `tritonmoe tune` again"
         )
     reads = tma.reads(dict(refusals), why_no_tma or ("" if config.tma else "measured to be faster"))
-    persistent = may_be_persistent and config.persistent and _may_walk(reads)
+    if config.persistent:
+        _say_what_is_slow(operation, dict(reads) if config.tma else {}, why_one_tile)
+    persistent = not why_one_tile and config.persistent and _may_walk(reads)
     gather = config.gather if gathers else ""
     if gather in ("tma", "copy"):
         reads = (*tma.reads({"x": gather_refusal}, ""), *reads)
@@ -176,6 +186,15 @@ def _config(
     if operation == "weight_grad":
         return config, _clipped_weight_grad(config, product)
     return config, config.clipped(width, depth)
+
+
+def _say_what_is_slow(operation: str, reads: Mapping[str, str], why_one_tile: str) -> None:
+    """Log what keeps a product from the fast way of its tile; each product is chosen once."""
+    slow = [f"its {operand} is read through {way}" for operand, way in reads.items() if way != tma.BY_TMA]
+    if why_one_tile:
+        slow.append(f"a program has one tile: {why_one_tile}")
+    if slow:
+        log.info("%s is slower than it could be: %s", operation, "; ".join(slow))
 
 
 def _narrowed(config: TileConfig, width: int, num_slots: int) -> TileConfig:
