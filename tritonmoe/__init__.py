@@ -15,6 +15,8 @@ from tritonmoe.experts.adapters import ExpertAdapters
 from tritonmoe.experts.moe_mlp import moe_mlp
 from tritonmoe.integrations.torch_distributed.gradient_clipping import clip_grad_norm_
 from tritonmoe.integrations.torch_distributed.parallelize import expert_parameters, gather_state_dicts, parallelize
+from tritonmoe.integrations.weight_sync.export_weights import export_weights
+from tritonmoe.integrations.weight_sync.load_weights import load_weights
 from tritonmoe.layer import GroupedExperts, MoELayer
 from tritonmoe.routing import TopKRouter
 from tritonmoe.runtime.version import __version__ as __version__
@@ -40,7 +42,9 @@ __all__ = [
     "clip_grad_norm_",
     "expert_parallel_mlp",
     "expert_parameters",
+    "export_weights",
     "gather_state_dicts",
+    "load_weights",
     "moe_mlp",
     "parallelize",
     "run_on_emulated_ranks",

@@ -1,0 +1,46 @@
+"""HeldStorages: the memory that a piece of code holds at once, counted by torch's own operations."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class HeldStorages(TorchDispatchMode):
+    """Counts the storages that this thread's operations made, after every operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.references: dict[int, tuple[int, StorageWeakRef]] = {}
+        self.num_bytes: list[int] = []
+        self.snapshots: list[set[int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        self.references = {k: v for k, v in self.references.items() if not v[1].expired()}
+        for tensor in tree_leaves(result):
+            if not isinstance(tensor, Tensor):
+                continue
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self.references and storage._cdata not in given:
+                self.references[storage._cdata] = len(self.num_bytes), StorageWeakRef(storage)
+                self.num_bytes.append(storage.nbytes())
+        self.snapshots.append({number for number, _ in self.references.values()})
+        return result
+
+    def peak(self, results: Sequence[Tensor | None]) -> int:
+        """Return the most bytes that were held at once, without those of the results."""
+        own = self._numbers(results)
+        return max(sum(self.num_bytes[n] for n in held - own) for held in self.snapshots)
+
+    def held_now(self, results: Sequence[Tensor | None]) -> int:
+        numbers = {number for number, reference in self.references.values() if not reference.expired()}
+        return sum(self.num_bytes[n] for n in numbers - self._numbers(results))
+
+    def _numbers(self, tensors: Sequence[Tensor | None]) -> set[int]:
+        keys = {t.untyped_storage()._cdata for t in tensors if t is not None}
+        return {number for key, (number, _) in self.references.items() if key in keys}
