@@ -8,7 +8,7 @@ import functools
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -139,7 +139,7 @@ class OverlappedRoutedExperts(RoutedExperts):
 
 
 @override(target=RoutedExperts.Config, description="tritonmoe: dispatch, experts and combine, overlapped")
-def routed_experts(config: RoutedExperts.Config, **overlap: int | str) -> OverlappedRoutedExperts.Config:
+def routed_experts(config: RoutedExperts.Config, **overlap: Any) -> OverlappedRoutedExperts.Config:
     """Return the configuration that runs these experts through tritonmoe.
 
     Args:

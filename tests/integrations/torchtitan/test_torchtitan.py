@@ -4,7 +4,6 @@ torchtitan is no part of the extra `test`: `bash .ci/framework torchtitan` runs 
 """
 
 import json
-import os
 import random
 import subprocess
 import sys
@@ -187,7 +186,7 @@ def test_what_cannot_run_is_refused() -> None:
             routed_experts(layer.moe.routed_experts)
     config = experts_config()
     dispatcher = derive(config.token_dispatcher, DeepEPTokenDispatcher.Config)
-    with pytest.raises(ValueError, match="the model asks for DeepEPTokenDispatcher.Config, and tritonmoe exchanges"):
+    with pytest.raises(ValueError, match=r"the model asks for DeepEPTokenDispatcher.Config, and tritonmoe exchanges"):
         routed_experts(derive(config, RoutedExperts.Config, token_dispatcher=dispatcher))
     with pytest.raises(TypeError, match="num_chunk"):
         routed_experts(config, num_chunk=4)
@@ -197,5 +196,5 @@ def test_what_cannot_run_is_refused() -> None:
         routed_experts(config).build().parallelize(cut)
     inner = derive(config.inner_experts, GroupedExperts.Config, num_experts=63)
     odd = ParallelDims(**(sizes | {"dp_shard": 2}), tp=1, ep=2, world_size=2)
-    with pytest.raises(ValueError, match="63 experts can't be divided by --parallelism.expert_parallel_degree 2"):
+    with pytest.raises(ValueError, match=r"63 experts can't be divided by --parallelism.expert_parallel_degree 2"):
         routed_experts(derive(config, RoutedExperts.Config, inner_experts=inner)).build().parallelize(odd)

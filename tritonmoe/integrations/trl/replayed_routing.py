@@ -10,32 +10,9 @@ from torch import Tensor, nn
 from tritonmoe.routing.recording import RoutingRecording
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
-    from trl import GRPOConfig
-
-    class Base:
-        """What type checkers see of a GRPOTrainer."""
-
-        model: nn.Module
-        ref_model: nn.Module | None
-        args: GRPOConfig
-        accelerator: Accelerator
-        rollout_func: object
-        environment_factories: object
-        tools: list[object]
-        use_vllm: bool
-        use_transformers_continuous_batching: bool
-        _is_vlm: bool
-
-        def __init__(self, *args: object, **kwargs: object) -> None: ...
-        def compute_loss(self, *args: object, **kwargs: object) -> object: ...
-        def _generate(self, prompts: list) -> tuple: ...
-        def _generate_single_turn(self, *args: object, **kwargs: object) -> tuple: ...
-        def _generate_and_score_completions(self, inputs: list) -> dict[str, object]: ...
-        def _get_per_token_logps_and_entropies(self, *args: object, **kwargs: object) -> tuple: ...
-
+    from trl import GRPOTrainer
 else:
-    Base = object
+    GRPOTrainer = object  # what a class puts behind this mixin
 
 __all__ = ["ReplayedRouting"]
 
@@ -43,7 +20,7 @@ KEY = "routed_experts"
 """What rollout_func calls the routing of its sequences, and what it is called in TRL's batches."""
 
 
-class ReplayedRouting(Base):
+class ReplayedRouting(GRPOTrainer):
     """Before GRPOTrainer in the bases of a class: the policy takes the experts that the rollout took (R3).
 
     Without `rollout_func`, the routing of the trainer's own generate() is recorded. A `rollout_func` returns it beside
