@@ -16,6 +16,8 @@ from tritonmoe.experts.moe_mlp import moe_mlp
 from tritonmoe.experts.quantized_weight import QuantizedWeight
 from tritonmoe.integrations.torch_distributed.gradient_clipping import clip_grad_norm_
 from tritonmoe.integrations.torch_distributed.parallelize import expert_parameters, gather_state_dicts, parallelize
+from tritonmoe.integrations.weight_sync.export_weights import export_weights
+from tritonmoe.integrations.weight_sync.load_weights import load_weights
 from tritonmoe.layer import GroupedExperts, MoELayer
 from tritonmoe.rebalancing.rebalance import Rebalancer, rebalance
 from tritonmoe.rebalancing.rebalanced import Rebalanced
@@ -46,7 +48,9 @@ __all__ = [
     "clip_grad_norm_",
     "expert_parallel_mlp",
     "expert_parameters",
+    "export_weights",
     "gather_state_dicts",
+    "load_weights",
     "moe_mlp",
     "parallelize",
     "rebalance",

@@ -65,7 +65,7 @@ def run_torchrun(
         capture_output=True,
         text=True,
         timeout=timeout_s,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env=ENVIRONMENT,
         check=False,
     )
     passed = [line.removeprefix("passed ") for line in ended.stdout.splitlines() if line.startswith("passed ")]

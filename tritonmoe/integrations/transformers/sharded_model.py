@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from transformers import PreTrainedModel
 
-__all__ = ["bind_to_spread", "gathered_state", "on_first_rank", "saves_adapters"]
+__all__ = ["bind_to_spread", "everybody_of", "gathered_state", "meet", "on_first_rank", "saves_adapters"]
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 MAX_NAMED = 8
@@ -122,7 +122,7 @@ def on_first_rank(model: nn.Module, write: Callable[[], None], *, is_first: bool
             write()
         except Exception as caught:
             error = caught
-    everybody = _everybody(model)
+    everybody = everybody_of(model)
     failed = torch.tensor(int(error is not None), device=everybody.device_type)
     # also a barrier: nobody reads a half-written directory
     everybodys = DTensor.from_local(failed, everybody, [Partial()] * everybody.ndim)
@@ -133,7 +133,7 @@ def on_first_rank(model: nn.Module, write: Callable[[], None], *, is_first: bool
         raise TransportError(f"the first rank could not save to {where}: its own error says why")
 
 
-def _everybody(model: nn.Module) -> "DeviceMesh":
+def everybody_of(model: nn.Module) -> "DeviceMesh":
     """Return the mesh of all ranks that hold the experts or copies of them, or dense shards."""
     import torch.distributed as dist
     from torch.distributed.device_mesh import DeviceMesh
@@ -174,19 +174,21 @@ def _save_gathered(
             "state_dict=None may be alone: call model.save_pretrained(directory) on every rank, or "
             "trainer.save_model(directory), as Trainer's own checkpoints do"
         )
-    _meet(model)
-    everybody = _everybody(model)
+    meet(model, "save_pretrained")
+    everybody = everybody_of(model)
     is_first = everybody.get_rank() == int(everybody.mesh.min())
     state = gathered_state(model, state_dict, keep=is_first)
     settings = {**settings, "state_dict": state, "is_main_process": True}
     on_first_rank(model, lambda: _save(save, save_directory, settings), is_first=is_first, where=save_directory)
 
 
-def _meet(model: nn.Module) -> None:
+def meet(model: nn.Module, what: str) -> None:
     """Wait for the other ranks; one that calls a layer instead ends that at once, which no gather would.
 
+    Args:
+        what: every rank has to call.
     Raises, on every rank:
-        TransportError: not all of them save.
+        TransportError: not all of them do.
     """
     transports = {id(found): found for module in model.modules() if (found := transport_of(module)) is not None}
     for transport in transports.values():
@@ -194,8 +196,8 @@ def _meet(model: nn.Module) -> None:
             transport.barrier()
         except (CountMismatch, TransportError) as error:
             raise TransportError(
-                "save_pretrained gathers what is spread over ranks, so every rank must call it, and not all do: call "
-                "model.save_pretrained(directory) on every rank, not on the first one alone; only that one writes"
+                f"{what} gathers what is spread over ranks, and not all ranks call it: call it on every rank, not on "
+                "the first one alone"
             ) from error
 
 

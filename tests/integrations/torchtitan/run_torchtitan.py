@@ -1,0 +1,48 @@
+"""torchtitan's own training program on a CPU: `torchrun run_torchtitan.py LOSSES ARGUMENT...`; writes losses to a file.
+
+Its debug models have fewer layers here.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import cpu_device
+import torch
+import torchtitan.models.deepseek_v3 as titan_deepseek
+import torchtitan.models.qwen3 as titan_qwen3
+import torchtitan.train
+from torchtitan.components.metrics import MetricsProcessor
+
+
+def with_layers(make: Any, number: int) -> Any:
+    def made(*arguments: Any, **keywords: Any) -> Any:
+        config = make(*arguments, **keywords)
+        config.layers = config.layers[:number]
+        return config
+
+    return made
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    cpu_device.finish()
+    for configs, name, number in (
+        (titan_qwen3.qwen3_configs, "debugmodel_moe", 2),
+        (titan_deepseek.deepseekv3_configs, "debugmodel", 3),  # the first is dense
+    ):
+        configs[name] = with_layers(configs[name], number)
+    losses_path = Path(sys.argv.pop(1))
+    losses = []
+    log = MetricsProcessor.log
+
+    def kept(self: Any, step: int, global_avg_loss: float, *rest: Any, **named: Any) -> Any:
+        losses.append(float(global_avg_loss))
+        return log(self, step, global_avg_loss, *rest, **named)
+
+    MetricsProcessor.log = kept
+    torchtitan.train.main()
+    if os.environ.get("RANK", "0") == "0":
+        losses_path.write_text(json.dumps(losses))

@@ -1,0 +1,200 @@
+"""torchtitan with and without the override, from the same weights: losses of three steps, and checkpoints both ways.
+
+torchtitan is no part of the extra `test`: `bash .ci/framework torchtitan` runs these tests in a venv that has it.
+"""
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("torchtitan")
+
+from processes import ENVIRONMENT
+from torchtitan.config import derive
+from torchtitan.distributed import ParallelDims
+from torchtitan.models.common.moe import GroupedExperts, RoutedExperts
+from torchtitan.models.common.token_dispatcher import DeepEPTokenDispatcher
+from torchtitan.models.gpt_oss import gptoss_configs
+from torchtitan.models.qwen3 import qwen3_configs
+
+from tritonmoe import OverlapConfig
+from tritonmoe.integrations.torchtitan import FusedExperts, OverlappedRoutedExperts, routed_experts
+
+RUN = Path(__file__).parent / "run_torchtitan.py"
+OVERRIDE = ("--override.imports", "tritonmoe.integrations.torchtitan.routed_experts")
+MODELS = {"qwen3": "qwen3_moe_debug", "deepseek_v3": "deepseek_v3_debugmodel"}
+TOLERANCE = 1e-3
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Make a tokenizer and texts, which torchtitan's wheel leaves out."""
+    found = tmp_path_factory.mktemp("torchtitan")
+    special = ["<bos>", "<eos>", "<unk>"]
+    added = [{"id": n, "content": word, "special": True, "normalized": False} for n, word in enumerate(special)]
+    flags = {"single_word": False, "lstrip": False, "rstrip": False}
+    words = {word: number for number, word in enumerate([*special, *map(str, range(1000))])}
+    tokenizer = {
+        "version": "1.0",
+        "added_tokens": [one | flags for one in added],
+        "pre_tokenizer": {"type": "Whitespace"},
+        "model": {"type": "WordLevel", "vocab": words, "unk_token": "<unk>"},
+    }
+    (found / "tokenizer").mkdir()
+    (found / "tokenizer" / "tokenizer.json").write_text(json.dumps(tokenizer))
+    names = {"bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}
+    (found / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(names))
+    generator = random.Random(0)
+    (found / "texts").mkdir()
+    with (found / "texts" / "data.json").open("w") as file:
+        for _ in range(200):
+            step = generator.randrange(1, 9)
+            text = " ".join(str((step * place + generator.randrange(3)) % 1000) for place in range(150))
+            file.write(json.dumps({"text": text}) + "\n")
+    return found
+
+
+def train(directory: Path, model: str, name: str, *arguments: str, size: int = 1, steps: int = 3) -> list[float]:
+    """Run torchtitan's program, and return the loss of each step."""
+    losses = directory / f"{model}-{name}.json"
+    settings = {
+        "--module": model,
+        "--config": MODELS[model],
+        "--hf_assets_path": directory / "tokenizer",
+        "--dataloader.dataset_path": directory / "texts",
+        "--dump_folder": directory / model,
+        "--checkpoint.folder": name,
+        "--checkpoint.interval": 100,
+        "--training.steps": steps,
+        "--training.seq_len": 128,
+        "--training.local_batch_size": 2,
+        "--parallelism.spmd_backend": "partial_dtensor",
+        "--parallelism.expert_parallel_degree": size,
+    }
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
+    ended = subprocess.run(
+        [
+            *command,
+            str(RUN),
+            str(losses),
+            *(str(part) for setting in settings.items() for part in setting),
+            "--checkpoint.enable",
+            "--training.disable_cuda_graphs",
+            *arguments,
+        ],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**ENVIRONMENT, "HF_DATASETS_OFFLINE": "1", "HF_DATASETS_CACHE": str(directory / "cache")},
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr[-4000:]
+    return json.loads(losses.read_text())
+
+
+def seed(directory: Path, model: str) -> tuple[str, str]:
+    """Return the arguments that start from torchtitan's own first weights."""
+    path = directory / model / "seed" / "step-0"
+    if not path.exists():
+        train(directory, model, "seed", "--checkpoint.create_seed_checkpoint")
+    return "--checkpoint.initial_load_path", str(path)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("model", MODELS)
+def test_losses_are_torchtitans_own(model: str, size: int, directory: Path) -> None:
+    start = seed(directory, model)
+    own = train(directory, model, f"own-{size}", *start, size=size)
+    ours = train(directory, model, f"ours-{size}", *start, *OVERRIDE, size=size)
+    assert own[2] < own[0] - 0.05
+    for expected, actual in zip(own, ours, strict=True):
+        assert abs(actual - expected) < TOLERANCE
+
+
+def test_checkpoints_load_both_ways(directory: Path) -> None:
+    start = seed(directory, "qwen3")
+    path = directory / "qwen3" / "ours-2" / "step-3"
+    if not path.exists():
+        train(directory, "qwen3", "ours-2", *start, *OVERRIDE, size=2)
+    go_on = "--checkpoint.initial_load_path", str(path)
+    own = train(directory, "qwen3", "own-goes-on", *go_on, steps=1)
+    ours = train(directory, "qwen3", "ours-goes-on", *go_on, *OVERRIDE, steps=1)
+    assert abs(own[0] - ours[0]) < TOLERANCE
+
+
+def experts_config() -> RoutedExperts.Config:
+    return qwen3_configs["debugmodel_moe"](attn_backend="flex").layers[0].moe.routed_experts
+
+
+def test_weights_are_drawn_and_saved_as_torchtitans() -> None:
+    config = routed_experts(experts_config(), num_chunks=4)
+    assert config.overlap == OverlapConfig(num_chunks=4)
+    module: Any = config.build()
+    assert isinstance(module, OverlappedRoutedExperts)
+    assert isinstance(module.inner_experts, FusedExperts)
+    own: Any = experts_config().build()
+    for init in (own, module):
+        init.init_states(buffer_device=None) if hasattr(init, "init_states") else init.init_weights()
+    saved = module.state_dict()
+    assert {name: value.shape for name, value in saved.items()} == {n: v.shape for n, v in own.state_dict().items()}
+    for name, value in own.state_dict().items():
+        assert abs(saved[name].std() / value.std() - 1) < 0.02, name
+    module.load_state_dict(own.state_dict())
+    for name, value in module.state_dict().items():
+        assert torch.equal(value, own.state_dict()[name])
+    gate, up = own.inner_experts.w1_EFD, own.inner_experts.w3_EFD
+    assert torch.equal(module.inner_experts.w13_EGD, torch.cat([gate, up], dim=1))
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 37])
+def test_gradients_are_torchtitans(num_tokens: int) -> None:
+    own: Any = experts_config().build()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in own.parameters():
+            parameter.normal_(std=0.05, generator=generator)
+    module: Any = routed_experts(experts_config()).build()
+    module.load_state_dict(own.state_dict())
+    num_experts = own.inner_experts.num_experts
+    x = torch.randn(1, num_tokens, 256, generator=generator)
+    scores, ids = torch.rand(1, num_tokens, num_experts, generator=generator).topk(8)
+    counts = torch.bincount(ids.flatten(), minlength=num_experts)
+    results = []
+    for experts in (own, module):
+        given = x.clone().requires_grad_(), scores.clone().requires_grad_()
+        out = experts(*given, ids, counts)
+        out.square().sum().backward()
+        grads = {name: parameter.grad for name, parameter in experts.inner_experts.named_parameters()}
+        both = grads.pop("w13_EGD", None)
+        if both is not None:
+            grads["w1_EFD"], grads["w3_EFD"] = both.tensor_split(2, dim=1)
+        results.append({"out": out, "x": given[0].grad, "scores": given[1].grad, **grads})
+    for name, expected in results[0].items():
+        error = (results[1][name] - expected).norm() / expected.norm().clamp(min=1e-6)
+        assert error < 0.02, (name, error)  # of bf16, in which both compute
+
+
+def test_what_cannot_run_is_refused() -> None:
+    for layer in gptoss_configs["debugmodel"](attn_backend="flex", moe_comm_backend="standard").layers:
+        with pytest.raises(ValueError, match=r"own RoutedExperts of GroupedExperts \(qwen3, deepseek_v3\), got GptOss"):
+            routed_experts(layer.moe.routed_experts)
+    config = experts_config()
+    dispatcher = derive(config.token_dispatcher, DeepEPTokenDispatcher.Config)
+    with pytest.raises(ValueError, match=r"the model asks for DeepEPTokenDispatcher.Config, and tritonmoe exchanges"):
+        routed_experts(derive(config, RoutedExperts.Config, token_dispatcher=dispatcher))
+    with pytest.raises(TypeError, match="num_chunk"):
+        routed_experts(config, num_chunk=4)
+    sizes = {"dp_replicate": 1, "dp_shard": 1, "cp": 1, "pp": 1}
+    cut = ParallelDims(**sizes, tp=2, ep=1, world_size=2)
+    with pytest.raises(ValueError, match=r"cuts each expert, .*--parallelism.expert_parallel_degree 2"):
+        routed_experts(config).build().parallelize(cut)
+    inner = derive(config.inner_experts, GroupedExperts.Config, num_experts=63)
+    odd = ParallelDims(**(sizes | {"dp_shard": 2}), tp=1, ep=2, world_size=2)
+    with pytest.raises(ValueError, match=r"63 experts can't be divided by --parallelism.expert_parallel_degree 2"):
+        routed_experts(derive(config, RoutedExperts.Config, inner_experts=inner)).build().parallelize(odd)

@@ -1,0 +1,148 @@
+"""Exported weights are those of save_pretrained, byte for byte, on any number of ranks, and can be loaded again."""
+
+import importlib.metadata
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from processes import run_torchrun
+from test_families import QUICK, REACHED, SLOW, make_model
+from tiny_models import make_dense
+from torch import Tensor, nn
+
+import tritonmoe as tm
+from tritonmoe.integrations import transformers as tmt
+
+WORKER = Path(__file__).parent / "weight_sync_worker.py"
+FAMILIES = ("mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "olmoe")
+HAS_PEFT = importlib.util.find_spec("peft") is not None
+VERSION = tuple(int(number) for number in importlib.metadata.version("transformers").split(".")[:2])
+
+
+def saved(model: nn.Module, directory: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    model.save_pretrained(directory)  # type: ignore[operator]
+    return {name: value for path in directory.glob("*.safetensors") for name, value in load_file(path).items()}
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(name, marks=() if name in FAMILIES else pytest.mark.thorough)
+        for name in (*QUICK, *SLOW)
+        if name in REACHED
+    ],
+)
+def test_a_family_on_one_process(family: str, tmp_path: Path) -> None:
+    model = make_model(family)
+    expected = saved(model, tmp_path)
+    shapes = dict(tm.export_weights(model, only_shapes=True))
+    for bucket_bytes in (1, 5000, 2**30):
+        found = dict(tm.export_weights(model, bucket_bytes=bucket_bytes))
+        assert list(found) == list(shapes)
+        assert found.keys() == expected.keys()
+        for name, tensor in found.items():
+            assert torch.equal(tensor, expected[name]), name
+            assert (shapes[name].shape, shapes[name].dtype) == (tensor.shape, expected[name].dtype)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with torch.no_grad():
+        for tensor in [*model.parameters(), *model.buffers()]:
+            tensor.zero_()
+    tm.load_weights(model, expected.items())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_what_is_exported_is_not_trained() -> None:
+    model = make_model("mixtral")
+    iterator = tm.export_weights(model)
+    assert torch.is_grad_enabled()
+    _, first = next(iterator)
+    assert torch.is_grad_enabled()
+    assert not first.requires_grad
+
+
+@pytest.mark.skipif(not HAS_PEFT, reason="peft is not installed")
+def test_adapters_that_cannot_be_merged_one_by_one_are_refused() -> None:
+    from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
+
+    def adapted(config: object) -> nn.Module:
+        return get_peft_model(make_model("mixtral"), config)
+
+    dora = adapted(LoraConfig(target_modules=["q_proj"], use_dora=True))
+    with pytest.raises(ValueError, match=r"self_attn.q_proj is more than two factors \(DoRA, .*merge_and_unload"):
+        tm.export_weights(dora)
+    ia3 = adapted(IA3Config(target_modules=["q_proj"], feedforward_modules=[]))
+    with pytest.raises(ValueError, match=r"q_proj has an adapter of peft.tuners.ia3.*Linear, and only LoRA"):
+        tm.export_weights(ia3)
+    with pytest.raises(ValueError, match="prompt learning of PEFT changes no weight"):
+        tm.export_weights(adapted(PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")))
+    tokens = adapted(LoraConfig(target_modules=["q_proj"], trainable_token_indices=[3, 4]))
+    with pytest.raises(ValueError, match=r"embed_tokens is a TrainableTokensWrapper of PEFT.*merge_and_unload"):
+        tm.export_weights(tokens)
+
+
+def test_what_is_no_checkpoint_is_refused() -> None:
+    with pytest.raises(TypeError, match="Linear is no model of transformers"):
+        tm.export_weights(nn.Linear(2, 2))
+    model = make_model("mixtral")
+    for wrong in (0, 2.5, True):
+        with pytest.raises(ValueError, match="bucket_bytes must be a positive number of bytes"):
+            tm.export_weights(model, bucket_bytes=wrong)  # type: ignore[arg-type]
+    upcycled = tmt.upcycle(make_dense("gpt2"), num_experts=4, top_k=2)
+    with pytest.raises(ValueError, match="is a layer of tritonmoe, upcycled in place, which no inference engine has"):
+        tm.export_weights(upcycled)
+    torch.nn.utils.parametrizations.weight_norm(model.model.layers[0].self_attn.q_proj)
+    with pytest.raises(ValueError, match=r"self_attn.q_proj are computed from other parameters"):
+        tm.export_weights(model)
+    quantised = make_model("mixtral")
+    experts = quantised.model.layers[1].mlp.experts
+    experts.down_proj = nn.Parameter(experts.down_proj.detach().to(torch.float8_e4m3fn), requires_grad=False)
+    for call in (lambda: tm.export_weights(quantised), lambda: tm.load_weights(quantised, [])):
+        with pytest.raises(
+            ValueError, match=r"layers.1.mlp.experts.down_proj is quantised \(Parameter of torch.float8"
+        ):
+            call()
+
+
+def test_what_does_not_fit_is_not_loaded() -> None:
+    model = make_model("mixtral")
+    weights = dict(tm.export_weights(model))
+    name = "model.layers.1.block_sparse_moe.experts.5.w3.weight"
+    with pytest.raises(
+        ValueError, match=r"the checkpoint of MixtralForCausalLM has no model.layers.1.mlp.experts.gate"
+    ):
+        tm.load_weights(model, [("model.layers.1.mlp.experts.gate_up_proj", weights[name])])
+    with pytest.raises(ValueError, match=r"w3.weight must be torch.float32, .* of \(24, 32\), got .* of \(32, 24\)"):
+        tm.load_weights(model, [(name, weights[name].T)])
+    with pytest.raises(ValueError, match=r"got torch.int8 of \(24, 32\)"):
+        tm.load_weights(model, [(name, weights[name].to(torch.int8))])
+    others = [item for item in weights.items() if item[0] != name]
+    with pytest.raises(ValueError, match=rf"the model is old and new at once: {name} did not come"):
+        tm.load_weights(model, others)
+
+
+def test_on_two_processes(tmp_path: Path) -> None:
+    run_torchrun(2, WORKER, str(tmp_path), cases=["exported:mixtral", "refused:"])
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_families_on_more_processes(size: int, tmp_path: Path) -> None:
+    cases = [f"exported:{family}" for family in FAMILIES]
+    if HAS_PEFT and size < 4:
+        cases += ["adapted:mixtral", "adapted:gpt_oss", "adapted:mixtral_bf16", "bounded:mixtral", "bounded:gpt_oss"]
+    run_torchrun(size, WORKER, str(tmp_path), cases=cases)
+
+
+@pytest.mark.thorough
+@pytest.mark.skipif(not HAS_PEFT, reason="peft is not installed")
+def test_beside_fsdp(tmp_path: Path) -> None:
+    run_torchrun(4, WORKER, str(tmp_path), cases=["fully_sharded:qwen3_moe", "sharded_adapters:qwen3_moe"])
+
+
+@pytest.mark.thorough
+@pytest.mark.skipif(VERSION < (5, 23), reason="EPImplementationInterface came in 5.23")
+def test_spread_by_transformers(tmp_path: Path) -> None:
+    run_torchrun(4, WORKER, str(tmp_path), cases=["ep_implementation:qwen3_moe"])

@@ -1,0 +1,207 @@
+"""What every rank runs of the export of weights: `torchrun weight_sync_worker.py DIRECTORY CASE...`.
+
+Each case compares with what save_pretrained writes of the model on one process.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import test_families
+import torch
+import torch.distributed as dist
+from expert_parallel_worker import OVERLAP, main, rank, size, whole
+from held_storages import HeldStorages
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+import tritonmoe as tm
+from tritonmoe.integrations import transformers as tmt
+
+test_families.SMALL |= {key: 8 for key in test_families.SMALL if key.endswith("experts") and "shared" not in key}
+BUCKET = 14_000
+"""Bytes: one or two experts of a projection, twice."""
+
+
+def make_model(family: str) -> Any:
+    """Make a model, the same on every rank; in bf16 where the family is called so."""
+    model = test_families.make_model(family.removesuffix("_bf16"))
+    return model.bfloat16() if family.endswith("_bf16") else model
+
+
+def saved(model: Any, directory: Path) -> dict[str, Tensor]:
+    """Return what save_pretrained of a model that is whole here writes."""
+    if rank == 0:
+        model.save_pretrained(directory / "saved")
+    dist.barrier()
+    files = (directory / "saved").glob("*.safetensors")
+    found = {name: value for path in files for name, value in load_file(path).items()}
+    dist.barrier()
+    return found
+
+
+def check_export(model: nn.Module, expected: dict[str, Tensor]) -> None:
+    shapes = dict(tm.export_weights(model, only_shapes=True))
+    found = [(name, tensor.clone()) for name, tensor in tm.export_weights(model, bucket_bytes=BUCKET)]
+    assert [name for name, _ in found] == list(shapes)
+    assert len(found) == len(shapes) == len(expected)
+    for name, tensor in found:
+        assert (tensor.dtype, shapes[name].dtype) == (expected[name].dtype,) * 2
+        assert shapes[name].shape == expected[name].shape
+        assert shapes[name].is_meta
+        assert torch.equal(tensor, expected[name]), name
+
+
+def run_exported(family: str, directory: Path) -> None:
+    model = make_model(family)
+    expected = saved(model, directory)
+    tmt.parallelize(model, dist.group.WORLD, OVERLAP)
+    check_export(model, expected)
+    check_export(nn.parallel.DistributedDataParallel(model), expected)
+    model.save_pretrained(directory / "spread")
+    loaded = make_model(family)
+    with torch.no_grad():
+        for tensor in [*loaded.parameters(), *loaded.buffers()]:
+            tensor.zero_()
+    tmt.parallelize(loaded, dist.group.WORLD, OVERLAP)
+    tm.load_weights(loaded, reversed(expected.items()))
+    for key, value in loaded.state_dict().items():
+        assert torch.equal(whole(value), whole(model.state_dict()[key])), key
+    with torch.no_grad():  # a trainer's bf16 into fp32, as cast
+        tm.load_weights(loaded, ((name, tensor.bfloat16()) for name, tensor in tm.export_weights(model)))
+    check_export(loaded, {name: value.bfloat16().to(value.dtype) for name, value in expected.items()})
+
+
+def adapted(family: str, **settings: Any) -> Any:
+    from test_peft_adapters import adapt
+
+    return adapt(make_model(family), **settings)
+
+
+def run_adapted(family: str, directory: Path) -> None:
+    settings: dict[str, Any] = {"target_modules": ["q_proj", "o_proj", "embed_tokens"], "modules_to_save": ["lm_head"]}
+    reference = adapted(family, **settings)
+    base = saved(make_model(family), directory)
+    merged = saved(reference.merge_and_unload(), directory)
+    assert any(not torch.equal(merged[name], base[name]) for name in base if "expert" in name)
+    model = adapted(family, **settings)
+    check_export(model, merged)  # one process for itself
+    tmt.parallelize(model, dist.group.WORLD, OVERLAP)
+    before = {name: whole(p.detach()).clone() for name, p in model.named_parameters()}
+    check_export(model, merged)
+    with model.disable_adapter():
+        check_export(model, base)
+        tm.load_weights(model, merged.items())
+        check_export(model, merged)
+        tm.load_weights(model, base.items())
+    assert all(torch.equal(whole(p.detach()), before[name]) for name, p in model.named_parameters())
+    check_export(model, merged)
+    for merge in (lambda: None, model.merge_adapter):
+        merge()
+        with pytest.raises(ValueError, match="has an adapter, active or merged, beside what would be loaded"):
+            tm.load_weights(model, merged.items())
+    check_export(model, merged)
+    with model.disable_adapter(), pytest.raises(ValueError, match=r"none are active: unmerge_adapter\(\)"):
+        tm.export_weights(model)
+
+
+def run_fully_sharded(family: str, directory: Path) -> None:
+    """Experts over one axis and their shards over the other, everything else over all ranks; after a step."""
+    model = make_model(family)
+    expected = saved(model, directory)
+    mesh = init_device_mesh("cpu", (size // 2, 2), mesh_dim_names=("data", "expert"))
+    everybody = init_device_mesh("cpu", (size,))
+    tmt.parallelize(model, mesh, OVERLAP)
+    for layer in model.model.layers:
+        if hasattr(layer.mlp, "experts"):
+            fully_shard(layer.mlp.experts, mesh=mesh["data"])
+        fully_shard(layer, mesh=everybody)
+    fully_shard(model, mesh=everybody)
+    check_export(model, expected)
+    ids = torch.randint(2, 64, (2, 9), generator=torch.Generator().manual_seed(1))
+    model(input_ids=ids)  # leaves the root gathered
+    check_export(model, expected)
+    with pytest.raises(ValueError, match=r"is sharded as .*load before fully_shard\(\)"):
+        tm.load_weights(model, expected.items())
+    beside = make_model(family)
+    tmt.parallelize(beside, dist.group.WORLD, OVERLAP)
+    fully_shard(beside, mesh=everybody, ignored_params=set(tm.expert_parameters(beside)))
+    check_export(beside, expected)
+    tm.load_weights(beside, expected.items())
+    plain = make_model(family)
+    fully_shard(plain, mesh=everybody)
+    check_export(plain, expected)
+
+
+def run_sharded_adapters(family: str, directory: Path) -> None:
+    """Nothing spread by parallelize(): FSDP2 alone shards the experts and their factors."""
+    merged = saved(adapted(family).merge_and_unload(), directory)
+    model = adapted(family)
+    fully_shard(model, mesh=init_device_mesh("cpu", (size,)))
+    check_export(model, merged)
+
+
+def run_ep_implementation(family: str, directory: Path) -> None:
+    """Spread by transformers when it loads the model; with two groups of ranks on four processes."""
+    from transformers import AutoModelForCausalLM
+    from transformers.distributed import DistributedConfig
+
+    expected = saved(make_model(family), directory)
+    tmt.register(OVERLAP)
+    model = AutoModelForCausalLM.from_pretrained(
+        directory / "saved",
+        experts_implementation="tritonmoe",
+        distributed_config=DistributedConfig(fsdp_size=size, ep_size=2, ep_implementation="tritonmoe"),
+    )
+    check_export(model, expected)
+
+
+def run_bounded(family: str, directory: Path) -> None:
+    """Beside the model there is one bucket and, where the checkpoint has no single experts, one projection."""
+    for is_adapted in (False, True):
+        model = adapted(family) if is_adapted else make_model(family)
+        tmt.parallelize(model, dist.group.WORLD, OVERLAP)
+        experts = [p for p in tm.expert_parameters(model) if p.dim() == 3 and p.shape[1] > 3 and p.shape[2] > 3]
+        projection = max(p.numel() * p.element_size() for p in experts)
+        is_fused = family == "gpt_oss"
+        if not is_fused:
+            assert projection > 1.5 * BUCKET
+        iterator = tm.export_weights(model, bucket_bytes=BUCKET)
+        with HeldStorages() as held:
+            for _, tensor in iterator:
+                del tensor
+        assert (size > 1 or is_adapted) <= held.peak([]) <= BUCKET + is_fused * projection, (
+            held.peak([]),
+            projection,
+            is_adapted,
+        )
+
+
+def run_refused(name: str, directory: Path) -> None:
+    """What differs on a rank ends on every rank, before anything is gathered, and the next export is whole."""
+    model = make_model("mixtral")
+    expected = saved(model, directory)
+    tmt.parallelize(model, dist.group.WORLD, OVERLAP)
+    with pytest.raises(tm.CountMismatch, match=f"other weights: .*bucket_bytes={100 + rank}"):
+        tm.export_weights(model, bucket_bytes=100 + rank)
+    check_export(model, expected)
+    ids = torch.randint(2, 64, (1, 5), generator=torch.Generator().manual_seed(1))
+    says = "" if rank else "export_weights gathers what is spread over ranks, and not all ranks call it"
+    with pytest.raises((tm.TransportError, tm.CountMismatch), match=says):
+        tm.export_weights(model) if rank == 0 else model(input_ids=ids)
+
+
+CASES = {
+    "exported": run_exported,
+    "adapted": run_adapted,
+    "fully_sharded": run_fully_sharded,
+    "sharded_adapters": run_sharded_adapters,
+    "ep_implementation": run_ep_implementation,
+    "bounded": run_bounded,
+    "refused": run_refused,
+}
+
+if __name__ == "__main__":
+    main(CASES)

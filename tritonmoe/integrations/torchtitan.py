@@ -1,0 +1,184 @@
+"""torchtitan: `--override.imports tritonmoe.integrations.torchtitan.routed_experts` runs its experts through tritonmoe.
+
+Dispatch, experts and combine are one overlapped call. Router, shared experts, counts of tokens and the load-balancing
+bias stay torchtitan's, and so do FSDP2, the optimizer and checkpoints. torchtitan imports this, with itself.
+"""
+
+import functools
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import _disable_current_modes
+from torchtitan.config import derive, override
+from torchtitan.models.common.moe import GroupedExperts, RoutedExperts
+from torchtitan.models.common.token_dispatcher import AllToAllTokenDispatcher, LocalTokenDispatcher
+
+from tritonmoe.config.overlap import OverlapConfig
+from tritonmoe.expert_parallel.expert_parallel_mlp import expert_parallel_mlp
+from tritonmoe.experts.moe_mlp import moe_mlp
+from tritonmoe.transports import Transport, as_transport
+
+if TYPE_CHECKING:
+    from torchtitan.distributed import ParallelDims
+
+__all__ = ["FusedExperts", "OverlappedRoutedExperts", "routed_experts"]
+
+GATE, UP, BOTH = "w1_EFD", "w3_EFD", "w13_EGD"
+"""torchtitan's names of the two up-projections, and that of both in one tensor (E, 2F, D)."""
+
+
+class FusedExperts(GroupedExperts):
+    """The weights of torchtitan's GroupedExperts, gate and up in one parameter; state dicts have them apart."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(GroupedExperts.Config):
+        """As that of GroupedExperts."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        del self.w1_EFD, self.w3_EFD
+        self.w13_EGD = nn.Parameter(torch.empty(config.num_experts, 2 * config.hidden_dim, config.dim))
+        self.register_state_dict_post_hook(_part)
+        self.register_load_state_dict_pre_hook(_join)
+
+    def weights(self) -> tuple[Tensor, Tensor]:
+        """Return this rank's up- and down-projections in bf16, in which torchtitan's experts compute."""
+        both, down = (
+            weight.to_local() if isinstance(weight, DTensor) else weight for weight in (self.w13_EGD, self.w2_EDF)
+        )
+        return both.bfloat16(), down.bfloat16()
+
+    def forward(self, x_RD: Tensor, num_tokens_per_expert_E: Tensor) -> Tensor:
+        """Raise RuntimeError: these experts compute inside OverlappedRoutedExperts."""
+        raise RuntimeError("these experts compute inside OverlappedRoutedExperts, which must not be overridden again")
+
+
+def _part(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, _: object) -> None:
+    both = state_dict.pop(prefix + BOTH)
+    half = both.shape[1] // 2
+    state_dict[prefix + GATE] = both[:, :half].contiguous()
+    state_dict[prefix + UP] = both[:, half:].contiguous()
+
+
+def _join(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:
+    if prefix + GATE in state_dict and prefix + UP in state_dict:
+        halves = [state_dict.pop(prefix + name) for name in (GATE, UP)]
+        state_dict[prefix + BOTH] = torch.cat(halves, dim=1)
+
+
+class OverlappedRoutedExperts(RoutedExperts):
+    """torchtitan's routed experts as one call, whose exchanges run beside the experts' compute."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(RoutedExperts.Config):
+        """That of RoutedExperts, and how to overlap."""
+
+        overlap: OverlapConfig = field(default_factory=OverlapConfig)
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.overlap = config.overlap
+        self.num_experts: int = config.inner_experts.num_experts
+        self.transport: Transport | None = None
+
+    def parallelize(self, parallel_dims: "ParallelDims") -> None:
+        """Find the ranks that experts are spread over.
+
+        Raises:
+            ValueError: tensor parallelism would cut each expert, or E can't be divided by the ranks.
+        """
+        if parallel_dims.tp_enabled and not parallel_dims.ep_enabled:
+            raise ValueError(
+                "tensor parallelism without expert parallelism cuts each expert, which tritonmoe doesn't run: set "
+                f"--parallelism.expert_parallel_degree {parallel_dims.tp} beside the tensor_parallel_degree, or leave "
+                "the override out"
+            )
+        if self.num_experts % parallel_dims.ep:
+            raise ValueError(
+                f"the {self.num_experts} experts can't be divided by --parallelism.expert_parallel_degree "
+                f"{parallel_dims.ep}"
+            )
+        super().parallelize(parallel_dims)
+        mesh = parallel_dims.get_optional_mesh("ep")
+        self.transport = None if mesh is None or mesh.size() == 1 else as_transport(mesh.get_group())
+
+    def forward(
+        self,
+        x_BLD: Tensor,
+        topk_scores_BLK: Tensor,
+        topk_expert_ids_BLK: Tensor,
+        num_local_tokens_per_expert_E: Tensor,
+    ) -> Tensor:
+        """Return the experts' weighted sums of each token, of local tensors."""
+        top_k = topk_scores_BLK.shape[-1]
+        x = x_BLD.reshape(-1, x_BLD.shape[-1]).bfloat16()
+        ids, scores = topk_expert_ids_BLK.reshape(-1, top_k), topk_scores_BLK.reshape(-1, top_k).float()
+        inner = self.inner_experts
+        assert isinstance(inner, FusedExperts)
+        if self.transport is None:
+            out = moe_mlp(x, ids, scores, *inner.weights())
+        else:
+            weights = inner.weights()
+            # SelectiveAC wants the same operations in a recompute, and keeps what some give: a call is one thing to it.
+            with nullcontext() if torch.compiler.is_compiling() else _disable_current_modes():
+                out = expert_parallel_mlp(
+                    x,
+                    ids,
+                    scores,
+                    *weights,
+                    num_experts=self.num_experts,
+                    transport=self.transport,
+                    overlap=self.overlap,
+                )
+        return out.view(x_BLD.shape).type_as(x_BLD)
+
+
+@override(target=RoutedExperts.Config, description="tritonmoe: dispatch, experts and combine, overlapped")
+def routed_experts(config: RoutedExperts.Config, **overlap: Any) -> OverlappedRoutedExperts.Config:
+    """Return the configuration that runs these experts through tritonmoe.
+
+    Args:
+        overlap: what OverlapConfig takes, as '...routed_experts={"num_chunks": 4}' on the command line.
+    Raises:
+        ValueError: experts of another kind (gpt_oss, quantised, fused by another override), or a communication backend
+            that the model asks for.
+    """
+    inner, dispatcher = config.inner_experts, config.token_dispatcher
+    if type(config) is not RoutedExperts.Config or type(inner) is not GroupedExperts.Config:
+        kind = type(inner if type(config) is RoutedExperts.Config else config).__qualname__
+        raise ValueError(
+            f"tritonmoe runs torchtitan's own RoutedExperts of GroupedExperts (qwen3, deepseek_v3), got {kind}: leave "
+            "out converters and overrides of the experts, or this override"
+        )
+    if type(dispatcher) not in (LocalTokenDispatcher.Config, AllToAllTokenDispatcher.Config):
+        raise ValueError(
+            f"the model asks for {type(dispatcher).__qualname__}, and tritonmoe exchanges rows itself: take its "
+            'configuration with moe_comm_backend="standard", or leave the override out'
+        )
+    return derive(config, OverlappedRoutedExperts.Config, inner_experts=_fused(inner), overlap=OverlapConfig(**overlap))
+
+
+def _fused(inner: GroupedExperts.Config) -> FusedExperts.Config:
+    starts = dict(inner.param_init or {})
+    gate, up = (starts.pop(name, None) for name in (GATE, UP))
+    if gate is not None and up is not None:
+        starts[BOTH] = functools.partial(_start_both, gate, up)
+    fused = derive(inner, FusedExperts.Config, param_init=starts or None)
+    if inner.sharding_config is not None:
+        layouts = dict(inner.sharding_config.state_shardings)
+        layouts[BOTH] = layouts.pop(GATE)
+        del layouts[UP]
+        fused.sharding_config = replace(inner.sharding_config, state_shardings=layouts)
+    return fused
+
+
+def _start_both(gate: Callable[[Tensor], None], up: Callable[[Tensor], None], both: Tensor) -> None:
+    """Draw the two halves as torchtitan draws the two weights."""
+    half = both.shape[1] // 2
+    gate(both[:, :half])
+    up(both[:, half:])

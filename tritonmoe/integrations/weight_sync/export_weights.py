@@ -1,0 +1,169 @@
+"""export_weights(): a model's weights as (name, tensor) of its checkpoint, gathered in buckets, adapters merged."""
+
+import hashlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from tritonmoe.config.numbers import is_integer
+from tritonmoe.errors import CountMismatch
+from tritonmoe.integrations.weight_sync.checkpoint_names import CheckpointPart, checkpoint_parts, converted
+from tritonmoe.integrations.weight_sync.merged_rows import active_adapters, has_sharded_factors, merged_rows
+from tritonmoe.integrations.weight_sync.model_weights import Weight, check_plain, model_inside, model_weights
+from tritonmoe.layer import GroupedExperts
+from tritonmoe.sharding.watched_collectives import full_tensor, watched_on
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+    from transformers import PreTrainedModel
+
+__all__ = ["export_weights"]
+
+WHAT = "export_weights, which gathers what is spread"
+
+
+def export_weights(
+    model: nn.Module, *, bucket_bytes: int = 512 * 1024**2, only_shapes: bool = False
+) -> Iterator[tuple[str, Tensor]]:
+    """Return an iterator over (name, tensor) of a transformers model, as save_pretrained would write them.
+
+    For an inference engine that takes new weights while the model trains: names and bytes are those of the checkpoint,
+    one tensor for each expert where the checkpoint has such. Every rank calls it, and iterates to the end, as the
+    others do; each gets all tensors, on its own device, in the same order every time. Active adapters (LoRA of PEFT)
+    are merged into what comes out, and the model keeps them; inside `model.disable_adapter()` the base comes.
+
+    What is spread over ranks is gathered a few experts at a time. Beside the model a rank holds at most `bucket_bytes`
+    and one projection of a layer, as long as the caller keeps no tensor: a tensor is a view of its bucket or, where
+    nothing had to be gathered or merged, of the model's own memory, so copy what is kept.
+
+    Args:
+        model: of transformers, also inside DistributedDataParallel, fully_shard, torch.compile or PEFT.
+        bucket_bytes: how much of experts is gathered, or merged, at once; at least one expert's projection.
+        only_shapes: give tensors on the meta device, and exchange nothing, not even a check.
+    Raises:
+        TypeError: no model of transformers.
+        ValueError: quantised weights, layers upcycled in place, adapters that are no plain LoRA, FSDP1, DeepSpeed.
+        CountMismatch: the ranks' weights, adapters or `bucket_bytes` differ. TransportError: not all of them export.
+    Example:
+        for name, tensor in tm.export_weights(model):
+            engine.load_weights([(name, tensor)])
+    """
+    if not is_integer(bucket_bytes) or bucket_bytes < 1:
+        raise ValueError(f"bucket_bytes must be a positive number of bytes, got {bucket_bytes!r}")
+    inside = model_inside(model)
+    for name, child in inside.named_modules():
+        if isinstance(child, GroupedExperts):
+            raise ValueError(
+                f"{name} is a layer of tritonmoe, upcycled in place, which no inference engine has: save_pretrained() "
+                "writes such a model, and tmt.load_upcycled() reads it"
+            )
+    weights = model_weights(inside)
+    check_plain(weights)
+    parts = checkpoint_parts(inside, {name: weight.tensor for name, weight in weights.items()})
+    if only_shapes:
+        return iter([item for part in parts for item in part.outputs.items()])
+    _agree(inside, weights, bucket_bytes)
+    return _iterate(inside, weights, parts, bucket_bytes)
+
+
+def _agree(model: "PreTrainedModel", weights: dict[str, Weight], bucket_bytes: int) -> None:
+    """Raise on every rank unless all of them are about to export the same."""
+    from torch.distributed.tensor import DTensor, Partial
+
+    from tritonmoe.integrations.transformers.sharded_model import everybody_of, meet
+
+    if not any(isinstance(weight.tensor, DTensor) for weight in weights.values()):
+        return
+    meet(model, "export_weights")
+    said = [
+        (name, tuple(tensor.shape), str(tensor.dtype), str(getattr(tensor, "placements", "")), _adapters(weights[name]))
+        for name, (tensor, _) in weights.items()
+    ]
+    digest = int.from_bytes(hashlib.sha256(repr((bucket_bytes, said)).encode()).digest()[:7], "big")
+    mesh = everybody_of(model)
+    both = torch.tensor([digest, -digest], device=mesh.device_type)
+    of_all = full_tensor(DTensor.from_local(both, mesh, [Partial("max")] * mesh.ndim), "export_weights, which compares")
+    if of_all.tolist() != [digest, -digest]:
+        raise CountMismatch(
+            "the ranks would export other weights: the same names, shapes, dtypes, active adapters and bucket_bytes "
+            f"are needed on every rank (here {len(weights)} weights, bucket_bytes={bucket_bytes})"
+        )
+
+
+def _adapters(weight: Weight) -> list[tuple[str, float]]:
+    found = [(one.scaling, name) for one in weight.adapted_by for name in active_adapters(one)]
+    return [(name, float(scaling[name])) for scaling, name in found]  # type: ignore[index]
+
+
+def _iterate(
+    model: "PreTrainedModel", weights: dict[str, Weight], parts: list[CheckpointPart], bucket_bytes: int
+) -> Iterator[tuple[str, Tensor]]:
+    for part in parts:
+        if part.by_expert:
+            for first, rows in _ranges(weights[part.names[0]], bucket_bytes):
+                yield from _contiguous(part.of_experts(model, rows, first))
+                del rows
+        else:
+            yield from _contiguous(converted(model, {name: _whole(weights[name], bucket_bytes) for name in part.names}))
+
+
+def _whole(weight: Weight, bucket_bytes: int) -> Tensor:
+    """Return a weight gathered and merged; every rank calls."""
+    tensor = weight.tensor.detach()
+    if tensor.dim() != 3 or not (weight.adapted_by or hasattr(tensor, "to_local")):
+        with torch.no_grad():
+            return merged_rows(full_tensor(tensor, WHAT), weight.adapted_by, 0, is_local=False)
+    local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    whole = local.new_empty(tensor.shape)
+    for first, rows in _ranges(weight, bucket_bytes):
+        whole[first : first + len(rows)] = rows
+        del rows
+    return whole
+
+
+def _contiguous(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    while tensors:  # the last reference to a tensor is the caller's
+        name = next(iter(tensors))
+        yield name, tensors.pop(name).contiguous()
+
+
+def _ranges(weight: Weight, bucket_bytes: int) -> Iterator[tuple[int, Tensor]]:
+    """Yield the number of the first expert, and some experts from there on, merged; every rank iterates."""
+    from torch.distributed.tensor import DTensor, Shard
+
+    tensor, num_experts = weight.tensor.detach(), len(weight.tensor)
+    # A range is there twice: while it is merged, and again while it is converted.
+    at_once = max(1, bucket_bytes * num_experts // (2 * tensor.numel() * tensor.element_size()))
+    if isinstance(tensor, DTensor) and tensor.placements == (Shard(0),) and not has_sharded_factors(weight.adapted_by):
+        yield from _broadcast(tensor, weight, at_once)
+        return
+    whole = full_tensor(tensor, WHAT)
+    for first in range(0, num_experts, at_once):
+        with torch.no_grad():  # not while the caller has the rows
+            rows = merged_rows(whole[first : first + at_once], weight.adapted_by, first, is_local=False)
+        yield first, rows
+        del rows
+
+
+def _broadcast(tensor: "DTensor", weight: Weight, at_once: int) -> Iterator[tuple[int, Tensor]]:
+    """Yield ranges of experts of which each rank of a mesh holds some: their owner sends, merged, to the others."""
+    import torch.distributed as dist
+
+    mesh, local, num_experts = tensor.device_mesh, tensor.to_local(), len(tensor)
+    each = -(-num_experts // mesh.size())  # as DTensor divides
+    for owner in range(mesh.size()):
+        start, end = owner * each, min((owner + 1) * each, num_experts)
+        for first in range(start, end, at_once):
+            number = min(at_once, end - first)
+            if owner == mesh.get_local_rank():
+                with torch.no_grad():
+                    own = local[first - start : first - start + number]
+                    rows = merged_rows(own, weight.adapted_by, first - start, is_local=True).contiguous()
+            else:
+                rows = local.new_empty(number, *local.shape[1:])
+            with watched_on(mesh, WHAT):
+                dist.broadcast(rows, group=mesh.get_group(), group_src=owner)
+            yield first, rows
+            del rows
