@@ -12,7 +12,8 @@ from itertools import groupby
 
 import torch
 
-from tritonmoe.diagnosis.call_recording import RecordedCall, RecordedPass, RecordedStep, Recording
+from tritonmoe.diagnosis.call_recording import RecordedCall, RecordedPass, Recording
+from tritonmoe.diagnosis.pass_steps import RecordedStep
 from tritonmoe.doctor.fits import ALIKE, fit_relative_line, weighted_median
 from tritonmoe.doctor.links import LinkRatios, fit_links
 from tritonmoe.doctor.messages import KEPT_PASSES

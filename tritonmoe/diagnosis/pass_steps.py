@@ -1,0 +1,191 @@
+"""PassSteps: the steps of a recorded pass on one rank, whose times stand in columns with those of its other passes."""
+
+import math
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from itertools import chain
+from typing import TypeAlias, overload
+
+import torch
+from torch import Tensor
+
+from tritonmoe.overlap.steps import Step, StepKind
+
+__all__ = ["TIMES", "Layout", "PassSteps", "RecordedStep", "StepColumns", "arrivals_of", "layout_of", "times_of"]
+
+TIMES = ("start_s", "end_s", "wait_s", "post_s", "units")
+"""The numbers of a step, in the order of its columns; the last three are never negative."""
+Moments: TypeAlias = Sequence[float | None]
+
+
+@dataclass(frozen=True)
+class RecordedStep:
+    """One step of a pass on one rank, in seconds from the origin of the pass: see StepTiming."""
+
+    step: Step
+    start_s: float
+    end_s: float
+    wait_s: float
+    post_s: float
+    units: float
+    """How many of its kind's units it has (steps.Unit); with a capacity those of the room."""
+    arrivals_s: tuple[float | None, ...] | None
+    """When the rows of every rank had arrived; None where that is not known."""
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Which steps a pass consists of; layout_of() makes one object of equal ones."""
+
+    steps: tuple[Step, ...]
+    tell_arrivals: tuple[bool, ...]
+    """Of which steps it is known when the rows of every rank had arrived."""
+    num_peers: int
+    """How many ranks take part in an exchange."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return layout_of, (self.steps, self.tell_arrivals, self.num_peers)
+
+    @cached_property
+    def num_arrivals(self) -> int:
+        """How many moments of ranks its steps tell."""
+        return self.num_peers * sum(self.tell_arrivals)
+
+    @cached_property
+    def kinds(self) -> tuple[StepKind, ...]:
+        return tuple(step.kind for step in self.steps)
+
+    @cached_property
+    def arrival_rows(self) -> tuple[int, ...]:
+        """Of each step, how many of those before it tell arrivals; -1 of one that doesn't."""
+        return tuple(sum(self.tell_arrivals[:n]) if tells else -1 for n, tells in enumerate(self.tell_arrivals))
+
+    @cached_property
+    def exchanges(self) -> tuple[int, ...]:
+        """The places of its exchanges."""
+        return tuple(place for place, step in enumerate(self.steps) if step.lane == "comm")
+
+
+@lru_cache(maxsize=None)
+def layout_of(steps: tuple[Step, ...], tell_arrivals: tuple[bool, ...], num_peers: int) -> Layout:
+    """Return the one layout of these steps."""
+    return Layout(steps, tell_arrivals, num_peers)
+
+
+def _no_numbers() -> array:
+    return array("d")
+
+
+@dataclass
+class StepColumns:
+    """The numbers of the steps of many passes of one rank, one step behind the other."""
+
+    flat_times: array = field(default_factory=_no_numbers)
+    flat_arrivals: array = field(default_factory=_no_numbers)
+
+    @cached_property
+    def times(self) -> Tensor:
+        """(N, 5): what TIMES says, of every step."""
+        return _tensor(self.flat_times).view(-1, len(TIMES))
+
+    @cached_property
+    def arrivals(self) -> Tensor:
+        """The moments of all steps that tell them; NaN where a rank's is not known."""
+        return _tensor(self.flat_arrivals)
+
+    def add(self, layout: Layout, times: Sequence[Sequence[float]], arrivals: Sequence[Moments]) -> "PassSteps":
+        """Add the steps of a pass: the numbers of each, and the moments of those that tell them."""
+        found = PassSteps(self, layout, len(self.flat_times) // len(TIMES), len(self.flat_arrivals))
+        self.flat_times.extend(chain.from_iterable(times))
+        for moments in arrivals:
+            self.flat_arrivals.extend([math.nan if at is None else at for at in moments])
+        return found
+
+
+    @classmethod
+    def joined(cls, columns: "Sequence[StepColumns]") -> "StepColumns":
+        """Return all of these, one behind the other; they are empty then."""
+        found = cls()
+        for one in columns:
+            for into, of in ((found.flat_times, one.flat_times), (found.flat_arrivals, one.flat_arrivals)):
+                into.extend(of)
+                del of[:]
+        return found
+
+
+def _tensor(numbers: array) -> Tensor:
+    if not numbers:
+        return torch.zeros(0, dtype=torch.float64, device="cpu")
+    return torch.frombuffer(numbers, dtype=torch.float64)
+
+
+class PassSteps(Sequence[RecordedStep]):
+    """The steps of a pass on one rank, in order; a RecordedStep is made where one is asked for."""
+
+    __slots__ = ("arrivals_at", "at", "columns", "layout")
+
+    def __init__(self, columns: StepColumns, layout: Layout, at: int, arrivals_at: int) -> None:
+        """at, arrivals_at: where its steps begin among those of the columns, and its arrivals."""
+        self.columns, self.layout, self.at, self.arrivals_at = columns, layout, at, arrivals_at
+
+    @property
+    def times(self) -> Tensor:
+        """(S, 5): what TIMES says, of every step."""
+        return self.columns.times[self.at : self.at + len(self.layout.steps)]
+
+    @property
+    def arrivals(self) -> Tensor:
+        """(A, P): of each step that tells them when the rows of every rank had arrived; NaN: not known."""
+        own = self.columns.arrivals[self.arrivals_at : self.arrivals_at + self.layout.num_arrivals]
+        return own.view(-1, self.layout.num_peers)
+
+    def __len__(self) -> int:
+        return len(self.layout.steps)
+
+    def __iter__(self) -> Iterator[RecordedStep]:
+        arrivals = iter(self.arrivals.tolist())
+        for step, tells, times in zip(self.layout.steps, self.layout.tell_arrivals, self.times.tolist(), strict=True):
+            moments = tuple(None if math.isnan(at) else at for at in next(arrivals)) if tells else None
+            yield RecordedStep(step, *times, moments)
+
+    @overload
+    def __getitem__(self, place: int) -> RecordedStep: ...
+    @overload
+    def __getitem__(self, place: slice) -> Sequence[RecordedStep]: ...
+    def __getitem__(self, place: int | slice) -> RecordedStep | Sequence[RecordedStep]:
+        return list(self)[place]
+
+
+def times_of(passes: Sequence[PassSteps], places: Sequence[Sequence[int]]) -> Tensor:
+    """Return (Q, X, 5): what TIMES says of X of the steps of each of Q passes."""
+    found = torch.empty(len(passes), len(places[0]), len(TIMES), dtype=torch.float64, device="cpu")
+    which = torch.tensor(places, dtype=torch.int64, device="cpu").expand(len(passes), -1)
+    for columns, own in _by_columns(passes):
+        at = torch.tensor([passes[n].at for n in own], dtype=torch.int64, device="cpu")
+        found[own] = columns.times[at[:, None] + which[own]]
+    return found
+
+
+def arrivals_of(passes: Sequence[PassSteps], places: Sequence[Sequence[int]]) -> Tensor:
+    """Return (Q, X, P): when the rows of every rank had arrived in X of the steps; where none tells it, the end."""
+    peers = torch.arange(passes[0].layout.num_peers, device="cpu")
+    rows = torch.tensor([[one.layout.arrival_rows[n] for n in of] for one, of in zip(passes, places, strict=True)])
+    found = times_of(passes, places)[:, :, 1:2].expand(-1, -1, len(peers))
+    tells = (rows >= 0)[:, :, None]
+    if not bool(tells.any()):
+        return found
+    told = torch.zeros(found.shape, dtype=torch.float64, device="cpu")
+    for columns, own in _by_columns(passes):
+        at = torch.tensor([passes[n].arrivals_at for n in own], dtype=torch.int64, device="cpu")[:, None]
+        told[own] = columns.arrivals[(at + rows[own].clamp(min=0) * len(peers))[:, :, None] + peers]
+    return torch.where(tells, told, found)
+
+
+def _by_columns(passes: Sequence[PassSteps]) -> list[tuple[StepColumns, list[int]]]:
+    """Return which of the passes stand in which columns."""
+    found: dict[int, tuple[StepColumns, list[int]]] = {}
+    for number, one in enumerate(passes):
+        found.setdefault(id(one.columns), (one.columns, []))[1].append(number)
+    return list(found.values())
