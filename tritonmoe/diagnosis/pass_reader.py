@@ -5,11 +5,12 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import chain
 from operator import itemgetter
+from typing import TypeAlias
 
 from tritonmoe.config.overlap import OverlapPlan
 from tritonmoe.diagnosis.call_recording import RecordedPass
 from tritonmoe.diagnosis.json_fields import MOST, Fields, amount, integer, list_of, number, optional, text, tuple_of
-from tritonmoe.diagnosis.pass_steps import TIMES, Layout, PassSteps, RecordedStep, StepColumns, layout_of
+from tritonmoe.diagnosis.pass_steps import TIMES, Layout, PassSteps, StepColumns, layout_of
 from tritonmoe.diagnosis.schedules import inside_of, schedule_of
 from tritonmoe.overlap.report import CallMarks
 from tritonmoe.overlap.schedule import Schedule
@@ -98,28 +99,31 @@ def _are_moments(arrivals: Sequence[object], total_s: float, num_peers: int) -> 
 
 def _one_by_one(values: list, total_s: float, num_peers: int, columns: StepColumns) -> PassSteps:
     """Read steps of which a number is no float, or wrong: the error names it."""
-    moments_of = tuple_of(optional(number), num_peers)
-    steps = [_read_step(one, total_s, moments_of) for one in values]
-    known = [one.arrivals_s for one in steps if one.arrivals_s is not None]
-    tell_arrivals = tuple(one.arrivals_s is not None for one in steps)
-    layout = layout_of(tuple(one.step for one in steps), tell_arrivals, num_peers)
-    return columns.add(layout, [(of.start_s, of.end_s, of.wait_s, of.post_s, of.units) for of in steps], known)
+    moments_of = optional(tuple_of(optional(number), num_peers))
+    read = [_read_step(one, total_s, moments_of) for one in values]
+    arrivals = [moments for _, _, moments in read]
+    tell_arrivals = tuple(moments is not None for moments in arrivals)
+    layout = layout_of(tuple(step for step, _, _ in read), tell_arrivals, num_peers)
+    return columns.add(layout, [times for _, times, _ in read], [moments for moments in arrivals if moments is not None])
+
+
+_Moments: TypeAlias = tuple[float | None, ...] | None
 
 
 def _read_step(
-    values: object, total_s: float, moments_of: Callable[[object], tuple[float | None, ...]]
-) -> RecordedStep:
+    values: object, total_s: float, moments_of: Callable[[object], _Moments]
+) -> tuple[Step, tuple[float, ...], _Moments]:
     of = Fields(values, "a step")
     start_s, end_s = (of.take(name, number) for name in TIMES[:2])
     wait_s, post_s, units = (of.take(name, amount) for name in TIMES[2:])
-    arrivals_s = of.take("arrivals_s", optional(moments_of))
+    arrivals_s = of.take("arrivals_s", moments_of)
     chunk = of.take("chunk", optional(integer))
     which = of.take("kind", lambda kind: _step(text(kind), chunk))
     moments = [start_s, start_s + post_s, end_s, wait_s, *(at for at in arrivals_s or () if at is not None)]
     is_inside = min(moments) >= -NEAR_S and max(moments) <= total_s + NEAR_S
     if not is_inside or end_s < start_s - NEAR_S:
         raise ValueError(f"{which}: these are no times of a pass that takes {total_s} s: {moments}")
-    return RecordedStep(which, start_s, end_s, wait_s, post_s, units, arrivals_s)
+    return which, (start_s, end_s, wait_s, post_s, units), arrivals_s
 
 
 @lru_cache(maxsize=1024)

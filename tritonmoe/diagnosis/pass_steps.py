@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tritonmoe.overlap.steps import Step, StepKind
 
-__all__ = ["TIMES", "Layout", "PassSteps", "RecordedStep", "StepColumns", "arrivals_of", "layout_of", "times_of"]
+__all__ = ["TIMES", "Layout", "PassSteps", "RecordedStep", "StepColumns", "arrivals_of", "layout_of", "places_of", "times_of"]
 
 TIMES = ("start_s", "end_s", "wait_s", "post_s", "units")
 """The numbers of a step, in the order of its columns; the last three are never negative."""
@@ -31,8 +31,6 @@ class RecordedStep:
     post_s: float
     units: float
     """How many of its kind's units it has (steps.Unit); with a capacity those of the room."""
-    arrivals_s: tuple[float | None, ...] | None
-    """When the rows of every rank had arrived; None where that is not known."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,20 +133,12 @@ class PassSteps(Sequence[RecordedStep]):
         """(S, 5): what TIMES says, of every step."""
         return self.columns.times[self.at : self.at + len(self.layout.steps)]
 
-    @property
-    def arrivals(self) -> Tensor:
-        """(A, P): of each step that tells them when the rows of every rank had arrived; NaN: not known."""
-        own = self.columns.arrivals[self.arrivals_at : self.arrivals_at + self.layout.num_arrivals]
-        return own.view(-1, self.layout.num_peers)
-
     def __len__(self) -> int:
         return len(self.layout.steps)
 
     def __iter__(self) -> Iterator[RecordedStep]:
-        arrivals = iter(self.arrivals.tolist())
-        for step, tells, times in zip(self.layout.steps, self.layout.tell_arrivals, self.times.tolist(), strict=True):
-            moments = tuple(None if math.isnan(at) else at for at in next(arrivals)) if tells else None
-            yield RecordedStep(step, *times, moments)
+        for step, times in zip(self.layout.steps, self.times.tolist(), strict=True):
+            yield RecordedStep(step, *times)
 
     @overload
     def __getitem__(self, place: int) -> RecordedStep: ...
@@ -156,6 +146,12 @@ class PassSteps(Sequence[RecordedStep]):
     def __getitem__(self, place: slice) -> Sequence[RecordedStep]: ...
     def __getitem__(self, place: int | slice) -> RecordedStep | Sequence[RecordedStep]:
         return list(self)[place]
+
+
+def places_of(passes: Sequence[PassSteps], steps: Sequence[Step]) -> list[list[int]]:
+    """Return the places of these steps in a pass on every rank."""
+    of_layouts = {layout: [layout.steps.index(step) for step in steps] for layout in {one.layout for one in passes}}
+    return [of_layouts[one.layout] for one in passes]
 
 
 def times_of(passes: Sequence[PassSteps], places: Sequence[Sequence[int]]) -> Tensor:

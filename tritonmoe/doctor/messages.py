@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from tritonmoe.diagnosis.call_recording import RecordedCall
-from tritonmoe.diagnosis.pass_steps import PassSteps, arrivals_of, times_of
+from tritonmoe.diagnosis.pass_steps import PassSteps, arrivals_of, places_of, times_of
 from tritonmoe.doctor.tables import floats
 from tritonmoe.overlap.steps import Step, StepKind, Way
 from tritonmoe.simulation.cost_model import LayerWork
 
-__all__ = ["KEPT_PASSES", "Messages", "Reach", "members", "messages_of", "reaches"]
+__all__ = ["KEPT_PASSES", "Messages", "Reach", "find_messages", "members", "messages_of", "reaches"]
 
 KEPT_PASSES = 256
 """What so many passes did is kept: calls are fitted in many selections."""
@@ -102,6 +102,11 @@ class Messages:
 @functools.lru_cache(maxsize=KEPT_PASSES)
 def messages_of(call: RecordedCall, number: int, reach: Reach, node_size: int | None) -> Messages:
     """Return the messages of a pass of a call, in the order in which all ranks posted its exchanges."""
+    return find_messages(call, number, reach, node_size)
+
+
+def find_messages(call: RecordedCall, number: int, reach: Reach, node_size: int | None) -> Messages:
+    """Return the same, and keep nothing of it."""
     ranks = [of.passes[number] for of in call.ranks]
     size = len(ranks)
     inside = call.levels if reach is Reach.INSIDE else None
@@ -147,13 +152,7 @@ def _exchanges_of(passes: Sequence[PassSteps]) -> tuple[list[Step], list[list[in
     """Return the exchanges of rows of a pass, and the places of these steps on every rank."""
     first = passes[0].layout
     steps = [first.steps[n] for n in first.exchanges if first.steps[n].kind is not StepKind.REPLICA_BACKWARD]
-    return steps, _places_of(passes, steps)
-
-
-def _places_of(passes: Sequence[PassSteps], steps: Sequence[Step]) -> list[list[int]]:
-    """Return the places of these steps in a pass on every rank."""
-    of_layouts = {layout: [layout.steps.index(step) for step in steps] for layout in {one.layout for one in passes}}
-    return [of_layouts[one.layout] for one in passes]
+    return steps, places_of(passes, steps)
 
 
 def members(call: RecordedCall, rank: int, is_inside: bool) -> range:
@@ -194,5 +193,5 @@ def _travelling(call: RecordedCall, kind: StepKind) -> Tensor:
         passes = [one.steps for one in of_pass]
         steps = [one for one in passes[0].layout.steps if one.kind is kind and one.chunk is not None and one.chunk >= 0]
         if steps:
-            found += times_of(passes, _places_of(passes, steps))[:, :, 4].sum(1)
+            found += times_of(passes, places_of(passes, steps))[:, :, 4].sum(1)
     return found
