@@ -2,7 +2,7 @@
 
 import math
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import chain
@@ -149,39 +149,61 @@ class PassSteps(Sequence[RecordedStep]):
 
 
 def places_of(passes: Sequence[PassSteps], steps: Sequence[Step]) -> list[list[int]]:
-    """Return the places of these steps in a pass on every rank."""
-    of_layouts = {layout: [layout.steps.index(step) for step in steps] for layout in {one.layout for one in passes}}
+    """Return the places of these steps in a pass on every rank, or once where they are the same on all."""
+    layouts = {one.layout for one in passes}
+    of_layouts = {layout: [layout.steps.index(step) for step in steps] for layout in layouts}
+    if len(layouts) == 1:
+        return list(of_layouts.values())
     return [of_layouts[one.layout] for one in passes]
 
 
 def times_of(passes: Sequence[PassSteps], places: Sequence[Sequence[int]]) -> Tensor:
-    """Return (Q, X, 5): what TIMES says of X of the steps of each of Q passes."""
-    found = torch.empty(len(passes), len(places[0]), len(TIMES), dtype=torch.float64, device="cpu")
-    which = torch.tensor(places, dtype=torch.int64, device="cpu").expand(len(passes), -1)
-    for columns, own in _by_columns(passes):
-        at = torch.tensor([passes[n].at for n in own], dtype=torch.int64, device="cpu")
-        found[own] = columns.times[at[:, None] + which[own]]
-    return found
+    """Return (Q, X, 5): what TIMES says of X of the steps of each of Q passes.
+
+    places: the steps of each pass, or once what is the same of all.
+    """
+    which = _indices(places).expand(len(passes), -1)
+
+    def found(columns: StepColumns, own: Sequence[int] | slice, at: Tensor) -> Tensor:
+        return columns.times[at + which[own]]
+
+    return _of_columns(passes, [one.at for one in passes], found)
 
 
 def arrivals_of(passes: Sequence[PassSteps], places: Sequence[Sequence[int]]) -> Tensor:
-    """Return (Q, X, P): when the rows of every rank had arrived in X of the steps; where none tells it, the end."""
+    """Return (Q, X, P): when the rows of every rank had arrived in X of the steps; where none tells it, the end.
+
+    places: as of times_of().
+    """
     peers = torch.arange(passes[0].layout.num_peers, device="cpu")
-    rows = torch.tensor([[one.layout.arrival_rows[n] for n in of] for one, of in zip(passes, places, strict=True)])
-    found = times_of(passes, places)[:, :, 1:2].expand(-1, -1, len(peers))
+    rows = _indices([[one.layout.arrival_rows[n] for n in of] for one, of in zip(passes, places, strict=False)])
+    rows = rows.expand(len(passes), -1)
+    ends = times_of(passes, places)[:, :, 1:2].expand(-1, -1, len(peers))
     tells = (rows >= 0)[:, :, None]
     if not bool(tells.any()):
-        return found
-    told = torch.zeros(found.shape, dtype=torch.float64, device="cpu")
-    for columns, own in _by_columns(passes):
-        at = torch.tensor([passes[n].arrivals_at for n in own], dtype=torch.int64, device="cpu")[:, None]
-        told[own] = columns.arrivals[(at + rows[own].clamp(min=0) * len(peers))[:, :, None] + peers]
-    return torch.where(tells, told, found)
+        return ends
+
+    def found(columns: StepColumns, own: Sequence[int] | slice, at: Tensor) -> Tensor:
+        return columns.arrivals[(at + rows[own].clamp(min=0) * len(peers))[:, :, None] + peers]
+
+    return torch.where(tells, _of_columns(passes, [one.arrivals_at for one in passes], found), ends)
 
 
-def _by_columns(passes: Sequence[PassSteps]) -> list[tuple[StepColumns, list[int]]]:
-    """Return which of the passes stand in which columns."""
-    found: dict[int, tuple[StepColumns, list[int]]] = {}
+def _of_columns(
+    passes: Sequence[PassSteps],
+    at: Sequence[int],
+    found: Callable[[StepColumns, Sequence[int] | slice, Tensor], Tensor],
+) -> Tensor:
+    """Return what is found of passes, which as a rule stand in the same columns, from these places (Q,) on."""
+    first, places = passes[0].columns, _indices(at)[:, None]
+    if all(one.columns is first for one in passes):
+        return found(first, slice(None), places)
+    of_columns: dict[int, list[int]] = {}
     for number, one in enumerate(passes):
-        found.setdefault(id(one.columns), (one.columns, []))[1].append(number)
-    return list(found.values())
+        of_columns.setdefault(id(one.columns), []).append(number)
+    parts = torch.cat([found(passes[own[0]].columns, own, places[own]) for own in of_columns.values()])
+    return parts[_indices([number for own in of_columns.values() for number in own]).argsort()]
+
+
+def _indices(values: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64, device="cpu")

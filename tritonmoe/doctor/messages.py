@@ -136,7 +136,7 @@ def find_messages(call: RecordedCall, number: int, reach: Reach, node_size: int 
         before[n + 1] = torch.where(arrived[n].isnan(), before[n], arrived[n])
     posted = origins[:, None] + (times[:, :, 0] + times[:, :, 3])
     own_posted = posted.T.contiguous()
-    tells = [[one.layout.tell_arrivals[n] for n in of] for one, of in zip(passes, places, strict=True)]
+    tells = [[one.layout.tell_arrivals[n] for n in of] for one, of in zip(passes, places, strict=False)]
     return Messages(
         torch.maximum(own_posted[:, :, None], own_posted[:, None]),
         arrived,

@@ -112,6 +112,8 @@ class _Builder:
         self.recording, self.passes, self.notes = recording, passes, notes
         self.size, self.node_size = recording.size, recording.node_size if recording.has_two_levels else None
         self.keys: dict[Key, int] = {}
+        self.orders: dict[int, tuple[Tensor, Tensor, int]] = {}
+        """By the level of an exchange's lane."""
         self.num_exchanges, self.num_members, self.num_rows = 0, 0, 0
         self.first_member: dict[tuple[int, int], int] = {}
         self.bytes: dict[tuple[int, StepKind], tuple[Tensor, Tensor]] = {}
@@ -143,22 +145,30 @@ class _Builder:
 
     def _add_exchange(self, place: int, name: str, chunk: int | None = None, is_inside: bool = False) -> int:
         """Note the members of an exchange of a pass, one group of ranks behind the other; give the first one."""
-        of, rank = self.passes[place], torch.arange(self.size)
+        of = self.passes[place]
+        level = {COUNTS: 2, _MEETING: 3}.get(name, int(is_inside))
+        if level not in self.orders:
+            self.orders[level] = self._order_of(name, is_inside)
+        rank, groups, count = self.orders[level]
+        same = torch.ones_like(rank)
+        self.members.add(
+            rank=rank, exchange=self.num_exchanges + groups, step=of.step * same,
+            key=self._key(of, name, chunk) * same, lane=(4 * rank + level) * 4 + of.call.half,
+        )  # fmt: skip
+        self.num_members += self.size
+        self.num_exchanges += count
+        return self.num_members - self.size
+
+    def _order_of(self, name: str, is_inside: bool) -> tuple[Tensor, Tensor, int]:
+        """Return the ranks in the order of an exchange's members, the group of each, and how many groups there are."""
+        rank = torch.arange(self.size)
         groups, count = torch.zeros_like(rank), 1
         if self.node_size is not None and is_inside:
             groups, count = rank // self.node_size, self.size // self.node_size
         elif self.node_size is not None and name not in (COUNTS, _MEETING):
             groups, count = rank % self.node_size, self.node_size  # those at one place of every node
         order = self._place_in_exchange(name, is_inside, rank).argsort()
-        level = {COUNTS: 2, _MEETING: 3}.get(name, int(is_inside))
-        same = torch.ones_like(rank)
-        self.members.add(
-            rank=rank[order], exchange=(self.num_exchanges + groups)[order], step=of.step * same,
-            key=self._key(of, name, chunk) * same, lane=(4 * rank[order] + level) * 4 + of.call.half,
-        )  # fmt: skip
-        self.num_members += self.size
-        self.num_exchanges += count
-        return self.num_members - self.size
+        return rank[order], groups[order], count
 
     def _add_events(self, events: Events, where: Sequence[tuple[int, int]]) -> None:
         """Add all events of passes that consist of the same ones: (place of the pass, rank) of each."""

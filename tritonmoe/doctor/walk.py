@@ -17,8 +17,10 @@ from tritonmoe.doctor.uniform_walk import Walked, uniform_walk
 __all__ = ["Moments", "Walker"]
 
 RUN, POST, WAIT, STEP = int(Kind.RUN), int(Kind.POST), int(Kind.WAIT), int(Kind.STEP)
+MOST_TIMES = 1 << 25
+"""So many numbers at most are given to one walk ..."""
 MOST_VALUES = 1 << 24
-"""So many numbers are held at once: of large graphs fewer sets of times are walked together."""
+"""... or are held in it, where ranks do unlike things: of large graphs fewer sets of times are walked together."""
 
 
 @dataclass
@@ -207,7 +209,9 @@ class Walker:
     @property
     def num_at_once(self) -> int:
         """How many sets of times are walked together."""
-        return max(1, MOST_VALUES // (len(self.tables.run_rank) + 3 * self._num_members + 1))
+        if self._uniform is not None:
+            return max(1, MOST_TIMES // (len(self.tables.run_rank) + self._num_members + 1))
+        return max(1, MOST_VALUES // (self._num_segments + 3 * self._num_members + 1))
 
     def moments(self, run_s: Tensor, transfer_s: Tensor) -> Moments:
         """Return when every exchange started and ended, and every step."""
