@@ -1,6 +1,7 @@
 """Recordings and traces as large as those of a real job, to see what the doctor needs for them."""
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,13 +10,15 @@ from tempfile import TemporaryDirectory
 from bench.synthetic_runs import Run, write_run
 from tritonmoe.diagnosis.call_recording import file_name
 from tritonmoe.diagnosis.rank_file_writer import DECIMALS
+from tritonmoe.doctor.trace_files import open_text
 from tritonmoe.runtime.files import Json
 
-__all__ = ["write_large_run"]
+__all__ = ["write_large_run", "write_large_traces"]
 
 MADE_STEPS = 5
 """So many steps are simulated, and repeated later and later."""
 MARKER = "<moment>"
+STEP = re.compile(r'"user_annotation",\s*"name": "ProfilerStep#(\d+)"[^}]*?"ts": ([\d.]+),\s*"dur": ([\d.]+)')
 
 
 def write_large_run(folder: Path, run: Run, num_steps: int) -> int:
@@ -62,3 +65,61 @@ def _repeat(path: Path, header: str, calls: Sequence[Json], times: int, period_s
                 values = [number + time * len(calls), *(moment + time * period_s for moment in at)]
                 filled = [part for both in zip(text, (repr(round(value, DECIMALS)) for value in values), strict=False) for part in both]
                 file.write("".join([*filled, text[-1]]) + "\n")
+
+
+def write_large_traces(folder: Path, few: Path, num_ranks: int, num_bytes: int) -> int:
+    """Write torch.profiler's traces of so many ranks, each of so many bytes; return the bytes of all.
+
+    few: a folder with the traces of a few ranks, whose steps are repeated, later and later.
+    """
+    folder.mkdir(parents=True)
+    files = sorted(few.glob("*.trace.json*"))
+    for first, file in enumerate(files):
+        with open_text(file) as opened:
+            trace = _Trace(opened.read())
+        events = trace.repeated(num_bytes)
+        for rank in range(first, num_ranks, len(files)):
+            head = trace.head_of(rank, num_ranks, len(files))
+            (folder / f"rank-{rank:04d}.trace.json").write_text(head + events + trace.tail)
+    return sum(file.stat().st_size for file in folder.iterdir())
+
+
+class _Trace:
+    """A trace as Kineto writes it, whose events are repeated as text."""
+
+    def __init__(self, text: str) -> None:
+        at, end = text.index('"traceEvents": [') + len('"traceEvents": ['), text.rindex("]")
+        self.head, self.tail = text[:at], text[end:]
+        steps = [
+            (int(found[1]), float(found[2]), float(found[3]))
+            for found in STEP.finditer(text)
+        ]
+        self.num_steps, self.first_us = len(steps), min(start for _, start, _ in steps)
+        last_us = max(start + us for _, start, us in steps)
+        self.period_us = last_us - self.first_us + 1
+        events = re.split(r'(?<=\}),\s*(?=\{\s*"ph": )', text[at:end].strip())
+        self.events = [one for one in events if self.first_us <= _moment_us(one) <= last_us]
+
+    def head_of(self, rank: int, num_ranks: int, few: int) -> str:
+        """Return what stands before the events, of a rank of so many, where there were a few."""
+        head = re.sub(r'"rank": \d+, "world_size": \d+', f'"rank": {rank}, "world_size": {num_ranks}', self.head)
+        whole = f'"pg_size": {num_ranks}, "ranks": {list(range(num_ranks))}'
+        head = head.replace(f'"pg_size": {few}, "ranks": {list(range(few))}', whole)
+        return re.sub(r'"ranks": \[\d+\]', f'"ranks": [{rank}]', head)
+
+    def repeated(self, num_bytes: int) -> str:
+        """Return the events again and again, until they have so many bytes."""
+        texts = [self._later(0)]
+        while sum(map(len, texts)) < num_bytes:
+            texts.append(self._later(len(texts)))
+        return ",".join(texts)
+
+    def _later(self, times: int) -> str:
+        text = ",\n".join(self.events)
+        text = re.sub(r'"ts": ([\d.]+)', lambda found: f'"ts": {float(found[1]) + times * self.period_us:.3f}', text)
+        return re.sub(r"ProfilerStep#(\d+)", lambda found: f"ProfilerStep#{int(found[1]) + times * self.num_steps}", text)
+
+
+def _moment_us(event: str) -> float:
+    found = re.search(r'"ts": ([\d.]+)', event)
+    return float(found[1]) if found else -1.0
