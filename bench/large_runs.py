@@ -1,9 +1,20 @@
-"""Recordings and traces as large as those of a real job, to see what the doctor needs for them."""
+"""Recordings and traces as large as those of a real job, and what the doctor needs for them.
 
+    python -m bench.large_runs recording /tmp/large          # 64 ranks, 16 layers, 100 steps: 2 GB
+    python -m bench.large_runs traces /tmp/large FEW         # 64 traces of 100 MB, of the steps of those in FEW: 6.4 GB
+
+Prints seconds, and the most memory that the doctor's own process and each of those that read files for it have held.
+The folder is made, and removed when the doctor has ended.
+"""
+
+import argparse
 import json
 import re
+import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -63,7 +74,11 @@ def _repeat(path: Path, header: str, calls: Sequence[Json], times: int, period_s
         for time in range(times):
             for text, (number, *at) in zip(texts, moments, strict=True):
                 values = [number + time * len(calls), *(moment + time * period_s for moment in at)]
-                filled = [part for both in zip(text, (repr(round(value, DECIMALS)) for value in values), strict=False) for part in both]
+                filled = [
+                    part
+                    for both in zip(text, (repr(round(value, DECIMALS)) for value in values), strict=False)
+                    for part in both
+                ]
                 file.write("".join([*filled, text[-1]]) + "\n")
 
 
@@ -90,10 +105,7 @@ class _Trace:
     def __init__(self, text: str) -> None:
         at, end = text.index('"traceEvents": [') + len('"traceEvents": ['), text.rindex("]")
         self.head, self.tail = text[:at], text[end:]
-        steps = [
-            (int(found[1]), float(found[2]), float(found[3]))
-            for found in STEP.finditer(text)
-        ]
+        steps = [(int(found[1]), float(found[2]), float(found[3])) for found in STEP.finditer(text)]
         self.num_steps, self.first_us = len(steps), min(start for _, start, _ in steps)
         last_us = max(start + us for _, start, us in steps)
         self.period_us = last_us - self.first_us + 1
@@ -117,9 +129,56 @@ class _Trace:
     def _later(self, times: int) -> str:
         text = ",\n".join(self.events)
         text = re.sub(r'"ts": ([\d.]+)', lambda found: f'"ts": {float(found[1]) + times * self.period_us:.3f}', text)
-        return re.sub(r"ProfilerStep#(\d+)", lambda found: f"ProfilerStep#{int(found[1]) + times * self.num_steps}", text)
+        return re.sub(
+            r"ProfilerStep#(\d+)", lambda found: f"ProfilerStep#{int(found[1]) + times * self.num_steps}", text
+        )
 
 
 def _moment_us(event: str) -> float:
     found = re.search(r'"ts": ([\d.]+)', event)
     return float(found[1]) if found else -1.0
+
+
+def _judge(folder: Path) -> None:
+    """Print the doctor's first lines on a run, and what it needed."""
+    begin = time.monotonic()
+    script = (
+        "import resource, sys; from tritonmoe.cli import main; code = main(['doctor', sys.argv[1]]);"
+        "whom = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN);"
+        "print('GB', *(resource.getrusage(who).ru_maxrss / 1e6 for who in whom));"
+        "sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(folder)], capture_output=True, text=True, check=False)
+    seconds = time.monotonic() - begin
+    lines = done.stdout.splitlines()
+    if done.returncode not in (0, 1):
+        raise SystemExit(done.stderr)
+    _, own, of_reader = lines[-1].split()
+    print(*lines[:3], sep="\n")
+    print(f"{seconds:.1f} s; {float(own):.1f} GB in its own process, {float(of_reader):.1f} GB in one that reads a file")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["recording", "traces"])
+    parser.add_argument("folder", type=Path, help="is made, and removed")
+    parser.add_argument("few", type=Path, nargs="?", help="a folder with torch.profiler's traces of a few ranks")
+    parser.add_argument("--ranks", type=int, default=64)
+    parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--bytes", type=int, default=100_000_000)
+    given = parser.parse_args()
+    try:
+        if given.what == "traces":
+            num_bytes = write_large_traces(given.folder, given.few, given.ranks, given.bytes)
+        else:
+            run = Run(given.ranks, rows=50.0, num_layers=given.layers, is_chained=True, noise=0.02, slow_rank=(3, 1.3))
+            num_bytes = write_large_run(given.folder, run, given.steps)
+        print(f"{num_bytes / 1e9:.2f} GB")
+        _judge(given.folder)
+    finally:
+        shutil.rmtree(given.folder, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()

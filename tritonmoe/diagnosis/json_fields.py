@@ -6,7 +6,20 @@ from typing import TypeVar
 from tritonmoe.config.numbers import is_integer, is_number
 from tritonmoe.runtime.files import Json
 
-__all__ = ["MOST", "Fields", "amount", "count", "counts_of", "flag", "integer", "list_of", "number", "optional", "text", "tuple_of"]
+__all__ = [
+    "MOST",
+    "Fields",
+    "amount",
+    "count",
+    "counts_of",
+    "flag",
+    "integer",
+    "list_of",
+    "number",
+    "optional",
+    "text",
+    "tuple_of",
+]
 
 MOST = 1 << 53
 """No count and no moment is larger than the integers that a float holds exactly."""

@@ -24,7 +24,9 @@ NO_STEPS = layout_of((), (), 1)
 _values = itemgetter("kind", "chunk", "arrivals_s", *TIMES)
 
 
-def read_pass(fields: Fields, plan: OverlapPlan, size: int, node_size: int | None, columns: StepColumns) -> RecordedPass:
+def read_pass(
+    fields: Fields, plan: OverlapPlan, size: int, node_size: int | None, columns: StepColumns
+) -> RecordedPass:
     """Read a pass of a call by this plan, whose steps are added to the columns.
 
     Raises:
@@ -104,7 +106,9 @@ def _one_by_one(values: list, total_s: float, num_peers: int, columns: StepColum
     arrivals = [moments for _, _, moments in read]
     tell_arrivals = tuple(moments is not None for moments in arrivals)
     layout = layout_of(tuple(step for step, _, _ in read), tell_arrivals, num_peers)
-    return columns.add(layout, [times for _, times, _ in read], [moments for moments in arrivals if moments is not None])
+    return columns.add(
+        layout, [times for _, times, _ in read], [moments for moments in arrivals if moments is not None]
+    )
 
 
 _Moments: TypeAlias = tuple[float | None, ...] | None

@@ -4,7 +4,7 @@ import math
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cache, cached_property
 from itertools import chain
 from typing import TypeAlias, overload
 
@@ -13,7 +13,17 @@ from torch import Tensor
 
 from tritonmoe.overlap.steps import Step, StepKind
 
-__all__ = ["TIMES", "Layout", "PassSteps", "RecordedStep", "StepColumns", "arrivals_of", "layout_of", "places_of", "times_of"]
+__all__ = [
+    "TIMES",
+    "Layout",
+    "PassSteps",
+    "RecordedStep",
+    "StepColumns",
+    "arrivals_of",
+    "layout_of",
+    "places_of",
+    "times_of",
+]
 
 TIMES = ("start_s", "end_s", "wait_s", "post_s", "units")
 """The numbers of a step, in the order of its columns; the last three are never negative."""
@@ -66,7 +76,7 @@ class Layout:
         return tuple(place for place, step in enumerate(self.steps) if step.lane == "comm")
 
 
-@lru_cache(maxsize=None)
+@cache
 def layout_of(steps: tuple[Step, ...], tell_arrivals: tuple[bool, ...], num_peers: int) -> Layout:
     """Return the one layout of these steps."""
     return Layout(steps, tell_arrivals, num_peers)
@@ -100,7 +110,6 @@ class StepColumns:
         for moments in arrivals:
             self.flat_arrivals.extend([math.nan if at is None else at for at in moments])
         return found
-
 
     @classmethod
     def joined(cls, columns: "Sequence[StepColumns]") -> "StepColumns":

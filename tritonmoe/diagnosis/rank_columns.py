@@ -1,4 +1,4 @@
-"""RankColumns: one rank's file of a recording, checked by itself, in columns that go quickly from process to process."""
+"""RankColumns: one rank's file of a recording, checked, in columns that go quickly from process to process."""
 
 from array import array
 from collections.abc import Mapping, Sequence

@@ -9,8 +9,8 @@ from tritonmoe.config.overlap import WIRE_DTYPES, OverlapPlan
 from tritonmoe.diagnosis.call_recording import FORMAT, SCHEMA, RankCall
 from tritonmoe.diagnosis.json_fields import Fields, count, counts_of, flag, integer, number, text, tuple_of
 from tritonmoe.diagnosis.pass_reader import NEAR_S, read_pass
-from tritonmoe.diagnosis.rank_columns import Agreed, CallLine, RankColumns
 from tritonmoe.diagnosis.pass_steps import StepColumns
+from tritonmoe.diagnosis.rank_columns import Agreed, CallLine, RankColumns
 from tritonmoe.runtime.files import check_regular, load_json
 
 __all__ = ["read_rank_file"]
@@ -106,9 +106,7 @@ def _parse(line: bytes, path: Path, number: int) -> Fields:
     return Fields(load_json(line, where), where)
 
 
-def _read_call(
-    fields: Fields, size: int, node_size: int | None, columns: StepColumns
-) -> tuple[Agreed, RankCall, bool]:
+def _read_call(fields: Fields, size: int, node_size: int | None, columns: StepColumns) -> tuple[Agreed, RankCall, bool]:
     names = ("num_experts", "hidden_size", "intermediate_size")
     sizes = fields.inside("sizes")
     agreed = _agreed(
@@ -153,5 +151,3 @@ def _agreed(
 ) -> Agreed:
     """Return what ranks must say alike: one object of equal ones."""
     return layer, is_recompute, half, plan, row_bytes, other_row_bytes, top_k, dict(sizes)
-
-

@@ -95,7 +95,11 @@ class KinetoReader:
                 start(start_s)
                 end(end_s)
                 correlation(int(number) & 0x7FFFFFFF)
-            elif kind == "lasts" and not is_gpu and not self._computed(*found.group("operator", "thread", "began", "lasts")):
+            elif (
+                kind == "lasts"
+                and not is_gpu
+                and not self._computed(*found.group("operator", "thread", "began", "lasts"))
+            ):
                 break
             at = found.end()
             count += 1

@@ -168,9 +168,7 @@ def members(call: RecordedCall, rank: int, is_inside: bool) -> range:
     return range(first, first + node_size) if is_inside else range(rank % node_size, size, node_size)
 
 
-def _sent_bytes(
-    call: RecordedCall, step: Step, units: Tensor, travelling: Callable[[StepKind], Tensor]
-) -> Tensor:
+def _sent_bytes(call: RecordedCall, step: Step, units: Tensor, travelling: Callable[[StepKind], Tensor]) -> Tensor:
     """Return the bytes (W, W) from rank i to rank k: of all that i sends there its share in this step."""
     work = call.work if call.levels is None else call.levels.outer
     rows = work.rows if step.kind.way is Way.TO_EXPERTS else work.rows.T

@@ -82,6 +82,7 @@ def linked_of(recording: Recording, built: RecordedGraph, costs: Costs) -> Linke
     if not costs.ratios.are_told_apart or each is None:
         return Linked(nothing, None)
     size, node_size = recording.size, recording.node_size
+
     def passes_at(place: int) -> list[_Pass]:
         """Return the messages of a pass; those of all passes together are too many to be kept."""
         of, found = built.passes[place], []
@@ -122,7 +123,7 @@ def linked_of(recording: Recording, built: RecordedGraph, costs: Costs) -> Linke
 
 @dataclass
 class _Sums:
-    """(S, W, W): how long the messages of each link took in each step, and how long they would take on a typical one."""
+    """(S, W, W): how long each link's messages took in each step, and how long they would take on a typical link."""
 
     took: Tensor
     due: Tensor

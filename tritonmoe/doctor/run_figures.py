@@ -117,7 +117,10 @@ def _waits(run: RecordedRun) -> list[list[float]] | None:
 def _waits_of(call: RecordedCall) -> torch.Tensor:
     waits_s = torch.zeros(len(call.ranks), len(call.ranks), dtype=torch.float64, device="cpu")
     for of_pass in call.by_pass:
-        for passes, is_inside in (([one.steps for one in of_pass], False), ([one.steps_inside for one in of_pass], True)):
+        for passes, is_inside in (
+            ([one.steps for one in of_pass], False),
+            ([one.steps_inside for one in of_pass], True),
+        ):
             steps = passes[0].layout.steps
             peers = torch.tensor([list(members(call, rank, is_inside)) for rank in range(len(call.ranks))])
             for n, tells in enumerate(passes[0].layout.tell_arrivals):

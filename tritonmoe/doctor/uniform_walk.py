@@ -1,8 +1,7 @@
 """UniformWalk: the walk of a graph whose ranks do the same in the same order, all ranks of an item at once.
 
-So it is with a recording of this package's layers, and with most trainers that have no pipeline: no exchange ends before
-all of its ranks have come to the same place of their programs, and so the programs' order is one in which everything
-that is waited for is known.
+So it is with a recording of this package's layers, and with most trainers that have no pipeline. All ranks come to an
+exchange at the same place of their programs, so whatever is waited for stands further up in every program.
 """
 
 from collections.abc import Sequence
