@@ -155,7 +155,9 @@ def _judge(folder: Path) -> None:
         raise SystemExit(done.stderr)
     _, own, of_reader = lines[-1].split()
     print(*lines[:3], sep="\n")
-    print(f"{seconds:.1f} s; {float(own):.1f} GB in its own process, {float(of_reader):.1f} GB in one that reads a file")
+    print(
+        f"{seconds:.1f} s; {float(own):.1f} GB in its own process, {float(of_reader):.1f} GB in one that reads a file"
+    )
 
 
 def main() -> None:

@@ -46,7 +46,9 @@ def test_walks_agree(tmp_path: Path, run: Run, is_queued: bool, monkeypatch: pyt
     found, expected = (of.moments(runs[1], transfers[1]) for of in (at_once, by_levels))
     assert found.step_s == expected.step_s
     for name in ("step_ends_s", "started_s", "ended_s", "waits_since_s"):
-        assert torch.equal(getattr(found, name).nan_to_num(nan=-1.0), getattr(expected, name).nan_to_num(nan=-1.0)), name
+        assert torch.equal(getattr(found, name).nan_to_num(nan=-1.0), getattr(expected, name).nan_to_num(nan=-1.0)), (
+            name
+        )
 
 
 def test_ranks_that_do_unlike_things_are_walked_by_levels(tmp_path: Path) -> None:

@@ -111,15 +111,13 @@ class StepColumns:
             self.flat_arrivals.extend([math.nan if at is None else at for at in moments])
         return found
 
-    @classmethod
-    def joined(cls, columns: "Sequence[StepColumns]") -> "StepColumns":
-        """Return all of these, one behind the other; they are empty then."""
-        found = cls()
-        for one in columns:
-            for into, of in ((found.flat_times, one.flat_times), (found.flat_arrivals, one.flat_arrivals)):
-                into.extend(of)
-                del of[:]
-        return found
+    def take(self, other: "StepColumns") -> tuple[int, int]:
+        """Move the numbers of others behind these; return where their steps and their arrivals begin."""
+        at = len(self.flat_times) // len(TIMES), len(self.flat_arrivals)
+        for into, of in ((self.flat_times, other.flat_times), (self.flat_arrivals, other.flat_arrivals)):
+            into.extend(of)
+            del of[:]
+        return at
 
 
 def _tensor(numbers: array) -> Tensor:

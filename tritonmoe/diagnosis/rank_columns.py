@@ -10,11 +10,11 @@ from typing import NamedTuple, TypeAlias
 
 from tritonmoe.config.overlap import OverlapPlan
 from tritonmoe.diagnosis.call_recording import RankCall, RecordedPass
-from tritonmoe.diagnosis.pass_steps import TIMES, Layout, PassSteps, StepColumns
+from tritonmoe.diagnosis.pass_steps import Layout, PassSteps, StepColumns
 from tritonmoe.overlap.report import CallMarks
 from tritonmoe.runtime.files import Json
 
-__all__ = ["Agreed", "CallLine", "RankColumns", "calls_of"]
+__all__ = ["Agreed", "CallLine", "RankColumns"]
 
 Agreed: TypeAlias = tuple[int, bool, int, OverlapPlan, int, int, int, Mapping[str, int]]
 """What all ranks must say alike of a call: the fields of RecordedCall from `layer` to `sizes`."""
@@ -96,12 +96,12 @@ class RankColumns:
         shapes = tuple(_shape(one.marks is not None, one.steps.layout, one.steps_inside.layout) for one in call.passes)
         self.lines.append(_Line(sequence, line.number, line.agreed, line.ran_twice, tuple(widths), shapes))
 
-    def calls(self, steps: StepColumns, at: int, arrivals_at: int) -> dict[int, CallLine]:
+    def calls(self, steps: StepColumns, at: tuple[int, int]) -> dict[int, CallLine]:
         """Return its calls by their numbers; of one that ran twice the second run.
 
-        steps: the columns that its steps stand in by now, from these places on.
+        steps: the columns that its steps stand in by now; at: what take() gave for them.
         """
-        read, counted = _Passes(self.moments, steps, at, arrivals_at), 0
+        read, counted = _Passes(self.moments, steps, *at), 0
         found: dict[int, CallLine] = {}
         for line in self.lines:
             counts: list[Sequence[int]] = []
@@ -113,16 +113,6 @@ class RankColumns:
             call = RankCall(rows, pairs, of_experts, forward, *(backward or (None,)), *to_nodes)
             found[line.sequence] = CallLine(self.path, line.number, line.agreed, call, line.ran_twice)
         return found
-
-
-def calls_of(ranks: Sequence[RankColumns]) -> list[dict[int, CallLine]]:
-    """Return the calls of all ranks, whose steps stand in the same columns."""
-    places = [(0, 0)]
-    for of in ranks:
-        at, arrivals_at = places[-1]
-        places.append((at + len(of.steps.flat_times) // len(TIMES), arrivals_at + len(of.steps.flat_arrivals)))
-    steps = StepColumns.joined([of.steps for of in ranks])
-    return [of.calls(steps, *place) for of, place in zip(ranks, places, strict=False)]
 
 
 class _Passes:

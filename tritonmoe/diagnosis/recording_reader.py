@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TypeAlias
 
 from tritonmoe.diagnosis.call_recording import RankCall, RecordedCall, RecordedPass, Recording, file_name
-from tritonmoe.diagnosis.rank_columns import CallLine, RankColumns, calls_of
+from tritonmoe.diagnosis.pass_steps import StepColumns
+from tritonmoe.diagnosis.rank_columns import CallLine, RankColumns
 from tritonmoe.diagnosis.rank_file import read_rank_file
 from tritonmoe.overlap.report import CallMarks
 from tritonmoe.overlap.steps import Step
@@ -55,7 +56,11 @@ def read_recording(path: Path) -> Recording:
             f"{path} has no recording: there is no file {file_name(0)} in it, which the first call of an "
             "expert-parallel layer makes while record() lasts"
         )
-    ranks = read_files(read_rank_file, files)
+    ranks: list[RankColumns] = []
+    steps, begins = StepColumns(), []
+    for of_rank in read_files(read_rank_file, files):
+        ranks.append(of_rank)
+        begins.append(steps.take(of_rank.steps))
     notes = [note for found in ranks for note in found.notes]
     size = ranks[0].size
     for found in ranks:
@@ -70,7 +75,7 @@ def read_recording(path: Path) -> Recording:
     missing = sorted(set(range(size)) - {found.rank for found in ranks})
     if missing:
         raise ValueError(f"{path}: of {size} ranks {missing} are missing: copy the files of all ranks into one folder")
-    lines = calls_of(ranks)
+    lines = [found.calls(steps, at) for found, at in zip(ranks, begins, strict=True)]
     of_clocks = _align_clocks(ranks, lines)
     calls = _join_calls(lines, notes)
     return Recording(path, tuple(found.header for found in ranks), calls, (*notes, *of_clocks))
