@@ -57,7 +57,7 @@ def call(
 def test_bits_are_those_of_decoded_experts(
     save: str, num_ranks: int, overlap: str, weight_format: WeightFormat
 ) -> None:
-    case = PackedCase(weight_format, rank=3, bias=True, dropout=0.2)
+    case = PackedCase(weight_format, rank=3, bias=True, dropout=0.2 if num_ranks == 1 else 0)  # their seed is shared
 
     def on_rank(transport: Transport) -> None:
         found = [call(case, transport, OVERLAPS[overlap], decoded, save=save) for decoded in (False, True)]

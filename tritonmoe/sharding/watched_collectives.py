@@ -5,6 +5,7 @@ import zlib
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from tritonmoe.transports.notices import Notices
@@ -25,7 +26,17 @@ def full_tensor(tensor: Tensor, what: str) -> Tensor:
     if not hasattr(tensor, "full_tensor"):
         return tensor
     with watched_on(tensor.device_mesh, what):  # type: ignore[attr-defined]
+        if tensor.is_floating_point() and tensor.itemsize == 1:  # fp8, which gloo doesn't know, travels as bytes
+            return _as_bytes(tensor).full_tensor().view(tensor.dtype)  # type: ignore[attr-defined]
         return tensor.full_tensor()
+
+
+def _as_bytes(tensor: Tensor) -> Tensor:
+    from torch.distributed.tensor import DTensor
+
+    assert isinstance(tensor, DTensor)
+    local, shape, stride = tensor.to_local().view(torch.uint8), tensor.shape, tensor.stride()
+    return DTensor.from_local(local, tensor.device_mesh, tensor.placements, run_check=False, shape=shape, stride=stride)
 
 
 def watched_on(mesh: "DeviceMesh", what: str) -> AbstractContextManager[None]:

@@ -159,7 +159,8 @@ def _refuse_computed(found: Mapping[str, nn.Module]) -> None:
     """Raise ValueError where an expert weight is made of other parameters, which would stay whole."""
     for name, experts in found.items():
         for weight in (*PARAMETERS, "up_proj"):
-            if hasattr(experts, weight) and weight not in experts._parameters:
+            is_packed = f"{weight}_blocks" in experts._parameters  # in bytes, of which each expert has its own
+            if hasattr(experts, weight) and weight not in experts._parameters and not is_packed:
                 raise ValueError(
                     f"{weight} of {name or 'the module'} is computed from other parameters (a parametrization or "
                     "pruning), which can't be spread over ranks: make it a parameter again before parallelize(), with "

@@ -1,0 +1,191 @@
+"""`python -m bench.quantized`: experts in 4 and 8 bits beside the same ones in bf16, on one thread of a CPU.
+
+Forward and gradient of x of one layer with frozen experts, a step of four layers with adapters of rank 16, and the
+memory of such steps, each in a process of its own. Variants take turns in one process; times are those of the thread
+(CPU time), which other work on the machine lengthens least.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from statistics import median, quantiles
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import tritonmoe as tm
+from tritonmoe.backends import decoding
+from tritonmoe.benchmarks.timing import add_arguments, write_json
+from tritonmoe.runtime.files import Json
+
+__all__ = ["main"]
+
+HIDDEN, INNER, EXPERTS, TOP_K, LAYERS, RANK = 512, 256, 64, 8, 4, 16
+VARIANTS = ("mxfp4", "fp8", "nf4", "nf4, bitsandbytes")
+"""NF4 is decoded by bitsandbytes' kernel where that is installed; "nf4" is this package's own decoding."""
+ROUNDS_AT_FIRST = 2
+"""So many rounds warm up."""
+
+
+class Layer(NamedTuple):
+    """The frozen experts of one layer, packed, and decoded to bf16."""
+
+    packed: tuple[tm.QuantizedWeight, tm.QuantizedWeight]
+    plain: tuple[Tensor, Tensor]
+
+
+def make_packed(variant: str, seed: int) -> tuple[tm.QuantizedWeight, tm.QuantizedWeight]:
+    """Return random experts in a format, each expert rounded by itself."""
+    torch.manual_seed(seed)
+    shapes = ((EXPERTS, 2 * INNER, HIDDEN), (EXPERTS, HIDDEN, INNER))
+    up, down = (tm.QuantizedWeight.pack(torch.randn(shape) * 0.02, format_of(variant)) for shape in shapes)  # type: ignore[arg-type]
+    return up, down
+
+
+def format_of(variant: str) -> str:
+    return variant.partition(",")[0]
+
+
+def decode_by(variant: str) -> None:
+    """Let NF4 be decoded as the variant says."""
+    decoding._threads.__dict__.clear()
+    found = KERNEL if variant == "nf4, bitsandbytes" else None
+    decoding.bitsandbytes_decoder = lambda: found  # type: ignore[assignment]
+
+
+KERNEL = decoding.bitsandbytes_decoder()
+
+
+def layer_step(weights: tuple[tm.QuantizedWeight | Tensor, ...], num_tokens: int) -> Callable[[], None]:
+    """Return what runs forward and the gradient of x on the next of four batches."""
+    torch.manual_seed(1)
+    x, dout = torch.randn(num_tokens, HIDDEN).bfloat16(), torch.randn(num_tokens, HIDDEN).bfloat16()
+    batches = [torch.rand(num_tokens, EXPERTS).topk(TOP_K).indices for _ in range(4)]
+    topk_weights, calls = torch.rand(num_tokens, TOP_K).softmax(-1), [0]
+
+    def run() -> None:
+        own = x.clone().requires_grad_()
+        calls[0] += 1
+        tm.moe_mlp(own, batches[calls[0] % 4], topk_weights, weights[0], weights[1]).backward(dout)
+
+    return run
+
+
+def adapted_step(layers: list[tuple[tm.QuantizedWeight | Tensor, ...]], num_tokens: int) -> Callable[[], None]:
+    """Return what runs forward and backward of layers whose experts have adapters."""
+    torch.manual_seed(2)
+
+    def factor(*shape: int) -> Tensor:
+        return (torch.randn(shape) * 0.02).bfloat16().requires_grad_()
+
+    adapters = [
+        tm.ExpertAdapters(
+            factor(EXPERTS, RANK, HIDDEN),
+            factor(EXPERTS, 2 * INNER, RANK),
+            factor(EXPERTS, RANK, INNER),
+            factor(EXPERTS, HIDDEN, RANK),
+        )
+        for _ in layers
+    ]
+    x, topk_weights = torch.randn(num_tokens, HIDDEN).bfloat16(), torch.rand(num_tokens, TOP_K).softmax(-1)
+    ids = torch.rand(num_tokens, EXPERTS).topk(TOP_K).indices
+
+    def run() -> None:
+        y = x.clone().requires_grad_()
+        for (up, down), own in zip(layers, adapters, strict=True):
+            y = y + tm.moe_mlp(y, ids, topk_weights, up, down, adapters=own)
+        y.sum().backward()
+
+    return run
+
+
+def compare(runs: dict[str, Callable[[], None]], variant: str, rounds: int) -> Json:
+    """Return the CPU times of the runs, which take turns, and the ratio of their medians."""
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+    decode_by(variant)
+    for number in range(rounds + ROUNDS_AT_FIRST):
+        for name, run in runs.items():
+            start = time.process_time()
+            run()
+            if number >= ROUNDS_AT_FIRST:
+                samples[name].append(1e3 * (time.process_time() - start))
+    packed, plain = samples["packed"], samples["bf16"]
+    ratios = [one / other for one, other in zip(packed, plain, strict=True)]
+    low, _, high = quantiles(ratios, n=4)
+    said = {"packed_ms": median(packed), "bf16_ms": median(plain), "ratio": median(packed) / median(plain)}
+    return {
+        **{name: round(value, 3) for name, value in said.items()},
+        "ratio_quartiles": [round(low, 3), round(high, 3)],
+    }
+
+
+def peak_of(variant: str) -> float:
+    """Return how much memory two steps of four layers take over imports, in megabytes; in a process of its own."""
+    command = [sys.executable, "-m", "bench.quantized", "--peak-of", variant]
+    return float(
+        json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+    )
+
+
+def measure_peak(variant: str) -> float:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    layers: list[tuple[tm.QuantizedWeight | Tensor, ...]] = []
+    for seed in range(LAYERS):
+        if variant == "bf16":
+            shapes = ((EXPERTS, 2 * INNER, HIDDEN), (EXPERTS, HIDDEN, INNER))
+            layers.append(tuple(torch.empty(shape, dtype=torch.bfloat16).fill_(0.01) for shape in shapes))
+        else:
+            layers.append(empty_layer(variant, seed))
+    run = adapted_step(layers, 1024)
+    run()
+    run()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e3
+
+
+def empty_layer(variant: str, seed: int) -> tuple[tm.QuantizedWeight, tm.QuantizedWeight]:
+    """Return packed experts of some values, made without any that are not packed."""
+    weights = []
+    for shape in ((EXPERTS, 2 * INNER, HIDDEN), (EXPERTS, HIDDEN, INNER)):
+        one = tm.QuantizedWeight.pack(torch.full((1, *shape[1:]), 0.01), format_of(variant))  # type: ignore[arg-type]
+        values, scales = (part.expand(EXPERTS, *part.shape[1:]).contiguous() for part in (one.values, one.scales))
+        weights.append(tm.QuantizedWeight(one.format, values, scales))
+    return weights[0], weights[1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.quantized", description=__doc__)
+    add_arguments(parser, rounds=15)
+    parser.add_argument("--peak-of", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    if arguments.peak_of:
+        print(json.dumps(measure_peak(arguments.peak_of)))
+        return
+    results: list[Json] = []
+    peak = peak_of("bf16")
+    for variant in VARIANTS:
+        if variant == "nf4, bitsandbytes" and KERNEL is None:
+            continue
+        layers = [make_packed(variant, seed) for seed in range(LAYERS)]
+        plain = [tuple(weight.decode() for weight in layer) for layer in layers]
+        result: Json = {"variant": variant}
+        for num_tokens in (1024, 64):
+            runs = {"bf16": layer_step(plain[0], num_tokens), "packed": layer_step(layers[0], num_tokens)}
+            result[f"layer_{num_tokens}"] = compare(runs, variant, arguments.rounds)
+        runs = {"bf16": adapted_step(list(plain), 1024), "packed": adapted_step(list(layers), 1024)}
+        result["adapters"] = compare(runs, variant, max(3, arguments.rounds // 2))
+        packed_bytes = sum(weight.nbytes for layer in layers for weight in layer)
+        result["weights"] = round(packed_bytes / sum(weight.nbytes for layer in plain for weight in layer), 3)
+        result["peak_mb"], result["bf16_peak_mb"] = (round(value) for value in (peak_of(variant), peak))
+        results.append(result)
+        print(result, flush=True)
+    write_json(arguments.json, "quantized", results)
+
+
+if __name__ == "__main__":
+    main()
