@@ -20,6 +20,7 @@ OVERLAPS = {
     "C3": tm.OverlapConfig(3),
     "experts": tm.OverlapConfig(2, chunk_by="experts"),
     "capacity": tm.OverlapConfig(2, capacity=4.0),
+    "copies": tm.OverlapConfig(2, balance="always"),
 }
 
 

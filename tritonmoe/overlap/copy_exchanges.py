@@ -16,9 +16,12 @@ from tritonmoe.transports import PendingExchange, Transport
 
 __all__ = ["CopyExchanges", "expert_bytes"]
 
+ALIGNMENT = 16
+"""In bytes: that of every weight in a row, since the values and the scales of packed weights have different dtypes."""
+
 
 class CopyExchanges:
-    """The exchanges of one pass's copies. A row is one expert, its weights side by side.
+    """The exchanges of one pass's copies. A row is the bytes of one expert, its weights side by side.
 
     Args:
         own: the weights of this rank's own experts.
@@ -26,7 +29,7 @@ class CopyExchanges:
     """
 
     _arriving: Tensor
-    """(copies on this rank, columns), from send() on."""
+    """(copies on this rank, bytes), from send() on."""
 
     def __init__(
         self, copies: ExpertCopies, transport: Transport, own: PerWeight[Tensor], needs: PerWeight[bool]
@@ -37,13 +40,13 @@ class CopyExchanges:
         """Send the weights of this rank's experts to their copies, and receive those of its own copies."""
         rank = self.transport.rank
         experts, received = self.copies.sent(rank), self.copies.received(rank)
-        parts = [weight.detach() for weight in self.own if weight is not None]
-        index = to_device(torch.tensor([*chain(*experts)], dtype=torch.int64, device="cpu"), parts[0].device)
-        widths = [part[0].numel() for part in parts]
-        rows = cpu_memory.empty(len(index), sum(widths), like=parts[0])
-        for part, columns in zip(parts, rows.split(widths, dim=1), strict=True):
-            torch.index_select(part, 0, index, out=columns.unflatten(1, part.shape[1:]))
-        self._arriving = cpu_memory.empty(sum(received), sum(widths), like=parts[0])
+        device = self.own.gate_up_proj.device
+        index = to_device(torch.tensor([*chain(*experts)], dtype=torch.int64, device="cpu"), device)
+        there = PerWeight(*(weight is not None for weight in self.own))
+        rows, self._arriving = self._rows(len(index), there), self._rows(sum(received), there)
+        for weight, target in zip(self.own, self._views(rows, there), strict=True):
+            if weight is not None and target is not None:
+                torch.index_select(_selectable(weight.detach()), 0, index, out=_selectable(target))
         return self.transport.exchange(rows, list(map(len, experts)), received, self._arriving)
 
     @cached_property
@@ -59,16 +62,13 @@ class CopyExchanges:
         grads: none at all where no pair came for a copy.
         """
         rank, received = self.transport.rank, self.copies.received(self.transport.rank)
-        own = [of for of, needed in zip(self.own, self.needs, strict=True) if of is not None and needed]
-        widths = [weight[0].numel() for weight in own]
-        parts = [grad for grad in grads if grad is not None]
-        rows = cpu_memory.empty(sum(received), sum(widths), like=own[0])
-        if not parts:
-            rows.zero_()
-        for part, columns in zip(parts, rows.split(widths, dim=1) if parts else (), strict=True):
-            columns.copy_(part.flatten(1))
         splits = list(map(len, self.copies.sent(rank)))
-        arriving = cpu_memory.empty(sum(splits), sum(widths), like=own[0])
+        rows, arriving = self._rows(sum(received), self.needs), self._rows(sum(splits), self.needs)
+        if all(grad is None for grad in grads):
+            rows.zero_()
+        for grad, target in zip(grads, self._views(rows, self.needs), strict=True):
+            if grad is not None and target is not None:
+                target.copy_(grad)
         return self.transport.exchange(rows, received, splits, arriving), arriving
 
     def add_gradients(
@@ -95,20 +95,42 @@ class CopyExchanges:
                     total[expert].copy_(sums)
         return grads
 
-    def _unpack(self, rows: Tensor, there: PerWeight[bool]) -> PerWeight[Tensor]:
-        """Return rows as weights, or as gradients, of the kinds that are there."""
+    def _rows(self, num_experts: int, there: PerWeight[bool]) -> Tensor:
+        """Return memory for the rows of experts, of the kinds of weight that are there."""
+        kinds = zip(self.own, there, strict=True)
+        num_bytes = sum(_row_bytes(weight) for weight, is_there in kinds if weight is not None and is_there)
+        return cpu_memory.empty(num_experts, num_bytes, like=self.own.gate_up_proj.new_empty(0, dtype=torch.uint8))
+
+    def _views(self, rows: Tensor, there: PerWeight[bool]) -> PerWeight[Tensor | None]:
+        """Return the rows as weights, or as gradients, of the kinds that are there; None for the others."""
         found: list[Tensor | None] = []
         first = 0
         for weight, is_there in zip(self.own, there, strict=True):
             if weight is None or not is_there:
                 found.append(None)
                 continue
-            last = first + weight[0].numel()
-            part = rows[:, first:last].unflatten(1, weight.shape[1:])
-            is_whole = part.is_contiguous()
-            found.append(part if is_whole else cpu_memory.empty(*part.shape, like=part).copy_(part))
-            first = last
+            columns = rows[:, first : first + weight[0].nbytes].view(weight.dtype)
+            found.append(columns.unflatten(1, weight.shape[1:]))
+            first += _row_bytes(weight)
+        return PerWeight(*found)
+
+    def _unpack(self, rows: Tensor, there: PerWeight[bool]) -> PerWeight[Tensor]:
+        """Return the weights, or the gradients, of rows: contiguous, of the kinds that are there."""
+        found = [
+            view if view is None or view.is_contiguous() else cpu_memory.empty(*view.shape, like=view).copy_(view)
+            for view in self._views(rows, there)
+        ]
         return cast(PerWeight[Tensor], PerWeight(*found))
+
+
+def _row_bytes(weight: Tensor) -> int:
+    """Return the bytes that one expert of a weight takes in a row, so that the next weight is aligned."""
+    return -(-weight[0].nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def _selectable(weight: Tensor) -> Tensor:
+    """Return fp8 as bytes, since torch selects no rows of fp8 on a CPU."""
+    return weight.view(torch.uint8) if weight.itemsize == 1 else weight
 
 
 def expert_bytes(weights: PerWeight[Tensor], needs: PerWeight[bool] | None = None) -> int:
