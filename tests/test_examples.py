@@ -47,6 +47,16 @@ def test_expert_parallel_training_has_the_losses_of_one_process():
     assert "sends to rank k" in two
 
 
+@pytest.mark.thorough
+def test_experts_that_move_have_the_losses_of_those_that_stay():
+    arguments = ("--steps", "8", "--tokens", "128")
+    moved, stayed = (run_processes("train_rebalanced.py", 2, *arguments, "--every", every) for every in ("2", "0"))
+    assert len(losses(moved)) == 8
+    assert losses(moved) == pytest.approx(losses(stayed), abs=2e-6)
+    assert "experts of 1 layers moved" in moved
+    assert moved.splitlines()[-1] == stayed.splitlines()[-1]
+
+
 def test_expert_parallel_training_says_how_it_is_started():
     environment = {name: value for name, value in os.environ.items() if name != "LOCAL_RANK"}
     script = str(EXAMPLES / "train_expert_parallel.py")

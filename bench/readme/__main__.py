@@ -39,6 +39,7 @@ TABLES = {
     "decoding": kernel_tables.decoding_table,
     "moe_mlp": kernel_tables.moe_mlp_table,
     "fixed_experts": overlap_tables.fixed_experts_table,
+    "rebalance": overlap_tables.rebalance_table,
     "scheduler": overlap_tables.scheduler_table,
     "codegen": kernel_tables.codegen_table,
     "codegen_epilogues": kernel_tables.codegen_epilogues_table,

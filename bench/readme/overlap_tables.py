@@ -11,6 +11,7 @@ __all__ = [
     "fixed_experts_table",
     "one_rank_in_halves",
     "overlap_table",
+    "rebalance_table",
     "scheduler_table",
     "two_batches_table",
     "two_levels_table",
@@ -27,6 +28,29 @@ def fixed_experts_table(name: str) -> str:
     ]
     for row in data["results"]:
         lines.append(f"| {row['variant']} | {spread(row)} | {row['multiple_of_bound']:.2f} |")
+    return "\n".join(lines)
+
+
+def rebalance_table(name: str) -> str:
+    data = load(name)
+    found = data["results"]
+    lines = [
+        f"`python -m bench.rebalance` on {where(data['environment'])}: {found['ranks']} **emulated** ranks and links of "
+        f"{found['rate']}, experts that sleep {found['pair_us']:g} us for each pair, E=64, K=8, D=512, F=256, routing that "
+        f"stays skewed. Behind {found['steps']} steps with `every={found['every']}`; milliseconds of a step, median "
+        f"(quartiles) of {found['step']['stay']['samples']} interleaved rounds.",
+        "",
+        *table_head("experts", "busiest rank over the mean", "step", "over the best placement's"),
+    ]
+    words = {
+        "stay": "where they were",
+        "move": "moved by `tm.rebalance`",
+        "best": "the best placement of a long search",
+    }
+    best = found["step"]["best"]["median_ms"]
+    for variant, row in found["step"].items():
+        share = row["median_ms"] / best
+        lines.append(f"| {words[variant]} | {found['imbalance'][variant]:.3f} | {spread(row)} | {share:.2f} |")
     return "\n".join(lines)
 
 

@@ -216,8 +216,10 @@ def _other_placement(calls: Sequence[RecordedCall]) -> Iterator[Proposal]:
             return replace(of, work=work if of.plan.capacity is None else replace(work, rows=of.work.rows))
 
         if num_slots == slots:
-            words = f"placement=ExpertPlacement.balanced(load, ...){of_each}"
-            yield Proposal(words, "moves experts between ranks; a layer has no state dict then", placed)
+            words = (
+                f"another placement{of_each}: tritonmoe.rebalance(model, optimizer), or ExpertPlacement.balanced(load)"
+            )
+            yield Proposal(words, "moves experts, with what optimizers keep of them, between ranks", placed)
         else:
             layer = max(loads, key=lambda layer: float(loads[layer].max() / loads[layer].sum().clamp(min=1)))
             hot, where = int(loads[layer].argmax()), f"in layer {layer} " if of_each else ""

@@ -27,7 +27,7 @@ TO_DO = {
     "experts over ranks; where a rank has more tokens than the others, batches of one length",
 }
 OF_THIS_PACKAGE = {
-    "imbalance": "load_balance_loss_weight where it is 0, else a higher one; a placement of the experts; where a rank "
+    "imbalance": "load_balance_loss_weight where it is 0, else a higher one; tm.rebalance, which moves experts; where a rank "
     "has more tokens than the others, batches of one length",
 }
 """What else is to be done where the layers are this package's."""
