@@ -1,4 +1,4 @@
-"""axolotl: `plugins: [tritonmoe.integrations.axolotl.TritonMoEPlugin]` runs the experts of its models through tritonmoe.
+"""axolotl: `plugins: [tritonmoe.integrations.axolotl.TritonMoEPlugin]` runs its models' experts through tritonmoe.
 
 Full fine-tuning and LoRA, of experts too (`lora_target_parameters`). axolotl imports this, with itself.
 """

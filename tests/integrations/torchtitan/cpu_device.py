@@ -6,11 +6,12 @@ and sums instead of scaled sums.
 
 import sys
 import types
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 import torchtitan.tools.utils as titan_utils
+from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 properties = types.SimpleNamespace(total_memory=1 << 34, name="cpu", multi_processor_count=1)
@@ -30,6 +31,10 @@ if not hasattr(dist, "set_timeout"):  # nor has torch 2.13 on a GPU, where torch
     dist.set_timeout = lambda *_: None
 
 
+class Aux(NamedTuple):
+    lse: Tensor | None
+
+
 def attention(q: Any, k: Any, v: Any, *, block_mask: Any, scale: Any, enable_gqa: bool, **_: Any) -> Any:
     length = q.shape[2]
     positions = torch.arange(length)
@@ -37,7 +42,7 @@ def attention(q: Any, k: Any, v: Any, *, block_mask: Any, scale: Any, enable_gqa
     mask = block_mask.mask_mod(batch[:, None, None], torch.tensor(0), positions[None, :, None], positions[None, None])
     mask = mask.expand(q.shape[0], length, length)[:, None]
     out = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=enable_gqa)
-    return out, types.SimpleNamespace(lse=None)
+    return out, Aux(None)
 
 
 def sum_unscaled(divide: Any) -> Any:
