@@ -36,6 +36,17 @@ __all__ = [
 ]
 
 
+class CalledLayer(NamedTuple):
+    """What of a call's layer decides the code of its kernels, beside dtype, number of experts and K."""
+
+    layout: ExpertLayout
+    activation: FusedActivation | None
+    """None for a callable."""
+    hidden_size: int
+    intermediate_size: int
+    has_bias: bool
+
+
 class Unchecked(Exception):
     """Kernels can't be compared with anything now; an error, since no cache keeps one for an answer."""
 
