@@ -25,6 +25,7 @@ from tritonmoe.grouping import Grouping, RowSources
 
 __all__ = [
     "NO_GRADIENTS",
+    "CalledLayer",
     "GradientOperands",
     "Operations",
     "Unchecked",
