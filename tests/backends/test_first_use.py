@@ -19,8 +19,8 @@ from tritonmoe import __version__
 from tritonmoe.backends import backend_choice, choose, first_use, kernel_check
 from tritonmoe.backends import torch as torch_backend
 from tritonmoe.backends import triton as triton_backend
-from tritonmoe.backends.backend_choice import CalledLayer
 from tritonmoe.backends.kernel_check import Checked, Distance, cases_like
+from tritonmoe.backends.ops import CalledLayer
 from tritonmoe.config.activations import ClampedSwiGLU
 from tritonmoe.config.layer import ExpertLayout, KernelOptions, MoEConfig, Projection
 from tritonmoe.routing import router

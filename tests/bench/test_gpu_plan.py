@@ -216,7 +216,7 @@ def test_no_case_begins_that_the_budget_may_cut(of_a_case, ran, tmp_path, capsys
     first = plan.cases(REHEARSAL, "sm_90")[0]
     assert run(tmp_path, "--budget-s", str(of_a_case * first.usual_s)) == 3
     assert [measure for measure, _ in ran] == ["stop"]
-    assert "cases are left: run the same command again" in capsys.readouterr().out
+    assert "s: run the same command again" in capsys.readouterr().out
 
 
 def test_no_case_begins_where_the_deadline_came_while_compiling(ran, tmp_path, monkeypatch):

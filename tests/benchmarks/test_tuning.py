@@ -41,7 +41,11 @@ def test_whole_tiles_are_tried():
     assert any(two_programs.items() <= fields.items() for fields in down)
     assert {(f["block_n"], f["num_stages"]) for f in down} == {(256, 3), (256, 4), (128, 3)}
     up = tried_fields("up", num_rows=32768)
-    assert {(f.get("gather"), f.get("group_m")) for f in up if f["block_n"] == 128 and f["persistent"]} == {
+    assert {
+        (f.get("gather"), f.get("group_m"))
+        for f in up
+        if f["num_stages"] == 3 and f["block_n"] == 128 and f["persistent"]
+    } == {
         *((gather, group_m) for gather in ("pointers", "copy") for group_m in (4, 8, 16)),
         ("tma", None),
     }

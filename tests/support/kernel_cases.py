@@ -51,7 +51,7 @@ class WithOptions:
         operation = getattr(kernels, name)
         if name in ("group", "gather_sum"):
             return operation
-        return lambda *args, **kwargs: operation(*args, **kwargs, options=self.options)
+        return lambda *args, **kwargs: operation(*args, **{**kwargs, "options": self.options})
 
 
 def check_operations(layer, activation, backend=kernels):

@@ -9,15 +9,14 @@ import itertools
 import logging
 import os
 import re
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 
-from tritonmoe.backends.ops import Operations, Unchecked
-from tritonmoe.config.activations import FusedActivation
-from tritonmoe.config.layer import MAX_EXPERTS, MAX_TOP_K, ExpertLayout, KernelOptions
+from tritonmoe.backends.ops import CalledLayer, Operations, Unchecked
+from tritonmoe.config.layer import MAX_EXPERTS, MAX_TOP_K, KernelOptions
 
-__all__ = ["BACKENDS", "CalledLayer", "check_name", "choose", "launches_kernels", "triton_unusable_reason"]
+__all__ = ["BACKENDS", "check_name", "choose", "launches_kernels", "triton_unusable_reason"]
 
 BACKENDS = ("triton", "torch", "reference")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -27,17 +26,6 @@ FENCED_TRITON = (3, 7, 1)
 """Before it kernels of compute capability 10.x lack a barrier (triton-lang/triton#9871) and fences of copies."""
 TRITON_PACKAGES = ("triton", "pytorch-triton", "pytorch-triton-rocm", "triton-rocm", "triton-windows")
 log = logging.getLogger("tritonmoe")
-
-
-class CalledLayer(NamedTuple):
-    """What of a call's layer decides the code of its kernels, beside dtype, number of experts and K."""
-
-    layout: ExpertLayout
-    activation: FusedActivation | None
-    """None for a callable."""
-    hidden_size: int
-    intermediate_size: int
-    has_bias: bool
 
 
 @functools.cache

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from tritonmoe.backends import reference as reference_module
-from tritonmoe.backends.backend_choice import CalledLayer
 from tritonmoe.backends.layer_case import LayerCase
-from tritonmoe.backends.ops import Operations
+from tritonmoe.backends.ops import CalledLayer, Operations
 from tritonmoe.config.activations import ClampedSwiGLU, FusedActivation
 from tritonmoe.config.layer import ExpertLayout, KernelOptions
 

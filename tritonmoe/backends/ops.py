@@ -25,6 +25,7 @@ from tritonmoe.grouping import Grouping, RowSources
 
 __all__ = [
     "NO_GRADIENTS",
+    "CalledLayer",
     "GradientOperands",
     "Operations",
     "Unchecked",
@@ -34,6 +35,17 @@ __all__ = [
     "required",
     "split_gate",
 ]
+
+
+class CalledLayer(NamedTuple):
+    """What of a call's layer decides the code of its kernels, beside dtype, number of experts and K."""
+
+    layout: ExpertLayout
+    activation: FusedActivation | None
+    """None for a callable."""
+    hidden_size: int
+    intermediate_size: int
+    has_bias: bool
 
 
 class Unchecked(Exception):

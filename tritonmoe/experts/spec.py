@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from tritonmoe import backends
-from tritonmoe.backends.backend_choice import CalledLayer
-from tritonmoe.backends.ops import Operations
+from tritonmoe.backends.ops import CalledLayer, Operations
 from tritonmoe.config import activations
 from tritonmoe.config.activations import Activation, check_activation, is_fused
 from tritonmoe.config.layer import ExpertLayout, KernelOptions, PerWeight, Projection
