@@ -74,6 +74,31 @@ def run_exported(family: str, directory: Path) -> None:
     check_export(loaded, {name: value.bfloat16().to(value.dtype) for name, value in expected.items()})
 
 
+def scatter(model: nn.Module) -> None:
+    """Move the experts of every layer, so that no rank's are neighbours in the model's order."""
+    rebalancer = tm.rebalance(model, every=1)
+    for experts, tensors in zip(rebalancer._layers, rebalancer._check(), strict=True):
+        order = [expert for start in range(3) for expert in range(start, experts.num_experts, 3)][::-1]
+        num_own = experts.num_experts // size
+        held = tuple(tuple(order[at : at + num_own]) for at in range(0, len(order), num_own))
+        rebalancer._move(experts, tensors, tm.ExpertPlacement(held))
+
+
+def run_moved(family: str, directory: Path) -> None:
+    """What tm.rebalance has moved is exported under its own name, and loaded to where it is."""
+    is_adapted = family.endswith("_adapted")
+    family = family.removesuffix("_adapted")
+    model = adapted(family) if is_adapted else make_model(family)
+    expected = saved(adapted(family).merge_and_unload() if is_adapted else make_model(family), directory)
+    tmt.parallelize(model, dist.group.WORLD, OVERLAP)
+    scatter(model)
+    check_export(model, expected)
+    if not is_adapted:
+        changed = {name: tensor + 1 for name, tensor in expected.items()}
+        tm.load_weights(model, changed.items())
+        check_export(model, changed)
+
+
 def adapted(family: str, **settings: Any) -> Any:
     from test_peft_adapters import adapt
 
@@ -195,6 +220,7 @@ def run_refused(name: str, directory: Path) -> None:
 
 CASES = {
     "exported": run_exported,
+    "moved": run_moved,
     "adapted": run_adapted,
     "fully_sharded": run_fully_sharded,
     "sharded_adapters": run_sharded_adapters,

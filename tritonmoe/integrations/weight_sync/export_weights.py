@@ -61,6 +61,12 @@ def export_weights(
             )
     weights = model_weights(inside)
     check_plain(weights)
+    for name, weight in weights.items():
+        if weight.experts_of_rank is not None and not _is_sent_by_owners(weight):
+            raise ValueError(
+                f"{name} has been moved between ranks by tm.rebalance, and FSDP2 shards it or its adapters too: call "
+                "restore() of the Rebalancer on every rank, which moves all experts back, and export then"
+            )
     parts = checkpoint_parts(inside, {name: weight.tensor for name, weight in weights.items()})
     if only_shapes:
         return iter([item for part in parts for item in part.outputs.items()])
@@ -78,8 +84,16 @@ def _agree(model: "PreTrainedModel", weights: dict[str, Weight], bucket_bytes: i
         return
     meet(model, "export_weights")
     said = [
-        (name, tuple(tensor.shape), str(tensor.dtype), str(getattr(tensor, "placements", "")), _adapters(weights[name]))
-        for name, (tensor, _) in weights.items()
+        (
+            *(
+                name,
+                tuple(weight.tensor.shape),
+                str(weight.tensor.dtype),
+                str(getattr(weight.tensor, "placements", "")),
+            ),
+            *(_adapters(weight), weight.experts_of_rank),
+        )
+        for name, weight in weights.items()
     ]
     digest = int.from_bytes(hashlib.sha256(repr((bucket_bytes, said)).encode()).digest()[:7], "big")
     mesh = everybody_of(model)
@@ -131,12 +145,10 @@ def _contiguous(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
 
 def _ranges(weight: Weight, bucket_bytes: int) -> Iterator[tuple[int, Tensor]]:
     """Yield the number of the first expert, and some experts from there on, merged; every rank iterates."""
-    from torch.distributed.tensor import DTensor, Shard
-
     tensor, num_experts = weight.tensor.detach(), len(weight.tensor)
     # A range is there twice: while it is merged, and again while it is converted.
     at_once = max(1, bucket_bytes * num_experts // (2 * tensor.numel() * tensor.element_size()))
-    if isinstance(tensor, DTensor) and tensor.placements == (Shard(0),) and not has_sharded_factors(weight.adapted_by):
+    if _is_sent_by_owners(weight):
         yield from _broadcast(tensor, weight, at_once)
         return
     whole = full_tensor(tensor, WHAT)
@@ -147,23 +159,45 @@ def _ranges(weight: Weight, bucket_bytes: int) -> Iterator[tuple[int, Tensor]]:
         del rows
 
 
+def _is_sent_by_owners(weight: Weight) -> bool:
+    """Say whether each rank of a mesh holds some experts, with their adapters, and no other rank does."""
+    from torch.distributed.tensor import DTensor, Shard
+
+    tensor = weight.tensor
+    is_by_expert = isinstance(tensor, DTensor) and tensor.placements == (Shard(0),)
+    return is_by_expert and not has_sharded_factors(weight.adapted_by)
+
+
 def _broadcast(tensor: "DTensor", weight: Weight, at_once: int) -> Iterator[tuple[int, Tensor]]:
     """Yield ranges of experts of which each rank of a mesh holds some: their owner sends, merged, to the others."""
     import torch.distributed as dist
 
-    mesh, local, num_experts = tensor.device_mesh, tensor.to_local(), len(tensor)
-    each = -(-num_experts // mesh.size())  # as DTensor divides
-    for owner in range(mesh.size()):
-        start, end = owner * each, min((owner + 1) * each, num_experts)
-        for first in range(start, end, at_once):
-            number = min(at_once, end - first)
-            if owner == mesh.get_local_rank():
-                with torch.no_grad():
-                    own = local[first - start : first - start + number]
-                    rows = merged_rows(own, weight.adapted_by, first - start, is_local=True).contiguous()
-            else:
-                rows = local.new_empty(number, *local.shape[1:])
-            with watched_on(mesh, WHAT):
-                dist.broadcast(rows, group=mesh.get_group(), group_src=owner)
-            yield first, rows
-            del rows
+    mesh, local, places = tensor.device_mesh, tensor.to_local(), _places(weight)
+    first = 0
+    while first < len(places):
+        (owner, slot), number = places[first], 1
+        while number < at_once and places[first + number : first + number + 1] == [(owner, slot + number)]:
+            number += 1
+        if owner == mesh.get_local_rank():
+            with torch.no_grad():
+                own = local[slot : slot + number]
+                rows = merged_rows(own, weight.adapted_by, slot, is_local=True).contiguous()
+        else:
+            rows = local.new_empty(number, *local.shape[1:])
+        with watched_on(mesh, WHAT):
+            dist.broadcast(rows, group=mesh.get_group(), group_src=owner)
+        yield first, rows
+        del rows
+        first += number
+
+
+def _places(weight: Weight) -> list[tuple[int, int]]:
+    """Return the rank that holds each expert, and its slot there."""
+    num_experts = len(weight.tensor)
+    if weight.experts_of_rank is None:
+        each = -(-num_experts // weight.tensor.device_mesh.size())  # as DTensor divides
+        return [divmod(expert, each) for expert in range(num_experts)]
+    slots = [
+        (rank, slot, expert) for rank, held in enumerate(weight.experts_of_rank) for slot, expert in enumerate(held)
+    ]
+    return [(rank, slot) for rank, slot, _ in sorted(slots, key=lambda place: place[2])]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from tritonmoe.integrations.weight_sync.checkpoint_names import CheckpointPart, checkpoint_parts, converted
 from tritonmoe.integrations.weight_sync.merged_rows import is_in_use
 from tritonmoe.integrations.weight_sync.model_weights import Weight, check_plain, model_inside, model_weights
+from tritonmoe.sharding.placed_rows import ExpertsOfRank
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -83,36 +84,39 @@ def load_weights(model: nn.Module, weights: Iterable[tuple[str, Tensor]]) -> Non
 def _places(model: "PreTrainedModel", weights: dict[str, Weight], part: CheckpointPart) -> dict[str, Place]:
     """Return where the tensors of a part go on this rank: nowhere, where other ranks hold them."""
     (weight,) = [weights[name].tensor.detach() for name in part.names][:1]
+    order = weights[part.names[0]].experts_of_rank
     if len(part.names) > 1:
         raise ValueError(
             f"transformers makes {next(iter(part.outputs))} of {', '.join(part.names)}, which can't be taken apart "
             "here: load the model again with from_pretrained()"
         )
-    local, first = _own_rows(part, weight)
+    local, experts = _own_rows(part, weight, order)
     if part.by_expert:
-        return _expert_places(model, part, local, first)
+        return _expert_places(model, part, local, experts)
     (name, like), *more = part.outputs.items()
     if local is not weight:
         if more or like.shape != weight.shape:
             raise _not_divided(part, weight)
-        return {name: Place(like, lambda given: local.copy_(given[first : first + len(local)]))}
+        return {name: Place(like, lambda given: local.copy_(given[experts]))}
     found = converted(model, {part.names[0]: weight})
     if len(found) == 1 and found[name].data_ptr() == weight.data_ptr() and found[name].stride() == weight.stride():
         return {name: Place(like, weight.copy_)}  # a copy() of a view, as of most, has made no memory
     return _reordered(part, weight, lambda numbers: converted(model, {part.names[0]: numbers}))
 
 
-def _own_rows(part: CheckpointPart, weight: Tensor) -> tuple[Tensor, int]:
-    """Return this rank's rows of a weight, and the number of the first one; the weight itself where it is whole."""
+def _own_rows(part: CheckpointPart, weight: Tensor, order: ExpertsOfRank | None) -> tuple[Tensor, list[int]]:
+    """Return this rank's rows of a weight, and which of all rows each is; the weight itself where it is whole."""
     from torch.distributed.tensor import DTensor, Shard
 
     if not isinstance(weight, DTensor):
-        return weight, 0
+        return weight, list(range(len(weight)))
     if weight.placements != (Shard(0),):
         raise _not_divided(part, weight)
-    mesh = weight.device_mesh
-    each = -(-len(weight) // mesh.size())  # as DTensor divides
-    return weight.to_local(), min(mesh.get_local_rank() * each, len(weight))
+    rank, local = weight.device_mesh.get_local_rank(), weight.to_local()
+    if order is not None:
+        return local, list(order[rank])
+    first = rank * -(-len(weight) // weight.device_mesh.size())  # as DTensor divides
+    return local, list(range(first, first + len(local)))
 
 
 def _not_divided(part: CheckpointPart, weight: Tensor) -> ValueError:
@@ -122,10 +126,12 @@ def _not_divided(part: CheckpointPart, weight: Tensor) -> ValueError:
     )
 
 
-def _expert_places(model: "PreTrainedModel", part: CheckpointPart, local: Tensor, first: int) -> dict[str, Place]:
-    """Return where the tensors of each expert go: into this rank's rows, which start with the expert `first`."""
+def _expert_places(
+    model: "PreTrainedModel", part: CheckpointPart, local: Tensor, experts: list[int]
+) -> dict[str, Place]:
+    """Return where the tensors of each expert go: into this rank's rows, which are those of `experts`."""
     places = {name: Place(like, lambda _: None) for name, like in part.outputs.items()}
-    for number in range(len(local)):
+    for number, expert in enumerate(experts):
         if number == 0:
             of_one = _reordered(part, local[0], lambda numbers: converted(model, {part.names[0]: numbers.unsqueeze(0)}))
         for place, template in zip(of_one.values(), part.by_expert, strict=True):
@@ -133,7 +139,7 @@ def _expert_places(model: "PreTrainedModel", part: CheckpointPart, local: Tensor
             there = local[number].as_strided(
                 view.shape, view.stride(), view.storage_offset() + number * local.stride(0)
             )
-            places[template.replace("*", str(first + number))] = Place(there, there.copy_)
+            places[template.replace("*", str(expert))] = Place(there, there.copy_)
     return places
 
 

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from tritonmoe.integrations.weight_sync.merged_rows import check_adapter
 from tritonmoe.runtime.wrappers import inside_wrapper
+from tritonmoe.sharding.marks import MARK, ShardedNames
+from tritonmoe.sharding.placed_rows import ExpertsOfRank
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -21,6 +23,8 @@ class Weight(NamedTuple):
     tensor: Tensor
     adapted_by: tuple[nn.Module, ...] = ()
     """PEFT's wrappers of it, innermost first."""
+    experts_of_rank: ExpertsOfRank | None = None
+    """The expert in each slot of each rank, where rebalancing has put its rows in another order than the model's."""
 
 
 def model_inside(model: nn.Module) -> "PreTrainedModel":
@@ -113,11 +117,13 @@ def _weights_in(module: nn.Module, prefix: str, adapted_by: tuple[nn.Module, ...
         *module._parameters.items(),
         *((n, buffer) for n, buffer in module._buffers.items() if n not in module._non_persistent_buffers_set),
     ]
+    marked: ShardedNames | None = module.__dict__.get(MARK)
     for own_name, tensor in own:
         if tensor is not None:
+            order = marked.experts_of_rank if marked is not None and own_name in marked.names else None
             # PEFT's wrappers of parameters adapt one each, those of layers the weight
             by = tuple(one for one in adapted_by if getattr(one, "parameter_name", "weight") == own_name)
-            yield prefix + own_name, Weight(tensor, by)
+            yield prefix + own_name, Weight(tensor, by, order)
     for child_name, child in module._modules.items():
         if child is not None:
             yield from _weights_in(child, f"{prefix}{child_name}.", ())
