@@ -126,7 +126,8 @@ def _iterate(
 def _whole(weight: Weight, bucket_bytes: int) -> Tensor:
     """Return a weight gathered and merged; every rank calls."""
     tensor = weight.tensor.detach()
-    if tensor.dim() != 3 or not (weight.adapted_by or hasattr(tensor, "to_local")):
+    is_by_expert = weight.experts_of_rank is not None or tensor.dim() == 3
+    if not is_by_expert or not (weight.adapted_by or hasattr(tensor, "to_local")):
         with torch.no_grad():
             return merged_rows(full_tensor(tensor, WHAT), weight.adapted_by, 0, is_local=False)
     local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
