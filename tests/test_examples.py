@@ -169,3 +169,19 @@ def test_adapters_of_a_tiny_model_are_trained_resumed_and_merged(tmp_path):
         pytest.importorskip(package)
     output = run_script("adapt_smollm2.py", "--tiny", "--steps", "8", "--out", str(tmp_path))
     assert "resumed at step 4" in output
+
+
+@pytest.mark.thorough
+def test_experts_in_four_bits_learn_as_those_in_bf16():
+    pytest.importorskip("peft")
+    result = subprocess.run(
+        [sys.executable, str(EXAMPLES / "quantised_experts.py")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    first_and_last = re.findall(r"(\w+): first loss ([0-9.]+), last loss ([0-9.]+)", result.stdout)
+    assert [name for name, *_ in first_and_last] == ["bf16", "mxfp4"]
+    assert all(float(last) < 0.9 * float(first) for _, first, last in first_and_last)
+    assert "experts of 2 layers in mxfp4" in result.stdout

@@ -22,9 +22,9 @@ class PackedMatrices:
         self._format = format_of(values, scales)
         self._experts = expert_bytes(self._format, values, scales)
         self._is_swapped = is_swapped
-        num_experts, *self._stored = weight_shape(values, scales)
-        sizes = self._stored[::-1] if is_swapped else self._stored
-        self.shape = (num_experts, *sizes)
+        num_experts, rows, columns = weight_shape(values, scales)
+        self._stored = rows, columns
+        self.shape = (num_experts, columns, rows) if is_swapped else (num_experts, rows, columns)
 
     def __getitem__(self, expert: int) -> Tensor:
         """Return one expert's matrix, in memory that the thread's next one takes again."""
@@ -33,7 +33,8 @@ class PackedMatrices:
 
     def _decoded(self, expert: int) -> Tensor:
         values, scales = self._experts
-        return thread_expert(self._format, *self._stored, values.device).decode(values[expert], scales[expert])
+        rows, columns = self._stored
+        return thread_expert(self._format, rows, columns, values.device).decode(values[expert], scales[expert])
 
     def group(self, experts: slice, used: Sequence[int]) -> Tensor:
         """Return the matrices of some experts; those that are not in `used` are zero."""

@@ -102,10 +102,11 @@ def up_name(experts: nn.Module) -> str:
 def num_experts_of(experts: nn.Module) -> int:
     """Return how many experts the weights of a module have here, without reading one."""
     if hasattr(experts, PACKED):
-        return int(experts.down_proj_blocks.shape[0])
+        return len(experts.get_parameter("down_proj_blocks"))
     if _is_foreign(experts, "down_proj"):
         return int(_foreign_state(experts, "down_proj").shape[0])
-    return int(experts.down_proj.shape[0])
+    weight: Tensor = getattr(experts, "down_proj")  # noqa: B009  # whatever a parametrization makes of it
+    return int(weight.shape[0])
 
 
 def read_packed(experts: nn.Module, name: str, take: Take) -> tuple[Tensor, Tensor, bool]:
@@ -130,7 +131,7 @@ def read_packed(experts: nn.Module, name: str, take: Take) -> tuple[Tensor, Tens
     else:
         state = _foreign_state(experts, name)
         _check_foreign(name, state)
-        values = experts.parametrizations[name].original  # type: ignore[index, union-attr]
+        values = experts.get_submodule(f"parametrizations.{name}").get_parameter("original")
         scales = noted_on = state.absmax
         num_experts, rows, columns = state.shape
         values = values.detach().view(num_experts, rows, columns // 2)
@@ -144,8 +145,8 @@ def logical_shape_of(experts: nn.Module, name: str) -> tuple[int, ...]:
     if _is_foreign(experts, name):
         return tuple(_foreign_state(experts, name).shape)
     if hasattr(experts, PACKED):
-        _, *sizes = experts.__dict__.get(name, experts._parameters.get(name)).shape
-        return num_experts_of(experts), *sizes
+        shaped: Tensor = experts.__dict__[name] if name in experts.__dict__ else getattr(experts, name)
+        return num_experts_of(experts), *shaped.shape[1:]
     return tuple(getattr(experts, name).shape)
 
 
@@ -154,8 +155,9 @@ def _is_foreign(experts: nn.Module, name: str) -> bool:
     return name in own and type(own[name][0]).__name__ == FOREIGN
 
 
-def _foreign_state(experts: nn.Module, name: str):  # type: ignore[no-untyped-def]  # bitsandbytes' QuantState
-    return experts.parametrizations[name][0].quant_state  # type: ignore[index, union-attr]
+def _foreign_state(experts: nn.Module, name: str) -> Any:
+    """Return bitsandbytes' QuantState of a weight."""
+    return getattr(experts.get_submodule(f"parametrizations.{name}.0"), "quant_state")  # noqa: B009  # for type checkers
 
 
 def _check_foreign(name: str, state: object) -> None:
