@@ -124,12 +124,16 @@ class OverlappedRoutedExperts(RoutedExperts):
         inner = self.inner_experts
         assert isinstance(inner, FusedExperts)
         weights = inner.weights()
-        out = moe_mlp(x, ids, scores, *weights) if self.transport is None else self._over_ranks(x, ids, scores, weights)
+        if self.transport is None:
+            out = moe_mlp(x, ids, scores, *weights)
+        else:
+            out = self._over_ranks(self.transport, x, ids, scores, weights)
         return out.view(x_BLD.shape).type_as(x_BLD)
 
     @torch.compiler.disable(reason=NOT_COMPILED)
-    def _over_ranks(self, x: Tensor, ids: Tensor, scores: Tensor, weights: tuple[Tensor, Tensor]) -> Tensor:
-        assert self.transport is not None
+    def _over_ranks(
+        self, transport: Transport, x: Tensor, ids: Tensor, scores: Tensor, weights: tuple[Tensor, Tensor]
+    ) -> Tensor:
         # SelectiveAC wants the same operations in a recompute, and keeps what some give: a call is one thing to it.
         with _disable_current_modes():
             return expert_parallel_mlp(
@@ -138,7 +142,7 @@ class OverlappedRoutedExperts(RoutedExperts):
                 scores,
                 *weights,
                 num_experts=self.num_experts,
-                transport=self.transport,
+                transport=transport,
                 overlap=self.overlap,
             )
 
