@@ -6,7 +6,6 @@ bias stay torchtitan's, and so do FSDP2, the optimizer and checkpoints. torchtit
 
 import functools
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +29,10 @@ __all__ = ["FusedExperts", "OverlappedRoutedExperts", "routed_experts"]
 
 GATE, UP, BOTH = "w1_EFD", "w3_EFD", "w13_EGD"
 """torchtitan's names of the two up-projections, and that of both in one tensor (E, 2F, D)."""
+NOT_COMPILED = (
+    "tritonmoe's expert-parallel call is not compiled in torchtitan, whose blocks are compiled as a whole: leave out "
+    '--compile.enable, or "model" in --compile.components'
+)
 
 
 class FusedExperts(GroupedExperts):
@@ -120,22 +123,28 @@ class OverlappedRoutedExperts(RoutedExperts):
         ids, scores = topk_expert_ids_BLK.reshape(-1, top_k), topk_scores_BLK.reshape(-1, top_k).float()
         inner = self.inner_experts
         assert isinstance(inner, FusedExperts)
+        weights = inner.weights()
         if self.transport is None:
-            out = moe_mlp(x, ids, scores, *inner.weights())
+            out = moe_mlp(x, ids, scores, *weights)
         else:
-            weights = inner.weights()
-            # SelectiveAC wants the same operations in a recompute, and keeps what some give: a call is one thing to it.
-            with nullcontext() if torch.compiler.is_compiling() else _disable_current_modes():
-                out = expert_parallel_mlp(
-                    x,
-                    ids,
-                    scores,
-                    *weights,
-                    num_experts=self.num_experts,
-                    transport=self.transport,
-                    overlap=self.overlap,
-                )
+            out = self._over_ranks(self.transport, x, ids, scores, weights)
         return out.view(x_BLD.shape).type_as(x_BLD)
+
+    @torch.compiler.disable(reason=NOT_COMPILED)
+    def _over_ranks(
+        self, transport: Transport, x: Tensor, ids: Tensor, scores: Tensor, weights: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        # SelectiveAC wants the same operations in a recompute, and keeps what some give: a call is one thing to it.
+        with _disable_current_modes():
+            return expert_parallel_mlp(
+                x,
+                ids,
+                scores,
+                *weights,
+                num_experts=self.num_experts,
+                transport=transport,
+                overlap=self.overlap,
+            )
 
 
 @override(target=RoutedExperts.Config, description="tritonmoe: dispatch, experts and combine, overlapped")

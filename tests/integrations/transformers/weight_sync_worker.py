@@ -212,8 +212,12 @@ def run_refused(name: str, directory: Path) -> None:
     with pytest.raises(tm.CountMismatch, match=f"other weights: .*bucket_bytes={100 + rank}"):
         tm.export_weights(model, bucket_bytes=100 + rank)
     check_export(model, expected)
+    says = "must be a positive number" if rank else "export_weights gathers what is spread over ranks"
+    with pytest.raises(ValueError if rank else tm.TransportError, match=says):
+        tm.export_weights(model, bucket_bytes=0 if rank else 100)
+    check_export(model, expected)
     ids = torch.randint(2, 64, (1, 5), generator=torch.Generator().manual_seed(1))
-    says = "" if rank else "export_weights gathers what is spread over ranks, and not all ranks call it"
+    says = None if rank else "export_weights gathers what is spread over ranks, and not all ranks call it"
     with pytest.raises((tm.TransportError, tm.CountMismatch), match=says):
         tm.export_weights(model) if rank == 0 else model(input_ids=ids)
 

@@ -48,8 +48,19 @@ def run_spread(directory: Path) -> None:
             torch.testing.assert_close(found[:number], expected.detach(), rtol=2e-4, atol=2e-5)
 
 
+class Forgetful(Rollout):
+    """An engine that hands over no routing on the second rank."""
+
+    def __call__(self, *arguments: Any) -> dict[str, Any]:
+        found = super().__call__(*arguments)
+        return {key: value for key, value in found.items() if rank == 0 or key != "routed_experts"}
+
+
 def run_refused(directory: Path) -> None:
-    """One rank's rollout is shifted: both raise, and none waits."""
+    """One rank's rollout is shifted, or has no routing: both raise, and none waits."""
+    trainer = make_spread_trainer(directory, Forgetful(noise=0.01))
+    with pytest.raises(ValueError, match="got none" if rank else "another rank's rollout can't be replayed"):
+        trainer.train()
     trainer = make_spread_trainer(directory, Rollout(lambda rows: rows.roll(-rank, 0), noise=0.01))
     with pytest.raises(ValueError, match="shifted by one" if rank else "another rank's rollout can't be replayed"):
         trainer.train()

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from tritonmoe.errors import CountMismatch, TransportError
+from tritonmoe.expert_parallel.state import refuse
 from tritonmoe.experts.adapters import check_hands_over
 from tritonmoe.integrations.torch_distributed.parallelize import expert_parameters
 from tritonmoe.integrations.transformers.discovery import ExpertsModule
@@ -23,12 +24,21 @@ from tritonmoe.integrations.transformers.sharding import transport_of
 from tritonmoe.sharding.marks import sharded_modules
 from tritonmoe.sharding.watched_collectives import full_tensor
 from tritonmoe.sharding.whole_states import StateDict, name_in_state, whole, whole_forms
+from tritonmoe.transports import Transport
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from transformers import PreTrainedModel
 
-__all__ = ["bind_to_spread", "everybody_of", "gathered_state", "meet", "on_first_rank", "saves_adapters"]
+__all__ = [
+    "bind_to_spread",
+    "everybody_of",
+    "gathered_state",
+    "meet",
+    "on_first_rank",
+    "refuse_to_meet",
+    "saves_adapters",
+]
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 MAX_NAMED = 8
@@ -190,8 +200,7 @@ def meet(model: nn.Module, what: str) -> None:
     Raises, on every rank:
         TransportError: not all of them do.
     """
-    transports = {id(found): found for module in model.modules() if (found := transport_of(module)) is not None}
-    for transport in transports.values():
+    for transport in _transports(model):
         try:
             transport.barrier()
         except (CountMismatch, TransportError) as error:
@@ -199,6 +208,16 @@ def meet(model: nn.Module, what: str) -> None:
                 f"{what} gathers what is spread over ranks, and not all ranks call it: call it on every rank, not on "
                 "the first one alone"
             ) from error
+
+
+def refuse_to_meet(model: nn.Module) -> None:
+    """Let the other ranks, which meet(), hear that this one raised before; then it may raise."""
+    for transport in _transports(model):
+        refuse(transport)
+
+
+def _transports(model: nn.Module) -> list[Transport]:
+    return list({id(found): found for module in model.modules() if (found := transport_of(module))}.values())
 
 
 def gather_what_peft_saves() -> None:

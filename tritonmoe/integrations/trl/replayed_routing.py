@@ -125,9 +125,8 @@ class ReplayedRouting(GRPOTrainer):
     ) -> AbstractContextManager[None]:
         from tritonmoe.integrations.transformers.routing_replay import replay_routing
 
-        if self._rollout is None or self._is_reference(model):
+        if self._rollout is None or self._like is None or self._is_reference(model):
             return nullcontext()
-        assert self._like is not None
         prompt_mask = attention_mask[:, :-logits_to_keep]  # not the completion's: truncated ones are masked there
         mask = _token_mask(prompt_mask, self._rollout, logits_to_keep)
         recording = RoutingRecording.from_rollout(self._rollout, mask, self._like)
@@ -148,17 +147,18 @@ class ReplayedRouting(GRPOTrainer):
 
     def _check(self, prompt_ids: list[list[int]], completion_ids: list[list[int]]) -> None:
         """Refuse routing that isn't that of these sequences, and turn it into tensors (rows, layers, K)."""
+        sequences = [[*prompt, *completion] for prompt, completion in zip(prompt_ids, completion_ids, strict=True)]
+        compared = sequences[: self.args.per_device_train_batch_size]
+        ids = nn.utils.rnn.pad_sequence([torch.tensor(one) for one in compared], batch_first=True)
+        mask = nn.utils.rnn.pad_sequence([torch.ones(len(one), dtype=torch.long) for one in compared], batch_first=True)
+        # before anything is refused: over ranks it is a forward of all of them
+        own = self._own_choice(ids.to(self.accelerator.device), mask.to(self.accelerator.device))
         if self._rollout is None or len(self._rollout) != len(completion_ids):
             got = "none" if self._rollout is None else f"{len(self._rollout)} entries"
             raise ValueError(
                 f'rollout_func must return "{KEY}", a list with the routing of each of the {len(completion_ids)} '
                 f"sequences, got {got}: what the engine returned, as RoutingRecording.from_rollout takes it"
             )
-        sequences = [[*prompt, *completion] for prompt, completion in zip(prompt_ids, completion_ids, strict=True)]
-        compared = sequences[: self.args.per_device_train_batch_size]
-        ids = nn.utils.rnn.pad_sequence([torch.tensor(one) for one in compared], batch_first=True)
-        mask = nn.utils.rnn.pad_sequence([torch.ones(len(one), dtype=torch.long) for one in compared], batch_first=True)
-        own = self._own_choice(ids.to(self.accelerator.device), mask.to(self.accelerator.device))
         RoutingRecording.from_rollout(self._rollout[: len(compared)], mask, own, has_experts=self.has_experts)
         self._like = own
         self._rollout = [

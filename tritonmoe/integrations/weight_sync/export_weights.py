@@ -50,16 +50,29 @@ def export_weights(
         for name, tensor in tm.export_weights(model):
             engine.load_weights([(name, tensor)])
     """
+    inside = model_inside(model)
+    try:
+        weights, parts = _prepare(inside, bucket_bytes)
+    except Exception:
+        if not only_shapes:
+            _refuse(inside)
+        raise
+    if only_shapes:
+        return iter([item for part in parts for item in part.outputs.items()])
+    _agree(inside, weights, bucket_bytes)
+    return _iterate(inside, weights, parts, bucket_bytes)
+
+
+def _prepare(model: "PreTrainedModel", bucket_bytes: object) -> tuple[dict[str, Weight], list[CheckpointPart]]:
     if not is_integer(bucket_bytes) or bucket_bytes < 1:
         raise ValueError(f"bucket_bytes must be a positive number of bytes, got {bucket_bytes!r}")
-    inside = model_inside(model)
-    for name, child in inside.named_modules():
+    for name, child in model.named_modules():
         if isinstance(child, GroupedExperts):
             raise ValueError(
                 f"{name} is a layer of tritonmoe, upcycled in place, which no inference engine has: save_pretrained() "
                 "writes such a model, and tmt.load_upcycled() reads it"
             )
-    weights = model_weights(inside)
+    weights = model_weights(model)
     check_plain(weights)
     for name, weight in weights.items():
         if weight.experts_of_rank is not None and not _is_sent_by_owners(weight):
@@ -67,11 +80,13 @@ def export_weights(
                 f"{name} has been moved between ranks by tm.rebalance, and FSDP2 shards it or its adapters too: call "
                 "restore() of the Rebalancer on every rank, which moves all experts back, and export then"
             )
-    parts = checkpoint_parts(inside, {name: weight.tensor for name, weight in weights.items()})
-    if only_shapes:
-        return iter([item for part in parts for item in part.outputs.items()])
-    _agree(inside, weights, bucket_bytes)
-    return _iterate(inside, weights, parts, bucket_bytes)
+    return weights, checkpoint_parts(model, {name: weight.tensor for name, weight in weights.items()})
+
+
+def _refuse(model: "PreTrainedModel") -> None:
+    from tritonmoe.integrations.transformers.sharded_model import refuse_to_meet
+
+    refuse_to_meet(model)
 
 
 def _agree(model: "PreTrainedModel", weights: dict[str, Weight], bucket_bytes: int) -> None:
