@@ -226,8 +226,8 @@ class _Candidate:
             first = taken.get(expert, 0)
             taken[expert] = first + far
             bounds.append((first, first + far))
-        first, last = torch.tensor(bounds, device="cpu").unbind(1)
-        flow = (torch.minimum(reached, last) - torch.maximum(reached - left, first)).clamp_(min=0)
+        firsts, lasts = torch.tensor(bounds, device="cpu").unbind(1)
+        flow = (torch.minimum(reached, lasts) - torch.maximum(reached - left, firsts)).clamp_(min=0)
         flow = torch.zeros_like(flow).scatter_(0, order, flow)
         flow[ranks, places] += stay
         return flow
