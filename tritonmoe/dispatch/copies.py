@@ -114,6 +114,41 @@ class ExpertCopies:
         skipped = (ids < 0) | (ids >= self.size * self.num_own)
         ids = ids.masked_fill(skipped, 0)
         slots = ids + torch.div(ids, self.num_own, rounding_mode="floor") * self.num_copies
+        columns, bounds, targets = (to_device(table, ids.device) for table in self._tables(rank))
+        column = columns[ids].masked_fill(skipped, -1)
+        order = _order_in_chunks(ids.shape[0], overlap, ids.device)
+        if order is not None:
+            column = column[order]
+        column = column.view(-1, 1)
+        is_copied = column >= 0
+        number = (column == torch.arange(bounds.shape[0], device=ids.device)).cumsum(0, dtype=torch.int32)
+        column = column.clamp_(min=0)
+        place = (number.gather(1, column) > bounds[column[:, 0]]).sum(1, keepdim=True)
+        target = targets[column[:, 0]].gather(1, place).masked_fill_(~is_copied, -1).view_as(ids)
+        if order is not None:
+            target = torch.empty_like(target).index_copy_(0, order, target)
+        return torch.where(target >= 0, target, slots).masked_fill_(skipped, -1)
+
+    def _tables(self, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what slots() looks up.
+
+        (slots,) the number of each copied expert among them, -1 for others; (H, places) up to which of its pairs each
+        place takes them; and (H, places + 1) the slot of each place, -1 for the owner's, which is the last.
+        """
+        copied = sorted({copy.expert for copy in self.copies})
+        columns = [-1] * (self.size * self.num_own)
+        places = []
+        for number, expert in enumerate(copied):
+            columns[expert] = number
+            of_expert = [copy for copy in self.copies if copy.expert == expert]
+            places.append(sorted(of_expert, key=lambda copy: (copy.rank != rank, copy.rank)))
+        width = max(map(len, places), default=0)
+        bounds, targets = [], []
+        for of_expert in places:
+            missing = width - len(of_expert)
+            reached = list(accumulate(copy.pairs[rank] for copy in of_expert))
+            bounds.append(reached + reached[-1:] * missing)
+            targets.append([self._slot(copy) for copy in of_expert] + [-1] * (missing + 1))
         return _table(columns), _table(bounds), _table(targets)
 
     def _slot(self, copy: ExpertCopy) -> int:
