@@ -9,9 +9,8 @@ __all__ = ["balance_simulated_table"]
 
 def balance_simulated_table(name: str) -> str:
     """Return what copies gain in the simulator, a row for each model, number of ranks and skew."""
-    data = load(name)
-    arguments, results = data["arguments"] if "arguments" in data else data["results"]["arguments"], data["results"]
-    results = results["results"] if isinstance(results, dict) else results
+    found = load(name)["results"]
+    arguments, results = found["arguments"], found["results"]
     rates = list(dict.fromkeys(result["gb_per_s"] for result in results))
     lines = [
         f"`python -m bench.balance_simulated`, simulated: {arguments['tokens']} tokens a rank, bf16, at most "
@@ -20,8 +19,8 @@ def balance_simulated_table(name: str) -> str:
         "",
         *table_head("model", "ranks", "skew", "imbalance", *(f"{rate:g} GB/s" for rate in rates)),
     ]
-    for (model, ranks, skew), found in groupby(results, lambda r: (r["model"], r["ranks"], r["skew"])):
-        cases = list(found)
+    for (model, ranks, skew), of_links in groupby(results, lambda r: (r["model"], r["ranks"], r["skew"])):
+        cases = list(of_links)
         gains = [f"{case['gain']:.2f} ({case['copies']})" for case in cases]
         lines.append(table_row(model, ranks, skew, f"{cases[0]['imbalance']:.2f}", *gains))
     return "\n".join(lines)
