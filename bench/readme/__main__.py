@@ -6,7 +6,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.readme import diagnosis_tables, gpu_tables, install, kernel_tables, model_tables, overlap_tables, reference
+from bench.readme import (
+    balance_tables,
+    diagnosis_tables,
+    gpu_tables,
+    install,
+    kernel_tables,
+    model_tables,
+    overlap_tables,
+    reference,
+)
 from bench.readme.results import DOCS, ROOT
 
 TABLES = {
@@ -20,6 +29,7 @@ TABLES = {
     "adapters": model_tables.adapters_table,
     "headline": model_tables.headline_table,
     "auto": overlap_tables.auto_table,
+    "balance_simulated": balance_tables.balance_simulated_table,
     "doctor": diagnosis_tables.doctor_table,
     "foreign": diagnosis_tables.foreign_table,
     "one_rank_in_halves": overlap_tables.one_rank_in_halves,

@@ -149,10 +149,7 @@ class ExpertCopies:
             reached = list(accumulate(copy.pairs[rank] for copy in of_expert))
             bounds.append(reached + reached[-1:] * missing)
             targets.append([self._slot(copy) for copy in of_expert] + [-1] * (missing + 1))
-        columns, bounds, targets = (
-            torch.tensor(of, dtype=torch.int64, device="cpu") for of in (columns, bounds, targets)
-        )
-        return columns, bounds, targets
+        return _table(columns), _table(bounds), _table(targets)
 
     def _slot(self, copy: ExpertCopy) -> int:
         return copy.rank * (self.num_own + self.num_copies) + self.num_own + self.on(copy.rank).index(copy)
@@ -172,3 +169,7 @@ def _order_in_chunks(num_tokens: int, overlap: OverlapPlan, device: torch.device
     of_token = sizes.repeat_interleave(sizes, output_size=num_tokens)
     behind = torch.arange(num_tokens, device=device) - starts.repeat_interleave(sizes, output_size=num_tokens)
     return torch.sort(behind.double() / of_token, stable=True)[1]
+
+
+def _table(numbers: list[int] | list[list[int]]) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.int64, device="cpu")

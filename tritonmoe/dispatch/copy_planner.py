@@ -26,6 +26,8 @@ EXPOSED_SHARE = 8
 """One part in so many of a pass's exchanges is taken to be hidden by nothing at either end."""
 COPY_SHARE = 256
 """Each copy on a rank is taken to make the call longer by one part in so many: products of fewer pairs are slower."""
+PARTS = 64
+"""Rows are estimated in such parts of one."""
 SMALLEST_PIECE = 32
 """Without costs, no copy takes fewer pairs than one part in so many of the mean of a rank."""
 
@@ -199,7 +201,8 @@ def _by_tokens(load: _Load, cap: int, max_copies: int, least: int) -> tuple[Move
 class _Candidate:
     """Moves, from which of the sources their pairs come, and what a call takes with them.
 
-    A rank gives its own tokens' pairs to its own copy first. All ranks give the same share of the others to each copy.
+    A rank gives its own tokens' pairs to its own copy first. The others come from whole ranks as far as they go, each
+    expert beginning with another one: few pieces of a few pairs each.
     """
 
     def __init__(self, load: _Load, moves: tuple[Move, ...]) -> None:
@@ -208,14 +211,24 @@ class _Candidate:
         """(W, copies) how many pairs of each rank's tokens go to each copy."""
 
     def _flow(self) -> Tensor:
-        load = self.load
-        experts, ranks, pieces = (torch.tensor(of, device="cpu") for of in zip(*self.moves, strict=True))
+        load, size = self.load, self.load.size
+        experts, ranks, pieces = (_as_index(of) for of in zip(*self.moves, strict=True))
         places = torch.arange(len(self.moves), device="cpu")
         stay = torch.minimum(load.counts[ranks, experts], pieces)
         left = load.counts.clone()
         left[ranks, experts] -= stay
-        left = left.index_select(1, experts)
-        flow = torch.div(left * (pieces - stay), left.sum(0).clamp_(min=1), rounding_mode="floor")
+        order = (torch.arange(size, device="cpu")[:, None] + experts) % size
+        left = left.index_select(1, experts).gather(0, order)
+        reached = left.cumsum(0)
+        taken: dict[int, int] = {}
+        bounds = []
+        for (expert, _, _), far in zip(self.moves, (pieces - stay).tolist(), strict=True):
+            first = taken.get(expert, 0)
+            taken[expert] = first + far
+            bounds.append((first, first + far))
+        firsts, lasts = torch.tensor(bounds, device="cpu").unbind(1)
+        flow = (torch.minimum(reached, lasts) - torch.maximum(reached - left, firsts)).clamp_(min=0)
+        flow = torch.zeros_like(flow).scatter_(0, order, flow)
         flow[ranks, places] += stay
         return flow
 
@@ -254,18 +267,19 @@ class _Candidate:
             owners = [expert // load.num_own for expert in experts]
             # A pair that leaves takes its part of a row along, and needs a new one where its token didn't go before.
             tokens = load.tokens[:, None]
-            lost = self.flow * _columns(load.rows, owners) // _columns(load.pairs, owners).clamp_(min=1)
-            gained = self.flow * (tokens - _columns(load.rows, ranks)).clamp_(min=0) // tokens
+            moved = self.flow * PARTS
+            lost = moved * _columns(load.rows, owners) // _columns(load.pairs, owners).clamp_(min=1)
+            gained = moved * (tokens - _columns(load.rows, ranks)).clamp_(min=0) // tokens
             numbers = torch.arange(len(self.moves), device="cpu")
             lost[owners, numbers] = 0
             gained[list(ranks), numbers] = 0
             for rank, change in enumerate((gained - lost).sum(1).tolist()):
-                out[rank] += change
+                out[rank] += change // PARTS
             for owner, rank, less, more in zip(
                 owners, ranks, lost.sum(0).tolist(), gained.sum(0).tolist(), strict=True
             ):
-                into[owner] -= less
-                into[rank] += more
+                into[owner] -= less // PARTS
+                into[rank] += more // PARTS
                 copies_out[owner] += 1
                 copies_in[rank] += 1
         return (

@@ -227,7 +227,12 @@ def markdown(results: dict[str, Any]) -> str:
     """Return the tables, one for each set of ranks."""
     lines = []
     for ranks, title in (("2", "2 ranks"), ("4", "4 ranks"), ("2x2", "2 replicas x 2 ranks"), ("1", "one device")):
-        lines += [f"### {title}", "", "| | " + " | ".join(form.name for form in FORMS) + " |", "| --- " * 8 + "|"]
+        lines += [
+            f"### {title}",
+            "",
+            "| | " + " | ".join(form.name for form in FORMS) + " |",
+            "| --- " * (len(FORMS) + 1) + "|",
+        ]
         for row in cells_of(Path()):
             found = [results.get(f"{row}|{form.name}|{ranks}") for form in FORMS]
             if any(found):
