@@ -463,6 +463,82 @@ def case_transformers(directory: Path) -> None:
         assert_same(found[1][2], found[0][2], 0)
 
 
+def case_trainer(directory: Path) -> None:
+    """A callback of Trainer's moves experts; its checkpoints are read as ever, and training goes on from them."""
+    from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Trainer, TrainerCallback, TrainingArguments
+
+    from tritonmoe.integrations import transformers as tmt
+
+    sizes: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 24, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "head_dim": 8, "num_hidden_layers": 2, "num_experts_per_tok": 3}
+    sizes |= {"pad_token_id": 0, "eos_token_id": None, "num_experts": 8, "moe_intermediate_size": 12}
+
+    class Rebalance(TrainerCallback):
+        def on_train_begin(self, args: object, state: object, control: object, **given: Any) -> None:
+            self.rebalancer = rebalancing(given["model"], given["optimizer"])
+
+        def on_step_end(self, args: object, state: object, control: object, **_: object) -> None:
+            self.rebalancer.step()
+
+    ids = torch.randint(2, 8, (16, 12), generator=torch.Generator().manual_seed(0))
+
+    def trained(name: str, *callbacks: TrainerCallback, resumed: Path | None = None) -> nn.Module:
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(Qwen3MoeConfig(**sizes))
+        tmt.parallelize(model, dist.group.WORLD)
+        settings = TrainingArguments(
+            str(directory / name),
+            per_device_train_batch_size=2,
+            max_steps=4,
+            save_steps=2,
+            report_to=[],
+            use_cpu=True,
+            learning_rate=1e-2,
+            disable_tqdm=True,
+        )
+        data = [{"input_ids": row, "labels": row} for row in ids]
+        trainer = Trainer(model, settings, train_dataset=data, callbacks=list(callbacks))
+        trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
+        return model
+
+    stayed, moves = trained("stayed"), trained("moved", Rebalance())
+    experts = [module for name, module in moves.named_modules() if name.endswith("mlp.experts")]
+    assert any(tmt_placement(module) is not None for module in experts)
+    assert_same(wholes(moves.state_dict()), wholes(stayed.state_dict()), 1e-4)
+    again = AutoModelForCausalLM.from_pretrained(directory / "moved" / "checkpoint-4")
+    assert_same(wholes(moves.state_dict()), dict(again.state_dict()), 0)
+    resumed = trained("resumed", resumed=directory / "moved" / "checkpoint-2")
+    assert_same(wholes(resumed.state_dict()), wholes(stayed.state_dict()), 1e-4)
+
+
+def case_halves(directory: Path) -> None:
+    """Two halves of a batch at once, of whose tokens both are counted."""
+    found = []
+    for moves in (False, True):
+        net = spread(overlap=tm.OverlapConfig(num_chunks=2))
+        optimizer = ADAMW(net.parameters())
+        rebalancer = rebalancing(net, optimizer) if moves else None
+        losses = []
+        for step in range(4):
+            net.heat(step)
+            halves = tm.two_batches(lambda x, net=net: net(x).square().mean(), here(step), here(step + 50))
+            loss = halves[0] + halves[1]
+            loss.backward()
+            for parameter in net.dense.parameters():
+                dist.all_reduce(parameter.grad, dist.ReduceOp.SUM)
+            optimizer.step()
+            optimizer.zero_grad()
+            if rebalancer is not None:
+                counted = sum(int(layer.experts.calls.load.sum()) for layer in net.layers)
+                assert counted == 2 * 2 * 2 * (20 + dist.get_rank())
+                rebalancer.step()
+            losses.append(loss.item())
+        assert moved(net) == moves
+        found.append((losses, wholes(net.state_dict())))
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-5)
+    assert_same(found[1][1], found[0][1], 1e-5)
+
+
 def tmt_placement(experts: nn.Module) -> tm.ExpertPlacement | None:
     from tritonmoe.integrations.transformers.sharding import expert_parallel_state
 

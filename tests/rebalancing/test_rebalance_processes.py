@@ -23,4 +23,9 @@ def test_saved_by_four_ranks_and_read_by_others(tmp_path):
 
 @pytest.mark.thorough
 def test_models_around_the_layers(tmp_path):
-    run_torchrun(2, WORKER, str(tmp_path), cases=("compiled", "adapters", "transformers"))
+    run_torchrun(2, WORKER, str(tmp_path), cases=("compiled", "adapters", "halves"))
+
+
+@pytest.mark.thorough
+def test_models_of_transformers(tmp_path):
+    run_torchrun(2, WORKER, str(tmp_path), cases=("transformers", "trainer"))

@@ -27,8 +27,8 @@ TO_DO = {
     "experts over ranks; where a rank has more tokens than the others, batches of one length",
 }
 OF_THIS_PACKAGE = {
-    "imbalance": "load_balance_loss_weight where it is 0, else a higher one; tm.rebalance, which moves experts; where a rank "
-    "has more tokens than the others, batches of one length",
+    "imbalance": "load_balance_loss_weight where it is 0, else a higher one; tritonmoe.rebalance, which moves experts; "
+    "where a rank has more tokens than the others, batches of one length",
 }
 """What else is to be done where the layers are this package's."""
 

@@ -209,7 +209,7 @@ class Rebalancer:
         return loads, [ns / pairs / steps if pairs else 0.0 for ns, pairs in totals]
 
     def _agreed_ns_of_megabyte(self) -> int:
-        """Return the nanoseconds in which the slowest rank sends a megabyte: in the last move, before one in a probe."""
+        """Return the nanoseconds in which the slowest rank sends a megabyte: in the last move, else in a probe."""
         if not self._ns_of_megabyte:
             self._ns_of_megabyte = self._largest(ns_of_a_megabyte(self._layers[0].transport, self._load.device))
         return self._ns_of_megabyte
