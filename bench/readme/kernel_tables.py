@@ -121,7 +121,7 @@ def codegen_epilogues_table(name: str) -> str:
         *table_head("kernel", *(f"{target}, {version}" for version, target in places)),
     ]
     for kernel in EPILOGUES:
-        pairs = [tuple(one[(kernel, *place)] for one in around) for place in places]
+        pairs = [tuple(one[kernel, version, target] for one in around) for version, target in places]
         cells = (f"{before}, {after}" if before else "-" for before, after in pairs)
         lines.append(table_row(kernel, *cells))
     return "\n".join(lines)
