@@ -1,6 +1,7 @@
 """Loading of quantised checkpoints with their experts packed: what transformers' quantizers become."""
 
 import functools
+from abc import ABCMeta
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,7 +41,7 @@ def load_packed() -> None:
 
 
 @functools.cache
-def _quantizers() -> dict[str, type]:
+def _quantizers() -> dict[str, ABCMeta]:
     """Return transformers' two quantizers with packed experts, by the names of their methods."""
     try:
         from transformers.core_model_loading import WeightConverter
@@ -62,7 +63,9 @@ def _quantizers() -> dict[str, type]:
         def param_needs_quantization(self, *_: object, **__: object) -> bool:
             return False
 
-        def _process_model_before_weight_loading(self, model: "PreTrainedModel", **_: object) -> None:
+        def _process_model_before_weight_loading(
+            self, model: "PreTrainedModel", use_kernels: bool = False, **_: Any
+        ) -> None:
             if self.quantization_config.dequantize:
                 return
             for experts in _plain_experts(model, "mxfp4"):
@@ -122,7 +125,8 @@ def _quantizers() -> dict[str, type]:
                     getattr(experts, name).requires_grad_(False)
                     getattr(experts, f"{name}_scale_inv").requires_grad_(False)
             conversions = getattr(model, "_weight_conversions", None) or []
-            model._weight_conversions = [one for one in conversions if not _dequantizes(one)]
+            kept = [one for one in conversions if not _dequantizes(one)]
+            model.__dict__["_weight_conversions"] = kept
             skipped = set(self.quantization_config.modules_to_not_convert or ())
             linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
             self.quantization_config.modules_to_not_convert = sorted(skipped | linear)  # they are bf16 from here on
