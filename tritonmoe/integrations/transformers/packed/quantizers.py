@@ -9,7 +9,7 @@ from torch import nn
 
 from tritonmoe.config.formats import FP8_BLOCK, MXFP4_BLOCK
 from tritonmoe.integrations.transformers.discovery import experts_modules
-from tritonmoe.integrations.transformers.names import EXPERTS_IMPLEMENTATION
+from tritonmoe.integrations.transformers.names import EXPERTS_IMPLEMENTATION, STATE_TO_SAVE
 from tritonmoe.integrations.transformers.packed.packed_experts import PackedLayout, set_packed, up_name
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def _quantizers() -> dict[str, ABCMeta]:
             return super().get_load_operations() if self.quantization_config.dequantize else {}
 
         def get_state_dict_and_metadata(self, model: "PreTrainedModel") -> tuple[dict[str, Any], dict[str, Any]]:
-            return model.state_dict(), {}
+            return _state_to_save(model), {}
 
         @property
         def is_trainable(self) -> bool:
@@ -132,6 +132,9 @@ def _quantizers() -> dict[str, ABCMeta]:
             self.quantization_config.modules_to_not_convert = sorted(skipped | linear)  # they are bf16 from here on
             return model
 
+        def get_state_dict_and_metadata(self, model: "PreTrainedModel") -> tuple[dict[str, Any], dict[str, Any]]:
+            return _state_to_save(model), {}
+
         def get_weight_conversions(self) -> list[Any]:
             if self.quantization_config.dequantize or not self.pre_quantized:
                 return super().get_weight_conversions()
@@ -140,6 +143,12 @@ def _quantizers() -> dict[str, ABCMeta]:
             ]
 
     return {"mxfp4": PackedMxfp4Quantizer, "fp8": PackedFP8Quantizer}
+
+
+def _state_to_save(model: nn.Module) -> dict[str, Any]:
+    """Return what save_pretrained is given, or the model's own."""
+    given = model.__dict__.get(STATE_TO_SAVE)
+    return model.state_dict() if given is None else given
 
 
 def _dequantizes(conversion: Any) -> bool:
