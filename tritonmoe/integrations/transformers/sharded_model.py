@@ -187,7 +187,7 @@ def _save_gathered(
 
 @contextmanager
 def _told(model: nn.Module, state_dict: StateDict | None) -> Iterator[None]:
-    """Let quantizers, which transformers asks for a state dict in place of the one given to save_pretrained, give it."""
+    """Let quantizers give what save_pretrained was given: transformers asks them instead."""
     model.__dict__[STATE_TO_SAVE] = state_dict
     try:
         yield
