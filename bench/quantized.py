@@ -76,8 +76,10 @@ def layer_step(weights: tuple[tm.QuantizedWeight | Tensor, ...], num_tokens: int
     return run
 
 
-def adapted_step(layers: list[tuple[tm.QuantizedWeight | Tensor, ...]], num_tokens: int) -> Callable[[], None]:
-    """Return what runs forward and backward of layers whose experts have adapters."""
+def step_of_layers(
+    layers: list[tuple[tm.QuantizedWeight | Tensor, ...]], num_tokens: int, has_adapters: bool
+) -> Callable[[], None]:
+    """Return what runs forward and backward of layers, whose experts may have adapters."""
     torch.manual_seed(2)
 
     def factor(*shape: int) -> Tensor:
@@ -90,6 +92,8 @@ def adapted_step(layers: list[tuple[tm.QuantizedWeight | Tensor, ...]], num_toke
             factor(EXPERTS, RANK, INNER),
             factor(EXPERTS, HIDDEN, RANK),
         )
+        if has_adapters
+        else None
         for _ in layers
     ]
     x, topk_weights = torch.randn(num_tokens, HIDDEN).bfloat16(), torch.rand(num_tokens, TOP_K).softmax(-1)
@@ -141,7 +145,7 @@ def measure_peak(variant: str) -> float:
             layers.append(tuple(torch.empty(shape, dtype=torch.bfloat16).fill_(0.01) for shape in shapes))
         else:
             layers.append(empty_layer(variant, seed))
-    run = adapted_step(layers, 1024)
+    run = step_of_layers(layers, 1024, has_adapters=False)
     run()
     run()
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e3
@@ -167,21 +171,21 @@ def main() -> None:
         print(json.dumps(measure_peak(arguments.peak_of)))
         return
     results: list[Json] = []
-    peak = peak_of("bf16")
-    for variant in VARIANTS:
-        if variant == "nf4, bitsandbytes" and KERNEL is None:
-            continue
+    variants = [variant for variant in VARIANTS if KERNEL is not None or "bitsandbytes" not in variant]
+    # first of all: a process begins with the largest memory of the one that starts it
+    peaks = {variant: round(peak_of(variant)) for variant in ("bf16", *variants)}
+    for variant in variants:
         layers = [make_packed(variant, seed) for seed in range(LAYERS)]
         plain = [tuple(weight.decode() for weight in layer) for layer in layers]
         result: Json = {"variant": variant}
         for num_tokens in (1024, 64):
             runs = {"bf16": layer_step(plain[0], num_tokens), "packed": layer_step(layers[0], num_tokens)}
             result[f"layer_{num_tokens}"] = compare(runs, variant, arguments.rounds)
-        runs = {"bf16": adapted_step(list(plain), 1024), "packed": adapted_step(list(layers), 1024)}
+        runs = {"bf16": step_of_layers(list(plain), 1024, True), "packed": step_of_layers(list(layers), 1024, True)}
         result["adapters"] = compare(runs, variant, max(3, arguments.rounds // 2))
         packed_bytes = sum(weight.nbytes for layer in layers for weight in layer)
         result["weights"] = round(packed_bytes / sum(weight.nbytes for layer in plain for weight in layer), 3)
-        result["peak_mb"], result["bf16_peak_mb"] = (round(value) for value in (peak_of(variant), peak))
+        result["peak_mb"], result["bf16_peak_mb"] = peaks[variant], peaks["bf16"]
         results.append(result)
         print(result, flush=True)
     write_json(arguments.json, "quantized", results)

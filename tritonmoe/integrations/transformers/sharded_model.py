@@ -6,7 +6,8 @@ Without that, what only whole experts can do ends in DTensor's own errors, deep 
 import errno
 import functools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +19,7 @@ from tritonmoe.experts.adapters import check_hands_over
 from tritonmoe.integrations.torch_distributed.parallelize import expert_parameters
 from tritonmoe.integrations.transformers.discovery import ExpertsModule
 from tritonmoe.integrations.transformers.generation import announce_forwards, let_spread_models_generate
-from tritonmoe.integrations.transformers.names import EXPERTS_IMPLEMENTATION
+from tritonmoe.integrations.transformers.names import EXPERTS_IMPLEMENTATION, STATE_TO_SAVE
 from tritonmoe.integrations.transformers.requirements import check_forward
 from tritonmoe.integrations.transformers.sharding import transport_of
 from tritonmoe.sharding.marks import sharded_modules
@@ -175,7 +176,8 @@ def _save_gathered(
     is_whole = state_dict and not any(hasattr(value, "full_tensor") for value in state_dict.values())
     is_dense = saves_adapters(model) and not any(p.requires_grad for p in expert_parameters(model))
     if is_whole or (is_dense and not whole_forms(model)):
-        _save(save, save_directory, settings)
+        with _told(model, state_dict):
+            _save(save, save_directory, settings)
         return
     # As one rank alone calls: with is_main_process, and Trainer before transformers 5.24 with state_dict=None.
     if state_dict is None and ("is_main_process" in settings or "state_dict" in settings):
@@ -189,7 +191,18 @@ def _save_gathered(
     is_first = everybody.get_rank() == int(everybody.mesh.min())
     state = gathered_state(model, state_dict, keep=is_first)
     settings = {**settings, "state_dict": state, "is_main_process": True}
-    on_first_rank(model, lambda: _save(save, save_directory, settings), is_first=is_first, where=save_directory)
+    with _told(model, state):
+        on_first_rank(model, lambda: _save(save, save_directory, settings), is_first=is_first, where=save_directory)
+
+
+@contextmanager
+def _told(model: nn.Module, state_dict: StateDict | None) -> Iterator[None]:
+    """Let quantizers give what save_pretrained was given: transformers asks them instead."""
+    model.__dict__[STATE_TO_SAVE] = state_dict
+    try:
+        yield
+    finally:
+        del model.__dict__[STATE_TO_SAVE]
 
 
 def meet(model: nn.Module, what: str) -> None:

@@ -1,6 +1,7 @@
 """Loading of quantised checkpoints with their experts packed: what transformers' quantizers become."""
 
 import functools
+from abc import ABCMeta
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -8,7 +9,7 @@ from torch import nn
 
 from tritonmoe.config.formats import FP8_BLOCK, MXFP4_BLOCK
 from tritonmoe.integrations.transformers.discovery import experts_modules
-from tritonmoe.integrations.transformers.names import EXPERTS_IMPLEMENTATION
+from tritonmoe.integrations.transformers.names import EXPERTS_IMPLEMENTATION, STATE_TO_SAVE
 from tritonmoe.integrations.transformers.packed.packed_experts import PackedLayout, set_packed, up_name
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def load_packed() -> None:
 
 
 @functools.cache
-def _quantizers() -> dict[str, type]:
+def _quantizers() -> dict[str, ABCMeta]:
     """Return transformers' two quantizers with packed experts, by the names of their methods."""
     try:
         from transformers.core_model_loading import WeightConverter
@@ -62,7 +63,9 @@ def _quantizers() -> dict[str, type]:
         def param_needs_quantization(self, *_: object, **__: object) -> bool:
             return False
 
-        def _process_model_before_weight_loading(self, model: "PreTrainedModel", **_: object) -> None:
+        def _process_model_before_weight_loading(
+            self, model: "PreTrainedModel", use_kernels: bool = False, **_: Any
+        ) -> None:
             if self.quantization_config.dequantize:
                 return
             for experts in _plain_experts(model, "mxfp4"):
@@ -79,7 +82,7 @@ def _quantizers() -> dict[str, type]:
             return super().get_load_operations() if self.quantization_config.dequantize else {}
 
         def get_state_dict_and_metadata(self, model: "PreTrainedModel") -> tuple[dict[str, Any], dict[str, Any]]:
-            return model.state_dict(), {}
+            return _state_to_save(model), {}
 
         @property
         def is_trainable(self) -> bool:
@@ -122,11 +125,15 @@ def _quantizers() -> dict[str, type]:
                     getattr(experts, name).requires_grad_(False)
                     getattr(experts, f"{name}_scale_inv").requires_grad_(False)
             conversions = getattr(model, "_weight_conversions", None) or []
-            model._weight_conversions = [one for one in conversions if not _dequantizes(one)]
+            kept = [one for one in conversions if not _dequantizes(one)]
+            model.__dict__["_weight_conversions"] = kept
             skipped = set(self.quantization_config.modules_to_not_convert or ())
             linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
             self.quantization_config.modules_to_not_convert = sorted(skipped | linear)  # they are bf16 from here on
             return model
+
+        def get_state_dict_and_metadata(self, model: "PreTrainedModel") -> tuple[dict[str, Any], dict[str, Any]]:
+            return _state_to_save(model), {}
 
         def get_weight_conversions(self) -> list[Any]:
             if self.quantization_config.dequantize or not self.pre_quantized:
@@ -136,6 +143,12 @@ def _quantizers() -> dict[str, type]:
             ]
 
     return {"mxfp4": PackedMxfp4Quantizer, "fp8": PackedFP8Quantizer}
+
+
+def _state_to_save(model: nn.Module) -> dict[str, Any]:
+    """Return what save_pretrained is given, or the model's own."""
+    given = model.__dict__.get(STATE_TO_SAVE)
+    return model.state_dict() if given is None else given
 
 
 def _dequantizes(conversion: Any) -> bool:
