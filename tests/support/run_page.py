@@ -64,7 +64,7 @@ class Page:
             **os.environ,
             "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
             "OMP_NUM_THREADS": "1",
-            "COLUMNS": "120",
+            "COLUMNS": "88",
         }
 
     def run(self) -> str:

@@ -22,6 +22,7 @@ from tritonmoe.planner.plan_table import comparison_table, plan_table
 from tritonmoe.planner.trainer import TRAINERS, UNKNOWN_IMBALANCE, Sends, trained_by
 from tritonmoe.planner.training_plan import plan
 from tritonmoe.report.html import Page, write_page
+from tritonmoe.report.terminal import wrapped
 from tritonmoe.runtime.files import Json, write_whole
 
 __all__ = ["add_parser"]
@@ -103,11 +104,11 @@ def _plan(arguments: argparse.Namespace) -> int:
         if len({cluster.name for cluster in clusters}) < len(clusters):
             clusters = [replace(one, name=given) for one, given in zip(clusters, arguments.compare, strict=True)]
         comparison = compare(job, clusters, arguments.ep, free=free, equal=arguments.equal)
-        print(comparison_table(comparison))
+        print(wrapped(comparison_table(comparison)))
         _write(arguments, comparison.to_json(), lambda: comparison_page(comparison))
         return 0 if all(one.best.fits for one in comparison.plans) else 1
     found = plan(job, _sized(_find_cluster(arguments.cluster), arguments), arguments.ep, free=free)
-    print(plan_table(found))
+    print(wrapped(plan_table(found)))
     _write(arguments, found.to_json(), lambda: plan_page(found))
     return 0 if found.best.fits else 1
 

@@ -62,8 +62,8 @@ def comparison_page(comparison: Comparison) -> Page:
 
 
 HEADER = (
-    *("tp", "pp", "ep", "levels", "recompute", "chunks", "step", "low (80 %)", "high (80 %)", "exchanges", "exposed"),
-    *("no overlap", "tokens/s/GPU", "MFU", "GPUs used", "memory", "$/M tokens", ""),
+    *("memory", "tp", "pp", "ep", "levels", "recompute", "chunks", "step", "low (80 %)", "high (80 %)", "exchanges"),
+    *("exposed", "no overlap", "tokens/s/GPU", "MFU", "GPUs used", "$/M tokens"),
 )
 
 
@@ -104,13 +104,14 @@ class _Planned:
         rows = []
         for n, one in enumerate(self.choices[:most]):
             key = f"choices/{n}/"
-            row: list[Cell] = [self.number(key + name, "count") for name in ("tp", "pp", "ep", "levels")]
+            memory = self.number(key + "memory_gb", "GB")
+            row: list[Cell] = [memory if one["fits"] else [memory, " too large"]]
+            row += [self.number(key + name, "count") for name in ("tp", "pp", "ep", "levels")]
             row += [one["recompute"], _chunks(one)]
             row += [self.number(key + name, "ms") for name in TIMES]
             row += [self.number(key + "tokens_per_s_per_gpu", "count"), self.number(key + "mfu", "share")]
-            row += [self.number(key + "gpus_used", "count"), self.number(key + "memory_gb", "GB")]
-            row.append(self.number(key + "usd_per_million_tokens", "$"))
-            rows.append([self.name, *row, "" if one["fits"] else "too large"])
+            row += [self.number(key + "gpus_used", "count"), self.number(key + "usd_per_million_tokens", "$")]
+            rows.append([self.name, *row])
         return rows
 
     def table(self) -> Table:
