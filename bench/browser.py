@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import tempfile
 import time
-from pathlib import Path
 from types import TracebackType
 
 from typing_extensions import Self
@@ -17,6 +16,14 @@ from tritonmoe.runtime.files import Json
 __all__ = ["Browser", "find_browser"]
 
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+OPTIONS = (
+    "--headless=new",
+    "--remote-debugging-pipe",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--hide-scrollbars",
+    "--no-first-run",
+)
 TIMEOUT_S = 30.0
 
 
@@ -43,8 +50,7 @@ class Browser:
             os.dup2(write, 4)
 
         self._process = subprocess.Popen(
-            [program, "--headless=new", "--remote-debugging-pipe", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
-            + [f"--user-data-dir={self._folder.name}", "--no-first-run", "about:blank"],
+            [program, *OPTIONS, f"--user-data-dir={self._folder.name}", "about:blank"],
             preexec_fn=connect,
             close_fds=False,
             stdout=subprocess.DEVNULL,
@@ -69,7 +75,7 @@ class Browser:
         self._folder.cleanup()
 
     def resize(self, size: tuple[int, int], is_phone: bool = False) -> None:
-        """Give the page's window so many pixels."""
+        """Make the page's window so many pixels wide and high."""
         width, height = size
         screen = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": is_phone}
         self._ask("Emulation.setDeviceMetricsOverride", **screen)

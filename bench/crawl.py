@@ -1,4 +1,4 @@
-"""`python -m bench.crawl SITE`: open every page of the built site in a browser, and say what a reader would stumble over.
+"""`python -m bench.crawl SITE`: open every page of the built site in a browser, and name what is broken or cut off.
 
 It needs chromium or chrome, and no package: the browser is asked over a pipe, in the DevTools protocol.
 """
@@ -24,7 +24,7 @@ SEEN = """
   const start = element => element.textContent.trim().slice(0, 60);
   return {
     links: [...document.querySelectorAll('a[href], img[src], source[srcset], link[href]')]
-      .map(one => one.currentSrc || one.href || one.srcset || one.src).filter(one => typeof one === 'string'),
+      .map(one => new URL(one.getAttribute('href') || one.getAttribute('src') || one.srcset, document.baseURI).href),
     ids: [...document.querySelectorAll('[id], a[name]')].map(one => one.id || one.name),
     broken: [...document.images].filter(one => shown(one) && one.complete && !one.naturalWidth).map(one => one.src),
     cut: [...document.querySelectorAll('article pre > code')]

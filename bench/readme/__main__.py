@@ -6,10 +6,20 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.readme import diagnosis_tables, gpu_tables, install, kernel_tables, model_tables, overlap_tables, reference
+from bench.readme import (
+    diagnosis_tables,
+    gpu_tables,
+    install,
+    kernel_tables,
+    model_tables,
+    overlap_tables,
+    pictures,
+    reference,
+)
 from bench.readme.results import DOCS, ROOT
 
 TABLES = {
+    "api": reference.api_index,
     "asking": install.asking_text,
     "checkout": install.checkout_text,
     "install": install.install_command,
@@ -24,6 +34,7 @@ TABLES = {
     "foreign": diagnosis_tables.foreign_table,
     "one_rank_in_halves": overlap_tables.one_rank_in_halves,
     "overlap": overlap_tables.overlap_table,
+    "overlap_picture": pictures.overlap_figure,
     "routing_replay": model_tables.routing_replay_table,
     "recording": diagnosis_tables.recording_table,
     "plan": diagnosis_tables.plan_table,
@@ -67,7 +78,7 @@ def render(text: str, left_alone: Sequence[str] = ()) -> str:
 def generated(left_alone: Sequence[str] = ()) -> dict[Path, str]:
     """Return what every page, and the notebook, must be."""
     pages = {page: render(page.read_text(), left_alone) for page in PAGES}
-    return {**pages, NOTEBOOK: reference.notebook_of(NOTEBOOK.with_suffix(".md").read_text())}
+    return {**pages, **pictures.pictures(), NOTEBOOK: reference.notebook_of(NOTEBOOK.with_suffix(".md").read_text())}
 
 
 def main() -> None:

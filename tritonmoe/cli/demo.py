@@ -30,7 +30,7 @@ from tritonmoe.report.terminal import text_style
 from tritonmoe.runtime.progress import say
 from tritonmoe.transports import LinkModel
 
-__all__ = ["add_parser"]
+__all__ = ["MEASURING_ROUNDS", "MEASURING_TIME_LIMIT_S", "add_parser", "draw_layer"]
 
 DEFAULT_STEPS = 60
 TRAINING_TIME_LIMIT_S = 20.0
@@ -145,7 +145,7 @@ def _run_all(arguments: argparse.Namespace, device: torch.device) -> Results:
         num_compared_steps=num_compared,
         is_bit_equal=_have_equal_losses(serial, overlapped, num_compared),
         layer=layer,
-        png=_written(partial(_draw, layer), arguments.out / "tritonmoe-demo.png"),
+        png=_written(partial(draw_layer, layer), arguments.out / "tritonmoe-demo.png"),
         trace=_written(partial(_trace, layer), arguments.out / "tritonmoe-demo-trace.json"),
         report=None,
         elapsed_s=time.perf_counter() - started,
@@ -155,7 +155,8 @@ def _run_all(arguments: argparse.Namespace, device: torch.device) -> Results:
     return results
 
 
-def _draw(layer: LayerMeasurement, path: Path) -> None:
+def draw_layer(layer: LayerMeasurement, path: Path) -> None:
+    """Draw the serial and the overlapped layer, and its traffic."""
     write_png(
         path,
         layer.traffic_rows,

@@ -11,6 +11,8 @@ __all__ = ["comparison_table", "plan_table"]
 
 MOST_ROWS = 12
 MOST_PARTS = 6
+
+
 def plan_table(plan: Plan) -> str:
     """Return the choices, the best one's parts, what to measure next, and what to do."""
     job, cluster, best = plan.job, plan.cluster, plan.best

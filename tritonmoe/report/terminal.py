@@ -50,7 +50,7 @@ TIMELINE_LEGEND = (
 
 # 256-colour palette: from dark blue through violet to yellow, readable with white, then black text.
 HEAT_COLORS = (17, 18, 54, 90, 126, 162, 167, 173, 179, 186)
-LANE_COLORS = {"compute": (28, 34), "comm": (25, 32), NODE: (94, 130)}
+LANE_COLORS = {"compute": (25, 32), "comm": (130, 172), NODE: (60, 97)}
 
 
 @dataclass(frozen=True)
