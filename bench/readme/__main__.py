@@ -8,6 +8,7 @@ from pathlib import Path
 
 from bench.readme import (
     diagnosis_tables,
+    figures,
     gpu_tables,
     install,
     kernel_tables,
@@ -49,6 +50,7 @@ TABLES = {
     "bounds": kernel_tables.bounds_table,
     "decoding": kernel_tables.decoding_table,
     "moe_mlp": kernel_tables.moe_mlp_table,
+    "figures": figures.figures_that_matter,
     "fixed_experts": overlap_tables.fixed_experts_table,
     "scheduler": overlap_tables.scheduler_table,
     "codegen": kernel_tables.codegen_table,

@@ -27,7 +27,7 @@ STYLE = f"""<style>
     .weight-gradients {{ fill: #9db3ff; }} .dispatch {{ fill: #d8822d; }} .combine {{ fill: #f2b566; }}
   }}
 </style>"""
-LETTER = 7.4
+LETTER, STRONG_LETTER = 7.4, 9.6
 """Pixels that a letter needs at most, on average of a line."""
 
 
@@ -131,20 +131,17 @@ def overlap_picture(width: int) -> str:
     )
 
 
-def _bars(width: int, title: str, bars: Sequence[Bar], note: str = "") -> str:
+def _bars(width: int, title: str, bars: Sequence[Bar], largest: float | None = None) -> str:
     """Draw bars to one scale, each below its words, so that a phone has room for both."""
-    largest = max(bar.value for bar in bars)
-    room = width - LETTER * max(len(bar.text) for bar in bars) - 14
+    largest = largest or max(bar.value for bar in bars)
+    room = width - STRONG_LETTER * max(len(bar.text) for bar in bars) - 10
     parts, y = [], 16.0
     for bar in bars:
-        parts.append(_text(0, y, bar.label, "words"))
+        parts.append(_text(0, y, bar.label))
         wide = room * bar.value / largest
         parts.append(_rect(0, y + 7, wide, 18, bar.color, 3))
         parts.append(_text(wide + 8, y + 21, bar.text, "words strong"))
         y += 48
-    if note:
-        parts.append(_text(0, y, note, "faint small"))
-        y += 14
     return _svg(width, y - 10, title, parts)
 
 
@@ -180,7 +177,7 @@ def exchange_bars(width: int) -> str:
     """Draw a model's step over two ranks beside transformers' own exchange."""
     cases = load("expert_parallel_netns")["results"]["variants"]
     bars = [
-        Bar(name.replace(", ", " with "), one["step"]["median_ms"], f"{one['step']['median_ms'] / 1e3:.1f} s",
+        Bar("exchange: {}, experts: {}".format(*name.split(", ")), one["step"]["median_ms"], f"{one['step']['median_ms'] / 1e3:.1f} s",
             "experts" if name.startswith("tritonmoe") else "other")
         for name, one in cases.items()
     ]  # fmt: skip
@@ -212,7 +209,7 @@ def doctor_bars(width: int) -> str:
             right, of = (sum(one[key][name] for one in summaries) for name in ("right", "of"))
             color = "experts" if key == "first cause right" else "dispatch"
             bars.append(Bar(f"{said}, {words}", right / of, f"{right} of {of}", color))
-    return _bars(width, "How often the doctor is right", bars)
+    return _bars(width, "How often the doctor is right", bars, largest=1.0)
 
 
 PICTURES: dict[str, Callable[[int], str]] = {
