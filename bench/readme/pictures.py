@@ -175,12 +175,12 @@ def overlap_bars(width: int) -> str:
 
 def exchange_bars(width: int) -> str:
     """Draw a model's step over two ranks beside transformers' own exchange."""
-    cases = load("expert_parallel_netns")["results"]["variants"]
-    bars = [
-        Bar("exchange: {}, experts: {}".format(*name.split(", ")), one["step"]["median_ms"], f"{one['step']['median_ms'] / 1e3:.1f} s",
-            "experts" if name.startswith("tritonmoe") else "other")
-        for name, one in cases.items()
-    ]  # fmt: skip
+    bars = []
+    for name, one in load("expert_parallel_netns")["results"]["variants"].items():
+        exchange, experts = name.split(", ")
+        time_s = one["step"]["median_ms"] / 1e3
+        color = "experts" if exchange == "tritonmoe" else "other"
+        bars.append(Bar(f"exchange: {exchange}, experts: {experts}", time_s, f"{time_s:.1f} s", color))
     return _bars(width, "A training step over two ranks", bars)
 
 
