@@ -72,6 +72,7 @@ def test_a_page_runs(page: Path, tmp_path: Path) -> None:
         ("rank 0: loss 4.857\nrank 1: loss 4.876\n", "rank 1: loss 4.870\nrank 0: loss 4.861\n", True),
         ("waits 9.7 ms of 11.5 ms, 84%\n", "waits 103 ms of 121.0 ms, 85%\n", True),
         ("4 passed in 8.31s\n", "4 passed in 0.12s\n", True),
+        ("4 passed in 8.31s\n", "4 passed in 68.31s (0:01:08)\n", True),
         ("4 passed in 8.31s\n", "3 passed in 8.31s\n", False),
         ("loss 4.857\n", "loss 3.857\n", False),
         ("a gradient\n", "no gradient\n", False),
