@@ -55,16 +55,23 @@ def add_parser(subparsers: Subparsers) -> None:
         type=positive,
         help=f"training steps (default {DEFAULT_STEPS}, fewer after {TRAINING_TIME_LIMIT_S:.0f} s)",
     )
-    parser.add_argument("--seed", type=seed, default=0, help="of parameters and batches (default 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="seed of parameters and batches (default 0)")
     parser.add_argument(
         "--out",
         type=output_folder,
         default=Path("tritonmoe-demo"),
         help="folder of the picture, the trace and the report (default %(default)s)",
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object with all figures instead")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object with all figures instead of the text"
+    )
     parser.add_argument("--ranks", type=int, choices=(2, 4, 8), default=4, help="emulated ranks (default 4)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default auto: a GPU if any")
+    parser.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="where the ranks compute (default auto: a GPU if there is one)",
+    )
     parser.set_defaults(run=run)
 
 
