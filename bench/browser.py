@@ -80,14 +80,12 @@ class Browser:
         screen = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": is_phone}
         self._ask("Emulation.setDeviceMetricsOverride", **screen)
 
-    def prefer(self, scheme: str) -> None:
-        """Say that the reader prefers the "light" or the "dark" scheme."""
-        feature = {"name": "prefers-color-scheme", "value": scheme}
-        self._ask("Emulation.setEmulatedMedia", features=[feature])
-
-    def open(self, address: str) -> None:
-        """Load a page, and wait until its scripts have run."""
+    def open(self, address: str, scheme: str) -> None:
+        """Load a page for a new reader of the "light" or the "dark" scheme, and wait until its scripts have run."""
+        self.evaluate("location.protocol === 'about:' || localStorage.clear()")  # the scheme that a page has chosen
         self._ask("Page.navigate", url="about:blank")
+        preference = {"name": "prefers-color-scheme", "value": scheme}
+        self._ask("Emulation.setEmulatedMedia", features=[preference])
         self.errors.clear()
         self._is_loaded = False
         self._ask("Page.navigate", url=address)

@@ -65,8 +65,7 @@ def serve(folder: Path) -> tuple[ThreadingHTTPServer, str]:
 def open_at(browser: Browser, address: str, size: tuple[int, int], scheme: str = "light") -> Seen:
     """Return what a page shows in a window of so many pixels, in the light or the dark scheme."""
     browser.resize(size, is_phone=size == PHONE)
-    browser.prefer(scheme)
-    browser.open(address)
+    browser.open(address, scheme)
     return browser.evaluate(SEEN)
 
 
