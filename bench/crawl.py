@@ -66,7 +66,7 @@ def open_at(browser: Browser, address: str, size: tuple[int, int], scheme: str =
     """Return what a page shows in a window of so many pixels, in the light or the dark scheme."""
     browser.resize(size, is_phone=size == PHONE)
     browser.open(address, scheme)
-    return browser.evaluate(SEEN)
+    return Seen(**browser.evaluate(SEEN))  # type: ignore[typeddict-item]
 
 
 def crawl(browser: Browser, site: Path, address: str) -> Iterator[str]:

@@ -100,12 +100,12 @@ class _Planned:
             self.number("stays_best", "share"), " of the draws of the estimates.",
         ]  # fmt: skip
 
-    def rows(self, most: int) -> list[list[Cell]]:
-        rows = []
+    def rows(self, most: int) -> list[list[Cell | Line]]:
+        rows: list[list[Cell | Line]] = []
         for n, one in enumerate(self.choices[:most]):
             key = f"choices/{n}/"
             memory = self.number(key + "memory_gb", "GB")
-            row: list[Cell] = [memory if one["fits"] else [memory, " too large"]]
+            row: list[Cell | Line] = [memory if one["fits"] else [memory, " too large"]]
             row += [self.number(key + name, "count") for name in ("tp", "pp", "ep", "levels")]
             row += [one["recompute"], _chunks(one)]
             row += [self.number(key + name, "ms") for name in TIMES]

@@ -96,7 +96,7 @@ def comparison_table(comparison: Comparison) -> str:
 def _clusters(plans: Sequence[Plan]) -> list[tuple[str, ...]]:
     """Return a column of words, and one for each cluster with its best choice."""
     unit = _Unit(min(plan.best.time.step_s for plan in plans))
-    columns = [
+    columns: list[tuple[str, ...]] = [
         (
             *("", "GPUs", "$ an hour", "tp, pp, ep", "levels", "recompute", "chunks", "GB of a GPU"),
             *(f"step {unit.name} (80 %)", f"exchanges {unit.name}", f"exposed {unit.name}", "tokens/s per GPU", "MFU"),
