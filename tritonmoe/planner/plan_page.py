@@ -7,7 +7,7 @@ from tritonmoe.planner.comparison import Comparison
 from tritonmoe.planner.plan_verdict import DECIDES, compare_verdict, plan_verdict
 from tritonmoe.planner.training_plan import Plan
 from tritonmoe.report.charts import Curve, Curves, Segment, Strip, Strips, ticks
-from tritonmoe.report.figures import Cell, Figures, Table, Words
+from tritonmoe.report.figures import Cell, Figures, Line, Table, Words
 from tritonmoe.report.html import Block, Page, Section
 from tritonmoe.runtime.files import Json
 
