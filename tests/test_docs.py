@@ -72,6 +72,7 @@ def test_a_page_runs(page: Path, tmp_path: Path) -> None:
         ("rank 0: loss 4.857\nrank 1: loss 4.876\n", "rank 1: loss 4.870\nrank 0: loss 4.861\n", True),
         ("waits 9.7 ms of 11.5 ms, 84%\n", "waits 103 ms of 121.0 ms, 85%\n", True),
         ("4 passed in 8.31s\n", "4 passed in 0.12s\n", True),
+        ("4 passed in 8.31s\n", "4 passed in 68.31s (0:01:08)\n", True),
         ("4 passed in 8.31s\n", "3 passed in 8.31s\n", False),
         ("loss 4.857\n", "loss 3.857\n", False),
         ("a gradient\n", "no gradient\n", False),
@@ -80,6 +81,14 @@ def test_a_page_runs(page: Path, tmp_path: Path) -> None:
 )
 def test_what_a_page_shows_is_what_is_printed(shown: str, printed: str, alike: bool) -> None:
     assert is_alike(shown, printed) is alike
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))], ids=lambda page: page.stem)
+def test_code_is_as_wide_as_a_block_of_the_site(page: Path) -> None:
+    """What commands and code print may be longer: the site breaks it."""
+    blocks = re.findall(r"^```(\w*)[^\n]*\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
+    lines = [line for kind, block in blocks if kind not in ("output", "console") for line in block.splitlines()]
+    assert [line for line in lines if len(line) > 88 and not line.startswith("python3 -m venv")] == []
 
 
 def test_every_name_and_command_of_a_page_exists() -> None:
@@ -182,9 +191,8 @@ ELSEWHERE = {
 @pytest.mark.parametrize("name", [*PUBLIC, TRANSFORMERS])
 def test_every_public_name_is_in_the_api_reference(name: str) -> None:
     module = importlib.import_module(name)
-    listed = set(
-        re.findall(rf"^::: {re.escape(name)}\.(\w+)$", (DOCS / "reference" / "api.md").read_text(), re.MULTILINE)
-    )
+    reference = "\n".join(page.read_text() for page in (DOCS / "reference").glob("*.md"))
+    listed = set(re.findall(rf"^::: {re.escape(name)}\.(\w+)$", reference, re.MULTILINE))
     elsewhere = ELSEWHERE.get(name, set())
     assert elsewhere <= set(module.__all__)
     assert listed == set(module.__all__) - elsewhere

@@ -9,16 +9,19 @@ from pathlib import Path
 from bench.readme import (
     balance_tables,
     diagnosis_tables,
+    figures,
     gpu_tables,
     install,
     kernel_tables,
     model_tables,
     overlap_tables,
+    pictures,
     reference,
 )
 from bench.readme.results import DOCS, ROOT
 
 TABLES = {
+    "api": reference.api_index,
     "asking": install.asking_text,
     "checkout": install.checkout_text,
     "install": install.install_command,
@@ -34,6 +37,7 @@ TABLES = {
     "foreign": diagnosis_tables.foreign_table,
     "one_rank_in_halves": overlap_tables.one_rank_in_halves,
     "overlap": overlap_tables.overlap_table,
+    "overlap_picture": pictures.overlap_figure,
     "routing_replay": model_tables.routing_replay_table,
     "recording": diagnosis_tables.recording_table,
     "plan": diagnosis_tables.plan_table,
@@ -48,6 +52,7 @@ TABLES = {
     "bounds": kernel_tables.bounds_table,
     "decoding": kernel_tables.decoding_table,
     "moe_mlp": kernel_tables.moe_mlp_table,
+    "figures": figures.figures_that_matter,
     "fixed_experts": overlap_tables.fixed_experts_table,
     "rebalance": overlap_tables.rebalance_table,
     "scheduler": overlap_tables.scheduler_table,
@@ -79,7 +84,7 @@ def render(text: str, left_alone: Sequence[str] = ()) -> str:
 def generated(left_alone: Sequence[str] = ()) -> dict[Path, str]:
     """Return what every page, and the notebook, must be."""
     pages = {page: render(page.read_text(), left_alone) for page in PAGES}
-    return {**pages, NOTEBOOK: reference.notebook_of(NOTEBOOK.with_suffix(".md").read_text())}
+    return {**pages, **pictures.pictures(), NOTEBOOK: reference.notebook_of(NOTEBOOK.with_suffix(".md").read_text())}
 
 
 def main() -> None:

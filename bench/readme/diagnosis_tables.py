@@ -151,6 +151,7 @@ def plan_steps_table(name: str) -> str:
     for what, of in results["summaries"].items():
         inside = f"{of['inside']} of {of['rows']} ({of['coverage']:.0%})"
         lines.append(f"| {what} | {inside} | {of['median_width']:.2f} | {of['median_error']:.0%} |")
+    lines += ["", '<details markdown="1"><summary>Every step</summary>']
     family = None
     for row in results["rows"]:
         if row["family"] != family:
@@ -166,7 +167,7 @@ def plan_steps_table(name: str) -> str:
             "yes" if row["inside"] else "**no**",
         ]
         lines.append(table_row(*cells))
-    return "\n".join(lines)
+    return "\n".join([*lines, "", "</details>"])
 
 
 def recording_table(name: str) -> str:

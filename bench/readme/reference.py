@@ -3,6 +3,7 @@
 import argparse
 import ast
 import importlib
+import inspect
 import json
 import re
 import shlex
@@ -11,11 +12,11 @@ import sys
 from itertools import zip_longest
 
 from bench.readme.install import install_command
-from bench.readme.results import ROOT, table_head
+from bench.readme.results import DOCS, ROOT, table_head
 from tritonmoe.benchmarks import BENCHMARKS
 from tritonmoe.cli import command_parser
 
-__all__ = ["command_output", "commands_reference", "files_table", "notebook_of"]
+__all__ = ["api_index", "command_output", "commands_reference", "files_table", "notebook_of"]
 
 QWEN3 = "--nodes 16 --micro-batches 16"
 COMMANDS = {
@@ -40,6 +41,26 @@ def files_table(package: str) -> str:
         first_line = docstring.partition("\n\n")[0].replace("\n", " ").replace("|", "\\|")
         lines.append(f"| {shown} | {first_line} |")
     return "\n".join(lines)
+
+
+def api_index(_: str) -> str:
+    """Return every public name of the reference's pages with the first sentence of its docstring."""
+    (names,) = re.findall(r"^  - Reference:\n((?: +- .*\n)+)", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    lines: list[str] = []
+    for file in re.findall(r"reference/(\w+)\.md", names):
+        page = (DOCS / "reference" / f"{file}.md").read_text()
+        described = re.findall(r"^::: ([\w.]+)$", page, re.MULTILINE)
+        if not described:
+            continue
+        lines += ["", f"## {page.splitlines()[0].removeprefix('# ')}", "", *table_head("name", "")]
+        for name in described:
+            module, _, public = name.rpartition(".")
+            docstring = inspect.getdoc(getattr(importlib.import_module(module), public)) or ""
+            sentence = re.split(r"(?<=[.:])\s", " ".join(docstring.partition("\n\n")[0].split()))[0].rstrip(":.")
+            short = name.removeprefix("tritonmoe.integrations.transformers.")
+            short = f"tmt.{short}" if short != name else name.replace("tritonmoe.", "tm.", 1)
+            lines.append(f"| [`{short}`]({file}.md#{name}) | {_cell(sentence)} |")
+    return "\n".join(lines).strip()
 
 
 def command_output(name: str) -> str:

@@ -49,7 +49,7 @@ def test_the_picture_begins_at_the_least_count(rows, limits):
     png._draw_heat_map(axes, rows or [[0]])
     assert axes.images[0].get_clim() == limits
     every = [value for values in rows or [[0]] for value in values]
-    assert axes.get_title().endswith(f": {min(every)} (darkest) .. {max(every)}")
+    assert axes.get_title().endswith(f": {min(every)} (lightest) .. {max(every)}")
 
 
 def test_heat_map_of_zeros_and_of_no_rows():

@@ -2,8 +2,9 @@
 
 A case is a rate of the link, a model and a routing. In its first run, every plan of the sweep is measured in
 interleaved rounds, and the simulator predicts each. In its second run, the sweep's fastest overlapped plan and its
-fastest without overlap are measured again beside "auto", in more rounds: a winner that was lucky once gains nothing
-from it. In network namespaces that --netns makes on this machine (one core and one thread each), or under torchrun.
+fastest without overlap are measured again beside "auto", in more rounds, so that a plan which was fast by luck in the
+first run has no advantage. In network namespaces that --netns makes on this machine (one core and one thread each), or
+under torchrun.
 """
 
 import argparse
@@ -42,17 +43,25 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--rates",
         nargs="+",
-        help="with --netns: of every rank's link, each direction (default 400mbit 1gbit 2500mbit)",
+        help="with --netns: the rates of every rank's link to try, each way (default 400mbit 1gbit 2500mbit)",
     )
     parser.add_argument("--models", choices=MODELS, nargs="+", default=["coarse", "fine"])
     parser.add_argument("--routings", nargs="+", default=["uniform", "zipf:1.2"])
-    parser.add_argument("--tokens", type=positive, default=1024, help="T of each rank (default 1024)")
+    parser.add_argument("--tokens", type=positive, default=1024, help="tokens of each rank (default 1024)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--forward-only", action="store_true", help="measure the forward without a backward")
-    parser.add_argument("--chunks", type=chunk_count, nargs="+", default=[1, 2, 3, 4, 8], help="default 1 2 3 4 8")
+    parser.add_argument(
+        "--chunks",
+        type=chunk_count,
+        nargs="+",
+        default=[1, 2, 3, 4, 8],
+        help="numbers of chunks to try (default 1 2 3 4 8)",
+    )
     parser.add_argument("--sweep-rounds", type=positive, default=5, help="rounds of the first run (default 5)")
     parser.add_argument("--rounds", type=positive, default=21, help="rounds of the second run (default 21)")
-    parser.add_argument("--timeout-s", type=positive_number, default=60.0, help="of every exchange (default 60)")
+    parser.add_argument(
+        "--timeout-s", type=positive_number, default=60.0, help="seconds that an exchange may take (default 60)"
+    )
     parser.add_argument("--json", type=output_file, help="also write the figures to this file")
     return parser
 

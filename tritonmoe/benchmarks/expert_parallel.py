@@ -1,9 +1,10 @@
 """A training step of a Qwen3-MoE-like model spread over ranks by transformers: its own all_to_all against tritonmoe's.
 
-Forward and backward, every rank with its own batch, dense weights sharded by FSDP, experts spread over all ranks, the
-same weights under both. In network namespaces that --netns makes on this machine (one core and one thread each), or
-under torchrun. The default shapes are those for which compute and communication of all_to_all are about equal on two
-processes with a link of 1 Gbit/s: what a step takes on a link of 40 Gbit/s says how far.
+Forward and backward are timed. Every rank has its own batch, FSDP shards the dense weights, experts are spread over all
+ranks, and both implementations have the same weights. In network namespaces that --netns makes on this machine (one
+core and one thread each), or under torchrun. The default shapes are those for which compute and communication of
+all_to_all are about equal on two processes with a link of 1 Gbit/s; the time of a step on a link of 40 Gbit/s shows how
+nearly.
 """
 
 import argparse
@@ -41,14 +42,23 @@ LARGEST_LOSS_DIFFERENCE = {"float32": 1e-4, "bfloat16": 1e-2}
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="tritonmoe bench expert_parallel", description=__doc__)
     parser.add_argument("--netns", type=int, metavar="N", help="N processes in network namespaces (Linux, root)")
-    parser.add_argument("--rate", help="with --netns: every rank's link, each direction (default 1gbit)")
-    parser.add_argument("--tokens", type=positive, default=1024, help="T of each rank (default 1024)")
-    parser.add_argument("--sequences", type=positive, default=1, help="of these tokens (default 1); 2 for halves too")
+    parser.add_argument("--rate", help="with --netns: the rate of every rank's link, each way (default 1gbit)")
+    parser.add_argument("--tokens", type=positive, default=1024, help="tokens of each rank (default 1024)")
+    parser.add_argument(
+        "--sequences",
+        type=positive,
+        default=1,
+        help="sequences that the tokens form (default 1); with 2, two halves of a batch are measured too",
+    )
     parser.add_argument("--dtype", choices=list(LARGEST_LOSS_DIFFERENCE), default="float32")
     add_model_sizes(parser)
-    parser.add_argument("--chunks", type=chunk_count, help="of tritonmoe; chosen by itself if left out")
+    parser.add_argument(
+        "--chunks", type=chunk_count, help="number of chunks for tritonmoe (default: it chooses by itself)"
+    )
     parser.add_argument("--rounds", type=positive, default=7, help="interleaved rounds (default 7)")
-    parser.add_argument("--timeout-s", type=positive_number, default=120.0, help="of every exchange (default 120)")
+    parser.add_argument(
+        "--timeout-s", type=positive_number, default=120.0, help="seconds that an exchange may take (default 120)"
+    )
     parser.add_argument("--json", type=output_file, help="also write the figures to this file")
     return parser
 

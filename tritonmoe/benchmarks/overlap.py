@@ -28,6 +28,7 @@ from tritonmoe.errors import TransportError
 from tritonmoe.report.html import write_page
 from tritonmoe.report.perfetto import write_chrome_trace
 from tritonmoe.report.png import write_overlap_png
+from tritonmoe.report.terminal import wrapped
 from tritonmoe.report.timeline import Timeline, layer_timeline, simulated_timeline
 from tritonmoe.runtime.files import Json
 from tritonmoe.transports import EmulatedTransport, LinkModel, MPITransport, Transport
@@ -267,7 +268,7 @@ def _bytes_between_nodes(rows: list[int | None], measured: RankMeasurement, work
 def _write(arguments: argparse.Namespace, results: Json) -> None:
     """Write the files, then print the figures: they are there where nobody reads what is printed, and vice versa."""
     timelines: dict[str, list[Timeline]] = results.pop("timelines")
-    said, failures = [as_table(results)], []
+    said, failures = [wrapped(as_table(results))], []
 
     def write_picture(path: Path) -> None:
         lanes = [one[0] for one in timelines.values()]
@@ -289,6 +290,6 @@ def _write(arguments: argparse.Namespace, results: Json) -> None:
             failures.append(str(error))
     if arguments.record is not None:
         said.append(f"wrote {arguments.record}: read it with tritonmoe doctor {arguments.record}")
-    print("\n".join([*said, "", results["verdict"]["text"]]), flush=True)
+    print("\n".join([*said, "", wrapped(results["verdict"]["text"])]), flush=True)
     if failures:
         raise OSError("; ".join(failures))

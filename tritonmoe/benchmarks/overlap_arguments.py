@@ -23,7 +23,7 @@ __all__ = ["DEFAULT_RATE", "check_arguments", "check_ranks", "make_parser"]
 DEFAULT_RATE = "1gbit"
 
 DESCRIPTION = """\
-How much of a layer's communication the schedule hides: compute and communication alone, in series, overlapped.
+Measure how much of a layer's communication overlap hides: compute alone, communication alone, both in turn, overlapped.
 
 On a real link, in processes: under torchrun (gloo or NCCL), under mpiexec with --mpi, or in network namespaces that
 --netns makes on this machine. On an emulated link, in one process: --emulate. There all ranks compute on a CPU; on a
@@ -39,41 +39,60 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     where = parser.add_argument_group("ranks and links (under torchrun: none of these)")
-    where.add_argument("--emulate", type=positive, metavar="N", help="N ranks in this process, emulated link")
+    where.add_argument(
+        "--emulate", type=positive, metavar="N", help="N emulated ranks in this process, over an emulated link"
+    )
     where.add_argument("--netns", type=positive, metavar="N", help="N processes in network namespaces (Linux, root)")
-    where.add_argument("--mpi", action="store_true", help="the ranks of mpiexec")
+    where.add_argument("--mpi", action="store_true", help="take the ranks of mpiexec")
     link = where.add_mutually_exclusive_group()
-    link.add_argument("--rate", help=f"with these: every rank's link, each direction (default {DEFAULT_RATE})")
-    where.add_argument("--node-size", type=int, metavar="M", help="with --netns: nodes of M ranks ...")
-    where.add_argument("--inter-rate", metavar="RATE", help="... with an uplink of this rate for each node")
+    link.add_argument(
+        "--rate", help=f"with --emulate or --netns: the rate of every rank's link, each way (default {DEFAULT_RATE})"
+    )
+    where.add_argument("--node-size", type=int, metavar="M", help="with --netns: put M ranks on a node ...")
+    where.add_argument("--inter-rate", metavar="RATE", help="... and give each node an uplink of this rate")
     link.add_argument(
         "--compute-ratio",
         type=float,
         metavar="X",
-        help="choose the rate instead: compute takes X times as long as communication",
+        help="instead of --rate: choose a rate at which compute takes X times as long as communication",
     )
     what = parser.add_argument_group("layer")
-    what.add_argument("--model", choices=MODELS, default="coarse", help="shapes: E, K, D, F (default coarse)")
-    what.add_argument("--tokens", type=positive, default=1024, help="T of each rank (default 1024)")
-    what.add_argument("--dtype", choices=DTYPES, default="float32")
-    what.add_argument("--wire-dtype", choices=NAMED_WIRE_DTYPES, help="OverlapConfig.wire_dtype (default: as they are)")
     what.add_argument(
-        "--routing", default="uniform", help="uniform, zipf:S, remote, or a file of ids (default uniform)"
+        "--model", choices=MODELS, default="coarse", help="whose E, K, D and F the layer has (default coarse)"
+    )
+    what.add_argument("--tokens", type=positive, default=1024, help="tokens of each rank (default 1024)")
+    what.add_argument("--dtype", choices=DTYPES, default="float32")
+    what.add_argument(
+        "--wire-dtype", choices=NAMED_WIRE_DTYPES, help="send rows in this dtype (default: the dtype of the layer)"
+    )
+    what.add_argument(
+        "--routing",
+        default="uniform",
+        help="uniform, zipf:S, remote (no expert of a token is on its rank), or a file of ids (default uniform)",
     )
     what.add_argument("--forward-only", action="store_true", help="measure the forward without a backward")
-    what.add_argument("--chunks", type=chunk_count, nargs="+", default=[1, 2, 3, 4, 6, 8], help="default 1 2 3 4 6 8")
+    what.add_argument(
+        "--chunks",
+        type=chunk_count,
+        nargs="+",
+        default=[1, 2, 3, 4, 6, 8],
+        help="numbers of chunks to try (default 1 2 3 4 6 8)",
+    )
     parser.add_argument("--rounds", type=positive, default=21, help="interleaved rounds (default 21)")
-    parser.add_argument("--timeout-s", type=positive_number, default=60.0, help="of every exchange (default 60)")
+    parser.add_argument(
+        "--timeout-s", type=positive_number, default=60.0, help="seconds that an exchange may take (default 60)"
+    )
     parser.add_argument("--seed", type=seed, default=0)
     output = parser.add_argument_group("output, beside the table")
-    output.add_argument("--json", type=output_file, help="all figures")
+    output.add_argument("--json", type=output_file, help="write all figures to this file")
+    output.add_argument("--png", type=picture_file, help="draw the best schedules, measured and planned, and the sweep")
+    output.add_argument("--html", type=report_file, help="write a report for any browser: figures, lanes and traffic")
+    output.add_argument("--trace", type=output_file, help="write the lanes of every rank as a trace for Perfetto")
     output.add_argument(
-        "--png", type=picture_file, help="lanes of the best schedules, measured and planned, and the sweep"
-    )
-    output.add_argument("--html", type=report_file, help="a report: figures, lanes and traffic, a page for any browser")
-    output.add_argument("--trace", type=output_file, help="the same lanes of every rank for Perfetto")
-    output.add_argument(
-        "--record", type=output_folder, metavar="DIR", help="a recording of auto's calls, for tritonmoe doctor DIR"
+        "--record",
+        type=output_folder,
+        metavar="DIR",
+        help="record the calls of the layer that chooses by itself, for tritonmoe doctor DIR",
     )
     return parser
 

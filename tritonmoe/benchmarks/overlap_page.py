@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from tritonmoe.benchmarks.overlap_table import TERMS_OF_PICTURE, as_terms, headline, noise_notes, shown
+from tritonmoe.benchmarks.overlap_table import OF_ROUNDS, TERMS, TERMS_OF_PICTURE, headline, noise_notes, shown
 from tritonmoe.report.charts import Curve, Curves, Heat
 from tritonmoe.report.figures import Cell, Figures, Table, Words
 from tritonmoe.report.html import Page, Section
@@ -53,7 +53,7 @@ def overlap_page(results: Json, timelines: Mapping[str, Sequence[Timeline]]) -> 
         Section("Time by the number of chunks", [
             Curves("A call, median of its rounds", "number of chunks", "ms", curves, table)]),
         Section("Traffic", [traffic]),
-        Section("What the words mean", [Words(as_terms(TERMS_OF_PICTURE).splitlines())]),
+        Section("What the words mean", [Words([f"{name}: {TERMS[name]}" for name in TERMS_OF_PICTURE] + [OF_ROUNDS])]),
     ]  # fmt: skip
     summary = [
         f"{results['model']}, {results['tokens']} tokens on each of {results['ranks']} ranks, {results['routing']} "

@@ -4,9 +4,10 @@ import textwrap
 from collections.abc import Iterable
 
 from tritonmoe.benchmarks.overlap_report import BEYOND_BOUND
+from tritonmoe.report.terminal import TEXT_COLUMNS
 from tritonmoe.runtime.files import Json
 
-__all__ = ["TERMS", "TERMS_OF_PICTURE", "as_table", "as_terms", "headline", "noise_notes", "shown"]
+__all__ = ["OF_ROUNDS", "TERMS", "TERMS_OF_PICTURE", "as_table", "as_terms", "headline", "noise_notes", "shown"]
 
 TERMS = {
     "T_compute": "the layer whose rows are there at once: nothing travels",
@@ -73,7 +74,9 @@ def as_terms(names: Iterable[str]) -> str:
     """Return a legend: a line for each of these terms, then what is true of all figures."""
     names = list(names)
     width = max(map(len, names))
-    return "\n".join([*(f"{name:{width}}  {TERMS[name]}" for name in names), *textwrap.wrap(OF_ROUNDS, 100)])
+    behind = " " * (width + 2)
+    terms = (textwrap.fill(f"{name:{width}}  {TERMS[name]}", TEXT_COLUMNS, subsequent_indent=behind) for name in names)
+    return "\n".join([*terms, *textwrap.wrap(OF_ROUNDS, TEXT_COLUMNS)])
 
 
 def _title(figures: Json) -> str:

@@ -1,7 +1,7 @@
 """A Qwen3-MoE-like model and one of its blocks under tritonmoe, transformers' own experts implementations, and Liger.
 
-Everything runs in one process, in turn, with the same weights; only experts_implementation changes. Every call has
-another batch, the same for all of them: what an implementation prepares for one routing helps it with no other.
+Everything runs in one process, in turn, with the same weights; only experts_implementation changes. Every call has a
+new batch, the same one for all implementations: what an implementation prepared for an earlier routing doesn't help it.
 """
 
 import argparse
@@ -159,7 +159,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--passes", nargs="+", default=list(PASSES), choices=PASSES)
     parser.add_argument("--routings", nargs="+", default=list(ROUTINGS), choices=list(ROUTINGS))
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=["float32", "bfloat16"])
-    parser.add_argument("--tokens", type=positive, default=1024, help="T of training and prefill (default 1024)")
+    parser.add_argument("--tokens", type=positive, default=1024, help="tokens of training and prefill (default 1024)")
     parser.add_argument("--new-tokens", type=positive, default=16, help="tokens that decode generates (default 16)")
     add_model_sizes(parser)
     parser.add_argument("--png", type=picture_file, help="also draw the figures")

@@ -1,9 +1,9 @@
 """`tritonmoe check`: whether this GPU's kernels compute what plain PyTorch does, operation by operation.
 
-Small layers of every layout and dtype, and routers of every rule, forward and backward, take seconds once the kernels
-are compiled. The largest error of a result, and its root mean square, may be twice those of plain PyTorch in the same
-dtype. The exit status is 1 where one is larger: don't train with those kernels. Layers with backend="torch" compute
-without them, and models of transformers with experts_implementation="grouped_mm" on one device.
+The command runs small layers of every layout and dtype, and routers of every rule, forward and backward; that takes
+seconds once the kernels are compiled. The largest error of a result, and its root mean square, may be twice those of
+plain PyTorch in the same dtype. If one is larger, the exit status is 1: don't train with those kernels. Until they are
+mended, use layers with backend="torch", or on one device experts_implementation="grouped_mm" of transformers.
 """
 
 import argparse
@@ -22,7 +22,9 @@ __all__ = ["add_parser"]
 def add_parser(subparsers: Subparsers) -> None:
     """Add the subcommand to the parser of `tritonmoe`."""
     parser = subparsers.add_parser("check", help="compare this GPU's kernels with plain PyTorch", description=__doc__)
-    parser.add_argument("--json", action="store_true", help="print one JSON object with every comparison instead")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object with every comparison instead of the text"
+    )
     parser.set_defaults(run=run)
 
 

@@ -30,7 +30,7 @@ from tritonmoe.report.terminal import text_style
 from tritonmoe.runtime.progress import say
 from tritonmoe.transports import LinkModel
 
-__all__ = ["add_parser"]
+__all__ = ["MEASURING_ROUNDS", "MEASURING_TIME_LIMIT_S", "add_parser", "draw_layer"]
 
 DEFAULT_STEPS = 60
 TRAINING_TIME_LIMIT_S = 20.0
@@ -55,16 +55,23 @@ def add_parser(subparsers: Subparsers) -> None:
         type=positive,
         help=f"training steps (default {DEFAULT_STEPS}, fewer after {TRAINING_TIME_LIMIT_S:.0f} s)",
     )
-    parser.add_argument("--seed", type=seed, default=0, help="of parameters and batches (default 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="seed of parameters and batches (default 0)")
     parser.add_argument(
         "--out",
         type=output_folder,
         default=Path("tritonmoe-demo"),
         help="folder of the picture, the trace and the report (default %(default)s)",
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object with all figures instead")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object with all figures instead of the text"
+    )
     parser.add_argument("--ranks", type=int, choices=(2, 4, 8), default=4, help="emulated ranks (default 4)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default auto: a GPU if any")
+    parser.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="where the ranks compute (default auto: a GPU if there is one)",
+    )
     parser.set_defaults(run=run)
 
 
@@ -145,7 +152,7 @@ def _run_all(arguments: argparse.Namespace, device: torch.device) -> Results:
         num_compared_steps=num_compared,
         is_bit_equal=_have_equal_losses(serial, overlapped, num_compared),
         layer=layer,
-        png=_written(partial(_draw, layer), arguments.out / "tritonmoe-demo.png"),
+        png=_written(partial(draw_layer, layer), arguments.out / "tritonmoe-demo.png"),
         trace=_written(partial(_trace, layer), arguments.out / "tritonmoe-demo-trace.json"),
         report=None,
         elapsed_s=time.perf_counter() - started,
@@ -155,7 +162,8 @@ def _run_all(arguments: argparse.Namespace, device: torch.device) -> Results:
     return results
 
 
-def _draw(layer: LayerMeasurement, path: Path) -> None:
+def draw_layer(layer: LayerMeasurement, path: Path) -> None:
+    """Draw the serial and the overlapped layer, and its traffic."""
     write_png(
         path,
         layer.traffic_rows,

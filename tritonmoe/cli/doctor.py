@@ -2,8 +2,8 @@
 
 RUN is a folder that `tritonmoe.diagnosis.record(RUN)`, or `tritonmoe bench overlap --record RUN`, has written; or a
 folder of traces of any trainer: torch.profiler's (Kineto), dumps of the flight recorder, files of the NCCL Inspector.
-What a file is stands in it, not in its name. The exit status is 0 where nothing costs 8 % of the step (5 % in traces),
-1 where something does, 2 where a recording can't be read.
+The doctor knows a file by its content, not by its name. The exit status is 0 if the run is healthy (nothing unusual
+costs 5 % of a step), 1 if there are findings or no verdict, 2 if a file can't be read.
 """
 
 import argparse
@@ -31,6 +31,7 @@ from tritonmoe.doctor.run_figures import figures_of
 from tritonmoe.doctor.verdict import as_json, as_text
 from tritonmoe.report.figures import Figures
 from tritonmoe.report.html import Page, write_page
+from tritonmoe.report.terminal import wrapped
 from tritonmoe.runtime.files import Json, write_whole
 from tritonmoe.transports.torchrun import torchrun_ranks
 
@@ -42,13 +43,12 @@ PROBE_TIMEOUT_S = 120.0
 def add_parser(subparsers: Subparsers) -> None:
     """Add the subcommand to the parser of `tritonmoe`."""
     parser = subparsers.add_parser("doctor", help="say why a recorded step is slow", description=__doc__)
-    parser.add_argument(
-        "runs", metavar="RUN", nargs="*", type=Path, help="a folder that record() has written, or of traces"
-    )
+    parser.add_argument("runs", metavar="RUN", nargs="*", type=Path, help="a folder of a recording, or of traces")
     parser.add_argument(
         "--probe-links",
         action="store_true",
-        help="under torchrun, without RUN: measure the link between every two ranks (NCCL tells of no arrivals)",
+        help="under torchrun, without RUN: measure the link between every two ranks, "
+        "which a recording over NCCL can't tell",
     )
     parser.add_argument("--json", type=output_file, help="also write all figures to this file")
     parser.add_argument("--html", type=report_file, help="also write a report to this file, a page for any browser")
@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
     except (ValueError, OSError) as error:
         print(f"tritonmoe doctor: {error}", file=sys.stderr)
         return 2
-    print("\n\n".join(one.text() for one in found))
+    print(wrapped("\n\n".join(one.text() for one in found)))
     return 0 if all(one.found.is_healthy for one in found) else 1
 
 

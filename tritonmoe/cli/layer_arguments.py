@@ -26,11 +26,16 @@ def add_layer_arguments(parser: argparse.ArgumentParser, *, sizes_required: bool
     parser.add_argument(
         "--tokens", type=positive, nargs="+", help="tokens per call; default: one of every class of tiles"
     )
-    parser.add_argument("--activation", choices=ACTIVATIONS, default="silu", help="clamped is gpt-oss's (default silu)")
-    parser.add_argument("--ungated", action="store_true")
-    parser.add_argument("--interleaved", action="store_true")
-    parser.add_argument("--transposed", action="store_true")
-    parser.add_argument("--bias", action="store_true")
+    parser.add_argument(
+        "--activation",
+        choices=ACTIVATIONS,
+        default="silu",
+        help="of the experts; clamped is that of gpt-oss (default silu)",
+    )
+    parser.add_argument("--ungated", action="store_true", help="experts without a gate")
+    parser.add_argument("--interleaved", action="store_true", help="columns of gate and up alternate")
+    parser.add_argument("--transposed", action="store_true", help="weights as (E, D, 2F) and (E, F, D)")
+    parser.add_argument("--bias", action="store_true", help="experts with biases")
 
 
 def layer_shape(arguments: argparse.Namespace) -> LayerShape:

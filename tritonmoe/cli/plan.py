@@ -22,6 +22,7 @@ from tritonmoe.planner.plan_table import comparison_table, plan_table
 from tritonmoe.planner.trainer import TRAINERS, UNKNOWN_IMBALANCE, Sends, trained_by
 from tritonmoe.planner.training_plan import plan
 from tritonmoe.report.html import Page, write_page
+from tritonmoe.report.terminal import wrapped
 from tritonmoe.runtime.files import Json, write_whole
 
 __all__ = ["add_parser"]
@@ -34,25 +35,27 @@ def add_parser(subparsers: Subparsers) -> None:
     )
     parser.add_argument("model", nargs="?", help=f"a config.json, its folder, or one of {', '.join(MODELS)}")
     parser.add_argument("cluster", nargs="?", help=f"a TOML file, or one of {', '.join(CLUSTERS)}")
-    parser.add_argument("--compare", nargs="+", metavar="CLUSTER", help="instead of one cluster: two or more")
+    parser.add_argument(
+        "--compare", nargs="+", metavar="CLUSTER", help="compare two or more clusters, instead of planning for one"
+    )
     parser.add_argument(
         "--new-cluster",
         type=output_file,
         metavar="FILE",
-        help="write a commented description of H100, or of the cluster that stands before it",
+        help="write the cluster named before it (H100 if none is) to a file, with comments, to be edited",
     )
-    parser.add_argument("--nodes", type=positive, help="instead of the cluster's number of nodes")
+    parser.add_argument("--nodes", type=positive, help="number of nodes (default: that of the cluster)")
     parser.add_argument("--sequence", type=positive, default=4096, help="tokens of one sequence (default 4096)")
     parser.add_argument("--micro-batch", type=positive, default=1, help="sequences of a micro-batch (default 1)")
     parser.add_argument(
         "--micro-batches",
         type=positive,
         default=8,
-        help="micro-batches of a step on each data-parallel rank; where tp or pp are searched, with 1 of them: choices "
-        "with more have as many more, for as many tokens a step (default 8)",
+        help="micro-batches of a step on each data-parallel rank (default 8); while tp or pp are searched, a "
+        "choice with more of them gets more micro-batches, so that all train the same number of tokens a step",
     )
-    parser.add_argument("--tp", type=positive, help="tensor-parallel ranks (default: 1 to 8 are searched)")
-    parser.add_argument("--pp", type=positive, help="pipeline stages (default: 1 to 32 are searched)")
+    parser.add_argument("--tp", type=positive, help="tensor-parallel ranks (default: the best of 1 to 8)")
+    parser.add_argument("--pp", type=positive, help="pipeline stages (default: the best of 1 to 32)")
     parser.add_argument(
         "--stages-in-turn", type=positive, default=1, help="pieces of each pipeline stage, interleaved (default 1)"
     )
@@ -60,17 +63,43 @@ def add_parser(subparsers: Subparsers) -> None:
         "--ep", type=positive, nargs="+", default=[], help="expert-parallel ranks (default: all that fit)"
     )
     parser.add_argument(
-        "--recompute", choices=get_args(Recompute), help="default: as little as the memory allows is searched"
+        "--recompute",
+        choices=get_args(Recompute),
+        help="activations that backward computes again (default: as few as the memory allows)",
     )
     parser.add_argument("--trainer", choices=list(TRAINERS), default="ours", help="whose code trains (default ours)")
-    parser.add_argument("--sends", choices=get_args(Sends), help="default: what the trainer sends")
-    parser.add_argument("--zero", type=int, choices=[1, 3], help="default: what the trainer spreads")
+    parser.add_argument(
+        "--sends",
+        choices=get_args(Sends),
+        help="whether a token travels once to each rank or once for each expert (default: as the trainer does)",
+    )
+    parser.add_argument(
+        "--zero",
+        type=int,
+        choices=[1, 3],
+        help="ZeRO stage: what data-parallel ranks spread (default: as the trainer does)",
+    )
     parser.add_argument("--dtype", choices=list(DTYPE_BYTES), default="bf16")
-    parser.add_argument("--wire-dtype", choices=["fp8"], help="how rows travel to their experts")
-    parser.add_argument("--equal", choices=get_args(Equal), help="with --compare: as many GPUs, or as many $ an hour")
-    parser.add_argument("--two-batches", action="store_true", help="two halves of a micro-batch in turn")
+    parser.add_argument(
+        "--wire-dtype", choices=["fp8"], help="dtype in which rows travel to their experts (default: that of --dtype)"
+    )
+    parser.add_argument(
+        "--equal",
+        choices=get_args(Equal),
+        help="with --compare: give all clusters as many GPUs as the first, or GPUs for the same $ an hour",
+    )
+    parser.add_argument(
+        "--two-batches",
+        action="store_true",
+        help="run two halves of a micro-batch at once, each under the other's exchanges",
+    )
     parser.add_argument("--balanced", action="store_true", help="routing is forced to be balanced, as in benchmarks")
-    parser.add_argument("--routing", type=Path, metavar="FILE", help="JSON: how many pairs each expert got")
+    parser.add_argument(
+        "--routing",
+        type=Path,
+        metavar="FILE",
+        help="JSON list of the pairs that each expert got (default: an assumed imbalance)",
+    )
     parser.add_argument("--json", type=output_file, metavar="FILE", help="write everything to this file")
     parser.add_argument("--html", type=report_file, metavar="FILE", help="write a report, a page for any browser")
     parser.set_defaults(run=run)
@@ -103,11 +132,11 @@ def _plan(arguments: argparse.Namespace) -> int:
         if len({cluster.name for cluster in clusters}) < len(clusters):
             clusters = [replace(one, name=given) for one, given in zip(clusters, arguments.compare, strict=True)]
         comparison = compare(job, clusters, arguments.ep, free=free, equal=arguments.equal)
-        print(comparison_table(comparison))
+        print(wrapped(comparison_table(comparison)))
         _write(arguments, comparison.to_json(), lambda: comparison_page(comparison))
         return 0 if all(one.best.fits for one in comparison.plans) else 1
     found = plan(job, _sized(_find_cluster(arguments.cluster), arguments), arguments.ep, free=free)
-    print(plan_table(found))
+    print(wrapped(plan_table(found)))
     _write(arguments, found.to_json(), lambda: plan_page(found))
     return 0 if found.best.fits else 1
 

@@ -29,7 +29,9 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument("file", type=output_file, help="the TOML file to write")
     parser.add_argument("model", help=f"whose sizes to measure: a config.json, or one of {', '.join(MODELS)}")
     parser.add_argument(
-        "--cluster", default="H100", help="where prices and all that is not measured come from (default H100)"
+        "--cluster",
+        default="H100",
+        help="cluster from which prices, and all that is not measured, are taken (default H100)",
     )
     parser.add_argument("--tokens", type=positive, default=4096, help="tokens of a micro-batch (default 4096)")
     parser.add_argument("--ep", type=positive, default=1, help="expert-parallel ranks of the plan (default 1)")

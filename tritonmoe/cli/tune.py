@@ -1,7 +1,8 @@
 """`tritonmoe tune`: search faster tile configurations for a layer on this GPU, or show what would be chosen.
 
-What it finds goes to tiles.json in $TRITONMOE_CACHE_DIR (default ~/.cache/tritonmoe) and is used from then on. Every
-measurement is kept in tuning.jsonl beside it as soon as it is there: the same command goes on where it was stopped.
+The result goes to tiles.json in $TRITONMOE_CACHE_DIR (default ~/.cache/tritonmoe), and every launch of a kernel uses it
+from then on. Every measurement is written to tuning.jsonl beside it at once: if the command is stopped, run it again,
+and it goes on there.
 """
 
 import argparse

@@ -20,18 +20,25 @@ def add_parser(subparsers: Subparsers) -> None:
         "copy the result computes what the dense model does.",
     )
     parser.add_argument("source", metavar="IN", help="directory of the dense checkpoint, which is not changed")
-    parser.add_argument("destination", metavar="OUT", help="directory to write, which must not exist or be empty")
+    parser.add_argument("destination", metavar="OUT", help="directory to write, which must be new or empty")
     parser.add_argument("--num-experts", type=positive, required=True)
     parser.add_argument("--top-k", type=positive, required=True, help="experts per token, a multiple of --granularity")
     parser.add_argument(
         "--granularity", type=positive, default=1, help="an expert is 1/G of the dense block (default 1)"
     )
-    parser.add_argument("--init", choices=("copy", "noise", "drop"), default="copy", help="only copy is exact")
+    parser.add_argument(
+        "--init",
+        choices=("copy", "noise", "drop"),
+        default="copy",
+        help="how experts differ from the dense block: only copy is exact",
+    )
     parser.add_argument("--shared-expert", action="store_true", help="add an expert that every token reaches")
     parser.add_argument("--target", default="auto", help="auto, a model type such as mixtral, or inplace")
-    parser.add_argument("--layers", type=_layers, default="all", help="such as 0,2,4-7 (default: all)")
+    parser.add_argument(
+        "--layers", type=_layers, default="all", help="blocks to convert, such as 0,2,4-7 (default: all)"
+    )
     parser.add_argument("--seed", type=seed, default=0)
-    parser.add_argument("--max-shard-size", default="5GB", help="of an output file (default 5GB)")
+    parser.add_argument("--max-shard-size", default="5GB", help="largest size of an output file (default 5GB)")
     parser.set_defaults(run=run)
 
 

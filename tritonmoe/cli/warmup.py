@@ -1,8 +1,8 @@
 """`tritonmoe warmup`: compile a layer's kernels before the first step, for this GPU or, with --target, for another.
 
-They are all that inference and training launch with the default options: with save="hidden" or "input", with gradients
-returned or added to an fp32 main_grad. Nothing is run. Triton keeps what it compiles in its cache ($TRITON_CACHE_DIR,
-default ~/.triton/cache).
+The command compiles every kernel that inference and training launch with the default options: with save="hidden" or
+"input", with gradients returned or added to an fp32 main_grad. It runs none of them. Triton keeps compiled kernels in
+its cache ($TRITON_CACHE_DIR, default ~/.triton/cache).
 """
 
 import argparse

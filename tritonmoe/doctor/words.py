@@ -94,7 +94,7 @@ def _what(one: Finding, several: bool, num_ranks: int) -> str:
     return {
         "imbalance": f"get{s} more rows than others",
         "late link": "every message comes later than over other links, however small",
-        "slow port": culprits.words,
+        "slow port": culprits.words or f"move{s} {their} bytes more slowly than the others",
         "bandwidth": f"wait{s} for the bytes of exchanges, at the links' usual rate",
         "latency": f"wait{s} for exchanges for what these take however small they are",
         "chunk overhead": f"pay{s} what a part of a layer costs, however small it is, once for every chunk",

@@ -7,7 +7,7 @@ from tritonmoe.planner.comparison import Comparison
 from tritonmoe.planner.plan_verdict import DECIDES, compare_verdict, plan_verdict
 from tritonmoe.planner.training_plan import Plan
 from tritonmoe.report.charts import Curve, Curves, Segment, Strip, Strips, ticks
-from tritonmoe.report.figures import Cell, Figures, Table, Words
+from tritonmoe.report.figures import Cell, Figures, Line, Table, Words
 from tritonmoe.report.html import Block, Page, Section
 from tritonmoe.runtime.files import Json
 
@@ -62,8 +62,8 @@ def comparison_page(comparison: Comparison) -> Page:
 
 
 HEADER = (
-    *("tp", "pp", "ep", "levels", "recompute", "chunks", "step", "low (80 %)", "high (80 %)", "exchanges", "exposed"),
-    *("no overlap", "tokens/s/GPU", "MFU", "GPUs used", "memory", "$/M tokens", ""),
+    *("memory", "tp", "pp", "ep", "levels", "recompute", "chunks", "step", "low (80 %)", "high (80 %)", "exchanges"),
+    *("exposed", "no overlap", "tokens/s/GPU", "MFU", "GPUs used", "$/M tokens"),
 )
 
 
@@ -100,17 +100,18 @@ class _Planned:
             self.number("stays_best", "share"), " of the draws of the estimates.",
         ]  # fmt: skip
 
-    def rows(self, most: int) -> list[list[Cell]]:
-        rows = []
+    def rows(self, most: int) -> list[list[Cell | Line]]:
+        rows: list[list[Cell | Line]] = []
         for n, one in enumerate(self.choices[:most]):
             key = f"choices/{n}/"
-            row: list[Cell] = [self.number(key + name, "count") for name in ("tp", "pp", "ep", "levels")]
+            memory = self.number(key + "memory_gb", "GB")
+            row: list[Cell | Line] = [memory if one["fits"] else [memory, " too large"]]
+            row += [self.number(key + name, "count") for name in ("tp", "pp", "ep", "levels")]
             row += [one["recompute"], _chunks(one)]
             row += [self.number(key + name, "ms") for name in TIMES]
             row += [self.number(key + "tokens_per_s_per_gpu", "count"), self.number(key + "mfu", "share")]
-            row += [self.number(key + "gpus_used", "count"), self.number(key + "memory_gb", "GB")]
-            row.append(self.number(key + "usd_per_million_tokens", "$"))
-            rows.append([self.name, *row, "" if one["fits"] else "too large"])
+            row += [self.number(key + "gpus_used", "count"), self.number(key + "usd_per_million_tokens", "$")]
+            rows.append([self.name, *row])
         return rows
 
     def table(self) -> Table:

@@ -5,26 +5,12 @@ from collections.abc import Iterator, Sequence
 from tritonmoe.planner.comparison import Comparison
 from tritonmoe.planner.plan_verdict import DECIDES, compare_verdict, plan_verdict, why
 from tritonmoe.planner.training_plan import Plan, Prediction
+from tritonmoe.report.terminal import TEXT_COLUMNS
 
 __all__ = ["comparison_table", "plan_table"]
 
 MOST_ROWS = 12
 MOST_PARTS = 6
-HEADER = (
-    *(
-        "tp",
-        "pp",
-        "ep",
-        "levels",
-        "recompute",
-        "chunks",
-        "step ms (80 %)",
-        "exchanges ms",
-        "exposed ms",
-        "tokens/s/GPU",
-    ),
-    *("MFU", "GB", "$/M tokens", ""),
-)
 
 
 def plan_table(plan: Plan) -> str:
@@ -36,7 +22,7 @@ def plan_table(plan: Plan) -> str:
         f"{job.sequence} x {job.micro_batch} tokens, {best.time.tokens} a step, {job.dtype}"
         + (", two batches" if job.two_batches else ""),
         "",
-        *_table([HEADER, *(_row(one) for one in plan.predictions[:MOST_ROWS])]),
+        *_choices(plan),
     ]
     if plan.num_found > MOST_ROWS:
         lines.append(f"... and {plan.num_found - MOST_ROWS} other ways: --json has the {len(plan.predictions)} best")
@@ -50,6 +36,10 @@ def _about_best(plan: Plan) -> Iterator[str]:
     best, cluster = plan.best, plan.cluster
     used = f", which uses {best.gpus_used} of {cluster.num_gpus} GPUs" if best.gpus_used < cluster.num_gpus else ""
     yield f"Best: {best.choice}{used}. It stays so in {plan.stays_best:.0%} of {len(plan.draws)} draws."
+    yield (
+        f"It trains {best.tokens_per_s_per_gpu:.0f} tokens/s per GPU (MFU {best.mfu:.0%}), a million tokens for "
+        f"{best.usd_per_million_tokens:.4f} $."
+    )
     yield f"Its step: {_parts(best)}."
     yield (
         f"Its exchanges: {_ms(best.exchange_s, best.exchange_interval_s)}, of which nothing hides "
@@ -67,17 +57,31 @@ def _ms(seconds: float, interval: tuple[float, float]) -> str:
     return f"{seconds * 1e3:.0f} ms ({interval[0] * 1e3:.0f} - {interval[1] * 1e3:.0f})"
 
 
+def _choices(plan: Plan) -> list[str]:
+    """Return a line for each choice; whether it fits stands behind its first columns."""
+    unit = _Unit(plan.best.time.step_s)
+    header = ("tp", "pp", "ep", "levels", "recompute", "chunks", "GB", f"step {unit.name} (80 %)")
+    rows = [
+        (*_layout(one), _memory(one), unit.interval(one), unit(one.exchange_s), unit(one.time.exposed_s))
+        for one in plan.predictions[:MOST_ROWS]
+    ]
+    return _table([(*header, "exchanges", "exposed"), *rows], " ")
+
+
 def comparison_table(comparison: Comparison) -> str:
     """Return the best choice on every cluster, and the price by model size."""
-    rows: list[Sequence[str]] = [("cluster", "GPUs", "$/h", *HEADER)]
-    for plan in comparison.plans:
-        cluster = plan.cluster
-        usd = f"{cluster.usd_per_gpu_hour * cluster.num_gpus:.0f}"
-        rows.append((cluster.name, str(cluster.num_gpus), usd, *_row(plan.best)))
     names = [plan.cluster.name for plan in comparison.plans]
     at = {None: "", "gpus": ", at equal GPUs", "price": ", at an equal price"}[comparison.equal]
     job = comparison.plans[0].job
-    lines = [f"{job.model.name}, trainer {job.trainer}{at}", "", *_table(rows), ""]
+    lines = [f"{job.model.name}, trainer {job.trainer}{at}", ""]
+    words, *columns = _clusters(comparison.plans)
+    while columns:
+        for number in range(len(columns), 0, -1):  # as many side by side as there is room for
+            table = _table(list(zip(words, *columns[:number], strict=True)), is_first_left=True)
+            if max(map(len, table)) <= TEXT_COLUMNS:
+                break
+        lines += [*table, ""]
+        columns = columns[number:]
     lines += _decision(comparison, names)
     lines += ["", "$ per million tokens, by the model's widths:"]
     prices = [
@@ -87,6 +91,30 @@ def comparison_table(comparison: Comparison) -> str:
     lines += _table([("cluster", *(f"x{scale:.2g}" for scale in comparison.scales)), *prices])
     lines += ["", *_crossings(comparison, names), "", compare_verdict(comparison)]
     return "\n".join(lines)
+
+
+def _clusters(plans: Sequence[Plan]) -> list[tuple[str, ...]]:
+    """Return a column of words, and one for each cluster with its best choice."""
+    unit = _Unit(min(plan.best.time.step_s for plan in plans))
+    columns: list[tuple[str, ...]] = [
+        (
+            *("", "GPUs", "$ an hour", "tp, pp, ep", "levels", "recompute", "chunks", "GB of a GPU"),
+            *(f"step {unit.name} (80 %)", f"exchanges {unit.name}", f"exposed {unit.name}", "tokens/s per GPU", "MFU"),
+            "$ per M tokens",
+        )
+    ]
+    for plan in plans:
+        cluster, best = plan.cluster, plan.best
+        tp, pp, ep, *rest = _layout(best)
+        columns.append(
+            (
+                *(cluster.name, str(cluster.num_gpus), f"{cluster.usd_per_gpu_hour * cluster.num_gpus:.0f}"),
+                *(f"{tp}, {pp}, {ep}", *rest, _memory(best)),
+                *(unit.interval(best), unit(best.exchange_s), unit(best.time.exposed_s)),
+                *(f"{best.tokens_per_s_per_gpu:.0f}", f"{best.mfu:.0%}", f"{best.usd_per_million_tokens:.4f}"),
+            )
+        )
+    return columns
 
 
 def _decision(comparison: Comparison, names: Sequence[str]) -> Iterator[str]:
@@ -115,22 +143,29 @@ def _crossings(comparison: Comparison, names: Sequence[str]) -> Iterator[str]:
         last = cheapest
 
 
-def _row(one: Prediction) -> tuple[str, ...]:
-    sizes, time = one.choice.overlap.chunk_sizes, one.time
-    low, high = one.step_interval_s
-    return (
-        *(str(one.choice.tp), str(one.choice.pp), str(one.choice.ep), str(one.choice.num_levels)),
-        one.choice.recompute,
-        f"{len(sizes)}" + ("" if len(set(sizes)) == 1 else " ramp"),
-        f"{time.step_s * 1e3:.0f} ({low * 1e3:.0f} - {high * 1e3:.0f})",
-        f"{one.exchange_s * 1e3:.0f}",
-        f"{time.exposed_s * 1e3:.0f}",
-        f"{one.tokens_per_s_per_gpu:.0f}",
-        f"{one.mfu:.0%}",
-        f"{one.memory_gb:.0f}",
-        f"{one.usd_per_million_tokens:.4f}",
-        "" if one.fits else "too large",
-    )
+class _Unit:
+    """The unit of a table's times: seconds where steps take ten of them, else milliseconds."""
+
+    def __init__(self, step_s: float) -> None:
+        self.name, self.factor, self.digits = ("s", 1.0, 1) if step_s >= 10 else ("ms", 1e3, 0)
+
+    def __call__(self, seconds: float) -> str:
+        return f"{seconds * self.factor:.{self.digits}f}"
+
+    def interval(self, one: Prediction) -> str:
+        """Return a step's time and its 80 % interval."""
+        low, high = one.step_interval_s
+        return f"{self(one.time.step_s)} ({self(low)} - {self(high)})"
+
+
+def _layout(one: Prediction) -> tuple[str, ...]:
+    sizes, of = one.choice.overlap.chunk_sizes, one.choice
+    chunks = f"{len(sizes)}" + ("" if len(set(sizes)) == 1 else " ramp")
+    return str(of.tp), str(of.pp), str(of.ep), str(of.num_levels), of.recompute, chunks
+
+
+def _memory(one: Prediction) -> str:
+    return f"{one.memory_gb:.0f}" if one.fits else f"{one.memory_gb:.0f} too large"
 
 
 def _parts(one: Prediction) -> str:
@@ -141,6 +176,11 @@ def _parts(one: Prediction) -> str:
     return ", ".join(said) + (f", other {rest / one.time.step_s:.0%}" if rest else "")
 
 
-def _table(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[n]) for row in rows if n < len(row)) for n in range(max(map(len, rows)))]
-    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=False)).rstrip() for row in rows]
+def _table(rows: Sequence[Sequence[str]], between: str = "  ", is_first_left: bool = False) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for first, *others in rows:
+        cells = [first.ljust(widths[0]) if is_first_left else first.rjust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        lines.append(between.join(cells).rstrip())
+    return lines

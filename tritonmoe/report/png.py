@@ -1,5 +1,6 @@
 """One picture of a layer's communication: the traffic between ranks, and the lanes of one rank over time."""
 
+import itertools
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,12 +19,15 @@ if TYPE_CHECKING:
 __all__ = ["COLORS", "group_of", "write_overlap_png", "write_png"]
 
 COLORS = {
-    "dispatch": "#4c78a8",
-    "combine": "#f58518",
-    "experts": "#54a24b",
-    "weight gradients": "#2f6b2a",
-    "routing data, sums": "#bab0ac",
+    "experts": "#3f66d6",
+    "dispatch": "#c9711a",
+    "weight gradients": "#22397f",
+    "combine": "#f2b566",
+    "routing data, sums": "#b3b8c4",
 }
+"""Blue computes, amber travels, as on the site and in the pages of reports."""
+INK = "#172036"
+SHADES = ("#edf1fc", COLORS["experts"], COLORS["weight gradients"])
 GROUP_OF_SHORT_NAME = {"d": "dispatch", "c": "combine", "e": "experts", "w": "weight gradients"}
 
 
@@ -90,16 +94,16 @@ def _draw_sweep(axes: "Axes", results: Json) -> None:
     series: dict[str, list[tuple[int, Mapping[str, float]]]] = {}
     for variant in results["sweep"]:
         series.setdefault(variant["series"], []).append((variant["num_chunks"], results["variants"][variant["name"]]))
-    for name, points in series.items():
+    for color, (name, points) in zip(itertools.cycle(COLORS.values()), series.items(), strict=False):
         chunks = [num_chunks for num_chunks, _ in points]
         medians = [times["median_ms"] for _, times in points]
         below = [times["median_ms"] - times["lower_quartile_ms"] for _, times in points]
         above = [times["upper_quartile_ms"] - times["median_ms"] for _, times in points]
-        axes.errorbar(chunks, medians, yerr=[below, above], marker="o", capsize=3, label=name)
+        axes.errorbar(chunks, medians, yerr=[below, above], marker="o", capsize=3, label=name, color=color)
     for kind in ("compute", "communication"):
         time_ms = results["summary"][f"T_{kind}"]["median_ms"]
-        axes.axhline(time_ms, color="#333333", lw=1, ls="--" if kind == "compute" else ":", label=f"T_{kind}")
-    axes.axhline(results["summary"]["auto"]["median_ms"], color="#e45756", lw=1, label="auto")
+        axes.axhline(time_ms, color=INK, lw=1, ls="--" if kind == "compute" else ":", label=f"T_{kind}")
+    axes.axhline(results["summary"]["auto"]["median_ms"], color="#d6336c", lw=1, label="auto")
     axes.set_xlabel("number of chunks")
     axes.set_xticks(sorted({num_chunks for points in series.values() for num_chunks, _ in points}))
     axes.set_ylabel("milliseconds")
@@ -108,11 +112,14 @@ def _draw_sweep(axes: "Axes", results: Json) -> None:
 
 
 def _draw_heat_map(axes: "Axes", traffic_rows: Sequence[Sequence[int]]) -> None:
+    from matplotlib.colors import LinearSegmentedColormap
+
     num_ranks = len(traffic_rows)
     every = [value for values in traffic_rows for value in values]
     least, largest = min(every, default=0), max(every, default=0)
-    axes.imshow(traffic_rows, cmap="viridis", vmin=least, vmax=max(least + 1, largest))
-    axes.set_title(f"tokens of rank i that need rank k: {least:,} (darkest) .. {largest:,}", fontsize=10)
+    shades = LinearSegmentedColormap.from_list("traffic", SHADES)
+    axes.imshow(traffic_rows, cmap=shades, vmin=least, vmax=max(least + 1, largest))
+    axes.set_title(f"tokens of rank i that need rank k: {least:,} (lightest) .. {largest:,}", fontsize=10)
     axes.set_xlabel("to rank k")
     axes.set_ylabel("from rank i")
     step = max(1, num_ranks // 16)
@@ -121,7 +128,7 @@ def _draw_heat_map(axes: "Axes", traffic_rows: Sequence[Sequence[int]]) -> None:
     if num_ranks <= 16:
         for i, values in enumerate(traffic_rows):
             for k, value in enumerate(values):
-                color = "black" if value - least > 0.6 * (largest - least) else "white"
+                color = "white" if value - least > 0.4 * (largest - least) else INK
                 axes.text(k, i, str(value), ha="center", va="center", color=color, fontsize=11)
 
 
@@ -134,11 +141,12 @@ def _draw_lanes(axes: "Axes", timeline: Timeline, longest_ms: float) -> None:
         axes.barh(place, width_ms, left=start_ms, height=0.72, color=COLORS[group], edgecolor="white", lw=0.6)
         if width_ms > 0.018 * longest_ms and group != "routing data, sums":
             label = "w" if span.chunk is None else "L" if span.chunk < 0 else str(span.chunk)
-            axes.text(start_ms + width_ms / 2, place, label, ha="center", va="center", color="white", fontsize=8)
+            ink = INK if group == "combine" else "white"
+            axes.text(start_ms + width_ms / 2, place, label, ha="center", va="center", color=ink, fontsize=8)
     forward_ms = timeline.forward.total_s * 1e3
-    axes.axvline(forward_ms, color="#333333", lw=1, ls="--")
-    axes.text(forward_ms, -0.62, " backward", ha="left", va="bottom", fontsize=8, color="#333333")
-    axes.text(forward_ms, -0.62, "forward ", ha="right", va="bottom", fontsize=8, color="#333333")
+    axes.axvline(forward_ms, color=INK, lw=1, ls="--")
+    axes.text(forward_ms, -0.62, " backward", ha="left", va="bottom", fontsize=8, color=INK)
+    axes.text(forward_ms, -0.62, "forward ", ha="right", va="bottom", fontsize=8, color=INK)
     axes.set_yticks(range(len(lanes)), lanes)
     axes.set_ylim(len(lanes) - 0.4, -0.85)
     axes.set_xlim(0, max(longest_ms * 1.01, 1e-6))

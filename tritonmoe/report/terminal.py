@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TextIO
@@ -9,9 +10,21 @@ from typing import TextIO
 from tritonmoe.overlap.steps import StepKind
 from tritonmoe.report.timeline import LANES, NODE, Span, Timeline
 
-__all__ = ["TIMELINE_LEGEND", "TextStyle", "heat_map", "lane_timelines", "short_name", "sparkline", "text_style"]
+__all__ = [
+    "TEXT_COLUMNS",
+    "TIMELINE_LEGEND",
+    "TextStyle",
+    "heat_map",
+    "lane_timelines",
+    "short_name",
+    "sparkline",
+    "text_style",
+    "wrapped",
+]
 
 MIN_COLUMNS, MAX_COLUMNS = 40, 160
+TEXT_COLUMNS = 88
+"""Sentences and tables are at most as wide: a terminal, a log and a page of the docs have room for them."""
 
 SHORT_NAMES = {
     StepKind.METADATA: "m",
@@ -42,7 +55,7 @@ TIMELINE_LEGEND = (
 
 # 256-colour palette: from dark blue through violet to yellow, readable with white, then black text.
 HEAT_COLORS = (17, 18, 54, 90, 126, 162, 167, 173, 179, 186)
-LANE_COLORS = {"compute": (28, 34), "comm": (25, 32), NODE: (94, 130)}
+LANE_COLORS = {"compute": (25, 32), "comm": (130, 172), NODE: (60, 97)}
 
 
 @dataclass(frozen=True)
@@ -67,6 +80,18 @@ def text_style(stream: TextIO) -> TextStyle:
     except (UnicodeEncodeError, LookupError):
         can_encode = False
     return TextStyle(max(MIN_COLUMNS, min(columns, MAX_COLUMNS)), color, can_encode)
+
+
+def wrapped(text: str) -> str:
+    """Return a text whose longer lines go on below, two columns further in; words and paths stay whole."""
+    lines = []
+    for line in text.split("\n"):
+        behind = " " * (len(line) - len(line.lstrip()) + 2)
+        pieces = textwrap.wrap(
+            line, TEXT_COLUMNS, subsequent_indent=behind, break_long_words=False, break_on_hyphens=False
+        )
+        lines += pieces if len(line) > TEXT_COLUMNS else [line]
+    return "\n".join(lines)
 
 
 def heat_map(matrix: Sequence[Sequence[int]], style: TextStyle | None = None, *, row: str, column: str) -> str:

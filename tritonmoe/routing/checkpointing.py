@@ -22,7 +22,8 @@ def save_topk() -> tuple[AbstractContextManager, AbstractContextManager]:
     ids, in tensors of its own: transformers divides them by their sum in place. Compiled code keeps all that a router's
     kernels give. For users:
 
-        torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False, context_fn=tritonmoe.routing.save_topk)
+        save_topk = tritonmoe.routing.save_topk
+        torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False, context_fn=save_topk)
     """
     if torch.compiler.is_compiling():  # tracers know torch's own contexts only; nothing is in place in a graph
         return create_selective_checkpoint_contexts([torch.ops.aten.topk.default, torch.ops.tritonmoe.route.default])

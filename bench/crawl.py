@@ -1,0 +1,143 @@
+"""`python -m bench.crawl SITE`: open every page of the built site in a browser, and name what is broken or cut off.
+
+It needs chromium or chrome, and no package: the browser is asked over a pipe, in the DevTools protocol.
+"""
+
+import argparse
+import functools
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import TypedDict
+from urllib.parse import unquote, urldefrag, urlsplit
+
+from bench.browser import Browser, find_browser
+
+DESKTOP, PHONE = (1280, 900), (390, 844)
+LOOKED_AT = ("index", "tutorials/first-layer", "diagnosis", "planning", "results", "reference/layers", "which")
+"""Pages of which screenshots are taken, where they exist."""
+SEEN = """
+(() => {
+  const shown = element => element.getClientRects().length > 0;
+  const start = element => element.textContent.trim().slice(0, 60);
+  return {
+    links: [...document.querySelectorAll('a[href], img[src], source[srcset], link[href]')]
+      .map(one => new URL(one.getAttribute('href') || one.getAttribute('src') || one.srcset, document.baseURI).href),
+    ids: [...document.querySelectorAll('[id], a[name]')].map(one => one.id || one.name),
+    broken: [...document.images].filter(one => shown(one) && one.complete && !one.naturalWidth).map(one => one.src),
+    cut: [...document.querySelectorAll('article pre > code')]
+      .filter(one => shown(one) && one.scrollWidth > one.clientWidth).map(start),
+    width: document.documentElement.scrollWidth,
+    beyond: [...document.querySelectorAll('article *')]
+      .filter(one => shown(one) && one.getBoundingClientRect().right > innerWidth + 1).slice(0, 3).map(start),
+  };
+})()
+"""
+
+
+class Seen(TypedDict):
+    """What SEEN gives of a page."""
+
+    links: list[str]
+    ids: list[str]
+    broken: list[str]
+    cut: list[str]
+    width: int
+    beyond: list[str]
+
+
+class _Handler(SimpleHTTPRequestHandler):
+    """Serve files, without a line for each."""
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+def serve(folder: Path) -> tuple[ThreadingHTTPServer, str]:
+    """Return a server of a folder's files on a free port, and its address."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(_Handler, directory=str(folder)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return server, f"http://127.0.0.1:{server.server_port}/"
+
+
+def open_at(browser: Browser, address: str, size: tuple[int, int], scheme: str = "light") -> Seen:
+    """Return what a page shows in a window of so many pixels, in the light or the dark scheme."""
+    browser.resize(size, is_phone=size == PHONE)
+    browser.open(address, scheme)
+    return Seen(**browser.evaluate(SEEN))  # type: ignore[typeddict-item]
+
+
+def crawl(browser: Browser, site: Path, address: str) -> Iterator[str]:
+    """Yield every fault of every page: broken links and anchors, console errors, code that is cut off, page scroll."""
+    pages: dict[str, Seen] = {}
+    for file in sorted(site.rglob("*.html")):
+        name = file.relative_to(site).as_posix()
+        pages[name] = open_at(browser, address + name, DESKTOP)
+        if name != "404.html":
+            yield from (f"{name}: in the console: {error}" for error in browser.errors)
+        yield from (f"{name}: picture {picture} is broken" for picture in pages[name]["broken"])
+        yield from (f"{name}: wider than its box at {DESKTOP[0]} px: {text!r}" for text in pages[name]["cut"])
+        for size in (DESKTOP, PHONE):
+            seen = pages[name] if size == DESKTOP else open_at(browser, address + name, size)
+            if seen["width"] > size[0]:
+                yield f"{name}: scrolls sideways at {size[0]} px, {seen['width']} px wide: {seen['beyond']}"
+    for name, seen in pages.items():
+        yield from (f"{name}: {fault}" for fault in broken_links(seen["links"], site, address, pages))
+
+
+def broken_links(links: list[str], site: Path, address: str, pages: dict[str, Seen]) -> Iterator[str]:
+    """Yield the links into the site that lead to no file, or to no place of a page."""
+    for link in sorted(set(links)):
+        if not link.startswith(address):
+            if urlsplit(link).scheme not in ("http", "https", "mailto", "data"):
+                yield f"{link} leads nowhere"
+            continue
+        target, anchor = urldefrag(link.removeprefix(address))
+        target = unquote(urlsplit(target).path)
+        if not target or target.endswith("/"):
+            target += "index.html"
+        if not (site / target).is_file():
+            yield f"links to {target}, which is no file"
+        elif anchor and target in pages and unquote(anchor) not in pages[target]["ids"]:
+            yield f"links to {target}#{anchor}, which is no place of it"
+
+
+def take_screenshots(browser: Browser, site: Path, address: str, folder: Path) -> None:
+    """Write each page of LOOKED_AT at both widths, light and dark: its first screens."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in LOOKED_AT:
+        if not (site / f"{name}.html").is_file():
+            continue
+        for size in (DESKTOP, PHONE):
+            for scheme in ("light", "dark"):
+                open_at(browser, f"{address}{name}.html", size, scheme)
+                picture = folder / f"{name.replace('/', '-')}-{size[0]}-{scheme}.png"
+                picture.write_bytes(browser.screenshot(height=2 * size[1]))
+
+
+def main() -> None:
+    """Print every fault, and end with 1 where there is one."""
+    parser = argparse.ArgumentParser(prog="python -m bench.crawl", description=__doc__)
+    parser.add_argument("site", type=Path, help="the folder that `mkdocs build` has written: build/site")
+    parser.add_argument("--screenshots", type=Path, metavar="DIR", help="write pictures of the main pages here too")
+    parser.add_argument("--browser", default=find_browser(), help="the program (default: the first that is found)")
+    arguments = parser.parse_args()
+    if arguments.browser is None:
+        sys.exit("no browser: install chromium, or name one by --browser")
+    if not (arguments.site / "index.html").is_file():
+        sys.exit(f"{arguments.site} has no index.html: run `mkdocs build` first")
+    server, address = serve(arguments.site)
+    with Browser(arguments.browser) as browser:
+        faults = list(crawl(browser, arguments.site, address))
+        if arguments.screenshots is not None:
+            take_screenshots(browser, arguments.site, address, arguments.screenshots)
+    server.shutdown()
+    print("\n".join(faults))
+    num_pages = len(list(arguments.site.rglob("*.html")))
+    sys.exit(f"{len(faults)} faults in {num_pages} pages" if faults else None)
+
+
+if __name__ == "__main__":
+    main()
