@@ -1,6 +1,7 @@
 """What `record` writes against what the reports say; that it costs nothing where nobody records."""
 
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -16,6 +17,7 @@ import tritonmoe as tm
 from bench.synthetic_runs import Run, write_run
 from tritonmoe.diagnosis import record
 from tritonmoe.diagnosis.call_recording import folder_name
+from tritonmoe.diagnosis.pass_steps import PassSteps, arrivals_of
 from tritonmoe.diagnosis.recording_reader import read_recording
 from tritonmoe.doctor.recorded_run import judge_recording
 from tritonmoe.errors import TransportError
@@ -74,13 +76,20 @@ def test_a_recording_says_what_the_reports_say(tmp_path: Path) -> None:
                 assert [step.step for step in written.steps] == [
                     type(step.step)(step.step.kind, step.step.chunk) for step in reported.steps
                 ]
-                for step, timing in zip(written.steps, reported.steps, strict=True):
+                for place, (step, timing) in enumerate(zip(written.steps, reported.steps, strict=True)):
                     assert (step.start_s, step.end_s) == pytest.approx((timing.start_s, timing.end_s), abs=1e-6)
                     assert (step.wait_s, step.post_s) == pytest.approx((timing.wait_s, timing.post_s), abs=1e-6)
                     if step.step.kind is StepKind.DISPATCH:
-                        assert step.arrivals_s is not None
-                        assert step.arrivals_s[rank] is None
-                        assert step.start_s < step.arrivals_s[1 - rank] <= step.end_s + 1e-6
+                        own, other = (told(written.steps, place)[of] for of in (rank, 1 - rank))
+                        assert own is None
+                        assert other is not None
+                        assert step.start_s < other <= step.end_s + 1e-6
+
+
+def told(steps: PassSteps, place: int) -> list[float | None]:
+    """Return when the rows of every rank had arrived in a step that tells it; None: not known."""
+    assert steps.layout.tell_arrivals[place]
+    return [None if math.isnan(at) else at for at in arrivals_of([steps], [[place]])[0, 0].tolist()]
 
 
 def test_what_posting_takes_is_before_the_counts_are_posted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -336,10 +345,14 @@ def test_two_levels_are_recorded_and_replayed(tmp_path: Path) -> None:
         assert max(of.rows[rank - rank % 2 :][:2]) <= node <= NUM_TOKENS
         inside = {str(step.step.kind) for one in of.passes for step in one.steps_inside}
         assert {"node_metadata", "node_dispatch", "experts", "node_combine", "node_combine_backward"} <= inside
-    arrivals = [step.arrivals_s for step in call.ranks[3].forward.steps_inside if step.step.kind == "node_dispatch"]
-    assert all(of is not None and of[0] is not None and of[1] is None for of in arrivals)
-    for step in (step for of in call.ranks for one in of.passes for step in (*one.steps, *one.steps_inside)):
-        assert all(at is None or step.start_s <= at <= step.end_s + 1e-6 for at in step.arrivals_s or ()), step
+    inside_of_last = call.ranks[3].forward.steps_inside
+    dispatches = [place for place, step in enumerate(inside_of_last) if step.step.kind == "node_dispatch"]
+    assert all(told(inside_of_last, place)[0] is not None for place in dispatches)
+    assert all(told(inside_of_last, place)[1] is None for place in dispatches)
+    for steps in (steps for of in call.ranks for one in of.passes for steps in (one.steps, one.steps_inside)):
+        for place, step in enumerate(steps):
+            if steps.layout.tell_arrivals[place]:
+                assert all(at is None or step.start_s <= at <= step.end_s + 1e-6 for at in told(steps, place)), step
     found = judge_recording(recording)
     assert found.found.error == pytest.approx(0, abs=0.02)
     assert found.costs.link.each is not None

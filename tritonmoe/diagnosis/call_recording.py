@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from tritonmoe.config.overlap import OverlapPlan
+from tritonmoe.diagnosis.pass_steps import PassSteps
 from tritonmoe.overlap.report import CallMarks
-from tritonmoe.overlap.steps import Step
 from tritonmoe.runtime.files import Json
 from tritonmoe.simulation.cost_model import LayerWork, LinkCosts
 from tritonmoe.simulation.two_level_work import TwoLevelWork
@@ -27,7 +27,6 @@ __all__ = [
     "RankCall",
     "RecordedCall",
     "RecordedPass",
-    "RecordedStep",
     "Recording",
     "by_layer",
     "file_name",
@@ -63,22 +62,7 @@ def plain_plan(plan: OverlapPlan) -> Json:
     return {**values, "chunk_sizes": list(plan.chunk_sizes), "wire_dtype": wire_dtype}
 
 
-@dataclass(frozen=True)
-class RecordedStep:
-    """One step of a pass on one rank, in seconds from the origin of the pass: see StepTiming."""
-
-    step: Step
-    start_s: float
-    end_s: float
-    wait_s: float
-    post_s: float
-    units: float
-    """How many of its kind's units it has (steps.Unit); with a capacity those of the room."""
-    arrivals_s: tuple[float | None, ...] | None
-    """When the rows of every rank had arrived; None where that is not known."""
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class RecordedPass:
     """One pass of a call on one rank, in seconds of the recording's clock."""
 
@@ -87,8 +71,8 @@ class RecordedPass:
     origin: float
     """The start of its first step."""
     total_s: float
-    steps: tuple[RecordedStep, ...]
-    steps_inside: tuple[RecordedStep, ...] = ()
+    steps: PassSteps
+    steps_inside: PassSteps
     """On two levels: what some of the steps did inside the node."""
 
     @property
@@ -100,19 +84,19 @@ class RecordedPass:
         return self.origin if self.marks is None else self.marks.entered
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class RankCall:
     """One call on one rank."""
 
-    rows: tuple[int, ...]
+    rows: Sequence[int]
     """(W,): the tokens of this rank that need an expert of each rank; with a capacity the room, which travels."""
-    pairs: tuple[int, ...]
+    pairs: Sequence[int]
     """(W,): their routed pairs; with a capacity the room for them."""
-    pairs_per_expert: tuple[int, ...]
+    pairs_per_expert: Sequence[int]
     """Of this rank's experts, in the order of its slots."""
     forward: RecordedPass
     backward: RecordedPass | None
-    rows_to_nodes: tuple[int, ...] | None = None
+    rows_to_nodes: Sequence[int] | None = None
     """On two levels, by node: the tokens of this rank that need any of its ranks."""
 
     @property
@@ -191,7 +175,7 @@ FREE = LinkCosts(0.0, float("inf"))
 
 
 def _matrix(rows: Sequence[Sequence[int]]) -> Tensor:
-    return torch.tensor(rows, dtype=torch.float64, device="cpu")
+    return torch.tensor([list(row) for row in rows], dtype=torch.float64, device="cpu")
 
 
 def by_layer(calls: Sequence[RecordedCall]) -> dict[int, list[RecordedCall]]:
@@ -254,4 +238,4 @@ class Recording:
     def has_arrivals(self) -> bool:
         """Whether it is known of some exchange when each rank's rows had arrived."""
         passes = (layer_pass for call in self.calls for of in call.ranks for layer_pass in of.passes)
-        return any(step.arrivals_s is not None for layer_pass in passes for step in layer_pass.steps)
+        return any(any(layer_pass.steps.layout.tell_arrivals) for layer_pass in passes)

@@ -5,9 +5,12 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeAlias
 
 from tritonmoe.diagnosis.call_recording import RankCall, RecordedCall, RecordedPass, Recording, file_name
-from tritonmoe.diagnosis.rank_file import CallLine, RankFile, read_rank_file
+from tritonmoe.diagnosis.pass_steps import StepColumns
+from tritonmoe.diagnosis.rank_columns import CallLine, RankColumns
+from tritonmoe.diagnosis.rank_file import read_rank_file
 from tritonmoe.overlap.report import CallMarks
 from tritonmoe.overlap.steps import Step
 from tritonmoe.runtime.processes import read_files
@@ -53,7 +56,11 @@ def read_recording(path: Path) -> Recording:
             f"{path} has no recording: there is no file {file_name(0)} in it, which the first call of an "
             "expert-parallel layer makes while record() lasts"
         )
-    ranks = read_files(read_rank_file, files)
+    ranks: list[RankColumns] = []
+    steps, begins = StepColumns(), []
+    for of_rank in read_files(read_rank_file, files):
+        ranks.append(of_rank)
+        begins.append(steps.take(of_rank.steps))
     notes = [note for found in ranks for note in found.notes]
     size = ranks[0].size
     for found in ranks:
@@ -68,21 +75,26 @@ def read_recording(path: Path) -> Recording:
     missing = sorted(set(range(size)) - {found.rank for found in ranks})
     if missing:
         raise ValueError(f"{path}: of {size} ranks {missing} are missing: copy the files of all ranks into one folder")
-    of_clocks = _align_clocks(ranks)
-    calls = _join_calls(ranks, notes)
+    lines = [found.calls(steps, at) for found, at in zip(ranks, begins, strict=True)]
+    of_clocks = _align_clocks(ranks, lines)
+    calls = _join_calls(lines, notes)
     return Recording(path, tuple(found.header for found in ranks), calls, (*notes, *of_clocks))
 
 
-def _align_clocks(ranks: Sequence[RankFile]) -> list[str]:
+_Lines: TypeAlias = dict[int, CallLine]
+"""Of a rank, by the numbers of calls."""
+
+
+def _align_clocks(ranks: Sequence[RankColumns], lines: Sequence[_Lines]) -> list[str]:
     """Move the times of every host to the clock of rank 0's.
 
     On one host all processes have one clock. Between hosts all ranks leave a count exchange at about the same moment,
     but for those that a message reaches late: of each host the first rank counts, of all calls the median. Returns what
     is to be known of it.
     """
-    hosts: dict[str, list[RankFile]] = {}
-    for found in ranks:
-        hosts.setdefault(str(found.header["host"]), []).append(found)
+    hosts: dict[str, list[_Lines]] = {}
+    for found, of_rank in zip(ranks, lines, strict=True):
+        hosts.setdefault(str(found.header["host"]), []).append(of_rank)
     here, *others = hosts.values()
     if not others:
         return []
@@ -91,23 +103,24 @@ def _align_clocks(ranks: Sequence[RankFile]) -> list[str]:
     for there in others:
         ahead = [left - left_here[number] for number, left in _left_first(there).items() if number in left_here]
         if not ahead:
-            raise ValueError(f"{there[0].path}: nothing tells how its clock stands to that of {here[0].path.name}")
+            paths = [ranks[next(n for n, one in enumerate(lines) if one is of[0])].path for of in (there, here)]
+            raise ValueError(f"{paths[0]}: nothing tells how its clock stands to that of {paths[1].name}")
         shift_s = statistics.median(ahead)
         spreads_s.append(statistics.median(abs(one - shift_s) for one in ahead))
         for found in there:
-            for line in found.calls.values():
-                line.call = _shifted(line.call, shift_s)
+            for number, line in found.items():
+                found[number] = line._replace(call=_shifted(line.call, shift_s))
     notes = [f"clocks of {len(hosts)} hosts aligned, within {max(spreads_s) * 1e6:.0f} us"]
     if any(len(of_host) == 1 for of_host in hosts.values()):
         notes.append("a late link to the only rank of a host is taken for its clock")
     return notes
 
 
-def _left_first(of_host: Sequence[RankFile]) -> dict[int, float]:
+def _left_first(of_host: Sequence[_Lines]) -> dict[int, float]:
     """Return by call when the first of a host's ranks had everybody's counts, where all of its ranks say it."""
     first: dict[int, float] = {}
-    for number in set.intersection(*(set(found.calls) for found in of_host)):
-        marks = [found.calls[number].call.forward.marks for found in of_host]
+    for number in set.intersection(*(set(found) for found in of_host)):
+        marks = [found[number].call.forward.marks for found in of_host]
         left = [of.counts_left for of in marks if of is not None]
         if len(left) == len(of_host):
             first[number] = min(left)
@@ -123,12 +136,12 @@ def _shifted(call: RankCall, shift_s: float) -> RankCall:
     return replace(call, forward=shifted(call.forward), backward=backward)
 
 
-def _join_calls(ranks: Sequence[RankFile], notes: list[str]) -> tuple[RecordedCall, ...]:
-    everywhere = set.intersection(*(set(found.calls) for found in ranks))
-    left_out = set.union(*(set(found.calls) for found in ranks)) - everywhere
+def _join_calls(ranks: Sequence[_Lines], notes: list[str]) -> tuple[RecordedCall, ...]:
+    everywhere = set.intersection(*(set(found) for found in ranks))
+    left_out = set.union(*(set(found) for found in ranks)) - everywhere
     if left_out:
         notes.append(f"{len(left_out)} calls that not every rank has recorded are left out")
-    num_twice = sum(any(found.calls[number].ran_twice for found in ranks) for number in everywhere)
+    num_twice = sum(any(found[number].ran_twice for found in ranks) for number in everywhere)
     if num_twice:
         notes.append(
             f"{num_twice} of {len(everywhere)} calls overflowed their capacity and ran twice: what the first runs took "
@@ -136,15 +149,14 @@ def _join_calls(ranks: Sequence[RankFile], notes: list[str]) -> tuple[RecordedCa
         )
     joined = []
     for sequence in sorted(everywhere):
-        lines = [found.calls[sequence] for found in ranks]
+        lines = [found[sequence] for found in ranks]
         for line in lines[1:]:
             if line.agreed != lines[0].agreed:
                 raise ValueError(
                     f"{line.where}: call {sequence} is not the one of {lines[0].where}: {line.agreed} there and "
                     f"{lines[0].agreed} here"
                 )
-            both = zip(_exchanges(line.call), _exchanges(lines[0].call), strict=False)
-            if any(here != there for here, there in both):
+            if not _are_alike(line.call, lines[0].call):
                 raise ValueError(f"{line.where}: call {sequence} has other exchanges than at {lines[0].where}")
         _check_clocks(lines)
         joined.append(RecordedCall(sequence, *lines[0].agreed, tuple(line.call for line in lines)))
@@ -167,6 +179,14 @@ def _check_clocks(lines: Sequence[CallLine]) -> None:
             )
 
 
+def _are_alike(call: RankCall, other: RankCall) -> bool:
+    """Say whether two ranks' passes of a call have the same exchanges."""
+    if all(a.steps.layout is b.steps.layout for a, b in zip(call.passes, other.passes, strict=False)):
+        return True
+    return all(here == there for here, there in zip(_exchanges(call), _exchanges(other), strict=False))
+
+
 def _exchanges(call: RankCall) -> list[list[Step]]:
     """Return the exchanges of each pass, which are matched by their order."""
-    return [[step.step for step in one.steps if step.step.lane == "comm"] for one in call.passes]
+    layouts = [one.steps.layout for one in call.passes]
+    return [[layout.steps[place] for place in layout.exchanges] for layout in layouts]

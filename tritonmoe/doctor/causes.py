@@ -66,16 +66,17 @@ class Causes:
 
     def without(self, removals: Sequence[Removal]) -> list[list[float]]:
         """Return the time of each step without causes of some kinds, for each of several sets of them."""
-        runs, transfers = [], []
-        for removal in removals:
-            run_s, transfer_s = self.run_s.clone(), self.transfer_s.clone()
-            for kind, ranks in removal.items():
-                excess, of = self.excess[kind], self._of(ranks)
-                run_s -= excess.run_s * of[self.tables.run_rank]
-                transfer_s -= excess.member_s * of[self.due_to(kind)]
-            runs.append(run_s.clamp(min=0))
-            transfers.append(transfer_s)
-        return self.walker.all_step_times(torch.stack(runs), torch.stack(transfers))
+        found: list[list[float]] = []
+        for first in range(0, len(removals), self.walker.num_at_once):
+            some = removals[first : first + self.walker.num_at_once]
+            runs, transfers = (times.repeat(len(some), 1) for times in (self.run_s, self.transfer_s))
+            for run_s, transfer_s, removal in zip(runs, transfers, some, strict=True):
+                for kind, ranks in removal.items():
+                    excess, of = self.excess[kind], self._of(ranks)
+                    run_s -= excess.run_s if ranks is None else excess.run_s * of[self.tables.run_rank]
+                    transfer_s -= excess.member_s if ranks is None else excess.member_s * of[self.due_to(kind)]
+            found += self.walker.all_step_times(runs.clamp_(min=0), transfers)
+        return found
 
     def due_to(self, kind: CauseKind) -> Tensor:
         """Return the rank (M,) that the excess of a Member is due to: its own, or the hot one that it waits for."""

@@ -12,7 +12,9 @@ from itertools import groupby
 
 import torch
 
-from tritonmoe.diagnosis.call_recording import RecordedCall, RecordedPass, RecordedStep, Recording
+from tritonmoe.config.overlap import OverlapPlan
+from tritonmoe.diagnosis.call_recording import RecordedCall, RecordedPass, Recording
+from tritonmoe.diagnosis.pass_steps import RecordedStep
 from tritonmoe.doctor.fits import ALIKE, fit_relative_line, weighted_median
 from tritonmoe.doctor.links import LinkRatios, fit_links
 from tritonmoe.doctor.messages import KEPT_PASSES
@@ -101,9 +103,14 @@ def fit_costs(calls: Sequence[RecordedCall], recording: Recording) -> Costs:
         {str(kind): unit for kind, (_, unit) in lines.items()},
         slowness={str(kind): of_ranks for kind in StepKind if kind.unit is Unit.PAIRS},
     )
-    gaps = [gap for call in calls for passes in call.by_pass for gap in map(_gap_s, passes)]
+    gaps = [gap for call in calls for number in range(len(call.by_pass)) for gap in _gaps_of(call, number)]
     link = replace(link, contention=contention)
     return Costs(steps, link, ratios, slowness, statistics.median(gaps), tuple(notes) + link_notes)
+
+
+@functools.lru_cache(maxsize=KEPT_PASSES)
+def _gaps_of(call: RecordedCall, number: int) -> list[float]:
+    return [_gap_s(one) for one in call.by_pass[number]]
 
 
 def _gap_s(one: RecordedPass) -> float:
@@ -127,26 +134,29 @@ def _spent_s(step: RecordedStep) -> float:
 
 def _samples(calls: Sequence[RecordedCall]) -> list[_Sample]:
     found: dict[tuple, list[tuple[float, float, float]]] = {}
+    plans: dict[OverlapPlan, int] = {}
     for call in calls:
+        plan = plans.setdefault(call.plan, len(plans))
         for number in range(len(call.by_pass)):
-            for rank, step, beside_s in _steps_of(call, number):
-                # Calls with other numbers of units fall into one group if they differ by little.
-                # A step inside a node costs what its twin between nodes does.
-                key = (call.plan, step.step.kind.twin, step.step.chunk, rank, round(8 * math.log2(step.units)))
-                found.setdefault(key, []).append((step.units, _spent_s(step), beside_s))
+            for key, values in _steps_of(call, number):
+                found.setdefault((plan, key), []).append(values)
     samples = []
-    for (_, kind, _, rank, _), values in found.items():
+    for (_, (kind, _, rank, _)), values in found.items():
         ordered = sorted(values, key=lambda value: value[1])
         limit = DISTURBED * ordered[(len(values) - 1) // 2][1]
         few = [value for value in ordered if value[1] <= limit]
         kept = few if len(values) < 4 else ordered[: len(values) - len(values) // 8]
-        samples.append(_Sample(kind, rank, *map(statistics.fmean, zip(*kept, strict=True))))
+        samples.append(_Sample(StepKind.named(kind), rank, *map(statistics.fmean, zip(*kept, strict=True))))
     return samples
 
 
 @functools.lru_cache(maxsize=KEPT_PASSES)
-def _steps_of(call: RecordedCall, number: int) -> list[tuple[int, RecordedStep, float]]:
-    """Return a pass's steps that have work, with their rank, and for how long of each an exchange was under way."""
+def _steps_of(call: RecordedCall, number: int) -> list[tuple[tuple, tuple[float, float, float]]]:
+    """Return a pass's steps that have work: what they have in common with others, and what _Sample has of each.
+
+    Steps with other numbers of units have that in common if they differ by little. A step inside a node costs what its
+    twin between nodes does.
+    """
     passes = [of.passes[number] for of in call.ranks]
     last_posted: dict[Step, float] = {}
     for one in passes:
@@ -171,7 +181,9 @@ def _steps_of(call: RecordedCall, number: int) -> list[tuple[int, RecordedStep, 
                 step = replace(step, units=step.units * filled[rank])
             if step.units > 0:
                 is_computed = step.step.lane == "compute"
-                found.append((rank, step, covered_s(under_way, step.start_s, step.end_s) if is_computed else 0.0))
+                beside_s = covered_s(under_way, step.start_s, step.end_s) if is_computed else 0.0
+                key = (step.step.kind.twin.value, step.step.chunk, rank, round(8 * math.log2(step.units)))
+                found.append((key, (step.units, _spent_s(step), beside_s)))
     return found
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from tritonmoe.diagnosis.call_recording import RecordedPass
+from tritonmoe.diagnosis.pass_steps import PassSteps, times_of
 from tritonmoe.doctor.recorded_steps import COUNTS, Events
 from tritonmoe.doctor.tables import floats
 
@@ -16,15 +17,13 @@ class EventTimes:
     """When the events of passes that consist of the same ones began, by the recording's clock; all of them (Q,)."""
 
     def __init__(self, passes: Sequence[RecordedPass], events: Events) -> None:
-        count = len(passes)
         origin, total_s = (floats([getattr(one, name) for one in passes]) for name in ("origin", "total_s"))
         entered, posted, left = (
             floats([one.origin if one.marks is None else one.marks[n] for one in passes]) for n in range(3)
         )
 
-        def numbers(of: Sequence[Sequence]) -> Tensor:
-            flat = [x for steps in of for s in steps for x in (s.start_s, s.end_s, s.wait_s, s.post_s, s.units)]
-            return floats(flat).view(count, -1, 5)
+        def numbers(of: Sequence[PassSteps]) -> Tensor:
+            return times_of(of, [range(len(of[0]))])
 
         steps = {False: numbers([one.steps for one in passes]), True: numbers([one.steps_inside for one in passes])}
         nothing = torch.zeros_like(origin)

@@ -26,12 +26,14 @@ NO_WORK = ("autograd::", "c10d::", "record_param_comms", "_c10d_functional::", "
 STEP = re.compile(r"ProfilerStep\s*#\s*(\d+)")
 COMMON = re.compile(
     r'\{\s*"ph": "(?:(?P<arrow>[sft])"[^{}]*\}'
-    r'|X", "cat": "(?:(?P<host>cpu_op)", "name": "aten::[^{}]*\{[^{}]*\}\s*\}'
-    r'|(?P<launch>cuda_runtime|hip_runtime)", "name": "[^"]*", "pid": \d+, "tid": \d+,\s*"ts": (?P<at>\d+\.?\d*),'
+    r'|X",\s*"cat": "(?:cpu_op",\s*"name": "(?P<operator>aten::[^"\\]*)",\s*"pid": \d+,\s*"tid": (?P<thread>\d+),'
+    r'\s*"ts": (?P<began>\d+\.?\d*),\s*"dur": (?P<lasts>\d+\.?\d*)[^{}]*\{[^{}]*\}\s*\}'
+    r'|(?P<launch>cuda_runtime|hip_runtime)",\s*"name": "[^"]*",\s*"pid": \d+,\s*"tid": \d+,'
+    r'\s*"ts": (?P<at>\d+\.?\d*),'
     r'[^{}]*\{[^{}]*?"correlation": (?P<of>\d{1,15})\b[^{}]*\}\s*\}'
-    r'|(?P<kernel>kernel)", "name": "(?P<name>[^"\\]*)", "pid": \d+, "tid": \d+,\s*"ts": (?P<start>\d+\.?\d*), '
-    r'"dur": (?P<dur>\d+\.?\d*),\s*"args": \{(?P<args>[^{}]*?)"correlation": (?P<id>\d{1,15})\b'
-    r"(?P<more>[^{}]*)\}\s*\}))\s*,\s*(?=\S)"
+    r'|(?P<kernel>kernel)",\s*"name": "(?P<name>[^"\\]*)",\s*"pid": \d+,\s*"tid": \d+,'
+    r'\s*"ts": (?P<start>\d+\.?\d*),\s*"dur": (?P<dur>\d+\.?\d*)\s*,\s*"args": \{'
+    r'(?P<args>[^{}]*?)"correlation": (?P<id>\d{1,15})\b(?P<more>[^{}]*)\}\s*\}))\s*,\s*(?=\S)'
 )
 """What most events of a trace are, as Kineto itself writes them: taken from the text, five times as fast as JSON."""
 LAST_S = 1e12
@@ -49,6 +51,7 @@ class KinetoReader:
         self.top: Json = {}
         self.num_events = 0
         self._is_exchange: dict[str, bool] = {}
+        self._is_work: dict[str, bool] = {}
         self.kernels: tuple[array, array, array] = (array("d"), array("d"), array("q"))
         """Start, end and correlation of all that a GPU did, but exchanges; seconds."""
         self.operators: dict[object, tuple[array, array]] = defaultdict(lambda: (array("d"), array("d")))
@@ -92,12 +95,30 @@ class KinetoReader:
                 start(start_s)
                 end(end_s)
                 correlation(int(number) & 0x7FFFFFFF)
-            elif kind == "host" and not is_gpu:
-                break  # without a GPU these are what is computed
+            elif (
+                kind == "lasts"
+                and not is_gpu
+                and not self._computed(*found.group("operator", "thread", "began", "lasts"))
+            ):
+                break
             at = found.end()
             count += 1
         self.num_events += count
         return at, count
+
+    def _computed(self, name: str, thread: str, start_us: str, us: str) -> bool:
+        """Note what a CPU without a GPU computes, of an event's text; False of an event that is something else."""
+        is_work = self._is_work.get(name)
+        if is_work is None:
+            is_work = kind_of_operator(name) is None and not name.endswith("wait_tensor")
+            self._is_work[name] = is_work
+        start, seconds = float(start_us), float(us)
+        if not is_work or not start < LAST_S * 1e6 or not seconds < LAST_S:
+            return False
+        starts, ends = self.operators[int(thread)]
+        starts.append(start / 1e6)
+        ends.append((start + seconds) / 1e6)
+        return True
 
     def take(self, key: str, value: object) -> None:
         """Take a member of the file's object, or an event.

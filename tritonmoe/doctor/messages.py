@@ -1,7 +1,6 @@
 """Messages: what ranks sent each other in recorded passes, and when it had arrived; of each level, if there are two."""
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -10,10 +9,12 @@ import torch
 from torch import Tensor
 
 from tritonmoe.diagnosis.call_recording import RecordedCall
+from tritonmoe.diagnosis.pass_steps import PassSteps, arrivals_of, places_of, times_of
+from tritonmoe.doctor.tables import floats
 from tritonmoe.overlap.steps import Step, StepKind, Way
 from tritonmoe.simulation.cost_model import LayerWork
 
-__all__ = ["KEPT_PASSES", "Messages", "Reach", "members", "messages_of", "reaches"]
+__all__ = ["KEPT_PASSES", "Messages", "Reach", "find_messages", "members", "messages_of", "reaches"]
 
 KEPT_PASSES = 256
 """What so many passes did is kept: calls are fitted in many selections."""
@@ -101,62 +102,57 @@ class Messages:
 @functools.lru_cache(maxsize=KEPT_PASSES)
 def messages_of(call: RecordedCall, number: int, reach: Reach, node_size: int | None) -> Messages:
     """Return the messages of a pass of a call, in the order in which all ranks posted its exchanges."""
+    return find_messages(call, number, reach, node_size)
+
+
+def find_messages(call: RecordedCall, number: int, reach: Reach, node_size: int | None) -> Messages:
+    """Return the same, and keep nothing of it."""
     ranks = [of.passes[number] for of in call.ranks]
     size = len(ranks)
     inside = call.levels if reach is Reach.INSIDE else None
-    steps = [
-        {
-            step.step: step
-            for step in (one.steps_inside if inside is not None else one.steps)
-            if step.step.lane == "comm"
-        }
-        for one in ranks
-    ]
-    is_sent = reach.pairs(size, node_size)
-    peers = torch.tensor([list(members(call, rank, inside is not None)) for rank in range(size)], device="cpu")
-    origins = torch.tensor([[one.origin] for one in ranks], dtype=torch.float64, device="cpu")
-    travelling = functools.cache(lambda kind: _travelling(call, kind))
-    posted, arrived, before, sent_bytes, are_told_apart = [], [], [], [], False
-    latest = torch.full((size, size), -torch.inf, dtype=torch.float64, device="cpu")
-    for step in steps[0]:
-        if step.kind is StepKind.REPLICA_BACKWARD:
-            continue
-        own = [of[step] for of in steps]
-        if inside is not None:
-            sent = _bytes_inside(inside.inside(call.plan, step.chunk), step.kind)
-        else:
-            sent = _sent_bytes(call, step, [one.units for one in own], travelling)
-        sent_bytes.append(torch.where(is_sent, sent, 0.0))
-        # Where a peer's moment is not known, all its rows were there at the end of the exchange.
-        moments = [
-            [one.end_s] * peers.shape[1]
-            if one.arrivals_s is None
-            else [math.nan if moment is None else moment for moment in one.arrivals_s]
-            for one in own
-        ]
-        at = torch.full((size, size), torch.nan, dtype=torch.float64, device="cpu")
-        at = at.scatter(1, peers, torch.tensor(moments, dtype=torch.float64, device="cpu") + origins).T
-        at = torch.where(sent_bytes[-1] > 0, at, torch.nan)
-        since = torch.tensor([one.start_s + one.post_s for one in own], dtype=torch.float64, device="cpu")
-        posted.append(origins[:, 0] + since)
-        arrived.append(at)
-        before.append(latest)
-        latest = torch.where(at.isnan(), latest, at)
-        are_told_apart |= all(one.arrivals_s is not None for one in own)
-    if not posted:
+    passes = [one.steps if inside is None else one.steps_inside for one in ranks]
+    steps, places = _exchanges_of(passes)
+    if not steps:
         nothing = torch.zeros(0, size, size, dtype=torch.float64, device="cpu")
         is_first = torch.zeros(0, dtype=torch.bool, device="cpu")
         return Messages(nothing, nothing, nothing, nothing, nothing, is_first, False)
-    own_posted, all_sent = torch.stack(posted), torch.stack(sent_bytes)
+    is_sent = reach.pairs(size, node_size)
+    times = times_of(passes, places)
+    if inside is not None:
+        sent = [_bytes_inside(inside.inside(call.plan, step.chunk), step.kind) for step in steps]
+    else:
+        travelling = functools.cache(lambda kind: _travelling(call, kind))
+        sent = [_sent_bytes(call, step, times[:, n, 4], travelling) for n, step in enumerate(steps)]
+    all_sent = torch.where(is_sent, torch.stack(sent), 0.0)
+    peers = torch.tensor([list(members(call, rank, inside is not None)) for rank in range(size)], device="cpu")
+    origins = floats([one.origin for one in ranks])
+    # Where a peer's moment is not known, all its rows were there at the end of the exchange.
+    moments = arrivals_of(passes, places).transpose(0, 1) + origins[:, None]
+    arrived = torch.full((len(steps), size, size), torch.nan, dtype=torch.float64, device="cpu")
+    arrived = arrived.scatter(2, peers.expand_as(moments), moments).transpose(1, 2)
+    arrived = torch.where(all_sent > 0, arrived, torch.nan)
+    before = torch.full_like(arrived, -torch.inf)
+    for n in range(len(steps) - 1):
+        before[n + 1] = torch.where(arrived[n].isnan(), before[n], arrived[n])
+    posted = origins[:, None] + (times[:, :, 0] + times[:, :, 3])
+    own_posted = posted.T.contiguous()
+    tells = [[one.layout.tell_arrivals[n] for n in of] for one, of in zip(passes, places, strict=False)]
     return Messages(
         torch.maximum(own_posted[:, :, None], own_posted[:, None]),
-        torch.stack(arrived),
-        torch.stack(before),
+        arrived,
+        before,
         all_sent,
         torch.maximum(all_sent.sum(2, keepdim=True), all_sent.sum(1, keepdim=True)),
-        torch.arange(len(posted), device="cpu") == 0,
-        are_told_apart,
+        torch.arange(len(steps), device="cpu") == 0,
+        any(all(of) for of in zip(*tells, strict=True)),
     )
+
+
+def _exchanges_of(passes: Sequence[PassSteps]) -> tuple[list[Step], list[list[int]]]:
+    """Return the exchanges of rows of a pass, and the places of these steps on every rank."""
+    first = passes[0].layout
+    steps = [first.steps[n] for n in first.exchanges if first.steps[n].kind is not StepKind.REPLICA_BACKWARD]
+    return steps, places_of(passes, steps)
 
 
 def members(call: RecordedCall, rank: int, is_inside: bool) -> range:
@@ -172,16 +168,13 @@ def members(call: RecordedCall, rank: int, is_inside: bool) -> range:
     return range(first, first + node_size) if is_inside else range(rank % node_size, size, node_size)
 
 
-def _sent_bytes(
-    call: RecordedCall, step: Step, units: Sequence[float], travelling: Callable[[StepKind], Tensor]
-) -> Tensor:
+def _sent_bytes(call: RecordedCall, step: Step, units: Tensor, travelling: Callable[[StepKind], Tensor]) -> Tensor:
     """Return the bytes (W, W) from rank i to rank k: of all that i sends there its share in this step."""
     work = call.work if call.levels is None else call.levels.outer
     rows = work.rows if step.kind.way is Way.TO_EXPERTS else work.rows.T
     rows = rows.clone().fill_diagonal_(0)
     if step.chunk is not None:
-        of_rank = torch.tensor(units, dtype=torch.float64, device="cpu")
-        rows = rows * (of_rank / travelling(step.kind).clamp(min=1))[:, None]
+        rows = rows * (units / travelling(step.kind).clamp(min=1))[:, None]
     return rows * work.bytes_per_row(step.kind)
 
 
@@ -193,13 +186,10 @@ def _bytes_inside(work: LayerWork, kind: StepKind) -> Tensor:
 
 def _travelling(call: RecordedCall, kind: StepKind) -> Tensor:
     """Return (W,) the units of all chunks of a kind of step on each rank."""
-    of_ranks = [
-        sum(
-            other.units
-            for one in of.passes
-            for other in one.steps
-            if other.step.kind is kind and other.step.chunk is not None and other.step.chunk >= 0
-        )
-        for of in call.ranks
-    ]
-    return torch.tensor(of_ranks, dtype=torch.float64, device="cpu")
+    found = torch.zeros(len(call.ranks), dtype=torch.float64, device="cpu")
+    for of_pass in call.by_pass:
+        passes = [one.steps for one in of_pass]
+        steps = [one for one in passes[0].layout.steps if one.kind is kind and one.chunk is not None and one.chunk >= 0]
+        if steps:
+            found += times_of(passes, places_of(passes, steps))[:, :, 4].sum(1)
+    return found

@@ -67,7 +67,7 @@ def _read_traces(path: Path) -> ForeignRun:
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
     if not files:
         raise ValueError(f"{path} has no files in it")
-    found = read_files(_read, [file for file in files if not file.name.startswith(".")])
+    found = list(read_files(_read, [file for file in files if not file.name.startswith(".")]))
     read = [one for one in found if not isinstance(one, str)]
     others = [one for one in found if isinstance(one, str)]
     if not read:

@@ -8,6 +8,7 @@ two calls together, of which a recording of layers knows nothing.
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -76,7 +77,8 @@ class _Columns:
             self.parts[name].append(value)
 
     def joined(self) -> dict[str, Tensor]:
-        return {name: torch.cat(parts) for name, parts in self.parts.items()}
+        """Return the columns, each in one piece; nothing is left here."""
+        return {name: torch.cat(self.parts.pop(name)) for name in list(self.parts)}
 
 
 def graph_of(recording: Recording) -> RecordedGraph:
@@ -93,6 +95,16 @@ def graph_of(recording: Recording) -> RecordedGraph:
     return _Builder(recording, passes, notes).build()
 
 
+class _Where(NamedTuple):
+    """Passes on ranks that consist of the same events, Q of them."""
+
+    places: list[int]
+    """The places of these passes."""
+    place: Tensor
+    """(Q,): which of those."""
+    rank: Tensor
+
+
 class _Builder:
     """Puts the graph together: a row for each event of each rank, then what they are in its program."""
 
@@ -100,6 +112,8 @@ class _Builder:
         self.recording, self.passes, self.notes = recording, passes, notes
         self.size, self.node_size = recording.size, recording.node_size if recording.has_two_levels else None
         self.keys: dict[Key, int] = {}
+        self.orders: dict[int, tuple[Tensor, Tensor, int]] = {}
+        """By the level of an exchange's lane."""
         self.num_exchanges, self.num_members, self.num_rows = 0, 0, 0
         self.first_member: dict[tuple[int, int], int] = {}
         self.bytes: dict[tuple[int, StepKind], tuple[Tensor, Tensor]] = {}
@@ -108,9 +122,12 @@ class _Builder:
     def build(self) -> RecordedGraph:
         by_events: dict[Events, list[tuple[int, int]]] = defaultdict(list)
         for place, of in enumerate(self.passes):
-            found = [events_of(of.call.plan, one) for one in of.of_ranks]
-            for rank, events in enumerate(found):
-                by_events[events].append((place, rank))
+            by_shape: dict[tuple, list[int]] = defaultdict(list)
+            for rank, one in enumerate(of.of_ranks):
+                by_shape[one.steps.layout, one.steps_inside.layout, one.marks is None].append(rank)
+            found = [events_of(of.call.plan, of.of_ranks[ranks[0]]) for ranks in by_shape.values()]
+            for events, ranks in zip(found, by_shape.values(), strict=True):
+                by_events[events] += [(place, rank) for rank in ranks]
             for number, event in enumerate(found[0].exchanges):
                 posting = found[0].events[event]
                 self.first_member[place, number] = self._add_exchange(
@@ -128,32 +145,43 @@ class _Builder:
 
     def _add_exchange(self, place: int, name: str, chunk: int | None = None, is_inside: bool = False) -> int:
         """Note the members of an exchange of a pass, one group of ranks behind the other; give the first one."""
-        of, rank = self.passes[place], torch.arange(self.size)
+        of = self.passes[place]
+        level = {COUNTS: 2, _MEETING: 3}.get(name, int(is_inside))
+        if level not in self.orders:
+            self.orders[level] = self._order_of(name, is_inside)
+        rank, groups, count = self.orders[level]
+        same = torch.ones_like(rank)
+        self.members.add(
+            rank=rank, exchange=self.num_exchanges + groups, step=of.step * same,
+            key=self._key(of, name, chunk) * same, lane=(4 * rank + level) * 4 + of.call.half,
+        )  # fmt: skip
+        self.num_members += self.size
+        self.num_exchanges += count
+        return self.num_members - self.size
+
+    def _order_of(self, name: str, is_inside: bool) -> tuple[Tensor, Tensor, int]:
+        """Return the ranks in the order of an exchange's members, the group of each, and how many groups there are."""
+        rank = torch.arange(self.size)
         groups, count = torch.zeros_like(rank), 1
         if self.node_size is not None and is_inside:
             groups, count = rank // self.node_size, self.size // self.node_size
         elif self.node_size is not None and name not in (COUNTS, _MEETING):
             groups, count = rank % self.node_size, self.node_size  # those at one place of every node
         order = self._place_in_exchange(name, is_inside, rank).argsort()
-        level = {COUNTS: 2, _MEETING: 3}.get(name, int(is_inside))
-        same = torch.ones_like(rank)
-        self.members.add(
-            rank=rank[order], exchange=(self.num_exchanges + groups)[order], step=of.step * same,
-            key=self._key(of, name, chunk) * same, lane=(4 * rank[order] + level) * 4 + of.call.half,
-        )  # fmt: skip
-        self.num_members += self.size
-        self.num_exchanges += count
-        return self.num_members - self.size
+        return rank[order], groups[order], count
 
     def _add_events(self, events: Events, where: Sequence[tuple[int, int]]) -> None:
         """Add all events of passes that consist of the same ones: (place of the pass, rank) of each."""
         times = EventTimes([self.passes[place].of_ranks[rank] for place, rank in where], events)
         place, rank = indices([one for one, _ in where]), indices([one for _, one in where])
-        filled = floats([self._filled(*one) for one in where])
+        which, of_which = place.unique(return_inverse=True)
+        own = _Where(which.tolist(), of_which, rank)
+        filled = self._filled(own)
         ended = list(times.ended)
         for number, event in enumerate(events.events):
             for exchange in event.waits:  # what came after its wait was over came with it
                 ended[exchange] = torch.minimum(ended[exchange], times.start[number])
+        members = [self._members_of(own, n, events.events[number]) for n, number in enumerate(events.exchanges)]
         kinds = {name: number for number, name in enumerate(dict.fromkeys(event.name for event in events.events))}
         same = torch.ones_like(rank)
         for number, event in enumerate(events.events):
@@ -161,34 +189,28 @@ class _Builder:
             name = event.name if event.posts < 0 or event.kind is None else f"posting {event.name}"
             arrived = [ended[exchange] for exchange in event.waits]
             of_kind = (place * PLACES * PLACES + kinds[event.name]) * self.size + rank
+            keys = indices([self._key(self.passes[one], name, event.chunk) for one in own.places])
             self.rows.add(
                 rank=rank, place=place, number=number * same,
-                posts=-same if event.posts < 0 else self._members_of(place, rank, event.posts, event),
-                units=times.units[number] * (filled if is_of_pairs else 1.0),
+                posts=-same if event.posts < 0 else members[event.posts],
+                units=times.units[number] * filled if is_of_pairs else times.units[number],
                 start=times.start[number], body=times.body[number], waited=times.waited[number],
                 arrived=torch.stack(arrived).amax(0) if arrived else torch.full_like(filled, -torch.inf),
-                key=indices([self._key(self.passes[one], name, event.chunk) for one, _ in where]),
+                key=keys[of_which],
                 is_step=int(event.kind is not None) * same,
                 kind_in_pass=of_kind if is_of_pairs and event.posts < 0 else -same,
             )  # fmt: skip
             for exchange in event.waits:
-                posting = events.events[events.exchanges[exchange]]
-                self.waits.add(
-                    row=self.num_rows + torch.arange(len(where)),
-                    member=self._members_of(place, rank, exchange, posting),
-                )
+                self.waits.add(row=self.num_rows + torch.arange(len(where)), member=members[exchange])
             self.num_rows += len(where)
         for exchange, number in enumerate(events.exchanges):
-            event = events.events[number]
-            out, into = self._bytes_of(events, number, times, place, rank)
+            out, into = self._bytes_of(events, number, times, own)
             self.ends.add(
-                member=self._members_of(place, rank, exchange, event), end=ended[exchange],
+                member=members[exchange], end=ended[exchange],
                 posted=times.start[number] + times.body[number], out=out, into=into,
             )  # fmt: skip
 
-    def _bytes_of(
-        self, events: Events, number: int, times: EventTimes, place: Tensor, rank: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _bytes_of(self, events: Events, number: int, times: EventTimes, own: _Where) -> tuple[Tensor, Tensor]:
         """Return the bytes (Q,) that an exchange takes from each rank to others, and brings it; NaN where not known."""
         event = events.events[number]
         unknown = torch.full_like(times.start[0], torch.nan)
@@ -196,8 +218,8 @@ class _Builder:
             return unknown, unknown
         alike = [n for n, other in enumerate(events.events) if other.kind is event.kind and (other.chunk or 0) >= 0]
         share = times.units[number] / torch.stack([times.units[n] for n in alike]).sum(0).clamp(min=1)
-        of_pass = [self._rows_of(one, event.kind) for one in place.tolist()]
-        leaving, coming = (torch.stack(of)[torch.arange(len(rank)), rank] for of in zip(*of_pass, strict=True))
+        of_pass = [self._rows_of(one, event.kind) for one in own.places]
+        leaving, coming = (torch.stack(of)[own.place, own.rank] for of in zip(*of_pass, strict=True))
         return leaving * share, coming * share
 
     def _rows_of(self, place: int, kind: StepKind) -> tuple[Tensor, Tensor]:
@@ -210,14 +232,16 @@ class _Builder:
             self.bytes[call.sequence, kind] = rows.sum(1), rows.sum(0)
         return self.bytes[call.sequence, kind]
 
-    def _members_of(self, place: Tensor, rank: Tensor, exchange: int, event: Event) -> Tensor:
-        first = indices([self.first_member[one, exchange] for one in place.tolist()])
-        return first + self._place_in_exchange(event.name, event.is_inside, rank)
+    def _members_of(self, own: _Where, exchange: int, event: Event) -> Tensor:
+        first = indices([self.first_member[one, exchange] for one in own.places])[own.place]
+        return first + self._place_in_exchange(event.name, event.is_inside, own.rank)
 
-    def _filled(self, place: int, rank: int) -> float:
-        """Return the share of its pairs that a rank computes: with a capacity the rest is room."""
-        call = self.passes[place].call
-        return 1.0 if call.plan.capacity is None else float(call.filled[rank])
+    def _filled(self, own: _Where) -> Tensor:
+        """Return (Q,) the share of its pairs that a rank computes: with a capacity the rest is room."""
+        calls = [self.passes[place].call for place in own.places]
+        whole = torch.ones(self.size, dtype=torch.float64, device="cpu")
+        shares = torch.stack([whole if call.plan.capacity is None else call.filled for call in calls])
+        return shares[own.place, own.rank]
 
     def _joined(self) -> RecordedGraph:
         rows = self.rows.joined()
@@ -225,7 +249,8 @@ class _Builder:
         order = torch.arange(self.num_rows)
         for column in ("number", "start" if has_halves else "place", "rank"):
             order = order[rows[column][order].argsort(stable=True)]
-        rows = {name: values[order] for name, values in rows.items()}
+        for name, values in rows.items():
+            rows[name] = values[order]
         between = between_of(rows, self.passes, self.size, has_halves)
         meeting = {place: self._add_exchange(place, _MEETING) for place in between.meeting_places}
         members, ends, waits = self.members.joined(), self.ends.joined(), self.waits.joined()

@@ -5,7 +5,7 @@ times, by the fit to all messages, or in some steps, by what its messages take t
 """
 
 import math
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from tritonmoe.diagnosis.call_recording import Recording
 from tritonmoe.doctor.causes import CauseKind
 from tritonmoe.doctor.costs import Costs
-from tritonmoe.doctor.messages import Messages, Reach, messages_of, reaches
+from tritonmoe.doctor.messages import Messages, Reach, find_messages, reaches
 from tritonmoe.doctor.recorded_graph import RecordedGraph
 from tritonmoe.doctor.recorded_steps import events_of
 from tritonmoe.doctor.usual import LEAST_S
@@ -82,8 +82,10 @@ def linked_of(recording: Recording, built: RecordedGraph, costs: Costs) -> Linke
     if not costs.ratios.are_told_apart or each is None:
         return Linked(nothing, None)
     size, node_size = recording.size, recording.node_size
-    by_place: dict[int, list[_Pass]] = defaultdict(list)
-    for place, of in enumerate(built.passes):
+
+    def passes_at(place: int) -> list[_Pass]:
+        """Return the messages of a pass; those of all passes together are too many to be kept."""
+        of, found = built.passes[place], []
         events = events_of(of.call.plan, of.of_ranks[0])
         posting = [events.events[number] for number in events.exchanges]
         for reach in reaches(node_size):
@@ -93,32 +95,49 @@ def linked_of(recording: Recording, built: RecordedGraph, costs: Costs) -> Linke
                 for number, event in enumerate(posting)
                 if event.kind not in (None, StepKind.REPLICA_BACKWARD) and event.is_inside == is_inside
             ]
-            sent = messages_of(of.call, of.number, reach, node_size)
             if own:
+                sent = find_messages(of.call, of.number, reach, node_size)
                 begun = sent.begun(each.latency_s, recording.uses_rendezvous)
-                by_place[place].append(_Pass(place, of.step, own, sent, begun))
-    passes = [one for own in by_place.values() for one in own]
-    times = _times_of_bytes(passes, costs, size, node_size, len(built.graph.steps))
+                found.append(_Pass(place, of.step, own, sent, begun))
+        return found
+
+    places, num_steps = range(len(built.passes)), len(built.graph.steps)
+    sums = _Sums(*(torch.zeros(num_steps, size, size, dtype=torch.float64, device="cpu") for _ in range(2)))
+    typical_s = _typical_byte_s(costs, size, node_size)
+    for place in places:
+        for one in passes_at(place):
+            sums.add(one, each.latency_s, typical_s)
+    times = _times_of_bytes(sums, costs, node_size)
     if not bool((times > 1).any()) and not bool((costs.ratios.excess_s > 0).any()):
         return Linked(nothing, None)
-    held_up_s = torch.zeros(len(built.graph.steps), size, size, dtype=torch.float64, device="cpu")
-    seconds = nothing.clone()
-    for of_pass in by_place.values():
-        _mend(of_pass, times, costs, built, recording, seconds, held_up_s[of_pass[0].step])
-    is_used = torch.stack([one.sent.are_known.any(0) for one in passes]).any(0)
+    held_up_s = torch.zeros(num_steps, size, size, dtype=torch.float64, device="cpu")
+    seconds, is_used = nothing.clone(), torch.zeros(size, size, dtype=torch.bool, device="cpu")
+    for place in places:
+        of_pass = passes_at(place)
+        if of_pass:
+            _mend(of_pass, times, costs, built, recording, seconds, held_up_s[of_pass[0].step])
+        for one in of_pass:
+            is_used |= one.sent.are_known.any(0)
     return Linked(seconds, _fault_of_steps(held_up_s, is_used, costs, recording))
 
 
-def _times_of_bytes(passes: Sequence[_Pass], costs: Costs, size: int, node_size: int | None, num_steps: int) -> Tensor:
-    """Return (S, W, W): how many times as long as usual a byte takes on each link in each step; 1 where it is usual."""
-    each, ratios = costs.link.each_link, costs.ratios
-    typical_s = _typical_byte_s(costs, size, node_size)
-    took, due = (torch.zeros(num_steps, size, size, dtype=torch.float64, device="cpu") for _ in range(2))
-    for one in passes:
+@dataclass
+class _Sums:
+    """(S, W, W): how long each link's messages took in each step, and how long they would take on a typical link."""
+
+    took: Tensor
+    due: Tensor
+
+    def add(self, one: _Pass, latency_s: Tensor, typical_s: Tensor) -> None:
         known = one.sent.are_known
-        seconds = (one.sent.arrived - one.begun - each.latency_s).clamp(min=0)
-        took[one.step] += torch.where(known, seconds, 0.0).sum(0)
-        due[one.step] += torch.where(known, one.sent.port_bytes * typical_s, 0.0).sum(0)
+        seconds = (one.sent.arrived - one.begun - latency_s).clamp(min=0)
+        self.took[one.step] += torch.where(known, seconds, 0.0).sum(0)
+        self.due[one.step] += torch.where(known, one.sent.port_bytes * typical_s, 0.0).sum(0)
+
+
+def _times_of_bytes(sums: _Sums, costs: Costs, node_size: int | None) -> Tensor:
+    """Return (S, W, W): how many times as long as usual a byte takes on each link in each step; 1 where it is usual."""
+    ratios, took, due = costs.ratios, sums.took, sums.due
     is_known = due.amax(0) > 0
     if not bool(is_known.any()):
         return torch.ones_like(due)
@@ -239,7 +258,8 @@ def _fault_of(held_up_s: Tensor, is_used: Tensor, costs: Costs, recording: Recor
     """Say which end of which links is slow, by how long (W, W) rows from rank i have held up rank k."""
     total, size = float(held_up_s.sum()), len(held_up_s)
     ratios = costs.ratios
-    by_cost = sorted(held_up_s.nonzero().tolist(), key=lambda link: -float(held_up_s[link[0], link[1]]))
+    of_links = held_up_s.tolist()
+    by_cost = sorted(held_up_s.nonzero().tolist(), key=lambda link: -of_links[link[0]][link[1]])
     sender, receiver = by_cost[0]
     if float(held_up_s[sender, receiver]) < ONE_LINK * total and size > 2:
         out, into = held_up_s.sum(1), held_up_s.sum(0)
@@ -269,7 +289,7 @@ def _fault_of(held_up_s: Tensor, is_used: Tensor, costs: Costs, recording: Recor
                 ranks = tuple(range(node * node_size, (node + 1) * node_size))
                 return LinkFault("slow port", (), ranks, f"the node of ranks {ranks[0]} to {ranks[-1]}")
     worst = float(held_up_s[sender, receiver])
-    links = tuple((i, k) for i, k in by_cost if float(held_up_s[i, k]) >= AMONG * worst)
+    links = tuple((i, k) for i, k in by_cost if of_links[i][k] >= AMONG * worst)
     is_late = all(float(ratios.excess_s[i, k]) > 0 and float(ratios.link[i, k]) <= 1 for i, k in links)
     ranks = tuple(dict.fromkeys(rank for link in links for rank in link))
     return LinkFault("late link" if is_late else "slow link", links, ranks, "")

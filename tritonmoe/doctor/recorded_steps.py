@@ -171,7 +171,7 @@ def events_of(plan: OverlapPlan, one: RecordedPass) -> Events:
     """Return what a pass consists of, with its count exchange, if it began with one."""
     return _events_of(
         plan,
-        tuple(step.step.kind for step in one.steps),
+        one.steps.layout.kinds,
         bool(one.steps_inside),
         one.marks is not None,
     )

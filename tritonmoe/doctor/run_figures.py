@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 
 from tritonmoe.diagnosis.call_recording import RecordedCall, RecordedPass
+from tritonmoe.diagnosis.pass_steps import arrivals_of, places_of, times_of
 from tritonmoe.doctor.conditions import PassesBefore, conditions_of, measured_s, passes_before, walk
 from tritonmoe.doctor.messages import members
 from tritonmoe.doctor.recorded_run import RecordedRun
@@ -115,13 +116,20 @@ def _waits(run: RecordedRun) -> list[list[float]] | None:
 
 def _waits_of(call: RecordedCall) -> torch.Tensor:
     waits_s = torch.zeros(len(call.ranks), len(call.ranks), dtype=torch.float64, device="cpu")
-    for rank, of in enumerate(call.ranks):
-        steps = [step for one in of.passes for step in (*one.steps, *one.steps_inside) if step.arrivals_s is not None]
-        for step in steps:
-            peers = members(call, rank, step.step.kind.is_inside_node)
-            for peer, arrived_s in zip(peers, step.arrivals_s or (), strict=True):
-                if arrived_s is not None:
-                    waits_s[rank, peer] += min(step.wait_s, max(0.0, arrived_s - (step.end_s - step.wait_s)))
+    for of_pass in call.by_pass:
+        for passes, is_inside in (
+            ([one.steps for one in of_pass], False),
+            ([one.steps_inside for one in of_pass], True),
+        ):
+            steps = passes[0].layout.steps
+            peers = torch.tensor([list(members(call, rank, is_inside)) for rank in range(len(call.ranks))])
+            for n, tells in enumerate(passes[0].layout.tell_arrivals):
+                if tells:
+                    places = places_of(passes, [steps[n]])
+                    end_s, wait_s = times_of(passes, places)[:, 0, 1:3].unbind(1)
+                    stood_s = (arrivals_of(passes, places)[:, 0] - (end_s - wait_s)[:, None]).clamp(min=0)
+                    stood_s = torch.minimum(stood_s, wait_s[:, None]).nan_to_num(nan=0.0)
+                    waits_s.scatter_add_(1, peers, stood_s)
     return waits_s
 
 

@@ -12,12 +12,15 @@ from torch import Tensor
 
 from tritonmoe.doctor.graph import Graph, Kind
 from tritonmoe.doctor.tables import indices
+from tritonmoe.doctor.uniform_walk import Walked, uniform_walk
 
 __all__ = ["Moments", "Walker"]
 
 RUN, POST, WAIT, STEP = int(Kind.RUN), int(Kind.POST), int(Kind.WAIT), int(Kind.STEP)
+MOST_TIMES = 1 << 25
+"""So many numbers at most are given to one walk ..."""
 MOST_VALUES = 1 << 24
-"""So many numbers are held at once: of large graphs fewer sets of times are walked together."""
+"""... or are held in it, where ranks do unlike things: of large graphs fewer sets of times are walked together."""
 
 
 @dataclass
@@ -58,8 +61,10 @@ class Walker:
     def __init__(self, graph: Graph) -> None:
         self.graph, self.tables = graph, graph.tables
         self._num_members = len(self.tables.member_rank)
-        self._segment_of_run = torch.full((len(self.tables.run_rank),), -1, dtype=torch.int64, device="cpu")
-        self._levels = self._compile()
+        self._uniform = uniform_walk(graph)
+        if self._uniform is None:
+            self._segment_of_run = torch.full((len(self.tables.run_rank),), -1, dtype=torch.int64, device="cpu")
+            self._levels = self._compile()
 
     def _compile(self) -> list[_Level]:
         """Find the level of every item: it comes after those before it on its rank, and after what it waits for."""
@@ -195,22 +200,39 @@ class Walker:
 
     def all_step_times(self, run_s: Tensor, transfer_s: Tensor) -> list[list[float]]:
         """Return the same for B sets of times, (B, N) and (B, M)."""
-        per_set = self._num_segments + 3 * self._num_members + 1
-        count = max(1, MOST_VALUES // per_set)
+        count = self.num_at_once
         found: list[list[float]] = []
         for first in range(0, len(run_s), count):
             found += self._walk(run_s[first : first + count], transfer_s[first : first + count])[0]
         return found
 
+    @property
+    def num_at_once(self) -> int:
+        """How many sets of times are walked together."""
+        if self._uniform is not None:
+            return max(1, MOST_TIMES // (len(self.tables.run_rank) + self._num_members + 1))
+        return max(1, MOST_VALUES // (self._num_segments + 3 * self._num_members + 1))
+
     def moments(self, run_s: Tensor, transfer_s: Tensor) -> Moments:
         """Return when every exchange started and ended, and every step."""
-        (step_s,), *times = self._walk(run_s[None], transfer_s[None])
-        step_ends_s, started_s, ended_s, waits_since_s = (of[..., 0] for of in times)
-        return Moments(step_s, step_ends_s, started_s, ended_s[:-1], waits_since_s)
+        (step_s,), found = self._walk(run_s[None], transfer_s[None], has_moments=True)
+        times = (found.step_ends, found.started, found.ended, found.waits_since)
+        return Moments(step_s, *(of[..., 0] for of in times))
 
     @torch.no_grad()
-    def _walk(self, run_s: Tensor, transfer_s: Tensor) -> tuple[list[list[float]], Tensor, Tensor, Tensor, Tensor]:
-        """Return the seconds of every step of each set, and what Moments has, with the sets in the last dimension."""
+    def _walk(self, run_s: Tensor, transfer_s: Tensor, has_moments: bool = False) -> tuple[list[list[float]], Walked]:
+        """Return the seconds of every step of each set, and all else that a walk gives."""
+        if self._uniform is None:
+            found = self._walk_levels(run_s, transfer_s)
+        else:
+            found = self._uniform.walk(run_s, transfer_s, has_moments)
+        ends = found.step_ends.amax(1)
+        begin_s = max(self.graph.begin_s, default=0.0)
+        first = torch.full((1, len(run_s)), begin_s, dtype=torch.float64, device="cpu")
+        ends = torch.cat([first, ends]).cummax(0).values
+        return ends.diff(dim=0).clamp(min=0).T.tolist(), found
+
+    def _walk_levels(self, run_s: Tensor, transfer_s: Tensor) -> Walked:
         graph, num_ranks, num_sets = self.graph, len(self.graph.ranks), len(run_s)
 
         def numbers(*shape: int, value: float = 0.0) -> Tensor:
@@ -250,10 +272,7 @@ class Walker:
             if level.special is not None:
                 members, needs = level.special
                 ended[members] = started[needs].amax(1) + transfer_s[members]
-        ends = step_ends.amax(1)
-        first = torch.full((1, num_sets), max(graph.begin_s, default=0.0), dtype=torch.float64, device="cpu")
-        ends = torch.cat([first, ends]).cummax(0).values
-        return ends.diff(dim=0).clamp(min=0).T.tolist(), step_ends, started, ended, waits_since
+        return Walked(step_ends, started, ended[:-1], waits_since)
 
 
 def _places(numbers: list[int]) -> Tensor | slice:

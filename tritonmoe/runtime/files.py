@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
 
-__all__ = ["Json", "check_regular", "locked", "parse_json", "read_json", "write_whole"]
+__all__ = ["Json", "check_regular", "load_json", "locked", "parse_json", "read_json", "write_whole"]
 
 Json: TypeAlias = dict[str, Any]
 """An object of JSON: strings, numbers, true, false, null, lists and objects by name."""
@@ -94,12 +94,7 @@ def parse_json(text: bytes, where: Path | str) -> Any:
             object (the last would win), objects and lists in each other to more than MAX_DEPTH, NaN, or an integer
             of more than 64 bits. The message names the file, and the key where there is one.
     """
-    try:
-        found = _loaded(text)
-    except RecursionError:
-        raise ValueError(f"{where} is damaged: it nests deeper than {MAX_DEPTH}") from None
-    except ValueError as error:
-        raise ValueError(f"{where} is damaged or half written: {error}") from error
+    found = load_json(text, where)
     unseen: list[tuple[str, int, object]] = [("", 1, found)]
     while unseen:
         key, depth, value = unseen.pop()
@@ -117,6 +112,20 @@ def parse_json(text: bytes, where: Path | str) -> Any:
         elif isinstance(value, int) and not -(2**63) <= value < 2**63:
             raise ValueError(f"{where} is damaged: {key} is an integer of more than 64 bits")
     return found
+
+
+def load_json(text: bytes, where: Path | str) -> object:
+    """Return the same for a reader that looks at every number it takes itself, as parse_json does.
+
+    Raises:
+        ValueError: it is no JSON, or has a key twice in an object.
+    """
+    try:
+        return _loaded(text)
+    except RecursionError:
+        raise ValueError(f"{where} is damaged: it nests deeper than {MAX_DEPTH}") from None
+    except ValueError as error:
+        raise ValueError(f"{where} is damaged or half written: {error}") from error
 
 
 def _loaded(text: bytes) -> object:
@@ -138,11 +147,10 @@ def _are_sound_numbers(values: list) -> bool:
 
 
 def _as_object(pairs: list[tuple[str, object]]) -> Json:
-    found: Json = {}
-    for name, value in pairs:
-        if name in found:
-            raise ValueError(f"it has the key {name!r} twice")
-        found[name] = value
+    found: Json = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"it has the key {next(name for name in names if names.count(name) > 1)!r} twice")
     return found
 
 

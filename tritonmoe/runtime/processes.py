@@ -5,7 +5,7 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import TypeVar
@@ -34,10 +34,11 @@ def ends_with_its_parent() -> None:
         os._exit(1)
 
 
-def read_files(read: Callable[[Path], Found], files: Sequence[Path]) -> list[Found]:
-    """Return what `read` finds in each file, large ones read by as many processes as there are cores."""
+def read_files(read: Callable[[Path], Found], files: Sequence[Path]) -> Iterator[Found]:
+    """Return what `read` finds in each file, one by one; large ones are read by a process for each core."""
     workers = min(len(files), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     if workers < 2 or sum(file.stat().st_size for file in files) < SMALL_BYTES:
-        return [read(file) for file in files]
+        yield from map(read, files)
+        return
     with ProcessPoolExecutor(workers) as pool:
-        return list(pool.map(read, files))
+        yield from pool.map(read, files)
