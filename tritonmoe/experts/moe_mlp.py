@@ -164,8 +164,8 @@ def _dropped(settings: ExpertSettings, tensors: CallTensors[Tensor]) -> DroppedR
 
 def _needs(ctx: Context, flat: Sequence[object]) -> CallTensors[bool]:
     """Say of which of a Function's tensors a gradient is wanted; under a transform, before its backward, of any."""
-    _, *needs = getattr(ctx, "needs_input_grad", (False, *(True for _ in flat)))
-    return CallTensors.unflatten(needs)
+    needs = getattr(ctx, "needs_input_grad", None)
+    return CallTensors.unflatten([True] * len(flat) if needs is None else needs[1:])
 
 
 def _is_traced(x: Tensor) -> bool:
@@ -186,7 +186,7 @@ def _run_eagerly(settings: ExpertSettings, owners: Owners, tensors: CallTensors[
         seeds = None if seeds is None else unwrapped(seeds)
         tensors = tensors._replace(topk_ids=unwrapped(tensors.topk_ids), row_seeds=seeds)
     if is_fused(settings.spec.activation):
-        if transformed or tensors.needs().any():
+        if transformed or tensors.needs_any():
             return run_function(_MoEMLP, _Experts(settings, owners), *tensors.flatten())
         out, _, _ = run_forward(settings, tensors, keep_hidden=False)
         return out
@@ -284,7 +284,7 @@ def run_experts(spec: ExpertSpec, tensors: CallTensors[Tensor]) -> Tensor:
         raise RuntimeError(MAIN_GRAD)
     with without_autocast(tensors.x.device):
         if is_fused(spec.activation) and not has_main_grads and not is_transformed() and _is_traced(tensors.x):
-            return moe_mlp_operator(spec.check(), tensors, spec.save == "hidden" and tensors.needs().any())
+            return moe_mlp_operator(spec.check(), tensors, spec.save == "hidden" and tensors.needs_any())
         if torch.compiler.is_compiling():
             return _run_callable_or_main_grad(spec.check(), owners, tensors)
         return _run_eagerly(choose_backend(spec, tensors), owners, tensors)

@@ -4,7 +4,7 @@ autograd and operators take flat lists; their order is known to flatten() and un
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Generic, NamedTuple, TypeVar, cast
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 
@@ -37,12 +37,12 @@ class CallTensors(NamedTuple, Generic[Value]):
         return [x, topk_ids, topk_weights, *weights, row_seeds, *parameters]
 
     @classmethod
-    def unflatten(cls, values: Iterable[Other | None]) -> "CallTensors[Other]":
+    def unflatten(cls, values: "Sequence[Other | None]") -> "CallTensors[Other]":
         """Return the tensors of which flatten() gave the values."""
-        x, topk_ids, topk_weights, *others = cast(Iterable[Other], values)
-        end = len(PerWeight._fields)
-        row_seeds, *parameters = others[end:]
-        return CallTensors(x, topk_ids, topk_weights, PerWeight(*others[:end]), row_seeds, parameters)
+        weights: PerWeight[Any] = PerWeight._make(values[_FIRST_WEIGHT:_ROW_SEEDS])
+        rows: Sequence[Any] = values[:_FIRST_WEIGHT]
+        parameters: Sequence[Any] = values[_ROW_SEEDS + 1 :]
+        return CallTensors(rows[0], rows[1], rows[2], weights, values[_ROW_SEEDS], parameters)
 
     def of_rows(self) -> "list[Value | None]":
         """Return those that belong to the rows of x, in the order of OF_ROWS."""
@@ -54,8 +54,7 @@ class CallTensors(NamedTuple, Generic[Value]):
 
     def only(self, *names: str) -> "CallTensors[Any]":
         """Return these and the activation's parameters, None for the others."""
-        values = self.flatten()
-        named = [value if name in names else None for name, value in zip(NAMES, values, strict=False)]
+        named = [value if name in names else None for name, value in zip(NAMES, self.flatten(), strict=False)]
         return self.unflatten([*named, *self.activation_parameters])
 
     def without(self, *names: str) -> "CallTensors[Any]":
@@ -64,16 +63,22 @@ class CallTensors(NamedTuple, Generic[Value]):
 
     def needs(self) -> "CallTensors[bool]":
         """Say of which tensors a gradient is wanted, in the grad mode that is on."""
-        is_on = torch.is_grad_enabled()
-        return self.unflatten([is_on and tensor is not None and tensor.requires_grad for tensor in self.flatten()])  # type: ignore[attr-defined]
+        return self.unflatten(self._needs())
 
-    def any(self) -> bool:
-        """Say whether a value is true."""
-        return any(self.flatten())
+    def needs_any(self) -> bool:
+        """Say whether a gradient of one of the tensors is wanted, in the grad mode that is on."""
+        return any(self._needs())
+
+    def _needs(self) -> list[bool]:
+        values: list[Any] = self.flatten()
+        if not torch.is_grad_enabled():
+            return [False] * len(values)
+        return [tensor is not None and tensor.requires_grad for tensor in values]
 
 
 NO_TENSORS: CallTensors[Any] = CallTensors(None, None, None, NO_WEIGHTS)
 NAMES = ("x", "topk_ids", "topk_weights", *PerWeight._fields, "row_seeds")
+_FIRST_WEIGHT, _ROW_SEEDS = NAMES.index(PerWeight._fields[0]), NAMES.index("row_seeds")
 OF_ROWS = ("topk_ids", "topk_weights", "row_seeds")
 """Those that belong to the rows of x, and travel with them: (T, K) or (T,), as int32 or fp32."""
 OPTIONAL = frozenset(NAMES) - {"x", "topk_ids", "topk_weights", "gate_up_proj", "down_proj"}
