@@ -94,7 +94,7 @@ def _are_moments(arrivals: Sequence[object], total_s: float, num_peers: int) -> 
     """Say whether lists hold a moment within a pass of this length, a float, or None for every peer."""
     if not all(type(moments) is list and len(moments) == num_peers for moments in arrivals):
         return False
-    flat = list(chain.from_iterable(arrivals))  # type: ignore[arg-type]  # they are lists
+    flat: list = list(chain.from_iterable(arrivals))  # type: ignore[arg-type]  # they are lists
     if not set(map(type, flat)) <= {float, type(None)}:
         return False
     known = [moment for moment in flat if moment is not None]

@@ -53,7 +53,7 @@ class Cost:
     @classmethod
     def of(cls, gained: Sequence[float]) -> "Cost":
         """Return the cost of what each step would gain."""
-        means = floats(gained)[_selections(len(gained))].mean(1).sort().values.tolist()
+        means = sorted(map(statistics.fmean, floats(gained)[_selections(len(gained))].tolist()))
         aside = int(NUM_SELECTIONS * (1 - INTERVAL) / 2)
         return cls(statistics.fmean(gained), means[aside], means[-1 - aside])
 
@@ -65,7 +65,8 @@ class Cost:
 def _selections(num_steps: int) -> Tensor:
     """Return (selections, steps): which steps each selection of as many steps has, drawn with putting back."""
     draw = random.Random(0)
-    return indices([draw.choices(range(num_steps), k=num_steps) for _ in range(NUM_SELECTIONS)])
+    drawn = [step for _ in range(NUM_SELECTIONS) for step in draw.choices(range(num_steps), k=num_steps)]
+    return indices(drawn).view(NUM_SELECTIONS, num_steps)
 
 
 @dataclass(frozen=True)

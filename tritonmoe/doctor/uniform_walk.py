@@ -97,7 +97,8 @@ class UniformWalk:
             return step_ends, nothing, nothing, nothing
         never = torch.full((num_ranks, num_sets), torch.nan, dtype=torch.float64, device="cpu")
         since = [never if of is None else of for of in waits_since]
-        return step_ends, *(self._by_member(of, num_sets) for of in (started, ended, since))
+        of_members = [self._by_member(of, num_sets) for of in (started, ended, since)]
+        return step_ends, of_members[0], of_members[1], of_members[2]
 
     def _exchanged(
         self, number: int, now: Tensor, ended: Sequence[Tensor], transfer_s: Tensor, delay_s: Tensor
