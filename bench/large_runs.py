@@ -3,8 +3,8 @@
     python -m bench.large_runs recording /tmp/large          # 64 ranks, 16 layers, 100 steps: 2 GB
     python -m bench.large_runs traces /tmp/large FEW         # 64 traces of 100 MB, of the steps of those in FEW: 6.4 GB
 
-Prints seconds, and the most memory that the doctor's own process and each of those that read files for it have held.
-The folder is made, and removed when the doctor has ended.
+Prints what the doctor finds first, how long it took, and the most memory that its own process, and each of those that
+read files for it, have held. The folder is made, and removed when the doctor has ended.
 """
 
 import argparse
@@ -26,16 +26,16 @@ from tritonmoe.runtime.files import Json
 
 __all__ = ["write_large_run", "write_large_traces"]
 
+TRACE_BYTES = 100_000_000
 MADE_STEPS = 5
 """So many steps are simulated, and repeated later and later."""
 MARKER = "<moment>"
 STEP = re.compile(r'"user_annotation",\s*"name": "ProfilerStep#(\d+)"[^}]*?"ts": ([\d.]+),\s*"dur": ([\d.]+)')
 
 
-def write_large_run(folder: Path, run: Run, num_steps: int) -> int:
-    """Write a recording of so many steps of a run; return its bytes."""
-    folder.mkdir(parents=True)
-    made = min(MADE_STEPS, num_steps)
+def write_large_run(folder: Path, run: Run, num_steps: int, num_bytes: int | None = None) -> int:
+    """Write a recording of so many steps of a run, or of so many bytes a rank, into a folder; return all bytes."""
+    made = MADE_STEPS if num_bytes is not None else min(MADE_STEPS, num_steps)
 
     def parsed(line: str) -> Json:
         return json.loads(line, parse_float=lambda text: round(float(text), DECIMALS))
@@ -43,9 +43,12 @@ def write_large_run(folder: Path, run: Run, num_steps: int) -> int:
     with TemporaryDirectory(dir=folder.parent) as few:
         write_run(Path(few), [run] * made)
         period_s = _period_s([parsed(line) for line in _lines(Path(few), 0)[1:]], made)
+        times = num_steps // made
+        if num_bytes is not None:
+            times = max(1, num_bytes // (Path(few) / file_name(0)).stat().st_size)
         for rank in range(run.size):
             header, *calls = _lines(Path(few), rank)
-            _repeat(folder / file_name(rank), header, [parsed(line) for line in calls], num_steps // made, period_s)
+            _repeat(folder / file_name(rank), header, [parsed(line) for line in calls], times, period_s)
     return sum(file.stat().st_size for file in folder.iterdir())
 
 
@@ -83,15 +86,18 @@ def _repeat(path: Path, header: str, calls: Sequence[Json], times: int, period_s
 
 
 def write_large_traces(folder: Path, few: Path, num_ranks: int, num_bytes: int) -> int:
-    """Write torch.profiler's traces of so many ranks, each of so many bytes; return the bytes of all.
+    """Write torch.profiler's traces of so many ranks, each of so many bytes, into a folder; return the bytes of all.
 
     few: a folder with the traces of a few ranks, whose steps are repeated, later and later.
+    Raises:
+        ValueError: there are no traces in it, or one has no steps.
     """
-    folder.mkdir(parents=True)
     files = sorted(few.glob("*.trace.json*"))
+    if not files:
+        raise ValueError(f"{few} has no files *.trace.json or *.trace.json.gz: give a folder that torch.profiler wrote")
     for first, file in enumerate(files):
         with open_text(file) as opened:
-            trace = _Trace(opened.read())
+            trace = _Trace(opened.read(), file)
         events = trace.repeated(num_bytes)
         for rank in range(first, num_ranks, len(files)):
             head = trace.head_of(rank, num_ranks, len(files))
@@ -102,10 +108,12 @@ def write_large_traces(folder: Path, few: Path, num_ranks: int, num_bytes: int) 
 class _Trace:
     """A trace as Kineto writes it, whose events are repeated as text."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, file: Path) -> None:
         at, end = text.index('"traceEvents": [') + len('"traceEvents": ['), text.rindex("]")
         self.head, self.tail = text[:at], text[end:]
         steps = [(int(found[1]), float(found[2]), float(found[3])) for found in STEP.finditer(text)]
+        if not steps:
+            raise ValueError(f"{file} has no steps: profiler.step() was not called")
         self.num_steps, self.first_us = len(steps), min(start for _, start, _ in steps)
         last_us = max(start + us for _, start, us in steps)
         self.period_us = last_us - self.first_us + 1
@@ -144,8 +152,8 @@ def _judge(folder: Path) -> None:
     begin = time.monotonic()
     script = (
         "import resource, sys; from tritonmoe.cli import main; code = main(['doctor', sys.argv[1]]);"
-        "whom = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN);"
-        "print('GB', *(resource.getrusage(who).ru_maxrss / 1e6 for who in whom));"
+        "used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)];"
+        "print(*(x for of in used for x in (of.ru_utime + of.ru_stime, of.ru_maxrss * 1024 / 1e9)));"
         "sys.exit(code)"
     )
     done = subprocess.run([sys.executable, "-c", script, str(folder)], capture_output=True, text=True, check=False)
@@ -153,11 +161,10 @@ def _judge(folder: Path) -> None:
     lines = done.stdout.splitlines()
     if done.returncode not in (0, 1):
         raise SystemExit(done.stderr)
-    _, own, of_reader = lines[-1].split()
+    own_s, own_gb, readers_s, reader_gb = map(float, lines[-1].split())
     print(*lines[:3], sep="\n")
-    print(
-        f"{seconds:.1f} s; {float(own):.1f} GB in its own process, {float(of_reader):.1f} GB in one that reads a file"
-    )
+    print(f"{seconds:.1f} s; processor: {own_s:.1f} s in its own process, {readers_s:.1f} s in those that read files")
+    print(f"at most {own_gb:.1f} GB in its own process, {reader_gb:.1f} GB in each of those that read files")
 
 
 def main() -> None:
@@ -166,17 +173,24 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="is made, and removed")
     parser.add_argument("few", type=Path, nargs="?", help="a folder with torch.profiler's traces of a few ranks")
     parser.add_argument("--ranks", type=int, default=64)
-    parser.add_argument("--layers", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--bytes", type=int, default=100_000_000)
+    parser.add_argument("--megabytes", type=float, help="of each rank's file; of traces 100, else as --steps says")
+    parser.add_argument("--layers", type=int, default=16, help="of a recording")
+    parser.add_argument("--steps", type=int, default=100, help="of a recording")
     given = parser.parse_args()
+    if (given.what == "traces") != (given.few is not None):
+        parser.error("traces needs FEW, a folder with traces of a few ranks; recording takes none")
+    if given.folder.exists():
+        parser.error(f"{given.folder} is there already: give a new folder, it is removed afterwards")
+    num_bytes = None if given.megabytes is None else int(given.megabytes * 1e6)
+    given.folder.mkdir(parents=True)
     try:
         if given.what == "traces":
-            num_bytes = write_large_traces(given.folder, given.few, given.ranks, given.bytes)
+            total = write_large_traces(given.folder, given.few, given.ranks, num_bytes or TRACE_BYTES)
         else:
-            run = Run(given.ranks, rows=50.0, num_layers=given.layers, is_chained=True, noise=0.02, slow_rank=(3, 1.3))
-            num_bytes = write_large_run(given.folder, run, given.steps)
-        print(f"{num_bytes / 1e9:.2f} GB")
+            slow = min(3, given.ranks - 1), 1.3
+            run = Run(given.ranks, rows=50.0, num_layers=given.layers, is_chained=True, noise=0.02, slow_rank=slow)
+            total = write_large_run(given.folder, run, given.steps, num_bytes)
+        print(f"{given.ranks} files, {total / 1e9:.2f} GB")
         _judge(given.folder)
     finally:
         shutil.rmtree(given.folder, ignore_errors=True)

@@ -13,6 +13,7 @@ import tritonmoe as tm
 from bench.synthetic_runs import Run, healthy, write_run
 from tritonmoe.config.overlap import OverlapPlan
 from tritonmoe.diagnosis import record
+from tritonmoe.diagnosis.pass_steps import TIMES
 from tritonmoe.diagnosis.recording_reader import read_recording
 from tritonmoe.doctor.conditions import conditions_of
 from tritonmoe.doctor.costs import fit_costs
@@ -304,19 +305,12 @@ def test_chunks_that_differ_by_chance_occupy_ports_for_longer(tmp_path: Path) ->
 def test_a_replay_that_is_off_explains_nothing(tmp_path: Path) -> None:
     """Steps that overlap in a way that no schedule has: the experts' times are three times too long."""
     recording = read_recording(write_run(tmp_path, [Run()] * CALLS))
-    calls = []
-    for call in recording.calls:
-        ranks = []
-        for of in call.ranks:
-            steps = [
-                replace(step, end_s=step.start_s + 3 * (step.end_s - step.start_s))
-                if step.step.lane == "compute"
-                else step
-                for step in of.forward.steps
-            ]
-            ranks.append(replace(of, forward=replace(of.forward, steps=tuple(steps))))
-        calls.append(replace(call, ranks=tuple(ranks)))
-    found = judge_recording(replace(recording, calls=tuple(calls)))
+    for steps in (of.forward.steps for call in recording.calls for of in call.ranks):
+        for step, times in zip(steps.layout.steps, steps.times, strict=True):
+            if step.lane == "compute":
+                start_s, end_s = (TIMES.index(name) for name in ("start_s", "end_s"))
+                times[end_s] = times[start_s] + 3 * (times[end_s] - times[start_s])
+    found = judge_recording(recording)
     assert not found.found.is_explained
     assert not found.found.is_healthy
     assert "UNEXPLAINED" in as_text(found, found.found)

@@ -62,7 +62,7 @@ def plain_plan(plan: OverlapPlan) -> Json:
     return {**values, "chunk_sizes": list(plan.chunk_sizes), "wire_dtype": wire_dtype}
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True)
 class RecordedPass:
     """One pass of a call on one rank, in seconds of the recording's clock."""
 
@@ -84,7 +84,7 @@ class RecordedPass:
         return self.origin if self.marks is None else self.marks.entered
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True)
 class RankCall:
     """One call on one rank."""
 

@@ -21,6 +21,7 @@ __all__ = ["NEAR_S", "read_pass"]
 NEAR_S = 0.01
 """By so little the times of a step may lie outside of their pass: a device's are of another clock than the host's."""
 NO_STEPS = layout_of((), (), 1)
+_KINDS = frozenset(kind.value for kind in StepKind)
 _values = itemgetter("kind", "chunk", "arrivals_s", *TIMES)
 
 
@@ -65,7 +66,8 @@ def _read_steps(values: object, total_s: float, num_peers: int, columns: StepCol
         and _are_times(times, total_s)
         and _are_moments(known, total_s, num_peers)
     )
-    if not are_sound:
+    are_known = are_sound and _KINDS.issuperset(kinds)
+    if not are_known:
         return _one_by_one(found, total_s, num_peers, columns)
     layout = _layout(kinds, chunks, tuple(moments is not None for moments in arrivals), num_peers)
     return columns.add(layout, list(zip(*times, strict=True)), known)
@@ -92,7 +94,7 @@ def _are_moments(arrivals: Sequence[object], total_s: float, num_peers: int) -> 
     """Say whether lists hold a moment within a pass of this length, a float, or None for every peer."""
     if not all(type(moments) is list and len(moments) == num_peers for moments in arrivals):
         return False
-    flat = list(chain.from_iterable(arrivals))  # type: ignore[arg-type]  # they are lists
+    flat: list = list(chain.from_iterable(arrivals))  # type: ignore[arg-type]  # they are lists
     if not set(map(type, flat)) <= {float, type(None)}:
         return False
     known = [moment for moment in flat if moment is not None]

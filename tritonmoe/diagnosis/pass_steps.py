@@ -3,7 +3,7 @@
 import math
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import chain
 from typing import TypeAlias, overload
@@ -82,16 +82,11 @@ def layout_of(steps: tuple[Step, ...], tell_arrivals: tuple[bool, ...], num_peer
     return Layout(steps, tell_arrivals, num_peers)
 
 
-def _no_numbers() -> array:
-    return array("d")
-
-
-@dataclass
 class StepColumns:
     """The numbers of the steps of many passes of one rank, one step behind the other."""
 
-    flat_times: array = field(default_factory=_no_numbers)
-    flat_arrivals: array = field(default_factory=_no_numbers)
+    def __init__(self) -> None:
+        self.flat_times, self.flat_arrivals = array("d"), array("d")
 
     @cached_property
     def times(self) -> Tensor:
@@ -130,6 +125,7 @@ class PassSteps(Sequence[RecordedStep]):
     """The steps of a pass on one rank, in order; a RecordedStep is made where one is asked for."""
 
     __slots__ = ("arrivals_at", "at", "columns", "layout")
+    __hash__ = None  # type: ignore[assignment]  # as of whatever is compared by numbers
 
     def __init__(self, columns: StepColumns, layout: Layout, at: int, arrivals_at: int) -> None:
         """at, arrivals_at: where its steps begin among those of the columns, and its arrivals."""
@@ -139,6 +135,16 @@ class PassSteps(Sequence[RecordedStep]):
     def times(self) -> Tensor:
         """(S, 5): what TIMES says, of every step."""
         return self.columns.times[self.at : self.at + len(self.layout.steps)]
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, PassSteps) or self.layout is not other.layout:
+            return False
+        return torch.equal(self.times, other.times) and torch.equal(self._arrivals, other._arrivals)
+
+    @property
+    def _arrivals(self) -> Tensor:
+        own = self.columns.arrivals[self.arrivals_at : self.arrivals_at + self.layout.num_arrivals]
+        return own.nan_to_num(nan=-1.0)
 
     def __len__(self) -> int:
         return len(self.layout.steps)
@@ -191,7 +197,11 @@ def arrivals_of(passes: Sequence[PassSteps], places: Sequence[Sequence[int]]) ->
         return ends
 
     def found(columns: StepColumns, own: Sequence[int] | slice, at: Tensor) -> Tensor:
-        return columns.arrivals[(at + rows[own].clamp(min=0) * len(peers))[:, :, None] + peers]
+        moments = columns.arrivals
+        if not len(moments):
+            return ends[own].new_full((len(at), rows.shape[1], len(peers)), torch.nan)
+        which = (at + rows[own].clamp(min=0) * len(peers))[:, :, None] + peers
+        return moments[which.clamp(max=len(moments) - 1)]  # a pass that tells none may stand at the end
 
     return torch.where(tells, _of_columns(passes, [one.arrivals_at for one in passes], found), ends)
 

@@ -3,7 +3,7 @@
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
@@ -36,6 +36,10 @@ class CallLine(NamedTuple):
         return f"{self.path} line {self.number}"
 
 
+_Shape: TypeAlias = tuple[bool, Layout, Layout]
+"""What a pass consists of: whether it has marks, its steps, and those inside a node."""
+
+
 class _Line(NamedTuple):
     """What stands in no column of a line."""
 
@@ -45,19 +49,13 @@ class _Line(NamedTuple):
     ran_twice: bool
     widths: tuple[int, ...]
     """How many numbers rows, pairs, pairs_per_expert and, on two levels, rows_to_nodes have."""
-    passes: tuple["_Shape", ...]
+    passes: tuple[_Shape, ...]
 
 
-class _Shape(NamedTuple):
-    """What a pass consists of."""
-
-    has_marks: bool
-    steps: Layout
-    steps_inside: Layout
-
-
-_shape = lru_cache(maxsize=None)(_Shape)
-"""Of all passes of one shape there is one object."""
+@cache
+def _shape(has_marks: bool, steps: Layout, steps_inside: Layout) -> _Shape:
+    """Return one object for all passes of one shape."""
+    return has_marks, steps, steps_inside
 
 
 def _no_counts() -> array:
@@ -122,9 +120,10 @@ class _Passes:
         self.moments, self.steps, self.at, self.arrivals_at = iter(moments), steps, at, arrivals_at
 
     def next(self, shape: _Shape) -> RecordedPass:
-        marks = CallMarks(*islice(self.moments, len(CallMarks._fields))) if shape.has_marks else None
+        has_marks, steps, steps_inside = shape
+        marks = CallMarks(*islice(self.moments, len(CallMarks._fields))) if has_marks else None
         origin, total_s = next(self.moments), next(self.moments)
-        return RecordedPass(marks, origin, total_s, self._steps(shape.steps), self._steps(shape.steps_inside))
+        return RecordedPass(marks, origin, total_s, self._steps(steps), self._steps(steps_inside))
 
     def _steps(self, layout: Layout) -> PassSteps:
         found = PassSteps(self.steps, layout, self.at, self.arrivals_at)

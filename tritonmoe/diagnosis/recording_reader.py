@@ -107,9 +107,9 @@ def _align_clocks(ranks: Sequence[RankColumns], lines: Sequence[_Lines]) -> list
             raise ValueError(f"{paths[0]}: nothing tells how its clock stands to that of {paths[1].name}")
         shift_s = statistics.median(ahead)
         spreads_s.append(statistics.median(abs(one - shift_s) for one in ahead))
-        for found in there:
-            for number, line in found.items():
-                found[number] = line._replace(call=_shifted(line.call, shift_s))
+        for of_rank in there:
+            for number, line in of_rank.items():
+                of_rank[number] = line._replace(call=_shifted(line.call, shift_s))
     notes = [f"clocks of {len(hosts)} hosts aligned, within {max(spreads_s) * 1e6:.0f} us"]
     if any(len(of_host) == 1 for of_host in hosts.values()):
         notes.append("a late link to the only rank of a host is taken for its clock")

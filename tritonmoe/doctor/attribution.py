@@ -5,10 +5,13 @@ each without the others and the others without it, since two causes can hide eac
 steps are what a verdict is made of: all steps count.
 """
 
+import functools
 import random
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+
+from torch import Tensor
 
 from tritonmoe.doctor.causes import KINDS, STRUCTURAL, CauseKind, Causes, Removal
 from tritonmoe.doctor.culprits import Culprits, culprits_of
@@ -17,7 +20,7 @@ from tritonmoe.doctor.link_ends import SlowLinks
 from tritonmoe.doctor.noise import gain_of_noise
 from tritonmoe.doctor.pattern import FEW_STEPS, Pattern, pattern_of
 from tritonmoe.doctor.recorded_causes import Known
-from tritonmoe.doctor.tables import floats
+from tritonmoe.doctor.tables import floats, indices
 from tritonmoe.doctor.usual import usual_of
 
 __all__ = ["Cost", "Finding", "Verdict", "attribute"]
@@ -50,13 +53,20 @@ class Cost:
     @classmethod
     def of(cls, gained: Sequence[float]) -> "Cost":
         """Return the cost of what each step would gain."""
-        draw = random.Random(0)
-        means = sorted(statistics.fmean(draw.choices(gained, k=len(gained))) for _ in range(NUM_SELECTIONS))
+        means = sorted(map(statistics.fmean, floats(gained)[_selections(len(gained))].tolist()))
         aside = int(NUM_SELECTIONS * (1 - INTERVAL) / 2)
         return cls(statistics.fmean(gained), means[aside], means[-1 - aside])
 
     def share(self, step_s: float) -> float:
         return self.seconds / step_s if step_s else 0.0
+
+
+@functools.lru_cache(maxsize=4)
+def _selections(num_steps: int) -> Tensor:
+    """Return (selections, steps): which steps each selection of as many steps has, drawn with putting back."""
+    draw = random.Random(0)
+    drawn = [step for _ in range(NUM_SELECTIONS) for step in draw.choices(range(num_steps), k=num_steps)]
+    return indices(drawn).view(NUM_SELECTIONS, num_steps)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tritonmoe.doctor.graph import Graph
 from tritonmoe.doctor.usual import Usual
-from tritonmoe.doctor.walk import Walker
+from tritonmoe.doctor.walk import walker_of
 
 __all__ = ["KINDS", "STRUCTURAL", "CauseKind", "Causes", "Excess", "Removal"]
 
@@ -51,7 +51,7 @@ class Causes:
 
     def __init__(self, graph: Graph, usual: Usual, structural: Mapping[CauseKind, Excess] | None = None) -> None:
         self.graph, self.usual, self.tables = graph, usual, graph.tables
-        self.walker = Walker(graph)
+        self.walker = walker_of(graph)
         tables = self.tables
         self.run_s, self.transfer_s = tables.run_s, tables.transfer_s
         none_of_runs, none_of_members = torch.zeros_like(self.run_s), torch.zeros_like(self.transfer_s)

@@ -138,8 +138,8 @@ def _samples(calls: Sequence[RecordedCall]) -> list[_Sample]:
     for call in calls:
         plan = plans.setdefault(call.plan, len(plans))
         for number in range(len(call.by_pass)):
-            for key, values in _steps_of(call, number):
-                found.setdefault((plan, key), []).append(values)
+            for key, value in _steps_of(call, number):
+                found.setdefault((plan, key), []).append(value)
     samples = []
     for (_, (kind, _, rank, _)), values in found.items():
         ordered = sorted(values, key=lambda value: value[1])

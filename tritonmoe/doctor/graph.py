@@ -76,7 +76,7 @@ class Member:
     """What of transfer_s is due to slow links, where that is known."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Graph:
     """All steps of a run."""
 

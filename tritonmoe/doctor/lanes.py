@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tritonmoe.doctor.attribution import Verdict
 from tritonmoe.doctor.graph import Graph, Key, Kind
-from tritonmoe.doctor.walk import Moments, Walker
+from tritonmoe.doctor.walk import Moments, walker_of
 
 __all__ = ["DOING", "Doing", "Piece", "RankTimes", "Shown", "shown_of", "slow_steps"]
 
@@ -82,7 +82,7 @@ def shown_of(found: Verdict) -> Shown:
     """Return what a page shows of the run of a verdict."""
     graph, tables = found.graph, found.graph.tables
     size, num_steps = len(graph.ranks), len(graph.steps)
-    moments = Walker(graph).moments(tables.run_s, tables.transfer_s)
+    moments = walker_of(graph).moments(tables.run_s, tables.transfer_s)
     ordered = sorted(range(num_steps), key=lambda step: moments.step_s[step])
     typical, slowest = ordered[(num_steps - 1) // 2], ordered[-1]
     waits = _Waits(graph, moments)

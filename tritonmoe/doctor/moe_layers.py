@@ -43,7 +43,7 @@ class _Visit:
     """An exchange as one rank goes through it."""
 
     member: int
-    beside_s: float = 0.0
+    beside_s: float
     """What the rank computes between handing it over and waiting for it."""
     after_s: float = 0.0
     """What it computes from when the rows are there until the next exchange of rows."""
@@ -116,25 +116,28 @@ def _visits(graph: Graph, rank: int, known: set[int]) -> Iterator[_Visit]:
     """Go through a rank's program; give its exchanges of rows in order."""
     open_visits: dict[int, _Visit] = {}
     last: _Visit | None = None
+    computed_s = 0.0
     for kind, index in graph.programs[rank]:
         if kind == Kind.RUN:
             run = graph.runs[index]
-            seconds = run.busy_s + run.idle_s
-            for visit in open_visits.values():
-                visit.beside_s += seconds
+            computed_s += run.busy_s + run.idle_s
             if last is not None and last.is_waited_for:
-                last.after_s += seconds
+                last.after_s += run.busy_s + run.idle_s
         elif kind == Kind.POST and index in known:
             if last is not None:
                 yield last
-            last = open_visits[index] = _Visit(index)
+            last = open_visits[index] = _Visit(index, -computed_s)
         elif kind == Kind.WAIT:
             if index in open_visits:
-                open_visits.pop(index).is_waited_for = True
+                visit = open_visits.pop(index)
+                visit.beside_s += computed_s
+                visit.is_waited_for = True
             elif last is not None and last.is_waited_for:
                 last.is_last = True
         elif kind == Kind.STEP and last is not None:
             last.is_last = True
+    for visit in open_visits.values():
+        visit.beside_s += computed_s
     if last is not None:
         yield last
 

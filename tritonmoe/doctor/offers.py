@@ -16,7 +16,7 @@ from tritonmoe.doctor.graph import Graph, Key
 from tritonmoe.doctor.moe_layers import LayerPass, layers_of
 from tritonmoe.doctor.tables import floats, indices
 from tritonmoe.doctor.usual import usual_of
-from tritonmoe.doctor.walk import Walker
+from tritonmoe.doctor.walk import walker_of
 from tritonmoe.overlap.schedule import build_forward
 from tritonmoe.overlap.steps import StepKind
 from tritonmoe.simulation.cost_model import LayerWork, LinkCosts, StepCosts
@@ -68,7 +68,7 @@ class Offers:
         """Return all that helps for certain."""
         if not self.layers:
             return
-        self.walker = Walker(self.graph)
+        self.walker = walker_of(self.graph)
         self.as_it_was = self.walker.step_times(self.run_s, self.transfer_s)
         for offer in (self._chunks(), self._balance(), *self._narrower()):
             step_s = statistics.fmean(self.as_it_was)

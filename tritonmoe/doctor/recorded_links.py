@@ -102,12 +102,15 @@ def linked_of(recording: Recording, built: RecordedGraph, costs: Costs) -> Linke
         return found
 
     places, num_steps = range(len(built.passes)), len(built.graph.steps)
-    sums = _Sums(*(torch.zeros(num_steps, size, size, dtype=torch.float64, device="cpu") for _ in range(2)))
+    took, due = (torch.zeros(num_steps, size, size, dtype=torch.float64, device="cpu") for _ in range(2))
     typical_s = _typical_byte_s(costs, size, node_size)
     for place in places:
         for one in passes_at(place):
-            sums.add(one, each.latency_s, typical_s)
-    times = _times_of_bytes(sums, costs, node_size)
+            known = one.sent.are_known
+            seconds = (one.sent.arrived - one.begun - each.latency_s).clamp(min=0)
+            took[one.step] += torch.where(known, seconds, 0.0).sum(0)
+            due[one.step] += torch.where(known, one.sent.port_bytes * typical_s, 0.0).sum(0)
+    times = _times_of_bytes(took, due, costs, node_size)
     if not bool((times > 1).any()) and not bool((costs.ratios.excess_s > 0).any()):
         return Linked(nothing, None)
     held_up_s = torch.zeros(num_steps, size, size, dtype=torch.float64, device="cpu")
@@ -121,23 +124,12 @@ def linked_of(recording: Recording, built: RecordedGraph, costs: Costs) -> Linke
     return Linked(seconds, _fault_of_steps(held_up_s, is_used, costs, recording))
 
 
-@dataclass
-class _Sums:
-    """(S, W, W): how long each link's messages took in each step, and how long they would take on a typical link."""
+def _times_of_bytes(took: Tensor, due: Tensor, costs: Costs, node_size: int | None) -> Tensor:
+    """Return (S, W, W): how many times as long as usual a byte takes on each link in each step; 1 where it is usual.
 
-    took: Tensor
-    due: Tensor
-
-    def add(self, one: _Pass, latency_s: Tensor, typical_s: Tensor) -> None:
-        known = one.sent.are_known
-        seconds = (one.sent.arrived - one.begun - latency_s).clamp(min=0)
-        self.took[one.step] += torch.where(known, seconds, 0.0).sum(0)
-        self.due[one.step] += torch.where(known, one.sent.port_bytes * typical_s, 0.0).sum(0)
-
-
-def _times_of_bytes(sums: _Sums, costs: Costs, node_size: int | None) -> Tensor:
-    """Return (S, W, W): how many times as long as usual a byte takes on each link in each step; 1 where it is usual."""
-    ratios, took, due = costs.ratios, sums.took, sums.due
+    took, due: (S, W, W), how long each link's messages took in a step, and how long they would on a typical link.
+    """
+    ratios = costs.ratios
     is_known = due.amax(0) > 0
     if not bool(is_known.any()):
         return torch.ones_like(due)

@@ -121,15 +121,18 @@ def _waits_of(call: RecordedCall) -> torch.Tensor:
             ([one.steps for one in of_pass], False),
             ([one.steps_inside for one in of_pass], True),
         ):
-            steps = passes[0].layout.steps
             peers = torch.tensor([list(members(call, rank, is_inside)) for rank in range(len(call.ranks))])
-            for n, tells in enumerate(passes[0].layout.tell_arrivals):
-                if tells:
-                    places = places_of(passes, [steps[n]])
-                    end_s, wait_s = times_of(passes, places)[:, 0, 1:3].unbind(1)
-                    stood_s = (arrivals_of(passes, places)[:, 0] - (end_s - wait_s)[:, None]).clamp(min=0)
-                    stood_s = torch.minimum(stood_s, wait_s[:, None]).nan_to_num(nan=0.0)
-                    waits_s.scatter_add_(1, peers, stood_s)
+            layout = passes[0].layout
+            steps = [layout.steps[place] for place in layout.exchanges]
+            places = places_of(passes, steps)
+            tells = [[one.layout.tell_arrivals[n] for n in of] for one, of in zip(passes, places, strict=False)]
+            if not any(map(any, tells)):
+                continue
+            end_s, wait_s = times_of(passes, places)[:, :, 1:3].unbind(2)
+            stood_s = (arrivals_of(passes, places) - (end_s - wait_s)[:, :, None]).clamp(min=0)
+            stood_s = torch.minimum(stood_s, wait_s[:, :, None]).nan_to_num(nan=0.0)
+            stood_s = torch.where(torch.tensor(tells)[:, :, None], stood_s, 0.0)
+            waits_s.scatter_add_(1, peers, stood_s.sum(1))
     return waits_s
 
 

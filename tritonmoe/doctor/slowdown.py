@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from tritonmoe.doctor.graph import Graph
-from tritonmoe.doctor.walk import Walker
+from tritonmoe.doctor.walk import walker_of
 
 __all__ = ["Slowdown", "slowdown_of"]
 
@@ -42,7 +42,7 @@ class Slowdown:
 
 def slowdown_of(graph: Graph) -> Slowdown:
     """Return S and M_W of a timeline's graph."""
-    walker, tables = Walker(graph), graph.tables
+    walker, tables = walker_of(graph), graph.tables
     ideal_busy_s, ideal_transfer_s = torch.zeros_like(tables.busy_s), torch.zeros_like(tables.transfer_s)
     for key in range(len(tables.keys)):
         runs, members = tables.run_key == key, tables.member_key == key

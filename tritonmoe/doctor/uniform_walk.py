@@ -6,6 +6,7 @@ exchange at the same place of their programs, so whatever is waited for stands f
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -19,17 +20,10 @@ ITEMS_AT_ONCE = 4096
 """The times of so many items are laid out together."""
 
 
-@dataclass
-class Walked:
-    """What a walk with B sets of times gives."""
-
-    step_ends: Tensor
-    """(S, W, B): when each rank had ended each step."""
-    started: Tensor
-    """(M, B): when each exchange had started on its rank; empty unless it is asked for, as are those below."""
-    ended: Tensor
-    waits_since: Tensor
-    """(M, B): since when its rank had nothing to do but to wait for it; NaN where it never waits."""
+Walked: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
+"""What a walk with B sets of times gives: (S, W, B) when each rank had ended each step; and (M, B) when each exchange
+had started on its rank, when it had ended, and since when the rank had nothing to do but to wait for it (NaN where it
+never waits); these are empty unless they are asked for."""
 
 
 @dataclass
@@ -52,20 +46,24 @@ class _Exchange:
         return groups.amax(1, keepdim=True).expand_as(groups).reshape(moments.shape)[self.back]
 
 
-@dataclass
 class UniformWalk:
     """A graph's programs, as all of its ranks have them."""
 
-    graph: Graph
-    items: list[tuple[Kind, int]]
-    """But for work: which of the exchanges below, or which step, each is."""
-    exchanges: list[_Exchange]
-    members: Tensor
-    """(K, W): the members of the exchanges below on every rank."""
-    run_order: Tensor
-    """Runs in the order of the items that they come before."""
-    run_place: Tensor
-    """In that order: the item's number times W, and the rank."""
+    def __init__(
+        self,
+        graph: Graph,
+        items: Sequence[tuple[Kind, int]],
+        exchanges: Sequence[_Exchange],
+        members: Tensor,
+        runs: tuple[Tensor, Tensor],
+    ) -> None:
+        """items: but for work, which of the exchanges, or which step, each is.
+
+        members: (K, W), those of the exchanges on every rank. runs: Runs in the order of the items that they come
+        before; and in that order the item's number times W, and the rank.
+        """
+        self.graph, self.items, self.exchanges, self.members = graph, items, exchanges, members
+        self.run_order, self.run_place = runs
 
     def walk(self, run_s: Tensor, transfer_s: Tensor, has_moments: bool) -> Walked:
         """Walk with B sets of times, (B, N) and (B, M)."""
@@ -96,10 +94,11 @@ class UniformWalk:
                     step_ends[number] = now
         if not has_moments:
             nothing = torch.zeros(0, num_sets, dtype=torch.float64, device="cpu")
-            return Walked(step_ends, nothing, nothing, nothing)
+            return step_ends, nothing, nothing, nothing
         never = torch.full((num_ranks, num_sets), torch.nan, dtype=torch.float64, device="cpu")
         since = [never if of is None else of for of in waits_since]
-        return Walked(step_ends, *(self._by_member(of, num_sets) for of in (started, ended, since)))
+        of_members = [self._by_member(of, num_sets) for of in (started, ended, since)]
+        return step_ends, of_members[0], of_members[1], of_members[2]
 
     def _exchanged(
         self, number: int, now: Tensor, ended: Sequence[Tensor], transfer_s: Tensor, delay_s: Tensor
@@ -159,9 +158,8 @@ def uniform_walk(graph: Graph) -> UniformWalk | None:
     is_behind = posted_at[places[is_wait, 0]] < is_wait.nonzero()[:, 0]
     if exchanges is None or not torch.equal(places, places[:, :1].expand_as(places)) or not bool(is_behind.all()):
         return None
-    order, place = _runs_of(tables, kept, num_ranks)
     items = [(Kind(kind), number) for kind, number in zip(kinds[0].tolist(), places[:, 0].tolist(), strict=True)]
-    return UniformWalk(graph, items, exchanges, members, order, place)
+    return UniformWalk(graph, items, exchanges, members, _runs_of(tables, kept, num_ranks))
 
 
 def _exchanges_of(tables: Tables, members: Tensor, numbers: Tensor) -> list[_Exchange] | None:

@@ -4,6 +4,7 @@ What comes after what is found once; then all ranks are walked together, level b
 once: what would be without this, without that, and so on.
 """
 
+import functools
 from collections import defaultdict
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ from tritonmoe.doctor.graph import Graph, Kind
 from tritonmoe.doctor.tables import indices
 from tritonmoe.doctor.uniform_walk import Walked, uniform_walk
 
-__all__ = ["Moments", "Walker"]
+__all__ = ["Moments", "Walker", "walker_of"]
 
 RUN, POST, WAIT, STEP = int(Kind.RUN), int(Kind.POST), int(Kind.WAIT), int(Kind.STEP)
 MOST_TIMES = 1 << 25
@@ -216,8 +217,7 @@ class Walker:
     def moments(self, run_s: Tensor, transfer_s: Tensor) -> Moments:
         """Return when every exchange started and ended, and every step."""
         (step_s,), found = self._walk(run_s[None], transfer_s[None], has_moments=True)
-        times = (found.step_ends, found.started, found.ended, found.waits_since)
-        return Moments(step_s, *(of[..., 0] for of in times))
+        return Moments(step_s, *(of[..., 0] for of in found))
 
     @torch.no_grad()
     def _walk(self, run_s: Tensor, transfer_s: Tensor, has_moments: bool = False) -> tuple[list[list[float]], Walked]:
@@ -226,7 +226,7 @@ class Walker:
             found = self._walk_levels(run_s, transfer_s)
         else:
             found = self._uniform.walk(run_s, transfer_s, has_moments)
-        ends = found.step_ends.amax(1)
+        ends = found[0].amax(1)
         begin_s = max(self.graph.begin_s, default=0.0)
         first = torch.full((1, len(run_s)), begin_s, dtype=torch.float64, device="cpu")
         ends = torch.cat([first, ends]).cummax(0).values
@@ -272,7 +272,13 @@ class Walker:
             if level.special is not None:
                 members, needs = level.special
                 ended[members] = started[needs].amax(1) + transfer_s[members]
-        return Walked(step_ends, started, ended[:-1], waits_since)
+        return step_ends, started, ended[:-1], waits_since
+
+
+@functools.lru_cache(maxsize=1)
+def walker_of(graph: Graph) -> Walker:
+    """Return the walker of a graph, which is kept: what is asked of a run is asked of one graph."""
+    return Walker(graph)
 
 
 def _places(numbers: list[int]) -> Tensor | slice:
