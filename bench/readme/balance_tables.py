@@ -14,8 +14,8 @@ def balance_simulated_table(name: str) -> str:
     rates = list(dict.fromkeys(result["gb_per_s"] for result in results))
     lines = [
         f"`python -m bench.balance_simulated`, simulated: {arguments['tokens']} tokens a rank, bf16, at most "
-        f"{arguments['max_copies']} copies on a rank, 400 TFLOP/s. How many times as fast forward and backward are with "
-        "copies, and how many copies there are; 1.00 with 0 copies is where the planner declines.",
+        f"{arguments['max_copies']} copies on a rank, 400 TFLOP/s. How many times as fast forward and backward are "
+        "with copies, and how many copies there are; 1.00 with 0 copies is where the planner declines.",
         "",
         *table_head("model", "ranks", "skew", "imbalance", *(f"{rate:g} GB/s" for rate in rates)),
     ]
