@@ -41,8 +41,8 @@ def sleeping_experts(pair_s: float) -> Iterator[None]:
 
     def weight_grad(run: BackwardRun, dout: Tensor, needs: PerWeight[bool]) -> PerWeight[Tensor | None]:
         time.sleep(pair_s * run.grouping.num_pairs)
-        weights = zip(run.weights, needs, strict=True)
-        return PerWeight(*(torch.zeros_like(weight) if needed else None for weight, needed in weights))
+        there = run.weights.map(torch.zeros_like)
+        return PerWeight(*(grad if needed else None for grad, needed in zip(there, needs, strict=True)))
 
     with (
         patch.object(ForwardRun, "forward", forward),
