@@ -7,7 +7,7 @@ import torch
 
 from tritonmoe import ExpertPlacement
 from tritonmoe.rebalancing.better_placement import better_placements, busiest, moved_experts
-from tritonmoe.rebalancing.costs import best_placement
+from tritonmoe.rebalancing.move_costs import best_placement
 
 
 def test_the_example_of_its_docstring():

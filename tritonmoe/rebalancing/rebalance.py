@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tritonmoe.config.numbers import is_integer
 from tritonmoe.dispatch.placement import ExpertPlacement
-from tritonmoe.rebalancing.agreement import agree
+from tritonmoe.rebalancing.agree_on_move import agree
 from tritonmoe.rebalancing.carried import (
     carried_tensors,
     check_optimizers,
@@ -21,7 +21,7 @@ from tritonmoe.rebalancing.carried import (
     expert_bytes,
     refuse_elsewhere,
 )
-from tritonmoe.rebalancing.costs import best_placement, experts_time, ns_of_a_megabyte
+from tritonmoe.rebalancing.move_costs import best_placement, experts_time, ns_of_a_megabyte
 from tritonmoe.rebalancing.moving import move
 from tritonmoe.rebalancing.rebalanced import Look, Rebalanced
 from tritonmoe.rebalancing.spread_experts import SpreadExperts, find_spread_experts
