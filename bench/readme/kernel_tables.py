@@ -114,7 +114,7 @@ def codegen_epilogues_table(name: str) -> str:
         for table in tables
     ]
     lines = [
-        f"`python -m bench.codegen --steps`, Qwen3-30B-A3B in bf16, of {tables[0]['date']} and {tables[1]['date']}: "
+        f"`python -m bench.codegen --steps`, Qwen3-30B-A3B in bf16, at commit {tables[0]['commit']} and now: "
         "instructions of a warp in the persistent loop that are no part of a step, so a tile's beginning and end, "
         "before and after. A dash: no program walks.",
         "",
