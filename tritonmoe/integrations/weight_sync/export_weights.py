@@ -13,6 +13,7 @@ from tritonmoe.integrations.weight_sync.checkpoint_names import CheckpointPart, 
 from tritonmoe.integrations.weight_sync.merged_rows import active_adapters, has_sharded_factors, merged_rows
 from tritonmoe.integrations.weight_sync.model_weights import Weight, check_plain, model_inside, model_weights
 from tritonmoe.layer import GroupedExperts
+from tritonmoe.sharding.placed_rows import ExpertsOfRank
 from tritonmoe.sharding.watched_collectives import full_tensor, watched_on
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def _prepare(model: "PreTrainedModel", bucket_bytes: object) -> tuple[dict[str, 
     weights = model_weights(model)
     check_plain(weights)
     for name, weight in weights.items():
-        if weight.experts_of_rank is not None and not _is_sent_by_owners(weight):
+        if weight.experts_of_rank is not None and _by_owner(weight) is None:
             raise ValueError(
                 f"{name} has been moved between ranks by tm.rebalance, and FSDP2 shards it or its adapters too: call "
                 "restore() of the Rebalancer on every rank, which moves all experts back, and export then"
@@ -164,8 +165,9 @@ def _ranges(weight: Weight, bucket_bytes: int) -> Iterator[tuple[int, Tensor]]:
     tensor, num_experts = weight.tensor.detach(), len(weight.tensor)
     # A range is there twice: while it is merged, and again while it is converted.
     at_once = max(1, bucket_bytes * num_experts // (2 * tensor.numel() * tensor.element_size()))
-    if _is_sent_by_owners(weight):
-        yield from _broadcast(tensor, weight, at_once)
+    by_owner = _by_owner(weight)
+    if by_owner is not None:
+        yield from _broadcast(by_owner, weight, at_once)
         return
     whole = full_tensor(tensor, WHAT)
     for first in range(0, num_experts, at_once):
@@ -175,20 +177,21 @@ def _ranges(weight: Weight, bucket_bytes: int) -> Iterator[tuple[int, Tensor]]:
         del rows
 
 
-def _is_sent_by_owners(weight: Weight) -> bool:
-    """Say whether each rank of a mesh holds some experts, with their adapters, and no other rank does."""
+def _by_owner(weight: Weight) -> "DTensor | None":
+    """Return a weight of which each rank of a mesh holds some experts, with their adapters; None for another."""
     from torch.distributed.tensor import DTensor, Shard
 
-    tensor = weight.tensor
-    is_by_expert = isinstance(tensor, DTensor) and tensor.placements == (Shard(0),)
-    return is_by_expert and not has_sharded_factors(weight.adapted_by)
+    tensor = weight.tensor.detach()
+    if not isinstance(tensor, DTensor) or tensor.placements != (Shard(0),) or has_sharded_factors(weight.adapted_by):
+        return None
+    return tensor
 
 
 def _broadcast(tensor: "DTensor", weight: Weight, at_once: int) -> Iterator[tuple[int, Tensor]]:
     """Yield ranges of experts of which each rank of a mesh holds some: their owner sends, merged, to the others."""
     import torch.distributed as dist
 
-    mesh, local, places = tensor.device_mesh, tensor.to_local(), _places(weight)
+    mesh, local, places = tensor.device_mesh, tensor.to_local(), _places(tensor, weight.experts_of_rank)
     first = 0
     while first < len(places):
         (owner, slot), number = places[first], 1
@@ -207,13 +210,10 @@ def _broadcast(tensor: "DTensor", weight: Weight, at_once: int) -> Iterator[tupl
         first += number
 
 
-def _places(weight: Weight) -> list[tuple[int, int]]:
+def _places(tensor: "DTensor", experts_of_rank: ExpertsOfRank | None) -> list[tuple[int, int]]:
     """Return the rank that holds each expert, and its slot there."""
-    num_experts = len(weight.tensor)
-    if weight.experts_of_rank is None:
-        each = -(-num_experts // weight.tensor.device_mesh.size())  # as DTensor divides
-        return [divmod(expert, each) for expert in range(num_experts)]
-    slots = [
-        (rank, slot, expert) for rank, held in enumerate(weight.experts_of_rank) for slot, expert in enumerate(held)
-    ]
+    if experts_of_rank is None:
+        each = -(-len(tensor) // tensor.device_mesh.size())  # as DTensor divides
+        return [divmod(expert, each) for expert in range(len(tensor))]
+    slots = [(rank, slot, expert) for rank, held in enumerate(experts_of_rank) for slot, expert in enumerate(held)]
     return [(rank, slot) for rank, slot, _ in sorted(slots, key=lambda place: place[2])]
