@@ -89,7 +89,7 @@ def _found_by_name(inject: Callable[..., list[str]]) -> Callable[..., list[str]]
 
 @contextlib.contextmanager
 def _named(model: nn.Module) -> Iterator[None]:
-    """Give packed experts parameters without memory, and hide bitsandbytes' parametrizations, while PEFT looks."""
+    """Return a context in which PEFT finds parameters without memory, and no parametrizations, on packed experts."""
     packed = [
         module
         for module in model.modules()

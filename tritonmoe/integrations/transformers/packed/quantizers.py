@@ -174,8 +174,6 @@ def _plain_experts(model: nn.Module, method: str) -> list[Any]:
     return found
 
 
-def _run_through_tritonmoe(quantizer: Any, model: nn.Module) -> None:
+def _run_through_tritonmoe(quantizer: Any, model: "PreTrainedModel") -> None:
     if not quantizer.quantization_config.dequantize:
-        from tritonmoe.integrations.transformers.patching import patch
-
-        patch(model)
+        model.set_experts_implementation(EXPERTS_IMPLEMENTATION)
