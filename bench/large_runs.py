@@ -162,7 +162,8 @@ def _judge(folder: Path) -> None:
     if done.returncode not in (0, 1):
         raise SystemExit(done.stderr)
     own_s, own_gb, readers_s, reader_gb = map(float, lines[-1].split())
-    print(*lines[:3], sep="\n")
+    begin_of_verdict = next((n for n, line in enumerate(lines) if line.startswith("a step takes")), 1)
+    print(lines[0], *lines[begin_of_verdict : begin_of_verdict + 2], sep="\n")
     print(f"{seconds:.1f} s; processor: {own_s:.1f} s in its own process, {readers_s:.1f} s in those that read files")
     print(f"at most {own_gb:.1f} GB in its own process, {reader_gb:.1f} GB in each of those that read files")
 
@@ -190,7 +191,7 @@ def main() -> None:
             slow = min(3, given.ranks - 1), 1.3
             run = Run(given.ranks, rows=50.0, num_layers=given.layers, is_chained=True, noise=0.02, slow_rank=slow)
             total = write_large_run(given.folder, run, given.steps, num_bytes)
-        print(f"{given.ranks} files, {total / 1e9:.2f} GB")
+        print(f"{given.ranks} files, {total / 1e6:.0f} MB")
         _judge(given.folder)
     finally:
         shutil.rmtree(given.folder, ignore_errors=True)
