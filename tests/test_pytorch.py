@@ -99,13 +99,14 @@ def test_operators_pass_opcheck(gate: str, save: str) -> None:
     )
     factor_shapes = (E, 2, D), (E, out_columns, 2), (E, 3, in_columns), (E, D, 3)
     tensors += [torch.randn(shape, requires_grad=True) for shape in factor_shapes]
-    tensors.append(torch.randint(-(2**31), 2**31, (T,), dtype=torch.int32))
+    tensors += [None, None, torch.randint(-(2**31), 2**31, (T,), dtype=torch.int32)]  # of weights that are not packed
     spec = expert_spec(activation=activation, save=save, **layout).with_dropout(tm.ExpertAdapters(dropout=0.2))
     assert decode(encode(spec)) == spec
     opcheck(torch.ops.tritonmoe.moe_mlp.default, (*tensors, save == "hidden", encode(spec)))
-    tensors = [tensor.detach() for tensor in tensors]
+    tensors = [None if tensor is None else tensor.detach() for tensor in tensors]
     h = torch.randn(T * K, leaves["gate_up_bias"].shape[1]) if save == "hidden" else None
-    needs = [name not in ("topk_ids", "down_bias", "down_a", "gate_up_b", "row_seeds") for name in NAMES]
+    without = ("topk_ids", "down_bias", "down_a", "gate_up_b", "gate_up_scales", "down_scales", "row_seeds")
+    needs = [name not in without for name in NAMES]
     opcheck(torch.ops.tritonmoe.moe_mlp_backward.default, (torch.randn(T, D), *tensors, h, needs, encode(spec)))
 
 

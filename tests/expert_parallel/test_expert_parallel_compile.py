@@ -207,13 +207,15 @@ def test_operators_pass_opcheck() -> None:
     seeds = torch.randint(-(2**31), 2**31, (T,), dtype=torch.int32)
     spec = CallSpec(SILU.with_dropout(tm.ExpertAdapters(dropout=0.2)), E, tm.OverlapConfig(2))
     arguments = (seeds, None, True, [True] * len(NAMES), encode(spec))
+    tensors += [None, None]  # of weights that are not packed
     operator = torch.ops.tritonmoe.expert_parallel_mlp.default
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     opcheck(operator, (transport.handle, None, *tensors, *arguments), test_utils=checks)
     kept = operator(transport.handle, None, *tensors, *arguments)[1]
     backward = torch.ops.tritonmoe.expert_parallel_mlp_backward.default
     saved = CallTensors.unflatten([*tensors, seeds]).without("x", "topk_ids", "row_seeds").map(Tensor.detach).flatten()
-    needs = [name not in ("topk_ids", "down_bias", "gate_up_b", "down_a", "row_seeds") for name in NAMES]
+    without = ("topk_ids", "down_bias", "gate_up_b", "down_a", "gate_up_scales", "down_scales", "row_seeds")
+    needs = [name not in without for name in NAMES]
     opcheck(backward, (None, torch.randn(T, D), kept, *saved, needs, "hidden"), test_utils=checks)
 
 

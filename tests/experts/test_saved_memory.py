@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import tritonmoe as tm
-from tritonmoe.experts.tensors import CallTensors
+from tritonmoe.expert_parallel.whole_call import saved_forward
 from tritonmoe.transports import LocalTransport, Transport, TwoLevelTransport
 
 NUM_TOKENS, HIDDEN, INTERMEDIATE, NUM_EXPERTS, TOP_K = 128, 24, 20, 5, 3
@@ -170,8 +170,8 @@ def check_received_rows(
         kept.pop(known, None)
     num_rows = 0
     for node in nodes:
-        _, _, *flat = node.saved_tensors
-        num_rows += CallTensors.unflatten(flat).x.shape[0]
+        saved, _ = saved_forward(node.saved_tensors)
+        num_rows += saved.received.x.shape[0]
     must = 2 * HIDDEN * num_rows + 4 * INTERMEDIATE * topk_ids.numel()
     of_call = size * (4 * (num_experts // size + 1) * (overlap.num_segments + 3) + 2 * 8 * size**2 + 64)
     if overlap.capacity is not None:

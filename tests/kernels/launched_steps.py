@@ -6,7 +6,7 @@ import json
 import sys
 from contextlib import suppress
 from functools import partial
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import torch
 import triton
@@ -162,7 +162,7 @@ def warmup():
 def warmup_of_an_untested_gpu():
     """Run `tritonmoe warmup` where the GPU is none that the kernels are checked for; one kernel doesn't compile."""
     torch.cuda.is_available = lambda: True
-    launch.target_of = lambda device: GPUTarget("cuda", 86, 32)
+    launch.target_of = lambda device: GPUTarget("cuda", 75, 32)
     tried = []
 
     def compile_only(source, target, options):

@@ -45,7 +45,7 @@ class FusedExperts(GroupedExperts):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         del self.w1_EFD, self.w3_EFD
-        self.w13_EGD = nn.Parameter(torch.empty(config.num_experts, 2 * config.hidden_dim, config.dim))
+        self.w13_EGD = nn.Parameter(self.w2_EDF.new_empty(config.num_experts, 2 * config.hidden_dim, config.dim))
         self.register_state_dict_post_hook(_part)
         self.register_load_state_dict_pre_hook(_join)
 

@@ -149,8 +149,10 @@ class ReplayedRouting(GRPOTrainer):
         """Refuse routing that isn't that of these sequences, and turn it into tensors (rows, layers, K)."""
         sequences = [[*prompt, *completion] for prompt, completion in zip(prompt_ids, completion_ids, strict=True)]
         compared = sequences[: self.args.per_device_train_batch_size]
-        ids = nn.utils.rnn.pad_sequence([torch.tensor(one) for one in compared], batch_first=True)
-        mask = nn.utils.rnn.pad_sequence([torch.ones(len(one), dtype=torch.long) for one in compared], batch_first=True)
+        ids = nn.utils.rnn.pad_sequence([torch.tensor(one, device="cpu") for one in compared], batch_first=True)
+        mask = nn.utils.rnn.pad_sequence(
+            [torch.ones(len(one), dtype=torch.long, device="cpu") for one in compared], batch_first=True
+        )
         # before anything is refused: over ranks it is a forward of all of them
         own = self._own_choice(ids.to(self.accelerator.device), mask.to(self.accelerator.device))
         if self._rollout is None or len(self._rollout) != len(completion_ids):
