@@ -6,7 +6,7 @@ import json
 import sys
 from contextlib import suppress
 from functools import partial
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
 import torch
 import triton
