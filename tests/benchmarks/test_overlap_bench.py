@@ -185,7 +185,7 @@ def test_emulated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def check_words(results: dict, text: str) -> None:
     """Every figure of the JSON stands in the text under its name and with its value, and in the legend."""
     *table, legend, last = text.split("\n\n")
-    assert last.strip() == results["verdict"]["text"]
+    assert " ".join(last.split()) == results["verdict"]["text"]
     rows = {line.split()[0]: line for line in "\n".join(table).splitlines() if line.strip()}
     of_kinds = [results["summary"][kind] for kind in ("overlapped", "auto")]
     for name in ("contention", "over_best", *MERITS):

@@ -49,7 +49,7 @@ SHORT_NAMES = {
 TIMELINE_LEGEND = (
     "d dispatch (in backward: output gradients to the experts), e experts,",
     "c combine (in backward: input gradients home), w weight gradients, r sums at",
-    "home, m routing data, g grouping, k weights of copied experts (in backward: their",
+    "home, m routing data, g grouping, k weights of copied experts (backward: their",
     "gradients); 0 1 2 ...: chunk, L: rows that stay at home",
 )
 
