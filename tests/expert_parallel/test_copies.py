@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from batches import CALLABLES, KERNEL_DEVICE, NAMES, WEIGHTS, Batch, assert_equals_one_device
+from batches import CALLABLES, KERNEL_DEVICE, NAMES, OPTIONS, WEIGHTS, Batch, assert_equals_one_device
 from same_bits import assert_same_bits
 from tolerance import error_floor
 from torch import Tensor
@@ -112,15 +112,6 @@ def test_eight_ranks(reports: dict[int, list[LayerReport]]) -> None:
     assert_equals_one_device(batch.in_parallel(ALWAYS), batch.on_one_device())
     assert_copied(reports, 8)
     assert max(len(reports[0][0].copies.on(rank)) for rank in range(8)) <= 2
-
-
-OPTIONS = {
-    "interleaved": {"interleaved": True},
-    "transposed": {"transposed": True, "activation": "gelu_tanh"},
-    "ungated": {"gated": False, "activation": "relu2"},
-    "gpt_oss": {"interleaved": True, "transposed": True, "activation": tm.ClampedSwiGLU(1.0, 1.702, 1.0)},
-    "save-input": {"save": "input"},
-}
 
 
 @pytest.mark.parametrize("options", OPTIONS)

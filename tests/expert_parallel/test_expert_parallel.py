@@ -12,6 +12,7 @@ from batches import (
     INTERMEDIATE,
     KERNEL_DEVICE,
     NAMES,
+    OPTIONS,
     WEIGHTS,
     Batch,
     assert_equals_one_device,
@@ -72,15 +73,6 @@ def test_shapes_of_the_configuration() -> None:
     expected = batch.on_one_device()
     for config in (tm.OverlapConfig(5, shape="ramp"), tm.OverlapConfig(shape=(1, 3, 2))):
         assert_equals_one_device(batch.in_parallel(config), expected)
-
-
-OPTIONS = {
-    "interleaved": {"interleaved": True},
-    "transposed": {"transposed": True, "activation": "gelu_tanh"},
-    "ungated": {"gated": False, "activation": "relu2"},
-    "gpt_oss": {"interleaved": True, "transposed": True, "activation": tm.ClampedSwiGLU(1.0, 1.702, 1.0)},
-    "save-input": {"save": "input"},
-}
 
 
 @pytest.mark.parametrize("options", OPTIONS)

@@ -15,6 +15,13 @@ HIDDEN, INTERMEDIATE = 6, 5
 WEIGHTS = ("gate_up_proj", "down_proj", "gate_up_bias", "down_bias")
 Overlap = tm.OverlapConfig | tm.OverlapPlan
 NAMES = ("x", "topk_weights", *WEIGHTS)
+OPTIONS = {
+    "interleaved": {"interleaved": True},
+    "transposed": {"transposed": True, "activation": "gelu_tanh"},
+    "ungated": {"gated": False, "activation": "relu2"},
+    "gpt_oss": {"interleaved": True, "transposed": True, "activation": tm.ClampedSwiGLU(1.0, 1.702, 1.0)},
+    "save-input": {"save": "input"},
+}
 NUM_TOKENS = {1: (9,), 2: (7, 0), 3: (7, 0, 5), 4: (7, 0, 5, 3), 8: (7, 0, 5, 3, 9, 1, 4, 6)}
 """Uneven, and rank 1 has none."""
 

@@ -2,7 +2,7 @@
 
 import functools
 import gc
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 __all__ = [
     "in_slot_order",
     "note_order",
-    "numbered_parameters",
     "order_of",
     "orders_of",
     "part_of",
     "show_in_model_order",
     "shown_state",
+    "states_of",
 ]
 
 
@@ -143,12 +143,8 @@ def _num_experts(experts_of_rank: ExpertsOfRank) -> int:
 
 def shown_state(optimizer: torch.optim.Optimizer, state_dict: "StateDict") -> "StateDict":
     """Return an optimizer's state dict with the states of experts in the order of the model."""
-    parameters = numbered_parameters(optimizer, state_dict)
-    orders = orders_of(list(parameters.values()))
     state = {}
-    for number, own in state_dict["state"].items():
-        parameter = parameters.get(number)
-        order = orders.get(id(parameter))
+    for number, own, parameter, order in states_of(optimizer, state_dict):
         state[number] = own if order is None else {name: _shown(value, parameter, order) for name, value in own.items()}
     return {**state_dict, "state": state}
 
@@ -162,12 +158,8 @@ def _shown(value: object, parameter: Tensor | None, order: ExpertsOfRank) -> obj
 
 def _taken_state(optimizer: torch.optim.Optimizer, state_dict: "StateDict") -> "StateDict":
     """Return a state dict with the states of moved experts, or taken before these moved, in the order of the slots."""
-    parameters = numbered_parameters(optimizer, state_dict)
-    orders = orders_of(list(parameters.values()))
     state = {}
-    for number, own in state_dict["state"].items():
-        parameter = parameters.get(number)
-        order = orders.get(id(parameter))
+    for number, own, parameter, order in states_of(optimizer, state_dict):
         state[number] = own
         if order is not None or any(placed_rows_of(value) is not None for value in own.values()):
             state[number] = {
@@ -177,13 +169,19 @@ def _taken_state(optimizer: torch.optim.Optimizer, state_dict: "StateDict") -> "
     return {**state_dict, "state": state}
 
 
-def numbered_parameters(optimizer: torch.optim.Optimizer, state_dict: "StateDict") -> dict[int, Tensor]:
-    """Return the optimizer's parameters by their numbers in a state dict; torch says what differs in length."""
-    return {
+def states_of(
+    optimizer: torch.optim.Optimizer, state_dict: "StateDict"
+) -> "Iterator[tuple[int, StateDict, Tensor | None, ExpertsOfRank | None]]":
+    """Yield each state of an optimizer's state dict: its number, what it holds, the parameter and its order."""
+    parameters = {  # torch says what differs in length
         number: parameter
         for saved, group in zip(state_dict["param_groups"], optimizer.param_groups, strict=False)
         for number, parameter in zip(saved["params"], group["params"], strict=False)
     }
+    orders = orders_of(list(parameters.values()))
+    for number, own in state_dict["state"].items():
+        parameter = parameters.get(number)
+        yield number, own, parameter, orders.get(id(parameter))
 
 
 def _show_states_of_optimizers() -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tritonmoe.sharding.placed_rows import ExpertsOfRank, placed_rows_of
-from tritonmoe.sharding.placed_states import numbered_parameters, orders_of, part_of, shown_state
+from tritonmoe.sharding.placed_states import part_of, shown_state, states_of
 from tritonmoe.sharding.watched_collectives import full_tensor
 
 if TYPE_CHECKING:
@@ -158,12 +158,8 @@ def _gathered_state(optimizer: torch.optim.Optimizer, state_dict: StateDict) -> 
 
 
 def _divided_state(optimizer: torch.optim.Optimizer, state_dict: StateDict) -> StateDict:
-    parameters = numbered_parameters(optimizer, state_dict)
-    orders = orders_of(list(parameters.values()))
     state = {}
-    for number, own in state_dict["state"].items():
-        parameter = parameters.get(number)
-        order = orders.get(id(parameter))
+    for number, own, parameter, order in states_of(optimizer, state_dict):
         state[number] = {name: _divided(value, parameter, order) for name, value in own.items()}
     return {**state_dict, "state": state}
 

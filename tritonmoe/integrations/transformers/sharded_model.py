@@ -218,8 +218,8 @@ def meet(model: nn.Module, what: str) -> None:
             transport.barrier()
         except (CountMismatch, TransportError) as error:
             raise TransportError(
-                f"{what} gathers what is spread over ranks, and not all ranks call it: call it on every rank, not on "
-                "the first one alone"
+                f"{what} gathers what is spread over ranks, so every rank must call it, and not all do: call it on "
+                "every rank, not on the first one alone"
             ) from error
 
 
