@@ -161,8 +161,6 @@ def _choose(
             "(quantised ones are given as tritonmoe.QuantizedWeight)"
         )
     reason = _triton_unusable_reason(device, triton_version, interprets) or _beyond_limits(dtype, num_experts, top_k)
-    if is_packed:
-        reason = reason or "the kernels don't decode packed weights (QuantizedWeight), the torch backend does"
     if backend == "triton" and reason is not None:
         raise ValueError(f"backend='triton' can't run here: {reason}. Use backend='auto', 'torch' or 'reference'.")
     if backend == "auto":

@@ -12,6 +12,7 @@ from tritonmoe.backends.ops import CalledLayer, Operations
 from tritonmoe.config import activations
 from tritonmoe.config.activations import Activation, check_activation, is_fused
 from tritonmoe.config.layer import ExpertLayout, KernelOptions, PerWeight, Projection
+from tritonmoe.config.formats import weight_shape
 from tritonmoe.config.literals import read_literal
 from tritonmoe.experts.adapted_projection import AdaptedProjection
 from tritonmoe.experts.adapter_dropout import AdapterDropout
@@ -160,7 +161,8 @@ def choose_backend(spec: ExpertSpec, inputs: CallTensors[Tensor], *, beside_exch
     options = spec.options
     if beside_exchanges or has_other_ranks():
         options = options._replace(beside_exchanges=True)
-    x, (num_experts, *sizes), top_k = inputs.x, inputs.weights.gate_up_proj.shape, inputs.topk_ids.shape[1]
+    x, weights, top_k = inputs.x, inputs.weights, inputs.topk_ids.shape[1]
+    num_experts, *sizes = weight_shape(weights.gate_up_proj, weights.gate_up_scales)
     layer = CalledLayer(
         spec.layout,
         spec.activation if is_fused(spec.activation) else None,

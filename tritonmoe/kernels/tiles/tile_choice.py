@@ -16,6 +16,7 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
+from tritonmoe.config.formats import WeightFormat
 from tritonmoe.config.layer import KernelOptions
 from tritonmoe.grouping import Grouping
 from tritonmoe.kernels import launch
@@ -88,6 +89,7 @@ def grouped_matmul_config(
     options: KernelOptions,
     refusals: Mapping[str, str],
     may_be_persistent: bool = True,
+    weight_format: WeightFormat | None = None,
 ) -> TileConfig:
     """Choose the tile of one grouped product, and how the tiles of its operands are read.
 
@@ -98,11 +100,14 @@ def grouped_matmul_config(
         width, depth: output columns, and the length of the sum (for weight_grad: output rows).
         refusals: for each operand whose tiles TMA may read, why it can't; empty where it can.
         may_be_persistent: False where the kernel would spill.
+        weight_format: of a packed weight, for which other tiles are measured than for a plain one.
     """
     target = launch.target_of(like.device)
     rows = row_class(grouping, options)
     measured_rows = measured_class(operation, rows, grouping)
-    key = measured_tiles.tile_key(launch.architecture_of(target), like.dtype, operation, width, depth, measured_rows)
+    product_name = operation if weight_format is None else f"{operation} {weight_format}"
+    architecture = launch.architecture_of(target)
+    key = measured_tiles.tile_key(architecture, like.dtype, product_name, width, depth, measured_rows)
     measured = measured_tiles.fields_of(key)
     abilities = _why_no_tma(target), lacks_fences(target), launch.dot_precision(like)
     product = _Product(operation, target, *abilities, like.dtype, width, depth)
