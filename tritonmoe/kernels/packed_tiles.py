@@ -72,7 +72,8 @@ class StoredWeight(NamedTuple):
         else:
             group = min(group, piece, _largest_power_of_2(num_units))
         # Where two halves share a byte, each value has a byte loaded for it.
-        return {"FORMAT": self.weight_format, "GROUP": group, "PER": 2 if self.weight_format != "fp8" and group > 1 else 1}
+        per = 2 if self.weight_format != "fp8" and group > 1 else 1
+        return {"FORMAT": self.weight_format, "GROUP": group, "PER": per}
 
 
 def _largest_power_of_2(number: int) -> int:
@@ -161,33 +162,43 @@ def _decoded(
     PER: tl.constexpr,
     LENGTH: tl.constexpr,
 ):
-    """Return (rows, LENGTH) in bf16."""
+    """Return (rows, LENGTH) in bf16: each value times its scale in fp32, rounded once."""
     ROWS: tl.constexpr = codes.shape[0]
     codes = tl.reshape(codes, (ROWS, LENGTH // GROUP, GROUP // PER)).to(tl.int32)
-    if FORMAT == "fp8":
-        # The bits of e4m3 with zeros behind them, read as fp16, are its value divided by 2^8.
-        halves = ((codes & 0x80) << 8 | (codes & 0x7F) << 7).to(tl.int16).to(tl.float16, bitcast=True)
-        return tl.reshape(round_to(halves.to(tl.float32) * (scale * 256.0)[:, :, None], tl.bfloat16), (ROWS, LENGTH))
-    elif FORMAT == "mxfp4":
-        exponents = scale.to(tl.int32)
-        factors = tl.where(exponents == 0, 1 << 22, exponents << 23).to(tl.float32, bitcast=True)[:, :, None]
-        first = _mxfp4_value(codes, factors)
-        second = _mxfp4_value(codes >> 4, factors)
-        return tl.reshape(tl.join(first, second), (ROWS, LENGTH))
-    elif PER == 1:
-        return tl.reshape(round_to(_nf4_value(codes, 0, 16) * scale[:, :, None], tl.bfloat16), (ROWS, LENGTH))
-    else:
-        first = round_to(_nf4_value(codes >> 4, 0, 16) * scale[:, :, None], tl.bfloat16)
-        second = round_to(_nf4_value(codes, 0, 16) * scale[:, :, None], tl.bfloat16)
-        return tl.reshape(tl.join(first, second), (ROWS, LENGTH))
+    factor = _factor(scale, FORMAT)[:, :, None]
+    tile = round_to(_value(codes, FORMAT) * factor, tl.bfloat16)
+    if PER == 2:
+        high = round_to(_value(codes >> 4, FORMAT) * factor, tl.bfloat16)
+        tile = tl.join(high, tile) if FORMAT == "nf4" else tl.join(tile, high)
+    return tl.reshape(tile, (ROWS, LENGTH))
 
 
 @triton.jit
-def _mxfp4_value(code, factor):
-    """Return bf16 values of e2m1 in the low four bits, times a power of two: all of them exact."""
-    # Its bits at the end of fp32's exponent are its value divided by 2^126, also where it has no leading one.
-    bits = (code & 7) << 22 | (code & 8) << 28
-    return round_to(bits.to(tl.float32, bitcast=True) * 8.507059173023462e37 * factor, tl.bfloat16)
+def _factor(scale, FORMAT: tl.constexpr):
+    """Return what _value() is multiplied by."""
+    if FORMAT == "mxfp4":
+        exponent = scale.to(tl.int32)
+        factor = tl.where(exponent == 0, 1 << 22, exponent << 23).to(tl.float32, bitcast=True)
+    elif FORMAT == "fp8":
+        factor = scale * 256.0
+    else:
+        factor = scale
+    return factor
+
+
+@triton.jit
+def _value(code, FORMAT: tl.constexpr):
+    """Return the fp32 value of a code, of e4m3 divided by 2^8. Of four bits the higher ones are not read."""
+    if FORMAT == "fp8":
+        # The bits of e4m3 with zeros behind them, read as fp16, are its value divided by 2^8.
+        value = ((code & 0x80) << 8 | (code & 0x7F) << 7).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    elif FORMAT == "mxfp4":
+        # The bits of e2m1 at the end of fp32's exponent are its value divided by 2^126, also without a leading one.
+        bits = (code & 7) << 22 | (code & 8) << 28
+        value = bits.to(tl.float32, bitcast=True) * 8.507059173023462e37
+    else:
+        value = _nf4_value(code, 0, 16)
+    return value
 
 
 @triton.jit

@@ -97,6 +97,13 @@ def _up_kernel(
     WIDTH: tl.constexpr = 2 * BLOCK_N if GATED else BLOCK_N
     SUB_N: tl.constexpr = BLOCK_N // SUBTILES
     LANES: tl.constexpr = 1 if DEPTH_LAST else PER
+    weight_strides = (
+        stride_weight_expert,
+        stride_weight_in,
+        stride_weight_out,
+        stride_scales_expert,
+        stride_scales_row,
+    )
     # By TMA all gate columns come first, then all up columns: two boxes in one load.
     TWO_BOXES: tl.constexpr = WEIGHT_BY_TMA and GATED and not INTERLEAVED
     tl.assume(D > 0)
@@ -139,9 +146,7 @@ def _up_kernel(
                 )
             weight_pointers = None
             if FORMAT == "" and not WEIGHT_BY_TMA:
-                weight_pointers = weight_tiles.first_pointers(
-                    weight, expert, depth, columns, stride_weight_expert, stride_weight_in, stride_weight_out
-                )
+                weight_pointers = weight_tiles.first_pointers(weight, expert, depth, columns, weight_strides)
             accumulator = zeros(num_tiles, BLOCK_M, WIDTH, FLATTEN)
             for start in range(0, D, BLOCK_K):
                 depth_mask = depth < D - start
@@ -167,7 +172,7 @@ def _up_kernel(
                     column_mask,
                     groups * GROUP,
                     group_mask,
-                    (stride_weight_expert, stride_weight_in, stride_weight_out, stride_scales_expert, stride_scales_row),
+                    weight_strides,
                     FORMAT,
                     GROUP,
                     PER,

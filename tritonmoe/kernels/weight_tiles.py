@@ -1,4 +1,4 @@
-"""How a grouped product's kernel gets the tiles of its weights: by TMA, through pointers, or decoded (packed_tiles.py)."""
+"""How a grouped product's kernel gets the tiles of its weights: by TMA or through pointers, or decoded."""
 
 import triton
 import triton.language as tl
@@ -47,11 +47,10 @@ def first_pointers(
     expert,
     depth,  # (BLOCK_K,) int32
     columns,  # (WIDTH,) int32
-    stride_expert,
-    stride_depth,
-    stride_column,
+    strides,
 ):
     """Return pointers (BLOCK_K, WIDTH) to an expert's first tile."""
+    stride_expert, stride_depth, stride_column, _, _ = strides
     expert_pointer = weight + expert.to(tl.int64) * stride_expert
     return expert_pointer + depth[:, None] * stride_depth + columns[None, :] * stride_column
 
