@@ -96,8 +96,8 @@ def expert_bytes(weight_format: WeightFormat, values: Tensor, scales: Tensor) ->
     values, scales = values.reshape(num_experts, -1), scales.reshape(num_experts, -1)
     if weight_format == "nf4":
         return values, scales
-    if values.storage_offset() % 2:  # no memory of int16
-        values = values.clone()
+    if values.storage_offset() % 2 or values.stride(-1) != 1:  # no memory of int16
+        values = values.clone(memory_format=torch.contiguous_format)
     return values.view(torch.int16), scales.to(torch.int32)  # as an index
 
 

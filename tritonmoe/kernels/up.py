@@ -96,7 +96,6 @@ def _up_kernel(
     # Gate and up columns of a unit share one accumulator, so that one program can activate them.
     WIDTH: tl.constexpr = 2 * BLOCK_N if GATED else BLOCK_N
     SUB_N: tl.constexpr = BLOCK_N // SUBTILES
-    LANES: tl.constexpr = 1 if DEPTH_LAST else PER
     weight_strides = (
         stride_weight_expert,
         stride_weight_in,
@@ -123,26 +122,12 @@ def _up_kernel(
             if GATHER == "pointers":
                 x_pointers = x + rows.to(tl.int64)[:, None] * stride_x_row + depth[None, :] * stride_x_column
             columns, column_mask = weight_tiles.gate_and_up_columns(
-                column_tile,
-                tl.arange(0, WIDTH // LANES),
-                F // LANES,
-                GATED,
-                INTERLEAVED,
-                HALVES,
-                BLOCK_N // LANES,
-                SUB_N // LANES,
+                column_tile, F, GATED, INTERLEAVED, HALVES, BLOCK_N, SUB_N, 1 if DEPTH_LAST else PER
             )
             groups, group_mask = columns, column_mask
             if FORMAT != "" and not DEPTH_LAST:
                 groups, group_mask = weight_tiles.gate_and_up_columns(
-                    column_tile,
-                    tl.arange(0, WIDTH // GROUP),
-                    F // GROUP,
-                    GATED,
-                    INTERLEAVED,
-                    HALVES,
-                    BLOCK_N // GROUP,
-                    SUB_N // GROUP,
+                    column_tile, F, GATED, INTERLEAVED, HALVES, BLOCK_N, SUB_N, GROUP
                 )
             weight_pointers = None
             if FORMAT == "" and not WEIGHT_BY_TMA:

@@ -11,33 +11,37 @@ __all__ = ["first_pointers", "gate_and_up_columns", "load_tile"]
 @triton.jit
 def gate_and_up_columns(
     column_tile,
-    lanes,
     F,
     GATED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     HALVES: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SUB_N: tl.constexpr,
+    STEP: tl.constexpr,
 ):
-    """Return the column of gate_up_proj for each lane of a tile read through pointers, and whether it exists.
+    """Return the place, in STEPs, of every STEP-th column of a tile read through pointers, and whether it exists.
 
     A subtile of 2*SUB_N lanes holds gate and up of SUB_N units: alternating, or one half after the other (HALVES).
     """
+    lanes = tl.arange(0, (2 * BLOCK_N if GATED else BLOCK_N) // STEP)
+    PIECE: tl.constexpr = SUB_N // STEP
+    first = column_tile * (BLOCK_N // STEP)
     if GATED:
         if INTERLEAVED:
-            columns = column_tile * (2 * BLOCK_N) + lanes
-            mask = columns < 2 * F
+            columns = 2 * first + lanes
+            mask = columns < 2 * F // STEP
         elif HALVES:
-            units = column_tile * BLOCK_N + lanes // (2 * SUB_N) * SUB_N + lanes % SUB_N
-            columns = lanes // SUB_N % 2 * F + units
-            mask = units < F
+            units = first + lanes // (2 * PIECE) * PIECE + lanes % PIECE
+            columns = lanes // PIECE % 2 * (F // STEP) + units
+            mask = units < F // STEP
         else:
-            units = column_tile * BLOCK_N + lanes // 2
+            tl.static_assert(STEP == 1)
+            units = first + lanes // 2
             columns = lanes % 2 * F + units
             mask = units < F
     else:
-        columns = column_tile * BLOCK_N + lanes
-        mask = columns < F
+        columns = first + lanes
+        mask = columns < F // STEP
     return columns, mask
 
 
