@@ -41,8 +41,8 @@ class QuantizedWeight:
     """The gate_up_proj or down_proj of experts in 4 or 8 bits, frozen, in a checkpoint's own bytes.
 
     It stands for bf16(value * scale), rounded once from fp32, in forward and in backward: the experts compute, bit for
-    bit, what they compute with decode(). They decode one expert at a time, where it is multiplied, and only experts
-    that have tokens. Rows are bf16. It takes no gradient; x, topk_weights, biases and adapters do.
+    bit, what they compute with decode(). They decode where they multiply, a tile or one expert at a time, and only
+    experts that have tokens. Rows are bf16. It takes no gradient; x, topk_weights, biases and adapters do.
 
     Args:
         format: "mxfp4" (gpt-oss: e2m1 with a power of two for 32 values along the last axis), "fp8" (DeepSeek-V3: e4m3
