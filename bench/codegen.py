@@ -58,7 +58,8 @@ def source_hash() -> str:
     These are the files of kernels/, the list of what aot/ compiles, and the backend that launches them.
     """
     kernels = ROOT / "kernels"
-    files = [*sorted(kernels.rglob("*.py")), ROOT / "aot" / "launches.py", ROOT / "backends" / "triton.py"]
+    compiled = [ROOT / "aot" / "launches.py", ROOT / "aot" / "variants.py", ROOT / "backends" / "triton.py"]
+    files = [*sorted(kernels.rglob("*.py")), *compiled]
     return hash_of((ROOT, path) for path in files)
 
 

@@ -134,7 +134,7 @@ def test_kernels_compile_and_fit(tmp_path):
 
 COMPILE_ACTIVATIONS = """
 from tritonmoe.aot.compilation import compile_one
-from tritonmoe.aot.launches import Variant, record_launches
+from tritonmoe.aot import Variant, record_launches
 from tritonmoe.aot.architectures import ARCHITECTURES
 from tritonmoe.config.activations import POINTWISE, ClampedSwiGLU, SoftcappedSwiGLU
 

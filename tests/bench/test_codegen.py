@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from bench import codegen
-from tritonmoe.aot import ARCHITECTURES, launches
+from tritonmoe import aot
+from tritonmoe.aot import ARCHITECTURES
 from tritonmoe.aot.compilation import FEW_BYTES
 
 
@@ -124,18 +125,18 @@ def test_an_unfit_kernel_and_a_compiler_that_fails(tmp_path, no_compiling):
 
 
 def test_the_hash_follows_the_kernels(tmp_path, monkeypatch):
-    for name in ("aot/launches.py", "backends/triton.py", "kernels/up.py"):
+    for name in ("aot/launches.py", "aot/variants.py", "backends/triton.py", "kernels/up.py"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("one\n")
     monkeypatch.setattr(codegen, "ROOT", tmp_path)
     seen = {codegen.source_hash()}
-    for name in ("kernels/up.py", "aot/launches.py", "backends/triton.py"):
+    for name in ("kernels/up.py", "aot/launches.py", "aot/variants.py", "backends/triton.py"):
         (tmp_path / name).write_text("two\n")
         seen.add(codegen.source_hash())
     (tmp_path / "kernels/new.py").write_text("")
     seen.add(codegen.source_hash())
     (tmp_path / "aot/machine_code.py").write_text("reads what came out\n")
-    assert len(seen) == 5
+    assert len(seen) == 6
     assert codegen.source_hash() in seen
 
 
@@ -165,7 +166,7 @@ def test_the_committed_table_is_of_the_kernels_that_its_hash_says():
         for row in steps
         if row["kernel"] in codegen.STEP_KERNELS
     }
-    recorded = launches.record_launches(launches.VARIANTS[codegen.STEP_VARIANT], ARCHITECTURES["sm_90"].target)
+    recorded = aot.record_launches(aot.VARIANTS[codegen.STEP_VARIANT], ARCHITECTURES["sm_90"].target)
     assert {kernel.split()[-1] for kernel in recorded} <= {row["kernel"].split()[-1] for row in rows}
 
 
