@@ -175,12 +175,10 @@ def _decoded(
 
 @triton.jit
 def _factor(scale, FORMAT: tl.constexpr):
-    """Return what _value() is multiplied by."""
+    """Return scales in fp32."""
     if FORMAT == "mxfp4":
         exponent = scale.to(tl.int32)
         factor = tl.where(exponent == 0, 1 << 22, exponent << 23).to(tl.float32, bitcast=True)
-    elif FORMAT == "fp8":
-        factor = scale * 256.0
     else:
         factor = scale
     return factor
@@ -188,14 +186,17 @@ def _factor(scale, FORMAT: tl.constexpr):
 
 @triton.jit
 def _value(code, FORMAT: tl.constexpr):
-    """Return the fp32 value of a code, of e4m3 divided by 2^8. Of four bits the higher ones are not read."""
+    """Return the fp32 value of a code. Of four bits the higher ones are not read.
+
+    The bits of e2m1 and e4m3, moved to where fp32's exponent ends, are their value divided by a power of two, also
+    without a leading one.
+    """
     if FORMAT == "fp8":
-        # The bits of e4m3 with zeros behind them, read as fp16, are its value divided by 2^8.
-        value = ((code & 0x80) << 8 | (code & 0x7F) << 7).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        bits = (code & 0x7F) << 20 | (code & 0x80) << 24
+        value = bits.to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2^120
     elif FORMAT == "mxfp4":
-        # The bits of e2m1 at the end of fp32's exponent are its value divided by 2^126, also without a leading one.
         bits = (code & 7) << 22 | (code & 8) << 28
-        value = bits.to(tl.float32, bitcast=True) * 8.507059173023462e37
+        value = bits.to(tl.float32, bitcast=True) * 8.507059173023462e37  # 2^126
     else:
         value = _nf4_value(code, 0, 16)
     return value
