@@ -24,8 +24,8 @@ def packed_layer(weight_format, layout="concatenated", *, num_rows=33, sizes=Non
     ids[: num_rows // 3 + 1, 0] = 1
     hidden, intermediate = sizes or SIZES[weight_format]
     formats = formats or (weight_format, weight_format)
-    given = {"hidden": hidden, "intermediate": intermediate, "weight_formats": formats, **others}
-    return Layer(ids, 5, LAYOUTS[layout], torch.bfloat16, **given)
+    layer = Layer(ids, 5, LAYOUTS[layout], torch.bfloat16, hidden=hidden, intermediate=intermediate, **others)
+    return layer.packed(formats)
 
 
 def products(layer, given, activation="silu", options=KernelOptions()):

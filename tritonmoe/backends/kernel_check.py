@@ -174,15 +174,15 @@ def _case(layer: CheckedLayer, device: torch.device) -> LayerCase:
     shape = layer.num_tokens, layer.top_k
     ids = torch.randint(-1, layer.num_experts - 1, shape, generator=generator, device="cpu")
     ids[: layer.num_tokens // 4, 0] = 1
-    return LayerCase(
+    case = LayerCase(
         ids.to(device),
         layer.num_experts,
         layer.layout,
         layer.dtype,
         sizes=(layer.hidden_size, layer.intermediate_size),
         bias=layer.bias,
-        weight_formats=layer.weight_formats,
     )
+    return case.packed(layer.weight_formats)
 
 
 def check_layer(layer: CheckedLayer, ops: Operations, device: torch.device) -> Iterator[Checked]:

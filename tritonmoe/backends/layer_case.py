@@ -38,9 +38,8 @@ class LayerCase:
         sizes: tuple[int, int] = (20, 12),
         bias: bool = True,
         seed: int = 0,
-        weight_formats: tuple[WeightFormat | None, WeightFormat | None] = (None, None),
     ) -> None:
-        """Draw the operands. ids: (R, K). sizes: D and F. weight_formats: of both weights; None: not packed."""
+        """Draw the operands. ids: (R, K). sizes: D and F."""
         self._generator = torch.Generator().manual_seed(seed)
         self._dtype = dtype
         hidden, intermediate = sizes
@@ -51,8 +50,8 @@ class LayerCase:
         self.w2 = self.draw(num_experts, hidden, intermediate, scale=intermediate**-0.5)
         if layout.transposed:
             self.w1, self.w2 = self.w1.mT.contiguous(), self.w2.mT.contiguous()
-        self.w1, self.w1_scales = self._packed(self.w1, weight_formats[0], hidden**-0.5)
-        self.w2, self.w2_scales = self._packed(self.w2, weight_formats[1], intermediate**-0.5)
+        self.w1_scales: Tensor | None = None
+        self.w2_scales: Tensor | None = None
         self.b1 = self.draw(num_experts, width, scale=0.5) if bias else None
         self.b2 = self.draw(num_experts, hidden, scale=0.5) if bias else None
         self.x, self.dout = self.draw(ids.shape[0], hidden), self.draw(ids.shape[0], hidden)
@@ -65,10 +64,17 @@ class LayerCase:
         drawn = torch.randn(*shape, generator=self._generator, device="cpu")
         return (drawn * scale).to(self.ids.device, self._dtype)
 
-    def _packed(self, weight: Tensor, weight_format: WeightFormat | None, size: float) -> tuple[Tensor, Tensor | None]:
-        """Return a weight, or random bytes of its shape in a format, whose values are about as large as `size`."""
-        if weight_format is None:
-            return weight, None
+    def packed(self, formats: tuple[WeightFormat | None, WeightFormat | None]) -> "LayerCase":
+        """Draw other weights, random bytes in these formats; None: the weight stays. Return this case."""
+        for name, weight_format, depth in zip(("w1", "w2"), formats, (self.hidden, self.intermediate), strict=True):
+            if weight_format is not None:
+                values, scales = self._random_bytes(getattr(self, name), weight_format, depth**-0.5)
+                setattr(self, name, values)
+                setattr(self, f"{name}_scales", scales)
+        return self
+
+    def _random_bytes(self, weight: Tensor, weight_format: WeightFormat, size: float) -> tuple[Tensor, Tensor]:
+        """Return values and scales of a packed weight of this shape, whose values are about as large as `size`."""
         values, scales = empty_packed(tuple(weight.shape), weight_format, "cpu")
         numbers = torch.randint(0, 256, values.shape, generator=self._generator, device="cpu", dtype=torch.uint8)
         uniform = torch.rand(scales.shape, generator=self._generator, device="cpu")

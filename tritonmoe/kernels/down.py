@@ -177,9 +177,7 @@ def _grouped_matmul(
     out = output(values, grouping.num_pairs, width, out)
     values = contiguous_columns(values)
     refusals = {"values": tma.refusal(values), "weight": stored.tma_refusal or tma.refusal_of_weight(weight)}
-    config = grouped_matmul_config(
-        "down", values, width, depth, grouping, options, refusals, weight_format=stored.weight_format
-    )
+    config = grouped_matmul_config(stored.product("down"), values, width, depth, grouping, options, refusals)
     num_slots = num_tile_slots(grouping.num_pairs, weight.shape[0], config.block_m)
     num_column_tiles = cdiv(width, config.block_n)
     launch(

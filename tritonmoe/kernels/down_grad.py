@@ -231,9 +231,8 @@ def down_grad(
     refusals = {"weight": stored.tma_refusal or tma.refusal_of_weight(weight)}
     # Alternating columns of h take more registers, and Triton 3.6 spills some.
     fits = not layout.interleaved or TRITON_VERSION >= (3, 7)
-    config = grouped_matmul_config(
-        "down_grad", dout, num_units, depth, grouping, options, refusals, fits, stored.weight_format
-    )
+    product = stored.product("down_grad")
+    config = grouped_matmul_config(product, dout, num_units, depth, grouping, options, refusals, fits)
     num_slots = num_tile_slots(num_pairs, weight.shape[0], config.block_m)
     num_column_tiles = cdiv(num_units, config.block_n)
     partial_sums = dweights.new_empty(num_column_tiles, num_pairs)

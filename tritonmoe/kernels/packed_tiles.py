@@ -36,6 +36,10 @@ class StoredWeight(NamedTuple):
     """The scales of a row; of nf4, whose blocks may begin in one row and end in the next, the bytes of a row."""
     weight_format: WeightFormat | None
 
+    def product(self, operation: str) -> str:
+        """Name a product by this weight as `grouped_matmul_config` takes it."""
+        return operation if self.weight_format is None else f"{operation} {self.weight_format}"
+
     @property
     def tma_refusal(self) -> str:
         """Why TMA can't read the weight; empty where it is not packed."""

@@ -262,9 +262,7 @@ def up(
     refused = tma.refusal_of_halves(weight, out_axis) if in_halves else tma.refusal_of_weight(weight)
     x = contiguous_columns(x)
     refusals = {"weight": stored.tma_refusal or refused}
-    config = grouped_matmul_config(
-        operation, x, num_units, depth, grouping, options, refusals, weight_format=stored.weight_format
-    )
+    config = grouped_matmul_config(stored.product(operation), x, num_units, depth, grouping, options, refusals)
     num_slots = num_tile_slots(grouping.num_pairs, num_experts, config.block_m)
     num_column_tiles = cdiv(num_units, config.block_n)
     rows, weight_operand = _operands(x, weight, layout, grouping, config)
