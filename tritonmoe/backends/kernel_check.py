@@ -74,6 +74,13 @@ class CheckedLayer:
     options: KernelOptions = KernelOptions()
     weight_formats: tuple[WeightFormat | None, WeightFormat | None] = (None, None)
 
+    @property
+    def weight_format(self) -> WeightFormat | None:
+        """The format of both weights, where they have one."""
+        up, down = self.weight_formats
+        assert up == down, self.weight_formats
+        return up
+
 
 _CLAMPED = ClampedSwiGLU(7.0, alpha=1.702, up_offset=1.0)
 CASES = (
