@@ -6,7 +6,17 @@ from triton.language.extra.libdevice import fast_dividef
 
 from tritonmoe.kernels.launch import INTERPRETED
 
-__all__ = ["dot", "round_to", "rounded", "sigmoid_of", "split_column_pairs", "split_columns", "widened", "zeros"]
+__all__ = [
+    "as_loaded",
+    "dot",
+    "round_to",
+    "rounded",
+    "sigmoid_of",
+    "split_column_pairs",
+    "split_columns",
+    "widened",
+    "zeros",
+]
 
 _IN_INTERPRETER = tl.constexpr(INTERPRETED)
 
@@ -73,6 +83,18 @@ def round_to(value, dtype: tl.constexpr):
 def _as_float(value):
     """Return bf16 in fp32, as the interpreter's own cast doesn't for numbers without a leading one."""
     return (value.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def as_loaded(tile):
+    """Return a tile of bf16 that was computed, for `dot`, which sums as if it had been loaded.
+
+    Otherwise Triton looks through the computation for what was loaded. Of less than 16 bits it orders the depth another
+    way for mma.sync, so that other products are added together.
+    """
+    if not _IN_INTERPRETER and _is_nvidia():
+        tile = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [tile], tl.bfloat16, is_pure=False, pack=2)
+    return tile
 
 
 @triton.jit

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tritonmoe.config.formats import FP8_BLOCK, MXFP4_BLOCK, NF4_BLOCK, NF4_VALUES, WeightFormat, format_of
 from tritonmoe.config.layer import Projection
-from tritonmoe.kernels.arithmetic import round_to
+from tritonmoe.kernels.arithmetic import as_loaded, round_to
 from tritonmoe.kernels.tiles import tma
 from tritonmoe.kernels.tiles.config import TileConfig
 
@@ -174,7 +174,7 @@ def _decoded(
     if PER == 2:
         high = round_to(_value(codes >> 4, FORMAT) * factor, tl.bfloat16)
         tile = tl.join(high, tile) if FORMAT == "nf4" else tl.join(tile, high)
-    return tl.reshape(tile, (ROWS, LENGTH))
+    return as_loaded(tl.reshape(tile, (ROWS, LENGTH)))
 
 
 @triton.jit
