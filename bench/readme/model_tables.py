@@ -200,7 +200,8 @@ def quantized_table(name: str) -> str:
         "Times and memory as multiples of the same experts in bf16: forward and gradient of x of a layer (D=512, "
         "F=256, E=64, K=8) with T tokens, a step of four such layers with adapters of rank 16 (T=1024), the weights "
         "alone, and the peak memory of two steps of four frozen layers. The last column is the CPU time of the same "
-        "step in experts4bit-qlora, which decodes by bitsandbytes, over ours. Medians (quartiles of the ratio) of interleaved rounds on one thread. "
+        "step in experts4bit-qlora, which decodes by bitsandbytes, over ours. Medians (quartiles of the ratio) of "
+        "interleaved rounds on one thread. "
         f"`python -m bench.quantized`; {where(found['environment'])}."
     )
     return "\n".join([*lines, "", caption])
