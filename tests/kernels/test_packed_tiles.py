@@ -175,7 +175,6 @@ def test_the_group_of_one_scale_is_whole_everywhere():
     """A group divides a tile, a block, a row of values and, where halves lie side by side, each half."""
     stored = packed_tiles.stored_weight(packed_layer("nf4", "transposed", sizes=(64, 24)).gate_up)
     config = TileConfig(32, 32, 16, 4, 1)
-    assert stored.tile_keywords(1, config, 24, 16) == {"FORMAT": "nf4", "GROUP": 8, "PER": 2}
-    assert stored.tile_keywords(1, config, 5, 16) == {"FORMAT": "nf4", "GROUP": 1, "PER": 1}
-    assert stored.tile_keywords(1, config) == {"FORMAT": "nf4", "GROUP": 16, "PER": 2}
-    assert stored.tile_keywords(2, config)["GROUP"] == 16
+    assert stored.decoding(1, config, 24, 16) == ("nf4", 8, 2)
+    assert stored.decoding(1, config, 5, 16) == ("nf4", 1, 1)
+    assert stored.decoding(1, config) == stored.decoding(2, config) == ("nf4", 16, 2)

@@ -180,6 +180,7 @@ def _grouped_matmul(
     config = grouped_matmul_config(stored.product("down"), values, width, depth, grouping, options, refusals)
     num_slots = num_tile_slots(grouping.num_pairs, weight.shape[0], config.block_m)
     num_column_tiles = cdiv(width, config.block_n)
+    weight_format, group, per = stored.decoding(in_axis, config)
     launch(
         _grouped_matmul_kernel,
         (num_programs(num_slots * num_column_tiles, config, options, values.device),),
@@ -209,7 +210,9 @@ def _grouped_matmul(
         WEIGHT_BY_TMA=config.by_tma("weight"),
         DEPTH_LAST=stored.depth_last(in_axis),
         EVEN_DEPTH=depth % config.block_k == 0,
-        **stored.tile_keywords(in_axis, config),
+        FORMAT=weight_format,
+        GROUP=group,
+        PER=per,
         **tile_keywords(config, values),
     )
     return out

@@ -236,6 +236,7 @@ def down_grad(
     num_slots = num_tile_slots(num_pairs, weight.shape[0], config.block_m)
     num_column_tiles = cdiv(num_units, config.block_n)
     partial_sums = dweights.new_empty(num_column_tiles, num_pairs)
+    weight_format, group, per = stored.decoding(out_axis, config)
     launch(
         _down_grad_kernel,
         (num_programs(num_slots * num_column_tiles, config, options, dout.device),),
@@ -276,7 +277,9 @@ def down_grad(
         WEIGHT_BY_TMA=config.by_tma("weight"),
         DEPTH_LAST=stored.depth_last(out_axis),
         EVEN_D=depth % config.block_k == 0,
-        **stored.tile_keywords(out_axis, config),
+        FORMAT=weight_format,
+        GROUP=group,
+        PER=per,
         **tile_keywords(config, dout),
     )
     sum_partials(partial_sums, dout, projection.bias, grouping, dweights)

@@ -55,17 +55,17 @@ class StoredWeight(NamedTuple):
         """Say whether a row's columns lie side by side."""
         return column_axis == 2 if self.scales is not None else self.values.stride(column_axis) == 1
 
-    def tile_keywords(
+    def decoding(
         self, depth_axis: int, config: TileConfig, num_units: int = 0, piece: int | None = None
-    ) -> dict[str, str | int]:
-        """Return the keywords of `launch` that say how tiles are decoded.
+    ) -> tuple[str, int, int]:
+        """Return FORMAT, GROUP and PER of a launch, which say how its tiles are decoded.
 
         Args:
             piece: how many columns lie side by side, where a tile has pieces of the gate and of the up half, each of
                 num_units columns.
         """
         if self.weight_format is None:
-            return {"FORMAT": "", "GROUP": 1, "PER": 1}
+            return "", 1, 1
         group = BLOCKS[self.weight_format]
         if self.weight_format == "nf4":
             group = min(group, _largest_power_of_2(2 * self.values.shape[2]))
@@ -76,8 +76,7 @@ class StoredWeight(NamedTuple):
         else:
             group = min(group, piece, _largest_power_of_2(num_units))
         # Where two halves share a byte, each value has a byte loaded for it.
-        per = 2 if self.weight_format != "fp8" and group > 1 else 1
-        return {"FORMAT": self.weight_format, "GROUP": group, "PER": per}
+        return self.weight_format, group, 2 if self.weight_format != "fp8" and group > 1 else 1
 
 
 def _largest_power_of_2(number: int) -> int:

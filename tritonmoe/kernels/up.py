@@ -268,6 +268,8 @@ def up(
     rows, weight_operand = _operands(x, weight, layout, grouping, config)
     # Side by side keeps the split inside a thread, but breaks up loads along a contiguous output axis.
     halves = in_halves and stored.columns_last(out_axis)
+    piece = config.block_n // config.subtiles if halves else None
+    weight_format, group, per = stored.decoding(in_axis, config, num_units, piece)
     launch(
         _up_kernel,
         (num_programs(num_slots * num_column_tiles, config, options, x.device),),
@@ -307,7 +309,9 @@ def up(
         ACTIVATION=function,
         GATHER=config.gather,
         EVEN_D=depth % config.block_k == 0,
-        **stored.tile_keywords(in_axis, config, num_units, config.block_n // config.subtiles if halves else None),
+        FORMAT=weight_format,
+        GROUP=group,
+        PER=per,
         **tile_keywords(config, x),
     )
     return h, a
