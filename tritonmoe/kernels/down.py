@@ -73,13 +73,7 @@ def _grouped_matmul_kernel(
     PRECISION: tl.constexpr,
 ):
     LANES: tl.constexpr = 1 if DEPTH_LAST else PER
-    weight_strides = (
-        stride_weight_expert,
-        stride_weight_in,
-        stride_weight_out,
-        stride_scales_expert,
-        stride_scales_row,
-    )
+    strides = (stride_weight_expert, stride_weight_in, stride_weight_out, stride_scales_expert, stride_scales_row)
     tl.assume(depth_size > 0)
     num_used_slots = num_slots
     if FLATTEN:
@@ -99,7 +93,7 @@ def _grouped_matmul_kernel(
             group_columns = column_tile * BLOCK_N + tl.arange(0, 1 if DEPTH_LAST else BLOCK_N // GROUP) * GROUP
             weight_pointers = None
             if FORMAT == "" and not WEIGHT_BY_TMA:
-                weight_pointers = weight_tiles.first_pointers(weight, expert, depth, columns, weight_strides)
+                weight_pointers = weight_tiles.first_pointers(weight, expert, depth, columns, strides)
             accumulator = zeros(num_tiles, BLOCK_M, BLOCK_N, FLATTEN)
             for start in range(0, depth_size, BLOCK_K):
                 depth_mask = depth < depth_size - start
@@ -125,7 +119,7 @@ def _grouped_matmul_kernel(
                     columns < width // LANES,
                     group_columns,
                     group_columns < width,
-                    weight_strides,
+                    strides,
                     FORMAT,
                     GROUP,
                     PER,

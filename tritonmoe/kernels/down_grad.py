@@ -93,13 +93,7 @@ def _down_grad_kernel(
     PRECISION: tl.constexpr,
 ):
     LANES: tl.constexpr = 1 if DEPTH_LAST else PER
-    weight_strides = (
-        stride_weight_expert,
-        stride_weight_out,
-        stride_weight_in,
-        stride_scales_expert,
-        stride_scales_row,
-    )
+    strides = (stride_weight_expert, stride_weight_out, stride_weight_in, stride_scales_expert, stride_scales_row)
     tl.assume(D > 0)
     num_used_slots = num_slots
     if FLATTEN:
@@ -121,7 +115,7 @@ def _down_grad_kernel(
             group_columns = first_unit + tl.arange(0, 1 if DEPTH_LAST else BLOCK_N // GROUP) * GROUP
             weight_pointers = None
             if FORMAT == "" and not WEIGHT_BY_TMA:
-                weight_pointers = weight_tiles.first_pointers(weight, expert, depth, columns, weight_strides)
+                weight_pointers = weight_tiles.first_pointers(weight, expert, depth, columns, strides)
             if not FLATTEN:
                 # Behind the last tile's epilogue, once: Triton 3.6 would put a barrier for it into every step.
                 tl.debug_barrier()
@@ -145,7 +139,7 @@ def _down_grad_kernel(
                     columns < F // LANES,
                     group_columns,
                     group_columns < F,
-                    weight_strides,
+                    strides,
                     FORMAT,
                     GROUP,
                     PER,

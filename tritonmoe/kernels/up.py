@@ -96,13 +96,7 @@ def _up_kernel(
     # Gate and up columns of a unit share one accumulator, so that one program can activate them.
     WIDTH: tl.constexpr = 2 * BLOCK_N if GATED else BLOCK_N
     SUB_N: tl.constexpr = BLOCK_N // SUBTILES
-    weight_strides = (
-        stride_weight_expert,
-        stride_weight_in,
-        stride_weight_out,
-        stride_scales_expert,
-        stride_scales_row,
-    )
+    strides = (stride_weight_expert, stride_weight_in, stride_weight_out, stride_scales_expert, stride_scales_row)
     # By TMA all gate columns come first, then all up columns: two boxes in one load.
     TWO_BOXES: tl.constexpr = WEIGHT_BY_TMA and GATED and not INTERLEAVED
     tl.assume(D > 0)
@@ -131,7 +125,7 @@ def _up_kernel(
                 )
             weight_pointers = None
             if FORMAT == "" and not WEIGHT_BY_TMA:
-                weight_pointers = weight_tiles.first_pointers(weight, expert, depth, columns, weight_strides)
+                weight_pointers = weight_tiles.first_pointers(weight, expert, depth, columns, strides)
             accumulator = zeros(num_tiles, BLOCK_M, WIDTH, FLATTEN)
             for start in range(0, D, BLOCK_K):
                 depth_mask = depth < D - start
@@ -157,7 +151,7 @@ def _up_kernel(
                     column_mask,
                     groups * GROUP,
                     group_mask,
-                    weight_strides,
+                    strides,
                     FORMAT,
                     GROUP,
                     PER,
