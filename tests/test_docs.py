@@ -153,16 +153,6 @@ def test_the_doctors_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
         assert "1 rank, 12 steps" in capsys.readouterr().out
 
 
-@pytest.mark.slow
-def test_the_page_for_lightning_runs(tmp_path: Path) -> None:
-    pytest.importorskip("lightning")
-    text = (DOCS / "how-to" / "frameworks.md").read_text()
-    for title, block in re.findall(r'^```python title="([\w.]+)"\n(.*?)^```$', text, re.DOTALL | re.MULTILINE):
-        (tmp_path / title).write_text(block)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    subprocess.run([*command, "train_lightning.py"], cwd=tmp_path, check=True, timeout=120)
-
-
 @pytest.mark.thorough
 def test_the_notebook_runs() -> None:
     notebook = json.loads((DOCS / "tutorials" / f"{FIRST}.ipynb").read_text())

@@ -27,7 +27,13 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["counts_by_wrapper", "ignore_sharded_parameters", "is_averaged_by_ddp", "mark_own_buffers"]
+__all__ = [
+    "counts_by_wrapper",
+    "ignore_sharded_parameters",
+    "is_averaged_by_ddp",
+    "mark_own_buffers",
+    "name_ignored",
+]
 
 OF_NOBODY = "_tritonmoe_of_nobody"
 _averaged: "WeakKeyDictionary[DistributedDataParallel, frozenset[int]]" = WeakKeyDictionary()
@@ -82,7 +88,7 @@ def ignore_sharded_parameters() -> None:
     def init(self: DistributedDataParallel, *arguments: object, **keywords: object) -> None:
         given = signature.bind(self, *arguments, **keywords).arguments
         module, group, mesh = given["module"], given.get("process_group"), given.get("device_mesh")
-        _ignore(module, group, mesh)
+        name_ignored(module, group, mesh)
         if given.get("mixed_precision") is not None and _averages_nothing(module):
             raise ValueError(
                 "all that is trained here is other parameters on every rank, of which DistributedDataParallel averages "
@@ -206,7 +212,7 @@ def _something_to_average(module: nn.Module) -> "Iterator[None]":
         delattr(module, OF_NOBODY)
 
 
-def _ignore(module: nn.Module, group: "ProcessGroup | None", mesh: "DeviceMesh | None") -> None:
+def name_ignored(module: nn.Module, group: "ProcessGroup | None" = None, mesh: "DeviceMesh | None" = None) -> None:
     """Name what is marked where DistributedDataParallel looks, after checking that it averages as experts do."""
     import torch.distributed as dist
 

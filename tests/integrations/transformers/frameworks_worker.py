@@ -1,4 +1,4 @@
-"""What every rank runs of Accelerate, Lightning and torch.save: `torchrun frameworks_worker.py DIRECTORY CASE...`.
+"""What every rank runs of Accelerate and torch.save: `torchrun frameworks_worker.py DIRECTORY CASE...`.
 
 Each case compares with one process on the whole batch. Rank 0 alone writes what these frameworks save.
 """
@@ -146,63 +146,7 @@ def run_accelerate(name: str, directory: Path) -> None:
             accelerator.save_state(str(directory / "refused"))
 
 
-def run_lightning(name: str, directory: Path) -> None:
-    """strategy="ddp": gradients, checkpoints that rank 0 writes, a resumed run."""
-    import lightning
-
-    class Module(lightning.LightningModule):
-        def __init__(self, is_gathered: bool) -> None:
-            super().__init__()
-            self.model, self.is_gathered = make_model(), is_gathered
-
-        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-            return self.model(batch[0]).square().mean()
-
-        def configure_optimizers(self) -> torch.optim.Optimizer:
-            optimizer = torch.optim.AdamW(self.parameters(), lr=1e-2, eps=1e-3)
-            if self.is_gathered:
-                tm.gather_state_dicts(self, optimizer)
-            return optimizer
-
-    def fit(num_epochs: int, path: Path, is_gathered: bool = True, **settings: Any) -> tuple[Any, Module]:
-        module = Module(is_gathered)
-        trainer = lightning.Trainer(
-            accelerator="cpu",
-            devices=size,
-            strategy="ddp",
-            max_epochs=num_epochs,
-            gradient_clip_val=0.1,
-            default_root_dir=path,
-            logger=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            use_distributed_sampler=False,
-            enable_checkpointing=False,
-        )
-        rows = torch.stack([own_rows(step) for step in range(2)])  # an epoch, after which a run can resume
-        loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(rows))
-        trainer.fit(module, loader, **settings)
-        return trainer, module
-
-    path = directory / "lightning"
-    trainer, _ = fit(1, path)
-    trainer.save_checkpoint(path / "two.ckpt")
-    _, undisturbed = fit(2, path)
-    expected = weights(undisturbed.model)
-    assert_close(expected, on_one_device(0, 1, 0, 1))
-    _, resumed = fit(2, path, ckpt_path=path / "two.ckpt")
-    actual = weights(resumed.model)
-    assert all(torch.equal(actual[key], expected[key]) for key in expected)
-    loaded = torch.load(path / "two.ckpt", weights_only=False)["state_dict"]
-    assert_close({key: loaded[f"model.{key}"] for key in expected}, on_one_device(0, 1))
-
-    trainer, _ = fit(1, path, is_gathered=False)
-    if rank == 0:
-        with pytest.raises(ValueError, match="gather_state_dicts"):
-            trainer.save_checkpoint(path / "refused.ckpt")
-
-
-CASES = {"pickled": run_pickled, "accelerate": run_accelerate, "lightning": run_lightning}
+CASES = {"pickled": run_pickled, "accelerate": run_accelerate}
 
 if __name__ == "__main__":
     main(CASES)
