@@ -104,40 +104,43 @@ def run_pickled(name: str, directory: Path) -> None:
         tm.gather_state_dicts(again, nn.Linear(2, 2))
 
 
-def run_accelerate(name: str, directory: Path) -> None:
-    """Training goes on after save_state and load_state as if it had not ended, and equals one device."""
+def prepared(is_spread: bool = True, is_gathered: bool = True) -> tuple[Any, Any, Any]:
+    """Return an accelerator, a model and an optimizer as a program of Accelerate has them."""
     from accelerate import Accelerator
 
-    def prepare(is_gathered: bool = True) -> tuple[Any, Any, Any]:
-        accelerator = Accelerator(cpu=True)
-        model = make_model()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-3)
-        if is_gathered:
-            tm.gather_state_dicts(model, optimizer)
-        return accelerator, *accelerator.prepare(model, optimizer)
+    accelerator = Accelerator(cpu=True)
+    model = make_model(is_spread)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-3)
+    if is_gathered:
+        tm.gather_state_dicts(model, optimizer)
+    return accelerator, *accelerator.prepare(model, optimizer)
 
-    def train(accelerator: Any, model: Any, optimizer: Any, steps: range) -> None:
-        for step in steps:
-            accelerator.backward(model(own_rows(step)).square().mean())
-            accelerator.clip_grad_norm_(model.parameters(), 0.1)
-            optimizer.step()
-            optimizer.zero_grad()
 
-    accelerator, model, optimizer = prepare()
-    train(accelerator, model, optimizer, range(2))
+def train_accelerated(accelerator: Any, model: Any, optimizer: Any, steps: range) -> None:
+    for step in steps:
+        accelerator.backward(model(own_rows(step)).square().mean())
+        accelerator.clip_grad_norm_(model.parameters(), 0.1)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def run_accelerate(name: str, directory: Path) -> None:
+    """Training goes on after save_state and load_state as if it had not ended, and equals one device."""
+    accelerator, model, optimizer = prepared()
+    train_accelerated(accelerator, model, optimizer, range(2))
     accelerator.save_state(str(directory / "accelerate"))
-    train(accelerator, model, optimizer, range(2, STEPS))
+    train_accelerated(accelerator, model, optimizer, range(2, STEPS))
     expected = weights(accelerator.unwrap_model(model))
     assert_close(expected, on_one_device(*range(STEPS)))
 
-    accelerator, model, optimizer = prepare()
+    accelerator, model, optimizer = prepared()
     accelerator.load_state(str(directory / "accelerate"))
-    train(accelerator, model, optimizer, range(2, STEPS))
+    train_accelerated(accelerator, model, optimizer, range(2, STEPS))
     actual = weights(accelerator.unwrap_model(model))
     assert all(torch.equal(actual[key], expected[key]) for key in expected)
 
-    accelerator, model, optimizer = prepare(is_gathered=False)
-    train(accelerator, model, optimizer, range(1))
+    accelerator, model, optimizer = prepared(is_gathered=False)
+    train_accelerated(accelerator, model, optimizer, range(1))
     (directory / "refused").mkdir(exist_ok=True)
     if rank == 0:
         with pytest.raises(ValueError, match="gather_state_dicts"):
@@ -146,7 +149,19 @@ def run_accelerate(name: str, directory: Path) -> None:
             accelerator.save_state(str(directory / "refused"))
 
 
-CASES = {"pickled": run_pickled, "accelerate": run_accelerate}
+def run_accelerate_alone(name: str, directory: Path) -> None:
+    """What two processes have saved goes on in one, whose model knows nothing of ranks."""
+    accelerator, model, optimizer = prepared(is_spread=False, is_gathered=False)
+    accelerator.load_state(str(directory / "accelerate"))
+    train_accelerated(accelerator, model, optimizer, range(2, STEPS))
+    assert_close(weights(accelerator.unwrap_model(model)), on_one_device(*range(STEPS)))
+
+
+CASES = {
+    "pickled": run_pickled,
+    "accelerate": run_accelerate,
+    "accelerate_alone": run_accelerate_alone,
+}
 
 if __name__ == "__main__":
     main(CASES)

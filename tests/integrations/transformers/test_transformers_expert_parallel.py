@@ -131,6 +131,7 @@ def test_adapted_experts_on_two_processes_equal_one(directory):
 @pytest.mark.thorough
 def test_what_rank_0_saves_alone_is_refused_or_whole(directory):
     run(2, directory, "pickled:", "accelerate:", worker=FRAMEWORKS_WORKER)
+    run(1, directory, "accelerate_alone:", worker=FRAMEWORKS_WORKER)
 
 
 @pytest.mark.slow
