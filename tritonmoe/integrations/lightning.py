@@ -66,6 +66,7 @@ class ExpertParallelStrategy(DDPStrategy):
         module = self.lightning_module
         assert module is not None
         if not any(sharded_modules(module)):
+            assert dist.group.WORLD is not None
             parallelize(module, dist.group.WORLD, self._overlap, expert_gradients=self._expert_gradients)
             gather_state_dicts(module)
         name_ignored(module)  # without training Lightning broadcasts weights itself

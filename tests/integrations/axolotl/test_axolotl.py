@@ -92,6 +92,7 @@ def test_two_steps_of_axolotls_program(is_adapted: bool, tmp_path: Path) -> None
         "datasets": [{"path": str(tmp_path / "data.jsonl"), "type": "completion"}],
         "output_dir": str(tmp_path / "out"),
         "dataset_prepared_path": str(tmp_path / "prepared"),
+        "dataset_num_proc": 1,
         "use_cpu": True,
         "bf16": False,
         "sequence_len": 32,
@@ -108,7 +109,7 @@ def test_two_steps_of_axolotls_program(is_adapted: bool, tmp_path: Path) -> None
         config |= {"lora_target_parameters": TARGETS, "lora_dropout": 0.0}
     (tmp_path / "config.yml").write_text(json.dumps(config))  # which is YAML too
     command = [sys.executable, "-m", "axolotl.cli.train", str(tmp_path / "config.yml")]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=300, env=ENVIRONMENT, check=False)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=600, env=ENVIRONMENT, check=False)
     assert ended.returncode == 0, ended.stderr[-4000:]
     name = "adapter_model.safetensors" if is_adapted else "model.safetensors"
     assert (tmp_path / "out" / name).exists()
