@@ -193,17 +193,24 @@ def _headline(found: Json) -> str:
     for name in ("failed", "out_of_memory", "left_out", "problem"):
         if isinstance(found.get(name), str) and found[name]:
             return f"{name}: {found[name].splitlines()[0][:200]}"
-    if "passed" in found:
-        return "passed" if found["passed"] else "WRONG"
+    if not found.get("passed", True):
+        return "WRONG"
     if "times" in found:
-        parts = [
-            f"{name} {timed['us']:.1f} us" + (f" ({timed['tflops']:.3g} TFLOP/s)" if "tflops" in timed else "")
-            for name, timed in found["times"].items()
-        ]
+        parts = [f"{name} {timed['us']:.1f} us{_rate(timed)}" for name, timed in found["times"].items()]
         return ", ".join([*parts, *(f"{name} left out: {why}" for name, why in found.get("left_out", {}).items())])
+    if "passed" in found:
+        return "passed"
+    if "speed_up" in found:
+        return f"{found['speed_up']:.3f} times as fast as serial"
     if "gain" in found:
         return f"{found['gain']:.3f} times" + ("" if found["agrees"] else ", WRONG")
     return "done"
+
+
+def _rate(timed: Json) -> str:
+    if "tflops" in timed:
+        return f" ({timed['tflops']:.3g} TFLOP/s)"
+    return f" ({timed['tokens_per_s']:.0f} tokens/s)" if "tokens_per_s" in timed else ""
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
 A: what machine this is, dense ceilings, everything compiled, small layers and the headline's own tiles checked.
 B: the headline: layer, in every way in which jobs run it, and operations. C: its tiles, tuned and measured again. D:
-its peers, with their memory. E: ncu and compute-sanitizer, then the kernels' tests on the GPU, which compile a lot. F:
-other numbers of tokens, other layers, other tests.
+its peers, with their memory; whole steps of training; few tokens; what one card shows of many ranks. E: the checks with
+another ptxas, ncu and compute-sanitizer, then the kernels' tests on the GPU, which compile a lot. F: other numbers of
+tokens, other layers, other tests.
 """
 
 from collections.abc import Iterator, Sequence
@@ -85,6 +86,8 @@ def _headline(setting: Setting) -> Iterator[Case]:
     for operation in OPERATIONS:
         yield Case(f"B operation {operation}", "measure_operation", {**layer, "operation": operation})
     yield Case("B ways", "measure_ways", {**layer, "routing": "uniform"}, limit_s=180.0, usual_s=60.0)
+    beside = {**layer, "routing": "uniform", "held": list(setting.held)}
+    yield Case("B beside held multiprocessors", "measure_beside", beside, limit_s=180.0, usual_s=60.0)
     yield Case("B router", "measure_router", layer)
     yield Case("B memory", "measure_memory", {**layer, "routing": "uniform", "with_peers": False})
     for operation in OPERATIONS:
@@ -116,9 +119,25 @@ def _peers(setting: Setting) -> Iterator[Case]:
         yield from _layer("D", HEADLINE, num_tokens, "uniform", others=True, tuned=True)
     layer = {"shape": HEADLINE, "num_tokens": setting.peer_tokens[0], "routing": "uniform", "with_peers": True}
     yield Case("D memory", "measure_memory", layer, limit_s=180.0, usual_s=45.0)
+    training = {"num_tokens": setting.trained_tokens, "sequence_length": setting.sequence_length}
+    yield Case("D training", "measure_training", training, limit_s=300.0, usual_s=150.0)
+    for num_tokens in setting.few_tokens:
+        yield Case(f"D few T={num_tokens}", "measure_few", {"shape": HEADLINE, "num_tokens": num_tokens})
+    overlap = {
+        "model": setting.emulated_model,
+        "num_ranks": setting.emulated_ranks,
+        "num_tokens": setting.emulated_tokens,
+        "chunks": list(setting.emulated_chunks),
+    }
+    yield Case("D overlap emulated", "measure_overlap", overlap, limit_s=240.0, usual_s=90.0)
+    yield Case("D world of one", "run_alone", limit_s=300.0, usual_s=45.0)
 
 
 def _tools(setting: Setting) -> Iterator[Case]:
+    layer = {"shape": HEADLINE, "num_tokens": setting.headline_tokens, "routing": "uniform"}
+    for tiles in CHECKED_TILES[:2]:
+        name = f"E check with another ptxas {HEADLINE} T={setting.headline_tokens} {tiles}"
+        yield Case(name, "check_with_other_ptxas", {**layer, "tiles": tiles}, limit_s=300.0, usual_s=60.0)
     for operation in setting.profiled_operations:
         arguments = {"operation": operation, "num_tokens": setting.headline_tokens}
         yield Case(f"E ncu {operation}", "profile_with_ncu", arguments, limit_s=300.0, usual_s=75.0)
