@@ -9,6 +9,9 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import globaltimer
 
+from tritonmoe.aot import architecture_named
+from tritonmoe.kernels import launch
+
 __all__ = ["Holder"]
 
 ROWS, WARPS = 128, 8
@@ -50,12 +53,12 @@ class Holder:
         self.shared_bytes = 0
         if device.type != "cuda":
             return
-        properties = torch.cuda.get_device_properties(device)
-        self.num_multiprocessors = properties.multi_processor_count
+        self.num_multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+        room = architecture_named(launch.architecture_of(launch.target_of(device))).shared_bytes_per_program
         self._stream = torch.cuda.Stream(device)
         self._operands = torch.zeros(ROWS * DEPTHS[0], dtype=torch.bfloat16, device=device)
         self._sums = torch.empty(self.num_multiprocessors, ROWS, ROWS, device=device)
-        self._depth = next(depth for depth in DEPTHS if 4 * ROWS * depth <= properties.shared_memory_per_block_optin)
+        self._depth = next(depth for depth in DEPTHS if 4 * ROWS * depth <= room)
         torch.cuda.synchronize(device)  # what is written above is there for every stream
         self.shared_bytes = self._launch(1, 0.0).metadata.shared
 

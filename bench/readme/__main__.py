@@ -60,6 +60,8 @@ TABLES = {
     "codegen_epilogues": kernel_tables.codegen_epilogues_table,
     "codegen_steps": kernel_tables.codegen_steps_table,
     "gpu": gpu_tables.gpu_table,
+    "gpu_memory": gpu_tables.gpu_memory_table,
+    "gpu_training": gpu_tables.gpu_training_table,
     "gpu_killed": gpu_tables.killed_text,
     "missing_waits": kernel_tables.missing_waits_table,
     "launch": kernel_tables.launch_table,
