@@ -175,7 +175,7 @@ def test_training_of_a_whole_model(bench):
     assert max(found["differences"].values()) < 1e-5
     assert max(found["losses"].values()) - min(found["losses"].values()) < 1e-5
     ours = found["times"]["tritonmoe"]
-    assert ours["tokens_per_s"] == pytest.approx(12e6 / ours["us"], rel=1e-3)
+    assert ours["tokens_per_s"] == pytest.approx(12e6 / ours["us"], rel=1e-2)
     job = training._Job(REHEARSAL, 12, 6)
     weights_mb = sum(4e-6 * parameter.numel() for parameter in job.model.parameters())
     # AdamW's two states of every weight, and its counts of steps
