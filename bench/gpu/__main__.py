@@ -195,6 +195,8 @@ def _headline(found: Json) -> str:
     if "times" in found:
         parts = [f"{name} {timed['us']:.1f} us{_rate(timed)}" for name, timed in found["times"].items()]
         return ", ".join([*parts, *(f"{name} left out: {why}" for name, why in found.get("left_out", {}).items())])
+    if isinstance(found.get("left_out"), dict) and len(found) == 1:
+        return ", ".join(f"{name} left out: {why}" for name, why in found["left_out"].items())
     if "passed" in found:
         return "passed"
     if "speed_up" in found:

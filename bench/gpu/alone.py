@@ -1,6 +1,7 @@
 """`python -m bench.gpu.alone`: a world of one rank over NCCL: rows, dropped buffers, a captured call, and a rate.
 
-It prints one line of JSON. With --rehearse the world is gloo's, on the CPU, where nothing can be captured.
+It prints a line of JSON after each check, with all that was found. With --rehearse the world is gloo's, on the CPU,
+where nothing can be captured.
 """
 
 import argparse
@@ -38,17 +39,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     transport = ProcessGroupTransport(timeout_s=TIMEOUT_S)
-    found: Json = {
-        "rows are those that were sent": _same_rows(transport, setting),
-        "dropped buffers are not overwritten": _dropped_buffers(transport, setting),
-        "a call has the bits of one device": _call_is_right(transport, setting),
+    checks = {
+        "rows are those that were sent": _same_rows,
+        "dropped buffers are not overwritten": _dropped_buffers,
+        "a call has the bits of one device": _call_is_right,
     }
     if on_gpu:
-        found["a captured call replays on other tokens"] = _capture(transport, setting)
-    rate = _gb_per_s(transport, setting)
+        checks["a captured call replays on other tokens"] = _capture
+    found: Json = {"gb_per_s": _gb_per_s(transport, setting), "checks": {}}
+    for name, check in checks.items():
+        found["checks"][name] = check(transport, setting)
+        print(json.dumps(found), flush=True)  # NCCL may end the process in the next one
     transport.close()
     dist.destroy_process_group()
-    print(json.dumps({"checks": found, "gb_per_s": rate}))
     return 0
 
 

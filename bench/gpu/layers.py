@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from bench.gpu.peers import Function, peer_functions
+from bench.gpu.peers import COMPILING, PEERS, Function, peer_functions
 from bench.gpu.workbench import Call, Workbench, with_entries
 from tritonmoe.benchmarks.operation_calls import dense_products
 from tritonmoe.benchmarks.roofline import BACKWARD_PRODUCTS, FORWARD_PRODUCTS, product_flops
@@ -17,8 +17,8 @@ from tritonmoe.routing.router import TopKRouter
 from tritonmoe.runtime.files import Json
 
 __all__ = [
-    *("OURS", "TUNED", "UNCAPTURED", "experts", "measure_layer", "measure_memory", "measure_router", "others_of"),
-    *("step_of",),
+    *("OURS", "TUNED", "UNCAPTURED", "experts", "measure_compiling_peers", "measure_layer", "measure_memory"),
+    *("measure_router", "others_of", "step_of"),
 ]
 
 OURS, TUNED, DENSE, TORCH = "tritonmoe", "tritonmoe, tuned", "dense products", "torch backend"
@@ -66,8 +66,8 @@ def experts(bench: Workbench, inputs: LayerInputs, entries: measured_tiles.Entri
 
 
 def others_of(bench: Workbench, inputs: LayerInputs) -> tuple[dict[str, Function], dict[str, str]]:
-    """Return all peers that can run, the torch backend last, as functions that give y, and why others can't."""
-    found, left_out = peer_functions(inputs)
+    """Return the peers that can run, the torch backend last, as functions that give y, and why others can't."""
+    found, left_out = peer_functions(inputs, PEERS)
     x, ids, gates = inputs.x, inputs.topk_ids, inputs.topk_weights
     found[TORCH] = lambda: moe_mlp(x, ids, gates, **inputs.arguments, backend="torch")
     return found, left_out
@@ -106,21 +106,41 @@ def measure_memory(bench: Workbench, shape: str, num_tokens: int, routing: str, 
     """
     inputs = bench.inputs(shape, num_tokens, routing)
     ours = experts(bench, inputs, {})
-    found: Json = _memory_of(inputs, ours)
-    if with_peers:
-        functions, left_out = others_of(bench, inputs)
-        memory: dict[str, Json] = {OURS: dict(found)}
-        with torch.no_grad():
-            y = ours()
-        for name, function in functions.items():
-            try:
-                memory[name] = _memory_of(inputs, function)
-                with torch.no_grad():
-                    memory[name]["distance"] = float(((function() - y).norm() / y.norm()).item())
-            except Exception as error:
-                left_out[name] = f"{type(error).__name__}: {error}"[:300]
-        found |= {"memory": memory, "left_out": left_out}
-    return found
+    if not with_peers:
+        return _memory_of(inputs, ours)
+    functions, left_out = others_of(bench, inputs)
+    memory = _memory_beside(inputs, ours, functions, left_out)
+    return {**memory[OURS], "memory": memory, "left_out": left_out}
+
+
+def measure_compiling_peers(bench: Workbench, shape: str, num_tokens: int, routing: str, backward: bool) -> Json:
+    """Time moe_mlp beside the peers that compile for minutes, and measure their memory; as measure_layer does."""
+    inputs = bench.inputs(shape, num_tokens, routing)
+    functions, left_out = peer_functions(inputs, COMPILING)
+    if not functions:
+        return {"left_out": left_out}
+    ours = experts(bench, inputs, {})
+    variants = {OURS: ours, **functions}
+    found = bench.time({name: step_of(inputs, run, backward) for name, run in variants.items()}, OURS)
+    memory = _memory_beside(inputs, ours, functions, left_out) if backward else {}
+    return {**found, "left_out": left_out | found["left_out"], "memory": memory}
+
+
+def _memory_beside(
+    inputs: LayerInputs, ours: Function, functions: dict[str, Function], left_out: dict[str, str]
+) -> dict[str, Json]:
+    """Return the memory of moe_mlp and of every peer, and how far their results are from ours; note what raises."""
+    memory = {OURS: _memory_of(inputs, ours)}
+    with torch.no_grad():
+        y = ours()
+    for name, function in functions.items():
+        try:
+            memory[name] = _memory_of(inputs, function)
+            with torch.no_grad():
+                memory[name]["distance"] = float((function() - y).norm() / y.norm())
+        except Exception as error:
+            left_out[name] = f"{type(error).__name__}: {error}"[:300]
+    return memory
 
 
 def _memory_of(inputs: LayerInputs, function: Function) -> Json:

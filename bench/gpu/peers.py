@@ -1,7 +1,7 @@
 """Other implementations of a layer's experts as functions of its very tensors: transformers', Liger's and others'."""
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch.nn.functional import silu
 from tritonmoe.benchmarks.shapes import LayerInputs
 from tritonmoe.integrations.transformers import peers
 
-__all__ = ["PEERS", "Function", "peer_functions"]
+__all__ = ["COMPILING", "PEERS", "Function", "peer_functions"]
 
 BATCHED_MM_LARGEST_PAIRS = 64
 """batched_mm copies the weights for every pair."""
@@ -19,12 +19,12 @@ Function = Callable[[], Tensor]
 Experts = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def peer_functions(inputs: LayerInputs) -> tuple[dict[str, Function], dict[str, str]]:
-    """Return all peers that can run, as functions that give y, and why others can't."""
+def peer_functions(inputs: LayerInputs, names: Collection[str]) -> tuple[dict[str, Function], dict[str, str]]:
+    """Return the peers of these names that can run, as functions that give y, and why others can't."""
     x, ids, gates = inputs.x, inputs.topk_ids, inputs.topk_weights
     found: dict[str, Function] = {}
     left_out: dict[str, str] = {}
-    for peer in PEERS:
+    for peer in names:
         reason = _why_left_out(peer, inputs)
         if reason is None:
             try:
@@ -126,4 +126,7 @@ OTHERS: dict[str, Callable[[Tensor, Tensor], Experts]] = {
 }
 PACKAGES = {"sonic-moe": "sonicmoe", "moe-ops": "moe_ops"}
 """What the packages of some are imported as."""
-PEERS = (*peers.PEERS, *OTHERS)
+COMPILING = tuple(PACKAGES)
+"""They compile, and try many tiles, for minutes when they are called first."""
+PEERS = (*peers.PEERS, *(name for name in OTHERS if name not in COMPILING))
+"""All others."""

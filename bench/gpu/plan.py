@@ -134,6 +134,11 @@ def _peers(setting: Setting) -> Iterator[Case]:
     }
     yield Case("D overlap emulated", "measure_overlap", overlap, limit_s=240.0, usual_s=60.0)
     yield Case("D world of one", "run_alone", limit_s=300.0, usual_s=30.0)
+    for num_tokens in setting.peer_tokens[:2]:
+        for name, backward in PASSES.items():
+            arguments = {"shape": HEADLINE, "num_tokens": num_tokens, "routing": "uniform", "backward": backward}
+            case = f"D peers that compile {HEADLINE} T={num_tokens} {name}"
+            yield Case(case, "measure_compiling_peers", arguments, limit_s=300.0, usual_s=120.0)
 
 
 def _tools(setting: Setting) -> Iterator[Case]:

@@ -117,15 +117,17 @@ def _run_operation(bench: Workbench, tool: Sequence[str], operation: str, num_to
 
 
 def run_in_repository(bench: Workbench, arguments: Sequence[str], variables: Mapping[str, str | None]) -> Json:
-    """Run a program of this folder that prints its result as JSON at the end; give that, or why there is none."""
+    """Run a program that prints what it has found as JSON, the last line most; give that, and why it failed, if so."""
     bench.forget()
     found = run_program([sys.executable, *arguments], PROGRAM_LIMIT_S, variables)
     output = found.pop("output")
-    if found["status"] != 0:
-        why = f"it took longer than {PROGRAM_LIMIT_S:.0f} s: " if found["status"] is None else ""
-        return {**found, "failed": why + tail(output)}
     results = [line for line in output.splitlines() if line.startswith("{")]  # libraries print warnings around it
-    return {**found, **json.loads(results[-1])} if results else {**found, "failed": f"no result: {tail(output)}"}
+    found |= json.loads(results[-1]) if results else {}
+    if found["status"] is None:
+        return {**found, "failed": f"it took longer than {PROGRAM_LIMIT_S:.0f} s: {tail(output)}"}
+    if found["status"] != 0 or not results:
+        return {**found, "failed": tail(output) or "it printed nothing"}
+    return found
 
 
 def run_alone(bench: Workbench) -> Json:

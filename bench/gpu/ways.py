@@ -142,14 +142,20 @@ def measure_beside(bench: Workbench, shape: str, num_tokens: int, routing: str, 
     one_tile = entries_for_all(bench, inputs, ONE_TILE)
     ways = {"all multiprocessors": experts(bench, inputs, {}), "one tile a program": experts(bench, inputs, one_tile)}
     calls: dict[str, tuple[TimedCalls, int]] = {}
+    left_out: dict[str, str] = {}
     for num_held in held:
         functions = dict(ways)
         if setting.layer_backend == "triton" and num_held > 0:
             free = holder.num_multiprocessors - num_held
             functions["the free multiprocessors"] = experts(bench, inputs, {}, num_sms=free)
         for way, function in functions.items():
-            timed = TimedCalls(step_of(inputs, function, True), setting.device, 0.0, pool)
-            calls[f"{way}, {num_held} held"] = timed, num_held
+            name = f"{way}, {num_held} held"
+            try:
+                timed = TimedCalls(step_of(inputs, function, True), setting.device, 0.0, pool)
+            except Exception as error:
+                left_out[name] = f"{type(error).__name__}: {error}"[:300]
+                continue
+            calls[name] = timed, num_held
     samples: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(setting.rounds):
         for name, (timed, num_held) in calls.items():
@@ -162,4 +168,4 @@ def measure_beside(bench: Workbench, shape: str, num_tokens: int, routing: str, 
         }
         for name, seconds in samples.items()
     }
-    return {"times": times, "shared_bytes": holder.shared_bytes}
+    return {"times": times, "left_out": left_out, "shared_bytes": holder.shared_bytes}

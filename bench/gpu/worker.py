@@ -29,7 +29,7 @@ def measures() -> dict[str, Callable[..., Json]]:
     functions = (
         *(versions.describe_machine, operations.measure_dense, programs.run_tests),
         *(checks.check_small_layers, checks.check_samples, checks.rerun),
-        *(layers.measure_layer, layers.measure_memory, layers.measure_router),
+        *(layers.measure_layer, layers.measure_memory, layers.measure_router, layers.measure_compiling_peers),
         *(ways.measure_ways, ways.measure_beside, ways.measure_few, training.measure_training),
         *(overlap.measure_overlap, programs.run_alone, other_ptxas.check_with_other_ptxas),
         *(operations.measure_operation, operations.profile_step, operations.measure_host),

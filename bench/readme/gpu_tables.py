@@ -9,6 +9,8 @@ from tritonmoe.benchmarks.shapes import GPU_SHAPES
 __all__ = ["gpu_memory_table", "gpu_table", "gpu_training_table", "killed_text"]
 
 GPU_COLUMNS = ((32768, "forward"), (32768, "forward+backward"), (4096, "forward+backward"), (8, "forward"))
+COMPILING = "D peers that compile"
+"""So begin the cases of peers that are timed in rounds of their own."""
 NO_PEERS = ("tritonmoe", "tritonmoe, tuned", "torch backend", "dense products")
 
 
@@ -20,10 +22,16 @@ def gpu_table(name: str) -> str:
         for line in lines.values()
         if (of := line.get("arguments", {})).get("others") and of["routing"] == "uniform"
     }
+    compiling = [line for case, line in lines.items() if case.startswith(COMPILING)]
+    for line in compiling:
+        of = line["arguments"]
+        key = of["shape"], of["num_tokens"], "forward+backward" if of["backward"] else "forward"
+        if key in layers:
+            layers[key] = _with_others(layers[key], line)
     table = [
         f"{_command(lines, bool(layers))}. TFLOP/s of moe_mlp in bf16, its fraction of dense products of the same "
         "FLOPs in the same rounds, and how many times as fast as the fastest peer that was timed in the same way, and "
-        f"its name; uniform routing.{_peers(layers.values())}",
+        f"its name; uniform routing.{_peers([*layers.values(), *compiling])}",
         "",
         *table_head("shape", *(f"T = {num_tokens}, {way}" for num_tokens, way in GPU_COLUMNS)),
     ]
@@ -48,8 +56,11 @@ def gpu_memory_table(name: str) -> str:
     """Return what a layer keeps for its backward and holds at most in a step, and each of its peers."""
     lines = _last_run(name)
     line = lines.get("D memory", {})
-    memory = line.get("memory", {})
+    memory = dict(line.get("memory", {}))
     of = line.get("arguments", {})
+    for case, other in lines.items():
+        if case.startswith(COMPILING) and other["arguments"]["num_tokens"] == of.get("num_tokens"):
+            memory |= {name: held for name, held in other.get("memory", {}).items() if name not in memory}
     layer = f", {of['shape']}, T = {of['num_tokens']}, {of['routing']} routing" if memory else ""
     text = (
         f"{_command(lines, bool(memory))}. Megabytes that a layer's forward keeps for the backward, beside x and the "
@@ -84,6 +95,16 @@ def gpu_training_table(name: str) -> str:
     ]
     titles = "experts", "tokens/s", f"of {next(iter(times))}'s", "peak MB"
     return "\n".join([text, "", *table_head(*titles), *rows])
+
+
+def _with_others(line: dict, other: dict) -> dict:
+    """Return a layer's line with the peers of another line, as fast beside ours as they are there."""
+    times, others = line.get("times"), other.get("times", {})
+    if times is None or "tritonmoe" not in others:
+        return line
+    ratio = times["tritonmoe"]["us"] / others["tritonmoe"]["us"]
+    added = {name: {**timed, "us": ratio * timed["us"]} for name, timed in others.items() if name not in times}
+    return {**line, "times": {**times, **added}}
 
 
 def _peers(lines: Collection[dict]) -> str:

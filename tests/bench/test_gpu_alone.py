@@ -95,9 +95,13 @@ def test_a_result_stands_among_warnings(ran):
     found = programs.run_alone(Bench())
     assert (found["passed"], found["errors"]) == (False, ["b"])
     ran["output"] = "nothing"
-    assert programs.run_alone(Bench())["failed"] == "no result: nothing"
-    ran["status"] = 1
     assert programs.run_alone(Bench())["failed"] == "nothing"
+    ran["output"] = ""
+    assert programs.run_alone(Bench())["failed"] == "it printed nothing"
+    ran["status"], ran["output"] = -6, '{"checks": {"a": true}}\nNCCL WARN'
+    found = programs.run_alone(Bench())
+    assert found["failed"].endswith("NCCL WARN")
+    assert found["checks"] == {"a": True}, "what came before the end is kept"
     ran["status"], ran["output"] = None, ""
     assert programs.run_alone(Bench())["failed"] == "it took longer than 240 s: "
     assert ran["calls"][0][0][-1] == "--rehearse"

@@ -196,7 +196,7 @@ def test_the_next_case_that_fits_is_taken(ran, tmp_path, monkeypatch, capsys):
 
 
 def test_three_calls_of_ten_minutes_bring_what_matters(tmp_path, capsys):
-    """All checks, the headline, its tiles, its peers, training and overlap are before any profiler or test."""
+    """All checks, the headline, its tiles, training and overlap, and all peers but those that compile for minutes."""
     file = str(tmp_path / "gpu.jsonl")
     assert gpu.main(["--out", file, "--plan", "sm_90"]) == 0
     *lines, last = capsys.readouterr().out.splitlines()
@@ -208,7 +208,8 @@ def test_three_calls_of_ten_minutes_bring_what_matters(tmp_path, capsys):
     first = list(calls.calls(planned, planned, {}, 570.0))[:3]
     assert all(call.seconds <= 570.0 for call in first)
     ran = [case for call in first for case in call.cases]
-    assert all(case in ran for case in planned if case.name[0] in "ABCD")
+    wanted = [case for case in planned if case.name[0] in "ABCD" and case.measure != "measure_compiling_peers"]
+    assert all(case in ran for case in wanted)
     assert [str(call) in line for call, line in zip(first, lines, strict=False)] == [True] * 3
     assert gpu.main(["--out", file, "--plan", "sm_90", "--only", "memory", "--budget-s", "50"]) == 0
     assert capsys.readouterr().out.splitlines()[:2] == [

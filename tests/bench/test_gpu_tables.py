@@ -52,6 +52,25 @@ def test_the_last_runs_layers_beside_their_peers(results):
     assert cells_of("Mixtral") == [*by_name, "failed", "out of memory"]
 
 
+def test_peers_that_compile_stand_beside_the_others(results):
+    """They were timed in other rounds: what counts is their time over ours there."""
+    arguments = {name: LAYER[name] for name in ("shape", "num_tokens", "routing", "backward")}
+    with open_results(results, {"device": "H100"}) as lines:
+        lines.add("D 1", {"arguments": LAYER, "times": TIMES})
+        ours = {"us": 100.0, "timed_by": "graph"}
+        quick = {"tritonmoe": ours, "moe-ops": {"us": 110.0, "timed_by": "graph"}}
+        lines.add("D peers that compile 1", {"arguments": arguments, "times": quick, "left_out": {"sonic-moe": "why"}})
+        lines.add("D peers that compile 2", {"arguments": {**arguments, "backward": True}, "left_out": {}})
+        lines.add("D memory", {"arguments": arguments, "memory": {"tritonmoe": {"kept_mb": 1.0, "peak_mb": 2.0}}})
+        memory = {"tritonmoe": {"kept_mb": 9.0, "peak_mb": 9.0}, "moe-ops": {"kept_mb": 3.0, "peak_mb": 4.0}}
+        lines.add("D peers that compile 3", {"arguments": arguments, "times": quick, "memory": memory})
+    assert cells_of("Mixtral")[0] == "400, 0.60, 1.10x moe-ops"
+    text = gpu_tables.gpu_table("gpu").splitlines()[0]
+    assert text.endswith(" Peers: eager, grouped_mm, moe-ops. Left out: sonic-moe, since why.")
+    rows = gpu_tables.gpu_memory_table("gpu").splitlines()[2:]
+    assert rows[2:] == ["| tritonmoe | 1 | 2 |", "| moe-ops | 3 | 4 |"]
+
+
 def test_training_and_memory_of_the_last_run(results):
     """The peak of a step stands beside what is held the whole time; one table each, and only text before a day."""
     for table in (gpu_tables.gpu_training_table, gpu_tables.gpu_memory_table):

@@ -45,7 +45,7 @@ def expected_of(inputs):
 def test_peers_compute_the_same_layer(routing):
     """With a hot expert others have no pair."""
     inputs = draw(routing)
-    functions, _ = peers.peer_functions(inputs)
+    functions, _ = peers.peer_functions(inputs, peers.PEERS)
     assert {"eager", "grouped_mm", "torch grouped_mm"} <= set(functions)
     expected = expected_of(inputs)
     for name, function in functions.items():
@@ -54,16 +54,31 @@ def test_peers_compute_the_same_layer(routing):
 
 
 def test_peers_that_can_not_run_say_why(monkeypatch):
-    _, reasons = peers.peer_functions(draw("uniform"))
+    _, reasons = peers.peer_functions(draw("uniform"), peers.COMPILING)
     assert reasons["moe-ops"] == "the package moe-ops is not installed"
     assert reasons["sonic-moe"] == "the package sonic-moe is not installed"
-    _, reasons = peers.peer_functions(draw("uniform", OTHER))
+    _, reasons = peers.peer_functions(draw("uniform", OTHER), peers.PEERS)
     assert "SwiGLU without biases" in reasons["torch grouped_mm"]
     broken = types.ModuleType("moe_ops")
     broken.__spec__ = types.SimpleNamespace()
     monkeypatch.setitem(sys.modules, "moe_ops", broken)
-    _, reasons = peers.peer_functions(draw("uniform"))
+    _, reasons = peers.peer_functions(draw("uniform"), ["moe-ops"])
     assert reasons["moe-ops"].startswith("ImportError: cannot import name")
+
+
+def test_peers_that_compile_are_timed_alone(bench, monkeypatch):
+    arguments = {"shape": HEADLINE, "num_tokens": 12, "routing": "uniform"}
+    found = layers.measure_compiling_peers(bench, **arguments, backward=True)
+    assert set(found["left_out"]) == set(peers.COMPILING)
+    monkeypatch.setitem(peers.OTHERS, "moe-ops", peers.OTHERS["torch grouped_mm"])
+    monkeypatch.setitem(peers.OTHERS, "sonic-moe", lambda *weights: lambda *of: 1 / 0)
+    monkeypatch.setattr(peers, "PACKAGES", {})
+    found = layers.measure_compiling_peers(bench, **arguments, backward=True)
+    assert set(found["times"]) == {"tritonmoe", "moe-ops"}
+    assert found["left_out"]["sonic-moe"].startswith("ZeroDivisionError")
+    assert set(found["memory"]) == {"tritonmoe", "moe-ops"}
+    assert found["memory"]["moe-ops"]["distance"] < 1e-5
+    assert layers.measure_compiling_peers(bench, **arguments, backward=False)["memory"] == {}
 
 
 def test_a_layer_in_every_way_in_which_jobs_run_it(bench):
@@ -112,11 +127,21 @@ def test_layers_with_few_tokens_take_turns(bench, monkeypatch):
     assert ran == [*range(ways.NUM_SETS), 0]
 
 
-def test_a_layer_beside_held_multiprocessors(bench):
+def test_a_layer_beside_held_multiprocessors(bench, monkeypatch):
     found = ways.measure_beside(bench, HEADLINE, 12, "uniform", [0, 2])
     names = {f"{way}, {held} held" for way in ("all multiprocessors", "one tile a program") for held in (0, 2)}
     assert set(found["times"]) == names
     assert all(len(timed["samples_us"]) == REHEARSAL.rounds for timed in found["times"].values())
+    timed_calls = ways.TimedCalls
+
+    def fail_once(*arguments):
+        monkeypatch.setattr(ways, "TimedCalls", timed_calls)
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(ways, "TimedCalls", fail_once)
+    found = ways.measure_beside(bench, HEADLINE, 12, "uniform", [0, 2])
+    assert found["left_out"] == {"all multiprocessors, 0 held": "OutOfMemoryError: no memory"}
+    assert set(found["times"]) == names - set(found["left_out"])
 
 
 @pytest.fixture
