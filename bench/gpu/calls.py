@@ -74,7 +74,7 @@ class Call:
 def calls(
     missing: Sequence[Case], plan: Sequence[Case], by_case: Mapping[str, Json], budget_s: float
 ) -> Iterator[Call]:
-    """Give the calls that run what is missing, where each case lasts as long as it may; what never fits is in none."""
+    """Return the calls that run what is missing, each case as long as it may last; what never fits is in none."""
     left = list(missing)
     while left:
         call = Call(budget_s, lambda case: expected_s(case, plan, by_case))

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import triton
@@ -60,14 +59,16 @@ class Holder:
         self._sums = torch.empty(self.num_multiprocessors, ROWS, ROWS, device=device)
         self._depth = next(depth for depth in DEPTHS if 4 * ROWS * depth <= room)
         torch.cuda.synchronize(device)  # what is written above is there for every stream
-        self.shared_bytes = self._launch(1, 0.0).metadata.shared
+        self.shared_bytes = self._launch(1, 0.0)
 
-    def _launch(self, num_programs: int, seconds: float) -> Any:
+    def _launch(self, num_programs: int, seconds: float) -> int:
+        """Hold so many multiprocessors for so long; return the bytes of shared memory of each program."""
         nanoseconds = round(1e9 * seconds / 16) * 16  # of other numbers Triton would compile another kernel
         with torch.cuda.stream(self._stream):
-            return _hold[(num_programs,)](
+            compiled = _hold[(num_programs,)](
                 self._operands, self._sums, nanoseconds, ROWS=ROWS, DEPTH=self._depth, num_warps=WARPS
             )
+        return compiled.metadata.shared
 
     def seconds_beside(self, measure: Callable[[], float], num_held: int) -> float:
         """Return the seconds that `measure` gives while so many multiprocessors are held from its beginning to its end.

@@ -24,14 +24,14 @@ SILENT = "6"
 
 def measures() -> dict[str, Callable[..., Json]]:
     """Return everything that a case can ask for, by name."""
-    from bench.gpu import checks, layers, operations, other_ptxas, overlap, programs, training, versions, ways
+    from bench.gpu import checks, emulated_overlap, layers, operations, other_ptxas, programs, training, versions, ways
 
     functions = (
         *(versions.describe_machine, operations.measure_dense, programs.run_tests),
         *(checks.check_small_layers, checks.check_samples, checks.rerun),
         *(layers.measure_layer, layers.measure_memory, layers.measure_router, layers.measure_compiling_peers),
         *(ways.measure_ways, ways.measure_beside, ways.measure_few, training.measure_training),
-        *(overlap.measure_overlap, programs.run_alone, other_ptxas.check_with_other_ptxas),
+        *(emulated_overlap.measure_overlap, programs.run_alone, other_ptxas.check_with_other_ptxas),
         *(operations.measure_operation, operations.profile_step, operations.measure_host),
         *(operations.try_tile, operations.remeasure_tile, programs.profile_with_ncu, programs.run_sanitizer),
     )

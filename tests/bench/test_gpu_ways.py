@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench.gpu import layers, multiprocessors, overlap, peers, training, ways
+from bench.gpu import emulated_overlap, layers, multiprocessors, peers, training, ways
 from bench.gpu.children import ROOT
 from bench.gpu.setting import HEADLINE, REHEARSAL
 from bench.gpu.workbench import Workbench
@@ -234,7 +234,7 @@ def test_an_implementation_with_other_gradients_is_wrong(bench, monkeypatch):
 @pytest.mark.thorough
 @pytest.mark.alone
 def test_overlap_of_an_emulated_rank(bench):
-    found = overlap.measure_overlap(bench, "tiny", 2, 16, [1, 2])
+    found = emulated_overlap.measure_overlap(bench, "tiny", 2, 16, [1, 2])
     assert {"compute", "auto", "serial C=1", "overlapped C=2", "communication C=2"} <= set(found["samples_s"])
     assert all(len(samples) == REHEARSAL.rounds for samples in found["samples_s"].values())
     assert found["rate_bits_per_s"] > 0
