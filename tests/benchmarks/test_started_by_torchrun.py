@@ -41,7 +41,7 @@ def test_what_torchrun_would_ignore(name: str, arguments: list[str], words: str,
 
 def test_mpi_has_no_rate(complaint_of) -> None:
     said = complaint_of(overlap.main, ["--mpi", "--rate", "2gbit"])
-    assert "under torchrun and mpiexec the link is what it is" in said
+    assert "can't shape the link between ranks of torchrun or mpiexec" in said
 
 
 def test_processes_in_namespaces_have_a_rank_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -165,7 +165,7 @@ def test_the_clock_of_all_ranks_goes_back(run: Path) -> None:
 
 def test_what_is_no_folder(run: Path) -> None:
     for path in (run / "rank-0000.jsonl", run / "nowhere"):
-        with pytest.raises(ValueError, match=re.escape(f"{path} is no folder")):
+        with pytest.raises(ValueError, match=re.escape(f"{path} is not a folder")):
             read_recording(path)
 
 

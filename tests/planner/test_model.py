@@ -189,7 +189,7 @@ GOOD = {
         ({"mlp_only_layers": 3}, "'mlp_only_layers' must be a list"),
         ({"layer_types": ["linear_attention", "full_attention"]}, "linear_attention"),
         ({"layer_types": ["full_attention"]}, "'layer_types' must be a list of 2 layers"),
-        ({"layer_types": ["chunked_attention", "sliding_attention"]}, "one of them at most"),
+        ({"layer_types": ["chunked_attention", "sliding_attention"]}, "at most one of them"),
         ({"mlp_layer_types": ["moe", "hash_moe"]}, "'mlp_layer_types' has hash_moe, moe"),
         ({"layers_block_type": ["mamba", "attention"]}, "'layers_block_type' has mamba"),
         ({"attn_type_list": [0, 1]}, "'attn_type_list' has 0"),

@@ -233,7 +233,7 @@ def case_saved(directory: Path) -> None:
     full = get_model_state_dict(net, options=options)
     if dist.get_rank() == 0:
         assert_same(full, expected_early, 0)
-    with pytest.raises(ValueError, match="nothing says which expert a row belongs to"):
+    with pytest.raises(ValueError, match="don't say to which experts they belong"):
         net.load_state_dict({name: parameter.detach() for name, parameter in net.named_parameters()}, strict=False)
     with pytest.raises(ValueError, match="would keep one rank's experts alone"):
         torch.save(net.state_dict(), directory / "one.pt")

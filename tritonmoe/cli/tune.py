@@ -32,14 +32,17 @@ def add_parser(subparsers: Subparsers) -> None:
     show_help = "print the configurations that are chosen, or without a layer the table of tiles; needs no GPU"
     parser.add_argument("--show", action="store_true", help=show_help)
     parser.add_argument("--json", action="store_true", help="with --show and a layer: print one JSON object")
-    parser.add_argument("--target", help="with --show: any card, as sm_90 (the default) or gfx942")
+    parser.add_argument("--target", help="with --show: any card, such as sm_90 (the default) or gfx942")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace, say: Callable[[str], None] = print) -> int:
     try:
         if arguments.target and not arguments.show:
-            raise ValueError("--target belongs to --show: what is measured is this machine's GPU")
+            raise ValueError(
+                "--target belongs to --show, since a measurement runs on this machine's GPU: add --show, or leave "
+                "--target out"
+            )
         if arguments.json and not arguments.show:
             raise ValueError("--json belongs to --show")
         if arguments.show and arguments.num_experts is None and arguments.target is None:

@@ -81,8 +81,8 @@ def with_adapters(weights: PerWeight[Tensor], adapters: ExpertAdapters | None) -
             continue
         if adapters.dropout:
             raise ValueError(
-                f"{name}_b has a main_grad, which the gradient of {name}_b / (1 - dropout) can't be added to: leave "
-                f"main_grad to after the backward, or give dropout=0 instead of {adapters.dropout}"
+                f"{name}_b has a main_grad, and the gradient of {name}_b / (1 - dropout) can't be added to it: set "
+                f"main_grad after the backward, or give dropout=0 instead of {adapters.dropout}"
             )
         if scale != 1:
             raise ValueError(

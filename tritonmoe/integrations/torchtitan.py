@@ -97,9 +97,9 @@ class OverlappedRoutedExperts(RoutedExperts):
         """
         if parallel_dims.tp_enabled and not parallel_dims.ep_enabled:
             raise ValueError(
-                "tensor parallelism without expert parallelism cuts each expert, which tritonmoe doesn't run: set "
-                f"--parallelism.expert_parallel_degree {parallel_dims.tp} beside the tensor_parallel_degree, or leave "
-                "the override out"
+                "tensor parallelism without expert parallelism cuts each expert, and tritonmoe runs whole experts "
+                f"only: set --parallelism.expert_parallel_degree {parallel_dims.tp} beside the "
+                "tensor_parallel_degree, or leave the override out"
             )
         if self.num_experts % parallel_dims.ep:
             raise ValueError(

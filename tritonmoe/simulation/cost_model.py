@@ -75,7 +75,9 @@ class LinkCosts:
     def each_link(self) -> EachLink:
         """What a byte costs on each link, which the costs of a recorded call always tell."""
         if self.each is None:
-            raise ValueError("these costs don't tell links apart")
+            raise ValueError(
+                "these costs are the same for all links: give LinkCosts with `each`, as a recorded call has them"
+            )
         return self.each
 
     @property

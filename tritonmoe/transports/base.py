@@ -216,7 +216,7 @@ class Transport(Handled, ABC):
             TransportError: a rank has ended or doesn't come within the timeout (it may be called again), or the
                 transport has no way back.
         """
-        raise TransportError(f"a {type(self).__name__} has no way back after a failure: make a new one")
+        raise TransportError(f"a {type(self).__name__} can't be rebuilt after a failure: make a new one")
 
     def __deepcopy__(self, memo: dict) -> "Transport":
         # A connection, not a value: the copy of a layer talks over the same one.

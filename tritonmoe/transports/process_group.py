@@ -222,8 +222,8 @@ class ProcessGroupTransport(Transport):
             return
         self._give_up(f"waited {waited_s:.1f} s for its device", () if broken is None else (broken,))
         raise TransportError(
-            f"rank {self.rank} of {self.size} waits for its device, which may wait for rows that never come: "
-            f"{self._breakdown.explain()}"
+            f"rank {self.rank} of {self.size} waits for its device, and the device may wait for rows that will never "
+            f"come: {self._breakdown.explain()}"
         )
 
     def give_up(self, what: str) -> None:
@@ -245,7 +245,7 @@ class ProcessGroupTransport(Transport):
         self._check_open()
         unknown = set(self._backends.values()) - {"gloo", "nccl"}
         if unknown:
-            raise TransportError(f"a group of {unknown} has no way back after a failure: make a new group")
+            raise TransportError(f"a group of {unknown} can't be rebuilt after a failure: make a new group")
         self.give_up("called rebuild()")
         before = time.perf_counter()
         has_device = "cuda" in self._backends and torch.cuda.is_available()
@@ -259,8 +259,8 @@ class ProcessGroupTransport(Transport):
                 self._device_group = self._new_device_group()
         except RuntimeError as error:
             raise TransportError(
-                f"rebuild() failed on rank {self.rank} of {self.size}: {error}. Where all ranks live, call it again on "
-                "all of them; otherwise start the job again"
+                f"rebuild() failed on rank {self.rank} of {self.size}: {error}. If all ranks are alive, call "
+                "rebuild() again on all of them; otherwise start the job again"
             ) from error
         self._drop_links()
         self._begin_generation(generation)

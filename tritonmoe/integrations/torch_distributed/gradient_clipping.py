@@ -75,8 +75,9 @@ def clip_grad_norm_(
     total = torch.linalg.vector_norm(torch.stack([norm.to(norms[-1].device) for norm in norms]), norm_type)
     if error_if_nonfinite and not bool(total.isfinite()):
         raise RuntimeError(
-            f"the total norm of order {norm_type} of the gradients is {float(total)}, so they can't be clipped: look "
-            "for what overflowed, or set error_if_nonfinite=False to scale them by it all the same"
+            f"the total norm of order {norm_type} of the gradients is {float(total)}, so the gradients can't be "
+            "clipped: look for an overflow, or set error_if_nonfinite=False to scale the gradients by this norm "
+            "nevertheless"
         )
     plain = [*dense, *(parameter for spread in of_transports.values() for parameter, _ in spread)]
     if not any(grad.dtype == torch.float64 for group in (plain, *of_meshes.values()) for grad in _grads(group)):
