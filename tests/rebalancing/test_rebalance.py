@@ -264,7 +264,7 @@ def test_a_parameter_of_the_caller_beside_the_experts_is_refused():
         layer.experts.scale = nn.Parameter(torch.ones(4))
         tm.rebalance(layer)
 
-    refuses(prepare, "scale of experts is no weight of which")
+    refuses(prepare, "scale of experts is no weight with")
 
 
 def test_ranks_that_count_other_steps_are_told():
