@@ -67,9 +67,7 @@ def add_parser(subparsers: Subparsers) -> None:
         choices=get_args(Recompute),
         help="activations that backward computes again (default: as few as the memory allows)",
     )
-    parser.add_argument(
-        "--trainer", choices=list(TRAINERS), default="ours", help="trainer to predict (default ours: tritonmoe)"
-    )
+    parser.add_argument("--trainer", choices=list(TRAINERS), default="ours", help="trainer to predict (default ours)")
     parser.add_argument(
         "--sends",
         choices=get_args(Sends),

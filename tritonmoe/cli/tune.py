@@ -39,12 +39,9 @@ def add_parser(subparsers: Subparsers) -> None:
 def run(arguments: argparse.Namespace, say: Callable[[str], None] = print) -> int:
     try:
         if arguments.target and not arguments.show:
-            raise ValueError(
-                "--target belongs to --show, since a measurement runs on this machine's GPU: add --show, or leave "
-                "--target out"
-            )
+            raise ValueError("--target belongs to --show: without --show this machine's GPU is measured")
         if arguments.json and not arguments.show:
-            raise ValueError("--json belongs to --show")
+            raise ValueError("--json belongs to --show: add --show, or leave --json out")
         if arguments.show and arguments.num_experts is None and arguments.target is None:
             if arguments.json:
                 raise ValueError("--json shows the tiles of a layer: give E, K, D and F")

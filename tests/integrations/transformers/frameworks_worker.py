@@ -101,7 +101,7 @@ def run_pickled(name: str, directory: Path) -> None:
         with pytest.raises(ValueError, match="has no experts that are spread over ranks: parallelize"):
             tm.gather_state_dicts(wrong)
     with pytest.raises(
-        TypeError, match="give optimizers of torch.optim themselves, not wrappers around them, got Linear"
+        TypeError, match=r"give optimizers of torch\.optim themselves, not wrappers around them, got Linear"
     ):
         tm.gather_state_dicts(again, nn.Linear(2, 2))
 
