@@ -217,7 +217,7 @@ def run_refused(name: str, directory: Path) -> None:
         tm.export_weights(model, bucket_bytes=0 if rank else 100)
     check_export(model, expected)
     ids = torch.randint(2, 64, (1, 5), generator=torch.Generator().manual_seed(1))
-    says = None if rank else "export_weights gathers weights that are spread over ranks, and some rank didn't call it"
+    says = None if rank else "export_weights gathers weights that are spread over ranks, so every rank must call it"
     with pytest.raises((tm.TransportError, tm.CountMismatch), match=says):
         tm.export_weights(model) if rank == 0 else model(input_ids=ids)
 

@@ -219,8 +219,8 @@ def meet(model: nn.Module, what: str) -> None:
             transport.barrier()
         except (CountMismatch, TransportError) as error:
             raise TransportError(
-                f"{what} gathers weights that are spread over ranks, and some rank didn't call it, or raised in it: "
-                "call it on every rank, not only on the first, and look for the errors of other ranks"
+                f"{what} gathers weights that are spread over ranks, so every rank must call it, but some rank didn't, "
+                "or raised in it: call it on every rank, not only on the first, and look for other ranks' errors"
             ) from error
 
 
