@@ -627,7 +627,7 @@ def test_wrapped_experts(wrap: str, num_ranks: int | None) -> None:
 def test_what_is_no_wrapper_of_experts() -> None:
     layer = tm.MoELayer(CONFIG)
     layer.experts = nn.Sequential(layer.experts)
-    with pytest.raises(TypeError, match="a Sequential stands where the experts of a MoELayer are"):
+    with pytest.raises(TypeError, match="a Sequential has taken the place of a MoELayer's experts"):
         layer(batch(0))
 
 

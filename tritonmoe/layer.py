@@ -332,9 +332,9 @@ class GroupedExperts(nn.Module):
         is_trained = torch.is_grad_enabled() and any(factor.requires_grad for factor in factors.values())
         if is_trained and self.placement is not None and self.placement.has_replicas:
             raise ValueError(
-                "adapters of experts that stand in several slots of a placement can't be trained: every slot would get "
-                "the gradient of all of them, and an average over ranks count it several times. Use a placement "
-                "without replicas, or freeze the adapters"
+                "adapters of experts that stand in several slots of a placement can't be trained: every slot would "
+                "get the gradient of all of them, and an average over ranks would count it several times. Use a "
+                "placement without replicas, or freeze the adapters"
             )
         return weights._replace(**factors)
 
@@ -625,8 +625,9 @@ class MoELayer(nn.Module):
         experts = innermost(self.experts)
         if not isinstance(experts, GroupedExperts):
             raise TypeError(
-                f"a {type(experts).__name__} stands where the experts of a MoELayer are expected, and is no wrapper "
-                "that is known here: those of torch.compile, checkpoint_wrapper, FSDP and PEFT are"
+                f"a {type(experts).__name__} has taken the place of a MoELayer's experts, and the layer only knows "
+                "the wrappers of torch.compile, checkpoint_wrapper, FSDP and PEFT: use one of them, or wrap the "
+                "whole layer"
             )
         return experts
 

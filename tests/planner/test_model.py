@@ -197,7 +197,7 @@ GOOD = {
         ({"moe_layers": [2]}, "'moe_layers' must be a list of layers below 2"),
         ({"sliding_window": 128}, "for which layers 'sliding_window' is"),
         ({"v_head_dim": 8}, "'v_head_dim' 8 is not the 16 columns"),
-        ({"hybrid_override_pattern": "ME*-"}, "layers without attention, .*'hybrid_override_pattern'"),
+        ({"hybrid_override_pattern": "ME*-"}, "layers without attention .*'hybrid_override_pattern'"),
         ({"num_experts": None, "ffn_config": {"moe_num_experts": 4}}, "the experts of some_moe are in 'ffn_config'"),
         ({"num_experts": None, "a": {"b": {"num_experts": 4}}}, "the experts of some_moe are in 'a'"),
     ],

@@ -126,9 +126,9 @@ def check_hands_over(name: str, wrapper: nn.Module) -> None:
     """Raise ValueError where this is PEFT's wrapper, which adds whole tensors, around spread experts called `name`."""
     if type(wrapper).__name__ == "ParamWrapper" and getattr(type(wrapper), HANDS_OVER, None) is None:
         raise ValueError(
-            f"PEFT adapts {name} itself (target_parameters), whose experts are spread over ranks, and would add to "
-            "them what is not: call tritonmoe.integrations.transformers.register() first, with which it hands over "
-            "factors instead"
+            f"PEFT adapts {name} itself (target_parameters), whose experts are spread over ranks, but PEFT adds "
+            "matrices of all experts to them: call tritonmoe.integrations.transformers.register() first, so that "
+            "PEFT passes factors instead"
         )
 
 

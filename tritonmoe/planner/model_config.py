@@ -87,11 +87,17 @@ def model_of_config(config: object, path: str) -> Model:
     kind = config.get("model_type", "a model without model_type")
     for what, keys in CHANGES.items():
         if there := [key for key in keys if config.get(key)]:
-            raise ValueError(f"{path}: {kind} has {what}, which a step's model doesn't know: {there[0]!r} is there")
+            raise ValueError(
+                f"{path}: {kind} has {what} ({there[0]!r}), and the planner doesn't know its cost: give a model "
+                "without it"
+            )
     experts = next((key for key in EXPERTS_KEYS if config.get(key) is not None), None)
     if experts is None:
         if inside := next(filter(lambda key: _has_experts(config[key]), config), None):
-            raise ValueError(f"{path}: the experts of {kind} are in {inside!r}, which is not read")
+            raise ValueError(
+                f"{path}: the experts of {kind} are in {inside!r}, and the planner reads only configs with the "
+                "experts at the top: give that part as a config"
+            )
         raise ValueError(f"{path}: {kind} has no experts: none of {', '.join(EXPERTS_KEYS)} is there")
     layers = read.size("num_hidden_layers")
     expert_size = read.size("moe_intermediate_size", "intermediate_size")

@@ -76,7 +76,8 @@ def part_of(value: Tensor, parameter: "DTensor", experts_of_rank: ExpertsOfRank 
 
     if parameter.placements != (Shard(0),):
         raise ValueError(
-            f"a whole tensor can't be divided as {parameter.placements}: load with torch.distributed.checkpoint"
+            f"a whole tensor can't be divided into {parameter.placements}: load the state dict with "
+            "torch.distributed.checkpoint"
         )
     mesh = parameter.device_mesh
     rank = mesh.get_local_rank()

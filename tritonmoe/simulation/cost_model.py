@@ -89,7 +89,9 @@ class LinkCosts:
 
     def __post_init__(self) -> None:
         if not (self.latency_s >= 0 and self.bytes_per_s > 0 and 0 < self.alone_share <= 1):
-            raise ValueError(f"latency_s >= 0, bytes_per_s > 0 and 0 < alone_share <= 1 are needed, got {self}")
+            raise ValueError(
+                f"latency_s >= 0, bytes_per_s > 0 and 0 < alone_share <= 1 are needed: correct the costs, got {self}"
+            )
         if not 0 <= self.contention < 1:
             raise ValueError(f"contention must lie in [0, 1), got {self.contention}")
         if (self.node_size is None) != (self.inter_bytes_per_s is None):
