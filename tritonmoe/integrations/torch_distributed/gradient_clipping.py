@@ -111,8 +111,8 @@ def _check_same(norm: Tensor, transport: Transport) -> None:
         norms = f"from {-smallest:g} to {largest:g} on the ranks"
     if norms:
         raise ValueError(
-            f"the gradients of dense parameters have norms {norms}, {own:g} on this rank, so every rank would clip by a "
-            'different factor: average them first, with transport.all_reduce(parameter.grad, "mean"), and leave out '
+            f"the gradients of dense parameters have norms {norms}, {own:g} on this rank, so every rank would clip by "
+            'another factor: average them first, with transport.all_reduce(parameter.grad, "mean"), and leave out '
             "parameters that only this rank has and that are not those of GroupedExperts"
         )
 
