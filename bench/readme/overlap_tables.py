@@ -37,7 +37,7 @@ def rebalance_table(name: str) -> str:
     lines = [
         f"`python -m bench.rebalance` on {where(data['environment'])}: {found['ranks']} **emulated** ranks, links of "
         f"{found['rate']}, experts that sleep {found['pair_us']:g} us for each pair, E=64, K=8, D=512, F=256, routing "
-        f"that stays skewed. Behind {found['steps']} steps with `every={found['every']}`; milliseconds of a step, "
+        f"that stays skewed. After {found['steps']} steps with `every={found['every']}`; milliseconds of a step, "
         f"median (quartiles) of {found['step']['stay']['samples']} interleaved rounds.",
         "",
         *table_head("experts", "busiest rank over the mean", "step", "over the best placement's"),
