@@ -148,7 +148,10 @@ class GroupedExperts(nn.Module):
         check_overlap(self.overlap)
         check_expert_gradients(expert_gradients)
         if placement is not None and ranks is None:
-            raise ValueError("placement says which rank holds which experts: it needs a transport")
+            raise ValueError(
+                "placement says which rank holds which experts, so it needs ranks: give a transport, or leave "
+                "placement out"
+            )
         self.placement = placement
         self.transport = None if ranks is None else as_transport(ranks)
         self._sharding: Sharding | None = None
@@ -323,14 +326,15 @@ class GroupedExperts(nn.Module):
         )
         if factors and adapters is not None:
             raise ValueError(
-                "adapters are given to experts that PEFT has adapted already: give none, or don't wrap them"
+                "the call gives adapters to experts that PEFT has adapted already: leave adapters out, or don't wrap "
+                "the experts by PEFT"
             )
         is_trained = torch.is_grad_enabled() and any(factor.requires_grad for factor in factors.values())
         if is_trained and self.placement is not None and self.placement.has_replicas:
             raise ValueError(
-                "adapters of experts that stand in several slots of a placement can't be trained: every slot would get "
-                "the gradient of all of them, and an average over ranks count it several times. Use a placement "
-                "without replicas, or freeze the adapters"
+                "adapters of experts that stand in several slots of a placement can't be trained: every slot would "
+                "get the gradient of all of them, and an average over ranks would count it several times. Use a "
+                "placement without replicas, or freeze the adapters"
             )
         return weights._replace(**factors)
 
@@ -385,7 +389,9 @@ def report_of(layer: "GroupedExperts | MoELayer") -> LayerReport:
     """Return the report of a layer's last call; RuntimeError where there was none over a transport."""
     report = layer.last_report
     if report is None:
-        raise RuntimeError(f"this {type(layer).__name__} has made no expert-parallel call yet")
+        raise RuntimeError(
+            f"this {type(layer).__name__} has made no expert-parallel call yet: call it on its ranks first"
+        )
     return report
 
 
@@ -517,7 +523,7 @@ class MoELayer(nn.Module):
     def statistics(self) -> RoutingStatistics:
         """Return the routing statistics of the last forward's tokens on this rank."""
         if self.last_routing is None:
-            raise RuntimeError("there are no statistics before the first forward")
+            raise RuntimeError("there are no statistics before the first forward: call the layer first")
         return routing_statistics(self.last_routing.topk_ids, self.config.num_experts)
 
     def forward(
@@ -619,8 +625,9 @@ class MoELayer(nn.Module):
         experts = innermost(self.experts)
         if not isinstance(experts, GroupedExperts):
             raise TypeError(
-                f"a {type(experts).__name__} stands where the experts of a MoELayer are expected, and is no wrapper "
-                "that is known here: those of torch.compile, checkpoint_wrapper, FSDP and PEFT are"
+                f"a {type(experts).__name__} has taken the place of a MoELayer's experts, and the layer only knows "
+                "the wrappers of torch.compile, checkpoint_wrapper, FSDP and PEFT: use one of them, or wrap the "
+                "whole layer"
             )
         return experts
 

@@ -359,7 +359,7 @@ def test_compiled(reports: dict[int, list[LayerReport]]) -> None:
 
 REFUSED = {
     "experts": (lambda: tm.OverlapConfig(2, chunk_by="experts", balance="auto"), "balance needs chunks of tokens"),
-    "capacity": (lambda: tm.OverlapConfig(2, capacity=2.0, balance="auto"), "balance needs counts"),
+    "capacity": (lambda: tm.OverlapConfig(2, capacity=2.0, balance="auto"), "balance plans from counts"),
     "budget": (lambda: tm.OverlapConfig(memory_budget_bytes=1 << 20, balance="auto"), "memory_budget_bytes bounds"),
     "word": (lambda: tm.OverlapConfig(balance="yes"), "balance must be"),
     "number": (lambda: tm.OverlapConfig(balance="auto", max_copies=0), "max_copies must be"),

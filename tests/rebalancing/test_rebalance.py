@@ -233,7 +233,7 @@ def refuses(prepare: Callable, message: str, *, kind: type[Exception] = ValueErr
 def test_what_is_refused_at_once():
     refuses(lambda layer, _: tm.rebalance(nn.Linear(2, 2)), "has no experts that are spread")
     refuses(lambda layer, _: tm.rebalance(made(None)), "has no experts that are spread")
-    refuses(lambda layer, _: tm.rebalance(layer, object()), "optimizers of torch are needed", kind=TypeError)
+    refuses(lambda layer, _: tm.rebalance(layer, object()), "give optimizers of torch.optim themselves", kind=TypeError)
     refuses(lambda layer, _: tm.rebalance(layer.experts.gate_up_proj), "must be a torch.nn.Module", kind=TypeError)
     for name in ("every", "history"):
         for number in (0, 1.5, True):
@@ -264,7 +264,7 @@ def test_a_parameter_of_the_caller_beside_the_experts_is_refused():
         layer.experts.scale = nn.Parameter(torch.ones(4))
         tm.rebalance(layer)
 
-    refuses(prepare, "scale of experts is no weight of which")
+    refuses(prepare, "scale of experts is no weight with")
 
 
 def test_ranks_that_count_other_steps_are_told():

@@ -109,7 +109,7 @@ class _Judged:
 
 def _judge(path: Path) -> _Judged:
     if not path.exists():
-        raise ValueError(f"{path} is no folder and no file")
+        raise ValueError(f"{path} does not exist: give a folder that record() wrote, or files of traces")
     if is_recording(path):
         own = judge_recording(read_recording(path))
         return _Judged(own, own.found)

@@ -59,13 +59,18 @@ def read_rank_file(path: Path) -> RankColumns:
     tail = lines.pop()  # what stands behind the last line's end
     notes = [f"{path.name} ends in the middle of line {len(lines) + 1}, which is left out"] if tail else []
     if not lines:
-        raise ValueError(f"{path} line 1: it ends before its header does: there is nothing to read")
+        raise ValueError(
+            f"{path} line 1: the file ends inside its header, so it has no call: remove it, or copy it again"
+        )
     header = _parse(lines[0], path, 1)
     if header.values.get("format") != FORMAT:
-        raise ValueError(f"{path} line 1: this is no recording: format is {str(header.values.get('format'))[:60]!r}")
+        raise ValueError(
+            f"{path} line 1: not a recording of tritonmoe.diagnosis.record(): format is "
+            f"{str(header.values.get('format'))[:60]!r}"
+        )
     schema = header.take("schema", integer)
     if schema != SCHEMA:
-        raise ValueError(f"{path} line 1: schema {schema} is not the one that is read here, {SCHEMA}")
+        raise ValueError(f"{path} line 1: schema {schema} is of another version of tritonmoe, this one reads {SCHEMA}")
     rank, size = header.take("rank", integer), header.take("size", integer)
     if not 0 <= rank < size:
         raise ValueError(f"{path} line 1: rank must lie in 0..{size - 1}, got {rank}")

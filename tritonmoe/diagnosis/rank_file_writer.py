@@ -47,8 +47,8 @@ class RankFileWriter:
         self._path = folder / file_name(transport.rank)
         if self._path.exists():
             raise FileExistsError(
-                f"{self._path} is of an earlier run: give record() another folder for each run, and each restart of "
-                "one, or remove this one first"
+                f"{self._path} was written by an earlier run: give record() a new folder for each run and for each "
+                "restart, or remove this one first"
             )
         self._header: Json = {
             "format": FORMAT,

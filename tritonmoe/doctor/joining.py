@@ -65,7 +65,8 @@ def _in_order(traces: Sequence[RankTrace], limits: list[str]) -> list[RankTrace]
         if known.count(rank) > 1:
             both = [trace.source for trace in traces if trace.rank == rank]
             raise ValueError(
-                f"{both[0]} and {both[1]} are both of rank {rank}: give the files of one run and one window"
+                f"{both[0]} and {both[1]} are both of rank {rank}: give the files of one run, and of one window of "
+                "steps"
             )
     worlds = {trace.world_size for trace in traces if trace.world_size is not None}
     if len(worlds) > 1:

@@ -76,7 +76,7 @@ def _read_traces(path: Path) -> ForeignRun:
     timelines = [one for one in read if isinstance(one, tuple)]
     if timelines:
         if len(read) > 1:
-            raise ValueError(f"{path} has a pipeline's timeline beside other traces: give one run at a time")
+            raise ValueError(f"{path} has a pipeline's timeline and other traces: give the files of one run at a time")
         graph, own = timelines[0]
         return ForeignRun(path, graph, {"pipeline timeline": 1}, "timeline", [*own, *limits], True)
     traces = [one for one in read if isinstance(one, RankTrace)]
@@ -91,7 +91,10 @@ def _read_traces(path: Path) -> ForeignRun:
     unmarked = [trace for trace in traces if not trace.steps]
     if unmarked and len(unmarked) < len(traces):
         missing = ", ".join(str(trace.rank) for trace in unmarked[:5])
-        raise ValueError(f"{path}: of rank {missing} there is only a record of exchanges, of others a whole trace")
+        raise ValueError(
+            f"{path}: rank {missing} has only a record of exchanges, and other ranks have whole traces: give files of "
+            "one kind for all ranks"
+        )
     if unmarked:
         on_one_clock(traces)
         mark_steps(traces, limits)

@@ -88,7 +88,9 @@ def graph_of(recording: Recording) -> RecordedGraph:
         ValueError: there is no call that all ranks have recorded, or only one rank.
     """
     if recording.size < 2:
-        raise ValueError(f"{recording.path} is of one rank: there is no exchange that anything could be due to")
+        raise ValueError(
+            f"{recording.path} is a recording of one rank, which makes no exchanges: record two ranks or more"
+        )
     if not recording.calls:
         raise ValueError(f"{recording.path}: there is no call that all ranks have recorded")
     passes, notes = placed_passes(recording)

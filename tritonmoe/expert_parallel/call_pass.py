@@ -219,8 +219,8 @@ class CallBackward(_CallPass[CallTensors[Tensor | None]]):
         self._entered_at = time.perf_counter()
         if is_captured(dout.device) and not call.header.captured:
             raise ValueError(
-                "a CUDA graph captures the backward of an expert-parallel call whose forward it has not captured: a "
-                "replay would repeat that one call's exchanges; capture both, or neither"
+                "a CUDA graph captures the backward of an expert-parallel call, but not its forward: a replay would "
+                "repeat the exchanges of that one call. Capture both, or neither"
             )
         self._kept, self._dout, self._needs_weights = kept, dout, needs_weights
         self._state = state_of(call.all_ranks)  # not the forward's: the transport may have been rebuilt since

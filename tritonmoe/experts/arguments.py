@@ -31,8 +31,8 @@ def check_tensors(inputs: CallTensors[Tensor]) -> None:
     """
     if torch.jit.is_tracing():
         raise RuntimeError(
-            "torch.jit.trace can't record experts: it would send the tokens of every later call where these ones go. "
-            "Use torch.export.export, or torch.compile (for ONNX torch.onnx.export with dynamo=True)"
+            "torch.jit.trace can't record experts: it would send the tokens of every later call to the experts of "
+            "these tokens. Use torch.export.export, or torch.compile (for ONNX torch.onnx.export with dynamo=True)"
         )
     for name, tensor in zip(NAMES, inputs.flatten(), strict=False):
         if tensor is None and name in OPTIONAL:
@@ -133,8 +133,9 @@ def _check_decoded(name: str, values: Tensor, scales: Tensor, x: Tensor, inner: 
         )
     if format_of(values, scales) == "fp8" and inner % FP8_BLOCK:
         raise ValueError(
-            f"F = {inner} is not a multiple of {FP8_BLOCK}, so that a block of {name} in fp8 has a part of the gate "
-            "and a part of the up half, whose scales no checkpoint has in one place: decode such weights to bf16"
+            f"F = {inner} is not a multiple of {FP8_BLOCK}, so one fp8 block of {name} would cover a part of the gate "
+            "half and a part of the up half, and checkpoints have no scale for such a block: decode these weights to "
+            "bf16"
         )
 
 
@@ -197,9 +198,9 @@ def check_plain(name: str, weight: Tensor) -> None:
     kind = type(weight).__name__
     if not weight.is_floating_point() or weight.itemsize < 2 or hasattr(weight, "quant_state"):
         raise TypeError(
-            f"{name} is quantised ({kind} of {weight.dtype}): the experts take fp64, fp32, bf16 or fp16, and of packed "
-            "weights tritonmoe.QuantizedWeight, which is told where the scales are. Make one of its tensors, leave the "
-            "experts out of the quantisation, or pass a dequantised weight"
+            f"{name} is quantised ({kind} of {weight.dtype}): the experts take fp64, fp32, bf16 or fp16, or a "
+            "tritonmoe.QuantizedWeight, which holds packed values and their scales. Make a QuantizedWeight of these "
+            "tensors, leave the experts out of the quantisation, or pass a dequantised weight"
         )
     if type(weight) not in (Tensor, nn.Parameter) and is_traceable_wrapper_subclass(weight):
         raise TypeError(

@@ -134,7 +134,9 @@ class PassReport:
             return moment - self._origin
         if isinstance(moment, torch.cuda.Event) and isinstance(self._origin, torch.cuda.Event):
             return self._origin.elapsed_time(moment) / 1e3
-        raise RuntimeError("a CUDA graph captured this call, and replays are not timed: time them as a whole")
+        raise RuntimeError(
+            "a CUDA graph captured this call, and its steps are not timed in a replay: time whole replays"
+        )
 
     @property
     def steps(self) -> list[StepTiming]:

@@ -32,7 +32,10 @@ def read_cluster(path: Path) -> Cluster:
     """
     check_regular(path)
     if path.stat().st_size > MAX_TOML_BYTES:
-        raise ValueError(f"{path} has {path.stat().st_size} bytes: a cluster's description needs a few thousand")
+        raise ValueError(
+            f"{path} has {path.stat().st_size} bytes, and a cluster's description needs a few thousand at most: give "
+            "the TOML file of a cluster"
+        )
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

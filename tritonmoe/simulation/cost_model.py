@@ -75,7 +75,9 @@ class LinkCosts:
     def each_link(self) -> EachLink:
         """What a byte costs on each link, which the costs of a recorded call always tell."""
         if self.each is None:
-            raise ValueError("these costs don't tell links apart")
+            raise ValueError(
+                "these costs are the same for all links: give LinkCosts with `each`, as a recorded call has them"
+            )
         return self.each
 
     @property
@@ -87,7 +89,9 @@ class LinkCosts:
 
     def __post_init__(self) -> None:
         if not (self.latency_s >= 0 and self.bytes_per_s > 0 and 0 < self.alone_share <= 1):
-            raise ValueError(f"latency_s >= 0, bytes_per_s > 0 and 0 < alone_share <= 1 are needed, got {self}")
+            raise ValueError(
+                f"latency_s >= 0, bytes_per_s > 0 and 0 < alone_share <= 1 are needed: correct the costs, got {self}"
+            )
         if not 0 <= self.contention < 1:
             raise ValueError(f"contention must lie in [0, 1), got {self.contention}")
         if (self.node_size is None) != (self.inter_bytes_per_s is None):

@@ -57,7 +57,7 @@ def model_inside(model: nn.Module) -> "PreTrainedModel":
         else:
             raise TypeError(
                 f"{kind} is no model of transformers, nor PEFT's, torch.compile's or DistributedDataParallel's around "
-                "one, so there is no checkpoint whose names its weights could have: its state_dict() has its own"
+                "one, so its weights have no names of a transformers checkpoint: send its state_dict() instead"
             )
     for child in model.modules():
         if type(child).__name__ == "FullyShardedDataParallel":
@@ -136,9 +136,9 @@ def check_plain(weights: dict[str, Weight]) -> None:
     for name, weight in weights.items():
         if isinstance(weight.tensor, nn.Parameter) and (kind := quantised_kind(weight.tensor)) is not None:
             raise ValueError(
-                f"{name} is quantised ({kind}), and what the engine expects of it depends on both: load the model in "
-                "bf16 (Mxfp4Config(dequantize=True), say), or send the files that it was loaded from and export "
-                "adapters alone"
+                f"{name} is quantised ({kind}), and the form that an engine expects depends on the format and on the "
+                "engine: load the model in bf16 (Mxfp4Config(dequantize=True), say), or send the files that it was "
+                "loaded from and export adapters alone"
             )
         if weight.tensor.is_meta:
             raise ValueError(f"{name} has no values yet (meta device), or is offloaded by Accelerate: load it first")
