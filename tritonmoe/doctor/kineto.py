@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TypeGuard
 
 from tritonmoe.doctor.exchange_names import as_run, kind_of_kernel, kind_of_name, kind_of_operator
-from tritonmoe.doctor.kineto_arguments import from_nccl, from_operator
+from tritonmoe.doctor.hosts import host_in_name
+from tritonmoe.doctor.kineto_arguments import from_nccl, from_operator, routed_of
 from tritonmoe.doctor.trace import Part, RankTrace, Step
 from tritonmoe.doctor.trace_files import damaged
 from tritonmoe.runtime.files import Json
@@ -26,7 +27,7 @@ NO_WORK = ("autograd::", "c10d::", "record_param_comms", "_c10d_functional::", "
 STEP = re.compile(r"ProfilerStep\s*#\s*(\d+)")
 COMMON = re.compile(
     r'\{\s*"ph": "(?:(?P<arrow>[sft])"[^{}]*\}'
-    r'|X",\s*"cat": "(?:cpu_op",\s*"name": "(?P<operator>aten::[^"\\]*)",\s*"pid": \d+,\s*"tid": (?P<thread>\d+),'
+    r'|X",\s*"cat": "(?:cpu_op",\s*"name": "(?P<operator>aten::(?!topk")[^"\\]*)",\s*"pid": \d+,\s*"tid": (?P<thread>\d+),'
     r'\s*"ts": (?P<began>\d+\.?\d*),\s*"dur": (?P<lasts>\d+\.?\d*)[^{}]*\{[^{}]*\}\s*\}'
     r'|(?P<launch>cuda_runtime|hip_runtime)",\s*"name": "[^"]*",\s*"pid": \d+,\s*"tid": \d+,'
     r'\s*"ts": (?P<at>\d+\.?\d*),'
@@ -65,6 +66,10 @@ class KinetoReader:
         self.by_workers: list[tuple[str, float, float, object]] = []
         self.comms: list[tuple[float, dict]] = []
         """Of record_param_comms, with which NCCL's exchanges are handed over."""
+        self.routed: dict[int, tuple[int, int]] = {}
+        """The most rows, and choices of each, of operators that choose, by the dimensions of what they choose from."""
+        self.processes: set[object] = set()
+        """Whose operators these are."""
         self.steps: list[Step] = []
         self.steps_on_gpu: list[Step] = []
 
@@ -157,6 +162,8 @@ class KinetoReader:
                 self.launches[1].append(correlation & 0x7FFFFFFF)
         elif category in ("user_annotation", "gpu_user_annotation"):
             found = STEP.match(name)
+            if category == "user_annotation":
+                self.processes.add(str(value.get("pid")))
             if found is not None:
                 of = self.steps if category == "user_annotation" else self.steps_on_gpu
                 of.append(Step(int(found[1][:15]), start_s, end_s))
@@ -198,12 +205,21 @@ class KinetoReader:
         elif name.endswith("wait_tensor"):
             self.waits.append((event.get("tid"), start_s))
         elif "::" in name and not name.startswith(NO_WORK):
+            if name == "aten::topk":
+                self._route(self._arguments(event))
             thread = event.get("tid")
             if type(thread) not in (int, str):
                 raise self._wrong("is of no thread")
             starts, ends = self.operators[thread]
             starts.append(start_s)
             ends.append(end_s)
+
+    def _route(self, arguments: dict) -> None:
+        """Note how many tokens a router has, and how many experts it gives each: with record_shapes=True."""
+        chosen = routed_of(arguments)
+        if chosen is not None:
+            most = self.routed.get(chosen[0], (0, 0))
+            self.routed[chosen[0]] = max(most[0], chosen[1]), max(most[1], chosen[2])
 
     def finish(self) -> RankTrace:
         """Return what the trace says of its rank.
@@ -219,7 +235,9 @@ class KinetoReader:
             if value is not None and (type(value) is not int or not 0 <= value < 1 << 24):
                 raise damaged(self.path, f"{name} is {str(value)[:40]!r}")
         is_gpu = len(self.kernels[0]) > 0
-        found = RankTrace(str(self.path), rank, world, "gpu" if is_gpu else "cpu", str(self.top.get("host_name", "")))
+        host = self.top.get("host_name") or host_in_name(self.path.name, self.processes)
+        found = RankTrace(str(self.path), rank, world, "gpu" if is_gpu else "cpu", host if type(host) is str else "")
+        found.routed = self.routed[min(self.routed)] if self.routed else None
         found.groups = self._groups(about)
         base = self.top.get("baseTimeNanoseconds", 0)
         if type(base) not in (int, float) or not abs(base) < 1e19:

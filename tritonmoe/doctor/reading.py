@@ -10,6 +10,7 @@ from tritonmoe.doctor.chrome_timeline import is_timeline, read_timeline
 from tritonmoe.doctor.exchange_names import as_run
 from tritonmoe.doctor.flight_recorder import is_flight_record, read_flight_record
 from tritonmoe.doctor.graph import Graph
+from tritonmoe.doctor.hosts import FEW_FOR_NODES, unknown_of_nodes
 from tritonmoe.doctor.inspector import is_inspector_line, name_ranks, read_inspector
 from tritonmoe.doctor.inspector_clock import on_one_clock
 from tritonmoe.doctor.joining import joined
@@ -40,15 +41,16 @@ class ForeignRun:
     is_timeline: bool = False
 
 
-def read_traces(path: Path) -> ForeignRun:
+def read_traces(path: Path, ranks_per_node: int | None = None) -> ForeignRun:
     """Read a trace, or a folder of them.
 
+    ranks_per_node: so many neighbours share a host; None: as the files tell.
     Raises:
         ValueError: a file is damaged, files contradict each other, or there is no trace; the message says which and
             why. OSError: a file can't be read.
     """
     with _no_collections():
-        return _read_traces(path)
+        return _read_traces(path, ranks_per_node)
 
 
 @contextmanager
@@ -63,7 +65,7 @@ def _no_collections() -> Iterator[None]:
             gc.enable()
 
 
-def _read_traces(path: Path) -> ForeignRun:
+def _read_traces(path: Path, ranks_per_node: int | None) -> ForeignRun:
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
     if not files:
         raise ValueError(f"{path} has no files in it")
@@ -95,7 +97,7 @@ def _read_traces(path: Path) -> ForeignRun:
     if unmarked:
         on_one_clock(traces)
         mark_steps(traces, limits)
-    graph, own = joined(traces)
+    graph, own = joined(traces, ranks_per_node)
     return ForeignRun(path, graph, kinds, traces[0].lanes, [*own, *_unknown(graph), *limits])
 
 
@@ -110,6 +112,8 @@ def _unknown(graph: Graph) -> Iterator[str]:
             "the splits of all-to-alls are not in the files: a rank that gets more rows can't be told from a slow one, "
             "and what chunks or narrower rows would gain is not known (on a CPU they need record_shapes=True)"
         )
+    if any(member.sent is not None and len(member.sent) >= FEW_FOR_NODES for member in rows):
+        yield from unknown_of_nodes(graph)
 
 
 def _shortened(others: Sequence[str]) -> str:

@@ -1,10 +1,11 @@
 """A finding in words: what is wrong, who it is, where, when, and what to do about it; numbers as a reader sees them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tritonmoe.doctor.attribution import Cost, Finding, Verdict
 from tritonmoe.doctor.culprits import phase_of
-from tritonmoe.doctor.graph import Key
+from tritonmoe.doctor.graph import Graph, Key
 
 __all__ = ["FindingWords", "cost_words", "count_words", "share_words", "time_words", "words_of"]
 
@@ -61,7 +62,7 @@ def words_of(one: Finding, found: Verdict, is_recording: bool = False) -> Findin
     elif culprits.moves:
         who = "another rank from step to step"
     elif culprits.ranks:
-        who = graph.named(culprits.ranks)
+        who = graph.named(culprits.ranks) + _host_words(graph, culprits.ranks)
     else:
         who = "all ranks" if len(graph.ranks) > 1 else "the rank"
     count = len(culprits.links) or len(culprits.ranks) or len(graph.ranks)
@@ -71,6 +72,14 @@ def words_of(one: Finding, found: Verdict, is_recording: bool = False) -> Findin
     hidden = "; hidden by the other causes: alone it gains little" if one.is_hidden else ""
     to_do = (OF_THIS_PACKAGE if is_recording else {}).get(one.kind, TO_DO[one.kind])
     return FindingWords(_what(one, several, len(graph.ranks)), who, ", ".join(where), str(one.when), to_do, hidden)
+
+
+def _host_words(graph: Graph, ranks: Sequence[int]) -> str:
+    """Say of which host these are all ranks; "" where they are not, or it has one."""
+    hosts = {graph.hosts[rank] for rank in ranks} if graph.hosts else set()
+    if len(hosts) != 1 or len(ranks) < 2 or graph.hosts.count(*hosts) != len(ranks):
+        return ""
+    return f", all of host {hosts.pop()},"
 
 
 def _what(one: Finding, several: bool, num_ranks: int) -> str:
