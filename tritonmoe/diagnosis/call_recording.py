@@ -99,6 +99,8 @@ class RankCall:
     backward: RecordedPass | None
     rows_to_nodes: Sequence[int] | None = None
     """On two levels, by node: the tokens of this rank that need any of its ranks."""
+    load_balance_loss_weight: float | None = None
+    """Of the layer; None where that is not recorded."""
 
     @property
     def passes(self) -> tuple[RecordedPass, ...]:

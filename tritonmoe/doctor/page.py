@@ -61,7 +61,7 @@ class RunPart:
         self.run, self.found, self.advice, self.shown = run, found, advice, shown
         self.figures, self.key = figures, key
         self.timelines: dict[str, list[Timeline]] = {}
-        self.words = [words_of(one, found, isinstance(run, RecordedRun)) for one in found.findings]
+        self.words = [words_of(one, found, recording_of(run)) for one in found.findings]
         size = len(found.graph.ranks)
         at_fault = [index for one in found.findings for index in one.culprits.ranks]
         waited_for = sorted(range(size), key=lambda rank: -sum(of[rank] for of in shown.waits_s))
