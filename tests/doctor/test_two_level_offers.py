@@ -1,4 +1,4 @@
-"""Two levels for traces: nodes are read from files, bounds hold what tokens do, and a gain is promised where it is sure."""
+"""Two levels for traces: nodes are read, bounds hold what tokens do, and a gain is promised where it is sure."""
 
 import json
 import random
@@ -89,7 +89,9 @@ def graph_of(routing: Routing, near_byte_s: float = NEAR_BYTE_S, has_near: bool 
     sent = (routing.pairs().fill_diagonal_(0) * ROW_BYTES).long()
     took_s, _ = routing.seconds(near_byte_s)
 
-    def add(key: tuple, step: int, groups: list[list[int]], seconds: float, rows: Tensor | None, num_bytes: int) -> None:
+    def add(
+        key: tuple, step: int, groups: list[list[int]], seconds: float, rows: Tensor | None, num_bytes: int
+    ) -> None:
         for group in groups:
             members = []
             for rank in group:

@@ -75,7 +75,7 @@ class RankFileWriter:
         self._weights: dict[int, float | None] = {}
 
     def load_balance_loss_weight(self, layer: int) -> float | None:
-        """Return that of a layer, by its number on the transport, whose copies have the same; None where it has none."""
+        """Return that of a layer, by its number on the transport; its copies have the same. None: it has none."""
         if layer not in self._weights:
             found = [calls.load_balance_loss_weight for calls in self._state.layers if calls.layer == layer]
             self._weights[layer] = found[0] if found else None

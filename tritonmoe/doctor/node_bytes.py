@@ -49,7 +49,7 @@ def node_bytes(graph: Graph, layer: LayerPass) -> NodeBytes | None:
     tokens, chosen = (torch.tensor([graph.routed[of.rank][place] for of in members]).double() for place in (0, 1))
     # A pass that brings gradients home is the same with senders and receivers swapped.
     sent = torch.tensor(layer.sent, dtype=torch.float64, device="cpu")
-    size, num_nodes = len(sent), len(sent) // node_size
+    num_nodes = len(sent) // node_size
     if bool((sent.sum(1) > tokens * chosen * row_bytes).any()):
         return None  # what chooses so many of so many is not this layer's router
     by_node = sent.view(num_nodes, node_size, num_nodes, node_size)

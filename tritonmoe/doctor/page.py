@@ -6,8 +6,7 @@ from typing import Literal, Protocol
 from tritonmoe.doctor.advice import Advice
 from tritonmoe.doctor.attribution import Verdict
 from tritonmoe.doctor.lanes import DOING, Piece, Shown
-from tritonmoe.doctor.recorded_run import RecordedRun
-from tritonmoe.doctor.verdict import AnyRun, about, headline, remarks, step_words
+from tritonmoe.doctor.verdict import AnyRun, about, headline, recording_of, remarks, step_words
 from tritonmoe.doctor.words import FindingWords, count_words, words_of
 from tritonmoe.report.charts import Bars, Heat, Segment, Strip, Strips, ticks
 from tritonmoe.report.figures import Cell, Figures, Line, Table, Words

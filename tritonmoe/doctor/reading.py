@@ -14,7 +14,8 @@ from tritonmoe.doctor.hosts import FEW_FOR_NODES, unknown_of_nodes
 from tritonmoe.doctor.inspector import is_inspector_line, name_ranks, read_inspector
 from tritonmoe.doctor.inspector_clock import on_one_clock
 from tritonmoe.doctor.joining import joined
-from tritonmoe.doctor.kineto import KinetoReader
+from tritonmoe.doctor.kineto import rank_trace
+from tritonmoe.doctor.kineto_events import KinetoEvents
 from tritonmoe.doctor.plain_pickle import read_plain_pickle
 from tritonmoe.doctor.step_marks import mark_steps
 from tritonmoe.doctor.trace import RankTrace
@@ -159,25 +160,25 @@ def _read_pickle(path: Path) -> _Read:
 
 
 def _read_json(path: Path) -> _Read:
-    reader = KinetoReader(path)
+    of_trace = KinetoEvents(path)
     events: list[object] | None = None
     pieces = JsonPieces(path, "traceEvents")
-    pieces.scan = reader.scan
+    pieces.scan = of_trace.scan
     for key, value in pieces:
         if key == "traceEvents":
-            if events is None and reader.num_events == 0 and is_timeline(value):
+            if events is None and of_trace.num_events == 0 and is_timeline(value):
                 events = []
             if events is not None:
                 events.append(value)
                 continue
-        reader.take(key, value)
+        of_trace.take(key, value)
     if events is not None:
         return read_timeline(path, events)
-    if is_flight_record(reader.top):
-        return read_flight_record(path, reader.top)
-    if reader.num_events == 0 and "traceEvents" not in reader.top and not _has_events(path):
+    if is_flight_record(of_trace.top):
+        return read_flight_record(path, of_trace.top)
+    if of_trace.num_events == 0 and "traceEvents" not in of_trace.top and not _has_events(path):
         return f"{path} is JSON, but no trace"
-    return reader.finish()
+    return rank_trace(of_trace)
 
 
 def _has_events(path: Path) -> bool:

@@ -131,7 +131,6 @@ def _probe_gpu(
     are of.
     """
     model, dtype, tokens = job.model, DTYPES[job.dtype], job.num_tokens
-    d, f = model.hidden_size, model.expert_size
 
     def random(*size: int) -> torch.Tensor:
         return torch.randn(*size, device=device).to(dtype)
@@ -141,26 +140,19 @@ def _probe_gpu(
         copied = torch.empty_like(numbers)
         copies = _times(lambda: copied.copy_(numbers), device)
         memory_rate = 2 * numbers.nbytes / slowest_of(statistics.median(copies))
-        inputs, outputs = max(model.attention.products(d), key=lambda shape: shape[0] * shape[1])
+        inputs, outputs = max(model.attention.products(model.hidden_size), key=lambda shape: shape[0] * shape[1])
         rows, weight = random(tokens, inputs), random(outputs, inputs)
         products = _times(lambda: F.linear(rows, weight), device)
         dense_s = slowest_of(statistics.median(products))
         cores, core_flops = _attention(job, random, device)
         attention_s = slowest_of(statistics.median(cores))
-        own_experts = max(1, model.num_experts // job.ep)
-        top_k = min(model.top_k, own_experts)
-        scores = torch.rand(tokens, own_experts, device=device)
-        gates, ids = scores.topk(top_k, dim=1)
-        up, down, x = random(own_experts, 2 * f, d), random(own_experts, d, f), random(tokens, d)
-        calls = _times(lambda: moe_mlp(x, ids, gates, up, down), device)
+        calls, grouped_flops, moved = _experts(job, random, device)
         grouped_s = slowest_of(statistics.median(calls))
     samples = {"copies": copies, "products": products, "cores": cores, "calls": calls}
     spreads = {name: slowest_of(scatter(times)) for name, times in samples.items()}
     dense_flops = 2 * tokens * inputs * outputs
-    grouped_flops = 6 * tokens * top_k * d * f
     dense, core = dense_flops / dense_s, core_flops / attention_s
     # What a plan takes for the operands' bytes comes off, since it will be added again.
-    moved = own_experts * model.expert_parameters + tokens * top_k * (4 * d + 4 * f)
     grouped_s = max(0.2 * grouped_s, grouped_s - moved * job.dtype_bytes / memory_rate)
     grouped = grouped_flops / grouped_s
     has_peaks = device.type == "cuda"
@@ -183,6 +175,19 @@ def _probe_gpu(
         f"attention {core / 1e12:.4g}; memory {memory_rate / 1e12:.4g} TB/s"
     )
     return replace(gpu, gemm_efficiency=_probed(share, spreads["products"]))
+
+
+def _experts(job: Job, random: Callable[..., torch.Tensor], device: torch.device) -> tuple[list[float], int, int]:
+    """Return the seconds of some calls of a rank's experts, and the FLOPs and the operands' numbers of one."""
+    model, tokens = job.model, job.num_tokens
+    d, f = model.hidden_size, model.expert_size
+    own_experts = max(1, model.num_experts // job.ep)
+    top_k = min(model.top_k, own_experts)
+    gates, ids = torch.rand(tokens, own_experts, device=device).topk(top_k, dim=1)
+    up, down, x = random(own_experts, 2 * f, d), random(own_experts, d, f), random(tokens, d)
+    calls = _times(lambda: moe_mlp(x, ids, gates, up, down), device)
+    moved = own_experts * model.expert_parameters + tokens * top_k * (4 * d + 4 * f)
+    return calls, 6 * tokens * top_k * d * f, moved
 
 
 def _attention(job: Job, random: Callable[..., torch.Tensor], device: torch.device) -> tuple[list[float], float]:
