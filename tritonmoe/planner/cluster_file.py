@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import TypeVar, get_type_hints
 
 from tritonmoe.config.numbers import is_integer, is_number
 from tritonmoe.planner.cluster import DTYPE_BYTES, SOURCES, SPREADS, Cluster, Estimate, Of, settings_of
@@ -20,6 +20,7 @@ else:
 __all__ = ["parse_cluster", "read_cluster", "to_toml"]
 
 MAX_TOML_BYTES = 1 << 20
+Table = TypeVar("Table")
 SPREAD = Of("spread: four times of five it is value / (1 + spread) to value * (1 + spread)", 0.0, 100.0)
 
 
@@ -56,7 +57,7 @@ class _Reader:
         self.path = path
         self.lines = text.splitlines()
 
-    def settings(self, kind: type, found: Json, prefix: str) -> Any:
+    def settings(self, kind: type[Table], found: Json, prefix: str) -> Table:
         about, types = settings_of(kind), get_type_hints(kind)
         for name in found:
             if name not in about:
@@ -70,7 +71,7 @@ class _Reader:
                 raise self.error(prefix.rstrip("."), f"lacks {prefix + name!r}: {of.what}")
         return kind(**values)
 
-    def value(self, kind: Any, found: object, key: str, of: Of) -> object:
+    def value(self, kind: type, found: object, key: str, of: Of) -> object:
         if kind is Estimate:
             return self.estimate(found, key, of)
         if dataclasses.is_dataclass(kind):
