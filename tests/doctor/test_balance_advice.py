@@ -1,7 +1,9 @@
 """What is said against a hot expert: load_balance_loss_weight is recorded, and called 0 where it is known to be."""
 
 import copy
+import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,26 +18,27 @@ from tritonmoe.diagnosis import record
 from tritonmoe.diagnosis.recording_reader import read_recording
 from tritonmoe.doctor.attribution import attribute
 from tritonmoe.doctor.reading import read_traces
-from tritonmoe.doctor.recorded_run import judge_recording
+from tritonmoe.doctor.recorded_run import RecordedRun, judge_recording
 from tritonmoe.doctor.verdict import as_json, as_text
+from tritonmoe.doctor.words import words_of
 from tritonmoe.transports import Transport
 
 
-def said_of(folder: Path, weights: list[object]) -> str:
-    """Return what is to be done about a hot rank, where so many calls of a layer have these weights in turn."""
-    path = write_run(folder, [Run(hot_rank=(0, 2.0))] * 4)
-    for file in sorted(path.glob("rank-*.jsonl")):
-        header, *calls = map(json.loads, file.read_text().splitlines())
-        for number, call in enumerate(calls):
-            weight = weights[number % len(weights)]
-            if weight != "missing":
-                call["load_balance_loss_weight"] = weight
-        file.write_text("".join(f"{json.dumps(one)}\n" for one in (header, *calls)))
-    run = judge_recording(read_recording(path))
-    assert run.found.findings[0].kind == "imbalance"
-    to_do = as_json(run, run.found)["findings"][0]["to_do"]
-    assert to_do in as_text(run, run.found)
-    return to_do
+@pytest.fixture(scope="module")
+def hot(tmp_path_factory: pytest.TempPathFactory) -> RecordedRun:
+    """A run with a hot rank."""
+    return judge_recording(read_recording(write_run(tmp_path_factory.mktemp("hot"), [Run(hot_rank=(0, 2.0))] * 4)))
+
+
+def said_of(run: RecordedRun, weights: list[float | None]) -> str:
+    """Return what is to be done about a hot rank, where a layer's calls have these weights in turn."""
+    calls = [
+        replace(call, ranks=tuple(replace(of, load_balance_loss_weight=weight) for of in call.ranks))
+        for call, weight in zip(run.recording.calls, itertools.cycle(weights), strict=False)
+    ]
+    (finding,) = run.found.findings
+    assert finding.kind == "imbalance"
+    return words_of(finding, run.found, replace(run.recording, calls=tuple(calls))).to_do
 
 
 @pytest.mark.parametrize(
@@ -46,19 +49,29 @@ def said_of(folder: Path, weights: list[object]) -> str:
         ([0.01, 0.02], "a higher load_balance_loss_weight than 0.01 to 0.02; "),
         ([0.0, 0.02], "load_balance_loss_weight is 0 in some layers: set it; else a higher one than 0.02; "),
         ([None], "how the router is balanced is not recorded: its auxiliary loss or bias, on or higher; "),
-        (["missing"], "how the router is balanced is not recorded: its auxiliary loss or bias, on or higher; "),
         ([None, 0.0], "how the router is balanced is not recorded: its"),
         ([None, 0.5], "how the router is balanced is not recorded (0.5 where it is recorded): its"),
     ],
 )  # fmt: skip
-def test_what_is_said_of_the_weight(weights: list[object], said: str, tmp_path: Path) -> None:
-    assert said_of(tmp_path, weights).startswith(said)
+def test_what_is_said_of_the_weight(weights: list[float | None], said: str, hot: RecordedRun) -> None:
+    assert said_of(hot, weights).startswith(said)
+
+
+def test_recordings_without_the_weight_do_not_know_it(hot: RecordedRun) -> None:
+    assert {of.load_balance_loss_weight for call in hot.recording.calls for of in call.ranks} == {None}
+    text = " ".join(as_text(hot, hot.found).split())
+    assert "To do: how the router is balanced is not recorded: its auxiliary loss or bias, on or higher;" in text
+    assert as_json(hot, hot.found)["findings"][0]["to_do"] in text
 
 
 @pytest.mark.parametrize("wrong", [-1.0, "0", True, float("nan")])
 def test_a_weight_that_is_none_is_refused(wrong: object, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"line 2: load_balance_loss_weight: must"):
-        said_of(tmp_path, [wrong])
+    path = write_run(tmp_path, [Run(size=2)])
+    header, call = map(json.loads, (path / "rank-0001.jsonl").read_text().splitlines())
+    lines = header, {**call, "load_balance_loss_weight": wrong}
+    (path / "rank-0001.jsonl").write_text("".join(f"{json.dumps(one)}\n" for one in lines))
+    with pytest.raises(ValueError, match=r"rank-0001.jsonl line 2"):
+        read_recording(path)
 
 
 def test_files_of_others_do_not_say_it(tmp_path: Path) -> None:

@@ -1,9 +1,8 @@
 """NodeBytes: what two levels would send between hosts and inside of them, of a layer whose rows go straight to ranks.
 
 On two levels a token goes once to each host that has any of its experts, and from there to their ranks. No trace says
-which tokens need several ranks of a host: so there are bounds. A rank sends a host no more rows than it has tokens, and
-no more than it sends there now; and no fewer than the busiest rank there gets, or than one for as many rows as a token
-has experts.
+which tokens need several experts of a host: so there are bounds. A rank sends a host no more rows than it has tokens,
+and no more than it sends there now; and no fewer than one for as many rows as a token has experts.
 """
 
 from collections.abc import Sequence
@@ -57,7 +56,7 @@ def node_bytes(graph: Graph, layer: LayerPass) -> NodeBytes | None:
     to_node = by_node.sum(3) * is_far
     of_tokens, of_chosen = ((of.view(num_nodes, node_size, 1)) for of in (tokens * row_bytes, chosen))
     most = torch.minimum(to_node, of_tokens)
-    least = torch.minimum(torch.maximum(by_node.amax(3) * is_far, to_node / of_chosen), most)
+    least = torch.minimum(to_node / of_chosen, most)
     by_chance = of_tokens * (1 - (1 - to_node / (of_tokens * of_chosen)).clamp(min=0) ** of_chosen)
     expected = torch.minimum(torch.maximum(by_chance, least), most)
     from_hosts = (by_node * is_far[..., None]).sum((0, 1))

@@ -156,7 +156,7 @@ class Offers:
             for layer, of in known:
                 for members, took_s in zip((layer.there, layer.back), self._transfers_s(layer), strict=True):
                     if took_s > 0 and of.far > 0:
-                        latency_s = min(self.latency_s, took_s)
+                        latency_s = 0.0 if which == BEST else min(self.latency_s, took_s)
                         inside_s = latency_s + (0.0 if which == BEST else near_s * of.near_then)
                         between_s = latency_s + (took_s - latency_s) * of.far_then[which] / of.far
                         ratios[list(members)] = (between_s + inside_s) / took_s
