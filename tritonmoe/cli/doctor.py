@@ -122,7 +122,10 @@ def _judge(path: Path, ranks_per_node: int | None) -> _Judged:
         own = judge_recording(read_recording(path))
         return _Judged(own, own.found)
     run = traces.read_traces(path, ranks_per_node)
-    return _Judged(run, attribute(run.graph))
+    try:
+        return _Judged(run, attribute(run.graph))
+    except ValueError as error:  # each file was whole, and together they can't be
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _probe_links() -> int:
