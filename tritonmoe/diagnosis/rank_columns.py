@@ -110,8 +110,8 @@ class RankColumns:
                 counted += width
             rows, pairs, of_experts, *to_nodes = counts
             forward, *backward = [read.next(shape) for shape in line.passes]
-            nodes, weight = to_nodes[0] if to_nodes else None, line.load_balance_loss_weight
-            call = RankCall(rows, pairs, of_experts, forward, *(backward or (None,)), nodes, weight)
+            whole = backward[0] if backward else None, to_nodes[0] if to_nodes else None
+            call = RankCall(rows, pairs, of_experts, forward, *whole, line.load_balance_loss_weight)
             found[line.sequence] = CallLine(self.path, line.number, line.agreed, call, line.ran_twice)
         return found
 

@@ -75,7 +75,8 @@ def slow_links(traces: Sequence[RankTrace], hosts: Sequence[str] = ()) -> SlowLi
 
     hosts: of every trace, where they are known: links that leave a host are compared with each other.
     """
-    of_byte, usual = _of_byte(traces), {}
+    of_byte = _of_byte(traces)
+    usual: dict[tuple[int, int], float] = {}
     alike: dict[bool, list[tuple[int, int]]] = defaultdict(list)
     for link in of_byte:
         alike[bool(hosts) and hosts[link[0]] != hosts[link[1]]].append(link)

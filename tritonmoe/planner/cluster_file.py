@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
-from typing import TypeVar, get_type_hints
+from typing import get_type_hints
 
 from tritonmoe.config.numbers import is_integer, is_number
 from tritonmoe.planner.cluster import DTYPE_BYTES, SOURCES, SPREADS, Cluster, Estimate, Of, settings_of
@@ -20,7 +20,6 @@ else:
 __all__ = ["parse_cluster", "read_cluster", "to_toml"]
 
 MAX_TOML_BYTES = 1 << 20
-Table = TypeVar("Table")
 SPREAD = Of("spread: four times of five it is value / (1 + spread) to value * (1 + spread)", 0.0, 100.0)
 
 
@@ -47,7 +46,7 @@ def parse_cluster(text: str, path: str) -> Cluster:
         found = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path}: {error}") from error
-    return _Reader(path, text).settings(Cluster, found, "")
+    return Cluster(**_Reader(path, text).settings(Cluster, found, ""))
 
 
 class _Reader:
@@ -57,7 +56,7 @@ class _Reader:
         self.path = path
         self.lines = text.splitlines()
 
-    def settings(self, kind: type[Table], found: Json, prefix: str) -> Table:
+    def settings(self, kind: type, found: Json, prefix: str) -> Json:
         about, types = settings_of(kind), get_type_hints(kind)
         for name in found:
             if name not in about:
@@ -69,7 +68,7 @@ class _Reader:
                 values[name] = self.value(types[name], found[name], f"{prefix}{name}", of)
             elif name not in optional:
                 raise self.error(prefix.rstrip("."), f"lacks {prefix + name!r}: {of.what}")
-        return kind(**values)
+        return values
 
     def value(self, kind: type, found: object, key: str, of: Of) -> object:
         if kind is Estimate:
@@ -77,7 +76,7 @@ class _Reader:
         if dataclasses.is_dataclass(kind):
             if not isinstance(found, dict):
                 raise self.error(key, f"must be a table, got {found!r}")
-            return self.settings(kind, found, f"{key}.")  # type: ignore[arg-type]
+            return kind(**self.settings(kind, found, f"{key}."))
         if kind in (str, bool):
             if not isinstance(found, kind) or found == "":
                 raise self.error(key, f"must be {'a text' if kind is str else 'true or false'}, got {found!r}")
