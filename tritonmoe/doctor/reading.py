@@ -113,7 +113,8 @@ def _unknown(graph: Graph) -> Iterator[str]:
             "the splits of all-to-alls are not in the files: a rank that gets more rows can't be told from a slow one, "
             "and what chunks or narrower rows would gain is not known (on a CPU they need record_shapes=True)"
         )
-    if any(member.sent is not None and len(member.sent) >= FEW_FOR_NODES for member in rows):
+    whole = [member for member in rows if member.sent and len(graph.exchanges[member.exchange]) == len(member.sent)]
+    if any(len(graph.exchanges[member.exchange]) >= FEW_FOR_NODES for member in whole):
         yield from unknown_of_nodes(graph)
 
 

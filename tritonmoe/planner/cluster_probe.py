@@ -25,6 +25,8 @@ SLICE_S = 0.1
 COPY_BYTES = 1 << 28
 HOST_TOKENS = 16
 HOST_CHUNKS = 5
+LEAST_SHARE, MOST_SPREAD = 1e-3, 100.0
+"""What a cluster's file may say: a share of a peak, and how far samples scatter."""
 MOST_GB_PER_S = 1e5
 """What a link is said to reach that is too fast to be measured."""
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -79,7 +81,12 @@ def probe_cluster(
 
 def _probed(value: float, spread: float = 0.0) -> Estimate:
     """Return what was measured, as uncertain as a probe's numbers are, or as far as its samples scatter."""
-    return Estimate(value, "probe", round(spread, 3) if spread > SPREADS["probe"] else None)
+    return Estimate(value, "probe", min(MOST_SPREAD, round(spread, 3)) if spread > SPREADS["probe"] else None)
+
+
+def _share(value: float, spread: float) -> Estimate:
+    """Return the share of a peak that was measured; on a machine that others use it may be next to nothing."""
+    return _probed(min(1.0, max(LEAST_SHARE, value)), spread)
 
 
 def scatter(times: Sequence[float]) -> float:
@@ -162,19 +169,19 @@ def _probe_gpu(
         base.gpu,
         tflops={**(base.gpu.tflops if has_peaks else {}), "bf16": peak / 1e12, job.dtype: peak / 1e12},
         memory_tb_per_s=memory_peak / 1e12,
-        gemm_efficiency=_probed(dense / peak, spreads["products"]),
-        grouped_efficiency=_probed(grouped / peak, spreads["calls"]),
-        attention_efficiency=_probed(core / peak, spreads["cores"]),
-        memory_efficiency=_probed(memory_rate / memory_peak, spreads["copies"]),
+        gemm_efficiency=_share(dense / peak, spreads["products"]),
+        grouped_efficiency=_share(grouped / peak, spreads["calls"]),
+        attention_efficiency=_share(core / peak, spreads["cores"]),
+        memory_efficiency=_share(memory_rate / memory_peak, spreads["copies"]),
     )
     # The same for the dense product: its share is that with which product_s gives the measured time.
     operands_s = product_s(job, replace(base, gpu=gpu), tokens, inputs, outputs) - dense_s
-    share = min(1.0, dense_flops / max(0.2 * dense_s, dense_s - operands_s) / peak)
+    share = dense_flops / max(0.2 * dense_s, dense_s - operands_s) / peak
     say(
         f"products {dense / 1e12:.4g} TFLOP/s, experts {grouped_flops / grouped_s / 1e12:.4g}, "
         f"attention {core / 1e12:.4g}; memory {memory_rate / 1e12:.4g} TB/s"
     )
-    return replace(gpu, gemm_efficiency=_probed(share, spreads["products"]))
+    return replace(gpu, gemm_efficiency=_share(share, spreads["products"]))
 
 
 def _experts(job: Job, random: Callable[..., torch.Tensor], device: torch.device) -> tuple[list[float], int, int]:
@@ -252,7 +259,7 @@ def _probe_link(job: Job, base: Link, transport: Transport, device: torch.device
     link = replace(
         base,
         gb_per_s=peak,
-        efficiency=_probed(gb_per_s / peak, scatter(times)),
+        efficiency=_share(gb_per_s / peak, scatter(times)),
         latency_us=_probed(latency_s * 1e6),
         us_per_peer=_probed(0.0),  # of these ranks it is within the latency
         alone_share=costs.alone_share,
