@@ -25,8 +25,8 @@ SLICE_S = 0.1
 COPY_BYTES = 1 << 28
 HOST_TOKENS = 16
 HOST_CHUNKS = 5
-LEAST_SHARE, MOST_SPREAD = 1e-3, 100.0
-"""What a cluster's file may say: a share of a peak, and how far samples scatter."""
+LEAST_SHARE, MOST_SPREAD, LEAST_PEAK = 1e-3, 100.0, 1e9
+"""What a cluster's file may say: a share of a peak, how far samples scatter, and peaks, those of a busy CPU."""
 MOST_GB_PER_S = 1e5
 """What a link is said to reach that is too fast to be measured."""
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -163,8 +163,8 @@ def _probe_gpu(
     grouped_s = max(0.2 * grouped_s, grouped_s - moved * job.dtype_bytes / memory_rate)
     grouped = grouped_flops / grouped_s
     has_peaks = device.type == "cuda"
-    peak = max(dense, core, grouped, job.peak_flops(base) if has_peaks else 0.0)
-    memory_peak = max(memory_rate, base.gpu.memory_tb_per_s * 1e12 if has_peaks else 0.0)
+    peak = max(dense, core, grouped, job.peak_flops(base) if has_peaks else LEAST_PEAK)
+    memory_peak = max(memory_rate, base.gpu.memory_tb_per_s * 1e12 if has_peaks else LEAST_PEAK)
     gpu = replace(
         base.gpu,
         tflops={**(base.gpu.tflops if has_peaks else {}), "bf16": peak / 1e12, job.dtype: peak / 1e12},
