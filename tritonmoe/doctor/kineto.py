@@ -186,7 +186,8 @@ class _Trace:
         for thread, start_s in self.events.waits:
             holding.setdefault(thread, []).append(start_s)
         starts, ends = array("d"), array("d")
-        workers = {thread for _, _, _, thread in self.events.by_workers} - set(by_thread)
+        waiting_threads = {*by_thread, *_with_several_at_once(self.events.by_workers)}
+        workers = {thread for _, _, _, thread in self.events.by_workers} - waiting_threads
         for thread, (own_starts, own_ends) in self.events.operators.items():
             if thread in workers:
                 continue  # what they compute is a part of the exchange
@@ -210,9 +211,10 @@ class _Trace:
             of_kind = waiting.get(as_run(kind_of_name(name) or ""), [])
             if of_kind and of_kind[0].posted_s <= start_s:
                 part = of_kind.pop(0)
-                part.start_s, part.end_s, part.is_noticed = start_s, end_s, thread in by_thread
+                part.start_s, part.end_s, part.is_noticed = start_s, end_s, thread in waiting_threads
             else:
                 part = Part(kind_of_name(name) or "exchange", start_s, start_s, end_s, phase=self._phase(start_s))
+                part.is_noticed = thread in waiting_threads
                 found.parts.append(part)  # handed over before the trace began, or by what it doesn't show
             # what ends when it is noticed didn't hold up what was handed over after it
             part.lane = next(alone) if part.is_noticed else lanes.setdefault(thread, len(lanes))
@@ -224,6 +226,17 @@ class _Trace:
         ends_of_posts = {start_s: end_s for _, start_s, end_s, _, _ in self.events.posts}
         for part in unknown:
             part.end_s = ends_of_posts[part.posted_s]
+
+
+def _with_several_at_once(exchanges: Sequence[tuple[str, float, float, object]]) -> set[object]:
+    """Return the threads that have several exchanges under way at once: they hand them over, and run none of them."""
+    found: set[object] = set()
+    ends: dict[object, float] = {}
+    for _, start_s, end_s, thread in sorted(exchanges, key=lambda one: one[1]):
+        if start_s < ends.get(thread, float("-inf")):
+            found.add(thread)
+        ends[thread] = max(end_s, ends.get(thread, end_s))
+    return found
 
 
 def _running_maximum(values: Sequence[float]) -> list[float]:

@@ -16,6 +16,7 @@ from tritonmoe.doctor.inspector_clock import on_one_clock
 from tritonmoe.doctor.joining import joined
 from tritonmoe.doctor.kineto import rank_trace
 from tritonmoe.doctor.kineto_events import KinetoEvents
+from tritonmoe.doctor.pair_batches import as_all_to_alls
 from tritonmoe.doctor.plain_pickle import read_plain_pickle
 from tritonmoe.doctor.step_marks import mark_steps
 from tritonmoe.doctor.trace import RankTrace
@@ -98,6 +99,7 @@ def _read_traces(path: Path, ranks_per_node: int | None) -> ForeignRun:
     if unmarked:
         on_one_clock(traces)
         mark_steps(traces, limits)
+    as_all_to_alls(traces, limits)
     graph, own = joined(traces, ranks_per_node)
     return ForeignRun(path, graph, kinds, traces[0].lanes, [*own, *_unknown(graph), *limits])
 

@@ -19,6 +19,8 @@ AnyRun: TypeAlias = ForeignRun | RecordedRun
 MOST_LIMITS = 4
 MOST_ADVICE = 4
 DECIMALS = 7
+MUCH_NOISE = 0.15
+"""A run is noisy where differences without a pattern cost so large a share of a step."""
 MUCH_HOST = 0.3
 """A step of which the host has so large a share is spoken of."""
 
@@ -109,6 +111,11 @@ def remarks(run: AnyRun, found: Verdict) -> list[str]:
         f"differences without a pattern cost {share_words(found.noise_s, found)} of a step; exchanges under way that "
         f"nothing hides take {share_words(found.exposed_s, found)}"
     )
+    if found.noise_s > MUCH_NOISE * found.replayed_s:
+        lines.append(
+            "so much comes and goes that it may hide a rank or link that costs less, or make all ranks seem at fault: "
+            "record again while nothing else runs on these machines"
+        )
     if isinstance(run, RecordedRun):
         lines.append(
             f"a step is the sum of its calls here; with all that lies between them it takes "
