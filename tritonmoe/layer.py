@@ -120,6 +120,7 @@ class GroupedExperts(nn.Module):
         """How the experts compute, but for their adapters."""
         self.expert_ids = tuple(range(config.num_experts))
         """The experts of this rank, in the order of its weights."""
+        self._load_balance_loss_weight: float | None = None
         self._join(transport, overlap, placement, expert_gradients, torch.empty(0, device=device).device)
         self._hold(empty_parameters(config, len(self.expert_ids), device, dtype))
         self.reset_parameters(generator)
@@ -164,6 +165,7 @@ class GroupedExperts(nn.Module):
         check_expert_parallel(num_local, num_experts, size, placement)
         self._sharding = find_sharding(ranks, self.transport, device)
         self._calls = LayerCalls(self.transport, expert_gradients)
+        self._calls.load_balance_loss_weight = self._load_balance_loss_weight
         agree_on_overflow(_transports_of)
         if expert_gradients == "mean":
             self._gradient_scale = 1 / size
@@ -216,6 +218,12 @@ class GroupedExperts(nn.Module):
     def calls(self) -> LayerCalls | None:
         """What its calls over ranks have in common; None on one device."""
         return self._calls
+
+    def take_router(self, load_balance_loss_weight: float) -> None:
+        """Note how the router of the layer that has these experts is balanced, for recordings."""
+        self._load_balance_loss_weight = load_balance_loss_weight
+        if self._calls is not None:
+            self._calls.load_balance_loss_weight = load_balance_loss_weight
 
     def take_placement(self, placement: ExpertPlacement | None) -> None:
         """Note that the rows of the parameters are other experts' from now on: rebalance() has moved them."""
@@ -499,6 +507,7 @@ class MoELayer(nn.Module):
             device=device,
             dtype=dtype,
         )
+        self.experts.take_router(config.load_balance_loss_weight)
         self.router.reduce_load = self.experts.sum_over_ranks
         if config.selection_bias:
             mark_own_buffers(self.router, ("load",))

@@ -7,7 +7,18 @@ from pathlib import Path
 
 from tritonmoe.config.overlap import WIRE_DTYPES, OverlapPlan
 from tritonmoe.diagnosis.call_recording import FORMAT, SCHEMA, RankCall
-from tritonmoe.diagnosis.json_fields import Fields, count, counts_of, flag, integer, number, text, tuple_of
+from tritonmoe.diagnosis.json_fields import (
+    Fields,
+    amount,
+    count,
+    counts_of,
+    flag,
+    integer,
+    number,
+    optional,
+    text,
+    tuple_of,
+)
 from tritonmoe.diagnosis.pass_reader import NEAR_S, read_pass
 from tritonmoe.diagnosis.pass_steps import StepColumns
 from tritonmoe.diagnosis.rank_columns import Agreed, CallLine, RankColumns
@@ -133,10 +144,14 @@ def _read_call(fields: Fields, size: int, node_size: int | None, columns: StepCo
         read_pass(fields.inside("forward"), plan, size, node_size, columns),
         None if backward is None else read_pass(fields.inside("backward"), plan, size, node_size, columns),
         None if node_size is None else fields.take("rows_to_nodes", counts_of(size // node_size)),
+        fields.take("load_balance_loss_weight", optional(amount))
+        if "load_balance_loss_weight" in fields.values
+        else None,
     )
-    for node, rows in enumerate(call.rows_to_nodes or ()):
-        assert node_size is not None
-        of_ranks = call.rows[node * node_size : (node + 1) * node_size]
+    to_nodes = call.rows_to_nodes or ()
+    for node, rows in enumerate(to_nodes):
+        of_node = size // len(to_nodes)
+        of_ranks = call.rows[node * of_node : (node + 1) * of_node]
         if not max(of_ranks) <= rows <= sum(of_ranks):
             raise ValueError(f"{fields.where}: rows_to_nodes: {rows} of node {node} contradict rows {list(of_ranks)}")
     ran_twice = "overflowed" in fields.values and fields.take("overflowed", flag)
