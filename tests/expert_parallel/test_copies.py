@@ -114,6 +114,28 @@ def test_eight_ranks(reports: dict[int, list[LayerReport]]) -> None:
     assert max(len(reports[0][0].copies.on(rank)) for rank in range(8)) <= 2
 
 
+@pytest.mark.parametrize("case", ["hidden", "input", "adapters"])
+@pytest.mark.parametrize("hot_experts", [(1,), (2, 3)])
+def test_copies_pass_pieces_on(hot_experts: tuple[int, ...], case: str, reports: dict[int, list[LayerReport]]) -> None:
+    """Where an owner would send many copies, of weights whose bytes are no multiple of that; some ranks hold two.
+
+    With save="input" pieces travel in the backward again, and adapters' factors travel beside the weights.
+    """
+    save = "input" if case == "input" else "hidden"
+    batch = hot(Batch(8, 16, 3, options={"save": save}, ranks=(2, 3) if case == "adapters" else (0, 0)), hot_experts)
+    expected = batch.on_one_device()
+    for config in (ALWAYS, replace(ALWAYS, num_chunks=3, local_first=False)):
+        overlapped = batch.in_parallel(config)
+        assert_equals_one_device(overlapped, expected)
+        assert_same_bits(overlapped, batch.in_parallel(replace(config, serial=True)))
+    assert_copied(reports, 8)
+    report = reports[0][-1]
+    assert report.copies.are_relayed
+    for timings, is_sent in ((report.forward, True), (report.backward, save == "input")):
+        kinds = [timing.step.kind for timing in timings.steps]
+        assert ("copies" in kinds) == ("spread_copies" in kinds) == is_sent
+
+
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 def test_options(options: str, backend: str, reports: dict[int, list[LayerReport]]) -> None:
@@ -172,6 +194,16 @@ def test_late_ranks_change_no_bit() -> None:
             expected = batch.in_parallel(config, save=save)
             link = tm.LinkModel(0.0001, latency_us=500)
             assert_same_bits(batch.in_parallel(config, faults=faults, link=link, save=save), expected)
+
+
+def test_late_pieces_change_no_bit(reports: dict[int, list[LayerReport]]) -> None:
+    """As above, where pieces of weights are passed on: each must have come before it goes on."""
+    batch = hot(Batch(8, 8, 2, torch.float32), (2,))
+    expected = batch.in_parallel(ALWAYS)
+    assert reports[0][0].copies.are_relayed
+    for exchange in range(1, 6):
+        faults = tuple(Delay(rank, exchange, 0.004 * (1 + rank % 3)) for rank in range(exchange % 2, 8, 2))
+        assert_same_bits(batch.in_parallel(ALWAYS, faults=faults), expected)
 
 
 NEEDS = {

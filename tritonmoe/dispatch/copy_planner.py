@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tritonmoe.dispatch.copies import ExpertCopies, ExpertCopy
+from tritonmoe.dispatch.copies import ExpertCopies, ExpertCopy, is_relayed, on_ports
 from tritonmoe.dispatch.copy_candidates import LARGEST_SHARE_PERCENT, Load, Move, candidates
 
 __all__ = ["CopyCosts", "PlannedCopies", "is_uneven", "plan_copies"]
@@ -191,8 +191,13 @@ class _Candidate:
         if costs is None:
             return max(self.pairs), len(self.moves)
         pairs, copied = self.pairs, list(map(max, self.copies_out, self.copies_in))
+        direct, relayed = on_ports(
+            [(expert, rank) for expert, rank, _ in self.moves], self.load.num_own, self.load.size
+        )
+        # Pieces that are passed on hold everybody up until the last ones have come.
+        sent = [relayed] * self.load.size if is_relayed(direct, relayed) else copied
         first, last = costs.row_bytes + costs.other_row_bytes, 2 * costs.other_row_bytes
-        total = _pass_fs(pairs, costs.forward_fs, rows, first, copied, costs.expert_bytes, costs.byte_fs)
+        total = _pass_fs(pairs, costs.forward_fs, rows, first, sent, costs.expert_bytes, costs.byte_fs)
         if costs.backward_fs:
             total += _pass_fs(pairs, costs.backward_fs, rows, last, copied, costs.gradient_bytes, costs.byte_fs)
         if self.moves:

@@ -74,11 +74,16 @@ class ForwardPass(Generic[Experts]):
 
     def execution(self) -> Execution:
         """Return the steps, of which `out` is the result (T, D) once they have run."""
-        schedule = build_forward(self.plan.overlap, len(self.fillers), has_copies=self.copies is not None)
+        relays_copies = self.copies is not None and self.copies.copies.are_relayed
+        schedule = build_forward(
+            self.plan.overlap, len(self.fillers), has_copies=self.copies is not None, relays_copies=relays_copies
+        )
         return Execution(schedule, self.actions(), self.x.device, self.plan.call)
 
     def actions(self) -> Actions:
-        of_copies = {} if self.copies is None else {StepKind.COPIES: self.copies.send}
+        of_copies: Actions = {}
+        if self.copies is not None:
+            of_copies = {StepKind.COPIES: self.copies.send, StepKind.SPREAD_COPIES: self.copies.spread}
         return {
             **of_copies,
             StepKind.METADATA: self.metadata,
@@ -199,6 +204,7 @@ class BackwardPass:
             sums_replicas=self.sums_replicas,
             has_copies=self.copies is not None,
             sends_copies=self.sends_copies,
+            relays_copies=self.copies is not None and self.copies.exchanges.copies.are_relayed,
             returns_copies=self.copies is not None and any(self.copies.exchanges.needs),
         )
         if agreement is not None:
@@ -234,6 +240,7 @@ class BackwardPass:
 
         return {
             StepKind.COPIES: copies.exchanges.send,
+            StepKind.SPREAD_COPIES: copies.exchanges.spread,
             StepKind.COPY_WEIGHT_GRAD: lambda: copies.copy_weight_grad(self.dout_rows),
             StepKind.COPIES_BACKWARD: copies.return_copies,
             StepKind.REDUCE_COPIES_BACKWARD: add,

@@ -65,13 +65,16 @@ NEEDS: dict[StepKind, tuple[tuple[StepKind, _Of], ...]] = {
         (StepKind.DISPATCH, _Of.CHUNKS_SO_FAR),
         (StepKind.EXPERTS, _Of.CHUNKS_SO_FAR),
         (StepKind.COPIES, _Of.ALL_BUT_FIRST),
+        (StepKind.SPREAD_COPIES, _Of.ALL_BUT_FIRST),
     ),
+    StepKind.SPREAD_COPIES: ((StepKind.COPIES, _Of.ALL),),
     StepKind.COMBINE: ((StepKind.EXPERTS, _Of.CHUNKS_SO_FAR),),
     StepKind.REDUCE: ((StepKind.COMBINE, _Of.CHUNKS_SO_FAR), (StepKind.EXPERTS, _Of.LOCAL_ROWS)),
     StepKind.EXPERTS_BACKWARD: (
         (StepKind.COMBINE_BACKWARD, _Of.CHUNKS_SO_FAR),
         (StepKind.EXPERTS_BACKWARD, _Of.CHUNKS_SO_FAR),
         (StepKind.COPIES, _Of.ALL_BUT_FIRST),
+        (StepKind.SPREAD_COPIES, _Of.ALL_BUT_FIRST),
     ),
     StepKind.DISPATCH_BACKWARD: ((StepKind.EXPERTS_BACKWARD, _Of.CHUNKS_SO_FAR),),
     StepKind.REDUCE_BACKWARD: (
@@ -158,28 +161,35 @@ def local_slices(plan: OverlapPlan, has_copies: bool) -> list[int]:
 
 
 @lru_cache(maxsize=KEPT_SCHEDULES)
-def build_forward(plan: OverlapPlan, num_fillers: int = 0, *, has_copies: bool = False) -> Schedule:
+def build_forward(
+    plan: OverlapPlan, num_fillers: int = 0, *, has_copies: bool = False, relays_copies: bool = False
+) -> Schedule:
     """Return the forward's steps; a serial plan waits for each exchange before anything else is started.
 
     Args:
         num_fillers: how much work there is of the caller's that needs no exchange: the first one runs under the first
             dispatch, a second one under the last combine.
-        has_copies: whether experts have copies, whose weights then travel behind the first dispatch.
+        has_copies: whether experts have copies, whose weights then travel behind the first dispatch. relays_copies:
+            whether ranks pass pieces of them on to each other, before the other dispatches.
     """
     builder = _Builder()
     num_chunks, window = plan.num_chunks, 0 if plan.serial else plan.window
     metadata = builder.add(StepKind.METADATA, None)
     dispatches = [builder.add(StepKind.DISPATCH, c) for c in range(min(window, num_chunks, 1))]
     copies = (builder.add(StepKind.COPIES, None),) if has_copies and not plan.serial else ()
-    dispatches += [builder.add(StepKind.DISPATCH, c) for c in range(1, min(window, num_chunks))]
+    if not relays_copies:
+        dispatches += [builder.add(StepKind.DISPATCH, c) for c in range(1, min(window, num_chunks))]
     if num_fillers > 0:
         builder.add(StepKind.FILLER, 0)
     group = builder.add(StepKind.GROUP, None, metadata)
     if plan.serial and has_copies:
-        copies = (builder.add(StepKind.COPIES, None),)
+        copies = _add_copies(builder, relays_copies)
     at_start = (group, *copies) if plan.serial else (group,)
     slices = local_slices(plan, has_copies)
     local = [builder.add(StepKind.EXPERTS, c, *at_start) for c in slices if plan.serial or c == LOCAL_START]
+    if relays_copies and not plan.serial:
+        copies = (*copies, builder.add(StepKind.SPREAD_COPIES, None, *copies))
+        dispatches += [builder.add(StepKind.DISPATCH, c) for c in range(1, min(window, num_chunks))]
     combines: list[int] = []
     for c in range(num_chunks):
         if plan.serial:
@@ -209,18 +219,20 @@ def build_backward(
     sums_replicas: bool = False,
     has_copies: bool = False,
     sends_copies: bool = False,
+    relays_copies: bool = False,
     returns_copies: bool = False,
 ) -> Schedule:
     """Return the backward's steps; exchanges whose gradient no rank needs are left out.
 
     Args:
         has_copies: whether experts have copies. sends_copies: whether their weights travel once more, since those of
-            the forward aren't kept. returns_copies: whether the gradients of their weights go to the owners.
+            the forward aren't kept. relays_copies: as in build_forward. returns_copies: whether the gradients of their
+            weights go to the owners.
     """
     builder = _Builder()
     num_chunks, window = plan.num_chunks, 0 if plan.serial else plan.backward_window
     sends = [builder.add(StepKind.COMBINE_BACKWARD, c) for c in range(min(window, num_chunks))]
-    copies = (builder.add(StepKind.COPIES, None),) if sends_copies else ()
+    copies = _add_copies(builder, relays_copies) if sends_copies else ()
     computed = [
         builder.add(StepKind.EXPERTS_BACKWARD, c, *(copies if plan.serial or c == LOCAL_END else ()))
         for c in local_slices(plan, has_copies)
@@ -256,6 +268,12 @@ def build_backward(
     if copies_home is not None:
         builder.add(StepKind.REDUCE_COPIES_BACKWARD, None, copies_home, weight_grad)
     return builder.build()
+
+
+def _add_copies(builder: _Builder, relays_copies: bool) -> tuple[int, ...]:
+    """Add the way of copies' weights, one exchange right behind the other, and give the positions of both."""
+    copies = builder.add(StepKind.COPIES, None)
+    return (copies, builder.add(StepKind.SPREAD_COPIES, None, copies)) if relays_copies else (copies,)
 
 
 def _return_copies(builder: _Builder, computed: list[int]) -> int:

@@ -67,8 +67,12 @@ class _ForwardWalk(MemoryWalk):
             StepKind.EXPERTS: self.experts,
             StepKind.COMBINE: self.return_sums,
             StepKind.COPIES: self.send_copies,
+            StepKind.SPREAD_COPIES: self.send_copies,
         }
-        return self.walk(build_forward(self.plan, has_copies=self.work.copies is not None), actions)
+        copies = self.work.copies
+        relays_copies = copies is not None and copies.relayed is not None
+        schedule = build_forward(self.plan, has_copies=copies is not None, relays_copies=relays_copies)
+        return self.walk(schedule, actions)
 
     @property
     def metadata_bytes(self) -> int:
@@ -109,6 +113,7 @@ class _BackwardWalk(MemoryWalk):
             StepKind.WEIGHT_GRAD: self.weight_grad,
             StepKind.ROUTING_BACKWARD: self.routing_backward,
             StepKind.COPIES: self.send_copies,
+            StepKind.SPREAD_COPIES: self.send_copies,
             StepKind.COPY_WEIGHT_GRAD: self.copy_weight_grad,
             StepKind.COPIES_BACKWARD: self.return_copies,
             StepKind.REDUCE_COPIES_BACKWARD: self.add_copies,
@@ -122,6 +127,7 @@ class _BackwardWalk(MemoryWalk):
             needs_topk_weights=True,
             has_copies=copies is not None,
             sends_copies=copies is not None and copies.are_sent_again,
+            relays_copies=copies is not None and copies.relayed is not None,
             returns_copies=copies is not None and copies.gradient_bytes > 0,
         )
         return self.walk(schedule, actions)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tritonmoe.config.overlap import OverlapPlan
 from tritonmoe.overlap.schedule import Schedule
-from tritonmoe.overlap.steps import Step, StepKind
+from tritonmoe.overlap.steps import Step, StepKind, Way
 from tritonmoe.simulation.buffer_widths import BufferWidths
 from tritonmoe.simulation.cost_model import LayerWork
 
@@ -149,15 +149,17 @@ class MemoryWalk:
 
     def send_copies(self, step: Step) -> None:
         """Pack the weights of experts that have copies, and make room for those that come."""
-        if self.work.copies is not None:
-            sent, received, num_bytes = *self.num_copies, self.work.copies.expert_bytes
-            self.hold(step, sent * num_bytes)
-            self.hold("arriving copies", received * num_bytes)
+        copies = self.work.copies
+        if copies is not None:
+            travelling = self.work.travelling(step.kind.way or Way.TO_COPIES)
+            self.hold(step, travelling.sum(1) * copies.expert_bytes)
+            arriving = self.held.get("arriving copies", torch.zeros_like(self.now))
+            self.hold_at_least("arriving copies", arriving + travelling.sum(0) * copies.expert_bytes)
 
     def unpack_copies(self) -> None:
         """Take weights that have arrived out of the rows in which they came; those are freed then."""
         if "arriving copies" in self.held and not any(
-            isinstance(of, Step) and of.kind is StepKind.COPIES for of in self.held
+            isinstance(of, Step) and of.kind in (StepKind.COPIES, StepKind.SPREAD_COPIES) for of in self.held
         ):
             self.hold("copies", self.held["arriving copies"])
             self.count(torch.zeros_like(self.peak))

@@ -215,7 +215,8 @@ def simulate_layer(
 ) -> Sequence[Simulation]:
     """Return the simulated forward and, with every gradient needed, the backward."""
     copies = None if isinstance(work, TwoLevelWork) else work.copies
-    schedules = [build_forward(plan, has_copies=copies is not None)]
+    relays_copies = copies is not None and copies.relayed is not None
+    schedules = [build_forward(plan, has_copies=copies is not None, relays_copies=relays_copies)]
     if backward:
         schedules.append(
             build_backward(
@@ -224,6 +225,7 @@ def simulate_layer(
                 needs_topk_weights=True,
                 has_copies=copies is not None,
                 sends_copies=copies is not None and copies.are_sent_again,
+                relays_copies=relays_copies,
                 returns_copies=copies is not None and copies.gradient_bytes > 0,
             )
         )
