@@ -3,7 +3,8 @@
 Every rank calls it with the same numbers and must find the same plan, so there are only integers here. Candidates
 differ in how evenly they spread the pairs, in how many copies they make, and in where these are: a closed form prices
 each. A pass takes as long as the busiest rank computes, or as the busiest port is occupied, and then what nothing
-hides: the first rows that come and the last that go. What is copied occupies the ports of its owner and of its rank.
+hides: the first rows that come and the last that go. What is copied occupies the ports of its owner and of its rank;
+a rank that has copies begins when their weights have come, and their gradients leave it late in the backward.
 """
 
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ __all__ = ["CopyCosts", "PlannedCopies", "is_uneven", "plan_copies"]
 
 SMALLEST_EXCESS_PERCENT = 3
 """Ranks whose busiest has less than this more than their mean are left alone."""
-CAPS_PERCENT = (100, 110, 150, 220)
+CAPS_PERCENT = (100, 120, 150, 220)
 """Up to how much of the mean the candidates let ranks keep."""
 EXPOSED_SHARE = 8
 """One part in so many of a pass's exchanges is taken to be hidden by nothing at either end."""
@@ -128,12 +129,17 @@ class _Candidate:
         self.ranks = [rank for _, rank, _ in moves]
         self.pairs = list(load.of_rank)
         """That each rank computes."""
-        self.copies_out, self.copies_in = [0] * load.size, [0] * load.size
+        self.copies_out, self.copies_in, self.copied_pairs = ([0] * load.size for _ in range(3))
         for owner, (_, rank, moved) in zip(self.owners, moves, strict=True):
             self.pairs[owner] -= moved
             self.pairs[rank] += moved
             self.copies_out[owner] += 1
             self.copies_in[rank] += 1
+            self.copied_pairs[rank] += moved
+
+    @cached_property
+    def _on_ports(self) -> tuple[int, int]:
+        return on_ports([move[:2] for move in self.moves], self.load.num_own, self.load.size)
 
     @cached_property
     def flow(self) -> Tensor:
@@ -190,19 +196,42 @@ class _Candidate:
         """Return the price with so many rows on the busier direction of each rank's port."""
         if costs is None:
             return max(self.pairs), len(self.moves)
-        pairs, copied = self.pairs, list(map(max, self.copies_out, self.copies_in))
-        direct, relayed = on_ports(
-            [(expert, rank) for expert, rank, _ in self.moves], self.load.num_own, self.load.size
+        direct, relayed = self._on_ports
+        carried = list(map(max, self.copies_out, self.copies_in))
+        if is_relayed(direct, relayed):  # pieces that are passed on occupy everybody until the last ones have come
+            carried, direct = [relayed] * self.load.size, relayed
+        total = _pass_fs(
+            self._forward_fs(costs, direct * costs.expert_bytes * costs.byte_fs),
+            [of * costs.expert_bytes for of in carried],
+            [of * (costs.row_bytes + costs.other_row_bytes) for of in rows],
+            costs.byte_fs,
         )
-        # Pieces that are passed on hold everybody up until the last ones have come.
-        sent = [relayed] * self.load.size if is_relayed(direct, relayed) else copied
-        first, last = costs.row_bytes + costs.other_row_bytes, 2 * costs.other_row_bytes
-        total = _pass_fs(pairs, costs.forward_fs, rows, first, sent, costs.expert_bytes, costs.byte_fs)
         if costs.backward_fs:
-            total += _pass_fs(pairs, costs.backward_fs, rows, last, copied, costs.gradient_bytes, costs.byte_fs)
+            total += _pass_fs(
+                self._backward_fs(costs, max(self.copies_out) * costs.gradient_bytes * costs.byte_fs),
+                [of * costs.gradient_bytes for of in map(max, self.copies_out, self.copies_in)],
+                [of * 2 * costs.other_row_bytes for of in rows],
+                costs.byte_fs,
+            )
         if self.moves:
             total += costs.call_fs
         return total + total * max(self.copies_in) // COPY_SHARE, len(self.moves)
+
+    def _forward_fs(self, costs: CopyCosts, copies_fs: int) -> int:
+        """Return what the busiest rank computes in a forward; ranks that have copies begin when these have come."""
+        ranks = zip(self.pairs, self.copies_in, strict=True)
+        return max(pairs * costs.forward_fs + (copies > 0) * copies_fs for pairs, copies in ranks)
+
+    def _backward_fs(self, costs: CopyCosts, copies_fs: int) -> int:
+        """Return the same of a backward; gradients of copies travel once all but those of own weights are there.
+
+        These are half of what own pairs take.
+        """
+        longest = max(self.pairs) * costs.backward_fs
+        for pairs, copied in zip(self.pairs, self.copied_pairs, strict=True):
+            if copied:
+                longest = max(longest, (pairs + copied) * costs.backward_fs // 2 + copies_fs)
+        return longest
 
     def _rows_on_ports(self) -> list[int]:
         """Return how many rows pass the busier direction of each rank's port."""
@@ -228,16 +257,8 @@ class _Candidate:
         return [max(0, *both) for both in zip(out, into, strict=True)]
 
 
-def _pass_fs(
-    pairs: Sequence[int],
-    pair_fs: int,
-    ports: Sequence[int],
-    bytes_per_row: int,
-    copied: Sequence[int],
-    bytes_per_copy: int,
-    byte_fs: int,
-) -> int:
-    exposed = max(ports) * bytes_per_row * byte_fs // EXPOSED_SHARE
-    computed = max(pairs) * pair_fs
-    sent = max(rows * bytes_per_row + of * bytes_per_copy for rows, of in zip(ports, copied, strict=True)) * byte_fs
-    return max(computed, sent + exposed) + exposed
+def _pass_fs(computed_fs: int, copies_bytes: Sequence[int], rows_bytes: Sequence[int], byte_fs: int) -> int:
+    """Return what a pass takes; copies_bytes, rows_bytes: on the busier direction of each rank's port."""
+    exposed_fs = max(rows_bytes) * byte_fs // EXPOSED_SHARE
+    sent_fs = max(map(sum, zip(copies_bytes, rows_bytes, strict=True))) * byte_fs
+    return max(computed_fs, sent_fs + exposed_fs) + exposed_fs

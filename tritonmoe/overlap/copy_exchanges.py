@@ -11,6 +11,8 @@ from torch import Tensor
 from tritonmoe.backends.ops import WeightGrads, accumulation_dtype
 from tritonmoe.config.layer import PerWeight
 from tritonmoe.dispatch.copies import ExpertCopies
+from tritonmoe.overlap.executor import Actions
+from tritonmoe.overlap.steps import StepKind
 from tritonmoe.runtime import cpu_memory
 from tritonmoe.runtime.cpu_memory import to_device
 from tritonmoe.transports import PendingExchange, Transport
@@ -36,13 +38,31 @@ class CopyExchanges:
         self, copies: ExpertCopies, transport: Transport, own: PerWeight[Tensor], needs: PerWeight[bool]
     ) -> None:
         self.copies, self.transport, self.own, self.needs = copies, transport, own, needs
+        self._under_way: list[PendingExchange] = []
+
+    def actions(self) -> Actions:
+        """Return what brings the weights to the copies, by the kind of its step."""
+        return {StepKind.COPIES: self.send, StepKind.SPREAD_COPIES: self.spread}
 
     def send(self) -> PendingExchange:
         """Send the weights of this rank's experts to their copies, and receive those of its own copies."""
         rank = self.transport.rank
         experts, received = self.copies.sent(rank), self.copies.received(rank)
         rows, self._arriving = self.pack([*chain(*experts)]), self.rows(sum(received), self.there)
-        return self.transport.exchange(rows, list(map(len, experts)), received, self._arriving)
+        return self.post(rows, list(map(len, experts)), received, self._arriving)
+
+    def post(self, rows: Tensor, sent: list[int], received: list[int], arriving: Tensor) -> PendingExchange:
+        """Post an exchange that a rank which gets nothing of it needs not wait for before settle()."""
+        pending = self.transport.exchange(rows, sent, received, arriving)
+        if any(received):
+            return pending
+        self._under_way.append(pending)
+        return _SentOnly(arriving)
+
+    def settle(self) -> None:
+        """Wait until all that this rank only sends has gone."""
+        while self._under_way:
+            self._under_way.pop().wait()
 
     def spread(self) -> PendingExchange:
         """Pass on what send() has brought, where copies are relayed."""
@@ -139,6 +159,16 @@ class CopyExchanges:
             for view in self._views(rows, there)
         ]
         return cast(PerWeight[Tensor], PerWeight(*found))
+
+
+class _SentOnly(PendingExchange):
+    """What a rank that gets nothing waits for: nothing."""
+
+    def __init__(self, arriving: Tensor) -> None:
+        self._arriving = arriving
+
+    def wait(self) -> Tensor:
+        return self._arriving
 
 
 def _row_bytes(weight: Tensor) -> int:

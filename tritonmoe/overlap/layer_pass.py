@@ -81,11 +81,8 @@ class ForwardPass(Generic[Experts]):
         return Execution(schedule, self.actions(), self.x.device, self.plan.call)
 
     def actions(self) -> Actions:
-        of_copies: Actions = {}
-        if self.copies is not None:
-            of_copies = {StepKind.COPIES: self.copies.send, StepKind.SPREAD_COPIES: self.copies.spread}
         return {
-            **of_copies,
+            **({} if self.copies is None else self.copies.actions()),
             StepKind.METADATA: self.metadata,
             StepKind.DISPATCH: self.dispatch,
             StepKind.FILLER: self.filler,
@@ -127,6 +124,8 @@ class ForwardPass(Generic[Experts]):
 
     def reduce(self, chunk: int) -> None:
         self.exchanges.sum_at_home(self.home, chunk, self.out)
+        if self.copies is not None:
+            self.copies.settle()
 
 
 class LayerGrads(NamedTuple):
@@ -239,8 +238,7 @@ class BackwardPass:
             self.weight_grads = copies.add_copies(self.weight_grads)
 
         return {
-            StepKind.COPIES: copies.exchanges.send,
-            StepKind.SPREAD_COPIES: copies.exchanges.spread,
+            **copies.exchanges.actions(),
             StepKind.COPY_WEIGHT_GRAD: lambda: copies.copy_weight_grad(self.dout_rows),
             StepKind.COPIES_BACKWARD: copies.return_copies,
             StepKind.REDUCE_COPIES_BACKWARD: add,

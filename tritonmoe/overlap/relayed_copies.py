@@ -100,7 +100,7 @@ class RelayedCopies(CopyExchanges):
         pieces = [piece for of_rank in of_ranks for piece in of_rank]
         rows = torch.cat(pieces) if pieces else like.view(0, ALIGNMENT)
         sent = [sum(map(len, of_rank)) for of_rank in of_ranks]
-        return self.transport.exchange(rows, sent, received, arriving), arriving
+        return self.post(rows, sent, received, arriving), arriving
 
 
 def copy_exchanges(
