@@ -236,7 +236,7 @@ def test_the_first_move_is_priced_as_it_comes():
 
     link = tm.LinkModel(bandwidth_gb_per_s=0.002, latency_us=0)  # an expert takes 98 ms
     for expected_s, took_s in tm.run_on_emulated_ranks(on_rank, 2, link=link, timeout_s=60):
-        assert 0.09 < expected_s
+        assert expected_s > 0.09
         assert took_s / 3 < expected_s < 3 * took_s
 
 
