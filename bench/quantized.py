@@ -2,10 +2,12 @@
 
 Forward and gradient of x of one layer with frozen experts, a step of four layers with adapters of rank 16, and the
 memory of such steps, each in a process of its own. Variants take turns in one process; times are those of the thread
-(CPU time), which other work on the machine lengthens least.
+(CPU time), which other work on the machine lengthens least. Where experts4bit-qlora and bitsandbytes are installed, the
+step with adapters is compared with that package's own one, on the same weights and tokens.
 """
 
 import argparse
+import importlib.util
 import json
 import resource
 import subprocess
@@ -96,13 +98,42 @@ def step_of_layers(
         else None
         for _ in layers
     ]
-    x, topk_weights = torch.randn(num_tokens, HIDDEN).bfloat16(), torch.rand(num_tokens, TOP_K).softmax(-1)
-    ids = torch.rand(num_tokens, EXPERTS).topk(TOP_K).indices
+    x, ids, topk_weights = tokens_of_step(num_tokens)
 
     def run() -> None:
         y = x.clone().requires_grad_()
         for (up, down), own in zip(layers, adapters, strict=True):
             y = y + tm.moe_mlp(y, ids, topk_weights, up, down, adapters=own)
+        y.sum().backward()
+
+    return run
+
+
+def tokens_of_step(num_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the tokens (num_tokens, HIDDEN) of a step, their experts and weights, the same in every call."""
+    torch.manual_seed(3)
+    x, topk_weights = torch.randn(num_tokens, HIDDEN).bfloat16(), torch.rand(num_tokens, TOP_K).softmax(-1)
+    return x, torch.rand(num_tokens, EXPERTS).topk(TOP_K).indices, topk_weights
+
+
+def step_of_experts4bit(plain: list[tuple[Tensor, ...]], num_tokens: int) -> Callable[[], None]:
+    """Return what runs forward and backward of layers of experts4bit-qlora with adapters, on the same weights."""
+    from experts4bit_qlora import Experts4bit, ExpertsLoRA
+
+    torch.manual_seed(2)
+    layers = [
+        ExpertsLoRA(Experts4bit.from_float(up, down, quant_type="nf4"), r=RANK, alpha=RANK, dtype=torch.bfloat16)
+        for up, down in plain
+    ]
+    for layer in layers:  # factors of zeros would leave the base's own path
+        for factor in (layer.gate_up_lora_B, layer.down_lora_B):
+            torch.nn.init.normal_(factor, std=0.02)
+    x, ids, topk_weights = tokens_of_step(num_tokens)
+
+    def run() -> None:
+        y = x.clone().requires_grad_()
+        for layer in layers:
+            y = y + layer(y, ids, topk_weights)
         y.sum().backward()
 
     return run
@@ -122,6 +153,9 @@ def compare(runs: dict[str, Callable[[], None]], variant: str, rounds: int) -> J
     ratios = [one / other for one, other in zip(packed, plain, strict=True)]
     low, _, high = quantiles(ratios, n=4)
     said = {"packed_ms": median(packed), "bf16_ms": median(plain), "ratio": median(packed) / median(plain)}
+    if "experts4bit" in samples:
+        said["experts4bit_ms"] = median(samples["experts4bit"])
+        said["experts4bit_over_packed"] = said["experts4bit_ms"] / said["packed_ms"]
     return {
         **{name: round(value, 3) for name, value in said.items()},
         "ratio_quartiles": [round(low, 3), round(high, 3)],
@@ -182,6 +216,8 @@ def main() -> None:
             runs = {"bf16": layer_step(plain[0], num_tokens), "packed": layer_step(layers[0], num_tokens)}
             result[f"layer_{num_tokens}"] = compare(runs, variant, arguments.rounds)
         runs = {"bf16": step_of_layers(list(plain), 1024, True), "packed": step_of_layers(list(layers), 1024, True)}
+        if format_of(variant) == "nf4" and importlib.util.find_spec("experts4bit_qlora"):
+            runs["experts4bit"] = step_of_experts4bit(list(plain), 1024)
         result["adapters"] = compare(runs, variant, max(3, arguments.rounds // 2))
         packed_bytes = sum(weight.nbytes for layer in layers for weight in layer)
         result["weights"] = round(packed_bytes / sum(weight.nbytes for layer in plain for weight in layer), 3)

@@ -2,7 +2,14 @@
 
 from bench.readme.results import RESULTS, load, load_all, spread, table_head, table_row, where
 
-__all__ = ["adapters_table", "headline_table", "routing_replay_table", "transformers_table", "upcycle_table"]
+__all__ = [
+    "adapters_table",
+    "headline_table",
+    "quantized_table",
+    "routing_replay_table",
+    "transformers_table",
+    "upcycle_table",
+]
 
 
 def transformers_table(name: str) -> str:
@@ -167,5 +174,34 @@ def adapters_table(name: str) -> str:
         "Forward and backward of a four-layer Qwen3-MoE-like model, D=512, F=256, E=64, K=8, "
         f"T={num_tokens}, fp32; whatever is no expert is trained. Medians (quartiles) of interleaved rounds, and "
         f"their ratios. `python -m bench.adapters`; {where(results['environment'])}."
+    )
+    return "\n".join([*lines, "", caption])
+
+
+def quantized_table(name: str) -> str:
+    """Return what packed experts cost beside the same ones in bf16, a row for each format."""
+    found = load(name)
+    lines = [
+        *table_head(
+            "format", "T=1024", "T=64", "step with adapters", "weights", "peak of two steps", "experts4bit-qlora"
+        )
+    ]
+    for result in found["results"]:
+        cases = [result[case] for case in ("layer_1024", "layer_64", "adapters")]
+        cells = [
+            f"{case['ratio']:.2f} ({case['ratio_quartiles'][0]:.2f} to {case['ratio_quartiles'][1]:.2f})"
+            for case in cases
+        ]
+        peer = result["adapters"].get("experts4bit_over_packed")
+        peak = f"{result['peak_mb'] / result['bf16_peak_mb']:.2f} ({result['peak_mb']} MB)"
+        cells += [f"{result['weights']:.2f}", peak, f"{peer:.2f}" if peer else ""]
+        lines.append(table_row(f"`{result['variant']}`" if "," not in result["variant"] else result["variant"], *cells))
+    caption = (
+        "Times and memory as multiples of the same experts in bf16: forward and gradient of x of a layer (D=512, "
+        "F=256, E=64, K=8) with T tokens, a step of four such layers with adapters of rank 16 (T=1024), the weights "
+        "alone, and the peak memory of two steps of four frozen layers. The last column is the CPU time of the same "
+        "step in experts4bit-qlora, which decodes by bitsandbytes, over ours. Medians (quartiles of the ratio) of "
+        "interleaved rounds on one thread. "
+        f"`python -m bench.quantized`; {where(found['environment'])}."
     )
     return "\n".join([*lines, "", caption])
