@@ -24,6 +24,7 @@ from tritonmoe.doctor.conditions import (
     walk,
     with_plan,
 )
+from tritonmoe.doctor.copies_offer import copies_offer
 from tritonmoe.doctor.costs import Costs, fit_costs
 from tritonmoe.simulation.cost_model import EachLink, InsidePorts, LayerWork
 from tritonmoe.simulation.halves_in_turn import MOST_LAYERS
@@ -125,6 +126,7 @@ def _proposals(calls: Sequence[RecordedCall], typical: Conditions, before: Passe
     yield from _other_plan(typical)
     yield from _narrower_rows(calls[0])
     yield from _other_placement(calls)
+    yield from (Proposal(*offer) for offer in copies_offer(calls, typical))
     yield from _other_levels(calls[0], typical)
     yield from _fewer_ranks(typical)
     yield from _two_batches(calls, typical, before)
