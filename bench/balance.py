@@ -186,7 +186,8 @@ class Case:
             name: self._predicted(reports, name) + statistics.median(gather(transport, statistics.median(around[name])))
             for name in PREDICTED
         }
-        return _summary(slowest(transport, samples), {name: of[-1] for name, of in reports.items()}, predicted)
+        samples = {name: slowest(transport, of) for name, of in samples.items()}
+        return _summary(samples, {name: of[-1] for name, of in reports.items()}, predicted)
 
     def _predicted(self, reports: Mapping[str, Sequence[LayerReport]], name: str) -> float:
         """Return what the simulator says the passes of a call take, by what steps of calls without copies have taken.

@@ -78,7 +78,7 @@ class ForwardPass(Generic[Experts]):
         schedule = build_forward(
             self.plan.overlap, len(self.fillers), has_copies=self.copies is not None, relays_copies=relays_copies
         )
-        return Execution(schedule, self.actions(), self.x.device, self.plan.call)
+        return Execution(schedule, self.actions(), self.x.device, lambda: self.plan.call)
 
     def actions(self) -> Actions:
         return {
@@ -210,7 +210,7 @@ class BackwardPass:
             if schedule[0].kind is StepKind.COMBINE_BACKWARD:
                 self.packed[0] = self.exchanges.pack(self.dout, 0)
             agreement.wait()
-        return Execution(schedule, self.actions(), self.dout.device, plan.call)
+        return Execution(schedule, self.actions(), self.dout.device, lambda: plan.call)
 
     @property
     def grads(self) -> LayerGrads:
