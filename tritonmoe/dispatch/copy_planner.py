@@ -26,7 +26,8 @@ CAPS_PERCENT = (100, 120, 150, 220)
 EXPOSED_SHARE = 8
 """One part in so many of a pass's exchanges is taken to be hidden by nothing at either end."""
 COPY_SHARE = 256
-"""Each copy on a rank is taken to make the call longer by one part in so many: products of fewer pairs are slower."""
+"""Each copy on a rank is taken to make the call longer by one part in so many: products of fewer pairs are slower. So
+are as many copies as there are ranks, wherever they are, since all of them are packed and unpacked."""
 PARTS = 64
 """Rows are estimated in such parts of one."""
 SMALLEST_PIECE = 32
@@ -215,7 +216,8 @@ class _Candidate:
             )
         if self.moves:
             total += costs.call_fs
-        return total + total * max(self.copies_in) // COPY_SHARE, len(self.moves)
+        slower = max(self.copies_in) * self.load.size + len(self.moves)
+        return total + total * slower // (COPY_SHARE * self.load.size), len(self.moves)
 
     def _forward_fs(self, costs: CopyCosts, copies_fs: int) -> int:
         """Return what the busiest rank computes in a forward; ranks that have copies begin when these have come."""
