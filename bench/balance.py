@@ -196,9 +196,8 @@ class Case:
         """
         without = [*reports["even"], *reports["without"]]
         costs, link = layer_costs(without), link_costs(reports["even"], False)
-        costs = StepCosts(
-            *({**of, StepKind.COPY_WEIGHT_GRAD: of[StepKind.WEIGHT_GRAD]} for of in (costs.fixed_s, costs.unit_s))
-        )
+        own, copies = StepKind.WEIGHT_GRAD, StepKind.COPY_WEIGHT_GRAD
+        costs = StepCosts({**costs.fixed_s, copies: costs.fixed_s[own]}, {**costs.unit_s, copies: costs.unit_s[own]})
         report = reports[name][-1]
         passes = simulate_layer(report.overlap, layer_work(report), costs, link, backward=True)
         return statistics.median(gather(self.transport, sum(of.total_s for of in passes)))

@@ -10,7 +10,7 @@ from tritonmoe.demo.measure import NUM_CHUNKS
 from tritonmoe.report.png import COLORS, group_of
 from tritonmoe.report.timeline import Timeline
 
-__all__ = ["PICTURES", "overlap_figure", "picture", "pictures"]
+__all__ = ["PICTURES", "balance_figure", "overlap_figure", "picture", "pictures"]
 
 WIDTHS = {"": 720, "-narrow": 350}
 STYLE = f"""<style>
@@ -212,8 +212,34 @@ def doctor_bars(width: int) -> str:
     return _bars(width, "How often the doctor is right", bars, largest=1.0)
 
 
+def balance_bars(width: int) -> str:
+    """Draw a call with skewed routing, without copies and with them, beside uniform routing."""
+    bars = []
+    results = load("balance_emulated_8")["results"]["results"]
+    for case in [one for one in results if one["rate"] == results[0]["rate"]]:
+        hot = f"{case['hot']} hot experts, {case['imbalance']:.1f} times the mean on one rank"
+        for name, words, color in (("without", hot, "other"), ("auto", f'{hot}: balance="auto"', "experts")):
+            time_ms = case["calls"][name]["median_ms"]
+            bars.append(Bar(words, time_ms, f"{time_ms:.0f} ms", color))
+    time_ms = results[0]["calls"]["ideal"]["median_ms"]
+    bars.append(Bar("uniform routing", time_ms, f"{time_ms:.0f} ms", "dispatch"))
+    return _bars(width, "A call with hot experts, without copies and with them", bars)
+
+
+def balance_figure(name: str) -> str:
+    """Return the picture of calls with hot experts with its caption."""
+    arguments = load(name)["results"]["arguments"]
+    alt = "A call whose routing is skewed, without copies of hot experts and with them, beside uniform routing"
+    caption = (
+        f"Forward and backward on {arguments['ranks']} **emulated** ranks with links of {arguments['rates'][0]}, whose "
+        "experts take time by sleeping. `python -m bench.balance` measures it, on real links too; the tables are below."
+    )
+    return "\n".join([picture("balance", alt, "../images"), "", caption])
+
+
 PICTURES: dict[str, Callable[[int], str]] = {
     "overlap": overlap_picture,
+    "balance": balance_bars,
     "result-layer": layer_bars,
     "result-overlap": overlap_bars,
     "result-exchange": exchange_bars,

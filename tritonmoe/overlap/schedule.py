@@ -71,7 +71,7 @@ def build_forward(
     num_chunks, window = plan.num_chunks, 0 if plan.serial else plan.window
     metadata = builder.add(StepKind.METADATA, None)
     dispatches = [builder.add(StepKind.DISPATCH, c) for c in range(min(window, num_chunks, 1))]
-    copies = (builder.add(StepKind.COPIES, None),) if has_copies and not plan.serial else ()
+    copies = _add_copies(builder, False) if has_copies and not plan.serial else ()
     if not relays_copies:
         dispatches += [builder.add(StepKind.DISPATCH, c) for c in range(1, min(window, num_chunks))]
     if num_fillers > 0:
