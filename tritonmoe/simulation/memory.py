@@ -68,6 +68,7 @@ class _ForwardWalk(MemoryWalk):
             StepKind.COMBINE: self.return_sums,
             StepKind.COPIES: self.send_copies,
             StepKind.SPREAD_COPIES: self.send_copies,
+            StepKind.REDUCE: self.settle,
         }
         copies = self.work.copies
         relays_copies = copies is not None and copies.relayed is not None
@@ -145,6 +146,7 @@ class _BackwardWalk(MemoryWalk):
         self.compute(step, again, widths.inner_bytes + again + temporaries)
 
     def weight_grad(self, step: Step) -> None:
+        self.settle(step)
         copies = self.work.copies
         own_pairs = self.num_pairs if copies is None else self.num_pairs - copies.pairs
         self._gather(own_pairs, torch.full_like(own_pairs, self.widths.num_local_experts))

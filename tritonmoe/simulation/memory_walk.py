@@ -152,9 +152,17 @@ class MemoryWalk:
         copies = self.work.copies
         if copies is not None:
             travelling = self.work.travelling(step.kind.way or Way.TO_COPIES)
-            self.hold(step, travelling.sum(1) * copies.expert_bytes)
+            sent, gets_any = travelling.sum(1) * copies.expert_bytes, travelling.sum(0) > 0
+            self.hold(step, sent * gets_any)
+            kept = self.held.get("sent copies", torch.zeros_like(self.now))
+            self.hold_at_least("sent copies", kept + sent * ~gets_any)  # which nobody waits for before settle()
             arriving = self.held.get("arriving copies", torch.zeros_like(self.now))
             self.hold_at_least("arriving copies", arriving + travelling.sum(0) * copies.expert_bytes)
+
+    def settle(self, step: Step) -> None:
+        """Free what ranks that get no copies have sent."""
+        if "sent copies" in self.held:
+            self.free("sent copies")
 
     def unpack_copies(self) -> None:
         """Take weights that have arrived out of the rows in which they came; those are freed then."""
