@@ -1,9 +1,9 @@
 """`python -m bench.balance_simulated`: what copies of hot experts gain in the simulator: published models, three links.
 
 Nothing is measured on a network or a GPU: compute takes 18 D F operations a pair at a given rate, links are ports of a
-given rate, and a call with copies takes another half a millisecond for its exchanges, beside being planned. The planner sees counts of sampled
-tokens, as in a call; rows and pairs are then counted from the same tokens, with its copies and without. How long it
-takes to plan is measured, on one thread of this machine.
+given rate, and a call with copies takes another half a millisecond for its exchanges, beside being planned. The planner
+sees counts of sampled tokens, as in a call; rows and pairs are then counted from the same tokens, with its copies and
+without. How long it takes to plan is measured, on one thread of this machine.
 """
 
 import argparse

@@ -27,6 +27,8 @@ STYLE = f"""<style>
     .weight-gradients {{ fill: #9db3ff; }} .dispatch {{ fill: #d8822d; }} .combine {{ fill: #f2b566; }}
   }}
 </style>"""
+BALANCED = ("DeepSeek-V3", 64, "hot rank")
+"""The case of bench.balance_simulated that is drawn: model, ranks and skew."""
 LETTER, STRONG_LETTER = 7.4, 9.6
 """Pixels that a letter needs at most, on average of a line."""
 
@@ -213,26 +215,27 @@ def doctor_bars(width: int) -> str:
 
 
 def balance_bars(width: int) -> str:
-    """Draw a call with skewed routing, without copies and with them, beside uniform routing."""
+    """Draw what the simulator says of a model's layer with skewed routing on three links, with copies and without."""
     bars = []
-    results = load("balance_emulated_8")["results"]["results"]
-    for case in [one for one in results if one["rate"] == results[0]["rate"]]:
-        hot = f"{case['hot']} hot experts, {case['imbalance']:.1f} times the mean on one rank"
-        for name, words, color in (("without", hot, "other"), ("auto", f'{hot}: balance="auto"', "experts")):
-            time_ms = case["calls"][name]["median_ms"]
-            bars.append(Bar(words, time_ms, f"{time_ms:.0f} ms", color))
-    time_ms = results[0]["calls"]["ideal"]["median_ms"]
-    bars.append(Bar("uniform routing", time_ms, f"{time_ms:.0f} ms", "dispatch"))
-    return _bars(width, "A call with hot experts, without copies and with them", bars)
+    for case in load("balance_simulated")["results"]["results"]:
+        if (case["model"], case["ranks"], case["skew"]) == BALANCED:
+            where = f"{case['gb_per_s']:g} GB/s"
+            without_ms, with_ms = case["without_ms"], case["with_ms"]
+            bars += [
+                Bar(f"{where}, without copies", without_ms, f"{without_ms:.0f} ms", "other"),
+                Bar(f'{where}, balance="auto": {case["copies"]} copies', with_ms, f"{with_ms:.0f} ms", "experts"),
+            ]
+    return _bars(width, "One layer with a hot rank, without copies of its experts and with them, simulated", bars)
 
 
 def balance_figure(name: str) -> str:
-    """Return the picture of calls with hot experts with its caption."""
-    arguments = load(name)["results"]["arguments"]
-    alt = "A call whose routing is skewed, without copies of hot experts and with them, beside uniform routing"
+    """Return the picture of balance_bars with its caption."""
+    model, ranks, skew = BALANCED
+    cases = [of for of in load(name)["results"]["results"] if (of["model"], of["ranks"], of["skew"]) == BALANCED]
+    alt = "One layer with a hot rank, without copies of hot experts and with them, on three links"
     caption = (
-        f"Forward and backward on {arguments['ranks']} **emulated** ranks with links of {arguments['rates'][0]}, whose "
-        "experts take time by sleeping. `python -m bench.balance` measures it, on real links too; the tables are below."
+        f"Forward and backward of a layer of {model} on {ranks} ranks, **simulated**: a {skew} has "
+        f"{cases[0]['imbalance']:.1f} times the mean of pairs. The numbers are those of the table below."
     )
     return "\n".join([picture("balance", alt, "../images"), "", caption])
 
