@@ -2,9 +2,10 @@
 
 Every rank calls it with the same numbers and must find the same plan, so there are only integers here. Candidates
 differ in how evenly they spread the pairs, in how many copies they make, and in where these are: a closed form prices
-each. A pass takes as long as the busiest rank computes, or as the busiest port is occupied, and then what nothing
-hides: the first rows that come and the last that go. What is copied occupies the ports of its owner and of its rank;
-a rank that has copies begins when their weights have come, and their gradients leave it late in the backward.
+each. A pass takes as long as the busiest rank computes, and what of the first rows that come and the last that go
+nothing hides; or as long as the busiest port is occupied, and one of the two. What is copied occupies the ports of its
+owner and of its rank; a rank that has copies begins when their weights have come, and their gradients leave it late in
+the backward.
 """
 
 from collections.abc import Sequence
@@ -263,4 +264,4 @@ def _pass_fs(computed_fs: int, copies_bytes: Sequence[int], rows_bytes: Sequence
     """Return what a pass takes; copies_bytes, rows_bytes: on the busier direction of each rank's port."""
     exposed_fs = max(rows_bytes) * byte_fs // EXPOSED_SHARE
     sent_fs = max(map(sum, zip(copies_bytes, rows_bytes, strict=True))) * byte_fs
-    return max(computed_fs, sent_fs + exposed_fs) + exposed_fs
+    return max(computed_fs + exposed_fs, sent_fs) + exposed_fs
