@@ -2,8 +2,8 @@
 
     python examples/train_balanced.py
 
-Four emulated ranks, threads of this process, whose link has 1 GB/s. With `--balance none` the same training runs without
-copies: the losses are the same, and one rank has most of the work in every step.
+Four emulated ranks, threads of this process, whose link has 1 GB/s. With `--balance none` the same training runs
+without copies: the losses are the same, and one rank has most of the work in every step.
 """
 
 import argparse
