@@ -18,7 +18,7 @@ from tritonmoe.expert_parallel import balance
 from tritonmoe.expert_parallel.check import CheckedCall
 from tritonmoe.expert_parallel.listeners import listeners
 from tritonmoe.overlap.report import LayerReport
-from tritonmoe.transports import Delay, Transport
+from tritonmoe.transports import Delay, PendingExchange, Transport
 
 ALWAYS = tm.OverlapConfig(2, balance="always")
 
@@ -484,3 +484,46 @@ def test_halves_of_a_batch_run_without(reports: dict[int, list[LayerReport]]) ->
     assert_equals_one_device({"out": torch.cat(outs)}, expected)
     assert all(report.copies is None for report in reports[0])
     assert {report.half for report in reports[0]} == {1, 2}
+
+
+class Waited(PendingExchange):
+    """An exchange that says whether anybody has waited for it."""
+
+    def __init__(self, pending: PendingExchange) -> None:
+        self._pending, self.is_waited_for = pending, False
+
+    def wait(self) -> Tensor:
+        self.is_waited_for = True
+        return self._pending.wait()
+
+    def finished_at(self) -> float | None:
+        return self._pending.finished_at()
+
+
+@pytest.mark.parametrize("save", ["hidden", "input"])
+def test_every_exchange_is_waited_for_before_a_pass_ends(save: str) -> None:
+    """An owner waits for none of the copies that it only sends before its experts run, but before the pass ends."""
+    config = tm.MoEConfig(hidden_size=8, intermediate_size=6, num_experts=8, top_k=2)
+
+    def on_rank(transport: Transport) -> None:
+        posted: list[Waited] = []
+        exchange = transport.exchange
+
+        def noted(*arguments, **settings) -> Waited:
+            posted.append(Waited(exchange(*arguments, **settings)))
+            return posted[-1]
+
+        transport.exchange = noted
+        generator = torch.Generator().manual_seed(transport.rank)
+        weights = tm.GroupedExperts(config, transport, ALWAYS, generator=torch.Generator().manual_seed(0))
+        x = torch.randn(40, 8, generator=generator, requires_grad=True)
+        ids = torch.stack([torch.zeros(40, dtype=torch.int64), torch.randint(1, 8, (40,), generator=generator)], 1)
+        settings = {"num_experts": 8, "transport": transport, "overlap": ALWAYS, "save": save}
+        gates = torch.full((40, 2), 0.5)
+        y = tm.expert_parallel_mlp(x, ids, gates, weights.gate_up_proj, weights.down_proj, **settings)
+        assert len(posted) > 4
+        assert all(one.is_waited_for for one in posted)
+        y.sum().backward()
+        assert all(one.is_waited_for for one in posted)
+
+    tm.run_on_emulated_ranks(on_rank, 4, timeout_s=60)
