@@ -32,6 +32,8 @@ TABLES = {
     "adapters": model_tables.adapters_table,
     "headline": model_tables.headline_table,
     "auto": overlap_tables.auto_table,
+    "balance": balance_tables.balance_table,
+    "balance_picture": pictures.balance_figure,
     "balance_simulated": balance_tables.balance_simulated_table,
     "doctor": diagnosis_tables.doctor_table,
     "foreign": diagnosis_tables.foreign_table,

@@ -15,7 +15,8 @@ import torch
 from tritonmoe.diagnosis.call_recording import FORMAT, SCHEMA, file_name, plain_plan
 from tritonmoe.dispatch.header import CallHeader
 from tritonmoe.expert_parallel.state import state_of
-from tritonmoe.overlap.report import CallMarks, LayerReport, PassReport, StepTiming
+from tritonmoe.overlap.report import CallMarks, LayerReport, PassReport
+from tritonmoe.overlap.step_timing import StepTiming
 from tritonmoe.runtime.files import Json
 from tritonmoe.runtime.host_device import HostCopy
 from tritonmoe.runtime.version import __version__

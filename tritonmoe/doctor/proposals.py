@@ -11,6 +11,7 @@ from tritonmoe.config.overlap import OverlapConfig
 from tritonmoe.diagnosis.call_recording import RecordedCall, by_layer
 from tritonmoe.dispatch.placement import ExpertPlacement
 from tritonmoe.doctor.conditions import Conditions, Halves, Nodes, walk, with_plan
+from tritonmoe.doctor.copies_offer import copies_offer
 from tritonmoe.doctor.entries import Entry, PassesBefore
 from tritonmoe.simulation.cost_model import EachLink, InsidePorts, LayerWork
 from tritonmoe.simulation.halves_in_turn import MOST_LAYERS
@@ -38,6 +39,7 @@ def proposals(calls: Sequence[RecordedCall], typical: Conditions, before: Passes
     yield from _other_plan(typical)
     yield from _narrower_rows(calls[0])
     yield from _other_placement(calls)
+    yield from (Proposal(*offer) for offer in copies_offer(calls, typical))
     yield from _other_levels(calls[0], typical)
     yield from _fewer_ranks(typical)
     yield from _two_batches(calls, typical, before)

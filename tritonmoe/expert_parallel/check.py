@@ -115,7 +115,8 @@ def check(arguments: CallArguments) -> CheckedCall:
             num_slots = transport.size * spec.placement.num_slots
         if num_nonfinite_rows is None:
             num_nonfinite_rows = count_nonfinite_rows(tensors, num_slots)
-    state, weights = state_of(transport), tensors.weights
+    state, down, scales = state_of(transport), tensors.weights.down_proj, tensors.weights.down_scales
+    down_shape = tuple(down.shape) if scales is None else weight_shape(down, scales)
     return CheckedCall(
         spec=spec,
         transport=transport,
@@ -124,7 +125,7 @@ def check(arguments: CallArguments) -> CheckedCall:
         layer=layer,
         tensors=tensors,
         num_slots=num_slots,
-        intermediate_size=weight_shape(weights.down_proj, weights.down_scales)[2 - spec.experts.layout.transposed],
+        intermediate_size=down_shape[2 - spec.experts.layout.transposed],
         num_nonfinite_rows=num_nonfinite_rows,
         fillers=fillers,
         settings=settings,

@@ -80,11 +80,12 @@ def _check_weights(x: Tensor, weights: PerWeight[Tensor], layout: ExpertLayout) 
             check_plain(name, weight)
         else:
             check_packed(name, weight, scales)
-    check_contents(weights)
+    if weights.gate_up_scales is not None or weights.down_scales is not None:
+        check_contents(weights)
     if w1.dim() != 3 or w2.dim() != 3:
         raise ValueError(f"gate_up_proj and down_proj must have 3 axes, got {tuple(w1.shape)} and {tuple(w2.shape)}")
     num_experts, model_width = w1.shape[0], x.shape[1]
-    up_shape = weight_shape(w1, weights.gate_up_scales)
+    up_shape = tuple(w1.shape) if weights.gate_up_scales is None else weight_shape(w1, weights.gate_up_scales)
     if num_experts < 1:
         raise ValueError(f"there must be at least one expert, got gate_up_proj {up_shape}")
     width = up_shape[2 if layout.transposed else 1]
@@ -104,24 +105,23 @@ def _check_weights(x: Tensor, weights: PerWeight[Tensor], layout: ExpertLayout) 
     ):
         if tensor is None:
             continue
-        shape = weight_shape(tensor, scales)
+        shape = tuple(tensor.shape) if scales is None else weight_shape(tensor, scales)
         if shape != want:
             form = axes if layout.gated else axes.replace("2F", "F")
             raise ValueError(
                 f"{name} must be {form} = {want} with D = {model_width} from x and transposed={layout.transposed}, "
                 f"gated={layout.gated}; got {shape}"
             )
-        if scales is None:
-            _check_dtype(name, tensor, x)
-        else:
+        if scales is None and tensor.dtype != x.dtype:
+            raise _other_dtype(name, tensor, x)
+        if scales is not None:
             _check_decoded(name, tensor, scales, x, inner)
     _check_factors("gate_up", x, weights.gate_up_a, weights.gate_up_b, (num_experts, width, model_width))
     _check_factors("down", x, weights.down_a, weights.down_b, (num_experts, model_width, inner))
 
 
-def _check_dtype(name: str, tensor: Tensor, x: Tensor) -> None:
-    if tensor.dtype != x.dtype:
-        raise TypeError(f"{name} is {tensor.dtype} and x is {x.dtype}: cast one to the other's dtype")
+def _other_dtype(name: str, tensor: Tensor, x: Tensor) -> TypeError:
+    return TypeError(f"{name} is {tensor.dtype} and x is {x.dtype}: cast one to the other's dtype")
 
 
 def _check_decoded(name: str, values: Tensor, scales: Tensor, x: Tensor, inner: int) -> None:
@@ -148,7 +148,8 @@ def _check_factors(
     num_experts, width, depth = sizes
     for factor in (f"{name}_a", factor_a), (f"{name}_b", factor_b):
         check_plain(*factor)
-        _check_dtype(*factor, x)
+        if factor[1].dtype != x.dtype:
+            raise _other_dtype(*factor, x)
     shapes = tuple(factor_a.shape), tuple(factor_b.shape)
     rank = factor_a.shape[1] if factor_a.dim() == 3 else 0
     if rank < 1 or shapes != ((num_experts, rank, depth), (num_experts, width, rank)):
