@@ -57,6 +57,15 @@ def test_experts_that_move_have_the_losses_of_those_that_stay():
     assert moved.splitlines()[-1] == stayed.splitlines()[-1]
 
 
+def test_copies_of_hot_experts_leave_the_losses_as_they_are():
+    arguments = ("--steps", "5", "--tokens", "96")
+    copied, plain = (run_script("train_balanced.py", *arguments, "--balance", of) for of in ("always", "none"))
+    assert len(losses(copied)) == 5
+    assert losses(copied) == pytest.approx(losses(plain), abs=2e-6)
+    assert copied.count("busiest rank 4.00 of the mean, with copies 1.00: 3 copies") == 5
+    assert plain.count("with copies 4.00: none") == 5
+
+
 def test_expert_parallel_training_says_how_it_is_started():
     environment = {name: value for name, value in os.environ.items() if name != "LOCAL_RANK"}
     script = str(EXAMPLES / "train_expert_parallel.py")

@@ -120,6 +120,7 @@ class GroupedExperts(nn.Module):
         """How the experts compute, but for their adapters."""
         self.expert_ids = tuple(range(config.num_experts))
         """The experts of this rank, in the order of its weights."""
+        self._load_balance_loss_weight: float | None = None
         self._join(transport, overlap, placement, expert_gradients, torch.empty(0, device=device).device)
         self._hold(empty_parameters(config, len(self.expert_ids), device, dtype))
         self.reset_parameters(generator)
@@ -148,7 +149,10 @@ class GroupedExperts(nn.Module):
         check_overlap(self.overlap)
         check_expert_gradients(expert_gradients)
         if placement is not None and ranks is None:
-            raise ValueError("placement says which rank holds which experts: it needs a transport")
+            raise ValueError(
+                "placement says which rank holds which experts, so it needs ranks: give a transport, or leave "
+                "placement out"
+            )
         self.placement = placement
         self.transport = None if ranks is None else as_transport(ranks)
         self._sharding: Sharding | None = None
@@ -161,6 +165,7 @@ class GroupedExperts(nn.Module):
         check_expert_parallel(num_local, num_experts, size, placement)
         self._sharding = find_sharding(ranks, self.transport, device)
         self._calls = LayerCalls(self.transport, expert_gradients)
+        self._calls.load_balance_loss_weight = self._load_balance_loss_weight
         agree_on_overflow(_transports_of)
         if expert_gradients == "mean":
             self._gradient_scale = 1 / size
@@ -213,6 +218,12 @@ class GroupedExperts(nn.Module):
     def calls(self) -> LayerCalls | None:
         """What its calls over ranks have in common; None on one device."""
         return self._calls
+
+    def take_router(self, load_balance_loss_weight: float) -> None:
+        """Note how the router of the layer that has these experts is balanced, for recordings."""
+        self._load_balance_loss_weight = load_balance_loss_weight
+        if self._calls is not None:
+            self._calls.load_balance_loss_weight = load_balance_loss_weight
 
     def take_placement(self, placement: ExpertPlacement | None) -> None:
         """Note that the rows of the parameters are other experts' from now on: rebalance() has moved them."""
@@ -323,14 +334,15 @@ class GroupedExperts(nn.Module):
         )
         if factors and adapters is not None:
             raise ValueError(
-                "adapters are given to experts that PEFT has adapted already: give none, or don't wrap them"
+                "the call gives adapters to experts that PEFT has adapted already: leave adapters out, or don't wrap "
+                "the experts by PEFT"
             )
         is_trained = torch.is_grad_enabled() and any(factor.requires_grad for factor in factors.values())
         if is_trained and self.placement is not None and self.placement.has_replicas:
             raise ValueError(
-                "adapters of experts that stand in several slots of a placement can't be trained: every slot would get "
-                "the gradient of all of them, and an average over ranks count it several times. Use a placement "
-                "without replicas, or freeze the adapters"
+                "adapters of experts that stand in several slots of a placement can't be trained: every slot would "
+                "get the gradient of all of them, and an average over ranks would count it several times. Use a "
+                "placement without replicas, or freeze the adapters"
             )
         return weights._replace(**factors)
 
@@ -385,7 +397,9 @@ def report_of(layer: "GroupedExperts | MoELayer") -> LayerReport:
     """Return the report of a layer's last call; RuntimeError where there was none over a transport."""
     report = layer.last_report
     if report is None:
-        raise RuntimeError(f"this {type(layer).__name__} has made no expert-parallel call yet")
+        raise RuntimeError(
+            f"this {type(layer).__name__} has made no expert-parallel call yet: call it on its ranks first"
+        )
     return report
 
 
@@ -493,6 +507,7 @@ class MoELayer(nn.Module):
             device=device,
             dtype=dtype,
         )
+        self.experts.take_router(config.load_balance_loss_weight)
         self.router.reduce_load = self.experts.sum_over_ranks
         if config.selection_bias:
             mark_own_buffers(self.router, ("load",))
@@ -517,7 +532,7 @@ class MoELayer(nn.Module):
     def statistics(self) -> RoutingStatistics:
         """Return the routing statistics of the last forward's tokens on this rank."""
         if self.last_routing is None:
-            raise RuntimeError("there are no statistics before the first forward")
+            raise RuntimeError("there are no statistics before the first forward: call the layer first")
         return routing_statistics(self.last_routing.topk_ids, self.config.num_experts)
 
     def forward(
@@ -619,8 +634,9 @@ class MoELayer(nn.Module):
         experts = innermost(self.experts)
         if not isinstance(experts, GroupedExperts):
             raise TypeError(
-                f"a {type(experts).__name__} stands where the experts of a MoELayer are expected, and is no wrapper "
-                "that is known here: those of torch.compile, checkpoint_wrapper, FSDP and PEFT are"
+                f"a {type(experts).__name__} has taken the place of a MoELayer's experts, and the layer only knows "
+                "the wrappers of torch.compile, checkpoint_wrapper, FSDP and PEFT: use one of them, or wrap the "
+                "whole layer"
             )
         return experts
 

@@ -487,7 +487,7 @@ def test_a_budget_gives_the_fewest_chunks() -> None:
     assert plan == least
     assert f"with {peak_bytes(least, layer, widths).most} bytes still more than memory_budget_bytes = 1" in why
     for wrong in ({"num_chunks": 2}, {"shape": "ramp"}, {"shape": (1, 2)}, {"wire_dtype": torch.bfloat16}):
-        with pytest.raises(ValueError, match="chooses the number of equal chunks"):
+        with pytest.raises(ValueError, match="chooses the number of chunks"):
             tm.OverlapConfig(memory_budget_bytes=10, **wrong)
     with pytest.raises(ValueError, match="positive number of bytes"):
         tm.OverlapConfig(memory_budget_bytes=0)

@@ -26,8 +26,8 @@ DESCRIPTION = """\
 Measure how much of a layer's communication overlap hides: compute alone, communication alone, both in turn, overlapped.
 
 On a real link, in processes: under torchrun (gloo or NCCL), under mpiexec with --mpi, or in network namespaces that
---netns makes on this machine. On an emulated link, in one process: --emulate. There all ranks compute on a CPU; on a
-GPU, which they would share, one does, and the others are replayed to it.
+--netns makes on this machine. On an emulated link, in one process: --emulate. On a CPU all emulated ranks
+compute. On a GPU, which they would share, only one rank computes, and gets the recorded rows of the others.
 """
 
 
@@ -35,7 +35,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="tritonmoe bench overlap",
         description=DESCRIPTION,
-        epilog=f"what the figures are, in the table, in --json and in --png:\n{as_terms(TERMS)}",
+        epilog=f"the figures in the table, in --json and in --png:\n{as_terms(TERMS)}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     where = parser.add_argument_group("ranks and links (under torchrun: none of these)")
@@ -110,13 +110,13 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     if arguments.emulate is not None and "RANK" in os.environ:
         raise ValueError(
             f"--emulate {arguments.emulate} needs one process, and the environment has RANK={os.environ['RANK']}: "
-            "under torchrun every process would emulate all ranks. Start it without torchrun (unset RANK), or leave it "
-            "out"
+            "under torchrun every process would emulate all ranks. Start without torchrun (unset RANK), or leave "
+            "--emulate out"
         )
     if arguments.rate is not None and modes not in (["emulate"], ["netns"]):
         raise ValueError(
-            f"--rate {arguments.rate} shapes the link of --emulate or --netns: under torchrun and mpiexec the link is "
-            "what it is. Leave it out"
+            f"--rate {arguments.rate} shapes the link of --emulate or --netns, and can't shape the link between ranks "
+            "of torchrun or mpiexec. Leave --rate out"
         )
     if arguments.compute_ratio is not None:
         if not 0 < arguments.compute_ratio < 1000:

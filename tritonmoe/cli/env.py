@@ -1,4 +1,4 @@
-"""`tritonmoe env`: versions, devices, and which backends and transports can run here, with the reason where not."""
+"""`tritonmoe env`: versions, devices, and which backends and transports can run here, or why they can't."""
 
 import argparse
 import json

@@ -33,7 +33,7 @@ def add_parser(subparsers: Subparsers) -> None:
         default=1,
         help="ranks that the experts are spread over (default 1); --tokens are then the rows that one of them receives",
     )
-    parser.add_argument("--target", help="compile for any card, as sm_90 or gfx942, without a GPU")
+    parser.add_argument("--target", help="compile for any card, such as sm_90 or gfx942, without a GPU")
     parser.set_defaults(run=run)
 
 

@@ -75,7 +75,7 @@ class _ReuseTopK(TorchDispatchMode):
         if self.position == len(self.kept):
             raise RuntimeError(
                 f"the recompute calls torch.topk more often than the forward did ({len(self.kept)} times): a function "
-                "under activation checkpointing must do the same each time"
+                "under activation checkpointing must make the same calls each time"
             )
         ids = self.kept[self.position]
         self.position += 1

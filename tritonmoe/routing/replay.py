@@ -195,7 +195,10 @@ class LayerReplay(TorchFunctionMode):
             raise ValueError(self._problem)
         if not was_active:
             if self.is_open:
-                raise ValueError(f"{self.name} was called without the block around it, whose router takes recorded ids")
+                raise ValueError(
+                    f"{self.name} was called outside of its block, and the block's router is what takes recorded ids: "
+                    "call the block"
+                )
             return
         shape = self._shape
         if tuple(topk_ids.shape) != shape:

@@ -100,8 +100,8 @@ def _pieces(entry: object, shape: tuple[int, int], name: str) -> Iterator[Tensor
         if rows.dim() != 3 or rows.shape[1:] != shape:
             raise ValueError(
                 f"{name} must be (rows, layers, K) = (rows, {shape[0]}, {shape[1]}), as `like` has them, got "
-                f"{tuple(rows.shape)}: has_experts names layers without experts, and what the engine adds to the K "
-                "experts, as shared ones, is to be cut off"
+                f"{tuple(rows.shape)}: name layers without experts in has_experts, and cut off the ids that the "
+                "engine adds to the K experts, such as those of shared experts"
             )
         yield (rows.long() if rows.dtype in UNSIGNED else rows).cpu()
 

@@ -344,9 +344,9 @@ class TopKRouter(nn.Module):
         placements = getattr(self.weight, "placements", ())  # of a DTensor
         if self.reduce_load is None and any(placement.is_shard() for placement in placements):
             raise ValueError(
-                "the router's weight is spread over ranks that each count the load of their own tokens, and its "
-                "selection bias would become another one on each: set router.reduce_load to a function that sums a "
-                "tensor over the data-parallel ranks and returns it, or spread the layer's experts over these ranks"
+                "the router's weight is spread over ranks that each count the load of their own tokens, so its "
+                "selection bias would become different on each rank: set router.reduce_load to a function that sums "
+                "a tensor over the data-parallel ranks and returns it, or spread the layer's experts over these ranks"
             )
         if self.reduce_load is not None:
             load = reduce_counts(load, self.reduce_load)

@@ -91,9 +91,9 @@ def ignore_sharded_parameters() -> None:
         name_ignored(module, group, mesh)
         if given.get("mixed_precision") is not None and _averages_nothing(module):
             raise ValueError(
-                "all that is trained here is other parameters on every rank, of which DistributedDataParallel averages "
-                "none, and its mixed_precision restores parameters where it averages: leave mixed_precision out, and "
-                "run the model under torch.autocast"
+                "all trained parameters of this module are experts, of which every rank has others, so "
+                "DistributedDataParallel averages nothing; but its mixed_precision restores parameters only when it "
+                "averages: leave mixed_precision out, and run the model under torch.autocast"
             )
         with _something_to_average(module):
             original(self, *arguments, **keywords)
@@ -137,9 +137,9 @@ def _refuse_uneven(module: nn.Module) -> None:
         if marked.members is not None and len(marked.members) > 1:
             raise ValueError(
                 f"the experts of {name or type(child).__name__} are spread over the ranks {sorted(marked.members)}, "
-                "which all take part in every call of them, and join() lets a rank without batches stop: give every "
-                "rank as many batches (one may have no tokens), or let all ranks stop with the first one, by "
-                "join(throw_on_early_termination=True)"
+                "and every call needs all of these ranks, but join() lets a rank without batches stop: give every "
+                "rank the same number of batches (one may have no tokens), or let all ranks stop with the first one, "
+                "by join(throw_on_early_termination=True)"
             )
 
 

@@ -192,10 +192,10 @@ def _refuse_collective(operation: "OpOverload", arguments: Arguments, keywords: 
             return operation(*arguments, **keywords)
     name = operation._schema.name.removeprefix("c10d::").rstrip("_")
     raise ValueError(
-        f"torch.distributed's {name} got a DTensor, of which every "
-        "rank holds another part, as of experts that are spread over ranks; it would mix these parts: leave out the "
-        "parameters that tritonmoe.expert_parameters(module) gives (ZeroRedundancyOptimizer and averages of models do "
-        "such things to all that they get: give the experts an optimizer of their own)"
+        f"torch.distributed's {name} got a DTensor, of which every rank holds another part, as of experts that are "
+        "spread over ranks; it would mix these parts: leave out the parameters that "
+        "tritonmoe.expert_parameters(module) gives (ZeroRedundancyOptimizer and averages of models do this to all "
+        "parameters that they get: give the experts an optimizer of their own)"
     )
 
 

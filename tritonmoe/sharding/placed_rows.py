@@ -89,8 +89,8 @@ class PlacedRows(Tensor):
             )
         if any(other.experts_of_rank != first.experts_of_rank for other in given):
             raise ValueError(
-                "these are experts in state dicts from before and behind a rebalance(), whose rows are other experts': "
-                "take both from the same placement, or compute with full_tensor()"
+                "these experts come from state dicts before and after a rebalance(), and their rows belong to "
+                "different experts: take both from the same placement, or compute with full_tensor()"
             )
         plain = [_plain(value) for value in args]
         found = func(*plain, **{name: _plain(value) for name, value in kwargs.items()})

@@ -76,7 +76,8 @@ def part_of(value: Tensor, parameter: "DTensor", experts_of_rank: ExpertsOfRank 
 
     if parameter.placements != (Shard(0),):
         raise ValueError(
-            f"a whole tensor can't be divided as {parameter.placements}: load with torch.distributed.checkpoint"
+            f"a whole tensor can't be divided into {parameter.placements}: load the state dict with "
+            "torch.distributed.checkpoint"
         )
     mesh = parameter.device_mesh
     rank = mesh.get_local_rank()
@@ -122,9 +123,9 @@ def in_slot_order(value: object, parameter: object, order: ExpertsOfRank | None,
     elif isinstance(value, DTensor):
         if order is not None:
             raise ValueError(
-                f"{name} is a DTensor of which nothing says which expert a row belongs to, and the experts of this "
-                "module have moved (or have a placement): load what state_dict() gave, whole tensors on every rank, or "
-                "with torch.distributed.checkpoint into state_dict()"
+                f"{name} is a DTensor whose rows don't say to which experts they belong, and the experts of this "
+                "module have moved (or have a placement): load the result of state_dict(), whole tensors on every "
+                "rank, or with torch.distributed.checkpoint into state_dict()"
             )
         return value
     num_slots = parameter.shape[0]

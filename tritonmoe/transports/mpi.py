@@ -209,8 +209,8 @@ class MPITransport(Transport):
     def rebuild(self) -> None:
         """Raise TransportError: MPI has no way back."""
         raise TransportError(
-            "MPI has no way back after a failed exchange, MPI_Finalize would wait for the missing rows for ever: end "
-            "the processes and start the job again"
+            "MPI can't be used after a failed exchange, since MPI_Finalize would wait for the missing rows for ever: "
+            "end the processes and start the job again"
         )
 
     def fail(self, reason: str) -> NoReturn:

@@ -66,21 +66,20 @@ def is_registered(group: "ProcessGroup") -> bool:
 class ProcessGroupTransport(Transport):
     """Rows between the processes of a torch.distributed group.
 
-    CPU tensors, counts among them, travel over gloo where the group has that or nothing for the CPU, on connections of
-    the transport's own, made with its first exchange; CUDA tensors on the group's CUDA backend (NCCL).
-    The group stays its maker's: close() doesn't destroy it.
-    Splits are not compared between ranks here: where they disagree gloo waits until the timeout and NCCL for ever, so
-    callers agree on them through exchange_counts first. Transports of one group are numbered as they are made, and the
-    exchanges of one never meet another's: make them, and call them, in the same order on every rank.
+    CPU tensors and counts travel over gloo if the group has gloo or no backend for the CPU, on connections that the
+    transport makes with its first exchange. CUDA tensors travel on the group's CUDA backend (NCCL). close() doesn't
+    destroy the group. exchange() doesn't compare splits between ranks: if they disagree, gloo waits until the timeout
+    and NCCL for ever, so callers agree on splits through exchange_counts first. The exchanges of two transports of one
+    group never meet: make the transports, and call them, in the same order on every rank.
 
     Args:
         group: a ProcessGroup that this process belongs to; None is the default group.
         timeout_s: how long wait(), exchange_counts() and rebuild() wait for gloo before they raise; None is the
-            group's own timeout. Over NCCL only the device waits: a host that waits for the device in a layer call
-            raises after it too, unless NCCL's watchdog ends the process before, at the group's timeout.
+            group's own timeout. Over NCCL only the device waits for rows: a host that waits for its device in a layer
+            call raises after timeout_s too, unless NCCL's watchdog ends the process before, at the group's timeout.
     Raises:
-        ValueError: torch.distributed is not available or not initialised, this process is not in the group, or nothing
-            carries CPU tensors.
+        ValueError: torch.distributed is not available or not initialised, this process is not in the group, or no
+            backend carries CPU tensors.
     """
 
     def __init__(self, group: "ProcessGroup | None" = None, *, timeout_s: float | None = None) -> None:
@@ -129,7 +128,7 @@ class ProcessGroupTransport(Transport):
 
     @property
     def group(self) -> "ProcessGroup":
-        """The group that it was made on."""
+        """The group that the transport was made on."""
         return self._group
 
     @property
@@ -222,8 +221,8 @@ class ProcessGroupTransport(Transport):
             return
         self._give_up(f"waited {waited_s:.1f} s for its device", () if broken is None else (broken,))
         raise TransportError(
-            f"rank {self.rank} of {self.size} waits for its device, which may wait for rows that never come: "
-            f"{self._breakdown.explain()}"
+            f"rank {self.rank} of {self.size} waits for its device, and the device may wait for rows that will never "
+            f"come: {self._breakdown.explain()}"
         )
 
     def give_up(self, what: str) -> None:
@@ -245,7 +244,7 @@ class ProcessGroupTransport(Transport):
         self._check_open()
         unknown = set(self._backends.values()) - {"gloo", "nccl"}
         if unknown:
-            raise TransportError(f"a group of {unknown} has no way back after a failure: make a new group")
+            raise TransportError(f"a group of {unknown} can't be rebuilt after a failure: make a new group")
         self.give_up("called rebuild()")
         before = time.perf_counter()
         has_device = "cuda" in self._backends and torch.cuda.is_available()
@@ -259,8 +258,8 @@ class ProcessGroupTransport(Transport):
                 self._device_group = self._new_device_group()
         except RuntimeError as error:
             raise TransportError(
-                f"rebuild() failed on rank {self.rank} of {self.size}: {error}. Where all ranks live, call it again on "
-                "all of them; otherwise start the job again"
+                f"rebuild() failed on rank {self.rank} of {self.size}: {error}. If all ranks are alive, call "
+                "rebuild() again on all of them; otherwise start the job again"
             ) from error
         self._drop_links()
         self._begin_generation(generation)

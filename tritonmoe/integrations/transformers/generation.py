@@ -85,15 +85,16 @@ class _Generate:
                 ) from error
         if number == FAILED != own:
             raise TransportError(
-                "generate() failed on another rank, whose own error says why, and this one can't go on without it"
+                "generate() failed on another rank, and this rank can't go on without that one: see the error of the "
+                "other rank"
             )
         return number
 
     def help(self, number: int) -> None:
         if number > len(self.callees):
             raise ValueError(
-                "another rank generates with an assistant_model whose experts are spread, and this rank with none: "
-                "give all ranks the same one"
+                "another rank generates with an assistant_model whose experts are spread, and this rank without one: "
+                "give all ranks the same assistant_model"
             )
         callee = self.callees[number - 1]
         arguments, keywords = self._least(callee)
@@ -110,8 +111,8 @@ class _Generate:
                 return (), {"input_ids": ids}
             if not positional and not named:
                 raise ValueError(
-                    "another rank runs the encoder, and this one, which was given encoder_outputs, has no input for "
-                    "it: give them on every rank, or on none"
+                    "another rank runs the encoder, and this rank has only encoder_outputs, so no input for the "
+                    "encoder: give encoder_outputs on every rank, or on none"
                 )
             return positional, named  # again, of which an encoder keeps nothing
         accepted = inspect.signature(callee.forward).parameters
@@ -121,8 +122,8 @@ class _Generate:
             return (), {"input_ids": ids, **keywords}
         if named.get("encoder_outputs") is None:
             raise ValueError(
-                f"another rank runs the decoder of {type(callee).__name__}, and this one, whose own generate() ran "
-                "none, has no encoder_outputs for it: let every rank generate something"
+                f"another rank runs the decoder of {type(callee).__name__}, and this rank has no encoder_outputs for "
+                "it, since its own generate() ran no forward: let every rank generate at least one token"
             )
         keywords |= {name: named[name] for name in ("encoder_outputs", "attention_mask") if name in named}
         return (), {"decoder_input_ids": ids.expand(len(keywords["encoder_outputs"][0]), 1), **keywords}

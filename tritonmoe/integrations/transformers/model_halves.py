@@ -168,8 +168,8 @@ class HalvedForward:
         model = next(inner for inner in self.model.modules() if isinstance(inner, PreTrainedModel))
         if model.loss_function is not ForCausalLMLoss:
             raise ValueError(
-                f"{type(model).__name__} has a loss of its own, which two_batches can't compute of halves: leave out "
-                "`labels`, and compute the loss of the logits"
+                f"{type(model).__name__} computes its loss itself, and two_batches can't compute that loss from "
+                "halves: leave out `labels`, and compute the loss of the logits"
             )
         loss = _ShareOfLoss(model.loss_function, _num_targets(arguments))
         before = model.__dict__.get("_loss_function")
@@ -183,8 +183,8 @@ class HalvedForward:
                 model.loss_function = before
         if loss.num_calls != 2:
             raise ValueError(
-                f"{type(model).__name__} doesn't take its loss from one call of its loss_function, so that two_batches "
-                "can't weigh the halves: leave out `labels`, and compute the loss of the logits"
+                f"{type(model).__name__} doesn't compute its loss by one call of its loss_function, so two_batches "
+                "can't weight the losses of the halves: leave out `labels`, and compute the loss of the logits"
             )
 
     def _join(self, outputs: tuple["ModelOutput", ...], arguments: Arguments) -> "ModelOutput":
@@ -196,7 +196,10 @@ class HalvedForward:
             if name in ("loss", "aux_loss") or parts[0] is None:
                 continue
             if name not in JOINED:
-                raise ValueError(f"{type(self.model).__name__} gives {name}, and two_batches can't join that of halves")
+                raise ValueError(
+                    f"{type(self.model).__name__} gives {name}, and two_batches doesn't know how to join the values "
+                    "of two halves: switch that output off"
+                )
             if isinstance(parts[0], Tensor):
                 joined[name] = torch.cat(parts)
             else:
@@ -262,8 +265,8 @@ def two_batches(model: nn.Module, when: Literal["always", "auto"] = "always") ->
     check_model(model)
     if any(isinstance(module, MoELayer) for module in model.modules()):
         raise ValueError(
-            f"{type(model).__name__} was upcycled in place, and its auxiliary loss is of the whole batch: call "
-            "tritonmoe.two_batches with a function that computes the loss of a half"
+            f"{type(model).__name__} was upcycled in place, and its auxiliary loss is computed from the whole batch: "
+            "call tritonmoe.two_batches with a function that computes the loss of a half"
         )
     over = {experts: transport_of(experts) for experts in experts_modules(model).values()}
     spread = [experts for experts, transport in over.items() if transport is not None]
@@ -274,7 +277,7 @@ def two_batches(model: nn.Module, when: Literal["always", "auto"] = "always") ->
             "parallelize(model, group) first"
         )
     if isinstance(model.__dict__.get("forward"), HalvedForward):
-        raise ValueError(f"this {type(model).__name__} runs its batches in halves already")
+        raise ValueError(f"this {type(model).__name__} runs its batches in halves already: call two_batches() once")
     states = [state for experts in spread if (state := expert_parallel_state(experts)) is not None]
     replicas = [state.sharding.replicas for state in states if state.sharding.replicas is not None]
     transports |= dict.fromkeys(as_transport(mesh) for mesh in replicas)
@@ -292,7 +295,7 @@ def _flat(given: inspect.BoundArguments, signature: inspect.Signature) -> Argume
         if kind is inspect.Parameter.VAR_KEYWORD:
             flat |= value
         elif kind is inspect.Parameter.VAR_POSITIONAL and value:
-            raise ValueError("two_batches takes the arguments of a model's forward by name")
+            raise ValueError("two_batches takes the arguments of a model's forward by name: call model(input_ids=...)")
         else:
             flat[name] = value
     return flat

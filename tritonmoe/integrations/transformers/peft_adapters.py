@@ -280,8 +280,8 @@ def _spread_delta(wrapper: "ParamWrapper", factors: tuple[Tensor, Tensor], scale
     parameter = wrapper.get_param()
     if tuple(parameter.placements) != (Shard(0),):
         raise ValueError(
-            f"the adapter of {wrapper.parameter_name} can't be merged into experts that lie as {parameter.placements}: "
-            "merge before fully_shard()"
+            f"the adapter of {wrapper.parameter_name} can't be merged into experts with the placements "
+            f"{parameter.placements}: merge before fully_shard()"
         )
     factor_a, factor_b = (factor.detach() for factor in factors)
     delta = factor_b @ factor_a * scale

@@ -147,8 +147,8 @@ def check_merged_is_finite(wrapper: "ParamWrapper", adapters: Sequence[str]) -> 
         transport.all_reduce(is_broken, "max")
     if is_broken.item():
         raise ValueError(
-            f"the adapters {list(adapters)} would make some rank's weights of {wrapper.parameter_name} infinite or "
-            "NaN, and safe_merge=True refuses that: leave them out"
+            f"the adapters {list(adapters)} would make weights of {wrapper.parameter_name} on some rank infinite or "
+            "NaN, and safe_merge=True refuses that: leave these adapters out"
         )
 
 

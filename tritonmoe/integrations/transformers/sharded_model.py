@@ -86,7 +86,8 @@ def _check_implementation(name: str, implementation: str | None) -> None:
     if implementation != EXPERTS_IMPLEMENTATION:
         raise ValueError(
             f'the experts of {name} are spread over ranks, and only experts_implementation="{EXPERTS_IMPLEMENTATION}" '
-            f"runs such experts, got {implementation!r}: leave it, or load the model again and don't parallelize() it"
+            f"runs such experts, got {implementation!r}: leave the implementation as it is, or load the model again "
+            "and don't call parallelize()"
         )
 
 
@@ -182,8 +183,8 @@ def _save_gathered(
     # As one rank alone calls: with is_main_process, and Trainer before transformers 5.24 with state_dict=None.
     if state_dict is None and ("is_main_process" in settings or "state_dict" in settings):
         raise ValueError(
-            "save_pretrained gathers the experts, so every rank must call it, and one that says is_main_process or "
-            "state_dict=None may be alone: call model.save_pretrained(directory) on every rank, or "
+            "save_pretrained gathers the experts, so every rank must call it, and a call with is_main_process or "
+            "state_dict=None may come from one rank alone: call model.save_pretrained(directory) on every rank, or "
             "trainer.save_model(directory), as Trainer's own checkpoints do"
         )
     meet(model, "save_pretrained")
@@ -218,8 +219,8 @@ def meet(model: nn.Module, what: str) -> None:
             transport.barrier()
         except (CountMismatch, TransportError) as error:
             raise TransportError(
-                f"{what} gathers what is spread over ranks, so every rank must call it, and not all do: call it on "
-                "every rank, not on the first one alone"
+                f"{what} gathers weights that are spread over ranks, so every rank must call it, but some rank didn't, "
+                "or raised in it: call it on every rank, not only on the first, and look for other ranks' errors"
             ) from error
 
 

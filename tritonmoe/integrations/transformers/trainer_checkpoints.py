@@ -98,8 +98,8 @@ def train(
         resume_from_checkpoint = _last_whole_checkpoint(Path(trainer.args.output_dir))
     elif resume_from_checkpoint and not (Path(resume_from_checkpoint) / TRAINER_STATE).exists():
         raise ValueError(
-            f"{resume_from_checkpoint} has no {TRAINER_STATE}: it is no checkpoint of Trainer, or half written. "
-            "resume_from_checkpoint=True takes the last whole one of output_dir"
+            f"{resume_from_checkpoint} has no {TRAINER_STATE}, so it is not a checkpoint of Trainer, or half written. "
+            "resume_from_checkpoint=True takes the last whole checkpoint of output_dir"
         )
     return original(trainer, resume_from_checkpoint, *rest, **named)
 
@@ -162,8 +162,8 @@ def _load_optimizer_and_scheduler(original: Original, trainer: "SpreadTrainer", 
     if not shards.exists():
         if (Path(checkpoint) / "optimizer.pt").exists():
             raise ValueError(
-                f"the optimizer in {checkpoint} is that of a model whose experts were not spread: resume it so, or "
-                "load its model with from_pretrained and train that from the start"
+                f"the optimizer in {checkpoint} belongs to a model whose experts were not spread: resume without "
+                "parallelize(), or load the checkpoint's model with from_pretrained and start a new training"
             )
         return  # save_only_model
     state = _optimizer_state(trainer)

@@ -89,7 +89,9 @@ def load_saved(model: nn.Module, directory: Path) -> bool:
     experts = tuple(f"{name}." for name in experts_modules(model))
     lost = [name for name in missing if name.startswith(experts)]
     if lost:
-        raise ValueError(f"{directory} lacks weights of the experts of this {model_class.__name__}: {lost[:4]}")
+        raise ValueError(
+            f"{directory} doesn't have all weights of the experts of this {model_class.__name__}: {lost[:4]}"
+        )
     if missing:
         logger.warning("%s lacks %s of this %s, which stay as they are", directory, missing[:4], model_class.__name__)
     return True

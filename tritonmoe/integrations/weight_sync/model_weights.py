@@ -67,7 +67,7 @@ def model_inside(model: nn.Module) -> "PreTrainedModel":
         else:
             raise TypeError(
                 f"{kind} is no model of transformers, nor PEFT's, torch.compile's or DistributedDataParallel's around "
-                "one, so there is no checkpoint whose names its weights could have: its state_dict() has its own"
+                "one, so its weights have no names of a transformers checkpoint: send its state_dict() instead"
             )
     for child in model.modules():
         if type(child).__name__ == "FullyShardedDataParallel":

@@ -57,9 +57,8 @@ class _Shape(Tensor):
             return args[0] if args else (kwargs or {}).get("tensor")
         if name not in SAYS:
             raise ValueError(
-                f"{name or func} is called with a weight of experts that is packed, whose values "
-                'are not here: call model.set_experts_implementation("tritonmoe"), or load the model without '
-                "register(packed=True)"
+                f"{name or func} is called with a packed weight of experts, of which it can't see the values: call "
+                'model.set_experts_implementation("tritonmoe"), or load the model without register(packed=True)'
             )
         return super().__torch_function__(func, types, args, kwargs or {})
 

@@ -67,9 +67,10 @@ def _refused_merge(merge: Callable[..., None]) -> Callable[..., None]:
     def method(self: "ParamWrapper", *arguments: object, **keywords: object) -> None:
         if is_packed_parameter(self.get_base_layer(), self.parameter_name):
             raise ValueError(
-                f"{self.parameter_name} of {type(self.get_base_layer()).__name__} is packed in 4 or 8 bits, to which a "
-                "merged adapter would be rounded: save the adapter (save_pretrained), load the model in bf16 (without "
-                "register(packed=True), or with dequantize=True in its quantization_config) and merge it there"
+                f"{self.parameter_name} of {type(self.get_base_layer()).__name__} is packed in 4 or 8 bits, and "
+                "merging would round the adapter to them: save the adapter (save_pretrained), load the model in bf16 "
+                "(without register(packed=True), or with dequantize=True in its quantization_config) and merge it "
+                "there"
             )
         merge(self, *arguments, **keywords)
 

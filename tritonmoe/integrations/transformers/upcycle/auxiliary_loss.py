@@ -56,7 +56,7 @@ def aux_loss(model: nn.Module) -> Tensor:
     found = [(layer, loss) for layer, loss in losses if loss is not None]
     if not found:
         if not any(isinstance(layer, UpcycledFFN) and layer.calls is not None for layer in layers):
-            raise RuntimeError("aux_loss() is there after the model's forward, not before")
+            raise RuntimeError("aux_loss() needs a forward of the model before it: call the model first")
         return layers[0].router.weight.new_zeros((), dtype=torch.float32)  # every layer was skipped
     if torch.is_grad_enabled() and any(
         layer.training and layer.router.weight.requires_grad and not loss.requires_grad for layer, loss in found

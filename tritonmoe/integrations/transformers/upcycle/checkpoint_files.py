@@ -67,8 +67,8 @@ class CheckpointReader:
                     raise ValueError(f"{path} holds a tensor whose name can't be printed: {tensor!r}")
                 if tensor in self._file_of:
                     raise ValueError(
-                        f"{self.directory} holds {tensor} twice, in {self._file_of[tensor]} and in {name}: nobody "
-                        "knows which one is meant"
+                        f"{self.directory} holds {tensor} twice, in {self._file_of[tensor]} and in {name}: remove one "
+                        "of the two"
                     )
                 self._file_of[tensor] = name
         lost = sorted(listed.keys() - self._file_of.keys())
@@ -124,7 +124,7 @@ def _files_by_tensor(directory: Path, stem: str) -> dict[str, str]:
     if os.path.lexists(single) and single.name not in listed.values():
         raise ValueError(
             f"{directory} holds two checkpoints, {single.name} and the shards of {index.name}: from_pretrained would "
-            "read the former. Move away what is not meant"
+            "read the former. Move the other one away"
         )
     return listed
 
