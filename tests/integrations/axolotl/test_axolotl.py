@@ -111,5 +111,7 @@ def test_two_steps_of_axolotls_program(is_adapted: bool, tmp_path: Path) -> None
     command = [sys.executable, "-m", "axolotl.cli.train", str(tmp_path / "config.yml")]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=600, env=ENVIRONMENT, check=False)
     assert ended.returncode == 0, ended.stderr[-4000:]
+    history = json.loads((tmp_path / "out" / "checkpoint-2" / "trainer_state.json").read_text())["log_history"]
+    assert [0 < step["loss"] < 6 for step in history if "loss" in step] == [True, True]
     name = "adapter_model.safetensors" if is_adapted else "model.safetensors"
     assert (tmp_path / "out" / name).exists()
