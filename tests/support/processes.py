@@ -70,7 +70,9 @@ def run_forks(scripts: Sequence[Sequence[str]], timeout_s: float, *, is_group: b
         assert server.stdin is not None
         assert server.stdout is not None
         print(json.dumps(request), file=server.stdin, flush=True)
-        statuses = json.loads(server.stdout.readline())
+        answer = server.stdout.readline()
+        assert answer, f"forks.py ended with {server.wait()}"
+        statuses = json.loads(answer)
         outputs, errors = (
             [(Path(folder) / f"{rank}.{kind}").read_text(errors="replace") for rank in range(len(scripts))]
             for kind in ("output", "errors")
