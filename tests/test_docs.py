@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from processes import run_forks
 from run_page import is_alike
 
 import tritonmoe
@@ -60,10 +61,11 @@ def test_nothing_is_installed_from_where_it_is_not() -> None:
     "page",
     [pytest.param(page, id=page.stem, marks=() if page.stem in SOON else pytest.mark.thorough) for page in PAGES],
 )
-def test_a_page_runs(page: Path, tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "tests" / "support" / "run_page.py"), str(page)]
-    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
-    assert ended.returncode == 0, ended.stdout + ended.stderr
+def test_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    script = [str(ROOT / "tests" / "support" / "run_page.py"), str(page)]
+    _, ended = run_forks([script], 300.0, is_group=False)
+    assert not any(ended.statuses), ended.output
 
 
 @pytest.mark.parametrize(

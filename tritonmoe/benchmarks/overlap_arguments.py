@@ -56,6 +56,27 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="X",
         help="instead of --rate: choose a rate at which compute takes X times as long as communication",
     )
+    _add_layer(parser)
+    parser.add_argument("--rounds", type=positive, default=21, help="interleaved rounds (default 21)")
+    parser.add_argument(
+        "--timeout-s", type=positive_number, default=60.0, help="seconds that an exchange may take (default 60)"
+    )
+    parser.add_argument("--seed", type=seed, default=0)
+    output = parser.add_argument_group("output, beside the table")
+    output.add_argument("--json", type=output_file, help="write all figures to this file")
+    output.add_argument("--png", type=picture_file, help="draw the best schedules, measured and planned, and the sweep")
+    output.add_argument("--html", type=report_file, help="write a report for any browser: figures, lanes and traffic")
+    output.add_argument("--trace", type=output_file, help="write the lanes of every rank as a trace for Perfetto")
+    output.add_argument(
+        "--record",
+        type=output_folder,
+        metavar="DIR",
+        help="record the calls of the layer that chooses by itself, for tritonmoe doctor DIR",
+    )
+    return parser
+
+
+def _add_layer(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("layer")
     what.add_argument(
         "--model", choices=MODELS, default="coarse", help="whose E, K, D and F the layer has (default coarse)"
@@ -78,23 +99,6 @@ def make_parser() -> argparse.ArgumentParser:
         default=[1, 2, 3, 4, 6, 8],
         help="numbers of chunks to try (default 1 2 3 4 6 8)",
     )
-    parser.add_argument("--rounds", type=positive, default=21, help="interleaved rounds (default 21)")
-    parser.add_argument(
-        "--timeout-s", type=positive_number, default=60.0, help="seconds that an exchange may take (default 60)"
-    )
-    parser.add_argument("--seed", type=seed, default=0)
-    output = parser.add_argument_group("output, beside the table")
-    output.add_argument("--json", type=output_file, help="write all figures to this file")
-    output.add_argument("--png", type=picture_file, help="draw the best schedules, measured and planned, and the sweep")
-    output.add_argument("--html", type=report_file, help="write a report for any browser: figures, lanes and traffic")
-    output.add_argument("--trace", type=output_file, help="write the lanes of every rank as a trace for Perfetto")
-    output.add_argument(
-        "--record",
-        type=output_folder,
-        metavar="DIR",
-        help="record the calls of the layer that chooses by itself, for tritonmoe doctor DIR",
-    )
-    return parser
 
 
 def check_arguments(arguments: argparse.Namespace) -> None:

@@ -45,6 +45,20 @@ def add_parser(subparsers: Subparsers) -> None:
         help="write the named cluster (default H100) to this file, with comments, for you to edit",
     )
     parser.add_argument("--nodes", type=positive, help="number of nodes (default: the cluster's)")
+    parser.add_argument(
+        "--equal",
+        choices=get_args(Equal),
+        help="with --compare: give all clusters as many GPUs as the first, or GPUs for the same $ an hour",
+    )
+    _add_shape(parser)
+    _add_trainer(parser)
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="write everything to this file")
+    parser.add_argument("--html", type=report_file, metavar="FILE", help="write a report, a page for any browser")
+    parser.set_defaults(run=run)
+
+
+def _add_shape(parser: argparse.ArgumentParser) -> None:
+    """Add the sizes of a step, and over which ranks it is spread."""
     parser.add_argument("--sequence", type=positive, default=4096, help="tokens of one sequence (default 4096)")
     parser.add_argument("--micro-batch", type=positive, default=1, help="sequences of a micro-batch (default 1)")
     parser.add_argument(
@@ -62,6 +76,10 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--ep", type=positive, nargs="+", default=[], help="expert-parallel ranks (default: all that fit)"
     )
+
+
+def _add_trainer(parser: argparse.ArgumentParser) -> None:
+    """Add how the step is trained, and where its tokens go."""
     parser.add_argument(
         "--recompute",
         choices=get_args(Recompute),
@@ -84,11 +102,6 @@ def add_parser(subparsers: Subparsers) -> None:
         "--wire-dtype", choices=["fp8"], help="dtype in which rows travel to their experts (default: --dtype)"
     )
     parser.add_argument(
-        "--equal",
-        choices=get_args(Equal),
-        help="with --compare: give all clusters as many GPUs as the first, or GPUs for the same $ an hour",
-    )
-    parser.add_argument(
         "--two-batches",
         action="store_true",
         help="run two halves of a micro-batch at once: one computes while the other's rows travel",
@@ -100,9 +113,6 @@ def add_parser(subparsers: Subparsers) -> None:
         metavar="FILE",
         help="JSON list with the number of pairs of each expert (default: an assumed imbalance)",
     )
-    parser.add_argument("--json", type=output_file, metavar="FILE", help="write everything to this file")
-    parser.add_argument("--html", type=report_file, metavar="FILE", help="write a report, a page for any browser")
-    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:

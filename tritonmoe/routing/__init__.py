@@ -9,7 +9,8 @@ from tritonmoe.routing.checkpointing import save_topk
 from tritonmoe.routing.layer_recording import LayerRecording
 from tritonmoe.routing.losses import load_balance_loss, z_loss
 from tritonmoe.routing.recording import RoutingRecording
-from tritonmoe.routing.router import Routing, TopKRouter
+from tritonmoe.routing.router import TopKRouter
+from tritonmoe.routing.routing import Routing
 from tritonmoe.routing.statistics import RoutingStatistics, expert_load, routing_statistics
 
 __all__ = [

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tritonmoe.config.layer import MoEConfig
-from tritonmoe.routing.router import Routing
+from tritonmoe.routing.routing import Routing
 from tritonmoe.routing.statistics import reduce_counts
 
 __all__ = ["auxiliary_loss", "load_balance_loss", "z_loss"]

@@ -126,9 +126,9 @@ def ignore_sharded_parameters() -> None:
         make_join(self, joinables, enable, throw_on_early_termination, **keywords)
 
     setattr(init, MARK, True)
-    DistributedDataParallel.__init__ = init  # type: ignore[method-assign]
-    DistributedDataParallel.__setstate__ = restore  # type: ignore[method-assign]
-    Join.__init__ = init_join  # type: ignore[method-assign]
+    DistributedDataParallel.__init__ = init  # type: ignore[method-assign]  # docs/patches.md
+    DistributedDataParallel.__setstate__ = restore  # type: ignore[method-assign]  # docs/patches.md
+    Join.__init__ = init_join  # type: ignore[method-assign]  # docs/patches.md
 
 
 def _refuse_uneven(module: nn.Module) -> None:
@@ -246,7 +246,7 @@ def name_ignored(module: nn.Module, group: "ProcessGroup | None" = None, mesh: "
                 # Both spellings: it joins a module's name and a parameter's with a dot, the name "" of itself too.
                 ignored += [f"{prefix}.{name}", f"{prefix}.{name}".lstrip(".")]
     if ignored:
-        module._ddp_params_and_buffers_to_ignore = [  # type: ignore[assignment]
+        module._ddp_params_and_buffers_to_ignore = [  # type: ignore[assignment]  # PyTorch reads this name
             *getattr(module, "_ddp_params_and_buffers_to_ignore", ()),
             *ignored,
         ]

@@ -59,14 +59,14 @@ class PlacedRows(Tensor):
         self.rows, self.experts_of_rank, self.rank = rows, experts_of_rank, rank
         return self
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:  # type: ignore[override]
+    def __repr__(self, *, tensor_contents: object = None) -> str:  # type: ignore[override]  # PyTorch's takes Any
         return f"PlacedRows(experts {self.experts_of_rank[self.rank]}, {self.rows})"
 
     def __reduce_ex__(self, protocol: object) -> tuple[Callable[..., "PlacedRows"], tuple[object, ...]]:
         return PlacedRows, (self.rows, self.experts_of_rank, self.rank)
 
     @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
+    def __torch_dispatch__(  # type: ignore[override]  # PyTorch declares a plain function
         cls, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> object:
         kwargs = kwargs or {}

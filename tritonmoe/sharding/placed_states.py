@@ -3,7 +3,7 @@
 import functools
 import gc
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -151,10 +151,11 @@ def shown_state(optimizer: torch.optim.Optimizer, state_dict: "StateDict") -> "S
 
 
 def _shown(value: object, parameter: Tensor | None, order: ExpertsOfRank) -> object:
-    is_spread = isinstance(value, Tensor) and hasattr(value, "device_mesh") and value.dim() and parameter is not None
-    if not is_spread or placed_rows_of(value) is not None or value.shape[0] != parameter.shape[0]:  # type: ignore[union-attr,attr-defined]
+    if parameter is None or not isinstance(value, Tensor) or not hasattr(value, "device_mesh") or not value.dim():
         return value
-    return in_model_order(value, order)  # type: ignore[arg-type]
+    if placed_rows_of(value) is not None or value.shape[0] != parameter.shape[0]:
+        return value
+    return in_model_order(cast("DTensor", value), order)
 
 
 def _taken_state(optimizer: torch.optim.Optimizer, state_dict: "StateDict") -> "StateDict":
@@ -201,5 +202,5 @@ def _show_states_of_optimizers() -> None:
         take(self, _taken_state(self, state_dict))
 
     setattr(state_dict, MARK, True)
-    kind.state_dict = state_dict  # type: ignore[method-assign]
-    kind.load_state_dict = load_state_dict  # type: ignore[method-assign]
+    kind.state_dict = state_dict  # type: ignore[method-assign]  # docs/patches.md
+    kind.load_state_dict = load_state_dict  # type: ignore[method-assign]  # docs/patches.md

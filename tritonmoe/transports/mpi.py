@@ -20,15 +20,8 @@ import torch
 from torch import Tensor
 
 from tritonmoe.errors import TransportError
-from tritonmoe.transports.base import (
-    PendingExchange,
-    Transport,
-    as_counts,
-    check_counts,
-    check_exchange,
-    describe,
-    raise_in_child,
-)
+from tritonmoe.transports.base import PendingExchange, Transport
+from tritonmoe.transports.exchange_arguments import as_counts, check_counts, check_exchange, describe, raise_in_child
 from tritonmoe.transports.progress_thread import ProgressThread, ThreadedExchange
 
 if TYPE_CHECKING:

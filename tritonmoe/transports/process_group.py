@@ -5,7 +5,6 @@ import os
 import time
 import weakref
 from collections.abc import Sequence
-from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,9 +12,10 @@ from torch import Tensor
 
 from tritonmoe.errors import TransportError
 from tritonmoe.runtime.host_device import HostCopy
-from tritonmoe.transports.base import (
-    PendingExchange,
-    Transport,
+from tritonmoe.transports.base import PendingExchange, Transport
+from tritonmoe.transports.breakdown import Breakdown
+from tritonmoe.transports.device_group import CollectiveExchange
+from tritonmoe.transports.exchange_arguments import (
     as_counts,
     as_wire,
     check_counts,
@@ -23,44 +23,17 @@ from tritonmoe.transports.base import (
     describe,
     raise_in_child,
 )
-from tritonmoe.transports.breakdown import Breakdown
-from tritonmoe.transports.device_group import CollectiveExchange
 from tritonmoe.transports.gloo import GlooExchange, GlooLinks, end_links
 from tritonmoe.transports.notices import Missed, Notices
 from tritonmoe.transports.progress_thread import ProgressThread
+from tritonmoe.transports.torch_groups import backends_of, group_of_devices, next_number, own_group, timeout_of
 from tritonmoe.transports.two_level_transport import TwoLevelTransport, check_nodes
 from tritonmoe.transports.waiting import LongWait
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup, Work
 
-__all__ = ["ProcessGroupTransport", "available", "is_registered"]
-
-
-def available() -> dict[str, str | None]:
-    """Say of gloo and nccl why ranks in several processes can't use it here; None where they can."""
-    reasons: dict[str, str | None]
-    if not torch.distributed.is_available():
-        built_without = "this torch was built without torch.distributed"
-        reasons = {"gloo": built_without, "nccl": built_without}
-    else:
-        import torch.distributed as dist
-
-        nccl = None
-        if not dist.is_nccl_available():
-            nccl = "this torch was built without NCCL"
-        elif not torch.cuda.is_available():
-            nccl = "there is no CUDA device"
-        reasons = {"gloo": None if dist.is_gloo_available() else "this torch was built without gloo", "nccl": nccl}
-    return reasons
-
-
-def is_registered(group: "ProcessGroup") -> bool:
-    """Say whether the group still exists: destroy_process_group() ends it."""
-    try:
-        return torch.distributed.get_rank(group) >= 0
-    except ValueError:
-        return False
+__all__ = ["ProcessGroupTransport"]
 
 
 class ProcessGroupTransport(Transport):
@@ -85,38 +58,17 @@ class ProcessGroupTransport(Transport):
     def __init__(self, group: "ProcessGroup | None" = None, *, timeout_s: float | None = None) -> None:
         if timeout_s is not None and not timeout_s > 0:
             raise ValueError(f"timeout_s must be positive or None, got {timeout_s}")
-        if not torch.distributed.is_available():
-            raise ValueError("this torch was built without torch.distributed: use LocalTransport()")
+        group = own_group(group)
         import torch.distributed as dist
 
-        if not dist.is_initialized():
-            raise ValueError(
-                "torch.distributed is not initialised: call torch.distributed.init_process_group() first, "
-                "or use LocalTransport()"
-            )
-        group = group or dist.group.WORLD
-        assert group is not None
-        self.rank = dist.get_rank(group)
-        if self.rank < 0:
-            raise ValueError("this process is not a member of the group: make the transport on the members only")
-        self.size = dist.get_world_size(group)
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self._group: ProcessGroup = group
         self._device_group: ProcessGroup = group
-        # get_backend_config gives "cpu:gloo,cuda:nccl"
-        self._backends = dict(pair.split(":", 1) for pair in dist.get_backend_config(group).split(","))
-        device_type = "cpu" if "cpu" in self._backends else next(iter(self._backends))
-        self._timeout_s = _timeout_of(group, device_type) if timeout_s is None else timeout_s
-        if "cpu" not in self._backends:  # as of init_process_group("nccl"): gloo's connections need only its store
-            if not dist.is_gloo_available():
-                raise ValueError(
-                    f"this group has no backend for tensors on the CPU, only {self._backends}, and this torch was "
-                    "built without gloo, by which its ranks would agree: initialise it with another backend for the "
-                    'CPU ("cpu:mpi,cuda:nccl"), or install a torch with gloo'
-                )
-            self._backends["cpu"] = "gloo"
+        self._backends = backends_of(group)
+        self._timeout_s = timeout_of(group) if timeout_s is None else timeout_s
         self._pid = os.getpid()
         self._store = dist.PrefixStore("tritonmoe", dist.distributed_c10d._get_process_group_store(group))
-        self._notices = Notices(self._store, self.rank, self.size, _next_number(group))
+        self._notices = Notices(self._store, self.rank, self.size, next_number(group))
         self.is_closed = False
         self._begin_generation(0)
 
@@ -255,7 +207,7 @@ class ProcessGroupTransport(Transport):
             left_s = self._timeout_s - (time.perf_counter() - before)
             links = self._connect(generation, left_s) if self._is_gloo(torch.device("cpu")) else None
             if has_device:
-                self._device_group = self._new_device_group()
+                self._device_group = group_of_devices(self._group, self._backends["cuda"], self._timeout_s)
         except RuntimeError as error:
             raise TransportError(
                 f"rebuild() failed on rank {self.rank} of {self.size}: {error}. If all ranks are alive, call "
@@ -306,16 +258,6 @@ class ProcessGroupTransport(Transport):
             self._end()
             self._links = None
 
-    def _new_device_group(self) -> "ProcessGroup":
-        import torch.distributed as dist
-
-        return dist.new_group(
-            dist.get_process_group_ranks(self._group),
-            timeout=timedelta(seconds=self._timeout_s),
-            backend=f"cuda:{self._backends['cuda']}",
-            use_local_synchronization=True,
-        )
-
     def _is_gloo(self, device: torch.device) -> bool:
         return device.type == "cpu" and self._backends.get("cpu") == "gloo"
 
@@ -345,19 +287,3 @@ class ProcessGroupTransport(Transport):
                 f"this ProcessGroupTransport is broken on rank {self.rank} of {self.size} since its first failure: "
                 f"{self._breakdown.explain()}. Call transport.rebuild() on all ranks, or make one on a new group"
             )
-
-
-def _timeout_of(group: "ProcessGroup", device_type: str) -> float:
-    """Return the group's own timeout in seconds, for tensors on a kind of device."""
-    options = getattr(group._get_backend(torch.device(device_type)), "options", None)
-    timeout = torch.distributed.constants.default_pg_timeout if options is None else options._timeout
-    return timeout.total_seconds()
-
-
-_num_transports: "weakref.WeakKeyDictionary[ProcessGroup, int]" = weakref.WeakKeyDictionary()
-
-
-def _next_number(group: "ProcessGroup") -> int:
-    """Number the transports that this rank makes on a group."""
-    _num_transports[group] = number = _num_transports.get(group, -1) + 1
-    return number
