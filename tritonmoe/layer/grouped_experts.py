@@ -130,17 +130,19 @@ class GroupedExperts(nn.Module):
             )
         self.placement = placement
         self.transport = None if ranks is None else as_transport(ranks)
-        self._sharding: Sharding | None = None
-        self._calls: LayerCalls | None = None
+        self.sharding: Sharding | None = None
+        """Over which ranks the experts are spread, and which hold copies of them; None on one device."""
+        self.calls: LayerCalls | None = None
+        """What its calls over ranks have in common; None on one device."""
         self.gradient_scale = 1.0
         if ranks is None or self.transport is None:
             return
         rank, size, num_experts = self.transport.rank, self.transport.size, self.config.num_experts
         num_local = num_experts // size if placement is None else placement.num_slots
         check_expert_parallel(num_local, num_experts, size, placement)
-        self._sharding = find_sharding(ranks, self.transport, device)
-        self._calls = LayerCalls(self.transport, expert_gradients)
-        self._calls.load_balance_loss_weight = self._load_balance_loss_weight
+        self.sharding = find_sharding(ranks, self.transport, device)
+        self.calls = LayerCalls(self.transport, expert_gradients)
+        self.calls.load_balance_loss_weight = self._load_balance_loss_weight
         agree_on_overflow(transports_of)
         if expert_gradients == "mean":
             self.gradient_scale = 1 / size
@@ -151,13 +153,13 @@ class GroupedExperts(nn.Module):
 
     def _hold(self, parts: dict[str, Tensor | None]) -> None:
         """Make parameters of this rank's experts."""
-        if self._sharding is None:
+        if self.sharding is None:
             for name, part in parts.items():
                 self.register_parameter(name, None if part is None else nn.Parameter(part, part.requires_grad))
             return
         held = None if self.placement is None else self.placement.experts_of_rank
-        is_summed = self._calls is not None and self._calls.expert_gradients == "sum"
-        shard_parameters(self, parts, self._sharding, held, is_summed)
+        is_summed = self.calls is not None and self.calls.expert_gradients == "sum"
+        shard_parameters(self, parts, self.sharding, held, is_summed)
 
     def spread_over(
         self,
@@ -187,18 +189,13 @@ class GroupedExperts(nn.Module):
 
         None on one device. It holds no experts, so that a copy of a router that has it copies none.
         """
-        return None if self._sharding is None else self._sharding.sum_over_ranks
-
-    @property
-    def calls(self) -> LayerCalls | None:
-        """What its calls over ranks have in common; None on one device."""
-        return self._calls
+        return None if self.sharding is None else self.sharding.sum_over_ranks
 
     def take_router(self, load_balance_loss_weight: float) -> None:
         """Note how the router of the layer that has these experts is balanced, for recordings."""
         self._load_balance_loss_weight = load_balance_loss_weight
-        if self._calls is not None:
-            self._calls.load_balance_loss_weight = load_balance_loss_weight
+        if self.calls is not None:
+            self.calls.load_balance_loss_weight = load_balance_loss_weight
 
     def take_placement(self, placement: ExpertPlacement | None) -> None:
         """Note that the rows of the parameters are other experts' from now on: rebalance() has moved them."""
@@ -208,11 +205,6 @@ class GroupedExperts(nn.Module):
             self.expert_ids = tuple(range(rank * num_local, (rank + 1) * num_local))
             if placement is not None:
                 self.expert_ids = placement.experts_of_rank[rank]
-
-    @property
-    def sharding(self) -> Sharding | None:
-        """Over which ranks the experts are spread, and which hold copies of them; None on one device."""
-        return self._sharding
 
     def extra_repr(self) -> str:
         config, transport = self.config, self.transport
@@ -239,7 +231,7 @@ class GroupedExperts(nn.Module):
     @property
     def last_report(self) -> LayerReport | None:
         """Traffic and timings of the last expert-parallel call; None on one device."""
-        return None if self._calls is None else self._calls.last_report
+        return None if self.calls is None else self.calls.last_report
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -247,8 +239,8 @@ class GroupedExperts(nn.Module):
         seed = int(torch.randint(2**62, (), generator=generator, device="cpu"))
         if self.gate_up_proj.is_meta:  # there is no memory to draw into
             return
-        if self._sharding is not None:
-            check_replicas(seed, self._sharding)
+        if self.sharding is not None:
+            check_replicas(seed, self.sharding)
         experts = rows_here(self.gate_up_proj, self.expert_ids)
         weights = local_weights(self)
         if self.config.weight_format is None:
@@ -264,7 +256,7 @@ class GroupedExperts(nn.Module):
 
         So FSDP2's mixed precision casts the parameters that it manages; spread experts it is told to leave alone.
         """
-        is_spread = self._sharding is not None and self._sharding.mesh is not None
+        is_spread = self.sharding is not None and self.sharding.mesh is not None
         return is_spread and self.gate_up_proj.dtype == torch.float32 and dtype in (torch.bfloat16, torch.float16)
 
     def _spec(self, adapters: ExpertAdapters | None = None) -> ExpertSpec:
@@ -300,7 +292,7 @@ class GroupedExperts(nn.Module):
         except Exception:
             refuse(self.transport)
             raise
-        arguments = CallArguments(spec, self.transport, inputs, self._calls, num_nonfinite_rows, fillers)
+        arguments = CallArguments(spec, self.transport, inputs, self.calls, num_nonfinite_rows, fillers)
         return run_expert_parallel(arguments)
 
     def _in_mode(self, adapters: ExpertAdapters | None) -> ExpertAdapters | None:

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from tritonmoe.config.formats import format_of, weight_shape
 from tritonmoe.experts.quantized_weight import QuantizedWeight
-from tritonmoe.integrations.transformers.packed.packed_experts import PACKED, is_packed_weight, read_packed, up_name
 from tritonmoe.integrations.weight_sync.merged_rows import active_adapters
 from tritonmoe.sharding.watched_collectives import full_tensor
 
@@ -66,6 +65,8 @@ class PackedWeight(NamedTuple):
 
     def _read(self, whole: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, bool]:
         """Return values, scales, and whether the last two axes of the class's own weight are the other way round."""
+        from tritonmoe.integrations.transformers.packed.packed_experts import read_packed
+
         experts = self.experts
         values, scales, is_transposed = read_packed(experts, self.name, lambda key: whole(experts.get_parameter(key)))
         return values.detach(), scales.detach(), is_transposed != bool(getattr(experts, "is_transposed", False))
@@ -77,11 +78,14 @@ def _local(tensor: Tensor) -> Tensor:
 
 def packed_weights(module: nn.Module) -> list[PackedWeight]:
     """Return the packed weights of a module of experts; none of another."""
+    from tritonmoe.integrations.transformers.packed.packed_experts import is_packed_weight, up_name
+
     return [PackedWeight(module, name) for name in (up_name(module), "down_proj") if is_packed_weight(module, name)]
 
 
 def check_as_it_is(model: "PreTrainedModel", name: str, weight: PackedWeight, adapted_by: Sequence[nn.Module]) -> None:
     """Raise ValueError unless a checkpoint of this model has these bytes, and no adapter is to be added to them."""
+    from tritonmoe.integrations.transformers.packed.packed_experts import PACKED
     from tritonmoe.integrations.transformers.requirements import quantisation_method
 
     method, layout = quantisation_method(model), getattr(weight.experts, PACKED, None)
