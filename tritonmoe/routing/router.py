@@ -16,8 +16,8 @@ from tritonmoe.config.numbers import is_number
 from tritonmoe.config.routing import RoutingRule
 from tritonmoe.routing.fused import is_fused, route_by_kernels
 from tritonmoe.routing.router_check import ROUTERS, check_router
-from tritonmoe.routing.routing import Routing, check_token_mask
 from tritonmoe.routing.statistics import expert_load, reduce_counts
+from tritonmoe.routing.token_routing import Routing, check_token_mask
 from tritonmoe.runtime.autograd import Context, is_recomputing, without_autocast
 from tritonmoe.runtime.helping import is_helping
 from tritonmoe.runtime.transforms import below_transforms, refuse_tangents, refuse_vmap, unwrapped

@@ -12,7 +12,7 @@ from tritonmoe.config.layer import MoEConfig
 
 if TYPE_CHECKING:
     from tritonmoe.routing.router import TopKRouter
-    from tritonmoe.routing.routing import Routing
+    from tritonmoe.routing.token_routing import Routing
 
 __all__ = ["ROUTERS", "SMALL_ROUTERS", "CheckedRouter", "check_router"]
 

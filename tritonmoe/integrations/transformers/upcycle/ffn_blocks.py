@@ -223,14 +223,12 @@ def _match(index: int, path: str, module: nn.Module, names: _Names) -> FFNBlock 
     if up_shape is None or down_shape is None or (names.gate and _linear_shape(gate) != up_shape):
         return None
     model_width, width = up_shape[0], up_shape[1] // 2 if names.fused else up_shape[1]
-    if down_shape != (width, model_width):
+    if down_shape != (width, model_width) or (not names.whole and _holds_more(module, names, width)):
         return None
     if names.whole and {id(p) for p in module.parameters()} != {
         id(p) for linear in (up, down, gate) if linear is not None for p in linear.parameters()
     }:
         return None  # it computes something else as well
-    if not names.whole and _holds_more(module, names, width):
-        return None
     prefix = f"{path}." if path else ""
     holder_path = f"{prefix}{names.up}".rpartition(".")[0]
     holder = _submodule(module, names.up.rpartition(".")[0]) if "." in names.up else module

@@ -19,7 +19,7 @@ from tritonmoe.integrations.transformers.upcycle.token_masks import (
 )
 from tritonmoe.layer import GroupedExperts, MoELayer
 from tritonmoe.routing.losses import auxiliary_loss
-from tritonmoe.routing.routing import Routing, join_routings
+from tritonmoe.routing.token_routing import Routing, join_routings
 from tritonmoe.runtime.autograd import is_autocast_on, is_recomputing
 from tritonmoe.runtime.wrappers import innermost
 
