@@ -4,8 +4,8 @@ An older Triton is installed into a folder of its own (pip install --target), wh
 PYTHONPATH of a second process: no second torch is needed.
 
 The table has a line for each kernel of an operation, with the worst that any layout, gate, dtype, shape and batch size
-makes of it; --rows keeps each of them. With --steps it is the table of what a step of each of a layer's products costs:
-minutes instead of two hours.
+makes of it; --rows keeps each of them. With --steps it is the table of what a step of each of a layer's products costs,
+with plain weights and with packed ones: minutes instead of two hours.
 """
 
 import argparse
@@ -22,7 +22,16 @@ from tritonmoe.benchmarks.argument_types import output_file, positive
 from tritonmoe.benchmarks.kept_results import hash_of
 from tritonmoe.runtime.files import write_whole
 
-__all__ = ["FIGURES", "OLDEST_TRITON", "STEPS", "STEP_KERNELS", "main", "source_hash", "worst_of_kernels"]
+__all__ = [
+    "FIGURES",
+    "OLDEST_TRITON",
+    "PACKED_STEP_KERNELS",
+    "STEPS",
+    "STEP_KERNELS",
+    "main",
+    "source_hash",
+    "worst_of_kernels",
+]
 
 OLDEST_TRITON = "3.6.0"
 ROOT = Path(__file__).parent.parent / "tritonmoe"
@@ -34,6 +43,11 @@ STEP_KERNELS = (
     *("weight_grad W1 outer_sums", "weight_grad W2 outer_sums"),
 )
 """The products of a training step of one layer."""
+STEP_FORMATS = ("mxfp4", "fp8", "nf4")
+"""Variants that are named as the formats of their packed weights, whose products decode them."""
+PACKED_STEP_KERNELS = tuple(
+    kernel.replace(" ", f" of {weight_format} ", 1) for weight_format in STEP_FORMATS for kernel in STEP_KERNELS[:4]
+)
 FIGURES = {"registers": max, "spills": max, "shared_bytes": max, "occupancy": min}
 """What of a kernel is kept, and which of two is worse."""
 
@@ -44,7 +58,8 @@ def source_hash() -> str:
     These are the files of kernels/, the list of what aot/ compiles, and the backend that launches them.
     """
     kernels = ROOT / "kernels"
-    files = [*sorted(kernels.rglob("*.py")), ROOT / "aot" / "launches.py", ROOT / "backends" / "triton.py"]
+    compiled = [ROOT / "aot" / "launches.py", ROOT / "aot" / "variants.py", ROOT / "backends" / "triton.py"]
+    files = [*sorted(kernels.rglob("*.py")), *compiled]
     return hash_of((ROOT, path) for path in files)
 
 
@@ -62,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=positive, default=2, help="compiling processes (default 2)")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--variants", nargs="+", help="only these variants (default: all)")
-    what.add_argument("--steps", action="store_true", help=f"what a step of each product of {STEP_VARIANT} costs")
+    what.add_argument("--steps", action="store_true", help="what a step of each product of some layers costs")
     parser.add_argument("--targets", nargs="+", help="only these targets (default: all)")
     parser.add_argument("--json", type=output_file, help=f"file to write (default {RESULT}, of steps {STEPS})")
     parser.add_argument("--rows", type=output_file, help="file for the row of every kernel (default: none)")
@@ -182,7 +197,8 @@ def _compile(overlay: Path | None, arguments: argparse.Namespace) -> list[dict[s
     """Return the rows of one Triton; None where it can't compile."""
     command = [sys.executable, "-m", "tritonmoe.aot", "--json", "--workers", str(arguments.workers)]
     if arguments.steps:
-        command += ["--variants", STEP_VARIANT, "--kernels", *STEP_KERNELS]
+        kernels = *STEP_KERNELS, *PACKED_STEP_KERNELS
+        command += ["--variants", STEP_VARIANT, *STEP_FORMATS, "--kernels", *kernels]
     else:
         command += ["--variants", *arguments.variants] if arguments.variants else ["--all"]
     command += ["--targets", *arguments.targets] if arguments.targets else []

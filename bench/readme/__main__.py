@@ -61,6 +61,7 @@ TABLES = {
     "scheduler": overlap_tables.scheduler_table,
     "codegen": kernel_tables.codegen_table,
     "codegen_epilogues": kernel_tables.codegen_epilogues_table,
+    "codegen_packed": kernel_tables.codegen_packed_table,
     "codegen_steps": kernel_tables.codegen_steps_table,
     "gpu": gpu_tables.gpu_table,
     "gpu_memory": gpu_tables.gpu_memory_table,

@@ -1,7 +1,11 @@
 """Tables of kernels and of moe_mlp: compiled code, times on a CPU, bounds."""
 
+import itertools
+from collections.abc import Iterable, Iterator
+
 import torch
 
+from bench.codegen import PACKED_STEP_KERNELS, STEP_KERNELS
 from bench.launch import NUM_EXPERTS, NUM_TOKENS, PEER_EXPERTS, PEER_TOKENS, PEER_TOP_K, TOP_K
 from bench.readme.results import RESULTS, load, spread, table_head, table_row, where
 from tritonmoe import aot
@@ -12,6 +16,7 @@ from tritonmoe.kernels.tiles import measured_tiles
 __all__ = [
     "bounds_table",
     "codegen_epilogues_table",
+    "codegen_packed_table",
     "codegen_steps_table",
     "codegen_table",
     "decoding_table",
@@ -78,8 +83,6 @@ def _codegen_cell(names: list[str], worst: list[int]) -> str:
 def codegen_steps_table(name: str) -> str:
     """Return what a step of each product costs on every target, under both Tritons."""
     data = load(name)
-    rows = data["results"]
-    targets = list(dict.fromkeys(row["target"] for row in rows))
     lines = [
         "`python -m bench.codegen --steps`, Qwen3-30B-A3B in bf16. A step multiplies one piece of the depth; a tile's "
         "beginning and end, which a persistent loop has too, are no part of it. Cells: instructions of a warp (of the "
@@ -87,15 +90,32 @@ def codegen_steps_table(name: str) -> str:
         "take; barriers; on sm_90 the groups of wgmma that run on behind the wait; and FLOP per byte that a tile reads "
         "from the L2 cache.",
         "",
-        *table_head("kernel, Triton", *targets),
+        *_steps(data, STEP_KERNELS, data["triton_versions"]),
     ]
-    for kernel in dict.fromkeys(row["kernel"] for row in rows):
-        for version in data["triton_versions"]:
-            cells = {
-                row["target"]: _step_cell(row) for row in rows if (row["kernel"], row["triton"]) == (kernel, version)
-            }
-            lines.append(table_row(f"{kernel}, {version}", *(cells[target] for target in targets)))
     return "\n".join(lines)
+
+
+def codegen_packed_table(name: str) -> str:
+    """Return what a step of each product with packed weights costs on every target, under the newest Triton."""
+    data = load(name)
+    newest = data["triton_versions"][-1]
+    lines = [
+        f"`python -m bench.codegen --steps` with Triton {newest}, packed weights of gpt-oss (mxfp4), DeepSeek-V3 (fp8) "
+        "and Qwen3-30B-A3B (nf4), many rows for each expert. Cells as above, but that bytes of the L2 cache count as "
+        "if weights were bf16.",
+        "",
+        *_steps(data, PACKED_STEP_KERNELS, [newest]),
+    ]
+    return "\n".join(lines)
+
+
+def _steps(data: dict, kernels: Iterable[str], versions: Iterable[str]) -> Iterator[str]:
+    rows = data["results"]
+    targets = list(dict.fromkeys(row["target"] for row in rows))
+    yield from table_head("kernel, Triton", *targets)
+    for kernel, version in itertools.product(kernels, versions):
+        cells = {row["target"]: _step_cell(row) for row in rows if (row["kernel"], row["triton"]) == (kernel, version)}
+        yield table_row(f"{kernel}, {version}", *(cells[target] for target in targets))
 
 
 EPILOGUES = ("up up", "down grouped_matmul", "down_grad down_grad", "up_grad grouped_matmul")

@@ -12,6 +12,7 @@ from triton.backends.compiler import GPUTarget
 from tritonmoe.aot import ARCHITECTURES, Compiled, architecture_named
 from tritonmoe.aot.compilation import doubt_of
 from tritonmoe.aot.machine_code import read_amd
+from tritonmoe.config.formats import FORMATS
 from tritonmoe.kernels import launch
 
 MODULE = [sys.executable, "-m", "tritonmoe.aot"]
@@ -132,9 +133,32 @@ def test_kernels_compile_and_fit(tmp_path):
             assert copies is (variant == "bf16 rows copied" and target in targets)
 
 
+@pytest.mark.thorough
+def test_packed_weights_are_decoded_to_shared_memory(tmp_path):
+    """Their bytes come asynchronously, and what they become is stored where the matrix instruction reads it."""
+    pytest.importorskip("triton.backends.nvidia.compiler")
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    kernels = [f"{operation} of {one} grouped_matmul" for one in FORMATS for operation in ("down", "up_grad")]
+    command = [*MODULE, "--json", "--variants", *FORMATS, "--targets", "sm_90", "gfx942", "--kernels", *kernels]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    assert result.returncode == 0, result.stderr
+    compiled = json.loads(result.stdout)
+    assert {(item["kernel"], item["target"]) for item in compiled} == {
+        (kernel, target) for kernel in kernels for target in ("sm_90", "gfx942")
+    }
+    for item in compiled:
+        assert item["matrix"] == item["expected_matrix"]
+        assert item["spills"] == 0
+        assert item["loop"]["shared"] > 0
+        if item["target"] == "sm_90":
+            assert item["loop"]["cp.async"] > 0
+            assert item["doubt"] == "", "a wgmma reads what was decoded from registers"
+
+
 COMPILE_ACTIVATIONS = """
 from tritonmoe.aot.compilation import compile_one
-from tritonmoe.aot.launches import Variant, record_launches
+from tritonmoe.aot import Variant, record_launches
 from tritonmoe.aot.architectures import ARCHITECTURES
 from tritonmoe.config.activations import POINTWISE, ClampedSwiGLU, SoftcappedSwiGLU
 
@@ -204,6 +228,27 @@ def test_the_innermost_loop_is_counted():
     assert (code.registers, code.spills, code.num_warps, code.matrix) == (118, 3, 8, "mfma")
     assert code.loop == {"all": 4, "mfma": 1, "shared": 1, "barrier": 1}
     assert code.step == {"instructions": 4, "barriers": 1}
+
+
+ENTERED_INSIDE = """
+_kernel:
+\ts_branch .LBB0_2
+.LBB0_1:
+\tv_mfma_f32_32x32x8_bf16 v[0:15], v[16:17], v[18:19], v[0:15]
+\ts_cbranch_scc0 .LBB0_3
+.LBB0_2:
+\tglobal_load_dwordx4 v[0:3], v[4:5], off
+\ts_branch .LBB0_1
+.LBB0_3:
+\tglobal_store_dwordx4 v[4:5], v[0:3], off
+\ts_endpgm
+"""
+
+
+def test_a_loop_that_begins_in_its_middle():
+    code = read_amd(ENTERED_INSIDE + AMD_ASSEMBLY[AMD_ASSEMBLY.index("    .max_flat") :])
+    assert code.loop == {"all": 4, "mfma": 1, "load": 1}
+    assert code.step == {"instructions": 4, "barriers": 0}
 
 
 PERSISTENT = """

@@ -234,9 +234,29 @@ def test_layers_like_a_calls_own() -> None:
             OWN._replace(has_bias=False),
             OWN._replace(layout=ExpertLayout()),
             OWN._replace(activation="gelu"),
+            OWN._replace(weight_formats=("mxfp4", "mxfp4")),
+            OWN._replace(weight_formats=("mxfp4", None)),
+            OWN._replace(weight_formats=(None, "mxfp4")),
         )
     }
-    assert len(names) == 4
+    assert len(names) == 7
+
+
+PACKED = CalledLayer(ExpertLayout(), "silu", 64, 32, False, ("mxfp4", "nf4"))
+
+
+@pytest.mark.parametrize("is_wrong", [False, True])
+def test_decoding_is_checked(is_wrong: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is wrong with packed weights alone, those of plain ones don't show."""
+    right = triton_backend.up_grad
+
+    def slightly_wrong(dh: torch.Tensor, projection: Projection, *args: object, **keywords: object) -> torch.Tensor:
+        dx = right(dh, projection, *args, **keywords)
+        return dx if projection.scales is None else dx * 1.1
+
+    if is_wrong:
+        monkeypatch.setattr(triton_backend, "up_grad", slightly_wrong)
+    assert backend_choice._are_experts_right(CPU, torch.bfloat16, KernelOptions(), 2, 2, PACKED) is not is_wrong
 
 
 @pytest.mark.parametrize("is_wrong", [False, True])

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from bench import codegen
-from tritonmoe.aot import ARCHITECTURES, launches
+from tritonmoe import aot
+from tritonmoe.aot import ARCHITECTURES
 from tritonmoe.aot.compilation import FEW_BYTES
 
 
@@ -80,8 +81,10 @@ def test_steps_are_a_table_of_their_own(tmp_path, no_compiling):
     assert command[command.index("--variants") :] == [
         "--variants",
         codegen.STEP_VARIANT,
+        *codegen.STEP_FORMATS,
         "--kernels",
         *codegen.STEP_KERNELS,
+        *codegen.PACKED_STEP_KERNELS,
     ]
     (written,) = json.loads((tmp_path / "table.json").read_text())["results"]
     where = {"triton": "9.9", "kernel": "up up", "target": "sm_90"}
@@ -122,18 +125,18 @@ def test_an_unfit_kernel_and_a_compiler_that_fails(tmp_path, no_compiling):
 
 
 def test_the_hash_follows_the_kernels(tmp_path, monkeypatch):
-    for name in ("aot/launches.py", "backends/triton.py", "kernels/up.py"):
+    for name in ("aot/launches.py", "aot/variants.py", "backends/triton.py", "kernels/up.py"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("one\n")
     monkeypatch.setattr(codegen, "ROOT", tmp_path)
     seen = {codegen.source_hash()}
-    for name in ("kernels/up.py", "aot/launches.py", "backends/triton.py"):
+    for name in ("kernels/up.py", "aot/launches.py", "aot/variants.py", "backends/triton.py"):
         (tmp_path / name).write_text("two\n")
         seen.add(codegen.source_hash())
     (tmp_path / "kernels/new.py").write_text("")
     seen.add(codegen.source_hash())
     (tmp_path / "aot/machine_code.py").write_text("reads what came out\n")
-    assert len(seen) == 5
+    assert len(seen) == 6
     assert codegen.source_hash() in seen
 
 
@@ -158,8 +161,12 @@ def test_the_committed_table_is_of_the_kernels_that_its_hash_says():
         for version, by_target in row.get("loops", {}).items()
         for target, loop in by_target.items()
     }
-    assert loops == {(row["triton"], row["kernel"], row["target"]): row["loop_instructions"] for row in steps}
-    recorded = launches.record_launches(launches.VARIANTS[codegen.STEP_VARIANT], ARCHITECTURES["sm_90"].target)
+    assert loops == {
+        (row["triton"], row["kernel"], row["target"]): row["loop_instructions"]
+        for row in steps
+        if row["kernel"] in codegen.STEP_KERNELS
+    }
+    recorded = aot.record_launches(aot.VARIANTS[codegen.STEP_VARIANT], ARCHITECTURES["sm_90"].target)
     assert {kernel.split()[-1] for kernel in recorded} <= {row["kernel"].split()[-1] for row in rows}
 
 
@@ -181,6 +188,7 @@ ISSUE_LIMITS = {"sm_80": 0.55, "sm_90": 0.5, "sm_100": 1.3, "sm_120": 0.3}
 def test_steps_of_the_committed_table_keep_their_limits():
     """Issuing leaves room between matrix instructions, and wgmma runs on while the next step is prepared."""
     rows = json.loads((codegen.ROOT.parent / codegen.STEPS).read_text())["results"]
+    rows = [row for row in rows if row["kernel"] in codegen.STEP_KERNELS]
     assert len(rows) == 2 * len(ARCHITECTURES) * len(codegen.STEP_KERNELS)
     for row in rows:
         limit = ISSUE_LIMITS.get(row["target"])
@@ -190,3 +198,20 @@ def test_steps_of_the_committed_table_keep_their_limits():
         assert row.get("products_in_flight", 1) == 1, row
         assert ("products_in_flight" in row) == (row["target"] == "sm_90")
         assert row["barriers"] <= 8, row
+
+
+DECODING_LIMITS = {"mxfp4": (14, 20), "fp8": (14, 21), "nf4": (24, 38)}
+"""Instructions of a thread for each value of a tile that it decodes, all those of a step among them: of NVIDIA's 256
+threads, and of AMD's 512."""
+
+
+def test_decoding_keeps_its_limits():
+    table = json.loads((codegen.ROOT.parent / codegen.STEPS).read_text())
+    rows = [row for row in table["results"] if row["kernel"] in codegen.PACKED_STEP_KERNELS]
+    of_newest = {(row["kernel"], row["target"]) for row in rows if row["triton"] == table["triton_versions"][-1]}
+    assert of_newest == {(kernel, target) for kernel in codegen.PACKED_STEP_KERNELS for target in ARCHITECTURES}
+    for row in rows:
+        is_amd = row["target"].startswith("gfx")
+        values = row["columns"] * row["depth"] / (512 if is_amd else 256)
+        assert row["instructions"] <= DECODING_LIMITS[row["kernel"].split()[2]][is_amd] * values, row
+        assert row["barriers"] <= 10, row

@@ -1,5 +1,7 @@
 """Bytes, operations and bounds of the kernels, against sums worked out by hand."""
 
+from dataclasses import replace
+
 import pytest
 
 from tritonmoe.benchmarks.roofline import H100, Work, kernel_work, product_flops
@@ -69,3 +71,20 @@ def test_training_is_compute_bound_and_decode_is_not():
     assert kernel_work(shape, 32768)["up"].bound(H100) == "compute"
     assert kernel_work(shape, 1)["up"].bound(H100) == "memory"
     assert kernel_work(shape, 32768)["gather_sum"].bound(H100) == "memory"
+
+
+def test_packed_weights_have_their_own_bytes_and_no_gradients():
+    plain = LayerShape("plain", 4, 2, 128, 64)
+    packed = replace(plain, weight_format="mxfp4")
+    works = kernel_work(plain, 5), kernel_work(packed, 5)
+    for name, parameters in (
+        ("up", 2 * 128 * 64),
+        ("down", 128 * 64),
+        ("down_grad", 128 * 64),
+        ("up_grad", 2 * 128 * 64),
+    ):
+        saved = works[0][name].num_bytes - works[1][name].num_bytes
+        assert saved == 4 * parameters * (2 - 17 / 32)
+        assert works[0][name].flops == works[1][name].flops
+    assert works[0].keys() - works[1].keys() == {"weight_grad W1", "weight_grad W2"}
+    assert product_flops(packed, 5, backward=True) * 3 == product_flops(plain, 5, backward=True) * 2

@@ -41,6 +41,23 @@ def test_show(capsys, cache):
     assert all(line.endswith("(heuristic)") for line in lines if line != tuned)
 
 
+def test_packed_weights_have_tiles_of_their_own(capsys):
+    """They have no gradients, and no tile of theirs walks."""
+    packed = ["--weight-format", "mxfp4"]
+    assert main(["tune", *SHAPE, *packed, "--show", "--json", "--tokens", "16384"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {tuple(key.split()[2:4]) for key in found} == {(name, "mxfp4") for name in ("up", "down", "down_grad")}
+    for of in found.values():
+        assert ["weight", "pointers: it is packed"] in of["tile"]["reads"]
+        assert not of["tile"]["persistent"]
+    for wrong, words in (
+        ([*SHAPE[:4], "float16"], "--weight-format mxfp4 is of experts that compute in bfloat16"),
+        (["8", "2", "100", "64"], "a scale for 32 values"),
+    ):
+        assert main(["tune", *wrong, *packed, "--show"]) == 2
+        assert words in capsys.readouterr().err
+
+
 def test_show_for_machines(capsys):
     assert main(["tune", *SHAPE, "--show", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

@@ -67,6 +67,20 @@ def test_bits_are_those_of_decoded_experts(
     tm.run_on_emulated_ranks(on_rank, num_ranks, timeout_s=60)
 
 
+@pytest.mark.parametrize(
+    "weight_format", [pytest.param(one, marks=pytest.mark.thorough) for one in FORMATS[:2]] + ["nf4"]
+)
+def test_kernels_in_chunks_of_experts(weight_format: WeightFormat) -> None:
+    """A part of the experts is a part of their bytes and scales."""
+    case = PackedCase(weight_format, num_tokens=9, rank=2)
+
+    def on_rank(transport: Transport) -> None:
+        found = [call(case, transport, OVERLAPS["experts"], decoded, backend="triton") for decoded in (False, True)]
+        assert_same_bits(*found)
+
+    tm.run_on_emulated_ranks(on_rank, 2, timeout_s=300)
+
+
 def test_two_levels() -> None:
     case = PackedCase("mxfp4", rank=2)
 
@@ -104,8 +118,8 @@ def test_what_one_rank_refuses_no_rank_waits_for() -> None:
             with pytest.raises(tm.TransportError):
                 call(case, transport, tm.OverlapConfig(1), decoded=False)
         else:
-            with pytest.raises(ValueError, match="don't decode packed weights"):
-                call(case, transport, tm.OverlapConfig(1), decoded=False, backend="triton")
+            with pytest.raises(ValueError, match="batch_invariant=True needs backend='triton'"):
+                call(case, transport, tm.OverlapConfig(1), decoded=False, batch_invariant=True)
 
     tm.run_on_emulated_ranks(on_rank, 2, timeout_s=30)
 

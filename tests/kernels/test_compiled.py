@@ -37,6 +37,22 @@ def test_one_layer_missing_waits_and_routers(gpu, tmp_path):
     assert re.search(rf"\b{num_tests} passed", result.stdout), result.stdout[-3000:]
 
 
+@pytest.mark.thorough
+@pytest.mark.parametrize("gpu", VIRTUAL_GPUS)
+def test_packed_weights(gpu, tmp_path):
+    """Every code and scale of every format, along both axes, and all four products."""
+    result = run(gpu, tmp_path, "-k", "every_code or two_formats", tests=("test_packed_tiles.py",))
+    assert result.returncode == 0, result.stdout[-3000:]
+    assert re.search(r"\b8 passed", result.stdout), result.stdout[-3000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gpu", VIRTUAL_GPUS)
+def test_all_packed_weights(gpu, tmp_path):
+    result = run(gpu, tmp_path, "-m", "not slow", tests=("test_packed_tiles.py",))
+    assert result.returncode == 0, result.stdout[-3000:]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("gpu", VIRTUAL_GPUS)
 def test_all_layers(gpu, tmp_path):

@@ -92,6 +92,7 @@ REFERENCE = {
     "v_lshrrev_b32": lambda a, b: b >> (a & 31),
     "v_ashrrev_i32": lambda a, b: b >> (a & 31),
     "v_lshrrev_b16": lambda a, b: (b & 0xFFFF) >> (a & 15),
+    "v_lshlrev_b16": lambda a, b: b << (a & 15) & 0xFFFF,
     "v_lshlrev_b64": lambda a, b: b << (a & 63),
     "v_lshrrev_b64": lambda a, b: b >> (a & 63),
     "v_add3_u32": lambda a, b, c: a + b + c,
@@ -357,6 +358,7 @@ SCALARS = {
     "s_bfe_u32": word(lambda a, b: field(a, b, b >> 16)),
     "s_bfe_i32": word(lambda a, b: signed_field(a & WORD, b, b >> 16)),
     "s_brev_b32": scalar(lambda a: int(f"{a:032b}"[::-1], 2)),
+    "s_sext_i32_i16": scalar(lambda a: (a & 0xFFFF ^ 0x8000) - 0x8000),
     **{
         f"s_lshl{n}_add_u32": scalar(lambda a, b, n=n: (a << n) + b, lambda a, b, n=n: carry((a << n) + b))
         for n in (1, 2, 3, 4)

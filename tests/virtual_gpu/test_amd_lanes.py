@@ -129,8 +129,10 @@ def test_parts_of_registers():
     source = random_rows(2)
     for part, (shift, bits) in {"BYTE_1": (8, 8), "BYTE_3": (24, 8), "WORD_1": (16, 16), "WORD_0": (0, 16)}.items():
         line = f"v_and_b32_sdwa v20, v10, v11 dst_sel:DWORD dst_unused:UNUSED_PAD src0_sel:{part} src1_sel:DWORD"
-        wanted = (source[0] >> shift & (1 << bits) - 1) & source[1]
-        assert (run_lines([line], source, 1)[0] == wanted).all()
+        taken = source[0] >> shift & (1 << bits) - 1
+        assert (run_lines([line], source, 1)[0] == taken & source[1]).all()
+        signed = taken.astype(f"u{bits // 8}").view(f"i{bits // 8}").astype("i4").view("u4")
+        assert (run_lines([line.replace("v10", "sext(v10)")], source, 1)[0] == signed & source[1]).all()
     numbers = np.random.default_rng(1).integers(-9, 9, (4, NUM_THREADS)).astype(np.float32)
     line = "v_pk_fma_f32 v[20:21], v[10:11], v[12:13], v[12:13] op_sel:[1,0,1] op_sel_hi:[0,1,1]"
     line += " neg_lo:[1,0,0] neg_hi:[0,0,1]"

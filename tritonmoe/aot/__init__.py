@@ -6,7 +6,8 @@ compiled here, argument specialisation included, is what a GPU would get.
 
 from tritonmoe.aot.architectures import ARCHITECTURES, OTHER_ARCHITECTURES, Architecture, architecture_named
 from tritonmoe.aot.compilation import Compiled, compile_all, compile_one, compile_unchecked
-from tritonmoe.aot.launches import VARIANTS, Variant, record_launches, source_of
+from tritonmoe.aot.launches import record_launches, source_of
+from tritonmoe.aot.variants import VARIANTS, Variant
 
 __all__ = [
     "ARCHITECTURES",

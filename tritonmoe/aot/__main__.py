@@ -11,7 +11,7 @@ import sys
 from dataclasses import asdict
 
 from tritonmoe.aot import ARCHITECTURES, OTHER_ARCHITECTURES, VARIANTS, Compiled, architecture_named, compile_all
-from tritonmoe.aot.launches import DEFAULT_VARIANTS
+from tritonmoe.aot.variants import DEFAULT_VARIANTS
 from tritonmoe.kernels import launch
 
 

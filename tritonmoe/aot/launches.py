@@ -1,7 +1,6 @@
 """The launches of one layer, forward and backward, as a GPU would get them: caught on meta tensors."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -10,104 +9,19 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
+from tritonmoe.aot.variants import Variant
 from tritonmoe.backends import triton as triton_backend
 from tritonmoe.backends.ops import NO_GRADIENTS, GradientOperands, Operations
-from tritonmoe.config.activations import ClampedSwiGLU, FusedActivation
-from tritonmoe.config.layer import NO_WEIGHTS, ExpertLayout, KernelOptions, PerWeight, Projection
-from tritonmoe.config.routing import RoutingRule
+from tritonmoe.config.formats import empty_packed
+from tritonmoe.config.layer import NO_WEIGHTS, ExpertLayout, PerWeight, Projection
 from tritonmoe.grouping import Grouping, RowSources
 from tritonmoe.kernels import launch
 from tritonmoe.kernels.router_kernels import route, route_grad
 from tritonmoe.kernels.tiles import measured_tiles
 
-__all__ = ["DEFAULT_VARIANTS", "VARIANTS", "Variant", "record_launches", "source_of"]
+__all__ = ["record_launches", "source_of"]
 
 operations = cast(Operations, triton_backend)
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One layer whose kernels are compiled; the default is Qwen3-30B-A3B's."""
-
-    dtype: torch.dtype = torch.bfloat16
-    layout: ExpertLayout = field(default_factory=ExpertLayout)
-    activation: FusedActivation = "silu"
-    hidden_size: int = 2048
-    intermediate_size: int = 768
-    num_experts: int = 128
-    top_k: int = 8
-    bias: bool = True
-    adapter_rank: int = 0
-    """R of low-rank adapters on both projections; 0 for none."""
-    routing: RoutingRule = field(default_factory=lambda: RoutingRule(0))
-    """How the router chooses; its top_k is replaced by the layer's, and where it takes sigmoids it has a bias."""
-    num_rows: int = 16384
-    """The rows of one device; with several ranks what one rank receives, and num_experts is what it holds."""
-    num_ranks: int = 1
-    """With several ranks, rows come in chunks, and products run beside exchanges."""
-    options: KernelOptions = KernelOptions()
-    tiles: Mapping[str, int | str] = field(default_factory=dict)
-    """Fields that replace those of the table in every operation's TileConfig, as a measured entry would."""
-
-    @classmethod
-    def of(cls, shape: Any, dtype: torch.dtype, num_rows: int) -> "Variant":
-        """Return the variant of a `benchmarks.shapes.LayerShape`."""
-        names = ("layout", "activation", "hidden_size", "intermediate_size", "num_experts", "top_k", "bias")
-        return cls(dtype, num_rows=num_rows, **{name: getattr(shape, name) for name in names})
-
-
-_CLAMPED = ClampedSwiGLU(7.0, alpha=1.702, up_offset=1.0)
-_GPT_OSS = Variant(
-    layout=ExpertLayout(interleaved=True, transposed=True),
-    activation=_CLAMPED,
-    hidden_size=2880,
-    intermediate_size=2880,
-    num_experts=128,
-    top_k=4,
-    routing=RoutingRule(0, softmax_after_topk=True),
-)
-_DEEPSEEK = Variant(
-    hidden_size=7168,
-    intermediate_size=2048,
-    num_experts=256,
-    bias=False,
-    routing=RoutingRule(0, sigmoid=True, routed_scaling_factor=2.5, num_expert_groups=8, top_k_groups=4),
-)
-VARIANTS = {
-    "Qwen3-30B-A3B": Variant(bias=False),
-    "bf16": Variant(),
-    "fp32": Variant(torch.float32),
-    "fp16 gelu transposed": Variant(torch.float16, ExpertLayout(transposed=True), "gelu"),
-    "gelu_tanh no bias": Variant(activation="gelu_tanh", bias=False),
-    "ungated": Variant(layout=ExpertLayout(gated=False), activation="relu2"),
-    "interleaved": Variant(layout=ExpertLayout(interleaved=True), activation=_CLAMPED),
-    "batch invariant": Variant(options=KernelOptions(batch_invariant=True)),
-    # Fewer pairs per expert: every class of `choice.row_class`.
-    "1 token": Variant(num_rows=1),
-    "1 token fp32": Variant(torch.float32, num_rows=1),
-    "128 tokens": Variant(num_rows=128),
-    "512 tokens": Variant(num_rows=512),
-    "1024 tokens": Variant(num_rows=1024),
-    "Mixtral": Variant(hidden_size=4096, intermediate_size=14336, num_experts=8, top_k=2, bias=False),
-    "Qwen3-Next": Variant(hidden_size=2048, intermediate_size=512, num_experts=512, top_k=10, bias=False),
-    "DeepSeek-V3": _DEEPSEEK,
-    "gpt-oss": _GPT_OSS,
-    "odd": Variant(hidden_size=1001, intermediate_size=333, num_experts=60, top_k=6),
-    "odd fp32": Variant(torch.float32, hidden_size=1001, intermediate_size=333, num_experts=60, top_k=6),
-    "tiny": Variant(hidden_size=1, intermediate_size=1, num_experts=1, top_k=1),
-    "bf16 of 8 ranks": Variant(num_ranks=8),
-    "fp32 of 8 ranks": Variant(torch.float32, num_ranks=8),
-    "gpt-oss of 2 ranks": replace(_GPT_OSS, num_experts=64, num_ranks=2),
-    "odd of 8 ranks": Variant(hidden_size=1001, intermediate_size=333, num_experts=60, top_k=6, num_ranks=8),
-    "adapters": Variant(adapter_rank=16),
-    "gpt-oss with adapters": replace(_GPT_OSS, adapter_rank=16),
-    "bf16 persistent": Variant(tiles={"persistent": True}),
-    "bf16 one tile a program": Variant(tiles={"persistent": False}),
-    "bf16 pointers": Variant(tiles={"tma": False}),
-    "bf16 gathered by TMA": Variant(tiles={"gather": "tma"}),
-    "bf16 rows copied": Variant(tiles={"gather": "copy"}),
-}
-DEFAULT_VARIANTS = ("bf16", "bf16 one tile a program", "bf16 pointers", "bf16 gathered by TMA", "bf16 rows copied")
 
 
 def record_launches(variant: Variant, target: GPUTarget) -> dict[str, launch.Launch]:
@@ -138,18 +52,27 @@ class _RecordedStep:
         if v.layout.transposed:
             w1_shape, w2_shape = w1_shape[::-1], w2_shape[::-1]
         self.x, self.dout = self._empty(rows, v.hidden_size), self._empty(rows, v.hidden_size)
-        w1, w2 = self._empty(v.num_experts, *w1_shape), self._empty(v.num_experts, *w2_shape)
         b1 = self._empty(v.num_experts, width) if v.bias else None
         b2 = self._empty(v.num_experts, v.hidden_size) if v.bias else None
-        self.gate_up, self.down = Projection(w1, b1, v.layout), Projection(w2, b2, v.layout)
+        self.gate_up, self.down = self._projection(w1_shape, b1), self._projection(w2_shape, b2)
         self.ids = self._empty(rows, v.top_k, dtype=torch.int64 if v.num_ranks == 1 else torch.int32)
         self.topk_weights = self._empty(rows, v.top_k, dtype=torch.float32)
 
     def _empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(*shape, dtype=self.variant.dtype if dtype is None else dtype, device="meta")
 
-    def _name(self, operation: str) -> None:
-        """Keep what was launched since the last call as the launches of `operation`."""
+    def _projection(self, shape: tuple[int, int], bias: Tensor | None) -> Projection:
+        """Return a projection whose experts have weights of this shape."""
+        v, whole = self.variant, (self.variant.num_experts, *shape)
+        if v.weight_format is None:
+            return Projection(self._empty(*whole), bias, v.layout)
+        values, scales = empty_packed(whole, v.weight_format, torch.device("meta"))
+        return Projection(values, bias, v.layout, scales=scales)
+
+    def _name(self, operation: str, *, reads_weight: bool = False) -> None:
+        """Keep what was launched since the last call as the launches of `operation`, and of the weight's format."""
+        if reads_weight and self.variant.weight_format is not None:
+            operation = f"{operation} of {self.variant.weight_format}"
         for item in self.launches:
             key = f"{operation} {item.kernel.__name__.strip('_').removesuffix('_kernel')}"
             assert key not in self.found, key
@@ -169,11 +92,13 @@ class _RecordedStep:
         # A chunk's operations launch what those of one chunk do: where a chunk begins is not specialised.
         h, y = self._forward(grouping)
         dh, scaled_a = self._backward(grouping, h, y)
-        self._weight_grads(grouping, dh, scaled_a)
+        if v.weight_format is None:
+            self._weight_grads(grouping, dh, scaled_a)
         if v.adapter_rank:
             self._adapters(grouping, h, dh, scaled_a)
         if is_rank:
-            self._weight_grads(layer, dh, scaled_a, " in chunks")
+            if v.weight_format is None:
+                self._weight_grads(layer, dh, scaled_a, " in chunks")
             home_index = self._empty(v.num_rows, min(v.num_ranks, v.top_k), dtype=torch.int32)
             operations.gather_sum(y, home_index)
             self._name("gather_sum at home")
@@ -214,15 +139,15 @@ class _RecordedStep:
         activation, options = self.variant.activation, self.options
         arguments = self.x, self.gate_up, grouping
         operations.up(*arguments, activation, needs_h=False, options=options)
-        self._name("up inference")
+        self._name("up inference", reads_weight=True)
         h, a = operations.up(*arguments, activation, options=options)
-        self._name("up")
+        self._name("up", reads_weight=True)
         y = operations.down(a, self.down, grouping, options=options)
-        self._name("down")
+        self._name("down", reads_weight=True)
         operations.gather_sum(y, grouping.inverse, self.topk_weights)
         self._name("gather_sum")
         operations.up(*arguments, None, options=options)
-        self._name("up for h alone")
+        self._name("up for h alone", reads_weight=True)
         return h, y
 
     def _backward(self, grouping: Grouping, h: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -231,9 +156,9 @@ class _RecordedStep:
         dh, scaled_a, _ = operations.down_grad(
             self.dout, self.down, h, self.topk_weights, grouping, activation, options=options
         )
-        self._name("down_grad")
+        self._name("down_grad", reads_weight=True)
         operations.up_grad(dh, self.gate_up, grouping, options=options)
-        self._name("up_grad")
+        self._name("up_grad", reads_weight=True)
         operations.gather_sum(y, grouping.inverse)
         self._name("gather_sum without weights")
         return dh, scaled_a
@@ -264,14 +189,14 @@ class _RecordedStep:
         v, rank, options, activation = self.variant, self.variant.adapter_rank, self.options, self.variant.activation
         y = self._empty(grouping.num_pairs, v.hidden_size)
         operations.up(self.x, self.gate_up._replace(addend=h), grouping, activation, out_h=h, options=options)
-        self._name("up with an addend")
+        self._name("up with an addend", reads_weight=True)
         operations.down(scaled_a, self.down._replace(addend=y), grouping, out=y, options=options)
-        self._name("down with an addend")
+        self._name("down with an addend", reads_weight=True)
         down, out = self.down._replace(addend=scaled_a), (dh, scaled_a)
         operations.down_grad(self.dout, down, h, self.topk_weights, grouping, activation, out=out, options=options)
-        self._name("down_grad with an addend")
+        self._name("down_grad with an addend", reads_weight=True)
         operations.up_grad(dh, self.gate_up._replace(addend=y), grouping, out=y, options=options)
-        self._name("up_grad with an addend")
+        self._name("up_grad with an addend", reads_weight=True)
         plain, transposed = ExpertLayout(gated=False), ExpertLayout(gated=False, transposed=True)
         factor_a = Projection(self._empty(v.num_experts, rank, v.hidden_size), None, plain)
         factor_b = Projection(self._empty(v.num_experts, dh.shape[1], rank), None, plain)

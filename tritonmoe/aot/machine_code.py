@@ -150,8 +150,16 @@ def _loops(code: list[_Instruction]) -> Iterator[tuple[int, int]]:
         if item.name and item.label and labels.get(item.label, place) < place
     )
     for length, last in branches:
-        if not _reaches(code, labels, last, last - length):
-            yield last - length, last
+        first = last - length
+        if not _reaches(code, labels, last, first) or _is_entered_inside(code, first, last):
+            yield first, last
+
+
+def _is_entered_inside(code: list[_Instruction], first: int, last: int) -> bool:
+    """Say whether nothing but the loop itself comes to its first place: it begins in its middle, as LLVM turns some."""
+    label, before = code[first].label, code[first - 1]
+    comes_from = [place for place, item in enumerate(code) if item.name and item.label == label]
+    return before.always and all(first <= place <= last for place in comes_from)
 
 
 def _innermost_loops(code: list[_Instruction]) -> Iterator[list[_Instruction]]:

@@ -117,7 +117,6 @@ def choose(
     *,
     num_experts: int = 1,
     top_k: int = 1,
-    is_packed: bool = False,
     layer: CalledLayer | None = None,
 ) -> Operations:
     """Return the backend module for `backend` ("auto", "triton", "torch" or "reference").
@@ -127,14 +126,14 @@ def choose(
     code by the number of rows, and round a row differently with its neighbours.
 
     Args:
-        num_experts: on this device. top_k: experts per token. is_packed: whether a weight is packed (formats.py).
+        num_experts: on this device. top_k: experts per token.
         layer: what is seen to be right; else one of many layers.
     Raises:
         ValueError: the name is not known, or the backend can't run these tensors with these options.
         TypeError: no backend computes in this dtype.
     """
     interprets = os.environ.get("TRITON_INTERPRET") == "1"
-    arguments = device, dtype, options, num_experts, top_k, is_packed, layer, _triton_version(), interprets
+    arguments = device, dtype, options, num_experts, top_k, layer, _triton_version(), interprets
     try:
         return _choose(backend, *arguments)
     except Unchecked:  # taken for right in this call, and asked again in the next one
@@ -149,7 +148,6 @@ def _choose(
     options: KernelOptions,
     num_experts: int,
     top_k: int,
-    is_packed: bool,
     layer: CalledLayer | None,
     triton_version: str | None,
     interprets: bool,
@@ -161,8 +159,6 @@ def _choose(
             "(quantised ones are given as tritonmoe.QuantizedWeight)"
         )
     reason = _triton_unusable_reason(device, triton_version, interprets) or _beyond_limits(dtype, num_experts, top_k)
-    if is_packed:
-        reason = reason or "the kernels don't decode packed weights (QuantizedWeight), the torch backend does"
     if backend == "triton" and reason is not None:
         raise ValueError(f"backend='triton' can't run here: {reason}. Use backend='auto', 'torch' or 'reference'.")
     if backend == "auto":

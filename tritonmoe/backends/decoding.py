@@ -23,9 +23,11 @@ from tritonmoe.config.formats import (
     NF4_BLOCK,
     NF4_VALUES,
     WeightFormat,
+    format_of,
+    weight_shape,
 )
 
-__all__ = ["ExpertMemory", "expert_bytes", "thread_expert"]
+__all__ = ["ExpertMemory", "decoded", "expert_bytes", "thread_expert"]
 
 PART_VALUES = 2**18
 """A multiple of every block. Its fp32 values, its bytes and its indices stay in a core's second cache."""
@@ -94,9 +96,18 @@ def expert_bytes(weight_format: WeightFormat, values: Tensor, scales: Tensor) ->
     values, scales = values.reshape(num_experts, -1), scales.reshape(num_experts, -1)
     if weight_format == "nf4":
         return values, scales
-    if values.storage_offset() % 2:  # no memory of int16
-        values = values.clone()
+    if values.storage_offset() % 2 or values.stride(-1) != 1:  # no memory of int16
+        values = values.clone(memory_format=torch.contiguous_format)
     return values.view(torch.int16), scales.to(torch.int32)  # as an index
+
+
+def decoded(values: Tensor, scales: Tensor) -> Tensor:
+    """Return a whole packed weight in bf16, (E, A, B): what experts never make."""
+    weight_format = format_of(values, scales)
+    out = torch.empty(weight_shape(values, scales), dtype=torch.bfloat16, device=values.device)
+    for of_expert, scales_of_expert, one in zip(*expert_bytes(weight_format, values, scales), out, strict=True):
+        ExpertMemory(weight_format, one).decode(of_expert, scales_of_expert)
+    return out
 
 
 def _cut_flat(block: int, table: torch.dtype, wide_dtype: torch.dtype) -> Callable[[Tensor], list[Part]]:

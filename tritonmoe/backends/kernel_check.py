@@ -14,6 +14,7 @@ from tritonmoe.backends import reference as reference_module
 from tritonmoe.backends.layer_case import LayerCase
 from tritonmoe.backends.ops import CalledLayer, Operations
 from tritonmoe.config.activations import ClampedSwiGLU, FusedActivation
+from tritonmoe.config.formats import WeightFormat
 from tritonmoe.config.layer import ExpertLayout, KernelOptions
 
 __all__ = [
@@ -71,6 +72,14 @@ class CheckedLayer:
     top_k: int = 2
     bias: bool = False
     options: KernelOptions = KernelOptions()
+    weight_formats: tuple[WeightFormat | None, WeightFormat | None] = (None, None)
+
+    @property
+    def weight_format(self) -> WeightFormat | None:
+        """The format of both weights, where they have one."""
+        up, down = self.weight_formats
+        assert up == down, self.weight_formats
+        return up
 
 
 _CLAMPED = ClampedSwiGLU(7.0, alpha=1.702, up_offset=1.0)
@@ -84,6 +93,10 @@ CASES = (
     CheckedLayer("fp16, transposed", torch.float16, 1024, ExpertLayout(transposed=True), "gelu"),
     CheckedLayer("bf16, ungated", torch.bfloat16, 1024, ExpertLayout(gated=False), "relu2"),
     CheckedLayer("fp32", torch.float32, 1024, activation="gelu_tanh"),
+    CheckedLayer("mxfp4", torch.bfloat16, 1024, weight_formats=("mxfp4", "mxfp4")),
+    CheckedLayer("fp8", torch.bfloat16, 1024, weight_formats=("fp8", "fp8")),
+    CheckedLayer("nf4, transposed", torch.bfloat16, 1024, ExpertLayout(transposed=True), weight_formats=("nf4", "nf4")),
+    CheckedLayer("mxfp4, few tokens", torch.bfloat16, 40, weight_formats=("mxfp4", "mxfp4")),
 )
 """Every kind of tile, and every way in which weights lie, in seconds on a GPU."""
 SMALL_CASES = tuple(
@@ -117,6 +130,8 @@ def cases_like(
     activation = "a callable" if layer.activation is None else str(layer.activation)
     name = f"{hidden_size} x {intermediate_size}, K {top_k}, {activation}, {names or 'ungated'}"
     name += (", biases" if layer.has_bias else "") + (f", {options}" if options != KernelOptions() else "")
+    if any(layer.weight_formats):
+        name += f", weights in {' and '.join(one or 'bf16' for one in dict.fromkeys(layer.weight_formats))}"
     of_call = CheckedLayer(
         name,
         dtype,
@@ -129,6 +144,7 @@ def cases_like(
         top_k,
         layer.has_bias,
         options,
+        layer.weight_formats,
     )
     cases = [of_call, replace(of_call, num_tokens=-(-12 * experts // top_k))]
     return cases if layer.activation is not None else [replace(of_call, activation=None), *cases]
@@ -165,7 +181,7 @@ def _case(layer: CheckedLayer, device: torch.device) -> LayerCase:
     shape = layer.num_tokens, layer.top_k
     ids = torch.randint(-1, layer.num_experts - 1, shape, generator=generator, device="cpu")
     ids[: layer.num_tokens // 4, 0] = 1
-    return LayerCase(
+    case = LayerCase(
         ids.to(device),
         layer.num_experts,
         layer.layout,
@@ -173,6 +189,7 @@ def _case(layer: CheckedLayer, device: torch.device) -> LayerCase:
         sizes=(layer.hidden_size, layer.intermediate_size),
         bias=layer.bias,
     )
+    return case.packed(layer.weight_formats)
 
 
 def check_layer(layer: CheckedLayer, ops: Operations, device: torch.device) -> Iterator[Checked]:

@@ -5,8 +5,10 @@ import copy
 import torch
 from torch import Tensor
 
+from tritonmoe.backends.decoding import decoded
 from tritonmoe.backends.ops import GradientOperands, Operations
 from tritonmoe.config.activations import FusedActivation
+from tritonmoe.config.formats import WeightFormat, empty_packed
 from tritonmoe.config.layer import ExpertLayout, KernelOptions, PerWeight, Projection
 from tritonmoe.grouping import Grouping
 
@@ -15,6 +17,8 @@ __all__ = ["LayerCase"]
 IN_STORAGE_ORDER = (
     *("up: h", "up: a", "down", "down_grad: dh", "down_grad: s*a", "down_grad: gate weights", "up_grad"),
 )
+ROOT_MEAN_SQUARES: dict[WeightFormat, float] = {"mxfp4": 2.9, "fp8": 60.0, "nf4": 0.5}
+"""Of values whose bytes are random."""
 
 
 class LayerCase:
@@ -46,6 +50,8 @@ class LayerCase:
         self.w2 = self.draw(num_experts, hidden, intermediate, scale=intermediate**-0.5)
         if layout.transposed:
             self.w1, self.w2 = self.w1.mT.contiguous(), self.w2.mT.contiguous()
+        self.w1_scales: Tensor | None = None
+        self.w2_scales: Tensor | None = None
         self.b1 = self.draw(num_experts, width, scale=0.5) if bias else None
         self.b2 = self.draw(num_experts, hidden, scale=0.5) if bias else None
         self.x, self.dout = self.draw(ids.shape[0], hidden), self.draw(ids.shape[0], hidden)
@@ -58,6 +64,27 @@ class LayerCase:
         drawn = torch.randn(*shape, generator=self._generator, device="cpu")
         return (drawn * scale).to(self.ids.device, self._dtype)
 
+    def packed(self, formats: tuple[WeightFormat | None, WeightFormat | None]) -> "LayerCase":
+        """Draw other weights, random bytes in these formats; None: the weight stays. Return this case."""
+        for name, weight_format, depth in zip(("w1", "w2"), formats, (self.hidden, self.intermediate), strict=True):
+            if weight_format is not None:
+                values, scales = self._random_bytes(getattr(self, name), weight_format, depth**-0.5)
+                setattr(self, name, values)
+                setattr(self, f"{name}_scales", scales)
+        return self
+
+    def _random_bytes(self, weight: Tensor, weight_format: WeightFormat, size: float) -> tuple[Tensor, Tensor]:
+        """Return values and scales of a packed weight of this shape, whose values are about as large as `size`."""
+        values, scales = empty_packed(tuple(weight.shape), weight_format, "cpu")
+        numbers = torch.randint(0, 256, values.shape, generator=self._generator, device="cpu", dtype=torch.uint8)
+        uniform = torch.rand(scales.shape, generator=self._generator, device="cpu")
+        if weight_format == "fp8":
+            numbers &= 0xF7  # no NaN among them
+        values.view(torch.uint8).copy_(numbers)
+        factors = size * (0.5 + uniform) / ROOT_MEAN_SQUARES[weight_format]
+        scales.copy_(factors.log2().round() + 127 if weight_format == "mxfp4" else factors)
+        return values.to(weight.device), scales.to(weight.device)
+
     def with_addends(self) -> "LayerCase":
         """Draw rows that `run` adds to each product; return this case."""
         columns = {"h": self.width, "y": self.hidden, "g": self.intermediate, "dx": self.hidden}
@@ -66,16 +93,26 @@ class LayerCase:
 
     @property
     def gate_up(self) -> Projection:
-        return Projection(self.w1, self.b1, self.layout)
+        return Projection(self.w1, self.b1, self.layout, scales=self.w1_scales)
 
     @property
     def down(self) -> Projection:
-        return Projection(self.w2, self.b2, self.layout)
+        return Projection(self.w2, self.b2, self.layout, scales=self.w2_scales)
+
+    def decoded(self) -> "LayerCase":
+        """Return the same numbers with weights that are not packed."""
+        twin = copy.copy(self)
+        for weight in ("w1", "w2"):
+            values, scales = getattr(self, weight), getattr(self, f"{weight}_scales")
+            if scales is not None:
+                setattr(twin, weight, decoded(values, scales))
+                setattr(twin, f"{weight}_scales", None)
+        return twin
 
     def double(self) -> "LayerCase":
         """Return the same numbers in fp64."""
-        twin = copy.copy(self)
-        for name, value in vars(self).items():
+        twin = self.decoded()
+        for name, value in vars(twin).items():
             if isinstance(value, Tensor) and value.is_floating_point():
                 setattr(twin, name, value.double())
         twin.addends = {name: value.double() for name, value in self.addends.items()}

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from tritonmoe.config.activations import FusedActivation, find_activation, find_pointwise
+from tritonmoe.config.formats import WeightFormat
 from tritonmoe.config.layer import NO_WEIGHTS, ExpertLayout, KernelOptions, PerWeight, Projection
 from tritonmoe.grouping import Grouping, RowSources
 
@@ -46,6 +47,8 @@ class CalledLayer(NamedTuple):
     hidden_size: int
     intermediate_size: int
     has_bias: bool
+    weight_formats: tuple[WeightFormat | None, WeightFormat | None] = (None, None)
+    """Of gate_up_proj and down_proj; None for one that is not packed."""
 
 
 class Unchecked(Exception):

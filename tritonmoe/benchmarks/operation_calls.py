@@ -6,20 +6,24 @@ from torch import Tensor
 
 from tritonmoe import backends
 from tritonmoe.backends.ops import NO_GRADIENTS, GradientOperands
-from tritonmoe.benchmarks.shapes import LayerInputs
+from tritonmoe.benchmarks.shapes import LayerInputs, LayerShape
 from tritonmoe.config.layer import Projection
+from tritonmoe.experts.quantized_weight import QuantizedWeight
 
 __all__ = ["dense_products", "operation_calls"]
 
 
 def operation_calls(inputs: LayerInputs, backend: str) -> dict[str, Callable[[], object]]:
-    """Return every operation of a step, forward and backward, as a function that runs it alone."""
+    """Return every operation of a step, forward and backward, as a function that runs it alone.
+
+    Weights that the shape says are packed are packed here, and have no gradients.
+    """
     shape, layout = inputs.shape, inputs.shape.layout
     ops = backends.choose(backend, inputs.x.device, inputs.x.dtype)
     x, gates, dout = inputs.x.detach(), inputs.topk_weights.detach(), inputs.dout
     w = {name: weight.detach() for name, weight in inputs.weights.items()}
-    gate_up = Projection(w["gate_up_proj"], w.get("gate_up_bias"), layout)
-    down = Projection(w["down_proj"], w.get("down_bias"), layout)
+    gate_up = _projection(shape, w["gate_up_proj"], w.get("gate_up_bias"))
+    down = _projection(shape, w["down_proj"], w.get("down_bias"))
     activation = shape.activation
     grouping = ops.group(inputs.topk_ids, shape.num_experts)
     h, a = ops.up(x, gate_up, grouping, activation)
@@ -28,7 +32,7 @@ def operation_calls(inputs: LayerInputs, backend: str) -> dict[str, Callable[[],
     dx = ops.up_grad(dh, gate_up, grouping)
     operands = GradientOperands(x, dh, dout, scaled_a, gates)
     needs_w1, needs_w2 = NO_GRADIENTS._replace(gate_up_proj=True), NO_GRADIENTS._replace(down_proj=True)
-    return {
+    calls: dict[str, Callable[[], object]] = {
         "group": lambda: ops.group(inputs.topk_ids, shape.num_experts),
         "up": lambda: ops.up(x, gate_up, grouping, activation),
         "up, inference": lambda: ops.up(x, gate_up, grouping, activation, needs_h=False),
@@ -37,9 +41,18 @@ def operation_calls(inputs: LayerInputs, backend: str) -> dict[str, Callable[[],
         "down_grad": lambda: ops.down_grad(dout, down, h, gates, grouping, activation),
         "up_grad": lambda: ops.up_grad(dh, gate_up, grouping),
         "gather_sum_grad": lambda: ops.gather_sum(dx, grouping.inverse),
-        "weight_grad W1": lambda: ops.weight_grad(grouping, layout, operands, needs_w1),
-        "weight_grad W2": lambda: ops.weight_grad(grouping, layout, operands, needs_w2),
     }
+    if shape.weight_format is None:
+        calls["weight_grad W1"] = lambda: ops.weight_grad(grouping, layout, operands, needs_w1)
+        calls["weight_grad W2"] = lambda: ops.weight_grad(grouping, layout, operands, needs_w2)
+    return calls
+
+
+def _projection(shape: LayerShape, weight: Tensor, bias: Tensor | None) -> Projection:
+    if shape.weight_format is None:
+        return Projection(weight, bias, shape.layout)
+    packed = QuantizedWeight.pack(weight, shape.weight_format)
+    return Projection(packed.values, bias, shape.layout, scales=packed.scales)
 
 
 def dense_products(inputs: LayerInputs) -> dict[str, Callable[[], Tensor]]:

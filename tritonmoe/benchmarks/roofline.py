@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from tritonmoe.benchmarks.shapes import LayerShape
+from tritonmoe.config.formats import bytes_per_value
 
 __all__ = ["BACKWARD_PRODUCTS", "FORWARD_PRODUCTS", "H100", "Card", "Work", "kernel_work", "product_flops"]
 
@@ -59,6 +60,7 @@ def kernel_work(shape: LayerShape, num_tokens: int, *, element_bytes: int = 2) -
 
     Rows that several experts read (x, dout) and weights count once, as if the L2 cache kept them: the fewest bytes
     that a kernel can move, so the time that follows is a bound and no prediction. min(E, N) experts have a token.
+    Packed weights have no gradients.
     """
     t, k, d, f = num_tokens, shape.top_k, shape.hidden_size, shape.intermediate_size
     n = t * k
@@ -66,11 +68,12 @@ def kernel_work(shape: LayerShape, num_tokens: int, *, element_bytes: int = 2) -
     experts = min(shape.num_experts, n)
     b = element_bytes
     x, pairs, hidden, inner = t * d * b, n * d * b, n * gates * f * b, n * f * b
-    w1, w2 = experts * gates * f * d * b, experts * f * d * b
+    weight_bytes = b if shape.weight_format is None else bytes_per_value(shape.weight_format)
+    w1, w2 = (round(experts * width * f * d * weight_bytes) for width in (gates, 1))
     all_w1, all_w2 = (shape.num_experts * width * f * d * b for width in (gates, 1))
     index, gate_weights = 4 * n, 4 * n
     up_flops, down_flops = 2 * n * d * gates * f, 2 * n * d * f
-    return {
+    work = {
         "group": Work(0, 8 * n + 2 * index),
         "up": Work(up_flops, x + w1 + index + hidden + inner),
         "down": Work(down_flops, inner + w2 + pairs),
@@ -78,12 +81,15 @@ def kernel_work(shape: LayerShape, num_tokens: int, *, element_bytes: int = 2) -
         "down_grad": Work(down_flops, x + w2 + hidden + index + gate_weights + hidden + inner + 4 * n),
         "up_grad": Work(up_flops, hidden + w1 + pairs),
         "gather_sum_grad": Work(n * d, pairs + index + x),
-        "weight_grad W1": Work(up_flops, x + hidden + index + all_w1),
-        "weight_grad W2": Work(down_flops, x + inner + index + all_w2),
     }
+    if shape.weight_format is None:
+        work["weight_grad W1"] = Work(up_flops, x + hidden + index + all_w1)
+        work["weight_grad W2"] = Work(down_flops, x + inner + index + all_w2)
+    return work
 
 
 def product_flops(shape: LayerShape, num_tokens: int, *, backward: bool) -> int:
     """Return the FLOPs of a layer's products in a forward, or in a forward and backward."""
     work = kernel_work(shape, num_tokens)
-    return sum(work[name].flops for name in (*FORWARD_PRODUCTS, *(BACKWARD_PRODUCTS if backward else ())))
+    names = (*FORWARD_PRODUCTS, *(BACKWARD_PRODUCTS if backward else ()))
+    return sum(work[name].flops for name in names if name in work)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from tritonmoe.config.activations import ClampedSwiGLU, FusedActivation
+from tritonmoe.config.formats import WeightFormat
 from tritonmoe.config.layer import ExpertLayout
 
 __all__ = ["GPU_SHAPES", "LayerInputs", "LayerShape", "draw_inputs", "draw_routing", "tiny"]
@@ -24,11 +25,14 @@ class LayerShape:
     activation: FusedActivation = "silu"
     layout: ExpertLayout = field(default_factory=ExpertLayout)
     bias: bool = False
+    weight_format: WeightFormat | None = None
+    """Of weights that are packed, and frozen; None for plain ones."""
 
     @property
     def is_plain(self) -> bool:
         """Whether it is SwiGLU without biases in the layout of most models."""
-        return self.layout == ExpertLayout() and not self.bias and self.activation == "silu"
+        is_swiglu = self.layout == ExpertLayout() and self.activation == "silu"
+        return is_swiglu and not self.bias and self.weight_format is None
 
     @property
     def num_parameters(self) -> int:

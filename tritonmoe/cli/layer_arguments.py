@@ -7,6 +7,7 @@ import torch
 from tritonmoe.benchmarks.argument_types import positive
 from tritonmoe.benchmarks.shapes import LayerShape
 from tritonmoe.config.activations import ACTIVATION_NAMES, ClampedSwiGLU
+from tritonmoe.config.formats import FORMATS
 from tritonmoe.config.layer import MoEConfig
 
 __all__ = ["DTYPES", "add_layer_arguments", "layer_shape", "tokens_of_every_class"]
@@ -36,6 +37,7 @@ def add_layer_arguments(parser: argparse.ArgumentParser, *, sizes_required: bool
     parser.add_argument("--interleaved", action="store_true", help="columns of gate and up alternate")
     parser.add_argument("--transposed", action="store_true", help="weights as (E, D, 2F) and (E, F, D)")
     parser.add_argument("--bias", action="store_true", help="experts with biases")
+    parser.add_argument("--weight-format", choices=FORMATS, help="of frozen weights that are packed (QuantizedWeight)")
 
 
 def layer_shape(arguments: argparse.Namespace) -> LayerShape:
@@ -43,9 +45,14 @@ def layer_shape(arguments: argparse.Namespace) -> LayerShape:
     a = arguments
     activation = ClampedSwiGLU(7.0, alpha=1.702, up_offset=1.0) if a.activation == "clamped" else a.activation
     sizes = (a.hidden_size, a.intermediate_size, a.num_experts, a.top_k)
-    layout = MoEConfig(*sizes, activation, not a.ungated, a.interleaved, a.transposed).layout
+    if a.weight_format is not None and a.dtype != "bfloat16":
+        raise ValueError(f"--weight-format {a.weight_format} is of experts that compute in bfloat16, got {a.dtype}")
+    gates = not a.ungated, a.interleaved, a.transposed
+    layout = MoEConfig(*sizes, activation, *gates, weight_format=a.weight_format).layout
     name = f"E={a.num_experts} K={a.top_k} D={a.hidden_size} F={a.intermediate_size}"
-    return LayerShape(name, a.num_experts, a.top_k, a.hidden_size, a.intermediate_size, activation, layout, bias=a.bias)
+    name += f" {a.weight_format}" if a.weight_format else ""
+    experts = a.num_experts, a.top_k, a.hidden_size, a.intermediate_size
+    return LayerShape(name, *experts, activation, layout, bias=a.bias, weight_format=a.weight_format)
 
 
 def tokens_of_every_class(shape: LayerShape) -> list[int]:

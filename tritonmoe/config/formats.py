@@ -27,6 +27,7 @@ __all__ = [
     "WeightFormat",
     "bytes_per_value",
     "check_format",
+    "empty_packed",
     "format_of",
     "logical_shape",
     "scales_shape",
@@ -114,6 +115,20 @@ def scales_shape(weight_format: WeightFormat, shape: tuple[int, ...]) -> tuple[i
             "they are"
         )
     return num_experts, rows * columns // NF4_BLOCK
+
+
+def empty_packed(
+    shape: tuple[int, ...], weight_format: WeightFormat, device: torch.device | str | None
+) -> tuple[Tensor, Tensor]:
+    """Return memory for the values and the scales of a packed weight (E, A, B), uninitialised."""
+    num_experts, rows, columns = shape
+    size = scales_shape(weight_format, shape)
+    is_fp8 = weight_format == "fp8"
+    values = torch.empty(num_experts, rows, columns if is_fp8 else columns // 2, dtype=torch.uint8, device=device)
+    if is_fp8:
+        values = values.view(torch.float8_e4m3fn)
+    dtype = torch.uint8 if weight_format == "mxfp4" else torch.float32
+    return values, torch.empty(size, dtype=dtype, device=device)
 
 
 def check_format(weight_format: object) -> None:

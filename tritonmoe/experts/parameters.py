@@ -6,9 +6,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from tritonmoe.config.formats import empty_packed
 from tritonmoe.config.layer import MoEConfig, PerWeight
 from tritonmoe.experts.packed_parameters import from_bytes, to_bytes
-from tritonmoe.experts.rounding import empty_packed, pack_expert
+from tritonmoe.experts.rounding import pack_expert
 
 __all__ = ["PARAMETERS", "draw_experts", "draw_packed_experts", "draw_uniform", "empty_parameters"]
 

@@ -5,19 +5,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tritonmoe.backends.decoding import ExpertMemory, expert_bytes
+from tritonmoe.backends.decoding import decoded
 from tritonmoe.config.formats import (
     LARGEST_MXFP4_SCALE,
     WeightFormat,
     bytes_per_value,
     check_format,
+    empty_packed,
     format_of,
     scales_shape,
     values_per_element,
     weight_shape,
 )
 from tritonmoe.config.layer import PerWeight
-from tritonmoe.experts.rounding import check_packable, empty_packed, pack_expert
+from tritonmoe.experts.rounding import check_packable, pack_expert
 from tritonmoe.runtime.host_device import is_captured
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "check_packed",
     "given_weights",
     "is_packed",
+    "weight_formats",
 ]
 
 CHECKED = "_tritonmoe_checked_scales"
@@ -39,8 +41,8 @@ class QuantizedWeight:
     """The gate_up_proj or down_proj of experts in 4 or 8 bits, frozen, in a checkpoint's own bytes.
 
     It stands for bf16(value * scale), rounded once from fp32, in forward and in backward: the experts compute, bit for
-    bit, what they compute with decode(). They decode one expert at a time, where it is multiplied, and only experts
-    that have tokens. Rows are bf16. It takes no gradient; x, topk_weights, biases and adapters do.
+    bit, what they compute with decode(). They decode where they multiply, a tile or one expert at a time, and only
+    experts that have tokens. Rows are bf16. It takes no gradient; x, topk_weights, biases and adapters do.
 
     Args:
         format: "mxfp4" (gpt-oss: e2m1 with a power of two for 32 values along the last axis), "fp8" (DeepSeek-V3: e4m3
@@ -110,10 +112,7 @@ class QuantizedWeight:
 
     def decode(self) -> Tensor:
         """Return the whole weight in bf16, (E, A, B): what experts never make."""
-        out = torch.empty(self.shape, dtype=torch.bfloat16, device=self.values.device)
-        for values, scales, one in zip(*expert_bytes(self.format, self.values, self.scales), out, strict=True):
-            ExpertMemory(self.format, one).decode(values, scales)
-        return out
+        return decoded(self.values, self.scales)
 
     def __repr__(self) -> str:
         bits = 8 * bytes_per_value(self.format)
@@ -137,6 +136,15 @@ def given_weights(
 def is_packed(weights: PerWeight[Tensor]) -> bool:
     """Say whether a weight of a call is packed."""
     return weights.gate_up_scales is not None or weights.down_scales is not None
+
+
+def weight_formats(weights: PerWeight[Tensor]) -> tuple[WeightFormat | None, WeightFormat | None]:
+    """Return the formats of gate_up_proj and down_proj of a call; None for one that is not packed."""
+    up_scales, down_scales = weights.gate_up_scales, weights.down_scales
+    return (
+        None if up_scales is None else format_of(weights.gate_up_proj, up_scales),
+        None if down_scales is None else format_of(weights.down_proj, down_scales),
+    )
 
 
 def check_contents(weights: PerWeight[Tensor]) -> None:

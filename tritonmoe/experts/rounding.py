@@ -19,26 +19,11 @@ from tritonmoe.config.formats import (
     NF4_BLOCK,
     NF4_VALUES,
     WeightFormat,
-    scales_shape,
 )
 
-__all__ = ["check_packable", "empty_packed", "pack_expert"]
+__all__ = ["check_packable", "pack_expert"]
 
 LARGEST_FP4, LARGEST_E4M3 = 6.0, 448.0
-
-
-def empty_packed(
-    shape: tuple[int, ...], weight_format: WeightFormat, device: torch.device | str | None
-) -> tuple[Tensor, Tensor]:
-    """Return memory for the values and the scales of a packed weight (E, A, B), uninitialised."""
-    num_experts, rows, columns = shape
-    size = scales_shape(weight_format, shape)
-    is_fp8 = weight_format == "fp8"
-    values = torch.empty(num_experts, rows, columns if is_fp8 else columns // 2, dtype=torch.uint8, device=device)
-    if is_fp8:
-        values = values.view(torch.float8_e4m3fn)
-    dtype = torch.uint8 if weight_format == "mxfp4" else torch.float32
-    return values, torch.empty(size, dtype=dtype, device=device)
 
 
 def check_packable(weight: Tensor) -> None:

@@ -11,13 +11,14 @@ from tritonmoe import backends
 from tritonmoe.backends.ops import CalledLayer, Operations
 from tritonmoe.config import activations
 from tritonmoe.config.activations import Activation, check_activation, is_fused
+from tritonmoe.config.formats import weight_shape
 from tritonmoe.config.layer import ExpertLayout, KernelOptions, PerWeight, Projection
 from tritonmoe.config.literals import read_literal
 from tritonmoe.experts.adapted_projection import AdaptedProjection
 from tritonmoe.experts.adapter_dropout import AdapterDropout
 from tritonmoe.experts.adapters import ExpertAdapters
 from tritonmoe.experts.arguments import check_strides
-from tritonmoe.experts.quantized_weight import is_packed
+from tritonmoe.experts.quantized_weight import weight_formats
 from tritonmoe.experts.tensors import CallTensors
 from tritonmoe.runtime.other_ranks import has_other_ranks
 
@@ -160,13 +161,15 @@ def choose_backend(spec: ExpertSpec, inputs: CallTensors[Tensor], *, beside_exch
     options = spec.options
     if beside_exchanges or has_other_ranks():
         options = options._replace(beside_exchanges=True)
-    x, (num_experts, *sizes), top_k = inputs.x, inputs.weights.gate_up_proj.shape, inputs.topk_ids.shape[1]
+    x, weights, top_k = inputs.x, inputs.weights, inputs.topk_ids.shape[1]
+    num_experts, *sizes = weight_shape(weights.gate_up_proj, weights.gate_up_scales)
     layer = CalledLayer(
         spec.layout,
         spec.activation if is_fused(spec.activation) else None,
         x.shape[1],
         spec.layout.intermediate_size(sizes[1 if spec.layout.transposed else 0]),
-        inputs.weights.gate_up_bias is not None,
+        weights.gate_up_bias is not None,
+        weight_formats(weights),
     )
     ops = backends.choose(
         spec.backend,
@@ -175,7 +178,6 @@ def choose_backend(spec: ExpertSpec, inputs: CallTensors[Tensor], *, beside_exch
         options,
         num_experts=num_experts,
         top_k=top_k,
-        is_packed=is_packed(inputs.weights),
         layer=layer,
     )
     if backends.launches_kernels(ops):

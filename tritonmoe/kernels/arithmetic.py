@@ -6,7 +6,17 @@ from triton.language.extra.libdevice import fast_dividef
 
 from tritonmoe.kernels.launch import INTERPRETED
 
-__all__ = ["dot", "round_to", "rounded", "sigmoid_of", "split_column_pairs", "split_columns", "widened", "zeros"]
+__all__ = [
+    "as_loaded",
+    "dot",
+    "round_to",
+    "rounded",
+    "sigmoid_of",
+    "split_column_pairs",
+    "split_columns",
+    "widened",
+    "zeros",
+]
 
 _IN_INTERPRETER = tl.constexpr(INTERPRETED)
 
@@ -51,8 +61,8 @@ def dot(left, right, accumulator, PRECISION: tl.constexpr):
     """Add left @ right in fp32."""
     if _IN_INTERPRETER and left.dtype == tl.bfloat16:
         # The interpreter reads bf16 operands of tl.dot as integers.
-        left = left.to(tl.float32)
-        right = right.to(tl.float32)
+        left = _as_float(left)
+        right = _as_float(right)
     return tl.dot(left, right, accumulator, input_precision=PRECISION)
 
 
@@ -60,11 +70,31 @@ def dot(left, right, accumulator, PRECISION: tl.constexpr):
 def round_to(value, dtype: tl.constexpr):
     """Round fp32 to a stored dtype, to nearest even."""
     if _IN_INTERPRETER and dtype == tl.bfloat16:
-        # The interpreter cuts the low bits off: leave none to cut.
+        # The interpreter cuts the low bits off, and makes other numbers of those without a leading one.
         bits = value.to(tl.uint32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16 << 16
-        value = bits.to(tl.float32, bitcast=True)
-    return value.to(dtype)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        result = bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        result = value.to(dtype)
+    return result
+
+
+@triton.jit
+def _as_float(value):
+    """Return bf16 in fp32, as the interpreter's own cast doesn't for numbers without a leading one."""
+    return (value.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def as_loaded(tile):
+    """Return a tile of bf16 that was computed, for `dot`, which sums as if it had been loaded.
+
+    Otherwise Triton looks through the computation for what was loaded. Of less than 16 bits it orders the depth another
+    way for mma.sync, so that other products are added together.
+    """
+    if not _IN_INTERPRETER and _is_nvidia():
+        tile = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [tile], tl.bfloat16, is_pure=False, pack=2)
+    return tile
 
 
 @triton.jit

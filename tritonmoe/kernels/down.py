@@ -16,6 +16,7 @@ from tritonmoe.kernels.launch import (
     output,
     tile_keywords,
 )
+from tritonmoe.kernels.packed_tiles import stored_weight
 from tritonmoe.kernels.row_tiles import (
     first_tile,
     num_row_tiles,
@@ -35,7 +36,8 @@ __all__ = ["down", "up_grad"]
 @triton.jit(do_not_specialize=["num_slots"])
 def _grouped_matmul_kernel(
     values,  # (N, depth), or its descriptor
-    weight,  # (E, depth, width) in any layout, through its strides, or its descriptor
+    weight,  # (E, depth, width) in any layout, through its strides, or its descriptor, or its bytes
+    scales,  # of a packed weight, or None
     bias,  # (E, width) or None
     addend,  # (N, width), perhaps the same memory as out, or None
     row_tiles,  # (1, num_slots, 4, 4) int32
@@ -49,11 +51,16 @@ def _grouped_matmul_kernel(
     stride_weight_expert,
     stride_weight_in,
     stride_weight_out,
+    stride_scales_expert,
+    stride_scales_row,
     stride_bias_expert,
     stride_bias_column,
     stride_addend_row,
     stride_out_row,
     VALUES_BY_TMA: tl.constexpr,
+    FORMAT: tl.constexpr,
+    GROUP: tl.constexpr,
+    PER: tl.constexpr,
     WEIGHT_BY_TMA: tl.constexpr,
     DEPTH_LAST: tl.constexpr,
     EVEN_DEPTH: tl.constexpr,
@@ -65,6 +72,8 @@ def _grouped_matmul_kernel(
     SUBTILES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    LANES: tl.constexpr = 1 if DEPTH_LAST else PER
+    strides = (stride_weight_expert, stride_weight_in, stride_weight_out, stride_scales_expert, stride_scales_row)
     tl.assume(depth_size > 0)
     num_used_slots = num_slots
     if FLATTEN:
@@ -74,19 +83,17 @@ def _grouped_matmul_kernel(
         slot, column_tile = slot_and_column_tile(tile, num_used_slots, num_column_tiles, GROUP_M)
         expert, first, end = tile_of_slot(slot, row_tiles, BLOCK_M)
         if FLATTEN or expert >= 0:
-            columns = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-            column_mask = columns < width
+            columns = column_tile * (BLOCK_N // LANES) + tl.arange(0, BLOCK_N // LANES)
             positions = first + tl.arange(0, BLOCK_M)
             valid = positions < end
             depth = tl.arange(0, BLOCK_K)
             if not VALUES_BY_TMA:
                 rows = tl.minimum(positions, end - 1).to(tl.int64)
                 value_pointers = values + rows[:, None] * stride_values_row + depth[None, :] * stride_values_column
+            group_columns = column_tile * BLOCK_N + tl.arange(0, 1 if DEPTH_LAST else BLOCK_N // GROUP) * GROUP
             weight_pointers = None
-            if not WEIGHT_BY_TMA:
-                weight_pointers = weight_tiles.first_pointers(
-                    weight, expert, depth, columns, stride_weight_expert, stride_weight_in, stride_weight_out
-                )
+            if FORMAT == "" and not WEIGHT_BY_TMA:
+                weight_pointers = weight_tiles.first_pointers(weight, expert, depth, columns, strides)
             accumulator = zeros(num_tiles, BLOCK_M, BLOCK_N, FLATTEN)
             for start in range(0, depth_size, BLOCK_K):
                 depth_mask = depth < depth_size - start
@@ -101,12 +108,21 @@ def _grouped_matmul_kernel(
                     value_pointers += BLOCK_K * stride_values_column
                 weight_tile = weight_tiles.load_tile(
                     weight,
+                    scales,
                     weight_pointers,
                     expert,
                     start,
+                    depth_size,
                     column_tile * BLOCK_N,
                     depth_mask,
-                    column_mask,
+                    columns,
+                    columns < width // LANES,
+                    group_columns,
+                    group_columns < width,
+                    strides,
+                    FORMAT,
+                    GROUP,
+                    PER,
                     WEIGHT_BY_TMA,
                     False,
                     DEPTH_LAST,
@@ -114,7 +130,7 @@ def _grouped_matmul_kernel(
                     BLOCK_K,
                     BLOCK_N,
                 )
-                if not WEIGHT_BY_TMA:
+                if FORMAT == "" and not WEIGHT_BY_TMA:
                     weight_pointers += BLOCK_K * stride_weight_in
                 accumulator = dot(value_tile, weight_tile, accumulator, PRECISION)
 
@@ -150,19 +166,21 @@ def _grouped_matmul(
     options: KernelOptions,
 ) -> Tensor:
     """Multiply rows in storage order by their expert's weight, summing over the weight's `in_axis`."""
-    weight, addend, out_axis = projection.weight, projection.addend, 3 - in_axis
-    num_experts, depth, width = weight.shape[0], weight.shape[in_axis], weight.shape[out_axis]
+    stored, addend, out_axis = stored_weight(projection), projection.addend, 3 - in_axis
+    weight, depth, width = stored.values, projection.shape[in_axis], projection.shape[out_axis]
     out = output(values, grouping.num_pairs, width, out)
     values = contiguous_columns(values)
-    refusals = {"values": tma.refusal(values), "weight": tma.refusal_of_weight(weight)}
-    config = grouped_matmul_config("down", values, width, depth, grouping, options, refusals)
-    num_slots = num_tile_slots(grouping.num_pairs, num_experts, config.block_m)
+    refusals = {"values": tma.refusal(values), "weight": stored.tma_refusal or tma.refusal_of_weight(weight)}
+    config = grouped_matmul_config(stored.product("down"), values, width, depth, grouping, options, refusals)
+    num_slots = num_tile_slots(grouping.num_pairs, weight.shape[0], config.block_m)
     num_column_tiles = cdiv(width, config.block_n)
+    weight_format, group, per = stored.decoding(in_axis, config)
     launch(
         _grouped_matmul_kernel,
         (num_programs(num_slots * num_column_tiles, config, options, values.device),),
         tma.describe(values, (config.block_m, config.block_k)) if config.by_tma("values") else values,
         tma.describe_weight(weight, in_axis, config.block_k, config.block_n) if config.by_tma("weight") else weight,
+        stored.scales,
         bias,
         addend,
         row_tiles_of(grouping),
@@ -176,14 +194,19 @@ def _grouped_matmul(
         weight.stride(0),
         weight.stride(in_axis),
         weight.stride(out_axis),
+        stored.stride_scales_expert,
+        stored.stride_scales_row,
         0 if bias is None else bias.stride(0),
         0 if bias is None else bias.stride(1),
         0 if addend is None else addend.stride(0),
         out.stride(0),
         VALUES_BY_TMA=config.by_tma("values"),
         WEIGHT_BY_TMA=config.by_tma("weight"),
-        DEPTH_LAST=(tma.innermost_last(weight) is weight) == (in_axis == 2),
+        DEPTH_LAST=stored.depth_last(in_axis),
         EVEN_DEPTH=depth % config.block_k == 0,
+        FORMAT=weight_format,
+        GROUP=group,
+        PER=per,
         **tile_keywords(config, values),
     )
     return out

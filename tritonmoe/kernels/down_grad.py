@@ -21,6 +21,7 @@ from tritonmoe.kernels.launch import (
     output,
     tile_keywords,
 )
+from tritonmoe.kernels.packed_tiles import stored_weight
 from tritonmoe.kernels.pair_sums import sum_partials
 from tritonmoe.kernels.row_tiles import (
     first_tile,
@@ -42,7 +43,8 @@ __all__ = ["down_grad"]
 @triton.jit(do_not_specialize=["N", "num_slots"], do_not_specialize_on_alignment=["pair_index"])
 def _down_grad_kernel(
     dout,  # (R, D)
-    weight,  # (E, D, F) in any layout, through its strides, or its descriptor
+    weight,  # (E, D, F) in any layout, through its strides, or its descriptor, or its bytes
+    scales,  # of a packed weight, or None
     addend,  # (N, F), perhaps the same memory as scaled_a, or None
     hidden,  # (N, 2F): h; without ACTIVATION (N, F): a
     topk_weights,  # (R, K)
@@ -61,6 +63,8 @@ def _down_grad_kernel(
     stride_weight_expert,
     stride_weight_in,
     stride_weight_out,
+    stride_scales_expert,
+    stride_scales_row,
     stride_addend_row,
     stride_hidden_row,
     stride_topk_weights_row,
@@ -74,6 +78,9 @@ def _down_grad_kernel(
     GATED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    FORMAT: tl.constexpr,
+    GROUP: tl.constexpr,
+    PER: tl.constexpr,
     WEIGHT_BY_TMA: tl.constexpr,
     DEPTH_LAST: tl.constexpr,
     EVEN_D: tl.constexpr,
@@ -85,6 +92,8 @@ def _down_grad_kernel(
     SUBTILES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    LANES: tl.constexpr = 1 if DEPTH_LAST else PER
+    strides = (stride_weight_expert, stride_weight_out, stride_weight_in, stride_scales_expert, stride_scales_row)
     tl.assume(D > 0)
     num_used_slots = num_slots
     if FLATTEN:
@@ -102,12 +111,11 @@ def _down_grad_kernel(
             dout_pointers = (
                 dout + row_of(pairs, K).to(tl.int64)[:, None] * stride_dout_row + depth[None, :] * stride_dout_column
             )
-            units = first_unit + tl.arange(0, BLOCK_N)
+            columns = column_tile * (BLOCK_N // LANES) + tl.arange(0, BLOCK_N // LANES)
+            group_columns = first_unit + tl.arange(0, 1 if DEPTH_LAST else BLOCK_N // GROUP) * GROUP
             weight_pointers = None
-            if not WEIGHT_BY_TMA:
-                weight_pointers = weight_tiles.first_pointers(
-                    weight, expert, depth, units, stride_weight_expert, stride_weight_out, stride_weight_in
-                )
+            if FORMAT == "" and not WEIGHT_BY_TMA:
+                weight_pointers = weight_tiles.first_pointers(weight, expert, depth, columns, strides)
             if not FLATTEN:
                 # Behind the last tile's epilogue, once: Triton 3.6 would put a barrier for it into every step.
                 tl.debug_barrier()
@@ -120,12 +128,21 @@ def _down_grad_kernel(
                     dout_tile = tl.load(dout_pointers, mask=depth_mask[None, :], other=0.0)
                 weight_tile = weight_tiles.load_tile(
                     weight,
+                    scales,
                     weight_pointers,
                     expert,
                     start,
+                    D,
                     first_unit,
                     depth_mask,
-                    units < F,
+                    columns,
+                    columns < F // LANES,
+                    group_columns,
+                    group_columns < F,
+                    strides,
+                    FORMAT,
+                    GROUP,
+                    PER,
                     WEIGHT_BY_TMA,
                     False,
                     DEPTH_LAST,
@@ -133,7 +150,7 @@ def _down_grad_kernel(
                     BLOCK_K,
                     BLOCK_N,
                 )
-                if not WEIGHT_BY_TMA:
+                if FORMAT == "" and not WEIGHT_BY_TMA:
                     weight_pointers += BLOCK_K * stride_weight_out
                 g = dot(dout_tile, weight_tile, g, PRECISION)
                 dout_pointers += BLOCK_K * stride_dout_column
@@ -194,9 +211,9 @@ def down_grad(
 
     One kernel computes the product and the activation's backward, a second one sums the gradients of the gate weights.
     """
-    down_proj, down_bias, layout, addend = projection[:4]
+    stored, layout, addend = stored_weight(projection), projection.layout, projection.addend
     in_axis, out_axis = (1, 2) if layout.transposed else (2, 1)
-    num_experts, num_units, depth = down_proj.shape[0], down_proj.shape[in_axis], dout.shape[1]
+    weight, num_units, depth = stored.values, projection.shape[in_axis], dout.shape[1]
     num_pairs = grouping.num_pairs
     dh = output(dout, num_pairs, hidden.shape[1], out[0])
     scaled_a = output(dout, num_pairs, num_units, out[1])
@@ -205,20 +222,21 @@ def down_grad(
     if hidden.stride(1) != 1:
         hidden = hidden.contiguous()
     function, numbers = activation_options(activation)
-    refusals = {"weight": tma.refusal_of_weight(down_proj)}
+    refusals = {"weight": stored.tma_refusal or tma.refusal_of_weight(weight)}
     # Alternating columns of h take more registers, and Triton 3.6 spills some.
     fits = not layout.interleaved or TRITON_VERSION >= (3, 7)
-    config = grouped_matmul_config("down_grad", dout, num_units, depth, grouping, options, refusals, fits)
-    num_slots = num_tile_slots(num_pairs, num_experts, config.block_m)
+    product = stored.product("down_grad")
+    config = grouped_matmul_config(product, dout, num_units, depth, grouping, options, refusals, fits)
+    num_slots = num_tile_slots(num_pairs, weight.shape[0], config.block_m)
     num_column_tiles = cdiv(num_units, config.block_n)
     partial_sums = dweights.new_empty(num_column_tiles, num_pairs)
+    weight_format, group, per = stored.decoding(out_axis, config)
     launch(
         _down_grad_kernel,
         (num_programs(num_slots * num_column_tiles, config, options, dout.device),),
         dout,
-        tma.describe_weight(down_proj, out_axis, config.block_k, config.block_n)
-        if config.by_tma("weight")
-        else down_proj,
+        tma.describe_weight(weight, out_axis, config.block_k, config.block_n) if config.by_tma("weight") else weight,
+        stored.scales,
         addend,
         hidden,
         topk_weights,
@@ -234,9 +252,11 @@ def down_grad(
         num_column_tiles,
         dout.stride(0),
         dout.stride(1),
-        down_proj.stride(0),
-        down_proj.stride(in_axis),
-        down_proj.stride(out_axis),
+        weight.stride(0),
+        weight.stride(in_axis),
+        weight.stride(out_axis),
+        stored.stride_scales_expert,
+        stored.stride_scales_row,
         0 if addend is None else addend.stride(0),
         hidden.stride(0),
         topk_weights.stride(0),
@@ -249,9 +269,12 @@ def down_grad(
         INTERLEAVED=layout.interleaved,
         ACTIVATION=function,
         WEIGHT_BY_TMA=config.by_tma("weight"),
-        DEPTH_LAST=(tma.innermost_last(down_proj) is down_proj) == (out_axis == 2),
+        DEPTH_LAST=stored.depth_last(out_axis),
         EVEN_D=depth % config.block_k == 0,
+        FORMAT=weight_format,
+        GROUP=group,
+        PER=per,
         **tile_keywords(config, dout),
     )
-    sum_partials(partial_sums, dout, down_bias, grouping, dweights)
+    sum_partials(partial_sums, dout, projection.bias, grouping, dweights)
     return dh, scaled_a, dweights

@@ -6,7 +6,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tritonmoe.config.activations import FusedActivation
-from tritonmoe.config.layer import KernelOptions, Projection
+from tritonmoe.config.layer import ExpertLayout, KernelOptions, Projection
 from tritonmoe.grouping import Grouping
 from tritonmoe.kernels import weight_tiles
 from tritonmoe.kernels.activations import activation_options
@@ -21,6 +21,7 @@ from tritonmoe.kernels.launch import (
     output,
     tile_keywords,
 )
+from tritonmoe.kernels.packed_tiles import stored_weight
 from tritonmoe.kernels.row_tiles import (
     first_tile,
     num_row_tiles,
@@ -42,43 +43,11 @@ FEW_COLUMNS = 32
 """Of such a product, an adapter's with its factor, sums take few registers; ptxas would spill some of the others."""
 
 
-@triton.jit
-def _tile_columns(
-    column_tile,
-    lanes,
-    F,
-    GATED: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    HALVES: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    SUB_N: tl.constexpr,
-):
-    """Return the weight's column for each lane of a tile read through pointers, and whether it exists.
-
-    A subtile of 2*SUB_N lanes holds gate and up of SUB_N units: alternating, or one half after the other (HALVES).
-    """
-    if GATED:
-        if INTERLEAVED:
-            columns = column_tile * (2 * BLOCK_N) + lanes
-            mask = columns < 2 * F
-        elif HALVES:
-            units = column_tile * BLOCK_N + lanes // (2 * SUB_N) * SUB_N + lanes % SUB_N
-            columns = lanes // SUB_N % 2 * F + units
-            mask = units < F
-        else:
-            units = column_tile * BLOCK_N + lanes // 2
-            columns = lanes % 2 * F + units
-            mask = units < F
-    else:
-        columns = column_tile * BLOCK_N + lanes
-        mask = columns < F
-    return columns, mask
-
-
 @triton.jit(do_not_specialize=["num_slots"], do_not_specialize_on_alignment=["pair_index"])
 def _up_kernel(
     x,  # (R, D), or its descriptor; GATHER "copy": that of its rows in storage order (N, D)
-    weight,  # (E, 2F, D) in any layout, through its strides, or its descriptor; F instead of 2F when ungated
+    weight,  # (E, 2F, D) in any layout, through its strides, or its descriptor, or its bytes; F without a gate
+    scales,  # of a packed weight, or None
     bias,  # (E, 2F) or None
     addend,  # (N, 2F), perhaps the same memory as h, or None
     pair_index,  # (N,) int32
@@ -94,6 +63,8 @@ def _up_kernel(
     stride_weight_expert,
     stride_weight_out,
     stride_weight_in,
+    stride_scales_expert,
+    stride_scales_row,
     stride_bias_expert,
     stride_bias_column,
     stride_addend_row,
@@ -106,6 +77,9 @@ def _up_kernel(
     GATED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     HALVES: tl.constexpr,
+    FORMAT: tl.constexpr,
+    GROUP: tl.constexpr,
+    PER: tl.constexpr,
     WEIGHT_BY_TMA: tl.constexpr,
     DEPTH_LAST: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -122,6 +96,7 @@ def _up_kernel(
     # Gate and up columns of a unit share one accumulator, so that one program can activate them.
     WIDTH: tl.constexpr = 2 * BLOCK_N if GATED else BLOCK_N
     SUB_N: tl.constexpr = BLOCK_N // SUBTILES
+    strides = (stride_weight_expert, stride_weight_in, stride_weight_out, stride_scales_expert, stride_scales_row)
     # By TMA all gate columns come first, then all up columns: two boxes in one load.
     TWO_BOXES: tl.constexpr = WEIGHT_BY_TMA and GATED and not INTERLEAVED
     tl.assume(D > 0)
@@ -140,14 +115,17 @@ def _up_kernel(
             depth = tl.arange(0, BLOCK_K)
             if GATHER == "pointers":
                 x_pointers = x + rows.to(tl.int64)[:, None] * stride_x_row + depth[None, :] * stride_x_column
-            columns, column_mask = _tile_columns(
-                column_tile, tl.arange(0, WIDTH), F, GATED, INTERLEAVED, HALVES, BLOCK_N, SUB_N
+            columns, column_mask = weight_tiles.gate_and_up_columns(
+                column_tile, F, GATED, INTERLEAVED, HALVES, BLOCK_N, SUB_N, 1 if DEPTH_LAST else PER
             )
-            weight_pointers = None
-            if not WEIGHT_BY_TMA:
-                weight_pointers = weight_tiles.first_pointers(
-                    weight, expert, depth, columns, stride_weight_expert, stride_weight_in, stride_weight_out
+            groups, group_mask = columns, column_mask
+            if FORMAT != "" and not DEPTH_LAST:
+                groups, group_mask = weight_tiles.gate_and_up_columns(
+                    column_tile, F, GATED, INTERLEAVED, HALVES, BLOCK_N, SUB_N, GROUP
                 )
+            weight_pointers = None
+            if FORMAT == "" and not WEIGHT_BY_TMA:
+                weight_pointers = weight_tiles.first_pointers(weight, expert, depth, columns, strides)
             accumulator = zeros(num_tiles, BLOCK_M, WIDTH, FLATTEN)
             for start in range(0, D, BLOCK_K):
                 depth_mask = depth < D - start
@@ -162,12 +140,21 @@ def _up_kernel(
                     x_tile = tl.load(x_pointers, mask=depth_mask[None, :], other=0.0)
                 weight_tile = weight_tiles.load_tile(
                     weight,
+                    scales,
                     weight_pointers,
                     expert,
                     start,
+                    D,
                     column_tile * (BLOCK_N if TWO_BOXES else WIDTH),
                     depth_mask,
+                    columns,
                     column_mask,
+                    groups * GROUP,
+                    group_mask,
+                    strides,
+                    FORMAT,
+                    GROUP,
+                    PER,
                     WEIGHT_BY_TMA,
                     TWO_BOXES,
                     DEPTH_LAST,
@@ -175,7 +162,7 @@ def _up_kernel(
                     BLOCK_K,
                     WIDTH,
                 )
-                if not WEIGHT_BY_TMA:
+                if FORMAT == "" and not WEIGHT_BY_TMA:
                     weight_pointers += BLOCK_K * stride_weight_in
                 accumulator = dot(x_tile, weight_tile, accumulator, PRECISION)
                 if GATHER == "pointers":
@@ -226,24 +213,21 @@ def _up_kernel(
 
 
 def _operands(
-    x: Tensor, projection: Projection, grouping: Grouping, config: TileConfig
+    x: Tensor, weight: Tensor, layout: ExpertLayout, grouping: Grouping, config: TileConfig
 ) -> tuple[Tensor | TensorDescriptor, Tensor | TensorDescriptor]:
     """Return the rows and the weight as the kernel takes them: tensors, or the descriptors of what TMA reads."""
-    gate_up_proj, layout = projection.weight, projection.layout
     out_axis, in_axis = (2, 1) if layout.transposed else (1, 2)
     rows: Tensor | TensorDescriptor = x
-    weight: Tensor | TensorDescriptor = gate_up_proj
     if config.gather == "copy":
         rows = tma.describe(gather_rows(x, grouping), (config.block_m, config.block_k))
     elif config.gather == "tma":
         rows = tma.describe(x, (1, config.block_k))
-    if config.by_tma("weight"):
-        if layout.gated and not layout.interleaved:
-            weight = tma.describe(tma.halves(gate_up_proj, out_axis), (1, 2, config.block_n, config.block_k))
-        else:
-            tile_width = config.block_n * (2 if layout.gated else 1)
-            weight = tma.describe_weight(gate_up_proj, in_axis, config.block_k, tile_width)
-    return rows, weight
+    if not config.by_tma("weight"):
+        return rows, weight
+    if layout.gated and not layout.interleaved:
+        return rows, tma.describe(tma.halves(weight, out_axis), (1, 2, config.block_n, config.block_k))
+    tile_width = config.block_n * (2 if layout.gated else 1)
+    return rows, tma.describe_weight(weight, in_axis, config.block_k, tile_width)
 
 
 @leaving_out_refused_tiles
@@ -258,9 +242,10 @@ def up(
     options: KernelOptions = KernelOptions(),
 ) -> tuple[Tensor | None, Tensor | None]:
     """Launch the operation `up` of `backends.ops`: gather, product, bias and activation in one kernel."""
-    gate_up_proj, gate_up_bias, layout, addend = projection[:4]
+    stored, layout = stored_weight(projection), projection.layout
+    weight, bias, addend = stored.values, projection.bias, projection.addend
     out_axis, in_axis = (2, 1) if layout.transposed else (1, 2)
-    num_experts, width, depth = gate_up_proj.shape[0], gate_up_proj.shape[out_axis], x.shape[1]
+    num_experts, width, depth = weight.shape[0], projection.shape[out_axis], x.shape[1]
     num_units = layout.intermediate_size(width)
     keeps_h = needs_h or out_h is not None or activation is None
     h = output(x, grouping.num_pairs, width, out_h) if keeps_h else None
@@ -268,18 +253,24 @@ def up(
     function, numbers = activation_options(activation)
     operation = "up" if layout.gated else "up_ungated"
     in_halves = layout.gated and not layout.interleaved
-    refused = tma.refusal_of_halves(gate_up_proj, out_axis) if in_halves else tma.refusal_of_weight(gate_up_proj)
+    refused = tma.refusal_of_halves(weight, out_axis) if in_halves else tma.refusal_of_weight(weight)
     x = contiguous_columns(x)
-    config = grouped_matmul_config(operation, x, num_units, depth, grouping, options, {"weight": refused})
+    refusals = {"weight": stored.tma_refusal or refused}
+    config = grouped_matmul_config(stored.product(operation), x, num_units, depth, grouping, options, refusals)
     num_slots = num_tile_slots(grouping.num_pairs, num_experts, config.block_m)
     num_column_tiles = cdiv(num_units, config.block_n)
-    rows, weight = _operands(x, projection, grouping, config)
+    rows, weight_operand = _operands(x, weight, layout, grouping, config)
+    # Side by side keeps the split inside a thread, but breaks up loads along a contiguous output axis.
+    halves = in_halves and stored.columns_last(out_axis)
+    piece = config.block_n // config.subtiles if halves else None
+    weight_format, group, per = stored.decoding(in_axis, config, num_units, piece)
     launch(
         _up_kernel,
         (num_programs(num_slots * num_column_tiles, config, options, x.device),),
         rows,
-        weight,
-        gate_up_bias,
+        weight_operand,
+        stored.scales,
+        bias,
         addend,
         grouping.pair_index,
         row_tiles_of(grouping),
@@ -291,11 +282,13 @@ def up(
         num_column_tiles,
         x.stride(0),
         x.stride(1),
-        gate_up_proj.stride(0),
-        gate_up_proj.stride(out_axis),
-        gate_up_proj.stride(in_axis),
-        0 if gate_up_bias is None else gate_up_bias.stride(0),
-        0 if gate_up_bias is None else gate_up_bias.stride(1),
+        weight.stride(0),
+        weight.stride(out_axis),
+        weight.stride(in_axis),
+        stored.stride_scales_expert,
+        stored.stride_scales_row,
+        0 if bias is None else bias.stride(0),
+        0 if bias is None else bias.stride(1),
         0 if addend is None else addend.stride(0),
         0 if h is None else h.stride(0),
         0 if a is None else a.stride(0),
@@ -304,13 +297,15 @@ def up(
         K=grouping.top_k,
         GATED=layout.gated,
         INTERLEAVED=layout.interleaved,
-        # Side by side keeps the split inside a thread, but breaks up loads along a contiguous output axis.
-        HALVES=in_halves and gate_up_proj.stride(out_axis) == 1,
+        HALVES=halves,
         WEIGHT_BY_TMA=config.by_tma("weight"),
-        DEPTH_LAST=(tma.innermost_last(gate_up_proj) is gate_up_proj) == (in_axis == 2),
+        DEPTH_LAST=stored.depth_last(in_axis),
         ACTIVATION=function,
         GATHER=config.gather,
         EVEN_D=depth % config.block_k == 0,
+        FORMAT=weight_format,
+        GROUP=group,
+        PER=per,
         **tile_keywords(config, x),
     )
     return h, a

@@ -53,6 +53,7 @@ v_lshlrev_b32        u4 u4,u4     {1} << ({0} & 31)
 v_lshrrev_b32        u4 u4,u4     {1} >> ({0} & 31)
 v_ashrrev_i32        i4 i4,i4     {1} >> ({0} & 31)
 v_lshrrev_b16        u4 u4,u4     ({1} & 0xFFFF) >> ({0} & 15)
+v_lshlrev_b16        u4 u4,u4     ({1} << ({0} & 15)) & 0xFFFF
 v_lshlrev_b64        u8 u4,u8     {1} << ({0} & 63).astype('u8')
 v_lshrrev_b64        u8 u4,u8     {1} >> ({0} & 63).astype('u8')
 v_add3_u32           u4 u4,u4,u4  {0} + {1} + {2}
@@ -137,6 +138,7 @@ s_ashr_i32           i4 i4,i4     {0} >> ({1} & 31)               ? T != 0
 s_bfe_u32            u4 u4,u4     field({0}, {1}, {1} >> 16)      ? T != 0
 s_bfe_i32            i4 i4,u4     field({0}, {1}, {1} >> 16)      ? T != 0
 s_brev_b32           u4 u4        reverse_bits({0})
+s_sext_i32_i16       i4 i2        {0}
 s_lshl1_add_u32      u4 u4,u4     ({0} << 1) + {1}                ? ({0}.astype('u8') << 1) + {1} != T
 s_lshl2_add_u32      u4 u4,u4     ({0} << 2) + {1}                ? ({0}.astype('u8') << 2) + {1} != T
 s_lshl3_add_u32      u4 u4,u4     ({0} << 3) + {1}                ? ({0}.astype('u8') << 3) + {1} != T

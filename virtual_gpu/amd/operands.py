@@ -159,14 +159,16 @@ class OperandWriter:
         values = []
         for index, (operand, kind) in enumerate(zip(operands, kinds, strict=True)):
             part = self.modifiers.pop(f"src{index}_sel", "DWORD")
+            signed = re.fullmatch(r"sext\((.*)\)", operand)
             if kind == "h":
                 half = {"DWORD": 0, "WORD_0": 0, "WORD_1": 1}[part]
                 values.append(f"halves({self.value(operand, 'u4')}, {half})")
             elif part != "DWORD":
                 word, place = part.split("_")
                 width = {"BYTE": 8, "WORD": 16}[word]
-                text = self.value(operand, "u4")
-                values.append(f"(({text} >> {width * int(place)}) & {2**width - 1}).view('{kind}')")
+                text = self.value(signed[1] if signed else operand, "u4")
+                text = f"({text} >> {width * int(place)}).astype('{'i' if signed else 'u'}{width // 8}')"
+                values.append(f"{text}.astype('{'i' if signed else 'u'}{kind[1]}').view('{kind}')")
             elif index == 0 and self.dpp is not None:
                 values.append(f"r.dpp({self.value(operand, 'u4')}, {self.dpp.control!r}, X).view('{kind}')")
             else:

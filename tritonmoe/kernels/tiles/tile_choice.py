@@ -80,7 +80,7 @@ def tile_height(operation: str, rows: int | None, grouping: Grouping) -> int:
 
 
 def grouped_matmul_config(
-    operation: str,
+    product: str,
     like: Tensor,
     width: int,
     depth: int,
@@ -92,20 +92,22 @@ def grouped_matmul_config(
     """Choose the tile of one grouped product, and how the tiles of its operands are read.
 
     Args:
-        operation: "up" (block_n counts units: a gate and an up column each), "up_ungated", "down", "down_grad"
-            or "weight_grad" (block_m and block_n are columns, block_k pairs).
+        product: "up" (block_n counts units: a gate and an up column each), "up_ungated", "down", "down_grad"
+            or "weight_grad" (block_m and block_n are columns, block_k pairs). Behind it stands the format of a packed
+            weight ("up mxfp4"), for which other tiles are measured than for a plain one.
         like: a tensor of the product's dtype and device; of "up" and "up_ungated" x, whose rows are gathered.
         width, depth: output columns, and the length of the sum (for weight_grad: output rows).
         refusals: for each operand whose tiles TMA may read, why it can't; empty where it can.
         may_be_persistent: False where the kernel would spill.
     """
-    target = launch.target_of(like.device)
+    target, operation = launch.target_of(like.device), product.partition(" ")[0]
     rows = row_class(grouping, options)
     measured_rows = measured_class(operation, rows, grouping)
-    key = measured_tiles.tile_key(launch.architecture_of(target), like.dtype, operation, width, depth, measured_rows)
+    architecture = launch.architecture_of(target)
+    key = measured_tiles.tile_key(architecture, like.dtype, product, width, depth, measured_rows)
     measured = measured_tiles.fields_of(key)
     abilities = _why_no_tma(target), lacks_fences(target), launch.dot_precision(like)
-    product = _Product(operation, target, *abilities, like.dtype, width, depth)
+    of_all_rows = _Product(operation, target, *abilities, like.dtype, width, depth)
     gather = dict(measured).get("gather")
     why_one_tile = ""
     if not may_be_persistent:
@@ -113,7 +115,7 @@ def grouped_matmul_config(
     elif options.beside_exchanges and options.num_sms is None:
         why_one_tile = "other ranks may hold multiprocessors (num_sms says how many are free)"
     config, clipped = _config(
-        product,
+        of_all_rows,
         rows,
         tile_height(operation, rows, grouping),
         min(grouping.top_k, grouping.num_experts),

@@ -6,10 +6,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from tritonmoe.config.formats import check_format, scales_shape
+from tritonmoe.config.formats import check_format, empty_packed, scales_shape
 from tritonmoe.experts.packed_parameters import to_bytes
 from tritonmoe.experts.quantized_weight import QuantizedWeight
-from tritonmoe.experts.rounding import check_packable, empty_packed, pack_expert
+from tritonmoe.experts.rounding import check_packable, pack_expert
 from tritonmoe.integrations.torch_distributed.parallelize import routed_experts
 from tritonmoe.integrations.transformers.discovery import experts_modules
 from tritonmoe.integrations.transformers.packed.packed_experts import (
