@@ -6,6 +6,9 @@ same routing with the hot experts spread evenly over the ranks from the start, b
 ranks are processes in network namespaces of this machine, with links of the given rates, one core and one thread each.
 Without it they are emulated in this process, and their experts take time by sleeping, a fixed time for each pair
 (bench/sleeping_experts.py): the ideal is then routing to uniformly drawn experts, since every pair takes as long.
+
+Beside the times stands what the simulator predicts of the passes, by the steps of calls without copies; what the host
+does before and between them is added as measured.
 """
 
 import argparse
@@ -13,7 +16,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Literal
 
@@ -32,7 +35,9 @@ from tritonmoe.dispatch.placement import ExpertPlacement
 from tritonmoe.expert_parallel.expert_parallel_mlp import expert_parallel_mlp
 from tritonmoe.expert_parallel.listeners import listeners
 from tritonmoe.overlap.report import LayerReport
+from tritonmoe.overlap.steps import StepKind
 from tritonmoe.runtime.files import Json
+from tritonmoe.simulation.cost_model import StepCosts
 from tritonmoe.simulation.simulator import simulate_layer
 from tritonmoe.transports import LinkModel, Transport
 from tritonmoe.transports.emulated.emulated_ranks import run_on_emulated_ranks
@@ -46,6 +51,9 @@ HIDDEN, INTERMEDIATE, NUM_EXPERTS, TOP_K = 512, 256, 64, 8
 SETTLED = 5
 """Calls of every variant that are not counted: "auto" knows what calls cost behind the second, and what they take
 without copies behind the fourth."""
+
+
+PREDICTED = ("without", "auto", "always")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -144,7 +152,7 @@ class Case:
 
     def measure(self, rounds: int) -> Json:
         """Return what every variant takes, and what "auto" did."""
-        reports: dict[str, LayerReport] = {}
+        reports: dict[str, list[LayerReport]] = {name: [] for name in self.variants}
         current = ""
         transport = self.transport
 
@@ -153,7 +161,7 @@ class Case:
             def after_backward(self, *_: object) -> None: ...
             def after_forward(self, of: Transport, header: object, report: LayerReport, grouping: object) -> None:
                 if of is transport:
-                    reports[current] = report
+                    reports[current].append(report)
 
         listener = Listener()
         listeners.append(listener)
@@ -169,15 +177,35 @@ class Case:
                         samples[current].append(seconds)
         finally:
             listeners.remove(listener)
+        reports = {name: of[-rounds:] for name, of in reports.items()}
+        around = {
+            name: [seconds - _passes_s(report) for seconds, report in zip(of, reports[name], strict=True)]
+            for name, of in samples.items()
+        }
+        predicted = {
+            name: self._predicted(reports, name) + statistics.median(gather(transport, statistics.median(around[name])))
+            for name in PREDICTED
+        }
         samples = {name: slowest(transport, of) for name, of in samples.items()}
-        predicted = {name: self._predicted(reports["even"], reports[name]) for name in ("without", "auto", "always")}
-        return _summary(samples, reports, predicted)
+        return _summary(samples, {name: of[-1] for name, of in reports.items()}, predicted)
 
-    def _predicted(self, measured: LayerReport, report: LayerReport) -> float:
-        """Return what the simulator says a call takes, by what the steps of a call with even ranks have taken."""
-        costs, link = layer_costs([measured, report]), link_costs([measured], False)
+    def _predicted(self, reports: Mapping[str, Sequence[LayerReport]], name: str) -> float:
+        """Return what the simulator says the passes of a call take, by what steps of calls without copies have taken.
+
+        Gradients of copies' weights are taken to cost what those of own weights do.
+        """
+        without = [*reports["even"], *reports["without"]]
+        costs, link = layer_costs(without), link_costs(reports["even"], False)
+        own, copies = StepKind.WEIGHT_GRAD, StepKind.COPY_WEIGHT_GRAD
+        costs = StepCosts({**costs.fixed_s, copies: costs.fixed_s[own]}, {**costs.unit_s, copies: costs.unit_s[own]})
+        report = reports[name][-1]
         passes = simulate_layer(report.overlap, layer_work(report), costs, link, backward=True)
         return statistics.median(gather(self.transport, sum(of.total_s for of in passes)))
+
+
+def _passes_s(report: LayerReport) -> float:
+    """Return how long a call's passes took: all else is the host's, before and between them."""
+    return report.forward.total_s + (0.0 if report.backward is None else report.backward.total_s)
 
 
 def _summary(samples: Samples, reports: dict[str, LayerReport], predicted: dict[str, float]) -> Json:
@@ -195,9 +223,16 @@ def _summary(samples: Samples, reports: dict[str, LayerReport], predicted: dict[
         "always_over_ideal": round(medians["always"] / medians["ideal"], 3),
         "auto_over_without": round(medians["auto"] / medians["without"], 3),
         "even_auto_over_even": round(medians["even, auto"] / medians["even"], 3),
+        "predicted_ms": {name: round(1e3 * of, 1) for name, of in predicted.items()},
         "predicted_over_measured": {name: round(of / medians[name], 3) for name, of in predicted.items()},
         "choice": auto.balance,
     }
+
+
+def print_error(results: list[Json]) -> None:
+    """Print by how much the predictions miss the times, in the median."""
+    errors = [abs(ratio - 1) for result in results for ratio in result["predicted_over_measured"].values()]
+    print(f"predicted against measured: {statistics.median(errors):.1%} in the median of {len(errors)}")
 
 
 def as_line(rate: str, num_hot: int, result: Json) -> str:
@@ -222,6 +257,7 @@ def run_rank(arguments: argparse.Namespace) -> None:
                 if transport.rank == 0:
                     print(as_line(rate, num_hot, results[-1]), flush=True)
         if transport.rank == 0:
+            print_error(results)
             write_json(arguments.json, "balance", {"arguments": _described(arguments), "results": results})
 
 
@@ -239,6 +275,7 @@ def run_emulated(arguments: argparse.Namespace) -> None:
                 of_ranks = run_on_emulated_ranks(on_rank, arguments.ranks, link=link, timeout_s=arguments.timeout_s)
             results.append({"rate": rate, "hot": num_hot, **of_ranks[0]})
             print(as_line(rate, num_hot, results[-1]), flush=True)
+    print_error(results)
     write_json(arguments.json, "balance", {"arguments": _described(arguments), "results": results})
 
 

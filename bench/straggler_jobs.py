@@ -19,7 +19,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folders", nargs="+", type=Path)
     for folder in parser.parse_args().folders:
-        run = read_traces(folder)
+        try:
+            run = read_traces(folder)
+        except (ValueError, OSError) as error:
+            parser.error(str(error))
+        if not run.is_timeline:
+            parser.error(f"{folder} has no pipeline's timeline: give the folder of one job")
         print(as_text(run, attribute(run.graph)))
         found = slowdown_of(run.graph)
         print(f"S {found.slowdown:.4f}, M_W {found.share_of_slowest:.4f} of {run.graph.named(found.slowest)}")

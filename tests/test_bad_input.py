@@ -304,8 +304,8 @@ WRONG_FOR_MANY_RANKS: dict[str, tuple[dict[str, Any], type, str]] = {
     "num_experts": ({"num_experts": 8.0}, TypeError, "num_experts must be a whole number, E over all ranks, got 8.0"),
     "overlap": ({"overlap": 4}, TypeError, r"overlap must be .*got 4: use OverlapConfig\(num_chunks=4\)"),
     "placement": ({"placement": 3}, TypeError, "placement must be an ExpertPlacement or None, got 3"),
-    "fillers": ({"fillers": 3}, TypeError, "fillers must be a list of functions that take nothing, got 3"),
-    "filler": ({"fillers": [3]}, TypeError, r"fillers must be a list of functions that take nothing, got \[3\]"),
+    "fillers": ({"fillers": 3}, TypeError, "fillers must be a list of functions without arguments, got 3"),
+    "filler": ({"fillers": [3]}, TypeError, r"fillers must be a list of functions without arguments, got \[3\]"),
 }
 
 

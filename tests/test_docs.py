@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from processes import run_forks
 from run_page import is_alike
 
 import tritonmoe
@@ -60,10 +61,11 @@ def test_nothing_is_installed_from_where_it_is_not() -> None:
     "page",
     [pytest.param(page, id=page.stem, marks=() if page.stem in SOON else pytest.mark.thorough) for page in PAGES],
 )
-def test_a_page_runs(page: Path, tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "tests" / "support" / "run_page.py"), str(page)]
-    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
-    assert ended.returncode == 0, ended.stdout + ended.stderr
+def test_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    script = [str(ROOT / "tests" / "support" / "run_page.py"), str(page)]
+    _, ended = run_forks([script], 300.0, is_group=False)
+    assert not any(ended.statuses), ended.output
 
 
 @pytest.mark.parametrize(
@@ -151,16 +153,6 @@ def test_the_doctors_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
         assert [file.name for file in Path(run).iterdir()] == ["rank-0000.trace.json.gz"]
         assert main(["doctor", run]) in (0, 1)
         assert "1 rank, 12 steps" in capsys.readouterr().out
-
-
-@pytest.mark.slow
-def test_the_page_for_lightning_runs(tmp_path: Path) -> None:
-    pytest.importorskip("lightning")
-    text = (DOCS / "how-to" / "frameworks.md").read_text()
-    for title, block in re.findall(r'^```python title="([\w.]+)"\n(.*?)^```$', text, re.DOTALL | re.MULTILINE):
-        (tmp_path / title).write_text(block)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    subprocess.run([*command, "train_lightning.py"], cwd=tmp_path, check=True, timeout=120)
 
 
 @pytest.mark.thorough

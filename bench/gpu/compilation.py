@@ -69,7 +69,7 @@ def kernels_of(setting: Setting, target_name: str) -> list[Kernel]:
     layers = {f"A compile {HEADLINE} T={num_tokens} {tiles}": replace(headline, tiles=tiles) for tiles in CHECKED_TILES}
     if not setting.is_rehearsal:
         layers |= {f"A compile small {layer.name}": Variant.of(layer, layer.dtype, layer.num_tokens) for layer in CASES}
-    others = [("A", HEADLINE, tokens) for tokens in setting.peer_tokens]
+    others = [("A", HEADLINE, tokens) for tokens in (*setting.peer_tokens, *setting.few_tokens)]
     others += [("F", HEADLINE, tokens) for tokens in setting.sweep_tokens]
     others += [("F", shape, tokens) for shape in setting.other_shapes for tokens in setting.shape_tokens]
     for stage, shape, tokens in others:

@@ -33,6 +33,8 @@ __all__ = ["main"]
 MOST_RESTARTS = 3
 LATER_S = 3.0
 """Longer than most cases: a kill falls anywhere in one, and sometimes behind it."""
+BUDGET_S = 3600.0
+"""Kills end a rehearsal here, and no budget, which a busy machine would use up."""
 TARGET = "sm_90"
 OUTPUT = "output.txt"
 
@@ -68,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _start(folder: Path, file: Path) -> subprocess.Popen[bytes]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(folder / "triton")}
-    command = [sys.executable, "-m", "bench.gpu", "--rehearse", "--out", str(file)]
+    command = [sys.executable, "-m", "bench.gpu", "--rehearse", "--budget-s", str(BUDGET_S), "--out", str(file)]
     with (folder / OUTPUT).open("wb") as output:
         return subprocess.Popen(
             command,

@@ -1,34 +1,29 @@
 """A whole layer beside its peers and dense products of its FLOPs, in the same rounds; its router, its memory."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from bench.gpu.checks import entries_for_all
+from bench.gpu.peers import COMPILING, PEERS, Function, peer_functions
 from bench.gpu.workbench import Call, Workbench, with_entries
 from tritonmoe.benchmarks.operation_calls import dense_products
 from tritonmoe.benchmarks.roofline import BACKWARD_PRODUCTS, FORWARD_PRODUCTS, product_flops
 from tritonmoe.benchmarks.shapes import LayerInputs
 from tritonmoe.benchmarks.step_memory import kept_for_backward_mb, peak_mb
 from tritonmoe.config.layer import MoEConfig
-from tritonmoe.experts.adapters import ExpertAdapters
 from tritonmoe.experts.moe_mlp import moe_mlp
-from tritonmoe.integrations.transformers import peers
 from tritonmoe.kernels.tiles import measured_tiles
 from tritonmoe.routing.router import TopKRouter
 from tritonmoe.runtime.files import Json
 
-__all__ = ["OURS", "TUNED", "measure_layer", "measure_memory", "measure_router", "measure_ways"]
+__all__ = [
+    *("OURS", "TUNED", "UNCAPTURED", "experts", "measure_compiling_peers", "measure_layer", "measure_memory"),
+    *("measure_router", "others_of", "step_of"),
+]
 
 OURS, TUNED, DENSE, TORCH = "tritonmoe", "tritonmoe, tuned", "dense products", "torch backend"
 UNCAPTURED = (TORCH, "eager")
 """They read how many pairs every expert has, so no CUDA graph can hold them."""
-BATCHED_MM_LARGEST_PAIRS = 64
-"""batched_mm copies the weights for every pair."""
-EAGER_LARGEST_EXPERTS = 256
-Function = Callable[[], Tensor]
 
 
 def measure_layer(
@@ -44,14 +39,14 @@ def measure_layer(
         What Workbench.time does, with "tflops" of every time, and "fraction_of_dense" where both are timed in one way.
     """
     inputs = bench.inputs(shape, num_tokens, routing)
-    ours = {OURS: _with_tiles(_ours(bench.setting.layer_backend, inputs), {})}
+    ours = {OURS: experts(bench, inputs, {})}
     if entries:
-        ours[TUNED] = _with_tiles(_ours(bench.setting.layer_backend, inputs), entries)
-    functions, left_out = _peers(inputs) if others else ({}, {})
+        ours[TUNED] = experts(bench, inputs, entries)
+    functions, left_out = others_of(bench, inputs) if others else ({}, {})
     # What is compared comes first: a peer may take the memory, or leave something behind.
-    variants = {name: _step(inputs, function, backward) for name, function in ours.items()}
+    variants = {name: step_of(inputs, function, backward) for name, function in ours.items()}
     variants[DENSE] = _dense_products(inputs, backward)
-    variants |= {name: _step(inputs, function, backward) for name, function in functions.items()}
+    variants |= {name: step_of(inputs, function, backward) for name, function in functions.items()}
     found = bench.time(variants, OURS, UNCAPTURED)
     found["left_out"] |= left_out
     flops = product_flops(inputs.shape, num_tokens, backward=backward)
@@ -63,55 +58,24 @@ def measure_layer(
     return found
 
 
-def _ours(backend: str, inputs: LayerInputs, **options: Any) -> Function:
-    x, ids, gates = inputs.x, inputs.topk_ids, inputs.topk_weights
-    return lambda: moe_mlp(x, ids, gates, **inputs.arguments, **options, backend=backend)
+def experts(bench: Workbench, inputs: LayerInputs, entries: measured_tiles.Entries, **options: Any) -> Function:
+    """Return moe_mlp of these inputs, with these measured tiles and options, as a function that gives y."""
+    x, ids, gates, backend = inputs.x, inputs.topk_ids, inputs.topk_weights, bench.setting.layer_backend
+    run = with_entries(lambda: moe_mlp(x, ids, gates, **inputs.arguments, **options, backend=backend), entries)
+    return run  # type: ignore[return-value]
 
 
-def _peers(inputs: LayerInputs) -> tuple[dict[str, Function], dict[str, str]]:
-    """Return all peers that can run, as functions of the same tensors, the torch backend last, and why others can't."""
+def others_of(bench: Workbench, inputs: LayerInputs) -> tuple[dict[str, Function], dict[str, str]]:
+    """Return the peers that can run, the torch backend last, as functions that give y, and why others can't."""
+    found, left_out = peer_functions(inputs, PEERS)
     x, ids, gates = inputs.x, inputs.topk_ids, inputs.topk_weights
-    found: dict[str, Function] = {}
-    left_out: dict[str, str] = {}
-    for peer in peers.PEERS:
-        reason = _why_left_out(peer, inputs)
-        if reason is None:
-            try:
-                function = _peer_function(peer, inputs)
-            except Exception as error:  # another version of the package, say
-                reason = f"{type(error).__name__}: {error}"[:300]
-        if reason is not None:
-            left_out[peer] = reason
-            continue
-        # transformers multiplies rows by the weights in their own dtype: give it the rows' one.
-        found[peer] = lambda function=function: function(x, ids, gates.to(x.dtype))  # type: ignore[misc]
-    found[TORCH] = _ours("torch", inputs)
+    found[TORCH] = lambda: moe_mlp(x, ids, gates, **inputs.arguments, backend="torch")
     return found, left_out
 
 
-def _with_tiles(function: Function, entries: measured_tiles.Entries) -> Function:
-    return with_entries(function, entries)  # type: ignore[return-value]
+def step_of(inputs: LayerInputs, function: Function, backward: bool) -> Call:
+    """Return a forward without a graph, or a forward and the gradients of everything."""
 
-
-def _why_left_out(peer: str, inputs: LayerInputs) -> str | None:
-    reason = peers.peer_unusable_reason(peer, inputs.x.device, plain=inputs.shape.is_plain)
-    if reason is None and peer == "batched_mm" and inputs.topk_ids.numel() > BATCHED_MM_LARGEST_PAIRS:
-        reason = f"it copies the weights for every pair: only up to {BATCHED_MM_LARGEST_PAIRS} pairs"
-    if reason is None and peer == "eager" and inputs.shape.num_experts > EAGER_LARGEST_EXPERTS:
-        reason = f"it loops over the experts: only up to {EAGER_LARGEST_EXPERTS}"
-    return reason
-
-
-def _peer_function(peer: str, inputs: LayerInputs) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    w = inputs.weights
-    if peer == "liger":
-        return peers.liger_function(w["gate_up_proj"], w["down_proj"])
-    if inputs.shape.is_plain:
-        return peers.experts_function(peer, w["gate_up_proj"], w["down_proj"])
-    return peers.gpt_oss_experts_function(peer, w["gate_up_proj"], w["down_proj"], w["gate_up_bias"], w["down_bias"])
-
-
-def _step(inputs: LayerInputs, function: Function, backward: bool) -> Call:
     def forward_only() -> None:
         with torch.no_grad():
             function()
@@ -137,79 +101,51 @@ def _dense_products(inputs: LayerInputs, backward: bool) -> Call:
 def measure_memory(bench: Workbench, shape: str, num_tokens: int, routing: str, with_peers: bool) -> Json:
     """Return the megabytes that a forward keeps for backward beside x and weights, and the most that a step holds.
 
-    with_peers: whether those of the peers and the torch backend too, by name; a peer that raises is left out, and why.
+    with_peers: whether those of the peers and the torch backend too, by name, and how far each one's result is from
+    ours, relative; a peer that raises is left out, and why.
     """
     inputs = bench.inputs(shape, num_tokens, routing)
-    ours = _with_tiles(_ours(bench.setting.layer_backend, inputs), {})
-    found: Json = _memory_of(inputs, ours)
-    if with_peers:
-        functions, left_out = _peers(inputs)
-        memory: dict[str, Json] = {OURS: dict(found)}
-        for name, function in functions.items():
-            try:
-                memory[name] = _memory_of(inputs, function)
-            except Exception as error:
-                left_out[name] = f"{type(error).__name__}: {error}"[:300]
-        found |= {"memory": memory, "left_out": left_out}
-    return found
+    ours = experts(bench, inputs, {})
+    if not with_peers:
+        return _memory_of(inputs, ours)
+    functions, left_out = others_of(bench, inputs)
+    memory = _memory_beside(inputs, ours, functions, left_out)
+    return {**memory[OURS], "memory": memory, "left_out": left_out}
+
+
+def measure_compiling_peers(bench: Workbench, shape: str, num_tokens: int, routing: str, backward: bool) -> Json:
+    """Time moe_mlp beside the peers that compile for minutes, and measure their memory; as measure_layer does."""
+    inputs = bench.inputs(shape, num_tokens, routing)
+    functions, left_out = peer_functions(inputs, COMPILING)
+    if not functions:
+        return {"left_out": left_out}
+    ours = experts(bench, inputs, {})
+    variants = {OURS: ours, **functions}
+    found = bench.time({name: step_of(inputs, run, backward) for name, run in variants.items()}, OURS)
+    memory = _memory_beside(inputs, ours, functions, left_out) if backward else {}
+    return {**found, "left_out": left_out | found["left_out"], "memory": memory}
+
+
+def _memory_beside(
+    inputs: LayerInputs, ours: Function, functions: dict[str, Function], left_out: dict[str, str]
+) -> dict[str, Json]:
+    """Return the memory of moe_mlp and of every peer, and how far their results are from ours; note what raises."""
+    memory = {OURS: _memory_of(inputs, ours)}
+    with torch.no_grad():
+        y = ours()
+    for name, function in functions.items():
+        try:
+            memory[name] = _memory_of(inputs, function)
+            with torch.no_grad():
+                memory[name]["distance"] = float((function() - y).norm() / y.norm())
+        except Exception as error:
+            left_out[name] = f"{type(error).__name__}: {error}"[:300]
+    return memory
 
 
 def _memory_of(inputs: LayerInputs, function: Function) -> Json:
     kept = kept_for_backward_mb(function, inputs.leaves.values())
-    return {"kept_mb": kept, "peak_mb": peak_mb(_step(inputs, function, backward=True))}
-
-
-WAYS: dict[str, dict[str, object]] = {
-    "hidden recomputed": {"save": "input"},
-    "batch invariant": {"batch_invariant": True},
-}
-"""Options of moe_mlp with which its steps are timed too."""
-RANK = 16
-"""Of the adapters with which frozen experts are timed."""
-
-
-def measure_ways(bench: Workbench, shape: str, num_tokens: int, routing: str) -> Json:
-    """Time a forward and backward as it is, with one tile a program (as beside other ranks), and with WAYS.
-
-    Adapters on frozen experts come last.
-    """
-    inputs = bench.inputs(shape, num_tokens, routing)
-    backend = bench.setting.layer_backend
-    variants = {OURS: _step(inputs, _with_tiles(_ours(backend, inputs), {}), True)}
-    one_tile = entries_for_all(bench, inputs, {"persistent": False})
-    variants["one tile a program"] = _step(inputs, _with_tiles(_ours(backend, inputs), one_tile), True)
-    for name, options in WAYS.items():
-        if name != "batch invariant" or backend == "triton":
-            variants[name] = _step(inputs, _with_tiles(_ours(backend, inputs, **options), {}), True)
-    variants[f"adapters of rank {RANK}"] = with_entries(_adapted_step(inputs, backend), {})
-    return bench.time(variants, OURS)
-
-
-def _adapted_step(inputs: LayerInputs, backend: str) -> Call:
-    """Return a step of frozen experts with adapters, whose gradients and x's are all that is computed."""
-    generator = torch.Generator(inputs.x.device).manual_seed(0)
-    layout, weights = inputs.arguments, inputs.weights
-    transposed = bool(layout.get("transposed"))
-
-    def factor(*shape: int) -> Tensor:
-        drawn = torch.randn(*shape, generator=generator, device=inputs.x.device) * 0.02
-        return drawn.to(inputs.x.dtype).requires_grad_()
-
-    def factors(weight: Tensor) -> tuple[Tensor, Tensor]:
-        out_axis, in_axis = (2, 1) if transposed else (1, 2)
-        experts = weight.shape[0]
-        return factor(experts, RANK, weight.shape[in_axis]), factor(experts, weight.shape[out_axis], RANK)
-
-    (up_a, up_b), (down_a, down_b) = factors(weights["gate_up_proj"]), factors(weights["down_proj"])
-    adapters = ExpertAdapters(up_a, up_b, down_a, down_b)
-    frozen = {name: weight.detach() for name, weight in weights.items()}
-
-    def run() -> None:
-        ids, gates = inputs.topk_ids, inputs.topk_weights
-        y = moe_mlp(inputs.x, ids, gates, **{**layout, **frozen}, adapters=adapters, backend=backend)
-        torch.autograd.grad(y, (inputs.x, up_a, up_b, down_a, down_b), inputs.dout)
-
-    return run
+    return {"kept_mb": kept, "peak_mb": peak_mb(step_of(inputs, function, backward=True))}
 
 
 def measure_router(bench: Workbench, shape: str, num_tokens: int) -> Json:

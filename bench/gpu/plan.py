@@ -2,8 +2,9 @@
 
 A: what machine this is, dense ceilings, everything compiled, small layers and the headline's own tiles checked.
 B: the headline: layer, in every way in which jobs run it, and operations. C: its tiles, tuned and measured again. D:
-its peers, with their memory. E: ncu and compute-sanitizer, then the kernels' tests on the GPU, which compile a lot. F:
-other numbers of tokens, other layers, other tests.
+its peers, with their memory; whole steps of training; few tokens; what one card shows of many ranks. E: the checks with
+another ptxas, ncu and compute-sanitizer, then the kernels' tests on the GPU, which compile a lot. F: other numbers of
+tokens, other layers, other tests.
 """
 
 from collections.abc import Iterator, Sequence
@@ -33,7 +34,8 @@ class Case:
     arguments: Json = field(default_factory=dict)
     limit_s: float = 120.0
     usual_s: float = 30.0
-    """It is begun only where so much is left of the budget: what a call's end cuts is lost."""
+    """It is begun only where so much is left of the budget, until one that measures the same has said how long that
+    takes: what a call's end cuts is lost."""
     needs_tuned: bool = False
     """Whether it is given the tiles that stage C found, as `entries`."""
 
@@ -58,24 +60,25 @@ def _layer(stage: str, shape: str, num_tokens: int, routing: str, **arguments: b
             f"{stage} layer {shape} T={num_tokens} {routing} {name}{' tuned' if tuned else ''}",
             "measure_layer",
             layer | {"backward": backward, **arguments},
+            usual_s=30.0 if arguments["others"] else 10.0,
             needs_tuned=tuned,
         )
 
 
 def _machine_and_checks(setting: Setting) -> Iterator[Case]:
-    yield Case("A machine", "describe_machine")
+    yield Case("A machine", "describe_machine", usual_s=10.0)
     for size in (64,) if setting.is_rehearsal else (8192, 4096):
-        yield Case(f"A dense {size}", "measure_dense", {"size": size})
+        yield Case(f"A dense {size}", "measure_dense", {"size": size}, usual_s=5.0)
     yield Case("A check small layers", "check_small_layers", limit_s=300.0, usual_s=60.0)
     layer = {"shape": HEADLINE, "num_tokens": setting.headline_tokens}
     for routing in ("uniform", "hot"):  # a hot expert's weight gradients are cut into spans
         for tiles in CHECKED_TILES if routing == "uniform" else CHECKED_TILES[:1]:
             name = f"A check {HEADLINE} T={setting.headline_tokens} {routing} {tiles}"
             arguments = {**layer, "routing": routing, "tiles": tiles}
-            yield Case(name, "check_samples", arguments, limit_s=180.0, usual_s=45.0)
+            yield Case(name, "check_samples", arguments, limit_s=180.0, usual_s=25.0)
     for tiles in (CHECKED_TILES[0], CHECKED_TILES[-1]):
         name = f"A reruns {HEADLINE} T={setting.headline_tokens} {tiles}"
-        yield Case(name, "rerun", {**layer, "routing": "zipf", "tiles": tiles}, limit_s=180.0, usual_s=45.0)
+        yield Case(name, "rerun", {**layer, "routing": "zipf", "tiles": tiles}, limit_s=180.0, usual_s=25.0)
 
 
 def _headline(setting: Setting) -> Iterator[Case]:
@@ -83,13 +86,15 @@ def _headline(setting: Setting) -> Iterator[Case]:
     yield from _layer("B", HEADLINE, num_tokens, "uniform", others=False)
     layer = {"shape": HEADLINE, "num_tokens": num_tokens}
     for operation in OPERATIONS:
-        yield Case(f"B operation {operation}", "measure_operation", {**layer, "operation": operation})
-    yield Case("B ways", "measure_ways", {**layer, "routing": "uniform"}, limit_s=180.0, usual_s=60.0)
-    yield Case("B router", "measure_router", layer)
+        yield Case(f"B operation {operation}", "measure_operation", {**layer, "operation": operation}, usual_s=8.0)
+    yield Case("B ways", "measure_ways", {**layer, "routing": "uniform"}, limit_s=180.0, usual_s=40.0)
+    beside = {**layer, "routing": "uniform", "held": list(setting.held)}
+    yield Case("B beside held multiprocessors", "measure_beside", beside, limit_s=180.0, usual_s=40.0)
+    yield Case("B router", "measure_router", layer, usual_s=15.0)
     yield Case("B memory", "measure_memory", {**layer, "routing": "uniform", "with_peers": False})
     for operation in OPERATIONS:
         few = {"operation": operation, "num_tokens": FEW_TOKENS}
-        yield Case(f"B host time of {operation}", "measure_host", few)
+        yield Case(f"B host time of {operation}", "measure_host", few, usual_s=5.0)
     yield Case("B kernels of a step", "profile_step", {**layer, "entries": {}})
 
 
@@ -102,10 +107,10 @@ def _tiles(setting: Setting, target_name: str) -> Iterator[Case]:
     candidates = headline_candidates(setting, target_name)
     for candidate in candidates:
         arguments = {"key": candidate.key, "fields": candidate.fields, "num_tokens": setting.headline_tokens}
-        yield Case(f"C tile {candidate.name}", "try_tile", arguments)
+        yield Case(f"C tile {candidate.name}", "try_tile", arguments, usual_s=6.0)
     for key in dict.fromkeys(candidate.key for candidate in candidates):
         again = {"key": key, "entries": {}, "num_tokens": setting.headline_tokens}
-        yield Case(f"C again {key}", "remeasure_tile", again, needs_tuned=True)
+        yield Case(f"C again {key}", "remeasure_tile", again, usual_s=12.0, needs_tuned=True)
     yield from _layer("C", HEADLINE, setting.headline_tokens, "uniform", others=False, tuned=True)
     layer = {"shape": HEADLINE, "num_tokens": setting.headline_tokens, "entries": {}}
     yield Case("C kernels of a step tuned", "profile_step", layer, needs_tuned=True)
@@ -116,9 +121,31 @@ def _peers(setting: Setting) -> Iterator[Case]:
         yield from _layer("D", HEADLINE, num_tokens, "uniform", others=True, tuned=True)
     layer = {"shape": HEADLINE, "num_tokens": setting.peer_tokens[0], "routing": "uniform", "with_peers": True}
     yield Case("D memory", "measure_memory", layer, limit_s=180.0, usual_s=45.0)
+    training = {"num_tokens": setting.trained_tokens, "sequence_length": setting.sequence_length}
+    yield Case("D training", "measure_training", training, limit_s=300.0, usual_s=120.0)
+    for num_tokens in setting.few_tokens:
+        few = {"shape": HEADLINE, "num_tokens": num_tokens}
+        yield Case(f"D few T={num_tokens}", "measure_few", few, usual_s=25.0)
+    overlap = {
+        "model": setting.emulated_model,
+        "num_ranks": setting.emulated_ranks,
+        "num_tokens": setting.emulated_tokens,
+        "chunks": list(setting.emulated_chunks),
+    }
+    yield Case("D overlap emulated", "measure_overlap", overlap, limit_s=240.0, usual_s=60.0)
+    yield Case("D world of one", "run_alone", limit_s=300.0, usual_s=30.0)
+    for num_tokens in setting.peer_tokens[:2]:
+        for name, backward in PASSES.items():
+            arguments = {"shape": HEADLINE, "num_tokens": num_tokens, "routing": "uniform", "backward": backward}
+            case = f"D peers that compile {HEADLINE} T={num_tokens} {name}"
+            yield Case(case, "measure_compiling_peers", arguments, limit_s=300.0, usual_s=120.0)
 
 
 def _tools(setting: Setting) -> Iterator[Case]:
+    layer = {"shape": HEADLINE, "num_tokens": setting.headline_tokens, "routing": "uniform"}
+    for tiles in CHECKED_TILES[:2]:
+        name = f"E check with another ptxas {HEADLINE} T={setting.headline_tokens} {tiles}"
+        yield Case(name, "check_with_other_ptxas", {**layer, "tiles": tiles}, limit_s=300.0, usual_s=60.0)
     for operation in setting.profiled_operations:
         arguments = {"operation": operation, "num_tokens": setting.headline_tokens}
         yield Case(f"E ncu {operation}", "profile_with_ncu", arguments, limit_s=300.0, usual_s=75.0)
@@ -136,7 +163,7 @@ def _other_layers(setting: Setting) -> Iterator[Case]:
     for shape in setting.other_shapes:
         layer = {"shape": shape, "num_tokens": setting.shape_tokens[0], "routing": "zipf", "tiles": {}}
         name = f"F check {shape} T={setting.shape_tokens[0]}"
-        yield Case(name, "check_samples", layer, limit_s=180.0, usual_s=45.0)
+        yield Case(name, "check_samples", layer, limit_s=180.0, usual_s=25.0)
     for num_tokens in setting.shape_tokens:
         for shape in setting.other_shapes:
             yield from _layer("F", shape, num_tokens, "uniform", others=True)

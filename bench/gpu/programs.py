@@ -2,17 +2,21 @@
 
 import csv
 import importlib.util
+import json
 import os
 import re
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from bench.gpu.children import run_program, tail
 from bench.gpu.workbench import Workbench
 from tritonmoe.runtime.files import Json
 
-__all__ = ["KERNEL_OF", "TESTS_LIMIT_S", "profile_with_ncu", "run_sanitizer", "run_tests"]
+__all__ = [
+    *("KERNEL_OF", "TESTS_LIMIT_S", "profile_with_ncu", "run_alone", "run_in_repository", "run_sanitizer"),
+    *("run_tests",),
+]
 
 KERNEL_OF = {
     "up": "_up",
@@ -110,3 +114,27 @@ def _run_operation(bench: Workbench, tool: Sequence[str], operation: str, num_to
     interpreted = "1" if bench.setting.is_rehearsal else None
     command = [*tool, sys.executable, "-m", "bench.gpu.one_operation", operation, str(num_tokens), *more]
     return run_program(command, PROGRAM_LIMIT_S, {"TRITON_INTERPRET": interpreted})
+
+
+def run_in_repository(bench: Workbench, arguments: Sequence[str], variables: Mapping[str, str | None]) -> Json:
+    """Run a program that prints what it has found as JSON, the last line most; give that, and why it failed, if so."""
+    bench.forget()
+    found = run_program([sys.executable, *arguments], PROGRAM_LIMIT_S, variables)
+    output = found.pop("output")
+    results = [line for line in output.splitlines() if line.startswith("{")]  # libraries print warnings around it
+    found |= json.loads(results[-1]) if results else {}
+    if found["status"] is None:
+        return {**found, "failed": f"it took longer than {PROGRAM_LIMIT_S:.0f} s: {tail(output)}"}
+    if found["status"] != 0 or not results:
+        return {**found, "failed": tail(output) or "it printed nothing"}
+    return found
+
+
+def run_alone(bench: Workbench) -> Json:
+    """Run exchanges and captured calls of a world of one rank, in a process of its own; passed where all are right."""
+    flags = ["--rehearse"] if bench.setting.is_rehearsal else []
+    found = run_in_repository(bench, ["-m", "bench.gpu.alone", *flags], {"TRITON_INTERPRET": None})
+    if "failed" in found:
+        return found
+    wrong = [name for name, is_right in found["checks"].items() if not is_right]
+    return {**found, "errors": wrong, "passed": not wrong}

@@ -35,6 +35,19 @@ class Setting:
     """Those that ncu looks at, and compute-sanitizer."""
     sanitized_tokens: int
     """On a GPU enough pairs for each of SMALL's experts that its tiles are the headline's, which are 128 high."""
+    few_tokens: tuple[int, ...]
+    """Those with which layers take turns, so that weights come from the device's memory."""
+    held: tuple[int, ...]
+    """Multiprocessors that another kernel holds beside a layer."""
+    trained_tokens: int
+    sequence_length: int
+    """Of the tokens that a whole model is trained on."""
+    emulated_model: str
+    """A name in tritonmoe.benchmarks.workload.MODELS, one layer of which runs on emulated ranks."""
+    emulated_ranks: int
+    emulated_tokens: int
+    """Of every rank."""
+    emulated_chunks: tuple[int, ...]
     rounds: int
     reruns: int
     batch_s: float
@@ -81,6 +94,14 @@ DAY = Setting(
     ),
     profiled_operations=("up", "down", "down_grad", "up_grad", "weight_grad W1", "gather_sum"),
     sanitized_tokens=400,
+    few_tokens=(1, 8, 64),
+    held=(0, 8, 16, 32),
+    trained_tokens=32768,
+    sequence_length=4096,
+    emulated_model="qwen3-30b-a3b",
+    emulated_ranks=8,
+    emulated_tokens=8192,
+    emulated_chunks=(1, 2, 4),
     rounds=7,
     reruns=50,
     batch_s=0.02,
@@ -102,6 +123,14 @@ REHEARSAL = Setting(
     other_tests=(),
     profiled_operations=("weight_grad W1",),
     sanitized_tokens=12,
+    few_tokens=(8,),
+    held=(0, 2),
+    trained_tokens=12,
+    sequence_length=6,
+    emulated_model="tiny",
+    emulated_ranks=2,
+    emulated_tokens=16,
+    emulated_chunks=(1, 2),
     rounds=1,
     reruns=2,
     batch_s=0.0,

@@ -13,22 +13,25 @@ from bench.gpu.setting import Setting
 from tritonmoe.benchmarks.device_time import CAPTURE_FAILED
 from tritonmoe.runtime.files import Json
 
-__all__ = ["Worker"]
+__all__ = ["Worker", "measures"]
 
-PROFILERS = ("profile_step",)
-"""Behind these the profiler's library stays in the process, where every launch takes the host longer from then on."""
+LEAVING_TRACES = ("profile_step", "measure_overlap", "measure_training")
+"""Behind these the process ends: the profiler's library stays in it, where every launch takes the host longer from then
+on, or threads and streams of emulated ranks do, or the memory of a whole model."""
 SILENT = "6"
 """The log level at which the profiler's library doesn't print two lines for every run."""
 
 
-def _measures() -> dict[str, Callable[..., Json]]:
+def measures() -> dict[str, Callable[..., Json]]:
     """Return everything that a case can ask for, by name."""
-    from bench.gpu import checks, layers, operations, programs, versions
+    from bench.gpu import checks, emulated_overlap, layers, operations, other_ptxas, programs, training, versions, ways
 
     functions = (
         *(versions.describe_machine, operations.measure_dense, programs.run_tests),
         *(checks.check_small_layers, checks.check_samples, checks.rerun),
-        *(layers.measure_layer, layers.measure_memory, layers.measure_router, layers.measure_ways),
+        *(layers.measure_layer, layers.measure_memory, layers.measure_router, layers.measure_compiling_peers),
+        *(ways.measure_ways, ways.measure_beside, ways.measure_few, training.measure_training),
+        *(emulated_overlap.measure_overlap, programs.run_alone, other_ptxas.check_with_other_ptxas),
         *(operations.measure_operation, operations.profile_step, operations.measure_host),
         *(operations.try_tile, operations.remeasure_tile, programs.profile_with_ncu, programs.run_sanitizer),
     )
@@ -40,7 +43,7 @@ def _work(pipe: Connection, setting: Setting) -> None:
     os.environ.setdefault("KINETO_LOG_LEVEL", SILENT)  # before the profiler's library is loaded
     from bench.gpu.workbench import Workbench
 
-    measures, bench = _measures(), Workbench(setting)
+    by_name, bench = measures(), Workbench(setting)
     while True:
         try:
             measure, arguments = pipe.recv()
@@ -48,7 +51,7 @@ def _work(pipe: Connection, setting: Setting) -> None:
             bench.clocks.close()
             return
         try:
-            found = measures[measure](bench, **_translated(setting, arguments))
+            found = by_name[measure](bench, **_translated(setting, arguments))
         except torch.OutOfMemoryError as error:
             found = {"out_of_memory": str(error).splitlines()[0]}
             bench.forget()
@@ -95,7 +98,7 @@ class Worker:
         is_late = not self._child.pipe.poll(limit_s)
         found = {"failed": f"it took longer than {limit_s:.0f} s"} if is_late else self._child.answer()
         # The device may compute nothing more for a process that failed.
-        if "failed" in found or measure in PROFILERS or _leaves_a_capture(found):
+        if "failed" in found or measure in LEAVING_TRACES or _leaves_a_capture(found):
             self.stop()
         return found
 

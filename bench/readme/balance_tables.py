@@ -1,10 +1,70 @@
-"""The table of what copies of hot experts gain."""
+"""The tables of what copies of hot experts gain."""
 
+import statistics
 from itertools import groupby
 
-from bench.readme.results import load, table_head, table_row
+from bench.readme.results import load, load_all, spread, table_head, table_row, where
 
-__all__ = ["balance_simulated_table"]
+__all__ = ["balance_simulated_table", "balance_table"]
+
+LINKS = {"40gbit": "unshaped", "12gbit": "12 Gbit/s", "1gbit": "1 Gbit/s", "400mbit": "0.4 Gbit/s"}
+
+
+def balance_table(prefix: str) -> str:
+    """Return what was measured with copies and without, a row for each case, and what the simulator says of it."""
+    found = load_all(prefix)
+    first, (ranks, setting) = found[0], _setting(found[0]["results"]["arguments"])
+    results = [(of["results"]["arguments"], case) for of in found for case in of["results"]["results"]]
+    errors = [abs(ratio - 1) for _, case in results for ratio in case["predicted_over_measured"].values()]
+    rounds = " to ".join(dict.fromkeys(str(of["results"]["arguments"]["rounds"]) for of in found))
+    lines = [
+        f"`{setting}` on {where(first['environment'])}: {ranks}. Forward and backward of one layer's experts, D=512, "
+        f"F=256, E=64, K=8, fp32, {rounds} interleaved rounds; milliseconds of the slowest rank, median (quartiles). "
+        "The ideal is the same routing with the hot experts spread evenly over the ranks from the start"
+        f"{'' if 'netns' in prefix else ', which here is that of uniformly drawn experts'}. Where there are no copies, "
+        '"auto" has declined them. Predictions miss the times without copies, with "auto" and with "always" by '
+        f"{statistics.median(errors):.1%} in the median.",
+        "",
+        *table_head(
+            "link",
+            "tokens a rank",
+            "hot experts",
+            "busiest rank over the mean",
+            "without",
+            '"auto"',
+            "ideal",
+            '"auto" over ideal',
+            '"auto" over without',
+            'uniform routing, "auto" over without',
+            "predicted",
+        ),
+    ]
+    for arguments, case in results:
+        calls = case["calls"]
+        balance = f"{case['imbalance']:.2f}, then {case['imbalance_auto']:.2f} ({case['copies_auto']} copies)"
+        ratios = (f"{case[name]:.2f}" for name in ("auto_over_ideal", "auto_over_without", "even_auto_over_even"))
+        cells = (LINKS[case["rate"]], arguments["tokens"], case["hot"], balance)
+        times = (spread(calls[name]) for name in ("without", "auto", "ideal"))
+        lines.append(table_row(*cells, *times, *ratios, f"{case['predicted_ms']['auto']:.0f}"))
+    return "\n".join(lines)
+
+
+def _planning(results: list[dict]) -> str:
+    """Return how long it takes to plan on so many ranks."""
+    times: dict[tuple[int, str], list[float]] = {}
+    for result in results:
+        times.setdefault((result["ranks"], result["model"]), []).append(result["planning_ms"])
+    found = [f"{statistics.median(of):.1f} ms on {ranks} ranks ({model})" for (ranks, model), of in times.items()]
+    return ", ".join(found[:-1]) + f" and {found[-1]}"
+
+
+def _setting(arguments: dict) -> tuple[str, str]:
+    """Return on what a result was measured, and the command."""
+    if arguments["netns"] is None:
+        ranks = f"{arguments['ranks']} **emulated** ranks, whose experts sleep {3 * arguments['pair_us']:.0f} us a pair"
+        return ranks, f"python -m bench.balance --hot {' '.join(map(str, arguments['hot']))}"
+    ranks = f"{arguments['netns']} network namespaces, one core and one thread each"
+    return ranks, f"python -m bench.balance --netns {arguments['netns']} --max-copies {arguments['max_copies']}"
 
 
 def balance_simulated_table(name: str) -> str:
@@ -15,7 +75,8 @@ def balance_simulated_table(name: str) -> str:
     lines = [
         f"`python -m bench.balance_simulated`, simulated: {arguments['tokens']} tokens a rank, bf16, at most "
         f"{arguments['max_copies']} copies on a rank, 400 TFLOP/s. How many times as fast forward and backward are "
-        "with copies, and how many copies there are; 1.00 with 0 copies is where the planner declines.",
+        "with copies, and how many copies there are; 1.00 with 0 copies is where the planner declines. Planning takes "
+        f"{_planning(results)} on one core of this machine, the median over the cases of each.",
         "",
         *table_head("model", "ranks", "skew", "imbalance", *(f"{rate:g} GB/s" for rate in rates)),
     ]

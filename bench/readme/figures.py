@@ -35,8 +35,8 @@ def _overlap() -> tuple[str, str, str, str]:
     return (
         "overlap",
         f"Overlap on a real link: {over['speed_up']:.2f} times as fast as compute and exchanges in turn",
-        f"One layer, {results['pass']}, on two ranks whose link is as slow as their compute: there overlap has most to "
-        f"gain; {over['hidden_share']:.0%} of the shorter side is hidden. `tritonmoe bench overlap --netns 2`, "
+        f"One layer, {results['pass']}, on two ranks whose exchanges take as long as their compute, where overlap "
+        f"gains most; {over['hidden_share']:.0%} of the shorter side is hidden. `tritonmoe bench overlap --netns 2`, "
         f"{where(data['environment'])}.",
         "#overlap-on-real-links",
     )
@@ -62,8 +62,9 @@ def _nodes() -> tuple[str, str, str, str]:
     return (
         "nodes",
         f"Nodes with slow uplinks: {max(ratios):.2f} times as fast with an exchange on two levels",
-        "Each token goes once to every node that needs it, and on to the ranks inside. Two nodes of two ranks, whose "
-        f"own links have 1 Gbit/s. `tritonmoe bench overlap --netns 4 --node-size 2`, {where(data[0]['environment'])}.",
+        "Each token goes once to every node that needs it, and from there to the ranks of the node. Two nodes of two "
+        "ranks, whose own links have 1 Gbit/s. `tritonmoe bench overlap --netns 4 --node-size 2`, "
+        f"{where(data[0]['environment'])}.",
         "#overlap-on-real-links",
     )
 
@@ -74,7 +75,7 @@ def _doctor() -> tuple[str, str, str, str]:
     return (
         "doctor",
         f"The doctor: the largest cause of a slow step named in {right} of {of} jobs on real links",
-        "Jobs with injected faults that cost 15 % of a step or more, and healthy jobs of which it must say nothing. "
+        "Jobs with injected faults that cost 15 % of a step or more, and healthy jobs, in which it must find nothing. "
         f"`python -m bench.doctor run DIR --netns 4`, {where(data[0]['environment'])}.",
         "diagnosis.md#how-good-is-it",
     )

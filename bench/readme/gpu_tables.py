@@ -6,27 +6,32 @@ from bench.readme.results import RESULTS, load, table_head, table_row, where
 from tritonmoe.benchmarks.kept_results import read_results
 from tritonmoe.benchmarks.shapes import GPU_SHAPES
 
-__all__ = ["gpu_table", "killed_text"]
+__all__ = ["gpu_memory_table", "gpu_table", "gpu_training_table", "killed_text"]
 
 GPU_COLUMNS = ((32768, "forward"), (32768, "forward+backward"), (4096, "forward+backward"), (8, "forward"))
+COMPILING = "D peers that compile"
+"""So begin the cases of peers that are timed in rounds of their own."""
 NO_PEERS = ("tritonmoe", "tritonmoe, tuned", "torch backend", "dense products")
 
 
 def gpu_table(name: str) -> str:
     """Return forward and forward + backward of every shape beside its peers; a cell that no line has says so."""
-    lines = read_results(RESULTS / f"{name}.jsonl")
-    run = lines[-1]["run"] if lines else ""
+    lines = _last_run(name)
     layers = {
         (of["shape"], of["num_tokens"], "forward+backward" if of["backward"] else "forward"): line
-        for line in lines
-        if line["run"] == run and (of := line.get("arguments", {})).get("others") and of["routing"] == "uniform"
+        for line in lines.values()
+        if (of := line.get("arguments", {})).get("others") and of["routing"] == "uniform"
     }
-    devices = [line["device"] for line in lines if line["run"] == run and line["case"] == "identity"]
-    device = devices[0] if layers else "a GPU: not measured yet"
+    compiling = [line for case, line in lines.items() if case.startswith(COMPILING)]
+    for line in compiling:
+        of = line["arguments"]
+        key = of["shape"], of["num_tokens"], "forward+backward" if of["backward"] else "forward"
+        if key in layers:
+            layers[key] = _with_others(layers[key], line)
     table = [
-        f"`python -m bench.gpu` on {device}. TFLOP/s of moe_mlp in bf16, its fraction of dense products of the same "
+        f"{_command(lines, bool(layers))}. TFLOP/s of moe_mlp in bf16, its fraction of dense products of the same "
         "FLOPs in the same rounds, and how many times as fast as the fastest peer that was timed in the same way, and "
-        f"its name; uniform routing.{_peers(layers.values())}",
+        f"its name; uniform routing.{_peers([*layers.values(), *compiling])}",
         "",
         *table_head("shape", *(f"T = {num_tokens}, {way}" for num_tokens, way in GPU_COLUMNS)),
     ]
@@ -34,6 +39,72 @@ def gpu_table(name: str) -> str:
         cells = [gpu_cell(layers.get((shape, num_tokens, way), {})) for num_tokens, way in GPU_COLUMNS]
         table.append(table_row(shape, *cells))
     return "\n".join(table)
+
+
+def _last_run(name: str) -> dict[str, dict]:
+    """Return the lines of the last run in a file of results, by case; none where there is no such file."""
+    lines = read_results(RESULTS / f"{name}.jsonl")
+    return {line["case"]: line for line in lines if line["run"] == lines[-1]["run"]}
+
+
+def _command(lines: dict[str, dict], is_measured: bool) -> str:
+    device = lines["identity"]["device"] if is_measured else "a GPU: not measured yet"
+    return f"`python -m bench.gpu` on {device}"
+
+
+def gpu_memory_table(name: str) -> str:
+    """Return what a layer keeps for its backward and holds at most in a step, and each of its peers."""
+    lines = _last_run(name)
+    line = lines.get("D memory", {})
+    memory = dict(line.get("memory", {}))
+    of = line.get("arguments", {})
+    for case, other in lines.items():
+        if case.startswith(COMPILING) and other["arguments"]["num_tokens"] == of.get("num_tokens"):
+            memory |= {name: held for name, held in other.get("memory", {}).items() if name not in memory}
+    layer = f", {of['shape']}, T = {of['num_tokens']}, {of['routing']} routing" if memory else ""
+    text = (
+        f"{_command(lines, bool(memory))}. Megabytes that a layer's forward keeps for the backward, beside x and the "
+        f"weights, and the most that a forward and backward hold beside both, in bf16{layer}."
+    )
+    rows = [table_row(peer, f"{of['kept_mb']:.0f}", f"{of['peak_mb']:.0f}") for peer, of in memory.items()]
+    return "\n".join([text, "", *table_head("experts", "kept", "peak"), *rows]) if rows else text
+
+
+def gpu_training_table(name: str) -> str:
+    """Return tokens per second and memory of whole steps of training, where all implementations have one gradient."""
+    lines = _last_run(name)
+    line = lines.get("D training", {})
+    times = line["times"] if line.get("passed") else {}
+    text = (
+        f"{_command(lines, bool(times))}. Whole steps of training (forward, backward, AdamW) of four layers of "
+        "Qwen3-MoE with Qwen3-30B-A3B's experts in bf16, the same model under each implementation of transformers' "
+        "experts in turn: tokens per second, and the most megabytes of a step, weights and optimizer among them."
+        + ("" if line.get("runs_kernels", True) else ' "auto" took PyTorch\'s operations for tritonmoe.')
+    )
+    if not times:
+        return text
+    first = next(iter(times.values()))["us"]
+    rows = [
+        table_row(
+            implementation,
+            f"{timed['tokens_per_s']:.0f}",
+            f"{first / timed['us']:.2f}",
+            f"{line['held_mb'] + line['memory'][implementation]['peak_mb']:.0f}",
+        )
+        for implementation, timed in times.items()
+    ]
+    titles = "experts", "tokens/s", f"of {next(iter(times))}'s", "peak MB"
+    return "\n".join([text, "", *table_head(*titles), *rows])
+
+
+def _with_others(line: dict, other: dict) -> dict:
+    """Return a layer's line with the peers of another line, as fast beside ours as they are there."""
+    times, others = line.get("times"), other.get("times", {})
+    if times is None or "tritonmoe" not in others:
+        return line
+    ratio = times["tritonmoe"]["us"] / others["tritonmoe"]["us"]
+    added = {name: {**timed, "us": ratio * timed["us"]} for name, timed in others.items() if name not in times}
+    return {**line, "times": {**times, **added}}
 
 
 def _peers(lines: Collection[dict]) -> str:

@@ -62,10 +62,10 @@ def codegen_table(name: str) -> str:
         f"`python -m bench.codegen` with Triton {' and '.join([*older, newest])}: {data['num_kernels']} kernels of "
         f"{data['num_variants']} layouts, gates, dtypes, shapes and batch sizes, {len(data['unfit'])} of them unfit (a "
         "spill in a loop or of more than 16 bytes, too much shared memory, a missing matrix instruction). "
-        "sm_86, sm_89 and gfx90a are compiled for in the variants of the test suite alone. "
-        f"{data['num_spilling']} spill up to {most_spilled} bytes of a thread outside of their loops, so that one more "
-        f"program fits. Below: the worst of each kernel with Triton {newest}. A cell has the most registers, the most "
-        "KB of shared memory, and the fewest programs side by side on a multiprocessor.",
+        "For sm_86, sm_89 and gfx90a only the variants of the test suite are compiled. Kernels that spill up to "
+        f"{most_spilled} bytes of a thread outside of their loops, so that one more program fits on a multiprocessor: "
+        f"{data['num_spilling']}. The table has the worst variant of each kernel with Triton {newest}. A cell has the "
+        "most registers, the most KB of shared memory, and the fewest programs side by side on a multiprocessor.",
         "",
         *table_head("kernel", *targets),
     ]

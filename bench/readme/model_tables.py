@@ -82,7 +82,7 @@ def upcycle_table(name: str) -> str:
             f"{case['active_parameters']:,} |"
         )
     if "training" not in results:
-        lines += ["", "How far its experts specialise in training: not measured yet."]
+        lines += ["", "How far the experts specialise in training: not measured yet."]
     else:
         training = results["training"]
         before, after = training["before"], training["after"]
@@ -93,11 +93,11 @@ def upcycle_table(name: str) -> str:
             "with 8 experts, top-2 and an auxiliary loss. On tokens of other works, "
             f"{training['held_out_tokens']} of them, the loss is then {after['loss']:.3f} instead of "
             f"{before['loss']:.3f}, and the largest excess of an expert's load (MaxVio, mean over layers) "
-            f"{after['max_violation']:.2f} instead of {before['max_violation']:.2f}. Where tokens go to each other's "
-            f"experts, every expert keeping its load, the loss is higher by {after['rise_when_shuffled']:.4f} "
-            f"(standard error {after['standard_error']:.4f}), and before training by "
-            f"{abs(before['rise_when_shuffled']):.0e}: "
-            + ("that much is each expert's own." if is_seen else "that its experts specialise can't be told from it."),
+            f"{after['max_violation']:.2f} instead of {before['max_violation']:.2f}. If tokens swap their experts at "
+            "random, so that every expert keeps its load, the loss rises by "
+            f"{after['rise_when_shuffled']:.4f} (standard error {after['standard_error']:.4f}); before training it "
+            f"rises by {abs(before['rise_when_shuffled']):.0e}. "
+            + ("So the experts have specialised." if is_seen else "So whether experts have specialised can't be told."),
         ]
     return "\n".join(lines)
 
@@ -134,21 +134,21 @@ def headline_table(_: str) -> str:
             f"{spread_model['ratio']:.2f} times as fast as transformers' own exchange",
         ),
         (
-            "one layer, link as slow as compute: overlapped over serial",
+            "one layer, exchanges as long as compute: overlapped instead of in turn",
             f"{overlap['speed_up']:.2f} times as fast, {overlap['hidden_share']:.0%} hidden",
         ),
-        ("nodes with a slow uplink: two levels over one", f"{nodes:.2f} times as fast"),
+        ("nodes with a slow uplink: an exchange on two levels instead of one", f"{nodes:.2f} times as fast"),
         (
             '`num_chunks="auto"` compared with the best fixed setting',
             f"{chosen['auto_excess_median']:.1%} slower (median), {chosen['auto_excess_largest']:.1%} at worst",
         ),
         (
-            f"`tritonmoe doctor` on four ranks over TCP, {len(kinds)} kinds of faults: causes of 15 % of a step",
-            f"{found} of {tried} named first",
+            f"`tritonmoe doctor`, four ranks over TCP, {len(kinds)} kinds of faults: causes of 15 % of a step or more",
+            f"named first in {found} of {tried} jobs",
         ),
         (
             f"{codegen['num_kernels']} kernels compiled for nine GPUs",
-            f"{len(codegen['unfit'])} that spill in a loop or lack the matrix instruction",
+            f"{len(codegen['unfit'])} of them spill in a loop or lack the matrix instruction",
         ),
         ("anything on a GPU", "not measured yet"),
     ]

@@ -37,7 +37,7 @@ def rebalance_table(name: str) -> str:
     lines = [
         f"`python -m bench.rebalance` on {where(data['environment'])}: {found['ranks']} **emulated** ranks, links of "
         f"{found['rate']}, experts that sleep {found['pair_us']:g} us for each pair, E=64, K=8, D=512, F=256, routing "
-        f"that stays skewed. Behind {found['steps']} steps with `every={found['every']}`; milliseconds of a step, "
+        f"that stays skewed. After {found['steps']} steps with `every={found['every']}`; milliseconds of a step, "
         f"median (quartiles) of {found['step']['stay']['samples']} interleaved rounds.",
         "",
         *table_head("experts", "busiest rank over the mean", "step", "over the best placement's"),
@@ -76,13 +76,13 @@ def overlap_table(prefix: str) -> str:
         return "`tritonmoe bench overlap --netns 2`: not measured yet."
     results = data[0]["results"]
     is_older = any("T_pass_bound" not in one["results"]["summary"] for one in data)
-    of_rounds = " That bound was not kept: pass_bound_ratio is the median of the rounds' own." if is_older else ""
+    of_rounds = " T_pass_bound was not recorded: pass_bound_ratio is the median of the rounds'." if is_older else ""
     lines = [
         f"`tritonmoe bench overlap --netns {results['ranks']}` on {where(data[0]['environment'])}: network namespaces, "
         f"gloo, one core and one thread each, the link's rate chosen by `--compute-ratio`; {results['dtype']}, "
-        f"T tokens a rank. Milliseconds, medians of {results['rounds']} interleaved rounds; ratios are "
-        "of these medians. bound_ratio is of max(T_compute, T_communication), pass_bound_ratio of each pass's: a "
-        f"backward can't hide what the forward exposes.{of_rounds}",
+        f"T tokens a rank. Milliseconds, medians of {results['rounds']} interleaved rounds; ratios are of these "
+        "medians. bound_ratio is the time over max(T_compute, T_communication), pass_bound_ratio the time over "
+        f"the longer side of each pass: a backward can't hide what the forward exposes.{of_rounds}",
         "",
         *table_head(
             "E, K, D, F",
@@ -202,9 +202,9 @@ def expert_parallel_table(name: str) -> str:
         f"`{command}` on {where(data['environment'])}: {results['link']}, one core and "
         f"one thread each. Forward and backward of a Qwen3-MoE-like model ({layers} layers, D={width}, F={inner}, "
         f"E={experts}, K={top_k}) in {results['dtype']}, {results['tokens']} tokens a rank, under transformers' FSDP "
-        f"and expert parallelism. {results['best_other']} computes {results['compute_over_communication']:.2f} times "
-        f"as long as it communicates; tritonmoe is {results['ratio']:.2f} times as fast. Milliseconds, median "
-        "(quartiles).",
+        f"and expert parallelism. With {results['best_other']} compute takes "
+        f"{results['compute_over_communication']:.2f} times as long as communication, and tritonmoe is "
+        f"{results['ratio']:.2f} times as fast. Milliseconds, median (quartiles).",
         "",
         *table_head("ep_implementation, experts_implementation", "step", "on a link of 40 Gbit/s", "MB sent by a rank"),
     ]

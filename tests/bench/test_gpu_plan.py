@@ -5,11 +5,11 @@ import json
 import pytest
 
 from bench.gpu import __main__ as gpu
-from bench.gpu import plan
+from bench.gpu import calls, plan
 from bench.gpu.compilation import Kernel
 from bench.gpu.setting import DAY, HEADLINE, REHEARSAL, SMALL
 from tritonmoe.aot import Variant
-from tritonmoe.benchmarks.kept_results import read_results
+from tritonmoe.benchmarks.kept_results import open_results, read_results
 from tritonmoe.benchmarks.tile_candidates import Candidate, products_of
 
 GAINS = (1.3, 1.0)
@@ -195,6 +195,37 @@ def test_the_next_case_that_fits_is_taken(ran, tmp_path, monkeypatch, capsys):
     assert f"{len(left)} cases are left, of about" in capsys.readouterr().out
 
 
+def test_three_calls_of_ten_minutes_bring_what_matters(tmp_path, capsys):
+    """All checks, the headline, its tiles, training and overlap, and all peers but those that compile for minutes."""
+    file = str(tmp_path / "gpu.jsonl")
+    assert gpu.main(["--out", file, "--plan", "sm_90"]) == 0
+    *lines, last = capsys.readouterr().out.splitlines()
+    planned = plan.cases(DAY, "sm_90")
+    assert last == f"{len(planned)} of {len(planned)} cases are to be run, beside the compilation of their kernels"
+    assert [line.partition(" s: ")[0].partition(", ")[0] for line in lines] == [
+        f"call {number}" for number in range(1, len(lines) + 1)
+    ]
+    first = list(calls.calls(planned, planned, {}, 570.0))[:3]
+    assert all(call.seconds <= 570.0 for call in first)
+    ran = [case for call in first for case in call.cases]
+    wanted = [case for case in planned if case.name[0] in "ABCD" and case.measure != "measure_compiling_peers"]
+    assert all(case in ran for case in wanted)
+    assert [str(call) in line for call, line in zip(first, lines, strict=False)] == [True] * 3
+    assert gpu.main(["--out", file, "--plan", "sm_90", "--only", "memory", "--budget-s", "50"]) == 0
+    assert capsys.readouterr().out.splitlines()[:2] == [
+        "call 1, 30 s: B measure_memory",
+        "call 2, 45 s: D measure_memory",
+    ]
+    with open_results(tmp_path / "gpu.jsonl", {}) as results:
+        results.add("B memory", {"seconds": 10.0, "harness": "any"})
+    assert gpu.main(["--out", file, "--plan", "sm_90", "--only", "memory", "--budget-s", "50"]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == "call 1, 12 s: D measure_memory", "as long as B's, and a quarter"
+    assert gpu.main(["--out", file, "--plan", "sm_90", "--only", "memory", "--budget-s", "5"]) == 0
+    assert "call 1" not in capsys.readouterr().out, "what no call has room for would be tried for ever"
+    assert gpu.main(["--out", file, "--plan", "a card"]) == 2
+    assert "python -m bench.gpu: " in capsys.readouterr().err
+
+
 def test_some_cases_alone(ran, tmp_path, capsys):
     planned = plan.cases(REHEARSAL, "sm_90")
     assert run(tmp_path, "--only", "D,memory") == 0
@@ -213,8 +244,8 @@ def test_some_cases_alone(ran, tmp_path, capsys):
 
 @pytest.mark.parametrize("of_a_case", [-0.1, 0.9])
 def test_no_case_begins_that_the_budget_may_cut(of_a_case, ran, tmp_path, capsys):
-    first = plan.cases(REHEARSAL, "sm_90")[0]
-    assert run(tmp_path, "--budget-s", str(of_a_case * first.usual_s)) == 3
+    shortest = min(plan.cases(REHEARSAL, "sm_90"), key=lambda case: case.usual_s)
+    assert run(tmp_path, "--budget-s", str(of_a_case * shortest.usual_s)) == 3
     assert [measure for measure, _ in ran] == ["stop"]
     assert "s: run the same command again" in capsys.readouterr().out
 

@@ -52,6 +52,50 @@ def test_the_last_runs_layers_beside_their_peers(results):
     assert cells_of("Mixtral") == [*by_name, "failed", "out of memory"]
 
 
+def test_peers_that_compile_stand_beside_the_others(results):
+    """They were timed in other rounds: what counts is their time over ours there."""
+    arguments = {name: LAYER[name] for name in ("shape", "num_tokens", "routing", "backward")}
+    with open_results(results, {"device": "H100"}) as lines:
+        lines.add("D 1", {"arguments": LAYER, "times": TIMES})
+        ours = {"us": 100.0, "timed_by": "graph"}
+        quick = {"tritonmoe": ours, "moe-ops": {"us": 110.0, "timed_by": "graph"}}
+        lines.add("D peers that compile 1", {"arguments": arguments, "times": quick, "left_out": {"sonic-moe": "why"}})
+        lines.add("D peers that compile 2", {"arguments": {**arguments, "backward": True}, "left_out": {}})
+        lines.add("D memory", {"arguments": arguments, "memory": {"tritonmoe": {"kept_mb": 1.0, "peak_mb": 2.0}}})
+        memory = {"tritonmoe": {"kept_mb": 9.0, "peak_mb": 9.0}, "moe-ops": {"kept_mb": 3.0, "peak_mb": 4.0}}
+        lines.add("D peers that compile 3", {"arguments": arguments, "times": quick, "memory": memory})
+    assert cells_of("Mixtral")[0] == "400, 0.60, 1.10x moe-ops"
+    text = gpu_tables.gpu_table("gpu").splitlines()[0]
+    assert text.endswith(" Peers: eager, grouped_mm, moe-ops. Left out: sonic-moe, since why.")
+    rows = gpu_tables.gpu_memory_table("gpu").splitlines()[2:]
+    assert rows[2:] == ["| tritonmoe | 1 | 2 |", "| moe-ops | 3 | 4 |"]
+
+
+def test_training_and_memory_of_the_last_run(results):
+    """The peak of a step stands beside what is held the whole time; one table each, and only text before a day."""
+    for table in (gpu_tables.gpu_training_table, gpu_tables.gpu_memory_table):
+        assert table("gpu").startswith("`python -m bench.gpu` on a GPU: not measured yet. ")
+        assert "\n" not in table("gpu")
+    with open_results(results, {"device": "an older card"}) as lines:
+        lines.add("D training", {"times": {"eager": {"us": 1.0, "tokens_per_s": 1.0}}, "held_mb": 1.0, "memory": {}})
+    with open_results(results, {"device": "H100"}) as lines:
+        times = {"tritonmoe": {"us": 100.0, "tokens_per_s": 5000.2}, "eager": {"us": 250.0, "tokens_per_s": 2000.0}}
+        memory = {"tritonmoe": {"kept_mb": 10.0, "peak_mb": 30.0}, "eager": {"kept_mb": 20.4, "peak_mb": 50.0}}
+        training = {"times": times, "held_mb": 700.0, "memory": memory, "runs_kernels": True}
+        lines.add("D training", training | {"passed": False})
+        assert "not measured yet" in gpu_tables.gpu_training_table("gpu")
+        lines.add("D training", training | {"passed": True})
+        assert "not measured yet" in gpu_tables.gpu_memory_table("gpu")
+        lines.add("D memory", {"arguments": LAYER, "memory": memory})
+    text, _, *rows = gpu_tables.gpu_training_table("gpu").splitlines()
+    assert text.endswith("weights and optimizer among them.")
+    assert rows[2:] == ["| tritonmoe | 5000 | 1.00 | 730 |", "| eager | 2000 | 0.40 | 750 |"]
+    text, _, *rows = gpu_tables.gpu_memory_table("gpu").splitlines()
+    assert text.startswith("`python -m bench.gpu` on H100.")
+    assert text.endswith("in bf16, Mixtral, T = 32768, uniform routing.")
+    assert rows[2:] == ["| tritonmoe | 10 | 30 |", "| eager | 20 | 50 |"]
+
+
 def test_killed_rehearsals(monkeypatch):
     runs = [
         {"kills": [{"after_s": 1.0, "lines": 3}, {"after_s": 2.0, "lines": 70}], "is_right": True},

@@ -53,7 +53,7 @@ def forked(monkeypatch):
 @pytest.fixture
 def runner(monkeypatch):
     """A Worker of the cases above."""
-    monkeypatch.setattr(worker, "_measures", fake_measures)
+    monkeypatch.setattr(worker, "measures", fake_measures)
     runner = worker.Worker(REHEARSAL)
     yield runner
     runner.stop()

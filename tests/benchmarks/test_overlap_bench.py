@@ -270,7 +270,7 @@ def test_a_rank_whose_peers_are_replayed_has_the_work_of_its_own_port() -> None:
         (["--netns", "4", "--node-size", "3", "--inter-rate", "1mbit"], "must divide the 4 ranks"),
         (["--emulate", "2", "--chunks", "33"], "argument --chunks: must be a whole number from 1 to 32, got '33'"),
         (["--emulate", "2", "--tokens", "-3"], "argument --tokens: must be a whole number of at least 1, got '-3'"),
-        (["--emulate", "2", "--dtype", "bfloat16", "--wire-dtype", "bfloat16"], "takes rows of torch.float32, got"),
+        (["--emulate", "2", "--dtype", "bfloat16", "--wire-dtype", "bfloat16"], "can carry rows of torch.float32, got"),
         (["--emulate", "2", "--routing", __file__], "test_overlap_bench.py holds no ids: a file of ids is a tensor"),
         (
             ["--emulate", "2", "--png", "x.txt"],

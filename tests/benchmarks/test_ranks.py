@@ -53,7 +53,7 @@ def test_what_a_peer_sends_is_not_run(tmp_path: Path, monkeypatch: pytest.Monkey
             return sent.getvalue()
 
     monkeypatch.setattr(ranks.json, "dumps", lambda value: Bytes())
-    with pytest.raises(ValueError, match="rank 0 sent what is no JSON"):
+    with pytest.raises(ValueError, match="rank 0 sent a text that is not JSON"):
         ranks.gather(tm.transports.LocalTransport(), None)
     assert not os.path.exists(path)
 

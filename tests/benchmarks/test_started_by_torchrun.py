@@ -30,9 +30,9 @@ def test_namespaces_are_not_made_under_torchrun(name: str, complaint_of) -> None
     [
         ("overlap", ["--rate", "2gbit"], "--rate 2gbit shapes the link of --emulate or --netns"),
         ("overlap", ["--emulate", "2"], "--emulate 2 needs one process, and the environment has RANK=0"),
-        ("overlap", ["--node-size", "2", "--inter-rate", "1mbit"], "--inter-rate is of the links that --netns makes"),
-        ("auto", ["--rates", "1gbit"], "--rates is of the links that --netns makes"),
-        ("expert_parallel", ["--rate", "1gbit"], "--rate is of the links that --netns makes"),
+        ("overlap", ["--node-size", "2", "--inter-rate", "1mbit"], "--inter-rate shapes the links that --netns makes"),
+        ("auto", ["--rates", "1gbit"], "--rates shapes the links that --netns makes"),
+        ("expert_parallel", ["--rate", "1gbit"], "--rate shapes the links that --netns makes"),
     ],
 )
 def test_what_torchrun_would_ignore(name: str, arguments: list[str], words: str, complaint_of) -> None:
@@ -41,7 +41,7 @@ def test_what_torchrun_would_ignore(name: str, arguments: list[str], words: str,
 
 def test_mpi_has_no_rate(complaint_of) -> None:
     said = complaint_of(overlap.main, ["--mpi", "--rate", "2gbit"])
-    assert "under torchrun and mpiexec the link is what it is" in said
+    assert "can't shape the link between ranks of torchrun or mpiexec" in said
 
 
 def test_processes_in_namespaces_have_a_rank_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -130,12 +130,12 @@ def test_liger_is_measured_where_it_runs(monkeypatch):
     [
         (
             ["--subjects", "block", "--layers", "8"],
-            "--layers 8 has no effect on what is measured: leave it out, or",
+            "--layers 8 has no effect on this measurement: leave the option out, or",
         ),
-        (["--passes", "training", "--new-tokens", "4"], "--new-tokens 4 has no effect on what is measured"),
+        (["--passes", "training", "--new-tokens", "4"], "--new-tokens 4 has no effect on this measurement"),
         (
             ["--passes", "decode", "--subjects", "block", "--tokens", "9"],
-            "--tokens 9 has no effect on what is",
+            "--tokens 9 has no effect on this measurement",
         ),
     ],
 )

@@ -58,14 +58,14 @@ def test_unreadable(healthy: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert main(["doctor", str(healthy)]) == 2
     said = capsys.readouterr()
     assert not said.out
-    assert f"tritonmoe doctor: {healthy / 'rank-0002.jsonl'} line 1: this is no recording" in said.err
+    assert f"tritonmoe doctor: {healthy / 'rank-0002.jsonl'} line 1: not a recording" in said.err
     assert main(["doctor", str(tmp_path / "nowhere")]) == 2
     assert "nowhere" in capsys.readouterr().err
 
 
 def test_one_rank(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(["doctor", str(write_run(tmp_path, [Run(size=1)] * 2))]) == 2
-    assert "is of one rank" in capsys.readouterr().err
+    assert "is a recording of one rank" in capsys.readouterr().err
 
 
 @pytest.mark.thorough

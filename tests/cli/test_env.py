@@ -9,7 +9,7 @@ import torch
 
 import tritonmoe
 from tritonmoe.cli import main
-from tritonmoe.transports import process_group
+from tritonmoe.transports import torch_groups
 
 
 def test_json(capsys):
@@ -40,7 +40,7 @@ def test_text_says_why_something_cannot_run(capsys, monkeypatch):
 
 def test_transports_without_torch_distributed(monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_available", lambda: False)
-    reasons = process_group.available()
+    reasons = torch_groups.available()
     assert reasons["gloo"] == reasons["nccl"] == "this torch was built without torch.distributed"
 
 

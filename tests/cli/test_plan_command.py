@@ -73,10 +73,10 @@ def test_recorded_routing(capsys, tmp_path):
         (["OLMoE-1B-7B", "H101"], "'H101' is no cluster"),
         (["OLMoE-1B-7B", "H100", "--ep", "7"], "64 experts can't be shared evenly by ep=7"),
         (["OLMoE-1B-7B", "H100", "--pp", "3"], "64 GPUs can't be shared by tp=1 x pp=3"),
-        (["OLMoE-1B-7B", "H100", "--dtype", "fp32"], "H100 says nothing of products in fp32"),
+        (["OLMoE-1B-7B", "H100", "--dtype", "fp32"], "H100 has no rate of products in fp32"),
         (["OLMoE-1B-7B", "H100", "--pp", "17"], "pp=17 stages are more than 16 layers"),
-        (["OLMoE-1B-7B", "H100", "--equal", "gpus"], "--equal is for --compare"),
-        (["OLMoE-1B-7B", "H100", "--sends", "pairs"], "sends='pairs' is for others"),
+        (["OLMoE-1B-7B", "H100", "--equal", "gpus"], "--equal makes the clusters of --compare equal"),
+        (["OLMoE-1B-7B", "H100", "--sends", "pairs"], "leave sends='pairs' out"),
         (["OLMoE-1B-7B", "H100", "--two-batches"], "micro_batch must be at least 2, got 1 (--micro-batch 2)"),
     ],
 )

@@ -127,7 +127,7 @@ def test_what_is_missing_is_said(command, capsys, monkeypatch):
         assert "E (8) must be divisible by --ranks (3); choose one of 1, 2, 4, 8" in capsys.readouterr().err
     show = ["--show"] if command == "tune" else []
     assert main([command, *SHAPE, *show, "--target", "sm_70"]) == 2
-    assert "a target must be named as sm_80, sm_90" in capsys.readouterr().err
+    assert "a target must be one of sm_80, sm_90" in capsys.readouterr().err
 
 
 @pytest.mark.thorough

@@ -221,7 +221,7 @@ def test_a_recording_is_not_written_over(tmp_path: Path) -> None:
     with record(tmp_path):
         tm.run_on_emulated_ranks(train, SIZE)
     before = (tmp_path / "rank-0000.jsonl").read_bytes()
-    with pytest.raises(FileExistsError, match="another folder for each run"), record(tmp_path):
+    with pytest.raises(FileExistsError, match="a new folder for each run"), record(tmp_path):
         tm.run_on_emulated_ranks(train, SIZE)
     assert (tmp_path / "rank-0000.jsonl").read_bytes() == before
 

@@ -47,10 +47,18 @@ def test_a_broken_line_in_the_middle(run: Path) -> None:
 
 
 BAD_LINES: dict[str, tuple[int, Callable[[dict], object], str]] = {
-    "another format": (1, lambda v: v.update(format="trace"), "line 1: this is no recording: format is 'trace'"),
-    "a later schema": (1, lambda v: v.update(schema=2), "line 1: schema 2 is not the one that is read here, 1"),
+    "another format": (
+        1,
+        lambda v: v.update(format="trace"),
+        "line 1: not a recording of tritonmoe.diagnosis.record(): format is 'trace'",
+    ),
+    "a later schema": (
+        1,
+        lambda v: v.update(schema=2),
+        "line 1: schema 2 is of another version of tritonmoe, this one reads 1",
+    ),
     "a rank too large": (1, lambda v: v.update(rank=7), "line 1: rank must lie in 0..1, got 7"),
-    "another rank": (1, lambda v: v.update(rank=0), "line 1: it is of rank 0, its name says another one"),
+    "another rank": (1, lambda v: v.update(rank=0), "line 1: the header says rank 0, the file's name another one"),
     "a key less": (3, lambda v: v.pop("row_bytes"), "line 3: row_bytes is missing"),
     "words for a number": (3, lambda v: v.update(row_bytes="many"), "line 3: row_bytes: must be a whole number"),
     "an unknown step": (
@@ -117,7 +125,7 @@ def test_two_recordings_in_one_folder(run: Path, tmp_path: Path) -> None:
 
 def test_an_empty_file(run: Path) -> None:
     (run / "rank-0001.jsonl").write_text("")
-    with pytest.raises(ValueError, match=r"rank-0001\.jsonl line 1: it ends before its header does"):
+    with pytest.raises(ValueError, match=r"rank-0001\.jsonl line 1: the file ends inside its header"):
         read_recording(run)
 
 
@@ -165,7 +173,7 @@ def test_the_clock_of_all_ranks_goes_back(run: Path) -> None:
 
 def test_what_is_no_folder(run: Path) -> None:
     for path in (run / "rank-0000.jsonl", run / "nowhere"):
-        with pytest.raises(ValueError, match=re.escape(f"{path} is no folder")):
+        with pytest.raises(ValueError, match=re.escape(f"{path} is not a folder")):
             read_recording(path)
 
 

@@ -288,7 +288,7 @@ def test_ranks_hear_of_one_that_fails_before_its_words(at: int) -> None:
 
     with pytest.raises(OSError, match="the disk is full"):
         tm.run_on_emulated_ranks(on_rank, 2, timeout_s=10)
-    assert re.search("^the ranks' configurations differ, and could not say where: .*rank 1", heard[0]), heard
+    assert re.search("^the ranks' configurations differ, and the exchange .* failed: .*rank 1", heard[0]), heard
 
 
 def test_the_words_of_activations() -> None:

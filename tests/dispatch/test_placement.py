@@ -100,7 +100,7 @@ def test_a_layer_draws_the_same_experts_wherever_they_are():
     for rank, (weight, y) in enumerate(tm.run_on_emulated_ranks(rank_call, num_ranks=2)):
         assert torch.equal(weight, whole.experts.gate_up_proj[list(placement.experts_of_rank[rank])])
         torch.testing.assert_close(y, whole(x).detach(), rtol=1e-5, atol=1e-6)
-    with pytest.raises(ValueError, match="needs a transport"):
+    with pytest.raises(ValueError, match="needs ranks: give a transport"):
         make(placement=placement)
 
 

@@ -135,7 +135,7 @@ def test_the_wire_tells_more_than_times_in_which_ranks_wait(tmp_path: Path) -> N
     slow = read_traces(tmp_path / "run").graph.slow_links
     assert slow is not None
     assert (set(slow.links), slow.ranks) == ({(1, 0), (1, 2), (1, 3)}, (1,))
-    assert slow.of_byte_s[1, 0] == pytest.approx(6 * slow.usual_s)
+    assert slow.of_byte_s[1, 0] == pytest.approx(6 * slow.usual_s[1, 0])
 
 
 def test_a_cut_dump_says_how_many_records_are_missing(tmp_path: Path) -> None:

@@ -138,6 +138,15 @@ def test_each_layer_has_a_hot_rank_of_its_own(tmp_path: Path) -> None:
     (replicas,) = (advice for advice in found.advice if advice.words.startswith("replicas"))
     assert "for each layer by its own load, in layer 3 the expert of slot 6 on 3 ranks" in replicas.words
     assert replicas.gain.seconds > 0.4 * imbalance.cost.seconds
+    (copies,) = (advice for advice in found.advice if advice.words.startswith("copies of hot experts"))
+    assert 'OverlapConfig(balance="auto", max_copies=2)' in copies.words
+    assert 0.4 * imbalance.cost.seconds < copies.gain.seconds < 1.05 * imbalance.cost.seconds
+
+
+def test_copies_are_not_offered_where_their_weights_take_too_long(tmp_path: Path) -> None:
+    """On a link of which a row takes a millisecond for each byte."""
+    found = diagnose(tmp_path, Run(hot_rank=(1, 2.0), byte_s=1e-3))
+    assert not any("copies of hot experts" in advice.words for advice in found.advice)
 
 
 class LongerBatch(Run):
@@ -152,6 +161,7 @@ class LongerBatch(Run):
 def test_a_rank_with_more_tokens_is_no_hot_expert(tmp_path: Path) -> None:
     found = diagnose(tmp_path, LongerBatch(byte_s=1e-6))
     assert not any("placement" in advice.words.lower() for advice in found.advice)
+    assert not any("copies" in advice.words for advice in found.advice)
 
 
 def gain_of_two_batches(run: Run, beside_s: tuple[float, float]) -> float:

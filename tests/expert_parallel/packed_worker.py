@@ -96,7 +96,7 @@ def check() -> None:
     state = layer.state_dict()
     saved = {name: value for name, value in whole.state_dict().items() if "experts" in name}
     assert_same_bits({name: state[name] for name in saved}, saved)
-    with pytest.raises(ValueError, match="weight_format of the one that was saved"):
+    with pytest.raises(ValueError, match="weight_format as the saved layer"):
         make(PLAIN).load_state_dict(state, strict=False)
 
     def ddp(is_spread: bool) -> None:

@@ -18,7 +18,7 @@ from tritonmoe.expert_parallel import balance
 from tritonmoe.expert_parallel.check import CheckedCall
 from tritonmoe.expert_parallel.listeners import listeners
 from tritonmoe.overlap.report import LayerReport
-from tritonmoe.transports import Delay, Transport
+from tritonmoe.transports import Delay, PendingExchange, Transport
 
 ALWAYS = tm.OverlapConfig(2, balance="always")
 
@@ -114,6 +114,28 @@ def test_eight_ranks(reports: dict[int, list[LayerReport]]) -> None:
     assert max(len(reports[0][0].copies.on(rank)) for rank in range(8)) <= 2
 
 
+@pytest.mark.parametrize("case", ["hidden", "input", "adapters"])
+@pytest.mark.parametrize("hot_experts", [(1,), (2, 3)])
+def test_copies_pass_pieces_on(hot_experts: tuple[int, ...], case: str, reports: dict[int, list[LayerReport]]) -> None:
+    """Where an owner would send many copies, of weights whose bytes are no multiple of that; some ranks hold two.
+
+    With save="input" pieces travel in the backward again, and adapters' factors travel beside the weights.
+    """
+    save = "input" if case == "input" else "hidden"
+    batch = hot(Batch(8, 16, 3, options={"save": save}, ranks=(2, 3) if case == "adapters" else (0, 0)), hot_experts)
+    expected = batch.on_one_device()
+    for config in (ALWAYS, replace(ALWAYS, num_chunks=3, local_first=False)):
+        overlapped = batch.in_parallel(config)
+        assert_equals_one_device(overlapped, expected)
+        assert_same_bits(overlapped, batch.in_parallel(replace(config, serial=True)))
+    assert_copied(reports, 8)
+    report = reports[0][-1]
+    assert report.copies.are_relayed
+    for timings, is_sent in ((report.forward, True), (report.backward, save == "input")):
+        kinds = [timing.step.kind for timing in timings.steps]
+        assert ("copies" in kinds) == ("spread_copies" in kinds) == is_sent
+
+
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 def test_options(options: str, backend: str, reports: dict[int, list[LayerReport]]) -> None:
@@ -172,6 +194,16 @@ def test_late_ranks_change_no_bit() -> None:
             expected = batch.in_parallel(config, save=save)
             link = tm.LinkModel(0.0001, latency_us=500)
             assert_same_bits(batch.in_parallel(config, faults=faults, link=link, save=save), expected)
+
+
+def test_late_pieces_change_no_bit(reports: dict[int, list[LayerReport]]) -> None:
+    """As above, where pieces of weights are passed on: each must have come before it goes on."""
+    batch = hot(Batch(8, 8, 2, torch.float32), (2,))
+    expected = batch.in_parallel(ALWAYS)
+    assert reports[0][0].copies.are_relayed
+    for exchange in range(1, 6):
+        faults = tuple(Delay(rank, exchange, 0.004 * (1 + rank % 3)) for rank in range(exchange % 2, 8, 2))
+        assert_same_bits(batch.in_parallel(ALWAYS, faults=faults), expected)
 
 
 NEEDS = {
@@ -359,7 +391,7 @@ def test_compiled(reports: dict[int, list[LayerReport]]) -> None:
 
 REFUSED = {
     "experts": (lambda: tm.OverlapConfig(2, chunk_by="experts", balance="auto"), "balance needs chunks of tokens"),
-    "capacity": (lambda: tm.OverlapConfig(2, capacity=2.0, balance="auto"), "balance needs counts"),
+    "capacity": (lambda: tm.OverlapConfig(2, capacity=2.0, balance="auto"), "balance plans from counts"),
     "budget": (lambda: tm.OverlapConfig(memory_budget_bytes=1 << 20, balance="auto"), "memory_budget_bytes bounds"),
     "word": (lambda: tm.OverlapConfig(balance="yes"), "balance must be"),
     "number": (lambda: tm.OverlapConfig(balance="auto", max_copies=0), "max_copies must be"),
@@ -452,3 +484,46 @@ def test_halves_of_a_batch_run_without(reports: dict[int, list[LayerReport]]) ->
     assert_equals_one_device({"out": torch.cat(outs)}, expected)
     assert all(report.copies is None for report in reports[0])
     assert {report.half for report in reports[0]} == {1, 2}
+
+
+class Waited(PendingExchange):
+    """An exchange that says whether anybody has waited for it."""
+
+    def __init__(self, pending: PendingExchange) -> None:
+        self._pending, self.is_waited_for = pending, False
+
+    def wait(self) -> Tensor:
+        self.is_waited_for = True
+        return self._pending.wait()
+
+    def finished_at(self) -> float | None:
+        return self._pending.finished_at()
+
+
+@pytest.mark.parametrize("save", ["hidden", "input"])
+def test_every_exchange_is_waited_for_before_a_pass_ends(save: str) -> None:
+    """An owner waits for none of the copies that it only sends before its experts run, but before the pass ends."""
+    config = tm.MoEConfig(hidden_size=8, intermediate_size=6, num_experts=8, top_k=2)
+
+    def on_rank(transport: Transport) -> None:
+        posted: list[Waited] = []
+        exchange = transport.exchange
+
+        def noted(*arguments, **settings) -> Waited:
+            posted.append(Waited(exchange(*arguments, **settings)))
+            return posted[-1]
+
+        transport.exchange = noted
+        generator = torch.Generator().manual_seed(transport.rank)
+        weights = tm.GroupedExperts(config, transport, ALWAYS, generator=torch.Generator().manual_seed(0))
+        x = torch.randn(40, 8, generator=generator, requires_grad=True)
+        ids = torch.stack([torch.zeros(40, dtype=torch.int64), torch.randint(1, 8, (40,), generator=generator)], 1)
+        settings = {"num_experts": 8, "transport": transport, "overlap": ALWAYS, "save": save}
+        gates = torch.full((40, 2), 0.5)
+        y = tm.expert_parallel_mlp(x, ids, gates, weights.gate_up_proj, weights.down_proj, **settings)
+        assert len(posted) > 4
+        assert all(one.is_waited_for for one in posted)
+        y.sum().backward()
+        assert all(one.is_waited_for for one in posted)
+
+    tm.run_on_emulated_ranks(on_rank, 4, timeout_s=60)

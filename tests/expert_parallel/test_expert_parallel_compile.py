@@ -441,7 +441,7 @@ def test_a_handle_of_something_gone_raises() -> None:
     del transport, kept
     gc.collect()
     for copied in (*copies, torch.zeros(1, dtype=torch.int64)):
-        with pytest.raises(RuntimeError, match="a transport, a layer or a forward that is gone"):
+        with pytest.raises(RuntimeError, match="a transport, a layer or a forward that no longer exists"):
             handles.find(copied)
 
 

@@ -129,7 +129,7 @@ def test_rows_that_the_wire_does_not_take_are_refused_on_every_rank():
 
     def rank_call(transport):
         overlap = tm.OverlapConfig(num_chunks=1, wire_dtype=FP8)
-        with pytest.raises(TypeError, match=r"takes rows of .* got torch\.float64"):
+        with pytest.raises(TypeError, match=r"can carry rows of .* got torch\.float64"):
             batch.call(transport, batch.of_rank(transport.rank), overlap, backend="reference")
 
     tm.run_on_emulated_ranks(rank_call, num_ranks=2)

@@ -1,6 +1,7 @@
 """What peak_bytes says before a call, against the storages that the call really holds."""
 
 import threading
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,14 +17,17 @@ from tritonmoe.backends.torch import MAX_BLOCK_PAIRS
 from tritonmoe.config.overlap import MAX_CHUNKS, equal_sizes, ramp_sizes
 from tritonmoe.dispatch.capacity import capped_traffic
 from tritonmoe.expert_parallel import choose
+from tritonmoe.expert_parallel.listeners import listeners
 from tritonmoe.kernels.tiles import measured_tiles
 from tritonmoe.kernels.tiles.config import GATHERS
+from tritonmoe.overlap.report import LayerReport
 from tritonmoe.runtime import cpu_memory
 from tritonmoe.simulation.buffer_widths import BufferWidths, WorkingSet
 from tritonmoe.simulation.cost_model import LayerWork
 from tritonmoe.simulation.memory import peak_bytes
 from tritonmoe.transports import PendingExchange, Transport
 from tritonmoe.transports.wire import WireFormat
+from tritonmoe.tuning.measured_calls import layer_work
 
 HIDDEN, INTERMEDIATE, NUM_EXPERTS, TOP_K, SIZE = 64, 48, 8, 3, 4
 NUM_TOKENS = (640, 800, 0, 480)
@@ -52,10 +56,12 @@ class Kept(PendingExchange):
 class Batch:
     """Every rank's tokens, uneven, one rank without; what they send and compute is known before any call."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, dtype: torch.dtype, hot: float = 0.0, num_tokens: Sequence[int] = NUM_TOKENS) -> None:
+        """hot: how much higher the scores of expert 0 are."""
         generator = torch.Generator().manual_seed(0)
-        self.x = [torch.randn(t, HIDDEN, generator=generator).to(dtype) for t in NUM_TOKENS]
-        top = [torch.rand(t, NUM_EXPERTS, generator=generator).topk(TOP_K) for t in NUM_TOKENS]
+        self.x = [torch.randn(t, HIDDEN, generator=generator).to(dtype) for t in num_tokens]
+        is_hot = torch.arange(NUM_EXPERTS) == 0
+        top = [(torch.rand(t, NUM_EXPERTS, generator=generator) + hot * is_hot).topk(TOP_K) for t in num_tokens]
         self.topk_weights, self.topk_ids = ([part.contiguous() for part in parts] for parts in zip(*top, strict=True))
         local = NUM_EXPERTS // SIZE
         self.weights = [
@@ -65,6 +71,23 @@ class Batch:
         pairs = torch.stack([F.one_hot(ids // local, SIZE).sum((0, 1)) for ids in self.topk_ids])
         rows = torch.stack([F.one_hot(ids // local, SIZE).amax(1).sum(0) for ids in self.topk_ids])
         self.work = LayerWork(rows.double(), pairs.double(), HIDDEN * dtype.itemsize, TOP_K)
+
+    def work_of(self, plan: tm.OverlapPlan, save: str) -> LayerWork:
+        """Return what all ranks do in a call, copies included."""
+        reports: list[LayerReport] = []
+
+        class Collect:
+            def before_forward(self, *_: object) -> None: ...
+            def after_backward(self, *_: object) -> None: ...
+            def after_forward(self, of: Transport, header: object, report: LayerReport, grouping: object) -> None:
+                reports.append(report)
+
+        listeners.append(Collect())
+        try:
+            self.measure(plan, save)
+        finally:
+            listeners.pop()
+        return layer_work(reports[0])
 
     def measure(self, plan: tm.OverlapPlan, save: str) -> tuple[int, ...]:
         """Return the most bytes that a layer call holds on any rank in its forward and, with gradients, backward."""
@@ -141,6 +164,23 @@ def test_said_before_is_what_is_held(plan: str) -> None:
         said = peak_bytes(overlap, work, widths(torch.float32, save=save))
         for name, measured, expected in zip(said._fields, batch.measure(overlap, save), said, strict=True):
             assert abs(expected / measured - 1) < BOUND, (num_chunks, save, name, measured, expected)
+
+
+@pytest.mark.parametrize("save", ["hidden", "input"])
+def test_copies_of_hot_experts_are_counted(save: str) -> None:
+    """Their weights, which with save="input" travel twice, and the gradients of these."""
+    batch = Batch(torch.float32, hot=0.6, num_tokens=(48, 60, 0, 36))
+    for num_chunks in (1, 4):
+        overlap = tm.OverlapPlan(equal_sizes(num_chunks), balance="always")
+        work = batch.work_of(overlap, save)
+        assert work.copies is not None
+        assert work.copies.copied.sum() >= 2
+        said = peak_bytes(overlap, work, widths(torch.float32, save=save))
+        without = peak_bytes(overlap, replace(work, copies=None), widths(torch.float32, save=save))
+        measured = batch.measure(overlap, save)
+        for name, held, expected, less in zip(said._fields, measured, said, without, strict=True):
+            assert abs(expected / held - 1) < BOUND, (num_chunks, name, held, expected)
+            assert expected > (1 + 2 * BOUND) * less, (num_chunks, name, held, expected, less)
 
 
 def test_a_call_that_overflows_lets_its_first_run_go() -> None:

@@ -259,7 +259,7 @@ WRONG: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "no shape": (
         lambda: tm.QuantizedWeight("nf4", torch.zeros(64, 1, dtype=torch.uint8), torch.ones(2)),
         ValueError,
-        "give it as `shape`",
+        "give it as the argument `shape`",
     ),
     "scales": (
         lambda: tm.QuantizedWeight("mxfp4", nothing()[0], nothing()[1][:1]),
@@ -297,7 +297,7 @@ def test_what_experts_refuse() -> None:
         tm.moe_mlp(x, ids, weights, up, down, batch_invariant=True)
     with pytest.raises(ValueError, match=r"down_proj must be \(E, F, D\)"):
         tm.moe_mlp(x, ids, weights, up, down, transposed=True)
-    with pytest.raises(TypeError, match=r"Make one of its tensors"):
+    with pytest.raises(TypeError, match=r"Make a QuantizedWeight of these tensors"):
         tm.moe_mlp(x, ids, weights, up.values, down.values)
     odd = [random_weight("fp8", size) for size in ((8, 192, 64), (8, 64, 96))]
     with pytest.raises(ValueError, match="F = 96 is not a multiple of 128"):

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 
 from tritonmoe.config.overlap import LOCAL_PARTS, OverlapPlan, equal_sizes, ramp_sizes
-from tritonmoe.overlap.schedule import Schedule, build_backward, build_forward, build_inside, check_schedule, phase_ends
+from tritonmoe.overlap.schedule import Schedule, build_backward, build_forward, build_inside, phase_ends
+from tritonmoe.overlap.schedule_check import check_schedule
 from tritonmoe.overlap.steps import LOCAL_END, LOCAL_START, Step, StepKind, Way
 
 CHUNKS = (1, 2, 3, 32)
@@ -29,7 +30,10 @@ def plans() -> list[tuple[OverlapPlan, str]]:
 def forwards() -> list:
     without = [pytest.param(build_forward(plan), plan, id=f"forward-{name}") for plan, name in plans()]
     return without + [
-        pytest.param(build_forward(plan, has_copies=True), plan, id=f"forward-{name}-copies") for plan, name in plans()
+        pytest.param(
+            build_forward(plan, has_copies=True, relays_copies=relayed), plan, id=f"forward-{name}-copies-{relayed:d}"
+        )
+        for (plan, name), relayed in itertools.product(plans(), (False, True))
     ]
 
 
@@ -41,12 +45,20 @@ def backwards() -> list:
     return without + [
         pytest.param(
             build_backward(
-                plan, needs_x=True, needs_topk_weights=True, has_copies=True, sends_copies=sent, returns_copies=home
+                plan,
+                needs_x=True,
+                needs_topk_weights=True,
+                has_copies=True,
+                sends_copies=sent,
+                relays_copies=relayed,
+                returns_copies=home,
             ),
             plan,
-            id=f"backward-{name}-copies-sent{sent:d}-home{home:d}",
+            id=f"backward-{name}-copies-sent{sent:d}-relayed{relayed:d}-home{home:d}",
         )
-        for (plan, name), sent, home in itertools.product(plans(), (True, False), (True, False))
+        for (plan, name), (sent, relayed), home in itertools.product(
+            plans(), ((True, False), (True, True), (False, False)), (True, False)
+        )
     ]
 
 
@@ -219,6 +231,12 @@ def test_copies_are_there_before_what_needs_them(schedule: Schedule, plan: Overl
         if not plan.serial:
             sent = "dispatch" if schedule[0].kind is StepKind.METADATA else "combine_backward"
             assert position(schedule, sent, 0) < copies
+    if any(step.kind == "spread_copies" for step in schedule):
+        spread = position(schedule, "spread_copies", None)
+        assert position(schedule, "copies", None) in schedule[spread].after
+        for step in schedule:
+            if step.kind in ("experts", "experts_backward") and step.chunk != LOCAL_START:
+                assert spread in step.after
     if any(step.kind == "copies_backward" for step in schedule):
         home, own = position(schedule, "copies_backward", None), position(schedule, "weight_grad", None)
         assert set(schedule[-1].after) == {home, own}
@@ -460,7 +478,7 @@ def test_the_adjoint_of_an_exchange_goes_the_other_way() -> None:
                 {Way.TO_COPIES, Way.TO_OWNERS},
                 {None},
             )
-    exchanges = [kind for kind in StepKind if kind.way is not None]
+    exchanges = [kind for kind in StepKind if kind.way not in (None, Way.AMONG_COPIES)]
     assert all(kind.adjoint is not None for kind in exchanges)
     assert StepKind.NODE_COMBINE.adjoint is StepKind.NODE_COMBINE_BACKWARD
 

@@ -7,10 +7,10 @@ import torch
 
 import tritonmoe as tm
 from tritonmoe.cli import main
-from tritonmoe.planner.cluster import Cluster
+from tritonmoe.planner.cluster import Cluster, Estimate
 from tritonmoe.planner.cluster_file import parse_cluster, read_cluster, to_toml
 from tritonmoe.planner.cluster_presets import CLUSTERS
-from tritonmoe.planner.cluster_probe import _probed, probe_cluster, say_scatter, scatter
+from tritonmoe.planner.cluster_probe import _probed, _share, probe_cluster, say_scatter, scatter
 from tritonmoe.planner.job import Job
 from tritonmoe.planner.training_plan import plan
 from tritonmoe.planner.transformer_model import Attention, Model
@@ -84,3 +84,12 @@ def test_samples_that_scatter_widen_the_interval():
     lines: list[str] = []
     say_scatter(cluster, lines.append)
     assert lines == ["gpu.gemm_efficiency: samples scattered, so its interval is wider: times and over 2.00"]
+
+
+def test_what_a_loaded_machine_measures_can_be_read_again() -> None:
+    """Shares of a peak that are next to nothing, and samples that scatter by far more than a file may say."""
+    measured = _share(1e-6, 380.0)
+    assert measured == Estimate(1e-3, "probe", 100.0)
+    base = CLUSTERS["H100"]
+    written = replace(base, gpu=replace(base.gpu, attention_efficiency=measured))
+    assert parse_cluster(to_toml(written), "mine.toml").gpu.attention_efficiency == measured

@@ -174,7 +174,9 @@ def test_degrees_that_fit():
 
 
 def test_products_in_a_dtype_of_which_the_cluster_says_nothing():
-    with pytest.raises(ValueError, match=r"H100 says nothing of products in fp32: gpu\.tflops has bf16, fp16, fp8"):
+    with pytest.raises(
+        ValueError, match=r"H100 has no rate of products in fp32: add it to gpu\.tflops, which has bf16, fp16, fp8"
+    ):
         step_time(Job(TINY, dtype="fp32"), CLUSTERS["H100"], 1, SERIAL)
 
 

@@ -85,7 +85,7 @@ def test_selective_recomputation_is_between_none_and_full():
     [
         (("jax",), f"trainer must be one of {', '.join(TRAINERS)}, got 'jax'"),
         (("megatron", "tokens"), "sends must be one of rows, pairs, got 'tokens'"),
-        (("ours", "pairs"), "sends='pairs' is for others"),
+        (("ours", "pairs"), "leave sends='pairs' out"),
         (("megatron", None, 2), r"zero must be 1 .* or 3 .*, got 2"),
     ],
 )

@@ -53,7 +53,7 @@ def test_ids_of_a_dtype_that_their_number_does_not_fit(num_experts, dtype, tmp_p
     assert again.agreement(recording) == {"a": 1.0}
     if dtype.is_signed:
         recording.add("a", torch.tensor([[0, -1]], dtype=dtype), num_experts)
-        with pytest.raises(ValueError, match="and some are not"):
+        with pytest.raises(ValueError, match="and some are outside"):
             _ = recording.layers["a"].topk_ids
 
 
@@ -153,7 +153,7 @@ def test_what_does_not_fit_is_said():
     with pytest.raises(ValueError, match=r"ids \(1, 2\) and weights \(1, 1\)"):
         recording.add("a", torch.tensor([[0, 1]]), 8, torch.ones(1, 1))
     for outside in (-1, 8, 256):
-        with pytest.raises(ValueError, match=r"must be in \[0, 8\), and some are not"):
+        with pytest.raises(ValueError, match=r"must be in \[0, 8\), and some are outside"):
             _ = record([[0, outside]]).layers["a"].topk_ids
     with pytest.raises(ValueError, match="call 0 has 1 tokens, which are not those of 2 sequences"):
         recording.token_index(2)

@@ -51,4 +51,4 @@ def test_a_rank_without_copies_waits_for_none() -> None:
     copies = CopyWork(copied, pairs, expert_bytes=6, gradient_bytes=0)
     (forward,) = simulate_layer(PLAN, LayerWork(rows, rows, 1, 0, copies=copies), COSTS, LINK, backward=False)
     experts = next(step for step in forward.steps if step.step.kind == "experts")
-    assert experts.start_s.tolist() == [8, 8, 2]  # two rows each way, then the expert of 6 s
+    assert experts.start_s.tolist() == [2, 8, 2]  # two rows each way, then the expert of 6 s, which rank 0 only sends

@@ -442,10 +442,10 @@ def collectives_that_differ_are_refused_on_every_rank(transport: Transport) -> N
             lambda: transport.broadcast(torch.ones(2), 1),
         ),
         ("barrier.*share_number", transport.barrier, lambda: transport.share_number(3)),
-        ("something", lambda: transport.share_number(3), layer_call),
+        ("make another call|sent something", lambda: transport.share_number(3), layer_call),
         ("barrier.*all_reduce", transport.barrier, lambda: transport.all_reduce(torch.ones(2))),
-        ("something", lambda: transport.all_reduce(torch.ones(2)), layer_call),
-        ("something", layer_call, lambda: transport.broadcast(torch.ones(2))),
+        ("make another call|sent something", lambda: transport.all_reduce(torch.ones(2)), layer_call),
+        ("make another call|sent something", layer_call, lambda: transport.broadcast(torch.ones(2))),
     ]
     for words, ours, odd in calls:
         own = torch.ones(2)
@@ -462,7 +462,7 @@ def a_collective_refused_on_one_rank_is_refused_on_all(transport: Transport) -> 
         (TypeError, "must be a tensor, got list", lambda: transport.all_reduce([1.0])),  # type: ignore[arg-type]
         (TypeError, "must be dense", lambda: transport.all_reduce(torch.eye(2).to_sparse())),
         (TypeError, "must be dense", lambda: transport.broadcast(torch.ones(2, device="meta"))),
-        (ValueError, "hangs on a graph", lambda: transport.all_reduce(torch.ones(2, requires_grad=True) * 2)),
+        (ValueError, "part of an autograd graph", lambda: transport.all_reduce(torch.ones(2, requires_grad=True) * 2)),
         (ValueError, "repeats its elements", lambda: transport.broadcast(torch.ones(1).expand(2))),
         (ValueError, "op must be one of sum, mean, max, min, got 'avg'", lambda: transport.all_reduce(good, "avg")),
         (ValueError, "a mean of torch.int64", lambda: transport.all_reduce(good.long(), "mean")),
@@ -561,7 +561,7 @@ def check_wrong_splits(transport: Transport, sent: int, expected: int, words: st
         transport.exchange(torch.zeros(sent * size, 2), input_splits, output_splits).wait()
     with pytest.raises(TransportError, match="of no use after an earlier failure"):
         check_round(transport, uneven(size))
-    with pytest.raises(TransportError, match="MPI has no way back"):
+    with pytest.raises(TransportError, match="MPI can't be used after a failed exchange"):
         transport.rebuild()
 
 

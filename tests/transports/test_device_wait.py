@@ -46,7 +46,7 @@ def copy_behind(num_queries: float) -> HostCopy:
 def test_a_rank_that_failed_ends_the_waiting(store: dist.Store) -> None:
     transport = first_of_two(store, timeout_s=60)
     Notices(store, 1, 2, 0).put_up(Notice(0, 1, "failed with OutOfMemoryError: as if"))
-    with pytest.raises(tm.TransportError, match=r"may wait for rows that never come: .*; rank 1 failed with OutOfMem"):
+    with pytest.raises(tm.TransportError, match=r"rows that will never come: .*; rank 1 failed with OutOfMem"):
         transport.wait_for_copy(copy_behind(float("inf")))
     with pytest.raises(tm.TransportError, match="is broken on rank 0 of 2"):
         transport._check_usable()

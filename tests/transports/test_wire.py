@@ -94,7 +94,7 @@ def test_an_example_of_bytes():
 
 
 def test_formats_that_do_not_fit_are_refused():
-    with pytest.raises(TypeError, match=r"takes rows of torch.float32, got torch.bfloat16"):
+    with pytest.raises(TypeError, match=r"can carry rows of torch.float32, got torch.bfloat16"):
         WireFormat(torch.bfloat16, torch.bfloat16)
     with pytest.raises(TypeError, match=r"got torch\.float64"):
         WireFormat(torch.float64, FP8)

@@ -138,6 +138,6 @@ def architecture_named(name: str) -> Architecture:
             arch = int(name.removeprefix("sm_")) if target.backend == "cuda" else name
             return replace(relative, target=GPUTarget(target.backend, arch, target.warp_size))
     raise ValueError(
-        f"a target must be named as {', '.join(listed)} are, or another of compute capability 8, 10 or 12, gfx9, gfx11 "
-        f"or gfx12, got {name!r}"
+        f"a target must be one of {', '.join(listed)}, or be named like them and have compute capability 8, 10 or 12, "
+        f"gfx9, gfx11 or gfx12, got {name!r}"
     )

@@ -172,7 +172,7 @@ def _choose(
             log.info("backend 'auto' chose torch: %s", reason)
     if options.batch_invariant and backend != "triton":
         raise ValueError(
-            f"batch_invariant=True needs backend='triton', and this call runs on {backend!r} "
+            f"batch_invariant=True needs backend='triton', but this call runs on {backend!r} "
             f"({reason or 'as it asked for'}): PyTorch's matrix products round a row differently with its neighbours. "
             "Use batch_invariant=False here"
         )

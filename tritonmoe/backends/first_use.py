@@ -74,7 +74,7 @@ def _kept() -> list[str]:
     except OSError:  # _keep says why nothing can be kept
         return []
     if not isinstance(found, dict) or not isinstance(found.get("right"), list):
-        raise ValueError(f'{_file()} has no list "right", which is how it was written: delete it')
+        raise ValueError(f'{_file()} has no list "right", so it is damaged or not a file of tritonmoe: delete the file')
     return found["right"]
 
 

@@ -81,7 +81,7 @@ NO_GRADIENTS: PerWeight[bool] = PerWeight(*(False for _ in PerWeight._fields))
 def required(operand: Tensor | None) -> Tensor:
     """Return an operand of a gradient that is wanted; raise ValueError where there is none."""
     if operand is None:
-        raise ValueError("a gradient is wanted, and one of its operands is not given")
+        raise ValueError("a gradient is wanted, but one of its operands is missing")
     return operand
 
 

@@ -3,8 +3,8 @@
 A case is a rate of the link, a model and a routing. In its first run, every plan of the sweep is measured in
 interleaved rounds, and the simulator predicts each. In its second run, the sweep's fastest overlapped plan and its
 fastest without overlap are measured again beside "auto", in more rounds, so that a plan which was fast by luck in the
-first run has no advantage. In network namespaces that --netns makes on this machine (one core and one thread each), or
-under torchrun.
+first run has no advantage. Ranks are those of torchrun, or processes in network namespaces that --netns makes on this
+machine (one core and one thread each).
 """
 
 import argparse

@@ -1,10 +1,10 @@
 """A training step of a Qwen3-MoE-like model spread over ranks by transformers: its own all_to_all against tritonmoe's.
 
 Forward and backward are timed. Every rank has its own batch, FSDP shards the dense weights, experts are spread over all
-ranks, and both implementations have the same weights. In network namespaces that --netns makes on this machine (one
-core and one thread each), or under torchrun. The default shapes are those for which compute and communication of
-all_to_all are about equal on two processes with a link of 1 Gbit/s; the time of a step on a link of 40 Gbit/s shows how
-nearly.
+ranks, and both implementations have the same weights. Ranks are those of torchrun, or processes in network namespaces
+that --netns makes on this machine (one core and one thread each). With the default shapes compute and communication of
+all_to_all take about equally long on two processes with a link of 1 Gbit/s; the time of a step on a link of 40 Gbit/s
+shows how nearly.
 """
 
 import argparse
@@ -82,7 +82,7 @@ def _run(arguments: argparse.Namespace, argv: list[str]) -> int:
     rate = parse_rate(arguments.rate)
     check_model_sizes(arguments)
     if arguments.tokens % arguments.sequences:
-        raise ValueError(f"--tokens {arguments.tokens} can't be shared evenly by --sequences {arguments.sequences}")
+        raise ValueError(f"--tokens {arguments.tokens} must be a multiple of --sequences {arguments.sequences}")
     if "RANK" in os.environ:
         return _run_rank(arguments, None if arguments.netns is None else rate)
     if arguments.netns is None:
@@ -132,7 +132,10 @@ def _run_rank(arguments: argparse.Namespace, rate: float | None) -> int:
             print(_as_table(results))
             write_json(arguments.json, "expert_parallel", results, ids.device)
     if loss_difference > LARGEST_LOSS_DIFFERENCE[arguments.dtype]:
-        raise ValueError(f"the variants' losses differ by {loss_difference:.2g}, relative: these times say nothing")
+        raise ValueError(
+            f"the variants' losses differ by {loss_difference:.2g}, relative, so they computed different things and "
+            "their times can't be compared: report this"
+        )
     return 0
 
 

@@ -37,8 +37,8 @@ def check_start(netns: int | None, link_options: Mapping[str, object]) -> None:
     for option, given in link_options.items():
         if given is not None:
             raise ValueError(
-                f"{option} is of the links that --netns makes: under torchrun the link is what it is. Leave it out, or "
-                "start with --netns N and without torchrun"
+                f"{option} shapes the links that --netns makes, and can't shape the link between ranks of torchrun. "
+                "Leave the option out, or start with --netns N and without torchrun"
             )
 
 

@@ -26,8 +26,8 @@ DESCRIPTION = """\
 Measure how much of a layer's communication overlap hides: compute alone, communication alone, both in turn, overlapped.
 
 On a real link, in processes: under torchrun (gloo or NCCL), under mpiexec with --mpi, or in network namespaces that
---netns makes on this machine. On an emulated link, in one process: --emulate. There all ranks compute on a CPU; on a
-GPU, which they would share, one does, and the others are replayed to it.
+--netns makes on this machine. On an emulated link, in one process: --emulate. On a CPU all emulated ranks
+compute. On a GPU, which they would share, only one rank computes, and gets the recorded rows of the others.
 """
 
 
@@ -35,7 +35,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="tritonmoe bench overlap",
         description=DESCRIPTION,
-        epilog=f"what the figures are, in the table, in --json and in --png:\n{as_terms(TERMS)}",
+        epilog=f"the figures in the table, in --json and in --png:\n{as_terms(TERMS)}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     where = parser.add_argument_group("ranks and links (under torchrun: none of these)")
@@ -56,6 +56,27 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="X",
         help="instead of --rate: choose a rate at which compute takes X times as long as communication",
     )
+    _add_layer(parser)
+    parser.add_argument("--rounds", type=positive, default=21, help="interleaved rounds (default 21)")
+    parser.add_argument(
+        "--timeout-s", type=positive_number, default=60.0, help="seconds that an exchange may take (default 60)"
+    )
+    parser.add_argument("--seed", type=seed, default=0)
+    output = parser.add_argument_group("output, beside the table")
+    output.add_argument("--json", type=output_file, help="write all figures to this file")
+    output.add_argument("--png", type=picture_file, help="draw the best schedules, measured and planned, and the sweep")
+    output.add_argument("--html", type=report_file, help="write a report for any browser: figures, lanes and traffic")
+    output.add_argument("--trace", type=output_file, help="write the lanes of every rank as a trace for Perfetto")
+    output.add_argument(
+        "--record",
+        type=output_folder,
+        metavar="DIR",
+        help="record the calls of the layer that chooses by itself, for tritonmoe doctor DIR",
+    )
+    return parser
+
+
+def _add_layer(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("layer")
     what.add_argument(
         "--model", choices=MODELS, default="coarse", help="whose E, K, D and F the layer has (default coarse)"
@@ -78,23 +99,6 @@ def make_parser() -> argparse.ArgumentParser:
         default=[1, 2, 3, 4, 6, 8],
         help="numbers of chunks to try (default 1 2 3 4 6 8)",
     )
-    parser.add_argument("--rounds", type=positive, default=21, help="interleaved rounds (default 21)")
-    parser.add_argument(
-        "--timeout-s", type=positive_number, default=60.0, help="seconds that an exchange may take (default 60)"
-    )
-    parser.add_argument("--seed", type=seed, default=0)
-    output = parser.add_argument_group("output, beside the table")
-    output.add_argument("--json", type=output_file, help="write all figures to this file")
-    output.add_argument("--png", type=picture_file, help="draw the best schedules, measured and planned, and the sweep")
-    output.add_argument("--html", type=report_file, help="write a report for any browser: figures, lanes and traffic")
-    output.add_argument("--trace", type=output_file, help="write the lanes of every rank as a trace for Perfetto")
-    output.add_argument(
-        "--record",
-        type=output_folder,
-        metavar="DIR",
-        help="record the calls of the layer that chooses by itself, for tritonmoe doctor DIR",
-    )
-    return parser
 
 
 def check_arguments(arguments: argparse.Namespace) -> None:
@@ -110,13 +114,13 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     if arguments.emulate is not None and "RANK" in os.environ:
         raise ValueError(
             f"--emulate {arguments.emulate} needs one process, and the environment has RANK={os.environ['RANK']}: "
-            "under torchrun every process would emulate all ranks. Start it without torchrun (unset RANK), or leave it "
-            "out"
+            "under torchrun every process would emulate all ranks. Start without torchrun (unset RANK), or leave "
+            "--emulate out"
         )
     if arguments.rate is not None and modes not in (["emulate"], ["netns"]):
         raise ValueError(
-            f"--rate {arguments.rate} shapes the link of --emulate or --netns: under torchrun and mpiexec the link is "
-            "what it is. Leave it out"
+            f"--rate {arguments.rate} shapes the link of --emulate or --netns, and can't shape the link between ranks "
+            "of torchrun or mpiexec. Leave --rate out"
         )
     if arguments.compute_ratio is not None:
         if not 0 < arguments.compute_ratio < 1000:

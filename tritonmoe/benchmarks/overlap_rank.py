@@ -183,7 +183,9 @@ def _choose_rate(rank: MeasuredLayer, report: LayerReport, compute_ratio: float,
     bytes_between = report.traffic_bytes
     busiest = max(int(bytes_between.sum(0).max()), int(bytes_between.sum(1).max()))
     if busiest == 0:
-        raise ValueError("no rows travel between the ranks: a compute ratio needs a routing that sends some")
+        raise ValueError(
+            "no rows travel between the ranks: --compute-ratio needs a routing that sends rows to other ranks"
+        )
     rate = 8 * exchanges * busiest * compute_ratio / rank.median_s(compute)
     for correct in (True, True, False):
         if rank.transport.rank == 0:

@@ -10,24 +10,24 @@ from tritonmoe.runtime.files import Json
 __all__ = ["OF_ROUNDS", "TERMS", "TERMS_OF_PICTURE", "as_table", "as_terms", "headline", "noise_notes", "shown"]
 
 TERMS = {
-    "T_compute": "the layer whose rows are there at once: nothing travels",
-    "T_communication": "its exchanges, with experts that compute nothing; the fastest number of chunks",
-    "T_pass_bound": "the longer of both in the forward, and in the backward, and what a call takes outside of them",
+    "T_compute": "the layer with rows that arrive without delay: nothing travels",
+    "T_communication": "the layer's exchanges, with experts that compute nothing; the fastest number of chunks",
+    "T_pass_bound": "the longer of these two in each of forward and backward, plus the call's time outside of both",
     "T_serial": "compute and exchanges in turn; the fastest number of chunks",
     "T_overlapped": "the fastest overlapped schedule",
     "auto": 'num_chunks="auto": the schedule that the layer chose by itself',
-    "free transport": "an overlapped schedule whose rows are there at once: what its steps cost",
-    "predicted": "what the simulator says, given what steps and the link cost",
+    "free transport": "an overlapped schedule with rows that arrive without delay: the cost of its steps",
+    "predicted": "the simulator's time, from the costs of steps and of the link",
     "planned": "in pictures and traces: the lanes that the simulator predicts",
-    "bound_ratio": "time / max(T_compute, T_communication): at least 1; 1 where the shorter one is wholly hidden",
+    "bound_ratio": "time / max(T_compute, T_communication): at least 1; 1 if the shorter one is wholly hidden",
     "pass_bound_ratio": "time / T_pass_bound: at least 1; a backward can't hide what the forward exposes",
     "hidden_share": "(T_compute + T_communication - time) / min(T_compute, T_communication): at most 1",
     "exposed_ms": "time - T_compute: at least 0",
-    "speed_up": "T_serial / time, as all ratios of the medians that are shown",
-    "contention": "the experts' time in forward beside exchanges / with rows there at once, of the most hindered rank",
+    "speed_up": "T_serial / time, like all ratios a ratio of the medians that are shown",
+    "contention": "the experts' time in forward during exchanges / without any, of the rank with the largest ratio",
     "over_best": "auto's time / T_overlapped",
     "two_levels_speed_up": "T_overlapped / the fastest time on two levels",
-    "two_levels_auto_over_best": "auto's time on two levels / the fastest there",
+    "two_levels_auto_over_best": "auto's time on two levels / the fastest time on two levels",
 }
 """What is measured, and the figures of merit, by their names in text, JSON and pictures."""
 TERMS_OF_PICTURE = (
@@ -36,7 +36,7 @@ TERMS_OF_PICTURE = (
 )
 OF_ROUNDS = (
     "A time is that of the slowest rank, the median of the rounds with its quartiles; a figure is of these medians. "
-    f"What lies beyond its bound by more than {BEYOND_BOUND} (exposed_ms: by that times T_compute) is too noisy."
+    f"A figure beyond its bound by more than {BEYOND_BOUND} (exposed_ms: by that times T_compute) is too noisy."
 )
 FIGURES = ("bound_ratio", "pass_bound_ratio", "hidden_share", "exposed_ms", "speed_up", "contention", "over_best")
 TWO_LEVELS = ("two_levels_speed_up", "two_levels_auto_over_best")
@@ -53,8 +53,8 @@ def noise_notes(results: Json) -> list[str]:
     summary = results["summary"]
     compute, communication = (summary[f"T_{kind}"]["median_ms"] for kind in ("compute", "communication"))
     return [
-        f"too noisy ({', '.join(figures['too_noisy'])}): a call can't be faster than the larger of its compute and its "
-        f"communication, of all of it or of a pass. {_title(figures)} took {figures['median_ms']:.2f} ms, beside "
+        f"too noisy ({', '.join(figures['too_noisy'])}): neither a call nor one of its passes can be faster than the "
+        f"longer of its compute and its communication. {_title(figures)} took {figures['median_ms']:.2f} ms, beside "
         f"{compute:.2f} ms of compute and {communication:.2f} ms of communication alone. Measure more rounds "
         f"(--rounds {3 * results['rounds']}), or on a quieter machine."
         for figures in (summary["overlapped"], summary["auto"])

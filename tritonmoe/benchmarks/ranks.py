@@ -43,5 +43,5 @@ def gather(transport: Transport, value: object) -> list[Any]:
         try:
             found.append(json.loads(piece.numpy().tobytes()))
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"rank {rank} sent what is no JSON: {error}") from error
+            raise ValueError(f"rank {rank} sent a text that is not JSON: {error}") from error
     return found

@@ -177,7 +177,7 @@ def _check_used(arguments: argparse.Namespace, parser: argparse.ArgumentParser) 
     ):
         if getattr(arguments, name) != parser.get_default(name) and not is_used:
             option = f"--{name.replace('_', '-')} {getattr(arguments, name)}"
-            raise ValueError(f"{option} has no effect on what is measured: leave it out, or {way}")
+            raise ValueError(f"{option} has no effect on this measurement: leave the option out, or {way}")
 
 
 def main(argv: list[str] | None = None) -> None:

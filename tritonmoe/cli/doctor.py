@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from tritonmoe.benchmarks.argument_types import Subparsers, output_file, report_file
+from tritonmoe.benchmarks.argument_types import Subparsers, output_file, positive, report_file
 from tritonmoe.benchmarks.ranks import device_and_backend
 from tritonmoe.diagnosis.recording_reader import is_recording, read_recording
 from tritonmoe.doctor import reading as traces
@@ -50,6 +50,12 @@ def add_parser(subparsers: Subparsers) -> None:
         help="under torchrun, without RUN: measure the link between every two ranks, "
         "which a recording over NCCL can't tell",
     )
+    parser.add_argument(
+        "--ranks-per-node",
+        type=positive,
+        metavar="COUNT",
+        help="of traces: so many neighbouring ranks share a host, where the files don't say it or say it wrongly",
+    )
     parser.add_argument("--json", type=output_file, help="also write all figures to this file")
     parser.add_argument("--html", type=report_file, help="also write a report to this file, a page for any browser")
     parser.set_defaults(run=run)
@@ -62,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.probe_links:
         return _probe_links()
     try:
-        found = [_judge(path) for path in arguments.runs]
+        found = [_judge(path, arguments.ranks_per_node) for path in arguments.runs]
         if arguments.json is not None:
             write_whole(arguments.json, json.dumps([one.json() for one in found], indent=1), "verdict")
         if arguments.html is not None:
@@ -107,14 +113,19 @@ class _Judged:
         return RunPart(self.run, self.found, self.advice, self.shown, figures, key)
 
 
-def _judge(path: Path) -> _Judged:
+def _judge(path: Path, ranks_per_node: int | None) -> _Judged:
     if not path.exists():
-        raise ValueError(f"{path} is no folder and no file")
+        raise ValueError(f"{path} does not exist: give a folder that record() wrote, or files of traces")
     if is_recording(path):
+        if ranks_per_node is not None:
+            raise ValueError(f"{path} is a recording, which has its ranks' hosts: leave --ranks-per-node out")
         own = judge_recording(read_recording(path))
         return _Judged(own, own.found)
-    run = traces.read_traces(path)
-    return _Judged(run, attribute(run.graph))
+    run = traces.read_traces(path, ranks_per_node)
+    try:
+        return _Judged(run, attribute(run.graph))
+    except ValueError as error:  # each file was whole, and together they can't be
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _probe_links() -> int:

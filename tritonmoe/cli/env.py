@@ -1,4 +1,4 @@
-"""`tritonmoe env`: versions, devices, and which backends and transports can run here, with the reason where not."""
+"""`tritonmoe env`: versions, devices, and which backends and transports can run here, or why they can't."""
 
 import argparse
 import json
@@ -11,7 +11,7 @@ from tritonmoe.backends import BACKENDS, triton_unusable_reason
 from tritonmoe.benchmarks.argument_types import Subparsers
 from tritonmoe.benchmarks.timing import all_versions, cpu_name
 from tritonmoe.runtime.files import Json
-from tritonmoe.transports import mpi, process_group
+from tritonmoe.transports import mpi, torch_groups
 
 __all__ = ["add_parser", "collect"]
 
@@ -49,7 +49,7 @@ def collect() -> Json:
         },
         "cuda": {"built_for": torch.version.cuda or torch.version.hip, "devices": devices},
         "backends": reasons,
-        "transports": {"local": None, "emulated": None, **process_group.available(), **mpi.available()},
+        "transports": {"local": None, "emulated": None, **torch_groups.available(), **mpi.available()},
     }
 
 

@@ -31,7 +31,7 @@ def add_layer_arguments(parser: argparse.ArgumentParser, *, sizes_required: bool
         "--activation",
         choices=ACTIVATIONS,
         default="silu",
-        help="of the experts; clamped is that of gpt-oss (default silu)",
+        help="activation of the experts; clamped is gpt-oss's (default silu)",
     )
     parser.add_argument("--ungated", action="store_true", help="experts without a gate")
     parser.add_argument("--interleaved", action="store_true", help="columns of gate and up alternate")

@@ -1,4 +1,4 @@
-"""`tritonmoe plan`: what a training step of a model would take on a cluster, and which choice of both pays."""
+"""`tritonmoe plan`: predict how long a training step of a model takes on a cluster, and find the best layout."""
 
 import argparse
 import json
@@ -42,9 +42,23 @@ def add_parser(subparsers: Subparsers) -> None:
         "--new-cluster",
         type=output_file,
         metavar="FILE",
-        help="write the cluster named before it (H100 if none is) to a file, with comments, to be edited",
+        help="write the named cluster (default H100) to this file, with comments, for you to edit",
     )
-    parser.add_argument("--nodes", type=positive, help="number of nodes (default: that of the cluster)")
+    parser.add_argument("--nodes", type=positive, help="number of nodes (default: the cluster's)")
+    parser.add_argument(
+        "--equal",
+        choices=get_args(Equal),
+        help="with --compare: give all clusters as many GPUs as the first, or GPUs for the same $ an hour",
+    )
+    _add_shape(parser)
+    _add_trainer(parser)
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="write everything to this file")
+    parser.add_argument("--html", type=report_file, metavar="FILE", help="write a report, a page for any browser")
+    parser.set_defaults(run=run)
+
+
+def _add_shape(parser: argparse.ArgumentParser) -> None:
+    """Add the sizes of a step, and over which ranks it is spread."""
     parser.add_argument("--sequence", type=positive, default=4096, help="tokens of one sequence (default 4096)")
     parser.add_argument("--micro-batch", type=positive, default=1, help="sequences of a micro-batch (default 1)")
     parser.add_argument(
@@ -62,47 +76,43 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--ep", type=positive, nargs="+", default=[], help="expert-parallel ranks (default: all that fit)"
     )
+
+
+def _add_trainer(parser: argparse.ArgumentParser) -> None:
+    """Add how the step is trained, and where its tokens go."""
     parser.add_argument(
         "--recompute",
         choices=get_args(Recompute),
         help="activations that backward computes again (default: as few as the memory allows)",
     )
-    parser.add_argument("--trainer", choices=list(TRAINERS), default="ours", help="whose code trains (default ours)")
+    parser.add_argument("--trainer", choices=list(TRAINERS), default="ours", help="trainer to predict (default ours)")
     parser.add_argument(
         "--sends",
         choices=get_args(Sends),
-        help="whether a token travels once to each rank or once for each expert (default: as the trainer does)",
+        help="rows: a token travels once to each rank; pairs: once for each expert (default: the trainer's way)",
     )
     parser.add_argument(
         "--zero",
         type=int,
         choices=[1, 3],
-        help="ZeRO stage: what data-parallel ranks spread (default: as the trainer does)",
+        help="ZeRO stage: 1 spreads optimizer states, 3 weights and gradients too (default: the trainer's)",
     )
     parser.add_argument("--dtype", choices=list(DTYPE_BYTES), default="bf16")
     parser.add_argument(
-        "--wire-dtype", choices=["fp8"], help="dtype in which rows travel to their experts (default: that of --dtype)"
-    )
-    parser.add_argument(
-        "--equal",
-        choices=get_args(Equal),
-        help="with --compare: give all clusters as many GPUs as the first, or GPUs for the same $ an hour",
+        "--wire-dtype", choices=["fp8"], help="dtype in which rows travel to their experts (default: --dtype)"
     )
     parser.add_argument(
         "--two-batches",
         action="store_true",
-        help="run two halves of a micro-batch at once, each under the other's exchanges",
+        help="run two halves of a micro-batch at once: one computes while the other's rows travel",
     )
-    parser.add_argument("--balanced", action="store_true", help="routing is forced to be balanced, as in benchmarks")
+    parser.add_argument("--balanced", action="store_true", help="assume routing that is forced to be balanced")
     parser.add_argument(
         "--routing",
         type=Path,
         metavar="FILE",
-        help="JSON list of the pairs that each expert got (default: an assumed imbalance)",
+        help="JSON list with the number of pairs of each expert (default: an assumed imbalance)",
     )
-    parser.add_argument("--json", type=output_file, metavar="FILE", help="write everything to this file")
-    parser.add_argument("--html", type=report_file, metavar="FILE", help="write a report, a page for any browser")
-    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -122,7 +132,10 @@ def _plan(arguments: argparse.Namespace) -> int:
     if arguments.model is None or (arguments.cluster is None) == (arguments.compare is None):
         raise ValueError("give a model and a cluster, or a model and --compare with clusters")
     if arguments.equal is not None and arguments.compare is None:
-        raise ValueError("--equal is for --compare: there is but one cluster")
+        raise ValueError(
+            "--equal makes the clusters of --compare equal: give --compare with two or more clusters, or leave "
+            "--equal out"
+        )
     job = _job(arguments)
     free = Free(*(getattr(arguments, name) is None for name in ("tp", "pp", "recompute")))
     if arguments.compare is not None:

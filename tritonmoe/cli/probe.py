@@ -1,4 +1,4 @@
-"""`tritonmoe probe FILE`: measure this machine, alone or under torchrun, and write it down for `tritonmoe plan`."""
+"""`tritonmoe probe FILE`: measure this machine, alone or under torchrun, and write FILE for `tritonmoe plan`."""
 
 import argparse
 import os
@@ -27,11 +27,11 @@ def add_parser(subparsers: Subparsers) -> None:
     """Add the subcommand to the parser of `tritonmoe`."""
     parser = subparsers.add_parser("probe", help="measure this machine for `plan`", description=__doc__)
     parser.add_argument("file", type=output_file, help="the TOML file to write")
-    parser.add_argument("model", help=f"whose sizes to measure: a config.json, or one of {', '.join(MODELS)}")
+    parser.add_argument("model", help=f"model with the sizes to measure: a config.json, or one of {', '.join(MODELS)}")
     parser.add_argument(
         "--cluster",
         default="H100",
-        help="cluster from which prices, and all that is not measured, are taken (default H100)",
+        help="cluster with the prices, and with all numbers that are not measured (default H100)",
     )
     parser.add_argument("--tokens", type=positive, default=4096, help="tokens of a micro-batch (default 4096)")
     parser.add_argument("--ep", type=positive, default=1, help="expert-parallel ranks of the plan (default 1)")

@@ -32,16 +32,16 @@ def add_parser(subparsers: Subparsers) -> None:
     show_help = "print the configurations that are chosen, or without a layer the table of tiles; needs no GPU"
     parser.add_argument("--show", action="store_true", help=show_help)
     parser.add_argument("--json", action="store_true", help="with --show and a layer: print one JSON object")
-    parser.add_argument("--target", help="with --show: any card, as sm_90 (the default) or gfx942")
+    parser.add_argument("--target", help="with --show: any card, such as sm_90 (the default) or gfx942")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace, say: Callable[[str], None] = print) -> int:
     try:
         if arguments.target and not arguments.show:
-            raise ValueError("--target belongs to --show: what is measured is this machine's GPU")
+            raise ValueError("--target belongs to --show: without --show this machine's GPU is measured")
         if arguments.json and not arguments.show:
-            raise ValueError("--json belongs to --show")
+            raise ValueError("--json belongs to --show: add --show, or leave --json out")
         if arguments.show and arguments.num_experts is None and arguments.target is None:
             if arguments.json:
                 raise ValueError("--json shows the tiles of a layer: give E, K, D and F")

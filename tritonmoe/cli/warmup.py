@@ -9,7 +9,7 @@ import argparse
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -18,7 +18,7 @@ from tritonmoe.benchmarks.shapes import LayerShape
 from tritonmoe.cli.layer_arguments import DTYPES, add_layer_arguments, layer_shape, tokens_of_every_class
 
 if TYPE_CHECKING:
-    from tritonmoe.kernels.launch import Launch
+    from tritonmoe.kernels.launch import GPUTarget, Launch
 
 __all__ = ["add_parser", "launches_of_layer"]
 
@@ -33,7 +33,7 @@ def add_parser(subparsers: Subparsers) -> None:
         default=1,
         help="ranks that the experts are spread over (default 1); --tokens are then the rows that one of them receives",
     )
-    parser.add_argument("--target", help="compile for any card, as sm_90 or gfx942, without a GPU")
+    parser.add_argument("--target", help="compile for any card, such as sm_90 or gfx942, without a GPU")
     parser.set_defaults(run=run)
 
 
@@ -76,7 +76,7 @@ def run(arguments: argparse.Namespace, say: Callable[[str], None] = print) -> in
 
 
 def launches_of_layer(
-    shape: LayerShape, num_ranks: int, tokens: list[int] | None, dtype: torch.dtype, target: Any
+    shape: LayerShape, num_ranks: int, tokens: list[int] | None, dtype: torch.dtype, target: "GPUTarget"
 ) -> list[tuple[int, str, "Launch"]]:
     """Return (tokens, kernel, launch) of everything that a layer's steps would compile on `target`, each once.
 
@@ -102,7 +102,7 @@ def launches_of_layer(
     return jobs
 
 
-def compile_launch(variant: str, kernel: str, item: "Launch", target: Any) -> tuple[str, str]:
+def compile_launch(variant: str, kernel: str, item: "Launch", target: "GPUTarget") -> tuple[str, str]:
     """Compile into Triton's cache; give what is wrong, and what is needed where that is known of the architecture."""
     from tritonmoe.aot import architecture_named, compile_one, compile_unchecked
     from tritonmoe.kernels import launch
@@ -113,7 +113,7 @@ def compile_launch(variant: str, kernel: str, item: "Launch", target: Any) -> tu
     except ValueError:  # a card of which nothing is known
         try:
             compile_unchecked(item, target)
-        except Exception as error:
+        except Exception as error:  # whatever the compiler says of a card that nobody knows
             return f"{type(error).__name__}: {error}"[:2000], ""
         return "", f"compiled for {name}"
     compiled = compile_one(variant, kernel, item, name)

@@ -101,8 +101,8 @@ class OverlapConfig:
                 raise ValueError(f"memory_budget_bytes must be a positive number of bytes, got {budget!r}")
             if self.num_chunks != "auto" or self.shape not in ("auto", "equal") or self.wire_dtype is not None:
                 raise ValueError(
-                    "memory_budget_bytes chooses the number of equal chunks, of rows sent as they are: leave "
-                    "num_chunks, shape and wire_dtype out"
+                    "memory_budget_bytes chooses the number of chunks, all of one size and sent in the layer's "
+                    "dtype: leave num_chunks, shape and wire_dtype out"
                 )
             if self.chunk_by == "experts":
                 raise ValueError(
@@ -111,8 +111,8 @@ class OverlapConfig:
                 )
         if budget is not None and self.balance is not None:
             raise ValueError(
-                "memory_budget_bytes bounds what the buffers of a call take, which copies of experts are not counted "
-                "in: leave one of balance and memory_budget_bytes out"
+                "memory_budget_bytes bounds the buffers of a call, and copies of experts (balance) are not counted "
+                "among them: leave balance or memory_budget_bytes out"
             )
         if isinstance(self.shape, tuple):
             check_chunk_sizes(self.shape)
@@ -144,8 +144,9 @@ def check_capacity(capacity: float | None, chunk_by: str) -> None:
         raise ValueError(f"capacity must be None or a number of 0.001..{MAX_CAPACITY}, got {capacity!r}")
     if capacity is not None and chunk_by == "experts":
         raise ValueError(
-            "capacity needs chunks of tokens, since the chunk of experts that a row leaves with, and the one that it "
-            "returns with, follow from its routing alone: use chunk_by='tokens', or leave capacity out"
+            "capacity needs chunks of tokens: with chunks of experts the routing of a row decides in which chunk it "
+            "is sent and in which it returns, so no chunk has a fixed size. Use chunk_by='tokens', or leave capacity "
+            "out"
         )
 
 
@@ -159,13 +160,13 @@ def check_balance(overlap: "OverlapConfig | OverlapPlan") -> None:
         return
     if overlap.chunk_by == "experts":
         raise ValueError(
-            "balance needs chunks of tokens, since copies of experts belong to no chunk of experts: use "
+            "balance needs chunks of tokens, since a copied expert has no place in a chunk of experts: use "
             "chunk_by='tokens', or leave balance out"
         )
     if overlap.capacity is not None:
         raise ValueError(
-            "balance needs counts that have reached the host, for which a capacity doesn't wait: leave one of balance "
-            "and capacity out"
+            "balance plans from counts on the host, and with a capacity the host doesn't wait for them: leave "
+            "balance or capacity out"
         )
 
 

@@ -147,8 +147,8 @@ class ByteModel(nn.Module):
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
         auxiliary = torch.zeros_like(loss)
         for layer in self.moe_layers:
-            assert layer.aux_loss is not None
-            auxiliary = auxiliary + layer.aux_loss
+            if layer.aux_loss is not None:
+                auxiliary = auxiliary + layer.aux_loss
         return loss, auxiliary
 
 

@@ -31,6 +31,7 @@ __all__ = [
     "by_layer",
     "file_name",
     "folder_name",
+    "node_size_of",
     "plain_plan",
 ]
 
@@ -98,6 +99,8 @@ class RankCall:
     backward: RecordedPass | None
     rows_to_nodes: Sequence[int] | None = None
     """On two levels, by node: the tokens of this rank that need any of its ranks."""
+    load_balance_loss_weight: float | None = None
+    """Of the layer; None where that is not recorded."""
 
     @property
     def passes(self) -> tuple[RecordedPass, ...]:
@@ -174,6 +177,14 @@ FREE = LinkCosts(0.0, float("inf"))
 """Of work whose links are told by what was recorded."""
 
 
+def node_size_of(hosts: Sequence[str]) -> int | None:
+    """Return how many neighbours share a host, by the hosts of all ranks; None where they are no equal nodes."""
+    node_size, size = hosts.count(hosts[0]), len(hosts)
+    nodes = [hosts[first : first + node_size] for first in range(0, size, node_size)]
+    are_alike = all(len(node) == node_size and len(set(node)) == 1 for node in nodes)
+    return node_size if are_alike and 1 < node_size < size and len(set(hosts)) == len(nodes) else None
+
+
 def _matrix(rows: Sequence[Sequence[int]]) -> Tensor:
     return torch.tensor([list(row) for row in rows], dtype=torch.float64, device="cpu")
 
@@ -214,11 +225,7 @@ class Recording:
         """How many neighbours are a node: as a transport of two levels says, else those on one host; None: no nodes."""
         if self.has_two_levels:
             return int(self.headers[0]["node_size"])
-        hosts = [str(header["host"]) for header in self.headers]
-        node_size = hosts.count(hosts[0])
-        nodes = [hosts[first : first + node_size] for first in range(0, self.size, node_size)]
-        are_alike = all(len(node) == node_size and len(set(node)) == 1 for node in nodes)
-        return node_size if are_alike and 1 < node_size < self.size and len(set(hosts)) == len(nodes) else None
+        return node_size_of([str(header["host"]) for header in self.headers])
 
     @property
     def has_two_levels(self) -> bool:

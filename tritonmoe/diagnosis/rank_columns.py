@@ -49,6 +49,7 @@ class _Line(NamedTuple):
     ran_twice: bool
     widths: tuple[int, ...]
     """How many numbers rows, pairs, pairs_per_expert and, on two levels, rows_to_nodes have."""
+    load_balance_loss_weight: float | None
     passes: tuple[_Shape, ...]
 
 
@@ -91,8 +92,9 @@ class RankColumns:
                 widths.append(len(counts))
         for one in call.passes:
             self.moments.extend((*(one.marks or ()), one.origin, one.total_s))
+        weight = call.load_balance_loss_weight
         shapes = tuple(_shape(one.marks is not None, one.steps.layout, one.steps_inside.layout) for one in call.passes)
-        self.lines.append(_Line(sequence, line.number, line.agreed, line.ran_twice, tuple(widths), shapes))
+        self.lines.append(_Line(sequence, line.number, line.agreed, line.ran_twice, tuple(widths), weight, shapes))
 
     def calls(self, steps: StepColumns, at: tuple[int, int]) -> dict[int, CallLine]:
         """Return its calls by their numbers; of one that ran twice the second run.
@@ -108,7 +110,8 @@ class RankColumns:
                 counted += width
             rows, pairs, of_experts, *to_nodes = counts
             forward, *backward = [read.next(shape) for shape in line.passes]
-            call = RankCall(rows, pairs, of_experts, forward, *(backward or (None,)), *to_nodes)
+            whole = backward[0] if backward else None, to_nodes[0] if to_nodes else None
+            call = RankCall(rows, pairs, of_experts, forward, *whole, line.load_balance_loss_weight)
             found[line.sequence] = CallLine(self.path, line.number, line.agreed, call, line.ran_twice)
         return found
 

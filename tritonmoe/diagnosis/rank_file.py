@@ -7,7 +7,18 @@ from pathlib import Path
 
 from tritonmoe.config.overlap import WIRE_DTYPES, OverlapPlan
 from tritonmoe.diagnosis.call_recording import FORMAT, SCHEMA, RankCall
-from tritonmoe.diagnosis.json_fields import Fields, count, counts_of, flag, integer, number, text, tuple_of
+from tritonmoe.diagnosis.json_fields import (
+    Fields,
+    amount,
+    count,
+    counts_of,
+    flag,
+    integer,
+    number,
+    optional,
+    text,
+    tuple_of,
+)
 from tritonmoe.diagnosis.pass_reader import NEAR_S, read_pass
 from tritonmoe.diagnosis.pass_steps import StepColumns
 from tritonmoe.diagnosis.rank_columns import Agreed, CallLine, RankColumns
@@ -59,13 +70,18 @@ def read_rank_file(path: Path) -> RankColumns:
     tail = lines.pop()  # what stands behind the last line's end
     notes = [f"{path.name} ends in the middle of line {len(lines) + 1}, which is left out"] if tail else []
     if not lines:
-        raise ValueError(f"{path} line 1: it ends before its header does: there is nothing to read")
+        raise ValueError(
+            f"{path} line 1: the file ends inside its header, so it has no call: remove it, or copy it again"
+        )
     header = _parse(lines[0], path, 1)
     if header.values.get("format") != FORMAT:
-        raise ValueError(f"{path} line 1: this is no recording: format is {str(header.values.get('format'))[:60]!r}")
+        raise ValueError(
+            f"{path} line 1: not a recording of tritonmoe.diagnosis.record(): format is "
+            f"{str(header.values.get('format'))[:60]!r}"
+        )
     schema = header.take("schema", integer)
     if schema != SCHEMA:
-        raise ValueError(f"{path} line 1: schema {schema} is not the one that is read here, {SCHEMA}")
+        raise ValueError(f"{path} line 1: schema {schema} is of another version of tritonmoe, this one reads {SCHEMA}")
     rank, size = header.take("rank", integer), header.take("size", integer)
     if not 0 <= rank < size:
         raise ValueError(f"{path} line 1: rank must lie in 0..{size - 1}, got {rank}")
@@ -128,10 +144,14 @@ def _read_call(fields: Fields, size: int, node_size: int | None, columns: StepCo
         read_pass(fields.inside("forward"), plan, size, node_size, columns),
         None if backward is None else read_pass(fields.inside("backward"), plan, size, node_size, columns),
         None if node_size is None else fields.take("rows_to_nodes", counts_of(size // node_size)),
+        fields.take("load_balance_loss_weight", optional(amount))
+        if "load_balance_loss_weight" in fields.values
+        else None,
     )
-    for node, rows in enumerate(call.rows_to_nodes or ()):
-        assert node_size is not None
-        of_ranks = call.rows[node * node_size : (node + 1) * node_size]
+    to_nodes = call.rows_to_nodes or ()
+    for node, rows in enumerate(to_nodes):
+        of_node = size // len(to_nodes)
+        of_ranks = call.rows[node * of_node : (node + 1) * of_node]
         if not max(of_ranks) <= rows <= sum(of_ranks):
             raise ValueError(f"{fields.where}: rows_to_nodes: {rows} of node {node} contradict rows {list(of_ranks)}")
     ran_twice = "overflowed" in fields.values and fields.take("overflowed", flag)

@@ -14,7 +14,9 @@ import torch
 
 from tritonmoe.diagnosis.call_recording import FORMAT, SCHEMA, file_name, plain_plan
 from tritonmoe.dispatch.header import CallHeader
-from tritonmoe.overlap.report import CallMarks, LayerReport, PassReport, StepTiming
+from tritonmoe.expert_parallel.state import state_of
+from tritonmoe.overlap.report import CallMarks, LayerReport, PassReport
+from tritonmoe.overlap.step_timing import StepTiming
 from tritonmoe.runtime.files import Json
 from tritonmoe.runtime.host_device import HostCopy
 from tritonmoe.runtime.version import __version__
@@ -36,6 +38,8 @@ class HeldCall(NamedTuple):
     pairs: HostCopy
     """Where the pairs of each expert start."""
     is_recompute: bool
+    load_balance_loss_weight: float | None
+    """Of the layer; None where its router is not this package's."""
     backward: PassReport | None = None
     backward_marks: CallMarks | None = None
 
@@ -47,8 +51,8 @@ class RankFileWriter:
         self._path = folder / file_name(transport.rank)
         if self._path.exists():
             raise FileExistsError(
-                f"{self._path} is of an earlier run: give record() another folder for each run, and each restart of "
-                "one, or remove this one first"
+                f"{self._path} was written by an earlier run: give record() a new folder for each run and for each "
+                "restart, or remove this one first"
             )
         self._header: Json = {
             "format": FORMAT,
@@ -68,6 +72,15 @@ class RankFileWriter:
             "perf_counter": time.perf_counter(),
         }
         self._file: TextIO | None = None
+        self._state = state_of(transport)
+        self._weights: dict[int, float | None] = {}
+
+    def load_balance_loss_weight(self, layer: int) -> float | None:
+        """Return that of a layer, by its number on the transport; its copies have the same. None: it has none."""
+        if layer not in self._weights:
+            found = [calls.load_balance_loss_weight for calls in self._state.layers if calls.layer == layer]
+            self._weights[layer] = found[0] if found else None
+        return self._weights[layer]
 
     def write(self, held: HeldCall) -> None:
         """Write a call, into memory at first."""
@@ -124,6 +137,7 @@ def _plain_call(held: HeldCall) -> Json:
         "top_k": report.top_k,
         "row_bytes": report.row_bytes,
         "other_row_bytes": report.row_bytes if report.other_row_bytes is None else report.other_row_bytes,
+        "load_balance_loss_weight": held.load_balance_loss_weight,
         "rows_to_nodes": report.rows_to_nodes,
         "overflowed": report.overflowed,
         "send_offsets": report.send_offsets,

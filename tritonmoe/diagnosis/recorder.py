@@ -133,7 +133,8 @@ class _Recorder:
                 warnings.warn(LEFT_OUT, stacklevel=2)
             self._has_left_out = True
             return
-        held = HeldCall(file, header, report, HostCopy(grouping.expert_offsets), is_recomputing())
+        weight = file.load_balance_loss_weight(header.layer)
+        held = HeldCall(file, header, report, HostCopy(grouping.expert_offsets), is_recomputing(), weight)
         if not header.grad_enabled:
             self._complete.put(held)
             return

@@ -43,7 +43,7 @@ def read_recording(path: Path) -> Recording:
             went back; the message names the file, and the line where there is one. OSError: a file can't be read.
     """
     if not path.is_dir():
-        raise ValueError(f"{path} is no folder: give the one that record() has written")
+        raise ValueError(f"{path} is not a folder: give the folder that record() wrote")
     files = sorted(file for file in path.iterdir() if FILE.fullmatch(file.name))
     if not files:
         of_groups = sorted({str(file.parent) for file in path.glob("ranks-*/rank-*.jsonl")})
@@ -53,8 +53,8 @@ def read_recording(path: Path) -> Recording:
                 f"several, as {' '.join(of_groups[:2])}"
             )
         raise ValueError(
-            f"{path} has no recording: there is no file {file_name(0)} in it, which the first call of an "
-            "expert-parallel layer makes while record() lasts"
+            f"{path} has no recording: it has no file {file_name(0)}. The first call of an expert-parallel layer "
+            "inside record() writes that file: call a layer over ranks there"
         )
     ranks: list[RankColumns] = []
     steps, begins = StepColumns(), []
@@ -65,9 +65,15 @@ def read_recording(path: Path) -> Recording:
     size = ranks[0].size
     for found in ranks:
         if found.size != size:
-            raise ValueError(f"{found.path} is of {found.size} ranks and {ranks[0].path} of {size}: two recordings")
+            raise ValueError(
+                f"{found.path} is of {found.size} ranks and {ranks[0].path} of {size}, so these are files of two "
+                "recordings: give the files of one"
+            )
         if found.path.name != file_name(found.rank):
-            raise ValueError(f"{found.path} line 1: it is of rank {found.rank}, its name says another one")
+            raise ValueError(
+                f"{found.path} line 1: the header says rank {found.rank}, the file's name another one: give it the "
+                "name that record() gave it"
+            )
         for key in ALIKE:
             here, there = found.header.get(key), ranks[0].header.get(key)
             if here != there:
@@ -104,7 +110,7 @@ def _align_clocks(ranks: Sequence[RankColumns], lines: Sequence[_Lines]) -> list
         ahead = [left - left_here[number] for number, left in _left_first(there).items() if number in left_here]
         if not ahead:
             paths = [ranks[next(n for n, one in enumerate(lines) if one is of[0])].path for of in (there, here)]
-            raise ValueError(f"{paths[0]}: nothing tells how its clock stands to that of {paths[1].name}")
+            raise ValueError(f"{paths[0]}: no exchange connects its clock with the clock of {paths[1].name}")
         shift_s = statistics.median(ahead)
         spreads_s.append(statistics.median(abs(one - shift_s) for one in ahead))
         for of_rank in there:
@@ -175,7 +181,7 @@ def _check_clocks(lines: Sequence[CallLine]) -> None:
         if early_s > SAME_CLOCK_S:
             raise ValueError(
                 f"{lines[first].where}: this rank has heard from all {early_s:.1f} s before the one of "
-                f"{lines[last].where} sent its counts: a clock has jumped, or these are files of two runs"
+                f"{lines[last].where} sent its counts. A clock has jumped, or these are files of two runs"
             )
 
 

@@ -12,7 +12,12 @@ __all__ = ["inside_of", "schedule_of"]
 def schedule_of(plan: OverlapPlan, kinds: Sequence[StepKind]) -> Schedule:
     """Return the schedule of a pass that has steps of these kinds."""
     if StepKind.METADATA in kinds:
-        return build_forward(plan, kinds.count(StepKind.FILLER), has_copies=StepKind.COPIES in kinds)
+        return build_forward(
+            plan,
+            kinds.count(StepKind.FILLER),
+            has_copies=StepKind.COPIES in kinds,
+            relays_copies=StepKind.SPREAD_COPIES in kinds,
+        )
     return build_backward(
         plan,
         needs_x=StepKind.DISPATCH_BACKWARD in kinds,

@@ -33,7 +33,7 @@ def on_trace_ready(folder: str | os.PathLike) -> Callable[[torch.profiler.profil
         into.mkdir(parents=True, exist_ok=True)
         trace = into / f"{name}.trace.json.gz"
         if trace.exists():
-            raise FileExistsError(f"{trace} is there: give each run a folder of its own")
+            raise FileExistsError(f"{trace} exists already: give each run a folder of its own")
         record = flight_record()
         profile.export_chrome_trace(str(trace))
         if record is not None:

@@ -5,6 +5,7 @@ placement. With copies every rank has G slots more, behind its own L; so slots a
 the layer's entry counts these.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
@@ -16,7 +17,7 @@ from torch import Tensor
 from tritonmoe.config.overlap import OverlapPlan
 from tritonmoe.runtime.cpu_memory import to_device
 
-__all__ = ["ExpertCopies", "ExpertCopy"]
+__all__ = ["ExpertCopies", "ExpertCopy", "is_relayed", "on_ports"]
 
 
 class ExpertCopy(NamedTuple):
@@ -89,9 +90,35 @@ class ExpertCopies:
 
     @cached_property
     def most_on_a_port(self) -> int:
-        """How many copies the busiest rank sends, or receives."""
-        sent = self.sent_copies
-        return max(*map(sum, sent), *map(sum, zip(*sent, strict=True)))
+        """How many experts' weights the busiest rank sends, or receives, on their way to all copies."""
+        return self._on_ports[self.are_relayed]
+
+    @cached_property
+    def are_relayed(self) -> bool:
+        """Whether owners send each copy of an expert a piece of its weights, which the copies' ranks then pass on."""
+        return is_relayed(*self._on_ports)
+
+    @cached_property
+    def _on_ports(self) -> tuple[int, int]:
+        return on_ports([(copy.expert, copy.rank) for copy in self.copies], self.num_own, self.size)
+
+    @cached_property
+    def ranks_of(self) -> dict[int, list[int]]:
+        """The ranks, ascending, that have a copy of each expert that has any."""
+        found: dict[int, list[int]] = {}
+        for copy in self.copies:
+            found.setdefault(copy.expert, []).append(copy.rank)
+        return found
+
+    @property
+    def relayed(self) -> tuple[Tensor, Tensor]:
+        """(W, W) float64: how many experts' weights go from rank i to rank k from owners, and then among copies."""
+        first, then = torch.zeros(2, self.size, self.size, dtype=torch.float64, device="cpu")
+        for copy in self.copies:
+            ranks = self.ranks_of[copy.expert]
+            first[self.owner(copy), copy.rank] += 1 / len(ranks)
+            then[[rank for rank in ranks if rank != copy.rank], copy.rank] += 1 / len(ranks)
+        return first, then
 
     @cached_property
     def words(self) -> str:
@@ -153,6 +180,29 @@ class ExpertCopies:
 
     def _slot(self, copy: ExpertCopy) -> int:
         return copy.rank * (self.num_own + self.num_copies) + self.num_own + self.on(copy.rank).index(copy)
+
+
+def on_ports(places: Sequence[tuple[int, int]], num_own: int, size: int) -> tuple[int, int]:
+    """Return how many experts' weights pass the busiest port where owners send all copies, and where they are relayed.
+
+    With relays an owner sends every expert once, in pieces, and then every copy's rank sends and receives about one.
+
+    Args:
+        places: the expert and the rank of each copy.
+    """
+    sent, received = [0] * size, [0] * size
+    experts: list[set[int]] = [set() for _ in range(size)]
+    for expert, rank in places:
+        owner = expert // num_own
+        sent[owner] += 1
+        received[rank] += 1
+        experts[owner].add(expert)
+    return max(*sent, *received), max(map(len, experts)) + max(received)
+
+
+def is_relayed(direct: int, relayed: int) -> bool:
+    """Say whether relays are worth another exchange: by two experts' weights less on the busiest port."""
+    return relayed + 2 <= direct
 
 
 def _order_in_chunks(num_tokens: int, overlap: OverlapPlan, device: torch.device) -> Tensor | None:

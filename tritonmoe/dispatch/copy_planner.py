@@ -2,37 +2,37 @@
 
 Every rank calls it with the same numbers and must find the same plan, so there are only integers here. Candidates
 differ in how evenly they spread the pairs, in how many copies they make, and in where these are: a closed form prices
-each. A pass takes as long as the busiest rank computes, or as the busiest port is occupied, and then what nothing
-hides: the first rows that come and the last that go. What is copied occupies the ports of its owner and of its rank.
+each. A pass takes as long as the busiest rank computes, and what of the first rows that come and the last that go
+nothing hides; or as long as the busiest port is occupied, and one of the two. What is copied occupies the ports of its
+owner and of its rank; a rank that has copies begins when their weights have come, and their gradients leave it late in
+the backward.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from tritonmoe.dispatch.copies import ExpertCopies, ExpertCopy
+from tritonmoe.dispatch.copies import ExpertCopies, ExpertCopy, is_relayed, on_ports
+from tritonmoe.dispatch.copy_candidates import LARGEST_SHARE_PERCENT, Load, Move, candidates
 
 __all__ = ["CopyCosts", "PlannedCopies", "is_uneven", "plan_copies"]
 
 SMALLEST_EXCESS_PERCENT = 3
 """Ranks whose busiest has less than this more than their mean are left alone."""
-LARGEST_SHARE_PERCENT = 97
-"""Copies are made where a call is expected to take at most this share of its time without."""
-CAPS_PERCENT = (100, 110, 150, 220)
+CAPS_PERCENT = (100, 120, 150, 220)
 """Up to how much of the mean the candidates let ranks keep."""
 EXPOSED_SHARE = 8
 """One part in so many of a pass's exchanges is taken to be hidden by nothing at either end."""
 COPY_SHARE = 256
-"""Each copy on a rank is taken to make the call longer by one part in so many: products of fewer pairs are slower."""
+"""Each copy on a rank is taken to make the call longer by one part in so many: products of fewer pairs are slower. So
+are as many copies as there are ranks, wherever they are, since all of them are packed and unpacked."""
 PARTS = 64
 """Rows are estimated in such parts of one."""
 SMALLEST_PIECE = 32
 """Without costs, no copy takes fewer pairs than one part in so many of the mean of a rank."""
-
-Move = tuple[int, int, int]
-"""An expert, the rank that it is copied to, and how many of its pairs go there."""
 
 
 class CopyCosts(NamedTuple):
@@ -88,18 +88,20 @@ def plan_copies(counts: Tensor, rows: Tensor, top_k: int, max_copies: int, costs
         max_copies: the most copies on a rank.
         costs: None to spread the pairs as evenly as so many copies can, whatever that takes.
     """
-    load = _Load(counts, rows, top_k)
+    load = Load(counts, rows, top_k)
     without = _Candidate(load, ())
-    best, best_price = without, without.price(costs)
+    without_price = without.price(costs)
+    best, best_price = without, without_price
     seen: set[tuple[Move, ...]] = {()}
-    for moves in _candidates(load, max_copies, costs):
-        if moves not in seen:
-            seen.add(moves)
-            candidate = _Candidate(load, moves)
+    caps = CAPS_PERCENT if costs else CAPS_PERCENT[:1]
+    for moves in candidates(load, max_copies, _least_pairs(load, costs), caps):
+        candidate = _Candidate(load, moves)
+        if moves not in seen and candidate.least_price(costs) < best_price:
             price = candidate.price(costs)
             if price < best_price:
                 best, best_price = candidate, price
-    with_fs, without_fs = best_price[0], without.price(costs)[0]
+        seen.add(moves)
+    with_fs, without_fs = best_price[0], without_price[0]
     permille = (1000, 1000) if costs is None else (costs.with_permille, costs.without_permille)
     is_faster = 100 * with_fs * permille[0] <= LARGEST_SHARE_PERCENT * without_fs * permille[1]
     copies = best.copies() if best is not without and is_faster else None
@@ -108,94 +110,12 @@ def plan_copies(counts: Tensor, rows: Tensor, top_k: int, max_copies: int, costs
     return PlannedCopies(copies, with_fs, without_fs) if costs else PlannedCopies(copies, 0, 0)
 
 
-class _Load:
-    """What a call has to do without copies; arguments as in plan_copies."""
-
-    def __init__(self, counts: Tensor, rows: Tensor, top_k: int) -> None:
-        self.counts, self.rows = counts, rows
-        self.size = counts.shape[0]
-        self.num_own = counts.shape[1] // self.size
-        """L, the slots of one rank."""
-        of_expert = counts.sum(0)
-        self.of_expert: list[int] = of_expert.tolist()
-        self.of_rank: list[int] = of_expert.view(self.size, self.num_own).sum(1).tolist()
-        self.pairs = counts.view(self.size, self.size, self.num_own).sum(2)
-        """(W, W) pairs of rank i that rank k computes."""
-        self.tokens = torch.div(counts.sum(1), max(1, top_k), rounding_mode="floor").clamp_(min=1)
-        """(W,)."""
-        own = rows.diagonal()
-        self.out: list[int] = (rows.sum(1) - own).tolist()
-        self.into: list[int] = (rows.sum(0) - own).tolist()
-
-
-def _candidates(load: _Load, max_copies: int, costs: CopyCosts | None) -> Iterator[tuple[Move, ...]]:
-    """Yield the moves of each candidate."""
-    mean, most = -(-sum(load.of_rank) // load.size), max(load.of_rank)
-    least = max(1, mean // SMALLEST_PIECE)
-    if costs is not None:
-        pair_fs = max(1, costs.forward_fs + costs.backward_fs)
-        least = max(1, (costs.expert_bytes + costs.gradient_bytes) * costs.byte_fs // pair_fs // EXPOSED_SHARE)
-    for percent in CAPS_PERCENT if costs else CAPS_PERCENT[:1]:
-        cap = mean * percent // 100
-        if 100 * cap > LARGEST_SHARE_PERCENT * most:
-            break
-        for held in sorted({1, min(2, max_copies), max_copies}) if percent == CAPS_PERCENT[0] else (max_copies,):
-            yield _by_load(load, cap, held, least)
-            yield _by_tokens(load, cap, held, least)
-
-
-def _by_load(load: _Load, cap: int, max_copies: int, least: int) -> tuple[Move, ...]:
-    """Make few copies: what is too much, the hottest experts first, beside the room of the ranks, roomiest first."""
-    amounts: list[tuple[int, int]] = []
-    for owner, pairs in enumerate(load.of_rank):
-        over, first = pairs - cap, owner * load.num_own
-        experts = range(first, first + load.num_own)
-        for expert in sorted(experts, key=lambda e: (-load.of_expert[e], e)) if over > 0 else ():
-            amount = min(over, load.of_expert[expert])
-            if amount < least:
-                break
-            amounts.append((-amount, expert))
-            over -= amount
-    rooms = sorted((pairs - cap, rank) for rank, pairs in enumerate(load.of_rank) if cap - pairs >= least)
-    moves: list[Move] = []
-    places = iter(rooms)
-    room, rank, held = 0, -1, 0
-    for negative, expert in sorted(amounts):
-        amount = -negative
-        while amount >= least:
-            if room < least or held == max_copies:
-                try:
-                    negative_room, rank = next(places)
-                except StopIteration:
-                    return tuple(sorted(moves))
-                room, held = -negative_room, 0
-            piece = min(amount, room)
-            moves.append((expert, rank, piece))
-            amount, room, held = amount - piece, room - piece, held + 1
-    return tuple(sorted(moves))
-
-
-def _by_tokens(load: _Load, cap: int, max_copies: int, least: int) -> tuple[Move, ...]:
-    """Make copies where the tokens are: each rank computes pairs of its own tokens, whose rows then stay."""
-    over = {rank: pairs - cap for rank, pairs in enumerate(load.of_rank) if pairs > cap}
-    room = {rank: cap - pairs for rank, pairs in enumerate(load.of_rank) if cap - pairs >= least}
-    hot = [expert for owner in over for expert in range(owner * load.num_own, (owner + 1) * load.num_own)]
-    if not room or not hot:
-        return ()
-    ranks = list(room)
-    found = _columns(load.counts, hot).index_select(0, _as_index(ranks)).flatten()
-    order = torch.sort(found, descending=True, stable=True)[1][: 4 * max_copies * load.size].tolist()
-    here, held = found.tolist(), dict.fromkeys(ranks, 0)
-    moves: list[Move] = []
-    for place in order:
-        rank, expert = ranks[place // len(hot)], hot[place % len(hot)]
-        owner = expert // load.num_own
-        piece = min(here[place], over[owner], room[rank])
-        if piece < least or held[rank] == max_copies:
-            continue
-        moves.append((expert, rank, piece))
-        over[owner], room[rank], held[rank] = over[owner] - piece, room[rank] - piece, held[rank] + 1
-    return tuple(sorted(moves))
+def _least_pairs(load: Load, costs: CopyCosts | None) -> int:
+    """Return the fewest pairs that are worth a copy: where there are costs, those that pay for its way."""
+    if costs is None:
+        return max(1, -(-sum(load.of_rank) // load.size) // SMALLEST_PIECE)
+    pair_fs = max(1, costs.forward_fs + costs.backward_fs)
+    return max(1, (costs.expert_bytes + costs.gradient_bytes) * costs.byte_fs // pair_fs // EXPOSED_SHARE)
 
 
 class _Candidate:
@@ -205,16 +125,45 @@ class _Candidate:
     expert beginning with another one: few pieces of a few pairs each.
     """
 
-    def __init__(self, load: _Load, moves: tuple[Move, ...]) -> None:
+    def __init__(self, load: Load, moves: tuple[Move, ...]) -> None:
         self.load, self.moves = load, moves
-        self.flow = self._flow() if moves else load.counts.new_zeros(load.size, 0)
+        self.owners = [expert // load.num_own for expert, _, _ in moves]
+        self.ranks = [rank for _, rank, _ in moves]
+        self.pairs = list(load.of_rank)
+        """That each rank computes."""
+        self.copies_out, self.copies_in, self.copied_pairs = ([0] * load.size for _ in range(3))
+        for owner, (_, rank, moved) in zip(self.owners, moves, strict=True):
+            self.pairs[owner] -= moved
+            self.pairs[rank] += moved
+            self.copies_out[owner] += 1
+            self.copies_in[rank] += 1
+            self.copied_pairs[rank] += moved
+
+    @cached_property
+    def _on_ports(self) -> tuple[int, int]:
+        return on_ports([move[:2] for move in self.moves], self.load.num_own, self.load.size)
+
+    @cached_property
+    def flow(self) -> Tensor:
         """(W, copies) how many pairs of each rank's tokens go to each copy."""
+        return self._flow() if self.moves else self.load.counts.new_zeros(self.load.size, 0)
+
+    @cached_property
+    def _numbers(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The experts, ranks and pairs of the moves."""
+        experts, ranks, pieces = torch.tensor(self.moves, dtype=torch.int64, device="cpu").unbind(1)
+        return experts, ranks, pieces
 
     def _flow(self) -> Tensor:
         load, size = self.load, self.load.size
-        experts, ranks, pieces = (_as_index(of) for of in zip(*self.moves, strict=True))
+        experts, ranks, pieces = self._numbers
         places = torch.arange(len(self.moves), device="cpu")
         stay = torch.minimum(load.counts[ranks, experts], pieces)
+        far = (pieces - stay).tolist()
+        if not any(far):
+            flow = torch.zeros(size, len(self.moves), dtype=torch.int64, device="cpu")
+            flow[ranks, places] = stay
+            return flow
         left = load.counts.clone()
         left[ranks, experts] -= stay
         order = (torch.arange(size, device="cpu")[:, None] + experts) % size
@@ -222,10 +171,10 @@ class _Candidate:
         reached = left.cumsum(0)
         taken: dict[int, int] = {}
         bounds = []
-        for (expert, _, _), far in zip(self.moves, (pieces - stay).tolist(), strict=True):
+        for (expert, _, _), number in zip(self.moves, far, strict=True):
             first = taken.get(expert, 0)
-            taken[expert] = first + far
-            bounds.append((first, first + far))
+            taken[expert] = first + number
+            bounds.append((first, first + number))
         firsts, lasts = torch.tensor(bounds, device="cpu").unbind(1)
         flow = (torch.minimum(reached, lasts) - torch.maximum(reached - left, firsts)).clamp_(min=0)
         flow = torch.zeros_like(flow).scatter_(0, order, flow)
@@ -237,76 +186,82 @@ class _Candidate:
         found = [ExpertCopy(e, r, tuple(of)) for (e, r, _), of in zip(self.moves, of_copy, strict=True) if any(of)]
         return ExpertCopies(self.load.size, self.load.num_own, tuple(found))
 
+    def least_price(self, costs: CopyCosts | None) -> tuple[int, int]:
+        """Return what price() would be if no rows travelled: which copies cost more than that is soon known."""
+        return self._priced([0] * self.load.size, costs)
+
     def price(self, costs: CopyCosts | None) -> tuple[int, int]:
         """Return femtoseconds of the call, or without costs the busiest rank's pairs; and the number of copies."""
-        load = self.load
-        pairs = list(load.of_rank)
-        for (expert, rank, _), moved in zip(self.moves, self.flow.sum(0).tolist(), strict=True):
-            pairs[expert // load.num_own] -= moved
-            pairs[rank] += moved
-        if costs is None:
-            return max(pairs), len(self.moves)
-        ports, copied = self._ports()
-        first, last = costs.row_bytes + costs.other_row_bytes, 2 * costs.other_row_bytes
-        forward = _pass_fs(pairs, costs.forward_fs, ports, first, copied, costs.expert_bytes, costs.byte_fs)
-        backward = 0
-        if costs.backward_fs:
-            backward = _pass_fs(pairs, costs.backward_fs, ports, last, copied, costs.gradient_bytes, costs.byte_fs)
-        ranks = [rank for _, rank, _ in self.moves]
-        most = max(map(ranks.count, ranks), default=0)
-        total = forward + backward + (costs.call_fs if self.moves else 0)
-        return total + total * most // COPY_SHARE, len(self.moves)
+        return self._priced([] if costs is None else self._rows_on_ports(), costs)
 
-    def _ports(self) -> tuple[list[int], list[int]]:
-        """Return how many rows, and how many copies, pass the busier direction of each rank's port."""
+    def _priced(self, rows: Sequence[int], costs: CopyCosts | None) -> tuple[int, int]:
+        """Return the price with so many rows on the busier direction of each rank's port."""
+        if costs is None:
+            return max(self.pairs), len(self.moves)
+        direct, relayed = self._on_ports
+        carried = list(map(max, self.copies_out, self.copies_in))
+        if is_relayed(direct, relayed):  # pieces that are passed on occupy everybody until the last ones have come
+            carried, direct = [relayed] * self.load.size, relayed
+        total = _pass_fs(
+            self._forward_fs(costs, direct * costs.expert_bytes * costs.byte_fs),
+            [of * costs.expert_bytes for of in carried],
+            [of * (costs.row_bytes + costs.other_row_bytes) for of in rows],
+            costs.byte_fs,
+        )
+        if costs.backward_fs:
+            total += _pass_fs(
+                self._backward_fs(costs, max(self.copies_out) * costs.gradient_bytes * costs.byte_fs),
+                [of * costs.gradient_bytes for of in map(max, self.copies_out, self.copies_in)],
+                [of * 2 * costs.other_row_bytes for of in rows],
+                costs.byte_fs,
+            )
+        if self.moves:
+            total += costs.call_fs
+        slower = max(self.copies_in) * self.load.size + len(self.moves)
+        return total + total * slower // (COPY_SHARE * self.load.size), len(self.moves)
+
+    def _forward_fs(self, costs: CopyCosts, copies_fs: int) -> int:
+        """Return what the busiest rank computes in a forward; ranks that have copies begin when these have come."""
+        ranks = zip(self.pairs, self.copies_in, strict=True)
+        return max(pairs * costs.forward_fs + (copies > 0) * copies_fs for pairs, copies in ranks)
+
+    def _backward_fs(self, costs: CopyCosts, copies_fs: int) -> int:
+        """Return the same of a backward; gradients of copies travel once all but those of own weights are there.
+
+        These are half of what own pairs take.
+        """
+        longest = max(self.pairs) * costs.backward_fs
+        for pairs, copied in zip(self.pairs, self.copied_pairs, strict=True):
+            if copied:
+                longest = max(longest, (pairs + copied) * costs.backward_fs // 2 + copies_fs)
+        return longest
+
+    def _rows_on_ports(self) -> list[int]:
+        """Return how many rows pass the busier direction of each rank's port."""
         load = self.load
         out, into = list(load.out), list(load.into)
-        copies_out, copies_in = [0] * load.size, [0] * load.size
         if self.moves:
-            experts, ranks, _ = zip(*self.moves, strict=True)
-            owners = [expert // load.num_own for expert in experts]
             # A pair that leaves takes its part of a row along, and needs a new one where its token didn't go before.
             tokens = load.tokens[:, None]
             moved = self.flow * PARTS
-            lost = moved * _columns(load.rows, owners) // _columns(load.pairs, owners).clamp_(min=1)
-            gained = moved * (tokens - _columns(load.rows, ranks)).clamp_(min=0) // tokens
-            numbers = torch.arange(len(self.moves), device="cpu")
-            lost[owners, numbers] = 0
-            gained[list(ranks), numbers] = 0
+            experts, ranks, _ = self._numbers
+            owners = torch.div(experts, load.num_own, rounding_mode="floor")
+            lost = moved * load.rows.index_select(1, owners) // load.pairs.index_select(1, owners).clamp_(min=1)
+            gained = moved * (tokens - load.rows.index_select(1, ranks)).clamp_(min=0) // tokens
+            places = torch.arange(len(self.moves), device="cpu")
+            lost[owners, places] = 0
+            gained[ranks, places] = 0
             for rank, change in enumerate((gained - lost).sum(1).tolist()):
                 out[rank] += change // PARTS
-            for owner, rank, less, more in zip(
-                owners, ranks, lost.sum(0).tolist(), gained.sum(0).tolist(), strict=True
-            ):
+            changes = zip(self.owners, self.ranks, lost.sum(0).tolist(), gained.sum(0).tolist(), strict=True)
+            for owner, rank, less, more in changes:
                 into[owner] -= less // PARTS
                 into[rank] += more // PARTS
-                copies_out[owner] += 1
-                copies_in[rank] += 1
-        return (
-            [max(0, *both) for both in zip(out, into, strict=True)],
-            list(map(max, copies_out, copies_in)),
-        )
+        return [max(0, *both) for both in zip(out, into, strict=True)]
 
 
-def _as_index(numbers: Sequence[int]) -> Tensor:
-    return torch.tensor(numbers, dtype=torch.int64, device="cpu")
-
-
-def _columns(values: Tensor, numbers: Sequence[int]) -> Tensor:
-    """Return these columns; values[:, numbers] would start threads, which takes longer than all the rest."""
-    return values.index_select(1, _as_index(numbers))
-
-
-def _pass_fs(
-    pairs: Sequence[int],
-    pair_fs: int,
-    ports: Sequence[int],
-    bytes_per_row: int,
-    copied: Sequence[int],
-    bytes_per_copy: int,
-    byte_fs: int,
-) -> int:
-    exposed = max(ports) * bytes_per_row * byte_fs // EXPOSED_SHARE
-    computed = max(pairs) * pair_fs
-    sent = max(rows * bytes_per_row + of * bytes_per_copy for rows, of in zip(ports, copied, strict=True)) * byte_fs
-    return max(computed, sent + exposed) + exposed
+def _pass_fs(computed_fs: int, copies_bytes: Sequence[int], rows_bytes: Sequence[int], byte_fs: int) -> int:
+    """Return what a pass takes; copies_bytes, rows_bytes: on the busier direction of each rank's port."""
+    exposed_fs = max(rows_bytes) * byte_fs // EXPOSED_SHARE
+    sent_fs = max(map(sum, zip(copies_bytes, rows_bytes, strict=True))) * byte_fs
+    return max(computed_fs + exposed_fs, sent_fs) + exposed_fs

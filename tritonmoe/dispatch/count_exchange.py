@@ -69,11 +69,16 @@ def _words_of_all(transport: Transport, header: CallHeader) -> AllWords:
             padded = torch.frombuffer(bytearray(text.ljust(8 * width)), dtype=torch.int64).repeat(size, 1)
             received = transport.exchange_counts(padded)
     except TransportError as error:
-        raise TransportError(f"the ranks' configurations differ, and could not say where: {error}") from error
+        raise TransportError(
+            f"the ranks' configurations differ, and the exchange that would name the differing settings failed: {error}"
+        ) from error
     words = [words_of(row.numpy().tobytes()) for row in received]
     damaged = [rank for rank, one in enumerate(words) if one is None]
     if damaged:
-        raise CountMismatch(f"the ranks' configurations differ; what ranks {damaged} said of it was damaged on its way")
+        raise CountMismatch(
+            f"the ranks' configurations differ, and the settings that ranks {damaged} sent were damaged on their way, "
+            "so the difference can't be named"
+        )
     return [one for one in words if one is not None]
 
 

@@ -95,9 +95,9 @@ def check_headers(headers: Sequence[CallHeader], ask: Callable[[], AllWords]) ->
     poisoned = [rank for rank, h in enumerate(headers) if h.replay_overflowed]
     if poisoned:
         raise CapacityOverflow(
-            f"ranks {poisoned} heard of a replay of a CUDA graph in which rows of some rank didn't fit into "
-            "OverlapConfig.capacity or its router scores weren't finite: outputs and gradients of that replay are NaN. "
-            "Use a larger capacity, or leave these layers out of the graph"
+            f"ranks {poisoned} report a replay of a CUDA graph in which some rank's rows didn't fit into "
+            "OverlapConfig.capacity, or its router scores weren't finite. Outputs and gradients of that replay are "
+            "NaN. Use a larger capacity, or leave these layers out of the graph"
         )
     bad = {rank: h.nonfinite_rows for rank, h in enumerate(headers) if h.nonfinite_rows}
     if bad:
@@ -141,15 +141,15 @@ def _check_gradients(headers: Sequence[CallHeader]) -> None:
     without = [rank for rank, h in enumerate(headers) if not h.grad_enabled]
     if without:
         raise CountMismatch(
-            f"ranks {without} run under torch.no_grad() while other ranks need gradients of this layer call: "
-            "every rank must run its backward, so use one grad mode on all"
+            f"ranks {without} run under torch.no_grad() while other ranks need gradients of this layer call: every "
+            "rank must run the call's backward, so use the same grad mode on all ranks"
         )
     without = [rank for rank, h in enumerate(headers) if h.compiled and not h.needs_any]
     if without:
         raise CountMismatch(
-            f"ranks {without} run this layer call in a compiled graph in which it needs no gradient, while other ranks "
-            "need gradients of it: every rank must run its backward, so train something there too, or leave this layer "
-            "out of the graph on those ranks (torch.compiler.disable)"
+            f"ranks {without} run this layer call in a compiled graph in which the call needs no gradient, while "
+            "other ranks need gradients of it. Every rank must run the call's backward: train a parameter before or "
+            "in this layer on those ranks too, or leave the layer out of the graph there (torch.compiler.disable)"
         )
 
 

@@ -137,10 +137,7 @@ def attribute(graph: Graph, known: Known | None = None) -> Verdict:
     Raises:
         ValueError: ranks wait for each other in a circle: the files contradict each other.
     """
-    linked_s = None if known is None else known.linked_s
-    if graph.slow_links is not None:
-        linked_s = floats([member.linked_s for member in graph.members])
-    usual = usual_of(graph, linked_s)
+    usual = usual_of(graph, _linked_s(graph, known))
     causes = Causes(graph, usual, None if known is None else known.excess_of(usual))
     step_s = statistics.fmean(causes.as_it_was)
     kinds = [kind for kind in causes.excess if not causes.is_nothing(kind)]
@@ -191,6 +188,13 @@ def attribute(graph: Graph, known: Known | None = None) -> Verdict:
         computing_s=computing_s,
         host_s=host_s,
     )
+
+
+def _linked_s(graph: Graph, known: Known | None) -> Tensor | None:
+    """Return (M,) what slow links are known to cost each exchange."""
+    if graph.slow_links is not None:
+        return floats([member.linked_s for member in graph.members])
+    return None if known is None else known.linked_s
 
 
 def _walked(

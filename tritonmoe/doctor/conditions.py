@@ -5,17 +5,17 @@ same schedule. What a step or an exchange costs comes from fits to all calls of 
 taken out and the call walked again.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from tritonmoe.config.overlap import OverlapPlan
-from tritonmoe.diagnosis.call_recording import RecordedCall, RecordedPass, Recording
+from tritonmoe.diagnosis.call_recording import RecordedCall
 from tritonmoe.diagnosis.schedules import schedule_of
 from tritonmoe.doctor.costs import Costs
+from tritonmoe.doctor.entries import Entry, PassesBefore, entries_of, most_entered
 from tritonmoe.overlap.schedule import Schedule
 from tritonmoe.overlap.steps import StepKind
 from tritonmoe.simulation.cost_model import LayerWork, LinkCosts, StepCosts
@@ -25,44 +25,15 @@ from tritonmoe.simulation.two_level_work import TwoLevelWork
 
 __all__ = [
     "Conditions",
-    "Entry",
     "Halves",
     "Nodes",
-    "PassesBefore",
     "Walk",
     "conditions_of",
-    "measured_s",
-    "passes_before",
     "walk",
     "with_plan",
 ]
 
-MET_SHARE = 0.8
-"""Ranks have waited for each other between two passes if one is later by less than this share of what it was before."""
 HALF_PLAN = OverlapPlan((1,), local_first=False)
-
-PassesBefore = Mapping[tuple[int, int], tuple[RecordedCall, int]]
-"""By the number of a call, and of its pass (0 of a forward, 1 of a backward): the call and pass before it."""
-
-
-@dataclass(frozen=True)
-class Entry:
-    """How all ranks come to the first step of a pass; all of it (W,) seconds."""
-
-    own_s: Tensor
-    """How much later than the others each rank enters, for a reason of its own."""
-    passed_on_s: Tensor
-    """How much later it enters because its previous pass ended late: charged to that pass, not to the rank."""
-    follows: int
-    """The number of the pass before: 0 of a forward, 1 of a backward, of this call or another one."""
-    before_counts_s: Tensor
-    """From entering to sending its counts."""
-    counts_s: Tensor
-    """From the last rank's sending until it has everybody's."""
-    before_steps_s: Tensor
-    """From there to its first step."""
-    meets: bool
-    """Whether ranks wait for each other's counts."""
 
 
 @dataclass(frozen=True)
@@ -180,7 +151,7 @@ def _walk(conditions: Conditions, ended_s: Mapping[int, Tensor]) -> Walk:
     for number, (schedule, entry) in enumerate(zip(conditions.schedules, conditions.entries, strict=True)):
         behind_s = entry.passed_on_s
         if (before_s := ended_s.get(entry.follows)) is not None:
-            behind_s = torch.minimum(behind_s, (before_s - _most(before_s)).clamp(min=0))
+            behind_s = torch.minimum(behind_s, (before_s - most_entered(before_s)).clamp(min=0))
         posted_s = entry.own_s + behind_s + entry.before_counts_s
         left_s = posted_s.max() + entry.counts_s if entry.meets else posted_s
         start_s = left_s + entry.before_steps_s
@@ -191,37 +162,8 @@ def _walk(conditions: Conditions, ended_s: Mapping[int, Tensor]) -> Walk:
     return Walk(total_s, tuple(passes))
 
 
-def _most(moments: Tensor) -> Tensor:
-    """Return the moment from which lateness counts: of an even number of ranks the earlier one in the middle."""
-    return moments.median()
-
-
 def _with_gap(costs: StepCosts, gap_s: float) -> StepCosts:
     return replace(costs, fixed_s={kind: costs.fixed_s.get(kind, 0.0) + gap_s for kind in map(str, StepKind)})
-
-
-def passes_before(recording: Recording) -> PassesBefore:
-    """Return for each pass the one before it, of any call, where that was over on all ranks when they entered this one.
-
-    In a stack of layers that is the next layer's backward, or with activation checkpointing a recompute.
-    """
-    passes = [(call, number) for call in recording.calls for number in range(len(call.by_pass))]
-    passes.sort(key=lambda one: one[0].by_pass[one[1]][0].entered)
-    found = {}
-    for (before, number_before), (after, number) in pairwise(passes):
-        of_ranks = zip(before.by_pass[number_before], after.by_pass[number], strict=True)
-        if all(one.end <= other.entered for one, other in of_ranks):
-            found[after.sequence, number] = before, number_before
-    return found
-
-
-def measured_s(call: RecordedCall, before: PassesBefore) -> float:
-    """Return what walk() predicts, as it was recorded."""
-    total_s = 0.0
-    for passes, entry in zip(call.by_pass, _entries_of(call, before), strict=True):
-        entered = torch.tensor([one.entered for one in passes], dtype=torch.float64, device="cpu")
-        total_s += max(one.end for one in passes) - float(_most(entered)) - float(entry.passed_on_s.max())
-    return total_s
 
 
 def conditions_of(call: RecordedCall, before: PassesBefore, costs: Costs) -> Conditions:
@@ -230,7 +172,7 @@ def conditions_of(call: RecordedCall, before: PassesBefore, costs: Costs) -> Con
     to_nodes = call.rows_to_nodes
     link = _with_uneven_chunks(costs.link, call)
     return Conditions(
-        *(call.plan, call.work, schedules, _entries_of(call, before), costs.steps, link, costs.gap_s),
+        *(call.plan, call.work, schedules, entries_of(call, before), costs.steps, link, costs.gap_s),
         nodes=None if to_nodes is None else Nodes.of(to_nodes, call.work, call.inside_row_bytes),
         layer=call.layer,
     )
@@ -258,44 +200,6 @@ def _with_uneven_chunks(link: LinkCosts, call: RecordedCall) -> LinkCosts:
         inside = replace(inside, out_s=inside.out_s * times, in_s=inside.in_s * times)
     each = replace(each, port_out_s=each.port_out_s * times, port_in_s=each.port_in_s * times, inside=inside)
     return replace(link, each=each)
-
-
-def _entries_of(call: RecordedCall, before: PassesBefore) -> tuple[Entry, ...]:
-    entries = []
-    for number, passes in enumerate(call.by_pass):
-        other, follows = before.get((call.sequence, number), (None, 0))
-        entries.append(_entry_of(passes, follows, None if other is None else other.by_pass[follows]))
-    return tuple(entries)
-
-
-def _entry_of(passes: Sequence[RecordedPass], follows: int, ended: Sequence[RecordedPass] | None) -> Entry:
-    """Return how ranks came to a pass; `ended` is the pass before, whose number is `follows`."""
-
-    def of_ranks(values: Iterable[float]) -> Tensor:
-        return torch.tensor(list(values), dtype=torch.float64, device="cpu")
-
-    entered = of_ranks(one.entered for one in passes)
-    late_s = entered - _most(entered)
-    own_s = late_s.clamp(min=0)
-    if ended is not None:
-        end = of_ranks(one.end for one in ended)
-        pause_s = entered - end
-        behind_s = torch.minimum(own_s, (pause_s - _most(pause_s)).clamp(min=0))
-        # A rank that had been later still has met the others since: its lateness is new.
-        has_met = late_s < MET_SHARE * (end - _most(end))
-        own_s = torch.where(has_met, own_s, behind_s)
-    passed_on_s = late_s.clamp(min=0) - own_s
-    marks = [one.marks for one in passes]
-    origins = of_ranks(one.origin for one in passes)
-    nothing = torch.zeros_like(origins)
-    if any(mark is None for mark in marks):
-        return Entry(own_s, passed_on_s, follows, nothing, nothing, origins - entered, False)
-    posted = of_ranks(mark.counts_posted for mark in marks if mark is not None)
-    left = of_ranks(mark.counts_left for mark in marks if mark is not None)
-    counts_s = (left - posted.max()).clamp(min=0)
-    # A rank that is early, not late, is held up by the others.
-    own_s = torch.where(late_s < 0, late_s, own_s)
-    return Entry(own_s, passed_on_s, follows, posted - entered, counts_s, origins - left, True)
 
 
 def with_plan(of: Conditions, plan: OverlapPlan) -> Conditions:

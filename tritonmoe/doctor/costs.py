@@ -16,9 +16,10 @@ from tritonmoe.config.overlap import OverlapPlan
 from tritonmoe.diagnosis.call_recording import RecordedCall, RecordedPass, Recording
 from tritonmoe.diagnosis.pass_steps import RecordedStep
 from tritonmoe.doctor.fits import ALIKE, fit_relative_line, weighted_median
-from tritonmoe.doctor.links import LinkRatios, fit_links
+from tritonmoe.doctor.link_fit import LinkRatios
+from tritonmoe.doctor.links import fit_links
 from tritonmoe.doctor.messages import KEPT_PASSES
-from tritonmoe.overlap.report import covered_s
+from tritonmoe.overlap.step_timing import covered_s
 from tritonmoe.overlap.steps import Step, StepKind, Unit
 from tritonmoe.simulation.cost_model import LayerWork, LinkCosts, StepCosts, step_units
 

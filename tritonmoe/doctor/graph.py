@@ -74,6 +74,8 @@ class Member:
     """How wide its numbers are."""
     linked_s: float = 0.0
     """What of transfer_s is due to slow links, where that is known."""
+    row_bytes: int = 0
+    """Of an all-to-all whose splits are known, and which brings this rank any rows."""
 
 
 @dataclass(eq=False)
@@ -100,6 +102,11 @@ class Graph:
     be under way, and only their ends follow each other."""
     slow_links: SlowLinks | None = None
     """Which links are slow, and which end of them, where the files have times for every peer."""
+    hosts: tuple[str, ...] = ()
+    """The host of every rank; empty where the files don't tell."""
+    routed: tuple[tuple[int, int], ...] = ()
+    """How many tokens a router of each rank had at most, and how many experts it gave each; empty where that is not
+    known of all."""
 
     @cached_property
     def tables(self) -> Tables:

@@ -34,6 +34,7 @@ class _File:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.header: Json = {}
+        self.host = ""
         self.communicators: dict[str, tuple[int, int]] = {}
         """Rank and number of ranks in each."""
         self.dropped = self.missing = self.num_records = 0
@@ -49,6 +50,9 @@ class _File:
         where = f"record {self.num_records}"
         if isinstance(record.get("header"), dict):
             self.header = record["header"]
+        metadata = record.get("metadata")
+        if isinstance(metadata, dict) and isinstance(metadata.get("hostname"), str):
+            self.host = metadata["hostname"]
         stats = record.get("dump_stats")
         if isinstance(stats, dict):
             self.missing += self.still
@@ -101,7 +105,7 @@ def read_inspector(path: Path) -> RankTrace:
     if not found.parts and not found.pairs:
         raise ValueError(f"{path} can't be judged: the Inspector wrote no exchange into it")
     rank, world = max(found.communicators.values(), key=lambda one: one[1])
-    trace = RankTrace(str(path), rank, world, "inspector")
+    trace = RankTrace(str(path), rank, world, "inspector", found.host)
     trace.rank_in = {name: own for name, (own, _) in found.communicators.items()}
     for name, pairs in found.pairs.items():
         found.parts += as_exchanges(pairs, name, *found.communicators[name])

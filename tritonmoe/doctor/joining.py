@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from tritonmoe.doctor.clocks import align_clocks
 from tritonmoe.doctor.graph import Graph
+from tritonmoe.doctor.hosts import hosts_of
 from tritonmoe.doctor.link_ends import slow_links
 from tritonmoe.doctor.matching import OfSteps, bound_ends, matched
 from tritonmoe.doctor.programs import Programs
@@ -13,9 +14,10 @@ from tritonmoe.doctor.trace import RankTrace
 __all__ = ["joined"]
 
 
-def joined(traces: Sequence[RankTrace]) -> tuple[Graph, list[str]]:
+def joined(traces: Sequence[RankTrace], ranks_per_node: int | None = None) -> tuple[Graph, list[str]]:
     """Join ranks' traces; give the graph of the steps that all have, and what the files together can't tell.
 
+    ranks_per_node: so many neighbours share a host; None: as the files tell.
     Raises:
         ValueError: the traces have no step in common, or two are of one rank.
     """
@@ -49,7 +51,10 @@ def joined(traces: Sequence[RankTrace]) -> tuple[Graph, list[str]]:
         end_s = max(of_rank[index][1] for of_rank in bounds) - first_s
         graph.measured_s.append(max(0.0, end_s - before_s))
         before_s = max(before_s, end_s)
-    graph.slow_links = slow_links(traces)
+    graph.hosts = hosts_of(traces, ranks_per_node)
+    routed = [trace.routed for trace in traces if trace.routed is not None]
+    graph.routed = tuple(routed) if len(routed) == len(traces) else ()
+    graph.slow_links = slow_links(traces, graph.hosts)
     Programs(graph, traces, of_steps, together, bounds).build()
     return graph, limits
 
@@ -65,7 +70,8 @@ def _in_order(traces: Sequence[RankTrace], limits: list[str]) -> list[RankTrace]
         if known.count(rank) > 1:
             both = [trace.source for trace in traces if trace.rank == rank]
             raise ValueError(
-                f"{both[0]} and {both[1]} are both of rank {rank}: give the files of one run and one window"
+                f"{both[0]} and {both[1]} are both of rank {rank}: give the files of one run, and of one window of "
+                "steps"
             )
     worlds = {trace.world_size for trace in traces if trace.world_size is not None}
     if len(worlds) > 1:

@@ -3,12 +3,13 @@
 They are those of NCCL's kernels and of record_param_comms, or the inputs of a c10d operator.
 """
 
+import math
 import re
 
 from tritonmoe.doctor.exchange_names import ELEMENT_BYTES
 from tritonmoe.doctor.trace import Part
 
-__all__ = ["from_nccl", "from_operator"]
+__all__ = ["from_nccl", "from_operator", "routed_of"]
 
 
 def from_nccl(part: Part, arguments: dict) -> bool:
@@ -77,6 +78,18 @@ def from_operator(part: Part, arguments: dict) -> None:
             for size in tensor[1:]:
                 row *= size
             part.sent, part.received = tuple(one * row for one in sent), tuple(one * row for one in received)
+
+
+def routed_of(arguments: dict) -> tuple[int, int, int] | None:
+    """Return how many dimensions an operator chooses from, how many rows these are, and how many it chooses of each."""
+    dims, inputs = arguments.get("Input Dims"), arguments.get("Concrete Inputs")
+    sizes = dims[0] if isinstance(dims, list) and dims else None
+    chosen = re.fullmatch(r"\d{1,6}", str(inputs[1])) if isinstance(inputs, list) and len(inputs) > 1 else None
+    if not isinstance(sizes, list) or len(sizes) < 2 or chosen is None:
+        return None
+    if not all(type(size) is int and 0 < size < 1 << 40 for size in sizes):
+        return None
+    return len(sizes), math.prod(sizes[:-1]), int(chosen[0])
 
 
 def _whole_numbers(text: object) -> tuple[tuple[int, ...], bool]:

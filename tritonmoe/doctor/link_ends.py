@@ -11,6 +11,8 @@ __all__ = ["SlowLinks", "group_indices", "slow_links"]
 
 SLOW = 1.5
 """A link is slow if a byte takes so many times as long as on the usual one."""
+FEW_LINKS = 3
+"""Fewer links have nothing to compare them with."""
 NO_WAIT = 0.1
 """Of a link's times those count that are shorter than all but this part: the others waited for somebody."""
 
@@ -26,7 +28,8 @@ class SlowLinks:
     words: str
     of_byte_s: dict[tuple[int, int], float]
     """Seconds of a byte, of every link."""
-    usual_s: float
+    usual_s: dict[tuple[int, int], float]
+    """What is usual for links like it: of those within hosts, or of those between them."""
 
     def lost_s(self, part: Part, index: int, ranks: Sequence[int | None], transfer_s: float) -> float:
         """Return by how much a part of a rank, given by its index, would end sooner with links like the others.
@@ -38,9 +41,9 @@ class SlowLinks:
             other = ranks[peer] if 0 <= peer < len(ranks) else None
             if other is not None and other != index:
                 link = (index, other) if way == "send" else (other, index)
-                of_byte_s = self.of_byte_s.get(link, self.usual_s)
+                of_byte_s = self.usual_s if link in self.links else self.of_byte_s
                 is_slow |= link in self.links
-                needed_s = max(needed_s, num_bytes * (self.usual_s if link in self.links else of_byte_s))
+                needed_s = max(needed_s, num_bytes * of_byte_s.get(link, 0.0))
         return max(0.0, transfer_s - needed_s) if is_slow else 0.0
 
 
@@ -67,17 +70,24 @@ def _of_byte(traces: Sequence[RankTrace]) -> dict[tuple[int, int], float]:
     }
 
 
-def slow_links(traces: Sequence[RankTrace]) -> SlowLinks | None:
-    """Find slow links in traces that have times for every peer; None where there are none, or nothing to compare."""
+def slow_links(traces: Sequence[RankTrace], hosts: Sequence[str] = ()) -> SlowLinks | None:
+    """Find slow links in traces that have times for every peer; None where there are none, or nothing to compare.
+
+    hosts: of every trace, where they are known: links that leave a host are compared with each other.
+    """
     of_byte = _of_byte(traces)
-    if len(of_byte) < 3:
-        return None
-    usual = statistics.median_low(of_byte.values())
-    slow = tuple(sorted((link for link in of_byte if of_byte[link] > SLOW * usual), key=lambda link: -of_byte[link]))
+    usual: dict[tuple[int, int], float] = {}
+    alike: dict[bool, list[tuple[int, int]]] = defaultdict(list)
+    for link in of_byte:
+        alike[bool(hosts) and hosts[link[0]] != hosts[link[1]]].append(link)
+    for links in alike.values():
+        if len(links) >= FEW_LINKS:
+            usual |= dict.fromkeys(links, statistics.median_low(of_byte[link] for link in links))
+    slow = tuple(sorted((link for link in usual if of_byte[link] > SLOW * usual[link]), key=lambda one: -of_byte[one]))
     if not slow:
         return None
     ranks, words = _ends(slow, of_byte, [trace.rank for trace in traces])
-    times = statistics.median(of_byte[link] for link in slow) / usual
+    times = statistics.median(of_byte[link] / usual[link] for link in slow)
     return SlowLinks(slow, ranks, words.format(f"{times:.1f} times as long"), of_byte, usual)
 
 

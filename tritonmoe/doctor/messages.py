@@ -32,9 +32,8 @@ class Reach(Enum):
     def pairs(self, size: int, node_size: int | None) -> Tensor:
         """Return (W, W): whether these messages go from rank i to rank k."""
         others = ~torch.eye(size, dtype=torch.bool, device="cpu")
-        if self is Reach.ALL:
+        if self is Reach.ALL or node_size is None:
             return others
-        assert node_size is not None
         node = torch.arange(size, device="cpu") // node_size
         is_inside = node[:, None] == node
         return others & (is_inside if self is Reach.INSIDE else ~is_inside)

@@ -14,6 +14,7 @@ from tritonmoe.doctor.causes import Causes
 from tritonmoe.doctor.fits import fit_relative_line
 from tritonmoe.doctor.graph import Graph, Key
 from tritonmoe.doctor.moe_layers import LayerPass, layers_of
+from tritonmoe.doctor.node_bytes import inside_byte_s, node_bytes
 from tritonmoe.doctor.tables import floats, indices
 from tritonmoe.doctor.usual import usual_of
 from tritonmoe.doctor.walk import walker_of
@@ -70,7 +71,7 @@ class Offers:
             return
         self.walker = walker_of(self.graph)
         self.as_it_was = self.walker.step_times(self.run_s, self.transfer_s)
-        for offer in (self._chunks(), self._balance(), *self._narrower()):
+        for offer in (self._chunks(), self._two_levels(), self._balance(), *self._narrower()):
             step_s = statistics.fmean(self.as_it_was)
             if offer is not None and offer.gain.low_s > 0 and offer.gain.seconds >= LEAST_SHARE * step_s:
                 yield offer
@@ -140,6 +141,28 @@ class Offers:
             gains.append(Cost.of(self._gained(self.transfer_s * ratios, steps)))
         words = f"{plan.num_chunks} chunks of the tokens, one under way while another's experts compute"
         price = "needs layers that do so, as tritonmoe's; rows that stay on their rank may hide more"
+        return Advice(words, price, Cost(gains[EXPECTED].seconds, gains[WORST].low_s, gains[BEST].high_s))
+
+    def _two_levels(self) -> Advice | None:
+        """Offer that rows go once to each host, and from there to its ranks."""
+        known = [(layer, of) for layer in self.layers if (of := node_bytes(self.graph, layer)) is not None]
+        layers, sizes = [layer for layer, _ in known], [of for _, of in known]
+        near_s = inside_byte_s(self.graph, layers, sizes) if known else float("inf")
+        if near_s == float("inf"):
+            return None
+        gains = []
+        for which in (BEST, EXPECTED, WORST):
+            ratios = torch.ones_like(self.transfer_s)
+            for layer, of in known:
+                for members, took_s in zip((layer.there, layer.back), self._transfers_s(layer), strict=True):
+                    if took_s > 0 and of.far > 0:
+                        latency_s = 0.0 if which == BEST else min(self.latency_s, took_s)
+                        inside_s = latency_s + (0.0 if which == BEST else near_s * of.near_then)
+                        between_s = latency_s + (took_s - latency_s) * of.far_then[which] / of.far
+                        ratios[list(members)] = (between_s + inside_s) / took_s
+            gains.append(Cost.of(self._gained(self.transfer_s * ratios)))
+        words = f"two levels: rows once to each of {len(set(self.graph.hosts))} hosts, from there to its ranks"
+        price = "packs and sums rows a second time, which is not in the gain"
         return Advice(words, price, Cost(gains[EXPECTED].seconds, gains[WORST].low_s, gains[BEST].high_s))
 
     def best_plan(self, layers: Sequence[LayerPass], fixed_s: Mapping[Key, Sequence[float]]) -> OverlapPlan:

@@ -6,8 +6,7 @@ from typing import Literal, Protocol
 from tritonmoe.doctor.advice import Advice
 from tritonmoe.doctor.attribution import Verdict
 from tritonmoe.doctor.lanes import DOING, Piece, Shown
-from tritonmoe.doctor.recorded_run import RecordedRun
-from tritonmoe.doctor.verdict import AnyRun, about, headline, remarks, step_words
+from tritonmoe.doctor.verdict import AnyRun, about, headline, recording_of, remarks, step_words
 from tritonmoe.doctor.words import FindingWords, count_words, words_of
 from tritonmoe.report.charts import Bars, Heat, Segment, Strip, Strips, ticks
 from tritonmoe.report.figures import Cell, Figures, Line, Table, Words
@@ -61,7 +60,7 @@ class RunPart:
         self.run, self.found, self.advice, self.shown = run, found, advice, shown
         self.figures, self.key = figures, key
         self.timelines: dict[str, list[Timeline]] = {}
-        self.words = [words_of(one, found, isinstance(run, RecordedRun)) for one in found.findings]
+        self.words = [words_of(one, found, recording_of(run)) for one in found.findings]
         size = len(found.graph.ranks)
         at_fault = [index for one in found.findings for index in one.culprits.ranks]
         waited_for = sorted(range(size), key=lambda rank: -sum(of[rank] for of in shown.waits_s))

@@ -11,10 +11,10 @@ class _PlainData(pickle.Unpickler):
     """Builds numbers, texts, lists, tuples, sets and dicts."""
 
     def find_class(self, module: str, name: str) -> NoReturn:
-        raise ValueError(f"it names {module[:60]}.{name[:60]}, which is no plain data")
+        raise ValueError(f"it names {module[:60]}.{name[:60]}, and only plain data is read")
 
     def persistent_load(self, pid: object) -> NoReturn:
-        raise ValueError("it refers to something outside itself")
+        raise ValueError("the pickle refers to an object outside of the file, and only plain data is read")
 
 
 def read_plain_pickle(content: bytes) -> object:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tritonmoe.doctor.links import SMALLEST_RATIO
+from tritonmoe.doctor.link_fit import SMALLEST_RATIO
 from tritonmoe.simulation.cost_model import fit_line
 from tritonmoe.transports import Transport
 

@@ -69,6 +69,7 @@ class Programs:
                         part.num_bytes,
                         part.element_bytes,
                         self._linked_s(index, part, end_s - since),
+                        sum(part.received) // part.rows if part.received and part.rows else 0,
                     )
                 )
         waits = self._waits(keys)

@@ -10,10 +10,13 @@ from tritonmoe.doctor.chrome_timeline import is_timeline, read_timeline
 from tritonmoe.doctor.exchange_names import as_run
 from tritonmoe.doctor.flight_recorder import is_flight_record, read_flight_record
 from tritonmoe.doctor.graph import Graph
+from tritonmoe.doctor.hosts import FEW_FOR_NODES, unknown_of_nodes
 from tritonmoe.doctor.inspector import is_inspector_line, name_ranks, read_inspector
 from tritonmoe.doctor.inspector_clock import on_one_clock
 from tritonmoe.doctor.joining import joined
-from tritonmoe.doctor.kineto import KinetoReader
+from tritonmoe.doctor.kineto import rank_trace
+from tritonmoe.doctor.kineto_events import KinetoEvents
+from tritonmoe.doctor.pair_batches import as_all_to_alls
 from tritonmoe.doctor.plain_pickle import read_plain_pickle
 from tritonmoe.doctor.step_marks import mark_steps
 from tritonmoe.doctor.trace import RankTrace
@@ -40,15 +43,16 @@ class ForeignRun:
     is_timeline: bool = False
 
 
-def read_traces(path: Path) -> ForeignRun:
+def read_traces(path: Path, ranks_per_node: int | None = None) -> ForeignRun:
     """Read a trace, or a folder of them.
 
+    ranks_per_node: so many neighbours share a host; None: as the files tell.
     Raises:
         ValueError: a file is damaged, files contradict each other, or there is no trace; the message says which and
             why. OSError: a file can't be read.
     """
     with _no_collections():
-        return _read_traces(path)
+        return _read_traces(path, ranks_per_node)
 
 
 @contextmanager
@@ -63,7 +67,7 @@ def _no_collections() -> Iterator[None]:
             gc.enable()
 
 
-def _read_traces(path: Path) -> ForeignRun:
+def _read_traces(path: Path, ranks_per_node: int | None) -> ForeignRun:
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
     if not files:
         raise ValueError(f"{path} has no files in it")
@@ -76,7 +80,7 @@ def _read_traces(path: Path) -> ForeignRun:
     timelines = [one for one in read if isinstance(one, tuple)]
     if timelines:
         if len(read) > 1:
-            raise ValueError(f"{path} has a pipeline's timeline beside other traces: give one run at a time")
+            raise ValueError(f"{path} has a pipeline's timeline and other traces: give the files of one run at a time")
         graph, own = timelines[0]
         return ForeignRun(path, graph, {"pipeline timeline": 1}, "timeline", [*own, *limits], True)
     traces = [one for one in read if isinstance(one, RankTrace)]
@@ -91,11 +95,15 @@ def _read_traces(path: Path) -> ForeignRun:
     unmarked = [trace for trace in traces if not trace.steps]
     if unmarked and len(unmarked) < len(traces):
         missing = ", ".join(str(trace.rank) for trace in unmarked[:5])
-        raise ValueError(f"{path}: of rank {missing} there is only a record of exchanges, of others a whole trace")
+        raise ValueError(
+            f"{path}: rank {missing} has only a record of exchanges, and other ranks have whole traces: give files of "
+            "one kind for all ranks"
+        )
     if unmarked:
         on_one_clock(traces)
         mark_steps(traces, limits)
-    graph, own = joined(traces)
+    as_all_to_alls(traces, limits)
+    graph, own = joined(traces, ranks_per_node)
     return ForeignRun(path, graph, kinds, traces[0].lanes, [*own, *_unknown(graph), *limits])
 
 
@@ -110,6 +118,9 @@ def _unknown(graph: Graph) -> Iterator[str]:
             "the splits of all-to-alls are not in the files: a rank that gets more rows can't be told from a slow one, "
             "and what chunks or narrower rows would gain is not known (on a CPU they need record_shapes=True)"
         )
+    whole = [member for member in rows if member.sent and len(graph.exchanges[member.exchange]) == len(member.sent)]
+    if any(len(graph.exchanges[member.exchange]) >= FEW_FOR_NODES for member in whole):
+        yield from unknown_of_nodes(graph)
 
 
 def _shortened(others: Sequence[str]) -> str:
@@ -155,25 +166,25 @@ def _read_pickle(path: Path) -> _Read:
 
 
 def _read_json(path: Path) -> _Read:
-    reader = KinetoReader(path)
+    of_trace = KinetoEvents(path)
     events: list[object] | None = None
     pieces = JsonPieces(path, "traceEvents")
-    pieces.scan = reader.scan
+    pieces.scan = of_trace.scan
     for key, value in pieces:
         if key == "traceEvents":
-            if events is None and reader.num_events == 0 and is_timeline(value):
+            if events is None and of_trace.num_events == 0 and is_timeline(value):
                 events = []
             if events is not None:
                 events.append(value)
                 continue
-        reader.take(key, value)
+        of_trace.take(key, value)
     if events is not None:
         return read_timeline(path, events)
-    if is_flight_record(reader.top):
-        return read_flight_record(path, reader.top)
-    if reader.num_events == 0 and "traceEvents" not in reader.top and not _has_events(path):
+    if is_flight_record(of_trace.top):
+        return read_flight_record(path, of_trace.top)
+    if of_trace.num_events == 0 and "traceEvents" not in of_trace.top and not _has_events(path):
         return f"{path} is JSON, but no trace"
-    return reader.finish()
+    return rank_trace(of_trace)
 
 
 def _has_events(path: Path) -> bool:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tritonmoe.doctor.recorded_steps import PlacedPass
-from tritonmoe.doctor.usual import LEAST_S, far_out
+from tritonmoe.doctor.samples import LEAST_S, far_out
 
 __all__ = ["Between", "between_of"]
 

@@ -13,7 +13,8 @@ from tritonmoe.doctor.graph import Graph
 from tritonmoe.doctor.messages import Reach
 from tritonmoe.doctor.recorded_graph import RecordedGraph
 from tritonmoe.doctor.recorded_links import LinkFault, linked_of
-from tritonmoe.doctor.usual import Usual, slope
+from tritonmoe.doctor.samples import slope
+from tritonmoe.doctor.usual import Usual
 
 __all__ = ["Known", "known_of"]
 

@@ -18,7 +18,7 @@ from tritonmoe.doctor.costs import Costs
 from tritonmoe.doctor.messages import Messages, Reach, find_messages, reaches
 from tritonmoe.doctor.recorded_graph import RecordedGraph
 from tritonmoe.doctor.recorded_steps import events_of
-from tritonmoe.doctor.usual import LEAST_S
+from tritonmoe.doctor.samples import LEAST_S
 from tritonmoe.overlap.steps import StepKind
 
 __all__ = ["LinkFault", "Linked", "linked_of"]

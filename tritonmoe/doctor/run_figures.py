@@ -8,7 +8,8 @@ import torch
 
 from tritonmoe.diagnosis.call_recording import RecordedCall, RecordedPass
 from tritonmoe.diagnosis.pass_steps import arrivals_of, places_of, times_of
-from tritonmoe.doctor.conditions import PassesBefore, conditions_of, measured_s, passes_before, walk
+from tritonmoe.doctor.conditions import conditions_of, walk
+from tritonmoe.doctor.entries import PassesBefore, measured_s, passes_before
 from tritonmoe.doctor.messages import members
 from tritonmoe.doctor.recorded_run import RecordedRun
 from tritonmoe.report.timeline import PassTimeline, Timeline, simulated_timeline, spans_of

@@ -57,6 +57,9 @@ class RankTrace:
     lanes: str
     """gpu, cpu, or none: what is known of the computing."""
     host: str = ""
+    """Empty where the file doesn't tell."""
+    routed: tuple[int, int] | None = None
+    """How many tokens a router of this rank had at most, and how many experts it gave each."""
     busy_start_s: array = field(default_factory=lambda: array("d"))
     busy_end_s: array = field(default_factory=lambda: array("d"))
     """When the computing lane was busy: intervals in order that don't overlap."""

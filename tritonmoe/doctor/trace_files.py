@@ -7,7 +7,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn, TypeAlias
+from typing import NoReturn, TypeAlias
 
 from tritonmoe.runtime.files import check_regular
 
@@ -18,7 +18,7 @@ MAX_VALUE = 256 << 20
 """No value of a trace, beside the list of its events, has more characters."""
 GZIP = b"\x1f\x8b"
 BLANK = re.compile(r"[\s]*")
-Member: TypeAlias = tuple[str, Any]
+Member: TypeAlias = tuple[str, object]
 """A key of an object of JSON, and what stands there."""
 NEXT = re.compile(r"\s*,\s*(?=\S)")
 

@@ -16,6 +16,8 @@ from tritonmoe.doctor.tables import Tables, indices
 
 __all__ = ["UniformWalk", "Walked", "uniform_walk"]
 
+MOST_TIMES = 1 << 25
+"""So many numbers at most are given to one walk: of large graphs fewer sets of times are walked together."""
 ITEMS_AT_ONCE = 4096
 """The times of so many items are laid out together."""
 
@@ -64,6 +66,11 @@ class UniformWalk:
         """
         self.graph, self.items, self.exchanges, self.members = graph, items, exchanges, members
         self.run_order, self.run_place = runs
+
+    @property
+    def num_at_once(self) -> int:
+        """How many sets of times are walked together."""
+        return max(1, MOST_TIMES // (len(self.graph.tables.run_rank) + len(self.graph.tables.member_rank) + 1))
 
     def walk(self, run_s: Tensor, transfer_s: Tensor, has_moments: bool) -> Walked:
         """Walk with B sets of times, (B, N) and (B, M)."""

@@ -8,30 +8,16 @@ with the rows that a rank got, and exchanges that grow with their bytes, are com
 the rows themselves cost is imbalance.
 """
 
-import statistics
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from tritonmoe.doctor.graph import Graph
-from tritonmoe.doctor.pattern import grows
+from tritonmoe.doctor.samples import Samples, by_step, middle
 
-__all__ = ["LEAST_S", "Usual", "far_out", "level", "middle", "slope", "usual_of"]
+__all__ = ["Usual", "usual_of"]
 
-JUMP = 1.12
-"""Ranks whose medians are further apart than that, and than their noise, are two groups."""
-LEAST_FAST = 0.25
-"""Such a part of the ranks must be fast for it to be known that it can be done."""
-LEAST_VARIED = 0.03
-"""Rows that differ by a smaller part of their mean say nothing of what a row costs."""
-CERTAIN = 3.0
-"""A rank's median is another one if it is so many times its own uncertainty away."""
-FAR_OUT = 4.5
-"""One operation is out of the noise if it is so many standard deviations away."""
-MOST_SKEW = 3.0
-"""So much wider than below its median may noise be above it."""
 UNLIKE_BYTES = 0.5
 """Ranks' bytes differ by so many times their mean where one rank is much fuller than others."""
 HOT = 1.5
@@ -39,8 +25,6 @@ HOT = 1.5
 COMMON = 2.5
 """What scatters over all ranks and steps is no fault; a rank has one in a step with so many times as much of it."""
 LEAST_BYTE_S = 1e-18
-LEAST_S = 20e-6
-"""Differences below that are those of clocks."""
 
 
 @dataclass
@@ -61,65 +45,6 @@ class Usual:
     """What is usual, without noise."""
     level_idle_s: Tensor
     level_transfer_s: Tensor
-
-
-def middle(table: Tensor) -> Tensor:
-    """Return the median of each row of (G, L), of which NaN are no values; of an even number the mean of both."""
-    ordered = table.sort(1).values  # NaN last
-    counts = (~table.isnan()).sum(1)
-    low, high = (((counts - 1 + more) // 2).clamp(min=0) for more in (0, 1))
-    return (ordered.gather(1, low[:, None])[:, 0] + ordered.gather(1, high[:, None])[:, 0]) / 2
-
-
-def level(medians: Sequence[float], noise: float = 0.0) -> float:
-    """Return what is usual of ranks' medians: their median, or that of the faster group's where there are two."""
-    ordered = sorted(medians)
-    best, cut = 1.0, 0
-    for place in range(1, len(ordered)):
-        low, high = ordered[place - 1], ordered[place]
-        if place < LEAST_FAST * len(ordered) or high - low <= CERTAIN * noise:
-            continue
-        jump = high / low if low > 0 else float("inf")
-        if jump > max(JUMP, best):
-            best, cut = jump, place
-    return statistics.median(ordered[:cut] if cut else ordered)
-
-
-def _rows_of(groups: Tensor, values: Tensor) -> Tensor:
-    """Put values (n,) of groups into (G, L), a row for each group that there is, in their order; NaN where it ends."""
-    kept, number, counts = groups.unique(return_inverse=True, return_counts=True)
-    order = number.argsort(stable=True)
-    place = torch.arange(len(order)) - (counts.cumsum(0) - counts)[number[order]]
-    table = torch.full((len(kept), int(counts.max())), torch.nan, dtype=torch.float64, device="cpu")
-    table[number[order], place] = values[order]
-    return table
-
-
-def slope(rank: Tensor, step: Tensor, size: Tensor, value: Tensor) -> float:
-    """Return how much values (n,) grow with their sizes: the median of pairs, by their distance.
-
-    Pairs are of one rank in two steps, or of two ranks in one step.
-    """
-    largest = float((value / size).nan_to_num(posinf=0.0, neginf=0.0).clamp(min=0).max()) if len(size) else 0.0
-    found, weights = [], []
-    for groups in (rank, step):
-        sizes, values = _rows_of(groups, size), _rows_of(groups, value)
-        by_value = values.argsort(dim=1, stable=True)
-        order = by_value.gather(1, sizes.gather(1, by_value).argsort(dim=1, stable=True))
-        sizes, values = sizes.gather(1, order), values.gather(1, order)
-        counts = (~sizes.isnan()).sum(1, keepdim=True)
-        first = torch.arange(sizes.shape[1])[None].expand_as(sizes)
-        last = (counts - 1 - first).clamp(min=0)
-        distance, height = sizes.gather(1, last) - sizes, values.gather(1, last) - values
-        counts_here = (distance > 0) & (first < last)
-        found.append((height / distance)[counts_here])
-        weights.append(distance[counts_here])
-    slopes, distances = torch.cat(found), torch.cat(weights)
-    if not len(slopes):
-        return 0.0
-    ordered, order = slopes.sort()
-    reached = distances[order].cumsum(0)
-    return min(max(0.0, float(ordered[int((reached >= reached[-1] / 2).to(torch.int8).argmax())])), largest)
 
 
 def usual_of(graph: Graph, linked_s: Tensor | None = None) -> Usual:
@@ -151,7 +76,7 @@ def usual_of(graph: Graph, linked_s: Tensor | None = None) -> Usual:
         rank, step, sizes = tables.member_rank[own], tables.member_step[own], tables.num_bytes[own]
         fair = _fair_bytes(tables.bytes_out[own], tables.bytes_in[own], sizes, step, num_steps)
         times = found.transfer_s[own]
-        fullest, longest = (_by_step(step, values, "amax", num_steps) for values in (sizes, times))
+        fullest, longest = (by_step(step, values, "amax", num_steps) for values in (sizes, times))
         unit_s, are_hot, counts = None, fullest > HOT * fair, torch.ones_like(rank, dtype=torch.bool)
         has_hot = bool(are_hot.any())
         if has_hot:
@@ -169,7 +94,7 @@ def usual_of(graph: Graph, linked_s: Tensor | None = None) -> Usual:
             unit_s = max(0.0, float(middle(bound[None])[0])) if len(bound) else None
         if not can_last and not has_hot:
             counts, times = times == longest[step], longest[step]
-        samples = _Samples(rank, step, sizes, times, num_steps, fair, unit_s, can_last)
+        samples = Samples(rank, step, sizes, times, num_steps, fair, unit_s, can_last)
         found.transfer_s[own] -= torch.where(counts, samples.excess, 0.0)
         scattered[own] = torch.where(counts, samples.scattered, 0.0)
         found.of_bytes_s[own] = samples.of_size
@@ -201,7 +126,7 @@ def _usual_of_runs(graph: Graph, found: Usual) -> None:
             if not bool(measured[own].any()):
                 continue
             whole = torch.zeros(len(counts), dtype=torch.float64, device="cpu").index_add(0, number, measured[own])
-            samples = _Samples(rank, step, sizes if of_rows is not None else 0 * sizes, whole, num_steps)
+            samples = Samples(rank, step, sizes if of_rows is not None else 0 * sizes, whole, num_steps)
             part = torch.where(whole[number] > 0, measured[own] / whole[number], 1 / counts[number])
             usual[own] -= part * samples.excess[number]
             scattered[own] = part * samples.scattered[number]
@@ -220,105 +145,18 @@ def _common(scattered: Tensor, rank: Tensor, step: Tensor, graph: Graph) -> Tens
     return torch.where(sums[place] <= most, scattered, 0.0)
 
 
-class _Samples:
-    """The times of all operations of one key: what each takes too long, and what its size makes of it."""
-
-    def __init__(
-        self,
-        rank: Tensor,
-        step: Tensor,
-        sizes: Tensor,
-        times: Tensor,
-        num_steps: int,
-        fair: Tensor | None = None,
-        unit_s: float | None = None,
-        can_last: bool = True,
-    ) -> None:
-        """fair: the size that every rank would have in a step if all had the same; None: the mean of ranks.
-
-        unit_s: what one more of a size costs; None: found by comparison. can_last: whether a rank that always takes
-        longer than others is at fault.
-        """
-        if fair is None:
-            fair = _by_step(step, sizes, "mean", num_steps)
-        mean = float(sizes.mean())
-        if unit_s is not None:
-            mean = float(fair[step].mean())
-        elif mean > 0 and float(sizes.max() - sizes.min()) > LEAST_VARIED * mean:
-            unit_s = slope(rank, step, sizes, times)
-        else:
-            unit_s = 0.0
-        self.of_size = unit_s * (sizes - fair[step])
-        """Seconds that each takes more than at the mean size of its step."""
-        rest = times - unit_s * (sizes - mean)
-        table = _rows_of(rank, rest)
-        medians = table.nanmedian(1).values
-        noise = float(middle(1.4826 * middle((table - middle(table)[:, None]).abs())[None])[0])
-        count = len(rest) / len(medians)
-        uncertain = max(LEAST_S, noise * 1.25 / count**0.5, _uncertainty(table)) if count > 1 else LEAST_S
-        usual = level(medians.tolist(), uncertain)
-        of_rank = rank.unique(return_inverse=True)[1]
-        residuals = rest - medians[of_rank]
-        far = max(FAR_OUT * _deviation(residuals), LEAST_S)
-        if len(medians) == 1 and grows(rest.tolist(), JUMP):  # no other rank tells what is usual: its first steps do
-            usual = float(rest[: len(rest) // 3].min())
-            medians, residuals, far = medians.new_full((1,), usual), rest - usual, LEAST_S
-        is_certain = can_last & ((medians - usual).abs() > CERTAIN * uncertain)
-        lasting = torch.where(is_certain, medians - usual, 0.0)[of_rank]
-        # What takes far less than its rank's others takes what is usual: nothing is wrong with it.
-        less = torch.maximum(lasting + residuals, lasting.clamp(max=0))
-        self.excess = torch.where(residuals > far, lasting + residuals, torch.where(residuals < -far, less, lasting))
-        """Seconds above (or below) what is usual, without noise."""
-        self.scattered = torch.where(residuals > far, residuals, 0.0)
-        """What of that is not there in most steps."""
-        self.levels = (usual + unit_s * (fair[step] - mean) + self.of_size).clamp(min=0)
-
-
-def _uncertainty(table: Tensor) -> float:
-    """Return how far medians of the rows of (G, L) may be off, in the middle of all rows; NaN are no values.
-
-    Where values are now of one kind and now of another, as if drawn, medians are too: the values beside them tell.
-    """
-    ordered, counts = table.sort(1).values, (~table.isnan()).sum(1)
-    low, high = ((counts - 1) / 2 + side * counts.sqrt() / 2 for side in (-1, 1))
-    last = (counts - 1).clamp(min=0)
-    low, high = (of.round().to(torch.int64).clamp(min=0).minimum(last) for of in (low, high))
-    widths = ordered.gather(1, high[:, None]) - ordered.gather(1, low[:, None])
-    return float(middle(widths.T / 2)[0])
-
-
-def _by_step(step: Tensor, values: Tensor, what: str, num_steps: int) -> Tensor:
-    """Return the mean, or the largest (amax) or smallest (amin), of all ranks' values in each step (S,); else NaN."""
-    found = torch.full((num_steps,), torch.nan, dtype=torch.float64, device="cpu")
-    return found.scatter_reduce(0, step, values, what, include_self=False)
-
-
 def _is_of_the_fullest(step: Tensor, sizes: Tensor, times: Tensor, num_steps: int) -> bool:
     """Say whether an exchange takes about equally long on all ranks though their bytes differ: as the fullest needs."""
     unlike = []
     for values in (sizes, times):
-        most, least, mean = (_by_step(step, values, what, num_steps) for what in ("amax", "amin", "mean"))
+        most, least, mean = (by_step(step, values, what, num_steps) for what in ("amax", "amin", "mean"))
         apart = torch.where(mean > 0, (most - least) / mean, 0.0)[~mean.isnan()]
         unlike.append(float(middle(apart[None])[0]))
     return unlike[0] > UNLIKE_BYTES and unlike[1] < unlike[0] / 2
 
 
-def _deviation(residuals: Tensor) -> float:
-    """Return the standard deviation of noise, of which up to a third of all values above is none."""
-    ordered = residuals.sort().values
-    quarter, half, above = (float(ordered[int((len(ordered) - 1) * part)]) for part in (0.25, 0.5, 0.65))
-    below_s, above_s = (half - quarter) / 0.674, (above - half) / 0.385
-    return max(below_s, min(above_s, MOST_SKEW * below_s))
-
-
-def far_out(values: Tensor) -> Tensor:
-    """Return by how much values (n,) are above the middle one where that is more than noise, else 0."""
-    more = values - values.nanmedian()
-    return torch.where(more > max(FAR_OUT * _deviation(more), LEAST_S), more, 0.0)
-
-
 def _fair_bytes(bytes_out: Tensor, bytes_in: Tensor, sizes: Tensor, step: Tensor, num_steps: int) -> Tensor:
     """Return the bytes that each rank would have in an exchange of each step if all sent and got the same."""
-    out, into = (_by_step(step, way, "mean", num_steps) for way in (bytes_out, bytes_in))  # NaN where one is not known
+    out, into = (by_step(step, way, "mean", num_steps) for way in (bytes_out, bytes_in))  # NaN where one is not known
     whole = torch.maximum(out, into)
-    return torch.where(whole.isnan(), _by_step(step, sizes, "mean", num_steps), whole)
+    return torch.where(whole.isnan(), by_step(step, sizes, "mean", num_steps), whole)

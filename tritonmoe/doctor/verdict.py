@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import TypeAlias
 
+from tritonmoe.diagnosis.call_recording import Recording
 from tritonmoe.doctor.advice import Advice
 from tritonmoe.doctor.attribution import Cost, Finding, Verdict
 from tritonmoe.doctor.lanes import Shown, shown_of
@@ -12,14 +13,21 @@ from tritonmoe.doctor.slowdown import slowdown_of
 from tritonmoe.doctor.words import cost_words, count_words, share_words, time_words, words_of
 from tritonmoe.runtime.files import Json
 
-__all__ = ["AnyRun", "about", "as_json", "as_text", "headline", "remarks", "step_words"]
+__all__ = ["AnyRun", "about", "as_json", "as_text", "headline", "recording_of", "remarks", "step_words"]
 
 AnyRun: TypeAlias = ForeignRun | RecordedRun
 MOST_LIMITS = 4
 MOST_ADVICE = 4
 DECIMALS = 7
+MUCH_NOISE = 0.15
+"""A run is noisy where differences without a pattern cost so large a share of a step."""
 MUCH_HOST = 0.3
 """A step of which the host has so large a share is spoken of."""
+
+
+def recording_of(run: AnyRun) -> Recording | None:
+    """Return the recording that a run was read from; None of traces."""
+    return run.recording if isinstance(run, RecordedRun) else None
 
 
 def as_text(run: AnyRun, found: Verdict, advice: Sequence[Advice] = ()) -> str:
@@ -32,7 +40,7 @@ def as_text(run: AnyRun, found: Verdict, advice: Sequence[Advice] = ()) -> str:
     lines.append(step_words(found))
     lines += headline(found)
     for number, one in enumerate(found.findings, 1):
-        words = words_of(one, found, isinstance(run, RecordedRun))
+        words = words_of(one, found, recording_of(run))
         lines.append(f"{number}. {one.kind.upper()}: {words.sentence}")
         lines.append(f"   costs {cost_words(one.cost, found)}. To do: {words.to_do}")
     if len(found.findings) > 1:
@@ -103,6 +111,11 @@ def remarks(run: AnyRun, found: Verdict) -> list[str]:
         f"differences without a pattern cost {share_words(found.noise_s, found)} of a step; exchanges under way that "
         f"nothing hides take {share_words(found.exposed_s, found)}"
     )
+    if found.noise_s > MUCH_NOISE * found.replayed_s:
+        lines.append(
+            "so much comes and goes that it may hide a rank or link that costs less, or make all ranks seem at fault: "
+            "record again while nothing else runs on these machines"
+        )
     if isinstance(run, RecordedRun):
         lines.append(
             f"a step is the sum of its calls here; with all that lies between them it takes "
@@ -164,7 +177,7 @@ def as_json(run: AnyRun, found: Verdict, advice: Sequence[Advice] = (), shown: S
 
 
 def _plain_finding(finding: Finding, run: AnyRun, found: Verdict) -> Json:
-    culprits = finding.culprits
+    culprits, words = finding.culprits, words_of(finding, found, recording_of(run))
     return {
         "kind": finding.kind,
         "ranks": [found.graph.ranks[index] for index in culprits.ranks],
@@ -177,8 +190,8 @@ def _plain_finding(finding: Finding, run: AnyRun, found: Verdict) -> Json:
         "when": finding.when.when,
         "period": finding.when.period or None,
         "is_hidden": finding.is_hidden,
-        "words": words_of(finding, found).sentence,
-        "to_do": words_of(finding, found, isinstance(run, RecordedRun)).to_do,
+        "words": words.sentence,
+        "to_do": words.to_do,
         **_plain(finding.cost, found),
     }
 

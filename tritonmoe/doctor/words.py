@@ -1,16 +1,19 @@
 """A finding in words: what is wrong, who it is, where, when, and what to do about it; numbers as a reader sees them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from tritonmoe.diagnosis.call_recording import Recording
 from tritonmoe.doctor.attribution import Cost, Finding, Verdict
 from tritonmoe.doctor.culprits import phase_of
-from tritonmoe.doctor.graph import Key
+from tritonmoe.doctor.graph import Graph, Key
 
 __all__ = ["FindingWords", "cost_words", "count_words", "share_words", "time_words", "words_of"]
 
 MOST_FACTOR = 50.0
 """Beyond that what is usual is next to nothing, and how many times as much it is says nothing."""
 LEAST_FACTOR = 1.05
+OF_LONG_BATCHES = "where a rank has more tokens than the others, batches of one length"
 TO_DO = {
     "slow rank": "look at its clocks, its temperature and what else runs there; else leave the machine out",
     "late rank": "look at what it does outside of operations: data loading, logging, checkpoints, garbage collection",
@@ -23,14 +26,9 @@ TO_DO = {
     "host overhead": "a faster host, fewer threads beside it; look at what runs between the layer's steps",
     "exchange contention": "leave exchanges cores of their own",
     "pause": "look at what all ranks do at once between calls: checkpoints, evaluation, logging",
-    "imbalance": "balance the router (its auxiliary loss or bias: on where it is off, else higher), or spread hot "
-    "experts over ranks; where a rank has more tokens than the others, batches of one length",
+    "imbalance": "balance the router (its auxiliary loss or bias, which the files don't have: on where it is off, else "
+    f"higher), or spread hot experts over ranks; {OF_LONG_BATCHES}",
 }
-OF_THIS_PACKAGE = {
-    "imbalance": "load_balance_loss_weight where it is 0, else a higher one; tritonmoe.rebalance, which moves experts; "
-    "where a rank has more tokens than the others, batches of one length",
-}
-"""What else is to be done where the layers are this package's."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +50,8 @@ class FindingWords:
         return f"{self.who} {self.what}{where}, {self.when}{self.hidden}"
 
 
-def words_of(one: Finding, found: Verdict, is_recording: bool = False) -> FindingWords:
-    """Say what a finding is; is_recording: the layers are this package's."""
+def words_of(one: Finding, found: Verdict, recording: Recording | None = None) -> FindingWords:
+    """Say what a finding is; recording: of this package's layers, where it is one."""
     graph, culprits = found.graph, one.culprits
     if culprits.links:
         ways = [f"from rank {graph.ranks[i]} to rank {graph.ranks[k]}" for i, k in culprits.links]
@@ -61,7 +59,7 @@ def words_of(one: Finding, found: Verdict, is_recording: bool = False) -> Findin
     elif culprits.moves:
         who = "another rank from step to step"
     elif culprits.ranks:
-        who = graph.named(culprits.ranks)
+        who = graph.named(culprits.ranks) + _host_words(graph, culprits.ranks)
     else:
         who = "all ranks" if len(graph.ranks) > 1 else "the rank"
     count = len(culprits.links) or len(culprits.ranks) or len(graph.ranks)
@@ -69,8 +67,39 @@ def words_of(one: Finding, found: Verdict, is_recording: bool = False) -> Findin
     where = [place_words(culprits.place)] if culprits.place else [f"in {culprits.phase}"] if culprits.phase else []
     where += [f"in layer {culprits.layer}"] if culprits.layer is not None else []
     hidden = "; hidden by the other causes: alone it gains little" if one.is_hidden else ""
-    to_do = (OF_THIS_PACKAGE if is_recording else {}).get(one.kind, TO_DO[one.kind])
+    to_do = TO_DO[one.kind]
+    if one.kind == "imbalance" and recording is not None:
+        balance = _balance_to_do(recording, culprits.layer)
+        to_do = f"{balance}; tritonmoe.rebalance, which moves experts; {OF_LONG_BATCHES}"
     return FindingWords(_what(one, several, len(graph.ranks)), who, ", ".join(where), str(one.when), to_do, hidden)
+
+
+def _host_words(graph: Graph, ranks: Sequence[int]) -> str:
+    """Say of which host these are all ranks; "" where they are not, or it has one."""
+    hosts = {graph.hosts[rank] for rank in ranks} if graph.hosts else set()
+    if len(hosts) != 1 or len(ranks) < 2 or graph.hosts.count(*hosts) != len(ranks):
+        return ""
+    return f", all of host {hosts.pop()},"
+
+
+def _balance_to_do(recording: Recording, layer: int | None) -> str:
+    """Say what is to be done about the balance of a layer's router; None: of all layers."""
+    weights = {
+        of.load_balance_loss_weight
+        for call in recording.calls
+        if call.layer == layer or layer is None or call.layer < 0
+        for of in call.ranks
+    }
+    known = sorted(weight for weight in weights if weight)
+    named = f"{known[0]:g}" if len(known) == 1 else f"{known[0]:g} to {known[-1]:g}" if known else ""
+    if None in weights:
+        beside = f" ({named} where it is recorded)" if known else ""
+        return f"how the router is balanced is not recorded{beside}: its auxiliary loss or bias, on or higher"
+    if not known:
+        return "load_balance_loss_weight is 0: set it, and add the layers' aux_loss to the loss; or set selection_bias"
+    if 0.0 in weights:
+        return f"load_balance_loss_weight is 0 in some layers: set it; else a higher one than {named}"
+    return f"a higher load_balance_loss_weight than {named}"
 
 
 def _what(one: Finding, several: bool, num_ranks: int) -> str:

@@ -204,7 +204,9 @@ def call_terms(call: CheckedCall, overlap: OverlapPlan, copies: str) -> CallTerm
     ranks = [0 if of is None else of.shape[1] for of in (weights.gate_up_a, weights.down_a)]
     given = tuple([name for name, tensor in zip(NAMES, call.tensors.flatten(), strict=False) if tensor is not None])
     gradients = "sum" if call.layer is None else call.layer.expert_gradients
-    experts = (*call.spec.experts.agreed, *_formats(weights))
+    experts = call.spec.experts.agreed
+    if weights.gate_up_scales is not None or weights.down_scales is not None:
+        experts = (*experts, *_formats(weights))
     return _call_terms(experts, placement, gradients, call.tensors.x.dtype, given, tuple(ranks), copies, overlap)
 
 

@@ -31,10 +31,11 @@ from tritonmoe.experts.tensors import CallTensors
 from tritonmoe.experts.weight_gradients import SharedWeightGrads
 from tritonmoe.grouping import Grouping
 from tritonmoe.overlap.copied_experts import BackwardWithCopies, ForwardWithCopies
-from tritonmoe.overlap.copy_exchanges import CopyExchanges, expert_bytes
+from tritonmoe.overlap.copy_exchanges import expert_bytes
 from tritonmoe.overlap.executor import Execution
 from tritonmoe.overlap.experts import ForwardExperts
 from tritonmoe.overlap.layer_pass import BackwardPass, ForwardPass
+from tritonmoe.overlap.relayed_copies import copy_exchanges
 from tritonmoe.overlap.report import CallMarks, LayerReport, PassReport
 from tritonmoe.overlap.row_exchanges import RowExchanges
 from tritonmoe.runtime.autograd import checkpointed_region, is_recomputing
@@ -133,7 +134,7 @@ class CallForward(_CallPass[Tensor]):
         make_experts = call.make_experts(partial(call.own_experts, self._tensors, keep_hidden))
         if call.copies is not None:
             weights = self._tensors.weights
-            copies = CopyExchanges(call.copies, call.transport, weights, call.plan.needs_weights)
+            copies = copy_exchanges(call.copies, call.transport, weights, call.plan.needs_weights)
             make_experts = partial(call.experts_with_copies, self._tensors, keep_hidden, copies)
         self._pass = ForwardPass(exchanges, make_experts, self._tensors, call.fillers, copies)
         call.fillers = ()  # what they hold is for autograd alone to keep
@@ -219,8 +220,8 @@ class CallBackward(_CallPass[CallTensors[Tensor | None]]):
         self._entered_at = time.perf_counter()
         if is_captured(dout.device) and not call.header.captured:
             raise ValueError(
-                "a CUDA graph captures the backward of an expert-parallel call whose forward it has not captured: a "
-                "replay would repeat that one call's exchanges; capture both, or neither"
+                "a CUDA graph captures the backward of an expert-parallel call, but not its forward: a replay would "
+                "repeat the exchanges of that one call. Capture both, or neither"
             )
         self._kept, self._dout, self._needs_weights = kept, dout, needs_weights
         self._state = state_of(call.all_ranks)  # not the forward's: the transport may have been rebuilt since
@@ -255,7 +256,7 @@ class CallBackward(_CallPass[CallTensors[Tensor | None]]):
     def _with_copies(self, copies: ExpertCopies) -> BackwardWithCopies:
         """Return what computes the backward of this rank's own experts and of its copies."""
         call, kept, saved = self.call, self._kept, self._saved
-        exchanges = CopyExchanges(copies, call.transport, saved.received.weights, kept.plan.needs_weights)
+        exchanges = copy_exchanges(copies, call.transport, saved.received.weights, kept.plan.needs_weights)
 
         def make_copies() -> BackwardRun:
             assert kept.copy_grouping is not None

@@ -115,7 +115,8 @@ def check(arguments: CallArguments) -> CheckedCall:
             num_slots = transport.size * spec.placement.num_slots
         if num_nonfinite_rows is None:
             num_nonfinite_rows = count_nonfinite_rows(tensors, num_slots)
-    state, weights = state_of(transport), tensors.weights
+    state, down, scales = state_of(transport), tensors.weights.down_proj, tensors.weights.down_scales
+    down_shape = tuple(down.shape) if scales is None else weight_shape(down, scales)
     return CheckedCall(
         spec=spec,
         transport=transport,
@@ -124,7 +125,7 @@ def check(arguments: CallArguments) -> CheckedCall:
         layer=layer,
         tensors=tensors,
         num_slots=num_slots,
-        intermediate_size=weight_shape(weights.down_proj, weights.down_scales)[2 - spec.experts.layout.transposed],
+        intermediate_size=down_shape[2 - spec.experts.layout.transposed],
         num_nonfinite_rows=num_nonfinite_rows,
         fillers=fillers,
         settings=settings,
@@ -153,8 +154,8 @@ def _checked_tensors(arguments: CallArguments) -> tuple[CallTensors[Tensor], Per
     is_added = arguments.in_graph is None and find_main_grads(given.weights) is not None
     if is_added and spec.placement is not None and spec.placement.has_replicas:
         raise ValueError(
-            "weights with a main_grad can't have replicas: what was added to a main_grad can't be summed over the "
-            "replicas any more. Use a placement without replicas, or leave main_grad to after the backward"
+            "weights with a main_grad can't have replicas: gradients that were added to a main_grad can't be summed "
+            "over the replicas any more. Use a placement without replicas, or leave main_grad to after the backward"
         )
     check_arguments(tensors, spec.experts.layout)
     check_expert_parallel(tensors.weights.gate_up_proj.shape[0], spec.num_experts, transport.size, spec.placement)
@@ -171,9 +172,9 @@ def count_nonfinite_rows(tensors: CallTensors[Tensor], num_slots: int) -> Tensor
 def check_fillers(fillers: Sequence[Callable[[], None]]) -> None:
     """Raise TypeError or ValueError unless these are at most two functions."""
     if not isinstance(fillers, Sequence) or not all(callable(filler) for filler in fillers):
-        raise TypeError(f"fillers must be a list of functions that take nothing, got {fillers!r}")
+        raise TypeError(f"fillers must be a list of functions without arguments, got {fillers!r}")
     if len(fillers) > MAX_FILLERS:
-        raise ValueError(f"there is room for {MAX_FILLERS} fillers in a call, got {len(fillers)}")
+        raise ValueError(f"a call takes at most {MAX_FILLERS} fillers, got {len(fillers)}")
 
 
 def check_dtype(dtype: torch.dtype, overlap: OverlapConfig | OverlapPlan) -> None:
@@ -187,8 +188,8 @@ def check_balance(spec: CallSpec) -> None:
     """Raise ValueError for experts that can't have copies for one call."""
     if not is_fused(spec.experts.activation):
         raise ValueError(
-            "balance copies the weights of experts, and a callable activation may have parameters or a state of its "
-            "own: name an activation that the kernels know (see moe_mlp), or leave OverlapConfig.balance out"
+            "balance copies only the weights of experts, and a callable activation may have parameters or a state of "
+            "its own: name an activation of the kernels (moe_mlp lists them), or leave OverlapConfig.balance out"
         )
     if spec.placement is not None and spec.placement.has_replicas:
         raise ValueError(

@@ -46,8 +46,9 @@ class NodeOrder:
         task = torch._C._current_graph_task_id()
         if task == self._task and number >= self._latest:
             raise RuntimeError(
-                "autograd runs the backward of two batches in another order than the reverse of the forward's, which "
-                "the other ranks follow: keep the layers, and what stands between them, on one device"
+                "autograd runs the backward of two batches in another order than the reverse of the forward, and the "
+                "other ranks follow the reverse of the forward: keep the layers, and all modules between them, on "
+                "one device"
             )
         self._task, self._latest = task, number
 

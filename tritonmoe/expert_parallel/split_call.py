@@ -190,13 +190,13 @@ def begin_half_call(half: Half, arguments: CallArguments) -> None:
         x = arguments.tensors.x
         if isinstance(x, Tensor) and is_captured(x.device):
             raise RuntimeError(
-                "a CUDA graph can't capture two batches: what it captures of one would be replayed with the other's "
-                "states. Call the model without two_batches under capture"
+                "a CUDA graph can't capture two batches, since it would replay one half's calls with the other "
+                "half's states. Call the model without two_batches under capture"
             )
         if _is_inside_reentrant_checkpoint():
             raise RuntimeError(
-                "reentrant activation checkpointing calls layers inside an autograd Function, which can't be left for "
-                "the other half of the batch: use torch.utils.checkpoint with use_reentrant=False"
+                "reentrant activation checkpointing calls layers inside an autograd Function, from which a half of "
+                "the batch can't hand over to the other half: use torch.utils.checkpoint with use_reentrant=False"
             )
     except Exception:
         refuse(arguments.transport)

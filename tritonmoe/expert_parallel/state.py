@@ -147,6 +147,8 @@ class LayerCalls(Handled):
         self.expert_gradients = expert_gradients
         """What becomes of its gradients: sums over the ranks stay ("sum"), or are divided by their number ("mean")."""
         self.last_report: LayerReport | None = None
+        self.load_balance_loss_weight: float | None = None
+        """That of the MoELayer whose experts these are; None where another router gives the tokens to them."""
         state.num_layers += 1
         state.layers.add(self)
 

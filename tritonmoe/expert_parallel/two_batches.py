@@ -49,15 +49,18 @@ def two_batches(function: Callable[[Part], Result], *halves: Part) -> tuple[Resu
         (first + second).backward()
     """
     if not 1 <= len(halves) <= 2:
-        raise ValueError(f"two_batches takes two halves of a batch, got {len(halves)}: a third would hide nothing more")
+        raise ValueError(
+            f"two_batches takes two halves of a batch, got {len(halves)}: while one half computes, the rows of the "
+            "other travel, so a third would hide nothing more"
+        )
     if len(halves) == 1:
         return (function(halves[0]),)
     if current_half() is not None:
         raise RuntimeError("two_batches was called inside half a batch: call it once, around the whole model")
     if is_recomputing():
         raise RuntimeError(
-            "two_batches can't run again in a backward, as activation checkpointing around it would have it: put the "
-            "checkpoints inside the function"
+            "activation checkpointing around two_batches would run it again in a backward, which it can't do: put "
+            "the checkpoints inside the function that two_batches calls"
         )
     if is_transformed():
         raise RuntimeError(NOT_EXPERT_PARALLEL)

@@ -81,8 +81,8 @@ def with_adapters(weights: PerWeight[Tensor], adapters: ExpertAdapters | None) -
             continue
         if adapters.dropout:
             raise ValueError(
-                f"{name}_b has a main_grad, which the gradient of {name}_b / (1 - dropout) can't be added to: leave "
-                f"main_grad to after the backward, or give dropout=0 instead of {adapters.dropout}"
+                f"{name}_b has a main_grad, and the gradient of {name}_b / (1 - dropout) can't be added to it: set "
+                f"main_grad after the backward, or give dropout=0 instead of {adapters.dropout}"
             )
         if scale != 1:
             raise ValueError(
@@ -126,9 +126,9 @@ def check_hands_over(name: str, wrapper: nn.Module) -> None:
     """Raise ValueError where this is PEFT's wrapper, which adds whole tensors, around spread experts called `name`."""
     if type(wrapper).__name__ == "ParamWrapper" and getattr(type(wrapper), HANDS_OVER, None) is None:
         raise ValueError(
-            f"PEFT adapts {name} itself (target_parameters), whose experts are spread over ranks, and would add to "
-            "them what is not: call tritonmoe.integrations.transformers.register() first, with which it hands over "
-            "factors instead"
+            f"PEFT adapts {name} itself (target_parameters), whose experts are spread over ranks, but PEFT adds "
+            "matrices of all experts to them: call tritonmoe.integrations.transformers.register() first, so that "
+            "PEFT passes factors instead"
         )
 
 

@@ -31,8 +31,8 @@ def check_tensors(inputs: CallTensors[Tensor]) -> None:
     """
     if torch.jit.is_tracing():
         raise RuntimeError(
-            "torch.jit.trace can't record experts: it would send the tokens of every later call where these ones go. "
-            "Use torch.export.export, or torch.compile (for ONNX torch.onnx.export with dynamo=True)"
+            "torch.jit.trace can't record experts: it would send the tokens of every later call to the experts of "
+            "these tokens. Use torch.export.export, or torch.compile (for ONNX torch.onnx.export with dynamo=True)"
         )
     for name, tensor in zip(NAMES, inputs.flatten(), strict=False):
         if tensor is None and name in OPTIONAL:
@@ -80,11 +80,12 @@ def _check_weights(x: Tensor, weights: PerWeight[Tensor], layout: ExpertLayout) 
             check_plain(name, weight)
         else:
             check_packed(name, weight, scales)
-    check_contents(weights)
+    if weights.gate_up_scales is not None or weights.down_scales is not None:
+        check_contents(weights)
     if w1.dim() != 3 or w2.dim() != 3:
         raise ValueError(f"gate_up_proj and down_proj must have 3 axes, got {tuple(w1.shape)} and {tuple(w2.shape)}")
     num_experts, model_width = w1.shape[0], x.shape[1]
-    up_shape = weight_shape(w1, weights.gate_up_scales)
+    up_shape = tuple(w1.shape) if weights.gate_up_scales is None else weight_shape(w1, weights.gate_up_scales)
     if num_experts < 1:
         raise ValueError(f"there must be at least one expert, got gate_up_proj {up_shape}")
     width = up_shape[2 if layout.transposed else 1]
@@ -104,24 +105,23 @@ def _check_weights(x: Tensor, weights: PerWeight[Tensor], layout: ExpertLayout) 
     ):
         if tensor is None:
             continue
-        shape = weight_shape(tensor, scales)
+        shape = tuple(tensor.shape) if scales is None else weight_shape(tensor, scales)
         if shape != want:
             form = axes if layout.gated else axes.replace("2F", "F")
             raise ValueError(
                 f"{name} must be {form} = {want} with D = {model_width} from x and transposed={layout.transposed}, "
                 f"gated={layout.gated}; got {shape}"
             )
-        if scales is None:
-            _check_dtype(name, tensor, x)
-        else:
+        if scales is None and tensor.dtype != x.dtype:
+            raise _other_dtype(name, tensor, x)
+        if scales is not None:
             _check_decoded(name, tensor, scales, x, inner)
     _check_factors("gate_up", x, weights.gate_up_a, weights.gate_up_b, (num_experts, width, model_width))
     _check_factors("down", x, weights.down_a, weights.down_b, (num_experts, model_width, inner))
 
 
-def _check_dtype(name: str, tensor: Tensor, x: Tensor) -> None:
-    if tensor.dtype != x.dtype:
-        raise TypeError(f"{name} is {tensor.dtype} and x is {x.dtype}: cast one to the other's dtype")
+def _other_dtype(name: str, tensor: Tensor, x: Tensor) -> TypeError:
+    return TypeError(f"{name} is {tensor.dtype} and x is {x.dtype}: cast one to the other's dtype")
 
 
 def _check_decoded(name: str, values: Tensor, scales: Tensor, x: Tensor, inner: int) -> None:
@@ -133,8 +133,9 @@ def _check_decoded(name: str, values: Tensor, scales: Tensor, x: Tensor, inner: 
         )
     if format_of(values, scales) == "fp8" and inner % FP8_BLOCK:
         raise ValueError(
-            f"F = {inner} is not a multiple of {FP8_BLOCK}, so that a block of {name} in fp8 has a part of the gate "
-            "and a part of the up half, whose scales no checkpoint has in one place: decode such weights to bf16"
+            f"F = {inner} is not a multiple of {FP8_BLOCK}, so one fp8 block of {name} would cover a part of the gate "
+            "half and a part of the up half, and checkpoints have no scale for such a block: decode these weights to "
+            "bf16"
         )
 
 
@@ -147,7 +148,8 @@ def _check_factors(
     num_experts, width, depth = sizes
     for factor in (f"{name}_a", factor_a), (f"{name}_b", factor_b):
         check_plain(*factor)
-        _check_dtype(*factor, x)
+        if factor[1].dtype != x.dtype:
+            raise _other_dtype(*factor, x)
     shapes = tuple(factor_a.shape), tuple(factor_b.shape)
     rank = factor_a.shape[1] if factor_a.dim() == 3 else 0
     if rank < 1 or shapes != ((num_experts, rank, depth), (num_experts, width, rank)):
@@ -197,9 +199,9 @@ def check_plain(name: str, weight: Tensor) -> None:
     kind = type(weight).__name__
     if not weight.is_floating_point() or weight.itemsize < 2 or hasattr(weight, "quant_state"):
         raise TypeError(
-            f"{name} is quantised ({kind} of {weight.dtype}): the experts take fp64, fp32, bf16 or fp16, and of packed "
-            "weights tritonmoe.QuantizedWeight, which is told where the scales are. Make one of its tensors, leave the "
-            "experts out of the quantisation, or pass a dequantised weight"
+            f"{name} is quantised ({kind} of {weight.dtype}): the experts take fp64, fp32, bf16 or fp16, or a "
+            "tritonmoe.QuantizedWeight, which holds packed values and their scales. Make a QuantizedWeight of these "
+            "tensors, leave the experts out of the quantisation, or pass a dequantised weight"
         )
     if type(weight) not in (Tensor, nn.Parameter) and is_traceable_wrapper_subclass(weight):
         raise TypeError(

@@ -62,7 +62,7 @@ def check_loaded(module: nn.Module, state_dict: MutableMapping[str, object], pre
         if parameter is None or (value.dtype != parameter.dtype and torch.uint8 in (value.dtype, parameter.dtype)):
             here = "not there" if parameter is None else f"{parameter.dtype}"
             raise ValueError(
-                f"{prefix}{name} of the state dict is {value.dtype}, and {here} in this layer: make the layer with the "
-                "MoEConfig.weight_format of the one that was saved. To pack plain weights, load them into a layer "
+                f"{prefix}{name} of the state dict is {value.dtype}, and {here} in this layer: make the layer with "
+                "the same MoEConfig.weight_format as the saved layer. To pack plain weights, load them into a layer "
                 "without a format, and call quantize_experts() on it"
             )

@@ -75,7 +75,8 @@ class QuantizedWeight:
             values = values.flatten(2)
         if not shape and values.dim() != 3:
             raise ValueError(
-                f"the values {tuple(values.shape)} don't say which shape (E, A, B) their weight has: give it as `shape`"
+                f"the values {tuple(values.shape)} don't determine the shape (E, A, B) of their weight: give it as "
+                "the argument `shape`"
             )
         shape = shape or weight_shape(values, scales)
         stored = (*shape[:2], shape[2] // values_per_element(values)) if len(shape) == 3 else ()
@@ -159,8 +160,8 @@ def check_packed(name: str, values: Tensor, scales: Tensor) -> None:
     weight_format = format_of(values, scales)
     if values.requires_grad or scales.requires_grad:
         raise ValueError(
-            f"{name} is packed ({weight_format}) and asks for a gradient, which values of 4 or 8 bits can't take: "
-            "freeze it (requires_grad_(False)) and train adapters, or pass a decoded weight"
+            f"{name} is packed ({weight_format}) and asks for a gradient, which values of 4 or 8 bits can't have: "
+            "freeze the weight (requires_grad_(False)) and train adapters, or pass a decoded weight"
         )
     if values.dim() != 3:
         raise ValueError(f"the values of {name} must have 3 axes, got {tuple(values.shape)}")

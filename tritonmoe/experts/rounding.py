@@ -32,7 +32,10 @@ def check_packable(weight: Tensor) -> None:
     for expert in weight.detach():
         largest = float(expert.abs().max())
         if not largest <= limit:
-            raise ValueError(f"a weight whose largest magnitude is {largest} can't be packed")
+            raise ValueError(
+                f"a weight whose largest magnitude is {largest} can't be packed: look for NaN, infinity or an "
+                "overflow in the weight"
+            )
 
 
 @torch.no_grad()

@@ -36,9 +36,9 @@ class TritonMoEPlugin(BasePlugin):
             asked.append(f"expert_parallel_size: {cfg.expert_parallel_size}")
         if asked:
             raise ValueError(
-                f"the configuration asks for {', '.join(asked)}, and one experts implementation runs a model: leave "
-                "that out, or the plug-in of tritonmoe. Over ranks, train with tmt.parallelize() in a program of your "
-                "own, or with axolotl's expert parallelism alone"
+                f"the configuration asks for {', '.join(asked)}, and only one experts implementation can run a model: "
+                "leave these settings out, or leave out the plug-in of tritonmoe. Over ranks, train with "
+                "tmt.parallelize() in a program of your own, or with axolotl's expert parallelism alone"
             )
         register()
         cfg.experts_implementation = EXPERTS_IMPLEMENTATION

@@ -58,7 +58,10 @@ class FusedExperts(GroupedExperts):
 
     def forward(self, x_RD: Tensor, num_tokens_per_expert_E: Tensor) -> Tensor:
         """Raise RuntimeError: these experts compute inside OverlappedRoutedExperts."""
-        raise RuntimeError("these experts compute inside OverlappedRoutedExperts, which must not be overridden again")
+        raise RuntimeError(
+            "these experts compute inside OverlappedRoutedExperts, which must not be overridden again: leave the "
+            "second override out"
+        )
 
 
 def _part(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, _: object) -> None:
@@ -97,14 +100,14 @@ class OverlappedRoutedExperts(RoutedExperts):
         """
         if parallel_dims.tp_enabled and not parallel_dims.ep_enabled:
             raise ValueError(
-                "tensor parallelism without expert parallelism cuts each expert, which tritonmoe doesn't run: set "
-                f"--parallelism.expert_parallel_degree {parallel_dims.tp} beside the tensor_parallel_degree, or leave "
-                "the override out"
+                "tensor parallelism without expert parallelism cuts each expert, and tritonmoe runs whole experts "
+                f"only: set --parallelism.expert_parallel_degree {parallel_dims.tp} beside the "
+                "tensor_parallel_degree, or leave the override out"
             )
         if self.num_experts % parallel_dims.ep:
             raise ValueError(
                 f"the {self.num_experts} experts can't be divided by --parallelism.expert_parallel_degree "
-                f"{parallel_dims.ep}"
+                f"{parallel_dims.ep}: choose a degree that divides them"
             )
         super().parallelize(parallel_dims)
         mesh = parallel_dims.get_optional_mesh("ep")

@@ -88,6 +88,7 @@ class BackwardWithCopies:
 
     def weight_grad(self, dout: Tensor, needs: PerWeight[bool]) -> WeightGrads:
         """Return the gradients of own experts' weights, over this rank's own pairs."""
+        self.exchanges.settle()
         return self.own.weight_grad(dout, needs)
 
     def copy_weight_grad(self, dout: Tensor) -> None:

@@ -1,5 +1,6 @@
 """CopyExchanges: how the weights of copied experts reach their copies, and how the gradients of these go home."""
 
+from collections.abc import Sequence
 from functools import cached_property
 from itertools import chain
 from typing import cast
@@ -10,6 +11,8 @@ from torch import Tensor
 from tritonmoe.backends.ops import WeightGrads, accumulation_dtype
 from tritonmoe.config.layer import PerWeight
 from tritonmoe.dispatch.copies import ExpertCopies
+from tritonmoe.overlap.executor import Actions
+from tritonmoe.overlap.steps import StepKind
 from tritonmoe.runtime import cpu_memory
 from tritonmoe.runtime.cpu_memory import to_device
 from tritonmoe.transports import PendingExchange, Transport
@@ -35,24 +38,40 @@ class CopyExchanges:
         self, copies: ExpertCopies, transport: Transport, own: PerWeight[Tensor], needs: PerWeight[bool]
     ) -> None:
         self.copies, self.transport, self.own, self.needs = copies, transport, own, needs
+        self._under_way: list[PendingExchange] = []
+
+    def actions(self) -> Actions:
+        """Return what brings the weights to the copies, by the kind of its step."""
+        return {StepKind.COPIES: self.send, StepKind.SPREAD_COPIES: self.spread}
 
     def send(self) -> PendingExchange:
         """Send the weights of this rank's experts to their copies, and receive those of its own copies."""
         rank = self.transport.rank
         experts, received = self.copies.sent(rank), self.copies.received(rank)
-        device = self.own.gate_up_proj.device
-        index = to_device(torch.tensor([*chain(*experts)], dtype=torch.int64, device="cpu"), device)
-        there = PerWeight(*(weight is not None for weight in self.own))
-        rows, self._arriving = self._rows(len(index), there), self._rows(sum(received), there)
-        for weight, target in zip(self.own, self._views(rows, there), strict=True):
-            if weight is not None and target is not None:
-                torch.index_select(_selectable(weight.detach()), 0, index, out=_selectable(target))
-        return self.transport.exchange(rows, list(map(len, experts)), received, self._arriving)
+        rows, self._arriving = self.pack([*chain(*experts)]), self.rows(sum(received), self.there)
+        return self.post(rows, list(map(len, experts)), received, self._arriving)
+
+    def post(self, rows: Tensor, sent: list[int], received: list[int], arriving: Tensor) -> PendingExchange:
+        """Post an exchange that a rank which gets nothing of it needs not wait for before settle()."""
+        pending = self.transport.exchange(rows, sent, received, arriving)
+        if any(received):
+            return pending
+        self._under_way.append(pending)
+        return _SentOnly(arriving)
+
+    def settle(self) -> None:
+        """Wait until all that this rank only sends has gone."""
+        while self._under_way:
+            self._under_way.pop().wait()
+
+    def spread(self) -> PendingExchange:
+        """Pass on what send() has brought, where copies are relayed."""
+        raise NotImplementedError("owners send every copy all of its weights")
 
     @cached_property
     def weights(self) -> PerWeight[Tensor]:
         """The weights of this rank's copies, once they have arrived."""
-        weights = self._unpack(self._arriving, PerWeight(*(weight is not None for weight in self.own)))
+        weights = self.unpack(self._arriving, self.there)
         del self._arriving
         return weights
 
@@ -63,7 +82,7 @@ class CopyExchanges:
         """
         rank, received = self.transport.rank, self.copies.received(self.transport.rank)
         splits = list(map(len, self.copies.sent(rank)))
-        rows, arriving = self._rows(sum(received), self.needs), self._rows(sum(splits), self.needs)
+        rows, arriving = self.rows(sum(received), self.needs), self.rows(sum(splits), self.needs)
         if all(grad is None for grad in grads):
             rows.zero_()
         for grad, target in zip(grads, self._views(rows, self.needs), strict=True):
@@ -81,7 +100,7 @@ class CopyExchanges:
         rows_of: dict[int, list[int]] = {}
         for row, expert in enumerate(chain(*self.copies.sent(self.transport.rank))):
             rows_of.setdefault(expert, []).append(row)
-        of_copies = self._unpack(arrived, self.needs)
+        of_copies = self.unpack(arrived, self.needs)
         for kind, grad in enumerate(grads):
             total = grad if grad is not None or main_grads is None else main_grads[kind]
             terms = of_copies[kind]
@@ -95,11 +114,30 @@ class CopyExchanges:
                     total[expert].copy_(sums)
         return grads
 
-    def _rows(self, num_experts: int, there: PerWeight[bool]) -> Tensor:
-        """Return memory for the rows of experts, of the kinds of weight that are there."""
+    @cached_property
+    def there(self) -> PerWeight[bool]:
+        """Which kinds of weight there are."""
+        return PerWeight(*(weight is not None for weight in self.own))
+
+    def pack(self, experts: Sequence[int]) -> Tensor:
+        """Return the rows of some of this rank's own experts."""
+        device = self.own.gate_up_proj.device
+        index = to_device(torch.tensor(experts, dtype=torch.int64, device="cpu"), device)
+        rows = self.rows(len(experts), self.there)
+        for weight, target in zip(self.own, self._views(rows, self.there), strict=True):
+            if weight is not None and target is not None:
+                torch.index_select(_selectable(weight.detach()), 0, index, out=_selectable(target))
+        return rows
+
+    def row_bytes(self, there: PerWeight[bool]) -> int:
+        """Return the bytes of a row of the kinds of weight that are there."""
         kinds = zip(self.own, there, strict=True)
-        num_bytes = sum(_row_bytes(weight) for weight, is_there in kinds if weight is not None and is_there)
-        return cpu_memory.empty(num_experts, num_bytes, like=self.own.gate_up_proj.new_empty(0, dtype=torch.uint8))
+        return sum(_row_bytes(weight) for weight, is_there in kinds if weight is not None and is_there)
+
+    def rows(self, num_experts: int, there: PerWeight[bool]) -> Tensor:
+        """Return memory for the rows of experts, of the kinds of weight that are there."""
+        like = self.own.gate_up_proj.new_empty(0, dtype=torch.uint8)
+        return cpu_memory.empty(num_experts, self.row_bytes(there), like=like)
 
     def _views(self, rows: Tensor, there: PerWeight[bool]) -> PerWeight[Tensor | None]:
         """Return the rows as weights, or as gradients, of the kinds that are there; None for the others."""
@@ -114,13 +152,23 @@ class CopyExchanges:
             first += _row_bytes(weight)
         return PerWeight(*found)
 
-    def _unpack(self, rows: Tensor, there: PerWeight[bool]) -> PerWeight[Tensor]:
+    def unpack(self, rows: Tensor, there: PerWeight[bool]) -> PerWeight[Tensor]:
         """Return the weights, or the gradients, of rows: contiguous, of the kinds that are there."""
         found = [
             view if view is None or view.is_contiguous() else cpu_memory.empty(*view.shape, like=view).copy_(view)
             for view in self._views(rows, there)
         ]
         return cast(PerWeight[Tensor], PerWeight(*found))
+
+
+class _SentOnly(PendingExchange):
+    """What a rank that gets nothing waits for: nothing."""
+
+    def __init__(self, arriving: Tensor) -> None:
+        self._arriving = arriving
+
+    def wait(self) -> Tensor:
+        return self._arriving
 
 
 def _row_bytes(weight: Tensor) -> int:

@@ -29,7 +29,9 @@ class Execution:
     call: names the layer call to whoever waits long.
     """
 
-    def __init__(self, schedule: Schedule, actions: Actions, device: torch.device, call: str = "") -> None:
+    def __init__(
+        self, schedule: Schedule, actions: Actions, device: torch.device, call: Callable[[], str] = str
+    ) -> None:
         self._schedule, self._actions, self._call = schedule, actions, call
         self._report = PassReport(device)
         self._posted: dict[int, tuple[Mark, Mark, PendingExchange]] = {}
@@ -79,12 +81,12 @@ def _run(step: Step, actions: Actions) -> PendingExchange | None:
 
 
 def _wait(
-    step: Step, started: Mark, posted: Mark, pending: PendingExchange, report: PassReport, call: str
+    step: Step, started: Mark, posted: Mark, pending: PendingExchange, report: PassReport, call: Callable[[], str]
 ) -> ExchangeMarks:
     """Wait for an exchange, and give its times: they are all that is kept, since an exchange would keep its buffers."""
     before = report.now()
     try:
-        with Doing(lambda: _words(step, call)):
+        with Doing(lambda: _words(step, call())):
             pending.wait()
     except TransportError as error:
         raise _at_step(step, error) from error

@@ -74,13 +74,15 @@ class ForwardPass(Generic[Experts]):
 
     def execution(self) -> Execution:
         """Return the steps, of which `out` is the result (T, D) once they have run."""
-        schedule = build_forward(self.plan.overlap, len(self.fillers), has_copies=self.copies is not None)
-        return Execution(schedule, self.actions(), self.x.device, self.plan.call)
+        relays_copies = self.copies is not None and self.copies.copies.are_relayed
+        schedule = build_forward(
+            self.plan.overlap, len(self.fillers), has_copies=self.copies is not None, relays_copies=relays_copies
+        )
+        return Execution(schedule, self.actions(), self.x.device, lambda: self.plan.call)
 
     def actions(self) -> Actions:
-        of_copies = {} if self.copies is None else {StepKind.COPIES: self.copies.send}
         return {
-            **of_copies,
+            **({} if self.copies is None else self.copies.actions()),
             StepKind.METADATA: self.metadata,
             StepKind.DISPATCH: self.dispatch,
             StepKind.FILLER: self.filler,
@@ -122,6 +124,8 @@ class ForwardPass(Generic[Experts]):
 
     def reduce(self, chunk: int) -> None:
         self.exchanges.sum_at_home(self.home, chunk, self.out)
+        if self.copies is not None:
+            self.copies.settle()
 
 
 class LayerGrads(NamedTuple):
@@ -199,13 +203,14 @@ class BackwardPass:
             sums_replicas=self.sums_replicas,
             has_copies=self.copies is not None,
             sends_copies=self.sends_copies,
+            relays_copies=self.copies is not None and self.copies.exchanges.copies.are_relayed,
             returns_copies=self.copies is not None and any(self.copies.exchanges.needs),
         )
         if agreement is not None:
             if schedule[0].kind is StepKind.COMBINE_BACKWARD:
                 self.packed[0] = self.exchanges.pack(self.dout, 0)
             agreement.wait()
-        return Execution(schedule, self.actions(), self.dout.device, plan.call)
+        return Execution(schedule, self.actions(), self.dout.device, lambda: plan.call)
 
     @property
     def grads(self) -> LayerGrads:
@@ -233,7 +238,7 @@ class BackwardPass:
             self.weight_grads = copies.add_copies(self.weight_grads)
 
         return {
-            StepKind.COPIES: copies.exchanges.send,
+            **copies.exchanges.actions(),
             StepKind.COPY_WEIGHT_GRAD: lambda: copies.copy_weight_grad(self.dout_rows),
             StepKind.COPIES_BACKWARD: copies.return_copies,
             StepKind.REDUCE_COPIES_BACKWARD: add,

@@ -52,7 +52,7 @@ class _NodePass:
 
     def run(self, step: Step, actions: Actions, device: torch.device, needs_x: bool = True) -> None:
         """Do what a step of the outer level has to do inside the node."""
-        report = Execution(build_inside(step, needs_x=needs_x), actions, device, self.plan.call).run()
+        report = Execution(build_inside(step, needs_x=needs_x), actions, device, lambda: self.plan.call).run()
         self.reports.append((step, report))
 
     def step_of(self, kind: StepKind, segment: int) -> Step:

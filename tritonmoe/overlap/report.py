@@ -2,8 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tritonmoe.config.overlap import OverlapPlan
 from tritonmoe.dispatch.copies import ExpertCopies
+from tritonmoe.overlap.step_timing import StepTiming, covered_s
 from tritonmoe.overlap.steps import Step, StepKind
 from tritonmoe.runtime.host_device import is_captured
 
@@ -22,9 +23,7 @@ __all__ = [
     "Mark",
     "PassReport",
     "StepMarks",
-    "StepTiming",
     "clock_of",
-    "covered_s",
 ]
 
 SHORTEST_WAIT_S = 2e-5
@@ -84,30 +83,6 @@ class ExchangeMarks(NamedTuple):
     """The same for the rows of every rank; see PendingExchange.arrivals."""
 
 
-@dataclass(frozen=True)
-class StepTiming:
-    """When one step ran, in seconds from the start of its pass."""
-
-    step: Step
-    start_s: float
-    end_s: float
-    """When it ended; an exchange ends when its rows have arrived, or where that is not known, when the wait for it is
-    over."""
-    wait_s: float
-    """How long the compute lane stood still for an exchange."""
-    post_s: float = 0.0
-    """How long packing and posting an exchange took, on the compute lane."""
-    arrivals_s: tuple[float | None, ...] | None = None
-    """When the rows of every rank had arrived; None where that is not known, and for this rank's own."""
-    is_end_known: bool = True
-    """False for an exchange of which it is only known that it had ended when it was waited for (NCCL)."""
-
-    def shifted(self, offset_s: float) -> "StepTiming":
-        """Return it so much later."""
-        arrivals = self.arrivals_s and tuple(None if at is None else at + offset_s for at in self.arrivals_s)
-        return replace(self, start_s=self.start_s + offset_s, end_s=self.end_s + offset_s, arrivals_s=arrivals)
-
-
 class PassReport:
     """The timings of one pass over a layer; read lazily, since on CUDA that waits until the device has ended it."""
 
@@ -134,7 +109,9 @@ class PassReport:
             return moment - self._origin
         if isinstance(moment, torch.cuda.Event) and isinstance(self._origin, torch.cuda.Event):
             return self._origin.elapsed_time(moment) / 1e3
-        raise RuntimeError("a CUDA graph captured this call, and replays are not timed: time them as a whole")
+        raise RuntimeError(
+            "a CUDA graph captured this call, and its steps are not timed in a replay: time whole replays"
+        )
 
     @property
     def steps(self) -> list[StepTiming]:
@@ -215,19 +192,6 @@ class PassReport:
     def communication_s(self) -> float:
         """Return the time during which at least one exchange was under way."""
         return covered_s(((t.start_s, t.end_s) for t in self.steps if t.step.lane == "comm"), 0.0, math.inf)
-
-
-def covered_s(spans: Iterable[tuple[float, float]], start_s: float, end_s: float) -> float:
-    """Return for how long of the time from start_s to end_s any of the spans lasts.
-
-    Example:
-        covered_s([(0, 2), (1, 3), (4, 9)], 1, 5) gives 3.
-    """
-    total_s, reached_s = 0.0, start_s
-    for begin_s, over_s in sorted(spans):
-        total_s += max(0.0, min(over_s, end_s) - max(begin_s, reached_s))
-        reached_s = max(reached_s, over_s)
-    return total_s
 
 
 def _imbalance(pairs: Tensor) -> float:

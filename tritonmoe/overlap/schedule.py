@@ -18,14 +18,13 @@ start.
 On two levels these are the steps between nodes; build_inside gives those that some of them have inside a node.
 """
 
-from collections.abc import Iterator
-from enum import Enum
 from functools import lru_cache
 
 from tritonmoe.config.overlap import LOCAL_PARTS, OverlapPlan
+from tritonmoe.overlap.schedule_check import check_schedule
 from tritonmoe.overlap.steps import LOCAL_END, LOCAL_START, Step, StepKind
 
-__all__ = ["Schedule", "build_backward", "build_forward", "build_inside", "check_schedule", "phase_ends"]
+__all__ = ["Schedule", "build_backward", "build_forward", "build_inside", "phase_ends"]
 
 Schedule = tuple[Step, ...]
 
@@ -49,107 +48,6 @@ class _Builder:
         return schedule
 
 
-class _Of(Enum):
-    """Which steps of a kind must have ended before a step of another kind may start."""
-
-    CHUNKS_SO_FAR = "the step of the same chunk, which the schedule must contain, and the steps of all earlier chunks"
-    LOCAL_ROWS = "those of local rows"
-    ALL = "every one"
-    ALL_BUT_FIRST = "every one, except for the step of the local rows that run first"
-
-
-NEEDS: dict[StepKind, tuple[tuple[StepKind, _Of], ...]] = {
-    StepKind.GROUP: ((StepKind.METADATA, _Of.CHUNKS_SO_FAR),),
-    StepKind.EXPERTS: (
-        (StepKind.GROUP, _Of.ALL),
-        (StepKind.DISPATCH, _Of.CHUNKS_SO_FAR),
-        (StepKind.EXPERTS, _Of.CHUNKS_SO_FAR),
-        (StepKind.COPIES, _Of.ALL_BUT_FIRST),
-    ),
-    StepKind.COMBINE: ((StepKind.EXPERTS, _Of.CHUNKS_SO_FAR),),
-    StepKind.REDUCE: ((StepKind.COMBINE, _Of.CHUNKS_SO_FAR), (StepKind.EXPERTS, _Of.LOCAL_ROWS)),
-    StepKind.EXPERTS_BACKWARD: (
-        (StepKind.COMBINE_BACKWARD, _Of.CHUNKS_SO_FAR),
-        (StepKind.EXPERTS_BACKWARD, _Of.CHUNKS_SO_FAR),
-        (StepKind.COPIES, _Of.ALL_BUT_FIRST),
-    ),
-    StepKind.DISPATCH_BACKWARD: ((StepKind.EXPERTS_BACKWARD, _Of.CHUNKS_SO_FAR),),
-    StepKind.REDUCE_BACKWARD: (
-        (StepKind.DISPATCH_BACKWARD, _Of.CHUNKS_SO_FAR),
-        (StepKind.EXPERTS_BACKWARD, _Of.LOCAL_ROWS),
-    ),
-    StepKind.ROUTING_BACKWARD: ((StepKind.EXPERTS_BACKWARD, _Of.ALL),),
-    StepKind.REDUCE_ROUTING_BACKWARD: ((StepKind.ROUTING_BACKWARD, _Of.CHUNKS_SO_FAR),),
-    StepKind.WEIGHT_GRAD: ((StepKind.EXPERTS_BACKWARD, _Of.ALL),),
-    StepKind.REPLICA_BACKWARD: ((StepKind.WEIGHT_GRAD, _Of.CHUNKS_SO_FAR),),
-    StepKind.REDUCE_REPLICA_BACKWARD: ((StepKind.REPLICA_BACKWARD, _Of.CHUNKS_SO_FAR),),
-    StepKind.COPY_WEIGHT_GRAD: ((StepKind.EXPERTS_BACKWARD, _Of.ALL),),
-    StepKind.COPIES_BACKWARD: ((StepKind.COPY_WEIGHT_GRAD, _Of.CHUNKS_SO_FAR),),
-    StepKind.REDUCE_COPIES_BACKWARD: (
-        (StepKind.COPIES_BACKWARD, _Of.CHUNKS_SO_FAR),
-        (StepKind.WEIGHT_GRAD, _Of.CHUNKS_SO_FAR),
-    ),
-}
-"""The steps whose results a step of each kind reads. With chunks of experts a row travels with the first chunk that
-needs it, is computed by several chunks, and returns with the last: so a chunk needs the chunks before it too. Chunks
-of tokens would not, but are held to the same order. A kind inside a node needs what its twin between nodes does."""
-
-
-def check_schedule(schedule: Schedule) -> None:
-    """Raise ValueError unless every step starts when all that it reads is there, and every exchange is waited for.
-
-    What a step names in `after` must come before it. Beyond that, no order may read what is not there yet: see NEEDS.
-    """
-    waited_at: dict[int, int] = {}
-    for position, step in enumerate(schedule):
-        for earlier in step.after:
-            if not 0 <= earlier < position:
-                raise ValueError(f"step {position} ({step}) needs step {earlier}, which does not come before it")
-            waited_at.setdefault(earlier, position)
-    for position, step in enumerate(schedule):
-        if step.lane == "comm" and position not in waited_at:
-            raise ValueError(f"no step waits for the exchange of step {position} ({step})")
-    _check_needs(schedule, waited_at)
-
-
-def _check_needs(schedule: Schedule, waited_at: dict[int, int]) -> None:
-    """Raise ValueError where a step starts before what it reads has ended: an exchange ends where it is waited for."""
-    positions = {(step.kind.twin, step.chunk): position for position, step in enumerate(schedule)}
-    if len(positions) < len(schedule):
-        raise ValueError(f"a step stands twice in {', '.join(map(str, schedule))}")
-    for position, step in enumerate(schedule):
-        for needed in _needed_by(step, positions):
-            name = f"step {needed} ({schedule[needed]})"
-            if needed >= position:
-                raise ValueError(f"step {position} ({step}) reads what {name} gives, which does not come before it")
-            if schedule[needed].lane == "comm" and waited_at[needed] > position:
-                raise ValueError(f"step {position} ({step}) reads what {name} brings, and does not wait for it")
-
-
-def _needed_by(step: Step, positions: dict[tuple[StepKind, int | None], int]) -> Iterator[int]:
-    """Yield the positions of the steps whose results a step reads; ValueError where its own chunk's is missing."""
-    for kind, which in NEEDS.get(step.kind.twin, ()):
-        there = {chunk for of, chunk in positions if of is kind}
-        is_local = step.chunk is not None and step.chunk < 0
-        if which is _Of.CHUNKS_SO_FAR and step.chunk not in there and not is_local:
-            raise ValueError(f"{step} reads what {Step(kind, step.chunk)} gives, which is not in the schedule")
-        found = (positions[kind, chunk] for chunk in _chunks_needed(which, step.chunk, there))
-        yield from (position for position in found if position != positions[step.kind.twin, step.chunk])
-
-
-def _chunks_needed(which: _Of, own: int | None, there: set[int | None]) -> set[int | None]:
-    """Return those of the chunks that are `there` whose steps must have ended before the step of chunk `own` starts."""
-    if which is _Of.ALL or (which is _Of.ALL_BUT_FIRST and own != LOCAL_START):
-        return there
-    if which is _Of.ALL_BUT_FIRST:
-        return set()
-    if which is _Of.LOCAL_ROWS:
-        return there & {LOCAL_START, LOCAL_END}
-    if own is None or own < 0:  # the whole layer, or rows that have come with no chunk
-        return there & {own}
-    return {chunk for chunk in there if chunk is not None and 0 <= chunk <= own}
-
-
 def local_slices(plan: OverlapPlan, has_copies: bool) -> list[int]:
     """Return the local slices that have a share of the rows; what needs copies of experts is in the second one."""
     if not plan.local_first:
@@ -158,28 +56,35 @@ def local_slices(plan: OverlapPlan, has_copies: bool) -> list[int]:
 
 
 @lru_cache(maxsize=KEPT_SCHEDULES)
-def build_forward(plan: OverlapPlan, num_fillers: int = 0, *, has_copies: bool = False) -> Schedule:
+def build_forward(
+    plan: OverlapPlan, num_fillers: int = 0, *, has_copies: bool = False, relays_copies: bool = False
+) -> Schedule:
     """Return the forward's steps; a serial plan waits for each exchange before anything else is started.
 
     Args:
         num_fillers: how much work there is of the caller's that needs no exchange: the first one runs under the first
             dispatch, a second one under the last combine.
-        has_copies: whether experts have copies, whose weights then travel behind the first dispatch.
+        has_copies: whether experts have copies, whose weights then travel behind the first dispatch. relays_copies:
+            whether ranks pass pieces of them on to each other, before the other dispatches.
     """
     builder = _Builder()
     num_chunks, window = plan.num_chunks, 0 if plan.serial else plan.window
     metadata = builder.add(StepKind.METADATA, None)
     dispatches = [builder.add(StepKind.DISPATCH, c) for c in range(min(window, num_chunks, 1))]
-    copies = (builder.add(StepKind.COPIES, None),) if has_copies and not plan.serial else ()
-    dispatches += [builder.add(StepKind.DISPATCH, c) for c in range(1, min(window, num_chunks))]
+    copies = _add_copies(builder, False) if has_copies and not plan.serial else ()
+    if not relays_copies:
+        dispatches += [builder.add(StepKind.DISPATCH, c) for c in range(1, min(window, num_chunks))]
     if num_fillers > 0:
         builder.add(StepKind.FILLER, 0)
     group = builder.add(StepKind.GROUP, None, metadata)
     if plan.serial and has_copies:
-        copies = (builder.add(StepKind.COPIES, None),)
+        copies = _add_copies(builder, relays_copies)
     at_start = (group, *copies) if plan.serial else (group,)
     slices = local_slices(plan, has_copies)
     local = [builder.add(StepKind.EXPERTS, c, *at_start) for c in slices if plan.serial or c == LOCAL_START]
+    if relays_copies and not plan.serial:
+        copies = (*copies, builder.add(StepKind.SPREAD_COPIES, None, *copies))
+        dispatches += [builder.add(StepKind.DISPATCH, c) for c in range(1, min(window, num_chunks))]
     combines: list[int] = []
     for c in range(num_chunks):
         if plan.serial:
@@ -209,18 +114,20 @@ def build_backward(
     sums_replicas: bool = False,
     has_copies: bool = False,
     sends_copies: bool = False,
+    relays_copies: bool = False,
     returns_copies: bool = False,
 ) -> Schedule:
     """Return the backward's steps; exchanges whose gradient no rank needs are left out.
 
     Args:
         has_copies: whether experts have copies. sends_copies: whether their weights travel once more, since those of
-            the forward aren't kept. returns_copies: whether the gradients of their weights go to the owners.
+            the forward aren't kept. relays_copies: as in build_forward. returns_copies: whether the gradients of their
+            weights go to the owners.
     """
     builder = _Builder()
     num_chunks, window = plan.num_chunks, 0 if plan.serial else plan.backward_window
     sends = [builder.add(StepKind.COMBINE_BACKWARD, c) for c in range(min(window, num_chunks))]
-    copies = (builder.add(StepKind.COPIES, None),) if sends_copies else ()
+    copies = _add_copies(builder, relays_copies) if sends_copies else ()
     computed = [
         builder.add(StepKind.EXPERTS_BACKWARD, c, *(copies if plan.serial or c == LOCAL_END else ()))
         for c in local_slices(plan, has_copies)
@@ -256,6 +163,12 @@ def build_backward(
     if copies_home is not None:
         builder.add(StepKind.REDUCE_COPIES_BACKWARD, None, copies_home, weight_grad)
     return builder.build()
+
+
+def _add_copies(builder: _Builder, relays_copies: bool) -> tuple[int, ...]:
+    """Add the way of copies' weights, one exchange right behind the other, and give the positions of both."""
+    copies = builder.add(StepKind.COPIES, None)
+    return (copies, builder.add(StepKind.SPREAD_COPIES, None, copies)) if relays_copies else (copies,)
 
 
 def _return_copies(builder: _Builder, computed: list[int]) -> int:

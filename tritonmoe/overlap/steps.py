@@ -33,6 +33,7 @@ class Way(Enum):
     TO_EXPERTS = "from the rank that has a token to the ranks that have its experts"
     HOME = "from the ranks that have a token's experts to the rank that has the token"
     TO_COPIES = "from the rank that owns an expert to the ranks that have a copy of it"
+    AMONG_COPIES = "from each rank that has a copy of an expert to the others that have one"
     TO_OWNERS = "from the ranks that have a copy of an expert to the rank that owns it"
 
 
@@ -71,6 +72,8 @@ class StepKind(str, Enum):
     """Sums what the ranks returned for each token that a chunk completes."""
     COPIES = "copies", "comm", Unit.COPIES, Way.TO_COPIES
     """Sends the weights of experts that have copies for this call; in a backward once more, where they aren't kept."""
+    SPREAD_COPIES = "spread_copies", "comm", Unit.COPIES, Way.AMONG_COPIES
+    """Where owners send each copy a piece only: sends these pieces on to the expert's other copies."""
     # Backward.
     COMBINE_BACKWARD = "combine_backward", "comm", Unit.SENT_ROWS, Way.TO_EXPERTS
     """Sends the gradients of a chunk's output to the ranks that have its experts."""

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
-from typing import Annotated, Any, NamedTuple, get_type_hints
+from typing import Annotated, NamedTuple, get_type_hints
 
 __all__ = [
     "DTYPE_BYTES",
@@ -193,6 +193,6 @@ def spread_of(key: str, estimate: Estimate) -> float:
 
 
 @cache
-def settings_of(kind: Any) -> dict[str, Of]:
+def settings_of(kind: type) -> dict[str, Of]:
     """Return what every setting of a table is."""
     return {name: hint.__metadata__[0] for name, hint in get_type_hints(kind, include_extras=True).items()}

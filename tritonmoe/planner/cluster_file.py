@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import get_type_hints
 
 from tritonmoe.config.numbers import is_integer, is_number
 from tritonmoe.planner.cluster import DTYPE_BYTES, SOURCES, SPREADS, Cluster, Estimate, Of, settings_of
@@ -32,7 +32,10 @@ def read_cluster(path: Path) -> Cluster:
     """
     check_regular(path)
     if path.stat().st_size > MAX_TOML_BYTES:
-        raise ValueError(f"{path} has {path.stat().st_size} bytes: a cluster's description needs a few thousand")
+        raise ValueError(
+            f"{path} has {path.stat().st_size} bytes, and a cluster's description needs a few thousand at most: give "
+            "the TOML file of a cluster"
+        )
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -46,7 +49,7 @@ def parse_cluster(text: str, path: str) -> Cluster:
         found = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path}: {error}") from error
-    return _Reader(path, text).settings(Cluster, found, "")
+    return Cluster(**_Reader(path, text).settings(Cluster, found, ""))
 
 
 class _Reader:
@@ -56,7 +59,7 @@ class _Reader:
         self.path = path
         self.lines = text.splitlines()
 
-    def settings(self, kind: type, found: Json, prefix: str) -> Any:
+    def settings(self, kind: type, found: Json, prefix: str) -> Json:
         about, types = settings_of(kind), get_type_hints(kind)
         for name in found:
             if name not in about:
@@ -68,15 +71,15 @@ class _Reader:
                 values[name] = self.value(types[name], found[name], f"{prefix}{name}", of)
             elif name not in optional:
                 raise self.error(prefix.rstrip("."), f"lacks {prefix + name!r}: {of.what}")
-        return kind(**values)
+        return values
 
-    def value(self, kind: Any, found: object, key: str, of: Of) -> object:
+    def value(self, kind: type, found: object, key: str, of: Of) -> object:
         if kind is Estimate:
             return self.estimate(found, key, of)
         if dataclasses.is_dataclass(kind):
             if not isinstance(found, dict):
                 raise self.error(key, f"must be a table, got {found!r}")
-            return self.settings(kind, found, f"{key}.")  # type: ignore[arg-type]
+            return kind(**self.settings(kind, found, f"{key}."))
         if kind in (str, bool):
             if not isinstance(found, kind) or found == "":
                 raise self.error(key, f"must be {'a text' if kind is str else 'true or false'}, got {found!r}")

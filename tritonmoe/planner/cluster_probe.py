@@ -25,6 +25,8 @@ SLICE_S = 0.1
 COPY_BYTES = 1 << 28
 HOST_TOKENS = 16
 HOST_CHUNKS = 5
+LEAST_SHARE, MOST_SPREAD, LEAST_PEAK = 1e-3, 100.0, 1e9
+"""What a cluster's file may say: a share of a peak, how far samples scatter, and peaks, those of a busy CPU."""
 MOST_GB_PER_S = 1e5
 """What a link is said to reach that is too fast to be measured."""
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -79,7 +81,12 @@ def probe_cluster(
 
 def _probed(value: float, spread: float = 0.0) -> Estimate:
     """Return what was measured, as uncertain as a probe's numbers are, or as far as its samples scatter."""
-    return Estimate(value, "probe", round(spread, 3) if spread > SPREADS["probe"] else None)
+    return Estimate(value, "probe", min(MOST_SPREAD, round(spread, 3)) if spread > SPREADS["probe"] else None)
+
+
+def _share(value: float, spread: float) -> Estimate:
+    """Return the share of a peak that was measured; on a machine that others use it may be next to nothing."""
+    return _probed(min(1.0, max(LEAST_SHARE, value)), spread)
 
 
 def scatter(times: Sequence[float]) -> float:
@@ -131,7 +138,6 @@ def _probe_gpu(
     are of.
     """
     model, dtype, tokens = job.model, DTYPES[job.dtype], job.num_tokens
-    d, f = model.hidden_size, model.expert_size
 
     def random(*size: int) -> torch.Tensor:
         return torch.randn(*size, device=device).to(dtype)
@@ -141,48 +147,54 @@ def _probe_gpu(
         copied = torch.empty_like(numbers)
         copies = _times(lambda: copied.copy_(numbers), device)
         memory_rate = 2 * numbers.nbytes / slowest_of(statistics.median(copies))
-        inputs, outputs = max(model.attention.products(d), key=lambda shape: shape[0] * shape[1])
+        inputs, outputs = max(model.attention.products(model.hidden_size), key=lambda shape: shape[0] * shape[1])
         rows, weight = random(tokens, inputs), random(outputs, inputs)
         products = _times(lambda: F.linear(rows, weight), device)
         dense_s = slowest_of(statistics.median(products))
         cores, core_flops = _attention(job, random, device)
         attention_s = slowest_of(statistics.median(cores))
-        own_experts = max(1, model.num_experts // job.ep)
-        top_k = min(model.top_k, own_experts)
-        scores = torch.rand(tokens, own_experts, device=device)
-        gates, ids = scores.topk(top_k, dim=1)
-        up, down, x = random(own_experts, 2 * f, d), random(own_experts, d, f), random(tokens, d)
-        calls = _times(lambda: moe_mlp(x, ids, gates, up, down), device)
+        calls, grouped_flops, moved = _experts(job, random, device)
         grouped_s = slowest_of(statistics.median(calls))
     samples = {"copies": copies, "products": products, "cores": cores, "calls": calls}
     spreads = {name: slowest_of(scatter(times)) for name, times in samples.items()}
     dense_flops = 2 * tokens * inputs * outputs
-    grouped_flops = 6 * tokens * top_k * d * f
     dense, core = dense_flops / dense_s, core_flops / attention_s
     # What a plan takes for the operands' bytes comes off, since it will be added again.
-    moved = own_experts * model.expert_parameters + tokens * top_k * (4 * d + 4 * f)
     grouped_s = max(0.2 * grouped_s, grouped_s - moved * job.dtype_bytes / memory_rate)
     grouped = grouped_flops / grouped_s
     has_peaks = device.type == "cuda"
-    peak = max(dense, core, grouped, job.peak_flops(base) if has_peaks else 0.0)
-    memory_peak = max(memory_rate, base.gpu.memory_tb_per_s * 1e12 if has_peaks else 0.0)
+    peak = max(dense, core, grouped, job.peak_flops(base) if has_peaks else LEAST_PEAK)
+    memory_peak = max(memory_rate, base.gpu.memory_tb_per_s * 1e12 if has_peaks else LEAST_PEAK)
     gpu = replace(
         base.gpu,
         tflops={**(base.gpu.tflops if has_peaks else {}), "bf16": peak / 1e12, job.dtype: peak / 1e12},
         memory_tb_per_s=memory_peak / 1e12,
-        gemm_efficiency=_probed(dense / peak, spreads["products"]),
-        grouped_efficiency=_probed(grouped / peak, spreads["calls"]),
-        attention_efficiency=_probed(core / peak, spreads["cores"]),
-        memory_efficiency=_probed(memory_rate / memory_peak, spreads["copies"]),
+        gemm_efficiency=_share(dense / peak, spreads["products"]),
+        grouped_efficiency=_share(grouped / peak, spreads["calls"]),
+        attention_efficiency=_share(core / peak, spreads["cores"]),
+        memory_efficiency=_share(memory_rate / memory_peak, spreads["copies"]),
     )
     # The same for the dense product: its share is that with which product_s gives the measured time.
     operands_s = product_s(job, replace(base, gpu=gpu), tokens, inputs, outputs) - dense_s
-    share = min(1.0, dense_flops / max(0.2 * dense_s, dense_s - operands_s) / peak)
+    share = dense_flops / max(0.2 * dense_s, dense_s - operands_s) / peak
     say(
         f"products {dense / 1e12:.4g} TFLOP/s, experts {grouped_flops / grouped_s / 1e12:.4g}, "
         f"attention {core / 1e12:.4g}; memory {memory_rate / 1e12:.4g} TB/s"
     )
-    return replace(gpu, gemm_efficiency=_probed(share, spreads["products"]))
+    return replace(gpu, gemm_efficiency=_share(share, spreads["products"]))
+
+
+def _experts(job: Job, random: Callable[..., torch.Tensor], device: torch.device) -> tuple[list[float], int, int]:
+    """Return the seconds of some calls of a rank's experts, and the FLOPs and the operands' numbers of one."""
+    model, tokens = job.model, job.num_tokens
+    d, f = model.hidden_size, model.expert_size
+    own_experts = max(1, model.num_experts // job.ep)
+    top_k = min(model.top_k, own_experts)
+    gates, ids = torch.rand(tokens, own_experts, device=device).topk(top_k, dim=1)
+    up, down, x = random(own_experts, 2 * f, d), random(own_experts, d, f), random(tokens, d)
+    calls = _times(lambda: moe_mlp(x, ids, gates, up, down), device)
+    moved = own_experts * model.expert_parameters + tokens * top_k * (4 * d + 4 * f)
+    return calls, 6 * tokens * top_k * d * f, moved
 
 
 def _attention(job: Job, random: Callable[..., torch.Tensor], device: torch.device) -> tuple[list[float], float]:
@@ -247,7 +259,7 @@ def _probe_link(job: Job, base: Link, transport: Transport, device: torch.device
     link = replace(
         base,
         gb_per_s=peak,
-        efficiency=_probed(gb_per_s / peak, scatter(times)),
+        efficiency=_share(gb_per_s / peak, scatter(times)),
         latency_us=_probed(latency_s * 1e6),
         us_per_peer=_probed(0.0),  # of these ranks it is within the latency
         alone_share=costs.alone_share,

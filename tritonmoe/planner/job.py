@@ -147,7 +147,9 @@ class Job:
         peak = cluster.gpu.tflops.get(dtype)
         if peak is None:
             known = ", ".join(cluster.gpu.tflops)
-            raise ValueError(f"{cluster.name} says nothing of products in {dtype}: gpu.tflops has {known}")
+            raise ValueError(
+                f"{cluster.name} has no rate of products in {dtype}: add it to gpu.tflops, which has {known}"
+            )
         return peak * 1e12
 
 

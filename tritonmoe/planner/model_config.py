@@ -87,11 +87,17 @@ def model_of_config(config: object, path: str) -> Model:
     kind = config.get("model_type", "a model without model_type")
     for what, keys in CHANGES.items():
         if there := [key for key in keys if config.get(key)]:
-            raise ValueError(f"{path}: {kind} has {what}, which a step's model doesn't know: {there[0]!r} is there")
+            raise ValueError(
+                f"{path}: {kind} has {what} ({there[0]!r}), and the planner doesn't know its cost: give a model "
+                "without it"
+            )
     experts = next((key for key in EXPERTS_KEYS if config.get(key) is not None), None)
     if experts is None:
         if inside := next(filter(lambda key: _has_experts(config[key]), config), None):
-            raise ValueError(f"{path}: the experts of {kind} are in {inside!r}, which is not read")
+            raise ValueError(
+                f"{path}: the experts of {kind} are in {inside!r}, and the planner reads only configs with the "
+                "experts at the top: give that part as a config"
+            )
         raise ValueError(f"{path}: {kind} has no experts: none of {', '.join(EXPERTS_KEYS)} is there")
     layers = read.size("num_hidden_layers")
     expert_size = read.size("moe_intermediate_size", "intermediate_size")
@@ -206,7 +212,10 @@ def _window(read: _Config, layers: int) -> tuple[int, int]:
     if kinds := read.layers("layer_types", FULL, *WINDOWS):
         there = [kind for kind in WINDOWS if kind in kinds]
         if len(there) > 1:
-            raise ValueError(f"{read.path}: 'layer_types' has {' and '.join(there)}: one of them at most is known")
+            raise ValueError(
+                f"{read.path}: 'layer_types' has {' and '.join(there)}: the planner knows at most one of them in a "
+                "model"
+            )
         return (read.size(WINDOWS[there[0]][0]) // WINDOWS[there[0]][1], kinds.count(there[0])) if there else (0, 0)
     uses = read.config.get("use_sliding_window", read.config.get("model_type") in ALL_WINDOW or None)
     for key, _ in WINDOWS.values():
@@ -230,7 +239,7 @@ def expert_load(path: Path, num_experts: int) -> tuple[float, ...]:
     numbers = [of for of in found if isinstance(of, int | float) and of >= 0] if isinstance(found, list) else []
     if len(numbers) != num_experts or not isinstance(found, list) or len(found) != num_experts or not sum(numbers):
         raise ValueError(
-            f"{path} must be a list of {num_experts} numbers of pairs, one an expert, not all zero (or an object with "
-            "that under pairs_per_expert)"
+            f"{path} must be a list of {num_experts} numbers of pairs, one an expert, not all zero (or an object that "
+            "has this list under pairs_per_expert)"
         )
     return tuple(of / sum(numbers) for of in numbers)

@@ -172,12 +172,12 @@ def probe_steps(experts: GroupedExperts, x: Tensor, topk_ids: Tensor, topk_weigh
 @contextmanager
 def _one_chunk(experts: GroupedExperts) -> Iterator[None]:
     """Let a layer run all pairs in one chunk, its own too, and nothing beside an exchange."""
-    before = experts.transport, experts.overlap, experts._calls
+    before = experts.transport, experts.overlap, experts.calls
     if experts.transport is None:
         experts.transport = LocalTransport()
-        experts._calls = LayerCalls(experts.transport)
+        experts.calls = LayerCalls(experts.transport)
     experts.overlap = OverlapPlan(local_first=False, serial=True, wire_dtype=experts.overlap.wire_dtype)
     try:
         yield
     finally:
-        experts.transport, experts.overlap, experts._calls = before
+        experts.transport, experts.overlap, experts.calls = before

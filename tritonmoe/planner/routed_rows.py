@@ -56,7 +56,10 @@ def needs_of(model: Model, num_ranks: int, node_size: int, load: Sequence[float]
         ValueError: the ranks can't share the experts evenly.
     """
     if model.num_experts % num_ranks:
-        raise ValueError(f"{model.num_experts} experts can't be shared evenly by {num_ranks} ranks")
+        raise ValueError(
+            f"{model.num_experts} experts can't be shared evenly by {num_ranks} ranks: choose a number of ranks that "
+            "divides them"
+        )
     node_size = min(node_size, num_ranks)
     per_rank = model.num_experts // num_ranks
 

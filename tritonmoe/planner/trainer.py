@@ -55,7 +55,10 @@ def trained_by(job: Job, name: str, sends: Sends | None = None, zero: int | None
     if sends not in get_args(Sends):
         raise ValueError(f"sends must be one of {', '.join(get_args(Sends))}, got {sends!r}")
     if name == "ours" and sends != "rows":
-        raise ValueError("this package sends every row once to each rank that needs it: sends='pairs' is for others")
+        raise ValueError(
+            "this package sends every row once to each rank that needs it: leave sends='pairs' out, or name another "
+            "trainer"
+        )
     return replace(
         job,
         trainer=name,

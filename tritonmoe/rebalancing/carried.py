@@ -19,7 +19,7 @@ def check_optimizers(optimizers: Iterable[object]) -> None:
     for optimizer in optimizers:
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(
-                f"optimizers of torch are needed, before anything wraps them, got {type(optimizer).__name__}"
+                f"give optimizers of torch.optim themselves, not wrappers around them, got {type(optimizer).__name__}"
             )
 
 
@@ -42,8 +42,8 @@ def carried_tensors(experts: SpreadExperts, optimizers: Sequence[torch.optim.Opt
         for name, _ in tensors:
             if name not in marked.names:
                 raise ValueError(
-                    f"{name} of {owner} is no weight of which a row, or several, are an expert's, and nothing says "
-                    "whether it moves with the experts: keep it in a module of its own"
+                    f"{name} of {owner} is no weight with one or more rows for each expert, so tm.rebalance can't "
+                    "tell whether it must move with the experts: keep it in another module"
                 )
         for name in marked.names:
             parameter = getattr(module, name)
@@ -61,8 +61,9 @@ def _of_parameter(name: str, parameter: nn.Parameter, optimizers: Sequence[torch
             continue
         if key != "main_grad":
             raise ValueError(
-                f"{name}.{key} is a tensor {tuple(value.shape)} on the parameter, and nothing says whether it moves "
-                "with the experts: take it off before the experts move, or give tm.rebalance a model without it"
+                f"{name}.{key} is a tensor {tuple(value.shape)} on the parameter, and tm.rebalance can't tell whether "
+                "it must move with the experts: remove it before the experts move, or give tm.rebalance a model "
+                "without it"
             )
         found[f"{name}.main_grad"] = local_rows(f"{name}.main_grad", value, parameter)
     for number, optimizer in enumerate(optimizers):
@@ -98,8 +99,8 @@ def refuse_elsewhere(every: Sequence[SpreadExperts], optimizers: Sequence[torch.
     """
     if any(state_of(experts.sharding.transport).captured_flags for experts in every):
         raise ValueError(
-            "a CUDA graph has captured calls of these layers, with the placement that they had: run them without a "
-            "graph (OverlapConfig without a capacity), or leave the placement as it is"
+            "a CUDA graph has captured calls of these layers, and a replay would use the placement at the capture: "
+            "run the layers without a graph (OverlapConfig without a capacity), or don't move their experts"
         )
     if next(_elsewhere(every, optimizers), None) is None:
         return

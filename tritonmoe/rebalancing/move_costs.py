@@ -1,9 +1,9 @@
 """What a better placement gains in each step, and what the move to it takes: integers that all ranks agree on."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-import torch
+from torch import Tensor
 
 from tritonmoe.dispatch.placement import ExpertPlacement
 from tritonmoe.overlap.steps import StepKind
@@ -16,8 +16,9 @@ __all__ = ["SMALLEST_GAIN", "best_placement", "experts_time", "ns_of_a_megabyte"
 SMALLEST_GAIN = 0.03
 """Experts move where that takes this share from the busiest rank: less is within what loads of steps differ by."""
 EXPERTS = (StepKind.EXPERTS, StepKind.EXPERTS_BACKWARD, StepKind.WEIGHT_GRAD)
-PROBE_BYTES = 2**20
-PROBES = 3
+PROBE_BYTES = 2**24
+"""More than the bursts of links and the buffers of sockets, which hold some megabytes."""
+PROBES = 2
 
 
 def experts_time(experts: SpreadExperts) -> tuple[int, int]:
@@ -33,19 +34,40 @@ def experts_time(experts: SpreadExperts) -> tuple[int, int]:
     return round(seconds * 1e9), report.pair_offsets[-1]
 
 
-def ns_of_a_megabyte(transport: Transport, device: torch.device) -> int:
-    """Return how long this rank takes to send and receive 2**20 bytes, in nanoseconds; every rank calls it."""
+def ns_of_a_megabyte(transport: Transport, tensors: Mapping[str, Tensor], num_slots: int) -> int:
+    """Return how long 2**20 bytes of experts take to leave this rank and to come, in nanoseconds; every rank calls it.
+
+    Each rank sends experts to the next one as a move does, all their tensors at once: as many as have PROBE_BYTES, or
+    all that it has. Links let a first burst pass faster, so what counts is by how much many take longer than few.
+
+    Args:
+        tensors: what moves of a layer. num_slots: how many experts of it a rank has.
+    """
+    views = [tensor.unflatten(0, (num_slots, -1)) for tensor in tensors.values()]
+    expert_bytes = sum(view[0].nbytes for view in views)
+    many = min(num_slots, max(1, PROBE_BYTES // max(1, expert_bytes)))
+    few = many // 4
+    few_s, many_s = (
+        min(_exchange_s(transport, [view[:number] for view in views]) for _ in range(PROBES)) if number else 0.0
+        for number in (few, many)
+    )
+    of_expert_s = max(many_s / many, (many_s - few_s) / (many - few))
+    return max(1, round(of_expert_s / max(1, expert_bytes) * 2**20 * 1e9))
+
+
+def _exchange_s(transport: Transport, views: Sequence[Tensor]) -> float:
+    """Return how long this rank takes to send these rows to the next one, and to write those of the one before."""
     rank, size = transport.rank, transport.size
-    rows = torch.zeros(1, PROBE_BYTES, dtype=torch.uint8, device=device)
-    to = [int(other == (rank + 1) % size) for other in range(size)]
-    came = [int(other == (rank - 1) % size) for other in range(size)]
-    times = []
-    for _ in range(PROBES):
-        transport.barrier()
-        began = time.perf_counter()
-        transport.exchange(rows, to, came).wait()[0, 0].item()  # a device orders its stream alone
-        times.append(time.perf_counter() - began)
-    return max(1, round(min(times) * 1e9))
+    num_rows = len(views[0])
+    to = [num_rows * (other == (rank + 1) % size) for other in range(size)]
+    came = [num_rows * (other == (rank - 1) % size) for other in range(size)]
+    transport.barrier()
+    began = time.perf_counter()
+    pending = [transport.exchange(view.clone(), to, came) for view in views]
+    for exchange in pending:
+        arrived = exchange.wait().clone()  # in a move they are written into the tensors
+    arrived.flatten()[0].item()  # a device orders its stream alone
+    return time.perf_counter() - began
 
 
 def best_placement(

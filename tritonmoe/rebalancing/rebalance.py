@@ -4,7 +4,7 @@ import logging
 import time
 import zlib
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -136,7 +136,7 @@ class Rebalancer:
         tensors = self._check(is_moving=False)
         loads, ns_of_pair = self._agreed_loads()
         may_move = any(ns_of_pair) and self._layers[0].transport.size > 1
-        ns_of_byte = self._agreed_ns_of_megabyte() / MEGABYTE if may_move else 0.0
+        ns_of_byte = self._agreed_ns_of_megabyte(tensors) / MEGABYTE if may_move else 0.0
         looks = []
         for experts, load, own, ns in zip(self._layers, loads, tensors, ns_of_pair, strict=True):
             before = experts.placement
@@ -208,10 +208,15 @@ class Rebalancer:
         totals = [of_shape[_shape(experts)] for experts in self._layers]
         return loads, [ns / pairs / steps if pairs else 0.0 for ns, pairs in totals]
 
-    def _agreed_ns_of_megabyte(self) -> int:
-        """Return the nanoseconds in which the slowest rank sends a megabyte: in the last move, else in a probe."""
+    def _agreed_ns_of_megabyte(self, tensors: Sequence[Mapping[str, Tensor]]) -> int:
+        """Return in how many nanoseconds a megabyte moves on the slowest rank: in the last move, else in a probe.
+
+        tensors: what moves of each layer.
+        """
         if not self._ns_of_megabyte:
-            self._ns_of_megabyte = self._largest(ns_of_a_megabyte(self._layers[0].transport, self._load.device))
+            first = self._layers[0]
+            probed = ns_of_a_megabyte(first.transport, tensors[0], first.placement.num_slots)
+            self._ns_of_megabyte = self._largest(probed)
         return self._ns_of_megabyte
 
     def _largest(self, number: float) -> int:

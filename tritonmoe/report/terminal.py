@@ -41,6 +41,7 @@ SHORT_NAMES = {
     StepKind.REDUCE_BACKWARD: "r",
     StepKind.REDUCE_ROUTING_BACKWARD: "r",
     StepKind.COPIES: "k",
+    StepKind.SPREAD_COPIES: "k",
     StepKind.COPY_WEIGHT_GRAD: "w",
     StepKind.COPIES_BACKWARD: "k",
     StepKind.REDUCE_COPIES_BACKWARD: "r",

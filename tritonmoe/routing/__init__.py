@@ -9,8 +9,9 @@ from tritonmoe.routing.checkpointing import save_topk
 from tritonmoe.routing.layer_recording import LayerRecording
 from tritonmoe.routing.losses import load_balance_loss, z_loss
 from tritonmoe.routing.recording import RoutingRecording
-from tritonmoe.routing.router import Routing, TopKRouter
+from tritonmoe.routing.router import TopKRouter
 from tritonmoe.routing.statistics import RoutingStatistics, expert_load, routing_statistics
+from tritonmoe.routing.token_routing import Routing
 
 __all__ = [
     "LayerRecording",

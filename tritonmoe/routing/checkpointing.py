@@ -1,7 +1,7 @@
 """save_topk(): activation checkpointing whose recompute sends every token where the forward sent it."""
 
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -66,8 +66,8 @@ class _ReuseTopK(TorchDispatchMode):
         self,
         func: "OpOverload",
         types: object,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
+        args: tuple = (),
+        kwargs: dict[str, object] | None = None,
     ) -> object:
         kwargs = kwargs or {}
         if func is not torch.ops.aten.topk.default:
@@ -75,7 +75,7 @@ class _ReuseTopK(TorchDispatchMode):
         if self.position == len(self.kept):
             raise RuntimeError(
                 f"the recompute calls torch.topk more often than the forward did ({len(self.kept)} times): a function "
-                "under activation checkpointing must do the same each time"
+                "under activation checkpointing must make the same calls each time"
             )
         ids = self.kept[self.position]
         self.position += 1

@@ -83,8 +83,9 @@ class LayerRecording:
         if self._is_outside is not None:
             if self._is_outside:
                 raise ValueError(
-                    f"recorded ids must be in [0, {self.num_experts}), and some are not: the router had NaN scores, or "
-                    "marks experts of other ranks; spread experts with tritonmoe's parallelize, which keeps ids global"
+                    f"recorded ids must be in [0, {self.num_experts}), and some are outside: the router had NaN "
+                    "scores, or it marks experts of other ranks. Spread experts with tritonmoe's parallelize, which "
+                    "keeps ids global"
                 )
             self._is_outside = None
             if self.is_recorded is not None and self.is_recorded.all():

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from tritonmoe.config.layer import MoEConfig
-from tritonmoe.routing.router import Routing
 from tritonmoe.routing.statistics import reduce_counts
+from tritonmoe.routing.token_routing import Routing
 
 __all__ = ["auxiliary_loss", "load_balance_loss", "z_loss"]
 

@@ -10,14 +10,12 @@ import torch
 from torch import Tensor
 
 from tritonmoe.routing.layer_recording import LayerRecording, check_integers
-from tritonmoe.routing.rollout import rollout_ids
+from tritonmoe.routing.rollout import check_not_shifted, rollout_ids
 from tritonmoe.runtime.files import check_regular, write_whole
 
 __all__ = ["RoutingRecording", "check_same_layers"]
 
 FORMAT = "tritonmoe routing 1"
-FEWEST_COMPARED = 16
-"""Of fewer tokens nothing tells whether their rows are shifted."""
 
 
 class RoutingRecording:
@@ -96,7 +94,7 @@ class RoutingRecording:
         for name, ids in found.items():
             recording.add(name, ids, like.layers[name].num_experts, is_recorded=is_recorded)
         if like.num_tokens == recording.num_tokens:
-            _check_not_shifted(recording, like, is_recorded.nonzero().squeeze(1))
+            check_not_shifted(recording, like, is_recorded.nonzero().squeeze(1))
         return recording
 
     @property
@@ -236,7 +234,7 @@ class RoutingRecording:
                 if damaged := archive.testzip():
                     raise ValueError(f"the sum of {damaged} is another one")
             content = torch.load(io.BytesIO(saved), map_location="cpu", weights_only=True)
-        except Exception as error:
+        except Exception as error:  # what zipfile and torch.load raise of damaged bytes may be anything
             raise ValueError(f"{path} is no recording of the routing, or is damaged: {error}") from error
         if not isinstance(content, dict) or content.get("format") != FORMAT or "layers" not in content:
             raise ValueError(f"{path} is no recording of the routing: save() of a RoutingRecording writes them")
@@ -275,26 +273,6 @@ def check_same_layers(recording: RoutingRecording, num_experts: Mapping[str, int
                 f"both must have the same experts: {name} has {num_experts[name]} in {owner}, and {recorded_experts} "
                 "in the recording"
             )
-
-
-def _check_not_shifted(recording: RoutingRecording, like: RoutingRecording, known: Tensor) -> None:
-    """Raise ValueError where the recorded tokens `known` agree far better with their neighbours in `like`."""
-    if known.numel() < FEWEST_COMPARED:
-        return
-    with_own = _mean_agreement(recording, like)
-    for where, tokens, neighbours in (("before", known[1:], known[:-1]), ("after", known[:-1], known[1:])):
-        with_neighbours = _mean_agreement(recording.rearranged(tokens), like.rearranged(neighbours))
-        if 4 * (1 - with_neighbours) < 1 - with_own:
-            raise ValueError(
-                f"rows must be those of their tokens: {with_own:.0%} of the ids are those that `like` has, and "
-                f"{with_neighbours:.0%} those of the token {where}, so the rows are shifted by one; row 0 is of a "
-                "sequence's first token"
-            )
-
-
-def _mean_agreement(recording: RoutingRecording, other: RoutingRecording) -> float:
-    shares = recording.agreement(other).values()
-    return sum(shares) / len(shares)
 
 
 def _mean(shares: Tensor) -> float:

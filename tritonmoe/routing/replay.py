@@ -1,7 +1,7 @@
 """LayerReplay: a router's own code runs, and its top-k takes recorded ids with the scores that it has there."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -133,22 +133,23 @@ class LayerReplay(TorchFunctionMode):
         return calls.numbers[calls.position]
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: object, args: tuple = (), kwargs: dict[str, object] | None = None
+        self, func: Callable[..., object], types: object, args: tuple = (), kwargs: dict | None = None
     ) -> object:
         kwargs = kwargs or {}
         if func is not torch.topk and func is not Tensor.topk:
             return func(*args, **kwargs)
         return self._topk(func, args, kwargs)
 
-    def _topk(self, func: Callable[..., Any], args: tuple, kwargs: dict[str, object]) -> object:
-        scores, k, dim = (_argument(args, kwargs, *which) for which in ((0, "input"), (1, "k"), (2, "dim")))
+    def _topk(self, func: Callable[..., object], args: tuple, kwargs: dict) -> object:
+        scores, k, dim = _topk_arguments(*args, **kwargs)
         num_experts, (num_tokens, top_k) = self.recording.num_experts, self._shape
         if dim not in (None, -1, scores.dim() - 1):
             return func(*args, **kwargs)
         if k == top_k and scores.shape[-1] == num_experts and scores.numel() == num_tokens * num_experts:
             ids = self._recorded_ids(scores.device)
             if self._is_recorded is not None:
-                ids = torch.where(self._is_recorded, ids, func(*args, **kwargs).indices.reshape(ids.shape))
+                own = cast("torch.return_types.topk", func(*args, **kwargs)).indices
+                ids = torch.where(self._is_recorded, ids, own.reshape(ids.shape))
             given = ids.clone().reshape(*scores.shape[:-1], k)
             self._chosen, self._given = ids, (given, _version(given))
             return torch.return_types.topk((scores.gather(-1, given), given))
@@ -195,7 +196,10 @@ class LayerReplay(TorchFunctionMode):
             raise ValueError(self._problem)
         if not was_active:
             if self.is_open:
-                raise ValueError(f"{self.name} was called without the block around it, whose router takes recorded ids")
+                raise ValueError(
+                    f"{self.name} was called outside of its block, and the block's router is what takes recorded ids: "
+                    "call the block"
+                )
             return
         shape = self._shape
         if tuple(topk_ids.shape) != shape:
@@ -239,5 +243,8 @@ def _version(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
-def _argument(args: tuple, kwargs: dict[str, object], place: int, name: str) -> Any:
-    return args[place] if len(args) > place else kwargs.get(name)
+def _topk_arguments(
+    input: Tensor, k: int, dim: int | None = None, *_: object, **__: object
+) -> tuple[Tensor, int, int | None]:
+    """Return those arguments of torch.topk that are looked at."""
+    return input, k, dim

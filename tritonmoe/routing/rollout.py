@@ -3,17 +3,22 @@
 import base64
 import io
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 
 from tritonmoe.routing.layer_recording import UNSIGNED, LayerRecording, check_integers
 
-__all__ = ["rollout_ids"]
+if TYPE_CHECKING:
+    from tritonmoe.routing.recording import RoutingRecording
+
+__all__ = ["check_not_shifted", "rollout_ids"]
 
 NPY = b"\x93NUMPY"
 """What every npy file begins with."""
+FEWEST_COMPARED = 16
+"""Of fewer tokens nothing tells whether their rows are shifted."""
 
 
 def rollout_ids(
@@ -100,20 +105,20 @@ def _pieces(entry: object, shape: tuple[int, int], name: str) -> Iterator[Tensor
         if rows.dim() != 3 or rows.shape[1:] != shape:
             raise ValueError(
                 f"{name} must be (rows, layers, K) = (rows, {shape[0]}, {shape[1]}), as `like` has them, got "
-                f"{tuple(rows.shape)}: has_experts names layers without experts, and what the engine adds to the K "
-                "experts, as shared ones, is to be cut off"
+                f"{tuple(rows.shape)}: name layers without experts in has_experts, and cut off the ids that the "
+                "engine adds to the K experts, such as those of shared experts"
             )
         yield (rows.long() if rows.dtype in UNSIGNED else rows).cpu()
 
 
-def _tensor(piece: Any, shape: tuple[int, int], name: str) -> Tensor:
+def _tensor(piece: object, shape: tuple[int, int], name: str) -> Tensor:
     """Return the integers of one piece. Raises TypeError or ValueError where it has none."""
     if isinstance(piece, str):
         piece = _decoded(piece, shape, name)
     elif hasattr(piece, "__array__") and not isinstance(piece, Tensor):
         piece = torch.tensor(piece, device="cpu")  # a copy: engines give arrays that can't be written
     check_integers(name, piece)
-    return piece
+    return cast(Tensor, piece)
 
 
 def _decoded(text: str, shape: tuple[int, int], name: str) -> Tensor:
@@ -163,3 +168,23 @@ def _check_ids(ids: Tensor, is_missing: Tensor, is_known: Tensor, layer: str, nu
             raise ValueError(
                 f"{rule}: token {token} of sequence {number} has {ids[row].tolist()} in {layer}; {way_out}"
             )
+
+
+def check_not_shifted(recording: "RoutingRecording", like: "RoutingRecording", known: Tensor) -> None:
+    """Raise ValueError where the recorded tokens `known` agree far better with their neighbours in `like`."""
+    if known.numel() < FEWEST_COMPARED:
+        return
+    with_own = _mean_agreement(recording, like)
+    for where, tokens, neighbours in (("before", known[1:], known[:-1]), ("after", known[:-1], known[1:])):
+        with_neighbours = _mean_agreement(recording.rearranged(tokens), like.rearranged(neighbours))
+        if 4 * (1 - with_neighbours) < 1 - with_own:
+            raise ValueError(
+                f"rows must be those of their tokens: {with_own:.0%} of the ids are those that `like` has, and "
+                f"{with_neighbours:.0%} those of the token {where}, so the rows are shifted by one; row 0 is of a "
+                "sequence's first token"
+            )
+
+
+def _mean_agreement(recording: "RoutingRecording", other: "RoutingRecording") -> float:
+    shares = recording.agreement(other).values()
+    return sum(shares) / len(shares)

@@ -2,9 +2,7 @@
 
 import functools
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -19,63 +17,14 @@ from tritonmoe.config.routing import RoutingRule
 from tritonmoe.routing.fused import is_fused, route_by_kernels
 from tritonmoe.routing.router_check import ROUTERS, check_router
 from tritonmoe.routing.statistics import expert_load, reduce_counts
+from tritonmoe.routing.token_routing import Routing, check_token_mask
 from tritonmoe.runtime.autograd import Context, is_recomputing, without_autocast
 from tritonmoe.runtime.helping import is_helping
 from tritonmoe.runtime.transforms import below_transforms, refuse_tangents, refuse_vmap, unwrapped
 
-__all__ = ["Routing", "TopKRouter", "join_routings"]
+__all__ = ["TopKRouter"]
 
 log = logging.getLogger("tritonmoe")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Routing:
-    """Where T tokens go, and the scores behind it; made by TopKRouter.
-
-    A token with a non-finite logit has ids -1, weights 0 and scores 0: its K pairs are skipped pairs.
-    """
-
-    topk_ids: Tensor
-    """(T, K) int64 global expert ids, best first; -1 is a skipped pair."""
-    topk_weights: Tensor
-    """(T, K) fp32 weights of the chosen experts, differentiable; exactly 0 for skipped pairs."""
-    logits: Tensor
-    """(T, E) fp32, attached to the graph; non-finite values stay visible here and take no gradient."""
-    scores: Tensor
-    """(T, E) fp32: softmax or sigmoid of all logits, without the selection bias; differentiable."""
-    num_nonfinite_rows: Tensor
-    """() int64, on the device: how many tokens were skipped for a non-finite logit."""
-    load: Tensor
-    """(E,) int64: how many pairs chose each expert."""
-
-    def of_tokens(self, is_token: Tensor) -> "Routing":
-        """Leave out the rows where is_token (T,) is False: no experts, no part in any loss, load or statistics.
-
-        They are as those without a finite score, logits -inf, but num_nonfinite_rows does not count them.
-        """
-        keep = is_token.unsqueeze(1)
-        topk_ids = torch.where(keep, self.topk_ids, -1)
-        return replace(
-            self,
-            topk_ids=topk_ids,
-            topk_weights=torch.where(keep, self.topk_weights, 0.0),
-            logits=torch.where(keep, self.logits, float("-inf")),
-            scores=torch.where(keep, self.scores, 0.0),
-            num_nonfinite_rows=(is_token & ~self.logits.isfinite().all(dim=1)).sum(),
-            load=expert_load(topk_ids, self.load.shape[0]),
-        )
-
-
-def join_routings(parts: Sequence[Routing]) -> Routing:
-    """Return the routing of all tokens of these parts of a batch, in their order."""
-    if len(parts) == 1:
-        return parts[0]
-    sums = {name: torch.stack([getattr(part, name) for part in parts]).sum(dim=0) for name in _SUMMED}
-    rows = [field.name for field in fields(Routing) if field.name not in _SUMMED]
-    return Routing(**sums, **{name: torch.cat([getattr(part, name) for part in parts]) for name in rows})
-
-
-_SUMMED = ("num_nonfinite_rows", "load")
 
 
 @functools.cache
@@ -136,17 +85,6 @@ class _RouterLogits(torch.autograd.Function):
 
 def _score_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     return torch.float64 if torch.float64 in (x.dtype, weight.dtype) else torch.float32
-
-
-def _check_token_mask(token_mask: object, x: Tensor) -> None:
-    if not isinstance(token_mask, Tensor) or token_mask.dtype != torch.bool:
-        kind = token_mask.dtype if isinstance(token_mask, Tensor) else type(token_mask).__name__
-        raise TypeError(f"token_mask must be a bool tensor, True for tokens, got {kind}: pass attention_mask != 0")
-    if token_mask.shape != x.shape[:-1] or token_mask.device != x.device:
-        raise ValueError(
-            f"token_mask must say of each row of x whether it is a token, {tuple(x.shape[:-1])} on {x.device}, got "
-            f"{tuple(token_mask.shape)} on {token_mask.device}"
-        )
 
 
 class TopKRouter(nn.Module):
@@ -217,11 +155,10 @@ class TopKRouter(nn.Module):
             self.e_score_correction_bias = bias.to(cast.device)
         return self
 
-    def _load_from_state_dict(self, *arguments: Any) -> None:
-        super()._load_from_state_dict(*arguments)
+    def _load_from_state_dict(self, state_dict: dict[str, object], prefix: str, *others: object) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *others)
         # `load` isn't saved: to_empty() left it uninitialised, or assign=True on the meta device; and that the bias in
         # whatever dtype was given.
-        state_dict, prefix, *_ = arguments
         if self.load is not None and f"{prefix}weight" in state_dict and not self.weight.is_meta:
             self.load = torch.zeros_like(self.load, device=self.weight.device)
         if self.e_score_correction_bias is not None:
@@ -254,7 +191,7 @@ class TopKRouter(nn.Module):
         if x.device != self.weight.device:
             raise ValueError(f"x is on {x.device} and the router on {self.weight.device}: move them to one device")
         if token_mask is not None:
-            _check_token_mask(token_mask, x)
+            check_token_mask(token_mask, x)
         refuse_tangents(x, self.weight)
         if is_fused(self.backend, x, self.weight) and (self.backend != "auto" or _are_kernels_right(x.device, x.dtype)):
             routing = self._route_by_kernels(x)
@@ -344,9 +281,9 @@ class TopKRouter(nn.Module):
         placements = getattr(self.weight, "placements", ())  # of a DTensor
         if self.reduce_load is None and any(placement.is_shard() for placement in placements):
             raise ValueError(
-                "the router's weight is spread over ranks that each count the load of their own tokens, and its "
-                "selection bias would become another one on each: set router.reduce_load to a function that sums a "
-                "tensor over the data-parallel ranks and returns it, or spread the layer's experts over these ranks"
+                "the router's weight is spread over ranks that each count the load of their own tokens, so its "
+                "selection bias would become different on each rank: set router.reduce_load to a function that sums "
+                "a tensor over the data-parallel ranks and returns it, or spread the layer's experts over these ranks"
             )
         if self.reduce_load is not None:
             load = reduce_counts(load, self.reduce_load)

@@ -11,7 +11,8 @@ from tritonmoe.backends.kernel_check import Checked, check_ids, distances
 from tritonmoe.config.layer import MoEConfig
 
 if TYPE_CHECKING:
-    from tritonmoe.routing.router import Routing, TopKRouter
+    from tritonmoe.routing.router import TopKRouter
+    from tritonmoe.routing.token_routing import Routing
 
 __all__ = ["ROUTERS", "SMALL_ROUTERS", "CheckedRouter", "check_router"]
 

@@ -157,7 +157,8 @@ def kept_beside(ctx: Context, mark: Tensor) -> Any:
     recomputed = _kept_by_recomputes.pop(number, None)
     if number == own_number:
         return own
-    assert recomputed is not None, "the tensors of a recompute are used in another backward than it was made in"
+    if recomputed is None:
+        raise RuntimeError("the tensors of a recompute are used in another backward than it was made in")
     return recomputed
 
 

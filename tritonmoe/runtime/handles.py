@@ -61,7 +61,8 @@ def find(handle: Tensor) -> Any:
     found = _objects.get(int(handle))
     if found is None:
         raise RuntimeError(
-            "a graph uses a transport, a layer or a forward that is gone: keep the layer as long as what was compiled "
-            "from it, make graphs anew in every process, and use no saved-tensor hooks that copy what they pack"
+            "a compiled graph uses a transport, a layer or a forward that no longer exists: keep the layer as long "
+            "as the code compiled from it, compile again in every process, and use no saved-tensor hooks that copy "
+            "what they pack"
         )
     return found.value if isinstance(found, _Memory) else found

@@ -61,7 +61,8 @@ class ThreadState:
         """
         if self.inference_mode != torch.is_inference_mode_enabled():
             raise RuntimeError(
-                "code that takes turns can't enter or leave torch.inference_mode() in between: enter it around both"
+                "a half of a batch can't enter or leave torch.inference_mode() between handovers: enter it around "
+                "both halves"
             )
         torch.set_grad_enabled(self.grad_enabled)
         for name, is_enabled, dtype in self.autocast:

@@ -27,7 +27,13 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["counts_by_wrapper", "ignore_sharded_parameters", "is_averaged_by_ddp", "mark_own_buffers"]
+__all__ = [
+    "counts_by_wrapper",
+    "ignore_sharded_parameters",
+    "is_averaged_by_ddp",
+    "mark_own_buffers",
+    "name_ignored",
+]
 
 OF_NOBODY = "_tritonmoe_of_nobody"
 _averaged: "WeakKeyDictionary[DistributedDataParallel, frozenset[int]]" = WeakKeyDictionary()
@@ -82,12 +88,12 @@ def ignore_sharded_parameters() -> None:
     def init(self: DistributedDataParallel, *arguments: object, **keywords: object) -> None:
         given = signature.bind(self, *arguments, **keywords).arguments
         module, group, mesh = given["module"], given.get("process_group"), given.get("device_mesh")
-        _ignore(module, group, mesh)
+        name_ignored(module, group, mesh)
         if given.get("mixed_precision") is not None and _averages_nothing(module):
             raise ValueError(
-                "all that is trained here is other parameters on every rank, of which DistributedDataParallel averages "
-                "none, and its mixed_precision restores parameters where it averages: leave mixed_precision out, and "
-                "run the model under torch.autocast"
+                "all trained parameters of this module are experts, of which every rank has others, so "
+                "DistributedDataParallel averages nothing; but its mixed_precision restores parameters only when it "
+                "averages: leave mixed_precision out, and run the model under torch.autocast"
             )
         with _something_to_average(module):
             original(self, *arguments, **keywords)
@@ -120,9 +126,9 @@ def ignore_sharded_parameters() -> None:
         make_join(self, joinables, enable, throw_on_early_termination, **keywords)
 
     setattr(init, MARK, True)
-    DistributedDataParallel.__init__ = init  # type: ignore[method-assign]
-    DistributedDataParallel.__setstate__ = restore  # type: ignore[method-assign]
-    Join.__init__ = init_join  # type: ignore[method-assign]
+    DistributedDataParallel.__init__ = init  # type: ignore[method-assign]  # docs/patches.md
+    DistributedDataParallel.__setstate__ = restore  # type: ignore[method-assign]  # docs/patches.md
+    Join.__init__ = init_join  # type: ignore[method-assign]  # docs/patches.md
 
 
 def _refuse_uneven(module: nn.Module) -> None:
@@ -131,9 +137,9 @@ def _refuse_uneven(module: nn.Module) -> None:
         if marked.members is not None and len(marked.members) > 1:
             raise ValueError(
                 f"the experts of {name or type(child).__name__} are spread over the ranks {sorted(marked.members)}, "
-                "which all take part in every call of them, and join() lets a rank without batches stop: give every "
-                "rank as many batches (one may have no tokens), or let all ranks stop with the first one, by "
-                "join(throw_on_early_termination=True)"
+                "and every call needs all of these ranks, but join() lets a rank without batches stop: give every "
+                "rank the same number of batches (one may have no tokens), or let all ranks stop with the first one, "
+                "by join(throw_on_early_termination=True)"
             )
 
 
@@ -206,7 +212,7 @@ def _something_to_average(module: nn.Module) -> "Iterator[None]":
         delattr(module, OF_NOBODY)
 
 
-def _ignore(module: nn.Module, group: "ProcessGroup | None", mesh: "DeviceMesh | None") -> None:
+def name_ignored(module: nn.Module, group: "ProcessGroup | None" = None, mesh: "DeviceMesh | None" = None) -> None:
     """Name what is marked where DistributedDataParallel looks, after checking that it averages as experts do."""
     import torch.distributed as dist
 
@@ -240,7 +246,7 @@ def _ignore(module: nn.Module, group: "ProcessGroup | None", mesh: "DeviceMesh |
                 # Both spellings: it joins a module's name and a parameter's with a dot, the name "" of itself too.
                 ignored += [f"{prefix}.{name}", f"{prefix}.{name}".lstrip(".")]
     if ignored:
-        module._ddp_params_and_buffers_to_ignore = [  # type: ignore[assignment]
+        module._ddp_params_and_buffers_to_ignore = [  # type: ignore[assignment]  # PyTorch reads this name
             *getattr(module, "_ddp_params_and_buffers_to_ignore", ()),
             *ignored,
         ]

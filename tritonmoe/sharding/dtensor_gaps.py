@@ -56,14 +56,14 @@ def fill_dtensor_gaps() -> None:
     own_data: Any = Tensor.data  # a descriptor
     setattr(DTensor, OWN_DATA, own_data)
     setting = functools.partial(_set_data, own_data.__set__)
-    DTensor.data = property(own_data.__get__, setting)  # type: ignore[assignment]
+    DTensor.data = property(own_data.__get__, setting)  # type: ignore[assignment]  # docs/patches.md
 
 
 def handlers() -> "dict[OpOverload, Handler]":
     """Return DTensor's table of operations with a function of their own, which it asks before its own rules."""
     from torch.distributed.tensor import DTensor
 
-    return DTensor._op_dispatcher._custom_op_handlers  # type: ignore[return-value]
+    return DTensor._op_dispatcher._custom_op_handlers  # type: ignore[return-value]  # PyTorch says `object`
 
 
 @contextmanager
@@ -192,10 +192,10 @@ def _refuse_collective(operation: "OpOverload", arguments: Arguments, keywords: 
             return operation(*arguments, **keywords)
     name = operation._schema.name.removeprefix("c10d::").rstrip("_")
     raise ValueError(
-        f"torch.distributed's {name} got a DTensor, of which every "
-        "rank holds another part, as of experts that are spread over ranks; it would mix these parts: leave out the "
-        "parameters that tritonmoe.expert_parameters(module) gives (ZeroRedundancyOptimizer and averages of models do "
-        "such things to all that they get: give the experts an optimizer of their own)"
+        f"torch.distributed's {name} got a DTensor, of which every rank holds another part, as of experts that are "
+        "spread over ranks; it would mix these parts: leave out the parameters that "
+        "tritonmoe.expert_parameters(module) gives (ZeroRedundancyOptimizer and averages of models do this to all "
+        "parameters that they get: give the experts an optimizer of their own)"
     )
 
 

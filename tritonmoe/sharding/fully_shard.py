@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from torch import nn
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch.distributed.fsdp._fully_shard._fsdp_common import DataParallelMeshInfo
     from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam, ParamModuleInfo
     from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
+    from torch.distributed.tensor import DTensor
 
 __all__ = ["explain_fully_shard"]
 
@@ -49,18 +50,18 @@ def explain_fully_shard() -> None:
             return
         try:
             original(self, param, module_info, *arguments, **keywords)
-        except Exception as error:
+        except Exception as error:  # FSDP2 raises several kinds, by how the experts are spread
             raise ValueError(
                 f"fully_shard can't shard {name} of {type(module).__name__}, whose experts are spread over these ranks "
                 "already: pass ignored_params=set(tritonmoe.expert_parameters(module)), or shard the module of the "
                 "experts itself over their replicas"
             ) from error
-        refuse_pickling(self.sharded_param)  # type: ignore[arg-type]  # over both dimensions
+        refuse_pickling(cast("DTensor", self.sharded_param))  # over both dimensions
         if set(self.mesh_info.mesh.mesh.flatten().tolist()) == set(marked.replicas):
             mark_sharded(module, marked._replace(averaged=(*marked.averaged, name)))
 
     setattr(init, MARK, True)
-    _fsdp_param.FSDPParam.__init__ = init  # type: ignore[method-assign]
+    _fsdp_param.FSDPParam.__init__ = init  # type: ignore[method-assign]  # docs/patches.md
 
 
 def _check_ranks_of_groups(group_class: "type[FSDPParamGroup]") -> None:
@@ -82,7 +83,7 @@ def _check_ranks_of_groups(group_class: "type[FSDPParamGroup]") -> None:
         original(self, params, modules, mesh_info, *arguments, **keywords)
 
     setattr(init, MARK, True)
-    group_class.__init__ = init  # type: ignore[method-assign]
+    group_class.__init__ = init  # type: ignore[method-assign]  # docs/patches.md
 
 
 def _check_ranks(parameters: Iterable[nn.Parameter], modules: Iterable[nn.Module], mesh: "DeviceMesh") -> None:

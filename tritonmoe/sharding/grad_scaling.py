@@ -40,4 +40,4 @@ def agree_on_overflow(transports_of: Callable[[Iterable[Tensor]], list[Transport
         return found
 
     setattr(unscale, MARK, True)
-    torch.amp.GradScaler._unscale_grads_ = unscale  # type: ignore[method-assign]
+    torch.amp.GradScaler._unscale_grads_ = unscale  # type: ignore[method-assign]  # docs/patches.md

@@ -19,16 +19,16 @@ def local_rows(what: str, tensor: Tensor, parameter: Tensor) -> Tensor:
 
         if tuple(getattr(parameter, "placements", ())) != (Shard(0),):
             raise ValueError(
-                f"{what} lies as {getattr(parameter, 'placements', None)}, spread over replicas besides, and experts "
-                "move between ranks that hold all of an expert: leave the experts out of fully_shard "
+                f"{what} lies as {getattr(parameter, 'placements', None)}, so it is sharded over replicas too, and "
+                "only whole experts can move: leave the experts out of fully_shard "
                 "(ignored_params=set(tritonmoe.expert_parameters(model)))"
             )
         if hasattr(tensor, "to_local"):
             lies = tuple(getattr(tensor, "placements", ()))
             if lies != (Shard(0),):
                 raise ValueError(
-                    f"{what} lies as {lies}, not as the parameter does, and tm.rebalance moves what each rank holds of "
-                    "its own experts alone: take an optimizer whose states are like the parameter (AdamW, SGD, Adagrad)"
+                    f"{what} lies as {lies}, not like its parameter, and tm.rebalance can move only states that lie "
+                    "like the parameter: take an optimizer whose states are like the parameter (AdamW, SGD, Adagrad)"
                 )
             local = tensor.to_local() if tensor.shape[0] == shape[0] else None
         else:
@@ -37,8 +37,8 @@ def local_rows(what: str, tensor: Tensor, parameter: Tensor) -> Tensor:
         local = tensor if tensor.dim() and tensor.shape[0] == shape[0] else None
     if local is None or type(local) not in (Tensor, nn.Parameter) or local.layout != strided:
         raise ValueError(
-            f"{what} is a {type(tensor).__name__} {tuple(tensor.shape)} for a parameter {shape}, and nothing says "
-            "which part of it is an expert's: tm.rebalance moves what has the experts in its first dimension, as the "
-            "states of AdamW, SGD and Adagrad have"
+            f"{what} is a {type(tensor).__name__} {tuple(tensor.shape)} for a parameter {shape}, and tm.rebalance "
+            "can't tell which part belongs to an expert: it moves tensors with the experts in their first dimension, "
+            "as the states of AdamW, SGD and Adagrad have"
         )
     return local

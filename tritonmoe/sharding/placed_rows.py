@@ -59,14 +59,14 @@ class PlacedRows(Tensor):
         self.rows, self.experts_of_rank, self.rank = rows, experts_of_rank, rank
         return self
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:  # type: ignore[override]
+    def __repr__(self, *, tensor_contents: object = None) -> str:  # type: ignore[override]  # PyTorch's takes Any
         return f"PlacedRows(experts {self.experts_of_rank[self.rank]}, {self.rows})"
 
     def __reduce_ex__(self, protocol: object) -> tuple[Callable[..., "PlacedRows"], tuple[object, ...]]:
         return PlacedRows, (self.rows, self.experts_of_rank, self.rank)
 
     @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
+    def __torch_dispatch__(  # type: ignore[override]  # PyTorch declares a plain function
         cls, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> object:
         kwargs = kwargs or {}
@@ -89,8 +89,8 @@ class PlacedRows(Tensor):
             )
         if any(other.experts_of_rank != first.experts_of_rank for other in given):
             raise ValueError(
-                "these are experts in state dicts from before and behind a rebalance(), whose rows are other experts': "
-                "take both from the same placement, or compute with full_tensor()"
+                "these experts come from state dicts before and after a rebalance(), and their rows belong to "
+                "different experts: take both from the same placement, or compute with full_tensor()"
             )
         plain = [_plain(value) for value in args]
         found = func(*plain, **{name: _plain(value) for name, value in kwargs.items()})

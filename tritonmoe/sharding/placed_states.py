@@ -3,7 +3,7 @@
 import functools
 import gc
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -76,7 +76,8 @@ def part_of(value: Tensor, parameter: "DTensor", experts_of_rank: ExpertsOfRank 
 
     if parameter.placements != (Shard(0),):
         raise ValueError(
-            f"a whole tensor can't be divided as {parameter.placements}: load with torch.distributed.checkpoint"
+            f"a whole tensor can't be divided into {parameter.placements}: load the state dict with "
+            "torch.distributed.checkpoint"
         )
     mesh = parameter.device_mesh
     rank = mesh.get_local_rank()
@@ -122,9 +123,9 @@ def in_slot_order(value: object, parameter: object, order: ExpertsOfRank | None,
     elif isinstance(value, DTensor):
         if order is not None:
             raise ValueError(
-                f"{name} is a DTensor of which nothing says which expert a row belongs to, and the experts of this "
-                "module have moved (or have a placement): load what state_dict() gave, whole tensors on every rank, or "
-                "with torch.distributed.checkpoint into state_dict()"
+                f"{name} is a DTensor whose rows don't say to which experts they belong, and the experts of this "
+                "module have moved (or have a placement): load the result of state_dict(), whole tensors on every "
+                "rank, or with torch.distributed.checkpoint into state_dict()"
             )
         return value
     num_slots = parameter.shape[0]
@@ -150,10 +151,11 @@ def shown_state(optimizer: torch.optim.Optimizer, state_dict: "StateDict") -> "S
 
 
 def _shown(value: object, parameter: Tensor | None, order: ExpertsOfRank) -> object:
-    is_spread = isinstance(value, Tensor) and hasattr(value, "device_mesh") and value.dim() and parameter is not None
-    if not is_spread or placed_rows_of(value) is not None or value.shape[0] != parameter.shape[0]:  # type: ignore[union-attr,attr-defined]
+    if parameter is None or not isinstance(value, Tensor) or not hasattr(value, "device_mesh") or not value.dim():
         return value
-    return in_model_order(value, order)  # type: ignore[arg-type]
+    if placed_rows_of(value) is not None or value.shape[0] != parameter.shape[0]:
+        return value
+    return in_model_order(cast("DTensor", value), order)
 
 
 def _taken_state(optimizer: torch.optim.Optimizer, state_dict: "StateDict") -> "StateDict":
@@ -200,5 +202,5 @@ def _show_states_of_optimizers() -> None:
         take(self, _taken_state(self, state_dict))
 
     setattr(state_dict, MARK, True)
-    kind.state_dict = state_dict  # type: ignore[method-assign]
-    kind.load_state_dict = load_state_dict  # type: ignore[method-assign]
+    kind.state_dict = state_dict  # type: ignore[method-assign]  # docs/patches.md
+    kind.load_state_dict = load_state_dict  # type: ignore[method-assign]  # docs/patches.md

@@ -91,8 +91,8 @@ def find_sharding(ranks: Ranks, transport: Transport, device: torch.device) -> S
     members = dist.get_process_group_ranks(world.group)
     if len(members) < dist.get_world_size():
         raise ValueError(
-            f"the experts would be spread over the ranks {members} of {dist.get_world_size()}, and nothing says "
-            "whether the other ranks hold copies, whose gradients must be averaged: pass a DeviceMesh of two "
+            f"the experts would be spread over the ranks {members} of {dist.get_world_size()}, and tritonmoe can't "
+            "tell whether the other ranks hold copies, whose gradients must be averaged: pass a DeviceMesh of two "
             f'dimensions, init_device_mesh(..., mesh_dim_names=("replica", "{EXPERT}")), its first of size 1 where '
             "there are no copies"
         )
@@ -177,8 +177,8 @@ def check_replicas(seed: int, sharding: Sharding) -> None:
         seeds = numbers_of_all(torch.tensor([seed], device="cpu"), as_transport(sharding.replicas))
         if len(set(seeds.flatten().tolist())) > 1:
             raise ValueError(
-                "the ranks that hold copies of the same experts would draw different ones: pass a generator with the "
-                "same seed on every rank, or call torch.manual_seed() with it before the layer is made"
+                "the ranks that hold copies of the same experts would draw different weights: pass a generator with "
+                "the same seed on every rank, or call torch.manual_seed() with it before the layer is made"
             )
 
 
@@ -230,8 +230,8 @@ def local_shard(module: nn.Module, parameter: Tensor, sharding: Sharding, scale:
     if hasattr(parameter, "main_grad"):
         if scale != 1.0 or sharding.replicas is not None:
             raise ValueError(
-                "what is added to the main_grad of a weight can be neither scaled nor averaged any more: make the "
-                'layer with expert_gradients="sum" and without replicas, or leave main_grad to after the backward'
+                "a gradient that was added to a main_grad can't be scaled or averaged any more: make the layer with "
+                'expert_gradients="sum" and without replicas, or leave main_grad to after the backward'
             )
         local.main_grad = parameter.main_grad  # type: ignore[attr-defined]
     replicas = None if is_averaged_by_fsdp(module, parameter) else sharding.replicas

@@ -3,7 +3,7 @@
 import functools
 import zlib
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from tritonmoe.transports.waiting import LongWait, watched
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
 
 __all__ = ["full_tensor", "watched_on"]
 
@@ -25,16 +26,16 @@ def full_tensor(tensor: Tensor, what: str) -> Tensor:
     """
     if not hasattr(tensor, "full_tensor"):
         return tensor
-    with watched_on(tensor.device_mesh, what):  # type: ignore[attr-defined]
+    spread = cast("DTensor", tensor)
+    with watched_on(spread.device_mesh, what):
         if tensor.is_floating_point() and tensor.itemsize == 1:  # fp8, which gloo doesn't know, travels as bytes
-            return _as_bytes(tensor).full_tensor().view(tensor.dtype)  # type: ignore[attr-defined]
-        return tensor.full_tensor()
+            return _as_bytes(spread).full_tensor().view(tensor.dtype)
+        return spread.full_tensor()
 
 
-def _as_bytes(tensor: Tensor) -> Tensor:
+def _as_bytes(tensor: "DTensor") -> "DTensor":
     from torch.distributed.tensor import DTensor
 
-    assert isinstance(tensor, DTensor)
     local, shape, stride = tensor.to_local().view(torch.uint8), tensor.shape, tensor.stride()
     return DTensor.from_local(local, tensor.device_mesh, tensor.placements, run_check=False, shape=shape, stride=stride)
 

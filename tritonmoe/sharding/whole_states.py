@@ -69,7 +69,7 @@ def refuse_pickling(spread: "DTensor") -> None:
             return original(tensor, protocol)
 
         setattr(DTensor, MARK, refused)
-        DTensor.__reduce_ex__ = reduce  # type: ignore[method-assign]
+        DTensor.__reduce_ex__ = reduce  # type: ignore[method-assign]  # docs/patches.md
     if spread.device_mesh.size() > 1:
         getattr(DTensor, MARK).setdefault(spread.device_mesh, set()).update(_shapes_of_states(spread.shape))
 

@@ -75,7 +75,9 @@ class LinkCosts:
     def each_link(self) -> EachLink:
         """What a byte costs on each link, which the costs of a recorded call always tell."""
         if self.each is None:
-            raise ValueError("these costs don't tell links apart")
+            raise ValueError(
+                "these costs are the same for all links: give LinkCosts with `each`, as a recorded call has them"
+            )
         return self.each
 
     @property
@@ -87,7 +89,9 @@ class LinkCosts:
 
     def __post_init__(self) -> None:
         if not (self.latency_s >= 0 and self.bytes_per_s > 0 and 0 < self.alone_share <= 1):
-            raise ValueError(f"latency_s >= 0, bytes_per_s > 0 and 0 < alone_share <= 1 are needed, got {self}")
+            raise ValueError(
+                f"latency_s >= 0, bytes_per_s > 0 and 0 < alone_share <= 1 are needed: correct the costs, got {self}"
+            )
         if not 0 <= self.contention < 1:
             raise ValueError(f"contention must lie in [0, 1), got {self.contention}")
         if (self.node_size is None) != (self.inter_bytes_per_s is None):
@@ -110,6 +114,9 @@ class CopyWork:
     """Of what comes home of their gradients; 0 where nothing does."""
     are_sent_again: bool = False
     """Whether the weights travel once more in the backward."""
+    relayed: tuple[Tensor, Tensor] | None = None
+    """Where ranks pass pieces of copies on: (W, W) float64, how many experts' weights go from rank i to rank k from
+    owners, and then among the ranks that have copies."""
 
 
 @dataclass(frozen=True)
@@ -143,9 +150,9 @@ class LayerWork:
 
     def bytes_per_row(self, kind: StepKind) -> int:
         """Return the bytes of one row, or of one copied expert, in an exchange of this kind."""
-        if kind in (StepKind.COPIES, StepKind.COPIES_BACKWARD):
-            copies = self.copies
-            return 0 if copies is None else copies.expert_bytes if kind is StepKind.COPIES else copies.gradient_bytes
+        if kind in (StepKind.COPIES, StepKind.SPREAD_COPIES, StepKind.COPIES_BACKWARD):
+            copies, goes_home = self.copies, kind is StepKind.COPIES_BACKWARD
+            return 0 if copies is None else copies.gradient_bytes if goes_home else copies.expert_bytes
         if kind is StepKind.METADATA:
             return 8 * self.top_k  # int32 ids and fp32 weights
         if kind is StepKind.ROUTING_BACKWARD:
@@ -196,8 +203,12 @@ class LayerWork:
         """Return (W, W) what travels from rank i to rank k in an exchange of all chunks: rows, or copied experts."""
         if way in (Way.TO_EXPERTS, Way.HOME):
             found = self.rows
+        elif self.copies is None:
+            found = torch.zeros_like(self.rows)
+        elif self.copies.relayed is None or way is Way.TO_OWNERS:
+            found = torch.zeros_like(self.rows) if way is Way.AMONG_COPIES else self.copies.copied
         else:
-            found = torch.zeros_like(self.rows) if self.copies is None else self.copies.copied
+            found = self.copies.relayed[way is Way.AMONG_COPIES]
         return found.T if way in (Way.HOME, Way.TO_OWNERS) else found
 
     def ports(self, link: LinkCosts, way: Way = Way.TO_EXPERTS) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,7 @@ class Ports:
         )
         self.is_in_one_group = self.group_of_rank[:, None] == self.group_of_rank if work.size <= EXACT_RANKS else None
         self.ports = {way: work.ports(link, way) for way in Way}
-        self.has_copies = {way: work.travelling(way) > 0 for way in (Way.TO_COPIES, Way.TO_OWNERS)}
+        self.has_copies = {way: work.travelling(way) > 0 for way in (Way.TO_COPIES, Way.AMONG_COPIES, Way.TO_OWNERS)}
         """(W, W): whether rank i sends rank k anything of copied experts, as most don't; rows go from all to all."""
         self.inside_ports = {way: work.inside_ports(link, way) for way in Way}
         """Those to the other ranks of a node, where they are second ones."""

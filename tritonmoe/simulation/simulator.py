@@ -98,6 +98,8 @@ class Walk:
         self.now = torch.zeros(work.size, dtype=torch.float64, device="cpu") if start_s is None else start_s
         """(W,): up to when each rank has come."""
         self._numbers = itertools.count()
+        self._awaited: dict[int, Tensor] = {}
+        """By the number of an exchange: which ranks wait for it, where those that get nothing don't."""
 
     def compute(self, seconds: Tensor) -> None:
         """Let every rank compute for (W,) seconds."""
@@ -107,11 +109,15 @@ class Walk:
         """Post an exchange of so many bytes for each row that travels, and give its number."""
         number = next(self._numbers)
         self.ports.post(number, self.now, row_bytes, way)
+        if way in (Way.TO_COPIES, Way.AMONG_COPIES):
+            self._awaited[number] = self.outer.travelling(way).sum(0) > 0
         return number
 
     def wait(self, number: int) -> tuple[Tensor, Tensor]:
         """Let every rank wait for an exchange; give (W,) when it had arrived, and for how long they have waited."""
         arrival = self.ports.arrival(number)
+        if number in self._awaited:
+            arrival = torch.where(self._awaited[number], arrival, self.now)
         wait_s = (arrival - self.now).clamp(min=0)
         self.now = torch.maximum(self.now, arrival)
         return arrival, wait_s
@@ -215,7 +221,8 @@ def simulate_layer(
 ) -> Sequence[Simulation]:
     """Return the simulated forward and, with every gradient needed, the backward."""
     copies = None if isinstance(work, TwoLevelWork) else work.copies
-    schedules = [build_forward(plan, has_copies=copies is not None)]
+    relays_copies = copies is not None and copies.relayed is not None
+    schedules = [build_forward(plan, has_copies=copies is not None, relays_copies=relays_copies)]
     if backward:
         schedules.append(
             build_backward(
@@ -224,6 +231,7 @@ def simulate_layer(
                 needs_topk_weights=True,
                 has_copies=copies is not None,
                 sends_copies=copies is not None and copies.are_sent_again,
+                relays_copies=relays_copies,
                 returns_copies=copies is not None and copies.gradient_bytes > 0,
             )
         )

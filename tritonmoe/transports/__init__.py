@@ -11,7 +11,8 @@ from tritonmoe.transports.emulated.transport import EmulatedTransport
 from tritonmoe.transports.emulated.world import EmulatedWorld
 from tritonmoe.transports.local import LocalTransport
 from tritonmoe.transports.mpi import MPITransport
-from tritonmoe.transports.process_group import ProcessGroupTransport, is_registered
+from tritonmoe.transports.process_group import ProcessGroupTransport
+from tritonmoe.transports.torch_groups import is_registered
 from tritonmoe.transports.two_level_transport import TwoLevelTransport
 
 if TYPE_CHECKING:

@@ -1,10 +1,7 @@
 """Transport: moves rows between ranks and knows nothing of experts; PendingExchange: rows under way."""
 
-import operator
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -15,19 +12,7 @@ from tritonmoe.runtime.handles import Handled
 from tritonmoe.runtime.host_device import HostCopy
 from tritonmoe.transports.collectives import all_reduce, barrier, broadcast, run_outside_graphs, share_number
 
-__all__ = [
-    "PendingExchange",
-    "Transport",
-    "as_counts",
-    "as_wire",
-    "check_counts",
-    "check_exchange",
-    "describe",
-    "raise_in_child",
-]
-
-NATIVE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.int64)
-"""Dtypes that every transport moves as they are; tensors of all others travel as bytes."""
+__all__ = ["PendingExchange", "Transport"]
 
 MAX_HEADER = 40
 """The most integers with which one rank describes a layer call or a collective to the others."""
@@ -42,49 +27,49 @@ class PendingExchange(ABC):
     def wait(self) -> Tensor:
         """Return the received rows, in the order of the ranks that sent them.
 
-        On a CPU this blocks until they are there. On CUDA it orders the current stream behind them (and blocks the
-        host only where the transport needs it). Calling it again gives the same tensor.
+        On a CPU wait() blocks until the rows are there. On CUDA it makes the current stream wait for them, and blocks
+        the host only if the transport needs that. A second call returns the same tensor.
 
         Raises:
             TransportError: the exchange failed or took longer than the transport's timeout.
         """
 
     def finished_at(self) -> float | None:
-        """Return the time.perf_counter() at which the rows had arrived, None where nobody knows."""
+        """Return the time.perf_counter() at which the rows had arrived, None if it is not known."""
         return None
 
     def arrivals(self) -> "tuple[float | None, ...] | None":
-        """Return for each rank when the rows that it sent had arrived, as time.perf_counter(); call it after wait().
+        """Return for each rank the time.perf_counter() at which its rows had arrived; call it after wait().
 
-        A rank's is None where nobody knows, where it sent none, and for this rank itself; all of it where the transport
-        doesn't know of any, as with NCCL.
+        A rank's time is None if it is not known, if the rank sent no rows, and for this rank itself. The result is None
+        if the transport doesn't know the time of any rank, like NCCL.
         """
         return None
 
 
 class Transport(Handled, ABC):
-    """Two calls that communicate, and collectives made of them; every rank makes the same ones in the same order.
+    """Two calls that communicate, and collectives made of them; every rank makes the same calls in the same order.
 
-    Where an exchange fails, or a rank leaves a layer call in the middle, the transport is broken: every later call
-    raises TransportError that names the first failure, until all ranks have called rebuild().
+    If an exchange fails, or an exception leaves a layer call in the middle, the transport is broken: every later call
+    raises TransportError with the first failure, until all ranks have called rebuild().
 
-    A subclass sets rank and size, and defines exchange() and post_counts(). One whose ranks can fail apart also defines
-    give_up(), by which the others hear of a failure at once instead of at their timeout, and rebuild(); one that holds
-    anything defines close(). The rest has defaults. transports/mpi.py is an example of messages, a thread and timeouts;
-    process_group.py with gloo.py and notices.py is one of give_up() and rebuild().
+    A subclass sets rank and size, and defines exchange() and post_counts(). If one of its ranks can fail alone, it also
+    defines rebuild(), and give_up(), by which the other ranks hear of a failure at once instead of at their timeout. If
+    it holds resources, it defines close(). All other methods have defaults. transports/mpi.py is an example of
+    messages, a thread and timeouts; process_group.py, gloo.py and notices.py are one of give_up() and rebuild().
     """
 
     rank: int
     size: int
     generation: int = 0
-    """How often the transport was rebuilt, the same on every rank: messages of two generations never meet."""
+    """How often the transport was rebuilt, equal on all ranks. Messages of two generations never meet."""
     tells_arrivals: bool = False
-    """Set it to have PendingExchange.arrivals() also where that costs something: with gloo between more than two ranks
-    a thread for each of them."""
+    """Set it to True to get PendingExchange.arrivals() also from transports for which it is not free: gloo between more
+    than two ranks then has a thread for each rank."""
 
     @property
     def job_ranks(self) -> tuple[int, ...] | None:
-        """The numbers that this transport's ranks, in their order, have in the whole job; None where it has no others.
+        """The numbers of this transport's ranks, in their order, in the whole job; None if the job has no other ranks.
 
         Example: the expert ranks of a mesh (2, 4), ("replica", "expert"), are (0, 1, 2, 3) here and (4, 5, 6, 7) there.
         """
@@ -101,17 +86,17 @@ class Transport(Handled, ABC):
         """Start sending rows to every rank and receiving rows from every rank; returns at once.
 
         Args:
-            rows: (sum of input_splits, ...), contiguous, any dtype; those for rank 0 first.
-            input_splits: W row counts, input_splits[k] go to rank k (this rank included).
-            output_splits: W row counts, output_splits[k] come from rank k.
-            out: (sum of output_splits, ...), contiguous, same dtype; allocated where None.
+            rows: (sum of input_splits, ...), contiguous, any dtype; the rows for rank 0 first.
+            input_splits: W row counts; input_splits[k] rows go to rank k (this rank included).
+            output_splits: W row counts; output_splits[k] rows come from rank k.
+            out: (sum of output_splits, ...), contiguous, same dtype; allocated if None.
         Raises:
-            ValueError, TypeError: splits and tensors disagree; raised before anything is sent.
+            ValueError, TypeError: splits and tensors disagree; raised before any row is sent.
         """
 
     @abstractmethod
     def post_counts(self, counts: Tensor) -> PendingExchange:
-        """Start sending row k of counts (W, L) int64 on the CPU to rank k; wait() gives the rows received, (W, L).
+        """Start sending row k of counts (W, L) int64 on the CPU to rank k; wait() returns the received rows, (W, L).
 
         L must be the same on every rank. Returns at once.
 
@@ -120,7 +105,7 @@ class Transport(Handled, ABC):
         """
 
     def exchange_counts(self, counts: Tensor) -> Tensor:
-        """Post the counts, wait, and give the rows received.
+        """Post the counts, wait, and return the received rows.
 
         Raises:
             ValueError: counts is not (W, L) int64 on the CPU.
@@ -129,17 +114,17 @@ class Transport(Handled, ABC):
         return self.post_counts(counts).wait()
 
     def all_reduce(self, tensor: Tensor, op: str = "sum") -> Tensor:
-        """Reduce `tensor` over all ranks, in place, and give it: the same bits on every rank and in every run.
+        """Reduce `tensor` over all ranks, in place, and return it: the same bits on every rank and in every run.
 
-        It is reduced in rank order, in fp32 or wider (integers as int64), and rounded once. One rank alone keeps its
-        tensor. Where this raises, the tensor is as it was. It blocks as exchange_counts and PendingExchange.wait do.
-        torch.compile leaves its graph for it.
+        The sum is made in rank order, in fp32 or wider (integers as int64), and rounded once. With one rank the tensor
+        stays as it is, and so it does if the call raises. The host blocks until all ranks have sent their tensors.
+        torch.compile breaks its graph at this call.
 
         Args:
             tensor: any shape (none, empty and strided ones too), on the CPU or CUDA; the same shape and dtype on every
-                rank. One that hangs on a graph is refused: no gradient passes.
+                rank. A tensor that is part of an autograd graph is refused, since no gradient passes.
             op: "sum", "mean" (floating point and complex), "max" or "min" (not complex; a NaN anywhere gives NaN).
-                bool has "max", whether any rank has it set, and "min".
+                bool takes "max" (whether any rank has True) and "min".
         Raises:
             ValueError, TypeError: on the rank whose arguments don't fit; the others raise TransportError.
             CountMismatch: the ranks' shapes, dtypes, ops or calls differ. TransportError: an exchange failed.
@@ -149,11 +134,11 @@ class Transport(Handled, ABC):
         return run_outside_graphs(all_reduce, self, tensor, op)
 
     def broadcast(self, tensor: Tensor, source: int = 0) -> Tensor:
-        """Write rank `source`'s tensor into every rank's, bit by bit, in place, and give it; else as in all_reduce."""
+        """Copy the tensor of rank `source` into that of every rank, in place, and return it; else as in all_reduce."""
         return run_outside_graphs(broadcast, self, tensor, source)
 
     def barrier(self) -> None:
-        """Return once every rank has come here. Only hosts wait: a device goes on with what it still computes.
+        """Return once every rank has called barrier(). Only the hosts wait, not their devices.
 
         Raises:
             CountMismatch: a rank makes another call. TransportError: a rank didn't come within the timeout.
@@ -161,7 +146,7 @@ class Transport(Handled, ABC):
         run_outside_graphs(barrier, self)
 
     def share_number(self, number: int) -> list[int]:
-        """Return every rank's integer, in their order: a barrier by which each rank says one, in a single exchange.
+        """Return the integers of all ranks, in rank order: a barrier in which each rank sends one integer.
 
         Raises:
             CountMismatch: a rank makes another call. TransportError: a rank didn't come within the timeout.
@@ -170,14 +155,14 @@ class Transport(Handled, ABC):
 
     @property
     def message_length(self) -> int:
-        """How many integers a rank sends each other one before a layer call or a collective (exchange_counts).
+        """How many integers a rank sends to each other rank before a layer call or a collective (exchange_counts).
 
-        It is one number for all of these: ranks that begin different ones tell each other so, where gloo would abort.
+        All calls send the same number, so ranks that begin different calls raise; with two lengths gloo would abort.
         """
         return MAX_HEADER + 2 * self.size + 3 * MAX_SEGMENTS
 
     def wait_for_copy(self, copy: HostCopy) -> list[Tensor]:
-        """Wait for a copy from this rank's device, in a call that other ranks make too, and give what it holds.
+        """Wait for a copy from this rank's device, in a call that all ranks make, and return the copied tensors.
 
         Raises:
             TransportError: only the device waits for rows (NCCL), another rank has failed, or timeout_s has passed.
@@ -185,38 +170,38 @@ class Transport(Handled, ABC):
         return copy.wait()
 
     def uses_rendezvous(self, device: torch.device) -> bool:
-        """Say whether rows leave for a rank only when its word has come that it may receive them (gloo).
+        """Say whether rows are sent to a rank only after that rank's message that it is ready to receive them (gloo).
 
-        That word travels behind the rows which that rank has sent before, so a slow way back delays them.
+        The message travels behind the rows that the rank has sent before, so a slow way back delays the rows.
         """
         return False
 
     def shares_link(self, device: torch.device) -> bool:
         """Say whether exchanges of rows on this device that are under way together share the link (MPI over TCP).
 
-        Where they take their turn, as on one stream of NCCL or one connection of gloo, the first posted arrives first.
+        Otherwise they take turns, like on one stream of NCCL or one connection of gloo: the first posted arrives first.
         """
         return False
 
     def give_up(self, what: str) -> None:
-        """Break the transport, unless it is broken already, and let the other ranks hear what this rank did.
+        """Mark the transport as broken, unless it is already, and tell the other ranks what this rank did.
 
-        Their exchanges that need this rank raise TransportError that says "rank k" and `what`, as "failed with an
-        OSError". One rank alone has nobody who waits for it.
+        Their exchanges that need this rank raise a TransportError with "rank k" and `what`, such as "failed with an
+        OSError".
         """
 
     def rebuild(self) -> None:
-        """Make the transport anew over the same ranks: what is under way is dropped, and can't be received any more.
+        """Connect the same ranks again: rows that are under way are dropped, and are never received.
 
-        All ranks must call it, those included that have seen no failure: their exchanges under way end. Calls are
-        counted from the same number on all ranks afterwards; `num_chunks="auto"` starts to measure again. Layers, their
-        parameters and their places stay, and so do outputs: all ranks may still run the backward of one.
+        All ranks must call it, also ranks that have seen no failure: their exchanges under way end. Afterwards calls
+        are counted from the same number on all ranks, and `num_chunks="auto"` measures again. Layers, parameters and
+        placements stay. Outputs stay valid too: all ranks may still run the backward of one.
 
         Raises:
             TransportError: a rank has ended or doesn't come within the timeout (it may be called again), or the
                 transport has no way back.
         """
-        raise TransportError(f"a {type(self).__name__} has no way back after a failure: make a new one")
+        raise TransportError(f"a {type(self).__name__} can't be rebuilt after a failure: make a new one")
 
     def __deepcopy__(self, memo: dict) -> "Transport":
         # A connection, not a value: the copy of a layer talks over the same one.
@@ -224,87 +209,3 @@ class Transport(Handled, ABC):
 
     def close(self) -> None:
         """Release what the transport holds; using it afterwards raises TransportError."""
-
-
-def check_exchange(
-    transport: Transport,
-    rows: Tensor,
-    input_splits: Sequence[int],
-    output_splits: Sequence[int],
-    out: Tensor | None,
-) -> Tensor:
-    """Check an exchange's arguments and give the tensor it fills."""
-    where = f"rank {transport.rank} of {transport.size}"
-    if not isinstance(rows, Tensor):
-        raise TypeError(f"rows must be a tensor, got {type(rows).__name__} ({where})")
-    for name, splits in (("input_splits", input_splits), ("output_splits", output_splits)):
-        if len(splits) != transport.size:
-            raise ValueError(f"{name} must have one count per rank ({transport.size}), got {len(splits)} ({where})")
-        if any(count < 0 for count in splits):
-            raise ValueError(f"{name} must not be negative, got {list(splits)} ({where})")
-    sent, received = input_splits[transport.rank], output_splits[transport.rank]
-    if sent != received:
-        raise ValueError(
-            f"a rank receives the rows that it sends to itself: input_splits[{transport.rank}] = {sent} and "
-            f"output_splits[{transport.rank}] = {received} must be equal ({where})"
-        )
-    if rows.dim() < 1 or rows.shape[0] != sum(input_splits):
-        raise ValueError(f"rows {tuple(rows.shape)} must have sum(input_splits) = {sum(input_splits)} rows ({where})")
-    if not rows.is_contiguous():
-        raise ValueError(f"rows must be contiguous, got strides {rows.stride()}: call .contiguous() ({where})")
-    shape = (sum(output_splits), *rows.shape[1:])
-    if out is None:
-        return rows.new_empty(shape)
-    if tuple(out.shape) != shape or out.dtype != rows.dtype or out.device != rows.device:
-        raise ValueError(
-            f"out {tuple(out.shape)} {out.dtype} on {out.device} must be {shape} {rows.dtype} on {rows.device}, "
-            f"as the rows are ({where})"
-        )
-    if not out.is_contiguous():
-        raise ValueError(f"out must be contiguous, got strides {out.stride()} ({where})")
-    return out
-
-
-def check_counts(transport: Transport, counts: Tensor) -> None:
-    """Check the argument of post_counts."""
-    if not isinstance(counts, Tensor):
-        raise TypeError(f"counts must be a tensor, got {type(counts).__name__}")
-    if counts.dim() != 2 or counts.shape[0] != transport.size:
-        raise ValueError(f"counts must be ({transport.size}, L), one row per rank, got {tuple(counts.shape)}")
-    if counts.dtype != torch.int64 or counts.device.type != "cpu":
-        raise ValueError(f"counts must be int64 on the CPU, got {counts.dtype} on {counts.device}")
-
-
-def as_counts(splits: Sequence[int]) -> list[int]:
-    """Return the splits as plain integers, whatever kind of integer they were.
-
-    Raises:
-        TypeError: a count is not an integer.
-    """
-    return [operator.index(count) for count in splits]
-
-
-def as_wire(tensor: Tensor) -> Tensor:
-    """Return a view of `tensor` in a dtype that every transport moves: its own, or bytes.
-
-    Dimension 0 still counts the rows: int32 (R,) becomes uint8 (R, 4), int32 (R, D) becomes uint8 (R, 4*D).
-    """
-    if tensor.dtype in NATIVE_DTYPES:
-        return tensor
-    return (tensor.unsqueeze(-1) if tensor.dim() == 1 else tensor).view(torch.uint8)
-
-
-def raise_in_child(transport: Transport, pid: int) -> NoReturn:
-    """Refuse a call in a process that was forked from the one, `pid`, in which the transport was made."""
-    raise TransportError(
-        f"this {type(transport).__name__} was made in process {pid} and can't be used in its child {os.getpid()}, "
-        "which shares its connections: use it in the process that made it, or make another one in the child"
-    )
-
-
-def describe(transport: Transport, input_splits: Sequence[int], output_splits: Sequence[int]) -> str:
-    """Return the words by which a TransportError names its exchange."""
-    return (
-        f"rank {transport.rank} of {transport.size}, input_splits {list(input_splits)}, "
-        f"output_splits {list(output_splits)}"
-    )

@@ -142,7 +142,8 @@ def _check_tensor(tensor: Tensor) -> None:
         )
     if tensor.grad_fn is not None:
         raise ValueError(
-            "tensor hangs on a graph, and no gradient passes through all_reduce and broadcast: pass tensor.detach()"
+            "tensor is part of an autograd graph, and no gradient passes through all_reduce and broadcast: pass "
+            "tensor.detach()"
         )
     if any(stride == 0 and length > 1 for length, stride in zip(tensor.shape, tensor.stride(), strict=True)):
         raise ValueError(
@@ -183,8 +184,8 @@ def _agree(
     strangers = [rank for rank, row in enumerate(everybody) if row[0] != MAGIC]
     if strangers:
         raise CountMismatch(
-            f"this rank calls {_words(said)}, ranks {strangers} make something else (a layer call, say): every rank "
-            "must make the same calls in the same order on this transport"
+            f"this rank calls {_words(said)}, ranks {strangers} make another call (a layer call, for example): every "
+            "rank must make the same calls in the same order on this transport"
         )
     refused = [rank for rank, row in enumerate(everybody) if row[1]]
     if refused:

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from tritonmoe.errors import TransportError
 from tritonmoe.runtime.other_ranks import has_other_ranks
-from tritonmoe.transports.base import PendingExchange, Transport, as_counts, check_counts, check_exchange
+from tritonmoe.transports.base import PendingExchange, Transport
+from tritonmoe.transports.exchange_arguments import as_counts, check_counts, check_exchange
 
 __all__ = ["LocalTransport"]
 

@@ -20,15 +20,8 @@ import torch
 from torch import Tensor
 
 from tritonmoe.errors import TransportError
-from tritonmoe.transports.base import (
-    PendingExchange,
-    Transport,
-    as_counts,
-    check_counts,
-    check_exchange,
-    describe,
-    raise_in_child,
-)
+from tritonmoe.transports.base import PendingExchange, Transport
+from tritonmoe.transports.exchange_arguments import as_counts, check_counts, check_exchange, describe, raise_in_child
 from tritonmoe.transports.progress_thread import ProgressThread, ThreadedExchange
 
 if TYPE_CHECKING:
@@ -209,8 +202,8 @@ class MPITransport(Transport):
     def rebuild(self) -> None:
         """Raise TransportError: MPI has no way back."""
         raise TransportError(
-            "MPI has no way back after a failed exchange, MPI_Finalize would wait for the missing rows for ever: end "
-            "the processes and start the job again"
+            "MPI can't be used after a failed exchange, since MPI_Finalize would wait for the missing rows for ever: "
+            "end the processes and start the job again"
         )
 
     def fail(self, reason: str) -> NoReturn:

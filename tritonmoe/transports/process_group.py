@@ -5,7 +5,6 @@ import os
 import time
 import weakref
 from collections.abc import Sequence
-from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,9 +12,10 @@ from torch import Tensor
 
 from tritonmoe.errors import TransportError
 from tritonmoe.runtime.host_device import HostCopy
-from tritonmoe.transports.base import (
-    PendingExchange,
-    Transport,
+from tritonmoe.transports.base import PendingExchange, Transport
+from tritonmoe.transports.breakdown import Breakdown
+from tritonmoe.transports.device_group import CollectiveExchange
+from tritonmoe.transports.exchange_arguments import (
     as_counts,
     as_wire,
     check_counts,
@@ -23,101 +23,52 @@ from tritonmoe.transports.base import (
     describe,
     raise_in_child,
 )
-from tritonmoe.transports.breakdown import Breakdown
-from tritonmoe.transports.device_group import CollectiveExchange
 from tritonmoe.transports.gloo import GlooExchange, GlooLinks, end_links
 from tritonmoe.transports.notices import Missed, Notices
 from tritonmoe.transports.progress_thread import ProgressThread
+from tritonmoe.transports.torch_groups import backends_of, group_of_devices, next_number, own_group, timeout_of
 from tritonmoe.transports.two_level_transport import TwoLevelTransport, check_nodes
 from tritonmoe.transports.waiting import LongWait
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup, Work
 
-__all__ = ["ProcessGroupTransport", "available", "is_registered"]
-
-
-def available() -> dict[str, str | None]:
-    """Say of gloo and nccl why ranks in several processes can't use it here; None where they can."""
-    reasons: dict[str, str | None]
-    if not torch.distributed.is_available():
-        built_without = "this torch was built without torch.distributed"
-        reasons = {"gloo": built_without, "nccl": built_without}
-    else:
-        import torch.distributed as dist
-
-        nccl = None
-        if not dist.is_nccl_available():
-            nccl = "this torch was built without NCCL"
-        elif not torch.cuda.is_available():
-            nccl = "there is no CUDA device"
-        reasons = {"gloo": None if dist.is_gloo_available() else "this torch was built without gloo", "nccl": nccl}
-    return reasons
-
-
-def is_registered(group: "ProcessGroup") -> bool:
-    """Say whether the group still exists: destroy_process_group() ends it."""
-    try:
-        return torch.distributed.get_rank(group) >= 0
-    except ValueError:
-        return False
+__all__ = ["ProcessGroupTransport"]
 
 
 class ProcessGroupTransport(Transport):
     """Rows between the processes of a torch.distributed group.
 
-    CPU tensors, counts among them, travel over gloo where the group has that or nothing for the CPU, on connections of
-    the transport's own, made with its first exchange; CUDA tensors on the group's CUDA backend (NCCL).
-    The group stays its maker's: close() doesn't destroy it.
-    Splits are not compared between ranks here: where they disagree gloo waits until the timeout and NCCL for ever, so
-    callers agree on them through exchange_counts first. Transports of one group are numbered as they are made, and the
-    exchanges of one never meet another's: make them, and call them, in the same order on every rank.
+    CPU tensors and counts travel over gloo if the group has gloo or no backend for the CPU, on connections that the
+    transport makes with its first exchange. CUDA tensors travel on the group's CUDA backend (NCCL). close() doesn't
+    destroy the group. exchange() doesn't compare splits between ranks: if they disagree, gloo waits until the timeout
+    and NCCL for ever, so callers agree on splits through exchange_counts first. The exchanges of two transports of one
+    group never meet: make the transports, and call them, in the same order on every rank.
 
     Args:
         group: a ProcessGroup that this process belongs to; None is the default group.
         timeout_s: how long wait(), exchange_counts() and rebuild() wait for gloo before they raise; None is the
-            group's own timeout. Over NCCL only the device waits: a host that waits for the device in a layer call
-            raises after it too, unless NCCL's watchdog ends the process before, at the group's timeout.
+            group's own timeout. Over NCCL only the device waits for rows: a host that waits for its device in a layer
+            call raises after timeout_s too, unless NCCL's watchdog ends the process before, at the group's timeout.
     Raises:
-        ValueError: torch.distributed is not available or not initialised, this process is not in the group, or nothing
-            carries CPU tensors.
+        ValueError: torch.distributed is not available or not initialised, this process is not in the group, or no
+            backend carries CPU tensors.
     """
 
     def __init__(self, group: "ProcessGroup | None" = None, *, timeout_s: float | None = None) -> None:
         if timeout_s is not None and not timeout_s > 0:
             raise ValueError(f"timeout_s must be positive or None, got {timeout_s}")
-        if not torch.distributed.is_available():
-            raise ValueError("this torch was built without torch.distributed: use LocalTransport()")
+        group = own_group(group)
         import torch.distributed as dist
 
-        if not dist.is_initialized():
-            raise ValueError(
-                "torch.distributed is not initialised: call torch.distributed.init_process_group() first, "
-                "or use LocalTransport()"
-            )
-        group = group or dist.group.WORLD
-        assert group is not None
-        self.rank = dist.get_rank(group)
-        if self.rank < 0:
-            raise ValueError("this process is not a member of the group: make the transport on the members only")
-        self.size = dist.get_world_size(group)
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self._group: ProcessGroup = group
         self._device_group: ProcessGroup = group
-        # get_backend_config gives "cpu:gloo,cuda:nccl"
-        self._backends = dict(pair.split(":", 1) for pair in dist.get_backend_config(group).split(","))
-        device_type = "cpu" if "cpu" in self._backends else next(iter(self._backends))
-        self._timeout_s = _timeout_of(group, device_type) if timeout_s is None else timeout_s
-        if "cpu" not in self._backends:  # as of init_process_group("nccl"): gloo's connections need only its store
-            if not dist.is_gloo_available():
-                raise ValueError(
-                    f"this group has no backend for tensors on the CPU, only {self._backends}, and this torch was "
-                    "built without gloo, by which its ranks would agree: initialise it with another backend for the "
-                    'CPU ("cpu:mpi,cuda:nccl"), or install a torch with gloo'
-                )
-            self._backends["cpu"] = "gloo"
+        self._backends = backends_of(group)
+        self._timeout_s = timeout_of(group) if timeout_s is None else timeout_s
         self._pid = os.getpid()
         self._store = dist.PrefixStore("tritonmoe", dist.distributed_c10d._get_process_group_store(group))
-        self._notices = Notices(self._store, self.rank, self.size, _next_number(group))
+        self._notices = Notices(self._store, self.rank, self.size, next_number(group))
         self.is_closed = False
         self._begin_generation(0)
 
@@ -129,7 +80,7 @@ class ProcessGroupTransport(Transport):
 
     @property
     def group(self) -> "ProcessGroup":
-        """The group that it was made on."""
+        """The group that the transport was made on."""
         return self._group
 
     @property
@@ -222,8 +173,8 @@ class ProcessGroupTransport(Transport):
             return
         self._give_up(f"waited {waited_s:.1f} s for its device", () if broken is None else (broken,))
         raise TransportError(
-            f"rank {self.rank} of {self.size} waits for its device, which may wait for rows that never come: "
-            f"{self._breakdown.explain()}"
+            f"rank {self.rank} of {self.size} waits for its device, and the device may wait for rows that will never "
+            f"come: {self._breakdown.explain()}"
         )
 
     def give_up(self, what: str) -> None:
@@ -245,7 +196,7 @@ class ProcessGroupTransport(Transport):
         self._check_open()
         unknown = set(self._backends.values()) - {"gloo", "nccl"}
         if unknown:
-            raise TransportError(f"a group of {unknown} has no way back after a failure: make a new group")
+            raise TransportError(f"a group of {unknown} can't be rebuilt after a failure: make a new group")
         self.give_up("called rebuild()")
         before = time.perf_counter()
         has_device = "cuda" in self._backends and torch.cuda.is_available()
@@ -256,11 +207,11 @@ class ProcessGroupTransport(Transport):
             left_s = self._timeout_s - (time.perf_counter() - before)
             links = self._connect(generation, left_s) if self._is_gloo(torch.device("cpu")) else None
             if has_device:
-                self._device_group = self._new_device_group()
+                self._device_group = group_of_devices(self._group, self._backends["cuda"], self._timeout_s)
         except RuntimeError as error:
             raise TransportError(
-                f"rebuild() failed on rank {self.rank} of {self.size}: {error}. Where all ranks live, call it again on "
-                "all of them; otherwise start the job again"
+                f"rebuild() failed on rank {self.rank} of {self.size}: {error}. If all ranks are alive, call "
+                "rebuild() again on all of them; otherwise start the job again"
             ) from error
         self._drop_links()
         self._begin_generation(generation)
@@ -307,16 +258,6 @@ class ProcessGroupTransport(Transport):
             self._end()
             self._links = None
 
-    def _new_device_group(self) -> "ProcessGroup":
-        import torch.distributed as dist
-
-        return dist.new_group(
-            dist.get_process_group_ranks(self._group),
-            timeout=timedelta(seconds=self._timeout_s),
-            backend=f"cuda:{self._backends['cuda']}",
-            use_local_synchronization=True,
-        )
-
     def _is_gloo(self, device: torch.device) -> bool:
         return device.type == "cpu" and self._backends.get("cpu") == "gloo"
 
@@ -346,19 +287,3 @@ class ProcessGroupTransport(Transport):
                 f"this ProcessGroupTransport is broken on rank {self.rank} of {self.size} since its first failure: "
                 f"{self._breakdown.explain()}. Call transport.rebuild() on all ranks, or make one on a new group"
             )
-
-
-def _timeout_of(group: "ProcessGroup", device_type: str) -> float:
-    """Return the group's own timeout in seconds, for tensors on a kind of device."""
-    options = getattr(group._get_backend(torch.device(device_type)), "options", None)
-    timeout = torch.distributed.constants.default_pg_timeout if options is None else options._timeout
-    return timeout.total_seconds()
-
-
-_num_transports: "weakref.WeakKeyDictionary[ProcessGroup, int]" = weakref.WeakKeyDictionary()
-
-
-def _next_number(group: "ProcessGroup") -> int:
-    """Number the transports that this rank makes on a group."""
-    _num_transports[group] = number = _num_transports.get(group, -1) + 1
-    return number

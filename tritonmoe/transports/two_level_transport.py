@@ -6,15 +6,8 @@ import torch
 from torch import Tensor
 
 from tritonmoe.runtime.host_device import HostCopy
-from tritonmoe.transports.base import (
-    MAX_HEADER,
-    MAX_SEGMENTS,
-    PendingExchange,
-    Transport,
-    as_counts,
-    check_counts,
-    check_exchange,
-)
+from tritonmoe.transports.base import MAX_HEADER, MAX_SEGMENTS, PendingExchange, Transport
+from tritonmoe.transports.exchange_arguments import as_counts, check_counts, check_exchange
 
 __all__ = ["GroupView", "TwoLevelTransport", "check_nodes"]
 

@@ -43,7 +43,9 @@ class WireFormat:
         }
         if self.dtype not in takes[self.wire_dtype]:
             allowed = ", ".join(map(str, takes[self.wire_dtype]))
-            raise TypeError(f"wire_dtype={self.wire_dtype} takes rows of {allowed}, got {self.dtype}")
+            raise TypeError(
+                f"wire_dtype={self.wire_dtype} can carry rows of {allowed}, got {self.dtype}: leave wire_dtype out"
+            )
 
     @property
     def is_exact(self) -> bool:

@@ -30,6 +30,8 @@ JUDGED_CALLS = {True: 5, False: 2}
 """So many calls with copies, and without, are needed to judge by what they took."""
 PLANNING_FS = 10**12
 """What a call takes longer for being planned again, until that is measured: 1 ms."""
+WAYS_IN = (Way.TO_EXPERTS, Way.TO_COPIES, Way.AMONG_COPIES)
+"""Of a forward's exchanges before its results go home."""
 BACKWARD_KINDS = (StepKind.EXPERTS_BACKWARD, StepKind.WEIGHT_GRAD, StepKind.COPY_WEIGHT_GRAD)
 
 
@@ -199,7 +201,7 @@ def _byte_fs(report: LayerReport, forward: PassReport) -> int:
     """Return the time from the first dispatch to the end of the last one, by the bytes on the busiest port."""
     rows = report.traffic_rows - torch.diag(report.traffic_rows.diagonal())
     num_bytes = int(torch.maximum(rows.sum(0), rows.sum(1)).max()) * report.row_bytes
-    timings = [timing for timing in forward.steps if timing.step.kind.way in (Way.TO_EXPERTS, Way.TO_COPIES)]
+    timings = [timing for timing in forward.steps if timing.step.kind.way in WAYS_IN]
     dispatches = [timing for timing in timings if timing.step.kind is StepKind.DISPATCH]
     if report.copies is not None:
         num_bytes += report.copies.most_on_a_port * report.copied_bytes

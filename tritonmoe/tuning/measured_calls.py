@@ -32,6 +32,7 @@ def _copy_work(report: LayerReport, copies: ExpertCopies) -> CopyWork:
         report.copied_bytes,
         report.copied_gradient_bytes,
         are_sent_again=not report.copies_are_kept,
+        relayed=copies.relayed if copies.are_relayed else None,
     )
 
 

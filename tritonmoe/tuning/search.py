@@ -115,7 +115,10 @@ def budgeted_plan(
     """
     budget = config.memory_budget_bytes
     if budget is None:
-        raise ValueError("memory_budget_bytes is None: there is no budget to fit a plan into")
+        raise ValueError(
+            "memory_budget_bytes is None, so there is no budget to fit a plan into: give "
+            "OverlapConfig(memory_budget_bytes=...)"
+        )
     least = plan_of(config, equal_sizes(MAX_CHUNKS), window=1, backward_window=1, serial=config.serial)
     if work is None:
         return least, f"{least}: takes least, until a call has shown how many rows there are"

@@ -20,8 +20,6 @@ for the measured calls' backwards, and times are told of whichever of the last c
 Everything that ranks must agree on is an integer in the count header, which every rank sees (votes.Message).
 """
 
-import statistics
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -36,6 +34,7 @@ from tritonmoe.simulation.buffer_widths import ALL_AT_ONCE, BufferWidths, Workin
 from tritonmoe.simulation.cost_model import LayerWork
 from tritonmoe.tuning.measured_calls import layer_costs, layer_work, link_costs, most_work
 from tritonmoe.tuning.search import budgeted_plan, fixed_plan, plan_of, preferred, search, takes_chunks_of_experts
+from tritonmoe.tuning.trials import TRIAL_ROUNDS, Trials
 from tritonmoe.tuning.votes import Message, other_chunks_first, pack, unpack
 
 __all__ = ["SETTLING_CALLS", "PlanChooser"]
@@ -45,8 +44,6 @@ MEASURED_NUM_CHUNKS = (1, 2, 1, 2)
 measured twice, since the shorter of two times is the less disturbed one."""
 NUM_VOTES = 2
 """For how many plans a rank votes."""
-TRIAL_ROUNDS = 3
-"""How often each plan is tried."""
 SETTLING_CALLS = 2 * len(MEASURED_NUM_CHUNKS) + 1 + (1 + NUM_VOTES) * TRIAL_ROUNDS + 1
 """How many calls it takes until the plan is chosen, if the backward of each call comes before the next call. Where
 chunks of experts are no choice, it takes four fewer."""
@@ -60,40 +57,8 @@ TRIED_EXCESS = 0.10
 that."""
 DRIFT = 0.10
 """The search starts again if calls take longer or shorter by this share than when the plan was tried."""
-DRIFT_CALLS = 16
-"""Of how many calls the median is compared for that."""
-SIMILAR_SIZE = 2
-"""Calls that are tried are compared if the rows of their busiest ranks are within this factor."""
-SAME_SIZE = 0.10
-"""A call is compared with the tried ones if its busiest rank has as many rows, within this share."""
 DETERMINISTIC_NUM_CHUNKS = 4
 """How many chunks there are under torch.use_deterministic_algorithms, where no time may decide."""
-
-
-@dataclass
-class _TriedCall:
-    """A call whose time the other ranks have not heard yet."""
-
-    number: int
-    """It counts from when the candidates were known."""
-    rows: int
-    """How many rows the busiest rank received."""
-    report: LayerReport
-    has_backward: bool
-    """Whether the time of its backward counts too."""
-
-    def nanoseconds(self) -> int | None:
-        """Return the time of the whole call on this rank, None as long as the call isn't over."""
-        passes = [self.report.forward]
-        if self.report.first_run is not None:
-            passes.append(self.report.first_run.forward)
-        if self.has_backward:
-            if self.report.backward is None:
-                return None
-            passes.append(self.report.backward)
-        if not all(layer_pass.is_over for layer_pass in passes):
-            return None
-        return max(1, int(sum(layer_pass.total_s for layer_pass in passes) * 1e9))
 
 
 @dataclass
@@ -119,20 +84,12 @@ class PlanChooser:
     """The plans that are tried, one chunk first; empty before the votes."""
     chosen: OverlapPlan | None = None
     """The plan that is kept, once all candidates are tried."""
-    num_tried: int = 0
-    """How many calls there were since the candidates were known."""
-    tried: deque[_TriedCall] = field(default_factory=lambda: deque(maxlen=DRIFT_CALLS))
-    """The last of them whose times the other ranks have not heard yet, the oldest first."""
+    trials: Trials = field(default_factory=lambda: Trials(0))
+    """The times of calls since the candidates were known."""
     num_unheard: int = 0
     """How many calls there were since a time was heard that counts, or since all measured calls were made."""
     has_backward: bool = False
     """Whether the calls run backward."""
-    times: dict[int, list[float]] = field(default_factory=dict)
-    """How long each candidate took: nanoseconds per row of the busiest rank, by the candidate's number."""
-    usual: tuple[float, float] | None = None
-    """Nanoseconds per row, and rows, of the chosen plan when it was tried, or of its first calls where it was not."""
-    recent: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=DRIFT_CALLS))
-    """Nanoseconds per row, and rows, of the last calls of the chosen plan."""
     num_searches: int = 0
     """How often a plan was chosen: the more often, the larger a drift must be to start again."""
     last_work: LayerWork | None = None
@@ -182,7 +139,7 @@ class PlanChooser:
         if self.chosen is not None:
             return self.chosen
         if self.candidates:
-            return self.candidates[self._candidate_of(self.num_tried)]
+            return self.candidates[self.trials.candidate]
         number, plans = len(self.measured), self._measured_plans
         if number == len(plans):
             self.choice = "the ranks vote in this call for the plans to try"
@@ -198,7 +155,8 @@ class PlanChooser:
         elif self.size == 1:
             num_chunks, self.choice = 1, "one rank has no exchange to hide"
         elif config.memory_budget_bytes is not None:
-            assert self.widths is not None
+            if self.widths is None:
+                raise ValueError("memory_budget_bytes needs the widths of the calls' buffers")
             plan, self.choice = budgeted_plan(config, self.last_work, self.widths, self.last_working_sets)
             return plan
         elif config.serial:
@@ -208,25 +166,13 @@ class PlanChooser:
             self.choice = "torch.use_deterministic_algorithms: a choice that depends on no time"
         return fixed_plan(config, 0 if num_chunks == "auto" else num_chunks, self.size)
 
-    def _candidate_of(self, number: int) -> int:
-        """Return the number of the candidate that a tried call runs.
-
-        In each round every candidate runs once, in an order that shifts from round to round.
-        """
-        count = len(self.candidates)
-        return (number + number // count) % count
-
     def message(self) -> Message:
         """Return what this rank tells the others in the next call's header."""
         if not self.is_tuned:
             return Message(working_set=0 if self.config.memory_budget_bytes is None else self.working_set.pack())
         if not self.candidates:
             return self._vote() if self._can_vote() else Message()
-        for call in self.tried:
-            nanoseconds = call.nanoseconds()
-            if nanoseconds is not None:
-                return Message(measured_call=call.number, measured_ns=nanoseconds)
-        return Message()
+        return self.trials.message()
 
     def _can_vote(self) -> bool:
         """Say whether the measured calls are over, or have been waited for long enough."""
@@ -294,11 +240,9 @@ class PlanChooser:
                 self.num_unheard += 1
                 self._count_votes(messages)
             return
-        self._hear_times(messages)
-        rows = int(report.traffic_rows.sum(0).max())
-        self.tried.append(_TriedCall(self.num_tried, rows, report, has_backward))
-        self.num_tried += 1
-        self.num_unheard += 1
+        has_counted = self.trials.hear(messages, is_chosen=self.chosen is not None)
+        self.trials.add(report, has_backward)
+        self.num_unheard = 1 if has_counted else self.num_unheard + 1
         if self.chosen is None:
             self._choose_if_tried()
         else:
@@ -312,10 +256,9 @@ class PlanChooser:
         votes = max(messages, key=lambda message: message.predicted_ns).votes
         one = fixed_plan(replace(self.config, num_chunks=1, shape="equal"), 1, self.size)
         self.candidates = [one, *(unpack(vote, self.config) for vote in votes)]
-        self.num_tried, self.times = 0, {n: [] for n in range(len(self.candidates))}
+        self.trials = Trials(len(self.candidates))
         self.num_unheard = 0
         self.measured.clear()
-        self.tried.clear()
         self.choice = f"trying {len(self.candidates)} plans in turn"
         if len(self.candidates) == 1:
             self.chosen = one
@@ -324,56 +267,29 @@ class PlanChooser:
                 f"{one}: every other plan was predicted to be slower by over {TRIED_EXCESS:.0%} ({self.sides})"
             )
 
-    def _hear_times(self, messages: Sequence[Message]) -> None:
-        """Take in the time of one call, if all ranks tell their time of the same call."""
-        numbers = {message.measured_call for message in messages}
-        place = next((place for place, call in enumerate(self.tried) if numbers == {call.number}), None)
-        if place is None:
-            return
-        call = self.tried[place]
-        del self.tried[place]
-        rows = max(1, call.rows)
-        per_row = max(message.measured_ns for message in messages) / rows
-        if self.chosen is None:
-            self.usual = (per_row, rows) if self.usual is None else self.usual
-            if self.usual[1] / SIMILAR_SIZE <= rows <= self.usual[1] * SIMILAR_SIZE:
-                self.times[self._candidate_of(call.number)].append(per_row)
-                self.num_unheard = 0
-        elif self.usual is None or abs(rows - self.usual[1]) <= SAME_SIZE * self.usual[1]:
-            self.recent.append((per_row, rows))
-
     def _choose_if_tried(self) -> None:
         """Choose a plan once every candidate is measured, or one chunk where no more times come."""
-        is_enough = all(len(times) >= TRIAL_ROUNDS for times in self.times.values())
-        if not is_enough and self.num_unheard < MAX_UNHEARD_CALLS:
+        if not self.trials.is_enough and self.num_unheard < MAX_UNHEARD_CALLS:
             return
-        rows = self.usual[1] if self.usual else 0
-        self.tried.clear()
         self.num_searches += 1
-        if not is_enough:
-            self.chosen, self.usual = self.candidates[0], None
+        if not self.trials.is_enough:
+            self.chosen = self.candidates[0]
+            self.trials.keep(None)
             self.choice = f"{self.chosen}: too few whole calls of one size to compare other plans ({self.sides})"
             return
-        medians = {n: statistics.median(times) for n, times in self.times.items()}
+        medians = self.trials.medians()
         best = min(medians, key=lambda n: medians[n])
         gain = 1 - medians[best] / medians[0]
-        fastest = self.candidates[best]
         if gain < SMALLEST_GAIN:
             best = 0
             words = f"{self.candidates[0]}: the fastest other plan gained less than {SMALLEST_GAIN:.0%}"
         else:
-            words = f"{fastest}: {gain:.0%} faster than one chunk"
-        self.chosen, self.usual = self.candidates[best], (medians[best], rows)
+            words = f"{self.candidates[best]}: {gain:.0%} faster than one chunk"
+        self.chosen = self.candidates[best]
+        self.trials.keep(medians[best])
         self.choice = f"{words}, median of {TRIAL_ROUNDS} rounds ({self.sides})"
 
     def _search_again_if_drifted(self) -> None:
         """Start with the first stage again if the chosen plan's calls take another time than they did."""
-        if len(self.recent) < DRIFT_CALLS:
-            return
-        recent, rows = (statistics.median(values) for values in zip(*self.recent, strict=True))
-        self.recent.clear()
-        if self.usual is None:
-            self.usual = recent, rows
-        elif abs(recent / self.usual[0] - 1) > DRIFT * self.num_searches:
-            self.chosen, self.candidates, self.usual = None, [], None
-            self.tried.clear()
+        if self.trials.drift() > DRIFT * self.num_searches:
+            self.chosen, self.candidates, self.trials = None, [], Trials(0)

@@ -133,7 +133,7 @@ def case_join() -> None:
         parallel = DistributedDataParallel(model(is_frozen=is_frozen))
         for join in (parallel.join, lambda parallel=parallel: Join([parallel])):
             with pytest.raises(
-                ValueError, match=r"module\.1\.experts are spread over the ranks \[0, 1\].*as many batches"
+                ValueError, match=r"module\.1\.experts are spread over the ranks \[0, 1\].*the same number of batches"
             ):
                 join()
         with pytest.raises(RuntimeError, match="exhausted"):

@@ -1,11 +1,13 @@
-"""torchtitan's own training program on a CPU: `torchrun run_torchtitan.py LOSSES ARGUMENT...`; writes losses to a file.
+"""torchtitan's own training program on a CPU: `torchrun run_torchtitan.py LOSSES ARGUMENT...`.
 
-Its debug models have fewer layers here.
+Its debug models have fewer layers here. The file gets the losses of the steps; beside it, LOSSES.times the seconds at
+which each step ended.
 """
 
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +37,16 @@ if __name__ == "__main__":
     ):
         configs[name] = with_layers(configs[name], number)
     losses_path = Path(sys.argv.pop(1))
-    losses = []
+    losses, ends = [], []
     log = MetricsProcessor.log
 
     def kept(self: Any, step: int, global_avg_loss: float, *rest: Any, **named: Any) -> Any:
         losses.append(float(global_avg_loss))
+        ends.append(time.perf_counter())
         return log(self, step, global_avg_loss, *rest, **named)
 
     MetricsProcessor.log = kept
     torchtitan.train.main()
     if os.environ.get("RANK", "0") == "0":
         losses_path.write_text(json.dumps(losses))
+        losses_path.with_suffix(".times").write_text(json.dumps(ends))

@@ -4,7 +4,6 @@ torchtitan is no part of the extra `test`: `bash .ci/framework torchtitan` runs 
 """
 
 import json
-import random
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 pytest.importorskip("torchtitan")
 
 from processes import ENVIRONMENT
+from small_data import write_small_data
 from torchtitan.config import derive
 from torchtitan.distributed import ParallelDims
 from torchtitan.models.common.moe import GroupedExperts, RoutedExperts
@@ -36,27 +36,7 @@ TOLERANCE = 1e-3
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Make a tokenizer and texts, which torchtitan's wheel leaves out."""
     found = tmp_path_factory.mktemp("torchtitan")
-    special = ["<bos>", "<eos>", "<unk>"]
-    added = [{"id": n, "content": word, "special": True, "normalized": False} for n, word in enumerate(special)]
-    flags = {"single_word": False, "lstrip": False, "rstrip": False}
-    words = {word: number for number, word in enumerate([*special, *map(str, range(1000))])}
-    tokenizer = {
-        "version": "1.0",
-        "added_tokens": [one | flags for one in added],
-        "pre_tokenizer": {"type": "Whitespace"},
-        "model": {"type": "WordLevel", "vocab": words, "unk_token": "<unk>"},
-    }
-    (found / "tokenizer").mkdir()
-    (found / "tokenizer" / "tokenizer.json").write_text(json.dumps(tokenizer))
-    names = {"bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}
-    (found / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(names))
-    generator = random.Random(0)
-    (found / "texts").mkdir()
-    with (found / "texts" / "data.json").open("w") as file:
-        for _ in range(200):
-            step = generator.randrange(1, 9)
-            text = " ".join(str((step * place + generator.randrange(3)) % 1000) for place in range(150))
-            file.write(json.dumps({"text": text}) + "\n")
+    write_small_data(found)
     return found
 
 

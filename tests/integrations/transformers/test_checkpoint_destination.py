@@ -80,10 +80,10 @@ def test_of_two_that_write_one_directory_the_second_is_refused(tmp_path: Path) -
         writer.stdout.readline()
         publish(out)
         _, said = writer.communicate("\n", timeout=60)
-    assert f"FileExistsError: {out} was written meanwhile, by another: choose another" in said
+    assert f"FileExistsError: {out} was written by another process in the meantime: choose another directory" in said
     assert (out / "file").read_text() == "content"
     assert names_in(tmp_path) == {"out"}
-    with pytest.raises(FileExistsError, match="was written meanwhile"), unpublished(tmp_path / "two"):
+    with pytest.raises(FileExistsError, match="was written by another process"), unpublished(tmp_path / "two"):
         publish(tmp_path / "two", "by the first")  # of one process, too
     assert (tmp_path / "two" / "file").read_text() == "by the first"
     assert names_in(tmp_path) == {"out", "two"}
@@ -237,6 +237,6 @@ def make_link(path: Path) -> None:
 
 @pytest.mark.parametrize("make", [make_file, make_link], ids=["file", "link"])
 def test_what_takes_its_place_meanwhile_stays(tmp_path: Path, make: Callable[[Path], None]) -> None:
-    with pytest.raises(FileExistsError, match="was written meanwhile"), unpublished(tmp_path / "out"):
+    with pytest.raises(FileExistsError, match="was written by another process"), unpublished(tmp_path / "out"):
         make(tmp_path / "out")
     assert names_in(tmp_path) == {"out"}

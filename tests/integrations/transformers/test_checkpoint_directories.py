@@ -35,7 +35,7 @@ def write_index(directory: Path, **weight_map: object) -> None:
 
 def values(directory: Path) -> dict[str, float]:
     reader = CheckpointReader(directory)
-    return {name: reader[name].item() for name in reader.keys()}  # noqa: SIM118
+    return {name: reader[name].item() for name in reader}
 
 
 @pytest.fixture

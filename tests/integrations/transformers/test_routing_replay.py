@@ -557,7 +557,7 @@ def test_mismatches_are_refused_before_the_experts_run(monkeypatch):
     with pytest.raises(TypeError, match="must be a RoutingRecording, got dict"), replay_routing(model, {}):
         pass
     with (
-        pytest.raises(ValueError, match="called without the block around it"),
+        pytest.raises(ValueError, match="called outside of its block"),
         replay_routing(model, random_recording(18)),
     ):
         model.model.layers[0].mlp.experts(torch.zeros(18, 32), random_ids(18), torch.ones(18, 2))

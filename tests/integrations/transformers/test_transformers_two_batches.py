@@ -7,8 +7,9 @@ import test_families
 import torch
 from test_transformers_expert_parallel import VERSION, run
 
+from tritonmoe.integrations.transformers.halved_arguments import split
 from tritonmoe.integrations.transformers.halves_trial import HalvesTrial
-from tritonmoe.integrations.transformers.model_halves import HalvedForward, _split
+from tritonmoe.integrations.transformers.model_halves import HalvedForward
 from tritonmoe.transports import LocalTransport
 
 WORKER = Path(__file__).parent / "two_batches_worker.py"
@@ -128,12 +129,12 @@ def test_the_batch_is_the_dimension_that_the_argument_has_it_in():
     turned = torch.arange(3 * 3 * 4).view(3, 3, 4)
     mask = torch.ones(3, 1, 4, 4)
     arguments = {"input_ids": ids, "position_ids": turned, "attention_mask": mask, "labels": ids}
-    first, second = _split(arguments, 3, 2)
+    first, second = split(arguments, 3, 2)
     assert torch.equal(first["position_ids"], turned[:, :2])
     assert torch.equal(second["position_ids"], turned[:, 2:])
     assert torch.equal(torch.cat([first["input_ids"], second["input_ids"]]), ids)
     assert (first["attention_mask"].shape[0], second["labels"].shape[0]) == (2, 1)
-    shared = _split({"position_ids": turned[:, :1], "attention_mask": mask[:1]}, 3, 2)
+    shared = split({"position_ids": turned[:, :1], "attention_mask": mask[:1]}, 3, 2)
     assert shared == ({}, {}), "both halves get what is for every sequence as it is"
     for refused in (
         {"position_ids": torch.arange(3)},  # of three tokens
@@ -146,7 +147,7 @@ def test_the_batch_is_the_dimension_that_the_argument_has_it_in():
         {"encoder_outputs": (torch.ones(3, 4, 8),)},
     ):
         with pytest.raises(ValueError, match=f"can't split {next(iter(refused))}"):
-            _split({"input_ids": ids, **refused}, 3, 2)
+            split({"input_ids": ids, **refused}, 3, 2)
 
 
 @pytest.mark.slow

@@ -119,7 +119,7 @@ def test_what_does_not_fit_is_not_loaded() -> None:
     with pytest.raises(ValueError, match=r"got torch.int8 of \(24, 32\)"):
         tm.load_weights(model, [(name, weights[name].to(torch.int8))])
     others = [item for item in weights.items() if item[0] != name]
-    with pytest.raises(ValueError, match=rf"the model is old and new at once: {name} did not come"):
+    with pytest.raises(ValueError, match=rf"the model now has old and new weights: {name} are missing"):
         tm.load_weights(model, others)
 
 

@@ -133,7 +133,7 @@ def run_calls(name: str, directory: Path) -> None:
     with pytest.raises(ValueError, match="parallelize"):
         tmt.two_batches(make_model(name))
     model.loss_function = lambda *_, **__: torch.zeros(())
-    with pytest.raises(ValueError, match="a loss of its own"):
+    with pytest.raises(ValueError, match="computes its loss itself"):
         model(**inputs)
 
 

@@ -42,16 +42,21 @@ def saved(model: Any, directory: Path) -> dict[str, Tensor]:
     return found
 
 
-def check_export(model: nn.Module, expected: dict[str, Tensor]) -> None:
-    shapes = dict(tm.export_weights(model, only_shapes=True))
-    found = [(name, tensor.clone()) for name, tensor in tm.export_weights(model, bucket_bytes=BUCKET)]
+def check_export(model: nn.Module, expected: dict[str, Tensor], **options: bool) -> None:
+    shapes = dict(tm.export_weights(model, only_shapes=True, **options))
+    found = [(name, tensor.clone()) for name, tensor in tm.export_weights(model, bucket_bytes=BUCKET, **options)]
     assert [name for name, _ in found] == list(shapes)
     assert len(found) == len(shapes) == len(expected)
     for name, tensor in found:
         assert (tensor.dtype, shapes[name].dtype) == (expected[name].dtype,) * 2
         assert shapes[name].shape == expected[name].shape
         assert shapes[name].is_meta
-        assert torch.equal(tensor, expected[name]), name
+        assert as_bytes(tensor).equal(as_bytes(expected[name])), name
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """Return what torch.equal compares, which it doesn't of fp8."""
+    return tensor.contiguous().view(torch.uint8) if tensor.itemsize == 1 else tensor
 
 
 def run_exported(family: str, directory: Path) -> None:
@@ -125,7 +130,7 @@ def run_adapted(family: str, directory: Path) -> None:
     check_export(model, merged)
     for merge in (lambda: None, model.merge_adapter):
         merge()
-        with pytest.raises(ValueError, match="has an adapter, active or merged, beside what would be loaded"):
+        with pytest.raises(ValueError, match="has an adapter, active or merged, in addition"):
             tm.load_weights(model, merged.items())
     check_export(model, merged)
     with model.disable_adapter(), pytest.raises(ValueError, match=r"none are active: unmerge_adapter\(\)"):
@@ -204,22 +209,97 @@ def run_bounded(family: str, directory: Path) -> None:
         )
 
 
+def packed_models(family: str, directory: Path) -> tuple[Any, Any]:
+    """Return a model whose experts are packed, and the same decoded when it was loaded."""
+    from packed_checkpoints import gpt_oss_mxfp4, qwen3_fp8
+    from transformers import AutoModelForCausalLM
+    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+
+    path, own = directory / family, dict(AUTO_QUANTIZER_MAPPING)
+    if rank == 0:
+        path.mkdir(exist_ok=True)
+        {"gpt_oss": gpt_oss_mxfp4, "qwen3": qwen3_fp8}[family](path)
+    dist.barrier()
+    found = []
+    for is_packed in (True, False):
+        tmt.register(packed=is_packed)
+        found.append(AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16))
+        AUTO_QUANTIZER_MAPPING.update(own)
+    dist.barrier()
+    return found[0], found[1]
+
+
+def run_packed(family: str, directory: Path) -> None:
+    """Packed experts come as they are, or decoded."""
+    packed, plain = packed_models(family, directory)
+    as_it_is, decoded = saved(packed, directory), saved(plain, directory)
+    tmt.parallelize(packed, dist.group.WORLD, OVERLAP)
+    check_export(packed, as_it_is)
+    check_export(packed, decoded, dequantize=True)
+    if size > 1:
+        with pytest.raises(tm.CountMismatch, match="other weights"):
+            tm.export_weights(packed, dequantize=rank == 0)
+    projection = sum(p.nbytes for n, p in packed.model.layers[0].mlp.experts.named_parameters() if "gate_up_proj" in n)
+    iterator = tm.export_weights(packed, bucket_bytes=BUCKET)
+    with HeldStorages() as held:
+        for _, tensor in iterator:
+            del tensor
+    assert held.peak([]) <= BUCKET + projection
+    if size > 1:
+        scatter(packed)
+        check_export(packed, as_it_is)
+        check_export(packed, decoded, dequantize=True)
+
+
+def run_packed_adapted(family: str, directory: Path) -> None:
+    """Adapters are merged into decoded experts, and never into bytes."""
+    from test_peft_adapters import adapt
+
+    packed, plain = packed_models(family, directory)
+    settings = {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"], "target_modules": ["q_proj"]}
+    base, base_decoded = saved(packed, directory), saved(plain, directory)
+    merged = saved(adapt(plain, **settings).merge_and_unload(), directory)
+    assert any(not torch.equal(merged[name], base_decoded[name]) for name in merged if "expert" in name)
+    model = adapt(packed, **settings)
+    check_export(model, merged, dequantize=True)
+    tmt.parallelize(model, dist.group.WORLD, OVERLAP)
+    check_export(model, merged, dequantize=True)
+    with pytest.raises(ValueError, match=r"is packed, and an active adapter can't be merged .*dequantize=True"):
+        tm.export_weights(model)
+    with model.disable_adapter():
+        check_export(model, base)
+        check_export(model, base_decoded, dequantize=True)
+    if size > 1:
+        scatter(model)
+        check_export(model, merged, dequantize=True)
+
+
+def run_packed_fully_sharded(family: str, directory: Path) -> None:
+    packed, plain = packed_models(family, directory)
+    as_it_is, decoded = saved(packed, directory), saved(plain, directory)
+    mesh = init_device_mesh("cpu", (size // 2, 2), mesh_dim_names=("data", "expert"))
+    tmt.parallelize(packed, mesh, OVERLAP)
+    for layer in packed.model.layers:
+        fully_shard(layer.mlp.experts, mesh=mesh["data"])
+    fully_shard(packed, mesh=init_device_mesh("cpu", (size,)))
+    check_export(packed, as_it_is)
+    check_export(packed, decoded, dequantize=True)
+
+
 def run_refused(name: str, directory: Path) -> None:
     """What differs on a rank ends on every rank, before anything is gathered, and the next export is whole."""
     model = make_model("mixtral")
     expected = saved(model, directory)
     tmt.parallelize(model, dist.group.WORLD, OVERLAP)
-    with pytest.raises(tm.CountMismatch, match=f"other weights: .*bucket_bytes={100 + rank}"):
+    with pytest.raises(tm.CountMismatch, match=f"different weights: .*bucket_bytes={100 + rank}"):
         tm.export_weights(model, bucket_bytes=100 + rank)
     check_export(model, expected)
-    says = "must be a positive number" if rank else "export_weights gathers what is spread over ranks"
+    says = "must be a positive number" if rank else "export_weights gathers weights .* or raised in it"
     with pytest.raises(ValueError if rank else tm.TransportError, match=says):
         tm.export_weights(model, bucket_bytes=0 if rank else 100)
     check_export(model, expected)
     ids = torch.randint(2, 64, (1, 5), generator=torch.Generator().manual_seed(1))
-    says = (
-        None if rank else "export_weights gathers what is spread over ranks, so every rank must call it, and not all do"
-    )
+    says = None if rank else "export_weights gathers weights that are spread over ranks, so every rank must call it"
     with pytest.raises((tm.TransportError, tm.CountMismatch), match=says):
         tm.export_weights(model) if rank == 0 else model(input_ids=ids)
 
@@ -232,6 +312,9 @@ CASES = {
     "sharded_adapters": run_sharded_adapters,
     "ep_implementation": run_ep_implementation,
     "bounded": run_bounded,
+    "packed": run_packed,
+    "packed_adapted": run_packed_adapted,
+    "packed_fully_sharded": run_packed_fully_sharded,
     "refused": run_refused,
 }
 

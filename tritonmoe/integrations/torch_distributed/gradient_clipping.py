@@ -75,8 +75,8 @@ def clip_grad_norm_(
     total = torch.linalg.vector_norm(torch.stack([norm.to(norms[-1].device) for norm in norms]), norm_type)
     if error_if_nonfinite and not bool(total.isfinite()):
         raise RuntimeError(
-            f"the total norm of order {norm_type} of the gradients is {float(total)}, so they can't be clipped: look "
-            "for what overflowed, or set error_if_nonfinite=False to scale them by it all the same"
+            f"the total norm of order {norm_type} of the gradients is {float(total)}, so it can't scale them: look for "
+            "an overflow, or set error_if_nonfinite=False to scale them by it nevertheless"
         )
     plain = [*dense, *(parameter for spread in of_transports.values() for parameter, _ in spread)]
     if not any(grad.dtype == torch.float64 for group in (plain, *of_meshes.values()) for grad in _grads(group)):
@@ -111,10 +111,9 @@ def _check_same(norm: Tensor, transport: Transport) -> None:
         norms = f"from {-smallest:g} to {largest:g} on the ranks"
     if norms:
         raise ValueError(
-            f"the gradients of dense parameters have norms {norms}, here {own:g}, and every rank would clip "
-            "by another: average them first, with "
-            'transport.all_reduce(parameter.grad, "mean"), and leave out parameters of this rank alone that are no '
-            "GroupedExperts'"
+            f"the gradients of dense parameters have norms {norms}, {own:g} on this rank, so every rank would clip by "
+            'another factor: average them first, with transport.all_reduce(parameter.grad, "mean"), and leave out '
+            "parameters that only this rank has and that are not those of GroupedExperts"
         )
 
 

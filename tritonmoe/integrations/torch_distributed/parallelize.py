@@ -62,8 +62,8 @@ def parallelize(
     def check() -> None:
         if not found:
             raise ValueError(
-                f"{type(module).__name__} has neither MoELayer nor GroupedExperts, so there is nothing to spread: for "
-                "a model of transformers it is tritonmoe.integrations.transformers.parallelize"
+                f"{type(module).__name__} has neither MoELayer nor GroupedExperts, so there are no experts to spread: "
+                "for a model of transformers call tritonmoe.integrations.transformers.parallelize"
             )
         check_overlap(OverlapConfig() if overlap is None else overlap)
         check_expert_gradients(expert_gradients)
@@ -124,13 +124,13 @@ def gather_state_dicts(module: nn.Module, *optimizers: torch.optim.Optimizer) ->
         raise ValueError(f"{type(module).__name__} has no experts that are spread over ranks: parallelize() it first")
     if any(sharded.members is None for _, _, sharded in found):
         raise ValueError(
-            f"the experts of {type(module).__name__} are spread over ranks that torch.distributed does not know, and "
-            "state_dict() gives this rank's: make the layer with a ProcessGroup or a DeviceMesh"
+            f"the experts of {type(module).__name__} are spread over ranks that are not torch.distributed's, so "
+            "state_dict() has only this rank's experts: make the layer with a ProcessGroup or a DeviceMesh"
         )
     for optimizer in optimizers:
         if not hasattr(optimizer, "_optimizer_state_dict_post_hooks"):
             raise TypeError(
-                f"optimizers of torch are needed, before anything wraps them, got {type(optimizer).__name__}"
+                f"give optimizers of torch.optim themselves, not wrappers around them, got {type(optimizer).__name__}"
             )
     for _, child, sharded in found:
         child.register_state_dict_post_hook(functools.partial(_gather, sharded.names))

@@ -46,12 +46,12 @@ def _refuse_spread(found: Mapping[str, nn.Module]) -> None:
         if getattr(experts, "transport", None) is not None or any(sharded_modules(experts)):
             raise ValueError(
                 f"the experts of {name or 'the module'} are spread over ranks already: call parallelize() once, and "
-                "not on what was made with a transport"
+                "not on layers that were made with a transport"
             )
         if any(hasattr(parameter, "device_mesh") for parameter in experts.parameters(recurse=False)):
             raise ValueError(
                 f"the experts of {name or 'the module'} are DTensors already: call parallelize() before fully_shard() "
-                "and parallelize_module(), and not where transformers has spread the model when it was loaded"
+                "and parallelize_module(), and not on a model that transformers has spread while loading it"
             )
 
 

@@ -11,7 +11,7 @@ import logging
 import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -59,8 +59,7 @@ def are_labels_shifted(model: "PreTrainedModel") -> bool:
 
     if check_transformers() < SHIFTED_SINCE or getattr(model.config, "is_encoder_decoder", False):
         return False
-    loss_type: Any = getattr(model, "loss_type", None)
-    return LOSS_MAPPING.get(loss_type) is ForCausalLMLoss
+    return LOSS_MAPPING.get(str(getattr(model, "loss_type", None))) is ForCausalLMLoss
 
 
 def heeds_num_items(model_class: type) -> bool:
@@ -104,23 +103,22 @@ def watch_auxiliary_losses(model: nn.Module) -> None:
             module.register_forward_hook(_warn_of_multiplied, with_kwargs=True)
 
 
-def _warn_of_multiplied(model: "PreTrainedModel", _: object, keywords: Mapping[str, object], output: Any) -> None:
+def _warn_of_multiplied(model: "PreTrainedModel", _: object, keywords: Mapping[str, object], output: object) -> None:
     if not model.training or keywords.get("num_items_in_batch") is None or torch.compiler.is_compiling():
         return
-    if not all(isinstance(getattr(output, name, None), Tensor) for name in ("loss", "aux_loss")):
+    loss, aux_loss = getattr(output, "loss", None), getattr(output, "aux_loss", None)
+    if not isinstance(loss, Tensor) or not isinstance(aux_loss, Tensor):
         return
     state = model.__dict__[STATE]
     state.num_calls += 1
-    if state.num_calls & (
-        state.num_calls - 1
-    ):  # a look at the share waits for the device: at the first, second, fourth, ... call
+    if state.num_calls & (state.num_calls - 1):  # a look at the share waits for the device: at calls 1, 2, 4, ...
         return
     if state.attribute is None:
         name, asked, in_force = "model.config.text_config.router_aux_loss_coef", state.first, _coefficient(model)[1]
     else:
         name, asked, in_force = f"model.{state.attribute}", _coefficient(model)[1], getattr(model, state.attribute)
     share = float(share_of_items(are_labels_shifted(model), keywords.get))
-    if not 0 < share < 1 or not in_force or in_force != asked or not output.aux_loss.requires_grad:
+    if not 0 < share < 1 or not in_force or in_force != asked or not aux_loss.requires_grad:
         return  # its user has divided it, or nothing gets a gradient of it
     state.num_calls = 2**62  # said
     logger.warning(

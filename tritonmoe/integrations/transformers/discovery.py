@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeGuard
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tritonmoe.integrations.transformers.gates import CLAMPED_GATES, SOFTCAPPED_GATES
 from tritonmoe.integrations.transformers.requirements import check_transformers
@@ -97,6 +97,8 @@ class ExpertsModule(nn.Module):
     down_proj: nn.Parameter
     post_expert_norm: nn.Module
     config: "PreTrainedConfig"
+    _apply_gate: Callable[[Tensor], Tensor]
+    """Of its gate and up columns; where there is a gate."""
 
 
 def experts_modules(model: nn.Module) -> dict[str, ExpertsModule]:

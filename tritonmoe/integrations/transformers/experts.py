@@ -22,6 +22,7 @@ from tritonmoe.integrations.transformers.packed.packed_experts import (
     is_packed_weight,
     num_experts_of,
     read_packed,
+    up_name,
 )
 from tritonmoe.integrations.transformers.sharding import ExpertParallelState, expert_parallel_state
 from tritonmoe.runtime.autograd import without_autocast
@@ -67,15 +68,40 @@ def run_experts(
         num_experts: E of the ids, over all ranks.
         state: what parallelize() left on the module; None where it did not.
     """
-    has_gate = getattr(experts, "has_gate", True)
-    has_bias = getattr(experts, "has_bias", False)
-    up_name = "gate_up_proj" if has_gate else "up_proj"
-    device_type = hidden_states.device.type
-    is_packed = is_packed_experts(experts)
-    if torch.is_autocast_enabled(device_type):
-        dtype = torch.get_autocast_dtype(device_type)
-    else:
-        dtype = torch.bfloat16 if is_packed else getattr(experts, up_name).dtype
+    dtype = _computing_dtype(experts, hidden_states.device)
+    weights, is_transposed = _weights(experts, dtype, state)
+    activation, is_interleaved = choose_activation(experts)
+    if not is_fused(activation):
+        activation = _keep_dtype(activation)
+    spec = expert_spec(
+        activation=activation,
+        gated=getattr(experts, "has_gate", True),
+        interleaved=is_interleaved,
+        transposed=is_transposed,
+    )
+    factors = noted_factors(experts, dtype, range(num_experts) if state is None else state.expert_ids)
+    if factors:
+        spec, weights = replace(spec, adapters=noted_adapters(experts)), weights._replace(**factors)
+    inputs = CallTensors(hidden_states.to(dtype), topk_ids, topk_weights, weights)
+    # the casts are done: autocast would now only round the fp32 sums inside
+    with without_autocast(hidden_states.device):
+        if getattr(experts, "has_post_expert_norm", False):
+            out = _normed_experts(run, spec, inputs, experts.post_expert_norm, num_experts)
+        else:
+            out = run(spec, inputs)
+    return out.to(hidden_states.dtype)
+
+
+def _computing_dtype(experts: ExpertsModule, device: torch.device) -> torch.dtype:
+    if torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return torch.bfloat16 if is_packed_experts(experts) else getattr(experts, up_name(experts)).dtype
+
+
+def _weights(
+    experts: ExpertsModule, dtype: torch.dtype, state: ExpertParallelState | None
+) -> tuple[PerWeight[Tensor], bool]:
+    """Return the weights to compute with, in this dtype where they are not packed, and whether they are transposed."""
 
     def take(name: str) -> Tensor:
         return getattr(experts, name) if state is None else state.local_parameter(experts, name)
@@ -85,36 +111,21 @@ def run_experts(
         check_plain(name, weight)  # a cast would take the numbers of a quantised one for its values
         return weight.to(dtype)
 
-    activation, is_interleaved = choose_activation(experts)
-    if not is_fused(activation):
-        activation = _keep_dtype(activation)
+    up, has_bias = up_name(experts), getattr(experts, "has_bias", False)
     is_transposed = getattr(experts, "is_transposed", False)
-    (up, up_scales, is_transposed), (down, down_scales, _) = (
+    (up_weight, up_scales, is_transposed), (down, down_scales, _) = (
         read_packed(experts, name, take) if is_packed_weight(experts, name) else (cast(name), None, is_transposed)
-        for name in (up_name, "down_proj")
+        for name in (up, "down_proj")
     )
-    spec = expert_spec(activation=activation, gated=has_gate, interleaved=is_interleaved, transposed=is_transposed)
-    own_experts = range(num_experts) if state is None else state.expert_ids
-    factors = noted_factors(experts, dtype, own_experts)
-    if factors:
-        spec = replace(spec, adapters=noted_adapters(experts))
     weights = PerWeight(
-        up,
-        cast(f"{up_name}_bias") if has_bias else None,
+        up_weight,
+        cast(f"{up}_bias") if has_bias else None,
         down,
         cast("down_proj_bias") if has_bias else None,
         gate_up_scales=up_scales,
         down_scales=down_scales,
-        **factors,
     )
-    inputs = CallTensors(hidden_states.to(dtype), topk_ids, topk_weights, weights)
-    # the casts are done: autocast would now only round the fp32 sums inside
-    with without_autocast(hidden_states.device):
-        if getattr(experts, "has_post_expert_norm", False):
-            out = _normed_experts(run, spec, inputs, experts.post_expert_norm, num_experts)
-        else:
-            out = run(spec, inputs)
-    return out.to(hidden_states.dtype)
+    return weights, is_transposed
 
 
 def _keep_dtype(activation: Activation) -> Callable[[Tensor], Tensor]:

@@ -5,11 +5,14 @@ are listed here, and a test compares each with the class's own code. Everything 
 two grouped products: always right, not fused.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from tritonmoe.config.activations import Activation, ClampedSwiGLU, SoftcappedSwiGLU
+
+if TYPE_CHECKING:
+    from tritonmoe.integrations.transformers.discovery import ExpertsModule
 
 __all__ = ["CLAMPED_GATES", "SOFTCAPPED_GATES", "choose_activation", "fused_name"]
 
@@ -60,7 +63,7 @@ def fused_name(act_fn: object) -> str | None:
     return _FUSED_NAMES.get(getattr(kind, "__name__", ""))
 
 
-def choose_activation(experts: nn.Module) -> tuple[Activation, bool]:
+def choose_activation(experts: "ExpertsModule") -> tuple[Activation, bool]:
     """Return the activation of an experts module, and whether its gate and up columns are interleaved.
 
     A callable takes the rows in the weights' own column order, so there the second value is False.
@@ -68,7 +71,7 @@ def choose_activation(experts: nn.Module) -> tuple[Activation, bool]:
     act_fn: Any = getattr(experts, "act_fn", None)
     if not getattr(experts, "has_gate", True):
         return fused_name(act_fn) or act_fn, False
-    apply_gate: Any = experts._apply_gate
+    apply_gate = experts._apply_gate
     method: Any = getattr(type(experts), "_apply_gate", None)
     if "_apply_gate" in experts.__dict__ or not getattr(method, "__module__", "").startswith("transformers."):
         return apply_gate, False  # replaced on this module, or not transformers' own code

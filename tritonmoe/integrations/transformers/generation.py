@@ -10,122 +10,29 @@ import inspect
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch
 from torch import nn
 
 from tritonmoe.errors import TransportError
+from tritonmoe.integrations.transformers.joint_generate import FAILED, JointGenerate, announce, under_way
 from tritonmoe.integrations.transformers.sharding import replicas_of, transport_of
-from tritonmoe.runtime.helping import helping
 from tritonmoe.transports import Transport, as_transport
 from tritonmoe.transports.collectives import run_outside_graphs
+
+if TYPE_CHECKING:
+    from collections import OrderedDict
+
+    from transformers import PreTrainedModel
 
 __all__ = ["announce_forwards", "let_spread_models_generate"]
 
 log = logging.getLogger("tritonmoe")
 
-ENDED, FAILED = 0, 2**40
-"""What a rank says instead of the number of the model that it calls, counted from 1."""
 MARK = "_tritonmoe_keeps_step"
 Original: TypeAlias = Callable[..., Any]
 """A method of transformers, or what stands in its place."""
-Arguments: TypeAlias = tuple[tuple[object, ...], dict[str, Any]]
-"""Those of a forward: positional, and by name."""
-
-
-class _UnderWay:
-    """What this process generates now. Compiled forwards read the two flags, and nothing else of it."""
-
-    is_open = False
-    is_announced = False
-    """Whether the next forward has been announced already, by who calls it."""
-    generate: "_Generate | None" = None
-
-
-_under_way = _UnderWay()
-
-
-class _Generate:
-    """One generate of this rank: the models that it may call, and the ranks that call the same ones."""
-
-    def __init__(self, callees: list[nn.Module], transports: list[Transport]) -> None:
-        self.callees = callees
-        """Alike on every rank."""
-        self.transports = transports
-        self.last: dict[nn.Module, Arguments] = {}
-        """The arguments of the last forward of each."""
-
-    def announce(self, callee: nn.Module, arguments: tuple[object, ...], keywords: dict[str, object]) -> None:
-        """Return when all ranks that still generate call this model; until then help with what they call."""
-        number = next((n for n, other in enumerate(self.callees, 1) if other is callee), None)
-        if number is None:
-            return
-        self.last[callee] = arguments, keywords
-        while (asked := self.ask(number)) != number:
-            self.help(asked)
-
-    def help_others(self) -> None:
-        """Return when the generate of every rank has ended."""
-        devices = {p.device for p in self.callees[0].parameters() if p.device.type == "cuda"}
-        with torch.random.fork_rng(devices):  # dropout of training mode draws
-            while asked := self.ask(ENDED):
-                self.help(asked)
-
-    def ask(self, number: int) -> int:
-        """Say what this rank does next, and give the largest number that any rank says."""
-        own = number
-        for transport in self.transports:
-            try:
-                number = max(transport.share_number(number))
-            except TransportError as error:
-                raise type(error)(
-                    "generate() of a model whose experts are spread over ranks needs every rank until the last text "
-                    f"ends, so each must call it, and as often: {error}"
-                ) from error
-        if number == FAILED != own:
-            raise TransportError(
-                "generate() failed on another rank, whose own error says why, and this one can't go on without it"
-            )
-        return number
-
-    def help(self, number: int) -> None:
-        if number > len(self.callees):
-            raise ValueError(
-                "another rank generates with an assistant_model whose experts are spread, and this rank with none: "
-                "give all ranks the same one"
-            )
-        callee = self.callees[number - 1]
-        arguments, keywords = self._least(callee)
-        with helping(), torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            _under_way.is_announced = True
-            callee(*arguments, **keywords)
-
-    def _least(self, callee: Any) -> Arguments:
-        """Return arguments for a forward of little work that leaves no trace: one token at the first position."""
-        positional, named = self.last.get(callee, ((), {}))
-        ids = torch.zeros(1, 1, dtype=torch.int64, device=callee.device)
-        if not hasattr(callee, "generate"):  # an encoder
-            if callee.main_input_name == "input_ids":
-                return (), {"input_ids": ids}
-            if not positional and not named:
-                raise ValueError(
-                    "another rank runs the encoder, and this one, which was given encoder_outputs, has no input for "
-                    "it: give them on every rank, or on none"
-                )
-            return positional, named  # again, of which an encoder keeps nothing
-        accepted = inspect.signature(callee.forward).parameters
-        # two_batches, which splits no batch with a cache, takes it from here whether this one may be split
-        keywords = {"use_cache": named.get("use_cache", True)} if "use_cache" in accepted else {}
-        if not callee.config.is_encoder_decoder:
-            return (), {"input_ids": ids, **keywords}
-        if named.get("encoder_outputs") is None:
-            raise ValueError(
-                f"another rank runs the decoder of {type(callee).__name__}, and this one, whose own generate() ran "
-                "none, has no encoder_outputs for it: let every rank generate something"
-            )
-        keywords |= {name: named[name] for name in ("encoder_outputs", "attention_mask") if name in named}
-        return (), {"decoder_input_ids": ids.expand(len(keywords["encoder_outputs"][0]), 1), **keywords}
 
 
 def let_spread_models_generate(model: nn.Module | None = None) -> None:
@@ -153,7 +60,7 @@ def let_spread_models_generate(model: nn.Module | None = None) -> None:
 def announce_forwards(model: nn.Module) -> None:
     """Let the forwards that generate() calls be announced before anything else of them begins."""
     for callee in _callees(model):
-        hooks: Any = callee._forward_pre_hooks  # an OrderedDict
+        hooks = cast("OrderedDict[int, object]", callee._forward_pre_hooks)
         number = next((number for number, hook in hooks.items() if hook is _before_forward), None)
         if number is None:
             handle = callee.register_forward_pre_hook(_before_forward, prepend=True, with_kwargs=True)
@@ -161,30 +68,25 @@ def announce_forwards(model: nn.Module) -> None:
         hooks.move_to_end(number, last=False)  # FSDP2 puts its own, which gather weights, before all others
 
 
-def _callees(model: nn.Module) -> list[nn.Module]:
+def _callees(model: nn.Module) -> "list[PreTrainedModel]":
     """Return the modules of `model` whose forwards generate() calls: models that generate, and their encoders."""
-    found: list[nn.Module] = []
-    module: Any
+    found: list[PreTrainedModel] = []
     for module in model.modules():
         if hasattr(type(module), "generate") and hasattr(type(module), "set_experts_implementation"):
-            found.append(module)
-            if module.config.is_encoder_decoder and (encoder := module.get_encoder()) is not module:
+            generating = cast("PreTrainedModel", module)
+            found.append(generating)
+            if generating.config.is_encoder_decoder and (encoder := generating.get_encoder()) is not module:
                 found.append(encoder)
     return list(dict.fromkeys(found))
 
 
 def _before_forward(callee: nn.Module, arguments: tuple[object, ...], keywords: dict[str, object]) -> None:
-    if not _under_way.is_open:
+    if not under_way.is_open:
         return
-    if _under_way.is_announced:
-        _under_way.is_announced = False
+    if under_way.is_announced:
+        under_way.is_announced = False
         return
-    run_outside_graphs(_announce, callee, arguments, keywords)
-
-
-def _announce(callee: nn.Module, arguments: tuple[object, ...], keywords: dict[str, object]) -> None:
-    assert _under_way.generate is not None
-    _under_way.generate.announce(callee, arguments, keywords)
+    run_outside_graphs(announce, callee, arguments, keywords)
 
 
 def _replace(kind: type, name: str, wrap: Callable[[Original], Original]) -> None:
@@ -205,7 +107,7 @@ def _keeping_step(original: Original) -> Original:
         given = signature.bind(self, *arguments, **settings)
         if "synced_gpus" in signature.parameters:
             given.arguments["synced_gpus"] = False
-        if _under_way.is_open:  # this is an inner model's, or an assistant's
+        if under_way.is_open:  # this is an inner model's, or an assistant's
             return original(*given.args, **given.kwargs)
         models = [self, given.arguments.get("assistant_model", settings.get("assistant_model"))]
         with _keep_step(models, transports):
@@ -217,24 +119,24 @@ def _keeping_step(original: Original) -> Original:
 @contextmanager
 def _keep_step(models: list[object], transports: list[Transport]) -> Iterator[None]:
     """Announce this rank's forwards of these models, and wait for the other ranks at the end, whatever it is."""
-    callees = []
+    callees: list[PreTrainedModel] = []
     for model in models:
         if isinstance(model, nn.Module) and _ranks_together(model):
             announce_forwards(model)
             callees += _callees(model)
-    step = _Generate(callees, transports)
-    _under_way.is_open, _under_way.is_announced, _under_way.generate = True, False, step
+    step = JointGenerate(callees, transports)
+    under_way.is_open, under_way.is_announced, under_way.generate = True, False, step
     try:
         yield
         step.help_others()
-    except Exception as error:
+    except Exception as error:  # whatever ends this rank's, the others wait for its word
         if not isinstance(error, TransportError):  # which the others have too
             log.error("generate() failed on this rank, which tells the others: %s: %s", type(error).__name__, error)
             with suppress(TransportError):
                 step.ask(FAILED)
         raise
     finally:
-        _under_way.is_open, _under_way.is_announced, _under_way.generate = False, False, None
+        under_way.is_open, under_way.is_announced, under_way.generate = False, False, None
 
 
 def _announcing(original: Original) -> Original:
@@ -242,17 +144,17 @@ def _announcing(original: Original) -> Original:
 
     def get_compiled_call(self: nn.Module, compile_config: object) -> Original:
         compiled = original(self, compile_config)
-        if not _under_way.is_open:
+        if not under_way.is_open:
             return compiled
 
         @functools.wraps(compiled)
         def announced(*arguments: object, **keywords: object) -> object:
-            _announce(self, arguments, keywords)
-            _under_way.is_announced = True
+            announce(self, arguments, keywords)
+            under_way.is_announced = True
             try:
                 return compiled(*arguments, **keywords)
             finally:
-                _under_way.is_announced = False
+                under_way.is_announced = False
 
         return announced
 

@@ -4,13 +4,14 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from tritonmoe.expert_parallel.two_batches import two_batches as run_two_batches
 from tritonmoe.integrations.transformers.discovery import experts_modules
+from tritonmoe.integrations.transformers.halved_arguments import Arguments, batch_size, by_name, num_targets, split
 from tritonmoe.integrations.transformers.halves_trial import HalvesTrial
 from tritonmoe.integrations.transformers.names import CACHES
 from tritonmoe.integrations.transformers.requirements import check_model, check_transformers
@@ -20,27 +21,11 @@ from tritonmoe.overlap.report import LayerReport
 from tritonmoe.transports import Transport, as_transport
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
     from transformers.utils import ModelOutput
 
 __all__ = ["HalvedForward", "two_batches"]
 
-Arguments: TypeAlias = dict[str, Any]
-"""The arguments of a model's forward, by name."""
-SPLIT = {
-    "input_ids": {2: 0},
-    "inputs_embeds": {3: 0},
-    "attention_mask": {2: 0, 4: 0},
-    "position_ids": {2: 0, 3: 1},  # (3 or 4, B, S) where a model turns by time, height and width
-    "token_type_ids": {2: 0},
-    "labels": {1: 0, 2: 0},
-    "shift_labels": {2: 0},
-}
-"""The arguments of a model's forward that are split: by how many dimensions they have, which is the batch.
-
-Other tensors can't be split, whatever size their first dimension happens to have.
-"""
-SHARED = ("num_items_in_batch", "logits_to_keep")
-"""Tensors that both halves get as they are."""
 JOINED = ("logits", "last_hidden_state", "hidden_states", "attentions", "router_logits")
 """The results, or tuples of results, whose first dimension is the batch."""
 
@@ -49,7 +34,11 @@ class HalvedForward:
     """A model's forward in two halves; what two_batches() puts in the place of the model's own."""
 
     def __init__(
-        self, model: Any, spread: Sequence[nn.Module], transports: Sequence[Transport], trial: HalvesTrial | None
+        self,
+        model: "PreTrainedModel",
+        spread: Sequence[nn.Module],
+        transports: Sequence[Transport],
+        trial: HalvesTrial | None,
     ) -> None:
         self.model = model
         self.spread = spread
@@ -64,7 +53,7 @@ class HalvedForward:
         self.__signature__ = inspect.signature(self.forward)  # Trainer reads it
 
     @property
-    def forward(self) -> Callable[..., Any]:
+    def forward(self) -> "Callable[..., ModelOutput]":
         """The model's own forward."""
         return self._own or type(self.model).forward.__get__(self.model)
 
@@ -77,7 +66,7 @@ class HalvedForward:
 
     def __call__(self, *positional: object, **named: object) -> object:
         given = self.__signature__.bind(*positional, **named)
-        arguments = _flat(given, self.__signature__)
+        arguments = by_name(given, self.__signature__)
         why_whole = self._why_whole(arguments)
         if why_whole and self.trial is not None:
             self.trial.interrupt()
@@ -110,8 +99,8 @@ class HalvedForward:
         elapsed_ns = 0 if trial is None else trial.elapsed_ns()
         size, refusal = 2, None
         try:
-            size = _batch_size(arguments)
-            _split(arguments, size, size // 2)
+            size = batch_size(arguments)
+            split(arguments, size, size // 2)
         except ValueError as error:
             refusal = error
         told = torch.tensor([-size, elapsed_ns, refusal is not None], device="cpu")
@@ -141,7 +130,7 @@ class HalvedForward:
         return ""
 
     def _run_halves(self, arguments: Arguments, reason: str) -> "ModelOutput | tuple":
-        size = _batch_size(arguments)
+        size = batch_size(arguments)
         first = (size + 1) // 2
         self.choice = f"two halves, of {first} and {size - first} sequences" + (reason and f": {reason}")
         returns_dict = arguments.pop("return_dict", None)
@@ -152,7 +141,7 @@ class HalvedForward:
         kinds = {parameter.kind for parameter in self.__signature__.parameters.values()}
         if "use_cache" in self.__signature__.parameters or inspect.Parameter.VAR_KEYWORD in kinds:
             shared["use_cache"] = False
-        halves = [shared | part for part in _split(arguments, size, first)]
+        halves = [shared | part for part in split(arguments, size, first)]
         with nullcontext() if labels is None else self._loss_over_whole_batch(arguments):
             outputs = run_two_batches(lambda half: self.forward(**half), *halves)
         joined = self._join(outputs, arguments)
@@ -168,10 +157,10 @@ class HalvedForward:
         model = next(inner for inner in self.model.modules() if isinstance(inner, PreTrainedModel))
         if model.loss_function is not ForCausalLMLoss:
             raise ValueError(
-                f"{type(model).__name__} has a loss of its own, which two_batches can't compute of halves: leave out "
-                "`labels`, and compute the loss of the logits"
+                f"{type(model).__name__} computes its loss itself, and two_batches can't compute that loss from "
+                "halves: leave out `labels`, and compute the loss of the logits"
             )
-        loss = _ShareOfLoss(model.loss_function, _num_targets(arguments))
+        loss = _ShareOfLoss(model.loss_function, num_targets(arguments))
         before = model.__dict__.get("_loss_function")
         model.loss_function = loss
         try:
@@ -183,8 +172,8 @@ class HalvedForward:
                 model.loss_function = before
         if loss.num_calls != 2:
             raise ValueError(
-                f"{type(model).__name__} doesn't take its loss from one call of its loss_function, so that two_batches "
-                "can't weigh the halves: leave out `labels`, and compute the loss of the logits"
+                f"{type(model).__name__} doesn't compute its loss by one call of its loss_function, so two_batches "
+                "can't weight the losses of the halves: leave out `labels`, and compute the loss of the logits"
             )
 
     def _join(self, outputs: tuple["ModelOutput", ...], arguments: Arguments) -> "ModelOutput":
@@ -196,7 +185,10 @@ class HalvedForward:
             if name in ("loss", "aux_loss") or parts[0] is None:
                 continue
             if name not in JOINED:
-                raise ValueError(f"{type(self.model).__name__} gives {name}, and two_batches can't join that of halves")
+                raise ValueError(
+                    f"{type(self.model).__name__} gives {name}, and two_batches doesn't know how to join the values "
+                    "of two halves: switch that output off"
+                )
             if isinstance(parts[0], Tensor):
                 joined[name] = torch.cat(parts)
             else:
@@ -262,8 +254,8 @@ def two_batches(model: nn.Module, when: Literal["always", "auto"] = "always") ->
     check_model(model)
     if any(isinstance(module, MoELayer) for module in model.modules()):
         raise ValueError(
-            f"{type(model).__name__} was upcycled in place, and its auxiliary loss is of the whole batch: call "
-            "tritonmoe.two_batches with a function that computes the loss of a half"
+            f"{type(model).__name__} was upcycled in place, and its auxiliary loss is computed from the whole batch: "
+            "call tritonmoe.two_batches with a function that computes the loss of a half"
         )
     over = {experts: transport_of(experts) for experts in experts_modules(model).values()}
     spread = [experts for experts, transport in over.items() if transport is not None]
@@ -274,63 +266,11 @@ def two_batches(model: nn.Module, when: Literal["always", "auto"] = "always") ->
             "parallelize(model, group) first"
         )
     if isinstance(model.__dict__.get("forward"), HalvedForward):
-        raise ValueError(f"this {type(model).__name__} runs its batches in halves already")
+        raise ValueError(f"this {type(model).__name__} runs its batches in halves already: call two_batches() once")
     states = [state for experts in spread if (state := expert_parallel_state(experts)) is not None]
     replicas = [state.sharding.replicas for state in states if state.sharding.replicas is not None]
     transports |= dict.fromkeys(as_transport(mesh) for mesh in replicas)
     trial = HalvesTrial(len(spread)) if when == "auto" else None
-    halved = HalvedForward(model, spread, tuple(transports), trial)
+    halved = HalvedForward(cast("PreTrainedModel", model), spread, tuple(transports), trial)
     model.forward = halved
     return halved
-
-
-def _flat(given: inspect.BoundArguments, signature: inspect.Signature) -> Arguments:
-    """Return the arguments by name, those in **kwargs too."""
-    flat: Arguments = {}
-    for name, value in given.arguments.items():
-        kind = signature.parameters[name].kind
-        if kind is inspect.Parameter.VAR_KEYWORD:
-            flat |= value
-        elif kind is inspect.Parameter.VAR_POSITIONAL and value:
-            raise ValueError("two_batches takes the arguments of a model's forward by name")
-        else:
-            flat[name] = value
-    return flat
-
-
-def _batch_size(arguments: Arguments) -> int:
-    for name in ("input_ids", "inputs_embeds"):
-        if isinstance(arguments.get(name), Tensor):
-            return arguments[name].shape[0]
-    raise ValueError("two_batches needs input_ids or inputs_embeds to see how many sequences the batch has")
-
-
-def _split(arguments: Arguments, size: int, first: int) -> tuple[Arguments, Arguments]:
-    """Return each half's own arguments; those of one sequence are for all."""
-    halves: tuple[Arguments, Arguments] = {}, {}
-    for name, value in arguments.items():
-        if name in SHARED or value is None or isinstance(value, bool | int | float | str):
-            continue
-        dim = SPLIT.get(name, {}).get(value.dim()) if isinstance(value, Tensor) else None
-        if dim is None or value.shape[dim] not in (1, size):
-            said = f"a {tuple(value.shape)} tensor" if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(
-                f"two_batches can't split {name} ({said}) of a batch of {size} sequences: it splits "
-                f"{', '.join(SPLIT)}, whose first dimension is the batch, and position_ids of three dimensions, whose "
-                "second one is"
-            )
-        if value.shape[dim] == size:
-            for half, part in zip(halves, value.tensor_split([first], dim), strict=True):
-                half[name] = part
-    return halves
-
-
-def _num_targets(arguments: Arguments) -> Tensor | int:
-    """Return how many tokens of the whole batch have a target."""
-    given = arguments.get("num_items_in_batch")
-    if given is not None:
-        return given
-    targets = arguments.get("shift_labels")
-    if targets is None:
-        targets = arguments["labels"][..., 1:]
-    return (targets != arguments.get("ignore_index", -100)).sum()

@@ -63,14 +63,7 @@ def parallelize(
     """
     overlap = OverlapConfig() if overlap is None else overlap
     check_model(model)
-    if isinstance(group_or_mesh, Transport):
-        raise TypeError(f"the experts of a model are spread over a ProcessGroup or a DeviceMesh, got {group_or_mesh!r}")
-    if group_or_mesh is None and not torch.distributed.is_initialized():
-        raise ValueError(
-            "there are no ranks yet, and dist.group.WORLD is None: call torch.distributed.init_process_group() before "
-            "parallelize()"
-        )
-    transport = as_transport(group_or_mesh)
+    transport = _transport_of(group_or_mesh)
     hand_over_factors()
     found = experts_modules(model)
     layers = routed_experts(model)
@@ -96,6 +89,17 @@ def parallelize(
     bind_to_spread(model, found)
     let_trainer_save_spread_models()
     return len(found) + len(layers)
+
+
+def _transport_of(ranks: Ranks) -> Transport:
+    if isinstance(ranks, Transport):
+        raise TypeError(f"the experts of a model are spread over a ProcessGroup or a DeviceMesh, got {ranks!r}")
+    if ranks is None and not torch.distributed.is_initialized():
+        raise ValueError(
+            "there are no ranks yet, and dist.group.WORLD is None: call torch.distributed.init_process_group() before "
+            "parallelize()"
+        )
+    return as_transport(ranks)
 
 
 def _spread(experts: ExpertsModule, sharding: Sharding, overlap: OverlapConfig, expert_gradients: str) -> None:

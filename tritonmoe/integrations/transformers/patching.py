@@ -119,10 +119,10 @@ def check_patchable(model: nn.Module, found: Mapping[str, nn.Module], left: dict
         quantised, kinds = left, [method]  # MXFP4 on a GPU is in no parameter
     if quantised:
         raise ValueError(
-            f"the weights of {_list(quantised)} are quantised ({', '.join(kinds)}) in a way that is not read "
-            "here: call register(packed=True) before from_pretrained(), which keeps experts in MXFP4 and FP8 as they "
+            f"the weights of {_list(quantised)} are quantised ({', '.join(kinds)}) in a format that patch() can't "
+            "read: call register(packed=True) before from_pretrained(), which keeps experts in MXFP4 and FP8 as they "
             "are, load the model without quantization_config, or, where its checkpoint is quantised, with "
-            "Mxfp4Config(dequantize=True) or FineGrainedFP8Config(dequantize=True), as its method is"
+            "Mxfp4Config(dequantize=True) or FineGrainedFP8Config(dequantize=True), by its method"
         )
     if found:
         _check_forwards(model, found)

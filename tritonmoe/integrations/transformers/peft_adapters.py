@@ -11,7 +11,7 @@ import importlib.util
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -116,7 +116,7 @@ def _hotswap_parts() -> None:
     def swap_parts(model: nn.Module, state_dict: dict[str, Tensor], *arguments: object, **keywords: object) -> None:
         swap(model, with_parts(model, state_dict), *arguments, **keywords)
 
-    hotswap.hotswap_adapter_from_state_dict = swap_parts  # type: ignore[attr-defined]
+    setattr(hotswap, swap.__name__, swap_parts)
 
 
 def _activate(self: "ParamWrapper", active_adapters: list[str]) -> AbstractContextManager:
@@ -176,9 +176,9 @@ class _Noted:
         return factor_a.to(dtype).contiguous(), (factor_b * wrapper.scaling[adapter]).to(dtype).contiguous()
 
 
-def _weight(linear: Any) -> Tensor:
+def _weight(linear: nn.Module) -> Tensor:
     """Return the weight, whatever torch.func or FSDP have put in the parameter's place."""
-    return linear.weight
+    return cast(Tensor, linear.weight)
 
 
 def _is_transposed(experts: nn.Module) -> bool:
@@ -280,8 +280,8 @@ def _spread_delta(wrapper: "ParamWrapper", factors: tuple[Tensor, Tensor], scale
     parameter = wrapper.get_param()
     if tuple(parameter.placements) != (Shard(0),):
         raise ValueError(
-            f"the adapter of {wrapper.parameter_name} can't be merged into experts that lie as {parameter.placements}: "
-            "merge before fully_shard()"
+            f"the adapter of {wrapper.parameter_name} can't be merged into experts with the placements "
+            f"{parameter.placements}: merge before fully_shard()"
         )
     factor_a, factor_b = (factor.detach() for factor in factors)
     delta = factor_b @ factor_a * scale

@@ -7,7 +7,7 @@ has a contiguous part of: it becomes a DTensor (E, out, R), and PEFT's matrix ag
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +48,7 @@ def spread_of(experts: nn.Module) -> Spread | None:
     """
     if isinstance(experts, GroupedExperts):
         placement = experts.placement
-        sharding, scale, calls = experts._sharding, experts._gradient_scale, experts._calls
+        sharding, scale, calls = experts.sharding, experts.gradient_scale, experts.calls
     else:
         state = expert_parallel_state(experts)
         if state is None:
@@ -71,10 +71,10 @@ def shard_factors(wrapper: "ParamWrapper") -> None:
     for adapter in wrapper.lora_A:
         for linear, is_b in ((wrapper.lora_A[adapter], False), (wrapper.lora_B[adapter], True)):
             if not linear.weight.is_meta and not any(sharded_modules(linear)):
-                _shard(linear, spread, wrapper.num_experts, is_b)
+                _shard(cast(nn.Linear, linear), spread, wrapper.num_experts, is_b)
 
 
-def _shard(linear: Any, spread: Spread, num_experts: int, is_b: bool) -> None:
+def _shard(linear: nn.Linear, spread: Spread, num_experts: int, is_b: bool) -> None:
     sharding, placement = spread.sharding, spread.placement
     if sharding.replicas is not None:
         check_on_all_ranks(
@@ -120,17 +120,17 @@ def with_parts(model: nn.Module, state_dict: StateDict) -> StateDict:
     """
     given = dict(state_dict)
     for name in whole_forms(model).keys() & state_dict.keys():
-        linear: Any = model.get_submodule(name.removesuffix(".weight"))
-        wrapper: Any = model.get_submodule(name.rsplit(".", 3)[0])
+        linear, wrapper = model.get_submodule(name.removesuffix(".weight")), model.get_submodule(name.rsplit(".", 3)[0])
+        weight = model.get_parameter(name)
         value = state_dict[name]
-        is_b = linear.weight.dim() == 3
-        if value.numel() != linear.weight.numel():
+        is_b = weight.dim() == 3
+        if value.numel() != weight.numel():
             raise ValueError(
                 f"PEFT can't swap {name} {tuple(value.shape)} into an adapter of another rank, whose experts are "
                 f"spread over ranks: load it under a name of its own with load_adapter(), which takes any rank"
             )
-        by_expert = _from_peft(value, wrapper.num_experts) if is_b else value
-        given[name] = part_of(by_expert, linear.weight, order_of(linear))
+        by_expert = _from_peft(value, cast("ParamWrapper", wrapper).num_experts) if is_b else value
+        given[name] = part_of(by_expert, cast("DTensor", weight), order_of(linear))
     return given
 
 
@@ -147,15 +147,15 @@ def check_merged_is_finite(wrapper: "ParamWrapper", adapters: Sequence[str]) -> 
         transport.all_reduce(is_broken, "max")
     if is_broken.item():
         raise ValueError(
-            f"the adapters {list(adapters)} would make some rank's weights of {wrapper.parameter_name} infinite or "
-            "NaN, and safe_merge=True refuses that: leave them out"
+            f"the adapters {list(adapters)} would make weights of {wrapper.parameter_name} on some rank infinite or "
+            "NaN, and safe_merge=True refuses that: leave these adapters out"
         )
 
 
 def local_factors(wrapper: "ParamWrapper", adapter: str) -> tuple[Tensor, Tensor] | None:
     """Return PEFT's A (E_local, R, .) and B (E_local, ., R) of this rank's experts; None where they are whole here."""
     spread = spread_of(wrapper.get_base_layer())
-    linears: Sequence[Any] = wrapper.lora_A[adapter], wrapper.lora_B[adapter]
+    linears = cast(Sequence[nn.Linear], (wrapper.lora_A[adapter], wrapper.lora_B[adapter]))
     if spread is None or not any(sharded_modules(linears[0])):
         return None
     is_down = wrapper.parameter_name == "down_proj"

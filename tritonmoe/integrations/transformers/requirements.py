@@ -63,9 +63,9 @@ def check_forward(name: str, module: nn.Module) -> None:
     if getattr(forward, "__func__", forward) is not own and not is_expert_parallel:
         raise ValueError(
             f"{name} can't run through tritonmoe: {where}.{what} has taken the place of the forward of "
-            f"{type(module).__name__}. Load the model without use_kernels=True; give TrainingArguments("
-            'liger_kernel_config={"swiglu": False}) beside use_liger_kernel=True; a function of your own that calls '
-            "the forward of the class says so with functools.wraps"
+            f"{type(module).__name__}. Load the model without use_kernels=True; give "
+            'TrainingArguments(liger_kernel_config={"swiglu": False}) beside use_liger_kernel=True; a replacement '
+            "of your own that calls the forward of the class must be marked with functools.wraps"
         )
 
 

@@ -72,7 +72,10 @@ def routed_experts(model: nn.Module) -> dict[str, RoutedExperts]:
             num_experts, transport = module.config.num_experts, module.grouped_experts.transport
             found[own_name] = RoutedExperts(module.experts, module, _layer(own_name), num_experts, transport)
     if not found:
-        raise ValueError(f"{type(model).__name__} has no experts that go through transformers' registry")
+        raise ValueError(
+            f"{type(model).__name__} has no experts that go through transformers' experts registry: `tritonmoe "
+            "models` lists the families that have"
+        )
     return found
 
 

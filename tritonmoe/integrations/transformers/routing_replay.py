@@ -136,7 +136,7 @@ class _Replay:
             try:
                 if self.has_failed and layer.is_open:
                     raise ValueError(
-                        "a forward has failed in this replay, and the order of calls is lost: begin a new one"
+                        "a forward has failed in this replay, and the order of calls is lost: begin a new replay"
                     )
                 layer.finish(routed_ids(arguments, keywords)[0], allow_skipped=is_own)
             except ValueError:

@@ -8,7 +8,7 @@ import functools
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
@@ -26,6 +26,7 @@ from tritonmoe.sharding.marks import sharded_modules
 from tritonmoe.sharding.watched_collectives import full_tensor
 from tritonmoe.sharding.whole_states import StateDict, name_in_state, whole, whole_forms
 from tritonmoe.transports import Transport
+from tritonmoe.transports.torch_groups import own_group
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -57,14 +58,13 @@ def bind_to_spread(model: nn.Module, found: Mapping[str, ExpertsModule]) -> None
     """
     from torch.distributed.tensor import DTensor
 
-    own: Any
     for own in model.modules():  # a model of transformers may stand inside another, or inside any module
         if hasattr(type(own), "save_pretrained") and any(isinstance(p, DTensor) for p in own.parameters()):
             # a model upcycled in place has a way of its own
             save = own.__dict__.get("save_pretrained", functools.partial(_save_as_its_class, own))
-            own.save_pretrained = functools.partial(_save_gathered, own, save)
+            _bind(own, "save_pretrained", functools.partial(_save_gathered, own, save))
             if hasattr(type(own), "set_experts_implementation"):  # wrappers, as PEFT's, ask what they wrap
-                own.set_experts_implementation = functools.partial(_set_experts_implementation, own)
+                _bind(own, "set_experts_implementation", functools.partial(_set_experts_implementation, own))
     let_spread_models_generate(model)
     announce_forwards(model)
     for name, experts in found.items():
@@ -72,6 +72,10 @@ def bind_to_spread(model: nn.Module, found: Mapping[str, ExpertsModule]) -> None
         if own_name:
             block = model.get_submodule(block_name)
             block.register_forward_pre_hook(functools.partial(_check_experts, name, own_name, experts))
+
+
+def _bind(model: nn.Module, name: str, method: Callable[..., None]) -> None:
+    setattr(model, name, method)
 
 
 def _check_experts(name: str, own_name: str, experts: ExpertsModule, block: nn.Module, _: object) -> None:
@@ -86,16 +90,18 @@ def _check_implementation(name: str, implementation: str | None) -> None:
     if implementation != EXPERTS_IMPLEMENTATION:
         raise ValueError(
             f'the experts of {name} are spread over ranks, and only experts_implementation="{EXPERTS_IMPLEMENTATION}" '
-            f"runs such experts, got {implementation!r}: leave it, or load the model again and don't parallelize() it"
+            f"runs such experts, got {implementation!r}: leave the implementation as it is, or load the model again "
+            "and don't call parallelize()"
         )
 
 
-def _set_experts_implementation(model: "PreTrainedModel", experts_implementation: str | dict[str, str]) -> None:
+def _set_experts_implementation(model: nn.Module, experts_implementation: str | dict[str, str]) -> None:
     """Do what transformers' does, after raising ValueError for an implementation that needs all experts here."""
     by_config = experts_implementation if isinstance(experts_implementation, dict) else {"": experts_implementation}
     for implementation in by_config.values():
         _check_implementation(type(model).__name__, implementation)
-    type(model).set_experts_implementation(model, experts_implementation)
+    own = cast("PreTrainedModel", model)
+    type(own).set_experts_implementation(own, experts_implementation)
 
 
 def saves_adapters(model: nn.Module) -> bool:
@@ -131,7 +137,7 @@ def on_first_rank(model: nn.Module, write: Callable[[], None], *, is_first: bool
     if is_first:
         try:
             write()
-        except Exception as caught:
+        except Exception as caught:  # whatever it is, the other ranks wait for this one
             error = caught
     everybody = everybody_of(model)
     failed = torch.tensor(int(error is not None), device=everybody.device_type)
@@ -155,8 +161,7 @@ def everybody_of(model: nn.Module) -> "DeviceMesh":
     largest = max(meshes, key=lambda mesh: mesh.size())
     num_members = len(_members(model))
     if num_members > largest.size() and num_members == dist.get_world_size():  # with copies, on a mesh of two axes
-        assert dist.group.WORLD is not None
-        return DeviceMesh.from_group(dist.group.WORLD, largest.device_type)
+        return DeviceMesh.from_group(own_group(None), largest.device_type)
     return largest
 
 
@@ -166,13 +171,13 @@ def _members(model: nn.Module) -> set[int]:
 
 
 def _save_gathered(
-    model: nn.Module, save: Callable[..., None], save_directory: str | os.PathLike, **settings: Any
+    model: nn.Module, save: Callable[..., None], save_directory: str | os.PathLike, **settings: object
 ) -> None:
     """Save with every DTensor gathered: all ranks call, the first one writes, all raise where it could not.
 
     A state dict of whole tensors is written by whoever calls, as `save`, the model's own way, does.
     """
-    state_dict = settings.get("state_dict")
+    state_dict = cast("StateDict | None", settings.get("state_dict"))
     is_whole = state_dict and not any(hasattr(value, "full_tensor") for value in state_dict.values())
     is_dense = saves_adapters(model) and not any(p.requires_grad for p in expert_parameters(model))
     if is_whole or (is_dense and not whole_forms(model)):
@@ -182,8 +187,8 @@ def _save_gathered(
     # As one rank alone calls: with is_main_process, and Trainer before transformers 5.24 with state_dict=None.
     if state_dict is None and ("is_main_process" in settings or "state_dict" in settings):
         raise ValueError(
-            "save_pretrained gathers the experts, so every rank must call it, and one that says is_main_process or "
-            "state_dict=None may be alone: call model.save_pretrained(directory) on every rank, or "
+            "save_pretrained gathers the experts, so every rank must call it, and a call with is_main_process or "
+            "state_dict=None may come from one rank alone: call model.save_pretrained(directory) on every rank, or "
             "trainer.save_model(directory), as Trainer's own checkpoints do"
         )
     meet(model, "save_pretrained")
@@ -218,8 +223,8 @@ def meet(model: nn.Module, what: str) -> None:
             transport.barrier()
         except (CountMismatch, TransportError) as error:
             raise TransportError(
-                f"{what} gathers what is spread over ranks, so every rank must call it, and not all do: call it on "
-                "every rank, not on the first one alone"
+                f"{what} gathers weights that are spread over ranks, so every rank must call it, but some rank didn't, "
+                "or raised in it: call it on every rank, not only on the first, and look for other ranks' errors"
             ) from error
 
 
@@ -237,25 +242,25 @@ def gather_what_peft_saves() -> None:
     """Let PEFT's models gather adapters that are spread over ranks when they are saved, from now on."""
     import peft
 
-    peft_model: Any = peft.PeftModel
-    save = peft_model.save_pretrained
+    save: Callable[..., None] = peft.PeftModel.save_pretrained
 
     @functools.wraps(save)
-    def save_pretrained(self: nn.Module, save_directory: str | os.PathLike, **settings: Any) -> None:
+    def save_pretrained(self: nn.Module, save_directory: str | os.PathLike, **settings: object) -> None:
         own = functools.partial(save, self)
         if whole_forms(self):
             _save_gathered(self, own, save_directory, **settings)
         else:
             own(save_directory, **settings)
 
-    peft_model.save_pretrained = save_pretrained
+    setattr(peft.PeftModel, save.__name__, save_pretrained)
 
 
-def _save_as_its_class(model: "PreTrainedModel", save_directory: str | os.PathLike, **settings: Any) -> None:
-    type(model).save_pretrained(model, save_directory, **settings)
+def _save_as_its_class(model: nn.Module, save_directory: str | os.PathLike, **settings: object) -> None:
+    save: Callable[..., None] = cast("type[PreTrainedModel]", type(model)).save_pretrained
+    save(model, save_directory, **settings)
 
 
-def _save(save: Callable[..., None], save_directory: str | os.PathLike, settings: dict[str, Any]) -> None:
+def _save(save: Callable[..., None], save_directory: str | os.PathLike, settings: dict[str, object]) -> None:
     """Call `save`; where the disk is full, raise OSError that says what is there now."""
     from safetensors import SafetensorError
 
@@ -265,7 +270,7 @@ def _save(save: Callable[..., None], save_directory: str | os.PathLike, settings
         is_full = error.errno in FULL if isinstance(error, OSError) else any(os.strerror(n) in str(error) for n in FULL)
         if not is_full:
             raise
-        tensors = (settings.get("state_dict") or {}).values()
+        tensors = cast(StateDict, settings.get("state_dict") or {}).values()
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         there = sorted(os.listdir(save_directory)) if os.path.isdir(save_directory) else []
         more = f" and {len(there) - MAX_NAMED} more" if len(there) > MAX_NAMED else ""

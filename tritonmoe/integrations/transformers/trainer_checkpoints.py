@@ -12,7 +12,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Protocol, TypeAlias, cast
 
 import torch
 from torch import nn
@@ -29,7 +29,7 @@ OPTIMIZER = "optimizer_sharded"
 """The directory of the optimizer's shards. Called so, Trainer asks for optimizer.pt where the experts aren't spread."""
 if TYPE_CHECKING:
     from accelerate import Accelerator
-    from transformers import TrainerState
+    from transformers import TrainerState, TrainingArguments
 
 TRAINER_STATE, SCHEDULER = "trainer_state.json", "scheduler.pt"
 MARK = "_tritonmoe_saves_spread_models"
@@ -39,7 +39,7 @@ class SpreadTrainer(Protocol):
     """What is used here of a Trainer at work: of its many optional parts, those that it has by then."""
 
     model: nn.Module
-    args: Any
+    args: "TrainingArguments"
     state: "TrainerState"
     accelerator: "Accelerator"
     optimizer: torch.optim.Optimizer
@@ -95,11 +95,11 @@ def train(
 ) -> object:
     """Resume from whole checkpoints only; True takes the last one."""
     if resume_from_checkpoint is True:
-        resume_from_checkpoint = _last_whole_checkpoint(Path(trainer.args.output_dir))
+        resume_from_checkpoint = _last_whole_checkpoint(Path(cast(str, trainer.args.output_dir)))
     elif resume_from_checkpoint and not (Path(resume_from_checkpoint) / TRAINER_STATE).exists():
         raise ValueError(
-            f"{resume_from_checkpoint} has no {TRAINER_STATE}: it is no checkpoint of Trainer, or half written. "
-            "resume_from_checkpoint=True takes the last whole one of output_dir"
+            f"{resume_from_checkpoint} has no {TRAINER_STATE}, so it is not a checkpoint of Trainer, or half written. "
+            "resume_from_checkpoint=True takes the last whole checkpoint of output_dir"
         )
     return original(trainer, resume_from_checkpoint, *rest, **named)
 
@@ -119,7 +119,7 @@ def save_model(
     original: Original, trainer: "SpreadTrainer", output_dir: str | None = None, _internal_call: bool = False
 ) -> None:
     """Gather the model on every rank, and write it on the one that writes."""
-    directory = trainer.args.output_dir if output_dir is None else output_dir
+    directory = cast(str, trainer.args.output_dir) if output_dir is None else output_dir
     model: nn.Module = trainer.model
     is_writer = trainer.args.should_save
     state = gathered_state(model, keep=is_writer)
@@ -162,8 +162,8 @@ def _load_optimizer_and_scheduler(original: Original, trainer: "SpreadTrainer", 
     if not shards.exists():
         if (Path(checkpoint) / "optimizer.pt").exists():
             raise ValueError(
-                f"the optimizer in {checkpoint} is that of a model whose experts were not spread: resume it so, or "
-                "load its model with from_pretrained and train that from the start"
+                f"the optimizer in {checkpoint} belongs to a model whose experts were not spread: resume without "
+                "parallelize(), or load the checkpoint's model with from_pretrained and start a new training"
             )
         return  # save_only_model
     state = _optimizer_state(trainer)

@@ -9,7 +9,7 @@ import functools
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 from torch import nn
 
@@ -20,7 +20,7 @@ from tritonmoe.integrations.transformers.upcycle.checkpoint_files import Checkpo
 from tritonmoe.integrations.transformers.upcycle.description import DESCRIPTION_FILE, WEIGHTS_STEM, read_description
 
 if TYPE_CHECKING:
-    from transformers import Trainer
+    from transformers import PreTrainedModel, Trainer
 
 __all__ = ["IS_UPCYCLED", "is_spread", "let_trainer_load_experts", "load_saved"]
 
@@ -42,14 +42,15 @@ def let_trainer_load_experts() -> None:
     load_best_model: Callable = Trainer._load_best_model
 
     @functools.wraps(load_from_checkpoint)
-    def from_checkpoint(trainer: Any, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        own = trainer.model if model is None else model
+    def from_checkpoint(trainer: "Trainer", resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        own = cast(nn.Module, trainer.model) if model is None else model
         if not _load(trainer, own, Path(resume_from_checkpoint)):
             load_from_checkpoint(trainer, resume_from_checkpoint, model)
 
     @functools.wraps(load_best_model)
-    def best_model(trainer: Any) -> None:
-        if not _load(trainer, trainer.model, Path(trainer.state.best_model_checkpoint)):
+    def best_model(trainer: "Trainer") -> None:
+        best = cast(str, trainer.state.best_model_checkpoint)  # there is one by then
+        if not _load(trainer, cast(nn.Module, trainer.model), Path(best)):
             load_best_model(trainer)
 
     for method in (from_checkpoint, best_model):
@@ -75,7 +76,7 @@ def load_saved(model: nn.Module, directory: Path) -> bool:
     if (directory / DESCRIPTION_FILE).exists():
         _load_upcycled(model, directory)
         return True
-    model_class: Any = type(model)
+    model_class = cast("type[PreTrainedModel]", type(model))
     is_ours = IS_UPCYCLED in model.__dict__ or is_spread(model)
     if not is_ours or not hasattr(model_class, "from_pretrained") or saves_adapters(model):
         return False
@@ -89,20 +90,22 @@ def load_saved(model: nn.Module, directory: Path) -> bool:
     experts = tuple(f"{name}." for name in experts_modules(model))
     lost = [name for name in missing if name.startswith(experts)]
     if lost:
-        raise ValueError(f"{directory} lacks weights of the experts of this {model_class.__name__}: {lost[:4]}")
+        raise ValueError(
+            f"{directory} doesn't have all weights of the experts of this {model_class.__name__}: {lost[:4]}"
+        )
     if missing:
         logger.warning("%s lacks %s of this %s, which stay as they are", directory, missing[:4], model_class.__name__)
     return True
 
 
-def _load_upcycled(model: Any, directory: Path) -> None:
+def _load_upcycled(model: nn.Module, directory: Path) -> None:
     """Load the weights in a directory of such a model into one that was upcycled alike.
 
     Raises:
         ValueError: the model was not upcycled in place, or in another way than the saved one.
     """
     class_name, settings, blocks = read_description(directory)
-    own = getattr(model, "upcycling", None)
+    own: dict | None = getattr(model, "upcycling", None)
     if own is None:
         raise ValueError(
             f"{directory} holds a {class_name} that was upcycled in place, and {type(model).__name__} was not: upcycle "
@@ -120,7 +123,7 @@ def _load_upcycled(model: Any, directory: Path) -> None:
             "the directory with load_upcycled(), before Trainer"
         )
     reader = CheckpointReader(directory, WEIGHTS_STEM)
-    state = {name: reader[name] for name in reader.keys()}  # noqa: SIM118
+    state = {name: reader[name] for name in reader}
     try:
         missing, unexpected = model.load_state_dict(state, strict=False)
     except RuntimeError as error:

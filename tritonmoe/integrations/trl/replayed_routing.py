@@ -159,7 +159,8 @@ class ReplayedRouting(GRPOTrainer):
             got = "none" if self._rollout is None else f"{len(self._rollout)} entries"
             raise ValueError(
                 f'rollout_func must return "{KEY}", a list with the routing of each of the {len(completion_ids)} '
-                f"sequences, got {got}: what the engine returned, as RoutingRecording.from_rollout takes it"
+                f"sequences, got {got}: give the engine's own values, in the form that RoutingRecording.from_rollout "
+                "takes"
             )
         RoutingRecording.from_rollout(self._rollout[: len(compared)], mask, own, has_experts=self.has_experts)
         self._like = own

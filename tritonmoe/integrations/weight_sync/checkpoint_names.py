@@ -69,8 +69,8 @@ def checkpoint_parts(model: "PreTrainedModel", shapes: Mapping[str, Tensor]) -> 
     left = everything.keys() - {key for part in parts for key in part.outputs}
     if left:
         raise ValueError(
-            f"transformers makes {sorted(left)[:4]} of several weights of {type(model).__name__}, and it isn't known "
-            "of which: save_pretrained() writes them"
+            f"transformers makes {sorted(left)[:4]} of several weights of {type(model).__name__}, and export_weights "
+            "can't tell of which ones: save the model with save_pretrained() instead"
         )
     return parts
 

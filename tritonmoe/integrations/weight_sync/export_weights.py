@@ -1,7 +1,7 @@
 """export_weights(): a model's weights as (name, tensor) of its checkpoint, gathered in buckets, adapters merged."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +12,7 @@ from tritonmoe.errors import CountMismatch
 from tritonmoe.integrations.weight_sync.checkpoint_names import CheckpointPart, checkpoint_parts, converted
 from tritonmoe.integrations.weight_sync.merged_rows import active_adapters, has_sharded_factors, merged_rows
 from tritonmoe.integrations.weight_sync.model_weights import Weight, check_plain, model_inside, model_weights
+from tritonmoe.integrations.weight_sync.packed_weights import check_as_it_is
 from tritonmoe.layer import GroupedExperts
 from tritonmoe.sharding.placed_rows import ExpertsOfRank
 from tritonmoe.sharding.watched_collectives import full_tensor, watched_on
@@ -26,7 +27,7 @@ WHAT = "export_weights, which gathers what is spread"
 
 
 def export_weights(
-    model: nn.Module, *, bucket_bytes: int = 512 * 1024**2, only_shapes: bool = False
+    model: nn.Module, *, bucket_bytes: int = 512 * 1024**2, only_shapes: bool = False, dequantize: bool = False
 ) -> Iterator[tuple[str, Tensor]]:
     """Return an iterator over (name, tensor) of a transformers model, as save_pretrained would write them.
 
@@ -43,9 +44,13 @@ def export_weights(
         model: of transformers, also inside DistributedDataParallel, fully_shard, torch.compile or PEFT.
         bucket_bytes: how much of experts is gathered, or merged, at once; at least one expert's projection.
         only_shapes: give tensors on the meta device, and exchange nothing, not even a check.
+        dequantize: packed experts come in bf16, decoded some at a time, under the names of a checkpoint that is not
+            quantised, and with active adapters merged. Without it they come as the checkpoint has them, in its bytes,
+            to which no adapter can be merged.
     Raises:
         TypeError: no model of transformers.
-        ValueError: quantised weights, layers upcycled in place, adapters that are no plain LoRA, FSDP1, DeepSpeed.
+        ValueError: quantised weights that are no packed experts, active adapters of those without `dequantize`, layers
+            upcycled in place, adapters that are no plain LoRA, FSDP1, DeepSpeed.
         CountMismatch: the ranks' weights, adapters or `bucket_bytes` differ. TransportError: not all of them export.
     Example:
         for name, tensor in tm.export_weights(model):
@@ -53,7 +58,7 @@ def export_weights(
     """
     inside = model_inside(model)
     try:
-        weights, parts = _prepare(inside, bucket_bytes)
+        weights, parts = _prepare(inside, bucket_bytes, dequantize)
     except Exception:
         if not only_shapes:
             _refuse(inside)
@@ -64,7 +69,9 @@ def export_weights(
     return _iterate(inside, weights, parts, bucket_bytes)
 
 
-def _prepare(model: "PreTrainedModel", bucket_bytes: object) -> tuple[dict[str, Weight], list[CheckpointPart]]:
+def _prepare(
+    model: "PreTrainedModel", bucket_bytes: object, dequantize: bool
+) -> tuple[dict[str, Weight], list[CheckpointPart]]:
     if not is_integer(bucket_bytes) or bucket_bytes < 1:
         raise ValueError(f"bucket_bytes must be a positive number of bytes, got {bucket_bytes!r}")
     for name, child in model.named_modules():
@@ -73,15 +80,17 @@ def _prepare(model: "PreTrainedModel", bucket_bytes: object) -> tuple[dict[str, 
                 f"{name} is a layer of tritonmoe, upcycled in place, which no inference engine has: save_pretrained() "
                 "writes such a model, and tmt.load_upcycled() reads it"
             )
-    weights = model_weights(model)
-    check_plain(weights)
+    weights = model_weights(model, dequantize=dequantize)
+    check_plain(weights, or_packed=True)
     for name, weight in weights.items():
+        if weight.packed is not None and not weight.is_decoded:
+            check_as_it_is(model, name, weight.packed, weight.adapted_by)
         if weight.experts_of_rank is not None and _by_owner(weight) is None:
             raise ValueError(
                 f"{name} has been moved between ranks by tm.rebalance, and FSDP2 shards it or its adapters too: call "
                 "restore() of the Rebalancer on every rank, which moves all experts back, and export then"
             )
-    return weights, checkpoint_parts(model, {name: weight.tensor for name, weight in weights.items()})
+    return weights, checkpoint_parts(model, {name: weight.like for name, weight in weights.items()})
 
 
 def _refuse(model: "PreTrainedModel") -> None:
@@ -103,8 +112,8 @@ def _agree(model: "PreTrainedModel", weights: dict[str, Weight], bucket_bytes: i
         (
             *(
                 name,
-                tuple(weight.tensor.shape),
-                str(weight.tensor.dtype),
+                tuple(weight.like.shape),
+                str(weight.like.dtype),
                 str(getattr(weight.tensor, "placements", "")),
             ),
             *(_adapters(weight), weight.experts_of_rank),
@@ -117,8 +126,8 @@ def _agree(model: "PreTrainedModel", weights: dict[str, Weight], bucket_bytes: i
     of_all = full_tensor(DTensor.from_local(both, mesh, [Partial("max")] * mesh.ndim), "export_weights, which compares")
     if of_all.tolist() != [digest, -digest]:
         raise CountMismatch(
-            "the ranks would export other weights: the same names, shapes, dtypes, active adapters and bucket_bytes "
-            f"are needed on every rank (here {len(weights)} weights, bucket_bytes={bucket_bytes})"
+            "the ranks would export different weights: the same names, shapes, dtypes, active adapters and "
+            f"bucket_bytes are needed on every rank (here {len(weights)} weights, bucket_bytes={bucket_bytes})"
         )
 
 
@@ -142,12 +151,12 @@ def _iterate(
 def _whole(weight: Weight, bucket_bytes: int) -> Tensor:
     """Return a weight gathered and merged; every rank calls."""
     tensor = weight.tensor.detach()
-    is_by_expert = weight.experts_of_rank is not None or tensor.dim() == 3
-    if not is_by_expert or not (weight.adapted_by or hasattr(tensor, "to_local")):
+    is_by_expert = weight.is_decoded or weight.experts_of_rank is not None or tensor.dim() == 3
+    if not is_by_expert or not (weight.is_decoded or weight.adapted_by or hasattr(tensor, "to_local")):
         with torch.no_grad():
             return merged_rows(full_tensor(tensor, WHAT), weight.adapted_by, 0, is_local=False)
     local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    whole = local.new_empty(tensor.shape)
+    whole = local.new_empty(weight.like.shape, dtype=weight.like.dtype)
     for first, rows in _ranges(weight, bucket_bytes):
         whole[first : first + len(rows)] = rows
         del rows
@@ -162,19 +171,28 @@ def _contiguous(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
 
 def _ranges(weight: Weight, bucket_bytes: int) -> Iterator[tuple[int, Tensor]]:
     """Yield the number of the first expert, and some experts from there on, merged; every rank iterates."""
-    tensor, num_experts = weight.tensor.detach(), len(weight.tensor)
+    like = weight.like
     # A range is there twice: while it is merged, and again while it is converted.
-    at_once = max(1, bucket_bytes * num_experts // (2 * tensor.numel() * tensor.element_size()))
+    at_once = max(1, bucket_bytes * len(like) // (2 * like.numel() * like.element_size()))
     by_owner = _by_owner(weight)
     if by_owner is not None:
         yield from _broadcast(by_owner, weight, at_once)
         return
-    whole = full_tensor(tensor, WHAT)
-    for first in range(0, num_experts, at_once):
+    read = _reader(weight, is_local=False)
+    for first in range(0, len(like), at_once):
         with torch.no_grad():  # not while the caller has the rows
-            rows = merged_rows(whole[first : first + at_once], weight.adapted_by, first, is_local=False)
+            rows = merged_rows(read(first, min(at_once, len(like) - first)), weight.adapted_by, first, is_local=False)
         yield first, rows
         del rows
+
+
+def _reader(weight: Weight, *, is_local: bool) -> Callable[[int, int], Tensor]:
+    """Return what gives so many rows of a weight, from one on, not yet merged: of this rank's, or of all gathered."""
+    if weight.packed is not None and weight.is_decoded:
+        return weight.packed.decoder(WHAT, is_local=is_local)
+    tensor = weight.tensor.detach()
+    whole = tensor.to_local() if is_local and hasattr(tensor, "to_local") else full_tensor(tensor, WHAT)
+    return lambda first, number: whole[first : first + number]
 
 
 def _by_owner(weight: Weight) -> "DTensor | None":
@@ -191,7 +209,8 @@ def _broadcast(tensor: "DTensor", weight: Weight, at_once: int) -> Iterator[tupl
     """Yield ranges of experts of which each rank of a mesh holds some: their owner sends, merged, to the others."""
     import torch.distributed as dist
 
-    mesh, local, places = tensor.device_mesh, tensor.to_local(), _places(tensor, weight.experts_of_rank)
+    mesh, like, places = tensor.device_mesh, weight.like, _places(tensor, weight.experts_of_rank)
+    read = _reader(weight, is_local=True)
     first = 0
     while first < len(places):
         (owner, slot), number = places[first], 1
@@ -199,12 +218,13 @@ def _broadcast(tensor: "DTensor", weight: Weight, at_once: int) -> Iterator[tupl
             number += 1
         if owner == mesh.get_local_rank():
             with torch.no_grad():
-                own = local[slot : slot + number]
-                rows = merged_rows(own, weight.adapted_by, slot, is_local=True).contiguous()
+                rows = merged_rows(read(slot, number), weight.adapted_by, slot, is_local=True).contiguous()
         else:
-            rows = local.new_empty(number, *local.shape[1:])
-        with watched_on(mesh, WHAT):
-            dist.broadcast(rows, group=mesh.get_group(), group_src=owner)
+            rows = torch.empty(number, *like.shape[1:], dtype=like.dtype, device=tensor.to_local().device)
+        with watched_on(mesh, WHAT):  # fp8, which gloo doesn't know, travels as bytes
+            dist.broadcast(
+                rows.view(torch.uint8) if rows.itemsize == 1 else rows, group=mesh.get_group(), group_src=owner
+            )
         yield first, rows
         del rows
         first += number

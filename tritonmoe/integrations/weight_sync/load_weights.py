@@ -50,8 +50,8 @@ def load_weights(model: nn.Module, weights: Iterable[tuple[str, Tensor]]) -> Non
     for name, weight in own.items():
         if any(is_in_use(wrapper) for wrapper in weight.adapted_by):
             raise ValueError(
-                f"{name} has an adapter, active or merged, beside what would be loaded: unload() it first, or load "
-                "unmerged inside model.disable_adapter()"
+                f"{name} has an adapter, active or merged, in addition to the weights to load: call unload() first, "
+                "or load unmerged inside model.disable_adapter()"
             )
     places: dict[str, Place] = {}
     for part in checkpoint_parts(inside, {name: weight.tensor for name, weight in own.items()}):
@@ -76,8 +76,8 @@ def load_weights(model: nn.Module, weights: Iterable[tuple[str, Tensor]]) -> Non
     if missing:
         more = f" and {len(missing) - MAX_NAMED} more" if len(missing) > MAX_NAMED else ""
         raise ValueError(
-            f"{len(places) - len(missing)} weights were loaded, and the model is old and new at once: "
-            f"{', '.join([*missing][:MAX_NAMED])}{more} did not come"
+            f"{len(places) - len(missing)} weights were loaded, so the model now has old and new weights: "
+            f"{', '.join([*missing][:MAX_NAMED])}{more} are missing. Load these too"
         )
 
 
@@ -87,8 +87,8 @@ def _places(model: "PreTrainedModel", weights: dict[str, Weight], part: Checkpoi
     order = weights[part.names[0]].experts_of_rank
     if len(part.names) > 1:
         raise ValueError(
-            f"transformers makes {next(iter(part.outputs))} of {', '.join(part.names)}, which can't be taken apart "
-            "here: load the model again with from_pretrained()"
+            f"transformers makes {next(iter(part.outputs))} of {', '.join(part.names)}, which load_weights() can't "
+            "take apart: load the model again with from_pretrained()"
         )
     local, experts = _own_rows(part, weight, order)
     if part.by_expert:
@@ -162,8 +162,8 @@ def _reordered(
         total += order.numel()
         if not weight.is_contiguous() or not torch.equal(order, expected.expand_as(order)):
             raise ValueError(
-                f"transformers computes {name} from {part.names[0]} by more than views, and it can't be taken back "
-                "here: load the model again with from_pretrained()"
+                f"transformers computes {name} from {part.names[0]} by more than views, and load_weights() can't "
+                "reverse that: load the model again with from_pretrained()"
             )
         view = weight.as_strided(order.shape, steps, weight.storage_offset() + corner)
         found[name] = Place(view, view.copy_)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from tritonmoe.integrations.weight_sync.merged_rows import check_adapter
+from tritonmoe.integrations.weight_sync.packed_weights import PackedWeight, packed_weights
 from tritonmoe.runtime.wrappers import inside_wrapper
 from tritonmoe.sharding.marks import MARK, ShardedNames
 from tritonmoe.sharding.placed_rows import ExpertsOfRank
@@ -25,6 +26,15 @@ class Weight(NamedTuple):
     """PEFT's wrappers of it, innermost first."""
     experts_of_rank: ExpertsOfRank | None = None
     """The expert in each slot of each rank, where rebalancing has put its rows in another order than the model's."""
+    packed: PackedWeight | None = None
+    """What the tensor is a part of, or holds the values of."""
+    is_decoded: bool = False
+    """Whether it stands for a packed weight that comes decoded, and not for its own bytes."""
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor of the shape and dtype in which the weight comes."""
+        return self.packed.like if self.packed is not None and self.is_decoded else self.tensor
 
 
 def model_inside(model: nn.Module) -> "PreTrainedModel":
@@ -57,7 +67,7 @@ def model_inside(model: nn.Module) -> "PreTrainedModel":
         else:
             raise TypeError(
                 f"{kind} is no model of transformers, nor PEFT's, torch.compile's or DistributedDataParallel's around "
-                "one, so there is no checkpoint whose names its weights could have: its state_dict() has its own"
+                "one, so its weights have no names of a transformers checkpoint: send its state_dict() instead"
             )
     for child in model.modules():
         if type(child).__name__ == "FullyShardedDataParallel":
@@ -73,11 +83,13 @@ def model_inside(model: nn.Module) -> "PreTrainedModel":
     return inside
 
 
-def model_weights(model: "PreTrainedModel") -> dict[str, Weight]:
+def model_weights(model: "PreTrainedModel", *, dequantize: bool = False) -> dict[str, Weight]:
     """Return the weights that save_pretrained would write, by the model's own names, tied ones once.
 
     FSDP2's parameters are sharded again first, as by state_dict().
 
+    Args:
+        dequantize: let packed weights of experts come decoded, under the names of plain ones.
     Raises:
         ValueError: a weight is made of others by something that is not known here.
     """
@@ -88,57 +100,81 @@ def model_weights(model: "PreTrainedModel") -> dict[str, Weight]:
         if isinstance(child, FSDPModule):
             child.reshard()
     ignored = set(model._keys_to_ignore_on_save or ())
-    found = {name: weight for name, weight in _weights_in(model, "", ()) if name not in ignored}
+    found = {name: weight for name, weight in _weights_in(model, "", (), dequantize) if name not in ignored}
     # Of one number for each weight, tied ones share it as they share theirs.
     stand_ins = {id(weight.tensor): torch.zeros(1, device="cpu") for weight in found.values()}
     kept = remove_tied_weights_from_state_dict({n: stand_ins[id(w.tensor)] for n, w in found.items()}, model)
     return {name: found[name] for name in kept}
 
 
-def _weights_in(module: nn.Module, prefix: str, adapted_by: tuple[nn.Module, ...]) -> Iterator[tuple[str, Weight]]:
+def _weights_in(
+    module: nn.Module, prefix: str, adapted_by: tuple[nn.Module, ...], dequantize: bool
+) -> Iterator[tuple[str, Weight]]:
     name = prefix.rstrip(".")
     if (inside := inside_wrapper(module)) is not None:
         if "base_layer" in module._modules:
             check_adapter(name, module)
             adapted_by = (module, *adapted_by)
-        yield from _weights_in(inside, prefix, adapted_by)
+        yield from _weights_in(inside, prefix, adapted_by, dequantize)
         return
     if "original_module" in module._modules:
         raise ValueError(
             f"{name} is a {type(module).__name__} of PEFT, whose weights can't be merged one by one: export a copy of "
             "the model after merge_and_unload()"
         )
-    if "parametrizations" in module._modules:
+    packed = packed_weights(module)
+    if "parametrizations" in module._modules and not packed:
         raise ValueError(
             f"weights of {name} are computed from other parameters (a parametrization), which no checkpoint has: call "
             "torch.nn.utils.parametrize.remove_parametrizations first"
         )
+    yield from (
+        (prefix + own_name, weight) for own_name, weight in _own_weights(module, packed, adapted_by, dequantize)
+    )
+    for child_name, child in module._modules.items():
+        if child is not None and not (packed and child_name == "parametrizations"):
+            yield from _weights_in(child, f"{prefix}{child_name}.", (), dequantize)
+
+
+def _own_weights(
+    module: nn.Module, packed: list[PackedWeight], adapted_by: tuple[nn.Module, ...], dequantize: bool
+) -> Iterator[tuple[str, Weight]]:
+    """Yield the weights of a module itself: of packed ones their bytes or, with `dequantize`, one weight each."""
+    marked: ShardedNames | None = module.__dict__.get(MARK)
+
+    def weight(own_name: str, tensor: Tensor, one: PackedWeight | None, is_decoded: bool) -> Weight:
+        order = marked.experts_of_rank if marked is not None and own_name in marked.names else None
+        # PEFT's wrappers of parameters adapt one each, those of layers the weight
+        adapted = own_name if one is None else one.name
+        by = tuple(wrapper for wrapper in adapted_by if getattr(wrapper, "parameter_name", "weight") == adapted)
+        return Weight(tensor, by, order, one, is_decoded)
+
     own: list[tuple[str, Tensor | None]] = [
         *module._parameters.items(),
         *((n, buffer) for n, buffer in module._buffers.items() if n not in module._non_persistent_buffers_set),
     ]
-    marked: ShardedNames | None = module.__dict__.get(MARK)
+    part_of = {name: one for one in packed for name in one.parts}
     for own_name, tensor in own:
-        if tensor is not None:
-            order = marked.experts_of_rank if marked is not None and own_name in marked.names else None
-            # PEFT's wrappers of parameters adapt one each, those of layers the weight
-            by = tuple(one for one in adapted_by if getattr(one, "parameter_name", "weight") == own_name)
-            yield prefix + own_name, Weight(tensor, by, order)
-    for child_name, child in module._modules.items():
-        if child is not None:
-            yield from _weights_in(child, f"{prefix}{child_name}.", ())
+        if tensor is not None and not (dequantize and own_name in part_of):
+            yield own_name, weight(own_name, tensor, part_of.get(own_name), is_decoded=False)
+    for one in packed:
+        if dequantize or not one.parts:
+            yield one.name, weight(one.parts[0] if one.parts else one.name, one.values, one, is_decoded=dequantize)
 
 
-def check_plain(weights: dict[str, Weight]) -> None:
-    """Raise ValueError unless each weight holds the numbers that it stands for."""
+def check_plain(weights: dict[str, Weight], *, or_packed: bool = False) -> None:
+    """Raise ValueError unless each weight holds the numbers that it stands for, or is one of packed experts."""
     from tritonmoe.integrations.transformers.requirements import quantised_kind
 
     for name, weight in weights.items():
-        if isinstance(weight.tensor, nn.Parameter) and (kind := quantised_kind(weight.tensor)) is not None:
+        is_allowed = or_packed and weight.packed is not None
+        kind = quantised_kind(weight.tensor) if isinstance(weight.tensor, nn.Parameter) and not is_allowed else None
+        if kind is not None:
+            packed = ", or with experts alone packed (tmt.register(packed=True))" if or_packed else ""
             raise ValueError(
-                f"{name} is quantised ({kind}), and what the engine expects of it depends on both: load the model in "
-                "bf16 (Mxfp4Config(dequantize=True), say), or send the files that it was loaded from and export "
-                "adapters alone"
+                f"{name} is quantised ({kind}), and its numbers are not in it: load the model in bf16 "
+                f"(Mxfp4Config(dequantize=True), say){packed}, or send the files that it was loaded from, and adapters "
+                "alone"
             )
         if weight.tensor.is_meta:
             raise ValueError(f"{name} has no values yet (meta device), or is offloaded by Accelerate: load it first")

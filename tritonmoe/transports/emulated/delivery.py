@@ -195,9 +195,9 @@ class Delivery:
             self._copy_streams = [torch.cuda.Stream(self._device, priority=-1) for _ in self._not_started]
         stream = self._copy_streams[receiver.rank]
         with torch.cuda.stream(stream):
-            for end in (sender, receiver):
-                assert end.ready is not None, "CUDA rows are posted with an event"
-                stream.wait_event(end.ready.event)
+            for ready in (sender.ready, receiver.ready):
+                if ready is not None:  # rows on a CPU are there
+                    stream.wait_event(ready.event)
             target.copy_(source, non_blocking=True)
             # A rank may drop either tensor without ever waiting; the allocator must then know of this copy.
             source.record_stream(stream)

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from tritonmoe.errors import TransportError
-from tritonmoe.transports.base import PendingExchange, describe
+from tritonmoe.transports.base import PendingExchange
 from tritonmoe.transports.device_clock import Moment
+from tritonmoe.transports.exchange_arguments import describe
 
 if TYPE_CHECKING:
     from tritonmoe.transports.emulated.transport import EmulatedTransport

@@ -12,7 +12,7 @@ __all__ = ["Death", "Delay", "FaultScript", "PeerFailure", "RankStopped"]
 
 @dataclass(frozen=True)
 class Delay:
-    """A fault: the rank comes to this exchange (counted from 0, count exchanges too) so many seconds late."""
+    """A fault: the rank makes this exchange (counted from 0, count exchanges too) so many seconds late."""
 
     rank: int
     exchange: int
@@ -25,7 +25,7 @@ class Delay:
 
 @dataclass(frozen=True)
 class Death:
-    """A fault: the rank stops where it would have made this exchange (counted from 0, count exchanges too)."""
+    """A fault: the rank stops instead of making this exchange (counted from 0, count exchanges too)."""
 
     rank: int
     exchange: int

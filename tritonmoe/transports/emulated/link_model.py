@@ -38,7 +38,7 @@ class LinkModel:
             raise ValueError(f"latency_us must be a finite number that is not negative, got {self.latency_us!r}")
         for name, slow in (("slow_ports", self.slow_ports), ("slow_links", self.slow_links)):
             if not all(is_number(times) and times > 0 for times in slow.values()):
-                raise ValueError(f"{name} must say how many times as long bytes take, got {slow!r}")
+                raise ValueError(f"{name} must have positive, finite factors by which bytes take longer, got {slow!r}")
         if not all(is_number(late_us) and late_us >= 0 for late_us in self.late_links_us.values()):
             raise ValueError(f"late_links_us must say how many microseconds messages take, got {self.late_links_us!r}")
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from tritonmoe.errors import TransportError
-from tritonmoe.transports.base import PendingExchange, Transport, as_counts, check_counts, check_exchange, describe
+from tritonmoe.transports.base import PendingExchange, Transport
 from tritonmoe.transports.device_clock import DeviceClock, Moment
 from tritonmoe.transports.emulated.link_model import LinkModel
+from tritonmoe.transports.exchange_arguments import as_counts, check_counts, check_exchange, describe
 from tritonmoe.transports.local import CompletedExchange
 
 __all__ = ["Port", "ReplayTransport"]

@@ -7,15 +7,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from tritonmoe.transports.base import (
-    PendingExchange,
-    Transport,
-    as_counts,
-    check_counts,
-    check_exchange,
-    raise_in_child,
-)
+from tritonmoe.transports.base import PendingExchange, Transport
 from tritonmoe.transports.emulated.exchange import EmulatedExchange
+from tritonmoe.transports.exchange_arguments import as_counts, check_counts, check_exchange, raise_in_child
 
 if TYPE_CHECKING:
     from tritonmoe.transports.emulated.world import EmulatedWorld

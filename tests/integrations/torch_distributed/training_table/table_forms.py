@@ -174,8 +174,8 @@ def qwen3_moe() -> nn.Module:
     return large_weights(transformers.AutoModelForCausalLM.from_config(config, experts_implementation="eager"))
 
 
-def spread_transformers(model: nn.Module, spread_over: Any) -> nn.Module:
-    assert tmt.parallelize(model, spread_over, OVERLAP) == 2
+def spread_transformers(model: nn.Module, spread_over: Any, overlap: tm.OverlapConfig = OVERLAP) -> nn.Module:
+    assert tmt.parallelize(model, spread_over, overlap) == 2
     return model
 
 
@@ -239,6 +239,12 @@ FORMS = [
         "transformers model",
         qwen3_moe,
         lambda spread_over: spread_transformers(qwen3_moe(), spread_over),
+        layers_of,
+    ),
+    Form(
+        "transformers model with copies",
+        qwen3_moe,
+        lambda spread_over: spread_transformers(qwen3_moe(), spread_over, COPIES),
         layers_of,
     ),
     Form(

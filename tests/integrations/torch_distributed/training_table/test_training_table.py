@@ -6,7 +6,6 @@ tests/integrations/torch_distributed/training_table/table_ranks.py` prints the t
 
 import functools
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ pytest.importorskip("transformers")
 import table_ranks
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "support"))
-from processes import ENVIRONMENT
+from processes import run_forks
 
 CELLS = [cell for _, cells in table_ranks.passes() for cell in cells]
 
@@ -29,14 +28,8 @@ def results(tmp_path_factory) -> Any:
     @functools.cache
     def run(which: str) -> dict[str, Any]:
         folder = tmp_path_factory.mktemp("training_table")
-        ended = subprocess.run(
-            [sys.executable, table_ranks.__file__, str(folder), which],
-            env=ENVIRONMENT,
-            capture_output=True,
-            text=True,
-            timeout=3000,
-        )
-        assert ended.returncode == 0, ended.stderr[-3000:]
+        _, ended = run_forks([[table_ranks.__file__, str(folder), which]], 3000.0, is_group=False)
+        assert not any(ended.statuses), ended.output[-3000:]
         return json.loads((folder / "results.json").read_text())
 
     return run

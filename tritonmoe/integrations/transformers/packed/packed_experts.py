@@ -5,7 +5,7 @@ FP8 as transformers has it: `NAME` and `NAME_scale_inv`. NF4 as bitsandbytes has
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,14 @@ class PackedLayout(NamedTuple):
     """Whether they are (E, D, 2F) and (E, F, D); mxfp4 is not, where the bf16 weights of gpt-oss are."""
 
 
+class _QuantState(Protocol):
+    """bitsandbytes' state of a packed weight, as far as it is read here."""
+
+    absmax: Tensor
+    shape: torch.Size
+    """The weight's own."""
+
+
 class _Shape(Tensor):
     """What stands where a weight was: on the meta device, and an error for whoever computes with it."""
 
@@ -50,16 +58,19 @@ class _Shape(Tensor):
 
     @classmethod
     def __torch_function__(
-        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+        cls,
+        func: Callable[..., object],
+        types: object,
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
         name = getattr(func, "__name__", "")
         if name in INITIALISES:
             return args[0] if args else (kwargs or {}).get("tensor")
         if name not in SAYS:
             raise ValueError(
-                f"{name or func} is called with a weight of experts that is packed, whose values "
-                'are not here: call model.set_experts_implementation("tritonmoe"), or load the model without '
-                "register(packed=True)"
+                f"{name or func} is called with a packed weight of experts, of which it can't see the values: call "
+                'model.set_experts_implementation("tritonmoe"), or load the model without register(packed=True)'
             )
         return super().__torch_function__(func, types, args, kwargs or {})
 
@@ -105,7 +116,7 @@ def num_experts_of(experts: nn.Module) -> int:
         return len(experts.get_parameter("down_proj_blocks"))
     if _is_foreign(experts, "down_proj"):
         return int(_foreign_state(experts, "down_proj").shape[0])
-    weight: Tensor = getattr(experts, "down_proj")  # noqa: B009  # whatever a parametrization makes of it
+    weight = cast(Tensor, experts.down_proj)  # whatever a parametrization makes of it
     return int(weight.shape[0])
 
 
@@ -155,9 +166,8 @@ def _is_foreign(experts: nn.Module, name: str) -> bool:
     return name in own and type(own[name][0]).__name__ == FOREIGN
 
 
-def _foreign_state(experts: nn.Module, name: str) -> Any:
-    """Return bitsandbytes' QuantState of a weight."""
-    return getattr(experts.get_submodule(f"parametrizations.{name}.0"), "quant_state")  # noqa: B009  # for type checkers
+def _foreign_state(experts: nn.Module, name: str) -> _QuantState:
+    return cast(_QuantState, experts.get_submodule(f"parametrizations.{name}.0").quant_state)
 
 
 def _check_foreign(name: str, state: object) -> None:

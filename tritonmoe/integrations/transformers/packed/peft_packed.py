@@ -3,7 +3,7 @@
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -26,12 +26,14 @@ def adapt_packed(wrapper: type) -> None:
     """Teach PEFT's ParamWrapper, and what makes its wrappers, what packed weights of experts are."""
     from peft.tuners import tuners_utils
 
-    own: Any = wrapper
-    own.get_param = _packed_parameter(own.get_param)
-    own.merge = _refused_merge(own.merge)
-    tuner: Any = tuners_utils.BaseTuner
-    if hasattr(tuner, "_inject_parameters"):
-        tuner._inject_parameters = _found_by_name(tuner._inject_parameters)
+    _wrap(wrapper, "get_param", _packed_parameter)
+    _wrap(wrapper, "merge", _refused_merge)
+    if hasattr(tuners_utils.BaseTuner, "_inject_parameters"):
+        _wrap(tuners_utils.BaseTuner, "_inject_parameters", _found_by_name)
+
+
+def _wrap(kind: type, name: str, wrap: Callable[[Callable], Callable]) -> None:
+    setattr(kind, name, wrap(getattr(kind, name)))
 
 
 def is_packed_parameter(experts: nn.Module, name: str) -> bool:
@@ -67,9 +69,10 @@ def _refused_merge(merge: Callable[..., None]) -> Callable[..., None]:
     def method(self: "ParamWrapper", *arguments: object, **keywords: object) -> None:
         if is_packed_parameter(self.get_base_layer(), self.parameter_name):
             raise ValueError(
-                f"{self.parameter_name} of {type(self.get_base_layer()).__name__} is packed in 4 or 8 bits, to which a "
-                "merged adapter would be rounded: save the adapter (save_pretrained), load the model in bf16 (without "
-                "register(packed=True), or with dequantize=True in its quantization_config) and merge it there"
+                f"{self.parameter_name} of {type(self.get_base_layer()).__name__} is packed in 4 or 8 bits, and "
+                "merging would round the adapter to them: save the adapter (save_pretrained), load the model in bf16 "
+                "(without register(packed=True), or with dequantize=True in its quantization_config) and merge it "
+                "there"
             )
         merge(self, *arguments, **keywords)
 
@@ -80,7 +83,9 @@ def _found_by_name(inject: Callable[..., list[str]]) -> Callable[..., list[str]]
     """Let PEFT, which looks for parameters by their names, find packed weights under those of the weights."""
 
     @functools.wraps(inject)
-    def method(self: Any, peft_config: Any, model: nn.Module, *arguments: Any, **keywords: Any) -> list[str]:
+    def method(
+        self: object, peft_config: object, model: nn.Module, *arguments: object, **keywords: object
+    ) -> list[str]:
         with _named(model):
             return inject(self, peft_config, model, *arguments, **keywords)
 
@@ -95,7 +100,7 @@ def _named(model: nn.Module) -> Iterator[None]:
         for module in model.modules()
         if not isinstance(module, GroupedExperts) and hasattr(module, "num_experts") and is_packed_experts(module)
     ]
-    kept: list[tuple[nn.Module, dict[str, object]]] = []
+    kept: list[tuple[nn.Module, dict[str, object], nn.Module | None]] = []
     for experts in packed:
         own: dict[str, object] = {}
         for name in (up_name(experts), "down_proj"):
@@ -104,18 +109,14 @@ def _named(model: nn.Module) -> Iterator[None]:
             shaped = nn.Parameter(stand_in(experts, name), requires_grad=False)
             own[name] = experts.__dict__.pop(name, None)
             experts._parameters[name] = shaped
-        parametrizations = experts._modules.pop("parametrizations", None)
-        if parametrizations is not None:
-            own["parametrizations"] = parametrizations
-        kept.append((experts, own))
+        kept.append((experts, own, experts._modules.pop("parametrizations", None)))
     try:
         yield
     finally:
-        for experts, own in kept:
+        for experts, own, parametrizations in kept:
+            if parametrizations is not None:
+                experts._modules["parametrizations"] = parametrizations
             for name, value in own.items():
-                if name == "parametrizations":
-                    experts._modules[name] = value  # type: ignore[assignment]
-                    continue
                 experts._parameters.pop(name, None)
                 if value is not None:
                     experts.__dict__[name] = value

@@ -132,8 +132,8 @@ def _quantize(name: str, experts: nn.Module, weight_format: Literal["nf4", "mxfp
     """Pack one module; of its plain weights each is gone before the next one is packed."""
     errors, sizes = {}, [0, 0]
     for weight in _weight_names(experts):
-        plain = experts._parameters.pop(weight)
-        assert plain is not None
+        plain = experts.get_parameter(weight)
+        del experts._parameters[weight]
         stored = _stored(experts, weight_format, plain)
         values, scales = empty_packed(tuple(stored.shape), weight_format, plain.device)
         for expert, one in enumerate(stored):

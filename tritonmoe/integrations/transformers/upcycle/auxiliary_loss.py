@@ -4,7 +4,7 @@ import functools
 import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from tritonmoe.runtime.wrappers import COPIES, inside_wrapper
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+    from transformers.modeling_outputs import CausalLMOutput
 
 __all__ = ["aux_loss", "watch_forwards"]
 
@@ -56,7 +57,7 @@ def aux_loss(model: nn.Module) -> Tensor:
     found = [(layer, loss) for layer, loss in losses if loss is not None]
     if not found:
         if not any(isinstance(layer, UpcycledFFN) and layer.calls is not None for layer in layers):
-            raise RuntimeError("aux_loss() is there after the model's forward, not before")
+            raise RuntimeError("aux_loss() needs a forward of the model before it: call the model first")
         return layers[0].router.weight.new_zeros((), dtype=torch.float32)  # every layer was skipped
     if torch.is_grad_enabled() and any(
         layer.training and layer.router.weight.requires_grad and not loss.requires_grad for layer, loss in found
@@ -211,7 +212,7 @@ def _add_aux_loss(
     model: nn.Module,
     arguments: tuple[object, ...],
     keywords: Mapping[str, object],
-    output: Any,
+    output: object,
 ) -> object:
     """Add aux_loss() to the loss in what a model upcycled in place gives in training; a forward hook of such a model.
 
@@ -229,7 +230,7 @@ def _add_aux_loss(
     loss = loss + share * aux_loss(model).to(loss.device)
     if isinstance(output, tuple):
         return loss, *output[1:]
-    output.loss = loss
+    cast("CausalLMOutput", output).loss = loss
     return output
 
 

@@ -75,34 +75,48 @@ def upcycle_checkpoint(
     small_files = _small_files(source)
     _refuse_quantised_files(dense, names, reader, source)
     conversion = make_conversion(dense, checked, target=target, layers=layers)
-    itemsize = next(dense.parameters()).element_size()
     replaced = {name for block in conversion.blocks for name in block.parameter_names}
-    sizes = {name: tensor.numel() * itemsize for name, tensor in dense.state_dict().items() if name in names}
+    sizes = _sizes(dense, names)
     experts = checked.num_experts // checked.granularity + checked.shared_expert
     total = sum(size * (experts if name in replaced else 1) for name, size in sizes.items())
     destination = check_destination(destination, total)
-    if source.resolve() in destination.resolve().parents:
-        raise ValueError(
-            f"{destination} lies in {source}, which is not to be changed: choose a directory outside of it"
-        )
+    _refuse_inside(destination, source)
     show = progress or (lambda done, total: None)
-    native = isinstance(conversion, NativeConversion)
     with unpublished(destination) as directory:
-        writer = ShardWriter(directory, shard_bytes, "model" if native else WEIGHTS_STEM)
+        writer = ShardWriter(
+            directory, shard_bytes, "model" if isinstance(conversion, NativeConversion) else WEIGHTS_STEM
+        )
         for name, tensor in _converted(conversion, names, reader, replaced):
             writer.add(name, tensor)
             show(min(writer.num_bytes, total), total)
         writer.close()
         for path in small_files:
             shutil.copy2(path, directory / path.name)
-        if isinstance(conversion, InplaceConversion):
-            write_description(directory, type(dense).__name__, dense.config, conversion)
-        else:
-            conversion.config.architectures = [conversion.model_class.__name__]
-            conversion.config.dtype = conversion.dtype
-            conversion.config.save_pretrained(directory)
+        _write_config(directory, dense, conversion)
         show(total, total)
     return conversion.target.model_type if isinstance(conversion, NativeConversion) else "inplace"
+
+
+def _refuse_inside(destination: Path, source: Path) -> None:
+    if source.resolve() in destination.resolve().parents:
+        raise ValueError(
+            f"{destination} lies in {source}, which is not to be changed: choose a directory outside of it"
+        )
+
+
+def _sizes(dense: "PreTrainedModel", names: dict[str, str]) -> dict[str, int]:
+    """Return how many bytes each tensor has that is written."""
+    itemsize = next(dense.parameters()).element_size()
+    return {name: tensor.numel() * itemsize for name, tensor in dense.state_dict().items() if name in names}
+
+
+def _write_config(directory: Path, dense: "PreTrainedModel", conversion: NativeConversion | InplaceConversion) -> None:
+    if isinstance(conversion, InplaceConversion):
+        write_description(directory, type(dense).__name__, dense.config, conversion)
+        return
+    conversion.config.architectures = [conversion.model_class.__name__]
+    conversion.config.dtype = conversion.dtype
+    conversion.config.save_pretrained(directory)
 
 
 def _dense_skeleton(source: Path, reader: CheckpointReader) -> "PreTrainedModel":
@@ -111,7 +125,7 @@ def _dense_skeleton(source: Path, reader: CheckpointReader) -> "PreTrainedModel"
     model_class = find_model_class(names[0]) if isinstance(names, list | tuple) and names else None
     if model_class is None:
         raise ValueError(f"{source / 'config.json'} names no architecture that transformers knows, but {names}")
-    dtypes = {reader.dtype(name) for name in reader.keys()}  # noqa: SIM118
+    dtypes = {reader.dtype(name) for name in reader}
     floating = sorted(dtypes.intersection(WEIGHT_DTYPES), key=lambda d: -d.itemsize)
     return build_skeleton(model_class, config, floating[0] if floating else torch.float32, reader)
 
@@ -138,7 +152,7 @@ def _match_names(dense: "PreTrainedModel", reader: CheckpointReader, source: Pat
     transforms = get_model_conversion_mapping(dense)
     names: dict[str, str] = {}
     unknown = []
-    for stored in reader.keys():  # noqa: SIM118
+    for stored in reader:
         candidates = [stored, _renamed(stored, transforms)]
         candidates += [prefix + name for name in candidates] + [name.removeprefix(prefix) for name in candidates]
         own = next((name for name in candidates if name in wanted), None)

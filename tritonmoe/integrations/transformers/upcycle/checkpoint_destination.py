@@ -76,7 +76,9 @@ def unpublished(directory: Path, entry: str | None = None, stem: str = "model") 
             except OSError as error:
                 if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
                     raise
-                raise FileExistsError(f"{directory} was written meanwhile, by another: choose another") from error
+                raise FileExistsError(
+                    f"{directory} was written by another process in the meantime: choose another directory"
+                ) from error
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

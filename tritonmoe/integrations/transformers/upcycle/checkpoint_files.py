@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,7 +37,7 @@ def parse_size(size: int | str) -> int:
     return number
 
 
-class CheckpointReader:
+class CheckpointReader(Mapping[str, Tensor]):
     """The tensors of a checkpoint directory by name, read when asked for.
 
     The directory may come from anybody: nothing outside of it is read (`file_inside`), and nothing that is no file.
@@ -62,13 +63,13 @@ class CheckpointReader:
         self._file_of: dict[str, str] = {}
         for name, path in paths.items():
             self._handles[name] = handle = _open(path)
-            for tensor in handle.keys():  # noqa: SIM118
+            for tensor in handle.keys():  # noqa: SIM118  # what safe_open gives has no iterator
                 if not tensor.isprintable():
                     raise ValueError(f"{path} holds a tensor whose name can't be printed: {tensor!r}")
                 if tensor in self._file_of:
                     raise ValueError(
-                        f"{self.directory} holds {tensor} twice, in {self._file_of[tensor]} and in {name}: nobody "
-                        "knows which one is meant"
+                        f"{self.directory} holds {tensor} twice, in {self._file_of[tensor]} and in {name}: remove one "
+                        "of the two"
                     )
                 self._file_of[tensor] = name
         lost = sorted(listed.keys() - self._file_of.keys())
@@ -80,10 +81,13 @@ class CheckpointReader:
         self.num_files = len(files)
         self.num_bytes = sum(path.stat().st_size for path in paths.values())
 
-    def keys(self) -> list[str]:
-        return list(self._file_of)
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file_of)
 
-    def __contains__(self, name: str) -> bool:
+    def __len__(self) -> int:
+        return len(self._file_of)
+
+    def __contains__(self, name: object) -> bool:
         return name in self._file_of
 
     def __getitem__(self, name: str) -> Tensor:
@@ -124,7 +128,7 @@ def _files_by_tensor(directory: Path, stem: str) -> dict[str, str]:
     if os.path.lexists(single) and single.name not in listed.values():
         raise ValueError(
             f"{directory} holds two checkpoints, {single.name} and the shards of {index.name}: from_pretrained would "
-            "read the former. Move away what is not meant"
+            "read the former. Move the other one away"
         )
     return listed
 

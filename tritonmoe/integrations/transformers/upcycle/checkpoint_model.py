@@ -1,7 +1,8 @@
 """The model that a checkpoint directory describes: its config.json may say anything, and may come from anybody."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
@@ -12,6 +13,8 @@ from tritonmoe.runtime.files import read_json
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+
+Read = TypeVar("Read")
 
 __all__ = ["build_skeleton", "find_model_class", "model_name", "read_config", "read_generation_config"]
 
@@ -24,7 +27,8 @@ def read_config(directory: Path, kind: "type[PreTrainedConfig] | None" = None) -
     """
     import transformers
 
-    return _read(directory, "config.json", kind or transformers.AutoConfig, trust_remote_code=False)
+    make = (kind or transformers.AutoConfig).from_pretrained
+    return _read(directory, "config.json", lambda: make(directory, trust_remote_code=False))
 
 
 def read_generation_config(directory: Path) -> "GenerationConfig | None":
@@ -33,10 +37,11 @@ def read_generation_config(directory: Path) -> "GenerationConfig | None":
 
     if not (directory / "generation_config.json").exists():
         return None
-    return _read(directory, "generation_config.json", transformers.GenerationConfig)
+    make = transformers.GenerationConfig.from_pretrained
+    return _read(directory, "generation_config.json", lambda: make(directory))
 
 
-def _read(directory: Path, name: str, kind: Any, **options: object) -> Any:
+def _read(directory: Path, name: str, make: Callable[[], Read]) -> Read:
     try:
         found = read_json(file_inside(directory, name))
     except FileNotFoundError as error:
@@ -44,7 +49,7 @@ def _read(directory: Path, name: str, kind: Any, **options: object) -> Any:
     if not isinstance(found, dict):
         raise ValueError(f"{directory / name} is damaged: it must be an object, and is {str(found)[:40]}")
     try:
-        return kind.from_pretrained(directory, **options)
+        return make()
     except ImportError:
         raise
     except Exception as error:  # each config class has its own
@@ -72,7 +77,7 @@ def build_skeleton(
 
     Raises ValueError where the config describes none, or more layers than `reader` has tensors.
     """
-    path, num_tensors = reader.directory / "config.json", len(reader.keys())
+    path, num_tensors = reader.directory / "config.json", len(reader)
     try:
         num_layers = getattr(config.get_text_config(), "num_hidden_layers", None)
         if isinstance(num_layers, int) and num_layers > num_tensors:

@@ -2,7 +2,7 @@
 
 import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -70,7 +70,7 @@ def upcycle(
     )
     _check_one_device(model)
     conversion = make_conversion(model, settings, target=target, layers=layers)
-    converted: Any = conversion.convert(model)
+    converted = cast("PreTrainedModel", conversion.convert(model))
     let_trainer_load_experts()
     if isinstance(conversion, InplaceConversion):
         from tritonmoe.integrations.transformers.upcycle.saved import remember_conversion

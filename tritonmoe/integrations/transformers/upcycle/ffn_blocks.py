@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor, nn
 
@@ -196,11 +196,11 @@ def parent_and_name(model: nn.Module, path: str) -> tuple[nn.Module, str]:
     return model.get_submodule(parent), name
 
 
-def _submodule(module: nn.Module, path: str) -> Any:
+def _submodule(module: nn.Module, path: str) -> nn.Module | None:
     found: object = module
     for part in path.split("."):
         found = getattr(found, part, None)
-    return found
+    return found if isinstance(found, nn.Module) else None
 
 
 def _linear_shape(module: object) -> tuple[int, int] | None:
@@ -218,17 +218,17 @@ def _match(index: int, path: str, module: nn.Module, names: _Names) -> FFNBlock 
     up, down = _submodule(module, names.up), _submodule(module, names.down)
     gate = _submodule(module, names.gate) if names.gate else None
     up_shape, down_shape = _linear_shape(up), _linear_shape(down)
+    if up is None or down is None:
+        return None
     if up_shape is None or down_shape is None or (names.gate and _linear_shape(gate) != up_shape):
         return None
     model_width, width = up_shape[0], up_shape[1] // 2 if names.fused else up_shape[1]
-    if down_shape != (width, model_width):
+    if down_shape != (width, model_width) or (not names.whole and _holds_more(module, names, width)):
         return None
     if names.whole and {id(p) for p in module.parameters()} != {
         id(p) for linear in (up, down, gate) if linear is not None for p in linear.parameters()
     }:
         return None  # it computes something else as well
-    if not names.whole and _holds_more(module, names, width):
-        return None
     prefix = f"{path}." if path else ""
     holder_path = f"{prefix}{names.up}".rpartition(".")[0]
     holder = _submodule(module, names.up.rpartition(".")[0]) if "." in names.up else module

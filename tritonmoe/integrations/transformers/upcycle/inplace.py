@@ -19,7 +19,7 @@ from tritonmoe.integrations.transformers.upcycle.token_masks import (
 )
 from tritonmoe.layer import GroupedExperts, MoELayer
 from tritonmoe.routing.losses import auxiliary_loss
-from tritonmoe.routing.router import Routing, join_routings
+from tritonmoe.routing.token_routing import Routing, join_routings
 from tritonmoe.runtime.autograd import is_autocast_on, is_recomputing
 from tritonmoe.runtime.wrappers import innermost
 
@@ -250,6 +250,6 @@ def _compare(block: FFNBlock, layer: MoELayer, original: Callable[[Tensor], Tens
     if not error <= allowed:
         raise ValueError(
             f"the experts made from {block.path} differ from it by {error:.1e} of its largest output (allowed "
-            f"{allowed:.1e}): it computes more than its linears and its activation, so it can't be upcycled; leave it "
-            "out with layers="
+            f"{allowed:.1e}): the block computes more than its linears and its activation, so it can't be upcycled; "
+            "leave the block out with layers="
         )

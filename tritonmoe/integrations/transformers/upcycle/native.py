@@ -251,11 +251,11 @@ class NativeConversion:
         for name in target.zeros:
             state[name] = torch.zeros(skeleton[prefix + name].shape, device=dense.up.device)
         if self._has_shared():
-            assert dense.gate is not None
             shared_width = skeleton[f"{prefix}{target.shared}.up_proj.weight"].shape[0]
             scale = (1.0 if target.shared_is_gated else SHARED_SCALE) if self.settings.shared_expert else 0.0
-            state[f"{target.shared}.gate_proj.weight"] = dense.gate[:shared_width].clone()
-            state[f"{target.shared}.up_proj.weight"] = dense.up[:shared_width].clone()
+            for name, weight in (("gate_proj", dense.gate), ("up_proj", dense.up)):
+                if weight is not None:
+                    state[f"{target.shared}.{name}.weight"] = weight[:shared_width].clone()
             state[f"{target.shared}.down_proj.weight"] = dense.down[:, :shared_width] * scale
         return {prefix + name: tensor.to(skeleton[prefix + name].dtype) for name, tensor in state.items()}
 

@@ -3,8 +3,9 @@
 import functools
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
@@ -41,7 +42,7 @@ __all__ = ["load_upcycled", "remember_conversion", "write_description"]
 
 
 def save_pretrained(
-    model: Any,
+    model: "PreTrainedModel",
     save_directory: str | os.PathLike,
     is_main_process: bool = True,
     state_dict: dict | None = None,
@@ -74,7 +75,8 @@ def save_pretrained(
         settings: dict[str, object] = {"distributed_checkpoint": True} if distributed_checkpoint else {}
         settings |= {"push_to_hub": push_to_hub, "max_shard_size": max_shard_size, "variant": variant, "token": token}
         settings |= {"save_peft_format": save_peft_format, "save_original_format": save_original_format}
-        type(model).save_pretrained(model, save_directory, is_main_process, state_dict, **settings, **hub_settings)
+        save: Callable[..., None] = type(model).save_pretrained
+        save(model, save_directory, is_main_process, state_dict, **settings, **hub_settings)
         return
     _refuse_what_loads_nowhere(push_to_hub, variant, distributed_checkpoint)
     if not is_main_process:
@@ -92,7 +94,7 @@ def save_pretrained(
         writer.close()
         if getattr(model, "generation_config", None) is not None:
             model.generation_config.save_pretrained(directory)
-        _write(directory, model.config, model.upcycling)
+        _write(directory, model.config, cast(Json, model.upcycling))
 
 
 def _refuse_what_loads_nowhere(push_to_hub: bool, variant: str | None, distributed_checkpoint: bool) -> None:
@@ -138,12 +140,11 @@ def _is_no_weight_of_another(name: str) -> bool:
     return not (name.startswith(("model", "pytorch_model")) and name.endswith((".safetensors", ".bin", ".index.json")))
 
 
-def remember_conversion(model: Any, conversion: InplaceConversion) -> None:
+def remember_conversion(model: "PreTrainedModel", conversion: InplaceConversion) -> None:
     """Let the model know how it was made, save itself that way, and add its auxiliary loss to its own."""
-    model.upcycling = describe_conversion(model_name(type(model)), conversion)
-    model.save_pretrained = functools.partial(
-        save_pretrained, model
-    )  # a bound method would be the class's when unpickled
+    # a bound method would be the class's when unpickled
+    save = functools.partial(save_pretrained, model)
+    vars(model).update(upcycling=describe_conversion(model_name(type(model)), conversion), save_pretrained=save)
     watch_forwards(model)
 
 
@@ -199,7 +200,7 @@ def load_upcycled(
     model = build_model(model_class, config, stored_dtype, "cpu")
     blocks = _described_blocks(model, paths, directory)
     replace_blocks(model, settings, blocks, stored_dtype)
-    state = {name: reader[name] for name in reader.keys()}  # noqa: SIM118
+    state = {name: reader[name] for name in reader}
     try:
         missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
     except RuntimeError as error:

@@ -1,0 +1,124 @@
+"""`python -m bench.torchtitan`: a step of torchtitan's debug models, by its own experts and by the override.
+
+Two processes in network namespaces, joined by links of a given rate, each with one core, train from the same first
+weights, expert parallel with FSDP2: torchtitan's program with its own experts and with tritonmoe's, in turn. A step's
+time is that between the ends of two steps on rank 0; the first ones, in which the override chooses its chunks, are left
+out. It runs in a venv that has torchtitan (`bash .ci/framework torchtitan --install`), with what the tests make up for
+a CPU (tests/integrations/torchtitan).
+"""
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from tritonmoe.benchmarks.argument_types import positive
+from tritonmoe.benchmarks.link_rates import parse_rate
+from tritonmoe.benchmarks.namespaces import Namespaces
+from tritonmoe.benchmarks.timing import Samples, add_arguments, package_versions, ratio, summarize, write_json
+
+__all__ = ["main"]
+
+TESTS = Path(__file__).parents[1] / "tests" / "integrations" / "torchtitan"
+MODELS = {"qwen3": "qwen3_moe_debug", "deepseek_v3": "deepseek_v3_debugmodel"}
+VARIANTS = {"own": (), "tritonmoe": ("--override.imports", "tritonmoe.integrations.torchtitan.routed_experts")}
+SIZE, BATCH = 2, 2
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench.torchtitan", description=__doc__)
+    parser.add_argument("--rate", default="1gbit", help="of each process's link (default 1gbit)")
+    parser.add_argument("--steps", type=positive, default=5, help="timed steps of a run (default 5)")
+    parser.add_argument("--warm-up", type=positive, default=4, help="steps before them (default 4)")
+    parser.add_argument(
+        "--tokens", type=positive, default=512, help="of a sequence, of which a rank has 2 (default 512)"
+    )
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=[*MODELS])
+    add_arguments(parser, rounds=2)
+    return parser
+
+
+def command(directory: Path, model: str, name: str, *arguments: str) -> list[str]:
+    """Return the command of one rank of torchtitan's program."""
+    settings = {
+        "--module": model,
+        "--config": MODELS[model],
+        "--hf_assets_path": directory / "tokenizer",
+        "--dataloader.dataset_path": directory / "texts",
+        "--dump_folder": directory / model,
+        "--checkpoint.folder": name,
+        "--checkpoint.interval": 1000,
+        "--training.local_batch_size": BATCH,
+        "--parallelism.spmd_backend": "partial_dtensor",
+    }
+    own = [str(part) for setting in settings.items() for part in setting]
+    losses = directory / f"{model}-{name}.json"
+    return [sys.executable, str(TESTS / "run_torchtitan.py"), str(losses), *own, "--checkpoint.enable", *arguments]
+
+
+def run_alone(arguments: list[str]) -> None:
+    """Run torchtitan's program in one process."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1"]
+    subprocess.run([*torchrun, *arguments[1:]], check=True, capture_output=True, timeout=300)
+
+
+def step_times(directory: Path, model: str, variant: str, run: int, options: argparse.Namespace) -> list[float]:
+    """Return the seconds of the timed steps of one run over two ranks."""
+    name = f"{variant}-{run}"  # in a folder of its own, from whose checkpoint a later run would go on
+    settings = {
+        "--checkpoint.initial_load_path": directory / model / "seed" / "step-0",
+        "--training.steps": options.warm_up + options.steps,
+        "--training.seq_len": options.tokens,
+        "--parallelism.expert_parallel_degree": SIZE,
+    }
+    own = [str(part) for setting in settings.items() for part in setting]
+    log = directory / "log"
+    quietly = ["sh", "-c", f'exec "$@" > {log}$RANK 2>&1', "sh"]
+    ranks = command(directory, model, name, *own, "--training.disable_cuda_graphs", *VARIANTS[variant])
+    with Namespaces([*quietly, *ranks], SIZE, parse_rate(options.rate)) as processes:
+        if status := processes.run(timeout_s=30):
+            sys.exit(f"torchtitan's program ended with {status}:\n{Path(f'{log}0').read_text()[-4000:]}")
+    ends = json.loads((directory / f"{model}-{name}.times").read_text())[-options.steps - 1 :]
+    return [later - earlier for earlier, later in itertools.pairwise(ends)]
+
+
+def measure(directory: Path, model: str, options: argparse.Namespace) -> Samples:
+    """Return the seconds of steps with each variant's experts."""
+    run_alone(command(directory, model, "seed", "--checkpoint.create_seed_checkpoint"))
+    samples: Samples = {name: [] for name in VARIANTS}
+    for number in range(options.rounds):
+        order = [*VARIANTS] if number % 2 == 0 else [*VARIANTS][::-1]
+        for name in order:
+            samples[name] += step_times(directory, model, name, number, options)
+    return samples
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Print what a step takes with either experts."""
+    options = make_parser().parse_args(argv)
+    sys.path.insert(0, str(TESTS))
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(TESTS.parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    from small_data import write_small_data
+
+    results = {}
+    for model in options.models:
+        with tempfile.TemporaryDirectory() as name:
+            write_small_data(Path(name))
+            os.environ |= {"HF_DATASETS_OFFLINE": "1", "HF_DATASETS_CACHE": f"{name}/cache"}
+            samples = measure(Path(name), model, options)
+        rows = {variant: summarize(seconds) for variant, seconds in samples.items()}
+        results[model] = {**rows, "speed_up": ratio(rows["own"], rows["tritonmoe"])}
+        for variant, seconds in samples.items():
+            print(f"{model:>12} {variant:>9}: a step {statistics.median(seconds) * 1e3:.0f} ms")
+        print(f"{model:>12}: {results[model]['speed_up']:.2f} times as fast")
+    settings = {"rate": options.rate, "tokens": options.tokens, "rounds": options.rounds}
+    write_json(options.json, "torchtitan", {**settings, **package_versions("torchtitan"), "models": results})
+
+
+if __name__ == "__main__":
+    main()

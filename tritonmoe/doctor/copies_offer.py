@@ -1,0 +1,136 @@
+"""copies_offer(): what copies of hot experts for each call would gain, by the counts of recorded calls.
+
+The planner of a layer's calls plans them, and the walk says what comes of it. A recording has the pairs of every
+expert, and those from each rank to each other, but not both at once: a rank's pairs are taken to be of another's
+experts in the shares in which all ranks' are.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from tritonmoe.config.overlap import OverlapConfig
+from tritonmoe.diagnosis.call_recording import RecordedCall
+from tritonmoe.dispatch.copies import ExpertCopies
+from tritonmoe.dispatch.copy_planner import CopyCosts, is_uneven, plan_copies
+from tritonmoe.doctor.conditions import Conditions
+from tritonmoe.overlap.schedule import Schedule, build_backward, build_forward
+from tritonmoe.overlap.steps import StepKind
+from tritonmoe.simulation.cost_model import CopyWork, LayerWork, StepCosts
+
+__all__ = ["copies_offer"]
+
+MAX_COPIES = OverlapConfig.max_copies
+PLANNING_S = 2e-3
+"""What a call takes longer for being planned again, measured beside others on a CPU."""
+
+
+def copies_offer(
+    calls: Sequence[RecordedCall], typical: Conditions
+) -> Iterator[tuple[str, str, Callable[[Conditions], Conditions]]]:
+    """Yield what could be switched on, what it costs, and a call as it would be with it; nothing where it can't be.
+
+    typical: the conditions of one of the calls.
+    """
+    size, slots, plan = len(calls[0].ranks), len(calls[0].ranks[0].pairs_per_expert), typical.plan
+    if not slots or any(len(of.pairs_per_expert) != slots for call in calls for of in call.ranks):
+        return
+    is_refused = plan.capacity is not None or plan.chunk_by != "tokens" or typical.nodes is not None
+    if is_refused or size == 1 or not any(is_uneven(call.work.pairs.sum(0).int().tolist()) for call in calls):
+        return
+    by_work = {id(call.work): call for call in calls}
+
+    def with_copies(of: Conditions) -> Conditions:
+        call = by_work.get(id(of.work))
+        return of if call is None else _with_copies(of, call)
+
+    words = f'copies of hot experts for each call: OverlapConfig(balance="auto", max_copies={MAX_COPIES})'
+    yield words, f"takes the memory of up to {MAX_COPIES} experts a layer on each rank until the backward", with_copies
+
+
+def _with_copies(of: Conditions, call: RecordedCall) -> Conditions:
+    """Return a call as it would be with the copies that the planner makes for it; as it is where there are none."""
+    costs = _costs(of, call)
+    copies = plan_copies(_counts(call), of.work.rows.long(), of.work.top_k, MAX_COPIES, costs).copies
+    if copies is None:
+        return of
+    first, *others = of.entries
+    return replace(
+        of,
+        work=_work(of.work, copies, costs),
+        steps=_with_weight_gradients_of_copies(of.steps),
+        schedules=tuple(_schedule(schedule, of, copies, costs) for schedule in of.schedules),
+        entries=(replace(first, before_steps_s=first.before_steps_s + PLANNING_S), *others),
+    )
+
+
+def _counts(call: RecordedCall) -> Tensor:
+    """Return (W, slots) int64: about how many pairs each rank's tokens have of each expert."""
+    loads = torch.tensor([list(of.pairs_per_expert) for of in call.ranks], dtype=torch.float64, device="cpu")
+    shares = loads / loads.sum(1, keepdim=True).clamp(min=1)
+    return (call.work.pairs[:, :, None] * shares).round().long().flatten(1)
+
+
+def _costs(of: Conditions, call: RecordedCall) -> CopyCosts:
+    """Return what the planner is told; experts are taken to be gated, and their weights as wide as rows."""
+    unit_s, work = of.steps.unit_s, of.work
+    width, inner = call.sizes["hidden_size"], call.sizes["intermediate_size"]
+    element_bytes = (work.other_row_bytes or work.row_bytes) // max(1, width)
+    expert_bytes = 3 * width * inner * max(1, element_bytes)
+    backward_s = unit_s.get(StepKind.EXPERTS_BACKWARD, 0.0) + unit_s.get(StepKind.WEIGHT_GRAD, 0.0)
+    each = of.link.each_link
+    byte_s = max(float(seconds.max()) for seconds in (each.port_out_s, each.port_in_s, each.link_s))
+    return CopyCosts(
+        forward_fs=round(unit_s.get(StepKind.EXPERTS, 0.0) * 1e15),
+        backward_fs=round(backward_s * 1e15) if len(of.schedules) > 1 else 0,
+        byte_fs=round(byte_s * 1e15),
+        call_fs=round(PLANNING_S * 1e15),
+        row_bytes=work.row_bytes,
+        other_row_bytes=work.other_row_bytes or work.row_bytes,
+        expert_bytes=expert_bytes,
+        gradient_bytes=expert_bytes if unit_s.get(StepKind.WEIGHT_GRAD) else 0,
+    )
+
+
+def _work(work: LayerWork, copies: ExpertCopies, costs: CopyCosts) -> LayerWork:
+    """Return what is sent and computed with copies: a pair takes its part of a row to the copy's rank."""
+    rows, pairs = work.rows.clone(), work.pairs.clone()
+    tokens = work.pairs.sum(1) / max(1, work.top_k)
+    of_pair = work.rows / work.pairs.clamp(min=1)
+    new = (1 - work.rows / tokens.clamp(min=1)[:, None]).clamp(min=0)
+    for copy in copies.copies:
+        owner, moved = copies.owner(copy), torch.tensor(copy.pairs, dtype=torch.float64, device="cpu")
+        pairs[:, owner] -= moved
+        pairs[:, copy.rank] += moved
+        rows[:, owner] -= moved * of_pair[:, owner]
+        rows[:, copy.rank] += moved * new[:, copy.rank]
+    copied = CopyWork(
+        torch.tensor(copies.sent_copies, dtype=torch.float64, device="cpu"),
+        torch.tensor(copies.copy_pairs, dtype=torch.float64, device="cpu"),
+        costs.expert_bytes,
+        costs.gradient_bytes,
+        relayed=copies.relayed if copies.are_relayed else None,
+    )
+    return replace(work, rows=rows.clamp(min=0), pairs=pairs.clamp(min=0), copies=copied)
+
+
+def _with_weight_gradients_of_copies(steps: StepCosts) -> StepCosts:
+    """Return costs in which weight gradients of copies take what those of own experts do."""
+    own, copies = StepKind.WEIGHT_GRAD, StepKind.COPY_WEIGHT_GRAD
+    parts = (steps.fixed_s, steps.unit_s, steps.bends, steps.slowness)
+    return StepCosts(*({**part, **({copies: part[own]} if own in part else {})} for part in parts))
+
+
+def _schedule(schedule: Schedule, of: Conditions, copies: ExpertCopies, costs: CopyCosts) -> Schedule:
+    kinds = [step.kind for step in schedule]
+    if StepKind.METADATA in kinds:
+        return build_forward(of.plan, kinds.count(StepKind.FILLER), has_copies=True, relays_copies=copies.are_relayed)
+    return build_backward(
+        of.plan,
+        needs_x=StepKind.DISPATCH_BACKWARD in kinds,
+        needs_topk_weights=StepKind.ROUTING_BACKWARD in kinds,
+        has_copies=True,
+        returns_copies=costs.gradient_bytes > 0,
+    )

@@ -1,0 +1,302 @@
+"""GroupedExperts: the experts of a layer as parameters, and their call on one device or over ranks."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from tritonmoe.backends import check_name
+from tritonmoe.config.layer import MoEConfig, check_moe_config
+from tritonmoe.config.overlap import OverlapConfig, OverlapPlan, check_overlap
+from tritonmoe.dispatch.placement import ExpertPlacement
+from tritonmoe.expert_parallel.call_spec import CallArguments, CallSpec
+from tritonmoe.expert_parallel.check import check_expert_parallel
+from tritonmoe.expert_parallel.expert_parallel_mlp import run_expert_parallel
+from tritonmoe.expert_parallel.state import LayerCalls, refuse
+from tritonmoe.experts.adapters import ExpertAdapters, noted_adapters
+from tritonmoe.experts.moe_mlp import run_experts
+from tritonmoe.experts.packed_parameters import check_loaded
+from tritonmoe.experts.parameters import PARAMETERS, draw_experts, draw_packed_experts, empty_parameters
+from tritonmoe.experts.spec import LAYOUT, ExpertSpec, expert_spec
+from tritonmoe.experts.tensors import CallTensors
+from tritonmoe.layer.call_weights import call_weights, local_weights
+from tritonmoe.layer.known_experts import know_experts, transports_of
+from tritonmoe.overlap.report import LayerReport
+from tritonmoe.sharding.grad_scaling import agree_on_overflow
+from tritonmoe.sharding.sharded_parameters import (
+    Sharding,
+    check_expert_gradients,
+    check_replicas,
+    find_sharding,
+    rows_here,
+    shard_parameters,
+)
+from tritonmoe.transports import Ranks, as_transport
+
+__all__ = ["GroupedExperts"]
+
+
+class GroupedExperts(nn.Module):
+    """The experts as parameters, named and shaped as in transformers; runs moe_mlp, or its parallel twin.
+
+    Parameters: gate_up_proj (E, 2F, D), down_proj (E, D, F), and with config.bias gate_up_proj_bias (E, 2F) and
+    down_proj_bias (E, D); F instead of 2F when ungated, axes swapped when transposed. With config.weight_format the
+    first two are frozen bytes, with gate_up_proj_scales and down_proj_scales beside them, which no cast of the module
+    changes. On ranks that torch.distributed knows each is a DTensor, Shard(0) over the dimension "expert"; on other
+    transports it is this rank's E / W experts.
+
+    Args:
+        config: shapes and activation.
+        transport: None for one device; else a Transport, a torch ProcessGroup, or a DeviceMesh of one dimension, or of
+            two: one called "expert" and one of replicas, which hold the same experts, or nodes and ranks of a node (a
+            TwoLevelTransport).
+            Every rank makes the same layers on it, in the same order, by which the ranks know that they call the same;
+            and the same deep copies of a layer, each of which is a layer of its own. Weights that
+            torch.func.functional_call puts in a layer's place go by the layer's number.
+        overlap: how the exchanges overlap; the same on every rank.
+        placement: which rank holds which experts; None for E / W contiguous ones each.
+        expert_gradients: "mean": gradients are as if averaged over all ranks, replicas included, as
+            DistributedDataParallel averages dense ones; "sum": over the ranks of the transport.
+        backend, num_sms, batch_invariant: as in moe_mlp.
+        generator: draws the weights; the same seed gives the same experts for every number of ranks. None draws
+            from torch's global generator, which must then be in the same state on every rank.
+    """
+
+    gate_up_proj: nn.Parameter
+    down_proj: nn.Parameter
+    gate_up_proj_bias: nn.Parameter | None
+    down_proj_bias: nn.Parameter | None
+    gate_up_proj_scales: nn.Parameter | None
+    down_proj_scales: nn.Parameter | None
+
+    def __init__(
+        self,
+        config: MoEConfig,
+        transport: "Ranks | None" = None,
+        overlap: OverlapConfig | OverlapPlan | None = None,
+        *,
+        placement: ExpertPlacement | None = None,
+        expert_gradients: Literal["mean", "sum"] = "mean",
+        backend: str = "auto",
+        num_sms: int | None = None,
+        batch_invariant: bool = False,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_moe_config(config)
+        self.config = config
+        check_name(backend)
+        self.spec = expert_spec(
+            **{name: getattr(config, name) for name in LAYOUT},
+            activation=config.activation,
+            backend=backend,
+            num_sms=num_sms,
+            batch_invariant=batch_invariant,
+        )
+        """How the experts compute, but for their adapters."""
+        self.expert_ids = tuple(range(config.num_experts))
+        """The experts of this rank, in the order of its weights."""
+        self._load_balance_loss_weight: float | None = None
+        self._join(transport, overlap, placement, expert_gradients, torch.empty(0, device=device).device)
+        self._hold(empty_parameters(config, len(self.expert_ids), device, dtype))
+        self.reset_parameters(generator)
+        self.register_load_state_dict_pre_hook(check_loaded)
+        self.key = know_experts(self)
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        super().__setstate__(state)
+        self.key = know_experts(self)  # this is a copy
+
+    def _join(
+        self,
+        ranks: "Ranks | None",
+        overlap: OverlapConfig | OverlapPlan | None,
+        placement: ExpertPlacement | None,
+        expert_gradients: str,
+        device: torch.device,
+    ) -> None:
+        """Decide which experts are this rank's, and how it meets the other ranks; None for `ranks` is one device."""
+        self.overlap = OverlapConfig() if overlap is None else overlap
+        check_overlap(self.overlap)
+        check_expert_gradients(expert_gradients)
+        if placement is not None and ranks is None:
+            raise ValueError(
+                "placement says which rank holds which experts, so it needs ranks: give a transport, or leave "
+                "placement out"
+            )
+        self.placement = placement
+        self.transport = None if ranks is None else as_transport(ranks)
+        self.sharding: Sharding | None = None
+        """Over which ranks the experts are spread, and which hold copies of them; None on one device."""
+        self.calls: LayerCalls | None = None
+        """What its calls over ranks have in common; None on one device."""
+        self.gradient_scale = 1.0
+        if ranks is None or self.transport is None:
+            return
+        rank, size, num_experts = self.transport.rank, self.transport.size, self.config.num_experts
+        num_local = num_experts // size if placement is None else placement.num_slots
+        check_expert_parallel(num_local, num_experts, size, placement)
+        self.sharding = find_sharding(ranks, self.transport, device)
+        self.calls = LayerCalls(self.transport, expert_gradients)
+        self.calls.load_balance_loss_weight = self._load_balance_loss_weight
+        agree_on_overflow(transports_of)
+        if expert_gradients == "mean":
+            self.gradient_scale = 1 / size
+        first = rank * num_local
+        self.expert_ids = tuple(range(first, first + num_local))
+        if placement is not None:
+            self.expert_ids = placement.experts_of_rank[rank]
+
+    def _hold(self, parts: dict[str, Tensor | None]) -> None:
+        """Make parameters of this rank's experts."""
+        if self.sharding is None:
+            for name, part in parts.items():
+                self.register_parameter(name, None if part is None else nn.Parameter(part, part.requires_grad))
+            return
+        held = None if self.placement is None else self.placement.experts_of_rank
+        is_summed = self.calls is not None and self.calls.expert_gradients == "sum"
+        shard_parameters(self, parts, self.sharding, held, is_summed)
+
+    def spread_over(
+        self,
+        group_or_mesh: Ranks,
+        overlap: OverlapConfig | OverlapPlan | None = None,
+        *,
+        placement: ExpertPlacement | None = None,
+        expert_gradients: Literal["mean", "sum"] = "mean",
+    ) -> None:
+        """Keep this rank's experts of all that are here, in place; parallelize() calls it, once it has checked.
+
+        Args: as those of the constructor; group_or_mesh: its `transport`.
+        """
+        whole: dict[str, Tensor | None] = {name: getattr(self, name) for name in PARAMETERS}
+        self._join(group_or_mesh, overlap, placement, expert_gradients, self.gate_up_proj.device)
+        ids = list(self.expert_ids)
+        self._hold(
+            {
+                name: None if weight is None else weight.detach()[ids].requires_grad_(weight.requires_grad)
+                for name, weight in whole.items()
+            }
+        )
+
+    @property
+    def sum_over_ranks(self) -> Callable[[Tensor], Tensor] | None:
+        """A function that sums a tensor over all ranks that train these experts, replicas included, in place.
+
+        None on one device. It holds no experts, so that a copy of a router that has it copies none.
+        """
+        return None if self.sharding is None else self.sharding.sum_over_ranks
+
+    def take_router(self, load_balance_loss_weight: float) -> None:
+        """Note how the router of the layer that has these experts is balanced, for recordings."""
+        self._load_balance_loss_weight = load_balance_loss_weight
+        if self.calls is not None:
+            self.calls.load_balance_loss_weight = load_balance_loss_weight
+
+    def take_placement(self, placement: ExpertPlacement | None) -> None:
+        """Note that the rows of the parameters are other experts' from now on: rebalance() has moved them."""
+        if self.transport is not None:
+            rank, num_local = self.transport.rank, len(self.expert_ids)
+            self.placement = placement
+            self.expert_ids = tuple(range(rank * num_local, (rank + 1) * num_local))
+            if placement is not None:
+                self.expert_ids = placement.experts_of_rank[rank]
+
+    def extra_repr(self) -> str:
+        config, transport = self.config, self.transport
+        flags = [name for name in ("interleaved", "transposed", "bias") if getattr(config, name)]
+        flags += [] if config.weight_format is None else [config.weight_format]
+        said = [
+            f"hidden_size={config.hidden_size}, intermediate_size={config.intermediate_size}",
+            f"num_experts={config.num_experts}, top_k={config.top_k}",
+            ", ".join([str(config.activation), "gated" if config.gated else "ungated", *flags]),
+            f"backend={self.spec.backend}",
+        ]
+        if transport is not None:
+            held = f"experts {', '.join(map(str, self.expert_ids))}"
+            if self.placement is None:
+                held = f"experts {self.expert_ids[0]} to {self.expert_ids[-1]}"
+            said.append(f"{held} on rank {transport.rank} of {transport.size}, {type(transport).__name__}")
+        return "; ".join(said)
+
+    @property
+    def is_transposed(self) -> bool:
+        """Whether weights are (E, in, out): how experts of transformers say it, and PEFT asks."""
+        return self.config.transposed
+
+    @property
+    def last_report(self) -> LayerReport | None:
+        """Traffic and timings of the last expert-parallel call; None on one device."""
+        return None if self.calls is None else self.calls.last_report
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw every expert from a seed of its own, so that its values don't depend on the number of ranks."""
+        seed = int(torch.randint(2**62, (), generator=generator, device="cpu"))
+        if self.gate_up_proj.is_meta:  # there is no memory to draw into
+            return
+        if self.sharding is not None:
+            check_replicas(seed, self.sharding)
+        experts = rows_here(self.gate_up_proj, self.expert_ids)
+        weights = local_weights(self)
+        if self.config.weight_format is None:
+            draw_experts(weights.gate_up_proj, weights.down_proj, self.config, experts, seed)
+        else:
+            draw_packed_experts(weights, self.config, experts, seed)
+        for bias in (weights.gate_up_bias, weights.down_bias):
+            if bias is not None:
+                bias.zero_()
+
+    def narrows_to(self, dtype: torch.dtype) -> bool:
+        """Say whether rows of this dtype get these weights cast to it, but for those with a main_grad.
+
+        So FSDP2's mixed precision casts the parameters that it manages; spread experts it is told to leave alone.
+        """
+        is_spread = self.sharding is not None and self.sharding.mesh is not None
+        return is_spread and self.gate_up_proj.dtype == torch.float32 and dtype in (torch.bfloat16, torch.float16)
+
+    def _spec(self, adapters: ExpertAdapters | None = None) -> ExpertSpec:
+        names = noted_adapters(self)
+        return (replace(self.spec, adapters=names) if names else self.spec).with_dropout(adapters)
+
+    def forward(
+        self,
+        x: Tensor,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        *,
+        adapters: ExpertAdapters | None = None,
+        num_nonfinite_rows: Tensor | None = None,
+        fillers: Sequence[Callable[[], None]] = (),
+    ) -> Tensor:
+        """Return (T, D) of x (T, D), topk_ids (T, K) and topk_weights (T, K); with several ranks, every rank calls.
+
+        adapters: of this rank's experts; with dropout in training mode alone, with gradients as expert_gradients says.
+        num_nonfinite_rows: Routing's count of tokens without a finite score; more than zero raises on every rank.
+        fillers: as in expert_parallel_mlp; on one device they are called first.
+        """
+        if self.transport is None:
+            for filler in fillers:
+                filler()
+            adapters = self._in_mode(adapters)
+            weights = call_weights(self, None, adapters)
+            return run_experts(self._spec(adapters), CallTensors(x, topk_ids, topk_weights, weights))
+        try:
+            adapters = self._in_mode(adapters)
+            spec = CallSpec(self._spec(adapters), self.config.num_experts, self.overlap, self.placement)
+            inputs = CallTensors(x, topk_ids, topk_weights, call_weights(self, x, adapters))
+        except Exception:
+            refuse(self.transport)
+            raise
+        arguments = CallArguments(spec, self.transport, inputs, self.calls, num_nonfinite_rows, fillers)
+        return run_expert_parallel(arguments)
+
+    def _in_mode(self, adapters: ExpertAdapters | None) -> ExpertAdapters | None:
+        """Return adapters without dropout, but in training mode."""
+        if isinstance(adapters, ExpertAdapters) and adapters.dropout and not self.training:
+            return replace(adapters, dropout=0.0)
+        return adapters
