@@ -92,6 +92,7 @@ REFERENCE = {
     "v_lshrrev_b32": lambda a, b: b >> (a & 31),
     "v_ashrrev_i32": lambda a, b: b >> (a & 31),
     "v_lshrrev_b16": lambda a, b: (b & 0xFFFF) >> (a & 15),
+    "v_ashrrev_i16": lambda a, b: ((b & 0xFFFF ^ 0x8000) - 0x8000) >> (a & 15) & 0xFFFF,
     "v_lshlrev_b16": lambda a, b: b << (a & 15) & 0xFFFF,
     "v_lshlrev_b64": lambda a, b: b << (a & 63),
     "v_lshrrev_b64": lambda a, b: b >> (a & 63),

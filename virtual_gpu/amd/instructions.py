@@ -53,6 +53,7 @@ v_lshlrev_b32        u4 u4,u4     {1} << ({0} & 31)
 v_lshrrev_b32        u4 u4,u4     {1} >> ({0} & 31)
 v_ashrrev_i32        i4 i4,i4     {1} >> ({0} & 31)
 v_lshrrev_b16        u4 u4,u4     ({1} & 0xFFFF) >> ({0} & 15)
+v_ashrrev_i16        u4 u4,u4     (({1} << 16).view('i4') >> (16 + ({0} & 15)).astype('i4')).view('u4') & 0xFFFF
 v_lshlrev_b16        u4 u4,u4     ({1} << ({0} & 15)) & 0xFFFF
 v_lshlrev_b64        u8 u4,u8     {1} << ({0} & 63).astype('u8')
 v_lshrrev_b64        u8 u4,u8     {1} >> ({0} & 63).astype('u8')
