@@ -166,7 +166,7 @@ def test_a_transform_of_torch_func() -> None:
 def test_main_grad_of_a_factor_is_refused() -> None:
     leaves = differentiable(CASE.inputs(torch.float32))
     leaves["down_b"].main_grad = torch.zeros_like(leaves["down_b"])
-    with pytest.raises(ValueError, match=r"down_b has a main_grad, which .* give dropout=0 instead of 0.25"):
+    with pytest.raises(ValueError, match=r"down_b has a main_grad, and .* give dropout=0 instead of 0.25"):
         run_moe_mlp(CASE, leaves)
     leaves = differentiable(CASE.inputs(torch.float32))
     leaves["gate_up_a"].main_grad = torch.zeros_like(leaves["gate_up_a"])

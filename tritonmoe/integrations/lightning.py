@@ -14,6 +14,7 @@ from tritonmoe.integrations.transformers.parallelize_model import parallelize
 from tritonmoe.sharding.data_parallel import name_ignored
 from tritonmoe.sharding.marks import sharded_modules
 from tritonmoe.sharding.whole_states import gather_optimizer
+from tritonmoe.transports import as_transport
 
 if TYPE_CHECKING:
     import lightning
@@ -66,8 +67,7 @@ class ExpertParallelStrategy(DDPStrategy):
         module = self.lightning_module
         assert module is not None
         if not any(sharded_modules(module)):
-            assert dist.group.WORLD is not None
-            parallelize(module, dist.group.WORLD, self._overlap, expert_gradients=self._expert_gradients)
+            parallelize(module, _all_processes(), self._overlap, expert_gradients=self._expert_gradients)
             gather_state_dicts(module)
         name_ignored(module)  # without training Lightning broadcasts weights itself
 
@@ -87,8 +87,7 @@ class ExpertParallelStrategy(DDPStrategy):
             number = len(dataloader)  # type: ignore[arg-type]
         except TypeError:  # an endless one, or of a number that nobody knows
             number = -1
-        of_all: list[int] = [0] * dist.get_world_size()
-        dist.all_gather_object(of_all, number)
+        of_all = as_transport(_all_processes()).share_number(number)
         if len(set(of_all)) > 1:
             raise ValueError(
                 f"the processes have {of_all} batches, and each layer of experts waits for all processes: give them "
@@ -96,3 +95,8 @@ class ExpertParallelStrategy(DDPStrategy):
                 "predict() repeats no sample, so take a number that the processes can divide"
             )
         return dataloader
+
+
+def _all_processes() -> dist.ProcessGroup:
+    assert dist.group.WORLD is not None
+    return dist.group.WORLD
