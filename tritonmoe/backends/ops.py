@@ -78,11 +78,11 @@ NO_GRADIENTS: PerWeight[bool] = PerWeight(*(False for _ in PerWeight._fields))
 """No gradient is wanted; NO_GRADIENTS._replace(down_proj=True) asks for one of them."""
 
 
-def required(operand: Tensor | None) -> Tensor:
-    """Return an operand of a gradient that is wanted; raise ValueError where there is none."""
-    if operand is None:
-        raise ValueError("a gradient is wanted, but one of its operands is missing")
-    return operand
+def required(tensor: Tensor | None) -> Tensor:
+    """Return an operand of a wanted gradient, or a result that was asked for; raise ValueError where there is none."""
+    if tensor is None:
+        raise ValueError("an operand of a gradient that is wanted, or a result that was asked for, is missing")
+    return tensor
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

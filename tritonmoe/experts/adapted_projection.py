@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from tritonmoe.backends.ops import GradientOperands, Operations
+from tritonmoe.backends.ops import GradientOperands, Operations, required
 from tritonmoe.config.activations import FusedActivation
 from tritonmoe.config.layer import ExpertLayout, KernelOptions, PerWeight, Projection
 from tritonmoe.experts.adapter_dropout import AdapterDropout, DroppedRows
@@ -105,8 +105,7 @@ class AdaptedProjection(NamedTuple):
         if factor_a is not None and factor_b is not None:
             rows, by_row = self._gathered(x if dropped is None else dropped.values, grouping)
             reduced, _ = ops.up(rows, Projection(factor_a, None, FACTOR), by_row, None, options=options)
-            assert reduced is not None
-            out_h = ops.down(reduced, Projection(factor_b, None, FACTOR), by_row, out=out_h, options=options)
+            out_h = ops.down(required(reduced), Projection(factor_b, None, FACTOR), by_row, out=out_h, options=options)
             projection = projection._replace(addend=out_h)
             if dropped is None:
                 x, grouping = rows, by_row
@@ -115,8 +114,7 @@ class AdaptedProjection(NamedTuple):
     def hidden(self, x: Tensor, grouping: Grouping, dropped: DroppedRows | None) -> Tensor:
         """Return h alone, (N, 2F), as up() gives it."""
         h, _ = self.up(x, grouping, None, dropped=dropped)
-        assert h is not None
-        return h
+        return required(h)
 
     def down(self, a: Tensor, grouping: Grouping, *, out: Tensor | None = None) -> Tensor:
         """Do what the operation `down` does."""
@@ -213,14 +211,10 @@ def adapter_gradients(
     pairs = grouping.by_pair
 
     def outer(of: Grouping, pair_values: Tensor | None, row_values: Tensor | None, layout: ExpertLayout) -> Tensor:
-        assert pair_values is not None
-        assert row_values is not None
-        count_products(ops, pair_values, of.num_pairs, lambda: pair_values.shape[1] * row_values.shape[1])
-        sums = ops.weight_grad(
-            of, layout, GradientOperands(x=row_values, dh=pair_values), NEEDS_UP, options=options
-        ).gate_up_proj
-        assert sums is not None
-        return sums
+        left, right = required(pair_values), required(row_values)
+        count_products(ops, left, of.num_pairs, lambda: left.shape[1] * right.shape[1])
+        sums = ops.weight_grad(of, layout, GradientOperands(x=right, dh=left), NEEDS_UP, options=options).gate_up_proj
+        return required(sums)
 
     grads: dict[str, Tensor | None] = {}
     if of_up is not None:

@@ -6,7 +6,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from tritonmoe.backends.ops import GradientOperands, accumulation_dtype
+from tritonmoe.backends.ops import GradientOperands, accumulation_dtype, required
 from tritonmoe.config.activations import is_fused
 from tritonmoe.config.layer import NO_WEIGHTS, PerWeight
 from tritonmoe.experts.adapted_projection import AdapterRowsOfBoth
@@ -153,10 +153,9 @@ class BackwardRun(ExpertsRun):
 
     def _backward_parts(self, pairs: slice) -> tuple[Tensor, Tensor, AdapterRowsOfBoth]:
         """Return what backward fills for these pairs: parts of dh, scaled_a and adapter_rows."""
-        assert self._dh is not None
-        assert self._scaled_a is not None
         up_rows, down_rows = (None if rows is None else rows.part(pairs) for rows in self._adapter_rows)
-        return part_at(self._dh, pairs), part_at(self._scaled_a, pairs), (up_rows, down_rows)
+        dh, scaled_a = required(self._dh), required(self._scaled_a)
+        return part_at(dh, pairs), part_at(scaled_a, pairs), (up_rows, down_rows)
 
     def weight_grad(self, dout: Tensor, needs: PerWeight[bool]) -> PerWeight[Tensor | None]:
         """Return the gradients of the weights that need one.

@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from tritonmoe.backends.ops import required
 from tritonmoe.config.activations import is_fused
 from tritonmoe.experts.callable_activation import ActivationGraph, run_activation
 from tritonmoe.experts.flops import count_products
@@ -84,8 +85,7 @@ class ForwardRun(ExpertsRun):
         assert is_fused(activation), "callables take whole chunks"
         gate_up, down = self._block_projections(block)
         h, a = gate_up.up(self.rows, block.grouping, activation, dropped=self.dropped, needs_h=needs_h, out_h=out_h)
-        assert a is not None
-        return h, down.down(a, block.grouping, out=out_y)
+        return h, down.down(required(a), block.grouping, out=out_y)
 
     def _row_weights(self, chunk: int) -> Tensor:
         """Return topk_weights (R_c, K) of the rows that the chunk finishes."""
