@@ -126,7 +126,7 @@ def _agree(model: "PreTrainedModel", weights: dict[str, Weight], bucket_bytes: i
     of_all = full_tensor(DTensor.from_local(both, mesh, [Partial("max")] * mesh.ndim), "export_weights, which compares")
     if of_all.tolist() != [digest, -digest]:
         raise CountMismatch(
-            "the ranks would export different weights: the same names, shapes, dtypes, active adapters and "
+            "the ranks would export different weights: the same names, shapes, dtypes, active adapters, dequantize and "
             f"bucket_bytes are needed on every rank (here {len(weights)} weights, bucket_bytes={bucket_bytes})"
         )
 
