@@ -49,6 +49,7 @@ TABLES = {
     "plan_steps": diagnosis_tables.plan_steps_table,
     "two_batches": overlap_tables.two_batches_table,
     "two_levels": overlap_tables.two_levels_table,
+    "torchtitan": model_tables.torchtitan_table,
     "upcycle": model_tables.upcycle_table,
     "expert_parallel": overlap_tables.expert_parallel_table,
     "transformers": model_tables.transformers_table,

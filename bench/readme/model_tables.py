@@ -7,6 +7,7 @@ __all__ = [
     "headline_table",
     "quantized_table",
     "routing_replay_table",
+    "torchtitan_table",
     "transformers_table",
     "upcycle_table",
 ]
@@ -176,6 +177,24 @@ def adapters_table(name: str) -> str:
         f"their ratios. `python -m bench.adapters`; {where(results['environment'])}."
     )
     return "\n".join([*lines, "", caption])
+
+
+def torchtitan_table(name: str) -> str:
+    data = load(name)
+    found = data["results"]
+    samples = next(iter(found["models"].values()))["own"]["samples"]
+    lines = [
+        f"`python -m bench.torchtitan --tokens {found['tokens']}` on {where(data['environment'])}, torchtitan "
+        f"{found['torchtitan']}: two processes of a core each, joined by links of {found['rate']} (network namespaces, "
+        f"`tc tbf`), with 2 sequences of {found['tokens']} tokens each, expert parallel with FSDP2, selective "
+        "activation checkpointing, bf16 experts; milliseconds of a whole step with its optimizer, median (quartiles) "
+        f"of {samples} steps, of runs in turn.",
+        "",
+        *table_head("debug model", "torchtitan's own experts", "tritonmoe", "times as fast"),
+    ]
+    for model, row in found["models"].items():
+        lines.append(table_row(model, spread(row["own"]), spread(row["tritonmoe"]), f"{row['speed_up']:.2f}"))
+    return "\n".join(lines)
 
 
 def quantized_table(name: str) -> str:
