@@ -11,7 +11,6 @@ import argparse
 import itertools
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -22,11 +21,13 @@ from tritonmoe.benchmarks.link_rates import parse_rate
 from tritonmoe.benchmarks.namespaces import Namespaces
 from tritonmoe.benchmarks.timing import Samples, add_arguments, package_versions, ratio, summarize, write_json
 
-__all__ = ["main"]
+__all__ = ["MODELS", "OVERRIDE", "RUN", "arguments", "main"]
 
 TESTS = Path(__file__).parents[1] / "tests" / "integrations" / "torchtitan"
+RUN = TESTS / "run_torchtitan.py"
 MODELS = {"qwen3": "qwen3_moe_debug", "deepseek_v3": "deepseek_v3_debugmodel"}
-VARIANTS = {"own": (), "tritonmoe": ("--override.imports", "tritonmoe.integrations.torchtitan.routed_experts")}
+OVERRIDE = ("--override.imports", "tritonmoe.integrations.torchtitan.routed_experts")
+VARIANTS = {"own": (), "tritonmoe": OVERRIDE}
 SIZE, BATCH = 2, 2
 
 
@@ -43,43 +44,50 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def command(directory: Path, model: str, name: str, *arguments: str) -> list[str]:
-    """Return the command of one rank of torchtitan's program."""
-    settings = {
+def arguments(directory: Path, model: str, name: str, **settings: object) -> list[str]:
+    """Return the arguments of torchtitan's program on write_small_data's folders; checkpoints are kept by name.
+
+    Args:
+        settings: by the names of torchtitan's options, "__" for a dot.
+    """
+    of_all = {
         "--module": model,
         "--config": MODELS[model],
         "--hf_assets_path": directory / "tokenizer",
         "--dataloader.dataset_path": directory / "texts",
         "--dump_folder": directory / model,
         "--checkpoint.folder": name,
-        "--checkpoint.interval": 1000,
-        "--training.local_batch_size": BATCH,
         "--parallelism.spmd_backend": "partial_dtensor",
+        **{f"--{option.replace('__', '.')}": value for option, value in settings.items()},
     }
-    own = [str(part) for setting in settings.items() for part in setting]
+    return [*(str(part) for setting in of_all.items() for part in setting), "--checkpoint.enable"]
+
+
+def command(directory: Path, model: str, name: str, **settings: object) -> list[str]:
+    """Return the command of one rank of torchtitan's program."""
     losses = directory / f"{model}-{name}.json"
-    return [sys.executable, str(TESTS / "run_torchtitan.py"), str(losses), *own, "--checkpoint.enable", *arguments]
+    of_all = {"checkpoint__interval": 1000, "training__local_batch_size": BATCH, **settings}
+    return [sys.executable, str(RUN), str(losses), *arguments(directory, model, name, **of_all)]
 
 
-def run_alone(arguments: list[str]) -> None:
+def run_alone(command: list[str]) -> None:
     """Run torchtitan's program in one process."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1"]
-    subprocess.run([*torchrun, *arguments[1:]], check=True, capture_output=True, timeout=300)
+    subprocess.run([*torchrun, *command[1:]], check=True, capture_output=True, timeout=300)
 
 
 def step_times(directory: Path, model: str, variant: str, run: int, options: argparse.Namespace) -> list[float]:
     """Return the seconds of the timed steps of one run over two ranks."""
     name = f"{variant}-{run}"  # in a folder of its own, from whose checkpoint a later run would go on
     settings = {
-        "--checkpoint.initial_load_path": directory / model / "seed" / "step-0",
-        "--training.steps": options.warm_up + options.steps,
-        "--training.seq_len": options.tokens,
-        "--parallelism.expert_parallel_degree": SIZE,
+        "checkpoint__initial_load_path": directory / model / "seed" / "step-0",
+        "training__steps": options.warm_up + options.steps,
+        "training__seq_len": options.tokens,
+        "parallelism__expert_parallel_degree": SIZE,
     }
-    own = [str(part) for setting in settings.items() for part in setting]
     log = directory / "log"
     quietly = ["sh", "-c", f'exec "$@" > {log}$RANK 2>&1', "sh"]
-    ranks = command(directory, model, name, *own, "--training.disable_cuda_graphs", *VARIANTS[variant])
+    ranks = [*command(directory, model, name, **settings), "--training.disable_cuda_graphs", *VARIANTS[variant]]
     with Namespaces([*quietly, *ranks], SIZE, parse_rate(options.rate)) as processes:
         if status := processes.run(timeout_s=30):
             sys.exit(f"torchtitan's program ended with {status}:\n{Path(f'{log}0').read_text()[-4000:]}")
@@ -89,7 +97,7 @@ def step_times(directory: Path, model: str, variant: str, run: int, options: arg
 
 def measure(directory: Path, model: str, options: argparse.Namespace) -> Samples:
     """Return the seconds of steps with each variant's experts."""
-    run_alone(command(directory, model, "seed", "--checkpoint.create_seed_checkpoint"))
+    run_alone([*command(directory, model, "seed"), "--checkpoint.create_seed_checkpoint"])
     samples: Samples = {name: [] for name in VARIANTS}
     for number in range(options.rounds):
         order = [*VARIANTS] if number % 2 == 0 else [*VARIANTS][::-1]
@@ -113,8 +121,8 @@ def main(argv: list[str] | None = None) -> None:
             samples = measure(Path(name), model, options)
         rows = {variant: summarize(seconds) for variant, seconds in samples.items()}
         results[model] = {**rows, "speed_up": ratio(rows["own"], rows["tritonmoe"])}
-        for variant, seconds in samples.items():
-            print(f"{model:>12} {variant:>9}: a step {statistics.median(seconds) * 1e3:.0f} ms")
+        for variant, row in rows.items():
+            print(f"{model:>12} {variant:>9}: a step {row['median_ms']:.0f} ms")
         print(f"{model:>12}: {results[model]['speed_up']:.2f} times as fast")
     settings = {"rate": options.rate, "tokens": options.tokens, "rounds": options.rounds}
     write_json(options.json, "torchtitan", {**settings, **package_versions("torchtitan"), "models": results})

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bench.gpu.setting import HEADLINE, Setting
-from bench.gpu.workbench import Workbench
+from bench.gpu.workbench import Workbench, times_of
 from tritonmoe.benchmarks.step_memory import kept_for_backward_mb, peak_mb
 from tritonmoe.benchmarks.timing import interleave
 from tritonmoe.integrations.transformers.bench_model import ModelSizes, qwen3_moe_model
@@ -91,12 +91,7 @@ def _leaving_out(name: str, left_out: dict[str, str]) -> Iterator[None]:
 
 
 def _times(seconds: list[float], num_tokens: int) -> Json:
-    return {
-        "us": round(1e6 * statistics.median(seconds), 3),
-        "samples_us": [round(1e6 * one, 3) for one in seconds],
-        "timed_by": "clock",
-        "tokens_per_s": round(num_tokens / statistics.median(seconds), 1),
-    }
+    return {**times_of(seconds, "clock"), "tokens_per_s": round(num_tokens / statistics.median(seconds), 1)}
 
 
 class _Job:

@@ -1,7 +1,6 @@
 """A layer as jobs run it: other options, adapters, a main_grad, few tokens, multiprocessors that others hold."""
 
 import itertools
-import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -12,7 +11,7 @@ from bench.gpu.checks import entries_for_all
 from bench.gpu.layers import OURS, UNCAPTURED, experts, others_of, step_of
 from bench.gpu.multiprocessors import Holder
 from bench.gpu.peers import Function
-from bench.gpu.workbench import Call, Workbench, with_entries
+from bench.gpu.workbench import Call, Workbench, times_of, with_entries
 from tritonmoe.benchmarks.device_time import TimedCalls, graph_pool
 from tritonmoe.benchmarks.shapes import LayerInputs, draw_routing
 from tritonmoe.experts.adapters import ExpertAdapters
@@ -160,12 +159,5 @@ def measure_beside(bench: Workbench, shape: str, num_tokens: int, routing: str, 
     for _ in range(setting.rounds):
         for name, (timed, num_held) in calls.items():
             samples[name].append(holder.seconds_beside(timed.seconds, num_held))
-    times = {
-        name: {
-            "us": round(1e6 * statistics.median(seconds), 3),
-            "samples_us": [round(1e6 * one, 3) for one in seconds],
-            "timed_by": calls[name][0].way,
-        }
-        for name, seconds in samples.items()
-    }
+    times = {name: times_of(seconds, calls[name][0].way) for name, seconds in samples.items()}
     return {"times": times, "left_out": left_out, "shared_bytes": holder.shared_bytes}

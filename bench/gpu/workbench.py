@@ -3,7 +3,7 @@
 import gc
 import statistics
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 
@@ -16,9 +16,18 @@ from tritonmoe.benchmarks.tuning import calls_by_key
 from tritonmoe.kernels.tiles import measured_tiles
 from tritonmoe.runtime.files import Json
 
-__all__ = ["Call", "Workbench", "with_entries"]
+__all__ = ["Call", "Workbench", "times_of", "with_entries"]
 
 Call = Callable[[], object]
+
+
+def times_of(seconds: Sequence[float], way: str) -> Json:
+    """Return one function's times as results keep them: median and samples in microseconds, and how it was timed."""
+    return {
+        "us": round(1e6 * statistics.median(seconds), 3),
+        "samples_us": [round(1e6 * one, 3) for one in seconds],
+        "timed_by": way,
+    }
 
 
 def with_entries(call: Call, entries: measured_tiles.Entries) -> Call:
@@ -103,12 +112,5 @@ class Workbench:
                 pool = graph_pool(device)  # what is pinned in the other one may still be underway
         started = time.monotonic()
         samples = interleaved(timed, self.setting.rounds, leave_out)
-        times = {
-            name: {
-                "us": round(1e6 * statistics.median(seconds), 3),
-                "samples_us": [round(1e6 * value, 3) for value in seconds],
-                "timed_by": timed[name].way,
-            }
-            for name, seconds in samples.items()
-        }
+        times = {name: times_of(seconds, timed[name].way) for name, seconds in samples.items()}
         return {"times": times, "left_out": left_out, "clocks": self.clocks.since(started)}

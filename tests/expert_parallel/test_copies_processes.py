@@ -9,8 +9,10 @@ import torch
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
+from own_transport import own_transport
+
 import tritonmoe as tm
-from tritonmoe.transports import MPITransport, ProcessGroupTransport, Transport
+from tritonmoe.transports import Transport
 
 SIZE, HIDDEN, INTERMEDIATE, NUM_EXPERTS, TOP_K, TOKENS = 5, 6, 10, 10, 2, 24
 CONFIG = tm.OverlapConfig(2, balance="always")
@@ -71,19 +73,8 @@ def main(folder: str, backend: str, rank: int = -1, size: int = -1) -> None:
 
     torch.set_num_threads(1)
     listeners.append(Collect())
-    transport: Transport
-    if backend == "mpi":
-        from mpi4py import MPI
-
-        transport = MPITransport(MPI.COMM_WORLD, timeout_s=60)
-    else:
-        torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
-        transport = ProcessGroupTransport(timeout_s=60)
-    run_rank(transport)
-    transport.exchange_counts(torch.zeros(transport.size, 1, dtype=torch.int64))
-    transport.close()
-    if backend != "mpi":
-        torch.distributed.destroy_process_group()
+    with own_transport(folder, backend, rank, size, timeout_s=60) as transport:
+        run_rank(transport)
 
 
 if __name__ == "__main__":

@@ -5,15 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.distributed.device_mesh import DeviceMesh
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 from batches import NAMES, Batch, assert_equals_one_device
+from own_transport import own_transport
 
 import tritonmoe as tm
-from tritonmoe.transports import MPITransport, ProcessGroupTransport, Transport, TwoLevelTransport, as_transport
+from tritonmoe.transports import Transport, TwoLevelTransport
 
 OVERLAPS = (tm.OverlapConfig(1, serial=True), tm.OverlapConfig(3))
 ONE_LEVEL_OVERLAPS = (
@@ -65,22 +65,8 @@ def run_rank(transport: Transport) -> list[dict[str, torch.Tensor]]:
 
 def main(folder: str, backend: str, rank: int = -1, size: int = -1) -> None:
     torch.set_num_threads(1)
-    transport: Transport
-    if backend == "mpi":
-        from mpi4py import MPI
-
-        transport = MPITransport(MPI.COMM_WORLD, timeout_s=20)
-    else:
-        torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
-        transport = ProcessGroupTransport(timeout_s=20)
-        if backend == "gloo two levels":
-            transport = as_transport(DeviceMesh("cpu", torch.arange(size).view(-1, 2)))
-            assert isinstance(transport, TwoLevelTransport)
-    torch.save(run_rank(transport), f"{folder}/{transport.rank}.pt")
-    transport.exchange_counts(torch.zeros(transport.size, 1, dtype=torch.int64))
-    transport.close()
-    if backend != "mpi":
-        torch.distributed.destroy_process_group()
+    with own_transport(folder, backend, rank, size, timeout_s=20) as transport:
+        torch.save(run_rank(transport), f"{folder}/{transport.rank}.pt")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ Everything else is as under DistributedDataParallel. Lightning imports nothing o
 
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy
 
 from tritonmoe.config.overlap import OverlapConfig
@@ -15,6 +14,7 @@ from tritonmoe.sharding.data_parallel import name_ignored
 from tritonmoe.sharding.marks import sharded_modules
 from tritonmoe.sharding.whole_states import gather_optimizer
 from tritonmoe.transports import as_transport
+from tritonmoe.transports.torch_groups import own_group
 
 if TYPE_CHECKING:
     import lightning
@@ -67,7 +67,7 @@ class ExpertParallelStrategy(DDPStrategy):
         module = self.lightning_module
         assert module is not None
         if not any(sharded_modules(module)):
-            parallelize(module, _all_processes(), self._overlap, expert_gradients=self._expert_gradients)
+            parallelize(module, own_group(None), self._overlap, expert_gradients=self._expert_gradients)
             gather_state_dicts(module)
         name_ignored(module)  # without training Lightning broadcasts weights itself
 
@@ -87,7 +87,7 @@ class ExpertParallelStrategy(DDPStrategy):
             number = len(dataloader)  # type: ignore[arg-type]
         except TypeError:  # an endless one, or of a number that nobody knows
             number = -1
-        of_all = as_transport(_all_processes()).share_number(number)
+        of_all = as_transport(own_group(None)).share_number(number)
         if len(set(of_all)) > 1:
             raise ValueError(
                 f"the processes have {of_all} batches, and each layer of experts waits for all processes: give them "
@@ -95,8 +95,3 @@ class ExpertParallelStrategy(DDPStrategy):
                 "predict() repeats no sample, so take a number that the processes can divide"
             )
         return dataloader
-
-
-def _all_processes() -> dist.ProcessGroup:
-    assert dist.group.WORLD is not None
-    return dist.group.WORLD

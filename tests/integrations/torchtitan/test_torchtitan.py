@@ -23,12 +23,10 @@ from torchtitan.models.common.token_dispatcher import DeepEPTokenDispatcher
 from torchtitan.models.gpt_oss import gptoss_configs
 from torchtitan.models.qwen3 import qwen3_configs
 
+from bench.torchtitan import MODELS, OVERRIDE, RUN, arguments
 from tritonmoe import OverlapConfig
 from tritonmoe.integrations.torchtitan import FusedExperts, OverlappedRoutedExperts, routed_experts
 
-RUN = Path(__file__).parent / "run_torchtitan.py"
-OVERRIDE = ("--override.imports", "tritonmoe.integrations.torchtitan.routed_experts")
-MODELS = {"qwen3": "qwen3_moe_debug", "deepseek_v3": "deepseek_v3_debugmodel"}
 TOLERANCE = 1e-3
 
 
@@ -40,34 +38,22 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return found
 
 
-def train(directory: Path, model: str, name: str, *arguments: str, size: int = 1, steps: int = 3) -> list[float]:
+def train(directory: Path, model: str, name: str, *others: str, size: int = 1, steps: int = 3) -> list[float]:
     """Run torchtitan's program, and return the loss of each step."""
     losses = directory / f"{model}-{name}.json"
-    settings = {
-        "--module": model,
-        "--config": MODELS[model],
-        "--hf_assets_path": directory / "tokenizer",
-        "--dataloader.dataset_path": directory / "texts",
-        "--dump_folder": directory / model,
-        "--checkpoint.folder": name,
-        "--checkpoint.interval": 100,
-        "--training.steps": steps,
-        "--training.seq_len": 128,
-        "--training.local_batch_size": 2,
-        "--parallelism.spmd_backend": "partial_dtensor",
-        "--parallelism.expert_parallel_degree": size,
-    }
+    own = arguments(
+        directory,
+        model,
+        name,
+        checkpoint__interval=100,
+        training__steps=steps,
+        training__seq_len=128,
+        training__local_batch_size=2,
+        parallelism__expert_parallel_degree=size,
+    )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
     ended = subprocess.run(
-        [
-            *command,
-            str(RUN),
-            str(losses),
-            *(str(part) for setting in settings.items() for part in setting),
-            "--checkpoint.enable",
-            "--training.disable_cuda_graphs",
-            *arguments,
-        ],
+        [*command, str(RUN), str(losses), *own, "--training.disable_cuda_graphs", *others],
         capture_output=True,
         text=True,
         timeout=600,

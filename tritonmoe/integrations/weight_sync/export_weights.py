@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tritonmoe.config.numbers import is_integer
 from tritonmoe.errors import CountMismatch
 from tritonmoe.integrations.weight_sync.checkpoint_names import CheckpointPart, checkpoint_parts, converted
-from tritonmoe.integrations.weight_sync.merged_rows import active_adapters, has_sharded_factors, merged_rows
+from tritonmoe.integrations.weight_sync.merged_rows import active_adapters, has_sharded_factors, local_part, merged_rows
 from tritonmoe.integrations.weight_sync.model_weights import Weight, check_plain, model_inside, model_weights
 from tritonmoe.integrations.weight_sync.packed_weights import check_as_it_is
 from tritonmoe.layer import GroupedExperts
@@ -155,8 +155,7 @@ def _whole(weight: Weight, bucket_bytes: int) -> Tensor:
     if not is_by_expert or not (weight.is_decoded or weight.adapted_by or hasattr(tensor, "to_local")):
         with torch.no_grad():
             return merged_rows(full_tensor(tensor, WHAT), weight.adapted_by, 0, is_local=False)
-    local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    whole = local.new_empty(weight.like.shape, dtype=weight.like.dtype)
+    whole = local_part(tensor).new_empty(weight.like.shape, dtype=weight.like.dtype)
     for first, rows in _ranges(weight, bucket_bytes):
         whole[first : first + len(rows)] = rows
         del rows
@@ -191,7 +190,7 @@ def _reader(weight: Weight, *, is_local: bool) -> Callable[[int, int], Tensor]:
     if weight.packed is not None and weight.is_decoded:
         return weight.packed.decoder(WHAT, is_local=is_local)
     tensor = weight.tensor.detach()
-    whole = tensor.to_local() if is_local and hasattr(tensor, "to_local") else full_tensor(tensor, WHAT)
+    whole = local_part(tensor) if is_local else full_tensor(tensor, WHAT)
     return lambda first, number: whole[first : first + number]
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from tritonmoe.sharding.watched_collectives import full_tensor
 
-__all__ = ["active_adapters", "check_adapter", "has_sharded_factors", "is_in_use", "merged_rows"]
+__all__ = ["active_adapters", "check_adapter", "has_sharded_factors", "is_in_use", "local_part", "merged_rows"]
 
 MERGEABLE = ("Linear", "Embedding", "ParamWrapper")
 """The classes of peft.tuners.lora.layer whose adapters can be merged row by row."""
@@ -87,11 +87,16 @@ def merged_rows(rows: Tensor, wrappers: Sequence[nn.Module], first: int, is_loca
     return rows
 
 
+def local_part(tensor: Tensor) -> Tensor:
+    """Return this rank's part of a DTensor, anything else as it is."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
 def _experts_delta(layer: Any, adapter: str, first: int, number: int, is_local: bool) -> Tensor:
     """Return what the adapter adds to so many experts, by the arithmetic of ParamWrapper.get_delta_weight."""
     factors = [linear[adapter].weight.detach() for linear in (layer.lora_A, layer.lora_B)]
     if is_local:
-        factors = [factor.to_local() if hasattr(factor, "to_local") else factor for factor in factors]
+        factors = [local_part(factor) for factor in factors]
     else:
         factors = [full_tensor(factor, "export_weights, which gathers an adapter") for factor in factors]
     lora_a, lora_b = factors

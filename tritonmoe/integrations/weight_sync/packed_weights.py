@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from tritonmoe.config.formats import format_of, weight_shape
 from tritonmoe.experts.quantized_weight import QuantizedWeight
-from tritonmoe.integrations.weight_sync.merged_rows import active_adapters
+from tritonmoe.integrations.weight_sync.merged_rows import active_adapters, local_part
 from tritonmoe.sharding.watched_collectives import full_tensor
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class PackedWeight(NamedTuple):
     @property
     def like(self) -> Tensor:
         """On the meta device, what it is once it is decoded."""
-        values, scales, is_swapped = self._read(_local)
+        values, scales, is_swapped = self._read(local_part)
         num_experts = len(self.values) if self.parts else len(values)
         _, rows, columns = weight_shape(values, scales)
         sizes = (columns, rows) if is_swapped else (rows, columns)
@@ -54,7 +54,7 @@ class PackedWeight(NamedTuple):
             what: says in which call, to whoever waits long.
             is_local: of this rank's experts; else of all, and every rank calls.
         """
-        values, scales, is_swapped = self._read(_local if is_local else lambda tensor: full_tensor(tensor, what))
+        values, scales, is_swapped = self._read(local_part if is_local else lambda tensor: full_tensor(tensor, what))
 
         def decode(first: int, number: int) -> Tensor:
             own = slice(first, first + number)
@@ -70,10 +70,6 @@ class PackedWeight(NamedTuple):
         experts = self.experts
         values, scales, is_transposed = read_packed(experts, self.name, lambda key: whole(experts.get_parameter(key)))
         return values.detach(), scales.detach(), is_transposed != bool(getattr(experts, "is_transposed", False))
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def packed_weights(module: nn.Module) -> list[PackedWeight]:
