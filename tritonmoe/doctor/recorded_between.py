@@ -36,6 +36,9 @@ class Between:
     """Whether the one before it is of another pass."""
     late_s: Tensor
     """Of a first one: by how much the rank comes later than the others, by what it did itself."""
+    common_s: Tensor
+    """Of a first one between the pieces of two halves: what all ranks do there, while exchanges of the other half go
+    on."""
     pause_s: Tensor
     """Of a first one: what all ranks did together, beyond what is usual."""
     usual_s: Tensor
@@ -69,7 +72,7 @@ def between_of(rows: Mapping[str, Tensor], passes: Sequence[PlacedPass], size: i
     gap_s = (torch.where(is_bound, began_wait, start) - ended).clamp(min=0)
     found = Between(
         begin, start, body_s, ended, gap_s, is_bound, is_first, torch.zeros_like(start),
-        torch.zeros_like(start), torch.zeros(len(passes), dtype=torch.float64), [],
+        torch.zeros_like(start), torch.zeros_like(start), torch.zeros(len(passes), dtype=torch.float64), [],
     )  # fmt: skip
     _tell_apart(found, rows, passes, size, has_halves)
     return found
@@ -92,12 +95,11 @@ def _tell_apart(
     own_s = torch.where(meets[:, None], entered - waited_for, (entered - ended).clamp(min=0))
     common_s = own_s.amin(1)
     late = (own_s - common_s[:, None])[place, rank]
-    # Between the pieces of two halves: what all ranks do there is the model's, and only how they differ is known.
     group = place * (int(rows["number"].max()) + 1) + rows["number"][first]
     least = torch.full((int(group.max()) + 1,), torch.inf, dtype=torch.float64)
     least = least.scatter_reduce(0, group, found.gap_s[first], "amin")[group]
     found.late_s[first] = torch.where(is_entry, late, found.gap_s[first] - least)
-    found.usual_s.index_add_(0, place[~is_entry & (rank == 0)], least[~is_entry & (rank == 0)])
+    found.common_s[first] = torch.where(is_entry, 0.0, least)
     by_work: dict[tuple, list[int]] = defaultdict(list)
     for number, of in enumerate(passes):
         by_work[of.phase, of.layer, of.work, of.call.half].append(number)

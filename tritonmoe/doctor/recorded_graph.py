@@ -128,7 +128,7 @@ class _Builder:
             run_stretch=torch.arange(len(run_row)),
             busy_s=torch.cat([torch.where(is_step, between.body_s, 0.0), nothing, no_pause]),
             idle_s=torch.cat([0 * overhead_s, between.late_s[first], no_pause]),
-            overhead_s=torch.cat([overhead_s, nothing, between.pause_s[paused]]),
+            overhead_s=torch.cat([overhead_s, between.common_s[first], between.pause_s[paused]]),
             rows=torch.cat([rows["units"], nothing, no_pause]),
             member_rank=members["rank"],
             member_step=members["step"],
