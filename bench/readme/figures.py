@@ -77,5 +77,5 @@ def _doctor() -> tuple[str, str, str, str]:
         f"The doctor: the largest cause of a slow step named in {right} of {of} jobs on real links",
         "Jobs with injected faults that cost 15 % of a step or more, and healthy jobs, in which it must find nothing. "
         f"`python -m bench.doctor run DIR --netns 4`, {where(data[0]['environment'])}.",
-        "diagnosis.md#how-good-is-it",
+        "diagnosis.md#how-good-is-the-doctor",
     )

@@ -44,13 +44,13 @@ def said_of(run: RecordedRun, weights: list[float | None]) -> str:
 @pytest.mark.parametrize(
     ("weights", "said"),
     [
-        ([0.0], "load_balance_loss_weight is 0: set it, and add the layers' aux_loss to the loss; or set "),
-        ([0.01], "a higher load_balance_loss_weight than 0.01; "),
-        ([0.01, 0.02], "a higher load_balance_loss_weight than 0.01 to 0.02; "),
-        ([0.0, 0.02], "load_balance_loss_weight is 0 in some layers: set it; else a higher one than 0.02; "),
-        ([None], "how the router is balanced is not recorded: its auxiliary loss or bias, on or higher; "),
-        ([None, 0.0], "how the router is balanced is not recorded: its"),
-        ([None, 0.5], "how the router is balanced is not recorded (0.5 where it is recorded): its"),
+        ([0.0], "set load_balance_loss_weight, which is 0, and add the layers' aux_loss to the loss; "),
+        ([0.01], "raise load_balance_loss_weight above 0.01; "),
+        ([0.01, 0.02], "raise load_balance_loss_weight above 0.01 to 0.02; "),
+        ([0.0, 0.02], "set load_balance_loss_weight in the layers where it is 0, or raise it above 0.02; "),
+        ([None], "switch the router's auxiliary loss or bias on, or raise its weight: the recording"),
+        ([None, 0.0], "switch the router's auxiliary loss or bias on, or raise its weight: the"),
+        ([None, 0.5], "switch the router's auxiliary loss or bias on, or raise its weight (0.5 in the layers"),
     ],
 )  # fmt: skip
 def test_what_is_said_of_the_weight(weights: list[float | None], said: str, hot: RecordedRun) -> None:
@@ -60,7 +60,10 @@ def test_what_is_said_of_the_weight(weights: list[float | None], said: str, hot:
 def test_recordings_without_the_weight_do_not_know_it(hot: RecordedRun) -> None:
     assert {of.load_balance_loss_weight for call in hot.recording.calls for of in call.ranks} == {None}
     text = " ".join(as_text(hot, hot.found).split())
-    assert "To do: how the router is balanced is not recorded: its auxiliary loss or bias, on or higher;" in text
+    assert (
+        "To do: switch the router's auxiliary loss or bias on, or raise its weight: the recording doesn't have the"
+        in text
+    )
     assert as_json(hot, hot.found)["findings"][0]["to_do"] in text
 
 
@@ -77,9 +80,7 @@ def test_a_weight_that_is_none_is_refused(wrong: object, tmp_path: Path) -> None
 def test_files_of_others_do_not_say_it(tmp_path: Path) -> None:
     write_traces(Scenario("", 11, faults=(Fault("imbalance", (0,), 0.7),)), tmp_path)
     run = read_traces(tmp_path)
-    assert "its auxiliary loss or bias, which the files don't have" in " ".join(
-        as_text(run, attribute(run.graph)).split()
-    )
+    assert "raise the weight (the files don't have the weight)" in " ".join(as_text(run, attribute(run.graph)).split())
 
 
 def _calls(transport: Transport) -> None:

@@ -28,7 +28,7 @@ def test_what_its_own_writer_wrote() -> None:
     assert sent == {(0, 4_001_000, 4_002_000, 4_003_000)}
     one = finding(WRITTEN)
     assert (one.kind, one.culprits.links, set(one.culprits.ranks)) == ("slow link", ((1, 2),), {1, 2})
-    assert one.culprits.words.startswith("from 1 to 2: 6.0 times as long")
+    assert one.culprits.words.startswith("need 6.0 times as long as usual for data from 1 to 2, ")
     assert one.cost.seconds == pytest.approx(2 * 5 * 400e-6, rel=0.05)
 
 
@@ -78,12 +78,12 @@ def write(folder: Path, slow: set[tuple[int, int]], late: int | None, timed: boo
 
 
 ENDS = {
-    "link": ({(1, 2)}, {1, 2}, "what lies between them"),
-    "sender": ({(1, 0), (1, 2), (1, 3)}, {1}, "all that rank 1 sends takes 6.0 times as long: its own end"),
-    "receiver": ({(0, 2), (1, 2), (3, 2)}, {2}, "all that rank 2 receives takes 6.0 times as long: its own end"),
+    "link": ({(1, 2)}, {1, 2}, "the fault lies between the ranks"),
+    "sender": ({(1, 0), (1, 2), (1, 3)}, {1}, "needs 6.0 times as long as usual for all data that it sends, so"),
+    "receiver": ({(0, 2), (1, 2), (3, 2)}, {2}, "needs 6.0 times as long as usual for all data that it receives, so"),
     "port": (
         {(1, 0), (1, 2), (1, 3), (0, 1), (2, 1), (3, 1)}, {1},
-        "all that rank 1 sends and receives takes 6.0 times as long: its own end",
+        "needs 6.0 times as long as usual for all data that it sends and receives, so",
     ),
 }  # fmt: skip
 
@@ -95,7 +95,7 @@ def test_which_end_of_a_link_is_slow(name: str, new: bool, tmp_path: Path) -> No
     write(tmp_path / "run", slow, None, timed=True, new=new)
     one = finding(tmp_path / "run")
     assert (one.kind, set(one.culprits.links), set(one.culprits.ranks)) == ("slow link", slow, ranks)
-    assert one.culprits.words.endswith(words)
+    assert words in one.culprits.words
     assert one.cost.seconds == pytest.approx(2 * 5 * 400e-6, rel=0.02)
 
 

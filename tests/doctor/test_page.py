@@ -74,7 +74,7 @@ def test_a_healthy_run_and_one_that_is_not_look_unlike(tmp_path: Path) -> None:
     write_traces(Scenario("", 1), tmp_path / "healthy")
     page, _ = page_of(tmp_path / "healthy", late(tmp_path / "late"), status=1)
     assert tones(page) == ["good", "bad"]
-    assert "HEALTHY: with every operation as usual" in page.words
+    assert "HEALTHY: if every operation took its usual time" in page.words
 
 
 def test_recordings_and_traces_on_one_page(tmp_path: Path) -> None:
@@ -92,7 +92,7 @@ def test_one_rank_alone(tmp_path: Path) -> None:
     page, (data,) = page_of(tmp_path / "one", status=1)
     assert tones(page) == ["open"]
     assert "there is the file of one rank only" in page.words
-    assert "NO VERDICT: two steps of one rank" in page.words
+    assert "NO VERDICT: there is nothing to compare two steps of one rank with" in page.words
     assert (data["waits_for_ranks_s"], page.matrices) == ([[0.0]], [])
 
 

@@ -54,7 +54,9 @@ def test_ranks_wait_for_each_other_in_them(tmp_path: Path) -> None:
 
 def test_what_does_not_fit_is_said_to_be_alone(tmp_path: Path) -> None:
     run = read_traces(write(tmp_path / "run", late=1, without=2))
-    assert any("are in the files without the other rank: each counts alone" in words for words in run.limits)
+    assert any(
+        "the files don't name the other rank of sends and receives: each counts alone" in words for words in run.limits
+    )
     found = attribute(run.graph)
     assert found.error == pytest.approx(0, abs=0.05)  # what one thread has under way at once does not take turns
     assert "what these files can't tell" in as_text(run, found)

@@ -268,7 +268,7 @@ def test_causes_that_overlap_are_all_said(tmp_path: Path) -> None:
 def test_one_step_does_not_say_how_much_steps_differ(tmp_path: Path) -> None:
     found = judge_recording(read_recording(write_run(tmp_path, [Run(slow_rank=(2, 1.6))])))
     assert found.found.findings[0].when.when == "unknown"
-    assert "in the few steps that there are" in as_text(found, found.found)
+    assert "in the few steps of these files" in as_text(found, found.found)
 
 
 def test_one_disturbed_call_of_another_plan_tells_no_costs(tmp_path: Path) -> None:

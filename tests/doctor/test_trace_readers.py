@@ -35,7 +35,7 @@ def test_gpu_traces(names: tuple[str, ...], metadata: bool, tmp_path: Path) -> N
     run = read_traces(tmp_path)
     assert run.kinds == {"Kineto (GPU)": 4}
     assert len(run.graph.exchanges) == 6 * len(names)
-    assert ("matched by their order" in " ".join(run.limits)) == (names != (NEW, NEW) and names != (OLD, OLD))
+    assert ("matches them by their order" in " ".join(run.limits)) == (names != (NEW, NEW) and names != (OLD, OLD))
     found = attribute(run.graph)
     (finding,) = found.findings
     assert (finding.kind, finding.culprits.ranks, finding.when.when) == ("late rank", (2,), "always")
@@ -77,7 +77,7 @@ def test_old_hosts_without_gpu_lanes_are_refused(tmp_path: Path) -> None:
     trace = gpu_trace(0, 2, (NEW,), None, False)
     trace["traceEvents"] = [event("cpu_op", "record_param_comms", 5, 10, 1), event("cpu_op", "aten::mm", 20, 10, 1)]
     (tmp_path / "a.json").write_text(json.dumps(trace))
-    with pytest.raises(ValueError, match=r"no lanes of a GPU.*ProfilerActivity"):
+    with pytest.raises(ValueError, match=r"no events of a GPU.*ProfilerActivity"):
         read_traces(tmp_path)
 
 
@@ -86,7 +86,7 @@ def test_what_files_cannot_tell_is_said(tmp_path: Path) -> None:
     (tmp_path / "rank3.json").unlink()
     (tmp_path / "rank2.json").unlink()
     run = read_traces(tmp_path)
-    assert run.limits == ["of 4 ranks 2 are there: what the others do is not known"]
+    assert run.limits == ["of 4 ranks 2 have files here: what the other ranks do is not known"]
     (tmp_path / "rank1.json").unlink()
     assert "one rank only" in read_traces(tmp_path).limits[0]
     trace = json.loads((tmp_path / "rank0.json").read_text())
@@ -146,7 +146,7 @@ def test_flight_records(packed: Any, timed: bool, tmp_path: Path) -> None:
     run = read_traces(tmp_path)
     assert run.kinds == {"flight recorder": 3}
     assert (run.graph.ranks, len(run.graph.steps)) == ([0, 1, 2], 7)
-    assert any("2 exchanges, after which they repeat" in words for words in run.limits)
+    assert any("repeat after 2 exchanges" in words for words in run.limits)
     assert any("exchanges only" in words for words in run.limits)
     first = attribute(run.graph).findings[0]
     assert (first.kind, first.culprits.ranks) == ("late rank", (1,))

@@ -106,7 +106,7 @@ def test_nothing_fits():
     assert not found.best.fits
     assert found.sensitivities == []  # of choices none of which can be made
     text = plan_table(found)
-    assert "Nothing fits: a job can fill 73.6 of a GPU's 80 GB (92%: the allocator, " in text
+    assert "Nothing fits. A job can fill 73.6 of a GPU's 80 GB (92%: the allocator, " in text
     assert f"at least {found.best.memory_gb:.0f} GB are needed" in text
     assert "Try --recompute full, " in text
     assert "Measure next" not in text
@@ -206,7 +206,7 @@ def test_clusters_on_which_nothing_fits_are_left_out(one_size):
     found = compare(job, [node, dear, small], [8])
     text = comparison_table(found)
     assert "H100 is the cheapest in " in text
-    assert "Nothing fits on small, at least " in text
+    assert "The job doesn't fit on small: a GPU needs at least " in text
     assert "small costs as much" not in text
     assert found.is_cheapest == [*compare(job, [node, dear], [8]).is_cheapest, None]
     assert [found.break_even_usd(number) is None for number in range(3)] == [False, False, True]

@@ -133,7 +133,7 @@ def test_unknown_arrivals(slow: RecordedRun) -> None:
     ratios = replace(slow.costs.ratios, are_told_apart=False)
     page, data = check_page(page_text(run_page([replace(slow, costs=replace(slow.costs, ratios=ratios))])))
     assert (data[0]["waits_s"], data[0]["byte_ratios"], len(page.matrices)) == (None, None, 1)
-    assert "It is not known when each rank's rows arrived" in page.words
+    assert "doesn't tell when each rank's rows arrived" in page.words
 
 
 def test_a_plan() -> None:

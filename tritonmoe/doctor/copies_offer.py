@@ -47,7 +47,11 @@ def copies_offer(
         return of if call is None else _with_copies(of, call)
 
     words = f'copies of hot experts for each call: OverlapConfig(balance="auto", max_copies={MAX_COPIES})'
-    yield words, f"takes the memory of up to {MAX_COPIES} experts a layer on each rank until the backward", with_copies
+    yield (
+        words,
+        f"each rank keeps up to {MAX_COPIES} more experts of every layer in memory until the backward",
+        with_copies,
+    )
 
 
 def _with_copies(of: Conditions, call: RecordedCall) -> Conditions:

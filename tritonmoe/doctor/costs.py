@@ -97,7 +97,10 @@ def fit_costs(calls: Sequence[RecordedCall], recording: Recording) -> Costs:
     lines = _lines(by_kind, slowness, contention)
     sizes = [s.units for s in by_kind.get(StepKind.EXPERTS, [])]
     if sizes and max(sizes) < ALIKE * min(sizes):
-        notes.append("all steps of the experts had about as many pairs: their fixed cost is not known, and taken for 0")
+        notes.append(
+            "all steps of the experts had about the same number of pairs: the fixed cost of a step is not "
+            "known, and counts as 0"
+        )
     of_ranks = torch.tensor(slowness, dtype=torch.float64, device="cpu")
     steps = StepCosts(
         {str(kind): fixed for kind, (fixed, _) in lines.items()},

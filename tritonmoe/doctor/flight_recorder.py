@@ -51,10 +51,11 @@ def read_flight_record(path: Path, found: Json) -> RankTrace:
         )
     trace.parts.sort(key=lambda part: part.posted_s)
     if all(part.end_s is None for part in trace.parts):
-        trace.limits.append("the flight recorder has no ends of exchanges: rows under way count as work of the ranks")
-    trace.limits.append(
-        "the flight recorder has exchanges only: a rank that computes long can't be told from one that is late"
-    )
+        trace.limits.append(
+            "the flight recorder doesn't have the ends of exchanges: the time that data travels counts as work "
+            "of the ranks"
+        )
+    trace.limits.append("the flight recorder has exchanges only: whether a rank computes long or is late can't be told")
     return trace
 
 

@@ -34,7 +34,7 @@ def hosts_of(traces: Sequence[RankTrace], ranks_per_node: int | None) -> tuple[s
     found = []
     for trace in traces:
         if trace.rank is None:
-            raise ValueError(f"{trace.source} doesn't say which rank it is of: leave --ranks-per-node out")
+            raise ValueError(f"{trace.source} doesn't say which rank wrote it: leave --ranks-per-node out")
         found.append(f"node {trace.rank // ranks_per_node}")
     return tuple(found)
 
@@ -43,11 +43,11 @@ def unknown_of_nodes(graph: Graph) -> Iterator[str]:
     """Say what is not known of the nodes of a run whose ranks send each other rows."""
     if not graph.hosts:
         yield (
-            "which ranks share a host is not in the files of all ranks: what two levels would gain is not known "
+            "the files don't say which ranks share a host: what two levels would gain is not known "
             "(--ranks-per-node COUNT says it)"
         )
     elif len(set(graph.hosts)) > 1 and not graph.routed:
         yield (
-            "how many tokens a rank has is not in the files: what two levels would gain is not known "
-            "(torch.topk of a router says it, with record_shapes=True)"
+            "the files don't say how many tokens a rank has: what two levels would gain is not known "
+            "(a trace of the router's torch.topk with record_shapes=True says it)"
         )

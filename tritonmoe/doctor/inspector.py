@@ -119,15 +119,13 @@ def read_inspector(path: Path) -> RankTrace:
             "NCCL_INSPECTOR_DUMP_P2P_RING_SIZE"
         )
     if found.missing:
-        trace.limits.append(f"{found.missing} records are missing that the Inspector's dumps should have: they are cut")
+        trace.limits.append(f"{found.missing} records are missing in the Inspector's dumps, which are cut")
     if not trace.is_unix_clock:
         trace.limits.append(
-            "the Inspector wrote how long exchanges took, not when: only who comes last is known, not what is computed "
-            "(NCCL_INSPECTOR_DUMP_VERBOSE=1 writes when)"
+            "the Inspector wrote how long exchanges took, not when: the files tell which rank comes last, but "
+            "not what ranks compute (NCCL_INSPECTOR_DUMP_VERBOSE=1 writes when)"
         )
-    trace.limits.append(
-        "the Inspector has exchanges only: a rank that computes long can't be told from one that is late"
-    )
+    trace.limits.append("the Inspector records exchanges only: whether a rank computes long or is late can't be told")
     return trace
 
 

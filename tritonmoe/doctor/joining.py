@@ -81,13 +81,16 @@ def _in_order(traces: Sequence[RankTrace], limits: list[str]) -> list[RankTrace]
             "of one run"
         )
     if len(traces) == 1:
-        limits.append("there is the file of one rank only: who is late, and what others wait for, is not known")
+        limits.append(
+            "there is the file of one rank only: which rank is late, and whom this rank waits for, is not known"
+        )
     elif worlds and max(worlds) > len(traces):
-        limits.append(f"of {max(worlds)} ranks {len(traces)} are there: what the others do is not known")
+        limits.append(f"of {max(worlds)} ranks {len(traces)} have files here: what the other ranks do is not known")
     unnamed = sum(trace.rank is None for trace in traces)
     if unnamed and len(traces) > 1:
         limits.append(
-            f"{unnamed} files don't say which rank they are of: ranks are counted in the order of their names"
+            f"{unnamed} files don't say which rank wrote them: the doctor numbers the ranks by the order of the "
+            "files' names"
         )
     for trace in traces:
         for words in trace.limits:

@@ -57,9 +57,9 @@ class _Trace:
             raise damaged(self.events.path, "baseTimeNanoseconds is no time")
         if not is_gpu and (self.events.comms or not self.events.operators) and not self.events.by_workers:
             why = (
-                "it is of a run over NCCL and has no lanes of a GPU"
+                "the run used NCCL, and the file has no events of a GPU"
                 if self.events.comms
-                else "it has no operation that computes"
+                else "the file has no operation that computes"
             )
             raise ValueError(f"{self.events.path} can't be judged: {why}. Record with ProfilerActivity.CPU and .CUDA")
         if is_gpu:
@@ -71,7 +71,7 @@ class _Trace:
             _shift(found, base / 1e9)
         found.is_unix_clock = base > 0 or (len(found.steps) > 0 and found.steps[0].start_s > 1e9)
         if rank is None:
-            found.limits.append("the file doesn't say which rank it is of")
+            found.limits.append("the file doesn't say which rank wrote it")
         return found
 
     def _groups(self, about: dict) -> dict[str, tuple[int, ...]]:
@@ -97,10 +97,12 @@ class _Trace:
         first = min([*found.busy_start_s[:1], *(part.posted_s for part in found.parts)], default=0.0)
         last = max([*found.busy_end_s[-1:], *lasts], default=first)
         if not steps:
-            found.limits.append("no steps are marked (profiler.step() was not called): all of the trace counts as one")
+            found.limits.append(
+                "no steps are marked (profiler.step() was not called): the whole trace counts as one step"
+            )
             steps = [Step(0, first, last)]
         if first < steps[0].start_s - FAR_S or last > steps[-1].end_s + FAR_S:
-            raise damaged(self.events.path, "it has events more than an hour away from its steps")
+            raise damaged(self.events.path, "the file has events more than an hour away from its steps")
         for before, after in pairwise(steps):
             before.end_s = after.start_s  # what stands between two steps belongs to the first
         found.steps = steps
@@ -170,11 +172,12 @@ class _Trace:
             found.parts.append(part)
         if cut:
             found.limits.append(
-                "the file cuts lists of split sizes: of its larger groups it is not known who sent what"
+                "the file cuts lists of split sizes: which rank sent how much in its larger groups is not known"
             )
         if any(part.kind in ("dispatch", "combine", "notify") for part in found.parts):
             found.limits.append(
-                "kernels of DeepEP and its kin carry no group and no sizes: they are matched by their order"
+                "kernels of DeepEP and similar libraries carry no group and no sizes: the doctor matches them "
+                "by their order"
             )
 
     def _of_cpu(self, found: RankTrace) -> None:

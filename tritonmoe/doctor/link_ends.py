@@ -99,7 +99,7 @@ def _ends(
         for rank in range(len(names)):
             own = [link for link in links if any(link[end] == rank for end in ends)]
             if len(own) > 1 and set(own) == set(slow):
-                return (rank,), f"all that rank {names[rank]} {what} takes {{}}: its own end"
+                return (rank,), f"needs {{}} as usual for all data that it {what}, so the fault is at this rank"
     both = tuple(dict.fromkeys(rank for link in slow for rank in link))
-    shown = ", ".join(f"from {names[sender]} to {names[receiver]}" for sender, receiver in slow[:4])
-    return both, f"{shown}: {{}}, and other links of these ranks are not slow: what lies between them"
+    shown = " and ".join(f"from {names[sender]} to {names[receiver]}" for sender, receiver in slow[:4])
+    return both, f"need {{}} as usual for data {shown}, but not over other links, so the fault lies between the ranks"

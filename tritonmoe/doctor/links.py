@@ -33,7 +33,7 @@ def fit_links(calls: Sequence[RecordedCall], recording: Recording) -> tuple[Link
     if not any(bool(fit.sent.are_known.any()) for fit in fits.values()):
         notes.append("no exchange carried rows from rank to rank")
     elif not any(fit.sent.are_told_apart for fit in fits.values()):
-        notes.append("it is not known when each rank's rows arrived (NCCL): links and ports are not told apart")
+        notes.append("NCCL doesn't tell when each rank's rows arrived: which link or port is slow is not known")
     each, ratios = next(iter(fits.values())).found()
     if node_size is not None:
         near, near_ratios = fits[Reach.INSIDE].found()

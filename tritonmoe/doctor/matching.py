@@ -54,7 +54,8 @@ def matched(traces: Sequence[RankTrace], of_steps: Sequence[OfSteps], limits: li
             unmatched += len(parts_of_one) == 1 and len(traces) > 1
     if unmatched:
         limits.append(
-            f"{unmatched} exchanges fit none of other ranks (groups or numbers of calls differ): each counts alone"
+            f"{unmatched} exchanges match no exchange of other ranks (groups or numbers of calls differ): each "
+            "counts alone"
         )
     return found
 

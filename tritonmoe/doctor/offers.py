@@ -97,7 +97,7 @@ class Offers:
         widths = {members[one].element_bytes for layer in self.layers for one in (*layer.there, *layer.back)}
         if widths == {4}:
             rows = [(one, 0.5) for layer in self.layers for one in (*layer.there, *layer.back)]
-            yield self._with_bytes("rows sent as bfloat16", rows, "rounds all rows")
+            yield self._with_bytes("rows sent as bfloat16", rows, "all rows are rounded")
         if widths in ({2}, {4}):
             (width,) = widths
             rows = [
@@ -107,14 +107,16 @@ class Offers:
                 for one in layer.there
             ]
             if rows:
-                yield self._with_bytes("dispatched rows sent as fp8, in forward", rows, "rounds dispatched rows")
+                yield self._with_bytes("dispatched rows sent as fp8, in forward", rows, "dispatched rows are rounded")
 
     def _with_bytes(self, words: str, rows: Sequence[tuple[int, float]], price: str) -> Advice:
         transfer_s = self.transfer_s.clone()
         members = indices([member for member, _ in rows])
         ratios = floats([ratio for _, ratio in rows])
         transfer_s[members] -= (1 - ratios) * (transfer_s[members] - self.latency_s).clamp(min=0)
-        return Advice(words, f"{price}; what packing them takes is not in the gain", Cost.of(self._gained(transfer_s)))
+        return Advice(
+            words, f"{price}; the gain doesn't include the time to convert them", Cost.of(self._gained(transfer_s))
+        )
 
     def _chunks(self) -> Advice | None:
         """Offer chunks of which one travels while another is computed, as this package's layers run them."""
@@ -139,8 +141,8 @@ class Offers:
                 there_s, back_s = self._transfers_s(layer)
                 ratios[[*layer.there, *layer.back]] = 1 - saved_s / (there_s + back_s)
             gains.append(Cost.of(self._gained(self.transfer_s * ratios, steps)))
-        words = f"{plan.num_chunks} chunks of the tokens, one under way while another's experts compute"
-        price = "needs layers that do so, as tritonmoe's; rows that stay on their rank may hide more"
+        words = f"{plan.num_chunks} chunks of tokens: one travels while the experts compute another"
+        price = "layers are needed that can run chunks, such as tritonmoe's; rows that stay on their rank may hide more"
         return Advice(words, price, Cost(gains[EXPECTED].seconds, gains[WORST].low_s, gains[BEST].high_s))
 
     def _two_levels(self) -> Advice | None:
@@ -161,8 +163,10 @@ class Offers:
                         between_s = latency_s + (took_s - latency_s) * of.far_then[which] / of.far
                         ratios[list(members)] = (between_s + inside_s) / took_s
             gains.append(Cost.of(self._gained(self.transfer_s * ratios)))
-        words = f"two levels: rows once to each of {len(set(self.graph.hosts))} hosts, from there to its ranks"
-        price = "packs and sums rows a second time, which is not in the gain"
+        words = (
+            f"two levels: rows travel once to each of {len(set(self.graph.hosts))} hosts, and from there to its ranks"
+        )
+        price = "rows are packed and summed a second time; the gain doesn't include that time"
         return Advice(words, price, Cost(gains[EXPECTED].seconds, gains[WORST].low_s, gains[BEST].high_s))
 
     def best_plan(self, layers: Sequence[LayerPass], fixed_s: Mapping[Key, Sequence[float]]) -> OverlapPlan:

@@ -115,7 +115,7 @@ class RunPart:
         yield about(self.run, self.found)
         yield step_words(self.found)
         yield from remarks(self.run, self.found)
-        yield "Intervals hold 80 % of what selections of the steps, drawn with replacement, give."
+        yield "Intervals are 80 % intervals, from random selections of the steps (drawn with replacement)."
 
     def _findings(self) -> Iterator[Block]:
         found = self.found
@@ -138,7 +138,7 @@ class RunPart:
             cost, low, high = (self.number(f"{key}/{end}", "s") for end in ("cost_s", "low_s", "high_s"))
             costs: list[Cell | Line] = [[cost, " (", low, " to ", high, ")"], share]
             if words is None:
-                rows.append([name, "causes overlap, so they don't add up", "", "", "", *costs, ""])
+                rows.append([name, "causes overlap, so their costs don't add up", "", "", "", *costs, ""])
             else:
                 where = words.where or "everywhere"
                 rows.append([name, words.what + words.hidden, words.who, where, words.when, *costs, words.to_do])
@@ -153,9 +153,9 @@ class RunPart:
             for n, one in enumerate(self.advice)
         ]  # fmt: skip
         if rows:
-            yield Table(["change", "less a step", "low (80 %)", "high (80 %)", "of a step", "what it costs"], rows)
+            yield Table(["change", "saves a step", "low (80 %)", "high (80 %)", "of a step", "what it costs"], rows)
         else:
-            yield Words(["Nothing is offered of which these files say for certain that it would gain something."])
+            yield Words(["The files show no change that would certainly gain time."])
 
     def _steps(self) -> Iterator[Block]:
         graph, shown = self.found.graph, self.shown
@@ -166,7 +166,10 @@ class RunPart:
             [f"step {number}", self.number(f"measured_steps_s/{index}", "s"), "slow" if index in slow else "-"]
             for index, number in enumerate(graph.steps)
         ]
-        legend = [("c0", "as most steps"), ("c6", "slow: a tenth above the median, and further than steps differ")]
+        legend = [
+            ("c0", "as most steps"),
+            ("c6", "slow: more than a tenth above the median, and above the usual differences"),
+        ]
         middle = sorted(times)[(len(times) - 1) // 2]
         yield Bars(
             "How long each step took", "step", "ms; dashed: the median", [str(number) for number in graph.steps], times,
@@ -197,7 +200,9 @@ class RunPart:
                 strips.append(Strip(f"rank {self.name(index)}", segments))
             heading = f"{title}: step {graph.steps[step]}"
             yield Strips(heading, strips, ticks(1e3 * longest_s, " ms"), LEGEND, None)
-        yield Words(["Between two exchanges all that a rank computes is drawn first, then what is neither."])
+        yield Words(
+            ["Between two exchanges, computing is drawn first, then time that is neither computing nor waiting."]
+        )
         yield from self._left_out()
 
     def _segments(self, pieces: Sequence[Piece], begin_s: float, longest_s: float, limit: int) -> list[Segment]:
@@ -220,14 +225,14 @@ class RunPart:
 
     def _waits(self) -> Iterator[Block]:
         if len(self.found.graph.ranks) < 2:
-            yield Words(["There is one rank only: what it waits for is not known."])
+            yield Words(["There is one rank only: what this rank waits for is not known."])
             return
         ranks = self.ranks
         waits_s = self.figures.at(f"{self.key}/waits_for_ranks_s")
         values: list[list[float | None]] = [[None if i == k else waits_s[i][k] for k in ranks] for i in ranks]
         names = [self.name(index) for index in ranks]
         title, key = (
-            "How long a rank stood in exchanges until another one came, a step",
+            "How long a rank waited in exchanges for another rank to come, for each step",
             f"{self.key}/waits_for_ranks_s",
         )
         axes = "waiting rank", "rank that it waits for"
@@ -250,7 +255,7 @@ class RunPart:
             cells += [self.number(f"by_rank/{index}/{key}", "bytes") for key in ("sent_bytes", "received_bytes")]
             rows.append([f"rank {self.name(index)}", *cells])
         header = ["rank", "computing", "neither", "waits for ranks", "waits for rows", "sent", "received"]
-        title = "What a rank does in a step, the mean of all steps; the number is what it computes"
+        title = "What a rank does in a step, the mean of all steps; the number is the time that the rank computes"
         yield Strips(title, strips, ticks(1e3 * top, " ms"), LEGEND, Table(header, rows))
         yield from self._left_out()
 

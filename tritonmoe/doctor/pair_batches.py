@@ -24,8 +24,8 @@ def as_all_to_alls(traces: Sequence[RankTrace], limits: list[str]) -> None:
     known = [found for found in batches if found is not None]
     if len(known) < len(traces) or len({len(found) for found in known}) > 1:
         limits.append(
-            "sends and receives are in the files without the other rank: each counts alone, and who waits for whom is "
-            "not known (layers of this package: tritonmoe.diagnosis.record tells)"
+            "the files don't name the other rank of sends and receives: each counts alone, and which rank waits "
+            "for which is not known (tritonmoe.diagnosis.record tells for layers of this package)"
         )
         return
     for trace, parts, found in zip(traces, untold, known, strict=True):

@@ -34,7 +34,7 @@ class Pattern:
             "periodic": f"in every {_ordinal(self.period)} step" + ", seen twice" * (self.num_costly == 2),
             "at random": f"in {self.num_costly} of {self.num_steps} steps, at no regular distance",
             "once": f"in one of {self.num_steps} steps",
-            "unknown": "in the few steps that there are",
+            "unknown": "in the few steps of these files",
         }[self.when]
 
 

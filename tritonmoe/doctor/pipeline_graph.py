@@ -60,7 +60,10 @@ class _Pipeline:
     def graph(self) -> tuple[Graph, list[str]]:
         for index, (step, events) in enumerate(self.steps.items()):
             self._step(index, step, events)
-        limits = ["of tensor-parallel ranks one stands for all: which of them is at fault is not in the file"]
+        limits = [
+            "the file has one rank for each group of tensor-parallel ranks: which rank of a group is at fault "
+            "is not known"
+        ]
         numbers = list(self.steps)
         if numbers != list(range(numbers[0], numbers[0] + len(numbers))):
             limits.append(f"{len(numbers)} steps between {numbers[0]} and {numbers[-1]}, not one after the other")

@@ -64,8 +64,8 @@ def _two_batches(calls: Sequence[RecordedCall], typical: Conditions, before: Pas
     if all(seconds > 0 for seconds in beside_s):
         num_layers = min(MOST_LAYERS, len({call.layer for call in calls}))
         halves = Halves(tuple(seconds / 2 for seconds in beside_s), num_layers)
-        words = "tritonmoe.two_batches, each half of a batch under the other's exchanges"
-        yield Proposal(words, "wants two sequences on every rank", lambda of: replace(of, halves=halves))
+        words = "tritonmoe.two_batches: each half of a batch computes during the other half's exchanges"
+        yield Proposal(words, "every rank needs two sequences or more", lambda of: replace(of, halves=halves))
 
 
 def _beside_s(calls: Sequence[RecordedCall], number: int, before: PassesBefore) -> float:
@@ -105,7 +105,7 @@ def _narrower_rows(call: RecordedCall) -> Iterator[Proposal]:
         def narrower(of: Conditions, row_bytes: int = row_bytes, other: int = other) -> Conditions:
             return replace(of, work=replace(of.work, row_bytes=row_bytes, other_row_bytes=other))
 
-        yield Proposal(f"wire_dtype=torch.{name}", f"rounds {where}", narrower)
+        yield Proposal(f"wire_dtype=torch.{name}", f"{where} are rounded", narrower)
 
 
 def _other_placement(calls: Sequence[RecordedCall]) -> Iterator[Proposal]:
@@ -134,7 +134,7 @@ def _other_placement(calls: Sequence[RecordedCall]) -> Iterator[Proposal]:
             words = (
                 f"another placement{of_each}: tritonmoe.rebalance(model, optimizer), or ExpertPlacement.balanced(load)"
             )
-            yield Proposal(words, "moves experts, with what optimizers keep of them, between ranks", placed)
+            yield Proposal(words, "experts and their optimizer state move between ranks once", placed)
         else:
             layer = max(loads, key=lambda layer: float(loads[layer].max() / loads[layer].sum().clamp(min=1)))
             hot, where = int(loads[layer].argmax()), f"in layer {layer} " if of_each else ""
@@ -142,8 +142,8 @@ def _other_placement(calls: Sequence[RecordedCall]) -> Iterator[Proposal]:
             balanced = f"ExpertPlacement.balanced(load, {size}, num_slots={num_slots}){of_each}"
             words = f"replicas: {balanced}, {where}the expert of slot {hot} on {copies} ranks"
             costs = (
-                "takes one more expert's memory on each rank, and sums its gradients; over torch.distributed only "
-                "expert_parallel_mlp with parameters of your own trains replicas"
+                "each rank needs the memory of one more expert, and gradients of replicas are summed; over "
+                "torch.distributed, only expert_parallel_mlp with parameters of your own trains replicas"
             )
             yield Proposal(words, costs, placed)
 
@@ -160,7 +160,11 @@ def _other_levels(call: RecordedCall, typical: Conditions) -> Iterator[Proposal]
     """Propose one level instead of two, or two instead of one where it is known which ranks are neighbours."""
     plan, inside = typical.plan, typical.link.each_link.inside
     if typical.nodes is not None:
-        yield Proposal("one level: the transport of all ranks", "", lambda of: replace(of, nodes=None))
+        yield Proposal(
+            "one level: a transport over all ranks instead of a TwoLevelTransport",
+            "",
+            lambda of: replace(of, nodes=None),
+        )
     elif inside is not None and plan.chunk_by == "tokens" and plan.capacity is None:
         node_size, row_bytes = inside.node_size, call.inside_row_bytes
 
@@ -169,8 +173,8 @@ def _other_levels(call: RecordedCall, typical: Conditions) -> Iterator[Proposal]
             to_nodes = _needing_any(list(by_node.unbind(2)), _tokens(of.work), of.work.top_k)
             return replace(of, nodes=Nodes.of(to_nodes, of.work, row_bytes))
 
-        words = f"two levels: TwoLevelTransport with node_size={node_size}, a token once to each node"
-        yield Proposal(words, "packs and sums rows a second time", over_nodes)
+        words = f"two levels: TwoLevelTransport with node_size={node_size}, which sends a token once to each node"
+        yield Proposal(words, "rows are packed and summed a second time", over_nodes)
 
 
 def _tokens(work: LayerWork) -> torch.Tensor:
@@ -197,7 +201,8 @@ def _fewer_ranks(typical: Conditions) -> Iterator[Proposal]:
     if size >= 4 and size % 2 == 0 and are_whole_nodes:
         yield Proposal(
             f"expert parallelism over {size // 2} ranks instead of {size}",
-            "takes twice the experts' memory on each rank; summing their gradients over both groups is not in it",
+            "each rank needs twice the memory for experts; the gain doesn't include the time to sum their gradients "
+            "over both groups",
             lambda of: max((_on_half(of, half) for half in range(2)), key=lambda half: walk(half).total_s),
         )
 

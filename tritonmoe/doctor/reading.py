@@ -76,7 +76,7 @@ def _read_traces(path: Path, ranks_per_node: int | None) -> ForeignRun:
     others = [one for one in found if isinstance(one, str)]
     if not read:
         raise ValueError("; ".join(others[:3]) or f"{path} has no trace in it")
-    limits = [f"{len(others)} files are no traces: {_shortened(others)}"] if others else []
+    limits = [f"{len(others)} files are not traces: {_shortened(others)}"] if others else []
     timelines = [one for one in read if isinstance(one, tuple)]
     if timelines:
         if len(read) > 1:

@@ -261,13 +261,13 @@ def _fault_of(held_up_s: Tensor, is_used: Tensor, costs: Costs, recording: Recor
             held_up_s >= AMONG * held_up_s.max(), rank, is_used, recording.node_size
         ):
             ways = (
-                "out of"
+                "out of its port"
                 if float(out[rank]) > ONE_WAY * total
-                else "into"
+                else "into its port"
                 if float(into[rank]) > ONE_WAY * total
-                else "at"
+                else "through its port, both ways,"
             )
-            return LinkFault("slow port", (), (rank,), f"the port of rank {rank}: bytes {ways} it take longer")
+            return LinkFault("slow port", (), (rank,), f"moves bytes {ways} more slowly than other ranks")
         node_size = recording.node_size
         if node_size is not None and recording.size > 2 * node_size:
             nodes = ports.view(-1, node_size).sum(1) - torch.stack(
@@ -279,7 +279,12 @@ def _fault_of(held_up_s: Tensor, is_used: Tensor, costs: Costs, recording: Recor
             node = int(nodes.argmax())
             if float(nodes[node]) >= ONE_NODE * total:
                 ranks = tuple(range(node * node_size, (node + 1) * node_size))
-                return LinkFault("slow port", (), ranks, f"the node of ranks {ranks[0]} to {ranks[-1]}")
+                return LinkFault(
+                    "slow port",
+                    (),
+                    ranks,
+                    "share a node that exchanges bytes with other nodes more slowly than those do",
+                )
     worst = float(held_up_s[sender, receiver])
     links = tuple((i, k) for i, k in by_cost if of_links[i][k] >= AMONG * worst)
     is_late = all(float(ratios.excess_s[i, k]) > 0 and float(ratios.link[i, k]) <= 1 for i, k in links)

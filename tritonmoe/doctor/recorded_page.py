@@ -60,9 +60,7 @@ class RecordedPart(RunPart):
             at = self.at(f"{key}/forward/{rank}")
             marks[rank] = {word: max(0.0, at[name]) for name, word in MARKS.items() if at[name] is not None}
         table = Table(["rank", "measured", "replayed"], rows, "The whole call")
-        title = (
-            "Forward, then backward; thin marks: entered, counts posted, everybody's counts there, first step, ended"
-        )
+        title = "Forward, then backward. Marks: a rank enters the pass, sends its counts, has all counts, begins, ends"
         yield lanes_chart(title, self.timelines, table, marks)
         if len(self.lane_ranks) < self.recorded.recording.size:
             yield Words(
@@ -72,7 +70,7 @@ class RecordedPart(RunPart):
     def _matrix(self, name: str, title: str, unit: str, row: str, column: str, base: float = 0.0) -> Iterator[Block]:
         values, ranks = self.at(name), self.ranks
         if values is None:
-            yield Words(["It is not known when each rank's rows arrived: the transport doesn't tell."])
+            yield Words(["The transport doesn't tell when each rank's rows arrived."])
             return
         shown: list[list[float | None]] = [[None if i == k else values[i][k] for k in ranks] for i in ranks]
         names = [str(rank) for rank in ranks]
@@ -80,7 +78,7 @@ class RecordedPart(RunPart):
         yield from self._left_out()
 
     def _rows(self) -> Iterator[Block]:
-        title = "How long a rank stood still for another's rows in a call, median of all calls"
+        title = "How long a rank waited for another rank's rows in a call, median of all calls"
         yield from self._matrix("waits_s", title, "s", "waiting rank", "rank whose rows it waits for")
 
     def _links(self) -> Iterator[Block]:

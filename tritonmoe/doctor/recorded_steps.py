@@ -128,7 +128,8 @@ def _aside(steps: Sequence[Sequence[tuple[RecordedCall, int, int]]], works: Sequ
     if aside:
         which = "the first step, which takes" if aside == 1 else f"the first {aside} steps, which take at least"
         return aside, [
-            f"{which} {times_as_long:.1f} times as long as others, {'is' if aside == 1 else 'are'} left aside"
+            f"{which} {times_as_long:.1f} times as long as later ones, {'is' if aside == 1 else 'are'} left out "
+            "(warm-up)"
         ]
     return 0, []
 

@@ -17,10 +17,12 @@ def mark_steps(traces: Sequence[RankTrace], limits: list[str]) -> None:
     period, first = _period([(part.kind, part.group) for part in common[0]])
     count = (len(common[0]) - first - 1) // period if period else 0  # the last step has no end before another begins
     if count < 3:
-        limits.append("no steps are marked, and nothing repeats: all that was recorded counts as one")
+        limits.append("no steps are marked, and nothing repeats: the whole recording counts as one step")
         period, first, count = len(common[0]), 0, 1
     else:
-        limits.append(f"no steps are marked: a step is taken to be {period} exchanges, after which they repeat")
+        limits.append(
+            f"no steps are marked: the same exchanges repeat after {period} exchanges, which count as one step"
+        )
     for trace, parts in zip(traces, common, strict=True):
         ends = [part.start_s if part.end_s is None else part.end_s for part in parts]
         trace.steps = []

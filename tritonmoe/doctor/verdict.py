@@ -36,7 +36,7 @@ def as_text(run: AnyRun, found: Verdict, advice: Sequence[Advice] = ()) -> str:
     if run.limits:
         lines += ["what these files can't tell:", *(f"- {words}" for words in run.limits[:MOST_LIMITS])]
     if len(run.limits) > MOST_LIMITS:
-        lines.append(f"- {count_words(len(run.limits) - MOST_LIMITS, 'thing')} more, see --json")
+        lines.append(f"- {count_words(len(run.limits) - MOST_LIMITS, 'limit')} more, which --json lists")
     lines.append(step_words(found))
     lines += headline(found)
     for number, one in enumerate(found.findings, 1):
@@ -44,10 +44,13 @@ def as_text(run: AnyRun, found: Verdict, advice: Sequence[Advice] = ()) -> str:
         lines.append(f"{number}. {one.kind.upper()}: {words.sentence}")
         lines.append(f"   costs {cost_words(one.cost, found)}. To do: {words.to_do}")
     if len(found.findings) > 1:
-        lines.append(f"all that is not usual together: {cost_words(found.together, found)}; causes overlap")
+        lines.append(
+            f"mending all findings together saves {cost_words(found.together, found)}: causes overlap, so their costs "
+            "don't add up"
+        )
     for proposal in advice[:MOST_ADVICE]:
-        costs = f"; it {proposal.costs}" if proposal.costs else ""
-        lines.append(f"would help: {proposal.words}: {cost_words(proposal.gain, found)} less{costs}")
+        price = f". Price: {proposal.costs}" if proposal.costs else ""
+        lines.append(f"would help: {proposal.words}. Saves {cost_words(proposal.gain, found)}{price}")
     return "\n".join([*lines, *remarks(run, found)])
 
 
@@ -62,9 +65,9 @@ def about(run: AnyRun, found: Verdict) -> str:
 def step_words(found: Verdict) -> str:
     """Say what a step takes, and what it consists of."""
     return (
-        f"a step takes {time_words(found.measured_s)}, replayed {time_words(found.replayed_s)} ({found.error:+.1%}); "
-        f"of a rank's step {share_words(found.computing_s, found)} is computing, {share_words(found.waiting_s, found)} "
-        f"waiting in exchanges, {share_words(found.host_s, found)} neither"
+        f"a step takes {time_words(found.measured_s)}, in the replay {time_words(found.replayed_s)} "
+        f"({found.error:+.1%}); a rank spends {share_words(found.computing_s, found)} of a step computing, "
+        f"{share_words(found.waiting_s, found)} waiting in exchanges, {share_words(found.host_s, found)} on neither"
     )
 
 
@@ -72,24 +75,27 @@ def headline(found: Verdict) -> list[str]:
     """Return the verdict itself: one line where there is nothing to say, or nothing can be said."""
     lines = []
     if not found.is_explained:
-        lines.append("UNEXPLAINED: the replay is off by more than 10 %, so nothing below is certain")
+        lines.append(
+            "UNEXPLAINED: the replayed time differs from the measured one by more than 10 %, so nothing below "
+            "is certain"
+        )
     if not found.can_compare:
-        differ = ": what follows is how the steps differ, which may be chance" if found.findings else ""
+        differ = ". The findings below say how the steps differ, which may be chance" if found.findings else ""
         steps = "one step" if len(found.graph.steps) == 1 else "two steps"
         lines.append(
-            f"NO VERDICT: {steps} of one rank can't be compared with anything{differ}. Record 3 steps or more, and "
+            f"NO VERDICT: there is nothing to compare {steps} of one rank with{differ}. Record at least 3 steps, and "
             "all ranks"
         )
     if found.can_compare and found.is_uncertain:
         lines.append(
-            f"NOT CERTAIN: with every operation as usual for its kind a step would take "
-            f"{share_words(found.together.seconds, found)} less, but so few steps have it that it may not come again: "
-            "record more"
+            f"NOT CERTAIN: if every operation took its usual time, a step would take "
+            f"{share_words(found.together.seconds, found)} less, but only few steps are slow, which may have been an "
+            "accident: record more steps"
         )
     if found.is_healthy:
-        of = "" if len(found.graph.ranks) > 1 else "; of one rank that means only that its steps are alike"
+        of = "" if len(found.graph.ranks) > 1 else ". For a single rank this means only that its steps are alike"
         lines.append(
-            f"HEALTHY: with every operation as usual for its kind a step would take "
+            f"HEALTHY: if every operation took its usual time, a step would take only "
             f"{share_words(max(0.0, found.together.seconds), found)} less{of}"
         )
     return lines
@@ -100,31 +106,31 @@ def remarks(run: AnyRun, found: Verdict) -> list[str]:
     lines = []
     small = [f"{kind} {share:.0%}" for kind, share in found.others if share >= 0.005]
     if small:
-        lines.append("too small, not certain, or part of a finding: " + ", ".join(small))
+        lines.append("other causes, too small, not certain, or part of a finding: " + ", ".join(small))
     if run.is_timeline:
         jobs = slowdown_of(found.graph)
         lines.append(
-            f"as StragglerAnalysis counts, by means: S {jobs.slowdown:.3f}, M_W {jobs.share_of_slowest:.3f} of "
+            f"StragglerAnalysis' figures, from means: S {jobs.slowdown:.3f}, M_W {jobs.share_of_slowest:.3f} of "
             f"{found.graph.named(jobs.slowest)}"
         )
     lines.append(
-        f"differences without a pattern cost {share_words(found.noise_s, found)} of a step; exchanges under way that "
-        f"nothing hides take {share_words(found.exposed_s, found)}"
+        f"noise costs {share_words(found.noise_s, found)} of a step; with instant exchanges a step would take "
+        f"{share_words(found.exposed_s, found)} less"
     )
     if found.noise_s > MUCH_NOISE * found.replayed_s:
         lines.append(
-            "so much comes and goes that it may hide a rank or link that costs less, or make all ranks seem at fault: "
-            "record again while nothing else runs on these machines"
+            "so much noise may hide a smaller fault of a rank or link, or make all ranks seem at fault: record again "
+            "while nothing else runs on these machines"
         )
     if isinstance(run, RecordedRun):
         lines.append(
-            f"a step is the sum of its calls here; with all that lies between them it takes "
-            f"{time_words(run.built.step_s)}"
+            f"a step is here the sum of its layer calls, which alone are recorded; with the work between the calls it "
+            f"takes {time_words(run.built.step_s)}"
         )
     elif run.lanes == "gpu" and found.replayed_s and found.host_s > MUCH_HOST * found.replayed_s:
         lines.append(
-            f"for {share_words(found.host_s, found)} of a step no kernel runs and no exchange is waited for: launches, "
-            "Python or data loading set the speed there"
+            f"for {share_words(found.host_s, found)} of a step the GPU runs no kernel and waits for no exchange: it "
+            "waits for launches, Python or data loading"
         )
     return lines
 

@@ -13,21 +13,23 @@ __all__ = ["FindingWords", "cost_words", "count_words", "share_words", "time_wor
 MOST_FACTOR = 50.0
 """Beyond that what is usual is next to nothing, and how many times as much it is says nothing."""
 LEAST_FACTOR = 1.05
-OF_LONG_BATCHES = "where a rank has more tokens than the others, batches of one length"
+OF_LONG_BATCHES = "if a rank has more tokens than the others, make batches of equal length"
+MEASURE = "measure the links alone with tritonmoe doctor --probe-links"
 TO_DO = {
-    "slow rank": "look at its clocks, its temperature and what else runs there; else leave the machine out",
-    "late rank": "look at what it does outside of operations: data loading, logging, checkpoints, garbage collection",
-    "slow link": "look at cable, port, switch and route; measure the links alone",
-    "late link": "look at the route, and at what delays messages there: a switch, a proxy, a busy core",
-    "slow port": "look at the network card of that rank, its cable and its driver; measure it alone",
-    "bandwidth": "send fewer bytes, or hide them: chunks that overlap, two levels, a narrower wire_dtype",
-    "latency": "fewer and larger exchanges: fewer chunks; a nearer network",
-    "chunk overhead": "fewer chunks",
-    "host overhead": "a faster host, fewer threads beside it; look at what runs between the layer's steps",
-    "exchange contention": "leave exchanges cores of their own",
-    "pause": "look at what all ranks do at once between calls: checkpoints, evaluation, logging",
-    "imbalance": "balance the router (its auxiliary loss or bias, which the files don't have: on where it is off, else "
-    f"higher), or spread hot experts over ranks; {OF_LONG_BATCHES}",
+    "slow rank": "check the machine's clocks, its temperature and its other programs; else leave the machine out",
+    "late rank": "check what the rank does outside of operations: data loading, logging, checkpoints, garbage "
+    "collection",
+    "slow link": f"check cable, port, switch and route; {MEASURE}",
+    "late link": "check the route, and what may delay messages on it: a switch, a proxy, a busy core",
+    "slow port": f"check the network card of that rank, its cable and its driver; {MEASURE}",
+    "bandwidth": "send fewer bytes (a narrower wire_dtype, two levels), or hide exchanges behind compute (chunks)",
+    "latency": "make fewer and larger exchanges (fewer chunks), or use a network with less delay",
+    "chunk overhead": "use fewer chunks",
+    "host overhead": "use a faster host or fewer other threads; check what Python does between the steps of the layer",
+    "exchange contention": "keep some cores for the exchanges alone (on a GPU: num_sms of the layer)",
+    "pause": "check what all ranks do at the same time between calls: checkpoints, evaluation, logging",
+    "imbalance": "balance the router: switch its auxiliary loss or bias on, or raise the weight (the files don't have "
+    f"the weight); or spread hot experts over ranks; {OF_LONG_BATCHES}",
 }
 
 
@@ -53,24 +55,24 @@ class FindingWords:
 def words_of(one: Finding, found: Verdict, recording: Recording | None = None) -> FindingWords:
     """Say what a finding is; recording: of this package's layers, where it is one."""
     graph, culprits = found.graph, one.culprits
-    if culprits.links:
+    if culprits.links and not culprits.words:
         ways = [f"from rank {graph.ranks[i]} to rank {graph.ranks[k]}" for i, k in culprits.links]
         who = " and ".join(ways)
     elif culprits.moves:
-        who = "another rank from step to step"
+        who = "a different rank from step to step"
     elif culprits.ranks:
         who = graph.named(culprits.ranks) + _host_words(graph, culprits.ranks)
     else:
         who = "all ranks" if len(graph.ranks) > 1 else "the rank"
-    count = len(culprits.links) or len(culprits.ranks) or len(graph.ranks)
+    count = len(culprits.links) * (not culprits.words) or len(culprits.ranks) or len(graph.ranks)
     several = not culprits.moves and count > 1
     where = [place_words(culprits.place)] if culprits.place else [f"in {culprits.phase}"] if culprits.phase else []
     where += [f"in layer {culprits.layer}"] if culprits.layer is not None else []
-    hidden = "; hidden by the other causes: alone it gains little" if one.is_hidden else ""
+    hidden = "; other causes hide this cause: mending it alone gains little" if one.is_hidden else ""
     to_do = TO_DO[one.kind]
     if one.kind == "imbalance" and recording is not None:
         balance = _balance_to_do(recording, culprits.layer)
-        to_do = f"{balance}; tritonmoe.rebalance, which moves experts; {OF_LONG_BATCHES}"
+        to_do = f"{balance}; or move experts with tritonmoe.rebalance; {OF_LONG_BATCHES}"
     return FindingWords(_what(one, several, len(graph.ranks)), who, ", ".join(where), str(one.when), to_do, hidden)
 
 
@@ -93,13 +95,18 @@ def _balance_to_do(recording: Recording, layer: int | None) -> str:
     known = sorted(weight for weight in weights if weight)
     named = f"{known[0]:g}" if len(known) == 1 else f"{known[0]:g} to {known[-1]:g}" if known else ""
     if None in weights:
-        beside = f" ({named} where it is recorded)" if known else ""
-        return f"how the router is balanced is not recorded{beside}: its auxiliary loss or bias, on or higher"
+        beside = f" ({named} in the layers that recorded it)" if known else ""
+        return (
+            f"switch the router's auxiliary loss or bias on, or raise its weight{beside}: the recording doesn't have "
+            "the weight"
+        )
     if not known:
-        return "load_balance_loss_weight is 0: set it, and add the layers' aux_loss to the loss; or set selection_bias"
+        return (
+            "set load_balance_loss_weight, which is 0, and add the layers' aux_loss to the loss; or set selection_bias"
+        )
     if 0.0 in weights:
-        return f"load_balance_loss_weight is 0 in some layers: set it; else a higher one than {named}"
-    return f"a higher load_balance_loss_weight than {named}"
+        return f"set load_balance_loss_weight in the layers where it is 0, or raise it above {named}"
+    return f"raise load_balance_loss_weight above {named}"
 
 
 def _what(one: Finding, several: bool, num_ranks: int) -> str:
@@ -107,29 +114,33 @@ def _what(one: Finding, several: bool, num_ranks: int) -> str:
     s, their = ("", "their") if several else ("s", "its")
     is_beyond = culprits.factor > MOST_FACTOR
     if one.kind == "slow rank":
-        return f"compute{s} " + ("where others hardly do" if is_beyond else _times(culprits.factor))
+        return f"compute{s} " + ("where other ranks compute next to nothing" if is_beyond else _times(culprits.factor))
     if one.kind == "late rank":
         if num_ranks == 1:
-            return "does nothing that the file shows, for longer than usual"
-        return f"come{s} late to exchanges, doing nothing that the file shows"
+            return "runs no operation for longer than usual"
+        return f"come{s} late to exchanges, and run{s} no operation meanwhile"
+    if one.kind == "slow link" and culprits.words:
+        return culprits.words
     if one.kind == "slow link" and culprits.links:
         return (
-            "bytes take time where others take next to none" if is_beyond else f"bytes take {_times(culprits.factor)}"
+            "bytes take time, and over other links next to none"
+            if is_beyond
+            else f"bytes take {_times(culprits.factor)}"
         )
     if one.kind == "slow link":
         if is_beyond:
-            return f"need{s} time for {their} bytes where others need next to none"
+            return f"need{s} time for {their} bytes, and other ranks need next to none"
         return f"need{s} {_times(culprits.factor)} for {their} bytes"
     return {
-        "imbalance": f"get{s} more rows than others",
-        "late link": "every message comes later than over other links, however small",
-        "slow port": culprits.words or f"move{s} {their} bytes more slowly than the others",
+        "imbalance": f"get{s} more rows than other ranks",
+        "late link": "every message, even a small one, comes later than over other links",
+        "slow port": culprits.words or f"move{s} {their} bytes more slowly than other ranks",
         "bandwidth": f"wait{s} for the bytes of exchanges, at the links' usual rate",
-        "latency": f"wait{s} for exchanges for what these take however small they are",
-        "chunk overhead": f"pay{s} what a part of a layer costs, however small it is, once for every chunk",
-        "host overhead": f"wait{s} for the host, before the first step of a pass and between steps",
-        "exchange contention": f"compute{s} more slowly beside an exchange",
-        "pause": f"do{'' if several else 'es'} something else at once between calls, for longer than usual",
+        "latency": f"wait{s} for the fixed time of exchanges, which even the smallest exchange takes",
+        "chunk overhead": f"pay{s} the fixed cost of a chunk, which even the smallest chunk has, once for every chunk",
+        "host overhead": f"wait{s} for the host (Python), before the first operation of a pass and between operations",
+        "exchange contention": f"compute{s} more slowly while an exchange is under way",
+        "pause": f"do{'' if several else 'es'} something else at the same time between calls, for longer than usual",
     }[one.kind]
 
 

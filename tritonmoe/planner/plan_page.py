@@ -92,11 +92,15 @@ class _Planned:
     def best(self) -> list[Cell]:
         one = self.choices[0]
         if not one["fits"]:
-            return [f"{self.name}: nothing fits: at least ", self.number("choices/0/memory_gb", "GB"), " are needed."]
+            return [
+                f"{self.name}: the job doesn't fit, a GPU needs at least ",
+                self.number("choices/0/memory_gb", "GB"),
+                ".",
+            ]
         return [
-            f"{self.name}, ", self.number("gpus", "count"), f" GPUs: best is {_choice(one)}: a step takes ",
-            self.number("choices/0/step_ms", "ms"), ", a million tokens cost ",
-            self.number("choices/0/usd_per_million_tokens", "$"), "; it stays the best in ",
+            f"{self.name}, ", self.number("gpus", "count"), f" GPUs. The best choice is {_choice(one)}. A step takes ",
+            self.number("choices/0/step_ms", "ms"), ", and a million tokens cost ",
+            self.number("choices/0/usd_per_million_tokens", "$"), ". This choice stays the best in ",
             self.number("stays_best", "share"), " of the draws of the estimates.",
         ]  # fmt: skip
 
@@ -129,14 +133,14 @@ class _Planned:
                 points = [(ep, of[ep]["step_ms"]) for ep in sorted(of)]
                 intervals = [tuple(of[ep]["step_interval_ms"]) for ep in sorted(of)]
                 curves.append(Curve(f"{self.name}, {name}", points, intervals))
-        title = "A step with the best choice, and the interval that holds it four times of five"
+        title = "A step with the best choice, and its 80 % interval"
         return Curves(title, "expert-parallel ranks", "ms", curves, None)
 
     def exchanges(self) -> Iterator[list[Cell]]:
         if self.choices[0]["fits"]:
             yield [
-                "Its exchanges take ", self.number("choices/0/exchange_ms", "ms"), " of a step; nothing hides ",
-                self.number("choices/0/exposed_ms", "ms"), "; with no overlap at all a step takes ",
+                "Exchanges take ", self.number("choices/0/exchange_ms", "ms"), " of a step. Nothing computes during ",
+                self.number("choices/0/exposed_ms", "ms"), " of this time. Without overlap a step takes ",
                 self.number("choices/0/serial_step_ms", "ms"), ". A GPU trains ",
                 self.number("choices/0/tokens_per_s_per_gpu", "count"), " tokens a second, at ",
                 self.number("usd_per_gpu_hour", "$"), " an hour.",
@@ -185,9 +189,9 @@ class _Planned:
         yield Table(["the model's own error, of the logarithm of a step's time", "value"], errors)
         yield Words(
             [
-                "An estimate's name has its unit; shares and exponents have none. Four times of five it is "
+                "An estimate's name has its unit; shares and exponents have none. The 80 % interval of an estimate is "
                 "value / (1 + spread) to value * (1 + spread).",
-                "The model's own error is what published steps took over what was predicted for them.",
+                "The model's own error is measured: the time that published steps took, over the predicted time.",
             ]
         )
 

@@ -25,7 +25,9 @@ def plan_table(plan: Plan) -> str:
         *_choices(plan),
     ]
     if plan.num_found > MOST_ROWS:
-        lines.append(f"... and {plan.num_found - MOST_ROWS} other ways: --json has the {len(plan.predictions)} best")
+        lines.append(
+            f"... and {plan.num_found - MOST_ROWS} other choices: --json lists the {len(plan.predictions)} best"
+        )
     lines.append("")
     if best.fits:
         lines += _about_best(plan)
@@ -35,16 +37,16 @@ def plan_table(plan: Plan) -> str:
 def _about_best(plan: Plan) -> Iterator[str]:
     best, cluster = plan.best, plan.cluster
     used = f", which uses {best.gpus_used} of {cluster.num_gpus} GPUs" if best.gpus_used < cluster.num_gpus else ""
-    yield f"Best: {best.choice}{used}. It stays so in {plan.stays_best:.0%} of {len(plan.draws)} draws."
+    yield f"Best: {best.choice}{used}. This choice stays the best in {plan.stays_best:.0%} of {len(plan.draws)} draws."
     yield (
-        f"It trains {best.tokens_per_s_per_gpu:.0f} tokens/s per GPU (MFU {best.mfu:.0%}), a million tokens for "
-        f"{best.usd_per_million_tokens:.4f} $."
+        f"Speed: {best.tokens_per_s_per_gpu:.0f} tokens/s per GPU (MFU {best.mfu:.0%}). Price: "
+        f"{best.usd_per_million_tokens:.4f} $ for a million tokens."
     )
-    yield f"Its step: {_parts(best)}."
+    yield f"Parts of a step: {_parts(best)}."
     yield (
-        f"Its exchanges: {_ms(best.exchange_s, best.exchange_interval_s)}, of which nothing hides "
-        f"{_ms(best.time.exposed_s, best.exposed_interval_s)}; with no overlap at all a step takes "
-        f"{_ms(best.serial_s, best.serial_interval_s)}."
+        f"Exchanges: {_ms(best.exchange_s, best.exchange_interval_s)} a step. During "
+        f"{_ms(best.time.exposed_s, best.exposed_interval_s)} of this time nothing computes. Without overlap a step "
+        f"takes {_ms(best.serial_s, best.serial_interval_s)}."
     )
     first, *others = plan.sensitivities
     deciding = [one for one in others if one.regret > DECIDES]
@@ -126,7 +128,7 @@ def _decision(comparison: Comparison, names: Sequence[str]) -> Iterator[str]:
     for number, (name, best) in enumerate(zip(names, bests, strict=True)):
         usd = comparison.break_even_usd(number)
         if not best.fits:
-            yield f"Nothing fits on {name}, at least {best.memory_gb:.0f} GB are needed: draws and prices leave it out."
+            yield f"The job doesn't fit on {name}: a GPU needs at least {best.memory_gb:.0f} GB."
         elif number and usd is not None:
             yield f"{name} costs as much as {names[0]} at {usd:.2f} $ a GPU-hour, for this model."
 

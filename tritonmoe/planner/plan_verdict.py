@@ -30,23 +30,26 @@ def plan_verdict(plan: Plan) -> str:
     """Return one sentence."""
     if not plan.best.fits:
         return nothing_fits(plan)
-    best, sure = plan.best, f"it stays the best in {plan.stays_best:.0%} of {len(plan.draws)} draws"
+    best, stays = plan.best, f"stays the best in {plan.stays_best:.0%} of {len(plan.draws)} draws"
     low, high = best.step_interval_s
     first = plan.sensitivities[0]
     if plan.stays_best >= SURE or first.regret <= DECIDES:
         widest = max(plan.sensitivities, key=lambda one: one.swing)
-        said = f"Take {best.choice}, because {sure}"
+        said = f"Take {best.choice}, because this choice {stays}"
         if widest.source == "assumed":
             said += (
-                f"; that its step takes {low * 1e3:.0f} to {high * 1e3:.0f} ms is mostly because {widest.key} is only "
-                "assumed"
+                f". A step takes {low * 1e3:.0f} to {high * 1e3:.0f} ms; the interval is wide mostly because "
+                f"{widest.key} is only assumed"
             )
         return said + "."
-    return f"Measure {first.key} first, because it is {_known(first.source)} and {why(first)}; as it is, {sure}."
+    return (
+        f"Measure {first.key} first, because this number is {_known(first.source)} and {why(first)}. With today's "
+        f"estimates the choice above {stays}."
+    )
 
 
 def _known(source: str) -> str:
-    return {"assumed": "only assumed", "probe": "known from a probe of seconds"}.get(source, source)
+    return {"assumed": "only assumed", "probe": "known only from a short probe"}.get(source, source)
 
 
 def nothing_fits(plan: Plan) -> str:
@@ -56,9 +59,9 @@ def nothing_fits(plan: Plan) -> str:
     usable = USABLE_MEMORY * cluster.gpu.memory_gb
     tried = [name for name, is_free in (("tp", free.tp), ("pp", free.pp), ("recomputation", free.recompute)) if is_free]
     said = (
-        f"Nothing fits: a job can fill {usable:.1f} of a GPU's {cluster.gpu.memory_gb:g} GB ({USABLE_MEMORY:.0%}: the "
-        f"allocator, the driver and NCCL have the rest), and at least {best.memory_gb:.0f} GB are needed, with {choice}"
-        f"{', whichever ' + ', '.join(tried) if tried else ''}."
+        f"Nothing fits. A job can fill {usable:.1f} of a GPU's {cluster.gpu.memory_gb:g} GB ({USABLE_MEMORY:.0%}: the "
+        f"allocator, the driver and NCCL need the rest), and this job needs at least {best.memory_gb:.0f} GB, with "
+        f"{choice}{' (all values of ' + ', '.join(tried) + ' were tried)' if tried else ''}."
     )
     helps = list(_helps(plan, choice.recompute == "full" or free.recompute))
     nodes = _nodes_needed(plan)
@@ -72,9 +75,9 @@ def _helps(plan: Plan, is_recomputed: bool) -> Iterator[str]:
     if not is_recomputed:
         yield "--recompute full"
     if not free.pp:
-        yield f"more pipeline stages than {job.pp} (--pp, or none given: all are tried)"
+        yield f"more pipeline stages than {job.pp} (--pp; without --pp all numbers are tried)"
     if not free.tp:
-        yield f"more tensor-parallel ranks than {job.tp} (--tp, or none given: all are tried)"
+        yield f"more tensor-parallel ranks than {job.tp} (--tp; without --tp all numbers are tried)"
     if job.micro_batch > 1:
         yield f"fewer than {job.micro_batch} sequences a micro-batch (--micro-batch)"
 
@@ -98,10 +101,10 @@ def compare_verdict(comparison: Comparison) -> str:
     fits = comparison.fitting
     names = [plan.cluster.name for plan in comparison.plans]
     if not fits:
-        return "Buy none of these: the job fits on none, as it is given."
+        return "Buy none of these clusters: the job fits on none of them."
     first = fits[0]
     if len(fits) == 1:
-        return f"Buy {names[first]}, because the job fits on no other."
+        return f"Buy {names[first]}, because the job fits on no other cluster."
     best, second = (comparison.plans[n].best for n in fits[:2])
     share = max(comparison.is_cheapest[n] or 0.0 for n in fits)
     chosen = max(fits, key=lambda n: comparison.is_cheapest[n] or 0.0)
@@ -118,5 +121,8 @@ def compare_verdict(comparison: Comparison) -> str:
     )
     number, key, explained = (*comparison.decides, (0, "", 0.0))[0]
     if explained < EXPLAINS:
-        return f"Run the job on both for some minutes first, because no number alone decides: {said}."
-    return f"Measure {key} of {names[number]} first, because it explains {explained:.0%} of what decides: {said}."
+        return f"Run the job on both clusters for some minutes first, because no single number decides: {said}."
+    return (
+        f"Measure {key} of {names[number]} first, because this number explains {explained:.0%} of the difference in "
+        f"price: {said}."
+    )
