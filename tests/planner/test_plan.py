@@ -107,7 +107,7 @@ def test_nothing_fits():
     assert found.sensitivities == []  # of choices none of which can be made
     text = plan_table(found)
     assert "Nothing fits. A job can fill 73.6 of a GPU's 80 GB (92%: the allocator, " in text
-    assert f"at least {found.best.memory_gb:.0f} GB are needed" in text
+    assert f"this job needs at least {found.best.memory_gb:.0f} GB" in text
     assert "Try --recompute full, " in text
     assert "Measure next" not in text
 
@@ -214,7 +214,7 @@ def test_clusters_on_which_nothing_fits_are_left_out(one_size):
     nothing = compare(job, [small, node], [8])
     assert nothing.is_cheapest == [None, None]
     assert "is the cheapest in" not in comparison_table(nothing)
-    assert comparison_table(nothing).endswith("Buy H100, because the job fits on no other.")
+    assert comparison_table(nothing).endswith("Buy H100, because the job fits on no other cluster.")
     assert nothing.to_json()["break_even_usd_per_gpu_hour"] == [None, None]
 
 
@@ -236,7 +236,7 @@ def test_what_is_assumed_of_both_decides_nothing(one_size):
     drawn = [one.draws[7].factors for one in found.plans]
     assert drawn[0] == drawn[1]
     text = comparison_table(found).splitlines()[-1]
-    assert text.startswith("Run the job on both for some minutes first, because no number alone decides: H100 is 2%")
+    assert text.startswith("Run the job on both clusters for some minutes first, because no single number decides: H100 is 2%")
 
 
 def test_equal_gpus_and_equal_price(one_size):
