@@ -48,13 +48,13 @@ def add_parser(subparsers: Subparsers) -> None:
         "--probe-links",
         action="store_true",
         help="under torchrun, without RUN: measure the link between every two ranks, "
-        "which a recording over NCCL can't tell",
+        "whose speed a recording over NCCL doesn't show",
     )
     parser.add_argument(
         "--ranks-per-node",
         type=positive,
         metavar="COUNT",
-        help="of traces: so many neighbouring ranks share a host, where the files don't say it or say it wrongly",
+        help="for traces: how many neighbouring ranks share a host, if the files don't tell or are wrong",
     )
     parser.add_argument("--json", type=output_file, help="also write all figures to this file")
     parser.add_argument("--html", type=report_file, help="also write a report to this file, a page for any browser")

@@ -34,56 +34,57 @@ LOCAL_PARTS = 16
 
 @dataclass(frozen=True)
 class OverlapConfig:
-    """What a layer may choose from when it cuts a batch into chunks and hides their exchanges behind compute.
+    """How a layer divides a batch into chunks, whose exchanges it hides behind compute: fixed values, or choices.
 
-    Raises ValueError for a chunk count outside 1..32, or a shape that doesn't fit it.
+    Raises ValueError for a chunk count outside 1..32, or a shape that doesn't fit the count.
     """
 
     num_chunks: int | Literal["auto"] = "auto"
     """Chunks per call; "auto" measures the first calls and chooses (see tuning/tuner.py)."""
     local_first: bool = True
-    """Run the pairs that this rank owns itself as filler, while the first and the last exchange are under way."""
+    """Compute the pairs of this rank's own tokens and experts while the first and the last exchange are under way."""
     serial: bool = False
-    """Wait for every exchange where it is posted: the non-overlapped baseline of the same chunks."""
+    """Wait for every exchange as soon as it is posted: the same chunks without overlap, to compare with."""
     shape: Literal["auto", "equal", "ramp"] | tuple[int, ...] = "auto"
-    """Chunks of one size ("equal"), each twice the one before, up to 16 times the first, and then back ("ramp"), or
-    their relative sizes: (1, 2, 4, 2, 1) gives a tenth of the tokens (or experts) to the first and the last of five
-    chunks. "auto" is the tuner's choice with num_chunks="auto", and "equal" otherwise."""
+    """The sizes of chunks. "equal": all of one size. "ramp": each chunk twice as large as the chunk before, up to 16
+    times the first, and then smaller again. A tuple: relative sizes, so that (1, 2, 4, 2, 1) gives a tenth of the
+    tokens (or experts) to the first and to the last of five chunks. "auto": the tuner's choice with num_chunks="auto",
+    and "equal" otherwise."""
     wire_dtype: torch.dtype | None = None
-    """How rows travel: None as they are; torch.bfloat16 (fp32 layers) everywhere; torch.float8_e4m3fn in the forward
-    dispatch alone, with a scale for each 128 columns of a row. dX passes straight through, dW uses the rows as they
-    arrived, rows that stay on their rank are not touched."""
+    """The dtype in which rows travel. None: the layer's own. torch.bfloat16: in all exchanges of an fp32 layer.
+    torch.float8_e4m3fn: in the forward's dispatch only, with a scale for each 128 columns of a row. The gradient of x
+    ignores the rounding; gradients of weights are computed from the rounded rows. Rows that stay on their rank are not
+    rounded."""
     chunk_by: Literal["tokens", "experts", "auto"] = "auto"
-    """What is cut into chunks: every rank's tokens, or every rank's experts. With "experts" rows that travelled read
-    each weight once, in one product; a row travels with the first chunk that needs it and returns with the last, so
-    more rows leave early and return late, and the results of all pairs are kept until then. "auto" is the tuner's
-    choice with num_chunks="auto" on a transport of one level, and "tokens" otherwise."""
+    """What is divided into chunks: every rank's tokens, or every rank's experts. With "experts" each weight is read only
+    once for all received rows. But a row travels with the first chunk that needs the row and returns with the last, so
+    more rows leave early and return late, and the results of all pairs are kept until the last chunk. "auto": the
+    tuner's choice with num_chunks="auto" on a transport of one level, and "tokens" otherwise."""
 
     capacity: float | None = None
-    """Room for the rows of each (rank, peer, chunk): this times their mean under routing to uniformly drawn experts,
-    and the same for their pairs (dispatch/capacity.py has the formula and an example). Rows then leave without waiting
-    for counts to reach the host; ranks compare their headers before, from the host alone. Where some rank's rows don't
-    fit, all ranks run the call again without a capacity before it returns: results are always exact, and
-    last_report.overflowed says so. What travels is the room, padding included. Chunks of experts and a
-    TwoLevelTransport have no such mode. Calls with backend="triton" can be captured by a CUDA graph: see
-    docs/decisions.md, "Capacity"."""
+    """Room for the rows of each (rank, peer, chunk): capacity times their mean number if experts were drawn uniformly,
+    and the same for their pairs (dispatch/capacity.py has the formula and an example). Rows are then sent without
+    waiting for counts to reach the host. If the rows of any rank don't fit, all ranks run the call again without a
+    capacity before the call returns: results are always exact, and last_report.overflowed is True. The whole room
+    travels, padding included. Refused with chunks of experts and with a TwoLevelTransport. With a capacity and
+    backend="triton" a CUDA graph can capture a call: see docs/decisions.md, "Capacity"."""
 
     memory_budget_bytes: int | None = None
-    """With num_chunks="auto": choose the fewest equal chunks, two exchanges of a kind under way, with which the buffers
-    of a call fit into so many bytes on every rank, by simulation.memory.peak_bytes for the rows of the call before.
-    Nothing is tuned then; where nothing fits, last_report.choice says how much the least is. Chunks of experts and a
-    TwoLevelTransport have no budget."""
+    """With num_chunks="auto": choose the fewest equal chunks with which the buffers of a call fit into this number of
+    bytes on every rank, with two exchanges of a kind under way. simulation.memory.peak_bytes predicts the bytes from
+    the rows of the last call. The speed is not tuned then. If no number of chunks fits, last_report.choice says how many
+    bytes are needed at least. Refused with chunks of experts and with a TwoLevelTransport."""
 
     balance: Literal["auto", "always"] | None = None
-    """Copies of experts for one call: from the counts of every call, the weights of hot experts travel to ranks that
-    have less to do, which compute a part of their pairs, and send the gradients of these weights home. "auto" does so
-    where the call is expected to take at least 3 % less time for it, by what calls before have taken; "always" wherever
-    ranks have different numbers of pairs. Parameters, optimizers and checkpoints don't know of copies. None: never.
-    Chunks of experts, a capacity, a memory budget, placements with replicas, callable activations and a
-    TwoLevelTransport have no copies; halves of a batch run without."""
+    """Copies of hot experts for one call: their weights travel to ranks that have less to do. These ranks compute a part
+    of the pairs, and send the gradients of the copies back. "auto" makes copies if the call is predicted, from the times
+    of earlier calls, to take at least 3 % less time; "always" makes copies if ranks have different numbers of pairs;
+    None never makes copies. Parameters, optimizers and checkpoints are the same as without copies. Refused with chunks
+    of experts, a capacity, a memory budget, placements with replicas, callable activations and a TwoLevelTransport;
+    halves of a batch run without copies."""
     max_copies: int = 2
-    """With `balance`: the most experts of other ranks that a rank computes a part of in one call. Each takes the memory
-    of its weights until the backward; with save="input" they travel again instead."""
+    """With `balance`: of how many experts of other ranks a rank computes a part in one call, at most. The weights of each
+    copy stay in memory until the backward; with save="input" they travel again instead."""
 
     def __post_init__(self) -> None:
         check_wire_dtype(self.wire_dtype)

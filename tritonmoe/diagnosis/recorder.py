@@ -37,18 +37,18 @@ LEFT_OUT = (
 def record(path: str | os.PathLike) -> Iterator[None]:
     """Record every expert-parallel layer call of this process while the context lasts, for `tritonmoe doctor`.
 
-    It goes around a training or benchmark loop; the layers may be anywhere, in models of transformers too. Every rank
-    records, into a folder that they share or that is put together later: rank 3 writes rank-0003.jsonl, a header and
-    one line for each call, within half a second of the end of its backward, or of its graph where none comes. Calls
-    over a second transport go to transport-1 in there. Where a layer's ranks are not all of the job, as in a mesh of
-    replicas and expert ranks, each group has a folder in there, ranks-0004-to-0007 say. The times are those of
-    last_report; nothing is read from a device in a call, a thread of its own writes. Calls in a CUDA graph have no
-    times and are left out.
+    Put `record` around a training or benchmark loop. The layers may be anywhere, in models of transformers too. Every
+    rank records, into one folder that the ranks share, or into several that are put together later. Rank 3 writes
+    rank-0003.jsonl: a header, and one line for each call. The line is written within half a second after the call's
+    backward, or, if there is no backward, after autograd freed the graph. Calls over a second transport are written to
+    the subfolder transport-1. If a layer has only a part of the job's ranks, as in a mesh of replicas and expert ranks,
+    each group of ranks has a subfolder, such as ranks-0004-to-0007. The times are those of last_report. A thread writes
+    them, so that no call reads from the device. Calls in a CUDA graph have no times and are left out.
 
-    path: the folder, which may be new; emulated ranks, threads of one process, all give the same one.
+    path: the folder, which may be new; all emulated ranks (threads of one process) give the same folder.
     Raises:
-        FileExistsError: in a layer's first call, before a row moves: it has a recording of this rank already. OSError:
-            at the end, a file could not be written.
+        FileExistsError: in a layer's first call, before a row moves, if the folder has a recording of this rank
+            already. OSError: at the end, if a file could not be written.
     Example:
         with tritonmoe.diagnosis.record("run"):
             train(model, steps=20)

@@ -13,14 +13,16 @@ __all__ = ["on_trace_ready"]
 
 
 def on_trace_ready(folder: str | os.PathLike) -> Callable[[torch.profiler.profile], None]:
-    """Return what `torch.profiler.profile(on_trace_ready=...)` calls when it has a trace: it writes this rank's.
+    """Return a function for `torch.profiler.profile(on_trace_ready=...)` that writes this rank's trace.
 
-    Every rank writes `folder/rank-0003.trace.json.gz`, and `rank-0003.flight.json` where PyTorch's flight recorder
-    runs; `tritonmoe doctor folder` reads both. The second trace of a run goes to `folder-window-2`, and so on. Give the
-    profiler `record_shapes=True`, without which it is not known on gloo who sent how much, and call its `step()`.
+    Every rank writes a file such as `folder/rank-0003.trace.json.gz`, and `rank-0003.flight.json` if PyTorch's flight
+    recorder runs; `tritonmoe doctor folder` reads both. The second trace of a run is written to `folder-window-2`, and
+    so on. Give the profiler `record_shapes=True`: without it the doctor can't know over gloo which rank sent how much.
+    Call the profiler's `step()` after each step.
 
     Raises:
-        FileExistsError: when the trace is there, if the folder has one of this rank: give each run a folder of its own.
+        FileExistsError: when a trace is complete, if the folder has a trace of this rank already: give each run a
+            folder of its own.
     """
     num_written = 0
 

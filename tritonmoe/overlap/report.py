@@ -225,35 +225,35 @@ class LayerReport:
     other_row_bytes: int | None = None
     """The bytes of one row in the other exchanges of rows; None stands for row_bytes."""
     choice: str = "as given"
-    """Why this plan was chosen, in one sentence."""
+    """The reason for this plan, in one sentence."""
     wire_squares: Tensor | None = None
     """(2,) fp32: the summed squares of what the wire format changed in the dispatched rows, and those of the rows."""
     first_run: "LayerReport | None" = None
-    """The report of the first run, where rows of some rank didn't fit into the capacity and the call ran again without
-    one. All else here is of the second run, whose results are the call's."""
+    """If rows of some rank didn't fit into the capacity, the call ran again without a capacity: the report of the first
+    run. All other fields then describe the second run, whose results the call returned."""
     rows_to_nodes: tuple[int, ...] | None = None
     """On a TwoLevelTransport: how many tokens of this rank need an expert of each node, its own included."""
     marks: CallMarks | None = None
-    """When this rank came to the call, and when it had everybody's counts."""
+    """When this rank came to the call, and when it had the counts of all ranks."""
     backward_marks: CallMarks | None = None
-    """The same of the backward; None where it began without an agreement."""
+    """The same for the backward; None if the backward began without an exchange of headers."""
     copies: ExpertCopies | None = None
     """The copies of experts that the call had; traffic_rows and traffic_pairs count with them."""
     copied_bytes: int = 0
     """The bytes of one expert's weights, which travel for each copy."""
     copied_gradient_bytes: int = 0
-    """The bytes of what comes home of their gradients."""
+    """The bytes of the gradients of one copy, which travel back to the owner."""
     copies_are_kept: bool = True
     """Whether these weights are kept until the backward, instead of sent once more."""
     pairs_without_copies: Tensor | None = None
     """(W, W) int64: what traffic_pairs would be without copies; None where there are none."""
     balance: str = ""
-    """What came of OverlapConfig.balance in this call, in one sentence; "" without."""
+    """How many copies OverlapConfig.balance made and their predicted gain, or why none; "" without balance."""
     half: int = 0
     """Which half of a batch in two_batches the call is of, 1 or 2; 0 for a whole batch. The times of a half's pass hold
     what the other half did in between."""
     first_half: "LayerReport | None" = None
-    """Of a second half: the report of the first half's call of this layer."""
+    """For a second half: the report of the first half's call of this layer."""
 
     @property
     def rows_between_nodes(self) -> int | None:
@@ -270,7 +270,7 @@ class LayerReport:
 
     @property
     def imbalance_without_copies(self) -> float:
-        """The same as it would be without copies."""
+        """What `imbalance` would be without copies."""
         return _imbalance(self.traffic_pairs if self.pairs_without_copies is None else self.pairs_without_copies)
 
     @property
