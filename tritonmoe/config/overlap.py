@@ -56,10 +56,10 @@ class OverlapConfig:
     ignores the rounding; gradients of weights are computed from the rounded rows. Rows that stay on their rank are not
     rounded."""
     chunk_by: Literal["tokens", "experts", "auto"] = "auto"
-    """What is divided into chunks: every rank's tokens, or every rank's experts. With "experts" each weight is read only
-    once for all received rows. But a row travels with the first chunk that needs the row and returns with the last, so
-    more rows leave early and return late, and the results of all pairs are kept until the last chunk. "auto": the
-    tuner's choice with num_chunks="auto" on a transport of one level, and "tokens" otherwise."""
+    """What is divided into chunks: every rank's tokens, or every rank's experts. With "experts" each weight is read
+    only once for all received rows. But a row travels with the first chunk that needs the row and returns with the
+    last, so more rows leave early and return late, and the results of all pairs are kept until the last chunk. "auto":
+    the tuner's choice with num_chunks="auto" on a transport of one level, and "tokens" otherwise."""
 
     capacity: float | None = None
     """Room for the rows of each (rank, peer, chunk): capacity times their mean number if experts were drawn uniformly,
@@ -72,19 +72,19 @@ class OverlapConfig:
     memory_budget_bytes: int | None = None
     """With num_chunks="auto": choose the fewest equal chunks with which the buffers of a call fit into this number of
     bytes on every rank, with two exchanges of a kind under way. simulation.memory.peak_bytes predicts the bytes from
-    the rows of the last call. The speed is not tuned then. If no number of chunks fits, last_report.choice says how many
-    bytes are needed at least. Refused with chunks of experts and with a TwoLevelTransport."""
+    the rows of the last call. The speed is not tuned then. If no number of chunks fits, last_report.choice says how
+    many bytes are needed at least. Refused with chunks of experts and with a TwoLevelTransport."""
 
     balance: Literal["auto", "always"] | None = None
-    """Copies of hot experts for one call: their weights travel to ranks that have less to do. These ranks compute a part
-    of the pairs, and send the gradients of the copies back. "auto" makes copies if the call is predicted, from the times
-    of earlier calls, to take at least 3 % less time; "always" makes copies if ranks have different numbers of pairs;
-    None never makes copies. Parameters, optimizers and checkpoints are the same as without copies. Refused with chunks
-    of experts, a capacity, a memory budget, placements with replicas, callable activations and a TwoLevelTransport;
-    halves of a batch run without copies."""
+    """Copies of hot experts for one call: their weights travel to ranks that have less to do. These ranks compute a
+    part of the pairs, and send the gradients of the copies back. "auto" makes copies if the call is predicted, from the
+    times of earlier calls, to take at least 3 % less time; "always" makes copies if ranks have different numbers of
+    pairs; None never makes copies. Parameters, optimizers and checkpoints are the same as without copies. Refused with
+    chunks of experts, a capacity, a memory budget, placements with replicas, callable activations and a
+    TwoLevelTransport; halves of a batch run without copies."""
     max_copies: int = 2
-    """With `balance`: of how many experts of other ranks a rank computes a part in one call, at most. The weights of each
-    copy stay in memory until the backward; with save="input" they travel again instead."""
+    """With `balance`: of how many experts of other ranks a rank computes a part in one call, at most. The weights of
+    each copy stay in memory until the backward; with save="input" they travel again instead."""
 
     def __post_init__(self) -> None:
         check_wire_dtype(self.wire_dtype)
