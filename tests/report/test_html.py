@@ -160,7 +160,7 @@ def test_a_comparison_with_a_cluster_on_which_nothing_fits() -> None:
         page_text(comparison_page(replace(of, plans=[of.plans[0], unfit], is_cheapest=[None, None])))
     )
     assert data["break_even_usd_per_gpu_hour"][1] is None
-    assert "H200: nothing fits" in page.words
+    assert "H200: the job doesn't fit" in page.words
     assert "of the draws of the estimates" not in page.words.partition("H200: nothing fits")[2]
 
 
