@@ -236,7 +236,8 @@ def test_what_is_assumed_of_both_decides_nothing(one_size):
     drawn = [one.draws[7].factors for one in found.plans]
     assert drawn[0] == drawn[1]
     text = comparison_table(found).splitlines()[-1]
-    assert text.startswith("Run the job on both clusters for some minutes first, because no single number decides: H100 is 2%")
+    said = "Run the job on both clusters for some minutes first, because no single number decides: H100 is 2%"
+    assert text.startswith(said)
 
 
 def test_equal_gpus_and_equal_price(one_size):
