@@ -1,4 +1,4 @@
-"""Stages of torch.distributed.pipelining with spread experts have the gradients of one device, whatever the schedule."""
+"""Stages of torch.distributed.pipelining with spread experts: one device's gradients, whatever the schedule."""
 
 from pathlib import Path
 
