@@ -2,6 +2,7 @@
 
 import copy
 import importlib.metadata
+import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,23 @@ def test_adapters_of_peft_train_as_on_decoded_weights(
     assert torch.isfinite(merged(IDS).logits).all()
 
 
+def test_adapters_that_peft_would_multiply_out_are_refused() -> None:
+    """bitsandbytes' weights would be read without them."""
+    models = [mixtral()]
+    tmt.quantize_experts(models[0], "nf4")
+    if importlib.util.find_spec("bitsandbytes"):
+        models.append(parametrised_by_bitsandbytes())
+        tmt.patch(models[1])
+    for model in models:
+        own = adapted(model)
+        own.add_adapter("second", own.peft_config["default"])
+        own.base_model.set_adapter(["default", "second"])
+        with pytest.raises(ValueError, match="whose weight is packed, since 2 adapters are active at once"):
+            own(IDS)
+        own.base_model.set_adapter("second")
+        assert own(IDS).logits.isfinite().all()
+
+
 @pytest.mark.thorough
 def test_trainer(loaded: tuple[Any, Any, dict[str, Tensor], Path], tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
@@ -236,13 +254,19 @@ def test_transformers_own_fp8_experts() -> None:
         experts.to(torch.bfloat16)(x, ids, weights)
 
 
-def test_experts_that_bitsandbytes_parametrises() -> None:
+def parametrised_by_bitsandbytes() -> Any:
     parametrize = pytest.importorskip("bitsandbytes.nn.parametrize")
-    model, ours = mixtral(), mixtral()
-    tmt.quantize_experts(ours, "nf4")
+    model = mixtral()
     for layer in model.model.layers:
         for name in ("gate_up_proj", "down_proj"):
             parametrize.replace_parameter_4bit(layer.mlp.experts, name, quant_type="nf4")
+    return model
+
+
+def test_experts_that_bitsandbytes_parametrises() -> None:
+    parametrize = pytest.importorskip("bitsandbytes.nn.parametrize")
+    model, ours = parametrised_by_bitsandbytes(), mixtral()
+    tmt.quantize_experts(ours, "nf4")
     assert tmt.patch(model).num_switched == 2
     assert torch.equal(model(IDS).logits, ours(IDS).logits)
     with torch.no_grad():
