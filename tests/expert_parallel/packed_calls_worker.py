@@ -1,6 +1,7 @@
 """What every rank of test_calls_on_processes runs: `packed_calls_worker.py FOLDER FORMAT BACKEND RANK SIZE`."""
 
 import sys
+from functools import partial
 from typing import Any
 
 import torch
@@ -61,9 +62,9 @@ def checkpointed(transport: Transport) -> None:
                 if name[-2:] in ("_a", "_b")
             }
             adapters = tm.ExpertAdapters(**leaves, gate_up_scale=0.5, dropout=0.2)  # type: ignore[arg-type]
-            run: Any = lambda x, weights, adapters=adapters, ids=ids: layer(x, ids, weights, adapters=adapters)
+            run: Any = partial(layer, adapters=adapters)
             torch.manual_seed(9)
-            y = checkpoint(run, x, weights, use_reentrant=False) if again else run(x, weights)
+            y = checkpoint(run, x, ids, weights, use_reentrant=False) if again else run(x, ids, weights)
             y.float().square().sum().backward()
             found.append({"y": y.detach(), **{n: t.grad for n, t in {"x": x, "w": weights, **leaves}.items()}})
         assert_same_bits(*found)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from held_storages import LargestFloats
 from packed_weights import random_weight
 from processes import run_torchrun
 from safetensors.torch import load_file
@@ -76,6 +77,23 @@ def test_loads_runs_and_saves(loaded: tuple[Any, Any, dict[str, Tensor], Path], 
     AUTO_QUANTIZER_MAPPING.update(QUANTIZERS)
     again = load(tmp_path / "saved", experts_implementation="tritonmoe")
     assert torch.equal(again(IDS).logits, plain(IDS).logits)
+
+
+def test_no_whole_decoded_weight_is_ever_made(tmp_path: Path) -> None:
+    """In forward, generation, backward of PEFT's adapters, and save_pretrained."""
+    gpt_oss_mxfp4(tmp_path, num_experts=32)
+    tmt.register(packed=True)
+    model = load(tmp_path)
+    tm.QuantizedWeight.pack(torch.zeros(1, 32, 32), "mxfp4").decode()  # makes its tables
+    with LargestFloats() as largest:
+        model.save_pretrained(tmp_path / "saved")
+        model.generate(IDS, max_new_tokens=2, do_sample=False)
+        own = adapted(model)
+        own.gradient_checkpointing_enable()
+        own(IDS, labels=IDS).loss.backward()
+        own.save_pretrained(tmp_path / "adapters")
+    few_experts = 2**15  # tiny experts are decoded some at a time
+    assert max(largest.num_values.values()) <= few_experts < 32 * 64 * 32
 
 
 def adapted(model: Any) -> Any:
