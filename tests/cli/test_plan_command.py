@@ -78,6 +78,9 @@ def test_recorded_routing(capsys, tmp_path):
         (["OLMoE-1B-7B", "H100", "--equal", "gpus"], "--equal makes the clusters of --compare equal"),
         (["OLMoE-1B-7B", "H100", "--sends", "pairs"], "leave sends='pairs' out"),
         (["OLMoE-1B-7B", "H100", "--two-batches"], "micro_batch must be at least 2, got 1 (--micro-batch 2)"),
+        (["OLMoE-1B-7B", "H100", "--adapter-rank", "4"], "say how its experts are stored (--frozen bf16)"),
+        (["gpt-oss-20b", "H100", "--frozen", "fp8"], "F = 2880, which is not a multiple of 128"),
+        (["OLMoE-1B-7B", "H100", "--frozen", "nf4", "--trainer", "megatron"], "as this package trains its adapters"),
     ],
 )
 def test_bad_arguments_are_2(capsys, arguments, says):

@@ -15,6 +15,8 @@ from tritonmoe.config.formats import WeightFormat
 from tritonmoe.transports import Transport, TwoLevelTransport
 
 WORKER = Path(__file__).parent / "packed_worker.py"
+CALLS_WORKER = WORKER.with_name("packed_calls_worker.py")
+RESHARD_WORKER = WORKER.with_name("packed_reshard_worker.py")
 OVERLAPS = {
     "C1": tm.OverlapConfig(1),
     "C3": tm.OverlapConfig(3),
@@ -144,3 +146,29 @@ def test_layers_on_processes(weight_format: WeightFormat, num_ranks: int, tmp_pa
     """Layers, parallelize, casts, DTensors, checkpoints, DDP and FSDP2: each right, or refused."""
     ended = run_processes(num_ranks, "gloo", str(WORKER), str(tmp_path), weight_format, timeout_s=170.0)
     assert ended.statuses == [0] * num_ranks, ended.output[-6000:]
+
+
+@pytest.mark.parametrize(
+    ("backend", "num_ranks"),
+    [
+        pytest.param("torch", 2, marks=pytest.mark.thorough),
+        pytest.param("torch", 4, marks=pytest.mark.thorough),
+        pytest.param("triton", 4, marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.parametrize("weight_format", FORMATS)
+def test_calls_on_processes(weight_format: WeightFormat, backend: str, num_ranks: int, tmp_path: Path) -> None:
+    """Adapters with dropout, recomputes of the call and of activation checkpointing, ranks without tokens."""
+    script = str(CALLS_WORKER), str(tmp_path), weight_format, backend
+    ended = run_processes(num_ranks, "gloo", *script, timeout_s=170.0 if backend == "torch" else 900.0)
+    assert ended.statuses == [0] * num_ranks, ended.output[-6000:]
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("weight_format", FORMATS)
+def test_resharding(weight_format: WeightFormat, tmp_path: Path) -> None:
+    """Saved over 4 ranks, loaded over 2 and 1 and back: bytes stay, and no rank ever decodes more than two experts."""
+    for stage, num_ranks in enumerate((4, 2, 1, 2, 4)):
+        script = str(RESHARD_WORKER), str(tmp_path), weight_format, str(stage)
+        ended = run_processes(num_ranks, "gloo", *script, timeout_s=170.0)
+        assert ended.statuses == [0] * num_ranks, (stage, ended.output[-6000:])

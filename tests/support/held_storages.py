@@ -1,14 +1,15 @@
-"""HeldStorages: which memory a thread's operations made, and how much of it was held at once."""
+"""HeldStorages: which memory a thread's operations made, and how much of it was held at once; LargestFloats."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["HeldStorages"]
+__all__ = ["HeldStorages", "LargestFloats"]
 
 
 class HeldStorages(TorchDispatchMode):
@@ -46,3 +47,28 @@ class HeldStorages(TorchDispatchMode):
     def _numbers(self, tensors: Sequence[Tensor | None]) -> set[int]:
         keys = {t.untyped_storage()._cdata for t in tensors if t is not None}
         return {number for key, (number, _) in self.references.items() if key in keys}
+
+
+class LargestFloats(TorchDispatchMode):
+    """Notes how many values of two bytes or more this thread's operations made memory for at once, by operation.
+
+    Operations on DTensors are noted as those that they are made of.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_values: dict[str, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(one, DTensor) for one in types):
+            return NotImplemented
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.itemsize == 1:
+                continue
+            storage = tensor.untyped_storage()
+            if not tensor.is_meta and storage._cdata not in given:
+                number = storage.nbytes() // tensor.itemsize
+                self.num_values[str(func)] = max(number, self.num_values.get(str(func), 0))
+        return result

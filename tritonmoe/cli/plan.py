@@ -13,7 +13,7 @@ from tritonmoe.planner.cluster import DTYPE_BYTES, Cluster
 from tritonmoe.planner.cluster_file import read_cluster, to_toml
 from tritonmoe.planner.cluster_presets import CLUSTERS, REMARKS
 from tritonmoe.planner.comparison import Equal, compare
-from tritonmoe.planner.job import Job, Recompute
+from tritonmoe.planner.job import FROZEN, Job, Recompute
 from tritonmoe.planner.model_config import expert_load, find_model
 from tritonmoe.planner.model_presets import MODELS
 from tritonmoe.planner.plan_page import comparison_page, plan_page
@@ -26,6 +26,8 @@ from tritonmoe.report.terminal import wrapped
 from tritonmoe.runtime.files import Json, write_whole
 
 __all__ = ["add_parser"]
+
+DEFAULT_ADAPTER_RANK = 16
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -106,6 +108,14 @@ def _add_trainer(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="run two halves of a micro-batch at once: one computes while the other's rows travel",
     )
+    parser.add_argument(
+        "--frozen",
+        choices=FROZEN,
+        help="freeze the model, its experts stored so, and train adapters of its experts (default: train everything)",
+    )
+    parser.add_argument(
+        "--adapter-rank", type=positive, help="rank of the adapters of a --frozen model's experts (default 16)"
+    )
     parser.add_argument("--balanced", action="store_true", help="assume routing that is forced to be balanced")
     parser.add_argument(
         "--routing",
@@ -170,6 +180,8 @@ def _job(arguments: argparse.Namespace) -> Job:
         two_batches=arguments.two_batches,
         imbalance=1.0 if arguments.balanced or arguments.routing is not None else UNKNOWN_IMBALANCE,
         load=() if arguments.routing is None else expert_load(arguments.routing, model.num_experts),
+        frozen=arguments.frozen,
+        adapter_rank=arguments.adapter_rank or (0 if arguments.frozen is None else DEFAULT_ADAPTER_RANK),
     )
     return trained_by(job, arguments.trainer, arguments.sends, arguments.zero)
 

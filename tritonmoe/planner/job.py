@@ -3,14 +3,18 @@
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
+from tritonmoe.config.formats import FORMATS, FP8_BLOCK, bytes_per_value, scales_shape
 from tritonmoe.planner.cluster import DTYPE_BYTES, Cluster
 from tritonmoe.planner.transformer_model import Model
 
-__all__ = ["Job", "Recompute", "expert_degrees"]
+__all__ = ["FROZEN", "Job", "Recompute", "expert_degrees"]
 
 Recompute = Literal["none", "selective", "experts", "full"]
 """What the backward computes again: nothing; norms, rotations and activations, but no product; h of the experts
 (save="input"); or all layers' forward and exchanges. Each takes longer than those before it, and needs less memory."""
+
+FROZEN = ("bf16", *FORMATS)
+"""How the experts of a frozen model can be stored: plain, or packed."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,11 @@ class Job:
     times as long."""
     load: tuple[float, ...] = ()
     """The share of all pairs that each expert gets, as recorded; () is uniform routing."""
+    frozen: str | None = None
+    """How the experts of a frozen model are stored, one of FROZEN: adapters of its experts are all that trains. None:
+    everything trains."""
+    adapter_rank: int = 0
+    """R of the adapters on both projections of every expert of a frozen model."""
 
     def __post_init__(self) -> None:
         for name in ("sequence", "micro_batch", "micro_batches", "tp", "pp", "stages_in_turn", "ep"):
@@ -89,6 +98,37 @@ class Job:
                 "two_batches runs the sequences of a micro-batch in two halves: micro_batch must be at least 2, got "
                 f"{self.micro_batch} (--micro-batch 2)"
             )
+        self._check_frozen()
+
+    def _check_frozen(self) -> None:
+        if self.frozen is None:
+            if self.adapter_rank:
+                raise ValueError(
+                    f"adapters of rank {self.adapter_rank} are trained on a frozen model: say how its experts are "
+                    "stored (--frozen bf16), or leave the rank out"
+                )
+            return
+        if self.frozen not in FROZEN:
+            raise ValueError(f"frozen must be one of {', '.join(FROZEN)}, got {self.frozen!r}")
+        if self.adapter_rank < 1:
+            raise ValueError(
+                f"of a frozen model ({self.frozen}) only adapters train: adapter_rank must be at least 1, got "
+                f"{self.adapter_rank} (--adapter-rank 16)"
+            )
+        if self.dtype != "bf16" or self.trainer != "ours":
+            raise ValueError(
+                "a frozen model is predicted with rows of bf16, as this package trains its adapters: leave "
+                f"dtype={self.dtype!r} and trainer={self.trainer!r} out, or frozen"
+            )
+        if self.is_packed:
+            width, depth = self.model.expert_size, self.model.hidden_size
+            if self.frozen == "fp8" and width % FP8_BLOCK:
+                raise ValueError(
+                    f"{self.model.name} has experts of F = {width}, which is not a multiple of {FP8_BLOCK}, as fp8 "
+                    "asks for: use mxfp4 or nf4"
+                )
+            for shape in ((1, 2 * width, depth), (1, depth, width)):
+                scales_shape(self.frozen, shape)  # type: ignore[arg-type]  # one of FORMATS
 
     @property
     def num_tokens(self) -> int:
@@ -99,6 +139,21 @@ class Job:
     def dtype_bytes(self) -> int:
         """The bytes of an element of rows and weights."""
         return DTYPE_BYTES[self.dtype]
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether experts are stored in 4 or 8 bits."""
+        return self.frozen in FORMATS
+
+    @property
+    def expert_bytes(self) -> float:
+        """The bytes of a value of an expert's weight, its share of a scale included."""
+        return next((bytes_per_value(name) for name in FORMATS if name == self.frozen), self.dtype_bytes)
+
+    @property
+    def expert_adapters(self) -> int:
+        """The parameters of one expert's adapters."""
+        return self.model.adapter_parameters(self.adapter_rank)
 
     def stage_layers(self) -> list[tuple[int, int]]:
         """Return (dense layers, layers with experts) of every pipeline stage; the first may have one more."""
@@ -121,6 +176,17 @@ class Job:
         ends = (stage == 0) + (stage == self.pp - 1 and not (model.is_tied and self.pp == 1))
         shared += ends * model.vocab_size * model.hidden_size / self.tp
         return shared, num_sparse * model.num_experts / self.ep * model.expert_parameters
+
+    def trained_parameters(self, stage: int) -> tuple[float, float]:
+        """Return those of rank_parameters() that are trained: of a frozen model its adapters instead."""
+        if self.frozen is None:
+            return self.rank_parameters(stage)
+        return 0.0, self.stage_layers()[stage][1] * self.model.num_experts / self.ep * self.expert_adapters
+
+    def weight_bytes(self, shared: float, experts: float) -> tuple[float, float]:
+        """Return the bytes of so many parameters of both kinds, and of the adapters of so many experts."""
+        adapters = experts / self.model.expert_parameters * self.expert_adapters
+        return shared * self.dtype_bytes, experts * self.expert_bytes + adapters * self.dtype_bytes
 
     def dp(self, cluster: Cluster) -> int:
         """Return the number of data-parallel ranks; ValueError where the GPUs can't be shared so."""

@@ -27,14 +27,13 @@ def memory_gb(job: Job, cluster: Cluster) -> float:
     of_dense, of_sparse = (_kept_bytes(job, cluster, is_dense=is_dense) for is_dense in (True, False))
     most = 0.0
     for stage, (num_dense, num_sparse) in enumerate(job.stage_layers()):
-        shared, experts = job.rank_parameters(stage)
-        spread = shared / dp + experts / expert_dp
-        whole = shared + experts
+        weights, trained = job.weight_bytes(*job.rank_parameters(stage)), job.trained_parameters(stage)
+        spread = trained[0] / dp + trained[1] / expert_dp
         if job.zero == 3:  # of the rest a rank holds the layer at work and the next one
-            gathered = 2 * whole / max(1, num_dense + num_sparse) if dp * job.tp > 1 else 0.0
-            held = spread * (job.dtype_bytes + MAIN_GRAD_BYTES) + gathered * job.dtype_bytes
+            held = weights[0] / dp + weights[1] / expert_dp + spread * MAIN_GRAD_BYTES
+            held += 2 * sum(weights) / max(1, num_dense + num_sparse) if dp * job.tp > 1 else 0.0
         else:
-            held = whole * (job.dtype_bytes + MAIN_GRAD_BYTES)
+            held = sum(weights) + sum(trained) * MAIN_GRAD_BYTES
         held += OPTIMIZER_STATE_BYTES * spread
         kept = num_dense * of_dense + num_sparse * of_sparse
         under_way = min(

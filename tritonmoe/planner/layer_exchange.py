@@ -188,7 +188,9 @@ class LayerExchange:
         if job.dtype == "fp8":
             flops_s *= FP8_SHARE
             quantizing = QUANTIZING_BYTES * (d + f)
-        weights = job.model.num_experts // job.ep * job.model.expert_parameters
+        num_experts = job.model.num_experts // job.ep
+        _, weight_bytes = job.weight_bytes(0.0, num_experts * job.model.expert_parameters)
+        trained = num_experts * (job.model.expert_parameters if job.frozen is None else job.expert_adapters)
 
         def moved(num_bytes: float) -> float:
             return copy_s(self.cluster, num_bytes)
@@ -202,13 +204,20 @@ class LayerExchange:
         if job.recompute == "selective":
             backward += moved(3 * f * b)
         gradients = 6 * d * f / flops_s + moved((2 * d + 3 * f) * b)
+        if job.frozen is not None:
+            # Of a pair's adapters: two narrow products beside each wide one; what they add is written and read.
+            factors = 2 * job.expert_adapters / flops_s
+            forward += factors + moved(2 * (2 * f + d) * b)
+            backward += factors + moved(2 * (f + d) * b)
+            again += 2 * job.adapter_rank * (d + 2 * f) / flops_s + moved(2 * 2 * f * b) if again else 0.0
+            gradients = factors + moved((2 * d + 3 * f) * b)
         packing, summing = moved(2 * d * b), moved(d * b)
         moving = moved(job.pair_passes / 2 * d * b)
         return StepCosts(
             {
-                StepKind.EXPERTS: launch + moved(weights * b),
-                StepKind.EXPERTS_BACKWARD: launch + moved(weights * b * (1 + (again > 0))),
-                StepKind.WEIGHT_GRAD: launch + moved(weights * 2 * MAIN_GRAD_BYTES),
+                StepKind.EXPERTS: launch + moved(weight_bytes),
+                StepKind.EXPERTS_BACKWARD: launch + moved(weight_bytes * (1 + (again > 0))),
+                StepKind.WEIGHT_GRAD: launch + moved(trained * 2 * MAIN_GRAD_BYTES),
                 StepKind.FILLER: self.shared_s / 2,
             },
             {

@@ -32,6 +32,8 @@ def layer_parts(job: Job, cluster: Cluster) -> dict[str, tuple[float, float]]:
     def products(shapes: list[tuple[int, int]], shared_by: int, *, is_wide: bool = False) -> tuple[float, float]:
         own, product = rows if shared_by > 1 else tokens, partial(product_s, job, cluster, is_wide=is_wide)
         forward = sum(product(own, i, o) for i, o in shapes) / shared_by
+        if job.frozen is not None:
+            return forward, forward
         gradients = sum(product(own, i, o, weight_bytes=2 * MAIN_GRAD_BYTES) for i, o in shapes) / shared_by
         return forward, forward + gradients
 

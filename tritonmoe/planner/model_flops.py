@@ -5,11 +5,12 @@ from tritonmoe.planner.transformer_model import Model
 __all__ = ["flops_per_token"]
 
 
-def flops_per_token(model: Model, sequence: int) -> float:
+def flops_per_token(model: Model, sequence: int, adapter_rank: int = 0) -> float:
     """Return the FLOPs of one token's forward and backward, without recomputation: what model FLOP utilisation counts.
 
     Products with the weights that the token needs, output layer and router among them, and causal attention, of which
     the masked half doesn't count.
+    adapter_rank: of adapters on the experts of a frozen model, whose own weights get no gradient; 0: all is trained.
     """
     num_sparse = model.num_layers - model.num_dense_layers
     weights = model.num_layers * model.attention_parameters
@@ -21,4 +22,7 @@ def flops_per_token(model: Model, sequence: int) -> float:
     attention = model.attention
     seen = (model.num_layers - model.num_window_layers) * sequence / 2
     seen += model.num_window_layers * min(model.window, sequence / 2)
-    return 6 * weights + 6 * seen * attention.num_heads * (attention.qk_dim + attention.v_dim)
+    of_weights = 6.0 * weights
+    if adapter_rank:
+        of_weights = 4.0 * weights + 6 * num_sparse * model.top_k * model.adapter_parameters(adapter_rank)
+    return of_weights + 6 * seen * attention.num_heads * (attention.qk_dim + attention.v_dim)

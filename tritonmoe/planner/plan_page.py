@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from tritonmoe.planner.comparison import Comparison
-from tritonmoe.planner.plan_verdict import DECIDES, compare_verdict, plan_verdict
+from tritonmoe.planner.plan_verdict import DECIDES, compare_verdict, not_measured, plan_verdict
 from tritonmoe.planner.training_plan import Plan
 from tritonmoe.report.charts import Curve, Curves, Segment, Strip, Strips, ticks
 from tritonmoe.report.figures import Cell, Figures, Line, Table, Words
@@ -31,7 +31,8 @@ def plan_page(plan: Plan) -> Page:
         Section("Which number matters most", list(one.sensitivity())),
         Section("What this rests on", list(one.estimates())),
     ]
-    summary: list[list[Cell]] = [one.job(), one.best(), *one.exchanges(), [plan_verdict(plan)]]
+    summary: list[list[Cell]] = [one.job(), one.best(), *one.exchanges()]
+    summary += [[said] for said in (not_measured(plan.job), plan_verdict(plan)) if said]
     return Page(title, summary, [of for of in sections if of.blocks], plan.to_json())
 
 
@@ -46,7 +47,7 @@ def comparison_page(comparison: Comparison) -> Page:
     for number, name in enumerate(names):
         if figures.at(f"is_cheapest/{number}") is not None:
             summary.append([f"{name} is the cheapest in ", figures(f"is_cheapest/{number}", "share"), " of the draws."])
-    summary.append([compare_verdict(comparison)])
+    summary += [[said] for said in (not_measured(comparison.plans[0].job), compare_verdict(comparison)) if said]
     sections = [
         Section("The best choice on every cluster", [Table(["cluster", *HEADER], [one.rows(1)[0] for one in plans])]),
         Section("Step time by the number of expert-parallel ranks",

@@ -3,7 +3,8 @@
 from collections.abc import Iterator, Sequence
 
 from tritonmoe.planner.comparison import Comparison
-from tritonmoe.planner.plan_verdict import DECIDES, compare_verdict, plan_verdict, why
+from tritonmoe.planner.job import Job
+from tritonmoe.planner.plan_verdict import DECIDES, compare_verdict, not_measured, plan_verdict, why
 from tritonmoe.planner.training_plan import Plan, Prediction
 from tritonmoe.report.terminal import TEXT_COLUMNS
 
@@ -20,7 +21,8 @@ def plan_table(plan: Plan) -> str:
     lines = [
         f"{job.model.name} on {cluster.num_gpus} GPUs of {cluster.name}, {price}: trainer {job.trainer}, "
         f"{job.sequence} x {job.micro_batch} tokens, {best.time.tokens} a step, {job.dtype}"
-        + (", two batches" if job.two_batches else ""),
+        + (", two batches" if job.two_batches else "")
+        + _frozen(job),
         "",
         *_choices(plan),
     ]
@@ -31,7 +33,11 @@ def plan_table(plan: Plan) -> str:
     lines.append("")
     if best.fits:
         lines += _about_best(plan)
-    return "\n".join([*lines, plan_verdict(plan)])
+    return "\n".join([*lines, *filter(None, [not_measured(job)]), plan_verdict(plan)])
+
+
+def _frozen(job: Job) -> str:
+    return "" if job.frozen is None else f", frozen, experts in {job.frozen} with adapters of rank {job.adapter_rank}"
 
 
 def _about_best(plan: Plan) -> Iterator[str]:
@@ -75,7 +81,7 @@ def comparison_table(comparison: Comparison) -> str:
     names = [plan.cluster.name for plan in comparison.plans]
     at = {None: "", "gpus": ", at equal GPUs", "price": ", at an equal price"}[comparison.equal]
     job = comparison.plans[0].job
-    lines = [f"{job.model.name}, trainer {job.trainer}{at}", ""]
+    lines = [f"{job.model.name}, trainer {job.trainer}{_frozen(job)}{at}", ""]
     words, *columns = _clusters(comparison.plans)
     while columns:
         for number in range(len(columns), 0, -1):  # as many side by side as there is room for
@@ -91,7 +97,7 @@ def comparison_table(comparison: Comparison) -> str:
         for name, own in zip(names, comparison.usd, strict=True)
     ]
     lines += _table([("cluster", *(f"x{scale:.2g}" for scale in comparison.scales)), *prices])
-    lines += ["", *_crossings(comparison, names), "", compare_verdict(comparison)]
+    lines += ["", *_crossings(comparison, names), "", *filter(None, [not_measured(job)]), compare_verdict(comparison)]
     return "\n".join(lines)
 
 

@@ -3,12 +3,13 @@
 from collections.abc import Iterator
 
 from tritonmoe.planner.comparison import Comparison
+from tritonmoe.planner.job import Job
 from tritonmoe.planner.job_memory import USABLE_MEMORY
 from tritonmoe.planner.plan_search import search
 from tritonmoe.planner.sensitivity import Sensitivity
 from tritonmoe.planner.training_plan import Plan
 
-__all__ = ["DECIDES", "compare_verdict", "nothing_fits", "plan_verdict", "why"]
+__all__ = ["DECIDES", "compare_verdict", "not_measured", "nothing_fits", "plan_verdict", "why"]
 
 DECIDES = 0.005
 """An estimate decides what is best if at an end of its interval the best choice now would take so much longer."""
@@ -24,6 +25,16 @@ def why(one: Sensitivity) -> str:
     if one.regret > DECIDES:
         return f"may make another choice better, by up to {one.regret:.1%}"
     return f"moves the time by {one.swing:.1%} and changes no choice"
+
+
+def not_measured(job: Job) -> str | None:
+    """Say what the times of a job leave out because nobody has measured it; None where that is nothing."""
+    if not job.is_packed:
+        return None
+    return (
+        f"Not measured on a GPU: how long experts in {job.frozen} are decoded. Their products count as those of bf16 "
+        "weights, so that steps take longer than this says; memory counts them packed."
+    )
 
 
 def plan_verdict(plan: Plan) -> str:

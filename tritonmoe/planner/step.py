@@ -185,7 +185,7 @@ def _head_s(job: Job, cluster: Cluster) -> float:
     model = job.model
     rows, vocab = job.num_tokens * job.tp, model.vocab_size / job.tp
     product = partial(product_s, job, cluster, rows, model.hidden_size, round(vocab), is_wide=True)
-    forward, gradient = product(), product(weight_bytes=2 * MAIN_GRAD_BYTES)
+    forward, gradient = product(), 0.0 if job.frozen is not None else product(weight_bytes=2 * MAIN_GRAD_BYTES)
     return 2 * forward + gradient + copy_s(cluster, LOSS_BYTES * rows * vocab)
 
 
@@ -207,7 +207,7 @@ def _once_a_step(job: Job, cluster: Cluster, dp: int, ahead: Sequence[float]) ->
     optimizer = reduction = 0.0
     expert_dp = dp * job.tp // job.ep
     for stage, seconds in enumerate(ahead):
-        shared, experts = job.rank_parameters(stage)
+        shared, experts = job.trained_parameters(stage)
         if job.zero == 3:  # every micro-batch has summed its gradients, and gathers weights before it needs them
             own = shared / dp + experts / expert_dp
             optimizer = max(optimizer, copy_s(cluster, (OPTIMIZER_BYTES + GRADIENT_BYTES) * own))
@@ -236,9 +236,13 @@ def _gathering_s(
 
     They travel while layers beside it compute; exchanges of rows need the same links.
     """
-    rings = [(dp, job.tp, shared), (dp * job.tp // job.ep, job.ep, experts)]
-    gathers = (3 if job.recompute == "full" else 2) * job.dtype_bytes + MAIN_GRAD_BYTES
-    needed = sum(_ring_s(cluster, ranks, stride, gathers * number) for ranks, stride, number in rings)
+    passes, weights = 3 if job.recompute == "full" else 2, job.weight_bytes(shared, experts)
+    trained = shared, experts
+    if job.frozen is not None:
+        trained = 0.0, experts / job.model.expert_parameters * job.expert_adapters
+    travels = [passes * of + MAIN_GRAD_BYTES * number for of, number in zip(weights, trained, strict=True)]
+    rings = [(dp, job.tp, travels[0]), (dp * job.tp // job.ep, job.ep, travels[1])]
+    needed = sum(_ring_s(cluster, ranks, stride, num_bytes) for ranks, stride, num_bytes in rings)
     return max(0.0, needed - HIDES_GATHERS * (layer_s - exchange.exposed_s))
 
 

@@ -127,7 +127,7 @@ class Plan:
 
 JOB_FIELDS = (
     *("trainer", "sequence", "micro_batch", "micro_batches", "tp", "pp", "stages_in_turn", "recompute", "dtype"),
-    *("wire_dtype", "two_batches", "sends_pairs", "overlaps_exchange", "zero", "imbalance"),
+    *("wire_dtype", "two_batches", "sends_pairs", "overlaps_exchange", "zero", "imbalance", "frozen", "adapter_rank"),
 )
 
 
@@ -241,7 +241,10 @@ def predict(
         spread.memory_gb,
         spread.fits,
         used.num_gpus,
-        flops_per_token(job.model, job.sequence) * time.tokens_per_s / used.num_gpus / job.peak_flops(used),
+        flops_per_token(job.model, job.sequence, job.adapter_rank)
+        * time.tokens_per_s
+        / used.num_gpus
+        / job.peak_flops(used),
         cluster.usd_per_gpu_hour * cluster.num_gpus * time.step_s / 3600 / (time.tokens / 1e6),
         tuple(draws_s),
     )

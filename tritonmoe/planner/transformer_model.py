@@ -119,6 +119,10 @@ class Model:
         """The parameters of one expert."""
         return 3 * self.hidden_size * self.expert_size
 
+    def adapter_parameters(self, rank: int) -> int:
+        """Return the parameters of one expert's adapters of this rank, two factors for each of its projections."""
+        return rank * (2 * self.hidden_size + 3 * self.expert_size)
+
     @property
     def other_parameters(self) -> int:
         """The parameters of a layer with experts that are no experts: attention, router, shared experts."""

@@ -12,19 +12,19 @@ from transformers import AutoModelForCausalLM, GptOssConfig, PreTrainedConfig, Q
 SIZES = {"vocab_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
 
 
-def gpt_oss_config() -> GptOssConfig:
-    layers = {"layer_types": ["full_attention"] * 2, "num_experts_per_tok": 2, "num_local_experts": 4}
+def gpt_oss_config(num_experts: int = 4) -> GptOssConfig:
+    layers = {"layer_types": ["full_attention"] * 2, "num_experts_per_tok": 2, "num_local_experts": num_experts}
     return GptOssConfig(**SIZES, **layers, hidden_size=64, head_dim=32, intermediate_size=32)
 
 
-def gpt_oss_mxfp4(folder: Path) -> dict[str, Tensor]:
+def gpt_oss_mxfp4(folder: Path, num_experts: int = 4) -> dict[str, Tensor]:
     """Write a gpt-oss checkpoint in MXFP4; give what is in its file."""
-    state = _written(gpt_oss_config(), folder)
+    state = _written(gpt_oss_config(num_experts), folder)
     for layer in range(2):
         for name, (width, depth) in {"gate_up_proj": (64, 64), "down_proj": (64, 32)}.items():
             key = f"model.layers.{layer}.mlp.experts.{name}"
             del state[key]
-            weight = random_weight("mxfp4", (4, width, depth), seed=layer)
+            weight = random_weight("mxfp4", (num_experts, width, depth), seed=layer)
             state[f"{key}_blocks"] = weight.values.unflatten(2, (-1, 16)).clone()
             state[f"{key}_scales"] = weight.scales
     skipped = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]

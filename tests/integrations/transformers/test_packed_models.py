@@ -2,6 +2,7 @@
 
 import copy
 import importlib.metadata
+import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from held_storages import LargestFloats
 from packed_weights import random_weight
 from processes import run_torchrun
 from safetensors.torch import load_file
@@ -77,6 +79,23 @@ def test_loads_runs_and_saves(loaded: tuple[Any, Any, dict[str, Tensor], Path], 
     assert torch.equal(again(IDS).logits, plain(IDS).logits)
 
 
+def test_no_whole_decoded_weight_is_ever_made(tmp_path: Path) -> None:
+    """In forward, generation, backward of PEFT's adapters, and save_pretrained."""
+    gpt_oss_mxfp4(tmp_path, num_experts=32)
+    tmt.register(packed=True)
+    model = load(tmp_path)
+    tm.QuantizedWeight.pack(torch.zeros(1, 32, 32), "mxfp4").decode()  # makes its tables
+    with LargestFloats() as largest:
+        model.save_pretrained(tmp_path / "saved")
+        model.generate(IDS, max_new_tokens=2, do_sample=False)
+        own = adapted(model)
+        own.gradient_checkpointing_enable()
+        own(IDS, labels=IDS).loss.backward()
+        own.save_pretrained(tmp_path / "adapters")
+    few_experts = 2**15  # tiny experts are decoded some at a time
+    assert max(largest.num_values.values()) <= few_experts < 32 * 64 * 32
+
+
 def adapted(model: Any) -> Any:
     peft = pytest.importorskip("peft")
     torch.manual_seed(1)
@@ -118,6 +137,23 @@ def test_adapters_of_peft_train_as_on_decoded_weights(
     AUTO_QUANTIZER_MAPPING.update(QUANTIZERS)
     merged = peft.PeftModel.from_pretrained(load(folder), tmp_path / "packed").merge_and_unload()
     assert torch.isfinite(merged(IDS).logits).all()
+
+
+def test_adapters_that_peft_would_multiply_out_are_refused() -> None:
+    """bitsandbytes' weights would be read without them."""
+    models = [mixtral()]
+    tmt.quantize_experts(models[0], "nf4")
+    if importlib.util.find_spec("bitsandbytes"):
+        models.append(parametrised_by_bitsandbytes())
+        tmt.patch(models[1])
+    for model in models:
+        own = adapted(model)
+        own.add_adapter("second", own.peft_config["default"])
+        own.base_model.set_adapter(["default", "second"])
+        with pytest.raises(ValueError, match="whose weight is packed, since 2 adapters are active at once"):
+            own(IDS)
+        own.base_model.set_adapter("second")
+        assert own(IDS).logits.isfinite().all()
 
 
 @pytest.mark.thorough
@@ -236,13 +272,19 @@ def test_transformers_own_fp8_experts() -> None:
         experts.to(torch.bfloat16)(x, ids, weights)
 
 
-def test_experts_that_bitsandbytes_parametrises() -> None:
+def parametrised_by_bitsandbytes() -> Any:
     parametrize = pytest.importorskip("bitsandbytes.nn.parametrize")
-    model, ours = mixtral(), mixtral()
-    tmt.quantize_experts(ours, "nf4")
+    model = mixtral()
     for layer in model.model.layers:
         for name in ("gate_up_proj", "down_proj"):
             parametrize.replace_parameter_4bit(layer.mlp.experts, name, quant_type="nf4")
+    return model
+
+
+def test_experts_that_bitsandbytes_parametrises() -> None:
+    parametrize = pytest.importorskip("bitsandbytes.nn.parametrize")
+    model, ours = parametrised_by_bitsandbytes(), mixtral()
+    tmt.quantize_experts(ours, "nf4")
     assert tmt.patch(model).num_switched == 2
     assert torch.equal(model(IDS).logits, ours(IDS).logits)
     with torch.no_grad():

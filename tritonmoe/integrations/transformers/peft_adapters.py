@@ -127,12 +127,14 @@ def _activate(self: "ParamWrapper", active_adapters: list[str]) -> AbstractConte
         _say_what_trains(self, adapter)
         return _Noted(self, adapter)
     experts = self.get_base_layer()
-    transport = transport_of(experts)
-    if reason and transport is not None:
-        refuse(transport)
+    transport, is_packed = transport_of(experts), is_packed_parameter(experts, self.parameter_name)
+    if reason and (is_packed or transport is not None):
+        if transport is not None:
+            refuse(transport)
+        what = "weight is packed" if is_packed else "experts are spread over ranks"
         raise ValueError(
-            f"PEFT can't run its adapter of {self.parameter_name} of {type(experts).__name__}, whose experts are "
-            f"spread over ranks, since {reason}"
+            f"PEFT can't run its adapter of {self.parameter_name} of {type(experts).__name__}, whose {what}, since "
+            f"{reason}"
         )
     _log_once(self, reason)
     return getattr(type(self), HANDS_OVER)(self, active_adapters)
