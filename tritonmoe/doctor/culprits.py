@@ -6,10 +6,12 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from tritonmoe.doctor.causes import CauseKind, Causes, Removal
 from tritonmoe.doctor.graph import Key
-from tritonmoe.doctor.pattern import costly_steps
+from tritonmoe.doctor.pattern import FEW_STEPS, costly_steps
+from tritonmoe.doctor.tables import floats
 
 __all__ = ["Culprits", "culprits_of"]
 
@@ -20,6 +22,10 @@ ALONE = 2.0
 MOVING = 0.65
 """A cause moves if no rank is at fault in a larger part of the costly steps."""
 ONE_PLACE = 0.7
+ALIKE = 0.7
+"""A rank has as much as another if it has at least that part of it."""
+OF_FEW = 0.5
+"""All ranks are at fault if what each of them has in the same step costs more than that part of the gain."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,7 @@ def culprits_of(causes: Causes, kind: CauseKind, gained: Sequence[float], withou
             most = max(worst.count(rank) for rank in set(worst))
             moves = most <= MOVING * len(worst)
         if not moves:
-            ranks = _fewest(causes, kind, excess, gained, without)
+            ranks = _at_fault(causes, kind, floats(excess).clamp(min=0), without)
     tables, of_kind = causes.tables, causes.excess[kind]
     where: dict[Key, float] = defaultdict(float)
     usual_s, excess_s = 0.0, 0.0
@@ -115,33 +121,54 @@ def phase_of(key: Key) -> str:
     return next((phase for phase in ("forward", "backward") if word.startswith(phase)), "")
 
 
+def _at_fault(causes: Causes, kind: CauseKind, excess_s: Tensor, without: Sequence[CauseKind]) -> tuple[int, ...]:
+    """Return the fewest ranks whose excess (W, S) explains the gain, the worst first; none where it is all of them.
+
+    What every rank has in the same step, as where a machine has too few cores, is nobody's own: where the fewest are all
+    ranks, what is left beside that is asked for, of ranks that have it again and again.
+    """
+    none = torch.zeros_like(excess_s)
+    ranks, gain_s = _fewest(causes, kind, excess_s, none, without)
+    if ranks or excess_s.shape[1] < FEW_STEPS:
+        return ranks
+    common_s = excess_s.amin(0)
+    common = torch.where(excess_s > 0, common_s / excess_s, 0.0)
+    ranks, own_gain_s = _fewest(causes, kind, excess_s - common_s, common, without)
+    recur = all(len(costly_steps((excess_s - common_s)[rank].tolist())) >= FEW_STEPS for rank in ranks)
+    return ranks if recur and own_gain_s >= OF_FEW * gain_s else ()
+
+
 def _fewest(
-    causes: Causes,
-    kind: CauseKind,
-    excess: Sequence[Sequence[float]],
-    gained: Sequence[float],
-    without: Sequence[CauseKind],
-) -> tuple[int, ...]:
-    """Return the fewest ranks whose excess explains the gain, the worst first; none where it takes nearly all."""
-    num_ranks = len(excess)
-    sums = [sum(max(0.0, one) for one in of_rank) for of_rank in excess]
+    causes: Causes, kind: CauseKind, excess_s: Tensor, gone: Tensor, without: Sequence[CauseKind]
+) -> tuple[tuple[int, ...], float]:
+    """Return the fewest ranks whose excess explains the gain, the worst first (none where it is all), and the gain.
+
+    gone: (W, S), which part of each rank's excess is taken out beforehand.
+    """
+    num_ranks = len(excess_s)
+    sums = excess_s.sum(1).tolist()
     order = sorted(range(num_ranks), key=lambda rank: -sums[rank])
-    wanted = EXPLAINED * statistics.fmean(gained)
-    others: Removal = dict.fromkeys(without)
+
+    def removal(count: int) -> Removal:
+        parts = gone.clone()
+        parts[order[:count]] = 1.0
+        return {**dict.fromkeys(without), kind: parts}
+
     counts = _counts(num_ranks)
-    removals = [others, *({**others, kind: order[:count]} for count in counts)]
-    before, *now = map(statistics.fmean, causes.without(removals))
+    before, all_gone, *now = map(statistics.fmean, causes.without([removal(count) for count in (0, num_ranks, *counts)]))
+    gain_s = before - all_gone
+    wanted = EXPLAINED * gain_s
     count = next((count for count, left in zip(counts, now, strict=True) if before - left >= wanted), 0)
     if not count:
-        return ()
+        return (), gain_s
     more = max((fewer for fewer in counts if fewer < count), default=0)
     between = list(range(more + 1, count))  # counts are tried in growing strides
     if between:
-        now = list(map(statistics.fmean, causes.without([{**others, kind: order[:fewer]} for fewer in between])))
+        now = list(map(statistics.fmean, causes.without([removal(fewer) for fewer in between])))
         count = next((fewer for fewer, left in zip(between, now, strict=True) if before - left >= wanted), count)
-    alike = [rank for rank in order[count:] if sums[rank] >= 0.7 * sums[order[count - 1]] > 0]
+    alike = [rank for rank in order[count:] if sums[rank] >= ALIKE * sums[order[count - 1]] > 0]
     found = (*order[:count], *alike)
-    return found if len(found) < num_ranks else ()
+    return found if len(found) < num_ranks else (), gain_s
 
 
 def _counts(num_ranks: int) -> list[int]:
