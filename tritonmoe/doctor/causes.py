@@ -83,7 +83,9 @@ class Causes:
         """Return the rank (M,) that the excess of a Member is due to: its own, or the hot one that it waits for."""
         return self.usual.bytes_due_to if kind == "imbalance" else self.tables.member_rank
 
-    def _parts(self, kind: CauseKind, removed: Collection[int] | Tensor | None) -> tuple[Tensor | float, Tensor | float]:
+    def _parts(
+        self, kind: CauseKind, removed: Collection[int] | Tensor | None
+    ) -> tuple[Tensor | float, Tensor | float]:
         """Return which part of its excess is taken out of each Run (N,) and of each Member (M,)."""
         if removed is None:
             return 1.0, 1.0

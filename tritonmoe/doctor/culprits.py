@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tritonmoe.doctor.causes import CauseKind, Causes, Removal
 from tritonmoe.doctor.graph import Key
-from tritonmoe.doctor.pattern import FEW_STEPS, costly_steps
+from tritonmoe.doctor.pattern import FEW_STEPS, Pattern, costly_steps, pattern_of
 from tritonmoe.doctor.tables import floats
 
 __all__ = ["Culprits", "culprits_of"]
@@ -50,8 +50,10 @@ class Culprits:
     """Which end of a link it is, where it is known."""
 
 
-def culprits_of(causes: Causes, kind: CauseKind, gained: Sequence[float], without: Sequence[CauseKind]) -> Culprits:
-    """Find who is at fault for a kind of cause, and where; without: other kinds that hide it, taken out first."""
+def culprits_of(
+    causes: Causes, kind: CauseKind, gained: Sequence[float], without: Sequence[CauseKind]
+) -> tuple[Culprits, Pattern]:
+    """Find who is at fault for a kind of cause, where and when; without: other kinds that hide it, taken out first."""
     graph = causes.graph
     excess = causes.by_rank_and_step(kind)
     ranks: tuple[int, ...] = ()
@@ -68,7 +70,7 @@ def culprits_of(causes: Causes, kind: CauseKind, gained: Sequence[float], withou
             most = max(worst.count(rank) for rank in set(worst))
             moves = most <= MOVING * len(worst)
         if not moves:
-            ranks = _at_fault(causes, kind, floats(excess).clamp(min=0), without)
+            ranks, gained = _at_fault(causes, kind, floats(excess).clamp(min=0), gained, without)
     tables, of_kind = causes.tables, causes.excess[kind]
     where: dict[Key, float] = defaultdict(float)
     usual_s, excess_s = 0.0, 0.0
@@ -96,7 +98,8 @@ def culprits_of(causes: Causes, kind: CauseKind, gained: Sequence[float], withou
     is_one = place is not None and len(known) > 2 and where[place] >= ONE_PLACE * total
     layer = _layer_of(where, known)
     place = place if is_one and not _is_of_layer(place) else None
-    return Culprits(ranks, moves, phase, place, 1 + excess_s / usual_s if usual_s > 0 else 0.0, layer)
+    factor = 1 + excess_s / usual_s if usual_s > 0 else 0.0
+    return Culprits(ranks, moves, phase, place, factor, layer), pattern_of(gained)
 
 
 def _is_of_layer(key: Key | None) -> bool:
@@ -121,27 +124,31 @@ def phase_of(key: Key) -> str:
     return next((phase for phase in ("forward", "backward") if word.startswith(phase)), "")
 
 
-def _at_fault(causes: Causes, kind: CauseKind, excess_s: Tensor, without: Sequence[CauseKind]) -> tuple[int, ...]:
-    """Return the fewest ranks whose excess (W, S) explains the gain, the worst first; none where it is all of them.
+def _at_fault(
+    causes: Causes, kind: CauseKind, excess_s: Tensor, gained: Sequence[float], without: Sequence[CauseKind]
+) -> tuple[tuple[int, ...], Sequence[float]]:
+    """Return the fewest ranks whose excess (W, S) explains the gain, none where it is all of them; and their gain by step.
 
-    What every rank has in the same step, as where a machine has too few cores, is nobody's own: where the fewest are all
-    ranks, what is left beside that is asked for, of ranks that have it again and again.
+    What every rank has in the same step, as where a machine has too few cores, is nobody's own: it is taken out first,
+    and ranks that have more than that again and again are at fault. Where none has, all of the gain is asked for.
     """
     none = torch.zeros_like(excess_s)
-    ranks, gain_s = _fewest(causes, kind, excess_s, none, without)
-    if ranks or excess_s.shape[1] < FEW_STEPS:
-        return ranks
     common_s = excess_s.amin(0)
-    common = torch.where(excess_s > 0, common_s / excess_s, 0.0)
-    ranks, own_gain_s = _fewest(causes, kind, excess_s - common_s, common, without)
-    recur = all(len(costly_steps((excess_s - common_s)[rank].tolist())) >= FEW_STEPS for rank in ranks)
-    return ranks if recur and own_gain_s >= OF_FEW * gain_s else ()
+    if excess_s.shape[1] >= FEW_STEPS and bool(common_s.any()):
+        common = torch.where(excess_s > 0, common_s / excess_s, 0.0)
+        own_s = excess_s - common_s
+        ranks, own_gained = _fewest(causes, kind, own_s, common, without)
+        if sum(own_gained) < OF_FEW * sum(gained):
+            return (), gained
+        if ranks and all(len(costly_steps(own_s[rank].tolist())) >= FEW_STEPS for rank in ranks):
+            return ranks, own_gained
+    return _fewest(causes, kind, excess_s, none, without)[0], gained
 
 
 def _fewest(
     causes: Causes, kind: CauseKind, excess_s: Tensor, gone: Tensor, without: Sequence[CauseKind]
-) -> tuple[tuple[int, ...], float]:
-    """Return the fewest ranks whose excess explains the gain, the worst first (none where it is all), and the gain.
+) -> tuple[tuple[int, ...], list[float]]:
+    """Return the fewest ranks whose excess explains the gain, the worst first, none where it is all; and each step's gain.
 
     gone: (W, S), which part of each rank's excess is taken out beforehand.
     """
@@ -155,20 +162,21 @@ def _fewest(
         return {**dict.fromkeys(without), kind: parts}
 
     counts = _counts(num_ranks)
-    before, all_gone, *now = map(statistics.fmean, causes.without([removal(count) for count in (0, num_ranks, *counts)]))
-    gain_s = before - all_gone
-    wanted = EXPLAINED * gain_s
-    count = next((count for count, left in zip(counts, now, strict=True) if before - left >= wanted), 0)
+    before, *now, after = causes.without([removal(count) for count in (0, *counts, num_ranks)])
+    gained = [was - then for was, then in zip(before, after, strict=True)]
+    most_s = statistics.fmean(before) - EXPLAINED * statistics.fmean(gained)
+    count = next((count for count, left in zip(counts, now, strict=True) if statistics.fmean(left) <= most_s), 0)
     if not count:
-        return (), gain_s
+        return (), gained
     more = max((fewer for fewer in counts if fewer < count), default=0)
     between = list(range(more + 1, count))  # counts are tried in growing strides
     if between:
-        now = list(map(statistics.fmean, causes.without([removal(fewer) for fewer in between])))
-        count = next((fewer for fewer, left in zip(between, now, strict=True) if before - left >= wanted), count)
+        now = causes.without([removal(fewer) for fewer in between])
+        left_of = zip(between, now, strict=True)
+        count = next((fewer for fewer, left in left_of if statistics.fmean(left) <= most_s), count)
     alike = [rank for rank in order[count:] if sums[rank] >= ALIKE * sums[order[count - 1]] > 0]
     found = (*order[:count], *alike)
-    return found if len(found) < num_ranks else (), gain_s
+    return found if len(found) < num_ranks else (), gained
 
 
 def _counts(num_ranks: int) -> list[int]:
