@@ -35,7 +35,7 @@ STRUCTURAL: tuple[CauseKind, ...] = (
 """What costs all ranks something in all steps, or would without being a fault; known of this package's layers alone."""
 
 Removal: TypeAlias = Mapping[CauseKind, Collection[int] | Tensor | None]
-"""Kinds of causes that are taken out: on some ranks, on all of them (None), or (W, S) a part on each rank in each step."""
+"""Kinds of causes that are taken out: on some ranks, on all (None), or (W, S) a part on each rank in each step."""
 
 
 @dataclass

@@ -127,7 +127,7 @@ def phase_of(key: Key) -> str:
 def _at_fault(
     causes: Causes, kind: CauseKind, excess_s: Tensor, gained: Sequence[float], without: Sequence[CauseKind]
 ) -> tuple[tuple[int, ...], Sequence[float]]:
-    """Return the fewest ranks whose excess (W, S) explains the gain, none where it is all of them; and their gain by step.
+    """Return the fewest ranks whose excess (W, S) explains the gain, none where it is all; and each step's gain.
 
     What every rank has in the same step, as where a machine has too few cores, is nobody's own: it is taken out first,
     and ranks that have more than that again and again are at fault. Where none has, all of the gain is asked for.
@@ -148,7 +148,7 @@ def _at_fault(
 def _fewest(
     causes: Causes, kind: CauseKind, excess_s: Tensor, gone: Tensor, without: Sequence[CauseKind]
 ) -> tuple[tuple[int, ...], list[float]]:
-    """Return the fewest ranks whose excess explains the gain, the worst first, none where it is all; and each step's gain.
+    """Return the fewest ranks whose excess explains the gain, the worst first, none where it is all; and the gain.
 
     gone: (W, S), which part of each rank's excess is taken out beforehand.
     """
