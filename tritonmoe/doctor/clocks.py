@@ -37,6 +37,12 @@ class _Shift(NamedTuple):
     drift: float
     since_s: float
     certain_s: float
+    lasts_s: float
+
+    @property
+    def most_s(self) -> float:
+        """How far ahead, or behind, it is at most."""
+        return max(self.ahead_s, self.ahead_s + self.drift * self.lasts_s, key=abs)
 
     def __call__(self, moment_s: float) -> float:
         """Return the moment on the other clock."""
@@ -92,7 +98,7 @@ def _move(traces: Sequence[RankTrace], clocks: Sequence[int], together: Matched)
     largest_s = 0.0
     for trace, clock in zip(traces, clocks, strict=True):
         shifts = known.get(clock, [])
-        ahead_s = abs(sum(shift.ahead_s for shift in shifts))
+        ahead_s = abs(sum(shift.most_s for shift in shifts))
         if ahead_s > sum(shift.certain_s for shift in shifts):
             largest_s = max(largest_s, ahead_s)
             for shift in shifts:
@@ -133,7 +139,7 @@ def _shift_of(meetings: Sequence[_Meeting]) -> _Shift:
     certain_s = statistics.median(met.took_s for met in short)
     middle_s = statistics.median(ahead_s)
     if len(short) < FEW_FOR_DRIFT:
-        return _Shift(middle_s, 0.0, since_s, certain_s)
+        return _Shift(middle_s, 0.0, since_s, certain_s, max(at_s))
     some = range(0, len(short), -(-len(short) // MOST_FOR_DRIFT))
     slopes = [
         (ahead_s[last] - ahead_s[first]) / (at_s[last] - at_s[first])
@@ -143,9 +149,9 @@ def _shift_of(meetings: Sequence[_Meeting]) -> _Shift:
     drift = statistics.median(slopes) if slopes else 0.0
     apart_s = statistics.median(abs(one - middle_s) for one in ahead_s)
     if abs(drift) * max(at_s) <= apart_s:
-        return _Shift(middle_s, 0.0, since_s, certain_s)
+        return _Shift(middle_s, 0.0, since_s, certain_s, max(at_s))
     begun_s = statistics.median(one - drift * at for one, at in zip(ahead_s, at_s, strict=True))
-    return _Shift(begun_s, drift, since_s, certain_s)
+    return _Shift(begun_s, drift, since_s, certain_s, max(at_s))
 
 
 def _move_trace(trace: RankTrace, moved: Callable[[float], float]) -> None:
