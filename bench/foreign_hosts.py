@@ -20,6 +20,7 @@ HOST_TRAINERS = ("ddp", "transformers")
 UPLINK_BITS, SLOW_UPLINK_BITS = 1e9, 100e6
 TWO_LEVELS = "hosts, slow uplink"
 """Nothing is wrong, and two levels would help."""
+CREATED = ("time_created_ns", "time_discovered_started_ns", "time_discovered_completed_ns")
 MOST_APART_S, MOST_DRIFT = 3.0, 50e-6
 TOP_K = 4
 """With so many experts of a token, two levels send less between hosts however the tokens choose."""
@@ -73,4 +74,18 @@ def move_clocks(folder: Path, seed: int) -> tuple[float, float]:
                 if "dur" in event:
                     event["dur"] *= 1 + drift
             file.write_bytes(gzip.compress(json.dumps(trace).encode(), 1))
+            _move_record(file.with_name(file.name.replace(".trace.json.gz", ".flight.json")), apart_s, drift)
     return apart_s, drift
+
+
+def _move_record(file: Path, apart_s: float, drift: float) -> None:
+    """Move the flight record beside a trace, if there is one, as far."""
+    if not file.exists():
+        return
+    record = json.loads(file.read_text())
+    begin = min((entry["time_created_ns"] for entry in record["entries"]), default=0)
+    for entry in record["entries"]:
+        for name in CREATED:
+            if entry.get(name):
+                entry[name] += round(apart_s * 1e9 + drift * (entry[name] - begin))
+    file.write_text(json.dumps(record))

@@ -54,8 +54,8 @@ class Profile(torch.profiler.profile):
 
 
 def _writer(scenario: Scenario, folder: Path) -> Callable[[torch.profiler.profile], None]:
-    """Return what writes a trace: of several hosts torch's own way, which names files after them."""
-    if scenario.num_hosts == 1:
+    """Return what writes a trace: of several hosts under ddp torch's own way, which names files after them."""
+    if scenario.num_hosts == 1 or scenario.trainer != "ddp":
         return on_trace_ready(folder)
     return torch.profiler.tensorboard_trace_handler(str(folder), use_gzip=True)
 

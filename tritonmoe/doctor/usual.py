@@ -165,7 +165,8 @@ def _usual_of_runs(graph: Graph, found: Usual) -> None:
             if not bool(measured[own].any()):
                 continue
             whole = torch.zeros(len(counts), dtype=torch.float64, device="cpu").index_add(0, number, measured[own])
-            samples = Samples(rank, step, sizes if of_rows is not None else 0 * sizes, whole, num_steps)
+            has_rows = of_rows is not None
+            samples = Samples(rank, step, sizes if has_rows else 0 * sizes, whole, num_steps, has_modes=not has_rows)
             part = torch.where(whole[number] > 0, measured[own] / whole[number], 1 / counts[number])
             usual[own] -= part * samples.excess[number]
             scattered[own] = part * samples.scattered[number]
