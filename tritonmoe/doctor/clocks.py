@@ -4,7 +4,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from itertools import combinations
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from tritonmoe.doctor.exchange_names import SYMMETRIC
 from tritonmoe.doctor.matching import Matched
@@ -20,14 +20,9 @@ SHORT = 2.0
 FEW, FEW_FOR_DRIFT, MOST_FOR_DRIFT = 4, 8, 100
 
 
-class _Meeting(NamedTuple):
-    """An exchange of ranks of two clocks."""
-
-    end_s: float
-    """When the first rank of the one clock left it, on that clock."""
-    other_end_s: float
-    took_s: float
-    """No longer than that can one rank have left it after another."""
+_Meeting: TypeAlias = tuple[float, float, float]
+"""An exchange of ranks of two clocks: how long it took (no rank can have left it later after another), and when the
+first rank of the one clock left it, and of the other, each on its own."""
 
 
 class _Shift(NamedTuple):
@@ -44,7 +39,7 @@ class _Shift(NamedTuple):
         """How far ahead, or behind, it is at most."""
         return max(self.ahead_s, self.ahead_s + self.drift * self.lasts_s, key=abs)
 
-    def __call__(self, moment_s: float) -> float:
+    def moved(self, moment_s: float) -> float:
         """Return the moment on the other clock."""
         return moment_s - self.ahead_s - self.drift * (moment_s - self.since_s)
 
@@ -92,7 +87,7 @@ def _move(traces: Sequence[RankTrace], clocks: Sequence[int], together: Matched)
                 continue
             of_both = meetings[one, other]
             if new == one:
-                of_both = [_Meeting(met.other_end_s, met.end_s, met.took_s) for met in of_both]
+                of_both = [(took_s, end_s, other_end_s) for took_s, other_end_s, end_s in of_both]
             known[new] = [_shift_of(of_both), *known[clock]]
             reached.append(new)
     largest_s = 0.0
@@ -102,7 +97,7 @@ def _move(traces: Sequence[RankTrace], clocks: Sequence[int], together: Matched)
         if ahead_s > sum(shift.certain_s for shift in shifts):
             largest_s = max(largest_s, ahead_s)
             for shift in shifts:
-                _move_trace(trace, shift)
+                _move_trace(trace, shift.moved)
     return largest_s
 
 
@@ -124,19 +119,19 @@ def _meetings(clocks: Sequence[int], together: Matched) -> dict[tuple[int, int],
             first = min(ends)
             for clock, end_s in ends.items():
                 if clock != first:
-                    found[first, clock].append(_Meeting(ends[first], end_s, took_s))
+                    found[first, clock].append((took_s, ends[first], end_s))
     return found
 
 
 def _shift_of(meetings: Sequence[_Meeting]) -> _Shift:
     """Return by how much the other clock is ahead of the one."""
-    ordered = sorted(meetings, key=lambda met: met.took_s)
-    most_s = SHORT * ordered[len(ordered) // 10].took_s
-    short = [met for place, met in enumerate(ordered) if met.took_s <= most_s or place < FEW]
-    since_s = min(met.other_end_s for met in short)
-    ahead_s = [met.other_end_s - met.end_s for met in short]
-    at_s = [met.other_end_s - since_s for met in short]
-    certain_s = statistics.median(met.took_s for met in short)
+    ordered = sorted(meetings)
+    most_s = SHORT * ordered[len(ordered) // 10][0]
+    short = [met for place, met in enumerate(ordered) if met[0] <= most_s or place < FEW]
+    since_s = min(other_end_s for _, _, other_end_s in short)
+    ahead_s = [other_end_s - end_s for _, end_s, other_end_s in short]
+    at_s = [other_end_s - since_s for _, _, other_end_s in short]
+    certain_s = statistics.median(took_s for took_s, _, _ in short)
     middle_s = statistics.median(ahead_s)
     if len(short) < FEW_FOR_DRIFT:
         return _Shift(middle_s, 0.0, since_s, certain_s, max(at_s))

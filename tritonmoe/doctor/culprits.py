@@ -11,7 +11,6 @@ from torch import Tensor
 from tritonmoe.doctor.causes import CauseKind, Causes, Removal
 from tritonmoe.doctor.graph import Key
 from tritonmoe.doctor.pattern import FEW_STEPS, Pattern, costly_steps, pattern_of
-from tritonmoe.doctor.tables import floats
 
 __all__ = ["Culprits", "culprits_of"]
 
@@ -70,7 +69,9 @@ def culprits_of(
             most = max(worst.count(rank) for rank in set(worst))
             moves = most <= MOVING * len(worst)
         if not moves:
-            ranks, gained = _at_fault(causes, kind, floats(excess).clamp(min=0), gained, without)
+            ranks, gained = _at_fault(
+                causes, kind, torch.tensor(excess, dtype=torch.float64, device="cpu").clamp(min=0), gained, without
+            )
     tables, of_kind = causes.tables, causes.excess[kind]
     where: dict[Key, float] = defaultdict(float)
     usual_s, excess_s = 0.0, 0.0

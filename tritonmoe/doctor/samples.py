@@ -93,20 +93,23 @@ class Samples:
         self,
         rank: Tensor,
         step: Tensor,
-        sizes: Tensor,
+        sizes: Tensor | None,
         times: Tensor,
         num_steps: int,
         fair: Tensor | None = None,
         unit_s: float | None = None,
         can_last: bool = True,
-        has_modes: bool = False,
     ) -> None:
-        """fair: the size that every rank would have in a step if all had the same; None: the mean of ranks.
+        """sizes: None of times in which nothing is done: if they are of two clearly different lengths, on every rank,
+        that is no noise, and the shorter ones are usual, however often the others come.
 
-        unit_s: what one more of a size costs; None: found by comparison. can_last: whether a rank that always takes
-        longer than others is at fault. has_modes: whether times of two clearly different lengths, on every rank, are no
-        noise: the shorter ones are usual then, however often the others come.
+        fair: the size that every rank would have in a step if all had the same; None: the mean of ranks. unit_s: what
+        one more of a size costs; None: found by comparison. can_last: whether a rank that always takes longer than
+        others is at fault.
         """
+        has_modes = sizes is None
+        if sizes is None:
+            sizes = torch.zeros_like(times)
         if fair is None:
             fair = by_step(step, sizes, "mean", num_steps)
         mean = float(sizes.mean())

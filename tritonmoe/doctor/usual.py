@@ -96,6 +96,7 @@ def usual_of(graph: Graph, linked_s: Tensor | None = None) -> Usual:
         if not can_last and not has_hot:
             counts, times = times == longest[step], longest[step]
         hosts = _shared_hosts(graph, rank)
+        samples: Samples | _OfHosts
         if hosts is not None and can_last and not has_hot:
             samples = _OfHosts(hosts, step, sizes, times, num_steps, fair, unit_s)
         else:
@@ -165,8 +166,7 @@ def _usual_of_runs(graph: Graph, found: Usual) -> None:
             if not bool(measured[own].any()):
                 continue
             whole = torch.zeros(len(counts), dtype=torch.float64, device="cpu").index_add(0, number, measured[own])
-            has_rows = of_rows is not None
-            samples = Samples(rank, step, sizes if has_rows else 0 * sizes, whole, num_steps, has_modes=not has_rows)
+            samples = Samples(rank, step, sizes if of_rows is not None else None, whole, num_steps)
             part = torch.where(whole[number] > 0, measured[own] / whole[number], 1 / counts[number])
             usual[own] -= part * samples.excess[number]
             scattered[own] = part * samples.scattered[number]
