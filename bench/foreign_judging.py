@@ -29,6 +29,8 @@ class Judgement:
     when: bool | None
     gain: bool | None
     promised_share: float
+    two_levels: bool | None = None
+    """Of two hosts: whether two levels are offered where they help alone."""
 
     def plain(self) -> dict[str, Any]:
         return asdict(self)
@@ -73,7 +75,14 @@ def lines(judged: Sequence[Judgement]) -> list[str]:
     for one in judged:
         marks = " ".join(
             f"{name} {'-' if value is None else 'right' if value else 'WRONG'}"
-            for name, value in (("cause", one.cause), ("who", one.culprits), ("when", one.when), ("gain", one.gain))
+            for name, value in (
+                ("cause", one.cause),
+                ("who", one.culprits),
+                ("when", one.when),
+                ("gain", one.gain),
+                ("two levels", one.two_levels),
+            )
+            if name != "two levels" or value is not None
         )
         scenario = one.scenario
         found.append(
@@ -100,6 +109,8 @@ def totals(judged: Sequence[Judgement]) -> list[dict[str, Any]]:
             "healthy silent": _rate([one.cause for one in own if not one.scenario.faults]),
             "gain": _rate([one.gain for one in faulty]),
         })  # fmt: skip
+        if any(one.two_levels is not None for one in own):
+            found[-1]["two levels"] = _rate([one.two_levels for one in own])
     return found
 
 

@@ -34,11 +34,14 @@ def shape(scenario: Scenario, is_ill: bool) -> None:
     dist.barrier()
     if dist.get_rank() == 0:
         slow = [
-            [*fault.ranks, RATE_BITS / fault.amount]
+            [*link, RATE_BITS / fault.amount]
             for fault in scenario.faults
             if is_ill and fault.kind == "slow link"
+            for link in zip(fault.ranks[::2], fault.ranks[1::2], strict=True)
         ]
         ask(f"rates {json.dumps([[RATE_BITS] * dist.get_world_size(), slow])}")
+        if scenario.num_hosts > 1:
+            ask(f"uplink_rate {scenario.uplink_bits}")
     dist.barrier()
 
 
@@ -50,6 +53,13 @@ class Profile(torch.profiler.profile):
         super().stop_trace()
 
 
+def _writer(scenario: Scenario, folder: Path) -> Callable[[torch.profiler.profile], None]:
+    """Return what writes a trace: of several hosts under ddp torch's own way, which names files after them."""
+    if scenario.num_hosts == 1 or scenario.trainer != "ddp":
+        return on_trace_ready(folder)
+    return torch.profiler.tensorboard_trace_handler(str(folder), use_gzip=True)
+
+
 def steps(job: Job, step: Callable[[], None], num_steps: int, is_ill: bool, folder: Path | None) -> tuple[float, float]:
     """Run steps, profiled; give the seconds of one, and how much of it some rank has overslept."""
     shape(job.scenario, is_ill)
@@ -59,7 +69,7 @@ def steps(job: Job, step: Callable[[], None], num_steps: int, is_ill: bool, fold
     times: list[float] = []
     with Profile(
         activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True, schedule=wait,
-        on_trace_ready=on_trace_ready(folder) if folder else None,
+        on_trace_ready=_writer(job.scenario, folder) if folder else None,
     ) as profile:  # fmt: skip
         for count in range(WARM_UP + num_steps):
             job.step = max(0, count - WARM_UP)

@@ -8,8 +8,10 @@ from typing import Any
 
 from bench.faults import Fault
 
-__all__ = ["KINDS", "TRAINERS", "Scenario", "draw", "is_held_out", "level_on_rank", "series"]
+__all__ = ["KINDS", "NODE_SIZE", "TRAINERS", "Scenario", "draw", "is_held_out", "level_on_rank", "series"]
 
+NODE_SIZE = 2
+"""Ranks of a host, where there are several."""
 TRAINERS = ("ddp", "transformers", "fsdp2", "pipeline")
 
 
@@ -28,6 +30,11 @@ class Scenario:
     under fully_shard; pipeline: two stages of torch.distributed.pipelining, 1F1B, experts spread within a stage."""
     is_unlike: bool = False
     """Whether a layer takes longer than the one before."""
+    num_hosts: int = 1
+    uplink_bits: float = 0.0
+    """Bits per second between hosts, of a host's ranks together."""
+    top_k: int = 2
+    """How many experts a token of transformers' model has."""
 
     def plain(self) -> dict[str, Any]:
         return asdict(self)

@@ -15,13 +15,15 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from bench.foreign_hosts import TWO_LEVELS, move_clocks, of_hosts
 from bench.foreign_judging import Judgement, judge, lines, totals
-from bench.foreign_scenarios import TRAINERS, Scenario, series
+from bench.foreign_scenarios import NODE_SIZE, TRAINERS, Scenario, series
 from bench.synthetic_traces import write_traces
 from tritonmoe.benchmarks.argument_types import positive, seed
 from tritonmoe.benchmarks.namespaces import Namespaces
 from tritonmoe.benchmarks.timing import write_json
 from tritonmoe.doctor.attribution import attribute
+from tritonmoe.doctor.offers import offers_of
 from tritonmoe.doctor.reading import read_traces
 
 __all__ = ["judge_kept", "main"]
@@ -36,16 +38,21 @@ def run_in_namespaces(scenarios: list[Scenario], folder: Path) -> None:
     drawn = folder / "scenarios.txt"
     drawn.write_text(json.dumps([scenario.plain() for scenario in scenarios]))
     command = [sys.executable, "-m", "bench.foreign_rank", str(drawn), str(folder)]
-    with Namespaces(command, scenarios[0].num_ranks, START_RATE) as namespaces:
+    num_ranks, has_hosts = scenarios[0].num_ranks, scenarios[0].num_hosts > 1
+    with Namespaces(command, num_ranks, START_RATE, node_size=NODE_SIZE if has_hosts else None) as namespaces:
         status = namespaces.run(TIMEOUT_S)
     if status:
         raise SystemExit(f"the ranks ended with status {status}")
+    if has_hosts:
+        for number, scenario in enumerate(scenarios):
+            move_clocks(folder / str(number) / "judged", scenario.seed)
 
 
 def alike(scenarios: list[Scenario]) -> Iterator[tuple[str, list[Scenario]]]:
-    """Return those of one trainer and number of ranks together, with a name."""
-    for key in dict.fromkeys((one.trainer, one.num_ranks) for one in scenarios):
-        yield f"{key[0]}-{key[1]}", [one for one in scenarios if (one.trainer, one.num_ranks) == key]
+    """Return those of one trainer and number of ranks and hosts together, with a name."""
+    for key in dict.fromkeys((one.trainer, one.num_ranks, one.num_hosts) for one in scenarios):
+        name = f"{key[0]}-{key[1]}" + "-hosts" * (key[2] > 1)
+        yield name, [one for one in scenarios if (one.trainer, one.num_ranks, one.num_hosts) == key]
 
 
 def judge_kept(folder: Path) -> Judgement:
@@ -54,7 +61,11 @@ def judge_kept(folder: Path) -> Judgement:
     kept, folder = json.loads(found.read_text()), found.parent
     seconds = kept["seconds"]
     true_share = 1 - statistics.fmean(seconds["healthy"]) / seconds["ill"]
-    return judge(Scenario.of(kept["scenario"]), attribute(read_traces(folder).graph), true_share)
+    scenario, graph = Scenario.of(kept["scenario"]), read_traces(folder).graph
+    judged = judge(scenario, attribute(graph), true_share)
+    if scenario.num_hosts > 1 and graph.routed:
+        judged.two_levels = any("two levels" in one.words for one in offers_of(graph)) == (scenario.name == TWO_LEVELS)
+    return judged
 
 
 def main() -> None:
@@ -64,6 +75,7 @@ def main() -> None:
     parser.add_argument("--each", type=positive, default=1, help="scenarios of each kind")
     parser.add_argument("--seed", type=seed, default=0)
     parser.add_argument("--ranks", type=positive, help="as many in all scenarios; else 2 to 4")
+    parser.add_argument("--hosts", action="store_true", help="scenarios of two hosts, under ddp and transformers")
     parser.add_argument("--synthetic", action="store_true", help="make the traces by a simulation")
     parser.add_argument("--keep", type=Path, help="keep what was recorded in this folder")
     parser.add_argument("--json", type=Path, help="write the figures into this file")
@@ -74,7 +86,8 @@ def main() -> None:
         judged = [judge_kept(found.parent) for found in sorted(arguments.judge.rglob("measured.txt"))]
     else:
         seeds = range(arguments.seed, arguments.seed + arguments.each)
-        scenarios = series(arguments.trainers, arguments.kinds, seeds, arguments.ranks)
+        drawn = series(arguments.trainers, arguments.kinds, seeds, arguments.ranks)
+        scenarios = of_hosts(arguments.trainers, seeds) if arguments.hosts else drawn
         judged = []
         for name, together in alike(scenarios):
             if arguments.synthetic:

@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from bench.foreign_job import ATTENTION_S, ROW_S, ROWS, WIDTH, Job, Layer
-from bench.foreign_scenarios import Scenario
+from bench.foreign_scenarios import NODE_SIZE, Scenario
 
 __all__ = ["MAKE"]
 
 Step = Callable[[], None]
-HIDDEN, SEQUENCE, TOP_K, EXPERTS_OF_RANK = 256, 64, 2, 2
+HIDDEN, SEQUENCE, EXPERTS_OF_RANK = 256, 64, 2
+INSIDE = 1 << 16
+"""Numbers that the ranks of a host sum."""
 NUM_BATCHES = 4
 """Micro-batches of the pipeline."""
 
@@ -94,10 +96,12 @@ def transformers(scenario: Scenario) -> tuple[Job, Step]:
 
     job, size = Job(scenario), dist.get_world_size()
     current = [0]
+    nodes = [list(range(first, first + NODE_SIZE)) for first in range(0, size, NODE_SIZE)]
+    of_host, _ = dist.new_subgroups_by_enumeration(nodes) if scenario.num_hosts > 1 else (None, None)
 
     def experts(module: Any, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         y = _experts(module, x, top_k_index, top_k_weights)
-        return job.work(y, current[0], ROW_S * x.shape[0] / TOP_K)
+        return job.work(y, current[0], ROW_S * x.shape[0] / scenario.top_k)
 
     def attention(module: Any, *arguments: Any, **options: Any) -> tuple[Tensor, None]:
         y, _ = sdpa_attention_forward(module, *arguments, **options)
@@ -109,7 +113,7 @@ def transformers(scenario: Scenario) -> tuple[Job, Step]:
     config = of.MixtralConfig(
         vocab_size=64, hidden_size=HIDDEN, intermediate_size=16, num_hidden_layers=scenario.num_layers,
         num_attention_heads=4, num_key_value_heads=1, num_local_experts=EXPERTS_OF_RANK * size,
-        num_experts_per_tok=TOP_K, pad_token_id=0, bos_token_id=1, eos_token_id=None,
+        num_experts_per_tok=scenario.top_k, pad_token_id=0, bos_token_id=1, eos_token_id=None,
     )  # fmt: skip
     folder = [tempfile.mkdtemp() if job.rank == 0 else ""]
     dist.broadcast_object_list(folder)
@@ -120,7 +124,7 @@ def transformers(scenario: Scenario) -> tuple[Job, Step]:
         folder[0], experts_implementation="timed", attn_implementation="timed",
         distributed_config=DistributedConfig(fsdp_size=size, ep_size=size, ep_implementation="all_to_all"),
     ).train()  # fmt: skip
-    _arrange(model, job, current)
+    _arrange(model, job, current, of_host)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
 
     def step() -> None:
@@ -143,18 +147,23 @@ def _experts(module: Any, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor)
     return y
 
 
-def _arrange(model: Any, job: Job, current: list[int]) -> None:
-    """Let the job decide where tokens go, and when a layer comes late."""
+def _arrange(model: Any, job: Job, current: list[int], of_host: Any) -> None:
+    """Let the job decide where tokens go, and when a layer comes late.
+
+    of_host: a group of the ranks of this host, which sum something before each layer as tensor parallelism does.
+    """
     ranks = list(range(job.size))
 
     def route(module: nn.Module, arguments: Any, output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         logits, weights, index = output
         shares = torch.tensor(job.shares(ranks)).repeat_interleave(EXPERTS_OF_RANK) / EXPERTS_OF_RANK
-        return logits, weights, torch.multinomial(shares.expand(len(index), -1), TOP_K)
+        return logits, weights, torch.multinomial(shares.expand(len(index), -1), job.scenario.top_k)
 
     def before(index: int) -> Callable:
         def hook(module: nn.Module, arguments: tuple[Tensor, ...], options: dict[str, Any]) -> Any:
             current[0] = index
+            if of_host is not None:
+                dist.all_reduce(torch.zeros(INSIDE), group=of_host)
             if arguments:
                 return (job.nap(arguments[0], index), *arguments[1:]), options
             return arguments, {**options, "hidden_states": job.nap(options["hidden_states"], index)}

@@ -55,6 +55,43 @@ def test_a_fault_beside_them_is_found_alone(faulty: tuple[int, ...]) -> None:
     assert finding.cost.seconds == pytest.approx(late_s * len(faulty) / STEPS, rel=0.1)
 
 
+CROWDED_S = (0.0, 0.0, 0.01, 0.0, 0.0, 0.01, 0.015, 0.03, 0.04, 0.15, 0.0, 0.0)
+
+
+def crowded_run(late_s: float, num_late: int = 1) -> Graph:
+    """Return a run on a machine with too few cores: in some steps all ranks come late, some always."""
+    draw = random.Random(8)
+    graph = Graph(list(range(RANKS)), list(range(STEPS)), begin_s=[0.0] * RANKS)
+    graph.programs = [[] for _ in range(RANKS)]
+    for step in graph.steps:
+        crowded_s = CROWDED_S[step]
+        members = []
+        for rank in graph.ranks:
+            idle_s = crowded_s * draw.uniform(0.8, 1.2) + (late_s if rank < num_late else 0.0)
+            graph.runs.append(Run(rank, step, ("forward", "before", "all_to_all", 0), 0.100, 0.001 + idle_s))
+            members.append(len(graph.members))
+            graph.members.append(Member(rank, step, step, ("forward", "all_to_all", 0), 0, 0.0, 0.001))
+            of_rank = graph.programs[rank]
+            of_rank += [(Kind.RUN, len(graph.runs) - 1), (Kind.POST, members[-1]), (Kind.WAIT, members[-1])]
+            of_rank.append((Kind.STEP, step))
+        graph.exchanges.append(members)
+        graph.measured_s.append(0.0)
+    return graph
+
+
+@pytest.mark.parametrize("num_late", [1, 2, 3])
+def test_who_is_late_where_all_are_late_at_times(num_late: int) -> None:
+    """What all ranks have in the same step is nobody's; without that these ranks would be a part of all."""
+    found = attribute(crowded_run(0.05, num_late)).findings[0]
+    assert (found.kind, sorted(found.culprits.ranks)) == ("late rank", list(range(num_late)))
+    assert found.when.when == "always"
+
+
+def test_nobody_is_named_where_all_are_late_at_times() -> None:
+    for found in attribute(crowded_run(0.0)).findings:
+        assert (found.kind, found.culprits.ranks) == ("late rank", ())
+
+
 def noisy_run(seed: int, slow: float = 1.0) -> Graph:
     """Return four steps of one exchange, before which every rank computes for a time that differs by 30 %."""
     draw = random.Random(seed)

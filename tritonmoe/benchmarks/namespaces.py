@@ -22,7 +22,7 @@ from tritonmoe.benchmarks.link_rates import address, bucket, shaping
 
 __all__ = ["INTERFACE", "Namespaces", "unusable_reason"]
 
-CLONE_NEWNET = 0x40000000
+CLONE_NEWNET, CLONE_NEWUTS = 0x40000000, 0x04000000
 PR_SET_PDEATHSIG = 1
 COMMANDS = {"ip": "iproute2", "tc": "iproute2", "nsenter": "util-linux"}
 MTU = 9000
@@ -57,7 +57,7 @@ class Namespaces:
             so on in its environment, as under torchrun, and with one core of its own where there are enough.
         num_ranks: N.
         rate: bits per second of every rank's link, in each direction.
-        node_size: ranks per node, which share an uplink; None: all ranks meet in one bridge.
+        node_size: ranks per node, which share an uplink and a host's name; None: all ranks meet in one bridge.
         inter_rate: bits per second of such an uplink; None is the rate of a link.
     Raises:
         OSError: this machine or user can't make namespaces; the message says what is missing.
@@ -186,7 +186,8 @@ class Namespaces:
             # It must not look for its interface before that is there.
             command = ["sh", "-c", 'read -r line && exec "$@"', "sh", *self._command]
             core = cores[rank % len(cores)]
-            self._processes.append(self._spawn(command, environment, core, is_first=rank == 0))
+            host = f"node-{rank // self.node_size}" if self.num_nodes > 1 else ""
+            self._processes.append(self._spawn(command, environment, core, is_first=rank == 0, host=host))
         self._control_of_rank.close()
         self._link()
         for process in self._processes:
@@ -195,7 +196,12 @@ class Namespaces:
             process.stdin.close()
 
     def _spawn(
-        self, command: list[str], environment: dict[str, str], core: int | None, is_first: bool = False
+        self,
+        command: list[str],
+        environment: dict[str, str],
+        core: int | None,
+        is_first: bool = False,
+        host: str = "",
     ) -> subprocess.Popen:
         libc = ctypes.CDLL(None, use_errno=True)
         parent = os.getpid()
@@ -204,8 +210,10 @@ class Namespaces:
             libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
             if os.getppid() != parent:  # it ended before the line above
                 os._exit(1)
-            if libc.unshare(CLONE_NEWNET):
+            if libc.unshare(CLONE_NEWNET | CLONE_NEWUTS):
                 raise OSError(ctypes.get_errno(), "unshare")
+            if host:
+                socket.sethostname(host)
             if core is not None:
                 os.sched_setaffinity(0, {core})
 

@@ -18,7 +18,7 @@ from tritonmoe.doctor.culprits import Culprits, culprits_of
 from tritonmoe.doctor.graph import Graph
 from tritonmoe.doctor.link_ends import SlowLinks
 from tritonmoe.doctor.noise import gain_of_noise
-from tritonmoe.doctor.pattern import FEW_STEPS, Pattern, pattern_of
+from tritonmoe.doctor.pattern import FEW_STEPS, Pattern
 from tritonmoe.doctor.recorded_causes import Known
 from tritonmoe.doctor.tables import floats, indices
 from tritonmoe.doctor.usual import usual_of
@@ -161,8 +161,8 @@ def attribute(graph: Graph, known: Known | None = None) -> Verdict:
         is_asked = is_ill or kind not in compared
         if is_asked and at_most.seconds >= least_s[kind] and at_most.low_s > 0:
             others_first = [one for one in compared if one != kind] if most is hidden else []
-            culprits = culprits_of(causes, kind, most, others_first)
-            found = Finding(kind, culprits, pattern_of(most), cost, is_hidden)
+            culprits, when = culprits_of(causes, kind, most, others_first)
+            found = Finding(kind, culprits, when, cost, is_hidden)
             findings.append(_named(found, graph.slow_links, known))
         else:
             others.append((kind, cost.share(step_s)))

@@ -34,8 +34,8 @@ STRUCTURAL: tuple[CauseKind, ...] = (
 )  # fmt: skip
 """What costs all ranks something in all steps, or would without being a fault; known of this package's layers alone."""
 
-Removal: TypeAlias = Mapping[CauseKind, Collection[int] | None]
-"""Kinds of causes that are taken out, on some ranks, or on all of them (None)."""
+Removal: TypeAlias = Mapping[CauseKind, Collection[int] | Tensor | None]
+"""Kinds of causes that are taken out: on some ranks, on all (None), or (W, S) a part on each rank in each step."""
 
 
 @dataclass
@@ -71,10 +71,11 @@ class Causes:
             some = removals[first : first + self.walker.num_at_once]
             runs, transfers = (times.repeat(len(some), 1) for times in (self.run_s, self.transfer_s))
             for run_s, transfer_s, removal in zip(runs, transfers, some, strict=True):
-                for kind, ranks in removal.items():
-                    excess, of = self.excess[kind], self._of(ranks)
-                    run_s -= excess.run_s if ranks is None else excess.run_s * of[self.tables.run_rank]
-                    transfer_s -= excess.member_s if ranks is None else excess.member_s * of[self.due_to(kind)]
+                for kind, removed in removal.items():
+                    excess = self.excess[kind]
+                    of_runs, of_members = self._parts(kind, removed)
+                    run_s -= excess.run_s * of_runs
+                    transfer_s -= excess.member_s * of_members
             found += self.walker.all_step_times(runs.clamp_(min=0), transfers)
         return found
 
@@ -82,13 +83,18 @@ class Causes:
         """Return the rank (M,) that the excess of a Member is due to: its own, or the hot one that it waits for."""
         return self.usual.bytes_due_to if kind == "imbalance" else self.tables.member_rank
 
-    def _of(self, ranks: Collection[int] | None) -> Tensor:
-        """Return (W,) 1 for each of the ranks, else 0."""
-        if ranks is None:
-            return torch.ones(len(self.graph.ranks), dtype=torch.float64, device="cpu")
+    def _parts(
+        self, kind: CauseKind, removed: Collection[int] | Tensor | None
+    ) -> tuple[Tensor | float, Tensor | float]:
+        """Return which part of its excess is taken out of each Run (N,) and of each Member (M,)."""
+        if removed is None:
+            return 1.0, 1.0
+        tables, due_to = self.tables, self.due_to(kind)
+        if isinstance(removed, Tensor):
+            return removed[tables.run_rank, tables.run_step], removed[due_to, tables.member_step]
         of = torch.zeros(len(self.graph.ranks), dtype=torch.float64, device="cpu")
-        of[list(ranks)] = 1.0
-        return of
+        of[list(removed)] = 1.0
+        return of[tables.run_rank], of[due_to]
 
     def is_nothing(self, kind: CauseKind) -> bool:
         """Whether no operation is above what is usual for this."""

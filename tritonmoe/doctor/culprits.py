@@ -6,10 +6,11 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from tritonmoe.doctor.causes import CauseKind, Causes, Removal
 from tritonmoe.doctor.graph import Key
-from tritonmoe.doctor.pattern import costly_steps
+from tritonmoe.doctor.pattern import FEW_STEPS, Pattern, costly_steps, pattern_of
 
 __all__ = ["Culprits", "culprits_of"]
 
@@ -20,6 +21,10 @@ ALONE = 2.0
 MOVING = 0.65
 """A cause moves if no rank is at fault in a larger part of the costly steps."""
 ONE_PLACE = 0.7
+ALIKE = 0.7
+"""A rank has as much as another if it has at least that part of it."""
+OF_FEW = 0.5
+"""All ranks are at fault if what each of them has in the same step costs more than that part of the gain."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +49,10 @@ class Culprits:
     """Which end of a link it is, where it is known."""
 
 
-def culprits_of(causes: Causes, kind: CauseKind, gained: Sequence[float], without: Sequence[CauseKind]) -> Culprits:
-    """Find who is at fault for a kind of cause, and where; without: other kinds that hide it, taken out first."""
+def culprits_of(
+    causes: Causes, kind: CauseKind, gained: Sequence[float], without: Sequence[CauseKind]
+) -> tuple[Culprits, Pattern]:
+    """Find who is at fault for a kind of cause, where and when; without: other kinds that hide it, taken out first."""
     graph = causes.graph
     excess = causes.by_rank_and_step(kind)
     ranks: tuple[int, ...] = ()
@@ -62,7 +69,9 @@ def culprits_of(causes: Causes, kind: CauseKind, gained: Sequence[float], withou
             most = max(worst.count(rank) for rank in set(worst))
             moves = most <= MOVING * len(worst)
         if not moves:
-            ranks = _fewest(causes, kind, excess, gained, without)
+            ranks, gained = _at_fault(
+                causes, kind, torch.tensor(excess, dtype=torch.float64, device="cpu").clamp(min=0), gained, without
+            )
     tables, of_kind = causes.tables, causes.excess[kind]
     where: dict[Key, float] = defaultdict(float)
     usual_s, excess_s = 0.0, 0.0
@@ -90,7 +99,8 @@ def culprits_of(causes: Causes, kind: CauseKind, gained: Sequence[float], withou
     is_one = place is not None and len(known) > 2 and where[place] >= ONE_PLACE * total
     layer = _layer_of(where, known)
     place = place if is_one and not _is_of_layer(place) else None
-    return Culprits(ranks, moves, phase, place, 1 + excess_s / usual_s if usual_s > 0 else 0.0, layer)
+    factor = 1 + excess_s / usual_s if usual_s > 0 else 0.0
+    return Culprits(ranks, moves, phase, place, factor, layer), pattern_of(gained)
 
 
 def _is_of_layer(key: Key | None) -> bool:
@@ -115,33 +125,59 @@ def phase_of(key: Key) -> str:
     return next((phase for phase in ("forward", "backward") if word.startswith(phase)), "")
 
 
+def _at_fault(
+    causes: Causes, kind: CauseKind, excess_s: Tensor, gained: Sequence[float], without: Sequence[CauseKind]
+) -> tuple[tuple[int, ...], Sequence[float]]:
+    """Return the fewest ranks whose excess (W, S) explains the gain, none where it is all; and each step's gain.
+
+    What every rank has in the same step, as where a machine has too few cores, is nobody's own: it is taken out first,
+    and ranks that have more than that again and again are at fault. Where none has, all of the gain is asked for.
+    """
+    none = torch.zeros_like(excess_s)
+    common_s = excess_s.amin(0)
+    if excess_s.shape[1] >= FEW_STEPS and bool(common_s.any()):
+        common = torch.where(excess_s > 0, common_s / excess_s, 0.0)
+        own_s = excess_s - common_s
+        ranks, own_gained = _fewest(causes, kind, own_s, common, without)
+        if sum(own_gained) < OF_FEW * sum(gained):
+            return (), gained
+        if ranks and all(len(costly_steps(own_s[rank].tolist())) >= FEW_STEPS for rank in ranks):
+            return ranks, own_gained
+    return _fewest(causes, kind, excess_s, none, without)[0], gained
+
+
 def _fewest(
-    causes: Causes,
-    kind: CauseKind,
-    excess: Sequence[Sequence[float]],
-    gained: Sequence[float],
-    without: Sequence[CauseKind],
-) -> tuple[int, ...]:
-    """Return the fewest ranks whose excess explains the gain, the worst first; none where it takes nearly all."""
-    num_ranks = len(excess)
-    sums = [sum(max(0.0, one) for one in of_rank) for of_rank in excess]
+    causes: Causes, kind: CauseKind, excess_s: Tensor, gone: Tensor, without: Sequence[CauseKind]
+) -> tuple[tuple[int, ...], list[float]]:
+    """Return the fewest ranks whose excess explains the gain, the worst first, none where it is all; and the gain.
+
+    gone: (W, S), which part of each rank's excess is taken out beforehand.
+    """
+    num_ranks = len(excess_s)
+    sums = excess_s.sum(1).tolist()
     order = sorted(range(num_ranks), key=lambda rank: -sums[rank])
-    wanted = EXPLAINED * statistics.fmean(gained)
-    others: Removal = dict.fromkeys(without)
+
+    def removal(count: int) -> Removal:
+        parts = gone.clone()
+        parts[order[:count]] = 1.0
+        return {**dict.fromkeys(without), kind: parts}
+
     counts = _counts(num_ranks)
-    removals = [others, *({**others, kind: order[:count]} for count in counts)]
-    before, *now = map(statistics.fmean, causes.without(removals))
-    count = next((count for count, left in zip(counts, now, strict=True) if before - left >= wanted), 0)
+    before, *now, after = causes.without([removal(count) for count in (0, *counts, num_ranks)])
+    gained = [was - then for was, then in zip(before, after, strict=True)]
+    most_s = statistics.fmean(before) - EXPLAINED * statistics.fmean(gained)
+    count = next((count for count, left in zip(counts, now, strict=True) if statistics.fmean(left) <= most_s), 0)
     if not count:
-        return ()
+        return (), gained
     more = max((fewer for fewer in counts if fewer < count), default=0)
     between = list(range(more + 1, count))  # counts are tried in growing strides
     if between:
-        now = list(map(statistics.fmean, causes.without([{**others, kind: order[:fewer]} for fewer in between])))
-        count = next((fewer for fewer, left in zip(between, now, strict=True) if before - left >= wanted), count)
-    alike = [rank for rank in order[count:] if sums[rank] >= 0.7 * sums[order[count - 1]] > 0]
+        now = causes.without([removal(fewer) for fewer in between])
+        left_of = zip(between, now, strict=True)
+        count = next((fewer for fewer, left in left_of if statistics.fmean(left) <= most_s), count)
+    alike = [rank for rank in order[count:] if sums[rank] >= ALIKE * sums[order[count - 1]] > 0]
     found = (*order[:count], *alike)
-    return found if len(found) < num_ranks else ()
+    return found if len(found) < num_ranks else (), gained
 
 
 def _counts(num_ranks: int) -> list[int]:

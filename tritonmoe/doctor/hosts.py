@@ -51,3 +51,12 @@ def unknown_of_nodes(graph: Graph) -> Iterator[str]:
             "the files don't say how many tokens a rank has: what two levels would gain is not known "
             "(a trace of the router's torch.topk with record_shapes=True says it)"
         )
+    elif len(set(graph.hosts)) > 1 and not any(_is_inside(graph, members) for members in graph.exchanges):
+        yield (
+            "no exchange is of the ranks of one host alone: what rows take inside a host is not known, so two levels "
+            "may gain more than is said"
+        )
+
+
+def _is_inside(graph: Graph, members: Sequence[int]) -> bool:
+    return len(members) > 1 and len({graph.hosts[graph.members[one].rank] for one in members}) == 1

@@ -35,7 +35,8 @@ def joined(traces: Sequence[RankTrace], ranks_per_node: int | None = None) -> tu
     places = {number: index for index, number in enumerate(sorted(numbers))}
     of_steps = [_by_step(trace, places) for trace in traces]
     together = matched(traces, of_steps, limits)
-    align_clocks(traces, together, limits)
+    hosts = hosts_of(traces, ranks_per_node)
+    align_clocks(traces, hosts, together, limits)
     bound_ends(traces, together)
     for parts in together.values():
         latest = max(part.start_s for _, part in parts)
@@ -51,7 +52,7 @@ def joined(traces: Sequence[RankTrace], ranks_per_node: int | None = None) -> tu
         end_s = max(of_rank[index][1] for of_rank in bounds) - first_s
         graph.measured_s.append(max(0.0, end_s - before_s))
         before_s = max(before_s, end_s)
-    graph.hosts = hosts_of(traces, ranks_per_node)
+    graph.hosts = hosts
     routed = [trace.routed for trace in traces if trace.routed is not None]
     graph.routed = tuple(routed) if len(routed) == len(traces) else ()
     graph.slow_links = slow_links(traces, graph.hosts)

@@ -1,5 +1,6 @@
 """Samples: the times of operations that do the same work, and by how much each of them differs from what is usual."""
 
+import math
 import statistics
 from collections.abc import Sequence
 
@@ -92,18 +93,23 @@ class Samples:
         self,
         rank: Tensor,
         step: Tensor,
-        sizes: Tensor,
+        sizes: Tensor | None,
         times: Tensor,
         num_steps: int,
         fair: Tensor | None = None,
         unit_s: float | None = None,
         can_last: bool = True,
     ) -> None:
-        """fair: the size that every rank would have in a step if all had the same; None: the mean of ranks.
+        """sizes: None of times in which nothing is done: if they are of two clearly different lengths, on every rank,
+        that is no noise, and the shorter ones are usual, however often the others come.
 
-        unit_s: what one more of a size costs; None: found by comparison. can_last: whether a rank that always takes
-        longer than others is at fault.
+        fair: the size that every rank would have in a step if all had the same; None: the mean of ranks. unit_s: what
+        one more of a size costs; None: found by comparison. can_last: whether a rank that always takes longer than
+        others is at fault.
         """
+        has_modes = sizes is None
+        if sizes is None:
+            sizes = torch.zeros_like(times)
         if fair is None:
             fair = by_step(step, sizes, "mean", num_steps)
         mean = float(sizes.mean())
@@ -123,8 +129,13 @@ class Samples:
         uncertain = max(LEAST_S, noise * 1.25 / count**0.5, _uncertainty(table)) if count > 1 else LEAST_S
         usual = level(medians.tolist(), uncertain)
         of_rank = rank.unique(return_inverse=True)[1]
+        short = _shorter_mode(table) if has_modes else None
+        if short is not None:
+            medians = short.nanmedian(1).values
+            usual = level(medians.tolist(), uncertain)
         residuals = rest - medians[of_rank]
-        far = max(FAR_OUT * _deviation(residuals), LEAST_S)
+        of_noise = residuals if short is None else (short - medians[:, None])[~short.isnan()]
+        far = max(FAR_OUT * _deviation(of_noise), LEAST_S)
         if len(medians) == 1 and grows(rest.tolist(), JUMP):  # no other rank tells what is usual: its first steps do
             usual = float(rest[: len(rest) // 3].min())
             medians, residuals, far = medians.new_full((1,), usual), rest - usual, LEAST_S
@@ -150,6 +161,21 @@ def _uncertainty(table: Tensor) -> float:
     low, high = (of.round().to(torch.int64).clamp(min=0).minimum(last) for of in (low, high))
     widths = ordered.gather(1, high[:, None]) - ordered.gather(1, low[:, None])
     return float(middle(widths.T / 2)[0])
+
+
+def _shorter_mode(table: Tensor) -> Tensor | None:
+    """Return (G, L) with NaN for all but the shorter values, where there are two lengths on every rank; else None."""
+    values = table[~table.isnan()].sort().values
+    few = max(2, math.ceil(LEAST_FAST * len(values)))
+    if len(values) < 2 * few:
+        return None
+    gaps = values.diff()[few - 1 : len(values) - few]
+    place = few + int(gaps.argmax())
+    if float(gaps.max()) <= CERTAIN * max(float(values[place - 1] - values[0]), LEAST_S):
+        return None
+    short = torch.where(table < values[place], table, torch.nan)
+    has_both = (~short.isnan()).sum(1) >= LEAST_FAST * (~table.isnan()).sum(1)
+    return short if bool(has_both.all()) else None
 
 
 def by_step(step: Tensor, values: Tensor, what: str, num_steps: int) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tritonmoe.doctor.graph import Graph
 from tritonmoe.doctor.samples import Samples, by_step, middle
+from tritonmoe.doctor.tables import indices
 
 __all__ = ["Usual", "usual_of"]
 
@@ -94,7 +95,12 @@ def usual_of(graph: Graph, linked_s: Tensor | None = None) -> Usual:
             unit_s = max(0.0, float(middle(bound[None])[0])) if len(bound) else None
         if not can_last and not has_hot:
             counts, times = times == longest[step], longest[step]
-        samples = Samples(rank, step, sizes, times, num_steps, fair, unit_s, can_last)
+        hosts = _shared_hosts(graph, rank)
+        samples: Samples | _OfHosts
+        if hosts is not None and can_last and not has_hot:
+            samples = _OfHosts(hosts, step, sizes, times, num_steps, fair, unit_s)
+        else:
+            samples = Samples(rank, step, sizes, times, num_steps, fair, unit_s, can_last)
         found.transfer_s[own] -= torch.where(counts, samples.excess, 0.0)
         scattered[own] = torch.where(counts, samples.scattered, 0.0)
         found.of_bytes_s[own] = samples.of_size
@@ -102,6 +108,40 @@ def usual_of(graph: Graph, linked_s: Tensor | None = None) -> Usual:
         found.level_transfer_s[own] = torch.where(counts, samples.levels, short_s)
     found.transfer_s += _common(scattered, tables.member_rank, tables.member_step, graph)
     return found
+
+
+def _shared_hosts(graph: Graph, rank: Tensor) -> Tensor | None:
+    """Return the host of each of these exchanges' ranks, as a number, where several hosts have several of them."""
+    if not graph.hosts:
+        return None
+    names = sorted(set(graph.hosts))
+    numbers = indices([names.index(host) for host in graph.hosts])
+    counts = numbers[rank.unique()].bincount()
+    return numbers[rank] if int((counts > 1).sum()) > 1 else None
+
+
+class _OfHosts:
+    """What Samples has, of an exchange between hosts: they are compared by the last of their ranks.
+
+    Who of a host's ranks gets its rows first is no fault of a link: they may share one.
+    """
+
+    def __init__(
+        self, host: Tensor, step: Tensor, sizes: Tensor, times: Tensor, num_steps: int, fair: Tensor,
+        unit_s: float | None,
+    ) -> None:  # fmt: skip
+        num_hosts = int(host.max()) + 1
+        place, of = (step * num_hosts + host).unique(return_inverse=True)
+        longest, mean_size = (
+            by_step(of, values, how, len(place)) for values, how in ((times, "amax"), (sizes, "mean"))
+        )
+        samples = Samples(place % num_hosts, place // num_hosts, mean_size, longest, num_steps, fair, unit_s)
+        is_last, excess = times == longest[of], samples.excess[of]
+        above = (times - (longest[of] - excess)).clamp(min=0)
+        self.excess = torch.where(is_last, excess, torch.where(excess > 0, above, 0.0))
+        self.scattered = torch.minimum(samples.scattered[of], self.excess.clamp(min=0))
+        self.of_size = samples.of_size[of]
+        self.levels = torch.where(is_last, samples.levels[of], torch.minimum(times, samples.levels[of]))
 
 
 def _by_key(keys: Tensor) -> list[Tensor]:
@@ -126,7 +166,7 @@ def _usual_of_runs(graph: Graph, found: Usual) -> None:
             if not bool(measured[own].any()):
                 continue
             whole = torch.zeros(len(counts), dtype=torch.float64, device="cpu").index_add(0, number, measured[own])
-            samples = Samples(rank, step, sizes if of_rows is not None else 0 * sizes, whole, num_steps)
+            samples = Samples(rank, step, sizes if of_rows is not None else None, whole, num_steps)
             part = torch.where(whole[number] > 0, measured[own] / whole[number], 1 / counts[number])
             usual[own] -= part * samples.excess[number]
             scattered[own] = part * samples.scattered[number]
