@@ -63,7 +63,8 @@ def judge_kept(folder: Path) -> Judgement:
     true_share = 1 - statistics.fmean(seconds["healthy"]) / seconds["ill"]
     scenario, graph = Scenario.of(kept["scenario"]), read_traces(folder).graph
     judged = judge(scenario, attribute(graph), true_share)
-    if scenario.num_hosts > 1 and graph.routed:
+    has_slow_links = any(fault.kind == "slow link" for fault in scenario.faults)  # there they may help too
+    if scenario.num_hosts > 1 and graph.routed and not has_slow_links:
         judged.two_levels = any("two levels" in one.words for one in offers_of(graph)) == (scenario.name == TWO_LEVELS)
     return judged
 
