@@ -9,6 +9,7 @@ from axolotl.integrations.base import BasePlugin
 
 from tritonmoe.integrations.transformers.discovery import experts_modules
 from tritonmoe.integrations.transformers.names import EXPERTS_IMPLEMENTATION
+from tritonmoe.integrations.transformers.packed.packed_experts import is_packed_weight
 from tritonmoe.integrations.transformers.registration import register
 
 if TYPE_CHECKING:
@@ -18,6 +19,12 @@ if TYPE_CHECKING:
 __all__ = ["TritonMoEPlugin"]
 
 KERNELS = ("use_scattermoe", "use_sonicmoe")
+READABLE = (
+    "experts of quantize_moe_experts are read as they lie in NF4 with plain scales alone. Set load_in_4bit: true and "
+    "bnb_config_kwargs: {bnb_4bit_use_double_quant: false}, and leave load_in_8bit, another bnb_4bit_quant_type, "
+    "nf4_backend and qlora_sharded_model_loading out; or leave out the plug-in of tritonmoe"
+)
+"""The way out where axolotl quantises experts otherwise."""
 
 
 class TritonMoEPlugin(BasePlugin):
@@ -27,7 +34,8 @@ class TritonMoEPlugin(BasePlugin):
         """Let axolotl build its model with these experts.
 
         Raises:
-            ValueError: the configuration asks for other experts, or for axolotl's own expert parallelism around them.
+            ValueError: the configuration asks for other experts, for axolotl's own expert parallelism around them, or
+                for experts in 4 or 8 bits that can't be read as they lie.
         """
         asked = [flag for flag in KERNELS if cfg.get(flag)]
         if cfg.get("experts_implementation") not in (None, EXPERTS_IMPLEMENTATION):
@@ -40,6 +48,8 @@ class TritonMoEPlugin(BasePlugin):
                 "leave these settings out, or leave out the plug-in of tritonmoe. Over ranks, train with "
                 "tmt.parallelize() in a program of your own, or with axolotl's expert parallelism alone"
             )
+        if cfg.get("quantize_moe_experts"):
+            _check_quantised(cfg)
         register()
         cfg.experts_implementation = EXPERTS_IMPLEMENTATION
 
@@ -57,3 +67,22 @@ class TritonMoEPlugin(BasePlugin):
                 f"the experts of {type(model).__name__} don't run through tritonmoe ({what}): `tritonmoe models` names "
                 "the families that can; leave the plug-in out for others"
             )
+        for name, experts in found.items():
+            for weight in getattr(experts, "parametrizations", ()):
+                if not is_packed_weight(experts, weight):
+                    kind = type(experts.get_submodule(f"parametrizations.{weight}.0")).__name__
+                    raise ValueError(f"{name}.{weight} would be decoded whole at every step, by {kind}: {READABLE}")
+
+
+def _check_quantised(cfg: "DictDefault") -> None:
+    """Raise ValueError unless quantize_moe_experts makes what is read as it lies."""
+    scales_too = (cfg.get("bnb_config_kwargs") or {}).get("bnb_4bit_use_double_quant", True)
+    others = {
+        "load_in_8bit: true": cfg.get("load_in_8bit"),
+        "bnb_4bit_use_double_quant: true (the default)": scales_too,
+        f"bnb_4bit_quant_type: {cfg.get('bnb_4bit_quant_type')}": cfg.get("bnb_4bit_quant_type") not in (None, "nf4"),
+        "nf4_backend: torchao": cfg.get("nf4_backend") == "torchao",
+        "qlora_sharded_model_loading: true": cfg.get("qlora_sharded_model_loading"),
+    }
+    if asked := [name for name, is_asked in others.items() if is_asked]:
+        raise ValueError(f"quantize_moe_experts with {', '.join(asked)}: {READABLE}")

@@ -72,6 +72,68 @@ def test_other_experts_are_refused() -> None:
         plugin.post_model_load(DictDefault(), nn.Linear(2, 2))
 
 
+def quantised_by_axolotl(model: nn.Module, **settings: Any) -> nn.Module:
+    """Do with each expert weight what axolotl does where it is loaded to a GPU (quantize_moe_experts)."""
+    moe_quant = pytest.importorskip("axolotl.monkeypatch.moe_quant")
+    parametrize = pytest.importorskip("bitsandbytes.nn.parametrize")
+    moe_quant.reset_moe_load_state()
+    for path, module in model.named_modules():
+        if path.endswith(".experts"):
+            moe_quant.record_quantized_expert(path, module)
+            for name in ("gate_up_proj", "down_proj"):
+                parametrize.replace_parameter_4bit(module, name, quant_type="nf4", **settings)
+    moe_quant.patch_peft_target_parameters_matching()
+    return model
+
+
+QUANTISED = {"quantize_moe_experts": True, "load_in_4bit": True}
+PLAIN_SCALES = {"bnb_config_kwargs": {"bnb_4bit_use_double_quant": False}}
+
+
+def test_lora_of_experts_in_four_bits() -> None:
+    peft = pytest.importorskip("peft")
+    plugin, cfg = TritonMoEPlugin(), DictDefault({"plugins": [NAME], **QUANTISED, **PLAIN_SCALES})
+    plugin.pre_model_load(cfg)
+    models = [make_model(experts_implementation=cfg.experts_implementation, dtype=torch.bfloat16) for _ in range(2)]
+    quantised_by_axolotl(models[0])
+    for own, plain in zip(models[0].model.layers, models[1].model.layers, strict=True):  # type: ignore[arg-type, union-attr]
+        for name in ("gate_up_proj", "down_proj"):
+            getattr(plain.mlp.experts, name).data.copy_(getattr(own.mlp.experts, name))
+    ids = torch.randint(2, 64, (2, 9), generator=torch.Generator().manual_seed(1))
+    found = []
+    for model in models:
+        torch.manual_seed(2)
+        lora = peft.LoraConfig(r=2, target_modules=[], target_parameters=TARGETS, init_lora_weights=False)
+        adapted = peft.get_peft_model(model, lora)
+        plugin.post_model_load(cfg, adapted)
+        result = adapted(input_ids=ids, labels=ids)
+        result.loss.backward()
+        factors = {name: p.grad for name, p in adapted.named_parameters() if p.requires_grad}
+        assert len(factors) == 8
+        assert all(grad is not None and grad.any() for grad in factors.values())
+        found.append(result.logits.detach())
+    torch.testing.assert_close(*found, rtol=0.1, atol=0.05)  # of bf16, where near ties may go to other experts
+
+
+def test_experts_that_would_be_decoded_whole_are_refused() -> None:
+    plugin = TritonMoEPlugin()
+    for other, says in (
+        ({}, "bnb_4bit_use_double_quant: true"),
+        ({**PLAIN_SCALES, "load_in_8bit": True}, "load_in_8bit"),
+        ({**PLAIN_SCALES, "bnb_4bit_quant_type": "fp4"}, "bnb_4bit_quant_type: fp4"),
+        ({**PLAIN_SCALES, "nf4_backend": "torchao"}, "nf4_backend"),
+        ({**PLAIN_SCALES, "qlora_sharded_model_loading": True}, "qlora_sharded_model_loading"),
+    ):
+        with pytest.raises(ValueError, match=f"quantize_moe_experts with {says}.*in NF4 with plain scales alone"):
+            plugin.pre_model_load(DictDefault({**QUANTISED, **other}))
+    cfg = DictDefault({"plugins": [NAME]})
+    plugin.pre_model_load(cfg)
+    model: Any = make_model(experts_implementation=cfg.experts_implementation)
+    torch.nn.utils.parametrize.register_parametrization(model.model.layers[0].mlp.experts, "down_proj", nn.Identity())
+    with pytest.raises(ValueError, match="down_proj would be decoded whole at every step, by Identity"):
+        plugin.post_model_load(cfg, model)
+
+
 @pytest.mark.skipif(sys.version_info < (3, 12), reason="axolotl's program wants Python 3.12, and all its packages")
 @pytest.mark.parametrize("is_adapted", [False, True])
 def test_two_steps_of_axolotls_program(is_adapted: bool, tmp_path: Path) -> None:
