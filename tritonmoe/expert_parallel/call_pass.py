@@ -31,7 +31,7 @@ from tritonmoe.experts.tensors import CallTensors
 from tritonmoe.experts.weight_gradients import SharedWeightGrads
 from tritonmoe.grouping import Grouping
 from tritonmoe.overlap.copied_experts import BackwardWithCopies, ForwardWithCopies
-from tritonmoe.overlap.copy_exchanges import expert_bytes
+from tritonmoe.overlap.copy_exchanges import expert_bytes, parts_of
 from tritonmoe.overlap.executor import Execution
 from tritonmoe.overlap.experts import ForwardExperts
 from tritonmoe.overlap.layer_pass import BackwardPass, ForwardPass
@@ -154,10 +154,12 @@ class CallForward(_CallPass[Tensor]):
             self.copies, experts = experts.copies, experts.own
         self.experts, inner_plan = call.after_forward(experts, timings)
         width = self._tensors.x.shape[1]
-        copied_bytes = gradient_bytes = 0
+        copied_bytes, gradient_bytes = 0, (0, 0)
         if call.copies is not None:
             weights = self._tensors.weights
-            copied_bytes, gradient_bytes = expert_bytes(weights), expert_bytes(weights, plan.needs_weights)
+            of_up, of_down = parts_of(plan.needs_weights)
+            copied_bytes = expert_bytes(weights)
+            gradient_bytes = expert_bytes(weights, of_up), expert_bytes(weights, of_down)
         call.report = LayerReport(
             call.all_ranks.rank,
             plan.traffic,
@@ -176,6 +178,7 @@ class CallForward(_CallPass[Tensor]):
             copies=call.copies,
             copied_bytes=copied_bytes,
             copied_gradient_bytes=gradient_bytes,
+            copy_pair_offsets=plan.copy_pair_offsets,
             copies_are_kept=call.copies is None or plan.keeps_copies,
             pairs_without_copies=call.pairs_without_copies,
             balance=call.balance,

@@ -17,7 +17,7 @@ from tritonmoe.runtime import cpu_memory
 from tritonmoe.runtime.cpu_memory import to_device
 from tritonmoe.transports import PendingExchange, Transport
 
-__all__ = ["CopyExchanges", "expert_bytes"]
+__all__ = ["CopyExchanges", "expert_bytes", "parts_of"]
 
 ALIGNMENT = 16
 """In bytes: that of every weight in a row, since the values and the scales of packed weights have different dtypes."""
@@ -75,32 +75,42 @@ class CopyExchanges:
         del self._arriving
         return weights
 
-    def return_gradients(self, grads: WeightGrads) -> tuple[PendingExchange, Tensor]:
-        """Send the gradients of this rank's copies to the owners; the second result is where those of its own arrive.
+    @cached_property
+    def parts(self) -> tuple[PerWeight[bool], ...]:
+        """What is needed, in the two parts in which it goes home: gate_up_proj and what is its own, then down_proj."""
+        return parts_of(self.needs)
 
-        grads: none at all where no pair came for a copy.
+    @property
+    def returned(self) -> tuple[int, ...]:
+        """The parts of which there is anything."""
+        return tuple(part for part, needs in enumerate(self.parts) if any(needs))
+
+    def return_gradients(self, part: int, grads: WeightGrads) -> tuple[PendingExchange, Tensor]:
+        """Send a part of the gradients of this rank's copies to the owners.
+
+        The second result is where that of its own experts arrives. grads: none at all where no pair came for a copy.
         """
-        rank, received = self.transport.rank, self.copies.received(self.transport.rank)
-        splits = list(map(len, self.copies.sent(rank)))
-        rows, arriving = self.rows(sum(received), self.needs), self.rows(sum(splits), self.needs)
+        rank, needs = self.transport.rank, self.parts[part]
+        received, splits = self.copies.received(rank), list(map(len, self.copies.sent(rank)))
+        rows, arriving = self.rows(sum(received), needs), self.rows(sum(splits), needs)
         if all(grad is None for grad in grads):
             rows.zero_()
-        for grad, target in zip(grads, self._views(rows, self.needs), strict=True):
+        for grad, target in zip(grads, self._views(rows, needs), strict=True):
             if grad is not None and target is not None:
                 target.copy_(grad)
         return self.transport.exchange(rows, received, splits, arriving), arriving
 
     def add_gradients(
-        self, arrived: Tensor, grads: WeightGrads, main_grads: PerWeight[Tensor | None] | None
-    ) -> WeightGrads:
-        """Add the copies' gradients to those of this rank's own pairs, in place; by rank, in fp32, rounded once.
+        self, part: int, arrived: Tensor, grads: WeightGrads, main_grads: PerWeight[Tensor | None] | None
+    ) -> None:
+        """Add a part of copies' gradients to those of this rank's own pairs, in place; by rank, in fp32, rounded once.
 
         main_grads: where the gradients of own pairs were added, if they are not in `grads`.
         """
         rows_of: dict[int, list[int]] = {}
         for row, expert in enumerate(chain(*self.copies.sent(self.transport.rank))):
             rows_of.setdefault(expert, []).append(row)
-        of_copies = self.unpack(arrived, self.needs)
+        of_copies = self.unpack(arrived, self.parts[part])
         for kind, grad in enumerate(grads):
             total = grad if grad is not None or main_grads is None else main_grads[kind]
             terms = of_copies[kind]
@@ -112,7 +122,6 @@ class CopyExchanges:
                     sums.add_(terms[row])
                 if sums.dtype != total.dtype:
                     total[expert].copy_(sums)
-        return grads
 
     @cached_property
     def there(self) -> PerWeight[bool]:
@@ -179,6 +188,16 @@ def _row_bytes(weight: Tensor) -> int:
 def _selectable(weight: Tensor) -> Tensor:
     """Return fp8 as bytes, since torch selects no rows of fp8 on a CPU."""
     return weight.view(torch.uint8) if weight.itemsize == 1 else weight
+
+
+def parts_of(needs: PerWeight[bool]) -> tuple[PerWeight[bool], PerWeight[bool]]:
+    """Return which of the gradients that are needed are of the up-projection, and which are of the down-projection."""
+    names = PerWeight._fields
+    of_up, of_down = (
+        PerWeight(*(needed and name.startswith(projection) for name, needed in zip(names, needs, strict=True)))
+        for projection in ("gate_up", "down")
+    )
+    return of_up, of_down
 
 
 def expert_bytes(weights: PerWeight[Tensor], needs: PerWeight[bool] | None = None) -> int:

@@ -241,8 +241,10 @@ class LayerReport:
     """The copies of experts that the call had; traffic_rows and traffic_pairs count with them."""
     copied_bytes: int = 0
     """The bytes of one expert's weights, which travel for each copy."""
-    copied_gradient_bytes: int = 0
-    """The bytes of what comes home of their gradients."""
+    copied_gradient_bytes: tuple[int, int] = (0, 0)
+    """The bytes of what comes home of their gradients: first of gate_up_proj and what is its own, then of down_proj."""
+    copy_pair_offsets: tuple[int, ...] = ()
+    """As pair_offsets, of the pairs that this rank's copies compute; () without copies."""
     copies_are_kept: bool = True
     """Whether these weights are kept until the backward, instead of sent once more."""
     pairs_without_copies: Tensor | None = None

@@ -32,7 +32,13 @@ PLANNING_FS = 10**12
 """What a call takes longer for being planned again, until that is measured: 1 ms."""
 WAYS_IN = (Way.TO_EXPERTS, Way.TO_COPIES, Way.AMONG_COPIES)
 """Of a forward's exchanges before its results go home."""
-BACKWARD_KINDS = (StepKind.EXPERTS_BACKWARD, StepKind.WEIGHT_GRAD, StepKind.COPY_WEIGHT_GRAD)
+FORWARD_KINDS = (StepKind.EXPERTS, StepKind.COPY_EXPERTS)
+BACKWARD_KINDS = (
+    StepKind.EXPERTS_BACKWARD,
+    StepKind.COPY_EXPERTS_BACKWARD,
+    StepKind.WEIGHT_GRAD,
+    StepKind.COPY_WEIGHT_GRAD,
+)
 
 
 class Numbers(NamedTuple):
@@ -191,7 +197,7 @@ def _read(report: LayerReport) -> _Call:
     backward = report.backward
     return _Call(
         report.pair_offsets[-1],
-        _femtoseconds(report.forward.lane_s(StepKind.EXPERTS)),
+        _femtoseconds(report.forward.lane_s(*FORWARD_KINDS)),
         0 if backward is None else _femtoseconds(backward.lane_s(*BACKWARD_KINDS)),
         _byte_fs(report, report.forward),
     )
