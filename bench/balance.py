@@ -46,10 +46,9 @@ __all__ = ["main"]
 
 UNSHAPED = "40gbit"
 HIDDEN, INTERMEDIATE, NUM_EXPERTS, TOP_K = 512, 256, 64, 8
-SETTLED = 5
-"""Calls of every variant that are not counted: "auto" knows what calls cost behind the second, and what they take
-without copies behind the fourth."""
-
+SETTLED = 10
+"""Calls of every variant that are not counted: "auto" knows what calls cost behind the second, what they take without
+copies behind the fourth, and in the next five what they take with copies."""
 
 PREDICTED = ("without", "auto", "always")
 

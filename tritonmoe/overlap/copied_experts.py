@@ -104,8 +104,11 @@ class BackwardWithCopies:
 
     def copy_weight_grad(self, part: int, dout: Tensor) -> None:
         """Compute a part of the gradients of the copies' weights."""
-        if self.copies is not None:
-            self._grads = self.copies.weight_grad(dout, self.exchanges.parts[part])
+        if self.copies is None:
+            return
+        sums = self.copies.main_grads = self.exchanges.sums(part)
+        grads = self.copies.weight_grad(dout, self.exchanges.needed(part))
+        self._grads = PerWeight(*(grad if of is None else of for grad, of in zip(grads, sums, strict=True)))
 
     def return_copies(self, part: int) -> PendingExchange:
         """Send this part to the owners."""
