@@ -1,6 +1,6 @@
 """CopyExchanges: how the weights of copied experts reach their copies, and how the gradients of these go home."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import chain
 from typing import cast
@@ -95,12 +95,13 @@ class CopyExchanges:
     def sums(self, part: int) -> PerWeight[Tensor | None]:
         """Return zeros to which the gradients of this rank's copies are added that travel in a wider dtype."""
         num_copies = len(self.copies.on(self.transport.rank))
-        return PerWeight(
-            *(
-                None if dtype is None or not is_wide else weight.new_zeros(num_copies, *weight.shape[1:], dtype=dtype)
-                for weight, dtype, is_wide in zip(self.own, self.parts[part], self._are_wide, strict=True)
-            )
-        )
+
+        def zeros(weight: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
+            if weight is None or dtype is None or dtype == weight.dtype:
+                return None
+            return weight.new_zeros(num_copies, *weight.shape[1:], dtype=dtype)
+
+        return PerWeight(*map(zeros, self.own, self.parts[part]))
 
     def return_gradients(self, part: int, grads: WeightGrads) -> tuple[PendingExchange, Tensor]:
         """Send a part of the gradients of this rank's copies to the owners.
@@ -157,7 +158,7 @@ class CopyExchanges:
 
     def row_bytes(self, there: Dtypes) -> int:
         """Return the bytes of a row of the kinds of weight that are there."""
-        return sum(_row_bytes(weight, dtype) for weight, dtype in zip(self.own, there, strict=True) if dtype)
+        return sum(_row_bytes(weight, dtype) for weight, dtype in _there(self.own, there))
 
     def rows(self, num_experts: int, there: Dtypes) -> Tensor:
         """Return memory for the rows of experts, of the kinds of weight that are there."""
@@ -169,7 +170,7 @@ class CopyExchanges:
         found: list[Tensor | None] = []
         first = 0
         for weight, dtype in zip(self.own, there, strict=True):
-            if dtype is None:
+            if weight is None or dtype is None:
                 found.append(None)
                 continue
             columns = rows[:, first : first + weight[0].numel() * dtype.itemsize].view(dtype)
@@ -196,6 +197,13 @@ class _SentOnly(PendingExchange):
         return self._arriving
 
 
+def _there(weights: PerWeight[Tensor], dtypes: Dtypes) -> Iterator[tuple[Tensor, torch.dtype]]:
+    """Yield the weights of the kinds that are there, and the dtypes in which they, or their gradients, travel."""
+    for weight, dtype in zip(weights, dtypes, strict=True):
+        if weight is not None and dtype is not None:
+            yield weight, dtype
+
+
 def _row_bytes(weight: Tensor, dtype: torch.dtype) -> int:
     """Return the bytes that one expert of a weight takes in a row, so that the next weight is aligned."""
     return -(-weight[0].numel() * dtype.itemsize // ALIGNMENT) * ALIGNMENT
@@ -210,17 +218,12 @@ def _parts_of(weights: PerWeight[Tensor], needs: PerWeight[bool], are_wide: PerW
     """Return the dtypes of gradients: first those of gate_up_proj and what is its own, then those of down_proj."""
 
     def part(projection: str) -> Dtypes:
-        kinds = zip(PerWeight._fields, weights, needs, are_wide, strict=True)
-        return PerWeight(
-            *(
-                None
-                if weight is None or not needed or not name.startswith(projection)
-                else accumulation_dtype(weight.dtype)
-                if is_wide
-                else weight.dtype
-                for name, weight, needed, is_wide in kinds
-            )
-        )
+        found: list[torch.dtype | None] = []
+        for name, weight, needed, is_wide in zip(PerWeight._fields, weights, needs, are_wide, strict=True):
+            is_there = weight is not None and needed and name.startswith(projection)
+            dtype = weight.dtype if weight is not None and is_there else None
+            found.append(accumulation_dtype(dtype) if dtype is not None and is_wide else dtype)
+        return PerWeight(*found)
 
     return part("gate_up"), part("down")
 
@@ -234,8 +237,7 @@ def gradient_bytes(weights: PerWeight[Tensor], needs: PerWeight[bool], are_wide:
     """Return the bytes of one expert's gradients, as they go home in two parts; arguments as in DispatchPlan."""
 
     def of(part: Dtypes) -> int:
-        kinds = zip(weights, part, strict=True)
-        return sum(weight[0].numel() * dtype.itemsize for weight, dtype in kinds if dtype is not None)
+        return sum(weight[0].numel() * dtype.itemsize for weight, dtype in _there(weights, part))
 
     of_up, of_down = _parts_of(weights, needs, are_wide)
     return of(of_up), of(of_down)
