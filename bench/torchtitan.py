@@ -3,8 +3,8 @@
 Two processes in network namespaces, joined by links of a given rate, each with one core, train from the same first
 weights, expert parallel with FSDP2: torchtitan's program with its own experts and with tritonmoe's, in turn. A step's
 time is that between the ends of two steps on rank 0; the first ones, in which the override chooses its chunks, are left
-out. It runs in a venv that has torchtitan (`bash .ci/framework torchtitan --install`), with what the tests make up for
-a CPU (tests/integrations/torchtitan).
+out. Beside it stands the time of the routed experts' forwards in a step. It runs in a venv that has torchtitan
+(`bash .ci/framework torchtitan --install`), with what the tests make up for a CPU (tests/integrations/torchtitan).
 """
 
 import argparse
@@ -76,8 +76,10 @@ def run_alone(command: list[str]) -> None:
     subprocess.run([*torchrun, *command[1:]], check=True, capture_output=True, timeout=300)
 
 
-def step_times(directory: Path, model: str, variant: str, run: int, options: argparse.Namespace) -> list[float]:
-    """Return the seconds of the timed steps of one run over two ranks."""
+def step_times(
+    directory: Path, model: str, variant: str, run: int, options: argparse.Namespace
+) -> tuple[list[float], list[float]]:
+    """Return the seconds of the timed steps of one run over two ranks, and of the routed experts' forwards in each."""
     name = f"{variant}-{run}"  # in a folder of its own, from whose checkpoint a later run would go on
     settings = {
         "checkpoint__initial_load_path": directory / model / "seed" / "step-0",
@@ -91,19 +93,25 @@ def step_times(directory: Path, model: str, variant: str, run: int, options: arg
     with Namespaces([*quietly, *ranks], SIZE, parse_rate(options.rate)) as processes:
         if status := processes.run(timeout_s=30):
             sys.exit(f"torchtitan's program ended with {status}:\n{Path(f'{log}0').read_text()[-4000:]}")
-    ends = json.loads((directory / f"{model}-{name}.times").read_text())[-options.steps - 1 :]
-    return [later - earlier for earlier, later in itertools.pairwise(ends)]
+    ends, experts_s = (
+        json.loads((directory / f"{model}-{name}.{what}").read_text())[-options.steps - 1 :]
+        for what in ("times", "experts")
+    )
+    return [later - earlier for earlier, later in itertools.pairwise(ends)], experts_s[1:]
 
 
-def measure(directory: Path, model: str, options: argparse.Namespace) -> Samples:
-    """Return the seconds of steps with each variant's experts."""
+def measure(directory: Path, model: str, options: argparse.Namespace) -> tuple[Samples, Samples]:
+    """Return the seconds of steps with each variant's experts, and of these experts' forwards."""
     run_alone([*command(directory, model, "seed"), "--checkpoint.create_seed_checkpoint"])
     samples: Samples = {name: [] for name in VARIANTS}
+    of_experts: Samples = {name: [] for name in VARIANTS}
     for number in range(options.rounds):
         order = [*VARIANTS] if number % 2 == 0 else [*VARIANTS][::-1]
         for name in order:
-            samples[name] += step_times(directory, model, name, number, options)
-    return samples
+            steps_s, experts_s = step_times(directory, model, name, number, options)
+            samples[name] += steps_s
+            of_experts[name] += experts_s
+    return samples, of_experts
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -118,11 +126,12 @@ def main(argv: list[str] | None = None) -> None:
         with tempfile.TemporaryDirectory() as name:
             write_small_data(Path(name))
             os.environ |= {"HF_DATASETS_OFFLINE": "1", "HF_DATASETS_CACHE": f"{name}/cache"}
-            samples = measure(Path(name), model, options)
-        rows = {variant: summarize(seconds) for variant, seconds in samples.items()}
-        results[model] = {**rows, "speed_up": ratio(rows["own"], rows["tritonmoe"])}
+            measured = measure(Path(name), model, options)
+        rows, experts = ({variant: summarize(of) for variant, of in samples.items()} for samples in measured)
+        results[model] = {**rows, "experts": experts, "speed_up": ratio(rows["own"], rows["tritonmoe"])}
         for variant, row in rows.items():
-            print(f"{model:>12} {variant:>9}: a step {row['median_ms']:.0f} ms")
+            of_experts = experts[variant]["median_ms"]
+            print(f"{model:>12} {variant:>9}: a step {row['median_ms']:.0f} ms, experts' forwards {of_experts:.0f} ms")
         print(f"{model:>12}: {results[model]['speed_up']:.2f} times as fast")
     settings = {"rate": options.rate, "tokens": options.tokens, "rounds": options.rounds}
     write_json(options.json, "torchtitan", {**settings, **package_versions("torchtitan"), "models": results})

@@ -187,13 +187,14 @@ def torchtitan_table(name: str) -> str:
         f"`python -m bench.torchtitan --tokens {found['tokens']}` on {where(data['environment'])}, torchtitan "
         f"{found['torchtitan']}: two processes of a core each, joined by links of {found['rate']} (network namespaces, "
         f"`tc tbf`), with 2 sequences of {found['tokens']} tokens each, expert parallel with FSDP2, selective "
-        "activation checkpointing, bf16 experts; milliseconds of a whole step with its optimizer, median (quartiles) "
-        f"of {samples} steps, of runs in turn.",
+        "activation checkpointing, bf16 experts; milliseconds of a whole step with its optimizer, and of the forwards "
+        f"of routed experts in a step, recomputes included: median (quartiles) of {samples} steps, of runs in turn.",
         "",
-        *table_head("debug model", "torchtitan's own experts", "tritonmoe", "times as fast"),
+        *table_head("debug model", "a step", "by tritonmoe", "times as fast", "experts' forwards", "by tritonmoe"),
     ]
     for model, row in found["models"].items():
-        lines.append(table_row(model, spread(row["own"]), spread(row["tritonmoe"]), f"{row['speed_up']:.2f}"))
+        steps, forwards = ([spread(of[name]) for name in ("own", "tritonmoe")] for of in (row, row["experts"]))
+        lines.append(table_row(model, *steps, f"{row['speed_up']:.2f}", *forwards))
     return "\n".join(lines)
 
 

@@ -28,7 +28,6 @@ if __name__ == "__main__":
 
 
 @pytest.mark.thorough
-@pytest.mark.alone
 def test_a_rehearsal_that_is_killed_twice(tmp_path):
     file, script = tmp_path / "gpu.jsonl", tmp_path / "rehearse.py"
     script.write_text(SCRIPT)

@@ -19,6 +19,5 @@ CASES = (
 
 
 @pytest.mark.thorough
-@pytest.mark.alone
 def test_two_batches_on_four_ranks():
     run_torchrun(4, WORKER, cases=CASES, timeout_s=240.0)

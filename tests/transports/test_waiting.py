@@ -88,6 +88,5 @@ def test_a_thread_says_it_of_what_cannot(monkeypatch, caplog):
 
 
 @pytest.mark.thorough
-@pytest.mark.alone
 def test_processes_say_it():
     run_torchrun(3, WORKER, cases=CASES)

@@ -104,7 +104,8 @@ def check_headers(headers: Sequence[CallHeader], ask: Callable[[], AllWords]) ->
         said = ", ".join(f"rank {rank}: {count}" for rank, count in bad.items())
         raise NonFiniteScores(
             f"router scores or weights of some tokens are NaN or infinite ({said}): "
-            "look for an overflow in the activations before the router"
+            "look for an overflow in the activations before the router, or in a stage of torch.distributed.pipelining "
+            "give PipelineStage input_args and output_args, without which torch runs the stage on uninitialised memory"
         )
 
 

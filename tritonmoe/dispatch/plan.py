@@ -49,12 +49,6 @@ class DispatchPlan:
     """(W, W) int64 on the CPU: the size of S_ik for every i (row) and k."""
     traffic_pairs: Tensor
     """The same for the pairs of rank i that rank k computes."""
-    needs_any: bool
-    """Whether some rank needs any gradient: then every rank runs the backward."""
-    needs_x: bool
-    """Whether some rank needs the gradient of x: then every rank takes part in that gradient's exchanges."""
-    needs_topk_weights: bool
-    """The same for topk_weights."""
     headers: list[CallHeader]
     """What every rank said of this call."""
     num_local_experts: int = 0
@@ -73,6 +67,21 @@ class DispatchPlan:
     @property
     def num_chunks(self) -> int:
         return self.overlap.num_chunks
+
+    @cached_property
+    def needs_any(self) -> bool:
+        """Whether some rank needs any gradient: then every rank runs the backward."""
+        return any(h.needs_any for h in self.headers)
+
+    @cached_property
+    def needs_x(self) -> bool:
+        """Whether some rank needs the gradient of x: then every rank takes part in that gradient's exchanges."""
+        return any(h.needs_x for h in self.headers)
+
+    @cached_property
+    def needs_topk_weights(self) -> bool:
+        """The same for topk_weights."""
+        return any(h.needs_topk_weights for h in self.headers)
 
     @property
     def needs_weights(self) -> PerWeight[bool]:
@@ -242,9 +251,6 @@ def exchange_plan(transport: Transport, header: CallHeader, tokens: TokenPlan, o
         pair_offsets=offsets(receive_pairs),
         traffic=traffic,
         traffic_pairs=traffic_pairs,
-        needs_any=any(h.needs_any for h in headers),
-        needs_x=any(h.needs_x for h in headers),
-        needs_topk_weights=any(h.needs_topk_weights for h in headers),
         headers=headers,
         num_local_experts=header.num_experts // transport.size,
         copy_pair_offsets=offsets(third) if has_copies else (),

@@ -72,9 +72,6 @@ class TwoLevelPlan:
             pair_offsets=self.pair_offsets,
             traffic=self.outer.traffic,
             traffic_pairs=self.outer.traffic_pairs,
-            needs_any=self.outer.needs_any,
-            needs_x=self.outer.needs_x,
-            needs_topk_weights=self.outer.needs_topk_weights,
             headers=self.outer.headers,
         )
 
@@ -137,9 +134,8 @@ def exchange_two_level_plan(
     segments = row_segments(num_tokens, node, num_nodes, overlap, topk_ids.device)
     outer_keys, outer_counts = count_rows(outer_owner, segments, num_segments)
     _, rank_counts = count_rows(owner, segments.repeat_interleave(node_size, dim=1), num_segments)
-    outer_counts, rank_counts, nonfinite_rows = transport.wait_for_copy(
-        HostCopy(outer_counts, rank_counts, num_nonfinite_rows)
-    )
+    to_read = HostCopy(outer_counts, rank_counts, num_nonfinite_rows)
+    outer_counts, rank_counts, nonfinite_rows = transport.wait_for_copy(to_read)
     header = header._replace(nonfinite_rows=int(nonfinite_rows))
     outer_rows, outer_pairs = outer_counts.tolist()
     told = _told(rank_counts, outer_counts[0], node_size, place)
@@ -150,13 +146,12 @@ def exchange_two_level_plan(
         check_counts(told_rows, told_pairs, told_rows, traffic, traffic_pairs, header.top_k, transport.rank)
         check_relayed(relayed_from[2:], traffic, transport)
     order = order_rows(outer_keys, num_nodes, topk_ids.shape[1], outer_rows)
-    tokens = TokenPlan(overlap.bounds(num_tokens), *order, outer_rows, outer_pairs, outer_rows)
     receive_rows = relayed_from[2].tolist()
     outer = DispatchPlan(
         rank=node,
         size=num_nodes,
         overlap=overlap,
-        tokens=tokens,
+        tokens=TokenPlan(overlap.bounds(num_tokens), *order, outer_rows, outer_pairs, outer_rows),
         receive_rows=receive_rows,
         return_rows=receive_rows,
         send_offsets=offsets(outer_rows),
@@ -164,9 +159,6 @@ def exchange_two_level_plan(
         pair_offsets=(),
         traffic=traffic,
         traffic_pairs=traffic_pairs,
-        needs_any=any(h.needs_any for h in headers),
-        needs_x=any(h.needs_x for h in headers),
-        needs_topk_weights=any(h.needs_topk_weights for h in headers),
         headers=headers,
         count_times=times,
     )

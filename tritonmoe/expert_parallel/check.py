@@ -26,7 +26,7 @@ from tritonmoe.experts.arguments import (
     find_main_grads,
 )
 from tritonmoe.experts.callable_activation import activation_parameters
-from tritonmoe.experts.spec import ExpertSettings, choose_backend
+from tritonmoe.experts.spec import ExpertSettings, ExpertSpec, choose_backend
 from tritonmoe.experts.tensors import CallTensors
 from tritonmoe.runtime.host_device import is_captured
 from tritonmoe.transports import Transport, TwoLevelTransport
@@ -96,10 +96,7 @@ def check(arguments: CallArguments) -> CheckedCall:
                 listener.before_forward(transport, tensors.x.device)
         settings = choose_backend(spec.experts, tensors, beside_exchanges=transport.size > 1)
         if not is_fused(settings.spec.activation):
-            weights = tensors.weights
-            like = tensors.x.new_empty(1).expand(weight_shape(weights.gate_up_proj, weights.gate_up_scales))
-            found = activation_parameters(settings.spec.activation, like, settings.spec.layout)
-            tensors = tensors._replace(activation_parameters=found)
+            tensors = _with_activation_parameters(tensors, settings.spec)
     except Exception:
         refuse(transport)
         raise
@@ -138,6 +135,13 @@ def check(arguments: CallArguments) -> CheckedCall:
         two_level=two_level,
         entered_at=entered_at,
     )
+
+
+def _with_activation_parameters(tensors: CallTensors[Tensor], spec: ExpertSpec) -> CallTensors[Tensor]:
+    """Return the tensors with the parameters of a callable activation."""
+    weights = tensors.weights
+    like = tensors.x.new_empty(1).expand(weight_shape(weights.gate_up_proj, weights.gate_up_scales))
+    return tensors._replace(activation_parameters=activation_parameters(spec.activation, like, spec.layout))
 
 
 def _checked_tensors(arguments: CallArguments) -> tuple[CallTensors[Tensor], PerWeight[Tensor] | None]:

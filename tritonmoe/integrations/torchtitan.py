@@ -5,14 +5,18 @@ bias stay torchtitan's, and so do FSDP2, the optimizer and checkpoints. torchtit
 """
 
 import functools
+from collections import deque
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
+from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
 from torchtitan.config import derive, override
 from torchtitan.models.common.moe import GroupedExperts, RoutedExperts
 from torchtitan.models.common.token_dispatcher import AllToAllTokenDispatcher, LocalTokenDispatcher
@@ -137,9 +141,13 @@ class OverlappedRoutedExperts(RoutedExperts):
     def _over_ranks(
         self, transport: Transport, x: Tensor, ids: Tensor, scores: Tensor, weights: tuple[Tensor, Tensor]
     ) -> Tensor:
-        # SelectiveAC wants the same operations in a recompute, and keeps what some give: a call is one thing to it.
-        with _disable_current_modes():
-            return expert_parallel_mlp(
+        checkpoint = _selective_checkpoint()
+        if isinstance(checkpoint, _CachedTorchDispatchMode):
+            return _kept_results(checkpoint).popleft().again()
+        # To SelectiveAC the call is one thing, whose result and saved tensors are kept: a recompute exchanges nothing.
+        kept = saved_tensors_hooks(_as_it_is, _as_it_is) if checkpoint is not None else nullcontext()
+        with _disable_current_modes(), kept:
+            out = expert_parallel_mlp(
                 x,
                 ids,
                 scores,
@@ -148,6 +156,44 @@ class OverlappedRoutedExperts(RoutedExperts):
                 transport=transport,
                 overlap=self.overlap,
             )
+            if checkpoint is not None:
+                _kept_results(checkpoint).append(_KeptResult(out))
+        return out
+
+
+def _selective_checkpoint() -> _CachingTorchDispatchMode | _CachedTorchDispatchMode | None:
+    """Return the mode in which selective activation checkpointing runs this forward, or its recompute; None outside."""
+    modes = (_CachingTorchDispatchMode, _CachedTorchDispatchMode)
+    return next((mode for mode in _get_current_dispatch_mode_stack() if isinstance(mode, modes)), None)
+
+
+def _kept_results(checkpoint: _CachingTorchDispatchMode | _CachedTorchDispatchMode) -> "deque[_KeptResult]":
+    """Return the results that a forward under selective activation checkpointing has kept for its recompute."""
+    return checkpoint.storage.setdefault(OverlappedRoutedExperts, deque())
+
+
+def _as_it_is(saved: Tensor) -> Tensor:
+    return saved
+
+
+class _KeptResult:
+    """The result of a call under selective activation checkpointing, which its recompute gives again."""
+
+    def __init__(self, out: Tensor) -> None:
+        self.value, self.version, self.requires_grad = out.detach(), out._version, out.requires_grad
+
+    def again(self) -> Tensor:
+        """Return the result, a leaf: what is before the call gets its gradients from the forward's own graph.
+
+        Raises:
+            RuntimeError: the model has changed the result in place since.
+        """
+        if self.value._version != self.version:
+            raise RuntimeError(
+                "the result of tritonmoe's experts was changed in place under selective activation checkpointing, "
+                "which keeps it for the recompute: change a copy, or take full activation checkpointing"
+            )
+        return self.value.requires_grad_(self.requires_grad)
 
 
 @override(target=RoutedExperts.Config, description="tritonmoe: dispatch, experts and combine, overlapped")

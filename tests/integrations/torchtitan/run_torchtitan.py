@@ -1,7 +1,7 @@
 """torchtitan's own training program on a CPU: `torchrun run_torchtitan.py LOSSES ARGUMENT...`.
 
 Its debug models have fewer layers here. The file gets the losses of the steps; beside it, LOSSES.times the seconds at
-which each step ended.
+which each step ended, and LOSSES.experts the seconds of each step's forwards of routed experts, recomputes included.
 """
 
 import json
@@ -16,7 +16,9 @@ import torch
 import torchtitan.models.deepseek_v3 as titan_deepseek
 import torchtitan.models.qwen3 as titan_qwen3
 import torchtitan.train
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torchtitan.components.metrics import MetricsProcessor
+from torchtitan.models.common.moe import RoutedExperts
 
 
 def with_layers(make: Any, number: int) -> Any:
@@ -37,12 +39,20 @@ if __name__ == "__main__":
     ):
         configs[name] = with_layers(configs[name], number)
     losses_path = Path(sys.argv.pop(1))
-    losses, ends = [], []
+    losses, ends, experts_s = [], [], [0.0]
     log = MetricsProcessor.log
+
+    def count(module: Any, sign: int) -> None:
+        if isinstance(module, RoutedExperts):
+            experts_s[-1] += sign * time.perf_counter()
+
+    register_module_forward_pre_hook(lambda module, _: count(module, -1))
+    register_module_forward_hook(lambda module, *_: count(module, 1), always_call=True)  # a recompute may stop early
 
     def kept(self: Any, step: int, global_avg_loss: float, *rest: Any, **named: Any) -> Any:
         losses.append(float(global_avg_loss))
         ends.append(time.perf_counter())
+        experts_s.append(0.0)
         return log(self, step, global_avg_loss, *rest, **named)
 
     MetricsProcessor.log = kept
@@ -50,3 +60,4 @@ if __name__ == "__main__":
     if os.environ.get("RANK", "0") == "0":
         losses_path.write_text(json.dumps(losses))
         losses_path.with_suffix(".times").write_text(json.dumps(ends))
+        losses_path.with_suffix(".experts").write_text(json.dumps(experts_s[:-1]))

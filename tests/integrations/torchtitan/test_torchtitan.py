@@ -3,6 +3,7 @@
 torchtitan is no part of the extra `test`: `bash .ci/framework torchtitan` runs these tests in a venv that has it.
 """
 
+import functools
 import json
 import subprocess
 import sys
@@ -16,6 +17,8 @@ pytest.importorskip("torchtitan")
 
 from processes import ENVIRONMENT
 from small_data import write_small_data
+from torch import nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from torchtitan.config import derive
 from torchtitan.distributed import ParallelDims
 from torchtitan.models.common.moe import GroupedExperts, RoutedExperts
@@ -24,8 +27,10 @@ from torchtitan.models.gpt_oss import gptoss_configs
 from torchtitan.models.qwen3 import qwen3_configs
 
 from bench.torchtitan import MODELS, OVERRIDE, RUN, arguments
-from tritonmoe import OverlapConfig
+from tritonmoe import OverlapConfig, run_on_emulated_ranks
+from tritonmoe.integrations import torchtitan as integration
 from tritonmoe.integrations.torchtitan import FusedExperts, OverlappedRoutedExperts, routed_experts
+from tritonmoe.transports import Transport
 
 TOLERANCE = 1e-3
 
@@ -144,6 +149,54 @@ def test_gradients_are_torchtitans(num_tokens: int) -> None:
     for name, expected in results[0].items():
         error = (results[1][name] - expected).norm() / expected.norm().clamp(min=1e-6)
         assert error < 0.02, (name, error)  # of bf16, in which both compute
+
+
+@pytest.mark.parametrize("kept", [[], [torch.ops.aten.mm.default, torch.ops.aten.topk.default]], ids=["nothing", "mm"])
+def test_selective_checkpointing_repeats_no_call(kept: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results and gradients are those without checkpointing; full checkpointing repeats the call."""
+    calls: list[int] = []
+    call = integration.expert_parallel_mlp
+    monkeypatch.setattr(
+        integration, "expert_parallel_mlp", lambda *a, **k: (calls.append(k["transport"].rank), call(*a, **k))[1]
+    )
+    selective = {"context_fn": functools.partial(create_selective_checkpoint_contexts, kept)}
+
+    def on_rank(transport: Transport, checkpoints: bool, settings: dict[str, Any]) -> list[torch.Tensor | None]:
+        module: Any = routed_experts(experts_config()).build()
+        both, down = module.inner_experts.w13_EGD, module.inner_experts.w2_EDF
+        generator = torch.Generator().manual_seed(transport.rank)
+        num_experts = len(both) // transport.size
+        weights = [
+            nn.Parameter(torch.randn(num_experts, *of.shape[1:], generator=generator) / 16) for of in (both, down)
+        ]
+        module.inner_experts.w13_EGD, module.inner_experts.w2_EDF = weights
+        module.transport = transport
+        x = torch.randn(1, 24, 256, generator=generator, requires_grad=True)
+        router = torch.randn(256, len(both), generator=generator, requires_grad=True)
+
+        def block(x: torch.Tensor) -> torch.Tensor:
+            scores, ids = torch.softmax(x.tanh() @ router, dim=-1).topk(8)
+            return module(x.tanh(), scores, ids, torch.bincount(ids.flatten(), minlength=len(both))).sin()
+
+        out = checkpoint(block, x, use_reentrant=False, **settings) if checkpoints else block(x)
+        out.square().sum().backward()
+        return [out.detach(), x.grad, router.grad, *(weight.grad for weight in weights)]
+
+    expected = run_on_emulated_ranks(lambda transport: on_rank(transport, False, {}), 2)
+    assert len(calls) == 2
+    for settings, count in ((selective, 2), ({}, 4)):
+        calls.clear()
+        found = run_on_emulated_ranks(lambda transport, given=settings: on_rank(transport, True, given), 2)
+        assert len(calls) == count
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_a_result_that_is_changed_in_place_is_refused() -> None:
+    out = torch.ones(2, requires_grad=True) * 2
+    kept = integration._KeptResult(out)
+    out += 1
+    with pytest.raises(RuntimeError, match="changed in place under selective"):
+        kept.again()
 
 
 def test_what_cannot_run_is_refused() -> None:
