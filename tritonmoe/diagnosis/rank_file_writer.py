@@ -20,7 +20,7 @@ from tritonmoe.overlap.step_timing import StepTiming
 from tritonmoe.runtime.files import Json
 from tritonmoe.runtime.host_device import HostCopy
 from tritonmoe.runtime.version import __version__
-from tritonmoe.simulation.cost_model import step_units
+from tritonmoe.simulation.step_units import step_units
 from tritonmoe.transports import Transport, TwoLevelTransport
 
 __all__ = ["HeldCall", "RankFileWriter"]

@@ -69,8 +69,7 @@ class ForwardPass(Generic[Experts]):
 
     def run(self) -> tuple[Tensor, PassReport]:
         """Return y (T, D), and the timings."""
-        report = self.execution().run()
-        return self.out, report
+        return self.out, self.execution().run()
 
     def execution(self) -> Execution:
         """Return the steps, of which `out` is the result (T, D) once they have run."""
@@ -113,16 +112,12 @@ class ForwardPass(Generic[Experts]):
         self.experts = self.make_experts(plan, received._replace(x=self.rows), places)
 
     def compute_experts(self, chunk: int) -> None:
-        segment = self.plan.segment(chunk)
-        if chunk < 0:
-            self.experts.forward(segment, out=self.home[self.plan.home_slice(chunk)])
-        else:
-            self.partials[chunk] = self.experts.forward(segment)
+        out = self.home[self.plan.home_slice(chunk)] if chunk < 0 else None
+        self.partials[chunk] = self.experts.forward(self.plan.segment(chunk), out=out)
 
     def copy_experts(self, chunk: int) -> None:
         assert isinstance(self.experts, ForwardWithCopies)
-        sums = self.home[self.plan.home_slice(chunk)] if chunk < 0 else self.partials[chunk]
-        self.experts.add_copies(self.plan.segment(chunk), sums)
+        self.experts.add_copies(self.plan.segment(chunk), self.partials[chunk])
 
     def combine(self, chunk: int) -> PendingExchange:
         return self.exchanges.return_chunk(self.partials.pop(chunk), chunk, self.home, self.wire)
@@ -241,9 +236,7 @@ class BackwardPass:
     def _actions_of_copies(self, copies: BackwardWithCopies) -> Actions:
         def copy_experts_backward(chunk: int) -> None:
             place = self.plan.home_slice(chunk) if chunk < 0 else self.plan.return_slice(chunk)
-            dx = None
-            if self.plan.needs_x:
-                dx = self.home[place] if chunk < 0 else self.partials[chunk]
+            dx = None if not self.plan.needs_x else self.home[place] if chunk < 0 else self.partials[chunk]
             copies.add_copies_backward(self.plan.segment(chunk), self.dout_rows, dx, self.dweights[place])
 
         return {

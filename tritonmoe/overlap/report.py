@@ -229,8 +229,7 @@ class LayerReport:
     wire_squares: Tensor | None = None
     """(2,) fp32: the summed squares of what the wire format changed in the dispatched rows, and those of the rows."""
     first_run: "LayerReport | None" = None
-    """The report of the first run, where rows of some rank didn't fit into the capacity and the call ran again without
-    one. All else here is of the second run, whose results are the call's."""
+    """The report of the first run, where rows didn't fit into the capacity; all else is of the second, without one."""
     rows_to_nodes: tuple[int, ...] | None = None
     """On a TwoLevelTransport: how many tokens of this rank need an expert of each node, its own included."""
     marks: CallMarks | None = None
@@ -242,9 +241,8 @@ class LayerReport:
     copied_bytes: int = 0
     """The bytes of one expert's weights, which travel for each copy."""
     copied_gradient_bytes: tuple[int, int] = (0, 0)
-    """The bytes of what comes home of their gradients: first of gate_up_proj and what is its own, then of down_proj."""
-    copy_pair_offsets: tuple[int, ...] = ()
-    """As pair_offsets, of the pairs that this rank's copies compute; () without copies."""
+    """The bytes of what comes home of their gradients: of gate_up_proj and what is its own, and of down_proj."""
+    copy_pair_offsets: tuple[int, ...] = ()  # as pair_offsets, of this rank's copies
     copies_are_kept: bool = True
     """Whether these weights are kept until the backward, instead of sent once more."""
     pairs_without_copies: Tensor | None = None

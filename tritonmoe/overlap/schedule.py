@@ -126,16 +126,14 @@ def build_backward(
     """Return the backward's steps; exchanges whose gradient no rank needs are left out.
 
     Args:
-        has_copies: whether experts have copies. sends_copies: whether their weights travel once more, since those of
-            the forward aren't kept. relays_copies: as in build_forward. returned_copies: which parts of the gradients
-            of their weights go to the owners; one travels while the next one is computed.
+        has_copies, relays_copies: as in build_forward. sends_copies: whether the weights of copies travel once more.
+        returned_copies: which parts of their gradients go home; one travels while the next one is computed.
     """
     builder = _Builder()
     num_chunks, window = plan.num_chunks, 0 if plan.serial else plan.backward_window
     sends = [builder.add(StepKind.COMBINE_BACKWARD, c) for c in range(min(window, num_chunks))]
     copies = _add_copies(builder, relays_copies) if sends_copies else ()
-    at_start = copies if plan.serial else ()
-    local = [builder.add(StepKind.EXPERTS_BACKWARD, c, *at_start) for c in local_slices(plan)]
+    local = [builder.add(StepKind.EXPERTS_BACKWARD, c, *copies * plan.serial) for c in local_slices(plan)]
     waits_for_copies = sends_copies and not plan.serial
     if has_copies and not waits_for_copies:
         local = _add_copies_of_local(builder, StepKind.COPY_EXPERTS_BACKWARD, local, copies)

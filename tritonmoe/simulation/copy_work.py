@@ -1,16 +1,12 @@
-"""CopyWork: what copies of experts make all ranks of a call send and compute; CopyUnits: what one rank has to do."""
+"""CopyWork: what copies of experts make all ranks of a call send and compute."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Generic, NamedTuple, TypeVar
 
 from torch import Tensor
 
 from tritonmoe.overlap.steps import Step
 
-__all__ = ["CopyUnits", "CopyWork", "gradient_parts", "part_share"]
-
-Size = TypeVar("Size", float, Tensor)
+__all__ = ["CopyWork", "gradient_parts", "part_share"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,17 +31,6 @@ class CopyWork:
     def returned(self) -> tuple[int, ...]:
         """Which parts of the gradients come home."""
         return tuple(part for part, num_bytes in enumerate(self.gradient_bytes) if num_bytes)
-
-
-class CopyUnits(NamedTuple, Generic[Size]):
-    """What a rank has to do with copies of experts."""
-
-    pairs: Sequence[Size]
-    """How many of its pairs belong to copies, by segment."""
-    sent: Size
-    """How many copies it sends."""
-    gradient_bytes: tuple[int, int]
-    """As in CopyWork."""
 
 
 def part_share(step: Step, gradient_bytes: tuple[int, int]) -> float:

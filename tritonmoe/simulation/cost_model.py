@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from tritonmoe.config.overlap import LOCAL_PARTS, OverlapPlan
-from tritonmoe.overlap.steps import Step, StepKind, Unit, Way
-from tritonmoe.simulation.copy_work import CopyUnits, CopyWork, part_share
+from tritonmoe.overlap.steps import Step, StepKind, Way
+from tritonmoe.simulation.copy_work import CopyWork, part_share
+from tritonmoe.simulation.step_units import CopyUnits
 
-__all__ = ["EachLink", "InsidePorts", "LayerWork", "LinkCosts", "StepCosts", "fit_line", "step_units"]
+__all__ = ["EachLink", "InsidePorts", "LayerWork", "LinkCosts", "StepCosts", "fit_line"]
 
 Size = TypeVar("Size", float, Tensor)
 
@@ -237,41 +238,6 @@ class LayerWork:
         node = torch.arange(self.size, device="cpu") // node_size
         inside = torch.where(node[:, None] == node, self.travelling(way), 0.0).fill_diagonal_(0)
         return inside.sum(1), inside.sum(0)
-
-
-def step_units(
-    step: Step,
-    num_local_slices: int,
-    sent: Sequence[Size],
-    returned: Sequence[Size],
-    pairs: Sequence[Size],
-    *,
-    copies: CopyUnits[Size] | None = None,
-) -> Size:
-    """Return how many of its kind's units (Unit) a step has.
-
-    Args:
-        num_local_slices: how many of the segments are local ones.
-        sent, returned, pairs: how many rows are sent, how many return, and how many pairs there are, by segment.
-    """
-    unit = step.kind.unit
-    of = pairs if unit is Unit.PAIRS else sent if unit is Unit.SENT_ROWS else returned
-    if unit in (Unit.COPY_PAIRS, Unit.COPIES):
-        if copies is None:
-            return pairs[0] * 0
-        share = part_share(step, copies.gradient_bytes)
-        if unit is Unit.COPIES:
-            return copies.sent * share
-        of = [size * share for size in copies.pairs]
-    elif copies is not None and step.kind.of_copies is not None:
-        of = [size - of_copies for size, of_copies in zip(pairs, copies.pairs, strict=True)]
-    segment = step.segment(num_local_slices)
-    if segment is not None:
-        return of[segment]
-    total = of[0]
-    for size in of[1:]:
-        total = total + size
-    return total
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ from tritonmoe.config.overlap import OverlapPlan
 from tritonmoe.dispatch.copies import ExpertCopies
 from tritonmoe.overlap.report import LayerReport
 from tritonmoe.overlap.steps import Step, StepKind, Way
-from tritonmoe.simulation.copy_work import CopyUnits, CopyWork
-from tritonmoe.simulation.cost_model import LayerWork, LinkCosts, StepCosts, fit_line, step_units
+from tritonmoe.simulation.copy_work import CopyWork
+from tritonmoe.simulation.cost_model import LayerWork, LinkCosts, StepCosts, fit_line
+from tritonmoe.simulation.step_units import CopyUnits, step_units
 
 __all__ = ["layer_costs", "layer_work", "link_costs", "median_steps", "most_work"]
 
