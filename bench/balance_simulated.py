@@ -18,7 +18,8 @@ from tritonmoe.config.overlap import OverlapPlan, equal_sizes
 from tritonmoe.dispatch.copies import ExpertCopies
 from tritonmoe.dispatch.copy_planner import CopyCosts, is_uneven, plan_copies
 from tritonmoe.runtime.files import Json
-from tritonmoe.simulation.cost_model import CopyWork, LayerWork, LinkCosts, StepCosts
+from tritonmoe.simulation.copy_work import CopyWork, gradient_parts
+from tritonmoe.simulation.cost_model import LayerWork, LinkCosts, StepCosts
 from tritonmoe.simulation.simulator import simulate_layer
 
 __all__ = ["main"]
@@ -84,7 +85,7 @@ def simulate(model: str, size: int, kind: str, rate: float, arguments: argparse.
         found = plan_copies(counts, rows, top_k, arguments.max_copies, costs).copies
         planning_s.append(time.perf_counter() - began)
     planned_s = min(planning_s) if planning_s else 0.0
-    steps = dict.fromkeys(("experts", "weight_grad", "copy_weight_grad"), pair_s / 3) | {"experts_backward": pair_s / 3}
+    steps = StepCosts({}, dict.fromkeys(("experts", "experts_backward", "weight_grad"), pair_s / 3)).with_copies()
     link = LinkCosts(2e-5, rate * 1e9)
 
     def seconds(rows: Tensor, pairs: Tensor, copies: ExpertCopies | None) -> float:
@@ -95,12 +96,12 @@ def simulate(model: str, size: int, kind: str, rate: float, arguments: argparse.
                 torch.tensor(copies.sent_copies, dtype=torch.float64),
                 of_ranks,
                 expert_bytes,
-                expert_bytes,
+                gradient_parts(expert_bytes),
                 relayed=copies.relayed if copies.are_relayed else None,
             )
         work = LayerWork(rows.double() * scale, pairs.double() * scale, row_bytes, top_k, copies=copied)
         plans = [OverlapPlan(equal_sizes(chunks)) for chunks in CHUNKS]
-        passes = [simulate_layer(plan, work, StepCosts({}, steps), link, backward=True) for plan in plans]
+        passes = [simulate_layer(plan, work, steps, link, backward=True) for plan in plans]
         return min(sum(of.total_s for of in both) for both in passes) + (PLANNING_S + planned_s) * (copies is not None)
 
     without_s = with_s = seconds(rows, pairs, None)

@@ -40,7 +40,7 @@ def sleeping_experts(pair_s: float) -> Iterator[None]:
         return dout.new_zeros(grouping.inverse.shape[0], dout.shape[1]) if out is None else out.zero_(), dweights
 
     def weight_grad(run: BackwardRun, dout: Tensor, needs: PerWeight[bool]) -> PerWeight[Tensor | None]:
-        time.sleep(pair_s * run.grouping.num_pairs)
+        time.sleep(pair_s * run.grouping.num_pairs * (2 * needs.gate_up_proj + needs.down_proj) / 3)
         there = run.weights.map(torch.zeros_like)
         return PerWeight(*(grad if needed else None for grad, needed in zip(there, needs, strict=True)))
 

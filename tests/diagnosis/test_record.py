@@ -373,7 +373,7 @@ def test_rows_to_nodes_that_contradict_are_refused(tmp_path: Path) -> None:
 
 
 def test_calls_with_copies_are_left_out(tmp_path) -> None:
-    """A recording has no word for copies; a warning says so, once, and other calls of the run are there."""
+    """A recording has no word for copies; a warning says so, once, other calls are there, and how many are not."""
     config = tm.MoEConfig(hidden_size=8, intermediate_size=6, num_experts=4, top_k=1)
 
     def on_rank(transport: Transport) -> None:
@@ -386,4 +386,6 @@ def test_calls_with_copies_are_left_out(tmp_path) -> None:
     with pytest.warns(UserWarning, match="copies") as warned, tm.diagnosis.record(tmp_path / "run"):
         tm.run_on_emulated_ranks(on_rank, 2, timeout_s=20)
     assert len([one for one in warned if "OverlapConfig.balance" in str(one.message)]) == 1
-    assert len(read_recording(tmp_path / "run").calls) == 1
+    recording = read_recording(tmp_path / "run")
+    assert len(recording.calls) == 1
+    assert [note.split(" (")[0] for note in recording.notes] == ["2 calls whose hot experts had copies"]

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -285,6 +286,33 @@ def test_main_grads_get_what_comes_home(reports: dict[int, list[LayerReport]]) -
     for name in WEIGHTS:
         torch.testing.assert_close(torch.cat([of[name] for of in results]), expected[name], atol=1e-4, rtol=1e-4)
     assert_copied(reports, 2)
+
+
+@pytest.mark.parametrize("rank_without", [None, 1])
+def test_wide_main_grads_keep_what_bf16_would_round(
+    rank_without: int | None, reports: dict[int, list[LayerReport]]
+) -> None:
+    """Gradients of copies travel in fp32 then, on all ranks, also where one has no main_grad."""
+    batch = hot(Batch(2, 6, 2, torch.bfloat16))
+
+    def on_rank(transport: Transport, overlap: tm.OverlapConfig) -> dict[str, Tensor]:
+        leaves = {name: value.requires_grad_() for name, value in batch.of_rank(transport.rank).items()}
+        for name in WEIGHTS if transport.rank != rank_without else ():
+            leaves[name].main_grad = torch.zeros_like(leaves[name], dtype=torch.float32)
+        batch.call(transport, leaves, overlap).backward(batch.tokens["dout"][transport.rank])
+        return {name: leaves[name].main_grad for name in WEIGHTS if transport.rank != rank_without}
+
+    results = [
+        tm.run_on_emulated_ranks(partial(on_rank, overlap=overlap), 2, timeout_s=20)
+        for overlap in (ALWAYS, tm.OverlapConfig(2))
+    ]
+    for with_copies, without in zip(*results, strict=True):
+        for name in with_copies:
+            if not name.endswith("bias"):  # whose gradients are rounded before they are added, copies or not
+                torch.testing.assert_close(with_copies[name], without[name], atol=1e-5, rtol=1e-5)
+    of_call = reports[0][0]
+    assert of_call.copies is not None
+    assert sum(of_call.copied_gradient_bytes) > 1.8 * of_call.copied_bytes
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])

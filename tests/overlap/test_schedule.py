@@ -51,19 +51,25 @@ def backwards() -> list:
                 has_copies=True,
                 sends_copies=sent,
                 relays_copies=relayed,
-                returns_copies=home,
+                returned_copies=home,
             ),
             plan,
-            id=f"backward-{name}-copies-sent{sent:d}-relayed{relayed:d}-home{home:d}",
+            id=f"backward-{name}-copies-sent{sent:d}-relayed{relayed:d}-home{''.join(map(str, home))}",
         )
         for (plan, name), (sent, relayed), home in itertools.product(
-            plans(), ((True, False), (True, True), (False, False)), (True, False)
+            plans(), ((True, False), (True, True), (False, False)), ((0, 1), (1,), ())
         )
     ]
 
 
 def kinds(schedule: Schedule, lane: str | None = None) -> list[str]:
     return [str(step) for step in schedule if lane in (None, step.lane)]
+
+
+def finished(schedule: Schedule, kind: StepKind, chunk: int) -> int:
+    """Return the position of the step that computes a chunk to its end: that of copies, where there are any."""
+    has_copies = any(step.kind is kind.of_copies for step in schedule)
+    return position(schedule, kind.of_copies if has_copies else kind, chunk)
 
 
 def position(schedule: Schedule, kind: str, chunk: int | None) -> int:
@@ -144,7 +150,7 @@ def test_every_exchange_is_posted_once_and_waited_for(schedule: Schedule, plan: 
     for n, step in enumerate(schedule):
         if step.lane == "comm":
             assert any(n in later.after for later in schedule[n + 1 :]), step
-    for kind in {step.kind for step in schedule if step.chunk is not None}:
+    for kind in {step.kind for step in schedule if step.chunk is not None and not step.kind.is_of_gradient_part}:
         chunks = [step.chunk for step in schedule if step.kind == kind and step.chunk >= 0]
         assert chunks == list(range(plan.num_chunks)), kind
 
@@ -178,17 +184,16 @@ def test_data_flow_of_forward(schedule: Schedule, plan: OverlapPlan) -> None:
     group = position(schedule, "group", None)
     assert position(schedule, "metadata", None) in schedule[group].after
     local = [n for n, step in enumerate(schedule) if step.kind == "experts" and step.chunk < 0]
-    has_copies = any(step.kind == "copies" for step in schedule)
-    has_end = plan.local_start < LOCAL_PARTS or has_copies
-    expected = [LOCAL_START] * (plan.local_start > 0) + [LOCAL_END] * has_end
+    expected = [LOCAL_START] * (plan.local_start > 0) + [LOCAL_END] * (plan.local_start < LOCAL_PARTS)
     assert [schedule[n].chunk for n in local] == (expected if plan.local_first else [])
     assert all(group in schedule[n].after for n in local)
     for c in range(plan.num_chunks):
         experts = position(schedule, "experts", c)
         assert {position(schedule, "dispatch", c), group} <= set(schedule[experts].after)
         combine = position(schedule, "combine", c)
-        assert experts in schedule[combine].after
-        assert {combine, *local} <= set(schedule[position(schedule, "reduce", c)].after)
+        assert finished(schedule, StepKind.EXPERTS, c) in schedule[combine].after
+        ends = {finished(schedule, StepKind.EXPERTS, schedule[n].chunk) for n in local}
+        assert {combine, *ends} <= set(schedule[position(schedule, "reduce", c)].after)
         if not plan.serial:
             for n in local:
                 # The first slice hides the first dispatch, the last one the last combine.
@@ -201,7 +206,8 @@ def test_data_flow_of_forward(schedule: Schedule, plan: OverlapPlan) -> None:
 def test_data_flow_of_backward(schedule: Schedule, plan: OverlapPlan) -> None:
     present = {(s.kind, s.chunk) for s in schedule}
     weight_grad = position(schedule, "weight_grad", None)
-    experts = [n for n, step in enumerate(schedule) if step.kind == "experts_backward"]
+    own_experts = [step.chunk for step in schedule if step.kind == "experts_backward"]
+    experts = [finished(schedule, StepKind.EXPERTS_BACKWARD, chunk) for chunk in own_experts]
     assert weight_grad > max(experts)
     assert set(experts) <= set(schedule[weight_grad].after)
     for c in range(plan.num_chunks):
@@ -209,7 +215,7 @@ def test_data_flow_of_backward(schedule: Schedule, plan: OverlapPlan) -> None:
         assert position(schedule, "combine_backward", c) in schedule[own].after
         if ("dispatch_backward", c) in present:
             home = position(schedule, "dispatch_backward", c)
-            assert own in schedule[home].after
+            assert finished(schedule, StepKind.EXPERTS_BACKWARD, c) in schedule[home].after
             assert home in schedule[position(schedule, "reduce_backward", c)].after
             if not plan.serial:
                 # The last exchanges go home behind the weight gradients.
@@ -223,25 +229,32 @@ def test_data_flow_of_backward(schedule: Schedule, plan: OverlapPlan) -> None:
 @pytest.mark.parametrize(("schedule", "plan"), [*forwards(), *backwards()])
 def test_copies_are_there_before_what_needs_them(schedule: Schedule, plan: OverlapPlan) -> None:
     """Weights travel behind the first rows; gradients go home under the gradients of own pairs, and are added last."""
-    if any(step.kind == "copies" for step in schedule):
+    of_copies = [step for step in schedule if step.kind in ("copy_experts", "copy_experts_backward")]
+    for kind in ("copies", "spread_copies"):
+        if any(step.kind == kind for step in schedule):
+            assert all(position(schedule, kind, None) in step.after for step in of_copies)
+    for step in of_copies:
+        own = next(kind for kind in StepKind if kind.of_copies is step.kind)
+        assert position(schedule, own, step.chunk) in step.after
+    is_forward = schedule[0].kind is StepKind.METADATA
+    if any(step.kind == "copies" for step in schedule) and not plan.serial:
         copies = position(schedule, "copies", None)
+        assert position(schedule, "dispatch" if is_forward else "combine_backward", 0) < copies
         for step in schedule:
-            if step.kind in ("experts", "experts_backward") and step.chunk != LOCAL_START:
-                assert copies in step.after
-        if not plan.serial:
-            sent = "dispatch" if schedule[0].kind is StepKind.METADATA else "combine_backward"
-            assert position(schedule, sent, 0) < copies
+            if step.kind in ("experts", "experts_backward"):  # own experts wait for no copies
+                assert copies not in step.after
     if any(step.kind == "spread_copies" for step in schedule):
-        spread = position(schedule, "spread_copies", None)
-        assert position(schedule, "copies", None) in schedule[spread].after
-        for step in schedule:
-            if step.kind in ("experts", "experts_backward") and step.chunk != LOCAL_START:
-                assert spread in step.after
-    if any(step.kind == "copies_backward" for step in schedule):
-        home, own = position(schedule, "copies_backward", None), position(schedule, "weight_grad", None)
-        assert set(schedule[-1].after) == {home, own}
-        assert schedule[-1].kind is StepKind.REDUCE_COPIES_BACKWARD
-        assert plan.serial or home < own
+        assert position(schedule, "copies", None) in schedule[position(schedule, "spread_copies", None)].after
+    own = None if is_forward else position(schedule, "weight_grad", None)
+    for step in schedule:
+        if step.kind is StepKind.REDUCE_COPIES_BACKWARD:
+            home = position(schedule, "copies_backward", step.chunk)
+            assert set(step.after) == {home, own}
+            assert schedule[home].after == (position(schedule, "copy_weight_grad", step.chunk),)
+            assert plan.serial or home < own
+    parts = [step.chunk for step in schedule if step.kind is StepKind.COPIES_BACKWARD]
+    if len(parts) > 1 and not plan.serial:  # the first part travels while the second one is computed
+        assert position(schedule, "copies_backward", 0) < position(schedule, "copy_weight_grad", 1)
 
 
 def test_gradients_that_no_rank_needs_are_left_out() -> None:

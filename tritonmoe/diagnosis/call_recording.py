@@ -37,6 +37,8 @@ __all__ = [
 
 FORMAT = "tritonmoe recording"
 SCHEMA = 1
+CALLS_WITH_COPIES = "calls_with_copies"
+"""The key of the number of calls that were left out, in the last line of a file."""
 
 
 def file_name(rank: int) -> str:

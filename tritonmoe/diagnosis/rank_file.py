@@ -6,7 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from tritonmoe.config.overlap import WIRE_DTYPES, OverlapPlan
-from tritonmoe.diagnosis.call_recording import FORMAT, SCHEMA, RankCall
+from tritonmoe.diagnosis.call_recording import CALLS_WITH_COPIES, FORMAT, SCHEMA, RankCall
 from tritonmoe.diagnosis.json_fields import (
     Fields,
     amount,
@@ -94,6 +94,13 @@ def read_rank_file(path: Path) -> RankColumns:
     begun: dict[int, tuple[float, int]] = {}
     for line_number, line in enumerate(lines[1:], 2):
         fields = _parse(line, path, line_number)
+        if CALLS_WITH_COPIES in fields.values:
+            num_left_out = fields.take(CALLS_WITH_COPIES, count)
+            notes.append(
+                f"{num_left_out} calls whose hot experts had copies (OverlapConfig.balance) are not in the recording, "
+                "and nothing here is said of them: last_report says what copies did"
+            )
+            continue
         sequence = fields.take("call", integer)
         agreed, call, ran_twice = _read_call(fields, size, node_size, found.steps)
         for layer_pass in call.passes:

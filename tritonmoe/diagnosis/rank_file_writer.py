@@ -12,7 +12,7 @@ from typing import NamedTuple, TextIO
 
 import torch
 
-from tritonmoe.diagnosis.call_recording import FORMAT, SCHEMA, file_name, plain_plan
+from tritonmoe.diagnosis.call_recording import CALLS_WITH_COPIES, FORMAT, SCHEMA, file_name, plain_plan
 from tritonmoe.dispatch.header import CallHeader
 from tritonmoe.expert_parallel.state import state_of
 from tritonmoe.overlap.report import CallMarks, LayerReport, PassReport
@@ -20,7 +20,7 @@ from tritonmoe.overlap.step_timing import StepTiming
 from tritonmoe.runtime.files import Json
 from tritonmoe.runtime.host_device import HostCopy
 from tritonmoe.runtime.version import __version__
-from tritonmoe.simulation.cost_model import step_units
+from tritonmoe.simulation.step_units import step_units
 from tritonmoe.transports import Transport, TwoLevelTransport
 
 __all__ = ["HeldCall", "RankFileWriter"]
@@ -74,6 +74,8 @@ class RankFileWriter:
         self._file: TextIO | None = None
         self._state = state_of(transport)
         self._weights: dict[int, float | None] = {}
+        self.num_left_out = 0
+        """Calls with copies of experts, which are not written."""
 
     def load_balance_loss_weight(self, layer: int) -> float | None:
         """Return that of a layer, by its number on the transport; its copies have the same. None: it has none."""
@@ -96,7 +98,10 @@ class RankFileWriter:
             self._file.flush()
 
     def close(self) -> None:
+        """Write how many calls were left out, if any were, and end the file."""
         if self._file is not None:
+            if self.num_left_out:
+                _write_line(self._file, {CALLS_WITH_COPIES: self.num_left_out})
             self._file.close()
 
 

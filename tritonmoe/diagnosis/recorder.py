@@ -29,7 +29,7 @@ PAUSE_S = 0.25
 which the core's caches are cold."""
 LEFT_OUT = (
     "calls whose hot experts have copies (OverlapConfig.balance) are left out of a recording, which has no word for "
-    "copies: record a run without balance for the doctor; last_report tells what copies did"
+    "copies and counts these calls only: record a run without balance for the doctor; last_report tells what copies did"
 )
 
 
@@ -132,6 +132,7 @@ class _Recorder:
             if not self._has_left_out:
                 warnings.warn(LEFT_OUT, stacklevel=2)
             self._has_left_out = True
+            file.num_left_out += 1
             return
         weight = file.load_balance_loss_weight(header.layer)
         held = HeldCall(file, header, report, HostCopy(grouping.expert_offsets), is_recomputing(), weight)

@@ -61,7 +61,7 @@ def read_recording(path: Path) -> Recording:
     for of_rank in read_files(read_rank_file, files):
         ranks.append(of_rank)
         begins.append(steps.take(of_rank.steps))
-    notes = [note for found in ranks for note in found.notes]
+    notes = list(dict.fromkeys(note for found in ranks for note in found.notes))
     size = ranks[0].size
     for found in ranks:
         if found.size != size:

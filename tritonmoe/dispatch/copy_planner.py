@@ -4,8 +4,8 @@ Every rank calls it with the same numbers and must find the same plan, so there 
 differ in how evenly they spread the pairs, in how many copies they make, and in where these are: a closed form prices
 each. A pass takes as long as the busiest rank computes, and what of the first rows that come and the last that go
 nothing hides; or as long as the busiest port is occupied, and one of the two. What is copied occupies the ports of its
-owner and of its rank; a rank that has copies begins when their weights have come, and their gradients leave it late in
-the backward.
+owner and of its rank; a rank begins with its copies when their weights have come, and their gradients leave it late in
+the backward, a part under the product that gives the next one.
 """
 
 from collections.abc import Sequence
@@ -221,19 +221,24 @@ class _Candidate:
         return total + total * slower // (COPY_SHARE * self.load.size), len(self.moves)
 
     def _forward_fs(self, costs: CopyCosts, copies_fs: int) -> int:
-        """Return what the busiest rank computes in a forward; ranks that have copies begin when these have come."""
-        ranks = zip(self.pairs, self.copies_in, strict=True)
-        return max(pairs * costs.forward_fs + (copies > 0) * copies_fs for pairs, copies in ranks)
-
-    def _backward_fs(self, costs: CopyCosts, copies_fs: int) -> int:
-        """Return the same of a backward; gradients of copies travel once all but those of own weights are there.
-
-        These are half of what own pairs take.
-        """
-        longest = max(self.pairs) * costs.backward_fs
+        """Return what the busiest rank computes in a forward; half of own pairs are computed until copies have come."""
+        longest = max(self.pairs) * costs.forward_fs
         for pairs, copied in zip(self.pairs, self.copied_pairs, strict=True):
             if copied:
-                longest = max(longest, (pairs + copied) * costs.backward_fs // 2 + copies_fs)
+                before_fs = (pairs - copied) * costs.forward_fs // 2
+                longest = max(longest, pairs * costs.forward_fs + max(0, copies_fs - before_fs))
+        return longest
+
+    def _backward_fs(self, costs: CopyCosts, copies_fs: int) -> int:
+        """Return the same of a backward, half of which are gradients of weights; those of copies come first.
+
+        Two thirds of these, of gate_up_proj, travel while the others are computed.
+        """
+        longest, pair_fs = max(self.pairs) * costs.backward_fs, costs.backward_fs // 2
+        for pairs, copied in zip(self.pairs, self.copied_pairs, strict=True):
+            if copied:
+                last_fs = max(copied * pair_fs, 2 * copied * pair_fs // 3 + 2 * copies_fs // 3)
+                longest = max(longest, pairs * pair_fs + last_fs + copies_fs // 3)
         return longest
 
     def _rows_on_ports(self) -> list[int]:

@@ -60,6 +60,8 @@ class CallHeader(NamedTuple):
     """Whether it needs that of topk_weights."""
     needs_weights: int = 0
     """With `balance`, a bit for each kind of weight, in the order of PerWeight: whether it needs the gradient."""
+    wide_grads: int = 0
+    """With `balance`, a bit for each kind of weight, whether its main_grad is wider than itself."""
     error: int = 0
     """Whether this rank's arguments were refused."""
     nonfinite_rows: int = 0

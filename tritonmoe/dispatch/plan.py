@@ -86,7 +86,12 @@ class DispatchPlan:
     @property
     def needs_weights(self) -> PerWeight[bool]:
         """Of which kinds of weight some rank needs the gradient."""
-        return PerWeight(*(any(h.needs_weights >> i & 1 for h in self.headers) for i in range(len(PerWeight._fields))))
+        return _any_bit([header.needs_weights for header in self.headers])
+
+    @property
+    def has_wide_grads(self) -> PerWeight[bool]:
+        """Of which kinds of weight some rank has a wider main_grad: gradients of their copies travel in fp32."""
+        return _any_bit([header.wide_grads for header in self.headers])
 
     @property
     def keeps_copies(self) -> bool:
@@ -209,6 +214,11 @@ class DispatchPlan:
     def row_sources(self) -> RowSources:
         """Return the rank that sent each received row."""
         return RowSources(tuple(range(self.size)), torch.tensor(self.receive_rows, dtype=torch.int64, device="cpu"))
+
+
+def _any_bit(of_ranks: list[int]) -> PerWeight[bool]:
+    """Return for each kind of weight whether some rank has its bit."""
+    return PerWeight(*(any(bits >> i & 1 for bits in of_ranks) for i in range(len(PerWeight._fields))))
 
 
 def exchange_plan(transport: Transport, header: CallHeader, tokens: TokenPlan, overlap: OverlapPlan) -> DispatchPlan:

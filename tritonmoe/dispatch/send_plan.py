@@ -77,8 +77,7 @@ def plan_tokens(
     Rank k owns the experts k * E / W .. (k + 1) * E / W. The one host read of a layer call before its count exchange is
     here, by `read` (Transport.wait_for_copy): of the counts, and of num_nonfinite_rows, a scalar, with them.
 
-    num_copies: the last so many of each rank's experts are copies, whose weights come beside the first rows: with
-        local_first, tokens that need them on their own rank are among those that run last.
+    num_copies: the last so many of each rank's experts are copies, whose pairs are counted for themselves too.
     """
     owner = owners_of_pairs(topk_ids, num_experts, size)
     if num_nonfinite_rows is None:
@@ -90,8 +89,6 @@ def plan_tokens(
     if num_copies:
         num_slots = num_experts // size
         is_copy = (owner < size) & (topk_ids % num_slots >= num_slots - num_copies)
-        if overlap.local_first:
-            segments[:, rank] |= (is_copy & (owner == rank)).any(1)
     row_keys, counts = count_rows(owner, segments, overlap.num_segments, is_copy)
     counts, nonfinite_rows = read(HostCopy(counts, num_nonfinite_rows))
     rows, pairs, *copy_pairs = counts.tolist()

@@ -11,14 +11,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from tritonmoe.config.overlap import OverlapConfig
+from tritonmoe.config.overlap import OverlapConfig, OverlapPlan
 from tritonmoe.diagnosis.call_recording import RecordedCall
 from tritonmoe.dispatch.copies import ExpertCopies
 from tritonmoe.dispatch.copy_planner import CopyCosts, is_uneven, plan_copies
 from tritonmoe.doctor.conditions import Conditions
 from tritonmoe.overlap.schedule import Schedule, build_backward, build_forward
 from tritonmoe.overlap.steps import StepKind
-from tritonmoe.simulation.cost_model import CopyWork, LayerWork, StepCosts
+from tritonmoe.simulation.copy_work import CopyWork, gradient_parts
+from tritonmoe.simulation.cost_model import LayerWork
 
 __all__ = ["copies_offer"]
 
@@ -61,11 +62,12 @@ def _with_copies(of: Conditions, call: RecordedCall) -> Conditions:
     if copies is None:
         return of
     first, *others = of.entries
+    work = _work(of.work, copies, costs)
     return replace(
         of,
-        work=_work(of.work, copies, costs),
-        steps=_with_weight_gradients_of_copies(of.steps),
-        schedules=tuple(_schedule(schedule, of, copies, costs) for schedule in of.schedules),
+        work=work,
+        steps=of.steps.with_copies(),
+        schedules=tuple(_schedule(schedule, of.plan, work.copies) for schedule in of.schedules),
         entries=(replace(first, before_steps_s=first.before_steps_s + PLANNING_S), *others),
     )
 
@@ -114,27 +116,25 @@ def _work(work: LayerWork, copies: ExpertCopies, costs: CopyCosts) -> LayerWork:
         torch.tensor(copies.sent_copies, dtype=torch.float64, device="cpu"),
         torch.tensor(copies.copy_pairs, dtype=torch.float64, device="cpu"),
         costs.expert_bytes,
-        costs.gradient_bytes,
+        gradient_parts(costs.gradient_bytes),
         relayed=copies.relayed if copies.are_relayed else None,
     )
     return replace(work, rows=rows.clamp(min=0), pairs=pairs.clamp(min=0), copies=copied)
 
 
-def _with_weight_gradients_of_copies(steps: StepCosts) -> StepCosts:
-    """Return costs in which weight gradients of copies take what those of own experts do."""
-    own, copies = StepKind.WEIGHT_GRAD, StepKind.COPY_WEIGHT_GRAD
-    parts = (steps.fixed_s, steps.unit_s, steps.bends, steps.slowness)
-    return StepCosts(*({**part, **({copies: part[own]} if own in part else {})} for part in parts))
-
-
-def _schedule(schedule: Schedule, of: Conditions, copies: ExpertCopies, costs: CopyCosts) -> Schedule:
+def _schedule(schedule: Schedule, plan: OverlapPlan, copies: CopyWork | None) -> Schedule:
     kinds = [step.kind for step in schedule]
     if StepKind.METADATA in kinds:
-        return build_forward(of.plan, kinds.count(StepKind.FILLER), has_copies=True, relays_copies=copies.are_relayed)
+        return build_forward(
+            plan,
+            kinds.count(StepKind.FILLER),
+            has_copies=True,
+            relays_copies=copies is not None and copies.relayed is not None,
+        )
     return build_backward(
-        of.plan,
+        plan,
         needs_x=StepKind.DISPATCH_BACKWARD in kinds,
         needs_topk_weights=StepKind.ROUTING_BACKWARD in kinds,
         has_copies=True,
-        returns_copies=costs.gradient_bytes > 0,
+        returned_copies=() if copies is None else copies.returned,
     )

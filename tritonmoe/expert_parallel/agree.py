@@ -28,6 +28,7 @@ from tritonmoe.expert_parallel.balance import plan_balance
 from tritonmoe.expert_parallel.check import CheckedCall
 from tritonmoe.expert_parallel.choose import Choice
 from tritonmoe.expert_parallel.two_level_call import TwoLevelCall
+from tritonmoe.experts.arguments import have_wider_main_grads
 from tritonmoe.experts.tensors import NAMES, OPTIONAL
 from tritonmoe.transports import TwoLevelTransport
 from tritonmoe.tuning.copy_costs import MeasuredCosts
@@ -182,6 +183,7 @@ def call_header(call: CheckedCall, choice: Choice) -> CallHeader:
         needs_x=int(needs.x),
         needs_topk_weights=int(needs.topk_weights),
         needs_weights=0 if spec.overlap.balance is None else weight_bits(needs.weights),
+        wide_grads=0 if spec.overlap.balance is None else weight_bits(have_wider_main_grads(call.owners)),
         half=call.half,
         compiled=int(call.is_compiled),
         captured=int(call.is_captured),

@@ -11,7 +11,7 @@ from tritonmoe.dispatch.plan import DispatchPlan
 from tritonmoe.dispatch.send_plan import count_keys
 from tritonmoe.errors import TransportError
 from tritonmoe.expert_parallel.check import CheckedCall
-from tritonmoe.overlap.copy_exchanges import expert_bytes
+from tritonmoe.overlap.copy_exchanges import expert_bytes, gradient_bytes
 from tritonmoe.runtime.host_device import HostCopy
 from tritonmoe.transports import leaving_nobody_waiting
 from tritonmoe.transports.waiting import Doing
@@ -88,5 +88,5 @@ def _costs(call: CheckedCall, plan: DispatchPlan, numbers: list[Numbers]) -> Cop
         has_backward=plan.needs_any,
         row_bytes=(wire.row_bytes(x.shape[1]), after.row_bytes(x.shape[1])),
         expert_bytes=expert_bytes(weights),
-        gradient_bytes=expert_bytes(weights, plan.needs_weights) + again,
+        gradient_bytes=sum(gradient_bytes(weights, plan.needs_weights, plan.has_wide_grads)) + again,
     )

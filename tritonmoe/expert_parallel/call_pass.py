@@ -31,7 +31,7 @@ from tritonmoe.experts.tensors import CallTensors
 from tritonmoe.experts.weight_gradients import SharedWeightGrads
 from tritonmoe.grouping import Grouping
 from tritonmoe.overlap.copied_experts import BackwardWithCopies, ForwardWithCopies
-from tritonmoe.overlap.copy_exchanges import expert_bytes
+from tritonmoe.overlap.copy_exchanges import expert_bytes, gradient_bytes
 from tritonmoe.overlap.executor import Execution
 from tritonmoe.overlap.experts import ForwardExperts
 from tritonmoe.overlap.layer_pass import BackwardPass, ForwardPass
@@ -134,7 +134,7 @@ class CallForward(_CallPass[Tensor]):
         make_experts = call.make_experts(partial(call.own_experts, self._tensors, keep_hidden))
         if call.copies is not None:
             weights = self._tensors.weights
-            copies = copy_exchanges(call.copies, call.transport, weights, call.plan.needs_weights)
+            copies = copy_exchanges(call.copies, call.transport, weights, call.plan)
             make_experts = partial(call.experts_with_copies, self._tensors, keep_hidden, copies)
         self._pass = ForwardPass(exchanges, make_experts, self._tensors, call.fillers, copies)
         call.fillers = ()  # what they hold is for autograd alone to keep
@@ -154,10 +154,11 @@ class CallForward(_CallPass[Tensor]):
             self.copies, experts = experts.copies, experts.own
         self.experts, inner_plan = call.after_forward(experts, timings)
         width = self._tensors.x.shape[1]
-        copied_bytes = gradient_bytes = 0
+        copied_bytes, copied_gradient_bytes = 0, (0, 0)
         if call.copies is not None:
             weights = self._tensors.weights
-            copied_bytes, gradient_bytes = expert_bytes(weights), expert_bytes(weights, plan.needs_weights)
+            copied_bytes = expert_bytes(weights)
+            copied_gradient_bytes = gradient_bytes(weights, plan.needs_weights, plan.has_wide_grads)
         call.report = LayerReport(
             call.all_ranks.rank,
             plan.traffic,
@@ -175,7 +176,8 @@ class CallForward(_CallPass[Tensor]):
             rows_to_nodes=call.rows_to_nodes,
             copies=call.copies,
             copied_bytes=copied_bytes,
-            copied_gradient_bytes=gradient_bytes,
+            copied_gradient_bytes=copied_gradient_bytes,
+            copy_pair_offsets=plan.copy_pair_offsets,
             copies_are_kept=call.copies is None or plan.keeps_copies,
             pairs_without_copies=call.pairs_without_copies,
             balance=call.balance,
@@ -256,7 +258,7 @@ class CallBackward(_CallPass[CallTensors[Tensor | None]]):
     def _with_copies(self, copies: ExpertCopies) -> BackwardWithCopies:
         """Return what computes the backward of this rank's own experts and of its copies."""
         call, kept, saved = self.call, self._kept, self._saved
-        exchanges = copy_exchanges(copies, call.transport, saved.received.weights, kept.plan.needs_weights)
+        exchanges = copy_exchanges(copies, call.transport, saved.received.weights, kept.plan)
 
         def make_copies() -> BackwardRun:
             assert kept.copy_grouping is not None

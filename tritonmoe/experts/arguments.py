@@ -18,6 +18,7 @@ __all__ = [
     "check_strides",
     "check_tensors",
     "find_main_grads",
+    "have_wider_main_grads",
 ]
 
 
@@ -241,6 +242,17 @@ def _with_scales(weights: PerWeight[Tensor]) -> list[tuple[str, Tensor, Tensor |
 
 def _cast_unless_fp64(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
+
+
+def have_wider_main_grads(weights: PerWeight[Tensor] | None) -> PerWeight[bool]:
+    """Return which projections have a main_grad that keeps what rounding to the weight's dtype would lose."""
+    names = ("gate_up_proj", "down_proj") if weights is not None else ()
+
+    def is_wider(weight: Tensor | None) -> bool:
+        main_grad = getattr(weight, "main_grad", None)
+        return weight is not None and main_grad is not None and main_grad.itemsize > weight.itemsize
+
+    return PerWeight(*(name in names and is_wider(getattr(weights, name)) for name in PerWeight._fields))
 
 
 def find_main_grads(weights: PerWeight[Tensor]) -> PerWeight[Tensor | None] | None:

@@ -1,6 +1,7 @@
 """ForwardWithCopies and BackwardWithCopies: one rank's experts, and beside them its copies of other ranks' experts.
 
-Both run on the rows that the rank received, each for its own pairs; a row that has pairs of both gets their sum.
+Both run on the rows that the rank received, each for its own pairs; a row that has pairs of both gets their sum. Own
+experts come first, while weights of copies may be under way.
 """
 
 from collections.abc import Callable
@@ -38,13 +39,20 @@ class ForwardWithCopies:
         return self._make_copies() if self._plan.copy_pair_offsets[-1] else None
 
     def forward(self, segment: int, out: Tensor | None = None) -> Tensor:
-        """Return the weighted sums over own experts and copies of the rows that a segment finishes."""
+        """Return the weighted sums over own experts of the rows that a segment finishes, for add_copies() to add to."""
+        if _who_has_pairs(self._plan, segment) == (False, True):
+            return _sums(self.own, segment) if out is None else out
+        return self.own.forward(segment, out)
+
+    def add_copies(self, segment: int, sums: Tensor) -> None:
+        """Add the weighted sums over copies to those of forward()."""
         has_own, has_copied = _who_has_pairs(self._plan, segment)
         if not has_copied or self.copies is None:
-            return self.own.forward(segment, out)
-        if not has_own:
-            return self.copies.forward(segment, out)
-        return self.own.forward(segment, out).add_(self.copies.forward(segment, _sums(self.copies, segment)))
+            return
+        if has_own:
+            sums.add_(self.copies.forward(segment, _sums(self.copies, segment)))
+        else:
+            self.copies.forward(segment, sums)
 
 
 class BackwardWithCopies:
@@ -55,14 +63,13 @@ class BackwardWithCopies:
         plan: that of the forward. exchanges: of the same copies.
     """
 
-    _arriving: Tensor
-    """(copied experts of this rank, columns): their gradients, from return_copies() on."""
-
     def __init__(
         self, own: BackwardRun, make_copies: Callable[[], BackwardRun], plan: DispatchPlan, exchanges: CopyExchanges
     ) -> None:
         self.own, self._make_copies, self._plan, self.exchanges = own, make_copies, plan, exchanges
         self._grads: WeightGrads = NO_WEIGHTS
+        self._arriving: dict[int, Tensor] = {}
+        """By part: (copied experts of this rank, bytes), from return_copies() on."""
 
     @cached_property
     def copies(self) -> BackwardRun | None:
@@ -72,39 +79,46 @@ class BackwardWithCopies:
     def backward(
         self, segment: int, dout: Tensor, needs_dx: bool, out: Tensor | None = None
     ) -> tuple[Tensor | None, Tensor]:
-        """Return dx of the rows that a segment finishes, None unless needed, and the gradients of their weights."""
+        """Return what own experts give; see BackwardExperts. add_copies_backward() adds to both results."""
+        if _who_has_pairs(self._plan, segment) != (False, True):
+            return self.own.backward(segment, dout, needs_dx, out)
+        # None of its pairs, but its buffers begin with its first segment.
+        _, dweights = self.own.backward(segment, dout, False)
+        return (_sums(self.own, segment) if out is None else out) if needs_dx else None, dweights
+
+    def add_copies_backward(self, segment: int, dout: Tensor, dx: Tensor | None, dweights: Tensor) -> None:
+        """Add what copies contribute to the results of backward()."""
         has_own, has_copied = _who_has_pairs(self._plan, segment)
         if not has_copied or self.copies is None:
-            return self.own.backward(segment, dout, needs_dx, out)
-        if not has_own:
-            self.own.backward(segment, dout, False)  # none of its pairs, but its buffers begin with its first segment
-            return self.copies.backward(segment, dout, needs_dx, out)
-        dx, dweights = self.own.backward(segment, dout, needs_dx, out)
-        copies_out = _sums(self.copies, segment) if needs_dx else None
-        copies_dx, copies_dweights = self.copies.backward(segment, dout, needs_dx, copies_out)
-        if dx is not None and copies_dx is not None:
+            return
+        sums = dx if dx is None or not has_own else _sums(self.copies, segment)
+        copies_dx, copies_dweights = self.copies.backward(segment, dout, dx is not None, sums)
+        if dx is not None and copies_dx is not None and has_own:
             dx.add_(copies_dx)
-        return dx, dweights.add_(copies_dweights)  # each pair has one of the two, the other is zero
+        dweights.add_(copies_dweights)  # each pair has one of the two, the other is zero
 
     def weight_grad(self, dout: Tensor, needs: PerWeight[bool]) -> WeightGrads:
         """Return the gradients of own experts' weights, over this rank's own pairs."""
         self.exchanges.settle()
         return self.own.weight_grad(dout, needs)
 
-    def copy_weight_grad(self, dout: Tensor) -> None:
-        """Compute the gradients of the copies' weights."""
-        if self.copies is not None:
-            self._grads = self.copies.weight_grad(dout, self.exchanges.needs)
+    def copy_weight_grad(self, part: int, dout: Tensor) -> None:
+        """Compute a part of the gradients of the copies' weights."""
+        if self.copies is None:
+            return
+        sums = self.copies.main_grads = self.exchanges.sums(part)
+        grads = self.copies.weight_grad(dout, self.exchanges.needed(part))
+        self._grads = PerWeight(*(grad if of is None else of for grad, of in zip(grads, sums, strict=True)))
 
-    def return_copies(self) -> PendingExchange:
-        """Send the gradients of the copies' weights to the owners."""
-        pending, self._arriving = self.exchanges.return_gradients(self._grads)
+    def return_copies(self, part: int) -> PendingExchange:
+        """Send this part to the owners."""
+        pending, self._arriving[part] = self.exchanges.return_gradients(part, self._grads)
         self._grads = NO_WEIGHTS
         return pending
 
-    def add_copies(self, grads: WeightGrads) -> WeightGrads:
-        """Add what came home to the gradients of own experts' weights."""
-        return self.exchanges.add_gradients(self._arriving, grads, self.own.main_grads)
+    def add_copies(self, part: int, grads: WeightGrads) -> None:
+        """Add what came home of it to the gradients of own experts' weights."""
+        self.exchanges.add_gradients(part, self._arriving.pop(part), grads, self.own.main_grads)
 
 
 def _sums(run: ExpertsRun, segment: int) -> Tensor:

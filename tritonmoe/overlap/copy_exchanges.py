@@ -1,6 +1,6 @@
 """CopyExchanges: how the weights of copied experts reach their copies, and how the gradients of these go home."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import chain
 from typing import cast
@@ -11,13 +11,17 @@ from torch import Tensor
 from tritonmoe.backends.ops import WeightGrads, accumulation_dtype
 from tritonmoe.config.layer import PerWeight
 from tritonmoe.dispatch.copies import ExpertCopies
+from tritonmoe.dispatch.plan import DispatchPlan
 from tritonmoe.overlap.executor import Actions
 from tritonmoe.overlap.steps import StepKind
 from tritonmoe.runtime import cpu_memory
 from tritonmoe.runtime.cpu_memory import to_device
 from tritonmoe.transports import PendingExchange, Transport
 
-__all__ = ["CopyExchanges", "expert_bytes"]
+__all__ = ["CopyExchanges", "expert_bytes", "gradient_bytes"]
+
+Dtypes = PerWeight[torch.dtype | None]
+"""That of each kind of weight, None where there is no such kind."""
 
 ALIGNMENT = 16
 """In bytes: that of every weight in a row, since the values and the scales of packed weights have different dtypes."""
@@ -28,16 +32,15 @@ class CopyExchanges:
 
     Args:
         own: the weights of this rank's own experts.
-        needs: of which kinds of weight some rank needs the gradient.
+        plan: says of which kinds of weight some rank needs the gradient, and which of these travel in fp32.
     """
 
     _arriving: Tensor
     """(copies on this rank, bytes), from send() on."""
 
-    def __init__(
-        self, copies: ExpertCopies, transport: Transport, own: PerWeight[Tensor], needs: PerWeight[bool]
-    ) -> None:
-        self.copies, self.transport, self.own, self.needs = copies, transport, own, needs
+    def __init__(self, copies: ExpertCopies, transport: Transport, own: PerWeight[Tensor], plan: DispatchPlan) -> None:
+        self.copies, self.transport, self.own = copies, transport, own
+        self._needs, self._are_wide = plan.needs_weights, plan.has_wide_grads
         self._under_way: list[PendingExchange] = []
 
     def actions(self) -> Actions:
@@ -75,32 +78,57 @@ class CopyExchanges:
         del self._arriving
         return weights
 
-    def return_gradients(self, grads: WeightGrads) -> tuple[PendingExchange, Tensor]:
-        """Send the gradients of this rank's copies to the owners; the second result is where those of its own arrive.
+    @cached_property
+    def parts(self) -> tuple[Dtypes, Dtypes]:
+        """The dtypes of the gradients of copies, in the two parts in which these go home."""
+        return _parts_of(self.own, self._needs, self._are_wide)
 
-        grads: none at all where no pair came for a copy.
+    @property
+    def returned(self) -> tuple[int, ...]:
+        """The parts of which there is anything."""
+        return tuple(number for number, part in enumerate(self.parts) if any(part))
+
+    def needed(self, part: int) -> PerWeight[bool]:
+        """Return of which kinds of weight the gradients are in a part."""
+        return PerWeight(*(dtype is not None for dtype in self.parts[part]))
+
+    def sums(self, part: int) -> PerWeight[Tensor | None]:
+        """Return zeros to which the gradients of this rank's copies are added that travel in a wider dtype."""
+        num_copies = len(self.copies.on(self.transport.rank))
+
+        def zeros(weight: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
+            if weight is None or dtype is None or dtype == weight.dtype:
+                return None
+            return weight.new_zeros(num_copies, *weight.shape[1:], dtype=dtype)
+
+        return PerWeight(*map(zeros, self.own, self.parts[part]))
+
+    def return_gradients(self, part: int, grads: WeightGrads) -> tuple[PendingExchange, Tensor]:
+        """Send a part of the gradients of this rank's copies to the owners.
+
+        The second result is where that of its own experts arrives. grads: none at all where no pair came for a copy.
         """
-        rank, received = self.transport.rank, self.copies.received(self.transport.rank)
-        splits = list(map(len, self.copies.sent(rank)))
-        rows, arriving = self.rows(sum(received), self.needs), self.rows(sum(splits), self.needs)
+        rank, dtypes = self.transport.rank, self.parts[part]
+        received, splits = self.copies.received(rank), list(map(len, self.copies.sent(rank)))
+        rows, arriving = self.rows(sum(received), dtypes), self.rows(sum(splits), dtypes)
         if all(grad is None for grad in grads):
             rows.zero_()
-        for grad, target in zip(grads, self._views(rows, self.needs), strict=True):
+        for grad, target in zip(grads, self._views(rows, dtypes), strict=True):
             if grad is not None and target is not None:
                 target.copy_(grad)
         return self.transport.exchange(rows, received, splits, arriving), arriving
 
     def add_gradients(
-        self, arrived: Tensor, grads: WeightGrads, main_grads: PerWeight[Tensor | None] | None
-    ) -> WeightGrads:
-        """Add the copies' gradients to those of this rank's own pairs, in place; by rank, in fp32, rounded once.
+        self, part: int, arrived: Tensor, grads: WeightGrads, main_grads: PerWeight[Tensor | None] | None
+    ) -> None:
+        """Add a part of copies' gradients to those of this rank's own pairs, in place; by rank, in fp32, rounded once.
 
         main_grads: where the gradients of own pairs were added, if they are not in `grads`.
         """
         rows_of: dict[int, list[int]] = {}
         for row, expert in enumerate(chain(*self.copies.sent(self.transport.rank))):
             rows_of.setdefault(expert, []).append(row)
-        of_copies = self.unpack(arrived, self.needs)
+        of_copies = self.unpack(arrived, self.parts[part])
         for kind, grad in enumerate(grads):
             total = grad if grad is not None or main_grads is None else main_grads[kind]
             terms = of_copies[kind]
@@ -112,12 +140,11 @@ class CopyExchanges:
                     sums.add_(terms[row])
                 if sums.dtype != total.dtype:
                     total[expert].copy_(sums)
-        return grads
 
     @cached_property
-    def there(self) -> PerWeight[bool]:
-        """Which kinds of weight there are."""
-        return PerWeight(*(weight is not None for weight in self.own))
+    def there(self) -> Dtypes:
+        """The dtypes of the weights."""
+        return self.own.map(lambda weight: weight.dtype)
 
     def pack(self, experts: Sequence[int]) -> Tensor:
         """Return the rows of some of this rank's own experts."""
@@ -129,30 +156,29 @@ class CopyExchanges:
                 torch.index_select(_selectable(weight.detach()), 0, index, out=_selectable(target))
         return rows
 
-    def row_bytes(self, there: PerWeight[bool]) -> int:
+    def row_bytes(self, there: Dtypes) -> int:
         """Return the bytes of a row of the kinds of weight that are there."""
-        kinds = zip(self.own, there, strict=True)
-        return sum(_row_bytes(weight) for weight, is_there in kinds if weight is not None and is_there)
+        return sum(_row_bytes(weight, dtype) for weight, dtype in _there(self.own, there))
 
-    def rows(self, num_experts: int, there: PerWeight[bool]) -> Tensor:
+    def rows(self, num_experts: int, there: Dtypes) -> Tensor:
         """Return memory for the rows of experts, of the kinds of weight that are there."""
         like = self.own.gate_up_proj.new_empty(0, dtype=torch.uint8)
         return cpu_memory.empty(num_experts, self.row_bytes(there), like=like)
 
-    def _views(self, rows: Tensor, there: PerWeight[bool]) -> PerWeight[Tensor | None]:
+    def _views(self, rows: Tensor, there: Dtypes) -> PerWeight[Tensor | None]:
         """Return the rows as weights, or as gradients, of the kinds that are there; None for the others."""
         found: list[Tensor | None] = []
         first = 0
-        for weight, is_there in zip(self.own, there, strict=True):
-            if weight is None or not is_there:
+        for weight, dtype in zip(self.own, there, strict=True):
+            if weight is None or dtype is None:
                 found.append(None)
                 continue
-            columns = rows[:, first : first + weight[0].nbytes].view(weight.dtype)
+            columns = rows[:, first : first + weight[0].numel() * dtype.itemsize].view(dtype)
             found.append(columns.unflatten(1, weight.shape[1:]))
-            first += _row_bytes(weight)
+            first += _row_bytes(weight, dtype)
         return PerWeight(*found)
 
-    def unpack(self, rows: Tensor, there: PerWeight[bool]) -> PerWeight[Tensor]:
+    def unpack(self, rows: Tensor, there: Dtypes) -> PerWeight[Tensor]:
         """Return the weights, or the gradients, of rows: contiguous, of the kinds that are there."""
         found = [
             view if view is None or view.is_contiguous() else cpu_memory.empty(*view.shape, like=view).copy_(view)
@@ -171,9 +197,16 @@ class _SentOnly(PendingExchange):
         return self._arriving
 
 
-def _row_bytes(weight: Tensor) -> int:
+def _there(weights: PerWeight[Tensor], dtypes: Dtypes) -> Iterator[tuple[Tensor, torch.dtype]]:
+    """Yield the weights of the kinds that are there, and the dtypes in which they, or their gradients, travel."""
+    for weight, dtype in zip(weights, dtypes, strict=True):
+        if weight is not None and dtype is not None:
+            yield weight, dtype
+
+
+def _row_bytes(weight: Tensor, dtype: torch.dtype) -> int:
     """Return the bytes that one expert of a weight takes in a row, so that the next weight is aligned."""
-    return -(-weight[0].nbytes // ALIGNMENT) * ALIGNMENT
+    return -(-weight[0].numel() * dtype.itemsize // ALIGNMENT) * ALIGNMENT
 
 
 def _selectable(weight: Tensor) -> Tensor:
@@ -181,7 +214,30 @@ def _selectable(weight: Tensor) -> Tensor:
     return weight.view(torch.uint8) if weight.itemsize == 1 else weight
 
 
-def expert_bytes(weights: PerWeight[Tensor], needs: PerWeight[bool] | None = None) -> int:
-    """Return the bytes of one expert's weights, or of the gradients of those that need one."""
-    there = [True] * len(weights) if needs is None else needs
-    return sum(of[0].nbytes for of, needed in zip(weights, there, strict=True) if of is not None and needed)
+def _parts_of(weights: PerWeight[Tensor], needs: PerWeight[bool], are_wide: PerWeight[bool]) -> tuple[Dtypes, Dtypes]:
+    """Return the dtypes of gradients: first those of gate_up_proj and what is its own, then those of down_proj."""
+
+    def part(projection: str) -> Dtypes:
+        found: list[torch.dtype | None] = []
+        for name, weight, needed, is_wide in zip(PerWeight._fields, weights, needs, are_wide, strict=True):
+            is_there = weight is not None and needed and name.startswith(projection)
+            dtype = weight.dtype if weight is not None and is_there else None
+            found.append(accumulation_dtype(dtype) if dtype is not None and is_wide else dtype)
+        return PerWeight(*found)
+
+    return part("gate_up"), part("down")
+
+
+def expert_bytes(weights: PerWeight[Tensor]) -> int:
+    """Return the bytes of one expert's weights."""
+    return sum(weight[0].nbytes for weight in weights if weight is not None)
+
+
+def gradient_bytes(weights: PerWeight[Tensor], needs: PerWeight[bool], are_wide: PerWeight[bool]) -> tuple[int, int]:
+    """Return the bytes of one expert's gradients, as they go home in two parts; arguments as in DispatchPlan."""
+
+    def of(part: Dtypes) -> int:
+        return sum(weight[0].numel() * dtype.itemsize for weight, dtype in _there(weights, part))
+
+    of_up, of_down = _parts_of(weights, needs, are_wide)
+    return of(of_up), of(of_down)

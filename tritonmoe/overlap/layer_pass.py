@@ -11,7 +11,7 @@ from tritonmoe.config.layer import PerWeight
 from tritonmoe.dispatch.count_exchange import BackwardAgreement
 from tritonmoe.dispatch.placement import ExpertPlacement, pack_replica_grads, sum_replica_grads
 from tritonmoe.experts.tensors import CallTensors
-from tritonmoe.overlap.copied_experts import BackwardWithCopies
+from tritonmoe.overlap.copied_experts import BackwardWithCopies, ForwardWithCopies
 from tritonmoe.overlap.copy_exchanges import CopyExchanges
 from tritonmoe.overlap.executor import Actions, Execution
 from tritonmoe.overlap.experts import BackwardExperts, Experts, MakeExperts
@@ -69,8 +69,7 @@ class ForwardPass(Generic[Experts]):
 
     def run(self) -> tuple[Tensor, PassReport]:
         """Return y (T, D), and the timings."""
-        report = self.execution().run()
-        return self.out, report
+        return self.out, self.execution().run()
 
     def execution(self) -> Execution:
         """Return the steps, of which `out` is the result (T, D) once they have run."""
@@ -82,7 +81,7 @@ class ForwardPass(Generic[Experts]):
 
     def actions(self) -> Actions:
         return {
-            **({} if self.copies is None else self.copies.actions()),
+            **({} if self.copies is None else {**self.copies.actions(), StepKind.COPY_EXPERTS: self.copy_experts}),
             StepKind.METADATA: self.metadata,
             StepKind.DISPATCH: self.dispatch,
             StepKind.FILLER: self.filler,
@@ -113,11 +112,12 @@ class ForwardPass(Generic[Experts]):
         self.experts = self.make_experts(plan, received._replace(x=self.rows), places)
 
     def compute_experts(self, chunk: int) -> None:
-        segment = self.plan.segment(chunk)
-        if chunk < 0:
-            self.experts.forward(segment, out=self.home[self.plan.home_slice(chunk)])
-        else:
-            self.partials[chunk] = self.experts.forward(segment)
+        out = self.home[self.plan.home_slice(chunk)] if chunk < 0 else None
+        self.partials[chunk] = self.experts.forward(self.plan.segment(chunk), out=out)
+
+    def copy_experts(self, chunk: int) -> None:
+        assert isinstance(self.experts, ForwardWithCopies)
+        self.experts.add_copies(self.plan.segment(chunk), self.partials[chunk])
 
     def combine(self, chunk: int) -> PendingExchange:
         return self.exchanges.return_chunk(self.partials.pop(chunk), chunk, self.home, self.wire)
@@ -204,7 +204,7 @@ class BackwardPass:
             has_copies=self.copies is not None,
             sends_copies=self.sends_copies,
             relays_copies=self.copies is not None and self.copies.exchanges.copies.are_relayed,
-            returns_copies=self.copies is not None and any(self.copies.exchanges.needs),
+            returned_copies=() if self.copies is None else self.copies.exchanges.returned,
         )
         if agreement is not None:
             if schedule[0].kind is StepKind.COMBINE_BACKWARD:
@@ -234,14 +234,17 @@ class BackwardPass:
         }
 
     def _actions_of_copies(self, copies: BackwardWithCopies) -> Actions:
-        def add() -> None:
-            self.weight_grads = copies.add_copies(self.weight_grads)
+        def copy_experts_backward(chunk: int) -> None:
+            place = self.plan.home_slice(chunk) if chunk < 0 else self.plan.return_slice(chunk)
+            dx = None if not self.plan.needs_x else self.home[place] if chunk < 0 else self.partials[chunk]
+            copies.add_copies_backward(self.plan.segment(chunk), self.dout_rows, dx, self.dweights[place])
 
         return {
             **copies.exchanges.actions(),
-            StepKind.COPY_WEIGHT_GRAD: lambda: copies.copy_weight_grad(self.dout_rows),
+            StepKind.COPY_EXPERTS_BACKWARD: copy_experts_backward,
+            StepKind.COPY_WEIGHT_GRAD: lambda part: copies.copy_weight_grad(part, self.dout_rows),
             StepKind.COPIES_BACKWARD: copies.return_copies,
-            StepKind.REDUCE_COPIES_BACKWARD: add,
+            StepKind.REDUCE_COPIES_BACKWARD: lambda part: copies.add_copies(part, self.weight_grads),
         }
 
     def combine_backward(self, chunk: int) -> PendingExchange:

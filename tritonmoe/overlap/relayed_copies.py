@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tritonmoe.config.layer import PerWeight
 from tritonmoe.dispatch.copies import ExpertCopies
+from tritonmoe.dispatch.plan import DispatchPlan
 from tritonmoe.overlap.copy_exchanges import ALIGNMENT, CopyExchanges
 from tritonmoe.runtime import cpu_memory
 from tritonmoe.transports import PendingExchange, Transport
@@ -104,10 +105,10 @@ class RelayedCopies(CopyExchanges):
 
 
 def copy_exchanges(
-    copies: ExpertCopies, transport: Transport, own: PerWeight[Tensor], needs: PerWeight[bool]
+    copies: ExpertCopies, transport: Transport, own: PerWeight[Tensor], plan: DispatchPlan
 ) -> CopyExchanges:
     """Return the exchanges of a pass whose experts have these copies; arguments as in CopyExchanges."""
-    return (RelayedCopies if copies.are_relayed else CopyExchanges)(copies, transport, own, needs)
+    return (RelayedCopies if copies.are_relayed else CopyExchanges)(copies, transport, own, plan)
 
 
 def _length(piece: slice) -> int:

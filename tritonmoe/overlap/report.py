@@ -229,8 +229,7 @@ class LayerReport:
     wire_squares: Tensor | None = None
     """(2,) fp32: the summed squares of what the wire format changed in the dispatched rows, and those of the rows."""
     first_run: "LayerReport | None" = None
-    """If rows of some rank didn't fit into the capacity, the call ran again without a capacity: the report of the first
-    run. All other fields then describe the second run, whose results the call returned."""
+    """The report of the first run, where rows didn't fit into the capacity; all else is of the second, without one."""
     rows_to_nodes: tuple[int, ...] | None = None
     """On a TwoLevelTransport: how many tokens of this rank need an expert of each node, its own included."""
     marks: CallMarks | None = None
@@ -241,8 +240,9 @@ class LayerReport:
     """The copies of experts that the call had; traffic_rows and traffic_pairs count with them."""
     copied_bytes: int = 0
     """The bytes of one expert's weights, which travel for each copy."""
-    copied_gradient_bytes: int = 0
-    """The bytes of the gradients of one copy, which travel back to the owner."""
+    copied_gradient_bytes: tuple[int, int] = (0, 0)
+    """The bytes of one copy's gradients that go back to the owner: of gate_up_proj and its bias, then of down_proj."""
+    copy_pair_offsets: tuple[int, ...] = ()  # as pair_offsets, of this rank's copies
     copies_are_kept: bool = True
     """Whether these weights are kept until the backward, instead of sent once more."""
     pairs_without_copies: Tensor | None = None

@@ -48,11 +48,11 @@ class _Builder:
         return schedule
 
 
-def local_slices(plan: OverlapPlan, has_copies: bool) -> list[int]:
-    """Return the local slices that have a share of the rows; what needs copies of experts is in the second one."""
+def local_slices(plan: OverlapPlan) -> list[int]:
+    """Return the local slices that have a share of the rows."""
     if not plan.local_first:
         return []
-    return [LOCAL_START] * (plan.local_start > 0) + [LOCAL_END] * (has_copies or plan.local_start < LOCAL_PARTS)
+    return [LOCAL_START] * (plan.local_start > 0) + [LOCAL_END] * (plan.local_start < LOCAL_PARTS)
 
 
 @lru_cache(maxsize=KEPT_SCHEDULES)
@@ -64,8 +64,9 @@ def build_forward(
     Args:
         num_fillers: how much work there is of the caller's that needs no exchange: the first one runs under the first
             dispatch, a second one under the last combine.
-        has_copies: whether experts have copies, whose weights then travel behind the first dispatch. relays_copies:
-            whether ranks pass pieces of them on to each other, before the other dispatches.
+        has_copies: whether experts have copies, whose weights then travel behind the first dispatch; own experts of a
+            chunk are computed meanwhile, and then its copies. relays_copies: whether ranks pass pieces of them on to
+            each other, before the other dispatches.
     """
     builder = _Builder()
     num_chunks, window = plan.num_chunks, 0 if plan.serial else plan.window
@@ -80,8 +81,10 @@ def build_forward(
     if plan.serial and has_copies:
         copies = _add_copies(builder, relays_copies)
     at_start = (group, *copies) if plan.serial else (group,)
-    slices = local_slices(plan, has_copies)
+    slices = local_slices(plan)
     local = [builder.add(StepKind.EXPERTS, c, *at_start) for c in slices if plan.serial or c == LOCAL_START]
+    if plan.serial and has_copies:
+        local = _add_copies_of_local(builder, StepKind.COPY_EXPERTS, local, copies)
     if relays_copies and not plan.serial:
         copies = (*copies, builder.add(StepKind.SPREAD_COPIES, None, *copies))
         dispatches += [builder.add(StepKind.DISPATCH, c) for c in range(1, min(window, num_chunks))]
@@ -91,7 +94,9 @@ def build_forward(
             dispatches.append(builder.add(StepKind.DISPATCH, c, *copies))
         elif c + window < num_chunks:
             dispatches.append(builder.add(StepKind.DISPATCH, c + window, dispatches[c]))
-        experts = builder.add(StepKind.EXPERTS, c, dispatches[c], group, *copies)
+        experts = builder.add(StepKind.EXPERTS, c, dispatches[c], group)
+        if has_copies:
+            experts = builder.add(StepKind.COPY_EXPERTS, c, experts, *copies)
         earlier = combines[c - window : c - window + 1] if 0 < window <= c else []
         combines.append(builder.add(StepKind.COMBINE, c, experts, *earlier))
         if plan.serial:
@@ -99,7 +104,8 @@ def build_forward(
     if num_fillers > 1:
         builder.add(StepKind.FILLER, 1)
     if not plan.serial:
-        local += [builder.add(StepKind.EXPERTS, c, group, *copies) for c in slices if c == LOCAL_END]
+        local += [builder.add(StepKind.EXPERTS, c, group) for c in slices if c == LOCAL_END]
+        local = _add_copies_of_local(builder, StepKind.COPY_EXPERTS, local, copies) if has_copies else local
         for c, combine in enumerate(combines):
             builder.add(StepKind.REDUCE, c, combine, *local)
     return builder.build()
@@ -115,40 +121,45 @@ def build_backward(
     has_copies: bool = False,
     sends_copies: bool = False,
     relays_copies: bool = False,
-    returns_copies: bool = False,
+    returned_copies: tuple[int, ...] = (),
 ) -> Schedule:
     """Return the backward's steps; exchanges whose gradient no rank needs are left out.
 
     Args:
-        has_copies: whether experts have copies. sends_copies: whether their weights travel once more, since those of
-            the forward aren't kept. relays_copies: as in build_forward. returns_copies: whether the gradients of their
-            weights go to the owners.
+        has_copies, relays_copies: as in build_forward. sends_copies: whether the weights of copies travel once more.
+        returned_copies: which parts of their gradients go home; one travels while the next one is computed.
     """
     builder = _Builder()
     num_chunks, window = plan.num_chunks, 0 if plan.serial else plan.backward_window
     sends = [builder.add(StepKind.COMBINE_BACKWARD, c) for c in range(min(window, num_chunks))]
     copies = _add_copies(builder, relays_copies) if sends_copies else ()
-    computed = [
-        builder.add(StepKind.EXPERTS_BACKWARD, c, *(copies if plan.serial or c == LOCAL_END else ()))
-        for c in local_slices(plan, has_copies)
-    ]
+    local = [builder.add(StepKind.EXPERTS_BACKWARD, c, *copies * plan.serial) for c in local_slices(plan)]
+    waits_for_copies = sends_copies and not plan.serial
+    if has_copies and not waits_for_copies:
+        local = _add_copies_of_local(builder, StepKind.COPY_EXPERTS_BACKWARD, local, copies)
+    computed: list[int] = []
     returns: list[int] = []
     for c in range(num_chunks):
         if plan.serial:
             sends.append(builder.add(StepKind.COMBINE_BACKWARD, c, *copies))
         elif c + window < num_chunks:
             sends.append(builder.add(StepKind.COMBINE_BACKWARD, c + window, sends[c]))
-        experts = builder.add(StepKind.EXPERTS_BACKWARD, c, sends[c], *copies)
+        experts = builder.add(StepKind.EXPERTS_BACKWARD, c, sends[c])
+        if has_copies:
+            experts = builder.add(StepKind.COPY_EXPERTS_BACKWARD, c, experts, *copies)
         computed.append(experts)
         if needs_x:
             earlier = returns[c - window : c - window + 1] if 0 < window <= c else []
             returns.append(builder.add(StepKind.DISPATCH_BACKWARD, c, experts, *earlier))
             if plan.serial:
                 builder.add(StepKind.REDUCE_BACKWARD, c, returns[c])
+    if waits_for_copies:
+        local = _add_copies_of_local(builder, StepKind.COPY_EXPERTS_BACKWARD, local, copies)
+    computed += local
     routing = builder.add(StepKind.ROUTING_BACKWARD, None, *computed) if needs_topk_weights else None
     if plan.serial and routing is not None:
         builder.add(StepKind.REDUCE_ROUTING_BACKWARD, None, routing)
-    copies_home = _return_copies(builder, computed) if returns_copies and not plan.serial else None
+    copies_home = [] if plan.serial else _return_copies(builder, returned_copies, computed)
     weight_grad = builder.add(StepKind.WEIGHT_GRAD, None, *computed)
     replicas = builder.add(StepKind.REPLICA_BACKWARD, None, weight_grad) if sums_replicas else None
     if not plan.serial:
@@ -158,10 +169,9 @@ def build_backward(
             builder.add(StepKind.REDUCE_ROUTING_BACKWARD, None, routing)
     if replicas is not None:
         builder.add(StepKind.REDUCE_REPLICA_BACKWARD, None, replicas)
-    if returns_copies and plan.serial:
-        copies_home = _return_copies(builder, computed)
-    if copies_home is not None:
-        builder.add(StepKind.REDUCE_COPIES_BACKWARD, None, copies_home, weight_grad)
+    for number, part in enumerate(returned_copies):
+        home = _return_copies(builder, (part,), computed)[0] if plan.serial else copies_home[number]
+        builder.add(StepKind.REDUCE_COPIES_BACKWARD, part, home, weight_grad)
     return builder.build()
 
 
@@ -171,9 +181,17 @@ def _add_copies(builder: _Builder, relays_copies: bool) -> tuple[int, ...]:
     return (copies, builder.add(StepKind.SPREAD_COPIES, None, copies)) if relays_copies else (copies,)
 
 
-def _return_copies(builder: _Builder, computed: list[int]) -> int:
-    """Add the gradients of copies and their way to the owners, and give the position of the exchange."""
-    return builder.add(StepKind.COPIES_BACKWARD, None, builder.add(StepKind.COPY_WEIGHT_GRAD, None, *computed))
+def _add_copies_of_local(builder: _Builder, kind: StepKind, local: list[int], copies: tuple[int, ...]) -> list[int]:
+    """Add what copies compute of local rows, and give its positions; local: those of what own experts do."""
+    return [builder.add(kind, builder.steps[own].chunk, own, *copies) for own in local]
+
+
+def _return_copies(builder: _Builder, parts: tuple[int, ...], computed: list[int]) -> list[int]:
+    """Add parts of the gradients of copies, and their way to the owners, and give the positions of the exchanges."""
+    return [
+        builder.add(StepKind.COPIES_BACKWARD, part, builder.add(StepKind.COPY_WEIGHT_GRAD, part, *computed))
+        for part in parts
+    ]
 
 
 @lru_cache(maxsize=KEPT_SCHEDULES)

@@ -11,10 +11,10 @@ __all__ = ["NEEDS", "check_schedule"]
 class _Of(Enum):
     """Which steps of a kind must have ended before a step of another kind may start."""
 
+    CHUNKS_IF_ANY = "the step of the same chunk and those of all earlier chunks, if the schedule has that kind of step"
     CHUNKS_SO_FAR = "the step of the same chunk, which the schedule must contain, and the steps of all earlier chunks"
     LOCAL_ROWS = "those of local rows"
     ALL = "every one"
-    ALL_BUT_FIRST = "every one, except for the step of the local rows that run first"
 
 
 NEEDS: dict[StepKind, tuple[tuple[StepKind, _Of], ...]] = {
@@ -23,34 +23,45 @@ NEEDS: dict[StepKind, tuple[tuple[StepKind, _Of], ...]] = {
         (StepKind.GROUP, _Of.ALL),
         (StepKind.DISPATCH, _Of.CHUNKS_SO_FAR),
         (StepKind.EXPERTS, _Of.CHUNKS_SO_FAR),
-        (StepKind.COPIES, _Of.ALL_BUT_FIRST),
-        (StepKind.SPREAD_COPIES, _Of.ALL_BUT_FIRST),
+    ),
+    StepKind.COPY_EXPERTS: (
+        (StepKind.EXPERTS, _Of.CHUNKS_SO_FAR),
+        (StepKind.COPIES, _Of.ALL),
+        (StepKind.SPREAD_COPIES, _Of.ALL),
     ),
     StepKind.SPREAD_COPIES: ((StepKind.COPIES, _Of.ALL),),
-    StepKind.COMBINE: ((StepKind.EXPERTS, _Of.CHUNKS_SO_FAR),),
-    StepKind.REDUCE: ((StepKind.COMBINE, _Of.CHUNKS_SO_FAR), (StepKind.EXPERTS, _Of.LOCAL_ROWS)),
+    StepKind.COMBINE: ((StepKind.EXPERTS, _Of.CHUNKS_SO_FAR), (StepKind.COPY_EXPERTS, _Of.CHUNKS_IF_ANY)),
+    StepKind.REDUCE: (
+        (StepKind.COMBINE, _Of.CHUNKS_SO_FAR),
+        (StepKind.EXPERTS, _Of.LOCAL_ROWS),
+        (StepKind.COPY_EXPERTS, _Of.LOCAL_ROWS),
+    ),
     StepKind.EXPERTS_BACKWARD: (
         (StepKind.COMBINE_BACKWARD, _Of.CHUNKS_SO_FAR),
         (StepKind.EXPERTS_BACKWARD, _Of.CHUNKS_SO_FAR),
-        (StepKind.COPIES, _Of.ALL_BUT_FIRST),
-        (StepKind.SPREAD_COPIES, _Of.ALL_BUT_FIRST),
     ),
-    StepKind.DISPATCH_BACKWARD: ((StepKind.EXPERTS_BACKWARD, _Of.CHUNKS_SO_FAR),),
+    StepKind.COPY_EXPERTS_BACKWARD: (
+        (StepKind.EXPERTS_BACKWARD, _Of.CHUNKS_SO_FAR),
+        (StepKind.COPIES, _Of.ALL),
+        (StepKind.SPREAD_COPIES, _Of.ALL),
+    ),
+    StepKind.DISPATCH_BACKWARD: (
+        (StepKind.EXPERTS_BACKWARD, _Of.CHUNKS_SO_FAR),
+        (StepKind.COPY_EXPERTS_BACKWARD, _Of.CHUNKS_IF_ANY),
+    ),
     StepKind.REDUCE_BACKWARD: (
         (StepKind.DISPATCH_BACKWARD, _Of.CHUNKS_SO_FAR),
         (StepKind.EXPERTS_BACKWARD, _Of.LOCAL_ROWS),
+        (StepKind.COPY_EXPERTS_BACKWARD, _Of.LOCAL_ROWS),
     ),
-    StepKind.ROUTING_BACKWARD: ((StepKind.EXPERTS_BACKWARD, _Of.ALL),),
+    StepKind.ROUTING_BACKWARD: ((StepKind.EXPERTS_BACKWARD, _Of.ALL), (StepKind.COPY_EXPERTS_BACKWARD, _Of.ALL)),
     StepKind.REDUCE_ROUTING_BACKWARD: ((StepKind.ROUTING_BACKWARD, _Of.CHUNKS_SO_FAR),),
     StepKind.WEIGHT_GRAD: ((StepKind.EXPERTS_BACKWARD, _Of.ALL),),
     StepKind.REPLICA_BACKWARD: ((StepKind.WEIGHT_GRAD, _Of.CHUNKS_SO_FAR),),
     StepKind.REDUCE_REPLICA_BACKWARD: ((StepKind.REPLICA_BACKWARD, _Of.CHUNKS_SO_FAR),),
-    StepKind.COPY_WEIGHT_GRAD: ((StepKind.EXPERTS_BACKWARD, _Of.ALL),),
+    StepKind.COPY_WEIGHT_GRAD: ((StepKind.COPY_EXPERTS_BACKWARD, _Of.ALL),),
     StepKind.COPIES_BACKWARD: ((StepKind.COPY_WEIGHT_GRAD, _Of.CHUNKS_SO_FAR),),
-    StepKind.REDUCE_COPIES_BACKWARD: (
-        (StepKind.COPIES_BACKWARD, _Of.CHUNKS_SO_FAR),
-        (StepKind.WEIGHT_GRAD, _Of.CHUNKS_SO_FAR),
-    ),
+    StepKind.REDUCE_COPIES_BACKWARD: ((StepKind.COPIES_BACKWARD, _Of.CHUNKS_SO_FAR), (StepKind.WEIGHT_GRAD, _Of.ALL)),
 }
 """The steps whose results a step of each kind reads. With chunks of experts a row travels with the first chunk that
 needs it, is computed by several chunks, and returns with the last: so a chunk needs the chunks before it too. Chunks
@@ -93,7 +104,8 @@ def _needed_by(step: Step, positions: dict[tuple[StepKind, int | None], int]) ->
     for kind, which in NEEDS.get(step.kind.twin, ()):
         there = {chunk for of, chunk in positions if of is kind}
         is_local = step.chunk is not None and step.chunk < 0
-        if which is _Of.CHUNKS_SO_FAR and step.chunk not in there and not is_local:
+        must_be_there = which is _Of.CHUNKS_SO_FAR or (which is _Of.CHUNKS_IF_ANY and there)
+        if must_be_there and step.chunk not in there and not is_local:
             raise ValueError(f"{step} reads what {Step(kind, step.chunk)} gives, which is not in the schedule")
         found = (positions[kind, chunk] for chunk in _chunks_needed(which, step.chunk, there))
         yield from (position for position in found if position != positions[step.kind.twin, step.chunk])
@@ -101,10 +113,8 @@ def _needed_by(step: Step, positions: dict[tuple[StepKind, int | None], int]) ->
 
 def _chunks_needed(which: _Of, own: int | None, there: set[int | None]) -> set[int | None]:
     """Return those of the chunks that are `there` whose steps must have ended before the step of chunk `own` starts."""
-    if which is _Of.ALL or (which is _Of.ALL_BUT_FIRST and own != LOCAL_START):
+    if which is _Of.ALL:
         return there
-    if which is _Of.ALL_BUT_FIRST:
-        return set()
     if which is _Of.LOCAL_ROWS:
         return there & {LOCAL_START, LOCAL_END}
     if own is None or own < 0:  # the whole layer, or rows that have come with no chunk

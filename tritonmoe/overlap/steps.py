@@ -22,7 +22,7 @@ class Unit(Enum):
 
     SENT_ROWS = "rows that this rank sends when tokens go to their experts"
     RETURNED_ROWS = "rows that this rank returns when results go home"
-    PAIRS = "routed pairs that this rank computes"
+    PAIRS = "routed pairs that this rank computes, those of copies apart where there are such"
     COPY_PAIRS = "those of them that belong to copies of other ranks' experts"
     COPIES = "copies of experts that this rank sends"
 
@@ -65,11 +65,13 @@ class StepKind(str, Enum):
     GROUP = "group", "compute", Unit.PAIRS
     """Sorts all received pairs by chunk and expert."""
     EXPERTS = "experts", "compute", Unit.PAIRS
-    """Computes the experts of a chunk's pairs, and sums them by received row."""
+    """Computes this rank's own experts of a chunk's pairs, and sums them by received row."""
     COMBINE = "combine", "comm", Unit.RETURNED_ROWS, Way.HOME
     """Sends the sums of a chunk's received rows home."""
     REDUCE = "reduce", "compute", Unit.SENT_ROWS
     """Sums what the ranks returned for each token that a chunk completes."""
+    COPY_EXPERTS = "copy_experts", "compute", Unit.COPY_PAIRS
+    """Computes what copies of other ranks' experts have of a chunk's pairs, and adds it to the chunk's sums."""
     COPIES = "copies", "comm", Unit.COPIES, Way.TO_COPIES
     """Sends the weights of experts that have copies for this call; in a backward once more, where they aren't kept."""
     SPREAD_COPIES = "spread_copies", "comm", Unit.COPIES, Way.AMONG_COPIES
@@ -78,7 +80,9 @@ class StepKind(str, Enum):
     COMBINE_BACKWARD = "combine_backward", "comm", Unit.SENT_ROWS, Way.TO_EXPERTS
     """Sends the gradients of a chunk's output to the ranks that have its experts."""
     EXPERTS_BACKWARD = "experts_backward", "compute", Unit.PAIRS
-    """Computes the gradients of a chunk's received rows and of their gate weights."""
+    """Computes the gradients of a chunk's received rows and of their gate weights, over this rank's own experts."""
+    COPY_EXPERTS_BACKWARD = "copy_experts_backward", "compute", Unit.COPY_PAIRS
+    """Does the same for the pairs that copies have, and adds to them."""
     DISPATCH_BACKWARD = "dispatch_backward", "comm", Unit.RETURNED_ROWS, Way.HOME
     """Sends the gradients of a chunk's received rows home."""
     ROUTING_BACKWARD = "routing_backward", "comm", Unit.SENT_ROWS, Way.HOME
@@ -94,11 +98,11 @@ class StepKind(str, Enum):
     REDUCE_REPLICA_BACKWARD = "reduce_replica_backward", "compute", Unit.SENT_ROWS
     """Sums the weight gradients of replicas."""
     COPY_WEIGHT_GRAD = "copy_weight_grad", "compute", Unit.COPY_PAIRS
-    """Computes the gradients of the weights of copies."""
+    """Computes a part of the gradients of the weights of copies: 0 of gate_up_proj, 1 of down_proj."""
     COPIES_BACKWARD = "copies_backward", "comm", Unit.COPIES, Way.TO_OWNERS
-    """Sends the gradients of the weights of copies to the owners of the experts."""
+    """Sends this part to the owners of the experts."""
     REDUCE_COPIES_BACKWARD = "reduce_copies_backward", "compute", Unit.COPIES
-    """Adds them to the gradients of the owner's own pairs."""
+    """Adds it to the gradients of the owner's own pairs."""
     # Inside a node, on two levels.
     NODE_METADATA = "node_metadata", "comm", Unit.SENT_ROWS, Way.TO_EXPERTS
     NODE_DISPATCH = "node_dispatch", "comm", Unit.SENT_ROWS, Way.TO_EXPERTS
@@ -127,6 +131,16 @@ class StepKind(str, Enum):
         return StepKind[self.name.removeprefix("NODE_")]
 
     @property
+    def is_of_gradient_part(self) -> bool:
+        """Whether its steps have the number of a part of the gradients of copies in the place of a chunk's."""
+        return self in (StepKind.COPY_WEIGHT_GRAD, StepKind.COPIES_BACKWARD, StepKind.REDUCE_COPIES_BACKWARD)
+
+    @property
+    def of_copies(self) -> "StepKind | None":
+        """The kind that does for copies of experts what this one does for own experts; None without one."""
+        return _OF_COPIES.get(self)
+
+    @property
     def is_sum_of_returned(self) -> bool:
         """Whether it sums, on the rank that has a token, what the other ranks returned."""
         return self.twin.name.startswith("REDUCE")
@@ -144,10 +158,18 @@ _PAIRS = (
     (StepKind.METADATA, StepKind.ROUTING_BACKWARD),
     (StepKind.DISPATCH, StepKind.DISPATCH_BACKWARD),
     (StepKind.EXPERTS, StepKind.EXPERTS_BACKWARD),
+    (StepKind.COPY_EXPERTS, StepKind.COPY_EXPERTS_BACKWARD),
     (StepKind.COMBINE, StepKind.COMBINE_BACKWARD),
     (StepKind.COPIES, StepKind.COPIES_BACKWARD),
 )
 _ADJOINTS = {**dict(_PAIRS), **{backward: forward for forward, backward in _PAIRS}}
+
+
+_OF_COPIES = {
+    StepKind.EXPERTS: StepKind.COPY_EXPERTS,
+    StepKind.EXPERTS_BACKWARD: StepKind.COPY_EXPERTS_BACKWARD,
+    StepKind.WEIGHT_GRAD: StepKind.COPY_WEIGHT_GRAD,
+}
 
 
 @dataclass(frozen=True)
@@ -156,7 +178,8 @@ class Step:
 
     kind: StepKind
     chunk: int | None
-    """The number of a chunk, LOCAL_START, LOCAL_END, or None for the whole layer; of a filler its own number."""
+    """The number of a chunk, LOCAL_START, LOCAL_END, or None for the whole layer; of a filler, and of a part of the
+    gradients of copies, its own number."""
     after: tuple[int, ...] = ()
     """The positions of the earlier steps whose results this one uses."""
 
@@ -169,7 +192,7 @@ class Step:
 
         It is None for a step that is of all segments.
         """
-        if self.chunk is None or self.kind is StepKind.FILLER:
+        if self.chunk is None or self.kind is StepKind.FILLER or self.kind.is_of_gradient_part:
             return None
         return self.chunk + num_local_slices
 

@@ -42,6 +42,8 @@ SHORT_NAMES = {
     StepKind.REDUCE_ROUTING_BACKWARD: "r",
     StepKind.COPIES: "k",
     StepKind.SPREAD_COPIES: "k",
+    StepKind.COPY_EXPERTS: "e",
+    StepKind.COPY_EXPERTS_BACKWARD: "e",
     StepKind.COPY_WEIGHT_GRAD: "w",
     StepKind.COPIES_BACKWARD: "k",
     StepKind.REDUCE_COPIES_BACKWARD: "r",

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from tritonmoe.config.overlap import LOCAL_PARTS, OverlapPlan
-from tritonmoe.overlap.steps import Step, StepKind, Unit, Way
+from tritonmoe.overlap.steps import Step, StepKind, Way
+from tritonmoe.simulation.copy_work import CopyWork, part_share
+from tritonmoe.simulation.step_units import CopyUnits
 
-__all__ = ["CopyWork", "EachLink", "InsidePorts", "LayerWork", "LinkCosts", "StepCosts", "fit_line", "step_units"]
+__all__ = ["EachLink", "InsidePorts", "LayerWork", "LinkCosts", "StepCosts", "fit_line"]
 
 Size = TypeVar("Size", float, Tensor)
 
@@ -100,25 +102,6 @@ class LinkCosts:
             raise ValueError(f"node_size and inter_bytes_per_s must be positive, got {self}")
 
 
-@dataclass(frozen=True, eq=False)
-class CopyWork:
-    """What copies of experts make all ranks of a call send and compute."""
-
-    copied: Tensor
-    """(W, W) float64: how many experts of rank i (row) have a copy on rank k."""
-    pairs: Tensor
-    """(W,) float64: how many pairs each rank's copies compute."""
-    expert_bytes: int
-    """Of one expert's weights."""
-    gradient_bytes: int
-    """Of what comes home of their gradients; 0 where nothing does."""
-    are_sent_again: bool = False
-    """Whether the weights travel once more in the backward."""
-    relayed: tuple[Tensor, Tensor] | None = None
-    """Where ranks pass pieces of copies on: (W, W) float64, how many experts' weights go from rank i to rank k from
-    owners, and then among the ranks that have copies."""
-
-
 @dataclass(frozen=True)
 class LayerWork:
     """What all ranks of one layer call send and compute."""
@@ -152,7 +135,7 @@ class LayerWork:
         """Return the bytes of one row, or of one copied expert, in an exchange of this kind."""
         if kind in (StepKind.COPIES, StepKind.SPREAD_COPIES, StepKind.COPIES_BACKWARD):
             copies, goes_home = self.copies, kind is StepKind.COPIES_BACKWARD
-            return 0 if copies is None else copies.gradient_bytes if goes_home else copies.expert_bytes
+            return 0 if copies is None else sum(copies.gradient_bytes) if goes_home else copies.expert_bytes
         if kind is StepKind.METADATA:
             return 8 * self.top_k  # int32 ids and fp32 weights
         if kind is StepKind.ROUTING_BACKWARD:
@@ -177,6 +160,14 @@ class LayerWork:
             [own_pairs * part for part in slices] + [pairs * share for share in shares],
         )
 
+    def copy_units(self, plan: OverlapPlan) -> CopyUnits[Tensor] | None:
+        """Return what copies have of every segment, of each the share that they have of all pairs; None without any."""
+        if self.copies is None:
+            return None
+        share = self.copies.pairs / self.pairs.sum(0).clamp(min=1)
+        pairs = [size * share for size in self.segments(plan)[2]]
+        return CopyUnits(pairs, self.copies.copied.sum(1), self.copies.gradient_bytes)
+
     def shares(self, plan: OverlapPlan) -> tuple[list[float], list[float]]:
         """Return the share of the travelling rows that leaves with each chunk, and the share that returns with it.
 
@@ -198,6 +189,12 @@ class LayerWork:
         leaving = [(1 - first) ** pairs_per_row - (1 - last) ** pairs_per_row for first, last in pairwise(reached)]
         returning = [last**pairs_per_row - first**pairs_per_row for first, last in pairwise(reached)]
         return leaving, returning
+
+    def share_of(self, step: Step, plan: OverlapPlan) -> float:
+        """Return the share of what travels in exchanges of its kind that travels in this one."""
+        if step.kind.is_of_gradient_part and self.copies is not None:
+            return part_share(step, self.copies.gradient_bytes)
+        return 1.0 if step.chunk is None else self.shares(plan)[step.kind.way is Way.HOME][step.chunk]
 
     def travelling(self, way: Way) -> Tensor:
         """Return (W, W) what travels from rank i to rank k in an exchange of all chunks: rows, or copied experts."""
@@ -243,35 +240,6 @@ class LayerWork:
         return inside.sum(1), inside.sum(0)
 
 
-def step_units(
-    step: Step,
-    num_local_slices: int,
-    sent: Sequence[Size],
-    returned: Sequence[Size],
-    pairs: Sequence[Size],
-    *,
-    copies: tuple[Size, Size] | None = None,
-) -> Size:
-    """Return how many of its kind's units (Unit) a step has.
-
-    Args:
-        num_local_slices: how many of the segments are local ones.
-        sent, returned, pairs: how many rows are sent, how many return, and how many pairs there are, by segment.
-        copies: how many of the pairs belong to copies of experts, and how many copies are sent; None without any.
-    """
-    unit = step.kind.unit
-    if unit in (Unit.COPY_PAIRS, Unit.COPIES):
-        return pairs[0] * 0 if copies is None else copies[unit is Unit.COPIES]
-    of = pairs if unit is Unit.PAIRS else sent if unit is Unit.SENT_ROWS else returned
-    segment = step.segment(num_local_slices)
-    if segment is not None:
-        return of[segment]
-    total = of[0]
-    for size in of[1:]:
-        total = total + size
-    return total - copies[0] if copies is not None and step.kind is StepKind.WEIGHT_GRAD else total
-
-
 @dataclass(frozen=True)
 class StepCosts:
     """The seconds of the compute lane that steps of each kind take: fixed_s of a step, and unit_s of each of its units.
@@ -297,6 +265,12 @@ class StepCosts:
         for bend, unit_s in self.bends.get(kind, ()):
             total = total + (units > bend) * (units - bend) * unit_s
         return total
+
+    def with_copies(self) -> "StepCosts":
+        """Return costs in which copies take for their pairs what own experts take for theirs."""
+        pairs = [(kind, kind.of_copies) for kind in StepKind if kind.of_copies is not None]
+        parts = (self.fixed_s, self.unit_s, self.bends, self.slowness)
+        return StepCosts(*({**part, **{copies: part[own] for own, copies in pairs if own in part}} for part in parts))
 
     def of_one_more_chunk(self, kind: str, units: float) -> float:
         """Return the seconds by which two steps of half the units take longer than one step."""

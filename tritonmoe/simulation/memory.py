@@ -65,6 +65,7 @@ class _ForwardWalk(MemoryWalk):
             StepKind.DISPATCH: self.send_rows,
             StepKind.GROUP: self.group,
             StepKind.EXPERTS: self.experts,
+            StepKind.COPY_EXPERTS: self.experts,
             StepKind.COMBINE: self.return_sums,
             StepKind.COPIES: self.send_copies,
             StepKind.SPREAD_COPIES: self.send_copies,
@@ -110,6 +111,7 @@ class _BackwardWalk(MemoryWalk):
         actions = {
             StepKind.COMBINE_BACKWARD: self.send_rows,
             StepKind.EXPERTS_BACKWARD: self.experts_backward,
+            StepKind.COPY_EXPERTS_BACKWARD: self.experts_backward,
             StepKind.DISPATCH_BACKWARD: self.return_sums,
             StepKind.WEIGHT_GRAD: self.weight_grad,
             StepKind.ROUTING_BACKWARD: self.routing_backward,
@@ -129,7 +131,7 @@ class _BackwardWalk(MemoryWalk):
             has_copies=copies is not None,
             sends_copies=copies is not None and copies.are_sent_again,
             relays_copies=copies is not None and copies.relayed is not None,
-            returns_copies=copies is not None and copies.gradient_bytes > 0,
+            returned_copies=() if copies is None else copies.returned,
         )
         return self.walk(schedule, actions)
 
@@ -161,25 +163,25 @@ class _BackwardWalk(MemoryWalk):
         self.count(gathered * (self._num_ranges() > 1) * widths.hidden_bytes + gathered * widths.row_bytes)
 
     def copy_weight_grad(self, step: Step) -> None:
-        self.hold("gradients of copies", self.num_copies[1] * self._gradient_bytes)
+        self.hold("gradients of copies", self.num_copies[1] * self._gradient_bytes(step))
         if self.work.copies is not None:
             self._gather(self.work.copies.pairs, self.num_copies[1])
 
     def return_copies(self, step: Step) -> None:
         """Pack the gradients of copies, which are freed then, and make room for those of own experts' copies."""
         sent, received = self.num_copies
-        self.hold(step, received * self._gradient_bytes)
-        self.hold("arriving gradients", sent * self._gradient_bytes)
+        self.hold(step, received * self._gradient_bytes(step))
+        self.hold(("arriving gradients", step.chunk or 0), sent * self._gradient_bytes(step))
         self.count(torch.zeros_like(self.peak))
         self.free("gradients of copies")
 
     def add_copies(self, step: Step) -> None:
         """Take them out of the rows in which they came."""
-        self.count(self.held["arriving gradients"])
+        self.count(self.held["arriving gradients", step.chunk or 0])
+        self.free(("arriving gradients", step.chunk or 0))
 
-    @property
-    def _gradient_bytes(self) -> int:
-        return 0 if self.work.copies is None else self.work.copies.gradient_bytes
+    def _gradient_bytes(self, step: Step) -> int:
+        return 0 if self.work.copies is None else self.work.copies.gradient_bytes[step.chunk or 0]
 
     def routing_backward(self, step: Step) -> None:
         self.hold("dtopk_weights", 2 * self.num_sent * self.weights_bytes)

@@ -19,7 +19,7 @@ SQUARES_BYTES = 3 * 4
 """Three fp32 numbers for each element that a wire format sends, while the error that it makes is measured."""
 
 Held = Step | str | tuple[str, int]
-"""What holds bytes: an exchange, until it is waited for; a named buffer; or the sums of one segment."""
+"""What holds bytes: an exchange, until it is waited for; a named buffer; or what is of one segment or part."""
 
 
 class MemoryWalk:
@@ -102,34 +102,30 @@ class MemoryWalk:
             block_bytes: what a backend that goes block by block needs for each pair of a block, beside its row.
         """
         segment, widths = segment_of(step, self.plan), self.widths
-        self.unpack_copies()
+        is_of_copies = step.kind in (StepKind.COPY_EXPERTS, StepKind.COPY_EXPERTS_BACKWARD)
+        if is_of_copies:
+            self.unpack_copies()
         is_chunk = segment >= self.first_chunk
         keeps_results = self.plan.chunk_by == "experts" and is_chunk
         if keeps_results:
             self.hold("results", total(self.pairs[self.first_chunk :]) * widths.row_bytes)
         # The copy that `up` makes of its rows is freed before there are results.
-        copies_rows = widths.working_set.copies_rows and (step.kind is StepKind.EXPERTS or not widths.keeps_hidden)
+        is_forward = step.kind in (StepKind.EXPERTS, StepKind.COPY_EXPERTS)
+        copies_rows = widths.working_set.copies_rows and (is_forward or not widths.keeps_hidden)
         whole_bytes += (copies_rows or not keeps_results) * widths.row_bytes
         sums = self.returned[segment] * widths.row_bytes
-        of_copies = self.pairs[segment] * self.copied_share
-        of_own = self.pairs[segment] - of_copies
+        pairs = self.pairs[segment] * (self.copied_share if is_of_copies else 1 - self.copied_share)
         max_block_pairs = widths.working_set.max_block_pairs
+        if is_of_copies:  # which give sums of their own
+            self.hold("copies' sums", (self.copied_share > 0) * sums)
         if max_block_pairs is None:
-            meanwhile, of_copies = of_own * whole_bytes, of_copies * whole_bytes
+            meanwhile = pairs * whole_bytes
         else:
-            meanwhile = sums + self._compute_blocks(of_own, max_block_pairs, block_bytes, keeps_results)
+            meanwhile = sums + self._compute_blocks(pairs, max_block_pairs, block_bytes, keeps_results)
         if is_chunk:
             self.hold(("sums", segment), sums)
         self.count(meanwhile)
-        if self.work.copies is None:
-            return
-        # Copies are computed behind own experts, and give sums of their own.
-        copied_sums = (self.copied_share > 0) * sums
-        if max_block_pairs is None:
-            self.count(of_copies + copied_sums)
-        else:
-            self.hold("copies' sums", copied_sums)
-            self.count(sums + self._compute_blocks(of_copies, max_block_pairs, block_bytes, keeps_results))
+        if is_of_copies:
             self.free("copies' sums")
 
     def _compute_blocks(self, pairs: Tensor, max_block_pairs: int, block_bytes: int, keeps_results: bool) -> Tensor:

@@ -15,8 +15,9 @@ from torch import Tensor
 from tritonmoe.config.overlap import OverlapPlan
 from tritonmoe.overlap.schedule import Schedule, build_backward, build_forward, build_inside
 from tritonmoe.overlap.steps import Step, StepKind, Way
-from tritonmoe.simulation.cost_model import LayerWork, LinkCosts, StepCosts, step_units
+from tritonmoe.simulation.cost_model import LayerWork, LinkCosts, StepCosts
 from tritonmoe.simulation.ports import Ports
+from tritonmoe.simulation.step_units import step_units
 from tritonmoe.simulation.two_level_work import TwoLevelWork
 
 __all__ = ["SimulatedStep", "Simulation", "Walk", "WalkedPass", "simulate", "simulate_layer"]
@@ -132,9 +133,7 @@ class WalkedPass:
         """Those that have been walked."""
         self._under_way: dict[int, int] = {}
         """The numbers of the exchanges, by the positions of their steps."""
-        self._sizes, (self._leaving, self._returning) = walk.outer.segments(walk.plan), walk.outer.shares(walk.plan)
-        copies = walk.outer.copies
-        self._copies = None if copies is None else (copies.pairs, copies.copied.sum(1))
+        self._sizes, self._copies = walk.outer.segments(walk.plan), walk.outer.copy_units(walk.plan)
         self._needs_x = any(step.kind is StepKind.DISPATCH_BACKWARD for step in schedule)
 
     def go_on(self, end: int | None = None) -> None:
@@ -163,8 +162,7 @@ class WalkedPass:
             steps.append(SimulatedStep(step, start, walk.now))
             return
         walk.now = walk.now + seconds
-        shares = self._returning if step.kind.way is Way.HOME else self._leaving
-        share = 1.0 if step.chunk is None else shares[step.chunk]
+        share = walk.outer.share_of(step, walk.plan)
         self._under_way[position] = walk.post(share * walk.outer.bytes_per_row(step.kind), step.kind.way)
         steps.append(SimulatedStep(step, start, walk.now, posted_s=walk.now))
 
@@ -232,7 +230,7 @@ def simulate_layer(
                 has_copies=copies is not None,
                 sends_copies=copies is not None and copies.are_sent_again,
                 relays_copies=relays_copies,
-                returns_copies=copies is not None and copies.gradient_bytes > 0,
+                returned_copies=() if copies is None else copies.returned,
             )
         )
     return [simulate(schedule, plan, work, costs, link) for schedule in schedules]

@@ -14,6 +14,7 @@ import torch
 from tritonmoe.dispatch.copy_planner import CopyCosts
 from tritonmoe.overlap.report import LayerReport, PassReport
 from tritonmoe.overlap.steps import StepKind, Way
+from tritonmoe.tuning.measured_calls import layer_work
 
 __all__ = ["MeasuredCosts", "Numbers", "agreed_costs"]
 
@@ -30,9 +31,15 @@ JUDGED_CALLS = {True: 5, False: 2}
 """So many calls with copies, and without, are needed to judge by what they took."""
 PLANNING_FS = 10**12
 """What a call takes longer for being planned again, until that is measured: 1 ms."""
-WAYS_IN = (Way.TO_EXPERTS, Way.TO_COPIES, Way.AMONG_COPIES)
-"""Of a forward's exchanges before its results go home."""
-BACKWARD_KINDS = (StepKind.EXPERTS_BACKWARD, StepKind.WEIGHT_GRAD, StepKind.COPY_WEIGHT_GRAD)
+KINDS_IN = (StepKind.DISPATCH, StepKind.COPIES, StepKind.SPREAD_COPIES)
+"""Of a forward's exchanges behind the metadata and before its results go home."""
+FORWARD_KINDS = (StepKind.EXPERTS, StepKind.COPY_EXPERTS)
+BACKWARD_KINDS = (
+    StepKind.EXPERTS_BACKWARD,
+    StepKind.COPY_EXPERTS_BACKWARD,
+    StepKind.WEIGHT_GRAD,
+    StepKind.COPY_WEIGHT_GRAD,
+)
 
 
 class Numbers(NamedTuple):
@@ -131,7 +138,7 @@ class MeasuredCosts:
             sum(call.forward_fs for call in self._calls),
             sum(call.pairs for call in with_backward),
             sum(call.backward_fs for call in with_backward),
-            min(byte_fs, default=0),
+            statistics.median_low(byte_fs) if byte_fs else 0,
             min(self._planning_fs, default=PLANNING_FS),
             self._median_permille(True),
             self._median_permille(False),
@@ -191,25 +198,29 @@ def _read(report: LayerReport) -> _Call:
     backward = report.backward
     return _Call(
         report.pair_offsets[-1],
-        _femtoseconds(report.forward.lane_s(StepKind.EXPERTS)),
+        _femtoseconds(report.forward.lane_s(*FORWARD_KINDS)),
         0 if backward is None else _femtoseconds(backward.lane_s(*BACKWARD_KINDS)),
         _byte_fs(report, report.forward),
     )
 
 
 def _byte_fs(report: LayerReport, forward: PassReport) -> int:
-    """Return the time from the first dispatch to the end of the last one, by the bytes on the busiest port."""
-    rows = report.traffic_rows - torch.diag(report.traffic_rows.diagonal())
-    num_bytes = int(torch.maximum(rows.sum(0), rows.sum(1)).max()) * report.row_bytes
-    timings = [timing for timing in forward.steps if timing.step.kind.way in WAYS_IN]
-    dispatches = [timing for timing in timings if timing.step.kind is StepKind.DISPATCH]
-    if report.copies is not None:
-        num_bytes += report.copies.most_on_a_port * report.copied_bytes
-    if not num_bytes or not dispatches:
+    """Return the time from the first dispatch to the last arrival before results go home, by bytes of the busiest port.
+
+    The metadata, which every rank sends right before its first rows, has come by then: so no rank is late any more.
+    """
+    work = layer_work(report)
+    num_bytes = torch.zeros_like(work.rows)
+    for kind in KINDS_IN:
+        num_bytes += work.travelling(kind.way or Way.TO_EXPERTS) * work.bytes_per_row(kind)
+    num_bytes.fill_diagonal_(0)
+    busiest = int(torch.maximum(num_bytes.sum(0), num_bytes.sum(1)).max())
+    timings = [timing for timing in forward.steps if timing.step.kind in KINDS_IN]
+    if not busiest or not timings:
         return 0
-    began = min(timing.start_s + timing.post_s for timing in dispatches)
-    over = max(timing.end_s for timing in timings)
-    return _femtoseconds(over - began) // num_bytes
+    (metadata,) = (timing for timing in forward.steps if timing.step.kind is StepKind.METADATA)
+    began = max(metadata.end_s, timings[0].start_s + timings[0].post_s)
+    return _femtoseconds(max(0.0, max(timing.end_s for timing in timings) - began)) // busiest
 
 
 def _femtoseconds(seconds: float) -> int:

@@ -11,7 +11,9 @@ from tritonmoe.config.overlap import OverlapPlan
 from tritonmoe.dispatch.copies import ExpertCopies
 from tritonmoe.overlap.report import LayerReport
 from tritonmoe.overlap.steps import Step, StepKind, Way
-from tritonmoe.simulation.cost_model import CopyWork, LayerWork, LinkCosts, StepCosts, fit_line, step_units
+from tritonmoe.simulation.copy_work import CopyWork
+from tritonmoe.simulation.cost_model import LayerWork, LinkCosts, StepCosts, fit_line
+from tritonmoe.simulation.step_units import CopyUnits, step_units
 
 __all__ = ["layer_costs", "layer_work", "link_costs", "median_steps", "most_work"]
 
@@ -45,11 +47,12 @@ def most_work(report: LayerReport) -> LayerWork:
     return replace(work, rows=torch.maximum(work.rows, first.rows), pairs=torch.maximum(work.pairs, first.pairs))
 
 
-def copies_of(report: LayerReport) -> tuple[float, float] | None:
-    """Return how many pairs this rank's copies compute, and how many copies it sends; None without copies."""
+def copy_units(report: LayerReport) -> CopyUnits[float] | None:
+    """Return what this rank has to do with copies; None without any."""
     if report.copies is None:
         return None
-    return float(report.copies.copy_pairs[report.rank]), float(sum(report.copies.sent_copies[report.rank]))
+    pairs = [float(last - first) for first, last in pairwise(report.copy_pair_offsets)]
+    return CopyUnits(pairs, float(sum(report.copies.sent_copies[report.rank])), report.copied_gradient_bytes)
 
 
 def median_steps(reports: Sequence[LayerReport]) -> list[tuple[StepKind, float, float]]:
@@ -66,7 +69,7 @@ def median_steps(reports: Sequence[LayerReport]) -> list[tuple[StepKind, float, 
         timings = report.forward.steps + ([] if report.backward is None else report.backward.steps)
         for timing in timings:
             step = timing.step
-            units = step_units(step, report.overlap.num_local_slices, *sizes, copies=copies_of(report))
+            units = step_units(step, report.overlap.num_local_slices, *sizes, copies=copy_units(report))
             elapsed = timing.post_s if step.lane == "comm" else timing.end_s - timing.start_s
             seconds.setdefault((report.overlap, step, units), []).append(elapsed)
     return [(step.kind, units, statistics.median_low(times)) for (_, step, units), times in seconds.items()]

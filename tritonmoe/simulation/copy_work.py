@@ -1,0 +1,45 @@
+"""CopyWork: what copies of experts make all ranks of a call send and compute."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from tritonmoe.overlap.steps import Step
+
+__all__ = ["CopyWork", "gradient_parts", "part_share"]
+
+
+@dataclass(frozen=True, eq=False)
+class CopyWork:
+    """What copies of experts make all ranks of a call send and compute."""
+
+    copied: Tensor
+    """(W, W) float64: how many experts of rank i (row) have a copy on rank k."""
+    pairs: Tensor
+    """(W,) float64: how many pairs each rank's copies compute."""
+    expert_bytes: int
+    """Of one expert's weights."""
+    gradient_bytes: tuple[int, int]
+    """Of what comes home of their gradients: first of gate_up_proj, then of down_proj; 0 where nothing does."""
+    are_sent_again: bool = False
+    """Whether the weights travel once more in the backward."""
+    relayed: tuple[Tensor, Tensor] | None = None
+    """Where ranks pass pieces of copies on: (W, W) float64, how many experts' weights go from rank i to rank k from
+    owners, and then among the ranks that have copies."""
+
+    @property
+    def returned(self) -> tuple[int, ...]:
+        """Which parts of the gradients come home."""
+        return tuple(part for part, num_bytes in enumerate(self.gradient_bytes) if num_bytes)
+
+
+def part_share(step: Step, gradient_bytes: tuple[int, int]) -> float:
+    """Return the share of copies' gradients that a step of one part computes, sends or adds; 1 for other steps."""
+    if not step.kind.is_of_gradient_part:
+        return 1.0
+    return gradient_bytes[step.chunk or 0] / max(1, sum(gradient_bytes))
+
+
+def gradient_parts(num_bytes: int) -> tuple[int, int]:
+    """Return the parts of the gradients of a gated expert: gate_up_proj has twice the bytes of down_proj."""
+    return num_bytes - num_bytes // 3, num_bytes // 3
