@@ -25,11 +25,11 @@ NAME = "tritonmoe.integrations.axolotl.TritonMoEPlugin"
 TARGETS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
 
-def make_model(**settings: Any) -> nn.Module:
+def make_model(hidden_size: int = 32, moe_intermediate_size: int = 12, **settings: Any) -> nn.Module:
     config = transformers.Qwen3MoeConfig(
         vocab_size=128,
-        hidden_size=32,
-        moe_intermediate_size=12,
+        hidden_size=hidden_size,
+        moe_intermediate_size=moe_intermediate_size,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -94,7 +94,9 @@ def test_lora_of_experts_in_four_bits() -> None:
     peft = pytest.importorskip("peft")
     plugin, cfg = TritonMoEPlugin(), DictDefault({"plugins": [NAME], **QUANTISED, **PLAIN_SCALES})
     plugin.pre_model_load(cfg)
-    models = [make_model(experts_implementation=cfg.experts_implementation, dtype=torch.bfloat16) for _ in range(2)]
+    # bitsandbytes on a CPU decodes rows that end inside a block of 64 values wrongly.
+    settings = {"experts_implementation": cfg.experts_implementation, "dtype": torch.bfloat16}
+    models = [make_model(64, 64, **settings) for _ in range(2)]
     quantised_by_axolotl(models[0])
     for own, plain in zip(models[0].model.layers, models[1].model.layers, strict=True):  # type: ignore[arg-type, union-attr]
         for name in ("gate_up_proj", "down_proj"):
@@ -112,7 +114,7 @@ def test_lora_of_experts_in_four_bits() -> None:
         assert len(factors) == 8
         assert all(grad is not None and grad.any() for grad in factors.values())
         found.append(result.logits.detach())
-    torch.testing.assert_close(*found, rtol=0.1, atol=0.05)  # of bf16, where near ties may go to other experts
+    torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
 def test_experts_that_would_be_decoded_whole_are_refused() -> None:
