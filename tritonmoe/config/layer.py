@@ -181,7 +181,7 @@ class MoEConfig:
     """Times the load balance loss in MoELayer.aux_loss; 0.01 is usual."""
     load_balance_over: Literal["rank", "global"] = "rank"
     """Whose tokens the load balance loss keeps balanced: each rank's own, or together those of all ranks of the layer's
-    transport, as on one device that has them all (one small all_reduce per forward); see docs/decisions.md."""
+    transport, as on one device that has them all (one small all_reduce per forward)."""
     z_loss_weight: float = 0.0
     """Times the router's z-loss in MoELayer.aux_loss."""
 

@@ -153,8 +153,9 @@ class DispatchPlan:
     @cached_property
     def is_identity(self) -> bool:
         """Whether every token stays, once: then home rows, received rows and tokens are the same, in one order."""
-        is_full = not self.tokens.has_padding and self.num_home == self.tokens.token_bounds[-1]
-        return self.size == 1 and self.overlap.local_first and is_full
+        if self.size > 1 or not self.overlap.local_first:
+            return False
+        return not self.tokens.has_padding and self.num_home == self.tokens.token_bounds[-1]
 
     @cached_property
     def num_home(self) -> int:

@@ -175,6 +175,7 @@ def share_words(seconds: float, found: Verdict) -> str:
 
 
 def cost_words(cost: Cost, found: Verdict) -> str:
-    """Return a cost with its interval: "12.1 ms a step, 14% (13% to 15%)"."""
-    low, high = (share_words(value, found) for value in (cost.low_s, cost.high_s))
-    return f"{time_words(cost.seconds)} a step, {share_words(cost.seconds, found)} ({low} to {high})"
+    """Return a cost with its interval, which no step can exceed: "12.1 ms a step, 14% (13% to 15%)"."""
+    seconds, low_s, high_s = (min(value, found.replayed_s) for value in (cost.seconds, cost.low_s, cost.high_s))
+    share, low, high = (share_words(value, found) for value in (seconds, low_s, high_s))
+    return f"{time_words(seconds)} a step, {share} ({low} to {high})"

@@ -63,17 +63,13 @@ class CallTensors(NamedTuple, Generic[Value]):
 
     def needs(self) -> "CallTensors[bool]":
         """Say of which tensors a gradient is wanted, in the grad mode that is on."""
-        return self.unflatten(self._needs())
+        is_on = torch.is_grad_enabled()
+        values: list[Any] = self.flatten()
+        return self.unflatten([is_on and tensor is not None and tensor.requires_grad for tensor in values])
 
     def needs_any(self) -> bool:
         """Say whether a gradient of one of the tensors is wanted, in the grad mode that is on."""
-        return any(self._needs())
-
-    def _needs(self) -> list[bool]:
-        values: list[Any] = self.flatten()
-        if not torch.is_grad_enabled():
-            return [False] * len(values)
-        return [tensor is not None and tensor.requires_grad for tensor in values]
+        return any(self.needs().flatten())
 
 
 NO_TENSORS: CallTensors[Any] = CallTensors(None, None, None, NO_WEIGHTS)

@@ -107,8 +107,8 @@ def _clusters(plans: Sequence[Plan]) -> list[tuple[str, ...]]:
     columns: list[tuple[str, ...]] = [
         (
             *("", "GPUs", "$ an hour", "tp, pp, ep", "levels", "recompute", "chunks", "GB of a GPU"),
-            *(f"step {unit.name} (80 %)", f"exchanges {unit.name}", f"exposed {unit.name}", "tokens/s per GPU", "MFU"),
-            "$ per M tokens",
+            *(f"step {unit.name} (80 %)", f"exchanges {unit.name}", f"exposed {unit.name}", "tokens a step"),
+            *("tokens/s", "tokens/s per GPU", "MFU", "$ per M tokens"),
         )
     ]
     for plan in plans:
@@ -118,8 +118,13 @@ def _clusters(plans: Sequence[Plan]) -> list[tuple[str, ...]]:
             (
                 *(cluster.name, str(cluster.num_gpus), f"{cluster.usd_per_gpu_hour * cluster.num_gpus:.0f}"),
                 *(f"{tp}, {pp}, {ep}", *rest, _memory(best)),
-                *(unit.interval(best), unit(best.exchange_s), unit(best.time.exposed_s)),
-                *(f"{best.tokens_per_s_per_gpu:.0f}", f"{best.mfu:.0%}", f"{best.usd_per_million_tokens:.4f}"),
+                *(unit.interval(best), unit(best.exchange_s), unit(best.time.exposed_s), str(best.time.tokens)),
+                *(
+                    f"{best.time.tokens_per_s:.0f}",
+                    f"{best.tokens_per_s_per_gpu:.0f}",
+                    f"{best.mfu:.0%}",
+                    f"{best.usd_per_million_tokens:.4f}",
+                ),
             )
         )
     return columns

@@ -126,8 +126,9 @@ def compare_verdict(comparison: Comparison) -> str:
         cheapest = f"it is the cheapest in {share:.0%} of the draws"
         return f"Buy {names[chosen]}, because a million tokens cost {less}, and {cheapest}."
     near = second.usd_per_million_tokens / best.usd_per_million_tokens - 1 if best.usd_per_million_tokens else 0.0
+    cheaper = f"{near:.0%} cheaper than" if round(near, 2) else "as cheap as"
     said = (
-        f"{names[first]} is {near:.0%} cheaper than {names[fits[1]]}, but the cheapest in only "
+        f"{names[first]} is {cheaper} {names[fits[1]]}, but the cheapest in only "
         f"{comparison.is_cheapest[first] or 0.0:.0%} of the draws"
     )
     number, key, explained = (*comparison.decides, (0, "", 0.0))[0]
