@@ -8,6 +8,7 @@ import subprocess
 import tempfile
 import time
 from types import TracebackType
+from urllib.parse import urlsplit
 
 from typing_extensions import Self
 
@@ -82,10 +83,12 @@ class Browser:
 
     def open(self, address: str, scheme: str) -> None:
         """Load a page for a new reader of the "light" or the "dark" scheme, and wait until its scripts have run."""
-        self.evaluate("location.protocol === 'about:' || localStorage.clear()")  # the scheme that a page has chosen
         self._ask("Page.navigate", url="about:blank")
         preference = {"name": "prefers-color-scheme", "value": scheme}
         self._ask("Emulation.setEmulatedMedia", features=[preference])
+        self.evaluate("new Promise(done => setTimeout(done, 100))")  # until the page before has ended
+        origin = "{0.scheme}://{0.netloc}".format(urlsplit(address))  # a page keeps the scheme that it has chosen
+        self._ask("Storage.clearDataForOrigin", origin=origin, storageTypes="local_storage")
         self.errors.clear()
         self._is_loaded = False
         self._ask("Page.navigate", url=address)
