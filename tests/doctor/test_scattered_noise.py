@@ -4,6 +4,7 @@ import math
 import random
 
 import pytest
+from step_graphs import Exchange, graph_of
 
 from tritonmoe.doctor.attribution import attribute
 from tritonmoe.doctor.causes import Causes
@@ -17,29 +18,18 @@ RANKS, STEPS, EXCHANGES = 4, 12, 20
 def run_of(faulty: tuple[int, ...], late_s: float, num_ranks: int = RANKS) -> Graph:
     """Return a run whose exchanges take 4.5 or 8.5 ms by chance, on each rank for itself, as gloo's do on one link."""
     draw = random.Random(3)
-    graph = Graph(list(range(num_ranks)), list(range(STEPS)), begin_s=[0.0] * num_ranks)
-    graph.programs = [[] for _ in range(num_ranks)]
-    for step in range(STEPS):
-        for count in range(EXCHANGES):
-            members = []
-            for rank in range(num_ranks):
-                is_late = rank == 1 and step in faulty and count == 0
-                graph.runs.append(Run(rank, step, ("work", count), 0.010, late_s if is_late else 0.0))
-                key = ("forward", "all_to_all", count)
-                slow_s = 0.004 if draw.random() < 0.35 else 0.0
-                transfer_s = 0.0045 + slow_s + draw.uniform(0, 1e-4)
-                members.append(len(graph.members))
-                graph.members.append(Member(rank, step, len(graph.exchanges), key, 0, 0.0, transfer_s))
-                graph.programs[rank] += [
-                    (Kind.RUN, len(graph.runs) - 1),
-                    (Kind.POST, members[-1]),
-                    (Kind.WAIT, members[-1]),
-                ]
-            graph.exchanges.append(members)
-        for rank in range(num_ranks):
-            graph.programs[rank].append((Kind.STEP, step))
-        graph.measured_s.append(0.0)
-    return graph
+
+    def exchange(step: int, count: int) -> Exchange:
+        def work(rank: int) -> Run:
+            is_late = rank == 1 and step in faulty and count == 0
+            return Run(rank, step, ("work", count), 0.010, late_s if is_late else 0.0)
+
+        def transfer_s(rank: int) -> float:
+            return 0.0045 + (0.004 if draw.random() < 0.35 else 0.0) + draw.uniform(0, 1e-4)
+
+        return ("forward", "all_to_all", count), work, transfer_s
+
+    return graph_of(num_ranks, STEPS, lambda step: [exchange(step, count) for count in range(EXCHANGES)])
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4])
@@ -61,22 +51,15 @@ CROWDED_S = (0.0, 0.0, 0.01, 0.0, 0.0, 0.01, 0.015, 0.03, 0.04, 0.15, 0.0, 0.0)
 def crowded_run(late_s: float, num_late: int = 1) -> Graph:
     """Return a run on a machine with too few cores: in some steps all ranks come late, some always."""
     draw = random.Random(8)
-    graph = Graph(list(range(RANKS)), list(range(STEPS)), begin_s=[0.0] * RANKS)
-    graph.programs = [[] for _ in range(RANKS)]
-    for step in graph.steps:
-        crowded_s = CROWDED_S[step]
-        members = []
-        for rank in graph.ranks:
-            idle_s = crowded_s * draw.uniform(0.8, 1.2) + (late_s if rank < num_late else 0.0)
-            graph.runs.append(Run(rank, step, ("forward", "before", "all_to_all", 0), 0.100, 0.001 + idle_s))
-            members.append(len(graph.members))
-            graph.members.append(Member(rank, step, step, ("forward", "all_to_all", 0), 0, 0.0, 0.001))
-            of_rank = graph.programs[rank]
-            of_rank += [(Kind.RUN, len(graph.runs) - 1), (Kind.POST, members[-1]), (Kind.WAIT, members[-1])]
-            of_rank.append((Kind.STEP, step))
-        graph.exchanges.append(members)
-        graph.measured_s.append(0.0)
-    return graph
+
+    def exchange(step: int) -> Exchange:
+        def work(rank: int) -> Run:
+            idle_s = CROWDED_S[step] * draw.uniform(0.8, 1.2) + (late_s if rank < num_late else 0.0)
+            return Run(rank, step, ("forward", "before", "all_to_all", 0), 0.100, 0.001 + idle_s)
+
+        return ("forward", "all_to_all", 0), work, lambda _: 0.001
+
+    return graph_of(RANKS, STEPS, lambda step: [exchange(step)])
 
 
 @pytest.mark.parametrize("num_late", [1, 2, 3])
@@ -95,21 +78,14 @@ def test_nobody_is_named_where_all_are_late_at_times() -> None:
 def noisy_run(seed: int, slow: float = 1.0) -> Graph:
     """Return four steps of one exchange, before which every rank computes for a time that differs by 30 %."""
     draw = random.Random(seed)
-    graph = Graph(list(range(RANKS)), list(range(4)), begin_s=[0.0] * RANKS)
-    graph.programs = [[] for _ in range(RANKS)]
-    for step in graph.steps:
-        members = []
-        for rank in graph.ranks:
-            seconds = 0.010 * math.exp(draw.gauss(0, 0.3)) * (slow if rank == 1 else 1.0)
-            graph.runs.append(Run(rank, step, "work", seconds, 0.0))
-            members.append(len(graph.members))
-            graph.members.append(Member(rank, step, step, ("forward", "all_to_all", 0), 0, 0.0, 0.0045))
-            of_rank = graph.programs[rank]
-            of_rank += [(Kind.RUN, len(graph.runs) - 1), (Kind.POST, members[-1]), (Kind.WAIT, members[-1])]
-            of_rank.append((Kind.STEP, step))
-        graph.exchanges.append(members)
-        graph.measured_s.append(0.0)
-    return graph
+
+    def exchange(step: int) -> Exchange:
+        def work(rank: int) -> Run:
+            return Run(rank, step, "work", 0.010 * math.exp(draw.gauss(0, 0.3)) * (slow if rank == 1 else 1.0), 0.0)
+
+        return ("forward", "all_to_all", 0), work, lambda _: 0.0045
+
+    return graph_of(RANKS, 4, lambda step: [exchange(step)])
 
 
 @pytest.mark.parametrize("seed", [0, 3])
@@ -145,23 +121,15 @@ def test_work_of_one_rank_that_takes_longer_and_longer() -> None:
 def test_exchanges_of_two_kinds_by_chance_are_no_slow_link() -> None:
     """Two ranks of three get nearly half of their rows late by chance: their medians are the one kind or the other."""
     draw = random.Random(5)
-    graph = Graph([0, 1, 2], list(range(STEPS)), begin_s=[0.0] * 3)
-    graph.programs = [[] for _ in range(3)]
-    for step in graph.steps:
-        for count in range(EXCHANGES):
-            members = []
-            for rank in graph.ranks:
-                is_late = draw.random() < (0.15 if rank == 1 else 0.45)
-                graph.runs.append(Run(rank, step, ("work", count), 0.010))
-                members.append(len(graph.members))
-                key = ("forward", "all_to_all", count)
-                transfer_s = (0.0092 if is_late else 0.0065) + draw.uniform(0, 1e-4)
-                graph.members.append(Member(rank, step, len(graph.exchanges), key, 0, 0.0, transfer_s))
-                graph.programs[rank] += [(Kind.RUN, members[-1]), (Kind.POST, members[-1]), (Kind.WAIT, members[-1])]
-            graph.exchanges.append(members)
-        for rank in graph.ranks:
-            graph.programs[rank].append((Kind.STEP, step))
-        graph.measured_s.append(0.0)
+
+    def exchange(step: int, count: int) -> Exchange:
+        def transfer_s(rank: int) -> float:
+            is_late = draw.random() < (0.15 if rank == 1 else 0.45)
+            return (0.0092 if is_late else 0.0065) + draw.uniform(0, 1e-4)
+
+        return ("forward", "all_to_all", count), lambda rank: Run(rank, step, ("work", count), 0.010), transfer_s
+
+    graph = graph_of(3, STEPS, lambda step: [exchange(step, count) for count in range(EXCHANGES)])
     assert attribute(graph).findings == ()
 
 

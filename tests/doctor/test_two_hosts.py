@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+from step_graphs import Exchange, graph_of
 
 from bench.faults import Fault
 from bench.foreign_hosts import HOST_TRAINERS, move_clocks, of_hosts
@@ -12,7 +13,7 @@ from bench.foreign_scenarios import Scenario
 from bench.synthetic_traces import write_traces
 from tritonmoe.doctor.attribution import attribute
 from tritonmoe.doctor.clocks import align_clocks
-from tritonmoe.doctor.graph import Graph, Kind, Member, Run
+from tritonmoe.doctor.graph import Graph, Run
 from tritonmoe.doctor.reading import read_traces
 from tritonmoe.doctor.trace import Part, RankTrace
 
@@ -72,22 +73,15 @@ def test_clocks_reach_each_other_through_others() -> None:
 
 def run_of(transfers_s: tuple[float, ...]) -> Graph:
     """Return steps of four exchanges, which take so long on each rank of two hosts, and vary by little."""
-    graph = Graph([0, 1, 2, 3], list(range(STEPS)), begin_s=[0.0] * 4, hosts=HOSTS)
-    graph.programs = [[] for _ in range(4)]
-    for step in graph.steps:
-        for count in range(4):
-            members = []
-            for rank in graph.ranks:
-                graph.runs.append(Run(rank, step, ("work", count), 0.005))
-                members.append(len(graph.members))
-                transfer_s = transfers_s[rank] + 1e-4 * ((step + rank + count) % 3)
-                key = ("forward", "all_to_all", count)
-                graph.members.append(Member(rank, step, len(graph.exchanges), key, 0, 0.0, transfer_s))
-                graph.programs[rank] += [(Kind.RUN, members[-1]), (Kind.POST, members[-1]), (Kind.WAIT, members[-1])]
-            graph.exchanges.append(members)
-        for rank in graph.ranks:
-            graph.programs[rank].append((Kind.STEP, step))
-        graph.measured_s.append(0.0)
+
+    def exchange(step: int, count: int) -> Exchange:
+        def transfer_s(rank: int) -> float:
+            return transfers_s[rank] + 1e-4 * ((step + rank + count) % 3)
+
+        return ("forward", "all_to_all", count), lambda rank: Run(rank, step, ("work", count), 0.005), transfer_s
+
+    graph = graph_of(len(HOSTS), STEPS, lambda step: [exchange(step, count) for count in range(4)])
+    graph.hosts = HOSTS
     return graph
 
 

@@ -96,7 +96,7 @@ def run(schedule: str, wrapper: str = "") -> None:
                     found = found.clone()
                     dist.all_reduce(found, group=mesh.get_group("expert"))
                     found /= 2
-                torch.testing.assert_close(found, expected[layer][name], msg=lambda text: f"{layer} {name}: {text}")  # noqa: B023
+                torch.testing.assert_close(found, expected[layer][name], msg=f"{layer} {name}: {{}}".format)
 
 
 if __name__ == "__main__":
