@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from tritonmoe.config.formats import FORMATS, FP8_BLOCK, bytes_per_value, scales_shape
+from tritonmoe.config.formats import FORMATS, FP8_BLOCK, WeightFormat, bytes_per_value, scales_shape
 from tritonmoe.planner.cluster import DTYPE_BYTES, Cluster
 from tritonmoe.planner.transformer_model import Model
 
@@ -120,15 +120,15 @@ class Job:
                 "a frozen model is predicted with rows of bf16, as this package trains its adapters: leave "
                 f"dtype={self.dtype!r} and trainer={self.trainer!r} out, or frozen"
             )
-        if self.is_packed:
+        if self.packed_format is not None:
             width, depth = self.model.expert_size, self.model.hidden_size
-            if self.frozen == "fp8" and width % FP8_BLOCK:
+            if self.packed_format == "fp8" and width % FP8_BLOCK:
                 raise ValueError(
                     f"{self.model.name} has experts of F = {width}, which is not a multiple of {FP8_BLOCK}, as fp8 "
                     "asks for: use mxfp4 or nf4"
                 )
             for shape in ((1, 2 * width, depth), (1, depth, width)):
-                scales_shape(self.frozen, shape)  # type: ignore[arg-type]  # one of FORMATS
+                scales_shape(self.packed_format, shape)
 
     @property
     def num_tokens(self) -> int:
@@ -141,14 +141,14 @@ class Job:
         return DTYPE_BYTES[self.dtype]
 
     @property
-    def is_packed(self) -> bool:
-        """Whether experts are stored in 4 or 8 bits."""
-        return self.frozen in FORMATS
+    def packed_format(self) -> WeightFormat | None:
+        """The format of experts that are stored in 4 or 8 bits; None for plain ones."""
+        return next((name for name in FORMATS if name == self.frozen), None)
 
     @property
     def expert_bytes(self) -> float:
         """The bytes of a value of an expert's weight, its share of a scale included."""
-        return next((bytes_per_value(name) for name in FORMATS if name == self.frozen), self.dtype_bytes)
+        return self.dtype_bytes if self.packed_format is None else bytes_per_value(self.packed_format)
 
     @property
     def expert_adapters(self) -> int:

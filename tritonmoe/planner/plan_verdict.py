@@ -29,7 +29,7 @@ def why(one: Sensitivity) -> str:
 
 def not_measured(job: Job) -> str | None:
     """Say what the times of a job leave out because nobody has measured it; None where that is nothing."""
-    if not job.is_packed:
+    if job.packed_format is None:
         return None
     return (
         f"Not measured on a GPU: how long experts in {job.frozen} are decoded. Their products count as those of bf16 "
