@@ -10,7 +10,7 @@ from tritonmoe.dispatch.copy_planner import CopyCosts, is_uneven, plan_copies
 from tritonmoe.dispatch.plan import DispatchPlan
 from tritonmoe.dispatch.send_plan import count_keys
 from tritonmoe.errors import TransportError
-from tritonmoe.expert_parallel.check import CheckedCall
+from tritonmoe.expert_parallel.rank_call import RankCall
 from tritonmoe.overlap.copy_exchanges import expert_bytes, gradient_bytes
 from tritonmoe.runtime.host_device import HostCopy
 from tritonmoe.transports import leaving_nobody_waiting
@@ -31,7 +31,7 @@ class Balanced(NamedTuple):
     """What the call is expected to take, in femtoseconds; 0 where nobody knows."""
 
 
-def plan_balance(call: CheckedCall, plan: DispatchPlan, costs: MeasuredCosts) -> Balanced:
+def plan_balance(call: RankCall, plan: DispatchPlan, costs: MeasuredCosts) -> Balanced:
     """Decide on the copies of a call from every rank's counts; one exchange, where ranks are uneven at all.
 
     Args:
@@ -69,7 +69,7 @@ def plan_balance(call: CheckedCall, plan: DispatchPlan, costs: MeasuredCosts) ->
     return Balanced(found.copies, words, found.call_fs)
 
 
-def _count_slots(call: CheckedCall) -> Tensor:
+def _count_slots(call: RankCall) -> Tensor:
     """Return how many pairs this rank's tokens have of each slot, (slots,) int64 on the CPU."""
     ids = call.tensors.topk_ids.long()
     keys = ids.masked_fill((ids < 0) | (ids >= call.num_slots), call.num_slots)
@@ -77,7 +77,7 @@ def _count_slots(call: CheckedCall) -> Tensor:
     return counts
 
 
-def _costs(call: CheckedCall, plan: DispatchPlan, numbers: list[Numbers]) -> CopyCosts | None:
+def _costs(call: RankCall, plan: DispatchPlan, numbers: list[Numbers]) -> CopyCosts | None:
     x = call.tensors.x
     wire = WireFormat(x.dtype, plan.overlap.wire_dtype)
     after = WireFormat(x.dtype, None if plan.overlap.wire_dtype == torch.float8_e4m3fn else plan.overlap.wire_dtype)

@@ -279,7 +279,7 @@ class CallBackward(_CallPass[CallTensors[Tensor | None]]):
             call.report.backward, call.report.backward_marks = timings, kept.report.backward_marks
         for listener in listeners:
             listener.after_backward(call.all_ranks, call.header, kept.report)
-        dx, dtopk_weights, grads = self._pass.grads
+        grads = self._pass.grads._replace(activation_parameters=run.activation_grads)
         if call.is_wrong is not None:
-            poison([dx, dtopk_weights, *grads, *(run.main_grads or ()), *run.activation_grads], call.is_wrong)
-        return CallTensors(dx, None, dtopk_weights, grads, activation_parameters=run.activation_grads)
+            poison([*grads.flatten(), *(run.main_grads or ())], call.is_wrong)
+        return grads

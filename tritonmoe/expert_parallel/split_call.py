@@ -23,8 +23,8 @@ from torch.utils.checkpoint import CheckpointFunction
 from tritonmoe.config.layer import PerWeight
 from tritonmoe.expert_parallel.agreed_call import AgreedCall
 from tritonmoe.expert_parallel.call_pass import CallBackward, CallForward
-from tritonmoe.expert_parallel.call_spec import CallArguments
 from tritonmoe.expert_parallel.halves import Half, NodeOrder
+from tritonmoe.expert_parallel.rank_call import RankCall
 from tritonmoe.expert_parallel.state import refuse
 from tritonmoe.expert_parallel.whole_call import (
     anchor_of,
@@ -177,17 +177,17 @@ class _Posted(NamedTuple):
     """Of its first Function, which runs last in its backward; None where it needs no gradient."""
 
 
-def begin_half_call(half: Half, arguments: CallArguments) -> None:
+def begin_half_call(half: Half, call: RankCall) -> None:
     """Check that half a batch can make this call here, before anything of it is sent.
 
     Raises:
         ValueError: the other half makes another one. RuntimeError: it can't be left in its middle. The other ranks hear
             of either, and raise too.
     """
-    layer = -1 if arguments.layer is None else arguments.layer.number
+    layer = -1 if call.layer is None else call.layer.number
     try:
-        half.begin_call((arguments.transport.handle, layer, arguments.spec.num_experts))
-        x = arguments.tensors.x
+        half.begin_call((call.transport.handle, layer, call.spec.num_experts))
+        x = call.tensors.x
         if isinstance(x, Tensor) and is_captured(x.device):
             raise RuntimeError(
                 "a CUDA graph can't capture two batches, since it would replay one half's calls with the other "
@@ -199,7 +199,7 @@ def begin_half_call(half: Half, arguments: CallArguments) -> None:
                 "the batch can't hand over to the other half: use torch.utils.checkpoint with use_reentrant=False"
             )
     except Exception:
-        refuse(arguments.transport)
+        refuse(call.transport)
         raise
 
 
