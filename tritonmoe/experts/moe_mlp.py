@@ -97,7 +97,7 @@ class _UpHalf(torch.autograd.Function):
         dh = dh.contiguous()
         gate_up, _ = settings.projections(tensors.weights)
         rows, dropped = gate_up.rows(grouping.num_pairs), _dropped(settings, tensors)
-        count_products(settings.ops, dh, grouping.num_pairs, lambda: gate_up.num_up_grad_products(needs.x))
+        count_products(settings.ops, dh, grouping.num_pairs, lambda: gate_up.num_grad_products(needs.x))
         dx_pairs = gate_up.up_grad(dh, tensors.x, grouping, needs_dx=needs.x, out=None, rows=rows, dropped=dropped)
         dx = None if dx_pairs is None else settings.ops.gather_sum(dx_pairs, grouping.inverse)
         operands, main_grads = GradientOperands(x=tensors.x, dh=dh), find_main_grads(ctx.owners)
@@ -132,7 +132,7 @@ class _DownHalf(torch.autograd.Function):
         a, topk_weights = tensors.x, tensors.topk_weights
         _, down = settings.projections(tensors.weights, tensors.row_seeds)
         rows = down.rows(grouping.num_pairs)
-        count_products(settings.ops, dout, grouping.num_pairs, lambda: down.num_down_grad_products)
+        count_products(settings.ops, dout, grouping.num_pairs, down.num_grad_products)
         da, scaled_a, dweights = down.down_grad(dout, a, topk_weights, grouping, None, out=(None, None), rows=rows)
         zero_padding(da, grouping)
         operands = GradientOperands(dout=dout, scaled_a=scaled_a, topk_weights=topk_weights)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from tritonmoe.backends.pair_work import BACKWARD, FORWARD, WEIGHT_GRADS, pair_work, products_and_elements
 from tritonmoe.config.overlap import OverlapPlan
 from tritonmoe.overlap.schedule import build_backward, build_forward
 from tritonmoe.overlap.steps import StepKind
@@ -196,14 +197,17 @@ class LayerExchange:
             return copy_s(self.cluster, num_bytes)
 
         launch = self.cluster.host.us_per_chunk.value * 1e-6
-        # up: x, h, a; down: a, y; gather_sum: y and the sum.
-        forward = 6 * d * f / flops_s + moved((d + 3 * f + f + d + 2 * d) * b + quantizing)
-        # down_grad: dO, h, dh, s * a; up_grad: dh, dx; gather_sum: dx and the sum.
-        backward = 6 * d * f / flops_s + moved((d + 5 * f + 2 * f + d + 2 * d) * b + 2 * quantizing)
-        again = 4 * d * f / flops_s + moved((d + 3 * f) * b) if job.recompute == "experts" else 0.0
+        of_pair = pair_work(d, f)
+
+        def seconds(names: Sequence[str], quantizing: float = 0.0) -> float:
+            flops, elements = products_and_elements(of_pair, names)
+            return flops / flops_s + moved(elements * b + quantizing)
+
+        forward, backward = seconds(FORWARD, quantizing), seconds(BACKWARD, 2 * quantizing)
+        again = seconds(["up"]) if job.recompute == "experts" else 0.0
         if job.recompute == "selective":
             backward += moved(3 * f * b)
-        gradients = 6 * d * f / flops_s + moved((2 * d + 3 * f) * b)
+        gradients = seconds(WEIGHT_GRADS)
         if job.frozen is not None:
             # Of a pair's adapters: two narrow products beside each wide one; what they add is written and read.
             factors = 2 * job.expert_adapters / flops_s
