@@ -19,8 +19,9 @@ from tritonmoe.dispatch.copies import ExpertCopies
 from tritonmoe.dispatch.copy_planner import CopyCosts, is_uneven, plan_copies
 from tritonmoe.runtime.files import Json
 from tritonmoe.simulation.copy_work import CopyWork, gradient_parts
-from tritonmoe.simulation.cost_model import LayerWork, LinkCosts, StepCosts
+from tritonmoe.simulation.cost_model import LayerWork, LinkCosts
 from tritonmoe.simulation.simulator import simulate_layer
+from tritonmoe.simulation.step_costs import StepCosts
 
 __all__ = ["main"]
 

@@ -52,9 +52,8 @@ class GroupedExperts(nn.Module):
         config: shapes and activation.
         transport: None for one device; else a Transport, a torch ProcessGroup, or a DeviceMesh of one dimension, or of
             two: one called "expert" and one of replicas, which hold the same experts, or nodes and ranks of a node (a
-            TwoLevelTransport).
-            Every rank makes the same layers on it, in the same order, by which the ranks know that they call the same;
-            and the same deep copies of a layer, each of which is a layer of its own. Weights that
+            TwoLevelTransport). Every rank makes the same layers on it, in the same order, by which the ranks know that
+            they call the same; and the same deep copies of a layer, each of which is a layer of its own. Weights that
             torch.func.functional_call puts in a layer's place go by the layer's number.
         overlap: how the exchanges overlap; the same on every rank.
         placement: which rank holds which experts; None for E / W contiguous ones each.
@@ -147,8 +146,7 @@ class GroupedExperts(nn.Module):
         agree_on_overflow(transports_of)
         if expert_gradients == "mean":
             self.gradient_scale = 1 / size
-        first = rank * num_local
-        self.expert_ids = tuple(range(first, first + num_local))
+        self.expert_ids = tuple(range(rank * num_local, (rank + 1) * num_local))
         if placement is not None:
             self.expert_ids = placement.experts_of_rank[rank]
 

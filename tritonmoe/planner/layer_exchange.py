@@ -25,9 +25,10 @@ from tritonmoe.planner.operation_costs import (
     link_like,
 )
 from tritonmoe.planner.routed_rows import Needs, needs_of
-from tritonmoe.simulation.cost_model import LayerWork, LinkCosts, StepCosts
+from tritonmoe.simulation.cost_model import LayerWork, LinkCosts
 from tritonmoe.simulation.halves_in_turn import simulate_two_batches
 from tritonmoe.simulation.simulator import SimulatedStep, Simulation, simulate
+from tritonmoe.simulation.step_costs import StepCosts
 from tritonmoe.simulation.two_level_work import TwoLevelWork
 
 __all__ = ["ExchangeTime", "LayerExchange", "leaves"]
