@@ -25,7 +25,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 
 from tritonmoe.expert_parallel.agreed_call import AgreedCall
 from tritonmoe.expert_parallel.call import run_call
-from tritonmoe.expert_parallel.call_pass import CallBackward, CallForward, SavedTensors
+from tritonmoe.expert_parallel.call_pass import CallBackward, CallForward
 from tritonmoe.expert_parallel.call_spec import decode, encode
 from tritonmoe.expert_parallel.halves import current_half
 from tritonmoe.expert_parallel.rank_call import RankCall
@@ -74,7 +74,9 @@ def _expert_parallel_mlp(turn: Tensor, layer: Tensor | None, *arguments: Any) ->
         if call.plan.needs_any:
             rows = tensors.x.clone() if run.rows is tensors.x else run.rows  # the graph may write over its x
             received = run.tensors.only(*OF_ROWS)._replace(x=rows)
-            kept = hold((call, forward.kept, SavedTensors(received, run.h, *forward.saved_of_copies)))
+            copy_h, copy_weights = forward.saved_of_copies
+            of_call = forward.kept._replace(received=received, h=run.h, copy_h=copy_h, copy_weights=copy_weights)
+            kept = hold((call, of_call))
         return out
 
     call = RankCall(decode(spec), find(turn), tensors, calling, nonfinite_scores, is_compiled=True)
@@ -103,10 +105,10 @@ def _expert_parallel_mlp_backward(after: Tensor | None, dout: Tensor, kept: Tens
     """
     *flat, needs, _ = arguments
     tensors, wanted = CallTensors.unflatten(flat), CallTensors.unflatten(needs)
-    call, beside, saved = find(kept)
-    saved = saved._replace(received=saved.received._replace(weights=tensors.weights))
+    call, of_call = find(kept)
+    of_call = of_call._replace(received=of_call.received._replace(weights=tensors.weights))
     with torch.no_grad(), without_autocast(dout.device):
-        grads = CallBackward(call, beside, saved, dout, wanted.weights).run()
+        grads = CallBackward(call, of_call, dout, wanted.weights).run()
     dtopk_weights = None
     if grads.topk_weights is not None and wanted.topk_weights:
         dtopk_weights = grads.topk_weights.to(tensors.topk_weights.dtype)

@@ -31,12 +31,12 @@ from tritonmoe.expert_parallel.whole_call import (
     gradients_of_inputs,
     needs_of,
     run_whole_call,
+    save_forward,
     saved_forward,
-    tensors_to_save,
 )
 from tritonmoe.experts.tensors import CallTensors
 from tritonmoe.experts.weight_gradients import SharedWeightGrads
-from tritonmoe.runtime.autograd import Context, keep_beside, kept_beside, once_differentiable
+from tritonmoe.runtime.autograd import Context, once_differentiable
 from tritonmoe.runtime.host_device import is_captured
 from tritonmoe.transports import leaving_nobody_waiting
 
@@ -111,20 +111,15 @@ class _End(torch.autograd.Function):
         forward = split.forward
         del split.forward
         out = forward.end()
-        mark = None
-        if split.call.plan.needs_any:
-            mark = keep_beside(ctx, forward.kept)
-            ctx.save_for_backward(*tensors_to_save(forward, split.needs, mark))
-        return out, mark
+        return out, save_forward(ctx, forward, split.needs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Context, saved: Sequence[Tensor], dout: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        forward, mark = saved_forward(saved)
         split = ctx.split
         with split.in_turn(ctx.number):
-            kept = kept_beside(ctx, mark)
-            split.backward = CallBackward(split.call, kept, forward, dout, split.needs.weights, split.shared_grads)
+            kept = saved_forward(ctx, saved)
+            split.backward = CallBackward(split.call, kept, dout, split.needs.weights, split.shared_grads)
             split.backward.begin()
         return None, _token(dout)
 
