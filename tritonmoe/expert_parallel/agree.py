@@ -68,17 +68,16 @@ def _agree(call: RankCall, choice: Choice, header: CallHeader) -> AgreedCall:
 def _agree_on_balance(call: RankCall, first: AgreedCall, costs: MeasuredCosts) -> AgreedCall:
     """Plan a call once more if experts shall have copies in it; first: what was agreed without."""
     began, overlap = time.perf_counter(), first.plan.overlap
-    balanced = plan_balance(call, first.plan, costs)
-    if balanced.copies is None:
-        first.balance, first.expected_fs = balanced.words, balanced.expected_fs
+    copies = plan_balance(call, first, costs)
+    if copies is None:
         return first
-    terms = call_terms(call, overlap, balanced.copies.words)
-    second = _agree_on_copies(call, first.header._replace(terms=terms), overlap, balanced.copies)
+    terms = call_terms(call, overlap, copies.words)
+    second = _agree_on_copies(call, first.header._replace(terms=terms), overlap, copies)
     began_at, ended_at = first.plan.count_times, second.plan.count_times
     if began_at is not None and ended_at is not None:
         second.plan = replace(second.plan, count_times=CountTimes(began_at.posted, ended_at.left))
     second.pairs_without_copies = first.plan.traffic_pairs
-    second.balance, second.expected_fs = balanced.words, balanced.expected_fs
+    second.balance, second.expected_fs = first.balance, first.expected_fs
     second.planning_s = time.perf_counter() - began
     return second
 
