@@ -2,9 +2,10 @@
 
 Forward and backward of one layer's experts, all ranks beginning together; a call takes as long as its slowest rank.
 Variants run in interleaved rounds, each twice in a row, of which the second call is timed: as in a training, the call
-before it needed the same memory. They are: without copies, with OverlapConfig(balance="auto") and "always", and the ideal: the
-same routing with the hot experts spread evenly over the ranks from the start, by an ExpertPlacement. With --netns 2 the
-ranks are processes in network namespaces of this machine, with links of the given rates, one core and one thread each.
+before it needed the same memory. They are: without copies, with OverlapConfig(balance="auto") and "always", and the
+ideal: the same routing with the hot experts spread evenly over the ranks from the start, by an ExpertPlacement. With
+--netns 2 the ranks are processes in network namespaces of this machine, with links of the given rates, one core and one
+thread each.
 Without it they are emulated in this process, and their experts take time by sleeping, a fixed time for each pair
 (bench/sleeping_experts.py): the ideal is then routing to uniformly drawn experts, since every pair takes as long.
 
@@ -48,8 +49,8 @@ __all__ = ["main"]
 UNSHAPED = "40gbit"
 HIDDEN, INTERMEDIATE, NUM_EXPERTS, TOP_K = 512, 256, 64, 8
 SETTLED = 5
-"""Rounds that are not counted: "auto" knows what calls cost behind the second call, what they take without copies behind
-the fourth, and in the next five what they take with copies."""
+"""Rounds that are not counted. "auto" knows what calls cost behind the second call, what they take without copies
+behind the fourth, and in the next five what they take with copies."""
 
 PREDICTED = ("without", "auto", "always")
 

@@ -43,7 +43,9 @@ class EmulatedExchange(PendingExchange):
         bytes_in = (sum(output_splits) - output_splits[self.rank]) * row_bytes
         link = transport.world.link
         # How long this rank's port is occupied in each direction.
-        self.out_s, self.in_s = (0.0 if link is None else link.transfer_s(of, self.rank) for of in (bytes_out, bytes_in))
+        self.out_s, self.in_s = (
+            0.0 if link is None else link.transfer_s(of, self.rank) for of in (bytes_out, bytes_in)
+        )
         self.ready_at: float | None = None  # when the rows were there to be sent, as soon as that is known
         self.start: float | None = None  # when this rank's port turns to it, as soon as that is known
         self.peers: list[
