@@ -1,9 +1,11 @@
 """`python -m bench.balance`: a layer whose routing is skewed, with copies of hot experts and without.
 
 Forward and backward of one layer's experts, all ranks beginning together; a call takes as long as its slowest rank.
-Variants run in interleaved rounds: without copies, with OverlapConfig(balance="auto") and "always", and the ideal: the
-same routing with the hot experts spread evenly over the ranks from the start, by an ExpertPlacement. With --netns 2 the
-ranks are processes in network namespaces of this machine, with links of the given rates, one core and one thread each.
+Variants run in interleaved rounds, each twice in a row, of which the second call is timed: as in a training, the call
+before it needed the same memory. They are: without copies, with OverlapConfig(balance="auto") and "always", and the
+ideal: the same routing with the hot experts spread evenly over the ranks from the start, by an ExpertPlacement. With
+--netns 2 the ranks are processes in network namespaces of this machine, with links of the given rates, one core and one
+thread each.
 Without it they are emulated in this process, and their experts take time by sleeping, a fixed time for each pair
 (bench/sleeping_experts.py): the ideal is then routing to uniformly drawn experts, since every pair takes as long.
 
@@ -46,9 +48,9 @@ __all__ = ["main"]
 
 UNSHAPED = "40gbit"
 HIDDEN, INTERMEDIATE, NUM_EXPERTS, TOP_K = 512, 256, 64, 8
-SETTLED = 10
-"""Calls of every variant that are not counted: "auto" knows what calls cost behind the second, what they take without
-copies behind the fourth, and in the next five what they take with copies."""
+SETTLED = 5
+"""Rounds that are not counted. "auto" knows what calls cost behind the second call, what they take without copies
+behind the fourth, and in the next five what they take with copies."""
 
 PREDICTED = ("without", "auto", "always")
 
@@ -166,15 +168,16 @@ class Case:
         try:
             for number in range(SETTLED + rounds):
                 for current, call in self.variants.items():
-                    transport.barrier()
-                    started = time.perf_counter()
-                    call()
-                    seconds = time.perf_counter() - started
+                    for _ in range(2):
+                        transport.barrier()
+                        started = time.perf_counter()
+                        call()
+                        seconds = time.perf_counter() - started
                     if number >= SETTLED:
                         samples[current].append(seconds)
         finally:
             listeners.remove(listener)
-        reports = {name: of[-rounds:] for name, of in reports.items()}
+        reports = {name: of[-2 * rounds :][1::2] for name, of in reports.items()}
         around = {
             name: [seconds - _passes_s(report) for seconds, report in zip(of, reports[name], strict=True)]
             for name, of in samples.items()

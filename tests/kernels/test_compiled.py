@@ -21,12 +21,15 @@ def run(gpu, tmp_path, *arguments, tests=TESTS):
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=3000)
 
 
-ONE_OF_EACH_MATRIX_INSTRUCTION = ("sm_80", "sm_90", "sm_100", "gfx942")
+IN_THE_SECOND_TIER = ("sm_90", "sm_100", "gfx942")
 ONE_OF_EACH_MAKER = ("sm_90", "gfx942")
+GPUS = [
+    pytest.param(gpu, marks=pytest.mark.thorough if gpu in IN_THE_SECOND_TIER else pytest.mark.slow)
+    for gpu in VIRTUAL_GPUS
+]
 
 
-@pytest.mark.thorough
-@pytest.mark.parametrize("gpu", ONE_OF_EACH_MATRIX_INSTRUCTION)
+@pytest.mark.parametrize("gpu", GPUS)
 def test_one_layer_missing_waits_and_routers(gpu, tmp_path):
     """Routers on one GPU of each maker: tokens that are no numbers, odd rows, groups, ties."""
     chosen, tests, num_tests = "noticed or silu", TESTS, 2
@@ -37,8 +40,7 @@ def test_one_layer_missing_waits_and_routers(gpu, tmp_path):
     assert re.search(rf"\b{num_tests} passed", result.stdout), result.stdout[-3000:]
 
 
-@pytest.mark.thorough
-@pytest.mark.parametrize("gpu", VIRTUAL_GPUS)
+@pytest.mark.parametrize("gpu", GPUS)
 def test_packed_weights(gpu, tmp_path):
     """Every code and scale of every format, along both axes, and all four products."""
     result = run(gpu, tmp_path, "-k", "every_code or two_formats", tests=("test_packed_tiles.py",))

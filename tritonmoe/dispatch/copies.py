@@ -113,12 +113,14 @@ class ExpertCopies:
     @property
     def relayed(self) -> tuple[Tensor, Tensor]:
         """(W, W) float64: how many experts' weights go from rank i to rank k from owners, and then among copies."""
-        first, then = torch.zeros(2, self.size, self.size, dtype=torch.float64, device="cpu")
+        first, then = ([[0.0] * self.size for _ in range(self.size)] for _ in range(2))
         for copy in self.copies:
             ranks = self.ranks_of[copy.expert]
-            first[self.owner(copy), copy.rank] += 1 / len(ranks)
-            then[[rank for rank in ranks if rank != copy.rank], copy.rank] += 1 / len(ranks)
-        return first, then
+            first[self.owner(copy)][copy.rank] += 1 / len(ranks)
+            for rank in ranks:
+                then[rank][copy.rank] += (rank != copy.rank) / len(ranks)
+        of_both = torch.tensor([first, then], dtype=torch.float64, device="cpu")
+        return of_both[0], of_both[1]
 
     @cached_property
     def words(self) -> str:

@@ -82,8 +82,7 @@ class Delivery:
             exchange = waiting.popleft()
             if self.link is not None:
                 start = max(start, self._port_is_free_at[rank])
-                occupied_s = self.link.transfer_s(max(exchange.bytes_out, exchange.bytes_in), rank)
-                self._port_is_free_at[rank] = start + occupied_s
+                self._port_is_free_at[rank] = start + max(exchange.out_s, exchange.in_s)
             exchange.start = start
             for peer in exchange.peers:
                 if peer.start is not None:
@@ -101,13 +100,13 @@ class Delivery:
 
     def _arrival(self, link: LinkModel, sender: EmulatedExchange, receiver: EmulatedExchange, start: float) -> float:
         """Return when a message arrives to which both ports turned at `start`; on a slow link it waits its turn."""
-        rows, ends = sender.outgoing[receiver.rank], (sender.rank, receiver.rank)
-        link_s = link.link_s(rows.numel() * rows.element_size(), *ends)
-        if link_s:
+        ends, link_s = (sender.rank, receiver.rank), 0.0
+        if ends in link.slow_links:
+            rows = sender.outgoing[receiver.rank]
+            link_s = link.link_s(rows.numel() * rows.element_size(), *ends)
             start = max(start, self._link_is_free_at.get(ends, 0.0))
             self._link_is_free_at[ends] = start + link_s
-        ports_s = link.transfer_s(sender.bytes_out, sender.rank), link.transfer_s(receiver.bytes_in, receiver.rank)
-        return start + max(link_s, *ports_s) + link.message_s(*ends)
+        return start + max(link_s, sender.out_s, receiver.in_s) + link.message_s(*ends)
 
     def _wake(self) -> None:
         """Let the thread look at what has changed; it starts with the first such call."""
@@ -130,38 +129,51 @@ class Delivery:
         with self._lock:
             if self._is_closed:
                 return False
-            wait_s = self._messages[0][0] - time.perf_counter() if self._messages else None
-            if wait_s is None or wait_s > 0:
+            due = self._next_with_rows()
+            if due is None:
+                wait_s = self._messages[0][0] - time.perf_counter() if self._messages else None
                 if any(self._not_started):
                     wait_s = POLL_S if wait_s is None else min(wait_s, POLL_S)
-                self._has_messages.wait(wait_s)
+                if wait_s is None or wait_s > 0:
+                    self._has_messages.wait(wait_s)
                 return True
-            _, _, sender, receiver = heapq.heappop(self._messages)
+            sender, receiver = due
             source, target = sender.outgoing[receiver.rank], receiver.incoming[sender.rank]
-            is_wanted = receiver.failure is None
         # Not under the lock: posting must never wait for a copy.
         failure = None
         copied = None
-        if is_wanted and source.shape[0] > 0:
-            try:
-                copied = self._copy(sender, receiver, source, target)
-            except Exception as error:
-                failure = (
-                    f"exchange {sender.number}: copying from rank {sender.rank} to {receiver.rank} failed: {error}"
-                )
+        try:
+            copied = self._copy(sender, receiver, source, target)
+        except Exception as error:
+            failure = f"exchange {sender.number}: copying from rank {sender.rank} to {receiver.rank} failed: {error}"
         with self._lock:
-            del sender.outgoing[receiver.rank], receiver.incoming[sender.rank]
-            if source.shape[0] > 0:
-                receiver.arrived[sender.rank] = time.perf_counter()
             for exchange in (sender, receiver):
                 if copied is not None:
                     exchange.copied.append(copied)
                 if failure is not None:
                     exchange.fail(TransportError(f"{failure} ({exchange.words})"))
-                exchange.finish_if_complete()
             # Whoever waits goes on when the lock is free: the rows must not be held here any longer by then.
-            del exchange, sender, receiver, source, target
+            del exchange, source, target
+            self._finish(sender, receiver)
+            del due, sender, receiver
         return True
+
+    def _next_with_rows(self) -> tuple[EmulatedExchange, EmulatedExchange] | None:
+        """Return sender and receiver of the next message that is due, if there is one; finish empty ones before it."""
+        while self._messages and self._messages[0][0] <= time.perf_counter():
+            _, _, sender, receiver = heapq.heappop(self._messages)
+            if receiver.failure is None and sender.outgoing[receiver.rank].shape[0] > 0:
+                return sender, receiver
+            self._finish(sender, receiver)
+        return None
+
+    def _finish(self, sender: EmulatedExchange, receiver: EmulatedExchange) -> None:
+        """Take a message off both its ends."""
+        del receiver.incoming[sender.rank]
+        if sender.outgoing.pop(receiver.rank).shape[0] > 0:
+            receiver.arrived[sender.rank] = time.perf_counter()
+        sender.finish_if_complete()
+        receiver.finish_if_complete()
 
     def _note_ready(self) -> None:
         """Start the exchanges whose rows the device has computed since. Called without the lock."""

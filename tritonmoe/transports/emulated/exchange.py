@@ -39,8 +39,13 @@ class EmulatedExchange(PendingExchange):
         # Every rank must say the same here.
         self.format = f"{call} of rows {tuple(rows.shape[1:])} {rows.dtype} on {rows.device.type}"
         row_bytes = math.prod(rows.shape[1:]) * rows.element_size()
-        self.bytes_out = (sum(input_splits) - input_splits[self.rank]) * row_bytes
-        self.bytes_in = (sum(output_splits) - output_splits[self.rank]) * row_bytes
+        bytes_out = (sum(input_splits) - input_splits[self.rank]) * row_bytes
+        bytes_in = (sum(output_splits) - output_splits[self.rank]) * row_bytes
+        link = transport.world.link
+        # How long this rank's port is occupied in each direction.
+        self.out_s, self.in_s = (
+            0.0 if link is None else link.transfer_s(of, self.rank) for of in (bytes_out, bytes_in)
+        )
         self.ready_at: float | None = None  # when the rows were there to be sent, as soon as that is known
         self.start: float | None = None  # when this rank's port turns to it, as soon as that is known
         self.peers: list[

@@ -73,6 +73,11 @@ class EmulatedWorld:
         self._closed_because: str | None = None
         self._is_closed = threading.Event()
 
+    @property
+    def link(self) -> LinkModel | None:
+        """What exchanges posted from now on travel over."""
+        return self._delivery.link
+
     def set_link(self, link: LinkModel | None) -> None:
         """Return the ranks another link; what is under way goes on."""
         with self.lock:
