@@ -12,6 +12,7 @@ import time
 import torch
 from torch import Tensor
 
+from tritonmoe.backends.pair_work import BACKWARD, FORWARD, WEIGHT_GRADS, pair_work, products_and_elements
 from tritonmoe.benchmarks.argument_types import positive
 from tritonmoe.benchmarks.timing import add_arguments, write_json
 from tritonmoe.config.overlap import OverlapPlan, equal_sizes
@@ -75,7 +76,8 @@ def simulate(model: str, size: int, kind: str, rate: float, arguments: argparse.
     ids = skewed(size, sampled, num_experts, top_k, kind)
     counts = torch.stack([torch.bincount(of.flatten(), minlength=num_experts) for of in ids])
     rows, pairs = traffic(ids, num_experts, size)
-    expert_bytes, row_bytes, pair_s = 3 * width * inner * BYTES, width * BYTES, 18 * width * inner / FLOPS
+    flops, _ = products_and_elements(pair_work(width, inner), (*FORWARD, *BACKWARD, *WEIGHT_GRADS))
+    expert_bytes, row_bytes, pair_s = 3 * width * inner * BYTES, width * BYTES, flops / FLOPS
     costs = CopyCosts(
         int(pair_s / 3 * 1e15 * scale), int(pair_s * 2 / 3 * 1e15 * scale), int(1e6 / rate), int(PLANNING_S * 1e15),
         row_bytes * scale, row_bytes * scale, expert_bytes, expert_bytes,
