@@ -142,30 +142,45 @@ class CallForward(_CallPass[Tensor]):
         return self.copies.h, self.copies.weights if self.call.plan.keeps_copies else NOT_SAVED
 
     def _finish(self, timings: PassReport) -> Tensor:
-        call, plan, layer_pass = self.call, self.call.plan, self._pass
-        experts = layer_pass.experts
+        call, plan, out = self.call, self.call.plan, self._pass.out
+        experts = self._pass.experts
         if isinstance(experts, ForwardWithCopies):
             self.copies, experts = experts.copies, experts.own
         self.experts, inner_plan = call.after_forward(experts, timings)
-        width = self._tensors.x.shape[1]
+        call.report = self._report(timings)
+        for listener in listeners:
+            listener.after_forward(call.all_ranks, call.header, call.report, self.experts.grouping)
+        if call.flag is not None:
+            call.is_wrong = call.flag.wait().any().view(1)
+            poison([out], call.is_wrong)
+        # No backward goes through the graphs of a forward that will be recomputed.
+        is_first = checkpointed_region() is not None and not is_recomputing()
+        graphs = {} if is_first else self.experts.activation_graphs
+        copy_grouping = None if self.copies is None else self.copies.grouping
+        grouping = self.experts.grouping
+        self.kept = Kept(plan, inner_plan, grouping, graphs, call.report, call.copies, copy_grouping)
+        return out
+
+    def _report(self, timings: PassReport) -> LayerReport:
+        call, plan, layer_pass = self.call, self.call.plan, self._pass
+        weights, width = self._tensors.weights, self._tensors.x.shape[1]
         copied_bytes, copied_gradient_bytes = 0, (0, 0)
         if call.copies is not None:
-            weights = self._tensors.weights
             copied_bytes = expert_bytes(weights)
             copied_gradient_bytes = gradient_bytes(weights, plan.needs_weights, plan.has_wide_grads)
-        call.report = LayerReport(
-            call.all_ranks.rank,
-            plan.traffic,
-            plan.traffic_pairs,
-            layer_pass.dispatch_wire.row_bytes(width),
-            plan.overlap,
-            self._tensors.topk_ids.shape[1],
-            plan.send_offsets,
-            plan.return_offsets,
-            call.pair_offsets,
+        return LayerReport(
+            rank=call.all_ranks.rank,
+            traffic_rows=plan.traffic,
+            traffic_pairs=plan.traffic_pairs,
+            row_bytes=layer_pass.dispatch_wire.row_bytes(width),
+            other_row_bytes=layer_pass.wire.row_bytes(width),
+            overlap=plan.overlap,
+            top_k=self._tensors.topk_ids.shape[1],
+            send_offsets=plan.send_offsets,
+            return_offsets=plan.return_offsets,
+            pair_offsets=call.pair_offsets,
             forward=timings,
             wire_squares=layer_pass.wire_squares,
-            other_row_bytes=layer_pass.wire.row_bytes(width),
             first_run=call.first_run,
             rows_to_nodes=call.rows_to_nodes,
             copies=call.copies,
@@ -177,18 +192,6 @@ class CallForward(_CallPass[Tensor]):
             balance=call.balance,
             marks=None if plan.count_times is None else CallMarks(call.entered_at, *plan.count_times),
         )
-        for listener in listeners:
-            listener.after_forward(call.all_ranks, call.header, call.report, self.experts.grouping)
-        if call.flag is not None:
-            call.is_wrong = call.flag.wait().any().view(1)
-            poison([layer_pass.out], call.is_wrong)
-        # No backward goes through the graphs of a forward that will be recomputed.
-        is_first = checkpointed_region() is not None and not is_recomputing()
-        graphs = {} if is_first else self.experts.activation_graphs
-        copy_grouping = None if self.copies is None else self.copies.grouping
-        grouping = self.experts.grouping
-        self.kept = Kept(plan, inner_plan, grouping, graphs, call.report, call.copies, copy_grouping)
-        return layer_pass.out
 
 
 class CallBackward(_CallPass[CallTensors[Tensor | None]]):
