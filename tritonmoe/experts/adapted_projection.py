@@ -62,9 +62,9 @@ class AdaptedProjection(NamedTuple):
         return rows.index_select(0, grouping.row_index), grouping.by_pair
 
     @property
-    def _sizes(self) -> list[int]:
-        factors = (None if of is None else of.shape for of in (self.factor_a, self.factor_b))
-        return matrix_sizes(self.projection.shape, *factors)
+    def _sizes(self) -> tuple[int, int, int]:
+        a, b = (None if of is None else of.shape for of in (self.factor_a, self.factor_b))
+        return matrix_sizes(self.projection.shape, a, b)
 
     @property
     def num_products(self) -> int:

@@ -36,9 +36,15 @@ __all__ = [
 Shape = tuple[int, ...]
 
 
-def matrix_sizes(weight: Sequence[int], *factors: Sequence[int] | None) -> list[int]:
+def matrix_sizes(
+    weight: Sequence[int], factor_a: Sequence[int] | None, factor_b: Sequence[int] | None
+) -> tuple[int, int, int]:
     """Return how many elements an expert has of a weight, and of the factors of its adapter, of shapes (E, ., .)."""
-    return [0 if shape is None else shape[1] * shape[2] for shape in (weight, *factors)]
+
+    def size(shape: Sequence[int] | None) -> int:
+        return 0 if shape is None else shape[1] * shape[2]
+
+    return size(weight), size(factor_a), size(factor_b)
 
 
 def forward_flops(shapes: CallTensors[Shape]) -> int:
@@ -61,7 +67,7 @@ def _num_pairs(shapes: CallTensors[Shape]) -> int:
     return num_tokens * top_k
 
 
-def _sizes(shapes: CallTensors[Shape]) -> tuple[list[int], list[int]]:
+def _sizes(shapes: CallTensors[Shape]) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
     """Return matrix_sizes() of the up-projection and of the down-projection."""
     of = shapes.weights
     return (
