@@ -15,7 +15,7 @@ from tritonmoe.transports import Transport, TwoLevelTransport
 __all__ = ["RankCall"]
 
 
-@dataclass
+@dataclass(eq=False)
 class RankCall:
     """One call as this rank makes it. AgreedCall is what the ranks then agree on."""
 
