@@ -13,7 +13,7 @@ import tritonmoe as tm
 from tritonmoe.config.layer import PerWeight
 from tritonmoe.expert_parallel.call_spec import CallSpec
 from tritonmoe.expert_parallel.expert_parallel_mlp import run_expert_parallel
-from tritonmoe.expert_parallel.rank_call import RankCall
+from tritonmoe.expert_parallel.proposed_call import ProposedCall
 from tritonmoe.experts.adapters import with_adapters
 from tritonmoe.experts.moe_mlp import run_experts
 from tritonmoe.experts.spec import ExpertSpec, expert_spec
@@ -139,7 +139,9 @@ class DroppedBatch(Batch):
     def call(self, transport: Transport, leaves: dict[str, Tensor], overlap, placement=None, **options) -> Tensor:
         rank = transport.rank
         spec, inputs = self.arguments(leaves, self.ids[rank], self.seeds[rank], options)
-        return run_expert_parallel(RankCall(CallSpec(spec, self.num_experts, overlap, placement), transport, inputs))
+        return run_expert_parallel(
+            ProposedCall(CallSpec(spec, self.num_experts, overlap, placement), transport, inputs)
+        )
 
     def on_one_device(self) -> dict[str, Tensor]:
         leaves = {name: torch.cat(self.tokens[name]).requires_grad_() for name in ("x", "topk_weights")}

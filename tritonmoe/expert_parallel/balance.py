@@ -9,7 +9,7 @@ from tritonmoe.dispatch.plan import DispatchPlan
 from tritonmoe.dispatch.send_plan import count_keys
 from tritonmoe.errors import TransportError
 from tritonmoe.expert_parallel.agreed_call import AgreedCall
-from tritonmoe.expert_parallel.rank_call import RankCall
+from tritonmoe.expert_parallel.proposed_call import ProposedCall
 from tritonmoe.overlap.copy_exchanges import expert_bytes, gradient_bytes
 from tritonmoe.runtime.host_device import HostCopy
 from tritonmoe.transports import leaving_nobody_waiting
@@ -20,7 +20,7 @@ from tritonmoe.tuning.copy_costs import MeasuredCosts, Numbers, agreed_costs
 __all__ = ["plan_balance"]
 
 
-def plan_balance(call: RankCall, agreed: AgreedCall, costs: MeasuredCosts) -> ExpertCopies | None:
+def plan_balance(call: ProposedCall, agreed: AgreedCall, costs: MeasuredCosts) -> ExpertCopies | None:
     """Decide on the copies of a call from every rank's counts; one exchange, where ranks are uneven at all.
 
     Args:
@@ -65,7 +65,7 @@ def plan_balance(call: RankCall, agreed: AgreedCall, costs: MeasuredCosts) -> Ex
     return found.copies
 
 
-def _count_slots(call: RankCall) -> Tensor:
+def _count_slots(call: ProposedCall) -> Tensor:
     """Return how many pairs this rank's tokens have of each slot, (slots,) int64 on the CPU."""
     ids = call.tensors.topk_ids.long()
     keys = ids.masked_fill((ids < 0) | (ids >= call.num_slots), call.num_slots)
@@ -73,7 +73,7 @@ def _count_slots(call: RankCall) -> Tensor:
     return counts
 
 
-def _costs(call: RankCall, plan: DispatchPlan, numbers: list[Numbers]) -> CopyCosts | None:
+def _costs(call: ProposedCall, plan: DispatchPlan, numbers: list[Numbers]) -> CopyCosts | None:
     x = call.tensors.x
     wire = WireFormat(x.dtype, plan.overlap.wire_dtype)
     after = WireFormat(x.dtype, None if plan.overlap.wire_dtype == torch.float8_e4m3fn else plan.overlap.wire_dtype)

@@ -16,7 +16,7 @@ from tritonmoe.dispatch.placement import ExpertPlacement
 from tritonmoe.dispatch.two_level import check_two_level
 from tritonmoe.expert_parallel.call_spec import CallSpec
 from tritonmoe.expert_parallel.listeners import listeners
-from tritonmoe.expert_parallel.rank_call import RankCall
+from tritonmoe.expert_parallel.proposed_call import ProposedCall
 from tritonmoe.expert_parallel.state import refuse, state_of
 from tritonmoe.experts.adapter_dropout import with_row_seeds
 from tritonmoe.experts.arguments import (
@@ -37,7 +37,7 @@ __all__ = ["MAX_FILLERS", "check", "check_expert_parallel", "check_fillers"]
 MAX_FILLERS = 2
 
 
-def check(call: RankCall) -> None:
+def check(call: ProposedCall) -> None:
     """Check a call on this rank, before anything of it is sent, and note in it what follows from its arguments alone.
 
     Raises:
@@ -92,7 +92,7 @@ def _with_activation_parameters(tensors: CallTensors[Tensor], spec: ExpertSpec) 
     return tensors._replace(activation_parameters=activation_parameters(spec.activation, like, spec.layout))
 
 
-def _checked_tensors(call: RankCall) -> tuple[CallTensors[Tensor], PerWeight[Tensor] | None]:
+def _checked_tensors(call: ProposedCall) -> tuple[CallTensors[Tensor], PerWeight[Tensor] | None]:
     """Check what is so on every transport, in a CUDA graph or not.
 
     Return the tensors in autocast's dtypes, and the weights as they are given where a main_grad hangs on one.

@@ -15,7 +15,7 @@ from tritonmoe.expert_parallel.call_spec import CallSpec
 from tritonmoe.expert_parallel.check import MAX_FILLERS
 from tritonmoe.expert_parallel.halves import current_half
 from tritonmoe.expert_parallel.operator import expert_parallel_operator
-from tritonmoe.expert_parallel.rank_call import RankCall
+from tritonmoe.expert_parallel.proposed_call import ProposedCall
 from tritonmoe.expert_parallel.split_call import begin_half_call, run_split_call
 from tritonmoe.expert_parallel.state import refuse
 from tritonmoe.expert_parallel.whole_call import run_whole_call
@@ -106,12 +106,12 @@ def expert_parallel_mlp(
         raise
     spec = CallSpec(experts, num_experts, DEFAULT_OVERLAP if overlap is None else overlap, placement)
     tensors = CallTensors(x, topk_ids, topk_weights, weights)
-    out = run_expert_parallel(RankCall(spec, transport, tensors, fillers=fillers))
+    out = run_expert_parallel(ProposedCall(spec, transport, tensors, fillers=fillers))
     watch_ids(topk_ids, num_experts)
     return out
 
 
-def run_expert_parallel(call: RankCall) -> Tensor:
+def run_expert_parallel(call: ProposedCall) -> Tensor:
     """Run one layer call: as an operator where torch.compile sees it, otherwise as an autograd Function."""
     if not torch.compiler.is_compiling():
         return _run_eagerly(call)
@@ -123,7 +123,7 @@ def run_expert_parallel(call: RankCall) -> Tensor:
     return expert_parallel_operator(call)
 
 
-def _run_eagerly(call: RankCall) -> Tensor:
+def _run_eagerly(call: ProposedCall) -> Tensor:
     if is_transformed():
         refuse(call.transport)
         raise RuntimeError(NOT_EXPERT_PARALLEL)
@@ -136,6 +136,6 @@ def _run_eagerly(call: RankCall) -> Tensor:
 
 
 @outside_graphs
-def _run_callable_or_main_grad(call: RankCall) -> Tensor:
+def _run_callable_or_main_grad(call: ProposedCall) -> Tensor:
     """Break the graph: an operator takes no callable and returns gradients."""
     return _run_eagerly(call)

@@ -28,7 +28,7 @@ from tritonmoe.expert_parallel.call import run_call
 from tritonmoe.expert_parallel.call_pass import CallBackward, CallForward
 from tritonmoe.expert_parallel.call_spec import decode, encode
 from tritonmoe.expert_parallel.halves import current_half
-from tritonmoe.expert_parallel.rank_call import RankCall
+from tritonmoe.expert_parallel.proposed_call import ProposedCall
 from tritonmoe.expert_parallel.state import refuse
 from tritonmoe.experts.adapter_dropout import with_row_seeds
 from tritonmoe.experts.flops import FLOP_FORMULAS, Shape, backward_flops, forward_flops, register_flop_formulas
@@ -79,7 +79,7 @@ def _expert_parallel_mlp(turn: Tensor, layer: Tensor | None, *arguments: Any) ->
             kept = hold((call, of_call))
         return out
 
-    call = RankCall(decode(spec), find(turn), tensors, calling, nonfinite_scores, is_compiled=True)
+    call = ProposedCall(decode(spec), find(turn), tensors, calling, nonfinite_scores, is_compiled=True)
     call.grad_enabled, call.needs = grad_enabled, CallTensors.unflatten(needs)
     with torch.no_grad(), without_autocast(tensors.x.device):
         out = run_call(call, run_forward)
@@ -172,7 +172,7 @@ FLOP_FORMULAS[torch.ops.tritonmoe.expert_parallel_mlp] = _forward_flops
 FLOP_FORMULAS[torch.ops.tritonmoe.expert_parallel_mlp_backward] = _backward_flops
 
 
-def expert_parallel_operator(call: RankCall) -> Tensor:
+def expert_parallel_operator(call: ProposedCall) -> Tensor:
     """Call the operator tritonmoe::expert_parallel_mlp: (T, D). Fillers are in the graph, and run before it."""
     for filler in call.fillers:
         filler()

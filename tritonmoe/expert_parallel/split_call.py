@@ -24,7 +24,7 @@ from tritonmoe.config.layer import PerWeight
 from tritonmoe.expert_parallel.agreed_call import AgreedCall
 from tritonmoe.expert_parallel.call_pass import CallBackward, CallForward
 from tritonmoe.expert_parallel.halves import Half, NodeOrder
-from tritonmoe.expert_parallel.rank_call import RankCall
+from tritonmoe.expert_parallel.proposed_call import ProposedCall
 from tritonmoe.expert_parallel.state import refuse
 from tritonmoe.expert_parallel.whole_call import (
     anchor_of,
@@ -172,7 +172,7 @@ class _Posted(NamedTuple):
     """Of its first Function, which runs last in its backward; None where it needs no gradient."""
 
 
-def begin_half_call(half: Half, call: RankCall) -> None:
+def begin_half_call(half: Half, call: ProposedCall) -> None:
     """Check that half a batch can make this call here, before anything of it is sent.
 
     Raises:

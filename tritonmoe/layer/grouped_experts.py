@@ -14,7 +14,7 @@ from tritonmoe.dispatch.placement import ExpertPlacement
 from tritonmoe.expert_parallel.call_spec import CallSpec
 from tritonmoe.expert_parallel.check import check_expert_parallel
 from tritonmoe.expert_parallel.expert_parallel_mlp import run_expert_parallel
-from tritonmoe.expert_parallel.rank_call import RankCall
+from tritonmoe.expert_parallel.proposed_call import ProposedCall
 from tritonmoe.expert_parallel.state import LayerCalls, refuse
 from tritonmoe.experts.adapters import ExpertAdapters, noted_adapters
 from tritonmoe.experts.moe_mlp import run_experts
@@ -291,7 +291,7 @@ class GroupedExperts(nn.Module):
         except Exception:
             refuse(self.transport)
             raise
-        return run_expert_parallel(RankCall(spec, self.transport, inputs, self.calls, num_nonfinite_rows, fillers))
+        return run_expert_parallel(ProposedCall(spec, self.transport, inputs, self.calls, num_nonfinite_rows, fillers))
 
     def _in_mode(self, adapters: ExpertAdapters | None) -> ExpertAdapters | None:
         """Return adapters without dropout, but in training mode."""

@@ -1,4 +1,4 @@
-"""RankCall: one expert-parallel call of this rank, from what its caller gives to what check() makes of it."""
+"""ProposedCall: one expert-parallel call as this rank would make it, before the ranks have agreed on it."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -12,12 +12,12 @@ from tritonmoe.experts.spec import ExpertSettings
 from tritonmoe.experts.tensors import CallTensors
 from tritonmoe.transports import Transport, TwoLevelTransport
 
-__all__ = ["RankCall"]
+__all__ = ["ProposedCall"]
 
 
 @dataclass(eq=False)
-class RankCall:
-    """One call as this rank makes it. AgreedCall is what the ranks then agree on."""
+class ProposedCall:
+    """One call as its caller gives it, and what check() finds out; AgreedCall is what the ranks then agree on."""
 
     spec: CallSpec
     transport: Transport
