@@ -10,6 +10,7 @@ from typing import NamedTuple
 __all__ = [
     "BACKWARD",
     "FORWARD",
+    "SUMS",
     "WEIGHT_GRADS",
     "PairWork",
     "grad_multiplications",
