@@ -12,6 +12,7 @@ import time
 import torch
 from torch import Tensor
 
+from tritonmoe.backends.pair_work import BACKWARD, FORWARD, WEIGHT_GRADS, pair_work, products_and_elements
 from tritonmoe.benchmarks.argument_types import positive
 from tritonmoe.benchmarks.timing import add_arguments, write_json
 from tritonmoe.config.overlap import OverlapPlan, equal_sizes
@@ -19,8 +20,9 @@ from tritonmoe.dispatch.copies import ExpertCopies
 from tritonmoe.dispatch.copy_planner import CopyCosts, is_uneven, plan_copies
 from tritonmoe.runtime.files import Json
 from tritonmoe.simulation.copy_work import CopyWork, gradient_parts
-from tritonmoe.simulation.cost_model import LayerWork, LinkCosts, StepCosts
+from tritonmoe.simulation.cost_model import LayerWork, LinkCosts
 from tritonmoe.simulation.simulator import simulate_layer
+from tritonmoe.simulation.step_costs import StepCosts
 
 __all__ = ["main"]
 
@@ -74,7 +76,8 @@ def simulate(model: str, size: int, kind: str, rate: float, arguments: argparse.
     ids = skewed(size, sampled, num_experts, top_k, kind)
     counts = torch.stack([torch.bincount(of.flatten(), minlength=num_experts) for of in ids])
     rows, pairs = traffic(ids, num_experts, size)
-    expert_bytes, row_bytes, pair_s = 3 * width * inner * BYTES, width * BYTES, 18 * width * inner / FLOPS
+    flops, _ = products_and_elements(pair_work(width, inner), (*FORWARD, *BACKWARD, *WEIGHT_GRADS))
+    expert_bytes, row_bytes, pair_s = 3 * width * inner * BYTES, width * BYTES, flops / FLOPS
     costs = CopyCosts(
         int(pair_s / 3 * 1e15 * scale), int(pair_s * 2 / 3 * 1e15 * scale), int(1e6 / rate), int(PLANNING_S * 1e15),
         row_bytes * scale, row_bytes * scale, expert_bytes, expert_bytes,

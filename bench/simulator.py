@@ -16,8 +16,9 @@ from tritonmoe.config.overlap import OverlapConfig, OverlapPlan, equal_sizes, ra
 from tritonmoe.dispatch.plan import DispatchPlan
 from tritonmoe.overlap.report import LayerReport
 from tritonmoe.overlap.schedule import build_forward
-from tritonmoe.simulation.cost_model import LayerWork, LinkCosts, StepCosts
+from tritonmoe.simulation.cost_model import LayerWork, LinkCosts
 from tritonmoe.simulation.simulator import simulate, simulate_layer
+from tritonmoe.simulation.step_costs import StepCosts
 from tritonmoe.transports import LinkModel, Transport
 from tritonmoe.transports.emulated.emulated_ranks import run_on_emulated_ranks
 from tritonmoe.tuning.measured_calls import layer_costs, layer_work

@@ -12,8 +12,9 @@ from torch import Tensor
 import tritonmoe as tm
 from tritonmoe.diagnosis.call_recording import FORMAT, SCHEMA, file_name, plain_plan
 from tritonmoe.overlap.schedule import build_backward, build_forward
-from tritonmoe.simulation.cost_model import EachLink, InsidePorts, LayerWork, LinkCosts, StepCosts
+from tritonmoe.simulation.cost_model import EachLink, InsidePorts, LayerWork, LinkCosts
 from tritonmoe.simulation.simulator import SimulatedStep, simulate
+from tritonmoe.simulation.step_costs import StepCosts
 from tritonmoe.simulation.step_units import step_units
 from tritonmoe.simulation.two_level_work import TwoLevelWork
 

@@ -23,8 +23,9 @@ from tritonmoe.dispatch.send_plan import plan_tokens
 from tritonmoe.expert_parallel.agreed_call import group_received
 from tritonmoe.grouping import Grouping
 from tritonmoe.overlap.schedule import build_backward, build_forward
-from tritonmoe.simulation.cost_model import LayerWork, LinkCosts, StepCosts
+from tritonmoe.simulation.cost_model import LayerWork, LinkCosts
 from tritonmoe.simulation.simulator import simulate, simulate_layer
+from tritonmoe.simulation.step_costs import StepCosts
 from tritonmoe.transports import Delay, Transport, TwoLevelTransport
 from tritonmoe.tuning.tuner import SETTLING_CALLS
 

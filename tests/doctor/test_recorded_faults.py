@@ -14,7 +14,8 @@ from tritonmoe.doctor.attribution import Verdict, attribute
 from tritonmoe.doctor.recorded_causes import known_of
 from tritonmoe.doctor.recorded_graph import graph_of
 from tritonmoe.doctor.recorded_run import judge_recording
-from tritonmoe.simulation.cost_model import LinkCosts, StepCosts
+from tritonmoe.simulation.cost_model import LinkCosts
+from tritonmoe.simulation.step_costs import StepCosts
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 import tritonmoe as tm
 from tritonmoe.errors import CountMismatch, TransportError
 from tritonmoe.expert_parallel import balance
-from tritonmoe.expert_parallel.check import CheckedCall
 from tritonmoe.expert_parallel.listeners import listeners
+from tritonmoe.expert_parallel.proposed_call import ProposedCall
 from tritonmoe.overlap.report import LayerReport
 from tritonmoe.transports import Delay, PendingExchange, Transport
 
@@ -480,7 +480,7 @@ def test_a_rank_that_fails_while_it_plans(monkeypatch) -> None:
         with pytest.raises((TransportError, ZeroDivisionError)):
             batch.call(transport, batch.of_rank(transport.rank), ALWAYS)
 
-    def count(call: CheckedCall) -> Tensor:
+    def count(call: ProposedCall) -> Tensor:
         if call.transport.rank == 0:
             raise ZeroDivisionError
         return counts(call)

@@ -346,13 +346,13 @@ def test_exchanges_keep_the_order_of_the_program(backend: str, monkeypatch: pyte
 
     def spied(direction: str, function: Callable, place: int) -> Callable:
         def spy(*args, **kwargs):
-            tensors = getattr(args[place], "received", args[place])  # of SavedTensors
+            tensors = getattr(args[place], "received", args[place])  # of Kept
             log.append(f"{direction} {names[tensors.weights.gate_up_proj.data_ptr()]}")
             return function(*args, **kwargs)
 
         return spy
 
-    for kind, place in ((CallForward, 2), (CallBackward, 3)):
+    for kind, place in ((CallForward, 2), (CallBackward, 2)):
         monkeypatch.setattr(kind, "__init__", spied(kind.__name__, kind.__init__, place))
     found = []
     leaves = draw(LocalTransport())

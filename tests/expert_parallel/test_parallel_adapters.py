@@ -11,8 +11,9 @@ from torch import Tensor
 
 import tritonmoe as tm
 from tritonmoe.config.layer import PerWeight
-from tritonmoe.expert_parallel.call_spec import CallArguments, CallSpec
+from tritonmoe.expert_parallel.call_spec import CallSpec
 from tritonmoe.expert_parallel.expert_parallel_mlp import run_expert_parallel
+from tritonmoe.expert_parallel.proposed_call import ProposedCall
 from tritonmoe.experts.adapters import with_adapters
 from tritonmoe.experts.moe_mlp import run_experts
 from tritonmoe.experts.spec import ExpertSpec, expert_spec
@@ -139,7 +140,7 @@ class DroppedBatch(Batch):
         rank = transport.rank
         spec, inputs = self.arguments(leaves, self.ids[rank], self.seeds[rank], options)
         return run_expert_parallel(
-            CallArguments(CallSpec(spec, self.num_experts, overlap, placement), transport, inputs)
+            ProposedCall(CallSpec(spec, self.num_experts, overlap, placement), transport, inputs)
         )
 
     def on_one_device(self) -> dict[str, Tensor]:

@@ -170,7 +170,7 @@ def check_received_rows(
         kept.pop(known, None)
     num_rows = 0
     for node in nodes:
-        saved, _ = saved_forward(node.saved_tensors)
+        saved = saved_forward(node, node.saved_tensors)
         num_rows += saved.received.x.shape[0]
     must = 2 * HIDDEN * num_rows + 4 * INTERMEDIATE * topk_ids.numel()
     of_call = size * (4 * (num_experts // size + 1) * (overlap.num_segments + 3) + 2 * 8 * size**2 + 64)

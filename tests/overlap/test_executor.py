@@ -170,10 +170,10 @@ def run_sleeping(
                 y, forward = forward_pass.run()
                 assert torch.equal(y, 2 * x)
                 experts, weights = forward_pass.experts, forward_pass.received_weights
-                (dx, dweights, _), backward = BackwardPass(exchanges, experts, weights, dout, (False,) * 4).run()
-                assert torch.equal(dx, 2 * dout)
-                assert torch.equal(dweights, torch.ones(num_tokens, 1))
-        return y, dx, forward, backward
+                grads, backward = BackwardPass(exchanges, experts, weights, dout, (False,) * 4).run()
+                assert torch.equal(grads.x, 2 * dout)
+                assert torch.equal(grads.topk_weights, torch.ones(num_tokens, 1))
+        return y, grads.x, forward, backward
 
     return tm.run_on_emulated_ranks(on_rank, 2, timeout_s=20, link=link)
 

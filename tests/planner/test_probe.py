@@ -13,8 +13,9 @@ import tritonmoe.planner.probe_costs
 from tritonmoe.overlap import report as layer_report
 from tritonmoe.overlap.schedule import build_backward, build_forward
 from tritonmoe.planner.probe_costs import probe, probe_link, probe_steps
-from tritonmoe.simulation.cost_model import LayerWork, LinkCosts, StepCosts
+from tritonmoe.simulation.cost_model import LayerWork, LinkCosts
 from tritonmoe.simulation.simulator import simulate_layer
+from tritonmoe.simulation.step_costs import StepCosts
 from tritonmoe.transports import LocalTransport, PendingExchange, Transport
 from tritonmoe.tuning.search import search
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tritonmoe.config.overlap import OverlapPlan
-from tritonmoe.planner.cluster import BetweenLink, Cluster, Estimate, Gpu, Host, InsideLink
+from tritonmoe.planner.cluster import BetweenLink, Cluster, Estimate, Gpu, Host, Link
 from tritonmoe.planner.cluster_presets import CLUSTERS
 from tritonmoe.planner.job import Job, expert_degrees
 from tritonmoe.planner.job_memory import memory_gb
@@ -34,7 +34,7 @@ def bare(nodes: int = 1, gpus: int = 1, *, flops: float = 1e9, inside: float = 1
     link = {"efficiency": all_of_it, "latency_us": nothing, "us_per_peer": nothing}
     return Cluster(
         *("bare", nodes, gpus, 1.0, 0, gpu),
-        InsideLink(gb_per_s=inside, **link),
+        Link(gb_per_s=inside, **link),
         BetweenLink(gb_per_s=between, **link, decay=nothing),
         Host(nothing, nothing, nothing),
     )
@@ -107,7 +107,7 @@ def test_two_levels_send_a_row_once_to_every_node():
 
 
 def test_the_link_is_the_slower_of_both_with_what_every_peer_costs():
-    inside = InsideLink(gb_per_s=100.0, efficiency=measured(0.5), latency_us=measured(10.0), us_per_peer=measured(1.0))
+    inside = Link(gb_per_s=100.0, efficiency=measured(0.5), latency_us=measured(10.0), us_per_peer=measured(1.0))
     between = BetweenLink(
         gb_per_s=50.0,
         efficiency=measured(0.8),

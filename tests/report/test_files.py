@@ -24,8 +24,9 @@ from tritonmoe.report.timeline import (
     pass_timeline,
     simulated_timeline,
 )
-from tritonmoe.simulation.cost_model import LayerWork, LinkCosts, StepCosts
+from tritonmoe.simulation.cost_model import LayerWork, LinkCosts
 from tritonmoe.simulation.simulator import simulate_layer
+from tritonmoe.simulation.step_costs import StepCosts
 from tritonmoe.simulation.two_level_work import TwoLevelWork
 from tritonmoe.transports import TwoLevelTransport
 

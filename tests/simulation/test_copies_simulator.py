@@ -4,8 +4,9 @@ import torch
 
 from tritonmoe.config.overlap import OverlapPlan
 from tritonmoe.simulation.copy_work import CopyWork
-from tritonmoe.simulation.cost_model import LayerWork, LinkCosts, StepCosts
+from tritonmoe.simulation.cost_model import LayerWork, LinkCosts
 from tritonmoe.simulation.simulator import simulate_layer
+from tritonmoe.simulation.step_costs import StepCosts
 
 PLAN = OverlapPlan(local_first=False)
 LINK = LinkCosts(0.0, 1.0)

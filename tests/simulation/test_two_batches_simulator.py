@@ -7,9 +7,10 @@ import torch
 
 import tritonmoe as tm
 from tritonmoe.overlap.schedule import build_forward
-from tritonmoe.simulation.cost_model import LayerWork, LinkCosts, StepCosts
+from tritonmoe.simulation.cost_model import LayerWork, LinkCosts
 from tritonmoe.simulation.halves_in_turn import simulate_two_batches
 from tritonmoe.simulation.simulator import simulate, simulate_layer
+from tritonmoe.simulation.step_costs import StepCosts
 from tritonmoe.simulation.two_level_work import TwoLevelWork
 from tritonmoe.tuning.search import search
 

@@ -12,8 +12,9 @@ import tritonmoe as tm
 from tritonmoe.config.overlap import MAX_CHUNKS, equal_sizes, ramp_sizes
 from tritonmoe.overlap.steps import Step, StepKind
 from tritonmoe.simulation.buffer_widths import BufferWidths, WorkingSet
-from tritonmoe.simulation.cost_model import LayerWork, LinkCosts, StepCosts
+from tritonmoe.simulation.cost_model import LayerWork, LinkCosts
 from tritonmoe.simulation.memory import peak_bytes
+from tritonmoe.simulation.step_costs import StepCosts
 from tritonmoe.transports import LocalTransport, Transport
 from tritonmoe.tuning import tuner
 from tritonmoe.tuning.measured_calls import layer_costs, link_costs, median_steps

@@ -12,8 +12,9 @@ from tritonmoe.benchmarks.replayed_peers import work_of_one
 from tritonmoe.benchmarks.timing import Samples
 from tritonmoe.overlap.report import LayerReport
 from tritonmoe.planner.probe_costs import probe_link
-from tritonmoe.simulation.cost_model import LayerWork, LinkCosts, StepCosts
+from tritonmoe.simulation.cost_model import LayerWork, LinkCosts
 from tritonmoe.simulation.simulator import Simulation, simulate_layer
+from tritonmoe.simulation.step_costs import StepCosts
 from tritonmoe.simulation.two_level_work import TwoLevelWork
 from tritonmoe.transports import TwoLevelTransport
 from tritonmoe.tuning.measured_calls import layer_work, median_steps

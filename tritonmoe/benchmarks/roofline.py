@@ -2,13 +2,14 @@
 
 from dataclasses import dataclass
 
+from tritonmoe.backends.pair_work import WEIGHT_GRADS, pair_work
 from tritonmoe.benchmarks.shapes import LayerShape
 from tritonmoe.config.formats import bytes_per_value
 
 __all__ = ["BACKWARD_PRODUCTS", "FORWARD_PRODUCTS", "H100", "Card", "Work", "kernel_work", "product_flops"]
 
 FORWARD_PRODUCTS = ("up", "down")
-BACKWARD_PRODUCTS = ("down_grad", "up_grad", "weight_grad W1", "weight_grad W2")
+BACKWARD_PRODUCTS = ("down_grad", "up_grad", *WEIGHT_GRADS)
 
 
 @dataclass(frozen=True)
@@ -62,29 +63,29 @@ def kernel_work(shape: LayerShape, num_tokens: int, *, element_bytes: int = 2) -
     that a kernel can move, so the time that follows is a bound and no prediction. min(E, N) experts have a token.
     Packed weights have no gradients.
     """
-    t, k, d, f = num_tokens, shape.top_k, shape.hidden_size, shape.intermediate_size
-    n = t * k
-    gates = 2 if shape.layout.gated else 1
-    experts = min(shape.num_experts, n)
-    b = element_bytes
-    x, pairs, hidden, inner = t * d * b, n * d * b, n * gates * f * b, n * f * b
-    weight_bytes = b if shape.weight_format is None else bytes_per_value(shape.weight_format)
-    w1, w2 = (round(experts * width * f * d * weight_bytes) for width in (gates, 1))
-    all_w1, all_w2 = (shape.num_experts * width * f * d * b for width in (gates, 1))
+    d, f, n = shape.hidden_size, shape.intermediate_size, num_tokens * shape.top_k
+    of_pair = pair_work(d, f, gated=shape.layout.gated)
+    elements = {"W1": (2 if shape.layout.gated else 1) * f * d, "W2": f * d}
+    weight_bytes = element_bytes if shape.weight_format is None else bytes_per_value(shape.weight_format)
+    w1, w2 = (round(min(shape.num_experts, n) * of * weight_bytes) for of in elements.values())
+    all_w1, all_w2 = (shape.num_experts * of * element_bytes for of in elements.values())
     index, gate_weights = 4 * n, 4 * n
-    up_flops, down_flops = 2 * n * d * gates * f, 2 * n * d * f
-    work = {
-        "group": Work(0, 8 * n + 2 * index),
-        "up": Work(up_flops, x + w1 + index + hidden + inner),
-        "down": Work(down_flops, inner + w2 + pairs),
-        "gather_sum": Work(2 * n * d, pairs + index + gate_weights + x),
-        "down_grad": Work(down_flops, x + w2 + hidden + index + gate_weights + hidden + inner + 4 * n),
-        "up_grad": Work(up_flops, hidden + w1 + pairs),
-        "gather_sum_grad": Work(n * d, pairs + index + x),
+    others = {
+        "up": w1 + index,
+        "down": w2,
+        "gather_sum": index + gate_weights,
+        "down_grad": w2 + index + gate_weights + 4 * n,
+        "up_grad": w1,
+        "gather_sum_grad": index,
+        "weight_grad W1": index + all_w1,
+        "weight_grad W2": index + all_w2,
     }
-    if shape.weight_format is None:
-        work["weight_grad W1"] = Work(up_flops, x + hidden + index + all_w1)
-        work["weight_grad W2"] = Work(down_flops, x + inner + index + all_w2)
+    work = {"group": Work(0, 8 * n + 2 * index)}
+    for name, num_bytes in others.items():
+        if shape.weight_format is None or name not in WEIGHT_GRADS:
+            flops, token_elements, pair_elements = of_pair[name]
+            rows = (num_tokens * token_elements + n * pair_elements) * element_bytes
+            work[name] = Work(n * flops, rows + num_bytes)
     return work
 
 

@@ -18,9 +18,10 @@ from tritonmoe.doctor.costs import Costs
 from tritonmoe.doctor.entries import Entry, PassesBefore, entries_of, most_entered
 from tritonmoe.overlap.schedule import Schedule
 from tritonmoe.overlap.steps import StepKind
-from tritonmoe.simulation.cost_model import LayerWork, LinkCosts, StepCosts
+from tritonmoe.simulation.cost_model import LayerWork, LinkCosts
 from tritonmoe.simulation.halves_in_turn import simulate_two_batches
 from tritonmoe.simulation.simulator import Simulation, simulate
+from tritonmoe.simulation.step_costs import StepCosts
 from tritonmoe.simulation.two_level_work import TwoLevelWork
 
 __all__ = [

@@ -21,7 +21,8 @@ from tritonmoe.doctor.links import fit_links
 from tritonmoe.doctor.messages import KEPT_PASSES
 from tritonmoe.overlap.step_timing import covered_s
 from tritonmoe.overlap.steps import Step, StepKind, Unit
-from tritonmoe.simulation.cost_model import LayerWork, LinkCosts, StepCosts
+from tritonmoe.simulation.cost_model import LayerWork, LinkCosts
+from tritonmoe.simulation.step_costs import StepCosts
 from tritonmoe.simulation.step_units import step_units
 
 __all__ = ["Costs", "fit_costs"]

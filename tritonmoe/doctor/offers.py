@@ -20,8 +20,9 @@ from tritonmoe.doctor.usual import usual_of
 from tritonmoe.doctor.walk import walker_of
 from tritonmoe.overlap.schedule import build_forward
 from tritonmoe.overlap.steps import StepKind
-from tritonmoe.simulation.cost_model import LayerWork, LinkCosts, StepCosts
+from tritonmoe.simulation.cost_model import LayerWork, LinkCosts
 from tritonmoe.simulation.simulator import simulate
+from tritonmoe.simulation.step_costs import StepCosts
 
 __all__ = ["Offers", "offers_of"]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from tritonmoe.doctor.link_fit import SMALLEST_RATIO
-from tritonmoe.simulation.cost_model import fit_line
+from tritonmoe.simulation.step_costs import fit_line
 from tritonmoe.transports import Transport
 
 __all__ = ["PairTimes", "probe_pairs"]

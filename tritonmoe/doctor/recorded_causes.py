@@ -66,8 +66,8 @@ def known_of(recording: Recording, built: RecordedGraph) -> Known:
     """Find what is known of a recording beside its graph."""
     calls, share = _fitted_calls(built)
     costs = fit_costs(calls, recording)
-    linked = linked_of(recording, built, costs)
-    return Known(linked.seconds, linked.fault, built.pause_s, built.step_s, built, costs, tuple(calls), share)
+    slow_s, fault = linked_of(recording, built, costs)
+    return Known(slow_s, fault, built.pause_s, built.step_s, built, costs, tuple(calls), share)
 
 
 def _structural(built: RecordedGraph, costs: Costs, usual: Usual) -> dict[CauseKind, Excess]:

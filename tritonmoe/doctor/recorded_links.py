@@ -21,7 +21,7 @@ from tritonmoe.doctor.recorded_steps import events_of
 from tritonmoe.doctor.samples import LEAST_S
 from tritonmoe.overlap.steps import StepKind
 
-__all__ = ["LinkFault", "Linked", "linked_of"]
+__all__ = ["LinkFault", "linked_of"]
 
 SMALLEST_RATIO = 1.5
 """In a step alone a link is slow if its messages take so many times as long as in others ..."""
@@ -53,16 +53,6 @@ class LinkFault:
     words: str
 
 
-@dataclass(frozen=True)
-class Linked:
-    """What slow links cost."""
-
-    seconds: Tensor
-    """(M,): by how much each exchange takes longer, of the graph's members."""
-    fault: LinkFault | None
-    """None where no link is slow, or it is not known when each rank's rows had arrived."""
-
-
 @dataclass
 class _Pass:
     """The messages of a pass, those of a reach."""
@@ -75,12 +65,17 @@ class _Pass:
     begun: Tensor
 
 
-def linked_of(recording: Recording, built: RecordedGraph, costs: Costs) -> Linked:
-    """Find what slow links cost in a recording whose messages fit these costs."""
+def linked_of(recording: Recording, built: RecordedGraph, costs: Costs) -> tuple[Tensor, LinkFault | None]:
+    """Find what slow links cost in a recording whose messages fit these costs, and which they are.
+
+    Returns:
+        By how much each exchange takes longer (M,), of the graph's members. None for the links where none is slow, or
+        it is not known when each rank's rows had arrived.
+    """
     nothing = torch.zeros_like(built.end)
     each = costs.link.each
     if not costs.ratios.are_told_apart or each is None:
-        return Linked(nothing, None)
+        return nothing, None
     size, node_size = recording.size, recording.node_size
 
     def passes_at(place: int) -> list[_Pass]:
@@ -112,7 +107,7 @@ def linked_of(recording: Recording, built: RecordedGraph, costs: Costs) -> Linke
             due[one.step] += torch.where(known, one.sent.port_bytes * typical_s, 0.0).sum(0)
     times = _times_of_bytes(took, due, costs, node_size)
     if not bool((times > 1).any()) and not bool((costs.ratios.excess_s > 0).any()):
-        return Linked(nothing, None)
+        return nothing, None
     held_up_s = torch.zeros(num_steps, size, size, dtype=torch.float64, device="cpu")
     seconds, is_used = nothing.clone(), torch.zeros(size, size, dtype=torch.bool, device="cpu")
     for place in places:
@@ -121,7 +116,7 @@ def linked_of(recording: Recording, built: RecordedGraph, costs: Costs) -> Linke
             _mend(of_pass, times, costs, built, recording, seconds, held_up_s[of_pass[0].step])
         for one in of_pass:
             is_used |= one.sent.are_known.any(0)
-    return Linked(seconds, _fault_of_steps(held_up_s, is_used, costs, recording))
+    return seconds, _fault_of_steps(held_up_s, is_used, costs, recording)
 
 
 def _times_of_bytes(took: Tensor, due: Tensor, costs: Costs, node_size: int | None) -> Tensor:

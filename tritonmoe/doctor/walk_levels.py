@@ -33,18 +33,6 @@ class _Level:
     """Members that don't wait for all, and the members that each waits for."""
 
 
-@dataclass(frozen=True)
-class _Levels:
-    """All items of a graph, by what they come after."""
-
-    levels: list[_Level]
-    order: Tensor
-    """The segment of every item: the stretches of work before it."""
-    segment_of_run: Tensor
-    """(N,); -1: it comes before nothing."""
-    num_segments: int
-
-
 class LevelWalk:
     """A graph's items by level.
 
@@ -53,12 +41,18 @@ class LevelWalk:
     """
 
     def __init__(self, graph: Graph) -> None:
-        self.graph, self.levels = graph, _levels_of(graph)
+        found = _Levelling(graph)
+        self.graph, self.levels = graph, found.levels()
+        self.order = indices([item[4] for item in found.items])
+        """The segment of every item: the stretches of work before it."""
+        self.segment_of_run = indices(found.segment_of_run)
+        """(N,); -1: it comes before nothing."""
+        self.num_segments = found.num_segments
 
     @property
     def num_at_once(self) -> int:
         """How many sets of times are walked together."""
-        return max(1, MOST_VALUES // (self.levels.num_segments + 3 * len(self.graph.tables.member_rank) + 1))
+        return max(1, MOST_VALUES // (self.num_segments + 3 * len(self.graph.tables.member_rank) + 1))
 
     def walk(self, run_s: Tensor, transfer_s: Tensor, has_moments: bool = True) -> Walked:
         """Walk with B sets of times, (B, N) and (B, M)."""
@@ -68,15 +62,15 @@ class LevelWalk:
         def numbers(*shape: int, value: float = 0.0) -> Tensor:
             return torch.full((*shape, num_sets), value, dtype=torch.float64, device="cpu")
 
-        of_segments = numbers(self.levels.num_segments + 1)
-        of_segments.index_add_(0, self.levels.segment_of_run % (self.levels.num_segments + 1), run_s.T.contiguous())
-        spent_s = of_segments[self.levels.order]
+        of_segments = numbers(self.num_segments + 1)
+        of_segments.index_add_(0, self.segment_of_run % (self.num_segments + 1), run_s.T.contiguous())
+        spent_s = of_segments[self.order]
         transfer_s, delay_s = transfer_s.T.contiguous(), graph.tables.delay_s[:, None]
         now = numbers(num_ranks) + torch.tensor(graph.begin_s, dtype=torch.float64, device="cpu")[:, None]
         started, ended = numbers(num_members), numbers(num_members + 1, value=-torch.inf)
         waits_since = numbers(num_members, value=torch.nan)
         step_ends = numbers(len(graph.steps), num_ranks)
-        for level in self.levels.levels:
+        for level in self.levels:
             for kind, items, ranks, what in level.items:
                 moment = now[ranks] + spent_s[items]
                 if kind == POST:
@@ -103,15 +97,6 @@ class LevelWalk:
                 members, needs = level.special
                 ended[members] = started[needs].amax(1) + transfer_s[members]
         return step_ends, started, ended[:-1], waits_since
-
-
-def _levels_of(graph: Graph) -> _Levels:
-    """Return the level of every item: it comes after those before it on its rank, and after what it waits for.
-
-    Raises:
-        ValueError: ranks wait for each other in a circle.
-    """
-    return _Levelling(graph).levels()
 
 
 class _Levelling:
@@ -142,14 +127,18 @@ class _Levelling:
         """(level, exchange)."""
         self.ready = list(range(num_ranks))[::-1]
 
-    def levels(self) -> _Levels:
+    def levels(self) -> list[_Level]:
+        """Return all levels: an item comes after those before it on its rank, and after what it waits for.
+
+        Raises:
+            ValueError: ranks wait for each other in a circle.
+        """
         while self.ready:
             self._go_on(self.ready.pop())
         if any(place < len(kinds) for place, (kinds, _) in zip(self.at, self.programs, strict=True)):
             raise ValueError("ranks wait for each other in a circle: these files are of different runs, or damaged")
         self.items.sort()
-        order = indices([item[4] for item in self.items])
-        return _Levels(self._in_levels(), order, indices(self.segment_of_run), self.num_segments)
+        return self._in_levels()
 
     def _go_on(self, rank: int) -> None:
         """Go on in a rank's program until it waits for what has not ended."""

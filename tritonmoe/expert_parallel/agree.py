@@ -3,6 +3,7 @@
 On two levels the plan is made in _agree_on_two_levels, and with a capacity in _agree_on_capacity.
 """
 
+import copy
 import time
 from dataclasses import replace
 from functools import lru_cache
@@ -25,8 +26,8 @@ from tritonmoe.dispatch.terms import CallTerms, plan_terms
 from tritonmoe.dispatch.two_level import exchange_two_level_plan
 from tritonmoe.expert_parallel.agreed_call import AgreedCall
 from tritonmoe.expert_parallel.balance import plan_balance
-from tritonmoe.expert_parallel.check import CheckedCall
 from tritonmoe.expert_parallel.choose import Choice
+from tritonmoe.expert_parallel.proposed_call import ProposedCall
 from tritonmoe.expert_parallel.two_level_call import TwoLevelCall
 from tritonmoe.experts.arguments import have_wider_main_grads
 from tritonmoe.experts.tensors import NAMES, OPTIONAL
@@ -37,7 +38,7 @@ __all__ = ["agree", "agree_without_capacity"]
 
 
 @torch.no_grad()
-def agree(call: CheckedCall, choice: Choice) -> AgreedCall:
+def agree(call: ProposedCall, choice: Choice) -> AgreedCall:
     """Tell every rank what this call is and how many rows it sends there, hear the same of them, and plan the call.
 
     Raises, on every rank alike:
@@ -50,7 +51,7 @@ def agree(call: CheckedCall, choice: Choice) -> AgreedCall:
         raise
 
 
-def _agree(call: CheckedCall, choice: Choice, header: CallHeader) -> AgreedCall:
+def _agree(call: ProposedCall, choice: Choice, header: CallHeader) -> AgreedCall:
     overlap = choice.overlap
     if call.two_level is not None:
         return _agree_on_two_levels(call, header, overlap, call.two_level)
@@ -64,29 +65,29 @@ def _agree(call: CheckedCall, choice: Choice, header: CallHeader) -> AgreedCall:
     return first if choice.costs is None else _agree_on_balance(call, first, choice.costs)
 
 
-def _agree_on_balance(call: CheckedCall, first: AgreedCall, costs: MeasuredCosts) -> AgreedCall:
+def _agree_on_balance(call: ProposedCall, first: AgreedCall, costs: MeasuredCosts) -> AgreedCall:
     """Plan a call once more if experts shall have copies in it; first: what was agreed without."""
     began, overlap = time.perf_counter(), first.plan.overlap
-    balanced = plan_balance(call, first.plan, costs)
-    if balanced.copies is None:
-        first.balance, first.expected_fs = balanced.words, balanced.expected_fs
+    copies = plan_balance(call, first, costs)
+    if copies is None:
         return first
-    terms = call_terms(call, overlap, balanced.copies.words)
-    second = _agree_on_copies(call, first.header._replace(terms=terms), overlap, balanced.copies)
+    terms = call_terms(call, overlap, copies.words)
+    second = _agree_on_copies(call, first.header._replace(terms=terms), overlap, copies)
     began_at, ended_at = first.plan.count_times, second.plan.count_times
     if began_at is not None and ended_at is not None:
         second.plan = replace(second.plan, count_times=CountTimes(began_at.posted, ended_at.left))
     second.pairs_without_copies = first.plan.traffic_pairs
-    second.balance, second.expected_fs = balanced.words, balanced.expected_fs
+    second.balance, second.expected_fs = first.balance, first.expected_fs
     second.planning_s = time.perf_counter() - began
     return second
 
 
-def _agree_on_copies(call: CheckedCall, header: CallHeader, overlap: OverlapPlan, copies: ExpertCopies) -> AgreedCall:
+def _agree_on_copies(call: ProposedCall, header: CallHeader, overlap: OverlapPlan, copies: ExpertCopies) -> AgreedCall:
     """Plan a call by the counts of its rows with copies of experts."""
     transport = call.transport
     slots = copies.slots(call.tensors.topk_ids, transport.rank, overlap)
-    counted = call._replace(tensors=call.tensors._replace(topk_ids=slots), num_slots=copies.num_slots)
+    counted = copy.copy(call)
+    counted.tensors, counted.num_slots = call.tensors._replace(topk_ids=slots), copies.num_slots
     tokens = _plan_tokens(counted, overlap, copies.num_copies)
     header = header._replace(nonfinite_rows=tokens.nonfinite_rows, num_experts=copies.num_slots)
     planned = _planned(counted, exchange_plan(transport, header, tokens, overlap), header)
@@ -95,7 +96,7 @@ def _agree_on_copies(call: CheckedCall, header: CallHeader, overlap: OverlapPlan
 
 
 @torch.no_grad()
-def agree_without_capacity(call: CheckedCall, first: AgreedCall) -> AgreedCall:
+def agree_without_capacity(call: ProposedCall, first: AgreedCall) -> AgreedCall:
     """Plan a call again by its counts, after a first run in which some rank's rows did not fit."""
     entered_at = time.perf_counter()
     header, overlap = first.header, replace(first.report.overlap, capacity=None)
@@ -104,13 +105,13 @@ def agree_without_capacity(call: CheckedCall, first: AgreedCall) -> AgreedCall:
     return again
 
 
-def _plan_tokens(call: CheckedCall, overlap: OverlapPlan, num_copies: int = 0) -> TokenPlan:
+def _plan_tokens(call: ProposedCall, overlap: OverlapPlan, num_copies: int = 0) -> TokenPlan:
     rank, size, topk_ids = call.transport.rank, call.transport.size, call.tensors.topk_ids
     read = call.transport.wait_for_copy
     return plan_tokens(topk_ids, call.num_slots, rank, size, overlap, call.num_nonfinite_rows, read, num_copies)
 
 
-def _planned(call: CheckedCall, plan: DispatchPlan, header: CallHeader) -> AgreedCall:
+def _planned(call: ProposedCall, plan: DispatchPlan, header: CallHeader) -> AgreedCall:
     """Return a call whose plan is made, on one level."""
     return AgreedCall(
         settings=call.settings,
@@ -125,7 +126,7 @@ def _planned(call: CheckedCall, plan: DispatchPlan, header: CallHeader) -> Agree
     )
 
 
-def _agree_on_capacity(call: CheckedCall, header: CallHeader, overlap: OverlapPlan) -> AgreedCall:
+def _agree_on_capacity(call: ProposedCall, header: CallHeader, overlap: OverlapPlan) -> AgreedCall:
     """Plan with the room that the capacity gives, which reads no device; whether all fits is known behind the call.
 
     In a CUDA graph that is told on the device, beside the rows.
@@ -143,7 +144,7 @@ def _agree_on_capacity(call: CheckedCall, header: CallHeader, overlap: OverlapPl
 
 
 def _agree_on_two_levels(
-    call: CheckedCall, header: CallHeader, overlap: OverlapPlan, transport: TwoLevelTransport
+    call: ProposedCall, header: CallHeader, overlap: OverlapPlan, transport: TwoLevelTransport
 ) -> TwoLevelCall:
     both = exchange_two_level_plan(
         transport, header, call.tensors.topk_ids, call.num_slots, overlap, call.num_nonfinite_rows
@@ -163,7 +164,7 @@ def _agree_on_two_levels(
     )
 
 
-def call_header(call: CheckedCall, choice: Choice) -> CallHeader:
+def call_header(call: ProposedCall, choice: Choice) -> CallHeader:
     """Return what this rank says of a call to every rank, counts and nonfinite_rows apart."""
     spec, tensors, needs, placement = call.spec, call.tensors, call.needs, call.spec.placement
     flags = () if call.is_captured else call.state.captured_flags
@@ -197,7 +198,7 @@ def call_header(call: CheckedCall, choice: Choice) -> CallHeader:
     )
 
 
-def call_terms(call: CheckedCall, overlap: OverlapPlan, copies: str) -> CallTerms:
+def call_terms(call: ProposedCall, overlap: OverlapPlan, copies: str) -> CallTerms:
     """Return what must be the same on all ranks of a call that runs this plan: what is configured, and its tensors.
 
     copies: which copies of experts it has, in words.

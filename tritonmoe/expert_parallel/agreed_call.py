@@ -53,7 +53,7 @@ class AgreedCall:
     """The first slot of this rank, where slots are experts unless there is a placement, and copies have some too."""
     placement: ExpertPlacement | None
     entered_at: float
-    """As in CheckedCall; of a second run, when that began."""
+    """As in ProposedCall; of a second run, when that began."""
     copies: ExpertCopies | None = None
     """The copies of experts that the plan counts with."""
     slots: Tensor | None = None

@@ -10,9 +10,9 @@ from torch import Tensor
 from tritonmoe.dispatch.capacity import some_rank_overflowed, watched
 from tritonmoe.expert_parallel.agree import agree, agree_without_capacity
 from tritonmoe.expert_parallel.agreed_call import AgreedCall
-from tritonmoe.expert_parallel.call_spec import CallArguments
-from tritonmoe.expert_parallel.check import CheckedCall, check
+from tritonmoe.expert_parallel.check import check
 from tritonmoe.expert_parallel.choose import choose_plan
+from tritonmoe.expert_parallel.proposed_call import ProposedCall
 from tritonmoe.experts.tensors import CallTensors
 from tritonmoe.overlap.report import LayerReport
 from tritonmoe.runtime.autograd import caller_autocast, without_autocast
@@ -24,13 +24,13 @@ RunForward = Callable[[AgreedCall, CallTensors[Tensor]], Tensor]
 inside an operator (operator.py). Each of them makes a CallForward, and then a CallBackward (call_pass.py)."""
 
 
-def run_call(arguments: CallArguments, run_forward: RunForward) -> Tensor:
+def run_call(call: ProposedCall, run_forward: RunForward) -> Tensor:
     """Return the result (T, D) of a call; its report goes to the layer that calls.
 
     Raises:
         What check() and agree() raise, and TransportError where an exchange fails.
     """
-    call = check(arguments)
+    check(call)
     choice = choose_plan(call)
     agreed = agree(call, choice)
     y, report = run(call, agreed, run_forward)
@@ -44,7 +44,7 @@ def run_call(arguments: CallArguments, run_forward: RunForward) -> Tensor:
     return y
 
 
-def run(call: CheckedCall, agreed: AgreedCall, run_forward: RunForward) -> tuple[Tensor, LayerReport]:
+def run(call: ProposedCall, agreed: AgreedCall, run_forward: RunForward) -> tuple[Tensor, LayerReport]:
     """Run a call as agreed, and once more by its counts where rows of some rank had no room in the capacity."""
     device = call.tensors.x.device
     if call.fillers:

@@ -6,7 +6,6 @@ Whoever makes these, an autograd Function or an operator, saves the tensors.
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Generic, NamedTuple, TypeVar, cast
 
@@ -27,7 +26,7 @@ from tritonmoe.experts.arguments import find_main_grads
 from tritonmoe.experts.backward_run import BackwardRun
 from tritonmoe.experts.callable_activation import ActivationGraph
 from tritonmoe.experts.forward_run import ForwardRun
-from tritonmoe.experts.tensors import CallTensors
+from tritonmoe.experts.tensors import NO_TENSORS, CallTensors
 from tritonmoe.experts.weight_gradients import SharedWeightGrads
 from tritonmoe.grouping import Grouping
 from tritonmoe.overlap.copied_experts import BackwardWithCopies, ForwardWithCopies
@@ -41,15 +40,14 @@ from tritonmoe.overlap.row_exchanges import RowExchanges
 from tritonmoe.runtime.autograd import checkpointed_region, is_recomputing
 from tritonmoe.runtime.host_device import is_captured
 
-__all__ = ["CallBackward", "CallForward", "Kept", "SavedTensors"]
+__all__ = ["CallBackward", "CallForward", "Kept"]
 
 Result = TypeVar("Result")
 NOT_SAVED = cast(PerWeight[Tensor], NO_WEIGHTS)
 
 
-@dataclass
-class Kept:
-    """What a forward keeps for its backward beside tensors."""
+class Kept(NamedTuple):
+    """What a backward needs of its forward; the tensors are put there once autograd, which saves them, gives them."""
 
     plan: DispatchPlan
     inner_plan: DispatchPlan | None
@@ -59,17 +57,12 @@ class Kept:
     copies: ExpertCopies | None = None
     copy_grouping: Grouping | None = None
     """Of the pairs of this rank's copies; None where there are none."""
-
-
-class SavedTensors(NamedTuple):
-    """The tensors that a backward needs of its forward."""
-
-    received: CallTensors[Tensor]
+    received: CallTensors[Tensor] = NO_TENSORS
     """Of the R rows that this rank's experts worked on: x (R, D), topk_weights (R, K) fp32; without topk_ids."""
-    h: Tensor | None
-    copy_h: Tensor | None
+    h: Tensor | None = None
+    copy_h: Tensor | None = None
     """Of the pairs of this rank's copies."""
-    copy_weights: PerWeight[Tensor]
+    copy_weights: PerWeight[Tensor] = NOT_SAVED
     """Of these copies; None where a backward has them sent again."""
 
 
@@ -120,6 +113,7 @@ class CallForward(_CallPass[Tensor]):
     copies: ForwardRun | None = None
     """Its copies of other ranks' experts, which have pairs in this call."""
     kept: Kept
+    """Without tensors."""
     _pass: ForwardPass[ForwardExperts]
 
     def __init__(self, call: AgreedCall, tensors: CallTensors[Tensor]) -> None:
@@ -142,36 +136,51 @@ class CallForward(_CallPass[Tensor]):
 
     @property
     def saved_of_copies(self) -> tuple[Tensor | None, PerWeight[Tensor]]:
-        """copy_h and copy_weights of SavedTensors."""
+        """copy_h and copy_weights of Kept."""
         if self.copies is None:
             return None, NOT_SAVED
         return self.copies.h, self.copies.weights if self.call.plan.keeps_copies else NOT_SAVED
 
     def _finish(self, timings: PassReport) -> Tensor:
-        call, plan, layer_pass = self.call, self.call.plan, self._pass
-        experts = layer_pass.experts
+        call, plan, out = self.call, self.call.plan, self._pass.out
+        experts = self._pass.experts
         if isinstance(experts, ForwardWithCopies):
             self.copies, experts = experts.copies, experts.own
         self.experts, inner_plan = call.after_forward(experts, timings)
-        width = self._tensors.x.shape[1]
+        call.report = self._report(timings)
+        for listener in listeners:
+            listener.after_forward(call.all_ranks, call.header, call.report, self.experts.grouping)
+        if call.flag is not None:
+            call.is_wrong = call.flag.wait().any().view(1)
+            poison([out], call.is_wrong)
+        # No backward goes through the graphs of a forward that will be recomputed.
+        is_first = checkpointed_region() is not None and not is_recomputing()
+        graphs = {} if is_first else self.experts.activation_graphs
+        copy_grouping = None if self.copies is None else self.copies.grouping
+        grouping = self.experts.grouping
+        self.kept = Kept(plan, inner_plan, grouping, graphs, call.report, call.copies, copy_grouping)
+        return out
+
+    def _report(self, timings: PassReport) -> LayerReport:
+        call, plan, layer_pass = self.call, self.call.plan, self._pass
+        weights, width = self._tensors.weights, self._tensors.x.shape[1]
         copied_bytes, copied_gradient_bytes = 0, (0, 0)
         if call.copies is not None:
-            weights = self._tensors.weights
             copied_bytes = expert_bytes(weights)
             copied_gradient_bytes = gradient_bytes(weights, plan.needs_weights, plan.has_wide_grads)
-        call.report = LayerReport(
-            call.all_ranks.rank,
-            plan.traffic,
-            plan.traffic_pairs,
-            layer_pass.dispatch_wire.row_bytes(width),
-            plan.overlap,
-            self._tensors.topk_ids.shape[1],
-            plan.send_offsets,
-            plan.return_offsets,
-            call.pair_offsets,
+        return LayerReport(
+            rank=call.all_ranks.rank,
+            traffic_rows=plan.traffic,
+            traffic_pairs=plan.traffic_pairs,
+            row_bytes=layer_pass.dispatch_wire.row_bytes(width),
+            other_row_bytes=layer_pass.wire.row_bytes(width),
+            overlap=plan.overlap,
+            top_k=self._tensors.topk_ids.shape[1],
+            send_offsets=plan.send_offsets,
+            return_offsets=plan.return_offsets,
+            pair_offsets=call.pair_offsets,
             forward=timings,
             wire_squares=layer_pass.wire_squares,
-            other_row_bytes=layer_pass.wire.row_bytes(width),
             first_run=call.first_run,
             rows_to_nodes=call.rows_to_nodes,
             copies=call.copies,
@@ -183,18 +192,6 @@ class CallForward(_CallPass[Tensor]):
             balance=call.balance,
             marks=None if plan.count_times is None else CallMarks(call.entered_at, *plan.count_times),
         )
-        for listener in listeners:
-            listener.after_forward(call.all_ranks, call.header, call.report, self.experts.grouping)
-        if call.flag is not None:
-            call.is_wrong = call.flag.wait().any().view(1)
-            poison([layer_pass.out], call.is_wrong)
-        # No backward goes through the graphs of a forward that will be recomputed.
-        is_first = checkpointed_region() is not None and not is_recomputing()
-        graphs = {} if is_first else self.experts.activation_graphs
-        copy_grouping = None if self.copies is None else self.copies.grouping
-        grouping = self.experts.grouping
-        self.kept = Kept(plan, inner_plan, grouping, graphs, call.report, call.copies, copy_grouping)
-        return layer_pass.out
 
 
 class CallBackward(_CallPass[CallTensors[Tensor | None]]):
@@ -213,7 +210,6 @@ class CallBackward(_CallPass[CallTensors[Tensor | None]]):
         self,
         call: AgreedCall,
         kept: Kept,
-        saved: SavedTensors,
         dout: Tensor,
         needs_weights: PerWeight[bool],
         shared_grads: SharedWeightGrads | None = None,
@@ -238,9 +234,8 @@ class CallBackward(_CallPass[CallTensors[Tensor | None]]):
         )
         self._agreement = post_backward(call.all_ranks, header)
         main_grads = None if call.owners is None else find_main_grads(call.owners)
-        self._saved = saved
         self._run = BackwardRun(
-            call.settings, saved.received, kept.grouping, saved.h, kept.activation_graphs, main_grads, shared_grads
+            call.settings, kept.received, kept.grouping, kept.h, kept.activation_graphs, main_grads, shared_grads
         )
 
     def _start(self) -> Execution:
@@ -257,14 +252,14 @@ class CallBackward(_CallPass[CallTensors[Tensor | None]]):
 
     def _with_copies(self, copies: ExpertCopies) -> BackwardWithCopies:
         """Return what computes the backward of this rank's own experts and of its copies."""
-        call, kept, saved = self.call, self._kept, self._saved
-        exchanges = copy_exchanges(copies, call.transport, saved.received.weights, kept.plan)
+        call, kept = self.call, self._kept
+        exchanges = copy_exchanges(copies, call.transport, kept.received.weights, kept.plan)
 
         def make_copies() -> BackwardRun:
             assert kept.copy_grouping is not None
-            weights = saved.copy_weights if kept.plan.keeps_copies else exchanges.weights
-            received = saved.received._replace(weights=weights)
-            return BackwardRun(call.settings, received, kept.copy_grouping, saved.copy_h)
+            weights = kept.copy_weights if kept.plan.keeps_copies else exchanges.weights
+            received = kept.received._replace(weights=weights)
+            return BackwardRun(call.settings, received, kept.copy_grouping, kept.copy_h)
 
         return BackwardWithCopies(self._run, make_copies, kept.plan, exchanges)
 
@@ -279,7 +274,7 @@ class CallBackward(_CallPass[CallTensors[Tensor | None]]):
             call.report.backward, call.report.backward_marks = timings, kept.report.backward_marks
         for listener in listeners:
             listener.after_backward(call.all_ranks, call.header, kept.report)
-        dx, dtopk_weights, grads = self._pass.grads
+        grads = self._pass.grads._replace(activation_parameters=run.activation_grads)
         if call.is_wrong is not None:
-            poison([dx, dtopk_weights, *grads, *(run.main_grads or ()), *run.activation_grads], call.is_wrong)
-        return CallTensors(dx, None, dtopk_weights, grads, activation_parameters=run.activation_grads)
+            poison([*grads.flatten(), *(run.main_grads or ())], call.is_wrong)
+        return grads

@@ -1,22 +1,17 @@
 """CallSpec: what an expert-parallel call is, apart from its tensors, decided once; also as a string, for operators."""
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from tritonmoe.config.literals import read_literal
 from tritonmoe.config.overlap import WIRE_DTYPES, OverlapConfig, OverlapPlan
 from tritonmoe.dispatch.placement import ExpertPlacement
-from tritonmoe.expert_parallel.state import LayerCalls
 from tritonmoe.experts.spec import ExpertSpec, from_plain, literal, to_plain
-from tritonmoe.experts.tensors import CallTensors
-from tritonmoe.transports import Transport
 
-__all__ = ["CallArguments", "CallSpec", "InGraph", "decode", "encode"]
+__all__ = ["CallSpec", "decode", "encode"]
 
 PLAN_FIELDS, CONFIG_FIELDS = (tuple(field.name for field in fields(kind)) for kind in (OverlapPlan, OverlapConfig))
 
@@ -30,30 +25,6 @@ class CallSpec:
     """E, over all ranks."""
     overlap: OverlapConfig | OverlapPlan
     placement: ExpertPlacement | None = None
-
-
-class InGraph(NamedTuple):
-    """What a compiled graph has settled of a call before it runs."""
-
-    grad_enabled: bool
-    needs: CallTensors[bool]
-
-
-class CallArguments(NamedTuple):
-    """One expert-parallel call as its caller makes it."""
-
-    spec: CallSpec
-    transport: Transport
-    tensors: CallTensors[Tensor]
-    layer: LayerCalls | None = None
-    """The layer that calls, which gets the report; None for a call of the function."""
-    num_nonfinite_rows: Tensor | None = None
-    """(), Routing's count of tokens without a finite score; None to look at topk_weights."""
-    fillers: Sequence[Callable[[], None]] = ()
-    half: int = 0
-    """Which half of a batch in two_batches the call is of, 1 or 2; 0 for a whole batch."""
-    in_graph: InGraph | None = None
-    """None for an eager call."""
 
 
 # As a string

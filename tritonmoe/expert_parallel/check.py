@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,9 +14,10 @@ from tritonmoe.config.overlap import OverlapConfig, OverlapPlan, check_overlap
 from tritonmoe.dispatch.header import DTYPE_CODES
 from tritonmoe.dispatch.placement import ExpertPlacement
 from tritonmoe.dispatch.two_level import check_two_level
-from tritonmoe.expert_parallel.call_spec import CallArguments, CallSpec
+from tritonmoe.expert_parallel.call_spec import CallSpec
 from tritonmoe.expert_parallel.listeners import listeners
-from tritonmoe.expert_parallel.state import LayerCalls, TransportState, refuse, state_of
+from tritonmoe.expert_parallel.proposed_call import ProposedCall
+from tritonmoe.expert_parallel.state import refuse, state_of
 from tritonmoe.experts.adapter_dropout import with_row_seeds
 from tritonmoe.experts.arguments import (
     cast_for_autocast,
@@ -26,115 +26,63 @@ from tritonmoe.experts.arguments import (
     find_main_grads,
 )
 from tritonmoe.experts.callable_activation import activation_parameters
-from tritonmoe.experts.spec import ExpertSettings, ExpertSpec, choose_backend
+from tritonmoe.experts.spec import ExpertSpec, choose_backend
 from tritonmoe.experts.tensors import CallTensors
 from tritonmoe.runtime.host_device import is_captured
-from tritonmoe.transports import Transport, TwoLevelTransport
+from tritonmoe.transports import TwoLevelTransport
 from tritonmoe.transports.wire import WireFormat
 
-__all__ = ["MAX_FILLERS", "CheckedCall", "check", "check_expert_parallel", "check_fillers"]
+__all__ = ["MAX_FILLERS", "check", "check_expert_parallel", "check_fillers"]
 
 MAX_FILLERS = 2
 
 
-class CheckedCall(NamedTuple):
-    """One call whose arguments fit together on this rank, and what follows from them alone."""
-
-    spec: CallSpec
-    transport: Transport
-    state: TransportState
-    sequence: int
-    """The number of the call: how many this transport has seen before."""
-    layer: LayerCalls | None
-    tensors: CallTensors[Tensor]
-    """In autocast's dtypes; topk_ids are slots where there is a placement."""
-    num_slots: int
-    """Of all ranks; slots are experts unless there is a placement."""
-    intermediate_size: int
-    """F."""
-    num_nonfinite_rows: Tensor
-    fillers: Sequence[Callable[[], None]]
-    settings: ExpertSettings
-    half: int
-    is_compiled: bool
-    """Whether the call stands in a compiled graph."""
-    grad_enabled: bool
-    """Whether the call was made with gradients enabled."""
-    needs: CallTensors[bool]
-    """Of what this rank wants a gradient."""
-    owners: PerWeight[Tensor] | None
-    """As in AgreedCall."""
-    is_captured: bool
-    """Whether a CUDA graph captures the call, so that nothing of a device can be read."""
-    two_level: TwoLevelTransport | None
-    """The transport, where it has two levels."""
-    entered_at: float
-    """When the call came here: time.perf_counter()."""
-
-
-def check(arguments: CallArguments) -> CheckedCall:
-    """Check a call on this rank, before anything of it is sent.
+def check(call: ProposedCall) -> None:
+    """Check a call on this rank, before anything of it is sent, and note in it what follows from its arguments alone.
 
     Raises:
         ValueError, TypeError: the arguments don't fit together. What a listener raises. The other ranks hear of either,
             and raise too.
     """
-    entered_at = time.perf_counter()
-    spec, transport, _, layer, num_nonfinite_rows, fillers, half, in_graph = arguments
-    two_level = transport if isinstance(transport, TwoLevelTransport) else None
+    call.entered_at = time.perf_counter()
+    spec, transport, layer = call.spec, call.transport, call.layer
+    call.two_level = transport if isinstance(transport, TwoLevelTransport) else None
     try:
-        tensors, owners = _checked_tensors(arguments)
-        if two_level is not None:
+        tensors, call.owners = _checked_tensors(call)
+        if call.two_level is not None:
             check_two_level(spec.overlap, spec.placement)
         if spec.overlap.balance is not None:
             check_balance(spec)
-        is_in_graph = is_captured(tensors.x.device)
-        if is_in_graph:
+        call.is_captured = is_captured(tensors.x.device)
+        if call.is_captured:
             check_capture(spec.overlap)
         else:
             for listener in listeners:
                 listener.before_forward(transport, tensors.x.device)
-        settings = choose_backend(spec.experts, tensors, beside_exchanges=transport.size > 1)
-        if not is_fused(settings.spec.activation):
-            tensors = _with_activation_parameters(tensors, settings.spec)
+        call.settings = choose_backend(spec.experts, tensors, beside_exchanges=transport.size > 1)
+        if not is_fused(spec.experts.activation):
+            tensors = _with_activation_parameters(tensors, spec.experts)
     except Exception:
         refuse(transport)
         raise
-    num_slots = spec.num_experts
-    needs = tensors.needs() if in_graph is None else in_graph.needs
+    if not call.is_compiled:
+        call.grad_enabled, call.needs = torch.is_grad_enabled(), tensors.needs()
     with torch.no_grad():
         if layer is not None:
             layer.count(tensors.topk_ids)
             has_factors = tensors.weights.gate_up_a is not None or tensors.weights.down_a is not None
             layer.takes_adapters |= has_factors and not spec.experts.adapters
+        call.num_slots = spec.num_experts
         if spec.placement is not None:
             tensors = tensors._replace(topk_ids=spec.placement.slots(tensors.topk_ids, transport.rank))
-            num_slots = transport.size * spec.placement.num_slots
-        if num_nonfinite_rows is None:
-            num_nonfinite_rows = count_nonfinite_rows(tensors, num_slots)
-    state, down, scales = state_of(transport), tensors.weights.down_proj, tensors.weights.down_scales
+            call.num_slots = transport.size * spec.placement.num_slots
+        scores = call.nonfinite_scores
+        call.num_nonfinite_rows = count_nonfinite_rows(tensors, call.num_slots) if scores is None else scores
+    down, scales = tensors.weights.down_proj, tensors.weights.down_scales
     down_shape = tuple(down.shape) if scales is None else weight_shape(down, scales)
-    return CheckedCall(
-        spec=spec,
-        transport=transport,
-        state=state,
-        sequence=state.next_call(),
-        layer=layer,
-        tensors=tensors,
-        num_slots=num_slots,
-        intermediate_size=down_shape[2 - spec.experts.layout.transposed],
-        num_nonfinite_rows=num_nonfinite_rows,
-        fillers=fillers,
-        settings=settings,
-        half=half,
-        is_compiled=in_graph is not None,
-        grad_enabled=torch.is_grad_enabled() if in_graph is None else in_graph.grad_enabled,
-        needs=needs,
-        owners=owners,
-        is_captured=is_in_graph,
-        two_level=two_level,
-        entered_at=entered_at,
-    )
+    call.intermediate_size = down_shape[2 - spec.experts.layout.transposed]
+    call.tensors, call.state = tensors, state_of(transport)
+    call.sequence = call.state.next_call()
 
 
 def _with_activation_parameters(tensors: CallTensors[Tensor], spec: ExpertSpec) -> CallTensors[Tensor]:
@@ -144,18 +92,18 @@ def _with_activation_parameters(tensors: CallTensors[Tensor], spec: ExpertSpec) 
     return tensors._replace(activation_parameters=activation_parameters(spec.activation, like, spec.layout))
 
 
-def _checked_tensors(arguments: CallArguments) -> tuple[CallTensors[Tensor], PerWeight[Tensor] | None]:
+def _checked_tensors(call: ProposedCall) -> tuple[CallTensors[Tensor], PerWeight[Tensor] | None]:
     """Check what is so on every transport, in a CUDA graph or not.
 
     Return the tensors in autocast's dtypes, and the weights as they are given where a main_grad hangs on one.
     """
-    spec, transport, given = arguments.spec, arguments.transport, arguments.tensors
+    spec, transport, given = call.spec, call.transport, call.tensors
     _ = spec.experts.checked
     check_overlap(spec.overlap)
     check_tensors(given)
-    check_fillers(arguments.fillers)
+    check_fillers(call.fillers)
     tensors = cast_for_autocast(given)
-    is_added = arguments.in_graph is None and find_main_grads(given.weights) is not None
+    is_added = not call.is_compiled and find_main_grads(given.weights) is not None
     if is_added and spec.placement is not None and spec.placement.has_replicas:
         raise ValueError(
             "weights with a main_grad can't have replicas: gradients that were added to a main_grad can't be summed "

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from tritonmoe.config.overlap import OverlapConfig, OverlapPlan
 from tritonmoe.dispatch.copies import ExpertCopies
 from tritonmoe.expert_parallel.agreed_call import AgreedCall
-from tritonmoe.expert_parallel.check import CheckedCall
+from tritonmoe.expert_parallel.proposed_call import ProposedCall
 from tritonmoe.expert_parallel.state import UnderWay
 from tritonmoe.overlap.report import LayerReport
 from tritonmoe.runtime.autograd import is_recomputing
@@ -39,7 +39,7 @@ class Choice(NamedTuple):
     copy_words: str = "none"
     """Which copies of experts the call has, as far as that is known before its counts are."""
 
-    def learn(self, call: CheckedCall, agreed: AgreedCall, report: LayerReport) -> None:
+    def learn(self, call: ProposedCall, agreed: AgreedCall, report: LayerReport) -> None:
         """Return the call's report to the tuner, which picks later plans, and remember its plan for a recompute."""
         if self.costs is not None and not call.is_captured:
             self.costs.observe(report, agreed.plan.needs_any, agreed.planning_s, agreed.expected_fs)
@@ -48,7 +48,7 @@ class Choice(NamedTuple):
         if self.kind and agreed.plan.needs_any and not is_recomputing():
             call.state.start(call.sequence, self.kind, report.overlap, agreed.copies)
 
-    def _teach(self, chooser: PlanChooser, call: CheckedCall, agreed: AgreedCall, report: LayerReport) -> None:
+    def _teach(self, chooser: PlanChooser, call: ProposedCall, agreed: AgreedCall, report: LayerReport) -> None:
         if self.reason:
             report.choice = self.reason
         elif call.is_captured:  # it has no times, and no later call may read its events
@@ -57,7 +57,7 @@ class Choice(NamedTuple):
             chooser.observe([Message.of(header) for header in agreed.plan.headers], report, agreed.plan.needs_any)
 
 
-def choose_plan(call: CheckedCall) -> Choice:
+def choose_plan(call: ProposedCall) -> Choice:
     """Return the plan of a call: as configured, tuned, or, in a recompute, that of the forward."""
     overlap = call.spec.overlap
     if isinstance(overlap, OverlapPlan):
@@ -82,7 +82,7 @@ def choose_plan(call: CheckedCall) -> Choice:
     return _with_copies(call, choice._replace(overlap=plan), again)
 
 
-def _chosen_with_copies(call: CheckedCall, overlap: OverlapPlan) -> Choice:
+def _chosen_with_copies(call: ProposedCall, overlap: OverlapPlan) -> Choice:
     """Return a plan that was given, of which only the copies are to be chosen."""
     choice = Choice(overlap, Message())
     if overlap.balance is None:
@@ -92,7 +92,7 @@ def _chosen_with_copies(call: CheckedCall, overlap: OverlapPlan) -> Choice:
     return _with_copies(call, choice._replace(kind=kind), again)
 
 
-def _with_copies(call: CheckedCall, choice: Choice, again: UnderWay | None) -> Choice:
+def _with_copies(call: ProposedCall, choice: Choice, again: UnderWay | None) -> Choice:
     """Return the choice with the copies of the forward that is recomputed, or with what new ones are planned by."""
     if again is not None:
         return choice if again.copies is None else choice._replace(copies=again.copies, copy_words=again.copies.words)
@@ -110,7 +110,7 @@ def half_plan(overlap: OverlapConfig, size: int) -> OverlapPlan:
     return fixed_plan(replace(overlap, local_first=size == 1 and overlap.local_first), 1, size)
 
 
-def find_chooser(call: CheckedCall, overlap: OverlapConfig) -> tuple[tuple, PlanChooser]:
+def find_chooser(call: ProposedCall, overlap: OverlapConfig) -> tuple[tuple, PlanChooser]:
     """Return the kind of the call, and the transport's chooser for its kind."""
     x, topk_ids, topk_weights, weights, *_ = call.tensors
     settings = call.settings

@@ -11,10 +11,11 @@ from tritonmoe.config.activations import Activation, is_fused
 from tritonmoe.config.overlap import OverlapConfig, OverlapPlan
 from tritonmoe.dispatch.placement import ExpertPlacement
 from tritonmoe.expert_parallel.call import run_call
-from tritonmoe.expert_parallel.call_spec import CallArguments, CallSpec
+from tritonmoe.expert_parallel.call_spec import CallSpec
 from tritonmoe.expert_parallel.check import MAX_FILLERS
 from tritonmoe.expert_parallel.halves import current_half
 from tritonmoe.expert_parallel.operator import expert_parallel_operator
+from tritonmoe.expert_parallel.proposed_call import ProposedCall
 from tritonmoe.expert_parallel.split_call import begin_half_call, run_split_call
 from tritonmoe.expert_parallel.state import refuse
 from tritonmoe.expert_parallel.whole_call import run_whole_call
@@ -105,34 +106,36 @@ def expert_parallel_mlp(
         raise
     spec = CallSpec(experts, num_experts, DEFAULT_OVERLAP if overlap is None else overlap, placement)
     tensors = CallTensors(x, topk_ids, topk_weights, weights)
-    out = run_expert_parallel(CallArguments(spec, transport, tensors, fillers=fillers))
+    out = run_expert_parallel(ProposedCall(spec, transport, tensors, fillers=fillers))
     watch_ids(topk_ids, num_experts)
     return out
 
 
-def run_expert_parallel(arguments: CallArguments) -> Tensor:
+def run_expert_parallel(call: ProposedCall) -> Tensor:
     """Run one layer call: as an operator where torch.compile sees it, otherwise as an autograd Function."""
     if not torch.compiler.is_compiling():
-        return _run_eagerly(arguments)
-    is_callable, weights = not is_fused(arguments.spec.experts.activation), arguments.tensors.weights
+        return _run_eagerly(call)
+    is_callable, weights = not is_fused(call.spec.experts.activation), call.tensors.weights
     leaves_graph = is_callable or find_main_grads(weights) is not None or is_transformed()
-    if leaves_graph or len(arguments.fillers) > MAX_FILLERS:
-        return _run_callable_or_main_grad(arguments)
-    return expert_parallel_operator(arguments._replace(tensors=cast_for_autocast(arguments.tensors)))
+    if leaves_graph or len(call.fillers) > MAX_FILLERS:
+        return _run_callable_or_main_grad(call)
+    call.tensors = cast_for_autocast(call.tensors)
+    return expert_parallel_operator(call)
 
 
-def _run_eagerly(arguments: CallArguments) -> Tensor:
+def _run_eagerly(call: ProposedCall) -> Tensor:
     if is_transformed():
-        refuse(arguments.transport)
+        refuse(call.transport)
         raise RuntimeError(NOT_EXPERT_PARALLEL)
     half = current_half()
     if half is None:
-        return run_call(arguments, run_whole_call)
-    begin_half_call(half, arguments)
-    return run_call(arguments._replace(half=half.number), partial(run_split_call, half))
+        return run_call(call, run_whole_call)
+    begin_half_call(half, call)
+    call.half = half.number
+    return run_call(call, partial(run_split_call, half))
 
 
 @outside_graphs
-def _run_callable_or_main_grad(arguments: CallArguments) -> Tensor:
+def _run_callable_or_main_grad(call: ProposedCall) -> Tensor:
     """Break the graph: an operator takes no callable and returns gradients."""
-    return _run_eagerly(arguments)
+    return _run_eagerly(call)

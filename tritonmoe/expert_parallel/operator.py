@@ -25,9 +25,10 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 
 from tritonmoe.expert_parallel.agreed_call import AgreedCall
 from tritonmoe.expert_parallel.call import run_call
-from tritonmoe.expert_parallel.call_pass import CallBackward, CallForward, SavedTensors
-from tritonmoe.expert_parallel.call_spec import CallArguments, InGraph, decode, encode
+from tritonmoe.expert_parallel.call_pass import CallBackward, CallForward
+from tritonmoe.expert_parallel.call_spec import decode, encode
 from tritonmoe.expert_parallel.halves import current_half
+from tritonmoe.expert_parallel.proposed_call import ProposedCall
 from tritonmoe.expert_parallel.state import refuse
 from tritonmoe.experts.adapter_dropout import with_row_seeds
 from tritonmoe.experts.flops import FLOP_FORMULAS, Shape, backward_flops, forward_flops, register_flop_formulas
@@ -52,12 +53,12 @@ IN_GRAPH = (
     "tritonmoe::expert_parallel_mlp",
     mutates_args=(),
     tags=OUTSIDE_CUDA_GRAPHS,
-    schema=f"(Tensor turn, Tensor? layer, {schema()}, Tensor? num_nonfinite_rows, bool grad_enabled, bool[] needs, "
+    schema=f"(Tensor turn, Tensor? layer, {schema()}, Tensor? nonfinite_scores, bool grad_enabled, bool[] needs, "
     "str spec) -> (Tensor, Tensor, Tensor)",
 )
 def _expert_parallel_mlp(turn: Tensor, layer: Tensor | None, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Return out (T, D), `kept`, and `turn`. needs: flat, as the tensors are."""
-    *flat, num_nonfinite_rows, grad_enabled, needs, spec = arguments
+    *flat, nonfinite_scores, grad_enabled, needs, spec = arguments
     tensors = CallTensors.unflatten(flat)
     calling = None if layer is None else find(layer)
     if current_half() is not None:
@@ -73,11 +74,13 @@ def _expert_parallel_mlp(turn: Tensor, layer: Tensor | None, *arguments: Any) ->
         if call.plan.needs_any:
             rows = tensors.x.clone() if run.rows is tensors.x else run.rows  # the graph may write over its x
             received = run.tensors.only(*OF_ROWS)._replace(x=rows)
-            kept = hold((call, forward.kept, SavedTensors(received, run.h, *forward.saved_of_copies)))
+            copy_h, copy_weights = forward.saved_of_copies
+            of_call = forward.kept._replace(received=received, h=run.h, copy_h=copy_h, copy_weights=copy_weights)
+            kept = hold((call, of_call))
         return out
 
-    in_graph = InGraph(grad_enabled, CallTensors.unflatten(needs))
-    call = CallArguments(decode(spec), find(turn), tensors, calling, num_nonfinite_rows, in_graph=in_graph)
+    call = ProposedCall(decode(spec), find(turn), tensors, calling, nonfinite_scores, is_compiled=True)
+    call.grad_enabled, call.needs = grad_enabled, CallTensors.unflatten(needs)
     with torch.no_grad(), without_autocast(tensors.x.device):
         out = run_call(call, run_forward)
     return out, kept, turn.clone()
@@ -102,10 +105,10 @@ def _expert_parallel_mlp_backward(after: Tensor | None, dout: Tensor, kept: Tens
     """
     *flat, needs, _ = arguments
     tensors, wanted = CallTensors.unflatten(flat), CallTensors.unflatten(needs)
-    call, beside, saved = find(kept)
-    saved = saved._replace(received=saved.received._replace(weights=tensors.weights))
+    call, of_call = find(kept)
+    of_call = of_call._replace(received=of_call.received._replace(weights=tensors.weights))
     with torch.no_grad(), without_autocast(dout.device):
-        grads = CallBackward(call, beside, saved, dout, wanted.weights).run()
+        grads = CallBackward(call, of_call, dout, wanted.weights).run()
     dtopk_weights = None
     if grads.topk_weights is not None and wanted.topk_weights:
         dtopk_weights = grads.topk_weights.to(tensors.topk_weights.dtype)
@@ -169,19 +172,18 @@ FLOP_FORMULAS[torch.ops.tritonmoe.expert_parallel_mlp] = _forward_flops
 FLOP_FORMULAS[torch.ops.tritonmoe.expert_parallel_mlp_backward] = _backward_flops
 
 
-def expert_parallel_operator(arguments: CallArguments) -> Tensor:
+def expert_parallel_operator(call: ProposedCall) -> Tensor:
     """Call the operator tritonmoe::expert_parallel_mlp: (T, D). Fillers are in the graph, and run before it."""
-    spec, transport, tensors, layer, num_nonfinite_rows, fillers, *_ = arguments
-    for filler in fillers:
+    for filler in call.fillers:
         filler()
-    needs = tensors.needs().flatten()
+    spec, transport, layer = call.spec, call.transport, call.layer
     out, _, turn = _expert_parallel_mlp(
         transport.handle,
         None if layer is None else layer.handle,
-        *with_row_seeds(tensors, spec.experts.dropout).flatten(),
-        num_nonfinite_rows,
+        *with_row_seeds(call.tensors, spec.experts.dropout).flatten(),
+        call.nonfinite_scores,
         torch.is_grad_enabled(),
-        needs,
+        call.tensors.needs().flatten(),
         encode(spec),
     )
     transport.handle.copy_(turn)

@@ -23,20 +23,20 @@ from torch.utils.checkpoint import CheckpointFunction
 from tritonmoe.config.layer import PerWeight
 from tritonmoe.expert_parallel.agreed_call import AgreedCall
 from tritonmoe.expert_parallel.call_pass import CallBackward, CallForward
-from tritonmoe.expert_parallel.call_spec import CallArguments
 from tritonmoe.expert_parallel.halves import Half, NodeOrder
+from tritonmoe.expert_parallel.proposed_call import ProposedCall
 from tritonmoe.expert_parallel.state import refuse
 from tritonmoe.expert_parallel.whole_call import (
     anchor_of,
     gradients_of_inputs,
     needs_of,
     run_whole_call,
+    save_forward,
     saved_forward,
-    tensors_to_save,
 )
 from tritonmoe.experts.tensors import CallTensors
 from tritonmoe.experts.weight_gradients import SharedWeightGrads
-from tritonmoe.runtime.autograd import Context, keep_beside, kept_beside, once_differentiable
+from tritonmoe.runtime.autograd import Context, once_differentiable
 from tritonmoe.runtime.host_device import is_captured
 from tritonmoe.transports import leaving_nobody_waiting
 
@@ -111,20 +111,15 @@ class _End(torch.autograd.Function):
         forward = split.forward
         del split.forward
         out = forward.end()
-        mark = None
-        if split.call.plan.needs_any:
-            mark = keep_beside(ctx, forward.kept)
-            ctx.save_for_backward(*tensors_to_save(forward, split.needs, mark))
-        return out, mark
+        return out, save_forward(ctx, forward, split.needs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Context, saved: Sequence[Tensor], dout: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        forward, mark = saved_forward(saved)
         split = ctx.split
         with split.in_turn(ctx.number):
-            kept = kept_beside(ctx, mark)
-            split.backward = CallBackward(split.call, kept, forward, dout, split.needs.weights, split.shared_grads)
+            kept = saved_forward(ctx, saved)
+            split.backward = CallBackward(split.call, kept, dout, split.needs.weights, split.shared_grads)
             split.backward.begin()
         return None, _token(dout)
 
@@ -177,17 +172,17 @@ class _Posted(NamedTuple):
     """Of its first Function, which runs last in its backward; None where it needs no gradient."""
 
 
-def begin_half_call(half: Half, arguments: CallArguments) -> None:
+def begin_half_call(half: Half, call: ProposedCall) -> None:
     """Check that half a batch can make this call here, before anything of it is sent.
 
     Raises:
         ValueError: the other half makes another one. RuntimeError: it can't be left in its middle. The other ranks hear
             of either, and raise too.
     """
-    layer = -1 if arguments.layer is None else arguments.layer.number
+    layer = -1 if call.layer is None else call.layer.number
     try:
-        half.begin_call((arguments.transport.handle, layer, arguments.spec.num_experts))
-        x = arguments.tensors.x
+        half.begin_call((call.transport.handle, layer, call.spec.num_experts))
+        x = call.tensors.x
         if isinstance(x, Tensor) and is_captured(x.device):
             raise RuntimeError(
                 "a CUDA graph can't capture two batches, since it would replay one half's calls with the other "
@@ -199,7 +194,7 @@ def begin_half_call(half: Half, arguments: CallArguments) -> None:
                 "the batch can't hand over to the other half: use torch.utils.checkpoint with use_reentrant=False"
             )
     except Exception:
-        refuse(arguments.transport)
+        refuse(call.transport)
         raise
 
 

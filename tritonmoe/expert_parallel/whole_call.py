@@ -11,12 +11,12 @@ from torch import Tensor
 from tritonmoe.config.activations import is_fused
 from tritonmoe.config.layer import PerWeight
 from tritonmoe.expert_parallel.agreed_call import AgreedCall
-from tritonmoe.expert_parallel.call_pass import CallBackward, CallForward, SavedTensors
+from tritonmoe.expert_parallel.call_pass import CallBackward, CallForward, Kept
 from tritonmoe.experts.tensors import CallTensors
 from tritonmoe.experts.weight_gradients import rows_to_save
 from tritonmoe.runtime.autograd import Context, keep_beside, kept_beside, once_differentiable
 
-__all__ = ["anchor_of", "gradients_of_inputs", "needs_of", "run_whole_call", "saved_forward", "tensors_to_save"]
+__all__ = ["anchor_of", "gradients_of_inputs", "needs_of", "run_whole_call", "save_forward", "saved_forward"]
 
 
 class _WholeCall(torch.autograd.Function):
@@ -31,17 +31,12 @@ class _WholeCall(torch.autograd.Function):
         out = forward.run()
         ctx.call = call
         ctx.weights_dtype = tensors.topk_weights.dtype
-        mark = None
-        if call.plan.needs_any:
-            mark = keep_beside(ctx, forward.kept)
-            ctx.save_for_backward(*tensors_to_save(forward, needs_of(ctx), mark))
-        return out, mark
+        return out, save_forward(ctx, forward, needs_of(ctx))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Context, saved: Sequence[Tensor], dout: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        forward, mark = saved_forward(saved)
-        backward = CallBackward(ctx.call, kept_beside(ctx, mark), forward, dout, needs_of(ctx).weights)
+        backward = CallBackward(ctx.call, saved_forward(ctx, saved), dout, needs_of(ctx).weights)
         return gradients_of_inputs(backward.run(), ctx.weights_dtype)
 
 
@@ -62,8 +57,10 @@ def needs_of(ctx: Context) -> CallTensors[bool]:
     return CallTensors.unflatten(needs)
 
 
-def tensors_to_save(forward: CallForward, needs: CallTensors[bool], mark: Tensor) -> tuple[Tensor | None, ...]:
-    """Return what the backward of a call needs; mark: that of keep_beside()."""
+def save_forward(ctx: Context, forward: CallForward, needs: CallTensors[bool]) -> Tensor | None:
+    """Save what the backward of a call needs, and return the mark of keep_beside(); None where no rank needs any."""
+    if not forward.call.plan.needs_any:
+        return None
     run = forward.experts
     computes_h = is_fused(run.settings.spec.activation) and run.h is None
     needs_gate_up = needs.weights.gate_up_proj
@@ -71,14 +68,18 @@ def tensors_to_save(forward: CallForward, needs: CallTensors[bool], mark: Tensor
         needs_gate_up |= forward.call.plan.needs_weights.gate_up_proj
     rows = rows_to_save(run.rows, run.weights, needs_gate_up, computes_h=computes_h)
     copy_h, copy_weights = forward.saved_of_copies
-    return mark, run.h, copy_h, *copy_weights, *run.tensors._replace(x=rows).flatten()
+    mark = keep_beside(ctx, forward.kept)
+    ctx.save_for_backward(mark, run.h, copy_h, *copy_weights, *run.tensors._replace(x=rows).flatten())
+    return mark
 
 
-def saved_forward(saved: Sequence[Tensor]) -> tuple[SavedTensors, Tensor]:
-    """Make SavedTensors of what tensors_to_save() gave, and give the mark for kept_beside()."""
+def saved_forward(ctx: Context, saved: Sequence[Tensor]) -> Kept:
+    """Return what save_forward() has saved, in this forward or in its recompute."""
     mark, h, copy_h, *others = saved
     end = len(PerWeight._fields)
-    return SavedTensors(CallTensors.unflatten(others[end:]), h, copy_h, PerWeight(*others[:end])), mark
+    kept: Kept = kept_beside(ctx, mark)
+    received = CallTensors.unflatten(others[end:])
+    return kept._replace(received=received, h=h, copy_h=copy_h, copy_weights=PerWeight(*others[:end]))
 
 
 def gradients_of_inputs(

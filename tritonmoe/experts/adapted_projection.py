@@ -9,10 +9,11 @@ from typing import NamedTuple
 from torch import Tensor
 
 from tritonmoe.backends.ops import GradientOperands, Operations, required
+from tritonmoe.backends.pair_work import grad_multiplications, multiplications
 from tritonmoe.config.activations import FusedActivation
 from tritonmoe.config.layer import ExpertLayout, KernelOptions, PerWeight, Projection
 from tritonmoe.experts.adapter_dropout import AdapterDropout, DroppedRows
-from tritonmoe.experts.flops import count_products, matrix_size
+from tritonmoe.experts.flops import count_products, matrix_sizes
 from tritonmoe.grouping import Grouping
 
 __all__ = ["AdaptedProjection", "AdapterRows", "AdapterRowsOfBoth", "adapter_gradients"]
@@ -61,26 +62,18 @@ class AdaptedProjection(NamedTuple):
         return rows.index_select(0, grouping.row_index), grouping.by_pair
 
     @property
-    def _sizes(self) -> list[int]:
-        """The multiplications of one pair with the weight, with A and with B."""
-        of_factors = [0 if of is None else matrix_size(of.shape) for of in (self.factor_a, self.factor_b)]
-        return [matrix_size(self.projection.shape), *of_factors]
+    def _sizes(self) -> tuple[int, int, int]:
+        a, b = (None if of is None else of.shape for of in (self.factor_a, self.factor_b))
+        return matrix_sizes(self.projection.shape, a, b)
 
     @property
     def num_products(self) -> int:
         """The multiplications of one pair in up() and down()."""
-        return sum(self._sizes)
+        return multiplications(*self._sizes)
 
-    @property
-    def num_down_grad_products(self) -> int:
-        """Those in down_grad()."""
-        weight, factor_a, factor_b = self._sizes
-        return weight + 2 * factor_a + factor_b
-
-    def num_up_grad_products(self, needs_dx: bool) -> int:
-        """Those in up_grad()."""
-        weight, factor_a, factor_b = self._sizes
-        return factor_a + factor_b + (weight + factor_a if needs_dx else 0)
+    def num_grad_products(self, needs_inputs: bool = True) -> int:
+        """Return those in up_grad() and down_grad()."""
+        return grad_multiplications(*self._sizes, needs_inputs)
 
     def rows(self, num_pairs: int) -> AdapterRows | None:
         """Return memory for the rows of an adapter's gradients; None where there is no adapter."""

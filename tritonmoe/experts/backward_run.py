@@ -77,7 +77,7 @@ class BackwardRun(ExpertsRun):
         computes_h = is_fused(activation) and self.h is None
 
         def multiplications() -> int:
-            products = down.num_down_grad_products + gate_up.num_up_grad_products(needs_dx)
+            products = down.num_grad_products() + gate_up.num_grad_products(needs_dx)
             return products + computes_h * gate_up.num_products
 
         count_products(ops, self.rows, grouping.num_pairs, multiplications)

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from tritonmoe.backends import launches_kernels
 from tritonmoe.backends.ops import Operations
+from tritonmoe.backends.pair_work import grad_multiplications, multiplications
 from tritonmoe.config.formats import logical_shape
 from tritonmoe.experts.tensors import CallTensors
 
@@ -28,42 +29,51 @@ __all__ = [
     "backward_flops",
     "count_products",
     "forward_flops",
-    "matrix_size",
+    "matrix_sizes",
     "register_flop_formulas",
 ]
 
 Shape = tuple[int, ...]
 
 
-def matrix_size(shape: Sequence[int]) -> int:
-    """Return the multiplications of one pair with its expert's matrix of a weight of this shape (E, ., .)."""
-    return shape[1] * shape[2]
+def matrix_sizes(
+    weight: Sequence[int], factor_a: Sequence[int] | None, factor_b: Sequence[int] | None
+) -> tuple[int, int, int]:
+    """Return how many elements an expert has of a weight, and of the factors of its adapter, of shapes (E, ., .)."""
+
+    def size(shape: Sequence[int] | None) -> int:
+        return 0 if shape is None else shape[1] * shape[2]
+
+    return size(weight), size(factor_a), size(factor_b)
 
 
 def forward_flops(shapes: CallTensors[Shape]) -> int:
     """Return 6*N*D*F gated, 4*N*D*F ungated, and what adapters add; N = T*K, skipped pairs included."""
-    return 2 * sum(_products(shapes).values())
+    return 2 * _num_pairs(shapes) * sum(multiplications(*sizes) for sizes in _sizes(shapes))
 
 
 def backward_flops(shapes: CallTensors[Shape], needs: CallTensors[bool], computes_h: bool) -> int:
     """Return twice the forward's where all is wanted; less for frozen tensors, more where h is computed again."""
-    products = _products(shapes)
-    of_x = {"gate_up_proj": needs.x, "gate_up_a": 1 + needs.x, "gate_up_b": 1}
-    of_x |= {"down_proj": 1, "down_a": 2, "down_b": 1}
-    again = {"gate_up_proj", "gate_up_a", "gate_up_b"} if computes_h else set()
-    return 2 * sum(
-        size * (of_x[name] + bool(getattr(needs.weights, name)) + (name in again)) for name, size in products.items()
-    )
+    gate_up, down = _sizes(shapes)
+    of = needs.weights
+    trained = [of.gate_up_proj, of.gate_up_a, of.gate_up_b, of.down_proj, of.down_a, of.down_b]
+    of_pair = grad_multiplications(*gate_up, needs.x) + grad_multiplications(*down, True)
+    of_pair += sum(size for size, is_needed in zip([*gate_up, *down], trained, strict=True) if is_needed)
+    return 2 * _num_pairs(shapes) * (of_pair + (multiplications(*gate_up) if computes_h else 0))
 
 
-def _products(shapes: CallTensors[Shape]) -> dict[str, int]:
-    """Return the multiplications of every pair with its expert's matrices, of the weights that are matrices."""
+def _num_pairs(shapes: CallTensors[Shape]) -> int:
     num_tokens, top_k = shapes.topk_weights
-    weights = shapes.weights
-    matrices = {name: getattr(weights, name) for name in ("gate_up_a", "gate_up_b", "down_a", "down_b")}
-    matrices["gate_up_proj"] = logical_shape(weights.gate_up_proj, weights.gate_up_scales)
-    matrices["down_proj"] = logical_shape(weights.down_proj, weights.down_scales)
-    return {name: 0 if shape is None else num_tokens * top_k * matrix_size(shape) for name, shape in matrices.items()}
+    return num_tokens * top_k
+
+
+def _sizes(shapes: CallTensors[Shape]) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """Return matrix_sizes() of the up-projection and of the down-projection."""
+    of = shapes.weights
+    return (
+        matrix_sizes(logical_shape(of.gate_up_proj, of.gate_up_scales), of.gate_up_a, of.gate_up_b),
+        matrix_sizes(logical_shape(of.down_proj, of.down_scales), of.down_a, of.down_b),
+    )
 
 
 @torch.library.custom_op("tritonmoe::grouped_products", mutates_args=())

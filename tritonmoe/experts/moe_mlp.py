@@ -1,7 +1,7 @@
 """moe_mlp(): the experts on one device, eager or traced."""
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -48,29 +48,14 @@ OF_DOWN = ("down_proj", "down_bias", "down_a", "down_b", "down_scales")
 """The names of what the two projections have."""
 
 
-class _Experts(NamedTuple):
-    """What the Functions are called with beside tensors."""
-
-    settings: ExpertSettings
-    owners: Owners
-
-
-class _Half(NamedTuple):
-    """The same of the halves around a callable activation."""
-
-    settings: ExpertSettings
-    owners: Owners
-    grouping: Grouping
-
-
 class _MoEMLP(torch.autograd.Function):
     """moe_mlp with a fused activation, called eagerly: what the operator (operator.py) does, at a tenth of its cost."""
 
     @staticmethod
-    def forward(ctx: Context, experts: _Experts, *flat: Tensor | None) -> tuple[Tensor, Tensor]:
-        settings, tensors = experts.settings, CallTensors.unflatten(flat)
+    def forward(ctx: Context, settings: ExpertSettings, owners: Owners, *flat: Tensor | None) -> tuple[Tensor, Tensor]:
+        tensors = CallTensors.unflatten(flat)
         out, h, grouping = run_forward(settings, tensors, settings.spec.save == "hidden")
-        ctx.experts = experts
+        ctx.settings, ctx.owners = settings, owners
         x = rows_to_save(tensors.x, tensors.weights, _needs(ctx, flat).weights.gate_up_proj, computes_h=h is None)
         mark = keep_beside(ctx, grouping)
         ctx.save_for_backward(mark, h, *tensors._replace(x=x).without("topk_ids").flatten())
@@ -79,23 +64,25 @@ class _MoEMLP(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Context, saved: Sequence[Tensor], dout: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        (mark, h, *flat), (settings, owners) = saved, ctx.experts
+        mark, h, *flat = saved
         tensors, grouping = CallTensors.unflatten(flat), kept_beside(ctx, mark)
-        run = BackwardRun(settings, tensors, grouping, h, main_grads=find_main_grads(owners))
-        return None, *run_backward(run, dout, _needs(ctx, flat)).flatten()
+        run = BackwardRun(ctx.settings, tensors, grouping, h, main_grads=find_main_grads(ctx.owners))
+        return None, None, *run_backward(run, dout, _needs(ctx, flat)).flatten()
 
 
 class _UpHalf(torch.autograd.Function):
     """h = gathered rows x up-projection (+ bias): what a callable activation takes."""
 
     @staticmethod
-    def forward(ctx: Context, experts: _Half, *flat: Tensor | None) -> tuple[Tensor, Tensor]:
-        settings, grouping, tensors = experts.settings, experts.grouping, CallTensors.unflatten(flat)
+    def forward(
+        ctx: Context, settings: ExpertSettings, owners: Owners, grouping: Grouping, *flat: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        tensors = CallTensors.unflatten(flat)
         gate_up, _ = settings.projections(tensors.weights)
         count_products(settings.ops, tensors.x, grouping.num_pairs, lambda: gate_up.num_products)
         h = gate_up.hidden(tensors.x, grouping, _dropped(settings, tensors))
         zero_padding(h, grouping)
-        ctx.experts = experts
+        ctx.settings, ctx.owners = settings, owners
         needs_gate_up = _needs(ctx, flat).weights.gate_up_proj
         x = rows_to_save(tensors.x, tensors.weights, needs_gate_up, computes_h=False)
         mark = keep_beside(ctx, grouping)
@@ -105,32 +92,34 @@ class _UpHalf(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Context, saved: Sequence[Tensor], dh: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        (mark, *flat), settings = saved, ctx.experts.settings
+        (mark, *flat), settings = saved, ctx.settings
         grouping, tensors, needs = kept_beside(ctx, mark), CallTensors.unflatten(flat), _needs(ctx, flat)
         dh = dh.contiguous()
         gate_up, _ = settings.projections(tensors.weights)
         rows, dropped = gate_up.rows(grouping.num_pairs), _dropped(settings, tensors)
-        count_products(settings.ops, dh, grouping.num_pairs, lambda: gate_up.num_up_grad_products(needs.x))
+        count_products(settings.ops, dh, grouping.num_pairs, lambda: gate_up.num_grad_products(needs.x))
         dx_pairs = gate_up.up_grad(dh, tensors.x, grouping, needs_dx=needs.x, out=None, rows=rows, dropped=dropped)
         dx = None if dx_pairs is None else settings.ops.gather_sum(dx_pairs, grouping.inverse)
-        operands, main_grads = GradientOperands(x=tensors.x, dh=dh), find_main_grads(ctx.experts.owners)
+        operands, main_grads = GradientOperands(x=tensors.x, dh=dh), find_main_grads(ctx.owners)
         if rows is not None and dropped is not None:
             rows = rows._replace(dropped=dropped.values)
         grads = weight_gradients(settings, grouping, needs.weights, main_grads, operands, adapter_rows=(rows, None))
-        return None, *NO_TENSORS._replace(x=dx, weights=grads).flatten()
+        return None, None, None, *NO_TENSORS._replace(x=dx, weights=grads).flatten()
 
 
 class _DownHalf(torch.autograd.Function):
     """Weighted sum per token of a x down-projection (+ bias): what follows a callable activation."""
 
     @staticmethod
-    def forward(ctx: Context, experts: _Half, *flat: Tensor | None) -> tuple[Tensor, Tensor]:
-        settings, grouping, tensors = experts.settings, experts.grouping, CallTensors.unflatten(flat)
+    def forward(
+        ctx: Context, settings: ExpertSettings, owners: Owners, grouping: Grouping, *flat: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        tensors = CallTensors.unflatten(flat)
         a, topk_weights = tensors.x, tensors.topk_weights
         _, down = settings.projections(tensors.weights, tensors.row_seeds)
         count_products(settings.ops, a, grouping.num_pairs, lambda: down.num_products)
         y = down.down(a, grouping)
-        ctx.experts = experts
+        ctx.settings, ctx.owners = settings, owners
         mark = keep_beside(ctx, grouping)
         ctx.save_for_backward(mark, *flat)
         return settings.ops.gather_sum(y, grouping.inverse, topk_weights), mark
@@ -138,19 +127,19 @@ class _DownHalf(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Context, saved: Sequence[Tensor], dout: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        (mark, *flat), settings = saved, ctx.experts.settings
+        (mark, *flat), settings = saved, ctx.settings
         grouping, tensors, needs = kept_beside(ctx, mark), CallTensors.unflatten(flat), _needs(ctx, flat)
         a, topk_weights = tensors.x, tensors.topk_weights
         _, down = settings.projections(tensors.weights, tensors.row_seeds)
         rows = down.rows(grouping.num_pairs)
-        count_products(settings.ops, dout, grouping.num_pairs, lambda: down.num_down_grad_products)
+        count_products(settings.ops, dout, grouping.num_pairs, down.num_grad_products)
         da, scaled_a, dweights = down.down_grad(dout, a, topk_weights, grouping, None, out=(None, None), rows=rows)
         zero_padding(da, grouping)
         operands = GradientOperands(dout=dout, scaled_a=scaled_a, topk_weights=topk_weights)
-        main_grads = find_main_grads(ctx.experts.owners)
+        main_grads = find_main_grads(ctx.owners)
         grads = weight_gradients(settings, grouping, needs.weights, main_grads, operands, adapter_rows=(None, rows))
         dtopk_weights = grouping.pairs_to_rows(dweights).to(topk_weights.dtype) if needs.topk_weights else None
-        return None, *NO_TENSORS._replace(x=da, topk_weights=dtopk_weights, weights=grads).flatten()
+        return None, None, None, *NO_TENSORS._replace(x=da, topk_weights=dtopk_weights, weights=grads).flatten()
 
 
 def _dropped(settings: ExpertSettings, tensors: CallTensors[Tensor]) -> DroppedRows | None:
@@ -164,9 +153,12 @@ def _dropped(settings: ExpertSettings, tensors: CallTensors[Tensor]) -> DroppedR
 
 
 def _needs(ctx: Context, flat: Sequence[object]) -> CallTensors[bool]:
-    """Say of which of a Function's tensors a gradient is wanted; under a transform, before its backward, of any."""
+    """Say of which of a Function's tensors, its last arguments, a gradient is wanted.
+
+    Under a transform, before its backward, of any.
+    """
     needs = getattr(ctx, "needs_input_grad", None)
-    return CallTensors.unflatten([True] * len(flat) if needs is None else needs[1:])
+    return CallTensors.unflatten([True] * len(flat) if needs is None else needs[-len(flat) :])
 
 
 def _is_traced(x: Tensor) -> bool:
@@ -188,15 +180,14 @@ def _run_eagerly(settings: ExpertSettings, owners: Owners, tensors: CallTensors[
         tensors = tensors._replace(topk_ids=unwrapped(tensors.topk_ids), row_seeds=seeds)
     if is_fused(settings.spec.activation):
         if transformed or tensors.needs_any():
-            return run_function(_MoEMLP, _Experts(settings, owners), *tensors.flatten())
+            return run_function(_MoEMLP, settings, owners, *tensors.flatten())
         out, _, _ = run_forward(settings, tensors, keep_hidden=False)
         return out
     grouping = settings.ops.group(tensors.topk_ids, tensors.weights.gate_up_proj.shape[0])
-    half = _Half(settings, owners, grouping)
-    h = run_function(_UpHalf, half, *tensors.only("x", "row_seeds", *OF_UP).flatten())
+    h = run_function(_UpHalf, settings, owners, grouping, *tensors.only("x", "row_seeds", *OF_UP).flatten())
     a = checked_activation(settings, h)
     tensors = tensors._replace(x=a).only("x", "topk_weights", "row_seeds", *OF_DOWN)
-    return run_function(_DownHalf, half, *tensors.flatten())
+    return run_function(_DownHalf, settings, owners, grouping, *tensors.flatten())
 
 
 @outside_graphs

@@ -11,9 +11,10 @@ from tritonmoe.backends import check_name
 from tritonmoe.config.layer import MoEConfig, check_moe_config
 from tritonmoe.config.overlap import OverlapConfig, OverlapPlan, check_overlap
 from tritonmoe.dispatch.placement import ExpertPlacement
-from tritonmoe.expert_parallel.call_spec import CallArguments, CallSpec
+from tritonmoe.expert_parallel.call_spec import CallSpec
 from tritonmoe.expert_parallel.check import check_expert_parallel
 from tritonmoe.expert_parallel.expert_parallel_mlp import run_expert_parallel
+from tritonmoe.expert_parallel.proposed_call import ProposedCall
 from tritonmoe.expert_parallel.state import LayerCalls, refuse
 from tritonmoe.experts.adapters import ExpertAdapters, noted_adapters
 from tritonmoe.experts.moe_mlp import run_experts
@@ -51,9 +52,8 @@ class GroupedExperts(nn.Module):
         config: shapes and activation.
         transport: None for one device; else a Transport, a torch ProcessGroup, or a DeviceMesh of one dimension, or of
             two: one called "expert" and one of replicas, which hold the same experts, or nodes and ranks of a node (a
-            TwoLevelTransport).
-            Every rank makes the same layers on it, in the same order, by which the ranks know that they call the same;
-            and the same deep copies of a layer, each of which is a layer of its own. Weights that
+            TwoLevelTransport). Every rank makes the same layers on it, in the same order, by which the ranks know that
+            they call the same; and the same deep copies of a layer, each of which is a layer of its own. Weights that
             torch.func.functional_call puts in a layer's place go by the layer's number.
         overlap: how the exchanges overlap; the same on every rank.
         placement: which rank holds which experts; None for E / W contiguous ones each.
@@ -146,8 +146,7 @@ class GroupedExperts(nn.Module):
         agree_on_overflow(transports_of)
         if expert_gradients == "mean":
             self.gradient_scale = 1 / size
-        first = rank * num_local
-        self.expert_ids = tuple(range(first, first + num_local))
+        self.expert_ids = tuple(range(rank * num_local, (rank + 1) * num_local))
         if placement is not None:
             self.expert_ids = placement.experts_of_rank[rank]
 
@@ -292,8 +291,7 @@ class GroupedExperts(nn.Module):
         except Exception:
             refuse(self.transport)
             raise
-        arguments = CallArguments(spec, self.transport, inputs, self.calls, num_nonfinite_rows, fillers)
-        return run_expert_parallel(arguments)
+        return run_expert_parallel(ProposedCall(spec, self.transport, inputs, self.calls, num_nonfinite_rows, fillers))
 
     def _in_mode(self, adapters: ExpertAdapters | None) -> ExpertAdapters | None:
         """Return adapters without dropout, but in training mode."""

@@ -1,7 +1,7 @@
 """ForwardPass and BackwardPass: the buffers of one layer call on one rank, and what every kind of step does to them."""
 
 from collections.abc import Callable, Sequence
-from typing import Generic, NamedTuple
+from typing import Generic
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from tritonmoe.overlap.steps import StepKind, Way
 from tritonmoe.transports import PendingExchange
 from tritonmoe.transports.wire import WireFormat
 
-__all__ = ["BackwardPass", "ForwardPass", "LayerGrads"]
+__all__ = ["BackwardPass", "ForwardPass"]
 
 
 class ForwardPass(Generic[Experts]):
@@ -128,16 +128,6 @@ class ForwardPass(Generic[Experts]):
             self.copies.settle()
 
 
-class LayerGrads(NamedTuple):
-    """What a backward gives."""
-
-    x: Tensor | None
-    """(T, D) where some rank needs it."""
-    topk_weights: Tensor | None
-    """(T, K) fp32 where some rank needs it."""
-    weights: WeightGrads
-
-
 class BackwardPass:
     """The backward of one layer call on one rank.
 
@@ -184,7 +174,7 @@ class BackwardPass:
         if placement is not None and placement.has_replicas and any(needs_weights):
             self.sums_replicas, self.replicas = True, placement
 
-    def run(self, agreement: BackwardAgreement | None = None) -> tuple[LayerGrads, PassReport]:
+    def run(self, agreement: BackwardAgreement | None = None) -> tuple[CallTensors[Tensor | None], PassReport]:
         """Return the gradients, and the timings; agreement: as in execution()."""
         report = self.execution(agreement).run()
         return self.grads, report
@@ -213,10 +203,11 @@ class BackwardPass:
         return Execution(schedule, self.actions(), self.dout.device, lambda: plan.call)
 
     @property
-    def grads(self) -> LayerGrads:
+    def grads(self) -> CallTensors[Tensor | None]:
+        """The gradients: of x (T, D) and topk_weights (T, K), in fp32, where some rank needs them, and of weights."""
         dx = self.dx if self.plan.needs_x else None
         dtopk_weights = self.dtopk_weights if self.plan.needs_topk_weights else None
-        return LayerGrads(dx, dtopk_weights, self.weight_grads)
+        return CallTensors(dx, None, dtopk_weights, self.weight_grads)
 
     def actions(self) -> Actions:
         of_copies = {} if self.copies is None else self._actions_of_copies(self.copies)

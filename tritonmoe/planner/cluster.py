@@ -16,7 +16,6 @@ __all__ = [
     "Estimate",
     "Gpu",
     "Host",
-    "InsideLink",
     "Link",
     "Of",
     "settings_of",
@@ -109,11 +108,6 @@ class Link:
 
 
 @dataclass(frozen=True, kw_only=True)
-class InsideLink(Link):
-    """The link of one GPU to the others of its node."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class BetweenLink(Link):
     """The link of one GPU to other nodes."""
 
@@ -147,7 +141,7 @@ class Cluster:
     usd_per_gpu_hour: Annotated[float, Of("price of one GPU for one hour, in US dollars", 0.0, 1e6)]
     row_header_bytes: Annotated[int, Of("bytes that travel with each row beside its elements: 32 in DeepEP", 0, 1e6)]
     gpu: Annotated[Gpu, Of("one GPU")]
-    inside: Annotated[InsideLink, Of("the link of one GPU to those of its node")]
+    inside: Annotated[Link, Of("the link of one GPU to those of its node")]
     between: Annotated[BetweenLink, Of("the link of one GPU to other nodes")]
     host: Annotated[Host, Of("the host's processor")]
 
@@ -180,7 +174,7 @@ class Cluster:
         return replace(self, **parts)
 
 
-PARTS = {"gpu": Gpu, "inside": InsideLink, "between": BetweenLink, "host": Host}
+PARTS = {"gpu": Gpu, "inside": Link, "between": BetweenLink, "host": Host}
 """The tables of a cluster."""
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from tritonmoe.planner.cluster import BetweenLink, Cluster, Estimate, Gpu, Host, InsideLink
+from tritonmoe.planner.cluster import BetweenLink, Cluster, Estimate, Gpu, Host, Link
 
 __all__ = ["CLUSTERS", "REMARKS"]
 
@@ -27,11 +27,9 @@ TCP = replace(CX7, efficiency=Estimate(0.12, "assumed", 2.0), latency_us=_assume
 IB200 = replace(CX7, gb_per_s=25.0)
 
 
-def _nvlink(gb_per_s: float) -> InsideLink:
+def _nvlink(gb_per_s: float) -> Link:
     """Return a link of which an all-to-all reaches about two thirds: 0.67 on H20, 0.6 on B200, 0.78 on H800."""
-    return InsideLink(
-        gb_per_s=gb_per_s, efficiency=_assumed(0.65), latency_us=_assumed(25.0), us_per_peer=_assumed(0.5)
-    )
+    return Link(gb_per_s=gb_per_s, efficiency=_assumed(0.65), latency_us=_assumed(25.0), us_per_peer=_assumed(0.5))
 
 
 def _gpu(memory_gb: float, memory_tb_per_s: float, tflops: dict[str, float], *shares: float) -> Gpu:

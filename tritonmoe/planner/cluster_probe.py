@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch.nn import functional as F
 
+from tritonmoe.backends.pair_work import FORWARD, pair_work, products_and_elements
 from tritonmoe.config.layer import MoEConfig
 from tritonmoe.config.overlap import OverlapPlan
 from tritonmoe.experts.moe_mlp import moe_mlp
@@ -193,8 +194,9 @@ def _experts(job: Job, random: Callable[..., torch.Tensor], device: torch.device
     gates, ids = torch.rand(tokens, own_experts, device=device).topk(top_k, dim=1)
     up, down, x = random(own_experts, 2 * f, d), random(own_experts, d, f), random(tokens, d)
     calls = _times(lambda: moe_mlp(x, ids, gates, up, down), device)
-    moved = own_experts * model.expert_parameters + tokens * top_k * (4 * d + 4 * f)
-    return calls, 6 * tokens * top_k * d * f, moved
+    flops, elements = products_and_elements(pair_work(d, f), FORWARD)
+    num_pairs = tokens * top_k
+    return calls, num_pairs * flops, own_experts * model.expert_parameters + num_pairs * elements
 
 
 def _attention(job: Job, random: Callable[..., torch.Tensor], device: torch.device) -> tuple[list[float], float]:

@@ -16,8 +16,9 @@ from tritonmoe.planner.job import Job
 from tritonmoe.planner.layer_exchange import ExchangeTime, LayerExchange, leaves
 from tritonmoe.planner.layer_parts import Parts, layer_parts
 from tritonmoe.planner.step import BESIDE, exchange_time, in_turn, layer_exchange
-from tritonmoe.simulation.cost_model import LinkCosts, StepCosts
+from tritonmoe.simulation.cost_model import LinkCosts
 from tritonmoe.simulation.simulator import SimulatedStep, simulate
+from tritonmoe.simulation.step_costs import StepCosts
 from tritonmoe.simulation.two_level_work import TwoLevelWork
 
 __all__ = ["SERIAL", "ExchangeCurve", "Lanes"]

@@ -170,8 +170,7 @@ class Job:
         """Return how many parameters a rank of a stage has: those of all data-parallel ranks, and its experts'."""
         model = self.model
         num_dense, num_sparse = self.stage_layers()[stage]
-        shared = num_dense * 3 * model.hidden_size * model.dense_size / self.tp
-        shared += (num_dense + num_sparse) * model.attention_parameters / self.tp
+        shared = (num_dense * model.dense_parameters + num_sparse * model.attention_parameters) / self.tp
         shared += num_sparse * (model.other_parameters - model.attention_parameters)
         ends = (stage == 0) + (stage == self.pp - 1 and not (model.is_tied and self.pp == 1))
         shared += ends * model.vocab_size * model.hidden_size / self.tp

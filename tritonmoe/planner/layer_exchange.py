@@ -10,6 +10,15 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from tritonmoe.backends.pair_work import (
+    BACKWARD,
+    FORWARD,
+    WEIGHT_GRADS,
+    grad_multiplications,
+    multiplications,
+    pair_work,
+    products_and_elements,
+)
 from tritonmoe.config.overlap import OverlapPlan
 from tritonmoe.overlap.schedule import build_backward, build_forward
 from tritonmoe.overlap.steps import StepKind
@@ -24,9 +33,10 @@ from tritonmoe.planner.operation_costs import (
     link_like,
 )
 from tritonmoe.planner.routed_rows import Needs, needs_of
-from tritonmoe.simulation.cost_model import LayerWork, LinkCosts, StepCosts
+from tritonmoe.simulation.cost_model import LayerWork, LinkCosts
 from tritonmoe.simulation.halves_in_turn import simulate_two_batches
 from tritonmoe.simulation.simulator import SimulatedStep, Simulation, simulate
+from tritonmoe.simulation.step_costs import StepCosts
 from tritonmoe.simulation.two_level_work import TwoLevelWork
 
 __all__ = ["ExchangeTime", "LayerExchange", "leaves"]
@@ -182,7 +192,7 @@ class LayerExchange:
     def _step_costs(self) -> StepCosts:
         """Return the seconds of every kind of step: weights and launches are fixed, arithmetic and rows per unit."""
         job, gpu = self.job, self.cluster.gpu
-        d, f, b = job.model.hidden_size, job.model.expert_size, job.dtype_bytes
+        d, f, r, b = job.model.hidden_size, job.model.expert_size, job.adapter_rank, job.dtype_bytes
         flops_s = job.peak_flops(self.cluster) * gpu.grouped_efficiency.value
         quantizing = 0.0
         if job.dtype == "fp8":
@@ -196,21 +206,25 @@ class LayerExchange:
             return copy_s(self.cluster, num_bytes)
 
         launch = self.cluster.host.us_per_chunk.value * 1e-6
-        # up: x, h, a; down: a, y; gather_sum: y and the sum.
-        forward = 6 * d * f / flops_s + moved((d + 3 * f + f + d + 2 * d) * b + quantizing)
-        # down_grad: dO, h, dh, s * a; up_grad: dh, dx; gather_sum: dx and the sum.
-        backward = 6 * d * f / flops_s + moved((d + 5 * f + 2 * f + d + 2 * d) * b + 2 * quantizing)
-        again = 4 * d * f / flops_s + moved((d + 3 * f) * b) if job.recompute == "experts" else 0.0
+        of_pair = pair_work(d, f)
+
+        def seconds(names: Sequence[str], quantizing: float = 0.0) -> float:
+            flops, elements = products_and_elements(of_pair, names)
+            return flops / flops_s + moved(elements * b + quantizing)
+
+        forward, backward = seconds(FORWARD, quantizing), seconds(BACKWARD, 2 * quantizing)
+        again = seconds(["up"]) if job.recompute == "experts" else 0.0
         if job.recompute == "selective":
             backward += moved(3 * f * b)
-        gradients = 6 * d * f / flops_s + moved((2 * d + 3 * f) * b)
+        gradients = seconds(WEIGHT_GRADS)
         if job.frozen is not None:
-            # Of a pair's adapters: two narrow products beside each wide one; what they add is written and read.
-            factors = 2 * job.expert_adapters / flops_s
-            forward += factors + moved(2 * (2 * f + d) * b)
-            backward += factors + moved(2 * (f + d) * b)
-            again += 2 * job.adapter_rank * (d + 2 * f) / flops_s + moved(2 * 2 * f * b) if again else 0.0
-            gradients = factors + moved((2 * d + 3 * f) * b)
+            # Of a pair's adapters: narrow products beside each wide one; what they add is written and read.
+            up, down = (0, r * d, r * 2 * f), (0, r * f, r * d)
+            through = grad_multiplications(*up, True) + grad_multiplications(*down, True)
+            forward += 2 * job.expert_adapters / flops_s + moved(2 * (2 * f + d) * b)
+            backward += 2 * through / flops_s + moved(2 * (f + d) * b)
+            again += 2 * multiplications(*up) / flops_s + moved(2 * 2 * f * b) if again else 0.0
+            gradients = 2 * job.expert_adapters / flops_s + moved((2 * d + 3 * f) * b)
         packing, summing = moved(2 * d * b), moved(d * b)
         moving = moved(job.pair_passes / 2 * d * b)
         return StepCosts(

@@ -44,9 +44,7 @@ def layer_parts(job: Job, cluster: Cluster) -> dict[str, tuple[float, float]]:
         return forward + copy(3 * columns), backward + copy(5 * columns)
 
     attention = model.attention
-    seen = (job.sequence / 2 * (model.num_layers - model.num_window_layers)) / model.num_layers
-    seen += min(model.window, job.sequence / 2) * model.num_window_layers / model.num_layers
-    core_flops = 2 * tokens * seen * attention.num_heads * (attention.qk_dim + attention.v_dim)
+    core_flops = tokens * model.attention_flops(job.sequence) / model.num_layers
     core = core_flops / (job.peak_flops(cluster, is_wide=True) * cluster.gpu.attention_efficiency.value)
     rope = copy(2 * tokens * attention.rope_width * b)
     router, router_back = products([(d, model.num_experts)], 1, is_wide=True)

@@ -12,17 +12,9 @@ def flops_per_token(model: Model, sequence: int, adapter_rank: int = 0) -> float
     the masked half doesn't count.
     adapter_rank: of adapters on the experts of a frozen model, whose own weights get no gradient; 0: all is trained.
     """
-    num_sparse = model.num_layers - model.num_dense_layers
-    weights = model.num_layers * model.attention_parameters
-    weights += model.num_dense_layers * 3 * model.hidden_size * model.dense_size
-    weights += num_sparse * (
-        model.hidden_size * (model.num_experts + 3 * model.shared_size) + model.top_k * model.expert_parameters
-    )
-    weights += model.vocab_size * model.hidden_size
-    attention = model.attention
-    seen = (model.num_layers - model.num_window_layers) * sequence / 2
-    seen += model.num_window_layers * min(model.window, sequence / 2)
+    weights = model.layer_parameters(model.top_k) + model.vocab_size * model.hidden_size
     of_weights = 6.0 * weights
     if adapter_rank:
+        num_sparse = model.num_layers - model.num_dense_layers
         of_weights = 4.0 * weights + 6 * num_sparse * model.top_k * model.adapter_parameters(adapter_rank)
-    return of_weights + 6 * seen * attention.num_heads * (attention.qk_dim + attention.v_dim)
+    return of_weights + 3 * model.attention_flops(sequence)

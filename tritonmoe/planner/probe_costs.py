@@ -13,7 +13,8 @@ from tritonmoe.expert_parallel.state import LayerCalls
 from tritonmoe.layer import GroupedExperts, report_of
 from tritonmoe.overlap.report import LayerReport
 from tritonmoe.runtime.host_device import wait_for_current_stream
-from tritonmoe.simulation.cost_model import LinkCosts, StepCosts, fit_line
+from tritonmoe.simulation.cost_model import LinkCosts
+from tritonmoe.simulation.step_costs import StepCosts, fit_line
 from tritonmoe.transports import LocalTransport, PendingExchange, Transport
 from tritonmoe.tuning.measured_calls import median_steps
 

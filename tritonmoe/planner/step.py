@@ -225,7 +225,7 @@ def _layer_parameters(job: Job, *, is_dense: bool) -> tuple[float, float]:
     """Return how many parameters of a layer a rank computes with: those that all ranks have, and its experts'."""
     model = job.model
     if is_dense:
-        return (model.attention_parameters + 3 * model.hidden_size * model.dense_size) / job.tp, 0.0
+        return model.dense_parameters / job.tp, 0.0
     return model.other_parameters / job.tp, model.num_experts / job.ep * model.expert_parameters
 
 

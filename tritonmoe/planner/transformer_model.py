@@ -129,14 +129,26 @@ class Model:
         return self.attention_parameters + self.hidden_size * (self.num_experts + 3 * self.shared_size)
 
     @property
-    def num_parameters(self) -> int:
+    def dense_parameters(self) -> int:
+        """The parameters of a layer without experts: attention and a feed-forward block."""
+        return self.attention_parameters + 3 * self.hidden_size * self.dense_size
+
+    def layer_parameters(self, num_experts: int) -> int:
+        """Return the parameters of all layers, of so many experts each: those of the model, or those of one token."""
         sparse = self.num_layers - self.num_dense_layers
-        dense = self.attention_parameters + 3 * self.hidden_size * self.dense_size
-        return (
-            sparse * (self.other_parameters + self.num_experts * self.expert_parameters)
-            + self.num_dense_layers * dense
-            + (1 if self.is_tied else 2) * self.vocab_size * self.hidden_size
-        )
+        of_sparse = self.other_parameters + num_experts * self.expert_parameters
+        return sparse * of_sparse + self.num_dense_layers * self.dense_parameters
+
+    @property
+    def num_parameters(self) -> int:
+        ends = (1 if self.is_tied else 2) * self.vocab_size * self.hidden_size
+        return self.layer_parameters(self.num_experts) + ends
+
+    def attention_flops(self, sequence: int) -> float:
+        """Return the FLOPs of one token's causal attention in all layers, forward, of which the masked half is none."""
+        seen = (self.num_layers - self.num_window_layers) * sequence / 2
+        seen += self.num_window_layers * min(self.window, sequence / 2)
+        return 2 * seen * self.attention.num_heads * (self.attention.qk_dim + self.attention.v_dim)
 
     def scaled(self, factor: float) -> "Model":
         """Return a model of another size: D, F and all other widths so many times as large, multiples of 128."""

@@ -6,8 +6,9 @@ import torch
 
 from tritonmoe.config.overlap import OverlapPlan
 from tritonmoe.overlap.schedule import Schedule, build_backward, build_forward, phase_ends
-from tritonmoe.simulation.cost_model import LayerWork, LinkCosts, StepCosts
+from tritonmoe.simulation.cost_model import LayerWork, LinkCosts
 from tritonmoe.simulation.simulator import SimulatedStep, Simulation, Walk, WalkedPass
+from tritonmoe.simulation.step_costs import StepCosts
 from tritonmoe.simulation.two_level_work import TwoLevelWork
 
 __all__ = ["MOST_LAYERS", "simulate_two_batches"]

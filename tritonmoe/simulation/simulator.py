@@ -15,8 +15,9 @@ from torch import Tensor
 from tritonmoe.config.overlap import OverlapPlan
 from tritonmoe.overlap.schedule import Schedule, build_backward, build_forward, build_inside
 from tritonmoe.overlap.steps import Step, StepKind, Way
-from tritonmoe.simulation.cost_model import LayerWork, LinkCosts, StepCosts
+from tritonmoe.simulation.cost_model import LayerWork, LinkCosts
 from tritonmoe.simulation.ports import Ports
+from tritonmoe.simulation.step_costs import StepCosts
 from tritonmoe.simulation.step_units import step_units
 from tritonmoe.simulation.two_level_work import TwoLevelWork
 

@@ -12,7 +12,8 @@ from tritonmoe.dispatch.copies import ExpertCopies
 from tritonmoe.overlap.report import LayerReport
 from tritonmoe.overlap.steps import Step, StepKind, Way
 from tritonmoe.simulation.copy_work import CopyWork
-from tritonmoe.simulation.cost_model import LayerWork, LinkCosts, StepCosts, fit_line
+from tritonmoe.simulation.cost_model import LayerWork, LinkCosts
+from tritonmoe.simulation.step_costs import StepCosts, fit_line
 from tritonmoe.simulation.step_units import CopyUnits, step_units
 
 __all__ = ["layer_costs", "layer_work", "link_costs", "median_steps", "most_work"]

@@ -15,10 +15,11 @@ from functools import lru_cache
 from tritonmoe.config.overlap import LOCAL_PARTS, MAX_CHUNKS, OverlapConfig, OverlapPlan, equal_sizes, ramp_sizes
 from tritonmoe.overlap.steps import StepKind
 from tritonmoe.simulation.buffer_widths import BufferWidths, WorkingSet
-from tritonmoe.simulation.cost_model import LayerWork, LinkCosts, StepCosts
+from tritonmoe.simulation.cost_model import LayerWork, LinkCosts
 from tritonmoe.simulation.halves_in_turn import simulate_two_batches
 from tritonmoe.simulation.memory import peak_bytes
 from tritonmoe.simulation.simulator import simulate_layer
+from tritonmoe.simulation.step_costs import StepCosts
 from tritonmoe.simulation.two_level_work import TwoLevelWork
 
 __all__ = [

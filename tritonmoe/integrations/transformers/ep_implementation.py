@@ -8,8 +8,9 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from transformers.distributed.expert_parallel import EPImplementation
 
 from tritonmoe.config.overlap import OverlapConfig
-from tritonmoe.expert_parallel.call_spec import CallArguments, CallSpec
+from tritonmoe.expert_parallel.call_spec import CallSpec
 from tritonmoe.expert_parallel.expert_parallel_mlp import run_expert_parallel
+from tritonmoe.expert_parallel.proposed_call import ProposedCall
 from tritonmoe.expert_parallel.state import LayerCalls
 from tritonmoe.experts.spec import ExpertSpec
 from tritonmoe.experts.tensors import CallTensors
@@ -59,7 +60,7 @@ class OverlappedEP(EPImplementation):
 
     def _run(self, spec: ExpertSpec, inputs: CallTensors[Tensor]) -> Tensor:
         call_spec = CallSpec(spec, self.num_experts, self.overlap)
-        return run_expert_parallel(CallArguments(call_spec, self.transport, inputs, self.calls))
+        return run_expert_parallel(ProposedCall(call_spec, self.transport, inputs, self.calls))
 
     def _own_slice(self, tensor: Tensor) -> Tensor:
         shared = DTensor.from_local(tensor, self.tp_mesh, [Replicate()], run_check=False)

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from tritonmoe.config.overlap import OverlapConfig
 from tritonmoe.dispatch.placement import ExpertPlacement
-from tritonmoe.expert_parallel.call_spec import CallArguments, CallSpec
+from tritonmoe.expert_parallel.call_spec import CallSpec
 from tritonmoe.expert_parallel.expert_parallel_mlp import run_expert_parallel
 from tritonmoe.expert_parallel.halves import for_both_halves
+from tritonmoe.expert_parallel.proposed_call import ProposedCall
 from tritonmoe.expert_parallel.state import LayerCalls
 from tritonmoe.experts.spec import ExpertSpec
 from tritonmoe.experts.tensors import CallTensors
@@ -48,7 +49,7 @@ class ExpertParallelState:
     def run(self, spec: ExpertSpec, inputs: CallTensors[Tensor]) -> Tensor:
         """Run what expert_parallel_mlp runs over these ranks, as a layer that the ranks know."""
         call_spec = CallSpec(spec, self.num_experts, self.overlap, self.placement)
-        return run_expert_parallel(CallArguments(call_spec, self.sharding.transport, inputs, self.calls))
+        return run_expert_parallel(ProposedCall(call_spec, self.sharding.transport, inputs, self.calls))
 
     @property
     def expert_ids(self) -> Sequence[int]:
