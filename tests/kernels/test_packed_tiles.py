@@ -3,9 +3,11 @@
 import pytest
 import torch
 from kernel_cases import DEVICE, GPT_OSS, LAYOUTS, Layer, random_ids
+from packed_weights import PackedCase
 from same_bits import assert_same_bits
 from uninitialised import nan_filled_memory
 
+from tritonmoe import backends
 from tritonmoe.backends import triton as kernels
 from tritonmoe.backends.decoding import decoded
 from tritonmoe.config.formats import FORMATS, LARGEST_MXFP4_SCALE, empty_packed
@@ -60,10 +62,16 @@ def check(layer, activation="silu", options=KernelOptions()):
     assert_same_bits(packed, plain)
 
 
+EACH_PAIR = [
+    (weight_format, layout, (1, 33, 150)[(first + second) % 3])
+    for first, weight_format in enumerate(FORMATS)
+    for second, layout in enumerate(LAYOUTS)
+]
+"""Formats, layouts and numbers of rows: every two of them meet once."""
+
+
 @pytest.mark.sweep(1)
-@pytest.mark.parametrize("num_rows", [1, 33, 150])
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("weight_format", FORMATS)
+@pytest.mark.parametrize(("weight_format", "layout", "num_rows"), EACH_PAIR)
 def test_bits_are_those_of_decoded_weights(weight_format, layout, num_rows):
     check(packed_layer(weight_format, layout, num_rows=num_rows), "relu2" if "ungated" in layout else "silu")
 
@@ -73,6 +81,19 @@ def test_bits_are_those_of_decoded_weights(weight_format, layout, num_rows):
 @pytest.mark.parametrize("weight_format", FORMATS)
 def test_addends_and_no_activation(weight_format, layout):
     check(packed_layer(weight_format, layout, num_rows=20).with_addends(), None if layout == "transposed" else GPT_OSS)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize(("weight_format", "save"), [*((one, "hidden") for one in FORMATS), ("nf4", "input")])
+def test_layers_with_adapters(weight_format, save, monkeypatch):
+    """The result, and the gradients of x, of the routing and of both factors; an expert is hot, another one empty."""
+    monkeypatch.setattr(backends, "choose", lambda *_, **__: kernels)
+    case = PackedCase(weight_format, 11, 5, rank=3, hidden=96, bias=save == "input", hot=True)
+    assert not (case.topk_ids() == 4).any()
+    results = [case.run(decoded=decoded, backend="triton", save=save) for decoded in (False, True)]
+    assert {"y", "x", "topk_weights", "gate_up_a", "gate_up_b", "down_a", "down_b"} <= results[0].keys()
+    assert all(torch.isfinite(value).all() and value.any() for value in results[0].values())
+    assert_same_bits(*results)
 
 
 @pytest.mark.parametrize("formats", [("mxfp4", None), ("fp8", "mxfp4")], ids=str)
@@ -158,7 +179,10 @@ def test_an_entry_for_plain_weights_is_not_taken_for_packed_ones():
     with measured_tiles.asked() as asked:
         products(layer, given_rows(layer))
     assert {tuple(key.split()[2:4]) for key in asked} == {(name, "mxfp4") for name in ("up", "down", "down_grad")}
-    assert all(config.reads[-1] == ("weight", "pointers: it is packed") for config in asked.values())
+    for config in asked.values():
+        name, way = config.reads[-1]
+        assert name == "weight"
+        assert way.startswith("pointers: ")  # it is packed, or the GPU has no TMA
 
 
 def test_no_row_depends_on_its_neighbours():
