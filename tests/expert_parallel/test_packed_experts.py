@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from held_storages import HeldStorages
+from held_storages import HeldStorages, LargestFloats
 from packed_weights import FORMATS, PackedCase
 from processes import run_processes
 from same_bits import assert_same_bits
@@ -140,6 +140,22 @@ def test_no_whole_decoded_weight_is_ever_made() -> None:
 
 
 @pytest.mark.thorough
+@pytest.mark.parametrize("overlap", ["C3", "copies"])
+def test_kernels_make_no_decoded_expert(overlap: str) -> None:
+    """Not even one: a tile is decoded where it is loaded, of experts that other ranks have sent too."""
+    case = PackedCase("mxfp4", 3, 6, 2, hidden=64, intermediate=128, rank=2, hot=True)
+    down = case.weights()[1]
+
+    def on_rank(transport: Transport) -> None:
+        with LargestFloats() as largest:
+            call(case, transport, OVERLAPS[overlap], decoded=False, backend="triton")
+        most = max(largest.num_values.items(), key=lambda made: made[1])
+        assert most[1] < down.shape[1] * down.shape[2], most
+
+    tm.run_on_emulated_ranks(on_rank, 2, timeout_s=300)
+
+
+@pytest.mark.thorough
 @pytest.mark.parametrize("num_ranks", [2, 4])
 @pytest.mark.parametrize("weight_format", FORMATS)
 def test_layers_on_processes(weight_format: WeightFormat, num_ranks: int, tmp_path: Path) -> None:
@@ -153,6 +169,7 @@ def test_layers_on_processes(weight_format: WeightFormat, num_ranks: int, tmp_pa
     [
         pytest.param("torch", 2, marks=pytest.mark.thorough),
         pytest.param("torch", 4, marks=pytest.mark.thorough),
+        pytest.param("triton", 2, marks=pytest.mark.slow),
         pytest.param("triton", 4, marks=pytest.mark.slow),
     ],
 )
@@ -169,6 +186,16 @@ def test_calls_on_processes(weight_format: WeightFormat, backend: str, num_ranks
 def test_resharding(weight_format: WeightFormat, tmp_path: Path) -> None:
     """Saved over 4 ranks, loaded over 2 and 1 and back: bytes stay, and no rank ever decodes more than two experts."""
     for stage, num_ranks in enumerate((4, 2, 1, 2, 4)):
-        script = str(RESHARD_WORKER), str(tmp_path), weight_format, str(stage)
+        script = str(RESHARD_WORKER), str(tmp_path), weight_format, str(stage), "torch"
         ended = run_processes(num_ranks, "gloo", *script, timeout_s=170.0)
+        assert ended.statuses == [0] * num_ranks, (stage, ended.output[-6000:])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("weight_format", FORMATS)
+def test_resharding_of_what_kernels_read(weight_format: WeightFormat, tmp_path: Path) -> None:
+    """Saved over 2 ranks and loaded over one, spread and by FSDP2: no rank ever decodes an expert."""
+    for stage, num_ranks in enumerate((2, 1)):
+        script = str(RESHARD_WORKER), str(tmp_path), weight_format, str(stage), "triton"
+        ended = run_processes(num_ranks, "gloo", *script, timeout_s=900.0)
         assert ended.statuses == [0] * num_ranks, (stage, ended.output[-6000:])

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from held_storages import HeldStorages
+from held_storages import HeldStorages, LargestFloats
 from packed_weights import FORMATS, PackedCase, random_weight
 from same_bits import assert_same_bits
 from torch import Tensor, nn
@@ -219,6 +219,24 @@ def test_no_whole_decoded_weight_is_ever_made(weight_format: WeightFormat) -> No
     tables = 2**16 * 8 + 2**13
     assert max(held.num_bytes) <= max(2 * expert_bytes, tables), sorted(held.num_bytes)[-3:]
     assert up.decode().nbytes > max(2 * expert_bytes, tables)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize(
+    ("weight_format", "transposed", "save"),
+    [("mxfp4", True, "hidden"), ("fp8", False, "hidden"), ("nf4", False, "input")],
+)
+def test_kernels_make_no_decoded_expert(weight_format: WeightFormat, transposed: bool, save: str) -> None:
+    """Not even one: a tile is decoded where it is loaded."""
+    case = PackedCase(weight_format, 3, 6, 2, hidden=64, intermediate=128, rank=2, bias=True, transposed=transposed)
+    up, down = case.weights()
+    leaves = case.leaves()
+    given = {**case.keywords(leaves), "backend": "triton", "save": save}
+    with LargestFloats() as largest:
+        y = tm.moe_mlp(leaves["x"], case.topk_ids(), leaves["topk_weights"], up, down, **given)  # type: ignore[arg-type]
+        y.backward(case.dout())
+    most = max(largest.num_values.items(), key=lambda made: made[1])
+    assert most[1] < down.shape[1] * down.shape[2], most
 
 
 WRONG: dict[str, tuple[Callable[[], object], type[Exception], str]] = {

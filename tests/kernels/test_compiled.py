@@ -51,6 +51,7 @@ def test_packed_weights(gpu, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("gpu", VIRTUAL_GPUS)
 def test_all_packed_weights(gpu, tmp_path):
+    """Every layout, height of tile and group of scales; whole layers too, with the gradients of adapters."""
     result = run(gpu, tmp_path, "-m", "not slow", tests=("test_packed_tiles.py",))
     assert result.returncode == 0, result.stdout[-3000:]
 

@@ -133,6 +133,9 @@ def test_parts_of_registers():
         assert (run_lines([line], source, 1)[0] == taken & source[1]).all()
         signed = taken.astype(f"u{bits // 8}").view(f"i{bits // 8}").astype("i4").view("u4")
         assert (run_lines([line.replace("v10", "sext(v10)")], source, 1)[0] == signed & source[1]).all()
+        line = f"v_add_u32_sdwa v20, v10, v11 dst_sel:{part} dst_unused:UNUSED_PAD src0_sel:DWORD src1_sel:DWORD"
+        sums = (source[0] + source[1] & (1 << bits) - 1) << shift
+        assert (run_lines([line], source, 1)[0] == sums).all()
     numbers = np.random.default_rng(1).integers(-9, 9, (4, NUM_THREADS)).astype(np.float32)
     line = "v_pk_fma_f32 v[20:21], v[10:11], v[12:13], v[12:13] op_sel:[1,0,1] op_sel_hi:[0,1,1]"
     line += " neg_lo:[1,0,0] neg_hi:[0,0,1]"
@@ -195,6 +198,15 @@ def test_loads_and_stores_of_every_width(size):
     lines.append(f"global_store_{store} v2, {registers}, s[6:7]")
     run_amd(lines, source, output)
     assert (output == (source[::-1] if size * NUM_THREADS <= 1024 else source)).all()
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_shared_bytes_with_a_sign(size):
+    source = random_rows(1)
+    lines = [f"v_mul_lo_u32 v2, {size}, v0", f"ds_write_b{8 * size} v2, v10", "s_waitcnt lgkmcnt(0)", "s_barrier"]
+    lines += [f"ds_read_i{8 * size} v20, v2", "s_waitcnt lgkmcnt(0)"]
+    expected = source[0].view(f"i{size}")[:: 4 // size].astype("i4").view("u4")
+    assert (run_lines(lines, source, 1)[0] == expected).all()
 
 
 def test_pairs_of_shared_words():

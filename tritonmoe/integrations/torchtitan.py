@@ -5,7 +5,6 @@ bias stay torchtitan's, and so do FSDP2, the optimizer and checkpoints. torchtit
 """
 
 import functools
-from collections import deque
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -36,6 +35,11 @@ GATE, UP, BOTH = "w1_EFD", "w3_EFD", "w13_EGD"
 NOT_COMPILED = (
     "tritonmoe's expert-parallel call is not compiled in torchtitan, whose blocks are compiled as a whole: leave out "
     '--compile.enable, or "model" in --compile.components'
+)
+ONE_BACKWARD = (
+    "a second backward over one forward of tritonmoe's experts under selective activation checkpointing, which gives "
+    "what it has kept for one recompute: run the forward again before it, or take full activation checkpointing, which "
+    "runs their call again for each backward"
 )
 
 
@@ -143,7 +147,7 @@ class OverlappedRoutedExperts(RoutedExperts):
     ) -> Tensor:
         checkpoint = _selective_checkpoint()
         if isinstance(checkpoint, _CachedTorchDispatchMode):
-            return _kept_results(checkpoint).popleft().again()
+            return _take_result(checkpoint).again()
         # To SelectiveAC the call is one thing, whose result and saved tensors are kept: a recompute exchanges nothing.
         kept = saved_tensors_hooks(_as_it_is, _as_it_is) if checkpoint is not None else nullcontext()
         with _disable_current_modes(), kept:
@@ -167,9 +171,24 @@ def _selective_checkpoint() -> _CachingTorchDispatchMode | _CachedTorchDispatchM
     return next((mode for mode in _get_current_dispatch_mode_stack() if isinstance(mode, modes)), None)
 
 
-def _kept_results(checkpoint: _CachingTorchDispatchMode | _CachedTorchDispatchMode) -> "deque[_KeptResult]":
-    """Return the results that a forward under selective activation checkpointing has kept for its recompute."""
-    return checkpoint.storage.setdefault(OverlappedRoutedExperts, deque())
+def _kept_results(checkpoint: _CachingTorchDispatchMode | _CachedTorchDispatchMode) -> "list[_KeptResult | None]":
+    """Return the results that a forward under selective activation checkpointing has kept; None where one was taken."""
+    return checkpoint.storage.setdefault(OverlappedRoutedExperts, [])
+
+
+def _take_result(checkpoint: _CachedTorchDispatchMode) -> "_KeptResult":
+    """Return the result of the call that a recompute has come to, and keep it no longer.
+
+    Raises:
+        RuntimeError: another recompute has taken it.
+    """
+    number = checkpoint.func_counter[OverlappedRoutedExperts]  # a recompute, which may end early, begins with 0 again
+    checkpoint.func_counter[OverlappedRoutedExperts] += 1
+    kept_results = _kept_results(checkpoint)
+    result, kept_results[number] = kept_results[number], None
+    if result is None:
+        raise RuntimeError(ONE_BACKWARD)
+    return result
 
 
 def _as_it_is(saved: Tensor) -> Tensor:

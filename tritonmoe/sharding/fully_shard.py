@@ -1,6 +1,7 @@
 """FSDP2 beside sharded parameters: it says the way out where it can't be right, and what it averages is noted."""
 
 import functools
+import os
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, cast
 
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 __all__ = ["explain_fully_shard"]
+
+ACCELERATE_SENDS_WEIGHTS = ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING")
+"""What Accelerate sets to true in the environment."""
 
 
 def explain_fully_shard() -> None:
@@ -53,8 +57,8 @@ def explain_fully_shard() -> None:
         except Exception as error:  # FSDP2 raises several kinds, by how the experts are spread
             raise ValueError(
                 f"fully_shard can't shard {name} of {type(module).__name__}, whose experts are spread over these ranks "
-                "already: pass ignored_params=set(tritonmoe.expert_parameters(module)), or shard the module of the "
-                "experts itself over their replicas"
+                "already: pass ignored_params=set(tritonmoe.expert_parameters(module)) (Accelerate's plug-in: "
+                "ignored_modules=r'.*\\.experts'), or shard the module of the experts itself over their replicas"
             ) from error
         refuse_pickling(cast("DTensor", self.sharded_param))  # over both dimensions
         if set(self.mesh_info.mesh.mesh.flatten().tolist()) == set(marked.replicas):
@@ -92,6 +96,7 @@ def _check_ranks(parameters: Iterable[nn.Parameter], modules: Iterable[nn.Module
     of_experts = {id(getattr(child, name)) for _, child, marked in sharded for name in marked.names}
     if all(id(parameter) in of_experts for parameter in parameters):
         return
+    _check_loading(sharded)
     ranks = sorted(mesh.mesh.flatten().tolist())
     for name, child, marked in sharded:
         warn_of_sums("fully_shard", name or type(child).__name__, marked, child)
@@ -100,4 +105,23 @@ def _check_ranks(parameters: Iterable[nn.Parameter], modules: Iterable[nn.Module
                 f"fully_shard averages over the ranks {ranks}, but gradients of the experts of {type(child).__name__} "
                 f"are averaged over the ranks {sorted(marked.members)}, so the copies of dense parameters would drift "
                 "apart: shard those over all of these ranks, and at most the experts alone over their replicas"
+            )
+
+
+def _check_loading(sharded: list[tuple[str, nn.Module, ShardedNames]]) -> None:
+    """Raise ValueError if Accelerate is about to send the first rank's weights to all ranks, experts too.
+
+    It moves the model to the meta device before, and only its environment says why.
+    """
+    if any(os.environ.get(name, "").lower() != "true" for name in ACCELERATE_SENDS_WEIGHTS):
+        return
+    for name, child, marked in sharded:
+        is_spread = marked.members is not None and len(marked.members) > 1
+        if is_spread and any(getattr(child, own).is_meta for own in marked.names if getattr(child, own) is not None):
+            raise ValueError(
+                f"Accelerate's cpu_ram_efficient_loading sends the first rank's weights to all ranks, and the experts "
+                f"of {name or type(child).__name__} are spread, other ones on each of the ranks "
+                f"{sorted(marked.members or ())}: take FullyShardedDataParallelPlugin(cpu_ram_efficient_loading=False) "
+                "(fsdp_cpu_ram_efficient_loading: false in a file of `accelerate config`), with the same weights on "
+                "every rank before parallelize()"
             )

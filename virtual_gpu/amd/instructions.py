@@ -52,6 +52,7 @@ v_not_b32            u4 u4        ~{0}
 v_lshlrev_b32        u4 u4,u4     {1} << ({0} & 31)
 v_lshrrev_b32        u4 u4,u4     {1} >> ({0} & 31)
 v_ashrrev_i32        i4 i4,i4     {1} >> ({0} & 31)
+v_sub_u16            u4 u4,u4     ({0} - {1}) & 0xFFFF
 v_lshrrev_b16        u4 u4,u4     ({1} & 0xFFFF) >> ({0} & 15)
 v_ashrrev_i16        u4 u4,u4     (({1} << 16).view('i4') >> (16 + ({0} & 15)).astype('i4')).view('u4') & 0xFFFF
 v_lshlrev_b16        u4 u4,u4     ({1} << ({0} & 15)) & 0xFFFF

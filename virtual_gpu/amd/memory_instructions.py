@@ -89,7 +89,8 @@ class MemoryWriter(OperandWriter):
         found = re.fullmatch(r"(read|write)(2?)(st64)?", operation)
         allowed = [["tr", "b16"]] if operation == "read" and kind == "b64" else []
         allowed += [["d16", "hi"]] if operation == "write" and size < 4 else []
-        if found is None or kind[0] not in "bu" or rest[1:] not in ([], *allowed):
+        is_signed = operation == "read" and kind in ("i8", "i16")
+        if found is None or (kind[0] not in "bu" and not is_signed) or rest[1:] not in ([], *allowed):
             raise NotImplementedError(operation)
         unit = size * (64 if found[3] else 1)
         offsets = (
@@ -99,8 +100,8 @@ class MemoryWriter(OperandWriter):
         )
         if found[1] == "read":
             transposes = rest[1:2] == ["tr"]
-            text = f"{self.number(operands[0], 'V')}, {size}, {self.value(operands[1], 'u4')}, {offsets}, {transposes}"
-            self.lines.append(f"u.shared_read({text}, X, A)")
+            text = f"{self.number(operands[0], 'V')}, {size}, {self.value(operands[1], 'u4')}, {offsets}"
+            self.lines.append(f"u.shared_read({text}, {transposes}, {is_signed}, X, A)")
         else:
             registers = tuple(self.number(operand, "V") for operand in operands[1:])
             shift = 2 if rest[1:] else 0

@@ -173,10 +173,14 @@ class MemoryUnit:
         addresses: Words,
         offsets: tuple[int, ...],
         transposes: bool,
+        is_signed: bool,
         lanes: Any,
         active: Any,
     ) -> None:
-        """Load `size` bytes at each offset from shared memory; transposes: as DS_READ_B64_TR_B16."""
+        """Load `size` bytes at each offset from shared memory; transposes: as DS_READ_B64_TR_B16.
+
+        is_signed: fill a register with the sign of what is smaller.
+        """
         running = self._registers.everyone(lanes)
         owners = self._waves[running]
         registers = max(size // 4, 1)
@@ -186,6 +190,8 @@ class MemoryUnit:
             starts = np.broadcast_to(addresses, running.shape)[running].astype(np.uint64) + np.uint64(offset)
             found = np.zeros((self._registers.num_waves, LANES, max(size, 4)), np.uint8)
             found[running, :size] = self.shared.read(starts, size, owners, min(size, 4))
+            if is_signed:
+                found = np.ascontiguousarray(found[:, :, :size]).view(f"i{size}").astype(np.int32).view(np.uint8)
             if transposes:
                 if not (running == self._registers.everyone(active)).all():
                     raise NotImplementedError("a transposition of some lanes of a wave")

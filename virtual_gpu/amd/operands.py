@@ -74,13 +74,14 @@ class OperandWriter:
         self.modifiers: dict[str, str] = {}
         """Those of the instruction at hand that nothing has taken yet."""
         self.dpp: _Lanes | None = None
+        self.part = "DWORD"
+        """Of a register which part SDWA writes, the rest as zeros."""
 
     def begin(self, modifiers: dict[str, str]) -> None:
         """Take up an instruction: whoever writes it takes its modifiers out."""
         self.modifiers = dict(modifiers)
         self.dpp = _take_lanes(self.modifiers)
-        if self.modifiers.pop("dst_sel", "DWORD") != "DWORD":
-            raise NotImplementedError("a part of a register as the result")
+        self.part = self.modifiers.pop("dst_sel", "DWORD")
         if self.modifiers.pop("dst_unused", "UNUSED_PAD") != "UNUSED_PAD":
             raise NotImplementedError("what is kept of a result's register")
 
@@ -88,11 +89,22 @@ class OperandWriter:
         """Raise where a modifier is left that nothing has taken."""
         if self.modifiers or self.dpp is not None:
             raise NotImplementedError(f"modifiers {self.modifiers or self.dpp}")
+        if self.part != "DWORD":
+            raise NotImplementedError("a part of a register as the result")
 
     def take_lanes(self) -> str:
         """Take the lanes that DPP writes: give what says where a result goes."""
         lanes, self.dpp = self.dpp, None
         return "X" if lanes is None or lanes.written.all() else f"X & {self.constant(lanes.written)}"
+
+    def take_part(self, text: str, kind: str) -> tuple[str, str]:
+        """Take the part of a register that SDWA writes: give the whole register that has a result there, its kind."""
+        part, self.part = self.part, "DWORD"
+        if part == "DWORD":
+            return text, kind
+        word, place = part.split("_")
+        width = {"BYTE": 8, "WORD": 16}[word]
+        return f"(({text}).view('u4') & {(1 << width) - 1}) << {width * int(place)}", "u4"
 
     def take_choices(self, key: str, count: int, default: int) -> list[int]:
         """Take the bits of a modifier like op_sel:[1,0]."""

@@ -146,7 +146,7 @@ class _Writer(MemoryWriter):
         if name == "v_sub_u32" and self.modifiers.pop("clamp", None) is not None:
             template = "subtract_to_zero({0}, {1})"
         table = {"bitop3": self.modifiers.pop("bitop3")} if "{bitop3}" in template else {}
-        self.put(operands[0], template.format(*values, **table), kind, self.take_lanes())
+        self.put(operands[0], *self.take_part(template.format(*values, **table), kind), self.take_lanes())
 
     def special(self, name: str, operands: tuple[str, ...]) -> None:
         if name == "s_waitcnt":

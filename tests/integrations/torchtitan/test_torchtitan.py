@@ -199,6 +199,38 @@ def test_a_result_that_is_changed_in_place_is_refused() -> None:
         kept.again()
 
 
+@pytest.mark.parametrize("is_first", [True, False], ids=["experts first", "a product first"])
+def test_a_second_backward_is_refused(is_first: bool) -> None:
+    """By torch itself where another operation of the region comes first; full checkpointing runs the call again."""
+    selective = {"context_fn": functools.partial(create_selective_checkpoint_contexts, [torch.ops.aten.mm.default])}
+
+    def on_rank(transport: Transport) -> None:
+        module: Any = routed_experts(experts_config()).build()
+        own = len(module.inner_experts.w13_EGD) // transport.size
+        for name in ("w13_EGD", "w2_EDF"):
+            setattr(module.inner_experts, name, nn.Parameter(getattr(module.inner_experts, name)[:own].detach()))
+        module.transport = transport
+        router = torch.randn(256, own * transport.size, generator=torch.Generator().manual_seed(0))
+
+        def block(x: torch.Tensor) -> torch.Tensor:
+            scores, ids = torch.rand(1, 5, own * transport.size, generator=torch.Generator().manual_seed(1)).topk(8)
+            x = x if is_first else x @ (x[0].T @ x[0])
+            return module(x, scores, ids, torch.zeros(own * transport.size)) @ router
+
+        x = torch.randn(1, 5, 256, generator=torch.Generator().manual_seed(2)).requires_grad_()
+        checkpoint(block, x, use_reentrant=False).sum().backward(retain_graph=True)
+        out = checkpoint(block, x, use_reentrant=False, **selective)
+        out.sum().backward(retain_graph=True)
+        says = "a second backward .*take full activation checkpointing" if is_first else "backward an extra time"
+        with pytest.raises(RuntimeError, match=says):
+            out.sum().backward()
+        out = checkpoint(block, x, use_reentrant=False)
+        for retain_graph in (True, False):
+            out.sum().backward(retain_graph=retain_graph)
+
+    run_on_emulated_ranks(on_rank, 2, timeout_s=60)
+
+
 def test_what_cannot_run_is_refused() -> None:
     for layer in gptoss_configs["debugmodel"](attn_backend="flex", moe_comm_backend="standard").layers:
         with pytest.raises(ValueError, match=r"own RoutedExperts of GroupedExperts \(qwen3, deepseek_v3\), got GptOss"):

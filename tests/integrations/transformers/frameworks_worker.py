@@ -5,6 +5,9 @@ Each case compares with one process on the whole batch. Rank 0 alone writes what
 
 import copy
 import io
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +15,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from expert_parallel_worker import OVERLAP, assert_close, main, rank, size, whole
+from expert_parallel_worker import make_model as make_transformers_model
 from torch import Tensor, nn
 
 import tritonmoe as tm
+from tritonmoe.integrations import transformers as tmt
 
 WIDTH, ROWS, STEPS = 16, 12, 4
 CONFIG = tm.MoEConfig(WIDTH, 8, 8, 2)
@@ -159,10 +164,100 @@ def run_accelerate_alone(name: str, directory: Path) -> None:
     assert_close(weights(accelerator.unwrap_model(model)), on_one_device(*range(STEPS)))
 
 
+@contextmanager
+def fully_sharding(wrapped: str, **settings: Any) -> Iterator[Any]:
+    """Yield an accelerator with the FSDP plug-in, which Accelerate takes on accelerators alone: it is told to here."""
+    from accelerate import Accelerator, FullyShardedDataParallelPlugin
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedType
+
+    before = dict(os.environ)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    given = {"auto_wrap_policy": "transformer_based_wrap", "ignored_modules": r".*\.experts", **settings}
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, transformer_cls_names_to_wrap=[wrapped], **given)
+    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
+    for state in (AcceleratorState, PartialState):
+        state._shared_state["distributed_type"] = DistributedType.FSDP
+    AcceleratorState._shared_state["fsdp_plugin"] = plugin
+    yield accelerator
+    AcceleratorState._reset_state(reset_partial_state=True)
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def prepared_for(accelerator: Any, model: nn.Module) -> tuple[Any, Any, Any]:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-3)
+    return accelerator, *accelerator.prepare(model, optimizer)
+
+
+def run_accelerate_fsdp(kind: str, directory: Path) -> None:
+    """As run_accelerate, fully sharded, in shards that any number of processes loads, or one whole file."""
+    saved = str(directory / kind)
+    with fully_sharding("MoELayer", state_dict_type=kind) as accelerator:
+        accelerator, model, optimizer = prepared_for(accelerator, make_model())
+        if size > 1:
+            train_accelerated(accelerator, model, optimizer, range(2))
+            accelerator.save_state(saved)
+            train_accelerated(accelerator, model, optimizer, range(2, STEPS))
+            expected = weights(model)
+            assert_close(expected, on_one_device(*range(STEPS)))
+            dense = [p for name, p in model.named_parameters() if "experts" not in name]
+            assert all(p.to_local().numel() < p.numel() for p in dense)
+        accelerator.load_state(saved)
+        train_accelerated(accelerator, model, optimizer, range(2, STEPS))
+        assert_close(weights(model), on_one_device(*range(STEPS)))
+        assert size == 1 or all(torch.equal(own, expected[name]) for name, own in weights(model).items())
+
+
+def run_accelerate_fsdp_model(name: str, directory: Path) -> None:
+    """A model of transformers: losses, norms of gradients and weights, recomputed too, are those of plain torch."""
+    for recomputes in (False, True):
+        plain = make_transformers_model(name)
+        with fully_sharding("MixtralDecoderLayer", activation_checkpointing=recomputes) as accelerator:
+            model = make_transformers_model(name)
+            tmt.parallelize(model, dist.group.WORLD, OVERLAP)
+            accelerator, model, optimizer = prepared_for(accelerator, model)
+            other = torch.optim.AdamW(plain.parameters(), lr=1e-2, eps=1e-3)
+            for step in range(2):
+                ids = torch.randint(2, 64, (4, 9), generator=torch.Generator().manual_seed(step))
+                own = ids.tensor_split(size)[rank]
+                loss = model(input_ids=own, labels=own).loss
+                accelerator.backward(loss)
+                norm = whole(accelerator.clip_grad_norm_(model.parameters(), 0.1))
+                expected = plain(input_ids=ids, labels=ids).loss
+                expected.backward()
+                mean = loss.detach() / size
+                dist.all_reduce(mean)
+                found = {"loss": mean, "norm": norm}
+                plain_norm = nn.utils.clip_grad_norm_(plain.parameters(), 0.1)
+                assert_close(found, {"loss": expected.detach(), "norm": plain_norm})
+                for one in (optimizer, other):
+                    one.step()
+                    one.zero_grad()
+            found = {name.replace("_checkpoint_wrapped_module.", ""): own for name, own in weights(model).items()}
+            assert_close(found, {name: p.detach() for name, p in plain.named_parameters()})
+
+
+def run_accelerate_fsdp_refused(name: str, directory: Path) -> None:
+    """Every rank raises before anything is sent."""
+    refusals = {
+        "cpu_ram_efficient_loading": (True, r"sends the first rank's weights to all ranks, .*cpu_ram_efficient_loadin"),
+        "ignored_modules": (None, r"Accelerate's plug-in: ignored_modules=r'\.\*\\\.experts'"),
+    }
+    for setting, (value, says) in refusals.items():
+        with fully_sharding("MoELayer", **{setting: value}) as accelerator:
+            with pytest.raises(ValueError, match=says):
+                prepared_for(accelerator, make_model())
+            dist.barrier()
+
+
 CASES = {
     "pickled": run_pickled,
     "accelerate": run_accelerate,
     "accelerate_alone": run_accelerate_alone,
+    "accelerate_fsdp": run_accelerate_fsdp,
+    "accelerate_fsdp_model": run_accelerate_fsdp_model,
+    "accelerate_fsdp_refused": run_accelerate_fsdp_refused,
 }
 
 if __name__ == "__main__":

@@ -134,6 +134,14 @@ def test_what_rank_0_saves_alone_is_refused_or_whole(directory):
     run(1, directory, "accelerate_alone:", worker=FRAMEWORKS_WORKER)
 
 
+@pytest.mark.thorough
+def test_accelerates_fsdp_plug_in(directory):
+    """Saved by two processes, loaded by two and by one."""
+    cases = "accelerate_fsdp:SHARDED_STATE_DICT", "accelerate_fsdp:FULL_STATE_DICT", "accelerate_fsdp_model:mixtral"
+    run(2, directory, *cases, "accelerate_fsdp_refused:", worker=FRAMEWORKS_WORKER)
+    run(1, directory, *cases, worker=FRAMEWORKS_WORKER)
+
+
 @pytest.mark.slow
 def test_trl(tmp_path):
     pytest.importorskip("trl")

@@ -123,6 +123,47 @@ def test_what_does_not_fit_is_not_loaded() -> None:
         tm.load_weights(model, others)
 
 
+def test_whole_models_on_emulated_ranks(tmp_path: Path) -> None:
+    """Ranks that are threads export and load at the same time, each its own model."""
+    expected = saved(make_model("mixtral"), tmp_path)
+    models = [make_model("mixtral") for _ in range(4)]
+
+    def run(transport: tm.transports.Transport) -> list[str]:
+        model = models[transport.rank]
+        tmt.patch(model)
+        found = {name: tensor.clone() for name, tensor in tm.export_weights(model, bucket_bytes=5000)}
+        transport.barrier()
+        tm.load_weights(model, ((name, tensor + transport.rank) for name, tensor in expected.items()))
+        loaded = dict(tm.export_weights(model))
+        assert all(torch.equal(loaded[name], tensor + transport.rank) for name, tensor in expected.items())
+        return [name for name, tensor in found.items() if torch.equal(tensor, expected[name])]
+
+    assert tm.run_on_emulated_ranks(run, num_ranks=4) == [list(dict(tm.export_weights(models[0])))] * 4
+    assert len(expected) == len(dict(tm.export_weights(models[0], only_shapes=True)))
+
+
+def test_experts_spread_over_emulated_ranks_are_refused() -> None:
+    """One rank's experts have the names of all of them: they are neither sent nor overwritten, and no rank waits."""
+
+    def run(transport: tm.transports.Transport) -> None:
+        model = make_dense("llama")
+        config = tm.MoEConfig(hidden_size=model.config.hidden_size, intermediate_size=16, num_experts=8, top_k=2)
+        model.model.layers[1].mlp = tm.MoELayer(config, transport)
+        own = {name: torch.zeros_like(tensor) for name, tensor in model.state_dict().items()}
+        for call in (
+            lambda: tm.export_weights(model),
+            lambda: tm.export_weights(model, only_shapes=True),
+            lambda: tm.load_weights(model, own.items()),
+        ):
+            with pytest.raises(ValueError, match=r"layers.1.mlp.experts has this rank's experts alone.*transport=None"):
+                call()
+        assert model.model.layers[1].mlp.experts.down_proj.any()
+        with pytest.raises(TypeError, match=r"got EmulatedTransport: start processes with torchrun"):
+            tmt.parallelize(make_model("mixtral"), transport)
+
+    tm.run_on_emulated_ranks(run, num_ranks=2)
+
+
 def test_on_two_processes(tmp_path: Path) -> None:
     run_torchrun(2, WORKER, str(tmp_path), cases=["exported:mixtral", "moved:mixtral", "refused:"])
 

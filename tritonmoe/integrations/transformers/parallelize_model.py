@@ -93,7 +93,11 @@ def parallelize(
 
 def _transport_of(ranks: Ranks) -> Transport:
     if isinstance(ranks, Transport):
-        raise TypeError(f"the experts of a model are spread over a ProcessGroup or a DeviceMesh, got {ranks!r}")
+        raise TypeError(
+            f"the experts of a model are spread over a ProcessGroup or a DeviceMesh, got {type(ranks).__name__}: start "
+            "processes with torchrun, of backend gloo on a CPU. Emulated ranks spread layers of "
+            "tritonmoe (MoELayer(config, transport)), and each runs a model of transformers whole"
+        )
     if ranks is None and not torch.distributed.is_initialized():
         raise ValueError(
             "there are no ranks yet, and dist.group.WORLD is None: call torch.distributed.init_process_group() before "

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from tritonmoe.integrations.weight_sync.merged_rows import check_adapter
 from tritonmoe.integrations.weight_sync.packed_weights import PackedWeight, packed_weights
 from tritonmoe.runtime.wrappers import inside_wrapper
-from tritonmoe.sharding.marks import MARK, ShardedNames
+from tritonmoe.sharding.marks import MARK, ShardedNames, sharded_modules
 from tritonmoe.sharding.placed_rows import ExpertsOfRank
 
 if TYPE_CHECKING:
@@ -42,7 +42,8 @@ def model_inside(model: nn.Module) -> "PreTrainedModel":
 
     Raises:
         TypeError: there is none. ImportError: transformers is missing or too old.
-        ValueError: FullyShardedDataParallel or DeepSpeed hold the weights, in forms of their own.
+        ValueError: FullyShardedDataParallel or DeepSpeed hold the weights, in forms of their own; experts are spread
+            over ranks that torch doesn't know.
     """
     from tritonmoe.integrations.transformers.requirements import check_model, check_transformers
 
@@ -80,6 +81,13 @@ def model_inside(model: nn.Module) -> "PreTrainedModel":
             "DeepSpeed ZeRO-3 keeps weights in partitions of its own: spread the experts with parallelize() and shard "
             "the rest with fully_shard()"
         )
+    for name, _, sharded in sharded_modules(inside):
+        if sharded.members is None:
+            raise ValueError(
+                f"{name} has this rank's experts alone, under names of all experts: the others are on ranks that are "
+                "not torch.distributed's (emulated ranks, MPI), from which nothing is gathered. Keep the layer whole "
+                "(transport=None), or spread the model over processes, parallelize(model, dist.group.WORLD)"
+            )
     return inside
 
 
