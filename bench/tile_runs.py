@@ -135,6 +135,10 @@ def _shares(num_tiles: int, num_programs: int) -> list[int]:
     return [num_tiles // num_programs + (program < num_tiles % num_programs) for program in range(num_programs)]
 
 
+def _runs(lengths: Sequence[int]) -> Callable[[int, int], list[int]]:
+    return lambda num_tiles, num_held: runs_of(num_tiles, MULTIPROCESSORS, lengths)
+
+
 RUN_GRIDS = {"runs of two and one": (2,), "runs of four, two and one": (4, 2), "runs of eight to one": (8, 4, 2)}
 GRIDS: dict[str, Callable[[int, int], list[int]]] = {
     "a fixed share of all tiles": lambda num_tiles, num_held: _shares(num_tiles, MULTIPROCESSORS),
@@ -142,10 +146,7 @@ GRIDS: dict[str, Callable[[int, int], list[int]]] = {
         num_tiles, MULTIPROCESSORS - num_held
     ),
     ONE_TILE: lambda num_tiles, num_held: [1] * num_tiles,
-    **{
-        name: lambda num_tiles, num_held, lengths=lengths: runs_of(num_tiles, MULTIPROCESSORS, lengths)
-        for name, lengths in RUN_GRIDS.items()
-    },
+    **{name: _runs(lengths) for name, lengths in RUN_GRIDS.items()},
     "runs of four, to the last": lambda num_tiles, num_held: [4] * (num_tiles // 4) + [1] * (num_tiles % 4),
 }
 """The tiles of every program in its turn, of so many tiles, where so many multiprocessors are held."""

@@ -245,10 +245,10 @@ def test_a_persistent_grid_has_the_multiprocessors(monkeypatch):
     one_tile = dataclasses.replace(config, persistent=False)
     assert launch.num_programs(4000, one_tile, KernelOptions(), device) == 4000
     beside, some_sms = KernelOptions(beside_exchanges=True), KernelOptions(num_sms=100, beside_exchanges=True)
-    assert tile_runs.grid_of(4000, config, KernelOptions(), device) == (132, 132)
-    assert tile_runs.grid_of(4000, config, some_sms, device) == (100, 100)
-    assert tile_runs.grid_of(4000, config, beside, device) == ((6 + 5) * 132, 132)
-    assert tile_runs.grid_of(4000, one_tile, beside, device) == (4000, 4000)
+    assert tile_runs.grid_of(4000, config, KernelOptions(), device) == ((132,), 132)
+    assert tile_runs.grid_of(4000, config, some_sms, device) == ((100,), 100)
+    assert tile_runs.grid_of(4000, config, beside, device) == (((6 + 5) * 132,), 132)
+    assert tile_runs.grid_of(4000, one_tile, beside, device) == ((4000,), 4000)
 
 
 def test_tiles_are_those_of_the_layer_whatever_the_chunk():

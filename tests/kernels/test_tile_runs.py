@@ -42,10 +42,10 @@ def _runs_kernel(
         place += 1
 
 
-def tiles_by_program(grid, most_tiles):
+def tiles_by_program(grid, programs_at_once, most_tiles):
     """Return the tiles of every program in its turn, for each number of tiles up to the most."""
-    tiles = torch.full((grid.num_programs, most_tiles + 1, most_tiles), -1, dtype=torch.int32)
-    launch(_runs_kernel, (grid.num_programs, most_tiles + 1), tiles, grid.programs_at_once, most_tiles)
+    tiles = torch.full((*grid, most_tiles + 1, most_tiles), -1, dtype=torch.int32)
+    launch(_runs_kernel, (*grid, most_tiles + 1), tiles, programs_at_once, most_tiles)
     return [[[tile for tile in row if tile >= 0] for row in rows] for rows in tiles.transpose(0, 1).tolist()]
 
 
@@ -56,8 +56,8 @@ def tiles_by_program(grid, most_tiles):
 def test_every_tile_is_in_one_run(monkeypatch, number, most_tiles):
     """However many of the tiles there are; what is left behind a run is enough to keep all other programs busy."""
     at_once(monkeypatch, number)
-    grid = tile_runs.grid_of(most_tiles, CONFIG, BESIDE, torch.device("cpu"))
-    for num_tiles, runs in enumerate(tiles_by_program(grid, most_tiles)):
+    grid_and_number = tile_runs.grid_of(most_tiles, CONFIG, BESIDE, torch.device("cpu"))
+    for num_tiles, runs in enumerate(tiles_by_program(*grid_and_number, most_tiles)):
         assert sorted(itertools.chain(*runs)) == list(range(num_tiles))
         lengths = [len(run) for run in runs]
         if most_tiles > number:
@@ -71,8 +71,8 @@ def test_every_tile_is_in_one_run(monkeypatch, number, most_tiles):
 @pytest.mark.parametrize("most_tiles", [0, 1, 3])
 def test_few_tiles_have_a_program_each(monkeypatch, most_tiles):
     at_once(monkeypatch, 3)
-    grid = tile_runs.grid_of(most_tiles, CONFIG, BESIDE, torch.device("cpu"))
-    assert grid == (most_tiles, most_tiles)
+    grid, programs_at_once = tile_runs.grid_of(most_tiles, CONFIG, BESIDE, torch.device("cpu"))
+    assert (grid, programs_at_once) == ((most_tiles,), most_tiles)
 
 
 @pytest.mark.parametrize("layout", ["concatenated", "interleaved"])
@@ -105,4 +105,4 @@ def test_runs_have_the_bits_of_other_grids(monkeypatch, request, layout):
                 )
         assert_same_bits(check_operations(layer, "silu", WithOptions(BESIDE)), expected)
     if gpu in ("sm_90", "sm_100") or (not gpu and DEVICE == "cpu"):
-        assert max(grid.num_programs for grid in grids) > 4
+        assert max(num_programs for (num_programs,), _ in grids) > 4

@@ -8,13 +8,7 @@ from tritonmoe.config.layer import KernelOptions, Projection
 from tritonmoe.grouping import Grouping
 from tritonmoe.kernels import weight_tiles
 from tritonmoe.kernels.arithmetic import dot, round_to, split_columns, zeros
-from tritonmoe.kernels.launch import (
-    cdiv,
-    contiguous_columns,
-    launch,
-    output,
-    tile_keywords,
-)
+from tritonmoe.kernels.launch import cdiv, contiguous_columns, launch, output, tile_keywords
 from tritonmoe.kernels.packed_tiles import stored_weight
 from tritonmoe.kernels.row_tiles import (
     num_row_tiles,
@@ -175,11 +169,11 @@ def _grouped_matmul(
     config = grouped_matmul_config(stored.product("down"), values, width, depth, grouping, options, refusals)
     num_slots = num_tile_slots(grouping.num_pairs, weight.shape[0], config.block_m)
     num_column_tiles = cdiv(width, config.block_n)
-    grid = grid_of(num_slots * num_column_tiles, config, options, values.device)
+    grid, programs_at_once = grid_of(num_slots * num_column_tiles, config, options, values.device)
     weight_format, group, per = stored.decoding(in_axis, config)
     launch(
         _grouped_matmul_kernel,
-        (grid.num_programs,),
+        grid,
         tma.describe(values, (config.block_m, config.block_k)) if config.by_tma("values") else values,
         tma.describe_weight(weight, in_axis, config.block_k, config.block_n) if config.by_tma("weight") else weight,
         stored.scales,
@@ -191,7 +185,7 @@ def _grouped_matmul(
         width,
         num_slots,
         num_column_tiles,
-        grid.programs_at_once,
+        programs_at_once,
         values.stride(0),
         values.stride(1),
         weight.stride(0),

@@ -12,14 +12,7 @@ from tritonmoe.kernels import weight_tiles
 from tritonmoe.kernels.activations import activation_options
 from tritonmoe.kernels.arithmetic import dot, split_columns, zeros
 from tritonmoe.kernels.epilogues import down_grad_epilogue
-from tritonmoe.kernels.launch import (
-    TRITON_VERSION,
-    cdiv,
-    contiguous_columns,
-    launch,
-    output,
-    tile_keywords,
-)
+from tritonmoe.kernels.launch import TRITON_VERSION, cdiv, contiguous_columns, launch, output, tile_keywords
 from tritonmoe.kernels.packed_tiles import stored_weight
 from tritonmoe.kernels.pair_sums import sum_partials
 from tritonmoe.kernels.row_tiles import (
@@ -226,16 +219,17 @@ def down_grad(
     refusals = {"weight": stored.tma_refusal or tma.refusal_of_weight(weight)}
     # Alternating columns of h take more registers, and Triton 3.6 spills some.
     fits = not layout.interleaved or TRITON_VERSION >= (3, 7)
-    product = stored.product("down_grad")
-    config = grouped_matmul_config(product, dout, num_units, depth, grouping, options, refusals, fits)
+    config = grouped_matmul_config(
+        stored.product("down_grad"), dout, num_units, depth, grouping, options, refusals, fits
+    )
     num_slots = num_tile_slots(num_pairs, weight.shape[0], config.block_m)
     num_column_tiles = cdiv(num_units, config.block_n)
-    grid = grid_of(num_slots * num_column_tiles, config, options, dout.device)
+    grid, programs_at_once = grid_of(num_slots * num_column_tiles, config, options, dout.device)
     partial_sums = dweights.new_empty(num_column_tiles, num_pairs)
     weight_format, group, per = stored.decoding(out_axis, config)
     launch(
         _down_grad_kernel,
-        (grid.num_programs,),
+        grid,
         dout,
         tma.describe_weight(weight, out_axis, config.block_k, config.block_n) if config.by_tma("weight") else weight,
         stored.scales,
@@ -252,7 +246,7 @@ def down_grad(
         num_pairs,
         num_slots,
         num_column_tiles,
-        grid.programs_at_once,
+        programs_at_once,
         dout.stride(0),
         dout.stride(1),
         weight.stride(0),

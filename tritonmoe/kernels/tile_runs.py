@@ -3,8 +3,6 @@
 Which program computes a tile changes no bit of it: one program sums a tile, always in the same order.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -13,7 +11,7 @@ from tritonmoe.config.layer import KernelOptions
 from tritonmoe.kernels.launch import INTERPRETED, num_programs
 from tritonmoe.kernels.tiles.config import TileConfig
 
-__all__ = ["Grid", "first_tile", "grid_of", "tiles_of_program"]
+__all__ = ["first_tile", "grid_of", "tiles_of_program"]
 
 SHORT_ROUNDS = 5
 """The most rounds that take what the rounds of four tiles leave, fewer than seven tiles for each program: two rounds of
@@ -23,16 +21,10 @@ _NUM_CHIPLETS = tl.constexpr(8)
 """Of MI300X, MI325X and MI350. With another number, as of MI300A, neighbours are spread as program numbers are."""
 
 
-class Grid(NamedTuple):
-    """The programs of a product over row tiles."""
-
-    num_programs: int
-    programs_at_once: int
-    """As many as the multiprocessors take. Where there are more programs, each has a run of a few tiles."""
-
-
-def grid_of(most_tiles: int, config: TileConfig, options: KernelOptions, device: torch.device) -> Grid:
-    """Return the grid of a product over at most so many tiles.
+def grid_of(
+    most_tiles: int, config: TileConfig, options: KernelOptions, device: torch.device
+) -> tuple[tuple[int], int]:
+    """Return the grid of a product over at most so many tiles, and how many programs the multiprocessors take at once.
 
     Beside exchanges nobody knows how many multiprocessors are free. A GPU starts a program where another one has ended,
     so where there are more programs than run at once, no tile waits for a multiprocessor that an exchange holds, and an
@@ -41,9 +33,9 @@ def grid_of(most_tiles: int, config: TileConfig, options: KernelOptions, device:
     at_once = num_programs(most_tiles, config, options, device)
     beside_exchanges = options.beside_exchanges and options.num_sms is None
     if not (config.persistent and beside_exchanges and at_once < most_tiles):
-        return Grid(at_once, at_once)
+        return (at_once,), at_once
     rounds_of_four = max(most_tiles - 3 * at_once, 0) // (4 * at_once)
-    return Grid(min(most_tiles, (rounds_of_four + SHORT_ROUNDS) * at_once), at_once)
+    return (min(most_tiles, (rounds_of_four + SHORT_ROUNDS) * at_once),), at_once
 
 
 @tl.core.builtin

@@ -13,13 +13,7 @@ from tritonmoe.kernels.activations import activation_options
 from tritonmoe.kernels.arithmetic import dot, split_column_pairs, split_columns, zeros
 from tritonmoe.kernels.epilogues import up_epilogue
 from tritonmoe.kernels.gather import gather_rows
-from tritonmoe.kernels.launch import (
-    cdiv,
-    contiguous_columns,
-    launch,
-    output,
-    tile_keywords,
-)
+from tritonmoe.kernels.launch import cdiv, contiguous_columns, launch, output, tile_keywords
 from tritonmoe.kernels.packed_tiles import stored_weight
 from tritonmoe.kernels.row_tiles import (
     num_row_tiles,
@@ -260,7 +254,7 @@ def up(
     config = grouped_matmul_config(stored.product(operation), x, num_units, depth, grouping, options, refusals)
     num_slots = num_tile_slots(grouping.num_pairs, num_experts, config.block_m)
     num_column_tiles = cdiv(num_units, config.block_n)
-    grid = grid_of(num_slots * num_column_tiles, config, options, x.device)
+    grid, programs_at_once = grid_of(num_slots * num_column_tiles, config, options, x.device)
     rows, weight_operand = _operands(x, weight, layout, grouping, config)
     # Side by side keeps the split inside a thread, but breaks up loads along a contiguous output axis.
     halves = in_halves and stored.columns_last(out_axis)
@@ -268,7 +262,7 @@ def up(
     weight_format, group, per = stored.decoding(in_axis, config, num_units, piece)
     launch(
         _up_kernel,
-        (grid.num_programs,),
+        grid,
         rows,
         weight_operand,
         stored.scales,
@@ -282,7 +276,7 @@ def up(
         num_units,
         num_slots,
         num_column_tiles,
-        grid.programs_at_once,
+        programs_at_once,
         x.stride(0),
         x.stride(1),
         weight.stride(0),
