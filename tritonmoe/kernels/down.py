@@ -8,17 +8,9 @@ from tritonmoe.config.layer import KernelOptions, Projection
 from tritonmoe.grouping import Grouping
 from tritonmoe.kernels import weight_tiles
 from tritonmoe.kernels.arithmetic import dot, round_to, split_columns, zeros
-from tritonmoe.kernels.launch import (
-    cdiv,
-    contiguous_columns,
-    launch,
-    num_programs,
-    output,
-    tile_keywords,
-)
+from tritonmoe.kernels.launch import cdiv, contiguous_columns, launch, output, tile_keywords
 from tritonmoe.kernels.packed_tiles import stored_weight
 from tritonmoe.kernels.row_tiles import (
-    first_tile,
     num_row_tiles,
     num_tile_slots,
     row_tiles_of,
@@ -26,6 +18,7 @@ from tritonmoe.kernels.row_tiles import (
     tile_of_slot,
     tile_of_slot_again,
 )
+from tritonmoe.kernels.tile_runs import grid_of, tiles_of_program
 from tritonmoe.kernels.tiles import tma
 from tritonmoe.kernels.tiles.left_out import leaving_out_refused_tiles
 from tritonmoe.kernels.tiles.tile_choice import grouped_matmul_config
@@ -33,7 +26,7 @@ from tritonmoe.kernels.tiles.tile_choice import grouped_matmul_config
 __all__ = ["down", "up_grad"]
 
 
-@triton.jit(do_not_specialize=["num_slots"])
+@triton.jit(do_not_specialize=["num_slots", "programs_at_once"])
 def _grouped_matmul_kernel(
     values,  # (N, depth), or its descriptor
     weight,  # (E, depth, width) in any layout, through its strides, or its descriptor, or its bytes
@@ -46,6 +39,7 @@ def _grouped_matmul_kernel(
     width,
     num_slots,
     num_column_tiles,
+    programs_at_once,
     stride_values_row,
     stride_values_column,
     stride_weight_expert,
@@ -79,7 +73,8 @@ def _grouped_matmul_kernel(
     if FLATTEN:
         num_used_slots = num_row_tiles(row_tiles, BLOCK_M)
     num_tiles = num_used_slots * num_column_tiles
-    for tile in tl.range(first_tile(), num_tiles, tl.num_programs(0), flatten=FLATTEN):
+    first_tile, end_tile, step = tiles_of_program(num_tiles, programs_at_once, FLATTEN)
+    for tile in tl.range(first_tile, end_tile, step, flatten=FLATTEN):
         slot, column_tile = slot_and_column_tile(tile, num_used_slots, num_column_tiles, GROUP_M)
         expert, first, end = tile_of_slot(slot, row_tiles, BLOCK_M)
         if FLATTEN or expert >= 0:
@@ -174,10 +169,11 @@ def _grouped_matmul(
     config = grouped_matmul_config(stored.product("down"), values, width, depth, grouping, options, refusals)
     num_slots = num_tile_slots(grouping.num_pairs, weight.shape[0], config.block_m)
     num_column_tiles = cdiv(width, config.block_n)
+    grid, programs_at_once = grid_of(num_slots * num_column_tiles, config, options, values.device)
     weight_format, group, per = stored.decoding(in_axis, config)
     launch(
         _grouped_matmul_kernel,
-        (num_programs(num_slots * num_column_tiles, config, options, values.device),),
+        grid,
         tma.describe(values, (config.block_m, config.block_k)) if config.by_tma("values") else values,
         tma.describe_weight(weight, in_axis, config.block_k, config.block_n) if config.by_tma("weight") else weight,
         stored.scales,
@@ -189,6 +185,7 @@ def _grouped_matmul(
         width,
         num_slots,
         num_column_tiles,
+        programs_at_once,
         values.stride(0),
         values.stride(1),
         weight.stride(0),

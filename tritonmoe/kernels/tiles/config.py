@@ -79,9 +79,9 @@ class TileConfig:
     subtiles: int = 1
     """Pieces in which the epilogue handles the columns: fewer live registers."""
     persistent: bool = False
-    """Whether programs walk over all tiles, programs_per_multiprocessor of them on each free multiprocessor, and load
-    their next tile while they store one.
-    Only where TMA reads all operands that it may, and it is known how many multiprocessors are free."""
+    """Whether programs walk over several tiles, and load their next tile while they store one.
+    programs_per_multiprocessor of them on each multiprocessor walk over all tiles; beside exchanges each has a run of a
+    few. Only where TMA reads all operands that it may."""
     tma: bool = False
     """Whether operands that allow it are read by TMA."""
     gather: str = ""

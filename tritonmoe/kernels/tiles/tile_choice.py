@@ -109,11 +109,7 @@ def grouped_matmul_config(
     abilities = _why_no_tma(target), lacks_fences(target), launch.dot_precision(like)
     of_all_rows = _Product(operation, target, *abilities, like.dtype, width, depth)
     gather = dict(measured).get("gather")
-    why_one_tile = ""
-    if not may_be_persistent:
-        why_one_tile = "it would spill registers"
-    elif options.beside_exchanges and options.num_sms is None:
-        why_one_tile = "other ranks may hold multiprocessors (num_sms says how many are free)"
+    why_one_tile = "" if may_be_persistent else "it would spill registers"
     config, clipped = _config(
         of_all_rows,
         rows,
@@ -213,8 +209,7 @@ def _narrowed(config: TileConfig, width: int, num_slots: int) -> TileConfig:
 def _may_walk(reads: tuple[tuple[str, str], ...]) -> bool:
     """Say whether a program may load its next tile while it stores one.
 
-    Addresses of operands that come through pointers take the registers that the next tile needs. Nor may it where an
-    exchange holds multiprocessors: the tiles of a program that waits for one would wait until the exchange ends.
+    Addresses of operands that come through pointers take the registers that the next tile needs.
     """
     return bool(reads) and all(way == tma.BY_TMA for _, way in reads)
 
