@@ -8,7 +8,7 @@ from torch import Tensor
 from tritonmoe.config.activations import FusedActivation
 from tritonmoe.config.layer import KernelOptions, Projection
 from tritonmoe.grouping import Grouping
-from tritonmoe.kernels import ragged_tiles, weight_tiles
+from tritonmoe.kernels import weight_tiles
 from tritonmoe.kernels.activations import activation_options
 from tritonmoe.kernels.arithmetic import dot, split_columns, zeros
 from tritonmoe.kernels.epilogues import down_grad_epilogue
@@ -82,7 +82,6 @@ def _down_grad_kernel(
     GROUP: tl.constexpr,
     PER: tl.constexpr,
     WEIGHT_BY_TMA: tl.constexpr,
-    OUT_BY_TMA: tl.constexpr,
     DEPTH_LAST: tl.constexpr,
     EVEN_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -175,8 +174,6 @@ def _down_grad_kernel(
                     subtiles[part],
                     first_unit + part * SUB_N,
                     scale,
-                    first,
-                    end,
                     long_positions,
                     valid,
                     addend,
@@ -192,7 +189,6 @@ def _down_grad_kernel(
                     GATED,
                     INTERLEAVED,
                     ACTIVATION,
-                    OUT_BY_TMA,
                     BLOCK_M,
                     SUB_N,
                 )
@@ -235,18 +231,6 @@ def down_grad(
     num_column_tiles = cdiv(num_units, config.block_n)
     partial_sums = dweights.new_empty(num_column_tiles, num_pairs)
     weight_format, group, per = stored.decoding(out_axis, config)
-    out_by_tma = (
-        config.by_tma("weight")
-        and config.block_m >= 64
-        and addend is None
-        and dout.element_size() == 2
-        and num_units % 8 == 0
-    )
-    of_dh, of_a = dh, scaled_a
-    if out_by_tma:
-        part = config.block_n // config.subtiles
-        of_dh = ragged_tiles.describe_hidden(dh, layout, config.block_m, part)
-        of_a = ragged_tiles.describe(scaled_a, config.block_m, part)
     launch(
         _down_grad_kernel,
         (num_programs(num_slots * num_column_tiles, config, options, dout.device),),
@@ -258,8 +242,8 @@ def down_grad(
         topk_weights,
         grouping.pair_index,
         row_tiles_of(grouping),
-        of_dh,
-        of_a,
+        dh,
+        scaled_a,
         partial_sums,
         depth,
         num_units,
@@ -284,7 +268,6 @@ def down_grad(
         GATED=layout.gated,
         INTERLEAVED=layout.interleaved,
         ACTIVATION=function,
-        OUT_BY_TMA=out_by_tma,
         WEIGHT_BY_TMA=config.by_tma("weight"),
         DEPTH_LAST=stored.depth_last(out_axis),
         EVEN_D=depth % config.block_k == 0,

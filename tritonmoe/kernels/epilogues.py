@@ -3,7 +3,6 @@
 import triton
 import triton.language as tl
 
-from tritonmoe.kernels import ragged_tiles
 from tritonmoe.kernels.arithmetic import round_to, rounded, split_column_pairs, widened
 
 __all__ = ["down_grad_epilogue", "up_epilogue"]
@@ -15,8 +14,6 @@ def up_epilogue(
     up_half,  # (BLOCK_M, SUB_N) fp32; ungated: the same as gate
     first_unit,
     expert,
-    first,
-    end,
     positions,  # (BLOCK_M,) int64
     valid,  # (BLOCK_M,)
     bias,  # (E, 2F) or None
@@ -34,7 +31,6 @@ def up_epilogue(
     GATED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    OUT_BY_TMA: tl.constexpr,
     BLOCK_M: tl.constexpr,
     SUB_N: tl.constexpr,
 ):
@@ -63,17 +59,7 @@ def up_epilogue(
                 up_half += tl.load(addend_rows + F + units[None, :], mask=mask, other=0.0).to(tl.float32)
     gate = round_to(gate, dtype)
     up_half = round_to(up_half, dtype) if GATED else gate
-    if OUT_BY_TMA:
-        if h is not None:
-            if INTERLEAVED:
-                both = tl.reshape(tl.join(gate, up_half), (BLOCK_M, 2 * SUB_N))
-                ragged_tiles.store(both, h, first, end, 2 * first_unit, BLOCK_M, 2 * SUB_N)
-            elif GATED:
-                ragged_tiles.store_half(gate, h, first, end, 0, first_unit, BLOCK_M, SUB_N)
-                ragged_tiles.store_half(up_half, h, first, end, 1, first_unit, BLOCK_M, SUB_N)
-            else:
-                ragged_tiles.store(gate, h, first, end, first_unit, BLOCK_M, SUB_N)
-    elif h is not None:
+    if h is not None:
         h_rows = h + positions[:, None] * stride_h_row
         if INTERLEAVED:
             both = tl.reshape(tl.join(gate, up_half), (BLOCK_M, 2 * SUB_N))
@@ -84,11 +70,8 @@ def up_epilogue(
                 tl.store(h_rows + F + units[None, :], up_half, mask=mask)
     if ACTIVATION is not None:
         a_tile, _, _ = ACTIVATION(widened(gate), widened(up_half), numbers, GATED)
-        if OUT_BY_TMA:
-            ragged_tiles.store(round_to(a_tile, dtype), a, first, end, first_unit, BLOCK_M, SUB_N)
-        else:
-            a_pointers = a + positions[:, None] * stride_a_row + units[None, :]
-            tl.store(a_pointers, round_to(a_tile, dtype), mask=mask)
+        a_pointers = a + positions[:, None] * stride_a_row + units[None, :]
+        tl.store(a_pointers, round_to(a_tile, dtype), mask=mask)
 
 
 @triton.jit
@@ -96,8 +79,6 @@ def down_grad_epilogue(
     g,  # (BLOCK_M, SUB_N) fp32: the gradient of y carried through W2, before the gate weight
     first_unit,
     scale,  # (BLOCK_M,) fp32: gate weights
-    first,
-    end,
     positions,  # (BLOCK_M,) int64
     valid,  # (BLOCK_M,)
     addend,  # (N, F), perhaps the same memory as scaled_a, or None
@@ -113,17 +94,15 @@ def down_grad_epilogue(
     GATED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    OUT_BY_TMA: tl.constexpr,
     BLOCK_M: tl.constexpr,
     SUB_N: tl.constexpr,
 ):
     """Store dh and s*a of SUB_N units; give their part of each pair's <g, a>."""
-    dtype: tl.constexpr = hidden.dtype.element_ty
+    dtype: tl.constexpr = scaled_a.dtype.element_ty
     units = first_unit + tl.arange(0, SUB_N)
     mask = valid[:, None] & (units < F)[None, :]
     hidden_rows = hidden + positions[:, None] * stride_hidden_row
-    if not OUT_BY_TMA:
-        dhidden_rows = dhidden + positions[:, None] * stride_dhidden_row
+    dhidden_rows = dhidden + positions[:, None] * stride_dhidden_row
     if addend is not None:
         addend_pointers = addend + positions[:, None] * stride_addend_row + units[None, :]
         g += tl.load(addend_pointers, mask=mask, other=0.0).to(tl.float32)
@@ -153,21 +132,12 @@ def down_grad_epilogue(
             dup = round_to(slope_up * da, dtype)
             if INTERLEAVED:
                 both = tl.reshape(tl.join(dgate, dup), (BLOCK_M, 2 * SUB_N))
-                if OUT_BY_TMA:
-                    ragged_tiles.store(both, dhidden, first, end, 2 * first_unit, BLOCK_M, 2 * SUB_N)
-                else:
-                    tl.store(dhidden_rows + columns[None, :], both, mask=column_mask)
-            elif OUT_BY_TMA:
-                ragged_tiles.store_half(dgate, dhidden, first, end, 0, first_unit, BLOCK_M, SUB_N)
-                ragged_tiles.store_half(dup, dhidden, first, end, 1, first_unit, BLOCK_M, SUB_N)
+                tl.store(dhidden_rows + columns[None, :], both, mask=column_mask)
             else:
                 tl.store(dhidden_rows + units[None, :], dgate, mask=mask)
                 tl.store(dhidden_rows + F + units[None, :], dup, mask=mask)
         else:
             tl.store(dhidden_rows + units[None, :], dgate, mask=mask)
-    if OUT_BY_TMA:
-        ragged_tiles.store(round_to(scale[:, None] * a, dtype), scaled_a, first, end, first_unit, BLOCK_M, SUB_N)
-    else:
-        scaled_a_pointers = scaled_a + positions[:, None] * stride_scaled_a_row + units[None, :]
-        tl.store(scaled_a_pointers, round_to(scale[:, None] * a, dtype), mask=mask)
+    scaled_a_pointers = scaled_a + positions[:, None] * stride_scaled_a_row + units[None, :]
+    tl.store(scaled_a_pointers, round_to(scale[:, None] * a, dtype), mask=mask)
     return total

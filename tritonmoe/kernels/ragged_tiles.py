@@ -13,7 +13,6 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from tritonmoe.config.layer import ExpertLayout
 from tritonmoe.kernels.tiles import tma
 
 __all__ = ["describe", "load", "refusal", "store"]
@@ -39,19 +38,6 @@ def describe(values: Tensor, block_rows: int, block_columns: int) -> TensorDescr
         (1, 1, block_rows, block_columns),
         (LAST, LAST, BOUND, values.shape[1]),
         (2**34 - stride, stride, stride, 1),
-    )
-
-
-def describe_hidden(hidden: Tensor, layout: ExpertLayout, block_rows: int, num_units: int) -> TensorDescriptor:
-    """Return the descriptor of h or dh for `store` of num_units units, or for `store_half`."""
-    if not layout.gated or layout.interleaved:
-        return describe(hidden, block_rows, num_units * (2 if layout.gated else 1))
-    stride, width = hidden.stride(0), hidden.shape[1] // 2
-    return tma.describe(
-        hidden,
-        (1, 1, block_rows, 1, num_units),
-        (LAST, LAST, BOUND, 2, width),
-        (2**34 - stride, stride, stride, width, 1),
     )
 
 
@@ -84,20 +70,3 @@ def store(
     bound = 2**30  # BOUND
     box = tl.reshape(tile, (1, 1, BLOCK_ROWS, BLOCK_COLUMNS))
     values.store([bound, end, bound - (end - start), first_column], box)
-
-
-@triton.jit
-def store_half(
-    tile,  # (BLOCK_ROWS, BLOCK_COLUMNS), of the dtype of values
-    values,  # the descriptor of (N, 2, width)
-    start,
-    end,
-    half,
-    first_column,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-):
-    """Store the rows of a tile of gate or of up columns from row `start` on, none from row `end` on."""
-    bound = 2**30  # BOUND
-    box = tl.reshape(tile, (1, 1, BLOCK_ROWS, 1, BLOCK_COLUMNS))
-    values.store([bound, end, bound - (end - start), half, first_column], box)

@@ -8,7 +8,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from tritonmoe.config.activations import FusedActivation
 from tritonmoe.config.layer import ExpertLayout, KernelOptions, Projection
 from tritonmoe.grouping import Grouping
-from tritonmoe.kernels import ragged_tiles, weight_tiles
+from tritonmoe.kernels import weight_tiles
 from tritonmoe.kernels.activations import activation_options
 from tritonmoe.kernels.arithmetic import dot, split_column_pairs, split_columns, zeros
 from tritonmoe.kernels.epilogues import up_epilogue
@@ -84,7 +84,6 @@ def _up_kernel(
     DEPTH_LAST: tl.constexpr,
     ACTIVATION: tl.constexpr,
     GATHER: tl.constexpr,
-    OUT_BY_TMA: tl.constexpr,
     EVEN_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -191,8 +190,6 @@ def _up_kernel(
                     up_part,
                     column_tile * BLOCK_N + part * SUB_N,
                     expert,
-                    first,
-                    end,
                     positions.to(tl.int64),
                     valid,
                     bias,
@@ -206,11 +203,10 @@ def _up_kernel(
                     stride_h_row,
                     stride_a_row,
                     (number_0, number_1, number_2),
-                    x.dtype.element_ty if GATHER == "pointers" else x.dtype,
+                    (a if h is None else h).dtype.element_ty,
                     GATED,
                     INTERLEAVED,
                     ACTIVATION,
-                    OUT_BY_TMA,
                     BLOCK_M,
                     SUB_N,
                 )
@@ -268,18 +264,6 @@ def up(
     halves = in_halves and stored.columns_last(out_axis)
     piece = config.block_n // config.subtiles if halves else None
     weight_format, group, per = stored.decoding(in_axis, config, num_units, piece)
-    out_by_tma = (
-        config.by_tma("weight")
-        and config.block_m >= 64
-        and addend is None
-        and x.element_size() == 2
-        and num_units % 8 == 0
-    )
-    of_h, of_a = h, a
-    if out_by_tma:
-        part = config.block_n // config.subtiles
-        of_h = None if h is None else ragged_tiles.describe_hidden(h, layout, config.block_m, part)
-        of_a = None if a is None else ragged_tiles.describe(a, config.block_m, part)
     launch(
         _up_kernel,
         (num_programs(num_slots * num_column_tiles, config, options, x.device),),
@@ -290,8 +274,8 @@ def up(
         addend,
         grouping.pair_index,
         row_tiles_of(grouping),
-        of_h,
-        of_a,
+        h,
+        a,
         depth,
         num_units,
         num_slots,
@@ -318,7 +302,6 @@ def up(
         DEPTH_LAST=stored.depth_last(in_axis),
         ACTIVATION=function,
         GATHER=config.gather,
-        OUT_BY_TMA=out_by_tma,
         EVEN_D=depth % config.block_k == 0,
         FORMAT=weight_format,
         GROUP=group,
