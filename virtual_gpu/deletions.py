@@ -10,6 +10,7 @@ _NVIDIA = {
     "barrier": r"(?:bar|barrier)\.sync\b[^;]*;",
     "barrier of a warp": r"bar\.warp\.sync\b[^;]*;",
     "wait for copies": r"cp\.async\.wait_group\b[^;]*;",
+    "wait for bulk stores": r"cp\.async\.bulk\.wait_group\b[^;]*;",
     "wait for an mbarrier": r"mbarrier\.try_wait[^;]*;\s*(?:\.loc[^\n]*\n\s*)*@!complete bra[^;]*;",
     "wait for wgmma": r"wgmma\.wait_group\b[^;]*;",
     "fence of registers": r"wgmma\.fence\b[^;]*;",

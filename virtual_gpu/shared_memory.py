@@ -66,7 +66,7 @@ class SharedMemory:
         self._in_flight = np.zeros(length, bool)
         """Whether an asynchronous copy will write the byte."""
         self._busy = np.zeros(length, np.int16)
-        """Matrix instructions that still read the byte."""
+        """Matrix instructions and bulk stores that still read the byte."""
         self._since_fence = np.full(length, UNTOUCHED, np.uint8)
         """What threads did with the byte since the last fence to the asynchronous proxy."""
         self._num_copies = self._num_products = 0
@@ -173,6 +173,18 @@ class SharedMemory:
         _rows(self._busy, pieces)[pieces.numbers] += 1
         self._num_products += 1
 
+    def begin_bulk_read(self, pieces: Pieces, warp: int) -> None:
+        """Let a bulk store that a thread of a warp started read pieces, all different, until `end_matrix_read`."""
+        self._inside(pieces)
+        self._check_no_copy(pieces, "a bulk store reads shared memory that an asynchronous copy still writes")
+        written, now = _rows(self._written, pieces)[pieces.numbers], self.epoch * 64
+        if ((written >= now) & (written != now + warp)).any():
+            raise MemoryFault("a bulk store reads shared memory that another warp wrote, with no barrier between")
+        if self.checks_fences and (_rows(self._since_fence, pieces)[pieces.numbers] == WRITTEN).any():
+            raise MemoryFault("a bulk store reads shared memory written without a proxy fence since")
+        _rows(self._busy, pieces)[pieces.numbers] += 1
+        self._num_products += 1
+
     def end_matrix_read(self, pieces: Pieces, waiter: int | None) -> NDArray[np.uint8]:
         """Return the bytes that the instruction read; the warp that waited (None: all) knows that it has ended."""
         _rows(self._busy, pieces)[pieces.numbers] -= 1
@@ -214,7 +226,7 @@ class SharedMemory:
         """Raise where a write conflicts; warps that hold the same values may both write them."""
         self._check_no_copy(pieces, "shared memory is written that an asynchronous copy still writes")
         if self._num_products and _rows(self._busy, pieces)[pieces.numbers].any():
-            raise MemoryFault("shared memory is written that a matrix instruction still reads")
+            raise MemoryFault("shared memory is written that a matrix instruction or a bulk store still reads")
         for tags, did in ((self._written, "wrote"), (self._read, "read")):
             found, now = _rows(tags, pieces)[pieces.numbers], self.epoch * 64
             conflicts = (found >= now) & (found != now + pieces.beside(warps))

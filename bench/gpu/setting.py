@@ -84,7 +84,7 @@ DAY = Setting(
     shape_tokens=(32768, 4096, 512, 64, 8, 1),
     kernel_tests=tuple(
         f"tests/kernels/test_{name}.py"
-        for name in ("triton_backend", "group", "weight_grad", "tma", "row_gather", "several_steps")
+        for name in ("triton_backend", "group", "weight_grad", "tma", "row_gather", "several_steps", "tile_runs")
     ),
     other_tests=(
         *(f"tests/kernels/test_{name}.py" for name in ("properties", "backward_properties", "options")),

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Sequence
 from dataclasses import replace
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from bench.gpu.peers import Function
 from bench.gpu.workbench import Call, Workbench, times_of, with_entries
 from tritonmoe.benchmarks.device_time import TimedCalls, graph_pool
 from tritonmoe.benchmarks.shapes import LayerInputs, draw_routing
+from tritonmoe.experts import spec
 from tritonmoe.experts.adapters import ExpertAdapters
 from tritonmoe.experts.moe_mlp import moe_mlp
 from tritonmoe.runtime.files import Json
@@ -28,18 +30,20 @@ WAYS: dict[str, dict[str, object]] = {
 RANK = 16
 """Of the adapters with which frozen experts are timed."""
 ONE_TILE: dict[str, int | str] = {"persistent": False}
+BESIDE_OTHER_RANKS = "runs of a few tiles, as beside other ranks"
 NUM_SETS = 4
 """So many layers take turns where tokens are few: what one has left in the L2 cache the others have replaced."""
 
 
 def measure_ways(bench: Workbench, shape: str, num_tokens: int, routing: str) -> Json:
-    """Time a forward and backward as it is, with one tile a program (as beside other ranks), and with WAYS.
+    """Time a forward and backward as it is, with runs of a few tiles, with one tile a program, and with WAYS.
 
     Weights with a main_grad come next, adapters on frozen experts last.
     """
     inputs = bench.inputs(shape, num_tokens, routing)
     backend = bench.setting.layer_backend
     variants = {OURS: step_of(inputs, experts(bench, inputs, {}), True)}
+    variants[BESIDE_OTHER_RANKS] = step_of(inputs, _beside_other_ranks(experts(bench, inputs, {})), True)
     one_tile = entries_for_all(bench, inputs, ONE_TILE)
     variants["one tile a program"] = step_of(inputs, experts(bench, inputs, one_tile), True)
     for name, options in WAYS.items():
@@ -48,6 +52,16 @@ def measure_ways(bench: Workbench, shape: str, num_tokens: int, routing: str) ->
     variants["into a main_grad"] = with_entries(_adding_step(inputs, backend), {})
     variants[f"adapters of rank {RANK}"] = with_entries(_adapted_step(inputs, backend), {})
     return bench.time(variants, OURS)
+
+
+def _beside_other_ranks(function: Function) -> Function:
+    """Return a function that runs as if torch.distributed had other ranks."""
+
+    def run() -> Tensor:
+        with mock.patch.object(spec, "has_other_ranks", return_value=True):
+            return function()
+
+    return run
 
 
 def _adding_step(inputs: LayerInputs, backend: str) -> Call:
@@ -128,8 +142,8 @@ def _in_turn(layers: Sequence[LayerInputs], functions: Sequence[Function]) -> Ca
 def measure_beside(bench: Workbench, shape: str, num_tokens: int, routing: str, held: Sequence[int]) -> Json:
     """Time a forward and backward beside a kernel that holds so many multiprocessors, as an exchange's kernel does.
 
-    Timed are persistent kernels for all multiprocessors, the same for those that are free (num_sms), and one tile a
-    program, each beside every number of `held`, in the same rounds.
+    Timed are persistent kernels for all multiprocessors, the same for those that are free (num_sms), runs of a few
+    tiles, and one tile a program, each beside every number of `held`, in the same rounds.
 
     Returns:
         "times" by "WAY, N held".
@@ -139,7 +153,11 @@ def measure_beside(bench: Workbench, shape: str, num_tokens: int, routing: str, 
         return {"left_out": "the kernel that holds multiprocessors is written for NVIDIA's GPUs"}
     holder, pool = Holder(setting.device), graph_pool(setting.device)
     one_tile = entries_for_all(bench, inputs, ONE_TILE)
-    ways = {"all multiprocessors": experts(bench, inputs, {}), "one tile a program": experts(bench, inputs, one_tile)}
+    ways = {
+        "all multiprocessors": experts(bench, inputs, {}),
+        BESIDE_OTHER_RANKS: _beside_other_ranks(experts(bench, inputs, {})),
+        "one tile a program": experts(bench, inputs, one_tile),
+    }
     calls: dict[str, tuple[TimedCalls, int]] = {}
     left_out: dict[str, str] = {}
     for num_held in held:

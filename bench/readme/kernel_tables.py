@@ -23,6 +23,8 @@ __all__ = [
     "launch_table",
     "missing_waits_table",
     "moe_mlp_table",
+    "tile_runs_code_table",
+    "tile_runs_table",
 ]
 
 
@@ -157,6 +159,46 @@ def _step_cell(row: dict) -> str:
         cell.append(f"{row['products_in_flight']} runs on")
     cell.append(f"{2 * row['rows'] * row['columns'] * row['depth'] / row['l2_bytes']:.0f}")
     return ", ".join(cell)
+
+
+def tile_runs_code_table(name: str) -> str:
+    """Return what each way to get tiles makes of the machine code."""
+    data = load(name)
+    rows = {(row["way"], row["kernel"], row["target"]): row for row in data["code"]}
+    ways, kernels, targets = (list(dict.fromkeys(column)) for column in zip(*rows, strict=True))
+    lines = [
+        f"`python -m bench.tile_runs` with Triton {data['triton']}, Qwen3-30B-A3B in bf16, on "
+        f"{' and '.join(targets)}. Cells: instructions of a step, registers of a thread, and whether the next tile is "
+        "loaded while one is stored.",
+        "",
+        *table_head("way to get tiles", *(kernel.split(" ")[0] for kernel in kernels)),
+    ]
+    for way in ways:
+        cells = []
+        for kernel in kernels:
+            found = [rows[way, kernel, target] for target in targets]
+            steps = " and ".join(f"{row['step']}, {row['registers']}" for row in found)
+            cells.append(f"{steps}: {'yes' if all(row['stores_in_loop'] for row in found) else 'no'}")
+        lines.append(table_row(way, *cells))
+    return "\n".join(lines)
+
+
+def tile_runs_table(name: str) -> str:
+    """Return how long the grids take by the model."""
+    data = load(name)
+    times = {(row["way"], row["start"]): row for row in data["model"]}
+    starts = list(dict.fromkeys(start for _, start in times))
+    lines = [
+        f"A model, no measurement: `python -m bench.tile_runs`, {data['multiprocessors']} multiprocessors, of which an "
+        f"exchange holds 0 to 32, all of the time or a part, and 2 to 100 tiles for each, in {data['drawn']} draws. "
+        "Cells: the time until the last tile is computed, in that of one tile a program: the mean, and the most.",
+        "",
+        *table_head("programs have", *(f"starting costs {start:.0%} of a tile" for start in starts)),
+    ]
+    for way in dict.fromkeys(way for way, _ in times):
+        found = [times[way, start] for start in starts]
+        lines.append(table_row(way, *(f"{row['mean']:.2f}, {row['most']:.2f}" for row in found)))
+    return "\n".join(lines)
 
 
 REDUNDANT = ("what is left keeps the order", "others keep the order", "never runs")

@@ -17,7 +17,7 @@ from tritonmoe.backends import triton as kernels
 from tritonmoe.benchmarks.shapes import GPU_SHAPES
 from tritonmoe.config.layer import KernelOptions, Projection
 from tritonmoe.grouping import RowSources
-from tritonmoe.kernels import launch, row_tiles
+from tritonmoe.kernels import launch, row_tiles, tile_runs
 from tritonmoe.kernels.tiles import tile_choice
 
 
@@ -219,8 +219,8 @@ def test_one_token_occupies_every_multiprocessor(shape, target):
 
 
 @pytest.mark.parametrize("target", list(aot.TARGETS))
-def test_a_program_walks_tiles_where_it_is_known_how_many_multiprocessors_are_free(target):
-    """Only tall tiles, on Hopper and Blackwell; the tiles themselves are the same, and so are the bits."""
+def test_a_program_walks_over_several_tiles(target):
+    """Only tall ones, on Hopper and Blackwell, whatever runs beside it."""
     beside = KernelOptions(beside_exchanges=True)
     some_sms = KernelOptions(num_sms=100, beside_exchanges=True)
     alone, shared, limited, short = (
@@ -228,8 +228,8 @@ def test_a_program_walks_tiles_where_it_is_known_how_many_multiprocessors_are_fr
     )
     fences_loads = launch.TRITON_VERSION >= (3, 7, 1)  # before, loads through pointers wait on Blackwell
     walks = target == "sm_90" or (target == "sm_100" and fences_loads)
-    assert [config.persistent for config in (alone, shared, limited, short)] == [walks, False, walks, False]
-    assert dataclasses.replace(alone, persistent=False) == shared
+    assert [config.persistent for config in (alone, short)] == [walks, False]
+    assert alone == shared == limited
 
 
 def test_a_persistent_grid_has_the_multiprocessors(monkeypatch):
@@ -244,6 +244,11 @@ def test_a_persistent_grid_has_the_multiprocessors(monkeypatch):
     assert list(tiles.values()) == [7, 7, 132, 100]
     one_tile = dataclasses.replace(config, persistent=False)
     assert launch.num_programs(4000, one_tile, KernelOptions(), device) == 4000
+    beside, some_sms = KernelOptions(beside_exchanges=True), KernelOptions(num_sms=100, beside_exchanges=True)
+    assert tile_runs.grid_of(4000, config, KernelOptions(), device) == ((132,), 132)
+    assert tile_runs.grid_of(4000, config, some_sms, device) == ((100,), 100)
+    assert tile_runs.grid_of(4000, config, beside, device) == (((6 + 5) * 132,), 132)
+    assert tile_runs.grid_of(4000, one_tile, beside, device) == ((4000,), 4000)
 
 
 def test_tiles_are_those_of_the_layer_whatever_the_chunk():
@@ -256,18 +261,17 @@ def test_batch_invariant_tiles_do_not_depend_on_the_rows():
 
 
 def test_what_keeps_a_product_from_its_fast_way_is_logged_once(caplog):
-    """A weight whose address TMA can't take, and other ranks whose collectives may hold multiprocessors."""
+    """A weight whose address TMA can't take; what runs beside it is no reason."""
     layout, storage = LAYOUTS["concatenated"], torch.empty(64 * 2048 * 768 + 1, dtype=torch.bfloat16)
     at_an_odd_address = storage[1:].view(64, 2048, 768)
     a = torch.empty(4096 * 8, 768, dtype=torch.bfloat16)
     tile_choice._config.cache_clear()
     with caplog.at_level(logging.INFO, "tritonmoe"), launch.recording(aot.TARGETS["sm_90"]):
         grouping = kernels.group(torch.zeros(4096, 8, dtype=torch.int64), 64)
-        for options in 2 * (KernelOptions(), KernelOptions(beside_exchanges=True), KernelOptions(10, False, True)):
+        for options in (KernelOptions(), KernelOptions(beside_exchanges=True), KernelOptions(10, False, True)):
             kernels.down(a, Projection(storage[:-1].view(64, 2048, 768), None, layout), grouping, options=options)
-        assert len(caplog.records) == 1
-        assert "down is slower than it could be: a program has one tile: other ranks may hold" in caplog.text
+        assert not caplog.records
         for _ in range(2):
             kernels.down(a, Projection(at_an_odd_address, None, layout), grouping)
-    assert len(caplog.records) == 2
+    assert len(caplog.records) == 1
     assert "its weight is read through pointers: its address is no multiple of 16 bytes" in caplog.text

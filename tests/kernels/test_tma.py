@@ -14,6 +14,7 @@ from tritonmoe import aot
 from tritonmoe.backends import reference
 from tritonmoe.backends import triton as kernels
 from tritonmoe.cli import main
+from tritonmoe.kernels import launch
 from tritonmoe.kernels.tiles import measured_tiles, tile_choice, tma
 
 pytestmark = pytest.mark.usefixtures("reads_by_tma")
@@ -26,11 +27,15 @@ TWO_PIECES = "pointers: a tile's gate and up columns are two pieces of its conti
 
 @contextlib.contextmanager
 def reading(*, by_tma=True):
-    """Collect how the operands of each grouped product are read; without `by_tma` all by pointers."""
+    """Collect how the operands of each grouped product are read; without `by_tma` all by pointers, and stored so."""
+
+    def note(key, config):
+        found.append({name: way for name, way in config.reads if name != "out"})
+
     with pytest.MonkeyPatch.context() as patch:
         found = []
         patch.setattr(tile_choice, "_why_no_tma", lambda target: "" if by_tma else OFF)
-        patch.setattr(measured_tiles, "note", lambda key, config: found.append(dict(config.reads)))
+        patch.setattr(measured_tiles, "note", note)
         yield found
 
 
@@ -98,6 +103,52 @@ def test_neighbours_are_neither_used_nor_written():
             assert torch.equal(buffer[rows, :20], expected[rows])
     assert (buffer[num_active:] == -7).all()
     assert (buffer[:, 20:] == -7).all()
+
+
+def is_stored_by_tma(product, *operands, **keywords):
+    """Run a product on meta tensors as an H100 would, and say whether TMA stores its result."""
+    with launch.recording(aot.TARGETS["sm_90"]) as launches:
+        product(*operands, **keywords)
+    return isinstance(launches[-1].args[launches[-1].kernel.arg_names.index("out")], TensorDescriptor)
+
+
+def test_results_that_tma_cannot_store_are_stored_through_pointers():
+    layer = Layer(random_ids(400, 2, 3), 3, LAYOUTS["concatenated"], torch.bfloat16, hidden=272, intermediate=144)
+    grouping = reference.group(layer.ids, 3)
+    a = random_values(grouping, 144, torch.bfloat16)
+    out = torch.empty(grouping.num_pairs, 272, dtype=torch.bfloat16, device=DEVICE)
+    down, added = layer.down, layer.down._replace(addend=out)
+    assert is_stored_by_tma(kernels.down, a, down, grouping)
+    assert is_stored_by_tma(kernels.down, a, down, grouping, out=out)
+    assert not is_stored_by_tma(kernels.down, a, added, grouping, out=out)
+    assert not is_stored_by_tma(kernels.down, a, down, grouping, out=misaligned(out))
+    assert not is_stored_by_tma(kernels.down, a, down, grouping, out=padded(out))
+    assert not is_stored_by_tma(kernels.down, misaligned(a), down, grouping)
+    in_fp32 = down._replace(weight=layer.w2.float(), bias=None)
+    assert not is_stored_by_tma(kernels.down, a.float(), in_fp32, grouping)
+    with measured_tiles.asked() as asked:
+        is_stored_by_tma(kernels.down, a, down, grouping)
+    with measured_tiles.using({key: {"tma": False} for key in asked}):
+        assert not is_stored_by_tma(kernels.down, a, down, grouping)
+
+
+@pytest.mark.parametrize(
+    ("fields", "pieces"),
+    [
+        ({}, 1),
+        ({"num_stages": 4}, 4),  # 192 KB of 227, and 64 KB for a whole tile
+        ({"block_n": 128, "num_warps": 4, "programs_per_multiprocessor": 2}, 4),  # twice 96 KB, and 32 KB
+        ({"block_m": 64}, 1),  # 120 KB, and 32 KB
+    ],
+)
+def test_a_tile_is_stored_whole_where_as_many_programs_fit(fields, pieces):
+    variant = aot.VARIANTS["Qwen3-30B-A3B"]
+    with measured_tiles.using({}), measured_tiles.asked() as asked:
+        aot.record_launches(variant, aot.TARGETS["sm_90"])
+    keys = [key for key in asked if " down " in key]
+    with measured_tiles.using(dict.fromkeys(keys, fields)), measured_tiles.asked() as asked:
+        aot.record_launches(variant, aot.TARGETS["sm_90"])
+    assert [(asked[key].by_tma("out"), asked[key].subtiles) for key in keys] == [(True, pieces)] * len(keys)
 
 
 def misaligned(tensor):
@@ -239,7 +290,7 @@ def shown(capsys, *arguments, product="down 2048x1024"):
 
 def test_the_choice_is_printed(capsys, cache):
     qwen = ("128", "8", "2048", "768", "bfloat16")
-    assert "; values by TMA; weight by TMA (heuristic)" in shown(capsys, *qwen, "--target", "sm_90")
+    assert "; values by TMA; weight by TMA; out by TMA (heuristic)" in shown(capsys, *qwen, "--target", "sm_90")
     up = {"product": "up 1024x2048"}
     assert shown(capsys, *qwen, "--target", "sm_90", **up).endswith("; weight by TMA (heuristic)")
     assert f"; weight by {TWO_PIECES} (" in shown(capsys, *qwen, "--target", "sm_90", "--transposed", **up)

@@ -8,7 +8,7 @@ from virtual_gpu.nvidia.translation import translate
 THREADS = 64
 HEAD = """
 .visible .entry kernel(
-	.param .u64 .ptr .global .align 1 kernel_param_0
+	.param .u64 .ptr .global .align 1 kernel_param_0{descriptors}
 )
 .reqntid {threads}
 {{
@@ -26,9 +26,11 @@ def view_of(array):
     return View(array.ctypes.data, (array.nbytes,), (1,), 1)
 
 
-def run_ptx(body, memory, shared_bytes=4 * THREADS, threads=THREADS):
-    """Run threads on an array, which they may change."""
+def run_ptx(body, memory, shared_bytes=4 * THREADS, threads=THREADS, descriptors=()):
+    """Run threads on an array, which they may change; descriptors of it are parameters from kernel_param_1 on."""
     lines = "\n".join(f"\t{line.strip()}" for line in body.strip().splitlines())
-    code = translate(parse(f"{HEAD.format(threads=threads)}{lines}\n\tret;\n}}\n"))
+    others = (f",\n\t.param .align 64 .b8 kernel_param_{number + 1}[128]" for number in range(len(descriptors)))
+    head = HEAD.format(threads=threads, descriptors="".join(others))
+    code = translate(parse(f"{head}{lines}\n\tret;\n}}\n"))
     spans = GlobalMemory([view_of(memory)])
-    run_grid(code, [memory.ctypes.data], spans, shared_bytes, (1, 1, 1), True)
+    run_grid(code, [memory.ctypes.data, *descriptors], spans, shared_bytes, (1, 1, 1), True)

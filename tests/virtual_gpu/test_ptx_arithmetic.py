@@ -289,7 +289,7 @@ def test_fused_where_two_roundings_differ():
         "tcgen05.mma.cta_group::1.kind::f16 [%r1], [%r1], %rd1, %r1, %p1;",
         "tcgen05.mma.cta_group::2.kind::f16 [%r1], %rd1, %rd1, %r1, %p1;",
         "cp.async.ca.shared.global.L2::128B [%r2], [%rd3], 4;",
-        "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%rd1, {%r1, %r1}], [%r2];",
+        "cp.reduce.async.bulk.tensor.2d.global.shared::cta.add.bulk_group [%rd1, {%r1, %r1}], [%r2];",
         "fence.proxy.async.global;",
         "membar.gl;",
     ],

@@ -246,7 +246,8 @@ def test_a_box_outside_its_tensor_is_zero():
     base = -(-ctypes.addressof(storage) // 16) * 16
     ctypes.memmove(base, tensor.ctypes.data, tensor.nbytes)
     box = TensorMap(base, (3, 8), (8, 1), (4, 8), 4, 32)
-    places, values = box.read(GlobalMemory([View(base, (tensor.nbytes,), (1,), 1)]), 1, 128, [0, 1], gathers=False)
+    memory = GlobalMemory([View(base, (tensor.nbytes,), (1,), 1)])
+    places, values = box.places(128), box.read(memory, 1, [0, 1])
     shared = SharedMemory(256)
     shared.write(np.array([128]), np.zeros((1, 4), np.uint8), np.array([0]))
     with pytest.raises(MemoryFault, match="a bulk copy writes shared memory that threads wrote without a proxy fence"):
@@ -263,7 +264,14 @@ def test_a_box_outside_its_tensor_is_zero():
     assert found[1].tolist() == np.roll(tensor[2], 4).tolist()
     assert (found[2:] == 0).all()
     with pytest.raises(MemoryFault, match="multiple of 128 bytes"):
-        box.read(GlobalMemory([]), 1, 64, [0, 1], gathers=False)
+        box.places(64)
+    tensor[:] = np.nan
+    ctypes.memmove(base, tensor.ctypes.data, tensor.nbytes)
+    box.write(memory, 1, [4, 1], values)  # the first half of each row goes to the second half of rows 1 and 2
+    ctypes.memmove(tensor.ctypes.data, base, tensor.nbytes)
+    assert tensor[1:, 4:].tolist() == [[8, 9, 10, 11], [16, 17, 18, 19]]
+    assert np.isnan(tensor[0]).all()
+    assert np.isnan(tensor[:, :4]).all()
 
 
 def test_arithmetic():
@@ -339,13 +347,14 @@ def test_what_goes_wrong_inside_the_machine_has_a_line():
 def test_every_wait_is_found_and_deleted():
     """An s_waitcnt of two counters is two waits; what is left stays on its line."""
     ptx = "\t.reqntid 64\n\tbar.sync \t0;\n\tcp.async.wait_group \t1;\n{\nmbarrier.try_wait.x complete, [%r1], %r2;\n"
-    ptx += "@!complete bra.uni waitLoop;\n}\n\twgmma.fence.sync.aligned;\n"
+    ptx += "@!complete bra.uni waitLoop;\n}\n\tcp.async.bulk.wait_group.read \t0;\n\twgmma.fence.sync.aligned;\n"
     sites = list(deletions.sites_of(ptx))
     assert [(site.kind, site.line) for site in sites] == [
         ("barrier", 2),
         ("wait for copies", 3),
         ("wait for an mbarrier", 5),
-        ("fence of registers", 8),
+        ("wait for bulk stores", 8),
+        ("fence of registers", 9),
     ]
     left = deletions.without(sites)(ptx)
     assert left.split() == [".reqntid", "64", "{", "}"]

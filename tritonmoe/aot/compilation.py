@@ -55,7 +55,7 @@ class Compiled:
     expected_matrix: str = ""
     """The matrix instruction that must be there; empty where the kernel has no product in half precision."""
     tma_operands: int = 0
-    """Operands that the launch hands over as descriptors, to be read by TMA."""
+    """Operands that the launch hands over as descriptors, to be read by TMA; results, stored by TMA, don't count."""
     loop: dict[str, int] = field(default_factory=dict)
     """Instructions by kind in the innermost loop around the matrix instruction (no such loop: in the whole kernel)."""
     step: dict[str, int] = field(default_factory=dict)
@@ -159,6 +159,7 @@ def compile_one(variant: str, kernel: str, item: launch.Launch, target_name: str
         expected = architecture.matrix_instruction
     shared = compiled.metadata.shared
     tensor_memory = getattr(compiled.metadata, "tmem_size", 0)
+    num_stored = len(set(re.findall(r"tt\.descriptor_store (%\w+)", assembly["ttir"])))
     return Compiled(
         variant,
         kernel,
@@ -171,7 +172,7 @@ def compile_one(variant: str, kernel: str, item: launch.Launch, target_name: str
         occupancy=architecture.occupancy(code.registers, shared, code.num_warps, tensor_memory),
         matrix=code.matrix,
         expected_matrix=expected,
-        tma_operands=sum(isinstance(argument, TensorDescriptor) for argument in item.args),
+        tma_operands=sum(isinstance(argument, TensorDescriptor) for argument in item.args) - num_stored,
         loop=code.loop,
         step=_step(code, tile, target_name),
         doubt=_doubt(assembly, architecture.target),

@@ -46,7 +46,6 @@ class _RecordedStep:
         self.variant, self.launches = variant, launches
         self.found: dict[str, launch.Launch] = {}
         """By operation and kernel."""
-        self.options = v.options if v.num_ranks == 1 else v.options._replace(beside_exchanges=True)
         width = 2 * v.intermediate_size if v.layout.gated else v.intermediate_size
         w1_shape, w2_shape = (width, v.hidden_size), (v.hidden_size, v.intermediate_size)
         if v.layout.transposed:
@@ -136,7 +135,7 @@ class _RecordedStep:
 
     def _forward(self, grouping: Grouping) -> tuple[Tensor, Tensor]:
         """Return h and y."""
-        activation, options = self.variant.activation, self.options
+        activation, options = self.variant.activation, self.variant.options
         arguments = self.x, self.gate_up, grouping
         operations.up(*arguments, activation, needs_h=False, options=options)
         self._name("up inference", reads_weight=True)
@@ -152,7 +151,7 @@ class _RecordedStep:
 
     def _backward(self, grouping: Grouping, h: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Return dh and s*a."""
-        activation, options = self.variant.activation, self.options
+        activation, options = self.variant.activation, self.variant.options
         dh, scaled_a, _ = operations.down_grad(
             self.dout, self.down, h, self.topk_weights, grouping, activation, options=options
         )
@@ -169,7 +168,7 @@ class _RecordedStep:
         def run(operation: str, accumulate: PerWeight[Tensor | None] = NO_WEIGHTS, **wanted: bool) -> None:
             needs = NO_GRADIENTS._replace(**wanted)
             operations.weight_grad(
-                grouping, self.variant.layout, operands, needs, accumulate=accumulate, options=self.options
+                grouping, self.variant.layout, operands, needs, accumulate=accumulate, options=self.variant.options
             )
             self._name(f"{operation}{suffix}")
 
@@ -186,7 +185,8 @@ class _RecordedStep:
 
     def _adapters(self, grouping: Grouping, h: Tensor, dh: Tensor, scaled_a: Tensor) -> None:
         """Run what an AdaptedProjection does: products with an addend, and products with the factors of adapters."""
-        v, rank, options, activation = self.variant, self.variant.adapter_rank, self.options, self.variant.activation
+        v = self.variant
+        rank, options, activation = v.adapter_rank, v.options, v.activation
         y = self._empty(grouping.num_pairs, v.hidden_size)
         operations.up(self.x, self.gate_up._replace(addend=h), grouping, activation, out_h=h, options=options)
         self._name("up with an addend", reads_weight=True)

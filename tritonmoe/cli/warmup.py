@@ -91,14 +91,12 @@ def launches_of_layer(
     tokens = tokens or sorted({*tokens_of_every_class(shape), -(-2 * MIN_SPAN // shape.top_k)})
     jobs, seen = [], set()
     for num_tokens in tokens:
-        alone = replace(Variant.of(shape, dtype, num_tokens), num_ranks=num_ranks)
-        beside = replace(alone, options=alone.options._replace(beside_exchanges=True))  # as under DDP and FSDP
-        for variant in (alone, beside) if num_ranks == 1 else (alone,):
-            for kernel, item in record_launches(variant, target).items():
-                key = source_of(item, target).hash(), str(item.options)
-                if key not in seen:
-                    seen.add(key)
-                    jobs.append((num_tokens, kernel, item))
+        variant = replace(Variant.of(shape, dtype, num_tokens), num_ranks=num_ranks)
+        for kernel, item in record_launches(variant, target).items():
+            key = source_of(item, target).hash(), str(item.options)
+            if key not in seen:
+                seen.add(key)
+                jobs.append((num_tokens, kernel, item))
     return jobs
 
 

@@ -123,7 +123,8 @@ class KernelOptions(NamedTuple):
     batch_invariant: bool = False
     """A row's bits in every result that has rows don't depend on what else is in the batch."""
     beside_exchanges: bool = False
-    """Exchanges or other collectives may hold multiprocessors: without num_sms nobody knows how many are free."""
+    """Exchanges or other collectives may hold multiprocessors: without num_sms nobody knows how many are free, and a
+    program computes a few tiles at most."""
 
     def check(self) -> "KernelOptions":
         """Raise TypeError or ValueError unless the fields can be used; give itself."""

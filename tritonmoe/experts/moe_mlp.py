@@ -238,8 +238,8 @@ def moe_mlp(
         adapters: low-rank adapters on the projections, which are never multiplied out; or None.
         backend: "auto" (triton on a GPU, torch elsewhere), "triton", "torch" or "reference".
         save: "hidden" keeps h (T*K, 2F) for backward; "input" recomputes it there.
-        num_sms: how many of a GPU's multiprocessors persistent kernels take; None: all, and where torch.distributed has
-            other ranks, whose collectives hold some, no kernel is persistent. Give what the collectives leave free.
+        num_sms: how many of a GPU's multiprocessors persistent kernels take: what the collectives of other ranks leave
+            free. None: all, and beside other ranks a program ends after a few tiles, so that none waits for one.
         batch_invariant: a token's bits, and its gradients', don't depend on the other tokens of the call.
     Returns:
         (T, D) in x.dtype.

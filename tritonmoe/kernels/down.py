@@ -6,19 +6,11 @@ from torch import Tensor
 
 from tritonmoe.config.layer import KernelOptions, Projection
 from tritonmoe.grouping import Grouping
-from tritonmoe.kernels import weight_tiles
+from tritonmoe.kernels import ragged_tiles, weight_tiles
 from tritonmoe.kernels.arithmetic import dot, round_to, split_columns, zeros
-from tritonmoe.kernels.launch import (
-    cdiv,
-    contiguous_columns,
-    launch,
-    num_programs,
-    output,
-    tile_keywords,
-)
+from tritonmoe.kernels.launch import cdiv, contiguous_columns, launch, output, tile_keywords
 from tritonmoe.kernels.packed_tiles import stored_weight
 from tritonmoe.kernels.row_tiles import (
-    first_tile,
     num_row_tiles,
     num_tile_slots,
     row_tiles_of,
@@ -26,6 +18,7 @@ from tritonmoe.kernels.row_tiles import (
     tile_of_slot,
     tile_of_slot_again,
 )
+from tritonmoe.kernels.tile_runs import grid_of, tiles_of_program
 from tritonmoe.kernels.tiles import tma
 from tritonmoe.kernels.tiles.left_out import leaving_out_refused_tiles
 from tritonmoe.kernels.tiles.tile_choice import grouped_matmul_config
@@ -33,7 +26,7 @@ from tritonmoe.kernels.tiles.tile_choice import grouped_matmul_config
 __all__ = ["down", "up_grad"]
 
 
-@triton.jit(do_not_specialize=["num_slots"])
+@triton.jit(do_not_specialize=["num_slots", "programs_at_once"])
 def _grouped_matmul_kernel(
     values,  # (N, depth), or its descriptor
     weight,  # (E, depth, width) in any layout, through its strides, or its descriptor, or its bytes
@@ -41,11 +34,12 @@ def _grouped_matmul_kernel(
     bias,  # (E, width) or None
     addend,  # (N, width), perhaps the same memory as out, or None
     row_tiles,  # (1, num_slots, 4, 4) int32
-    out,  # (N, width), dtype of values
+    out,  # (N, width), dtype of values, or its `ragged_tiles` descriptor
     depth_size,
     width,
     num_slots,
     num_column_tiles,
+    programs_at_once,
     stride_values_row,
     stride_values_column,
     stride_weight_expert,
@@ -58,6 +52,7 @@ def _grouped_matmul_kernel(
     stride_addend_row,
     stride_out_row,
     VALUES_BY_TMA: tl.constexpr,
+    OUT_BY_TMA: tl.constexpr,
     FORMAT: tl.constexpr,
     GROUP: tl.constexpr,
     PER: tl.constexpr,
@@ -79,7 +74,8 @@ def _grouped_matmul_kernel(
     if FLATTEN:
         num_used_slots = num_row_tiles(row_tiles, BLOCK_M)
     num_tiles = num_used_slots * num_column_tiles
-    for tile in tl.range(first_tile(), num_tiles, tl.num_programs(0), flatten=FLATTEN):
+    first_tile, end_tile, step = tiles_of_program(num_tiles, programs_at_once, FLATTEN)
+    for tile in tl.range(first_tile, end_tile, step, flatten=FLATTEN):
         slot, column_tile = slot_and_column_tile(tile, num_used_slots, num_column_tiles, GROUP_M)
         expert, first, end = tile_of_slot(slot, row_tiles, BLOCK_M)
         if FLATTEN or expert >= 0:
@@ -140,7 +136,6 @@ def _grouped_matmul_kernel(
                 valid = positions < end
             SUB_N: tl.constexpr = BLOCK_N // SUBTILES
             subtiles = split_columns(accumulator, BLOCK_M, BLOCK_N, SUBTILES)
-            out_rows = out + positions.to(tl.int64)[:, None] * stride_out_row
             for part in tl.static_range(SUBTILES):
                 part_columns = column_tile * BLOCK_N + part * SUB_N + tl.arange(0, SUB_N)
                 part_mask = part_columns < width
@@ -152,7 +147,12 @@ def _grouped_matmul_kernel(
                 if addend is not None:
                     addend_rows = addend + positions.to(tl.int64)[:, None] * stride_addend_row
                     sums += tl.load(addend_rows + part_columns[None, :], mask=mask, other=0.0).to(tl.float32)
-                tl.store(out_rows + part_columns[None, :], round_to(sums, out.dtype.element_ty), mask=mask)
+                if OUT_BY_TMA:
+                    part_first = column_tile * BLOCK_N + part * SUB_N
+                    ragged_tiles.store(round_to(sums, out.dtype), out, first, end, part_first, BLOCK_M, SUB_N)
+                else:
+                    out_rows = out + positions.to(tl.int64)[:, None] * stride_out_row
+                    tl.store(out_rows + part_columns[None, :], round_to(sums, out.dtype.element_ty), mask=mask)
 
 
 @leaving_out_refused_tiles
@@ -171,24 +171,31 @@ def _grouped_matmul(
     out = output(values, grouping.num_pairs, width, out)
     values = contiguous_columns(values)
     refusals = {"values": tma.refusal(values), "weight": stored.tma_refusal or tma.refusal_of_weight(weight)}
-    config = grouped_matmul_config(stored.product("down"), values, width, depth, grouping, options, refusals)
+    # What is added may be where the result is stored: threads that load it and TMA have no order.
+    out_refusal = ragged_tiles.refusal(out) if addend is None else "it is added to"
+    config = grouped_matmul_config(
+        stored.product("down"), values, width, depth, grouping, options, refusals, out_refusal=out_refusal
+    )
+    out_by_tma = config.by_tma("out")
     num_slots = num_tile_slots(grouping.num_pairs, weight.shape[0], config.block_m)
     num_column_tiles = cdiv(width, config.block_n)
+    grid, programs_at_once = grid_of(num_slots * num_column_tiles, config, options, values.device)
     weight_format, group, per = stored.decoding(in_axis, config)
     launch(
         _grouped_matmul_kernel,
-        (num_programs(num_slots * num_column_tiles, config, options, values.device),),
+        grid,
         tma.describe(values, (config.block_m, config.block_k)) if config.by_tma("values") else values,
         tma.describe_weight(weight, in_axis, config.block_k, config.block_n) if config.by_tma("weight") else weight,
         stored.scales,
         bias,
         addend,
         row_tiles_of(grouping),
-        out,
+        ragged_tiles.describe(out, config.block_m, config.block_n // config.subtiles) if out_by_tma else out,
         depth,
         width,
         num_slots,
         num_column_tiles,
+        programs_at_once,
         values.stride(0),
         values.stride(1),
         weight.stride(0),
@@ -200,6 +207,7 @@ def _grouped_matmul(
         0 if bias is None else bias.stride(1),
         0 if addend is None else addend.stride(0),
         out.stride(0),
+        OUT_BY_TMA=out_by_tma,
         VALUES_BY_TMA=config.by_tma("values"),
         WEIGHT_BY_TMA=config.by_tma("weight"),
         DEPTH_LAST=stored.depth_last(in_axis),

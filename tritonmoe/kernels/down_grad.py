@@ -12,19 +12,10 @@ from tritonmoe.kernels import weight_tiles
 from tritonmoe.kernels.activations import activation_options
 from tritonmoe.kernels.arithmetic import dot, split_columns, zeros
 from tritonmoe.kernels.epilogues import down_grad_epilogue
-from tritonmoe.kernels.launch import (
-    TRITON_VERSION,
-    cdiv,
-    contiguous_columns,
-    launch,
-    num_programs,
-    output,
-    tile_keywords,
-)
+from tritonmoe.kernels.launch import TRITON_VERSION, cdiv, contiguous_columns, launch, output, tile_keywords
 from tritonmoe.kernels.packed_tiles import stored_weight
 from tritonmoe.kernels.pair_sums import sum_partials
 from tritonmoe.kernels.row_tiles import (
-    first_tile,
     num_row_tiles,
     num_tile_slots,
     row_of,
@@ -33,6 +24,7 @@ from tritonmoe.kernels.row_tiles import (
     tile_of_slot,
     tile_of_slot_again,
 )
+from tritonmoe.kernels.tile_runs import grid_of, tiles_of_program
 from tritonmoe.kernels.tiles import tma
 from tritonmoe.kernels.tiles.left_out import leaving_out_refused_tiles
 from tritonmoe.kernels.tiles.tile_choice import grouped_matmul_config
@@ -40,7 +32,7 @@ from tritonmoe.kernels.tiles.tile_choice import grouped_matmul_config
 __all__ = ["down_grad"]
 
 
-@triton.jit(do_not_specialize=["N", "num_slots"], do_not_specialize_on_alignment=["pair_index"])
+@triton.jit(do_not_specialize=["N", "num_slots", "programs_at_once"], do_not_specialize_on_alignment=["pair_index"])
 def _down_grad_kernel(
     dout,  # (R, D)
     weight,  # (E, D, F) in any layout, through its strides, or its descriptor, or its bytes
@@ -58,6 +50,7 @@ def _down_grad_kernel(
     N,
     num_slots,
     num_column_tiles,
+    programs_at_once,
     stride_dout_row,
     stride_dout_column,
     stride_weight_expert,
@@ -99,7 +92,8 @@ def _down_grad_kernel(
     if FLATTEN:
         num_used_slots = num_row_tiles(row_tiles, BLOCK_M)
     num_tiles = num_used_slots * num_column_tiles
-    for tile in tl.range(first_tile(), num_tiles, tl.num_programs(0), flatten=FLATTEN):
+    first_tile, end_tile, step = tiles_of_program(num_tiles, programs_at_once, FLATTEN)
+    for tile in tl.range(first_tile, end_tile, step, flatten=FLATTEN):
         slot, column_tile = slot_and_column_tile(tile, num_used_slots, num_column_tiles, GROUP_M)
         expert, first, end = tile_of_slot(slot, row_tiles, BLOCK_M)
         if FLATTEN or expert >= 0:
@@ -225,15 +219,17 @@ def down_grad(
     refusals = {"weight": stored.tma_refusal or tma.refusal_of_weight(weight)}
     # Alternating columns of h take more registers, and Triton 3.6 spills some.
     fits = not layout.interleaved or TRITON_VERSION >= (3, 7)
-    product = stored.product("down_grad")
-    config = grouped_matmul_config(product, dout, num_units, depth, grouping, options, refusals, fits)
+    config = grouped_matmul_config(
+        stored.product("down_grad"), dout, num_units, depth, grouping, options, refusals, fits
+    )
     num_slots = num_tile_slots(num_pairs, weight.shape[0], config.block_m)
     num_column_tiles = cdiv(num_units, config.block_n)
+    grid, programs_at_once = grid_of(num_slots * num_column_tiles, config, options, dout.device)
     partial_sums = dweights.new_empty(num_column_tiles, num_pairs)
     weight_format, group, per = stored.decoding(out_axis, config)
     launch(
         _down_grad_kernel,
-        (num_programs(num_slots * num_column_tiles, config, options, dout.device),),
+        grid,
         dout,
         tma.describe_weight(weight, out_axis, config.block_k, config.block_n) if config.by_tma("weight") else weight,
         stored.scales,
@@ -250,6 +246,7 @@ def down_grad(
         num_pairs,
         num_slots,
         num_column_tiles,
+        programs_at_once,
         dout.stride(0),
         dout.stride(1),
         weight.stride(0),

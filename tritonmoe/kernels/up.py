@@ -13,17 +13,9 @@ from tritonmoe.kernels.activations import activation_options
 from tritonmoe.kernels.arithmetic import dot, split_column_pairs, split_columns, zeros
 from tritonmoe.kernels.epilogues import up_epilogue
 from tritonmoe.kernels.gather import gather_rows
-from tritonmoe.kernels.launch import (
-    cdiv,
-    contiguous_columns,
-    launch,
-    num_programs,
-    output,
-    tile_keywords,
-)
+from tritonmoe.kernels.launch import cdiv, contiguous_columns, launch, output, tile_keywords
 from tritonmoe.kernels.packed_tiles import stored_weight
 from tritonmoe.kernels.row_tiles import (
-    first_tile,
     num_row_tiles,
     num_tile_slots,
     row_of,
@@ -32,6 +24,7 @@ from tritonmoe.kernels.row_tiles import (
     tile_of_slot,
     tile_of_slot_again,
 )
+from tritonmoe.kernels.tile_runs import grid_of, tiles_of_program
 from tritonmoe.kernels.tiles import tma
 from tritonmoe.kernels.tiles.config import TileConfig
 from tritonmoe.kernels.tiles.left_out import leaving_out_refused_tiles
@@ -43,7 +36,7 @@ FEW_COLUMNS = 32
 """Of such a product, an adapter's with its factor, sums take few registers; ptxas would spill some of the others."""
 
 
-@triton.jit(do_not_specialize=["num_slots"], do_not_specialize_on_alignment=["pair_index"])
+@triton.jit(do_not_specialize=["num_slots", "programs_at_once"], do_not_specialize_on_alignment=["pair_index"])
 def _up_kernel(
     x,  # (R, D), or its descriptor; GATHER "copy": that of its rows in storage order (N, D)
     weight,  # (E, 2F, D) in any layout, through its strides, or its descriptor, or its bytes; F without a gate
@@ -58,6 +51,7 @@ def _up_kernel(
     F,
     num_slots,
     num_column_tiles,
+    programs_at_once,
     stride_x_row,
     stride_x_column,
     stride_weight_expert,
@@ -104,7 +98,8 @@ def _up_kernel(
     if FLATTEN:
         num_used_slots = num_row_tiles(row_tiles, BLOCK_M)
     num_tiles = num_used_slots * num_column_tiles
-    for tile in tl.range(first_tile(), num_tiles, tl.num_programs(0), flatten=FLATTEN):
+    first_tile, end_tile, step = tiles_of_program(num_tiles, programs_at_once, FLATTEN)
+    for tile in tl.range(first_tile, end_tile, step, flatten=FLATTEN):
         slot, column_tile = slot_and_column_tile(tile, num_used_slots, num_column_tiles, GROUP_M)
         expert, first, end = tile_of_slot(slot, row_tiles, BLOCK_M)
         if FLATTEN or expert >= 0:
@@ -259,6 +254,7 @@ def up(
     config = grouped_matmul_config(stored.product(operation), x, num_units, depth, grouping, options, refusals)
     num_slots = num_tile_slots(grouping.num_pairs, num_experts, config.block_m)
     num_column_tiles = cdiv(num_units, config.block_n)
+    grid, programs_at_once = grid_of(num_slots * num_column_tiles, config, options, x.device)
     rows, weight_operand = _operands(x, weight, layout, grouping, config)
     # Side by side keeps the split inside a thread, but breaks up loads along a contiguous output axis.
     halves = in_halves and stored.columns_last(out_axis)
@@ -266,7 +262,7 @@ def up(
     weight_format, group, per = stored.decoding(in_axis, config, num_units, piece)
     launch(
         _up_kernel,
-        (num_programs(num_slots * num_column_tiles, config, options, x.device),),
+        grid,
         rows,
         weight_operand,
         stored.scales,
@@ -280,6 +276,7 @@ def up(
         num_units,
         num_slots,
         num_column_tiles,
+        programs_at_once,
         x.stride(0),
         x.stride(1),
         weight.stride(0),

@@ -14,6 +14,7 @@ from tritonmoe.kernels.arithmetic import dot, round_to, split_columns
 from tritonmoe.kernels.launch import cdiv, contiguous_columns, dot_precision, launch, next_power_of_2, num_programs
 from tritonmoe.kernels.row_tiles import row_of, slot_and_column_tile
 from tritonmoe.kernels.spans import add_to, num_span_slots, num_workspace_rows, span_of_slot, sum_spans
+from tritonmoe.kernels.tile_runs import first_tile
 from tritonmoe.kernels.tiles.config import TileConfig
 from tritonmoe.kernels.tiles.left_out import leaving_out_refused_tiles
 from tritonmoe.kernels.tiles.tile_choice import grouped_matmul_config
@@ -74,7 +75,7 @@ def _outer_sums_kernel(
     PRECISION: tl.constexpr,
 ):
     tiles_per_slot = num_p_tiles * num_q_tiles
-    for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
+    for tile in range(first_tile(), num_tiles, tl.num_programs(0)):
         expert, first, end, workspace_row = span_of_slot(
             tile // tiles_per_slot, expert_offsets, E, span, BLOCK_E, SPLIT
         )

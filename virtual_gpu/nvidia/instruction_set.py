@@ -197,6 +197,9 @@ _TENSOR_COPY = "shared::cta|shared::cluster.global.mbarrier::complete_tx::bytes"
 _CALLS = f"""
 tensor_copy        cp.async.bulk.tensor.1d|2d|3d|4d|5d.[tile].{_TENSOR_COPY}
 tensor_copy        cp.async.bulk.tensor.2d.tile::gather4.{_TENSOR_COPY}
+tensor_store       cp.async.bulk.tensor.1d|2d|3d|4d|5d.[tile].global.shared::cta.bulk_group
+store_commit       cp.async.bulk.commit_group
+store_wait         cp.async.bulk.wait_group.[read]
 copy               cp.async.ca|cg.shared.global
 copy_commit        cp.async.commit_group
 copy_wait          cp.async.wait_group

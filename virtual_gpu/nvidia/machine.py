@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from virtual_gpu.faults import Deadlock, MemoryFault
 from virtual_gpu.memory import GlobalMemory
 from virtual_gpu.nvidia.barrier import Barrier
+from virtual_gpu.nvidia.bulk_stores import BulkStores
 from virtual_gpu.nvidia.matrix_unit import MatrixUnit, require_everyone
 from virtual_gpu.nvidia.operands import PARAMETER_SPACE, type_of, width_of
 from virtual_gpu.nvidia.tensor_map import TensorMap
@@ -71,6 +72,7 @@ class Machine:
         self._copies: list[list[tuple[Any, Any, Any]]] = [[]]
         """Groups of cp.async: the last one is not committed yet."""
         self._barriers: dict[int, Barrier] = {}
+        self._stores = BulkStores(self)
         self._matrices = MatrixUnit(self)
         self.fence_registers = self._matrices.fence_registers
 
@@ -84,6 +86,7 @@ class Machine:
             "mbarrier_arrive": self._mbarrier_arrive,
             "mbarrier_wait": self._mbarrier_wait,
             "atomic_add": self._atomic_add,
+            **self._stores.methods,
             **self._matrices.methods,
         }
         """By the names that `instruction_set.CALLS` gives them."""
@@ -100,6 +103,7 @@ class Machine:
             self._run()
             if any(self._copies) or self._matrices.busy:
                 raise MemoryFault("the program ends while copies or products are under way")
+            self._stores.end()
 
     def _run(self) -> None:
         blocks, labels = self.translation.blocks, self.translation.kernel.labels
@@ -237,10 +241,9 @@ class Machine:
         if len(coordinates) != (5 if gathers else int(parts[4][0])):
             raise NotImplementedError(f"{'.'.join(parts)} at {len(coordinates)} coordinates")
         for thread in map(int, np.nonzero(mask)[0]):
-            tensor_map = self.parameters[int(maps[thread]) - PARAMETER_SPACE]
-            assert isinstance(tensor_map, TensorMap)
-            start = [int(np.broadcast_to(item, self.num_threads)[thread]) for item in coordinates]
-            places, values = tensor_map.read(self.memory, self.program_number, int(targets[thread]), start, gathers)
+            tensor_map, start = self.box_of(maps, coordinates, thread)
+            places = tensor_map.places(int(targets[thread]))
+            values = tensor_map.read(self.memory, self.program_number, start, gathers)
             warp = np.array(self.warps[thread])
             self.shared.begin_bulk_copy(places, warp)
             barrier = self.mbarrier(int(barriers[thread]), thread)
@@ -250,6 +253,12 @@ class Machine:
                 return int(values.size)
 
             barrier.copies.append(land)
+
+    def box_of(self, maps: Any, coordinates: Any, thread: int) -> tuple[TensorMap, list[int]]:
+        """Return the descriptor that a thread names, and its box's coordinates."""
+        tensor_map = self.parameters[int(maps[thread]) - PARAMETER_SPACE]
+        assert isinstance(tensor_map, TensorMap)
+        return tensor_map, [int(np.broadcast_to(item, self.num_threads)[thread]) for item in coordinates]
 
     # Barriers in shared memory.
 

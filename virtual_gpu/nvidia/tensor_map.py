@@ -1,8 +1,9 @@
-"""What a TMA descriptor says of a tensor, and the copy of one box of it."""
+"""What a TMA descriptor says of a tensor, and how one box of it is read and written."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,17 +42,38 @@ class TensorMap:
         if self.swizzle_bytes and self.box[-1] * self.element_bytes > self.swizzle_bytes:
             raise MemoryFault(f"a box {self.box} is wider than its swizzle of {self.swizzle_bytes} bytes")
 
-    def read(
-        self, memory: GlobalMemory, program: int, target: int, coordinates: Sequence[int], gathers: bool
-    ) -> tuple[Pieces, NDArray[np.uint8]]:
-        """Return the pieces of shared memory that a box is copied to, and their bytes; zeros outside the tensor.
+    def places(self, address: int) -> Pieces:
+        """Return the pieces of shared memory in which a box lies at `address`."""
+        num_bytes = math.prod(self.box) * self.element_bytes
+        if address % 128:
+            raise MemoryFault(f"TMA needs a multiple of 128 bytes in shared memory, not {address}")
+        if num_bytes % 16:
+            raise NotImplementedError(f"a box {self.box} of no multiple of 16 bytes")
+        return Pieces(swizzled(address + np.arange(0, num_bytes, 16), self.swizzle_bytes) // 16, 16)
 
-        Args:
-            target: address of the box in shared memory.
-            coordinates: of its first element, the innermost axis first; with `gathers` its column and four rows.
+    def read(
+        self, memory: GlobalMemory, program: int, coordinates: Sequence[int], gathers: bool = False
+    ) -> NDArray[np.uint8]:
+        """Return the bytes of a box; zeros outside the tensor.
+
+        coordinates: of its first element, the innermost axis first; with `gathers` its column and four rows.
         """
-        if target % 128:
-            raise MemoryFault(f"TMA needs a multiple of 128 bytes in shared memory, not {target}")
+        rows = self._rows(coordinates, gathers)
+        values = np.zeros((len(rows.inside), self.box[-1] * self.element_bytes), np.uint8)
+        if rows.num_bytes:
+            found = memory.read(rows.addresses, rows.num_bytes, program, rows.aligned)
+            values[rows.inside, rows.first_byte : rows.first_byte + rows.num_bytes] = found
+        return values.reshape(-1)
+
+    def write(self, memory: GlobalMemory, program: int, coordinates: Sequence[int], values: NDArray[np.uint8]) -> None:
+        """Write the bytes of a box where it is inside the tensor."""
+        rows = self._rows(coordinates, gathers=False)
+        if rows.num_bytes:
+            chosen = values.reshape(len(rows.inside), -1)[rows.inside]
+            chosen = chosen[:, rows.first_byte : rows.first_byte + rows.num_bytes]
+            memory.write(rows.addresses, chosen, program, rows.aligned)
+
+    def _rows(self, coordinates: Sequence[int], gathers: bool) -> "_BoxRows":
         if gathers:
             axes = [np.array(coordinates[1:])]
         else:
@@ -62,13 +84,20 @@ class TensorMap:
         flat, first_of_rows = np.ravel(inside), np.ravel(rows)
         size, width = self.element_bytes, self.box[-1]
         begin, end = max(coordinates[0], 0), min(coordinates[0] + width, self.shape[-1])
-        values = np.zeros((len(flat), width * size), np.uint8)
-        if end > begin:
-            aligned = math.gcd(begin * size, (end - begin) * size, 16)
-            addresses = (self.base + (first_of_rows[flat] + begin) * size).astype(np.uint64)
-            found = memory.read(addresses, (end - begin) * size, program, aligned)
-            values[flat, (begin - coordinates[0]) * size : (end - coordinates[0]) * size] = found
-        if values.size % 16:
-            raise NotImplementedError(f"a box {self.box} of no multiple of 16 bytes")
-        places = swizzled(target + np.arange(0, values.size, 16), self.swizzle_bytes)
-        return Pieces(places // 16, 16), values.reshape(-1)
+        num_bytes = max(end - begin, 0) * size
+        addresses = (self.base + (first_of_rows[flat] + begin) * size).astype(np.uint64)
+        aligned = math.gcd(begin * size, num_bytes, 16)
+        return _BoxRows(flat, addresses, (begin - coordinates[0]) * size, num_bytes, aligned)
+
+
+class _BoxRows(NamedTuple):
+    """The rows of a box, and what of them is inside the tensor."""
+
+    inside: NDArray[np.bool_]
+    addresses: NDArray[np.uint64]
+    """Of the first byte inside of every row inside."""
+    first_byte: int
+    """The first byte inside of a row in shared memory."""
+    num_bytes: int
+    """The bytes inside of a row."""
+    aligned: int

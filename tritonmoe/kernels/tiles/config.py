@@ -20,6 +20,8 @@ MAX_BLOCK = 1024
 """The longest side of a tile. Triton's own limit is on a tile's elements."""
 MAX_PROGRAMS = 4
 """The most persistent programs that share a multiprocessor: tiles of more would be too small to multiply."""
+SHARED_ELEMENTS = 227 * 1024 // 2
+"""Elements of two bytes for which a multiprocessor of Hopper and Blackwell has shared memory."""
 MAX_COUNT = 1024
 """The most stages, and the most row tiles side by side: a file that says more is damaged."""
 
@@ -79,9 +81,9 @@ class TileConfig:
     subtiles: int = 1
     """Pieces in which the epilogue handles the columns: fewer live registers."""
     persistent: bool = False
-    """Whether programs walk over all tiles, programs_per_multiprocessor of them on each free multiprocessor, and load
-    their next tile while they store one.
-    Only where TMA reads all operands that it may, and it is known how many multiprocessors are free."""
+    """Whether programs walk over several tiles, and load their next tile while they store one.
+    programs_per_multiprocessor of them on each multiprocessor walk over all tiles; beside exchanges each has a run of a
+    few. Only where TMA reads all operands that it may."""
     tma: bool = False
     """Whether operands that allow it are read by TMA."""
     gather: str = ""
@@ -90,7 +92,8 @@ class TileConfig:
     programs_per_multiprocessor: int = 1
     """With two, one multiplies while the other stores; both need room in registers and shared memory."""
     reads: tuple[tuple[str, str], ...] = ()
-    """(operand, how its tiles are read): see `tma.reads`. Rows that are gathered are here where TMA was asked for."""
+    """(operand, how its tiles are read): see `tma.reads`. Rows that are gathered are here where TMA was asked for, the
+    result "out" where TMA stores it."""
 
     def __post_init__(self) -> None:
         gather = self.gather or GATHERS[0]
@@ -107,8 +110,15 @@ class TileConfig:
         )
 
     def by_tma(self, operand: str) -> bool:
-        """Say whether tiles of `operand` are read by TMA."""
+        """Say whether tiles of `operand` are read by TMA, or those of "out" stored."""
         return (operand, tma.BY_TMA) in self.reads
+
+    @property
+    def pieces_stored_by_tma(self) -> int:
+        """In how many pieces TMA stores a tile in half precision: one, if no fewer programs fit so."""
+        buffers = self.num_stages * (self.block_m + self.block_n) * self.block_k
+        whole = buffers + self.block_m * self.block_n
+        return 1 if SHARED_ELEMENTS // whole >= max(1, SHARED_ELEMENTS // buffers) else self.subtiles
 
     def __str__(self) -> str:
         fields = [

@@ -88,6 +88,7 @@ def grouped_matmul_config(
     options: KernelOptions,
     refusals: Mapping[str, str],
     may_be_persistent: bool = True,
+    out_refusal: str = "its kernel stores through pointers",
 ) -> TileConfig:
     """Choose the tile of one grouped product, and how the tiles of its operands are read.
 
@@ -99,6 +100,7 @@ def grouped_matmul_config(
         width, depth: output columns, and the length of the sum (for weight_grad: output rows).
         refusals: for each operand whose tiles TMA may read, why it can't; empty where it can.
         may_be_persistent: False where the kernel would spill.
+        out_refusal: why TMA can't store the result; empty where it can.
     """
     target, operation = launch.target_of(like.device), product.partition(" ")[0]
     rows = row_class(grouping, options)
@@ -109,11 +111,7 @@ def grouped_matmul_config(
     abilities = _why_no_tma(target), lacks_fences(target), launch.dot_precision(like)
     of_all_rows = _Product(operation, target, *abilities, like.dtype, width, depth)
     gather = dict(measured).get("gather")
-    why_one_tile = ""
-    if not may_be_persistent:
-        why_one_tile = "it would spill registers"
-    elif options.beside_exchanges and options.num_sms is None:
-        why_one_tile = "other ranks may hold multiprocessors (num_sms says how many are free)"
+    why_one_tile = "" if may_be_persistent else "it would spill registers"
     config, clipped = _config(
         of_all_rows,
         rows,
@@ -123,6 +121,7 @@ def grouped_matmul_config(
         tuple(refusals.items()),
         _why_no_gather(target, gather, like, grouping.num_pairs) if gather in ("tma", "copy") else "",
         why_one_tile,
+        out_refusal,
     )
     measured_tiles.note(key, config)
     return clipped
@@ -152,6 +151,7 @@ def _config(
     refusals: tuple[tuple[str, str], ...],
     gather_refusal: str,
     why_one_tile: str,
+    out_refusal: str,
 ) -> tuple[TileConfig, TileConfig]:
     """Choose the tile, and shrink it to the product; every launch asks.
 
@@ -159,6 +159,7 @@ def _config(
         rows: the row class. height: the most rows of a tile. num_slots: the row tiles that one token has at least.
         measured: the fields that a measured entry replaces. gather_refusal: why x can't be gathered as it says.
         why_one_tile: why a program may not walk over several tiles; empty where it may.
+        out_refusal: why TMA can't store the result; empty where it can.
     """
     operation, target, why_no_tma, _, _, dtype, width, depth = product
     config = table.tile_of(table.family_of(target), table.elements_of(dtype, width, depth), operation, height)
@@ -187,7 +188,19 @@ def _config(
         config = replace(config, num_stages=1, persistent=False, subtiles=subtiles)
     if operation == "weight_grad":
         return config, _clipped_weight_grad(config, product)
+    if not out_refusal and _may_be_stored_by_tma(product, config):
+        config = replace(config, subtiles=config.pieces_stored_by_tma, reads=(*reads, ("out", tma.BY_TMA)))
     return config, config.clipped(width, depth)
+
+
+def _may_be_stored_by_tma(product: _Product, config: TileConfig) -> bool:
+    """Say whether TMA stores the tiles of a product that could be stored so: those for which instructions were counted.
+
+    These are tall ones in half precision, all of whose operands TMA reads, where there are 227 KB of shared memory.
+    """
+    is_tall = product.dtype.itemsize == 2 and config.block_m >= 64
+    is_counted = is_tall and table.family_of(product.target) in ("sm_90", "sm_100")
+    return (is_counted or product.target is None) and config.tma and _may_walk(config.reads)
 
 
 def _say_what_is_slow(operation: str, reads: Mapping[str, str], why_one_tile: str) -> None:
@@ -213,8 +226,7 @@ def _narrowed(config: TileConfig, width: int, num_slots: int) -> TileConfig:
 def _may_walk(reads: tuple[tuple[str, str], ...]) -> bool:
     """Say whether a program may load its next tile while it stores one.
 
-    Addresses of operands that come through pointers take the registers that the next tile needs. Nor may it where an
-    exchange holds multiprocessors: the tiles of a program that waits for one would wait until the exchange ends.
+    Addresses of operands that come through pointers take the registers that the next tile needs.
     """
     return bool(reads) and all(way == tma.BY_TMA for _, way in reads)
 
