@@ -8,7 +8,7 @@ import triton.language as tl
 from tritonmoe.kernels import activations
 from tritonmoe.kernels.arithmetic import rounded, sigmoid_of, split_columns, widened, zeros
 from tritonmoe.kernels.launch import launch
-from tritonmoe.kernels.tile_runs import first_tile
+from tritonmoe.kernels.row_tiles import first_tile
 
 SIZE = 1024
 

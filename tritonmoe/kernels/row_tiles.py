@@ -17,12 +17,13 @@ import triton.language as tl
 from torch import Tensor
 
 from tritonmoe.grouping import Grouping
-from tritonmoe.kernels.launch import cdiv, launch
+from tritonmoe.kernels.launch import INTERPRETED, cdiv, launch
 
 __all__ = [
     "EXPERTS_PER_STEP",
     "TILE_HEIGHTS",
     "empty_row_tiles",
+    "first_tile",
     "list_row_tiles",
     "num_row_tiles",
     "num_tile_slots",
@@ -40,6 +41,9 @@ EXPERTS_PER_STEP = 128
 """So many experts are looked at together where row tiles are written."""
 SLOTS_PER_PROGRAM = 128
 """So many slots of the lowest tiles are one program's share."""
+_IN_INTERPRETER = tl.constexpr(INTERPRETED)
+_NUM_CHIPLETS = tl.constexpr(8)
+"""Of MI300X, MI325X and MI350. With another number, as of MI300A, neighbours are spread as program numbers are."""
 
 
 def num_tile_slots(num_pairs: int, num_experts: int, height: int) -> int:
@@ -185,6 +189,27 @@ def row_tiles_of(grouping: Grouping) -> Tensor:
     row_tiles = list_row_tiles(grouping.chunk_expert_offsets, grouping.num_pairs)
     vars(grouping)["row_tiles"] = row_tiles
     return row_tiles
+
+
+@tl.core.builtin
+def _has_chiplets(_semantic=None):
+    """Return whether the compiler's target is MI300 or MI350."""
+    return tl.constexpr(_semantic.builder.options.arch in ("gfx942", "gfx950"))
+
+
+@triton.jit
+def first_tile():
+    """Return the tile with which this program begins: the program's number, or on AMD one that each has once.
+
+    There programs go to NUM_CHIPLETS chiplets in turn, and each has an L2 cache of its own: tiles that are neighbours,
+    and so read the same weights, go to one chiplet.
+    """
+    tile = tl.program_id(0)
+    if not _IN_INTERPRETER and _has_chiplets():
+        programs = tl.num_programs(0)
+        chiplet = tile % _NUM_CHIPLETS
+        tile = chiplet * (programs // _NUM_CHIPLETS) + min(chiplet, programs % _NUM_CHIPLETS) + tile // _NUM_CHIPLETS
+    return tile
 
 
 @triton.jit

@@ -8,17 +8,15 @@ import triton
 import triton.language as tl
 
 from tritonmoe.config.layer import KernelOptions
-from tritonmoe.kernels.launch import INTERPRETED, num_programs
+from tritonmoe.kernels.launch import num_programs
+from tritonmoe.kernels.row_tiles import first_tile
 from tritonmoe.kernels.tiles.config import TileConfig
 
-__all__ = ["first_tile", "grid_of", "tiles_of_program"]
+__all__ = ["grid_of", "tiles_of_program"]
 
 SHORT_ROUNDS = 5
 """The most rounds that take what the rounds of four tiles leave, fewer than seven tiles for each program: two rounds of
 two tiles, and less than three of one."""
-_IN_INTERPRETER = tl.constexpr(INTERPRETED)
-_NUM_CHIPLETS = tl.constexpr(8)
-"""Of MI300X, MI325X and MI350. With another number, as of MI300A, neighbours are spread as program numbers are."""
 
 
 def grid_of(
@@ -36,27 +34,6 @@ def grid_of(
         return (at_once,), at_once
     rounds_of_four = max(most_tiles - 3 * at_once, 0) // (4 * at_once)
     return (min(most_tiles, (rounds_of_four + SHORT_ROUNDS) * at_once),), at_once
-
-
-@tl.core.builtin
-def _has_chiplets(_semantic=None):
-    """Return whether the compiler's target is MI300 or MI350."""
-    return tl.constexpr(_semantic.builder.options.arch in ("gfx942", "gfx950"))
-
-
-@triton.jit
-def first_tile():
-    """Return the tile with which this program begins: the program's number, or on AMD one that each has once.
-
-    There programs go to NUM_CHIPLETS chiplets in turn, and each has an L2 cache of its own: tiles that are neighbours,
-    and so read the same weights, go to one chiplet.
-    """
-    tile = tl.program_id(0)
-    if not _IN_INTERPRETER and _has_chiplets():
-        programs = tl.num_programs(0)
-        chiplet = tile % _NUM_CHIPLETS
-        tile = chiplet * (programs // _NUM_CHIPLETS) + min(chiplet, programs % _NUM_CHIPLETS) + tile // _NUM_CHIPLETS
-    return tile
 
 
 @triton.jit
