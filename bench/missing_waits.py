@@ -1,5 +1,7 @@
 """Delete every barrier, wait and fence of the products' kernels, one at a time, and see what the virtual GPU notices.
 
+The products of plain weights on all GPUs, and those of packed weights on some (PACKED).
+
 A deletion is noticed where the machine raises, or where any byte of the kernel's tensors comes out another. One that is
 not noticed is redundant, for one of three reasons: the program never comes there; it can go along with all others of
 its kind that come before it in the table, so that what is left keeps the order; or it keeps an order that those before
@@ -44,8 +46,9 @@ T, K, E, D, F = 200, 2, 2, 272, 144
 several tiles of one program."""
 PACKED_D, PACKED_F = 288, 160
 """Widths that the blocks of every format of packed weights divide."""
-PACKED = {"mxfp4": ("sm_90",), "fp8": ("sm_90",), "nf4": ("sm_90",)}
-"""By format of packed weights: the GPUs whose products are tried."""
+PACKED = {"mxfp4": ("sm_80", "sm_90", "sm_100"), "fp8": ("sm_80", "sm_90"), "nf4": ("sm_80", "sm_90")}
+"""By format of packed weights: the GPUs whose products are tried, one for each kind of matrix instruction. Formats only
+differ in arithmetic, which waits for nothing."""
 SKIPPED = 40
 """The last rows that don't go to expert 1: the sums over its pairs have one step less, an odd number of them."""
 
