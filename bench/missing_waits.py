@@ -1,5 +1,7 @@
 """Delete every barrier, wait and fence of the products' kernels, one at a time, and see what the virtual GPU notices.
 
+The products of plain weights on all GPUs, and those of packed weights on some (PACKED).
+
 A deletion is noticed where the machine raises, or where any byte of the kernel's tensors comes out another. One that is
 not noticed is redundant, for one of three reasons: the program never comes there; it can go along with all others of
 its kind that come before it in the table, so that what is left keeps the order; or it keeps an order that those before
@@ -27,6 +29,7 @@ from tritonmoe.backends import reference
 from tritonmoe.backends import triton as operations
 from tritonmoe.backends.ops import NO_GRADIENTS, GradientOperands
 from tritonmoe.benchmarks.argument_types import output_file
+from tritonmoe.config.formats import FORMATS, WeightFormat, empty_packed
 from tritonmoe.config.layer import ExpertLayout, KernelOptions, Projection
 from tritonmoe.kernels import launch
 from tritonmoe.runtime.files import write_whole
@@ -41,6 +44,11 @@ RESULT = Path("bench") / "results" / "missing_waits.json"
 T, K, E, D, F = 200, 2, 2, 272, 144
 """Rows, experts of each row, experts, and widths: several steps of every product, more than are loaded ahead of it, and
 several tiles of one program."""
+PACKED_D, PACKED_F = 288, 160
+"""Widths that the blocks of every format of packed weights divide."""
+PACKED = {"mxfp4": ("sm_80", "sm_90", "sm_100"), "fp8": ("sm_80", "sm_90"), "nf4": ("sm_80", "sm_90")}
+"""By format of packed weights: the GPUs whose products are tried, one for each kind of matrix instruction. Formats only
+differ in arithmetic, which waits for nothing."""
 SKIPPED = 40
 """The last rows that don't go to expert 1: the sums over its pairs have one step less, an odd number of them."""
 
@@ -113,17 +121,38 @@ def _trials(target: GPUTarget, each: Callable[[DeletionTrial], None]) -> Iterato
         yield
 
 
-def _run_products() -> None:
-    """Run every product of a small layer, forward and backward, in one program where the kernel is persistent."""
+def _packed(shape: tuple[int, int, int], weight_format: WeightFormat, generator: torch.Generator) -> Projection:
+    """Return a projection without a bias whose weight is packed: random bytes of finite values."""
+    values, scales = empty_packed(shape, weight_format, torch.device("cpu"))
+    stored = values.view(torch.uint8).random_(0, 256, generator=generator)
+    if weight_format == "fp8":
+        stored.masked_fill_((stored & 0x7F) == 0x7F, 0)  # NaN
+    if scales.dtype == torch.uint8:
+        scales.random_(117, 121, generator=generator)
+    else:
+        scales.uniform_(0, 1e-3, generator=generator)
+    return Projection(values, None, ExpertLayout(), scales=scales)
+
+
+def _run_products(weight_format: WeightFormat | None) -> None:
+    """Run every product of a small layer, forward and backward, in one program where the kernel is persistent.
+
+    weight_format: of packed weights, which have no gradients; None for plain ones.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int, scale: float = 1.0) -> Tensor:
         return (torch.randn(*shape, generator=generator) * scale).bfloat16()
 
     layout, options = ExpertLayout(), KernelOptions(num_sms=1)
-    x, dout = random(T, D), random(T, D)
-    gate_up = Projection(random(E, 2 * F, D, scale=D**-0.5), random(E, 2 * F), layout)
-    down = Projection(random(E, D, F, scale=F**-0.5), random(E, D), layout)
+    depth, units = (D, F) if weight_format is None else (PACKED_D, PACKED_F)
+    x, dout = random(T, depth), random(T, depth)
+    if weight_format is None:
+        gate_up = Projection(random(E, 2 * F, D, scale=D**-0.5), random(E, 2 * F), layout)
+        down = Projection(random(E, D, F, scale=F**-0.5), random(E, D), layout)
+    else:
+        gate_up = _packed((E, 2 * units, depth), weight_format, generator)
+        down = _packed((E, depth, units), weight_format, generator)
     ids = torch.rand(T, E, generator=generator).topk(K, 1)[1]
     ids[-SKIPPED:][ids[-SKIPPED:] == 1] = -1
     weights = torch.rand(T, K, generator=generator)
@@ -134,15 +163,20 @@ def _run_products() -> None:
     operations.down(a, down, grouping, options=options)
     dh, scaled_a, _ = operations.down_grad(dout, down, h, weights, grouping, "silu", options=options)
     operations.up_grad(dh, gate_up, grouping, options=options)
+    if weight_format is not None:
+        return
     operands = GradientOperands(x, dh, dout, scaled_a, weights)
     for wanted in ("gate_up_proj", "down_proj"):
         operations.weight_grad(grouping, layout, operands, NO_GRADIENTS._replace(**{wanted: True}), options=options)
 
 
-def rows_of(target_name: str, kernels: Collection[str] = ()) -> list[dict[str, Any]]:
-    """Return the rows of one GPU: of all products, or of the kernels named."""
+def rows_of(
+    target_name: str, kernels: Collection[str] = (), weight_format: WeightFormat | None = None
+) -> list[dict[str, Any]]:
+    """Return the rows of one GPU: of all products, or of the kernels named, with plain weights or packed ones."""
     rows: list[dict[str, Any]] = []
     seen: set[str] = set()
+    subject = {"target": target_name} | ({"format": weight_format} if weight_format else {})
 
     def each(trial: DeletionTrial) -> None:
         name = trial.item.kernel.__name__.strip("_").removesuffix("_kernel")
@@ -150,13 +184,13 @@ def rows_of(target_name: str, kernels: Collection[str] = ()) -> list[dict[str, A
             return
         seen.add(trial.assembly)
         started = time.process_time()
-        new = [{"target": target_name, "kernel": name, **row} for row in trial.rows()]
+        new = [subject | {"kernel": name, **row} for row in trial.rows()]
         rows.extend(new)
-        num_noticed = sum("noticed" in row for row in new)
-        print(f"{target_name} {name}: {num_noticed} of {len(new)}, {time.process_time() - started:.0f} s", flush=True)
+        num_noticed, where = sum("noticed" in row for row in new), " ".join((*subject.values(), name))
+        print(f"{where}: {num_noticed} of {len(new)}, {time.process_time() - started:.0f} s", flush=True)
 
     with _trials(aot.TARGETS[target_name], each):
-        _run_products()
+        _run_products(weight_format)
     return rows
 
 
@@ -169,6 +203,9 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     sources = source_hash()
     rows = [row for name in arguments.targets for row in rows_of(name, arguments.kernels)]
+    for weight_format in FORMATS:
+        for name in sorted({*PACKED[weight_format]} & {*arguments.targets}):
+            rows += rows_of(name, arguments.kernels, weight_format)
     table = {
         "benchmark": "missing_waits",
         "source_hash": sources,

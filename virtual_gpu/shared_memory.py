@@ -180,7 +180,7 @@ class SharedMemory:
         written, now = _rows(self._written, pieces)[pieces.numbers], self.epoch * 64
         if ((written >= now) & (written != now + warp)).any():
             raise MemoryFault("a bulk store reads shared memory that another warp wrote, with no barrier between")
-        if self.checks_fences and (_rows(self._since_fence, pieces)[pieces.numbers] == WRITTEN).any():
+        if (_rows(self._since_fence, pieces)[pieces.numbers] == WRITTEN).any():
             raise MemoryFault("a bulk store reads shared memory written without a proxy fence since")
         _rows(self._busy, pieces)[pieces.numbers] += 1
         self._num_products += 1

@@ -210,7 +210,8 @@ def missing_waits_table(name: str) -> str:
     rows = data["results"]
     lines = [
         f"`python -m bench.missing_waits` with Triton {data['triton']}: every barrier, wait and fence of the kernels "
-        "of a layer's products (up, down, down_grad, up_grad and both weight gradients, bf16), deleted alone: "
+        "of a layer's products (up, down, down_grad, up_grad and both weight gradients, bf16; the first four with "
+        "packed weights, whose format stands behind the GPU), deleted alone: "
         f"{len(rows)} in all. *Left over*: it can go together with all others of its kind in this column, and the "
         "order is kept. *One of several*: once those are gone the machine notices this one too. *Never runs*: in code "
         "for eight partial sums at once, "
@@ -218,11 +219,12 @@ def missing_waits_table(name: str) -> str:
         "",
         *table_head("GPU", "deleted", "noticed", "left over", "one of several", "never runs"),
     ]
-    for target in dict.fromkeys(row["target"] for row in rows):
-        of_target = [row for row in rows if row["target"] == target]
+    subjects = [" ".join([row["target"], *filter(None, [row.get("format")])]) for row in rows]
+    for subject in dict.fromkeys(subjects):
+        of_target = [row for row, its in zip(rows, subjects, strict=True) if its == subject]
         numbers = [sum(row.get("redundant") == reason for row in of_target) for reason in REDUNDANT]
         noticed = sum("noticed" in row for row in of_target)
-        lines.append(table_row(target, len(of_target), noticed, *numbers))
+        lines.append(table_row(subject, len(of_target), noticed, *numbers))
     return "\n".join(lines)
 
 

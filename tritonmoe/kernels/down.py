@@ -172,10 +172,8 @@ def _grouped_matmul(
     values = contiguous_columns(values)
     refusals = {"values": tma.refusal(values), "weight": stored.tma_refusal or tma.refusal_of_weight(weight)}
     # What is added may be where the result is stored: threads that load it and TMA have no order.
-    out_refusal = ragged_tiles.refusal(out) if addend is None else "it is added to"
-    config = grouped_matmul_config(
-        stored.product("down"), values, width, depth, grouping, options, refusals, out_refusal=out_refusal
-    )
+    refusals["out"] = ragged_tiles.refusal(out) if addend is None else "it is added to"
+    config = grouped_matmul_config(stored.product("down"), values, width, depth, grouping, options, refusals)
     out_by_tma = config.by_tma("out")
     num_slots = num_tile_slots(grouping.num_pairs, weight.shape[0], config.block_m)
     num_column_tiles = cdiv(width, config.block_n)

@@ -88,7 +88,6 @@ def grouped_matmul_config(
     options: KernelOptions,
     refusals: Mapping[str, str],
     may_be_persistent: bool = True,
-    out_refusal: str = "its kernel stores through pointers",
 ) -> TileConfig:
     """Choose the tile of one grouped product, and how the tiles of its operands are read.
 
@@ -98,9 +97,9 @@ def grouped_matmul_config(
             weight ("up mxfp4"), for which other tiles are measured than for a plain one.
         like: a tensor of the product's dtype and device; of "up" and "up_ungated" x, whose rows are gathered.
         width, depth: output columns, and the length of the sum (for weight_grad: output rows).
-        refusals: for each operand whose tiles TMA may read, why it can't; empty where it can.
+        refusals: for each operand whose tiles TMA may read, why it can't; empty where it can. So for the result, "out",
+            of a kernel that may store it by TMA.
         may_be_persistent: False where the kernel would spill.
-        out_refusal: why TMA can't store the result; empty where it can.
     """
     target, operation = launch.target_of(like.device), product.partition(" ")[0]
     rows = row_class(grouping, options)
@@ -121,7 +120,6 @@ def grouped_matmul_config(
         tuple(refusals.items()),
         _why_no_gather(target, gather, like, grouping.num_pairs) if gather in ("tma", "copy") else "",
         why_one_tile,
-        out_refusal,
     )
     measured_tiles.note(key, config)
     return clipped
@@ -151,7 +149,6 @@ def _config(
     refusals: tuple[tuple[str, str], ...],
     gather_refusal: str,
     why_one_tile: str,
-    out_refusal: str,
 ) -> tuple[TileConfig, TileConfig]:
     """Choose the tile, and shrink it to the product; every launch asks.
 
@@ -159,7 +156,6 @@ def _config(
         rows: the row class. height: the most rows of a tile. num_slots: the row tiles that one token has at least.
         measured: the fields that a measured entry replaces. gather_refusal: why x can't be gathered as it says.
         why_one_tile: why a program may not walk over several tiles; empty where it may.
-        out_refusal: why TMA can't store the result; empty where it can.
     """
     operation, target, why_no_tma, _, _, dtype, width, depth = product
     config = table.tile_of(table.family_of(target), table.elements_of(dtype, width, depth), operation, height)
@@ -173,7 +169,9 @@ def _config(
             f"block_m of {operation} must be one of {TILE_HEIGHTS}, the heights of which `group` lists row tiles, "
             f"got {config.block_m}: correct the measured entry, or delete it and run `tritonmoe tune` again"
         )
-    reads = tma.reads(dict(refusals), why_no_tma or ("" if config.tma else "measured to be faster"))
+    refused = dict(refusals)
+    out_refusal = refused.pop("out", "its kernel stores through pointers")
+    reads = tma.reads(refused, why_no_tma or ("" if config.tma else "measured to be faster"))
     if config.persistent:
         _say_what_is_slow(operation, dict(reads) if config.tma else {}, why_one_tile)
     persistent = not why_one_tile and config.persistent and _may_walk(reads)
