@@ -73,7 +73,7 @@ EACH_PAIR = [
 
 
 OTHER_SUMS = {("sm_100", "fp8", "interleaved", 150)}
-"""Here a tile of bytes has the shape of a tile of h, and Triton lays both out alike: dweights is another sum in fp32."""
+"""A tile of bytes has the shape of a tile of h here, and Triton lays both out alike: dweights is another fp32 sum."""
 
 
 @pytest.mark.sweep(1)
