@@ -12,9 +12,8 @@ from tritonmoe.grouping import Grouping
 from tritonmoe.kernels import ragged_tiles
 from tritonmoe.kernels.arithmetic import dot, round_to, split_columns
 from tritonmoe.kernels.launch import cdiv, contiguous_columns, dot_precision, launch, next_power_of_2, num_programs
-from tritonmoe.kernels.row_tiles import row_of, slot_and_column_tile
+from tritonmoe.kernels.row_tiles import first_tile, row_of, slot_and_column_tile
 from tritonmoe.kernels.spans import add_to, num_span_slots, num_workspace_rows, span_of_slot, sum_spans
-from tritonmoe.kernels.tile_runs import first_tile
 from tritonmoe.kernels.tiles.config import TileConfig
 from tritonmoe.kernels.tiles.left_out import leaving_out_refused_tiles
 from tritonmoe.kernels.tiles.tile_choice import grouped_matmul_config
