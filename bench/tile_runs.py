@@ -72,10 +72,6 @@ def _four_by_four(text: str) -> str:
     return f"{before}    {take}    while taken < num_tiles:\n{loop}{deeper}        {take}{behind}"
 
 
-def _unchanged(text: str) -> str:
-    return text
-
-
 def _one_by_one(text: str) -> str:
     return re.sub(r"\*\*(tile_keywords\(.*\)),", r'**{**\1, "FLATTEN": False},', text)
 

@@ -221,12 +221,13 @@ OWN = CalledLayer(ExpertLayout(interleaved=True, transposed=True), ClampedSwiGLU
 
 def test_layers_like_a_calls_own() -> None:
     cases = cases_like(OWN, torch.bfloat16, KernelOptions(batch_invariant=True), 256, 6)
-    assert [(case.num_tokens, case.num_experts, case.top_k) for case in cases] == [(342, 8, 6), (16, 8, 6)]
+    sizes = [(case.num_tokens, case.num_experts, case.top_k, case.options.num_sms) for case in cases]
+    assert sizes == [(342, 8, 6, None), (16, 8, 6, None), (342, 8, 6, 2)]
     assert all(case.options.batch_invariant and case.bias and case.layout == OWN.layout for case in cases)
     large = cases_like(OWN._replace(hidden_size=7168, intermediate_size=2880), torch.bfloat16, KernelOptions(), 1, 1)
     assert (large[0].hidden_size, large[0].intermediate_size, large[0].num_experts) == (1024, 1088, 2)
     of_a_callable = cases_like(OWN._replace(activation=None), torch.bfloat16, KernelOptions(), 8, 2)
-    assert [case.activation for case in of_a_callable] == [None, "silu", "silu"]
+    assert [case.activation for case in of_a_callable] == [None, "silu", "silu", "silu"]
     names = {
         cases_like(layer, torch.bfloat16, KernelOptions(), 8, 2)[0].name
         for layer in (

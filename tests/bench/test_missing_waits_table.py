@@ -34,6 +34,13 @@ def test_every_deletion_is_accounted_for(gpu):
             assert row["without"], row
 
 
+@pytest.mark.parametrize("gpu", ["sm_90", "sm_100"])
+def test_waits_for_stores_by_tma_are_all_noticed(gpu):
+    rows = [row for row in ROWS if (row["target"], row["kind"]) == (gpu, "wait for bulk stores")]
+    assert {row["kernel"] for row in rows} == {"grouped_matmul"}
+    assert all("noticed" in row for row in rows)
+
+
 @pytest.mark.parametrize("gpu", ["sm_90", "sm_100", "sm_120"])
 def test_fences_and_waits_for_copies_and_products_are_all_noticed(gpu):
     """What is redundant is barriers, and the wait for products that follows the loop which has waited for them."""

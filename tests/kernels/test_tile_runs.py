@@ -1,5 +1,6 @@
 """Programs that have a run of a few tiles: every tile once, and the same bits in whatever order programs start."""
 
+import functools
 import itertools
 import math
 import random
@@ -85,17 +86,18 @@ def test_runs_have_the_bits_of_other_grids(monkeypatch, request, layout):
     layer = Layer(ids if gpu else ids[:40], 6, LAYOUTS[layout], torch.bfloat16, **sizes)
     with measured_tiles.asked() as asked:
         check_operations(layer, "silu")
-    grids, grid_of = [], tile_runs.grid_of
+    grids, grid_of = {}, tile_runs.grid_of
 
-    def noted_grid_of(*arguments):
-        grids.append(grid_of(*arguments))
-        return grids[-1]
+    def noted_grid_of(kernel, *arguments):
+        grid, programs_at_once = grid_of(*arguments)
+        grids.setdefault(kernel, []).append(math.prod(grid))
+        return grid, programs_at_once
 
     with measured_tiles.using({key: {"persistent": True} for key in asked}):
         expected = check_operations(layer, "silu", WithOptions(KernelOptions(num_sms=1)))
         at_once(monkeypatch, 2)
         for kernel in ("up", "down", "down_grad"):
-            monkeypatch.setattr(f"tritonmoe.kernels.{kernel}.grid_of", noted_grid_of)
+            monkeypatch.setattr(f"tritonmoe.kernels.{kernel}.grid_of", functools.partial(noted_grid_of, kernel))
         if gpu:
             generator = random.Random(0)
             for maker in ("nvidia", "amd"):
@@ -105,4 +107,5 @@ def test_runs_have_the_bits_of_other_grids(monkeypatch, request, layout):
                 )
         assert_same_bits(check_operations(layer, "silu", WithOptions(BESIDE)), expected)
     if gpu in ("sm_90", "sm_100") or (not gpu and DEVICE == "cpu"):
-        assert max(num_programs for (num_programs,), _ in grids) > 4
+        assert set(grids) == {"up", "down", "down_grad"}
+        assert all(min(num_programs) > 4 for num_programs in grids.values()), grids

@@ -147,6 +147,8 @@ def cases_like(
         layer.weight_formats,
     )
     cases = [of_call, replace(of_call, num_tokens=-(-12 * experts // top_k))]
+    if options.num_sms is None:  # a program that begins a tile while it stores another one
+        cases.append(replace(of_call, name=f"{name}, two multiprocessors", options=options._replace(num_sms=2)))
     return cases if layer.activation is not None else [replace(of_call, activation=None), *cases]
 
 

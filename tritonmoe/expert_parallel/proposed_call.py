@@ -15,7 +15,7 @@ from tritonmoe.transports import Transport, TwoLevelTransport
 __all__ = ["ProposedCall"]
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class ProposedCall:
     """One call as its caller gives it, and what check() finds out; AgreedCall is what the ranks then agree on."""
 

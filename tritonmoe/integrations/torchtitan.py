@@ -180,11 +180,16 @@ def _take_result(checkpoint: _CachedTorchDispatchMode) -> "_KeptResult":
     """Return the result of the call that a recompute has come to, and keep it no longer.
 
     Raises:
-        RuntimeError: another recompute has taken it.
+        RuntimeError: another recompute has taken it, or the forward made fewer calls.
     """
     number = checkpoint.func_counter[OverlappedRoutedExperts]  # a recompute, which may end early, begins with 0 again
     checkpoint.func_counter[OverlappedRoutedExperts] += 1
     kept_results = _kept_results(checkpoint)
+    if number >= len(kept_results):
+        raise RuntimeError(
+            f"a recompute has come to its call {number + 1} of routed experts; its forward made {len(kept_results)}: "
+            "a recompute must make the calls of its forward, so nothing that decides on them may change in between"
+        )
     result, kept_results[number] = kept_results[number], None
     if result is None:
         raise RuntimeError(ONE_BACKWARD)

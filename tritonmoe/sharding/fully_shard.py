@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 
 __all__ = ["explain_fully_shard"]
 
-ACCELERATE_SENDS_WEIGHTS = ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING")
-"""What Accelerate sets to true in the environment."""
+IS_TRUE = ("y", "yes", "t", "true", "on", "1")
+ACCELERATE_SENDS_WEIGHTS = {"ACCELERATE_USE_FSDP": ("true",), "FSDP_CPU_RAM_EFFICIENT_LOADING": IS_TRUE}
+"""What the environment says where Accelerate sends the first rank's weights, and which words it takes for true."""
 
 
 def explain_fully_shard() -> None:
@@ -113,7 +114,7 @@ def _check_loading(sharded: list[tuple[str, nn.Module, ShardedNames]]) -> None:
 
     It moves the model to the meta device before, and only its environment says why.
     """
-    if any(os.environ.get(name, "").lower() != "true" for name in ACCELERATE_SENDS_WEIGHTS):
+    if any(os.environ.get(name, "").lower() not in words for name, words in ACCELERATE_SENDS_WEIGHTS.items()):
         return
     for name, child, marked in sharded:
         is_spread = marked.members is not None and len(marked.members) > 1

@@ -85,8 +85,9 @@ def model_inside(model: nn.Module) -> "PreTrainedModel":
         if sharded.members is None:
             raise ValueError(
                 f"{name} has this rank's experts alone, under names of all experts: the others are on ranks that are "
-                "not torch.distributed's (emulated ranks, MPI), from which nothing is gathered. Keep the layer whole "
-                "(transport=None), or spread the model over processes, parallelize(model, dist.group.WORLD)"
+                "not torch.distributed's (emulated ranks, MPI), from which nothing is gathered. load_weights() takes a "
+                "layer that is whole (transport=None); export_weights() takes no layer of tritonmoe, but models of "
+                "transformers, spread over processes by parallelize(model, dist.group.WORLD)"
             )
     return inside
 

@@ -80,7 +80,7 @@ class Delivery:
         waiting = self._not_started[rank]
         while waiting and (start := waiting[0].ready_at) is not None:
             exchange = waiting.popleft()
-            if self.link is not None:
+            if exchange.link is not None:
                 start = max(start, self._port_is_free_at[rank])
                 self._port_is_free_at[rank] = start + max(exchange.out_s, exchange.in_s)
             exchange.start = start
@@ -92,9 +92,7 @@ class Delivery:
     def _send(self, one: EmulatedExchange, other: EmulatedExchange, start: float) -> None:
         """Send the two messages between two ranks on their way; at `start` both ports have turned to them."""
         for sender, receiver in ((one, other), (other, one)):
-            arrival = start
-            if self.link is not None:
-                arrival = self._arrival(self.link, sender, receiver, start)
+            arrival = start if sender.link is None else self._arrival(sender.link, sender, receiver, start)
             heapq.heappush(self._messages, (arrival, next(self._message_number), sender, receiver))
         self._wake()
 

@@ -41,7 +41,7 @@ class EmulatedExchange(PendingExchange):
         row_bytes = math.prod(rows.shape[1:]) * rows.element_size()
         bytes_out = (sum(input_splits) - input_splits[self.rank]) * row_bytes
         bytes_in = (sum(output_splits) - output_splits[self.rank]) * row_bytes
-        link = transport.world.link
+        self.link = link = transport.world.link
         # How long this rank's port is occupied in each direction.
         self.out_s, self.in_s = (
             0.0 if link is None else link.transfer_s(of, self.rank) for of in (bytes_out, bytes_in)
