@@ -68,6 +68,8 @@ class Page:
             "OMP_NUM_THREADS": "1",
             "COLUMNS": "88",
         }
+        # Lines of several processes would mix where each is written in pieces.
+        self.environment.pop("PYTHONUNBUFFERED", None)
 
     def run(self) -> str:
         """Run every block, and return the page with what was printed."""
