@@ -19,6 +19,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 BLOCK = re.compile(
@@ -68,8 +69,6 @@ class Page:
             "OMP_NUM_THREADS": "1",
             "COLUMNS": "88",
         }
-        # Lines of several processes would mix where each is written in pieces.
-        self.environment.pop("PYTHONUNBUFFERED", None)
 
     def run(self) -> str:
         """Run every block, and return the page with what was printed."""
@@ -95,12 +94,20 @@ class Page:
         pieces = lines[: starts[0]] if starts else lines
         for start, end in itertools.pairwise([*starts, len(lines)]):
             command = lines[start][2:].rstrip("\n")
-            ended = subprocess.run(command, shell=True, stdout=subprocess.PIPE, text=True, env=self.environment)
-            if ended.returncode:
-                sys.exit(f"{ended.stdout}\n{self.path.name}: `{command}` ended with {ended.returncode}")
+            code, printed = self._run_command(command)
+            if code:
+                sys.exit(f"{printed}\n{self.path.name}: `{command}` ended with {code}")
             shown = "".join(lines[start + 1 : end])
-            pieces += [lines[start], self._compare(command, shown, ended.stdout, varies)]
+            pieces += [lines[start], self._compare(command, shown, printed, varies)]
         return "".join(pieces)
+
+    def _run_command(self, command: str) -> tuple[int, str]:
+        """Return a command's status and what it prints, torchrun's ranks one after the other: else their lines mix."""
+        with tempfile.TemporaryDirectory() as folder:
+            environment = {**self.environment, "PET_REDIRECTS": "1", "PET_LOG_DIR": folder}
+            ended = subprocess.run(command, shell=True, stdout=subprocess.PIPE, text=True, env=environment)
+            of_ranks = [file.read_text() for file in sorted(Path(folder).rglob("stdout.log"))]
+        return ended.returncode, "".join([ended.stdout, *of_ranks])
 
     def _compare(self, where: str, shown: str, printed: str, varies: bool) -> str:
         printed = "".join(f"{line.rstrip()}\n" for line in printed.strip("\n").splitlines())
