@@ -152,14 +152,18 @@ def test_timeout_on_a_slow_link() -> None:
 
 @within(QUICK_S)
 def test_wait_may_be_tried_again_after_a_timeout() -> None:
+    has_posted = threading.Event()
+
     def fn(transport: Transport) -> list[float]:
         if transport.rank == 1:
             time.sleep(0.3)
         pending = transport.exchange(torch.ones(2, 1), [1, 1], [1, 1])
-        if transport.rank == 0:
+        if transport.rank == 1:
+            has_posted.set()
+        else:
             with pytest.raises(TransportError, match="took longer"):
                 pending.wait()
-            time.sleep(0.4)
+            has_posted.wait()
         return pending.wait()[:, 0].tolist()
 
     assert run_on_emulated_ranks(fn, 2, timeout_s=0.1) == [[1.0, 1.0]] * 2
