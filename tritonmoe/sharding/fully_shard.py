@@ -117,12 +117,13 @@ def _check_loading(sharded: list[tuple[str, nn.Module, ShardedNames]]) -> None:
     if any(os.environ.get(name, "").lower() not in words for name, words in ACCELERATE_SENDS_WEIGHTS.items()):
         return
     for name, child, marked in sharded:
-        is_spread = marked.members is not None and len(marked.members) > 1
-        if is_spread and any(getattr(child, own).is_meta for own in marked.names if getattr(child, own) is not None):
+        if marked.members is None or len(marked.members) == 1:
+            continue
+        if any(getattr(child, own).is_meta for own in marked.names if getattr(child, own) is not None):
             raise ValueError(
                 f"Accelerate's cpu_ram_efficient_loading sends the first rank's weights to all ranks, and the experts "
                 f"of {name or type(child).__name__} are spread, other ones on each of the ranks "
-                f"{sorted(marked.members or ())}: take FullyShardedDataParallelPlugin(cpu_ram_efficient_loading=False) "
+                f"{sorted(marked.members)}: take FullyShardedDataParallelPlugin(cpu_ram_efficient_loading=False) "
                 "(fsdp_cpu_ram_efficient_loading: false in a file of `accelerate config`), with the same weights on "
                 "every rank before parallelize()"
             )

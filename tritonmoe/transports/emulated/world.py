@@ -79,7 +79,7 @@ class EmulatedWorld:
         return self._delivery.link
 
     def set_link(self, link: LinkModel | None) -> None:
-        """Return the ranks another link; what is under way goes on."""
+        """Put exchanges from now on over another link; what is under way goes on."""
         with self.lock:
             self._delivery.link = link
 
