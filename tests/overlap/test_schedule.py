@@ -2,7 +2,9 @@
 
 import itertools
 import json
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 
 import pytest
 
@@ -16,50 +18,55 @@ LOCAL_STARTS = {"travel": None, "start": LOCAL_PARTS, "end": 0, "both": LOCAL_PA
 WINDOWS = (1, 2, 32)
 
 
-def plans() -> list[tuple[OverlapPlan, str]]:
-    found = []
+def plans() -> dict[str, OverlapPlan]:
+    found = {}
     for num_chunks, (name, local_start) in itertools.product(CHUNKS, LOCAL_STARTS.items()):
         local = {"local_first": False} if local_start is None else {"local_start": local_start}
         for window in WINDOWS:
             plan = OverlapPlan(equal_sizes(num_chunks), **local, window=window, backward_window=window)
-            found.append((plan, f"C{num_chunks}-{name}-window{window}"))
-        found.append((OverlapPlan(equal_sizes(num_chunks), **local, serial=True), f"C{num_chunks}-{name}-serial"))
+            found[f"C{num_chunks}-{name}-window{window}"] = plan
+        found[f"C{num_chunks}-{name}-serial"] = OverlapPlan(equal_sizes(num_chunks), **local, serial=True)
     return found
 
 
-def forwards() -> list:
-    without = [pytest.param(build_forward(plan), plan, id=f"forward-{name}") for plan, name in plans()]
-    return without + [
-        pytest.param(
-            build_forward(plan, has_copies=True, relays_copies=relayed), plan, id=f"forward-{name}-copies-{relayed:d}"
-        )
-        for (plan, name), relayed in itertools.product(plans(), (False, True))
-    ]
+PLANS = plans()
 
 
-def backwards() -> list:
-    without = [
-        pytest.param(build_backward(plan, needs_x=x, needs_topk_weights=w), plan, id=f"backward-{name}-x{x:d}-w{w:d}")
-        for (plan, name), x, w in itertools.product(plans(), (True, False), (True, False))
-    ]
-    return without + [
-        pytest.param(
-            build_backward(
-                plan,
-                needs_x=True,
-                needs_topk_weights=True,
-                has_copies=True,
-                sends_copies=sent,
-                relays_copies=relayed,
-                returned_copies=home,
-            ),
-            plan,
-            id=f"backward-{name}-copies-sent{sent:d}-relayed{relayed:d}-home{''.join(map(str, home))}",
+@cache
+def forwards(plan: str) -> dict[str, Schedule]:
+    copies = {
+        f"forward-copies-{relayed:d}": build_forward(PLANS[plan], has_copies=True, relays_copies=relayed)
+        for relayed in (False, True)
+    }
+    return {"forward": build_forward(PLANS[plan]), **copies}
+
+
+@cache
+def backwards(plan: str) -> dict[str, Schedule]:
+    found = {
+        f"backward-x{x:d}-w{w:d}": build_backward(PLANS[plan], needs_x=x, needs_topk_weights=w)
+        for x, w in itertools.product((True, False), (True, False))
+    }
+    for (sent, relayed), home in itertools.product(((True, False), (True, True), (False, False)), ((0, 1), (1,), ())):
+        found[f"backward-copies-sent{sent:d}-relayed{relayed:d}-home{''.join(map(str, home))}"] = build_backward(
+            PLANS[plan],
+            needs_x=True,
+            needs_topk_weights=True,
+            has_copies=True,
+            sends_copies=sent,
+            relays_copies=relayed,
+            returned_copies=home,
         )
-        for (plan, name), (sent, relayed), home in itertools.product(
-            plans(), ((True, False), (True, True), (False, False)), ((0, 1), (1,), ())
-        )
-    ]
+    return found
+
+
+def check_each(check: Callable[[Schedule, OverlapPlan], None], schedules: dict[str, Schedule], plan: str) -> None:
+    """Raise AssertionError, which names the schedule, where a check of one fails."""
+    for name, schedule in schedules.items():
+        try:
+            check(schedule, PLANS[plan])
+        except Exception as error:
+            raise AssertionError(f"{name}: {error}") from error
 
 
 def kinds(schedule: Schedule, lane: str | None = None) -> list[str]:
@@ -143,8 +150,12 @@ def test_a_window_of_one_written_out() -> None:
     ]
 
 
-@pytest.mark.parametrize(("schedule", "plan"), [*forwards(), *backwards()])
-def test_every_exchange_is_posted_once_and_waited_for(schedule: Schedule, plan: OverlapPlan) -> None:
+@pytest.mark.parametrize("plan", PLANS)
+def test_every_exchange_is_posted_once_and_waited_for(plan: str) -> None:
+    check_each(check_posted_once, {**forwards(plan), **backwards(plan)}, plan)
+
+
+def check_posted_once(schedule: Schedule, plan: OverlapPlan) -> None:
     check_schedule(schedule)
     assert len(set(kinds(schedule))) == len(schedule)
     for n, step in enumerate(schedule):
@@ -155,9 +166,13 @@ def test_every_exchange_is_posted_once_and_waited_for(schedule: Schedule, plan: 
         assert chunks == list(range(plan.num_chunks)), kind
 
 
-@pytest.mark.parametrize(("schedule", "plan"), [*forwards(), *backwards()])
-def test_exchanges_under_way(schedule: Schedule, plan: OverlapPlan) -> None:
+@pytest.mark.parametrize("plan", PLANS)
+def test_exchanges_under_way(plan: str) -> None:
     """A serial schedule has one; a window bounds the dispatches and the combines, and is used up."""
+    check_each(check_under_way, {**forwards(plan), **backwards(plan)}, plan)
+
+
+def check_under_way(schedule: Schedule, plan: OverlapPlan) -> None:
     under_way: dict[int, str] = {}
     most = {"any": 0}
     for n, step in enumerate(schedule):
@@ -179,8 +194,12 @@ def test_exchanges_under_way(schedule: Schedule, plan: OverlapPlan) -> None:
     assert most.get("dispatch_backward", window) == window
 
 
-@pytest.mark.parametrize(("schedule", "plan"), forwards())
-def test_data_flow_of_forward(schedule: Schedule, plan: OverlapPlan) -> None:
+@pytest.mark.parametrize("plan", PLANS)
+def test_data_flow_of_forward(plan: str) -> None:
+    check_each(check_forward, forwards(plan), plan)
+
+
+def check_forward(schedule: Schedule, plan: OverlapPlan) -> None:
     group = position(schedule, "group", None)
     assert position(schedule, "metadata", None) in schedule[group].after
     local = [n for n, step in enumerate(schedule) if step.kind == "experts" and step.chunk < 0]
@@ -202,8 +221,12 @@ def test_data_flow_of_forward(schedule: Schedule, plan: OverlapPlan) -> None:
                 assert first if schedule[n].chunk == LOCAL_START else last
 
 
-@pytest.mark.parametrize(("schedule", "plan"), backwards())
-def test_data_flow_of_backward(schedule: Schedule, plan: OverlapPlan) -> None:
+@pytest.mark.parametrize("plan", PLANS)
+def test_data_flow_of_backward(plan: str) -> None:
+    check_each(check_backward, backwards(plan), plan)
+
+
+def check_backward(schedule: Schedule, plan: OverlapPlan) -> None:
     present = {(s.kind, s.chunk) for s in schedule}
     weight_grad = position(schedule, "weight_grad", None)
     own_experts = [step.chunk for step in schedule if step.kind == "experts_backward"]
@@ -226,9 +249,13 @@ def test_data_flow_of_backward(schedule: Schedule, plan: OverlapPlan) -> None:
         assert routing in schedule[position(schedule, "reduce_routing_backward", None)].after
 
 
-@pytest.mark.parametrize(("schedule", "plan"), [*forwards(), *backwards()])
-def test_copies_are_there_before_what_needs_them(schedule: Schedule, plan: OverlapPlan) -> None:
+@pytest.mark.parametrize("plan", PLANS)
+def test_copies_are_there_before_what_needs_them(plan: str) -> None:
     """Weights travel behind the first rows; gradients go home under the gradients of own pairs, and are added last."""
+    check_each(check_copies, {**forwards(plan), **backwards(plan)}, plan)
+
+
+def check_copies(schedule: Schedule, plan: OverlapPlan) -> None:
     of_copies = [step for step in schedule if step.kind in ("copy_experts", "copy_experts_backward")]
     for kind in ("copies", "spread_copies"):
         if any(step.kind == kind for step in schedule):

@@ -90,25 +90,36 @@ def _check_needs(schedule: Sequence[Step], waited_at: dict[int, int]) -> None:
     positions = {(step.kind.twin, step.chunk): position for position, step in enumerate(schedule)}
     if len(positions) < len(schedule):
         raise ValueError(f"a step stands twice in {', '.join(map(str, schedule))}")
+    chunks: dict[StepKind, set[int | None]] = {}
+    for kind, chunk in positions:
+        chunks.setdefault(kind, set()).add(chunk)
     for position, step in enumerate(schedule):
-        for needed in _needed_by(step, positions):
-            name = f"step {needed} ({schedule[needed]})"
+        for needed in _needed_by(step, positions, chunks):
             if needed >= position:
+                name = f"step {needed} ({schedule[needed]})"
                 raise ValueError(f"step {position} ({step}) reads what {name} gives, which does not come before it")
             if schedule[needed].lane == "comm" and waited_at[needed] > position:
+                name = f"step {needed} ({schedule[needed]})"
                 raise ValueError(f"step {position} ({step}) reads what {name} brings, and does not wait for it")
 
 
-def _needed_by(step: Step, positions: dict[tuple[StepKind, int | None], int]) -> Iterator[int]:
-    """Yield the positions of the steps whose results a step reads; ValueError where its own chunk's is missing."""
+def _needed_by(
+    step: Step, positions: dict[tuple[StepKind, int | None], int], chunks: dict[StepKind, set[int | None]]
+) -> Iterator[int]:
+    """Yield the positions of the steps whose results a step reads; ValueError where its own chunk's is missing.
+
+    Args:
+        chunks: those that each kind of step has a step for.
+    """
+    own = positions[step.kind.twin, step.chunk]
     for kind, which in NEEDS.get(step.kind.twin, ()):
-        there = {chunk for of, chunk in positions if of is kind}
+        there = chunks.get(kind, set())
         is_local = step.chunk is not None and step.chunk < 0
         must_be_there = which is _Of.CHUNKS_SO_FAR or (which is _Of.CHUNKS_IF_ANY and there)
         if must_be_there and step.chunk not in there and not is_local:
             raise ValueError(f"{step} reads what {Step(kind, step.chunk)} gives, which is not in the schedule")
         found = (positions[kind, chunk] for chunk in _chunks_needed(which, step.chunk, there))
-        yield from (position for position in found if position != positions[step.kind.twin, step.chunk])
+        yield from (position for position in found if position != own)
 
 
 def _chunks_needed(which: _Of, own: int | None, there: set[int | None]) -> set[int | None]:
