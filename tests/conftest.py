@@ -45,7 +45,7 @@ def pytest_collection_modifyitems(items):
     """Mark what the first tier leaves out of sweeps, before pytest looks at marks; begin with what takes longest."""
     for item in tiers.left_out(items):
         item.add_marker(pytest.mark.thorough)
-    items.sort(key=lambda item: item.path.name not in tiers.LONGEST_FILES)
+    items.sort(key=tiers.place)
 
 
 def pytest_collection_finish():

@@ -21,15 +21,18 @@ def run(gpu, tmp_path, *arguments, tests=TESTS):
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=3000)
 
 
-IN_THE_SECOND_TIER = ("sm_90", "sm_100", "gfx942")
 ONE_OF_EACH_MAKER = ("sm_90", "gfx942")
-GPUS = [
-    pytest.param(gpu, marks=pytest.mark.thorough if gpu in IN_THE_SECOND_TIER else pytest.mark.slow)
-    for gpu in VIRTUAL_GPUS
-]
 
 
-@pytest.mark.parametrize("gpu", GPUS)
+def gpus(*in_the_second_tier):
+    """Return the virtual GPUs as parameters of a test: all but these are slow."""
+    return [
+        pytest.param(gpu, marks=pytest.mark.thorough if gpu in in_the_second_tier else pytest.mark.slow)
+        for gpu in VIRTUAL_GPUS
+    ]
+
+
+@pytest.mark.parametrize("gpu", gpus("sm_90", "sm_100", "gfx942"))
 def test_one_layer_missing_waits_and_routers(gpu, tmp_path):
     """Routers on one GPU of each maker: tokens that are no numbers, odd rows, groups, ties."""
     chosen, tests, num_tests = "noticed or silu", TESTS, 2
@@ -40,7 +43,7 @@ def test_one_layer_missing_waits_and_routers(gpu, tmp_path):
     assert re.search(rf"\b{num_tests} passed", result.stdout), result.stdout[-3000:]
 
 
-@pytest.mark.parametrize("gpu", GPUS)
+@pytest.mark.parametrize("gpu", gpus(*ONE_OF_EACH_MAKER))
 def test_packed_weights(gpu, tmp_path):
     """Every code and scale of every format, along both axes, and all four products."""
     result = run(gpu, tmp_path, "-k", "every_code or two_formats", tests=("test_packed_tiles.py",))
@@ -48,8 +51,9 @@ def test_packed_weights(gpu, tmp_path):
     assert re.search(r"\b8 passed", result.stdout), result.stdout[-3000:]
 
 
-@pytest.mark.thorough
-@pytest.mark.parametrize("gpu", ["sm_90", "sm_100"])
+@pytest.mark.parametrize(
+    "gpu", [pytest.param("sm_90", marks=pytest.mark.thorough), pytest.param("sm_100", marks=pytest.mark.slow)]
+)
 def test_runs_of_tiles(gpu, tmp_path):
     result = run(gpu, tmp_path, tests=("test_tile_runs.py",))
     assert result.returncode == 0, result.stdout[-3000:]

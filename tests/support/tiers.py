@@ -18,14 +18,18 @@ LONGEST_FILES = {
     "test_examples.py",
     "test_expert_parallel_compile.py",
     "test_launched_steps.py",
-    "test_process_faults.py",
-    "test_rebuild.py",
     "test_training_table.py",
     "test_transformers_expert_parallel.py",
     "test_transformers_two_batches.py",
-    "test_two_level_faults.py",
 }
-"""They come first: the tests of a file run in one process, which would end long after the other."""
+"""They come early: the tests of a file run in one process, which would end long after the other."""
+ALONE_FILES = {"test_process_faults.py", "test_rebuild.py", "test_two_level_faults.py"}
+"""Their tests run alone, and come first: each would wait, with all workers, until the others' long tests have ended."""
+
+
+def place(item: pytest.Item) -> tuple[bool, bool]:
+    """Return what a test is sorted by."""
+    return item.path.name not in ALONE_FILES, item.path.name not in LONGEST_FILES
 
 
 def left_out(items: list[pytest.Item]) -> Iterator[pytest.Item]:
