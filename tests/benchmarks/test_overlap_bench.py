@@ -317,8 +317,13 @@ def python(*arguments: str, **options) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, *arguments], env=environment, text=True, **options)
 
 
-@pytest.mark.thorough
-@pytest.mark.parametrize("wire", [[], ["--wire-dtype", "float8_e4m3fn"]], ids=["fp32 rows", "fp8 rows"])
+@pytest.mark.parametrize(
+    "wire",
+    [
+        pytest.param([], marks=pytest.mark.thorough, id="fp32 rows"),
+        pytest.param(["--wire-dtype", "float8_e4m3fn"], marks=pytest.mark.slow, id="fp8 rows"),
+    ],
+)
 @NEEDS_NAMESPACES
 def test_two_namespaces(wire: list[str], tmp_path: Path) -> None:
     arguments = ["--netns", "2", "--rate", "500mbit", "--tokens", "512", *QUICK, "--json", str(tmp_path / "r.json")]

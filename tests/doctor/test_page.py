@@ -108,7 +108,7 @@ def test_64_ranks(tmp_path: Path) -> None:
     assert len(dark) >= 63  # all wait for the one rank
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_1000_steps_with_every_50th_slow(tmp_path: Path) -> None:
     fault = Fault("late rank", (1,), 0.4, "periodic", 50)
     write_traces(Scenario("", 11, num_ranks=2, num_steps=1000, faults=(fault,)), tmp_path / "long")

@@ -70,7 +70,8 @@ def test_bits_are_those_of_decoded_experts(
 
 
 @pytest.mark.parametrize(
-    "weight_format", [pytest.param(one, marks=pytest.mark.thorough) for one in FORMATS[:2]] + ["nf4"]
+    "weight_format",
+    [pytest.param(one, marks=pytest.mark.slow if one == "mxfp4" else pytest.mark.thorough) for one in FORMATS],
 )
 def test_kernels_in_chunks_of_experts(weight_format: WeightFormat) -> None:
     """A part of the experts is a part of their bytes and scales."""
