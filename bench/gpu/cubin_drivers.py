@@ -65,13 +65,15 @@ class CudaDriver:
 
     def tensor_map(self, tensor: Tensor, shape: Sequence[int], strides: Sequence[int], box: Json) -> bytes:
         """Return what cuTensorMapEncodeTiled makes, whose axes begin with the innermost one."""
-        rank, size = len(shape), box["elem_size"]
+        rank = len(shape)
+        size: int = box["elem_size"]
+        kind: int = box["elem_type"]
         memory = ctypes.create_string_buffer(MAP_BYTES + MAP_ALIGNMENT)
         begin = -ctypes.addressof(memory) % MAP_ALIGNMENT
         self._call(
             "cuTensorMapEncodeTiled",
             ctypes.byref(memory, begin),
-            ctypes.c_int(DATA_TYPES.get(box["elem_type"], box["elem_type"])),
+            ctypes.c_int(DATA_TYPES.get(kind, kind)),
             ctypes.c_uint32(rank),
             ctypes.c_void_p(tensor.data_ptr()),
             (ctypes.c_uint64 * rank)(*shape[::-1]),
