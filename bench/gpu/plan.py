@@ -3,14 +3,15 @@
 A: what machine this is, dense ceilings, everything compiled, small layers and the headline's own tiles checked.
 B: the headline: layer, in every way in which jobs run it, and operations. C: its tiles, tuned and measured again. D:
 its peers, with their memory; whole steps of training; few tokens; what one card shows of many ranks. E: the checks with
-another ptxas, ncu and compute-sanitizer, then the kernels' tests on the GPU, which compile a lot. F: other numbers of
-tokens, other layers, other tests.
+another ptxas, operations by cubins of another Triton, ncu and compute-sanitizer, then the kernels' tests on the GPU,
+which compile a lot. F: other numbers of tokens, other layers, other tests.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from bench.gpu.compilation import CHECKED_TILES, headline_candidates
+from bench.gpu.cubins import files_for
 from bench.gpu.operations import OPERATIONS
 from bench.gpu.programs import TESTS_LIMIT_S
 from bench.gpu.setting import HEADLINE, Setting
@@ -47,6 +48,7 @@ def cases(setting: Setting, target_name: str) -> list[Case]:
         *_headline(setting),
         *_tiles(setting, target_name),
         *_peers(setting),
+        *_other_compilers(setting, target_name),
         *_tools(setting),
         *_other_layers(setting),
     ]
@@ -141,11 +143,18 @@ def _peers(setting: Setting) -> Iterator[Case]:
             yield Case(case, "measure_compiling_peers", arguments, limit_s=300.0, usual_s=120.0)
 
 
-def _tools(setting: Setting) -> Iterator[Case]:
+def _other_compilers(setting: Setting, target_name: str) -> Iterator[Case]:
     layer = {"shape": HEADLINE, "num_tokens": setting.headline_tokens, "routing": "uniform"}
     for tiles in CHECKED_TILES[:2]:
         name = f"E check with another ptxas {HEADLINE} T={setting.headline_tokens} {tiles}"
         yield Case(name, "check_with_other_ptxas", {**layer, "tiles": tiles}, limit_s=300.0, usual_s=60.0)
+    files = {} if setting.is_rehearsal else files_for(target_name)
+    for name, file in (files or {"": ""}).items():  # other cubins are other cases; where there are none, one says so
+        arguments = {"file": file, "num_tokens": setting.headline_tokens}
+        yield Case(f"E cubins {name}".strip(), "measure_cubin", arguments, limit_s=300.0)
+
+
+def _tools(setting: Setting) -> Iterator[Case]:
     for operation in setting.profiled_operations:
         arguments = {"operation": operation, "num_tokens": setting.headline_tokens}
         yield Case(f"E ncu {operation}", "profile_with_ncu", arguments, limit_s=300.0, usual_s=75.0)

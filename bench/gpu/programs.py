@@ -14,8 +14,8 @@ from bench.gpu.workbench import Workbench
 from tritonmoe.runtime.files import Json
 
 __all__ = [
-    *("KERNEL_OF", "TESTS_LIMIT_S", "profile_with_ncu", "run_alone", "run_in_repository", "run_sanitizer"),
-    *("run_tests",),
+    *("KERNEL_OF", "PROGRAM_LIMIT_S", "TESTS_LIMIT_S", "profile_with_ncu", "run_alone", "run_in_repository"),
+    *("run_sanitizer", "run_tests"),
 ]
 
 KERNEL_OF = {

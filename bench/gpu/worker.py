@@ -24,7 +24,18 @@ SILENT = "6"
 
 def measures() -> dict[str, Callable[..., Json]]:
     """Return everything that a case can ask for, by name."""
-    from bench.gpu import checks, emulated_overlap, layers, operations, other_ptxas, programs, training, versions, ways
+    from bench.gpu import (
+        beside_cubins,
+        checks,
+        emulated_overlap,
+        layers,
+        operations,
+        other_ptxas,
+        programs,
+        training,
+        versions,
+        ways,
+    )
 
     functions = (
         *(versions.describe_machine, operations.measure_dense, programs.run_tests),
@@ -34,6 +45,7 @@ def measures() -> dict[str, Callable[..., Json]]:
         *(emulated_overlap.measure_overlap, programs.run_alone, other_ptxas.check_with_other_ptxas),
         *(operations.measure_operation, operations.profile_step, operations.measure_host),
         *(operations.try_tile, operations.remeasure_tile, programs.profile_with_ncu, programs.run_sanitizer),
+        *(beside_cubins.measure_cubin,),
     )
     return {function.__name__: function for function in functions}
 

@@ -18,7 +18,10 @@ from tritonmoe.kernels import launch
 from tritonmoe.kernels.tiles import measured_tiles
 from tritonmoe.runtime.files import Json
 
-__all__ = ["LEAST_GAIN", "best_entries", "calls_by_key", "candidates_of_layer", "try_candidate", "tune"]
+__all__ = [
+    *("LEAST_GAIN", "agree", "best_entries", "calls_by_key", "candidates_of_layer", "tensors_in", "try_candidate"),
+    "tune",
+]
 
 LEAST_GAIN = 1.02
 """An entry must be so many times as fast as the table's: less is noise."""
@@ -59,10 +62,10 @@ def try_candidate(call: Call, candidate: Candidate, device: torch.device, rounds
     """
     table = _with_entries(call, {})
     tried = _with_entries(call, {candidate.key: candidate.fields})
-    expected = _tensors(table())
+    expected = tensors_in(table())
     try:
         with measured_tiles.asked() as chosen:
-            found = _tensors(tried())
+            found = tensors_in(tried())
         pool = graph_pool(device)
         timed = {name: TimedCalls(run, device, batch_s, pool) for name, run in (("table", table), ("candidate", tried))}
     except Exception as error:  # out of registers or shared memory, or a tile that the compiler refuses
@@ -71,7 +74,7 @@ def try_candidate(call: Call, candidate: Candidate, device: torch.device, rounds
         return {"left_out": f"{type(error).__name__}: {error}"[:300]}
     samples = interleaved(timed, rounds)
     gain = statistics.median(samples["table"]) / statistics.median(samples["candidate"])
-    agrees = all(map(_agree, found, expected))
+    agrees = all(map(agree, found, expected))
     ways = {name: calls.way for name, calls in timed.items()}
     return {"samples": samples, "gain": gain, "agrees": agrees, "tile": str(chosen[candidate.key]), "timed_by": ways}
 
@@ -84,7 +87,7 @@ def _with_entries(call: Call, entries: measured_tiles.Entries) -> Call:
     return run
 
 
-def _agree(found: Tensor, expected: Tensor) -> bool:
+def agree(found: Tensor, expected: Tensor) -> bool:
     """Say whether each number is off by at most two units in its last place, and what sums in fp32 lose."""
     right = expected.double()
     allowed = (
@@ -93,10 +96,11 @@ def _agree(found: Tensor, expected: Tensor) -> bool:
     return bool(((found.double() - right).abs() <= allowed).all())
 
 
-def _tensors(result: object) -> list[Tensor]:
+def tensors_in(result: object) -> list[Tensor]:
+    """Return the tensors of numbers in what an operation returns."""
     if isinstance(result, Tensor):
         return [result] if result.is_floating_point() and result.numel() else []
-    return [tensor for item in result for tensor in _tensors(item)] if isinstance(result, tuple) else []
+    return [tensor for item in result for tensor in tensors_in(item)] if isinstance(result, tuple) else []
 
 
 def best_entries(tried: Mapping[str, Json]) -> dict[str, dict[str, int | str]]:
