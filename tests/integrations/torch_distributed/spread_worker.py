@@ -22,6 +22,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
+from worker_cases import run_cases
 
 import tritonmoe as tm
 from tritonmoe.diagnosis import record
@@ -592,11 +593,4 @@ def case_factors_of_a_call() -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    for case in sys.argv[1:]:
-        globals()[f"case_{case}"]()
-        dist.barrier()
-        if dist.get_rank() == 0:
-            print(f"passed {case}", flush=True)
-    dist.destroy_process_group()
+    run_cases(lambda case: globals()[f"case_{case}"](), sys.argv[1:])
