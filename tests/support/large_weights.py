@@ -6,11 +6,13 @@ from torch import nn
 __all__ = ["draw_large_weights"]
 
 
-def draw_large_weights(model: nn.Module, generator: torch.Generator | None = None) -> None:
-    """Draw all matrices, so that experts differ, and all vectors of zeros."""
+def draw_large_weights(
+    model: nn.Module, generator: torch.Generator | None = None, *, with_vectors: bool = False
+) -> None:
+    """Draw all matrices, so that experts differ; with_vectors: and those vectors that are all zeros."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.normal_(std=parameter.shape[-1] ** -0.5, generator=generator)
-            elif parameter.abs().max() == 0:
+            elif with_vectors and parameter.abs().max() == 0:
                 parameter.normal_(std=0.1, generator=generator)

@@ -100,5 +100,10 @@ def run(schedule: str, wrapper: str = "") -> None:
                 torch.testing.assert_close(found, expected[layer][name], msg=f"{layer} {name}: {{}}".format)
 
 
+def run_case(case: str) -> None:
+    *wrapper, schedule = case.split()
+    run(schedule, *wrapper)
+
+
 if __name__ == "__main__":
-    run_cases(lambda case: run(*reversed(case.split())), sys.argv[1:])
+    run_cases(run_case, sys.argv[1:])

@@ -8,7 +8,7 @@ import logging
 import math
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,21 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def train_alike(one: nn.Module, many: nn.Module, optimizers: Sequence[torch.optim.Optimizer], num_steps: int) -> None:
+    """Train on all ranks' batches on one device, and spread over ranks, and compare the parameters.
+
+    optimizers: those of both.
+    """
+    for step in range(num_steps):
+        torch.stack([one(x).square().mean() for x in batches(step)]).mean().backward()
+        many(here(step)).square().mean().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    for expected, got in zip(one.parameters(), many.parameters(), strict=True):
+        torch.testing.assert_close(whole(got), expected, atol=1e-5, rtol=0)
+
+
 def case_optimizers() -> None:
     sgd = functools.partial(torch.optim.SGD, lr=0.5)
     kinds: list[Callable] = [
@@ -78,14 +93,7 @@ def case_optimizers() -> None:
     for kind in kinds:
         one, many = Net(), DistributedDataParallel(spread())
         optimizers = kind(one.parameters()), kind(many.parameters())
-        for step in range(2):
-            torch.stack([one(x).square().mean() for x in batches(step)]).mean().backward()
-            many(here(step)).square().mean().backward()
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
-        for expected, got in zip(one.parameters(), many.parameters(), strict=True):
-            torch.testing.assert_close(whole(got), expected, atol=1e-5, rtol=0)
+        train_alike(one, many, optimizers, 2)
     spread_weights, copies = list(spread().parameters()), list(spread().parameters())
     with torch.no_grad():
         for weight in copies:
@@ -112,14 +120,7 @@ def case_optimizers_of_single_tensors() -> None:
                 kind([parameter for name, parameter in net.named_parameters() if left_out not in name])
                 for net in (one, many)
             ]
-            for step in range(3):
-                torch.stack([one(x).square().mean() for x in batches(step)]).mean().backward()
-                many(here(step)).square().mean().backward()
-                for optimizer in optimizers:
-                    optimizer.step()
-                    optimizer.zero_grad()
-            for expected, got in zip(one.parameters(), many.parameters(), strict=True):
-                torch.testing.assert_close(whole(got), expected, atol=1e-5, rtol=0)
+            train_alike(one, many, optimizers, 3)
 
 
 def case_what_takes_no_parts() -> None:

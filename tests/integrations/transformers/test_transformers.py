@@ -62,7 +62,7 @@ def make_model(name: str, num_hidden_layers: int = 2, experts_implementation: st
     torch.manual_seed(0)
     config = MODELS[name](num_hidden_layers=num_hidden_layers)
     model = AutoModelForCausalLM.from_config(config, experts_implementation=experts_implementation)
-    draw_large_weights(model)
+    draw_large_weights(model, with_vectors=True)
     return model.eval()
 
 

@@ -127,7 +127,7 @@ def make_dense(name: str, **changes: Any) -> Any:
     model_class, config_class, fields = (NATIVE | INPLACE | MORE_INPLACE)[name]
     torch.manual_seed(0)
     model = model_class(config_class(**{**fields, **changes}))
-    draw_large_weights(model)
+    draw_large_weights(model, with_vectors=True)
     return model.eval()
 
 
