@@ -1,8 +1,8 @@
 """`python -m bench.adapters`: a training step with low-rank adapters on the experts, beside frozen and trained experts.
 
-The four-layer Qwen3-MoE-like model of bench.transformers, forward and backward, in one process in interleaved rounds,
-with the same weights. Whatever is no expert is trained in every variant; PEFT makes the adapters. "multiplied out" is
-PEFT's own way to run them: it adds B A to the weights in every step.
+The four-layer Qwen3-MoE-like model of `tritonmoe bench transformers`, forward and backward, in one process in
+interleaved rounds, with the same weights. Whatever is no expert is trained in every variant; PEFT makes the adapters.
+"multiplied out" is PEFT's own way to run them: it adds B A to the weights in every step.
 """
 
 import argparse

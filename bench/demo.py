@@ -12,7 +12,7 @@ import torch
 from tritonmoe.benchmarks.argument_types import output_file
 from tritonmoe.benchmarks.timing import write_json
 from tritonmoe.cli.demo import MEASURING_ROUNDS, MEASURING_TIME_LIMIT_S, draw_layer
-from tritonmoe.demo.measure import LayerShape, measure_layer
+from tritonmoe.demo.measure import TimedLayer, measure_layer
 
 PICTURE = Path(__file__).parents[1] / "docs" / "images" / "demo.png"
 NUM_RANKS = 4
@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument("--json", type=output_file, help="also write the figures to this file")
     arguments = parser.parse_args()
     device = torch.device("cpu")
-    shape = LayerShape.of_device(device)
+    shape = TimedLayer.of_device(device)
     layer = measure_layer(
         shape, NUM_RANKS, device, seed=0, rounds=MEASURING_ROUNDS, time_limit_s=MEASURING_TIME_LIMIT_S
     )

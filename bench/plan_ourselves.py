@@ -105,7 +105,7 @@ def _run_rank(arguments: argparse.Namespace, rates: list[float]) -> int:
 
 def _predict(arguments: argparse.Namespace, ranks: Transport, model: Any, ids: torch.Tensor) -> dict[str, float]:
     """Return the seconds of forward and backward with every schedule, from what was probed just now."""
-    sizes = model_of_config(model.config.to_dict(), "the model of bench.expert_parallel")
+    sizes = model_of_config(model.config.to_dict(), "the model of tritonmoe bench expert_parallel")
     job = Job(sizes, sequence=arguments.tokens, ep=ranks.size, dtype="fp32", load=_typical_load(ranks, model, ids))
     say = print if ranks.rank == 0 else lambda text: None
     cluster = probe_cluster(job, CLUSTERS["H100"], ranks, torch.device("cpu"), say, node_size=1)

@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from quantised_weights import Int4Tensor, Params4bit
 from same_bits import assert_same_bits
 from tolerance import assert_close_to_exact
 from torch import Tensor, nn
@@ -577,34 +578,6 @@ def test_save_topk_says_when_a_recompute_differs() -> None:
 # Refusals
 
 
-class Params4bit(nn.Parameter):
-    """Like bitsandbytes': packed bytes with a quant_state."""
-
-    quant_state = "state"
-
-
-class Wrapped(torch.Tensor):
-    """Like torchao's: says bf16 or fp32 and holds something else."""
-
-    @staticmethod
-    def __new__(cls, inner: Tensor) -> "Wrapped":
-        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=torch.float32)
-
-    def __init__(self, inner: Tensor) -> None:
-        self.inner = inner
-
-    def __tensor_flatten__(self):
-        return ["inner"], None
-
-    @classmethod
-    def __tensor_unflatten__(cls, inner, context, size, stride):
-        return cls(inner["inner"])
-
-    @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        raise AssertionError(f"{func} touched a quantised weight")
-
-
 @pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
 @pytest.mark.parametrize(
     ("quantise", "message"),
@@ -614,7 +587,7 @@ class Wrapped(torch.Tensor):
         (lambda w: w.to(torch.float8_e4m3fn), "quantised (Tensor of torch.float8_e4m3fn)"),
         (lambda w: Params4bit(w, requires_grad=False), "quantised (Params4bit of torch.float32)"),
         (lambda w: torch.quantize_per_tensor(w, 0.1, 0, torch.qint8), "quantised (Tensor of torch.qint8)"),
-        (lambda w: Wrapped(w), "is a Wrapped, not a plain tensor in memory"),
+        (Int4Tensor, "is a Int4Tensor, not a plain tensor in memory"),
     ],
     ids=["int8", "uint8", "float8", "Params4bit", "qint8", "wrapper"],
 )

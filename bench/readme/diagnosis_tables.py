@@ -102,11 +102,11 @@ def plan_ourselves_table(prefix: str) -> str:
     """Return predicted and measured steps, a column for every file of results whose name starts with `prefix`."""
     files = load_all(prefix)
     sizes = [data["results"]["ranks"] for data in files]
+    samples = " and ".join(str(data["results"]["cases"][0]["measured"]["samples"]) for data in files)
     lines = [
         f"`python -m bench.plan_ourselves --netns N` on {where(files[0]['environment'])}: forward and backward of the "
-        "model of bench.expert_parallel in network namespaces, one thread each, predicted from a probe just before. "
-        f"Milliseconds, medians of {' and '.join(str(d['results']['cases'][0]['measured']['samples']) for d in files)} "
-        "interleaved rounds.",
+        "model of `tritonmoe bench expert_parallel` in network namespaces, one thread each, predicted from a probe "
+        f"just before. Milliseconds, medians of {samples} interleaved rounds.",
         "",
         *table_head(
             "link", "schedule", *(t for size in sizes for t in (f"N = {size}: predicted", "measured", "error"))

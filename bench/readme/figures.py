@@ -51,7 +51,7 @@ def _exchange() -> tuple[str, str, str, str]:
         f"A model over two ranks: a training step {results['ratio']:.2f} times as fast as with transformers' exchange",
         f"A Qwen3-MoE-like model on a link of 1 Gbit/s. A rank sends {ours['sent_mb']:.0f} MB a step instead of "
         f"{other['sent_mb']:.0f}, since a token travels once to each rank that needs it. "
-        f"`python -m bench.expert_parallel --netns 2`, {where(data['environment'])}.",
+        f"`tritonmoe bench expert_parallel --netns 2`, {where(data['environment'])}.",
         "#a-whole-model-over-two-ranks",
     )
 

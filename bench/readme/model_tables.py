@@ -17,7 +17,7 @@ def transformers_table(name: str) -> str:
     data = load(name)
     layers, width, inner, experts, top_k = data["results"][0]["layers_D_F_E_K"]
     lines = [
-        f"`python -m bench.transformers` on {where(data['environment'])}. A Qwen3-MoE-like model ({layers} layers, "
+        f"`tritonmoe bench transformers` on {where(data['environment'])}. A Qwen3-MoE-like model ({layers} layers, "
         f"D={width}, F={inner}, E={experts}, K={top_k}) and its first MoE block, all in one process and in turn. "
         "Every call has another batch, the same for all. Milliseconds, median (quartiles); decode is 16 tokens at "
         "batch 1; ratio is the best other implementation's time over ours.",

@@ -192,12 +192,12 @@ def auto_table(name: str) -> str:
 
 def expert_parallel_table(name: str) -> str:
     if not (RESULTS / f"{name}.json").exists():
-        return "`python -m bench.expert_parallel --netns 2`: not measured yet."
+        return "`tritonmoe bench expert_parallel --netns 2`: not measured yet."
     data = load(name)
     results = data["results"]
     layers, width, inner, experts, top_k = results["layers_D_F_E_K"]
     sequences = results.get("sequences", 1)
-    command = "python -m bench.expert_parallel --netns 2" + (f" --sequences {sequences}" if sequences > 1 else "")
+    command = "tritonmoe bench expert_parallel --netns 2" + (f" --sequences {sequences}" if sequences > 1 else "")
     lines = [
         f"`{command}` on {where(data['environment'])}: {results['link']}, one core and "
         f"one thread each. Forward and backward of a Qwen3-MoE-like model ({layers} layers, D={width}, F={inner}, "

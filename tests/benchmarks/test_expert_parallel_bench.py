@@ -13,6 +13,7 @@ from tritonmoe.benchmarks.expert_parallel_rank import MIXED, OURS, PEERS, RankSt
 from tritonmoe.benchmarks.namespaces import unusable_reason
 
 ROOT = Path(__file__).parents[2]
+BENCH = [sys.executable, "-m", "tritonmoe", "bench", "expert_parallel"]
 VERSION = tuple(int(number) for number in importlib.metadata.version("transformers").split(".")[:2])
 NAMES = [str(variant) for variant in (OURS, *PEERS, MIXED)]
 
@@ -24,7 +25,7 @@ def test_two_namespaces(tmp_path: Path) -> None:
     sizes = ["--layers", "2", "--hidden-size", "64", "--intermediate-size", "32", "--experts", "8", "--top-k", "4"]
     arguments = ["--netns", "2", "--rate", "200mbit", "--tokens", "256", "--rounds", "2", "--chunks", "2", *sizes]
     run = subprocess.run(
-        [sys.executable, "-m", "bench.expert_parallel", *arguments, "--json", str(tmp_path / "times.json")],
+        [*BENCH, *arguments, "--json", str(tmp_path / "times.json")],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -4,12 +4,14 @@ from dataclasses import replace
 
 import pytest
 
-from tritonmoe.benchmarks.roofline import H100, Work, kernel_work, product_flops
+from tritonmoe.benchmarks.roofline import Work, kernel_work, product_flops
 from tritonmoe.benchmarks.shapes import GPU_SHAPES, LayerShape
 from tritonmoe.config.layer import NO_WEIGHTS, ExpertLayout
 from tritonmoe.experts.flops import backward_flops, forward_flops
 from tritonmoe.experts.tensors import CallTensors
+from tritonmoe.planner.cluster_presets import CLUSTERS
 
+H100 = CLUSTERS["H100"].gpu
 SHAPE = LayerShape("small", num_experts=4, top_k=2, hidden_size=8, intermediate_size=3)
 
 

@@ -12,7 +12,7 @@ from html_pages import check_page
 
 from tritonmoe.cli import demo, main
 from tritonmoe.demo.demo_text import title
-from tritonmoe.demo.measure import LayerMeasurement, LayerShape
+from tritonmoe.demo.measure import LayerMeasurement, TimedLayer
 from tritonmoe.report import png
 from tritonmoe.report.timeline import PassTimeline, Timeline
 
@@ -23,7 +23,7 @@ def short(monkeypatch):
     monkeypatch.setattr(demo, "COMPARED_STEPS", 3)
     monkeypatch.setattr(demo, "CALIBRATION_STEPS", 2)
     monkeypatch.setattr(demo, "MEASURING_ROUNDS", 3)
-    monkeypatch.setattr(LayerShape, "of_device", classmethod(lambda cls, device: cls(64, 32, 64)))
+    monkeypatch.setattr(TimedLayer, "of_device", classmethod(lambda cls, device: cls(64, 32, 64)))
 
 
 def test_json(tmp_path, capsys, short, monkeypatch):
@@ -84,7 +84,7 @@ def test_the_speed_up_is_of_the_medians():
         return Timeline(variant, rank, PassTimeline((), 0.25), PassTimeline((), total_s - 0.25))
 
     layer = LayerMeasurement(
-        shape=LayerShape(8, 8, 8),
+        shape=TimedLayer(8, 8, 8),
         bandwidth_gb_per_s=1.0,
         free_link_s=1.0,
         exchange_s=1.0,

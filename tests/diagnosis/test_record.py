@@ -66,9 +66,8 @@ def test_a_recording_says_what_the_reports_say(tmp_path: Path) -> None:
             of = call.ranks[rank]
             assert sum(of.pairs_per_expert) == report.pair_offsets[-1] == int(report.traffic_pairs[:, rank].sum())
             assert report.backward is not None
-            for written, reported, marks in zip(
-                of.passes, (report.forward, report.backward), (report.marks, report.backward_marks), strict=True
-            ):
+            for written, reported in zip(of.passes, (report.forward, report.backward), strict=True):
+                marks = reported.marks
                 assert written.marks == pytest.approx(marks, abs=1e-6)
                 assert marks is not None
                 assert marks.entered <= marks.counts_posted <= marks.counts_left <= written.origin
@@ -103,7 +102,7 @@ def test_what_posting_takes_is_before_the_counts_are_posted(monkeypatch: pytest.
     monkeypatch.setattr(EmulatedTransport, "post_counts", post_late)
     for reports in tm.run_on_emulated_ranks(train, SIZE):
         for report in reports:
-            for marks in (report.marks, report.backward_marks):
+            for marks in (report.forward.marks, report.backward.marks):
                 assert marks.counts_posted - marks.entered >= seconds
 
 

@@ -22,6 +22,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
+from worker_cases import run_cases
 
 import tritonmoe as tm
 from tritonmoe.integrations.transformers import register
@@ -548,11 +549,4 @@ def tmt_placement(experts: nn.Module) -> tm.ExpertPlacement | None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    for case in sys.argv[2:]:
-        globals()[f"case_{case}"](Path(sys.argv[1]))
-        dist.barrier()
-        if dist.get_rank() == 0:
-            print(f"passed {case}", flush=True)
-    dist.destroy_process_group()
+    run_cases(lambda case: globals()[f"case_{case}"](Path(sys.argv[1])), sys.argv[2:])

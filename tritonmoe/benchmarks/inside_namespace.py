@@ -55,13 +55,13 @@ def ask(question: str) -> str | None:
         control.detach()
 
 
-def interface_bytes(interface: str = INTERFACE) -> tuple[int, int]:
-    """Return the bytes that an interface of this process's own namespace has received and sent, by its counters."""
+def interface_bytes() -> tuple[int, int]:
+    """Return the bytes that the interface of this process's own namespace has received and sent, by its counters."""
     # Not /sys: it shows the namespace in which it was mounted.
     with open("/proc/self/net/dev") as file:
         for line in file:
             name, _, counters = line.partition(":")
-            if name.strip() == interface:
+            if name.strip() == INTERFACE:
                 fields = counters.split()
                 return int(fields[0]), int(fields[8])
-    raise ValueError(f"this process's network namespace has no interface {interface}")
+    raise ValueError(f"this process's network namespace has no interface {INTERFACE}")

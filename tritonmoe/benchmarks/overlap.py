@@ -161,7 +161,7 @@ def _link_of_namespaces(rank: int) -> Link:
     def read_uplinks() -> list[int]:
         return json.loads(ask("uplinks") or "[]")
 
-    return Link(set_rate, lambda: interface_bytes(), read_uplinks if rank == 0 else None)
+    return Link(set_rate, interface_bytes, read_uplinks if rank == 0 else None)
 
 
 def _measure(

@@ -1,35 +1,16 @@
-"""What each kernel must compute and move, and the shortest time in which a card could do it."""
+"""What each kernel must compute and move, and the shortest time in which a GPU could do it."""
 
 from dataclasses import dataclass
 
 from tritonmoe.backends.pair_work import WEIGHT_GRADS, pair_work
 from tritonmoe.benchmarks.shapes import LayerShape
 from tritonmoe.config.formats import bytes_per_value
+from tritonmoe.planner.cluster import Gpu
 
-__all__ = ["BACKWARD_PRODUCTS", "FORWARD_PRODUCTS", "H100", "Card", "Work", "kernel_work", "product_flops"]
+__all__ = ["BACKWARD_PRODUCTS", "FORWARD_PRODUCTS", "Work", "kernel_work", "product_flops"]
 
 FORWARD_PRODUCTS = ("up", "down")
 BACKWARD_PRODUCTS = ("down_grad", "up_grad", *WEIGHT_GRADS)
-
-
-@dataclass(frozen=True)
-class Card:
-    """Peak rates of one card."""
-
-    name: str
-    tflops: float
-    """Dense bf16 products, 10^12 floating-point operations a second."""
-    tb_per_s: float
-    """Device memory, 10^12 bytes a second."""
-    source: str
-
-
-H100 = Card(
-    "H100 SXM",
-    tflops=989.4,
-    tb_per_s=3.35,
-    source="NVIDIA H100 data sheet: 1979 TFLOP/s bf16 with sparsity, half of it dense; 3.35 TB/s",
-)
 
 
 @dataclass(frozen=True)
@@ -47,13 +28,17 @@ class Work:
         """Floating-point operations per byte."""
         return self.flops / self.num_bytes if self.num_bytes else 0.0
 
-    def seconds(self, card: Card) -> float:
-        """Return the longer of the time for arithmetic and the time for memory, both at the card's peak."""
-        return max(self.flops / (card.tflops * 1e12), self.num_bytes / (card.tb_per_s * 1e12))
+    def seconds(self, gpu: Gpu) -> float:
+        """Return the longer of the time for arithmetic and the time for memory, both at the GPU's peak, in bf16."""
+        return max(self._seconds_of_each(gpu))
 
-    def bound(self, card: Card) -> str:
+    def bound(self, gpu: Gpu) -> str:
         """Say which of the two is longer: "compute" or "memory"."""
-        return "compute" if self.flops / (card.tflops * 1e12) >= self.num_bytes / (card.tb_per_s * 1e12) else "memory"
+        arithmetic_s, memory_s = self._seconds_of_each(gpu)
+        return "compute" if arithmetic_s >= memory_s else "memory"
+
+    def _seconds_of_each(self, gpu: Gpu) -> tuple[float, float]:
+        return self.flops / (gpu.tflops["bf16"] * 1e12), self.num_bytes / (gpu.memory_tb_per_s * 1e12)
 
 
 def kernel_work(shape: LayerShape, num_tokens: int, *, element_bytes: int = 2) -> dict[str, Work]:

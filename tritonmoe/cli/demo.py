@@ -20,7 +20,7 @@ import torch
 from tritonmoe.benchmarks.argument_types import Subparsers, output_folder, positive, seed
 from tritonmoe.demo.demo_page import as_page
 from tritonmoe.demo.demo_text import Results, as_json, as_text, rate_text, title
-from tritonmoe.demo.measure import LATENCY_US, VARIANTS, LayerMeasurement, LayerShape, measure_layer
+from tritonmoe.demo.measure import LATENCY_US, VARIANTS, LayerMeasurement, TimedLayer, measure_layer
 from tritonmoe.demo.model import ModelShape, load_shakespeare
 from tritonmoe.demo.training import RankTraining, Training, train
 from tritonmoe.report.html import write_page
@@ -131,7 +131,7 @@ def _run_all(arguments: argparse.Namespace, device: torch.device) -> Results:
 
     say("timing one larger MoE layer, serial and overlapped in turn ...")
     layer = measure_layer(
-        LayerShape.of_device(device),
+        TimedLayer.of_device(device),
         num_ranks,
         device,
         seed=seed,

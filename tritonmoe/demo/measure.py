@@ -15,7 +15,7 @@ from tritonmoe.report.timeline import Timeline, layer_timeline
 from tritonmoe.transports import LinkModel, Transport
 from tritonmoe.transports.emulated.emulated_ranks import run_on_emulated_ranks
 
-__all__ = ["LATENCY_US", "VARIANTS", "LayerMeasurement", "LayerShape", "measure_layer"]
+__all__ = ["LATENCY_US", "VARIANTS", "LayerMeasurement", "TimedLayer", "measure_layer"]
 
 NUM_CHUNKS = 4
 VARIANTS = {
@@ -31,7 +31,7 @@ MIN_ROUNDS = 3
 
 
 @dataclass(frozen=True)
-class LayerShape:
+class TimedLayer:
     """The layer that is timed, and the tokens of each rank."""
 
     num_tokens: int
@@ -42,7 +42,7 @@ class LayerShape:
     dtype: torch.dtype = torch.float32
 
     @classmethod
-    def of_device(cls, device: torch.device) -> "LayerShape":
+    def of_device(cls, device: torch.device) -> "TimedLayer":
         """Return a shape whose products are long beside the cost of starting them."""
         if device.type == "cuda":
             return cls(8192, 1024, 2048, dtype=torch.bfloat16)
@@ -53,7 +53,7 @@ class LayerShape:
 class LayerMeasurement:
     """What all ranks saw, over the rounds."""
 
-    shape: LayerShape
+    shape: TimedLayer
     bandwidth_gb_per_s: float
     """The rate of the link, chosen so that the four row exchanges take as long as the layer does without a link."""
     free_link_s: float
@@ -89,7 +89,7 @@ class LayerMeasurement:
 
 
 def measure_layer(
-    shape: LayerShape, num_ranks: int, device: torch.device, *, seed: int, rounds: int, time_limit_s: float
+    shape: TimedLayer, num_ranks: int, device: torch.device, *, seed: int, rounds: int, time_limit_s: float
 ) -> LayerMeasurement:
     """Pick a link for this machine, then time the variants in turn on one batch.
 
@@ -134,7 +134,7 @@ _Reports = dict[str, list[LayerReport]]
 
 def _run_rank(
     transport: Transport,
-    shape: LayerShape,
+    shape: TimedLayer,
     variants: dict[str, OverlapConfig],
     device: torch.device,
     seed: int,

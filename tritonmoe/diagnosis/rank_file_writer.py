@@ -15,7 +15,7 @@ import torch
 from tritonmoe.diagnosis.call_recording import CALLS_WITH_COPIES, FORMAT, SCHEMA, file_name, plain_plan
 from tritonmoe.dispatch.header import CallHeader
 from tritonmoe.expert_parallel.state import state_of
-from tritonmoe.overlap.report import CallMarks, LayerReport, PassReport
+from tritonmoe.overlap.report import LayerReport, PassReport
 from tritonmoe.overlap.step_timing import StepTiming
 from tritonmoe.runtime.files import Json
 from tritonmoe.runtime.host_device import HostCopy
@@ -41,7 +41,6 @@ class HeldCall(NamedTuple):
     load_balance_loss_weight: float | None
     """Of the layer; None where its router is not this package's."""
     backward: PassReport | None = None
-    backward_marks: CallMarks | None = None
 
 
 class RankFileWriter:
@@ -151,13 +150,13 @@ def _plain_call(held: HeldCall) -> Json:
         "rows": report.traffic_rows[report.rank].tolist(),
         "pairs": report.traffic_pairs[report.rank].tolist(),
         "pairs_per_expert": offsets.diff().tolist(),
-        "forward": _plain_pass(report.forward, report.marks, report, sizes),
-        "backward": held.backward and _plain_pass(held.backward, held.backward_marks, report, sizes),
+        "forward": _plain_pass(report.forward, report, sizes),
+        "backward": held.backward and _plain_pass(held.backward, report, sizes),
     }
 
 
-def _plain_pass(layer_pass: PassReport, marks: CallMarks | None, report: LayerReport, sizes: list[list[float]]) -> Json:
-    num_local_slices = report.overlap.num_local_slices
+def _plain_pass(layer_pass: PassReport, report: LayerReport, sizes: list[list[float]]) -> Json:
+    num_local_slices, marks = report.overlap.num_local_slices, layer_pass.marks
 
     def plain(timing: StepTiming) -> Json:
         step, arrivals = timing.step, timing.arrivals_s

@@ -150,7 +150,7 @@ class _Recorder:
             file = self._files.get(transport)
             held, _ = self._held.pop((id(file), header.sequence), (None, None))
         if held is not None:
-            self._complete.put(held._replace(backward=report.backward, backward_marks=report.backward_marks))
+            self._complete.put(held._replace(backward=report.backward))
 
     def end(self) -> None:
         """Write what is left; raises OSError where something could not be written."""

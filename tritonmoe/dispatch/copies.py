@@ -89,11 +89,6 @@ class ExpertCopies:
         return [sum(sum(copy.pairs) for copy in self.on(rank)) for rank in range(self.size)]
 
     @cached_property
-    def most_on_a_port(self) -> int:
-        """How many experts' weights the busiest rank sends, or receives, on their way to all copies."""
-        return self._on_ports[self.are_relayed]
-
-    @cached_property
     def are_relayed(self) -> bool:
         """Whether owners send each copy of an expert a piece of its weights, which the copies' ranks then pass on."""
         return is_relayed(*self._on_ports)

@@ -27,13 +27,11 @@ MARKS = {
 class RecordedPart(RunPart):
     """A recording's part of a page, whose JSON stands at a key of the page's."""
 
-    def __init__(
-        self, run: RecordedRun, shown: Shown, figures: Figures, key: str, most_spans: int = MOST_SPANS
-    ) -> None:
+    def __init__(self, run: RecordedRun, shown: Shown, figures: Figures, key: str) -> None:
         super().__init__(run, run.found, run.advice, shown, figures, key)
         self.recorded = run
         whole = timelines_of(run)
-        self.lane_ranks = ranks_within(whole, most_spans, self.conspicuous)
+        self.lane_ranks = ranks_within(whole, MOST_SPANS, self.conspicuous)
         self.timelines = {name: [of[rank] for rank in self.lane_ranks] for name, of in whole.items()}
 
     def at(self, key: str) -> Any:

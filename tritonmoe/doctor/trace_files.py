@@ -14,6 +14,7 @@ from tritonmoe.runtime.files import check_regular
 __all__ = ["JsonPieces", "damaged", "first_bytes", "number", "open_text"]
 
 BLOCK = 1 << 20
+FIRST_BYTES = 4096
 MAX_VALUE = 256 << 20
 """No value of a trace, beside the list of its events, has more characters."""
 GZIP = b"\x1f\x8b"
@@ -40,7 +41,7 @@ def number(path: Path, where: str, values: dict, key: str, default: float | None
     return float(value)
 
 
-def first_bytes(path: Path, count: int = 4096) -> bytes:
+def first_bytes(path: Path) -> bytes:
     """Return how a file begins, unpacked.
 
     Raises:
@@ -48,12 +49,12 @@ def first_bytes(path: Path, count: int = 4096) -> bytes:
     """
     check_regular(path)
     with path.open("rb") as file:
-        begin = file.read(count)
+        begin = file.read(FIRST_BYTES)
     if begin[:2] != GZIP:
         return begin
     try:
         with gzip.open(path) as file:
-            return file.read(count)
+            return file.read(FIRST_BYTES)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise damaged(path, f"it is packed, and can't be unpacked: {error}") from None
 

@@ -147,6 +147,7 @@ class CallForward(_CallPass[Tensor]):
         if isinstance(experts, ForwardWithCopies):
             self.copies, experts = experts.copies, experts.own
         self.experts, inner_plan = call.after_forward(experts, timings)
+        timings.marks = None if plan.count_times is None else CallMarks(call.entered_at, *plan.count_times)
         call.report = self._report(timings)
         for listener in listeners:
             listener.after_forward(call.all_ranks, call.header, call.report, self.experts.grouping)
@@ -190,7 +191,6 @@ class CallForward(_CallPass[Tensor]):
             copies_are_kept=call.copies is None or plan.keeps_copies,
             pairs_without_copies=call.pairs_without_copies,
             balance=call.balance,
-            marks=None if plan.count_times is None else CallMarks(call.entered_at, *plan.count_times),
         )
 
 
@@ -268,10 +268,10 @@ class CallBackward(_CallPass[CallTensors[Tensor | None]]):
         self._state.note_backward(call.header.sequence)
         call.after_backward(self._experts, timings)
         times = None if self._agreement is None else self._agreement.times
+        timings.marks = None if times is None else CallMarks(self._entered_at, *times)
         kept.report.backward = timings
-        kept.report.backward_marks = None if times is None else CallMarks(self._entered_at, *times)
         if call.report.overlap == kept.report.overlap:  # else it says nothing about the plan of the first forward
-            call.report.backward, call.report.backward_marks = timings, kept.report.backward_marks
+            call.report.backward = timings
         for listener in listeners:
             listener.after_backward(call.all_ranks, call.header, kept.report)
         grads = self._pass.grads._replace(activation_parameters=run.activation_grads)

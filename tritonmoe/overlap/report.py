@@ -94,6 +94,8 @@ class PassReport:
         """On two levels: what steps did inside the node, with times from the start of each."""
         self.started_at = time.perf_counter()
         """The start of the pass, by the host's clock."""
+        self.marks: CallMarks | None = None
+        """When the rank came to the pass and had heard from all ranks; None if they exchanged no headers before it."""
         self._steps: list[StepTiming] | None = None
         self.now = clock_of(device)
         self._origin = self.now()
@@ -232,10 +234,6 @@ class LayerReport:
     """The report of the first run, where rows didn't fit into the capacity; all else is of the second, without one."""
     rows_to_nodes: tuple[int, ...] | None = None
     """On a TwoLevelTransport: how many tokens of this rank need an expert of each node, its own included."""
-    marks: CallMarks | None = None
-    """When this rank came to the call, and when it had the counts of all ranks."""
-    backward_marks: CallMarks | None = None
-    """The same for the backward; None if the backward began without an exchange of headers."""
     copies: ExpertCopies | None = None
     """The copies of experts that the call had; traffic_rows and traffic_pairs count with them."""
     copied_bytes: int = 0

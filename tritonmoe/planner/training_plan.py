@@ -8,7 +8,7 @@ from tritonmoe.planner.cluster import Cluster
 from tritonmoe.planner.draws import Draw, Drawn, draw, interval, uncertainties
 from tritonmoe.planner.exchange_curve import SERIAL, ExchangeCurve
 from tritonmoe.planner.job import Job, Recompute
-from tritonmoe.planner.model_error import MODEL_ERROR, ModelError
+from tritonmoe.planner.model_error import MODEL_ERROR
 from tritonmoe.planner.model_flops import flops_per_token
 from tritonmoe.planner.plan_search import Free, Spread, best_overlap, search
 from tritonmoe.planner.sensitivity import Sensitivity, sensitivities
@@ -211,17 +211,15 @@ def _rank(one: Prediction) -> float:
     return one.time.step_s / one.time.tokens if one.fits else one.memory_gb
 
 
-def predict(
-    spread: Spread, overlap: OverlapPlan, cluster: Cluster, draws: Sequence[Draw], error: ModelError = MODEL_ERROR
-) -> Prediction:
+def predict(spread: Spread, overlap: OverlapPlan, cluster: Cluster, draws: Sequence[Draw]) -> Prediction:
     """Predict one way to spread a job, of whose cluster it may use a part of each node's GPUs."""
     job, used = spread.job, spread.cluster
     serial = ExchangeCurve(job, used, spread.num_levels, SERIAL)
     own = serial if overlap == SERIAL else ExchangeCurve(job, used, spread.num_levels, overlap)
     found = [Drawn.of(one.job(job), used.scaled(one.factors), (own, serial)) for one in draws]
-    errors = [one.error(error) for one in draws]
+    errors = [one.error() for one in draws]
     expected = Drawn.of(job, used, (own, serial))
-    usual = Draw({}, 0.0, 0.0).error(error)
+    usual = Draw({}, 0.0, 0.0).error()
     time = _with_left_out(expected.time, usual)
     draws_s = [of.time.step_s * by for of, by in zip(found, errors, strict=True)]
     choice = Choice(

@@ -19,6 +19,7 @@ MOST_NAMES, LETTER = 16, 6.4
 """So many rows and columns are named; pixels of a letter."""
 MOST_TITLED = 60
 """A strip of more segments is drawn as one path of each color, without their titles."""
+MOST_TICKS = 6
 
 
 @dataclass(frozen=True)
@@ -262,10 +263,10 @@ def compact(value: float) -> str:
     return f"{value:.1f}"
 
 
-def ticks(top: float, unit: str = "", most: int = 6) -> list[tuple[float, str]]:
-    """Return at most `most` round numbers from 0 to `top`: (share of top, text with the unit)."""
+def ticks(top: float, unit: str = "") -> list[tuple[float, str]]:
+    """Return at most six round numbers from 0 to `top`: (share of top, text with the unit)."""
     if not top > 0:
         return []
-    step = 10.0 ** math.floor(math.log10(top / most))
-    step *= next(factor for factor in (1, 2, 5, 10, 20) if top / (factor * step) < most)
+    step = 10.0 ** math.floor(math.log10(top / MOST_TICKS))
+    step *= next(factor for factor in (1, 2, 5, 10, 20) if top / (factor * step) < MOST_TICKS)
     return [(n * step / top, f"{n * step:,.6g}{unit}") for n in range(int(top / step) + 1)]

@@ -13,11 +13,11 @@ MOST_OPEN_ROWS = 16
 """A longer table below a chart is folded; on paper all are shown."""
 
 
-def _significant(value: float, digits: int = 3) -> str:
-    """Return so many digits, never as a power of ten: 1,234 and 12.3 and 0.00123."""
+def _significant(value: float) -> str:
+    """Return three digits, never as a power of ten: 1,234 and 12.3 and 0.00123."""
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
-    decimals = digits - 1 - math.floor(math.log10(abs(value)))
+    decimals = 2 - math.floor(math.log10(abs(value)))
     return f"{value:,.{min(9, max(0, decimals))}f}"
 
 

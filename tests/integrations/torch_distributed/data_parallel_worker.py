@@ -17,6 +17,7 @@ from torch.distributed.optim import PostLocalSGDOptimizer, ZeroRedundancyOptimiz
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parallel.distributed import _MixedPrecision
+from worker_cases import run_cases
 
 import tritonmoe as tm
 
@@ -175,11 +176,4 @@ def case_mixing() -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    for case in sys.argv[1:]:
-        globals()[f"case_{case}"]()
-        dist.barrier()
-        if dist.get_rank() == 0:
-            print(f"passed {case}", flush=True)
-    dist.destroy_process_group()
+    run_cases(lambda case: globals()[f"case_{case}"](), sys.argv[1:])

@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.pipelining import PipelineStage, schedules
 from torch.nn.parallel import DistributedDataParallel
+from worker_cases import run_cases
 
 import tritonmoe as tm
 
@@ -99,13 +100,10 @@ def run(schedule: str, wrapper: str = "") -> None:
                 torch.testing.assert_close(found, expected[layer][name], msg=f"{layer} {name}: {{}}".format)
 
 
+def run_case(case: str) -> None:
+    *wrapper, schedule = case.split()
+    run(schedule, *wrapper)
+
+
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    for case in sys.argv[1:]:
-        *wrapper, schedule = case.split()
-        run(schedule, *wrapper)
-        dist.barrier()
-        if dist.get_rank() == 0:
-            print(f"passed {case}", flush=True)
-    dist.destroy_process_group()
+    run_cases(run_case, sys.argv[1:])

@@ -8,7 +8,7 @@ import logging
 import math
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
+from worker_cases import run_cases
 
 import tritonmoe as tm
 from tritonmoe.diagnosis import record
@@ -67,6 +68,21 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def train_alike(one: nn.Module, many: nn.Module, optimizers: Sequence[torch.optim.Optimizer], num_steps: int) -> None:
+    """Train on all ranks' batches on one device, and spread over ranks, and compare the parameters.
+
+    optimizers: those of both.
+    """
+    for step in range(num_steps):
+        torch.stack([one(x).square().mean() for x in batches(step)]).mean().backward()
+        many(here(step)).square().mean().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    for expected, got in zip(one.parameters(), many.parameters(), strict=True):
+        torch.testing.assert_close(whole(got), expected, atol=1e-5, rtol=0)
+
+
 def case_optimizers() -> None:
     sgd = functools.partial(torch.optim.SGD, lr=0.5)
     kinds: list[Callable] = [
@@ -77,14 +93,7 @@ def case_optimizers() -> None:
     for kind in kinds:
         one, many = Net(), DistributedDataParallel(spread())
         optimizers = kind(one.parameters()), kind(many.parameters())
-        for step in range(2):
-            torch.stack([one(x).square().mean() for x in batches(step)]).mean().backward()
-            many(here(step)).square().mean().backward()
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
-        for expected, got in zip(one.parameters(), many.parameters(), strict=True):
-            torch.testing.assert_close(whole(got), expected, atol=1e-5, rtol=0)
+        train_alike(one, many, optimizers, 2)
     spread_weights, copies = list(spread().parameters()), list(spread().parameters())
     with torch.no_grad():
         for weight in copies:
@@ -111,14 +120,7 @@ def case_optimizers_of_single_tensors() -> None:
                 kind([parameter for name, parameter in net.named_parameters() if left_out not in name])
                 for net in (one, many)
             ]
-            for step in range(3):
-                torch.stack([one(x).square().mean() for x in batches(step)]).mean().backward()
-                many(here(step)).square().mean().backward()
-                for optimizer in optimizers:
-                    optimizer.step()
-                    optimizer.zero_grad()
-            for expected, got in zip(one.parameters(), many.parameters(), strict=True):
-                torch.testing.assert_close(whole(got), expected, atol=1e-5, rtol=0)
+            train_alike(one, many, optimizers, 3)
 
 
 def case_what_takes_no_parts() -> None:
@@ -592,11 +594,4 @@ def case_factors_of_a_call() -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    for case in sys.argv[1:]:
-        globals()[f"case_{case}"]()
-        dist.barrier()
-        if dist.get_rank() == 0:
-            print(f"passed {case}", flush=True)
-    dist.destroy_process_group()
+    run_cases(lambda case: globals()[f"case_{case}"](), sys.argv[1:])

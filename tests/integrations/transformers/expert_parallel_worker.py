@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import transformers
+from large_weights import draw_large_weights
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -53,10 +54,7 @@ rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 def make_model(name: str) -> nn.Module:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(CONFIGS[name](), experts_implementation="eager")
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(std=parameter.shape[-1] ** -0.5)
+    draw_large_weights(model)
     return model
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import transformers
+from large_weights import draw_large_weights
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -86,10 +87,7 @@ def make_model(family: str) -> nn.Module:
         settings["mlp_layer_types"] = ["dense", "sparse"]
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings), experts_implementation="eager")
-    with torch.no_grad():  # transformers' own start is so flat that no test would see an error
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(std=parameter.shape[-1] ** -0.5)
+    draw_large_weights(model)
     return model
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import transformers
+from large_weights import draw_large_weights
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DeepseekV3Config, GptOssConfig, MixtralConfig, Qwen3MoeConfig
 
@@ -61,12 +62,7 @@ def make_model(name: str, num_hidden_layers: int = 2, experts_implementation: st
     torch.manual_seed(0)
     config = MODELS[name](num_hidden_layers=num_hidden_layers)
     model = AutoModelForCausalLM.from_config(config, experts_implementation=experts_implementation)
-    with torch.no_grad():  # transformers' own start is so flat that no test would see an error
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(std=parameter.shape[-1] ** -0.5)
-            elif parameter.abs().max() == 0:
-                parameter.normal_(std=0.1)
+    draw_large_weights(model, with_vectors=True)
     return model.eval()
 
 

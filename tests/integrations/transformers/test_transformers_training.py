@@ -5,6 +5,7 @@ import importlib.util
 import pytest
 import torch
 import transformers
+from large_weights import draw_large_weights
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -29,10 +30,7 @@ SIZES = {
 def qwen3_moe() -> nn.Module:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(transformers.Qwen3MoeConfig(**SIZES), experts_implementation="eager")
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(std=parameter.shape[-1] ** -0.5)
+    draw_large_weights(model)
     return model
 
 

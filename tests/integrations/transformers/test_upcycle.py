@@ -207,18 +207,18 @@ def test_tied_embeddings_stay_tied():
 def block_and_experts(**changes):
     generator = torch.Generator().manual_seed(3)
     dense = DenseFFN(*(torch.randn(shape, generator=generator) for shape in ((12, 5), (5, 12), (12, 5))))
-    return dense, make_experts(settings(**changes), 0, dense)
+    return dense, *make_experts(settings(**changes), 0, dense)
 
 
 def test_experts_are_slices_and_router_rows_repeat():
-    dense, made = block_and_experts(num_experts=6, top_k=3, granularity=3)
+    dense, router, made = block_and_experts(num_experts=6, top_k=3, granularity=3)
     for expert in range(6):
         part = slice(expert % 3 * 4, expert % 3 * 4 + 4)
         assert torch.equal(made.gate_up_proj[expert], torch.cat([dense.gate[part], dense.up[part]]))
         assert torch.equal(made.down_proj[expert], dense.down[:, part] * 3)
-    assert torch.equal(made.router[0], made.router[2])
-    assert torch.equal(made.router[3], made.router[5])
-    assert not torch.equal(made.router[0], made.router[3])
+    assert torch.equal(router[0], router[2])
+    assert torch.equal(router[3], router[5])
+    assert not torch.equal(router[0], router[3])
 
 
 def test_scaling_all_three_matrices_would_not_be_exact():
@@ -233,7 +233,7 @@ def test_scaling_all_three_matrices_would_not_be_exact():
 
 
 def test_noise_is_relative_to_the_matrix():
-    dense, made = block_and_experts(init="noise")
+    dense, _, made = block_and_experts(init="noise")
     for name, tensor, copied in (("gate", made.gate_up_proj[:, :12], dense.gate), ("down", made.down_proj, dense.down)):
         relative = (tensor - copied) / copied.std()
         assert 0.015 < relative.std() < 0.025, name
@@ -241,7 +241,7 @@ def test_noise_is_relative_to_the_matrix():
 
 
 def test_drop_draws_the_same_units_in_every_matrix():
-    dense, made = block_and_experts(init="drop")
+    dense, _, made = block_and_experts(init="drop")
     drawn = set()
     for expert in range(8):
         changed = [

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 import transformers as tr
+from large_weights import draw_large_weights
 from torch import Tensor
 
 from tritonmoe.integrations.transformers.discovery import experts_classes
@@ -126,12 +127,7 @@ def make_dense(name: str, **changes: Any) -> Any:
     model_class, config_class, fields = (NATIVE | INPLACE | MORE_INPLACE)[name]
     torch.manual_seed(0)
     model = model_class(config_class(**{**fields, **changes}))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(std=parameter.shape[-1] ** -0.5)
-            elif parameter.abs().max() == 0:
-                parameter.normal_(std=0.1)
+    draw_large_weights(model, with_vectors=True)
     return model.eval()
 
 

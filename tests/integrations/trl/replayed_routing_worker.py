@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from test_replayed_routing import Rollout, expected_log_probs, make_model, make_trainer
 from torch import Tensor
+from worker_cases import run_cases
 
 from tritonmoe.integrations import transformers as tmt
 
@@ -67,11 +68,5 @@ def run_refused(directory: Path) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    for case in sys.argv[2:]:
-        {"spread:": run_spread, "refused:": run_refused}[case](Path(sys.argv[1]))
-        dist.barrier()
-        if rank == 0:
-            print(f"passed {case}", flush=True)
-    dist.destroy_process_group()
+    kinds = {"spread:": run_spread, "refused:": run_refused}
+    run_cases(lambda case: kinds[case](Path(sys.argv[1])), sys.argv[2:], timedelta(seconds=60))

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import transformers
+from large_weights import draw_large_weights
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -159,11 +160,7 @@ def spread_inside_wrapper(spread_over: Any) -> nn.Module:
 
 def large_weights(model: nn.Module) -> nn.Module:
     """Draw weights under which errors show, and experts that differ."""
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(std=parameter.shape[-1] ** -0.5, generator=generator)
+    draw_large_weights(model, torch.Generator().manual_seed(2))
     return model
 
 

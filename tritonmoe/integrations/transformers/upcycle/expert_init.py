@@ -13,10 +13,10 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from tritonmoe.config.layer import MoEConfig
+from tritonmoe.config.layer import MoEConfig, PerWeight
 from tritonmoe.runtime.files import Json
 
-__all__ = ["DenseFFN", "ExpertTensors", "Init", "UpcycleSettings", "make_experts"]
+__all__ = ["DenseFFN", "Init", "UpcycleSettings", "make_experts"]
 
 Init = Literal["copy", "noise", "drop"]
 NOISE_STD = 0.02
@@ -97,24 +97,11 @@ class DenseFFN(NamedTuple):
     """(D,)"""
 
 
-class ExpertTensors(NamedTuple):
-    """What make_experts gives, in the dtype and on the device of the block; the axis order is that of moe_mlp."""
-
-    router: Tensor
-    """(E, D)"""
-    gate_up_proj: Tensor
-    """(E, 2F/G, D), or (E, F/G, D) without a gate"""
-    down_proj: Tensor
-    """(E, D, F/G)"""
-    gate_up_bias: Tensor | None
-    """(E, 2F/G)"""
-    down_bias: Tensor | None
-    """(E, D)"""
-
-
 @torch.no_grad()
-def make_experts(settings: UpcycleSettings, block_index: int, dense: DenseFFN) -> ExpertTensors:
-    """Make the router and the E experts of one block; the same seed and index give the same bits.
+def make_experts(settings: UpcycleSettings, block_index: int, dense: DenseFFN) -> tuple[Tensor, PerWeight[Tensor]]:
+    """Return the router (E, D) and the E experts of one block; the same seed and index give the same bits.
+
+    Both have the block's dtype and device; experts have the width F/G, in the axis order of moe_mlp.
 
     Expert e is part e % G of copy e // G. The G router rows of a copy are equal, so that top-k takes all or none of
     its parts; biases of `down` are not scaled, since the K weights of a token sum to 1.
@@ -157,7 +144,7 @@ def make_experts(settings: UpcycleSettings, block_index: int, dense: DenseFFN) -
     if dense.down_bias is not None:
         down_bias = dense.down_bias * (SHARED_SCALE if settings.shared_expert else 1.0)
         down_bias = down_bias.repeat(settings.num_experts, 1)
-    return ExpertTensors(router, gate_up, down, gate_up_bias, down_bias)
+    return router, PerWeight(gate_up, gate_up_bias, down, down_bias)
 
 
 def _draw(shape: torch.Size, generator: torch.Generator, like: Tensor) -> Tensor:

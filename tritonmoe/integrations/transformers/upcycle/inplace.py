@@ -184,13 +184,13 @@ class InplaceConversion:
                 gate_bias=wide if dense.gate_bias is None and block.gated else dense.gate_bias,
                 down_bias=dense.up.new_zeros(block.hidden_size) if dense.down_bias is None else dense.down_bias,
             )
-        made = make_experts(self.settings, block.index, dense)
+        router, experts = make_experts(self.settings, block.index, dense)
         state: dict[str, Tensor | None] = {
-            "router.weight": made.router,
-            "experts.gate_up_proj": made.gate_up_proj,
-            "experts.down_proj": made.down_proj,
-            "experts.gate_up_proj_bias": made.gate_up_bias,
-            "experts.down_proj_bias": made.down_bias,
+            "router.weight": router,
+            "experts.gate_up_proj": experts.gate_up_proj,
+            "experts.down_proj": experts.down_proj,
+            "experts.gate_up_proj_bias": experts.gate_up_bias,
+            "experts.down_proj_bias": experts.down_bias,
         }
         if self.settings.shared_expert:
             halves = [half for half in (dense.gate, dense.up) if half is not None]

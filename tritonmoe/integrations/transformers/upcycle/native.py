@@ -241,11 +241,11 @@ class NativeConversion:
     def block_state(self, block: FFNBlock, get: Callable[[str], Tensor]) -> dict[str, Tensor]:
         """Return the tensors of the MoE block, `get` being a lookup in the dense state dict."""
         dense, target = block.read(get), self.target
-        made = make_experts(self.settings, block.index, dense)
+        router, experts = make_experts(self.settings, block.index, dense)
         state = {
-            target.router: made.router,
-            "experts.gate_up_proj": made.gate_up_proj,
-            "experts.down_proj": made.down_proj,
+            target.router: router,
+            "experts.gate_up_proj": experts.gate_up_proj,
+            "experts.down_proj": experts.down_proj,
         }
         skeleton, prefix = self.skeleton.state_dict(), self._prefix(block)
         for name in target.zeros:
