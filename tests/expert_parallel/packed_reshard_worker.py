@@ -1,4 +1,4 @@
-"""What every rank of test_resharding runs: `packed_reshard_worker.py FOLDER FORMAT STAGE RANK SIZE`.
+"""What every rank of test_resharding runs: `packed_reshard_worker.py FOLDER FORMAT BACKEND STAGE RANK SIZE`.
 
 Each layout loads what another one has saved at the stage before, over another number of ranks.
 """
@@ -22,20 +22,20 @@ from torch.nn.parallel import DistributedDataParallel
 import tritonmoe as tm
 from tritonmoe.config.formats import bytes_per_value
 
-folder, weight_format, stage = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-rank, size = int(sys.argv[4]), int(sys.argv[5])
-D, F, E = 128, 128, 32
+folder, weight_format, backend = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+stage, rank, size = map(int, sys.argv[4:])
+D, F, E = (128, 128, 32) if backend == "torch" else (128, 256, 4) if weight_format == "fp8" else (64, 128, 4)
 CONFIG = tm.MoEConfig(hidden_size=D, intermediate_size=F, num_experts=E, top_k=2, weight_format=weight_format)  # type: ignore[arg-type]
 LAYOUTS = ("spread", "fsdp", "both")
 """Experts over the ranks; FSDP2 around all; experts over the ranks, and FSDP2 around what is left."""
-MOST_DECODED = 2 * 2 * F * D
-"""Values of two experts, decoded: of all its experts a rank has four times as many, or more."""
-x = torch.randn(9, D, generator=torch.Generator().manual_seed(rank)).bfloat16()
+MOST_DECODED = 2 * 2 * F * D if backend == "torch" else F * D - 1
+"""Values of two experts, decoded: of all its experts a rank has four times as many, or more. Kernels decode tiles."""
+x = torch.randn(9 if backend == "torch" else 2, D, generator=torch.Generator().manual_seed(rank)).bfloat16()
 
 
 def make(seed: int) -> nn.Module:
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(D, D), tm.MoELayer(CONFIG)).bfloat16()
+    return nn.Sequential(nn.Linear(D, D), tm.MoELayer(CONFIG, backend=backend)).bfloat16()  # type: ignore[arg-type]
 
 
 def laid_out(layout: str, seed: int) -> nn.Module:
@@ -69,7 +69,12 @@ tm.QuantizedWeight.pack(torch.zeros(1, 128, 128), weight_format).decode()  # typ
 bytes_of_experts = sum(p.nbytes for n, p in expected.named_parameters() if "experts" in n)
 assert bytes_of_experts == bytes_per_value(weight_format) * 3 * E * F * D  # type: ignore[arg-type]
 torch.set_num_threads(1)
+if backend == "triton":
+    import interpreter
+
+    interpreter.install()
 dist.init_process_group("gloo", init_method=f"file://{folder}/store{stage}", rank=rank, world_size=size)
+other = laid_out("spread", seed=8)  # outside of what is watched: making a layer packs an expert of numbers drawn
 for number, layout in enumerate(LAYOUTS):
     model = laid_out(layout, seed=0 if stage == 0 else 9)
     with LargestFloats() as largest:
@@ -89,7 +94,6 @@ for number, layout in enumerate(LAYOUTS):
                 torch.save(state, folder / f"whole{stage}.pt")
             dist.barrier()
             if stage:
-                other = laid_out(layout, seed=8)
                 other.load_state_dict(torch.load(folder / f"whole{stage - 1}.pt"))
                 assert torch.equal(other(x), y)
             DistributedDataParallel(model)(x).float().sum().backward()

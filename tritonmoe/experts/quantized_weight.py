@@ -189,7 +189,7 @@ def check_content(values: Tensor, scales: Tensor, noted_on: Tensor | None = None
                 f"a scale of an mxfp4 weight is 2**({largest} - 127), and bf16 holds 6 times at most 2**("
                 f"{LARGEST_MXFP4_SCALE} - 127) (255 is not a number): the checkpoint is damaged, or these are no scales"
             )
-    elif not bool(torch.isfinite(scales).all()):
+    elif scales.numel() and not bool(torch.isfinite(torch.stack(scales.aminmax())).all()):
         raise ValueError("a scale of a packed weight is not finite: the checkpoint is damaged, or these are no scales")
     if values.dtype == torch.float8_e4m3fn and any(
         bool((expert.view(torch.uint8) & 0x7F == 0x7F).any()) for expert in values

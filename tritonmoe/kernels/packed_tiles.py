@@ -132,7 +132,8 @@ def load_packed_tile(
     of_expert = values + expert.to(tl.int64) * stride_expert
     SHARED_BYTES: tl.constexpr = PER == 1 and FORMAT == "nf4"
     bytes_ = elements // 2 if SHARED_BYTES else elements
-    pointers = of_expert + rows[:, None] * stride_row + bytes_[None, :] * stride_element
+    # One axis more than h has: loads of one shape are spread alike over threads, and `down_grad` sums as h is spread.
+    pointers = of_expert + rows[:, None, None] * stride_row + bytes_[None, None, :] * stride_element
     scales_of_expert = scales + expert.to(tl.int64) * stride_scales_expert
     if FORMAT == "mxfp4":
         places = rows[:, None] * stride_scales_row + (groups // _MXFP4_BLOCK)[None, :]
@@ -141,16 +142,16 @@ def load_packed_tile(
     else:
         places = (rows[:, None] * stride_scales_row + groups[None, :] // 2) // (_NF4_BLOCK // 2)
     if EVEN_DEPTH and DEPTH_LAST:
-        codes = tl.load(pointers, mask=row_mask[:, None], other=0)
+        codes = tl.load(pointers, mask=row_mask[:, None, None], other=0)
         scale = tl.load(scales_of_expert + places, mask=row_mask[:, None], other=0)
     elif EVEN_DEPTH:
-        codes = tl.load(pointers, mask=element_mask[None, :], other=0)
+        codes = tl.load(pointers, mask=element_mask[None, None, :], other=0)
         scale = tl.load(scales_of_expert + places, mask=scale_mask[None, :], other=0)
     else:
-        codes = tl.load(pointers, mask=row_mask[:, None] & element_mask[None, :], other=0)
+        codes = tl.load(pointers, mask=row_mask[:, None, None] & element_mask[None, None, :], other=0)
         scale = tl.load(scales_of_expert + places, mask=row_mask[:, None] & scale_mask[None, :], other=0)
     if SHARED_BYTES:
-        codes = codes >> ((1 - elements % 2) * 4)[None, :].to(tl.uint8)
+        codes = codes >> ((1 - elements % 2) * 4)[None, None, :].to(tl.uint8)
     LENGTH: tl.constexpr = BLOCK_K if DEPTH_LAST else WIDTH
     tile = _decoded(codes, scale, FORMAT, GROUP, PER, LENGTH)
     return tile.T if DEPTH_LAST else tile
@@ -158,7 +159,7 @@ def load_packed_tile(
 
 @triton.jit
 def _decoded(
-    codes,  # (rows, LENGTH // PER) uint8
+    codes,  # (rows, 1, LENGTH // PER) uint8
     scale,  # (rows, LENGTH // GROUP)
     FORMAT: tl.constexpr,
     GROUP: tl.constexpr,

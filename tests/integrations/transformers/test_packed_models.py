@@ -3,6 +3,7 @@
 import copy
 import importlib.metadata
 import importlib.util
+import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,28 @@ def test_loads_runs_and_saves(loaded: tuple[Any, Any, dict[str, Tensor], Path], 
     AUTO_QUANTIZER_MAPPING.update(QUANTIZERS)
     again = load(tmp_path / "saved", experts_implementation="tritonmoe")
     assert torch.equal(again(IDS).logits, plain(IDS).logits)
+
+
+def test_a_packed_model_that_moves(loaded: tuple[Any, Any, dict[str, Tensor], Path]) -> None:
+    """Pickled, on meta, where it says shapes, and from there back by load_state_dict(assign=True)."""
+    packed, plain, _, _ = loaded
+    expected = plain(IDS).logits
+    file = io.BytesIO()
+    torch.save(packed, file)
+    file.seek(0)
+    assert torch.equal(torch.load(file, weights_only=False)(IDS).logits, expected)
+    away = copy.deepcopy(packed).to("meta")
+    assert away(IDS.to("meta")).logits.shape == plain.to("meta")(IDS.to("meta")).logits.shape == expected.shape
+    away.load_state_dict(packed.state_dict(), assign=True)
+    for (name, buffer), own in zip(packed.named_buffers(), away.buffers(), strict=True):
+        if own.is_meta:  # of positions, which are in no state dict
+            module, _, key = name.rpartition(".")
+            away.get_submodule(module).register_buffer(key, buffer, persistent=False)
+    assert torch.equal(away(IDS).logits, expected)
+    assert {parameter.requires_grad for parameter in away.parameters() if parameter.itemsize == 1} == {False}
+    for one, other in ((packed, plain), (plain, packed)):
+        with pytest.raises(RuntimeError, match="state_dict"):
+            one.load_state_dict(other.state_dict(), assign=True)
 
 
 def test_no_whole_decoded_weight_is_ever_made(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from tritonmoe.integrations.transformers.packed.packed_experts import (
     up_name,
 )
 from tritonmoe.integrations.transformers.sharding import ExpertParallelState, expert_parallel_state
-from tritonmoe.runtime.autograd import without_autocast
+from tritonmoe.runtime.autograd import is_autocast_on, without_autocast
 
 __all__ = ["experts_forward", "run_experts"]
 
@@ -93,7 +93,7 @@ def run_experts(
 
 
 def _computing_dtype(experts: ExpertsModule, device: torch.device) -> torch.dtype:
-    if torch.is_autocast_enabled(device.type):
+    if is_autocast_on(device):
         return torch.get_autocast_dtype(device.type)
     return torch.bfloat16 if is_packed_experts(experts) else getattr(experts, up_name(experts)).dtype
 
