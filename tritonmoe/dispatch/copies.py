@@ -98,6 +98,16 @@ class ExpertCopies:
         """Whether owners send each copy of an expert a piece of its weights, which the copies' ranks then pass on."""
         return is_relayed(*self._on_ports)
 
+    @property
+    def on_each_port(self) -> tuple[list[float], list[float]]:
+        """How many experts' weights each rank sends, and receives, on their way to all copies."""
+        sent, received = [0.0] * self.size, [float(len(of)) for of in self._on_rank]
+        for copy in self.copies:
+            num_copies = len(self.ranks_of[copy.expert]) if self.are_relayed else 1
+            sent[self.owner(copy)] += 1 / num_copies
+            sent[copy.rank] += (num_copies - 1) / num_copies  # what it passes on to the other copies
+        return sent, received
+
     @cached_property
     def _on_ports(self) -> tuple[int, int]:
         return on_ports([(copy.expert, copy.rank) for copy in self.copies], self.num_own, self.size)
