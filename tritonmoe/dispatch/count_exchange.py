@@ -5,7 +5,7 @@ with an exchange of the same size, so that its header meets the header of whatev
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ from tritonmoe.dispatch.header import HEADER_SIZE, MAGIC, CallHeader
 from tritonmoe.dispatch.header_check import AllWords, check_headers
 from tritonmoe.dispatch.terms import CallTerms, words_of
 from tritonmoe.errors import CountMismatch, TransportError
-from tritonmoe.transports import Transport
+from tritonmoe.transports import Transport, leaving_nobody_waiting
 from tritonmoe.transports.base import MAX_HEADER, MAX_SEGMENTS
 from tritonmoe.transports.waiting import Doing
 
@@ -133,7 +133,11 @@ def post_backward(transport: Transport, header: CallHeader) -> BackwardAgreement
 
 
 def exchange_counts(
-    transport: Transport, header: CallHeader, counts: Tensor, where: str = "before any chunk"
+    transport: Transport,
+    header: CallHeader,
+    counts: Tensor,
+    where: str = "before any chunk",
+    meanwhile: Callable[[], None] | None = None,
 ) -> tuple[list[CallHeader], Tensor, Tensor, CountTimes]:
     """Exchange headers and counts, and raise what exchange_plan raises unless all ranks make the same call.
 
@@ -142,6 +146,7 @@ def exchange_counts(
     Args:
         counts: (kinds, segments, W) int64, what each rank is told; kind 0 are the rows that it will be sent, kind 1 the
             pairs that it will compute.
+        meanwhile: what is done while the counts travel.
     Returns:
         Every rank's header, rows and pairs from every rank i to every rank k (2, W, W), and the counts that each rank
         told this one, shaped as `counts`; and when that was.
@@ -154,6 +159,9 @@ def exchange_counts(
         with Doing(lambda: f"the count exchange of the {header.place}"):
             pending = transport.post_counts(message)
             posted_at = time.perf_counter()
+            if meanwhile is not None:
+                with leaving_nobody_waiting(transport):
+                    meanwhile()
             received = pending.wait()
     except TransportError as error:
         raise TransportError(f"count exchange of layer call {header.sequence}, {where}: {error}") from error

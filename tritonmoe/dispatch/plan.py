@@ -222,8 +222,12 @@ def _any_bit(of_ranks: list[int]) -> PerWeight[bool]:
     return PerWeight(*(any(bits >> i & 1 for bits in of_ranks) for i in range(len(PerWeight._fields))))
 
 
-def exchange_plan(transport: Transport, header: CallHeader, tokens: TokenPlan, overlap: OverlapPlan) -> DispatchPlan:
+def exchange_plan(
+    transport: Transport, header: CallHeader, tokens: TokenPlan, overlap: OverlapPlan, is_final: bool = True
+) -> DispatchPlan:
     """Run the one count exchange of a layer call and give the plan that all ranks agree on.
+
+    is_final: False where copies may change the plan: then the order of its rows is left to be found.
 
     Raises, on every rank alike:
         TransportError: a rank refused its arguments. CountMismatch: the ranks' calls differ, or counts were damaged.
@@ -233,7 +237,9 @@ def exchange_plan(transport: Transport, header: CallHeader, tokens: TokenPlan, o
     has_copies = tokens.copy_pairs is not None
     third = tokens.copy_pairs if has_copies else tokens.return_rows  # rows return as they came where there are copies
     counts = torch.tensor([tokens.rows, tokens.pairs, third], device="cpu")  # (3, segments, W)
-    headers, (traffic, traffic_pairs), received, times = exchange_counts(transport, header, counts)
+    headers, (traffic, traffic_pairs), received, times = exchange_counts(
+        transport, header, counts, meanwhile=tokens.order.find if is_final else None
+    )
     receive_rows, receive_pairs, third = received.tolist()
     return_rows = receive_rows if has_copies else third
     with leaving_nobody_waiting(transport):

@@ -31,7 +31,7 @@ from tritonmoe.expert_parallel.proposed_call import ProposedCall
 from tritonmoe.expert_parallel.two_level_call import TwoLevelCall
 from tritonmoe.experts.arguments import have_wider_main_grads
 from tritonmoe.experts.tensors import NAMES, OPTIONAL
-from tritonmoe.transports import TwoLevelTransport
+from tritonmoe.transports import TwoLevelTransport, leaving_nobody_waiting
 from tritonmoe.tuning.copy_costs import MeasuredCosts
 
 __all__ = ["agree", "agree_without_capacity"]
@@ -61,7 +61,8 @@ def _agree(call: ProposedCall, choice: Choice, header: CallHeader) -> AgreedCall
         return _agree_on_copies(call, header, overlap, choice.copies)
     tokens = _plan_tokens(call, overlap)
     header = header._replace(nonfinite_rows=tokens.nonfinite_rows)
-    first = _planned(call, exchange_plan(call.transport, header, tokens, overlap), header)
+    plan = exchange_plan(call.transport, header, tokens, overlap, is_final=choice.costs is None)
+    first = _planned(call, plan, header)
     return first if choice.costs is None else _agree_on_balance(call, first, choice.costs)
 
 
@@ -70,6 +71,8 @@ def _agree_on_balance(call: ProposedCall, first: AgreedCall, costs: MeasuredCost
     began, overlap = time.perf_counter(), first.plan.overlap
     copies = plan_balance(call, first, costs)
     if copies is None:
+        with leaving_nobody_waiting(call.transport):
+            first.plan.tokens.order.find()
         return first
     terms = call_terms(call, overlap, copies.words)
     second = _agree_on_copies(call, first.header._replace(terms=terms), overlap, copies)
