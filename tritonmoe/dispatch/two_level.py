@@ -142,7 +142,7 @@ def exchange_two_level_plan(
     told = _told(rank_counts, outer_counts[0], node_size, place)
     order = RowOrder(partial(order_rows, outer_keys, num_nodes, topk_ids.shape[1], outer_rows))
     counts = exchange_counts(transport, header, told, meanwhile=order.find)
-    headers, (traffic, traffic_pairs), received, times = counts
+    headers, (traffic, traffic_pairs), received, times, _ = counts
     told_rows, told_pairs = received[:2].tolist()
     relayed_from = received[:, :, place::node_size]  # (kinds, segments, nodes): only our place in a node tells us
     with leaving_nobody_waiting(transport):

@@ -25,7 +25,7 @@ from tritonmoe.dispatch.send_plan import TokenPlan, plan_tokens
 from tritonmoe.dispatch.terms import CallTerms, plan_terms
 from tritonmoe.dispatch.two_level import exchange_two_level_plan
 from tritonmoe.expert_parallel.agreed_call import AgreedCall
-from tritonmoe.expert_parallel.balance import plan_balance
+from tritonmoe.expert_parallel.balance import plan_balance, told_beside
 from tritonmoe.expert_parallel.choose import Choice
 from tritonmoe.expert_parallel.proposed_call import ProposedCall
 from tritonmoe.expert_parallel.two_level_call import TwoLevelCall
@@ -61,9 +61,11 @@ def _agree(call: ProposedCall, choice: Choice, header: CallHeader) -> AgreedCall
         return _agree_on_copies(call, header, overlap, choice.copies)
     tokens = _plan_tokens(call, overlap)
     header = header._replace(nonfinite_rows=tokens.nonfinite_rows)
-    plan = exchange_plan(call.transport, header, tokens, overlap, is_final=choice.costs is None)
-    first = _planned(call, plan, header)
-    return first if choice.costs is None else _agree_on_balance(call, first, choice.costs)
+    if choice.costs is None:
+        return _planned(call, exchange_plan(call.transport, header, tokens, overlap), header)
+    beside = told_beside(call, overlap, choice.costs)
+    plan = exchange_plan(call.transport, header, tokens, overlap, is_final=False, beside=beside)
+    return _agree_on_balance(call, _planned(call, plan, header), choice.costs)
 
 
 def _agree_on_balance(call: ProposedCall, first: AgreedCall, costs: MeasuredCosts) -> AgreedCall:

@@ -99,6 +99,8 @@ class MeasuredCosts:
         self._planning_fs: deque[int] = deque(maxlen=KEPT_CALLS)
         self._permille: dict[bool, deque[int]] = {True: deque(maxlen=KEPT_CALLS), False: deque(maxlen=KEPT_CALLS)}
         """What calls with copies, and those without, took of what was expected."""
+        self.were_uneven = False
+        """Whether ranks had uneven numbers of pairs in the last call, the same on every rank."""
         self._num_without = 0
         """How many calls there were since the last one with copies."""
 
