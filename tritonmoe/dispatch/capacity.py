@@ -26,7 +26,14 @@ from torch import Tensor
 from tritonmoe.config.overlap import OverlapPlan
 from tritonmoe.dispatch.count_exchange import exchange_counts
 from tritonmoe.dispatch.header import CallHeader
-from tritonmoe.dispatch.send_plan import TokenPlan, compact_columns, count_rows, owners_of_pairs, row_segments
+from tritonmoe.dispatch.send_plan import (
+    RowOrder,
+    TokenPlan,
+    compact_columns,
+    count_rows,
+    owners_of_pairs,
+    row_segments,
+)
 from tritonmoe.dispatch.terms import in_millionths
 from tritonmoe.runtime.cpu_memory import to_device
 from tritonmoe.runtime.host_device import HostCopy, is_captured
@@ -128,11 +135,11 @@ def plan_capped_tokens(
     home_tokens[places] = torch.div(order, size, rounding_mode="floor").to(torch.int32)
 
     overflows = ~fits.all()
+    found = home_tokens[:num_home], compact_columns(home_index.view(-1, size), top_k)
     return CappedTokens(
         TokenPlan(
             token_bounds=overlap.bounds(num_tokens),
-            home_tokens=home_tokens[:num_home],
-            home_index=compact_columns(home_index.view(-1, size), top_k),
+            order=RowOrder(lambda: found),
             rows=rows,
             pairs=pairs,
             return_rows=rows,

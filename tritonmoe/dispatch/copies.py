@@ -8,7 +8,7 @@ the layer's entry counts these.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, pairwise
+from itertools import accumulate, chain, pairwise
 from typing import NamedTuple
 
 import torch
@@ -93,6 +93,16 @@ class ExpertCopies:
         """Whether owners send each copy of an expert a piece of its weights, which the copies' ranks then pass on."""
         return is_relayed(*self._on_ports)
 
+    @property
+    def on_each_port(self) -> tuple[list[float], list[float]]:
+        """How many experts' weights each rank sends, and receives, on their way to all copies."""
+        sent, received = [0.0] * self.size, [float(len(of)) for of in self._on_rank]
+        for copy in self.copies:
+            num_copies = len(self.ranks_of[copy.expert]) if self.are_relayed else 1
+            sent[self.owner(copy)] += 1 / num_copies
+            sent[copy.rank] += (num_copies - 1) / num_copies  # what it passes on to the other copies
+        return sent, received
+
     @cached_property
     def _on_ports(self) -> tuple[int, int]:
         return on_ports([(copy.expert, copy.rank) for copy in self.copies], self.num_own, self.size)
@@ -134,33 +144,31 @@ class ExpertCopies:
         Args:
             topk_ids: slots counted without copies.
         """
-        ids = topk_ids.long()
-        skipped = (ids < 0) | (ids >= self.size * self.num_own)
-        ids = ids.masked_fill(skipped, 0)
-        slots = ids + torch.div(ids, self.num_own, rounding_mode="floor") * self.num_copies
-        columns, bounds, targets = (to_device(table, ids.device) for table in self._tables(rank))
-        column = columns[ids].masked_fill(skipped, -1)
-        order = _order_in_chunks(ids.shape[0], overlap, ids.device)
+        ids = topk_ids.long().flatten()
+        num_slots = self.size * self.num_own
+        ids = ids.masked_fill((ids < 0) | (ids >= num_slots), num_slots)
+        of_slots, bounds, targets = self._tables(rank, ids.device)
+        column, slots = of_slots.index_select(1, ids)
+        order = _order_in_chunks(topk_ids.shape[0], overlap, ids.device)
         if order is not None:
-            column = column[order]
-        column = column.view(-1, 1)
-        is_copied = column >= 0
-        number = (column == torch.arange(bounds.shape[0], device=ids.device)).cumsum(0, dtype=torch.int32)
-        column = column.clamp_(min=0)
-        place = (number.gather(1, column) > bounds[column[:, 0]]).sum(1, keepdim=True)
-        target = targets[column[:, 0]].gather(1, place).masked_fill_(~is_copied, -1).view_as(ids)
+            column = column.view_as(topk_ids).index_select(0, order).flatten()
+        numbers = torch.arange(bounds.shape[1], device=ids.device)
+        number = (column == numbers[:, None]).cumsum(1, dtype=torch.int32).gather(0, column[None])
+        place = (number > bounds.index_select(1, column)).sum(0)
+        target = targets.index_select(0, place.add_(column, alpha=bounds.shape[0] + 1)).view_as(topk_ids)
         if order is not None:
             target = torch.empty_like(target).index_copy_(0, order, target)
-        return torch.where(target >= 0, target, slots).masked_fill_(skipped, -1)
+        return torch.where(target >= 0, target, slots.view_as(topk_ids))
 
-    def _tables(self, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _tables(self, rank: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Return what slots() looks up.
 
-        (slots,) the number of each copied expert among them, -1 for others; (H, places) up to which of its pairs each
-        place takes them; and (H, places + 1) the slot of each place, -1 for the owner's, which is the last.
+        (2, slots + 1) the number of each copied expert among them, H for others and for skipped pairs, and the owner's
+        slot, counted with copies, -1 for skipped pairs; (places, H + 1) up to which of its pairs each place takes them;
+        and ((H + 1) * (places + 1),) the slot of each place, -1 for the owner's, which is the last.
         """
-        copied = sorted({copy.expert for copy in self.copies})
-        columns = [-1] * (self.size * self.num_own)
+        copied = sorted(self.ranks_of)
+        columns = [len(copied)] * (self.size * self.num_own + 1)
         places = []
         for number, expert in enumerate(copied):
             columns[expert] = number
@@ -168,12 +176,16 @@ class ExpertCopies:
             places.append(sorted(of_expert, key=lambda copy: (copy.rank != rank, copy.rank)))
         width = max(map(len, places), default=0)
         bounds, targets = [], []
-        for of_expert in places:
+        for of_expert in (*places, []):
             missing = width - len(of_expert)
             reached = list(accumulate(copy.pairs[rank] for copy in of_expert))
-            bounds.append(reached + reached[-1:] * missing)
-            targets.append([self._slot(copy) for copy in of_expert] + [-1] * (missing + 1))
-        return _table(columns), _table(bounds), _table(targets)
+            bounds.append(reached + (reached or [0])[-1:] * missing)
+            targets += [self._slot(copy) for copy in of_expert] + [-1] * (missing + 1)
+        slots = [slot + slot // self.num_own * self.num_copies for slot in range(self.size * self.num_own)]
+        flat = [*columns, *slots, -1, *chain(*zip(*bounds, strict=True)), *targets]
+        table = to_device(torch.tensor(flat, dtype=torch.int64, device="cpu"), device)  # one copy to the device
+        of_slots, of_places, to_slots = table.split([2 * len(columns), width * len(bounds), len(targets)])
+        return of_slots.view(2, -1), of_places.view(width, len(bounds)), to_slots
 
     def _slot(self, copy: ExpertCopy) -> int:
         return copy.rank * (self.num_own + self.num_copies) + self.num_own + self.on(copy.rank).index(copy)
@@ -210,13 +222,8 @@ def _order_in_chunks(num_tokens: int, overlap: OverlapPlan, device: torch.device
     """
     if overlap.num_chunks == 1:
         return None
-    bounds = overlap.bounds(num_tokens)
-    sizes = torch.tensor([last - first for first, last in pairwise(bounds)], device="cpu")
-    starts, sizes = to_device(torch.stack([torch.tensor(bounds[:-1], device="cpu"), sizes]), device)
-    of_token = sizes.repeat_interleave(sizes, output_size=num_tokens)
-    behind = torch.arange(num_tokens, device=device) - starts.repeat_interleave(sizes, output_size=num_tokens)
-    return torch.sort(behind.double() / of_token, stable=True)[1]
-
-
-def _table(numbers: list[int] | list[list[int]]) -> Tensor:
-    return torch.tensor(numbers, dtype=torch.int64, device="cpu")
+    sizes = [last - first for first, last in pairwise(overlap.bounds(num_tokens))]
+    if len(set(sizes)) == 1:
+        return torch.arange(num_tokens, device=device).view(len(sizes), -1).T.flatten()
+    behind = [torch.arange(size, dtype=torch.float64, device=device) / max(1, size) for size in sizes]
+    return torch.sort(torch.cat(behind), stable=True)[1]

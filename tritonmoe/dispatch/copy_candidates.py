@@ -6,13 +6,15 @@ the same ones: there are only integers here.
 
 from collections.abc import Iterator, Sequence
 
-import torch
 from torch import Tensor
 
 __all__ = ["LARGEST_SHARE_PERCENT", "Load", "Move", "candidates"]
 
 LARGEST_SHARE_PERCENT = 97
 """Copies are made where a call is expected to take at most this share of its time without."""
+
+TRIED_PAIRS = 4
+"""Of each copy that there may be, so many experts with pairs of a rank's tokens are tried for it."""
 
 Move = tuple[int, int, int]
 """An expert, the rank that it is copied to, and how many of its pairs go there."""
@@ -22,20 +24,26 @@ class Load:
     """What a call has to do without copies; arguments as in plan_copies."""
 
     def __init__(self, counts: Tensor, rows: Tensor, top_k: int) -> None:
-        self.counts, self.rows = counts, rows
         self.size = counts.shape[0]
         self.num_own = counts.shape[1] // self.size
         """L, the slots of one rank."""
-        of_expert = counts.sum(0)
-        self.of_expert: list[int] = of_expert.tolist()
-        self.of_rank: list[int] = of_expert.view(self.size, self.num_own).sum(1).tolist()
-        self.pairs = counts.view(self.size, self.size, self.num_own).sum(2)
-        """(W, W) pairs of rank i that rank k computes."""
-        self.tokens = torch.div(counts.sum(1), max(1, top_k), rounding_mode="floor").clamp_(min=1)
-        """(W,)."""
-        own = rows.diagonal()
-        self.out: list[int] = (rows.sum(1) - own).tolist()
-        self.into: list[int] = (rows.sum(0) - own).tolist()
+        self.of_expert: list[int] = counts.sum(0).tolist()
+        firsts = range(0, len(self.of_expert), self.num_own)
+        self.of_rank = [sum(self.of_expert[first : first + self.num_own]) for first in firsts]
+        # Lists, since few of the numbers are read, and each operation on a tensor takes as long as reading hundreds.
+        self.counts: list[list[int]] = counts.tolist()
+        self.rows: list[list[int]] = rows.tolist()
+        self.tokens = [max(1, sum(of) // max(1, top_k)) for of in self.counts]
+        """Of each rank."""
+        self.out: list[int] = rows.sum(1).tolist()
+        self.into: list[int] = rows.sum(0).tolist()
+        for rank, of in enumerate(self.rows):
+            self.out[rank] -= of[rank]
+            self.into[rank] -= of[rank]
+
+    def pairs(self, source: int, rank: int) -> int:
+        """Return how many pairs of one rank's tokens another rank computes."""
+        return sum(self.counts[source][rank * self.num_own : (rank + 1) * self.num_own])
 
 
 def candidates(load: Load, max_copies: int, least: int, caps_percent: Sequence[int]) -> Iterator[tuple[Move, ...]]:
@@ -45,13 +53,28 @@ def candidates(load: Load, max_copies: int, least: int, caps_percent: Sequence[i
         least: the fewest pairs that are worth a copy. caps_percent: up to how much of the mean ranks keep, ascending.
     """
     mean, most = -(-sum(load.of_rank) // load.size), max(load.of_rank)
+    busy = _busy_pairs(load, mean * caps_percent[0] // 100, least)
     for percent in caps_percent:
         cap = mean * percent // 100
         if 100 * cap > LARGEST_SHARE_PERCENT * most:
             break
         for held in sorted({1, min(2, max_copies), max_copies}) if percent == caps_percent[0] else (max_copies,):
             yield _by_load(load, cap, held, least)
-            yield _by_tokens(load, cap, held, least)
+            yield _by_tokens(load, busy, cap, held, least)
+
+
+def _busy_pairs(load: Load, cap: int, least: int) -> list[Move]:
+    """Return (expert, rank, pairs) of experts on ranks above the cap: `least` pairs or more of a rank's tokens.
+
+    The most pairs come first, then by rank and expert.
+    """
+    num_own = load.num_own
+    busy = [owner for owner, pairs in enumerate(load.of_rank) if pairs > cap]
+    hot = [expert for owner in busy for expert in range(owner * num_own, (owner + 1) * num_own)]
+    found = [
+        (-of[expert], rank, expert) for rank, of in enumerate(load.counts) for expert in hot if of[expert] >= least
+    ]
+    return [(expert, rank, -negative) for negative, rank, expert in sorted(found)]
 
 
 def _by_load(load: Load, cap: int, max_copies: int, least: int) -> tuple[Move, ...]:
@@ -85,31 +108,24 @@ def _by_load(load: Load, cap: int, max_copies: int, least: int) -> tuple[Move, .
     return tuple(sorted(moves))
 
 
-def _by_tokens(load: Load, cap: int, max_copies: int, least: int) -> tuple[Move, ...]:
+def _by_tokens(load: Load, busy: Sequence[Move], cap: int, max_copies: int, least: int) -> tuple[Move, ...]:
     """Make copies where the tokens are: each rank computes pairs of its own tokens, whose rows then stay."""
     over = {rank: pairs - cap for rank, pairs in enumerate(load.of_rank) if pairs > cap}
     room = {rank: cap - pairs for rank, pairs in enumerate(load.of_rank) if cap - pairs >= least}
-    hot = [expert for owner in over for expert in range(owner * load.num_own, (owner + 1) * load.num_own)]
-    if not room or not hot:
-        return ()
-    ranks = list(room)
-    # load.counts[:, hot] would start threads, which takes longer than all the rest.
-    found = load.counts.index_select(1, _as_index(hot)).index_select(0, _as_index(ranks)).flatten()
-    order = torch.sort(found, descending=True, stable=True)[1][: 4 * max_copies * load.size].tolist()
-    here, held = found.tolist(), dict.fromkeys(ranks, 0)
+    held = dict.fromkeys(room, 0)
     moves: list[Move] = []
-    for place in order:
-        if here[place] < least:
-            break
-        rank, expert = ranks[place // len(hot)], hot[place % len(hot)]
+    left, num_over, num_open = TRIED_PAIRS * max_copies * load.size, sum(of >= least for of in over.values()), len(room)
+    for expert, rank, here in busy:
         owner = expert // load.num_own
-        piece = min(here[place], over[owner], room[rank])
-        if piece < least or held[rank] == max_copies:
+        if not (num_over and num_open and left):
+            break
+        if rank not in room or owner not in over:
             continue
-        moves.append((expert, rank, piece))
-        over[owner], room[rank], held[rank] = over[owner] - piece, room[rank] - piece, held[rank] + 1
+        left -= 1
+        piece = min(here, over[owner], room[rank])
+        if piece >= least and held[rank] < max_copies:
+            moves.append((expert, rank, piece))
+            over[owner], room[rank], held[rank] = over[owner] - piece, room[rank] - piece, held[rank] + 1
+            num_over -= over[owner] < least
+            num_open -= room[rank] < least or held[rank] == max_copies
     return tuple(sorted(moves))
-
-
-def _as_index(numbers: Sequence[int]) -> Tensor:
-    return torch.tensor(numbers, dtype=torch.int64, device="cpu")

@@ -10,9 +10,10 @@ the backward, a part under the product that gives the next one.
 
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import chain, groupby
+from operator import itemgetter
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from tritonmoe.dispatch.copies import ExpertCopies, ExpertCopy, is_relayed, on_ports
@@ -89,24 +90,17 @@ def plan_copies(counts: Tensor, rows: Tensor, top_k: int, max_copies: int, costs
         costs: None to spread the pairs as evenly as so many copies can, whatever that takes.
     """
     load = Load(counts, rows, top_k)
-    without = _Candidate(load, ())
-    without_price = without.price(costs)
-    best, best_price = without, without_price
-    seen: set[tuple[Move, ...]] = {()}
+    without = _Candidate(load, (), costs)
+    best, best_price = without, without.price
     caps = CAPS_PERCENT if costs else CAPS_PERCENT[:1]
-    for moves in candidates(load, max_copies, _least_pairs(load, costs), caps):
-        candidate = _Candidate(load, moves)
-        if moves not in seen and candidate.least_price(costs) < best_price:
-            price = candidate.price(costs)
-            if price < best_price:
-                best, best_price = candidate, price
-        seen.add(moves)
-    with_fs, without_fs = best_price[0], without_price[0]
+    found = dict.fromkeys(candidates(load, max_copies, _least_pairs(load, costs), caps))
+    for candidate in (_Candidate(load, moves, costs) for moves in found if moves):
+        if candidate.least_price < best_price and candidate.price < best_price:
+            best, best_price = candidate, candidate.price
+    with_fs, without_fs = best_price[0], without.price[0]
     permille = (1000, 1000) if costs is None else (costs.with_permille, costs.without_permille)
     is_faster = 100 * with_fs * permille[0] <= LARGEST_SHARE_PERCENT * without_fs * permille[1]
     copies = best.copies() if best is not without and is_faster else None
-    if copies is not None and not copies.copies:
-        copies = None
     return PlannedCopies(copies, with_fs, without_fs) if costs else PlannedCopies(copies, 0, 0)
 
 
@@ -125,10 +119,9 @@ class _Candidate:
     expert beginning with another one: few pieces of a few pairs each.
     """
 
-    def __init__(self, load: Load, moves: tuple[Move, ...]) -> None:
-        self.load, self.moves = load, moves
+    def __init__(self, load: Load, moves: tuple[Move, ...], costs: CopyCosts | None) -> None:
+        self.load, self.moves, self.costs = load, moves, costs
         self.owners = [expert // load.num_own for expert, _, _ in moves]
-        self.ranks = [rank for _, rank, _ in moves]
         self.pairs = list(load.of_rank)
         """That each rank computes."""
         self.copies_out, self.copies_in, self.copied_pairs = ([0] * load.size for _ in range(3))
@@ -140,85 +133,78 @@ class _Candidate:
             self.copied_pairs[rank] += moved
 
     @cached_property
-    def _on_ports(self) -> tuple[int, int]:
-        return on_ports([move[:2] for move in self.moves], self.load.num_own, self.load.size)
-
-    @cached_property
-    def flow(self) -> Tensor:
-        """(W, copies) how many pairs of each rank's tokens go to each copy."""
-        return self._flow() if self.moves else self.load.counts.new_zeros(self.load.size, 0)
-
-    @cached_property
-    def _numbers(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The experts, ranks and pairs of the moves."""
-        experts, ranks, pieces = torch.tensor(self.moves, dtype=torch.int64, device="cpu").unbind(1)
-        return experts, ranks, pieces
-
-    def _flow(self) -> Tensor:
-        load, size = self.load, self.load.size
-        experts, ranks, pieces = self._numbers
-        places = torch.arange(len(self.moves), device="cpu")
-        stay = torch.minimum(load.counts[ranks, experts], pieces)
-        far = (pieces - stay).tolist()
-        if not any(far):
-            flow = torch.zeros(size, len(self.moves), dtype=torch.int64, device="cpu")
-            flow[ranks, places] = stay
-            return flow
-        left = load.counts.clone()
-        left[ranks, experts] -= stay
-        order = (torch.arange(size, device="cpu")[:, None] + experts) % size
-        left = left.index_select(1, experts).gather(0, order)
-        reached = left.cumsum(0)
-        taken: dict[int, int] = {}
-        bounds = []
-        for (expert, _, _), number in zip(self.moves, far, strict=True):
-            first = taken.get(expert, 0)
-            taken[expert] = first + number
-            bounds.append((first, first + number))
-        firsts, lasts = torch.tensor(bounds, device="cpu").unbind(1)
-        flow = (torch.minimum(reached, lasts) - torch.maximum(reached - left, firsts)).clamp_(min=0)
-        flow = torch.zeros_like(flow).scatter_(0, order, flow)
-        flow[ranks, places] += stay
+    def flow(self) -> list[list[tuple[int, int]]]:
+        """Of each move the ranks whose tokens' pairs go to the copy, with how many."""
+        load, flow = self.load, []
+        for expert, of_expert in groupby(self.moves, key=itemgetter(0)):
+            pieces = [(rank, number) for _, rank, number in of_expert]
+            left = [of[expert] for of in load.counts]
+            stays = [min(left[rank], number) for rank, number in pieces]
+            for (rank, _), stay in zip(pieces, stays, strict=True):
+                left[rank] -= stay
+            sources = chain(range(expert % load.size, load.size), range(expert % load.size))
+            source = next(sources)
+            for (rank, number), stay in zip(pieces, stays, strict=True):
+                taken, far = [(rank, stay)] if stay else [], number - stay
+                while far:
+                    piece = min(far, left[source])
+                    if piece:
+                        taken.append((source, piece))
+                        far -= piece
+                        left[source] -= piece
+                    else:
+                        source = next(sources)
+                flow.append(taken)
         return flow
 
     def copies(self) -> ExpertCopies:
-        of_copy = self.flow.T.tolist()
-        found = [ExpertCopy(e, r, tuple(of)) for (e, r, _), of in zip(self.moves, of_copy, strict=True) if any(of)]
+        found = []
+        for (expert, rank, _), taken in zip(self.moves, self.flow, strict=True):
+            pairs = [0] * self.load.size
+            for source, number in taken:
+                pairs[source] = number
+            found.append(ExpertCopy(expert, rank, tuple(pairs)))
         return ExpertCopies(self.load.size, self.load.num_own, tuple(found))
 
-    def least_price(self, costs: CopyCosts | None) -> tuple[int, int]:
-        """Return what price() would be if no rows travelled: which copies cost more than that is soon known."""
-        return self._priced([0] * self.load.size, costs)
+    @cached_property
+    def least_price(self) -> tuple[int, int]:
+        """What `price` would be if no rows travelled: which copies cost more than that is soon known."""
+        return self._priced([0] * self.load.size)
 
-    def price(self, costs: CopyCosts | None) -> tuple[int, int]:
-        """Return femtoseconds of the call, or without costs the busiest rank's pairs; and the number of copies."""
-        return self._priced([] if costs is None else self._rows_on_ports(), costs)
+    @cached_property
+    def price(self) -> tuple[int, int]:
+        """Femtoseconds of the call, or without costs the busiest rank's pairs; and the number of copies."""
+        return self._priced([] if self.costs is None else self._rows_on_ports())
 
-    def _priced(self, rows: Sequence[int], costs: CopyCosts | None) -> tuple[int, int]:
+    def _priced(self, rows: Sequence[int]) -> tuple[int, int]:
         """Return the price with so many rows on the busier direction of each rank's port."""
+        costs = self.costs
         if costs is None:
             return max(self.pairs), len(self.moves)
-        direct, relayed = self._on_ports
-        carried = list(map(max, self.copies_out, self.copies_in))
-        if is_relayed(direct, relayed):  # pieces that are passed on occupy everybody until the last ones have come
-            carried, direct = [relayed] * self.load.size, relayed
-        total = _pass_fs(
-            self._forward_fs(costs, direct * costs.expert_bytes * costs.byte_fs),
-            [of * costs.expert_bytes for of in carried],
-            [of * (costs.row_bytes + costs.other_row_bytes) for of in rows],
-            costs.byte_fs,
-        )
+        sent, gradients, forward_fs, backward_fs = self._without_rows
+        total = _pass_fs(forward_fs, sent, rows, costs.row_bytes + costs.other_row_bytes, costs.byte_fs)
         if costs.backward_fs:
-            total += _pass_fs(
-                self._backward_fs(costs, max(self.copies_out) * costs.gradient_bytes * costs.byte_fs),
-                [of * costs.gradient_bytes for of in map(max, self.copies_out, self.copies_in)],
-                [of * 2 * costs.other_row_bytes for of in rows],
-                costs.byte_fs,
-            )
+            total += _pass_fs(backward_fs, gradients, rows, 2 * costs.other_row_bytes, costs.byte_fs)
         if self.moves:
             total += costs.call_fs
         slower = max(self.copies_in) * self.load.size + len(self.moves)
         return total + total * slower // (COPY_SHARE * self.load.size), len(self.moves)
+
+    @cached_property
+    def _without_rows(self) -> tuple[list[int], list[int], int, int]:
+        """The bytes of copies on each rank's port in a forward and in a backward, and what ranks compute in them."""
+        costs = self.costs
+        assert costs is not None
+        direct, relayed = on_ports([move[:2] for move in self.moves], self.load.num_own, self.load.size)
+        on_port = carried = list(map(max, self.copies_out, self.copies_in))
+        if is_relayed(direct, relayed):  # pieces that are passed on occupy everybody until the last ones have come
+            carried, direct = [relayed] * self.load.size, relayed
+        return (
+            [of * costs.expert_bytes for of in carried],
+            [of * costs.gradient_bytes for of in on_port],
+            self._forward_fs(costs, direct * costs.expert_bytes * costs.byte_fs),
+            self._backward_fs(costs, max(self.copies_out) * costs.gradient_bytes * costs.byte_fs),
+        )
 
     def _forward_fs(self, costs: CopyCosts, copies_fs: int) -> int:
         """Return what the busiest rank computes in a forward; half of own pairs are computed until copies have come."""
@@ -245,28 +231,28 @@ class _Candidate:
         """Return how many rows pass the busier direction of each rank's port."""
         load = self.load
         out, into = list(load.out), list(load.into)
-        if self.moves:
-            # A pair that leaves takes its part of a row along, and needs a new one where its token didn't go before.
-            tokens = load.tokens[:, None]
-            moved = self.flow * PARTS
-            experts, ranks, _ = self._numbers
-            owners = torch.div(experts, load.num_own, rounding_mode="floor")
-            lost = moved * load.rows.index_select(1, owners) // load.pairs.index_select(1, owners).clamp_(min=1)
-            gained = moved * (tokens - load.rows.index_select(1, ranks)).clamp_(min=0) // tokens
-            places = torch.arange(len(self.moves), device="cpu")
-            lost[owners, places] = 0
-            gained[ranks, places] = 0
-            for rank, change in enumerate((gained - lost).sum(1).tolist()):
-                out[rank] += change // PARTS
-            changes = zip(self.owners, self.ranks, lost.sum(0).tolist(), gained.sum(0).tolist(), strict=True)
-            for owner, rank, less, more in changes:
-                into[owner] -= less // PARTS
-                into[rank] += more // PARTS
-        return [max(0, *both) for both in zip(out, into, strict=True)]
+        changes = [0] * load.size
+        # A pair that leaves takes its part of a row along, and needs a new one where its token didn't go before.
+        for owner, (_, rank, _), taken in zip(self.owners, self.moves, self.flow, strict=True):
+            less = more = 0
+            for source, number in taken:
+                rows, moved, change = load.rows[source], number * PARTS, 0
+                if source != owner:
+                    change = -(moved * rows[owner] // load.pairs(source, owner))
+                    less -= change
+                tokens = load.tokens[source]
+                if source != rank and tokens > rows[rank]:
+                    gained = moved * (tokens - rows[rank]) // tokens
+                    more += gained
+                    change += gained
+                changes[source] += change
+            into[owner] -= less // PARTS
+            into[rank] += more // PARTS
+        return [max(0, sent + change // PARTS, came) for sent, change, came in zip(out, changes, into, strict=True)]
 
 
-def _pass_fs(computed_fs: int, copies_bytes: Sequence[int], rows_bytes: Sequence[int], byte_fs: int) -> int:
-    """Return what a pass takes; copies_bytes, rows_bytes: on the busier direction of each rank's port."""
-    exposed_fs = max(rows_bytes) * byte_fs // EXPOSED_SHARE
-    sent_fs = max(map(sum, zip(copies_bytes, rows_bytes, strict=True))) * byte_fs
-    return max(computed_fs + exposed_fs, sent_fs) + exposed_fs
+def _pass_fs(computed_fs: int, copies_bytes: Sequence[int], rows: Sequence[int], row_bytes: int, byte_fs: int) -> int:
+    """Return what a pass takes; copies_bytes, rows: on the busier direction of each rank's port."""
+    exposed_fs = max(rows) * row_bytes * byte_fs // EXPOSED_SHARE
+    sent_bytes = max(copied + number * row_bytes for copied, number in zip(copies_bytes, rows, strict=True))
+    return max(computed_fs + exposed_fs, sent_bytes * byte_fs) + exposed_fs

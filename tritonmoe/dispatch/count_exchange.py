@@ -5,7 +5,7 @@ with an exchange of the same size, so that its header meets the header of whatev
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ from tritonmoe.dispatch.header import HEADER_SIZE, MAGIC, CallHeader
 from tritonmoe.dispatch.header_check import AllWords, check_headers
 from tritonmoe.dispatch.terms import CallTerms, words_of
 from tritonmoe.errors import CountMismatch, TransportError
-from tritonmoe.transports import Transport
+from tritonmoe.transports import Transport, leaving_nobody_waiting
 from tritonmoe.transports.base import MAX_HEADER, MAX_SEGMENTS
 from tritonmoe.transports.waiting import Doing
 
@@ -30,6 +30,7 @@ __all__ = [
     "exchange_counts",
     "post_backward",
     "refuse_call",
+    "room_beside",
 ]
 
 assert HEADER_SIZE <= MAX_HEADER
@@ -133,8 +134,13 @@ def post_backward(transport: Transport, header: CallHeader) -> BackwardAgreement
 
 
 def exchange_counts(
-    transport: Transport, header: CallHeader, counts: Tensor, where: str = "before any chunk"
-) -> tuple[list[CallHeader], Tensor, Tensor, CountTimes]:
+    transport: Transport,
+    header: CallHeader,
+    counts: Tensor,
+    where: str = "before any chunk",
+    meanwhile: Callable[[], None] | None = None,
+    beside: Tensor | None = None,
+) -> tuple[list[CallHeader], Tensor, Tensor, CountTimes, Tensor | None]:
     """Exchange headers and counts, and raise what exchange_plan raises unless all ranks make the same call.
 
     The counts that this rank is told are for check_counts.
@@ -142,18 +148,29 @@ def exchange_counts(
     Args:
         counts: (kinds, segments, W) int64, what each rank is told; kind 0 are the rows that it will be sent, kind 1 the
             pairs that it will compute.
+        meanwhile: what is done while the counts travel.
+        beside: (n,) int64, what every rank is told in the room that so many segments leave, room_beside() at most.
     Returns:
         Every rank's header, rows and pairs from every rank i to every rank k (2, W, W), and the counts that each rank
-        told this one, shaped as `counts`; and when that was.
+        told this one, shaped as `counts`; when that was; and what every rank has told `beside`, (W, n), None where some
+        rank has told nothing.
     """
     num_kinds, num_segments, size = counts.shape
     message, first = _message(transport, header), MAX_HEADER + 2 * size
     message[:, MAX_HEADER:first] = counts[:2].sum(1).flatten()
-    message[:, first:].view(size, num_kinds, MAX_SEGMENTS)[:, :, :num_segments] = counts.permute(2, 0, 1)
+    in_kinds = message[:, first:].view(size, num_kinds, MAX_SEGMENTS)
+    in_kinds[:, :, :num_segments] = counts.permute(2, 0, 1)
+    if beside is not None:
+        room = torch.zeros(num_kinds * (MAX_SEGMENTS - num_segments), dtype=torch.int64, device="cpu")
+        room[0], room[1 : 1 + len(beside)] = 1, beside
+        in_kinds[:, :, num_segments:] = room.view(num_kinds, -1)
     try:
         with Doing(lambda: f"the count exchange of the {header.place}"):
             pending = transport.post_counts(message)
             posted_at = time.perf_counter()
+            if meanwhile is not None:
+                with leaving_nobody_waiting(transport):
+                    meanwhile()
             received = pending.wait()
     except TransportError as error:
         raise TransportError(f"count exchange of layer call {header.sequence}, {where}: {error}") from error
@@ -162,8 +179,17 @@ def exchange_counts(
     check_headers(headers, partial(_words_of_all, transport, header))
     traffic = received[:, MAX_HEADER:first].reshape(size, 2, size).transpose(0, 1).contiguous()
     check_sizes(traffic[0].sum(0).tolist(), header.top_k)
-    told = received[:, first:].view(size, num_kinds, MAX_SEGMENTS)[:, :, :num_segments].permute(1, 2, 0)
-    return headers, traffic, told, times
+    in_kinds = received[:, first:].view(size, num_kinds, MAX_SEGMENTS)
+    told_beside = None
+    if beside is not None:
+        rooms = in_kinds[:, :, num_segments:].reshape(size, -1)
+        told_beside = rooms[:, 1 : 1 + len(beside)] if bool(rooms[:, 0].all()) else None
+    return headers, traffic, in_kinds[:, :, :num_segments].permute(1, 2, 0), times, told_beside
+
+
+def room_beside(num_segments: int) -> int:
+    """Return how many integers a call with so many segments can tell beside its counts."""
+    return 3 * (MAX_SEGMENTS - num_segments) - 1
 
 
 def check_counts(

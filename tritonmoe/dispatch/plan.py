@@ -58,6 +58,8 @@ class DispatchPlan:
     () without copies."""
     count_times: CountTimes | None = None
     """Of the count exchange; None of the plan inside a node, whose counts came with those of all ranks."""
+    beside: Tensor | None = None
+    """(W, n) int64: what every rank has told beside its counts; None where some rank has told nothing."""
 
     @property
     def call(self) -> str:
@@ -222,9 +224,19 @@ def _any_bit(of_ranks: list[int]) -> PerWeight[bool]:
     return PerWeight(*(any(bits >> i & 1 for bits in of_ranks) for i in range(len(PerWeight._fields))))
 
 
-def exchange_plan(transport: Transport, header: CallHeader, tokens: TokenPlan, overlap: OverlapPlan) -> DispatchPlan:
+def exchange_plan(
+    transport: Transport,
+    header: CallHeader,
+    tokens: TokenPlan,
+    overlap: OverlapPlan,
+    is_final: bool = True,
+    beside: Tensor | None = None,
+) -> DispatchPlan:
     """Run the one count exchange of a layer call and give the plan that all ranks agree on.
 
+    Args:
+        is_final: False where copies may change the plan: then the order of its rows is left to be found.
+        beside: as in exchange_counts.
     Raises, on every rank alike:
         TransportError: a rank refused its arguments. CountMismatch: the ranks' calls differ, or counts were damaged.
         NonFiniteScores: a rank's router scores were not finite. CapacityOverflow: an earlier replay's rows didn't fit.
@@ -233,7 +245,9 @@ def exchange_plan(transport: Transport, header: CallHeader, tokens: TokenPlan, o
     has_copies = tokens.copy_pairs is not None
     third = tokens.copy_pairs if has_copies else tokens.return_rows  # rows return as they came where there are copies
     counts = torch.tensor([tokens.rows, tokens.pairs, third], device="cpu")  # (3, segments, W)
-    headers, (traffic, traffic_pairs), received, times = exchange_counts(transport, header, counts)
+    meanwhile = tokens.order.find if is_final else None
+    told = exchange_counts(transport, header, counts, meanwhile=meanwhile, beside=beside)
+    headers, (traffic, traffic_pairs), received, times, told_beside = told
     receive_rows, receive_pairs, third = received.tolist()
     return_rows = receive_rows if has_copies else third
     with leaving_nobody_waiting(transport):
@@ -256,6 +270,7 @@ def exchange_plan(transport: Transport, header: CallHeader, tokens: TokenPlan, o
         num_local_experts=header.num_experts // transport.size,
         copy_pair_offsets=offsets(third) if has_copies else (),
         count_times=times,
+        beside=told_beside,
     )
 
 

@@ -14,6 +14,7 @@ first), token 1 (local, last), then token 1 (to rank 1); home_index is [[0, -1],
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -24,7 +25,34 @@ from tritonmoe.grouping import RowSources
 from tritonmoe.runtime.cpu_memory import to_device
 from tritonmoe.runtime.host_device import HostCopy
 
-__all__ = ["TokenPlan", "compact_columns", "count_rows", "order_rows", "owners_of_pairs", "plan_tokens", "row_segments"]
+__all__ = [
+    "RowOrder",
+    "TokenPlan",
+    "compact_columns",
+    "count_rows",
+    "order_rows",
+    "owners_of_pairs",
+    "plan_tokens",
+    "row_segments",
+]
+
+
+class RowOrder:
+    """In what order the home rows lie: found while the counts travel, or never where copies of experts change it."""
+
+    def __init__(self, order: Callable[[], tuple[Tensor, Tensor]]) -> None:
+        self._order = order
+
+    @cached_property
+    def found(self) -> tuple[Tensor, Tensor]:
+        """home_tokens and home_index of a TokenPlan."""
+        found = self._order()
+        del self._order  # with the keys that it holds, which would live until the backward
+        return found
+
+    def find(self) -> None:
+        """Find the order now."""
+        _ = self.found
 
 
 @dataclass(frozen=True)
@@ -33,10 +61,7 @@ class TokenPlan:
 
     token_bounds: tuple[int, ...]
     """(C+1): this rank's tokens token_bounds[c] .. token_bounds[c+1] can be reduced once chunk c has been combined."""
-    home_tokens: Tensor
-    """(S,) int32: the token of each home row, as they are sent."""
-    home_index: Tensor
-    """(T, min(W, K)) int32: the home rows of each token, as they return, in the order of ranks; -1 for no row."""
+    order: RowOrder
     rows: list[list[int]]
     """[segment][rank] home rows that are sent."""
     pairs: list[list[int]]
@@ -49,6 +74,16 @@ class TokenPlan:
     """Whether some home rows are padding, which belongs to no token; only with a capacity."""
     copy_pairs: list[list[int]] | None = None
     """[segment][rank] those of `pairs` that the rank's copies of experts compute; None without copies."""
+
+    @property
+    def home_tokens(self) -> Tensor:
+        """(S,) int32: the token of each home row, as they are sent."""
+        return self.order.found[0]
+
+    @property
+    def home_index(self) -> Tensor:
+        """(T, min(W, K)) int32: the home rows of each token, as they return, in the order of ranks; -1 for no row."""
+        return self.order.found[1]
 
     @property
     def home_ranks(self) -> Tensor:
@@ -93,9 +128,9 @@ def plan_tokens(
     counts, nonfinite_rows = read(HostCopy(counts, num_nonfinite_rows))
     rows, pairs, *copy_pairs = counts.tolist()
     bounds = overlap.bounds(topk_ids.shape[0])
-    order = order_rows(row_keys, size, topk_ids.shape[1], rows)
+    order = RowOrder(partial(order_rows, row_keys, size, topk_ids.shape[1], rows))
     return TokenPlan(
-        bounds, *order, rows, pairs, rows, int(nonfinite_rows), copy_pairs=copy_pairs[0] if copy_pairs else None
+        bounds, order, rows, pairs, rows, int(nonfinite_rows), copy_pairs=copy_pairs[0] if copy_pairs else None
     )
 
 
@@ -122,11 +157,15 @@ def _plan_by_experts(
     counts = torch.stack([counts[0], pairs.view(num_segments, size), return_counts[0]])
     counts, nonfinite_rows = read(HostCopy(counts, num_nonfinite_rows))
     rows, pairs, return_rows = counts.tolist()
-    sent, returned = _sorted_rows(row_keys, rows), _sorted_rows(return_keys, return_rows)
+
+    def find_order() -> tuple[Tensor, Tensor]:
+        sent, returned = _sorted_rows(row_keys, rows), _sorted_rows(return_keys, return_rows)
+        home_index = compact_columns(_places(returned, num_tokens * size).view(-1, size), topk_ids.shape[1])
+        return _tokens_of(sent, size), home_index
+
     return TokenPlan(
         token_bounds=(0,) * overlap.num_chunks + (num_tokens,),
-        home_tokens=_tokens_of(sent, size),
-        home_index=compact_columns(_places(returned, num_tokens * size).view(-1, size), topk_ids.shape[1]),
+        order=RowOrder(find_order),
         rows=rows,
         pairs=pairs,
         return_rows=return_rows,

@@ -10,6 +10,7 @@ from there one inner row to rank 2 itself and one to rank 3.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from tritonmoe.dispatch.count_exchange import check_counts, exchange_counts
 from tritonmoe.dispatch.header import CallHeader
 from tritonmoe.dispatch.placement import ExpertPlacement
 from tritonmoe.dispatch.plan import DispatchPlan, offsets
-from tritonmoe.dispatch.send_plan import TokenPlan, count_rows, order_rows, owners_of_pairs, row_segments
+from tritonmoe.dispatch.send_plan import RowOrder, TokenPlan, count_rows, order_rows, owners_of_pairs, row_segments
 from tritonmoe.errors import CountMismatch
 from tritonmoe.grouping import RowSources
 from tritonmoe.runtime.cpu_memory import to_device
@@ -59,12 +60,12 @@ class TwoLevelPlan:
         segments = torch.bucketize(rows, starts, right=True)[:, None].expand(-1, size)
         owner = owners_of_pairs(topk_ids - self.first_expert_of_node, self.num_experts_of_node, size)
         row_keys, _ = count_rows(owner, segments, len(self.relay_rows))
-        order = order_rows(row_keys, size, topk_ids.shape[1], self.relay_rows)
+        found = order_rows(row_keys, size, topk_ids.shape[1], self.relay_rows)
         return DispatchPlan(
             rank=self.place,
             size=size,
             overlap=overlap,
-            tokens=TokenPlan(bounds, *order, self.relay_rows, [], self.relay_rows),
+            tokens=TokenPlan(bounds, RowOrder(lambda: found), self.relay_rows, [], self.relay_rows),
             receive_rows=self.inner_receive_rows,
             return_rows=self.inner_receive_rows,
             send_offsets=offsets(self.relay_rows),
@@ -139,19 +140,20 @@ def exchange_two_level_plan(
     header = header._replace(nonfinite_rows=int(nonfinite_rows))
     outer_rows, outer_pairs = outer_counts.tolist()
     told = _told(rank_counts, outer_counts[0], node_size, place)
-    headers, (traffic, traffic_pairs), received, times = exchange_counts(transport, header, told)
+    order = RowOrder(partial(order_rows, outer_keys, num_nodes, topk_ids.shape[1], outer_rows))
+    counts = exchange_counts(transport, header, told, meanwhile=order.find)
+    headers, (traffic, traffic_pairs), received, times, _ = counts
     told_rows, told_pairs = received[:2].tolist()
     relayed_from = received[:, :, place::node_size]  # (kinds, segments, nodes): only our place in a node tells us
     with leaving_nobody_waiting(transport):
         check_counts(told_rows, told_pairs, told_rows, traffic, traffic_pairs, header.top_k, transport.rank)
         check_relayed(relayed_from[2:], traffic, transport)
-    order = order_rows(outer_keys, num_nodes, topk_ids.shape[1], outer_rows)
     receive_rows = relayed_from[2].tolist()
     outer = DispatchPlan(
         rank=node,
         size=num_nodes,
         overlap=overlap,
-        tokens=TokenPlan(overlap.bounds(num_tokens), *order, outer_rows, outer_pairs, outer_rows),
+        tokens=TokenPlan(overlap.bounds(num_tokens), order, outer_rows, outer_pairs, outer_rows),
         receive_rows=receive_rows,
         return_rows=receive_rows,
         send_offsets=offsets(outer_rows),

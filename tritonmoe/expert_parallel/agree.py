@@ -25,13 +25,13 @@ from tritonmoe.dispatch.send_plan import TokenPlan, plan_tokens
 from tritonmoe.dispatch.terms import CallTerms, plan_terms
 from tritonmoe.dispatch.two_level import exchange_two_level_plan
 from tritonmoe.expert_parallel.agreed_call import AgreedCall
-from tritonmoe.expert_parallel.balance import plan_balance
+from tritonmoe.expert_parallel.balance import plan_balance, told_beside
 from tritonmoe.expert_parallel.choose import Choice
 from tritonmoe.expert_parallel.proposed_call import ProposedCall
 from tritonmoe.expert_parallel.two_level_call import TwoLevelCall
 from tritonmoe.experts.arguments import have_wider_main_grads
 from tritonmoe.experts.tensors import NAMES, OPTIONAL
-from tritonmoe.transports import TwoLevelTransport
+from tritonmoe.transports import TwoLevelTransport, leaving_nobody_waiting
 from tritonmoe.tuning.copy_costs import MeasuredCosts
 
 __all__ = ["agree", "agree_without_capacity"]
@@ -61,8 +61,11 @@ def _agree(call: ProposedCall, choice: Choice, header: CallHeader) -> AgreedCall
         return _agree_on_copies(call, header, overlap, choice.copies)
     tokens = _plan_tokens(call, overlap)
     header = header._replace(nonfinite_rows=tokens.nonfinite_rows)
-    first = _planned(call, exchange_plan(call.transport, header, tokens, overlap), header)
-    return first if choice.costs is None else _agree_on_balance(call, first, choice.costs)
+    if choice.costs is None:
+        return _planned(call, exchange_plan(call.transport, header, tokens, overlap), header)
+    beside = told_beside(call, overlap, choice.costs)
+    plan = exchange_plan(call.transport, header, tokens, overlap, is_final=False, beside=beside)
+    return _agree_on_balance(call, _planned(call, plan, header), choice.costs)
 
 
 def _agree_on_balance(call: ProposedCall, first: AgreedCall, costs: MeasuredCosts) -> AgreedCall:
@@ -70,6 +73,8 @@ def _agree_on_balance(call: ProposedCall, first: AgreedCall, costs: MeasuredCost
     began, overlap = time.perf_counter(), first.plan.overlap
     copies = plan_balance(call, first, costs)
     if copies is None:
+        with leaving_nobody_waiting(call.transport):
+            first.plan.tokens.order.find()
         return first
     terms = call_terms(call, overlap, copies.words)
     second = _agree_on_copies(call, first.header._replace(terms=terms), overlap, copies)

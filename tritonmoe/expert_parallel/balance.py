@@ -3,8 +3,10 @@
 import torch
 from torch import Tensor
 
+from tritonmoe.config.overlap import OverlapPlan
 from tritonmoe.dispatch.copies import ExpertCopies
 from tritonmoe.dispatch.copy_planner import CopyCosts, is_uneven, plan_copies
+from tritonmoe.dispatch.count_exchange import room_beside
 from tritonmoe.dispatch.plan import DispatchPlan
 from tritonmoe.dispatch.send_plan import count_keys
 from tritonmoe.errors import TransportError
@@ -17,11 +19,22 @@ from tritonmoe.transports.waiting import Doing
 from tritonmoe.transports.wire import WireFormat
 from tritonmoe.tuning.copy_costs import MeasuredCosts, Numbers, agreed_costs
 
-__all__ = ["plan_balance"]
+__all__ = ["plan_balance", "told_beside"]
+
+
+def told_beside(call: ProposedCall, overlap: OverlapPlan, costs: MeasuredCosts) -> Tensor | None:
+    """Return what plans of copies are made from, to be told beside the counts; None for an exchange of its own.
+
+    It is told there where the ranks of the last call were uneven, and if there is room for so many experts.
+    """
+    if not costs.were_uneven:
+        return None
+    told = _told(call, costs)
+    return told if len(told) <= room_beside(overlap.num_segments) else None
 
 
 def plan_balance(call: ProposedCall, agreed: AgreedCall, costs: MeasuredCosts) -> ExpertCopies | None:
-    """Decide on the copies of a call from every rank's counts; one exchange, where ranks are uneven at all.
+    """Decide on the copies of a call from every rank's counts, which one exchange more brings if they are not here yet.
 
     Args:
         agreed: the call without copies, which gets the reason and what it is expected to take: balance, expected_fs.
@@ -30,21 +43,25 @@ def plan_balance(call: ProposedCall, agreed: AgreedCall, costs: MeasuredCosts) -
         TransportError: the exchange failed.
     """
     plan = agreed.plan
-    if not is_uneven(plan.traffic_pairs.sum(0).tolist()):
+    costs.were_uneven = is_uneven(plan.traffic_pairs.sum(0).tolist())
+    if not costs.were_uneven:
         agreed.balance = "no copies: ranks have about as many pairs"
         return None
     transport, overlap, top_k = call.transport, plan.overlap, call.tensors.topk_ids.shape[1]
     with leaving_nobody_waiting(transport):
-        counts = _count_slots(call)
-        told = torch.cat([counts, torch.tensor(costs.numbers(), dtype=torch.int64, device="cpu")])
-        try:
-            with Doing(lambda: f"the exchange of experts' counts of {plan.call}"):
-                received = transport.exchange_counts(told.repeat(transport.size, 1))
-        except TransportError as error:
-            raise TransportError(f"experts' counts of {plan.call}: {error}") from error
-        slots, prices = received[:, : len(counts)].contiguous(), None
+        received = plan.beside
+        if received is None:
+            told = _told(call, costs)
+            try:
+                with Doing(lambda: f"the exchange of experts' counts of {plan.call}"):
+                    received = transport.exchange_counts(told.repeat(transport.size, 1))
+            except TransportError as error:
+                raise TransportError(f"experts' counts of {plan.call}: {error}") from error
+        first = received.shape[1] - len(Numbers._fields)
+        counts = received[:, :first].contiguous().view(torch.int32)
+        slots, prices = counts[:, : call.num_slots].long(), None
         if overlap.balance == "auto":
-            numbers = [Numbers(*of) for of in received[:, len(counts) :].tolist()]
+            numbers = [Numbers(*of) for of in received[:, first:].tolist()]
             prices = _costs(call, plan, numbers)
             if prices is None:
                 agreed.balance = "no copies: too few calls of this kind were measured on every rank"
@@ -63,6 +80,15 @@ def plan_balance(call: ProposedCall, agreed: AgreedCall, costs: MeasuredCosts) -
         gain = 1 - found.with_fs / found.without_fs
         agreed.balance += f": {found.with_fs / 1e12:.2f} ms expected, {gain:.0%} less than without"
     return found.copies
+
+
+def _told(call: ProposedCall, costs: MeasuredCosts) -> Tensor:
+    """Return this rank's counts of pairs, two in an integer, and its Numbers."""
+    counts = _count_slots(call).to(torch.int32)
+    if len(counts) % 2:
+        counts = torch.cat([counts, counts.new_zeros(1)])
+    numbers = torch.tensor(costs.numbers(), dtype=torch.int64, device="cpu")
+    return torch.cat([counts.view(torch.int64), numbers])
 
 
 def _count_slots(call: ProposedCall) -> Tensor:

@@ -13,8 +13,7 @@ import torch
 
 from tritonmoe.dispatch.copy_planner import CopyCosts
 from tritonmoe.overlap.report import LayerReport, PassReport
-from tritonmoe.overlap.steps import StepKind, Way
-from tritonmoe.tuning.measured_calls import layer_work
+from tritonmoe.overlap.steps import StepKind
 
 __all__ = ["MeasuredCosts", "Numbers", "agreed_costs"]
 
@@ -100,6 +99,8 @@ class MeasuredCosts:
         self._planning_fs: deque[int] = deque(maxlen=KEPT_CALLS)
         self._permille: dict[bool, deque[int]] = {True: deque(maxlen=KEPT_CALLS), False: deque(maxlen=KEPT_CALLS)}
         """What calls with copies, and those without, took of what was expected."""
+        self.were_uneven = False
+        """Whether ranks had uneven numbers of pairs in the last call, the same on every rank."""
         self._num_without = 0
         """How many calls there were since the last one with copies."""
 
@@ -209,18 +210,24 @@ def _byte_fs(report: LayerReport, forward: PassReport) -> int:
 
     The metadata, which every rank sends right before its first rows, has come by then: so no rank is late any more.
     """
-    work = layer_work(report)
-    num_bytes = torch.zeros_like(work.rows)
-    for kind in KINDS_IN:
-        num_bytes += work.travelling(kind.way or Way.TO_EXPERTS) * work.bytes_per_row(kind)
-    num_bytes.fill_diagonal_(0)
-    busiest = int(torch.maximum(num_bytes.sum(0), num_bytes.sum(1)).max())
+    busiest = max(_bytes_on_ports(report))
     timings = [timing for timing in forward.steps if timing.step.kind in KINDS_IN]
     if not busiest or not timings:
         return 0
     (metadata,) = (timing for timing in forward.steps if timing.step.kind is StepKind.METADATA)
     began = max(metadata.end_s, timings[0].start_s + timings[0].post_s)
     return _femtoseconds(max(0.0, max(timing.end_s for timing in timings) - began)) // busiest
+
+
+def _bytes_on_ports(report: LayerReport) -> list[int]:
+    """Return what KINDS_IN send over the busier direction of each rank's port."""
+    traffic: list[list[int]] = report.traffic_rows.tolist()
+    sides = (traffic, zip(*traffic, strict=True))
+    out, into = ([(sum(of) - of[rank]) * report.row_bytes for rank, of in enumerate(side)] for side in sides)
+    if report.copies is not None:
+        for side, carried in zip((out, into), report.copies.on_each_port, strict=True):
+            side[:] = [rows + int(copies * report.copied_bytes) for rows, copies in zip(side, carried, strict=True)]
+    return list(map(max, out, into))
 
 
 def _femtoseconds(seconds: float) -> int:
