@@ -74,6 +74,7 @@ int cuTensorMapEncodeTiled(unsigned *map, int type, unsigned rank, address base,
 unsigned long long num_launches;
 unsigned num_parameters, parameter_bytes[64], launch_sizes[7]; /* grid, block, shared memory */
 unsigned char parameters[8192];                                /* one behind the other */
+void *launch_stream;
 
 static int take(const unsigned *sizes, void **given) {
   num_launches++;
@@ -88,5 +89,6 @@ int cuLaunchKernelEx(const unsigned *sizes, void *function, void **given) { retu
 int cuLaunchKernel(void *function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x, unsigned block_y,
                    unsigned block_z, unsigned shared, void *stream, void **given) {
   unsigned sizes[] = {grid_x, grid_y, grid_z, block_x, block_y, block_z, shared};
+  launch_stream = stream;
   return take(sizes, given);
 }

@@ -5,6 +5,7 @@ A launch takes the bytes of the kernel's parameters, one after the other, as the
 
 import base64
 import ctypes
+import re
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from bench.gpu.cubins import Cubin
 from tritonmoe.runtime.files import Json
+from virtual_gpu.launcher import SWIZZLE_BYTES
 from virtual_gpu.memory import GlobalMemory, View
 from virtual_gpu.nvidia.machine import run_grid
 from virtual_gpu.nvidia.parser import parse
@@ -32,7 +34,6 @@ DATA_TYPES = {8: 10, 9: 8, 10: 9}
 """CUtensorMapDataType of the numbers that Triton's compiler gives elements, where it is another number."""
 PROMOTES_128_BYTES = 2
 """CU_TENSOR_MAP_L2_PROMOTION_L2_128B, as Triton's launchers say."""
-SWIZZLE_BYTES = {0: 0, 1: 32, 2: 64, 3: 128}
 
 
 class Driver(Protocol):
@@ -115,7 +116,7 @@ class VirtualDriver:
 
     def __init__(self, target_arch: int, compiled_by: str) -> None:
         # Before 3.7.1 Triton fences no asynchronous copies on Hopper.
-        self._checks_fences = target_arch != 90 or tuple(map(int, compiled_by.split(".")[:3])) >= (3, 7, 1)
+        self._checks_fences = target_arch != 90 or tuple(map(int, re.findall(r"\d+", compiled_by)[:3])) >= (3, 7, 1)
         self._maps: dict[bytes, TensorMap] = {}
         self._translations: dict[str, Translation] = {}
 

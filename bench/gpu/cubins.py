@@ -107,6 +107,7 @@ def compile_operation(setting: Setting, operation: str, num_tokens: int, target_
     of_operation = [item for name, item in launches.items() if " " not in name.removeprefix(f"{operation} ")]
     cubins = [_compiled(item, target) for item in of_operation]
     by_kernel = {cubin.kernel: cubin for cubin in cubins}
+    assert len(by_kernel) == len(cubins), f"{operation} launches a kernel in two ways"
     return Operation(operation, target_name, triton.__version__, kernels_hash(), by_kernel)
 
 
@@ -185,6 +186,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     arguments.out.mkdir(parents=True, exist_ok=True)
     for target in targets:
+        try:
+            is_cuda = architecture_named(target).target.backend == "cuda"
+        except ValueError as error:
+            print(f"python -m bench.gpu.cubins: {error}", file=sys.stderr)
+            return 2
+        if not is_cuda:
+            print(f"python -m bench.gpu.cubins: {target} runs no cubins: name GPUs of NVIDIA", file=sys.stderr)
+            return 2
         for operation in setting.profiled_operations:
             found = compile_operation(setting, operation, setting.headline_tokens, target)
             path = arguments.out / f"{target} {operation} triton {found.triton}.json"

@@ -18,6 +18,7 @@ from bench.gpu.children import ROOT
 from bench.gpu.cubin_drivers import CudaDriver
 from bench.gpu.cubins import Cubin
 from bench.gpu.setting import DAY, REHEARSAL
+from tritonmoe.aot import TARGETS
 from tritonmoe.kernels import launch
 from tritonmoe.kernels.tiles.tma import describe
 
@@ -51,6 +52,8 @@ CUBIN = Cubin(
     multiples_of_16=["x", "width"],
     options={"num_warps": 4},
 )
+STREAM = 0x70
+AMD = TARGETS["gfx942"]
 X, WEIGHT = torch.zeros(32), torch.zeros(5, 128, 192, dtype=torch.bfloat16)
 
 
@@ -118,7 +121,7 @@ def library(tmp_path, monkeypatch):
         pytest.skip("there is no C compiler")
     path = tmp_path / "driver.so"
     subprocess.run(["cc", "-shared", "-fPIC", "-w", "-o", path, ROOT / "bench/stand_in_driver.c"], check=True)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=STREAM))
     return str(path)
 
 
@@ -135,6 +138,7 @@ def test_a_launch_through_the_driver(library):
     assert attributes[8] == 100_000
     assert ctypes.c_int.in_dll(kept, "num_modules").value == 2, "each cubin is loaded once"
     assert ctypes.c_ulonglong.in_dll(kept, "num_launches").value == 3
+    assert ctypes.c_void_p.in_dll(kept, "launch_stream").value == STREAM
     assert list((ctypes.c_uint * 7).in_dll(kept, "launch_sizes")) == [3, 2, 1, 128, 1, 1, 100_000]
     assert bytes((ctypes.c_ubyte * 12).in_dll(kept, "parameters")) == b"".join(words)
 
@@ -198,7 +202,12 @@ def test_each_file_is_a_case(monkeypatch, tmp_path):
     (none,) = cases_of_day()
     assert (none.name, none.arguments["file"]) == ("E cubins", "")
     day = SimpleNamespace(setting=DAY, forget=lambda: None)
-    assert "python -m bench.gpu.cubins makes them" in beside_cubins.measure_cubin(day, **none.arguments)["left_out"]
+    for target, said in (
+        (TARGETS["sm_90"], "python -m bench.gpu.cubins --targets sm_90 makes"),
+        (AMD, "runs no cubins"),
+    ):
+        monkeypatch.setattr(launch, "target_of", lambda device, target=target: target)
+        assert said in beside_cubins.measure_cubin(day, **none.arguments)["left_out"]
     (tmp_path / "cubins").mkdir()
     for name in ("sm_90 up", "sm_90 down", "sm_100 up"):
         (tmp_path / "cubins" / f"{name} triton 3.9.0.json").write_text("{}")
@@ -210,6 +219,13 @@ def test_each_file_is_a_case(monkeypatch, tmp_path):
     after = cases_of_day()
     assert after[0].name == before[0].name
     assert after[1].name != before[1].name, "other cubins are measured again"
+
+
+@pytest.mark.parametrize(("target", "said"), [("gfx942", "gfx942 runs no cubins"), ("nope", "got 'nope'")])
+def test_gpus_without_cubins_are_refused(target, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    assert cubins.main(["--out", str(tmp_path), "--targets", target]) == 2
+    assert said in capsys.readouterr().err
 
 
 def test_cubins_of_other_sources_are_left_out(tmp_path, capsys):
