@@ -10,16 +10,20 @@ from tritonmoe.transports import Transport
 from tritonmoe.tuning import copy_costs
 from tritonmoe.tuning.copy_costs import JUDGED_CALLS, LEAST_CALLS, MeasuredCosts, Numbers, agreed_costs
 
-NUMBERS = Numbers(1000, 10**9, 1000, 2 * 10**9, 5, 7, 0, 1000)
+WITHOUT = 500, 10**8, 500, 3 * 10**8, 4
+NUMBERS = Numbers(1000, 10**9, 1000, 2 * 10**9, 5, *WITHOUT, 7, 0, 1000)
 SIZES = {"has_backward": True, "row_bytes": (64, 64), "expert_bytes": 100, "gradient_bytes": 50}
 
 
 def test_costs_are_agreed_from_all_ranks() -> None:
-    other = Numbers(3000, 5 * 10**9, 1000, 4 * 10**9, 9, 3, 0, 2000)
+    other = Numbers(3000, 5 * 10**9, 1000, 4 * 10**9, 9, 0, 0, 0, 0, 0, 3, 0, 2000)
     costs = agreed_costs([NUMBERS, other], **SIZES)
     assert costs is not None
     assert (costs.forward_fs, costs.backward_fs) == (6 * 10**9 // 4000, 6 * 10**9 // 2000)
     assert (costs.byte_fs, costs.call_fs) == (9, 7)
+    assert costs.without == costs._replace(
+        forward_fs=10**8 // 500, backward_fs=3 * 10**8 // 500, byte_fs=4, without=None
+    )
     assert (costs.with_permille, costs.without_permille) == (1000, 1000)  # nobody has seen copies
     seen = [of._replace(with_permille=1500) for of in (NUMBERS, other)]
     costs = agreed_costs(seen, **SIZES)
@@ -31,6 +35,9 @@ def test_nothing_is_agreed_before_every_rank_has_measured() -> None:
     assert agreed_costs([NUMBERS, Numbers()], **SIZES) is None
     assert agreed_costs([NUMBERS._replace(backward_pairs=0)] * 2, **SIZES) is None
     assert agreed_costs([NUMBERS._replace(backward_pairs=0)] * 2, **{**SIZES, "has_backward": False}) is not None
+    costs = agreed_costs([NUMBERS._replace(without_pairs=0)] * 2, **SIZES)
+    assert costs is not None
+    assert costs.without is None
 
 
 def skewed_layer(transport: Transport, overlap: tm.OverlapConfig) -> tuple[tm.GroupedExperts, dict]:
@@ -45,11 +52,20 @@ def skewed_layer(transport: Transport, overlap: tm.OverlapConfig) -> tuple[tm.Gr
     }
 
 
-def run_calls(monkeypatch, taken: dict[bool, float], num_calls: int) -> list[str]:
-    """Return what each call says of its balance, where calls take so many times what is expected of them."""
+def run_calls(
+    monkeypatch, taken: dict[bool, float], num_calls: int, pair_times: dict[bool, float] | None = None
+) -> list[str]:
+    """Return what each call says of its balance, where calls take so many times what is expected of them.
+
+    Args:
+        pair_times: by how much longer a pair takes in calls with copies, and in those without.
+    """
+    pair_times = pair_times or {True: 1.0, False: 1.0}
 
     def read(report: LayerReport) -> copy_costs._Call:
-        return copy_costs._Call(report.pair_offsets[-1] or 1, 10**14, 10**14, 1)
+        has_copies = report.copies is not None
+        spent_fs = int(10**14 * pair_times[has_copies])
+        return copy_costs._Call(has_copies, report.pair_offsets[-1] or 1, spent_fs, spent_fs, 1)
 
     monkeypatch.setattr(copy_costs, "_read", read)
 
@@ -94,6 +110,13 @@ def test_measured_times_take_copies_back(monkeypatch) -> None:
     said = run_calls(monkeypatch, {True: 3.0, False: 1.0}, BASELINE + JUDGED_CALLS[True] + 3)
     assert all("less than without" in of for of in said[BASELINE : BASELINE + JUDGED_CALLS[True]])
     assert all(of.startswith("no copies: none make") for of in said[BASELINE + JUDGED_CALLS[True] :])
+
+
+def test_slower_pairs_of_calls_with_copies_are_not_expected_without_them(monkeypatch) -> None:
+    """A pair takes twice as long beside weights that travel: then no copies are the faster call."""
+    said = run_calls(monkeypatch, {True: 1.0, False: 1.0}, BASELINE + 12, {True: 2.0, False: 1.0})
+    assert "less than without" in said[BASELINE]
+    assert all(of.startswith("no copies: none make") for of in said[BASELINE + 8 :]), said
 
 
 def test_no_time_decides_where_results_must_not_depend_on_it() -> None:

@@ -59,6 +59,8 @@ class CopyCosts(NamedTuple):
     """By how much calls with copies have taken longer, or shorter, than was expected of them."""
     without_permille: int = 1000
     """The same of calls without."""
+    without: "CopyCosts | None" = None
+    """Of calls without copies alone, by which such a call is priced; None where they are the same."""
 
 
 class PlannedCopies(NamedTuple):
@@ -98,6 +100,8 @@ def plan_copies(counts: Tensor, rows: Tensor, top_k: int, max_copies: int, costs
         if candidate.least_price < best_price and candidate.price < best_price:
             best, best_price = candidate, candidate.price
     with_fs, without_fs = best_price[0], without.price[0]
+    if costs is not None and costs.without is not None:
+        without_fs = _Candidate(load, (), costs.without).price[0]
     permille = (1000, 1000) if costs is None else (costs.with_permille, costs.without_permille)
     is_faster = 100 * with_fs * permille[0] <= LARGEST_SHARE_PERCENT * without_fs * permille[1]
     copies = best.copies() if best is not without and is_faster else None

@@ -5,7 +5,7 @@ Numbers travel as integers, so that all ranks plan the same copies from them.
 
 import statistics
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -45,13 +45,19 @@ class Numbers(NamedTuple):
     """What one rank tells the others of its last calls. Zeros where it has not measured enough."""
 
     pairs: int = 0
-    """Which its experts have computed."""
+    """Which its experts have computed, in the last calls with copies, and before there are enough in those before."""
     forward_fs: int = 0
     """How long that took."""
     backward_pairs: int = 0
     backward_fs: int = 0
     byte_fs: int = 0
     """For how long a byte occupied the busiest port."""
+    without_pairs: int = 0
+    """This and the next four are the same of the last calls without copies."""
+    without_forward_fs: int = 0
+    without_backward_pairs: int = 0
+    without_backward_fs: int = 0
+    without_byte_fs: int = 0
     planning_fs: int = 0
     """How long the second half of an agreement took, after which there were copies."""
     with_permille: int = 0
@@ -82,6 +88,7 @@ class _Watched:
 class _Call(NamedTuple):
     """One call that is over."""
 
+    has_copies: bool
     pairs: int
     forward_fs: int
     backward_fs: int
@@ -95,6 +102,9 @@ class MeasuredCosts:
 
     def __init__(self) -> None:
         self._calls: deque[_Call] = deque(maxlen=KEPT_CALLS)
+        """None without copies behind one with copies, whose pairs and bytes may cost more: weights travel beside them."""
+        self._without: deque[_Call] = deque(maxlen=KEPT_CALLS)
+        """Those without copies."""
         self._watched: deque[_Watched] = deque(maxlen=WATCHED_CALLS)
         self._planning_fs: deque[int] = deque(maxlen=KEPT_CALLS)
         self._permille: dict[bool, deque[int]] = {True: deque(maxlen=KEPT_CALLS), False: deque(maxlen=KEPT_CALLS)}
@@ -118,6 +128,7 @@ class MeasuredCosts:
         self._num_without = 0 if report.copies is not None else self._num_without + 1
         if self._num_without == FORGETTING_CALLS:  # what was slower once may be tried again
             self._permille[True].clear()
+            self._calls = self._without.copy()
 
     def numbers(self) -> Numbers:
         """Return what the other ranks are told before the next call."""
@@ -126,20 +137,19 @@ class MeasuredCosts:
         over = [watched for watched in self._watched if watched.is_over]
         for watched in over:
             self._watched.remove(watched)
-            self._calls.append(_read(watched.report))
+            call = _read(watched.report)
+            if call.has_copies or not any(of.has_copies for of in self._calls):
+                self._calls.append(call)
+            if not call.has_copies:
+                self._without.append(call)
             if watched.expected_fs:
                 taken_fs = watched.planning_fs + _taken_fs(watched.report)
-                self._permille[watched.report.copies is not None].append(1000 * taken_fs // watched.expected_fs)
+                self._permille[call.has_copies].append(1000 * taken_fs // watched.expected_fs)
         if len(self._calls) < LEAST_CALLS:
             return Numbers()
-        byte_fs = [call.byte_fs for call in self._calls if call.byte_fs]
-        with_backward = [call for call in self._calls if call.backward_fs]
         return Numbers(
-            sum(call.pairs for call in self._calls),
-            sum(call.forward_fs for call in self._calls),
-            sum(call.pairs for call in with_backward),
-            sum(call.backward_fs for call in with_backward),
-            statistics.median_low(byte_fs) if byte_fs else 0,
+            *_spent(self._calls),
+            *_spent(self._without),
             min(self._planning_fs, default=PLANNING_FS),
             self._median_permille(True),
             self._median_permille(False),
@@ -149,6 +159,19 @@ class MeasuredCosts:
         """Return what calls took of what was expected; 0 before there are enough of them to judge by."""
         found = self._permille[has_copies]
         return statistics.median_low(found) if len(found) >= JUDGED_CALLS[has_copies] else 0
+
+
+def _spent(calls: Collection[_Call]) -> tuple[int, int, int, int, int]:
+    """Return the first five numbers of Numbers."""
+    byte_fs = [call.byte_fs for call in calls if call.byte_fs]
+    with_backward = [call for call in calls if call.backward_fs]
+    return (
+        sum(call.pairs for call in calls),
+        sum(call.forward_fs for call in calls),
+        sum(call.pairs for call in with_backward),
+        sum(call.backward_fs for call in with_backward),
+        statistics.median_low(byte_fs) if byte_fs else 0,
+    )
 
 
 def agreed_costs(
@@ -166,28 +189,41 @@ def agreed_costs(
     """
     if not all(of.planning_fs for of in numbers):
         return None
-    pairs, backward_pairs = sum(of.pairs for of in numbers), sum(of.backward_pairs for of in numbers)
-    byte_fs = max(of.byte_fs for of in numbers)
-    if not pairs or not byte_fs or (has_backward and not backward_pairs):
+    spent = _of_all([of[:5] for of in numbers], has_backward)
+    without = _of_all([of[5:10] for of in numbers], has_backward)
+    if spent is None:
         return None
-    return CopyCosts(
-        forward_fs=sum(of.forward_fs for of in numbers) // pairs,
-        backward_fs=sum(of.backward_fs for of in numbers) // backward_pairs if has_backward else 0,
-        byte_fs=byte_fs,
+    with_permille, without_permille = _permille(numbers)
+    costs = CopyCosts(
+        *spent,
         call_fs=max(of.planning_fs for of in numbers),
         row_bytes=row_bytes[0],
         other_row_bytes=row_bytes[1],
         expert_bytes=expert_bytes,
         gradient_bytes=gradient_bytes,
-        **_permille(numbers),
+        with_permille=with_permille,
+        without_permille=without_permille,
     )
+    if without is None:
+        return costs
+    forward_fs, backward_fs, byte_fs = without
+    return costs._replace(without=costs._replace(forward_fs=forward_fs, backward_fs=backward_fs, byte_fs=byte_fs))
 
 
-def _permille(numbers: Sequence[Numbers]) -> dict[str, int]:
-    """Return what calls took of what was expected, where every rank has seen both kinds, with copies and without."""
+def _of_all(spent: Sequence[tuple[int, ...]], has_backward: bool) -> tuple[int, int, int] | None:
+    """Return what a pair of a forward, one of a backward and a byte cost; None where they were not measured."""
+    pairs, forward_fs, backward_pairs, backward_fs, byte_fs = zip(*spent, strict=True)
+    if not sum(pairs) or not max(byte_fs) or (has_backward and not sum(backward_pairs)):
+        return None
+    backward = sum(backward_fs) // sum(backward_pairs) if has_backward else 0
+    return sum(forward_fs) // sum(pairs), backward, max(byte_fs)
+
+
+def _permille(numbers: Sequence[Numbers]) -> tuple[int, int]:
+    """Return what calls with copies, and those without, took of what was expected; 1000 until all ranks saw both."""
     if not all(of.with_permille and of.without_permille for of in numbers):
-        return {}
-    return {name: max(getattr(of, name) for of in numbers) for name in ("with_permille", "without_permille")}
+        return 1000, 1000
+    return max(of.with_permille for of in numbers), max(of.without_permille for of in numbers)
 
 
 def _taken_fs(report: LayerReport) -> int:
@@ -198,6 +234,7 @@ def _taken_fs(report: LayerReport) -> int:
 def _read(report: LayerReport) -> _Call:
     backward = report.backward
     return _Call(
+        report.copies is not None,
         report.pair_offsets[-1],
         _femtoseconds(report.forward.lane_s(*FORWARD_KINDS)),
         0 if backward is None else _femtoseconds(backward.lane_s(*BACKWARD_KINDS)),
