@@ -123,7 +123,7 @@ def _nan_filled_memory() -> Iterator[None]:
 
 
 def compare(operation: Operation, num_tokens: int, bench: Workbench) -> Iterator[Json]:
-    """Give how the results of both compare, and then their times too.
+    """Yield how the results of both compare, and then their times too.
 
     Raises:
         Unfit: see `packed`.

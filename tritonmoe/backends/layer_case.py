@@ -24,7 +24,8 @@ ROOT_MEAN_SQUARES: dict[WeightFormat, float] = {"mxfp4": 2.9, "fp8": 60.0, "nf4"
 class LayerCase:
     """Random weights and rows of one layer, in one dtype, on the device of its ids.
 
-    R rows of D columns with K experts each out of E, which are F wide. The numbers are the same in every dtype.
+    R rows of D columns with K experts each out of E, which are F wide. The same seed gives the same numbers in every
+    dtype.
     """
 
     def __init__(
@@ -36,9 +37,10 @@ class LayerCase:
         *,
         sizes: tuple[int, int] = (20, 12),
         bias: bool = True,
+        seed: int = 0,
     ) -> None:
         """Draw the operands. ids: (R, K). sizes: D and F."""
-        self._generator = torch.Generator().manual_seed(0)
+        self._generator = torch.Generator().manual_seed(seed)
         self._dtype = dtype
         hidden, intermediate = sizes
         width = 2 * intermediate if layout.gated else intermediate
