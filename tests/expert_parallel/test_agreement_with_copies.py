@@ -6,7 +6,8 @@ from torch import Tensor
 
 import tritonmoe as tm
 from tritonmoe.dispatch import send_plan
-from tritonmoe.errors import TransportError
+from tritonmoe.errors import CountMismatch, TransportError
+from tritonmoe.expert_parallel import balance
 from tritonmoe.expert_parallel.state import state_of
 from tritonmoe.transports import PendingExchange, Transport
 
@@ -110,12 +111,13 @@ def test_rows_are_ordered_once(monkeypatch) -> None:
     assert len(ordered) == 2
 
 
-def test_a_rank_that_fails_to_order_its_rows_leaves_nobody_waiting(monkeypatch) -> None:
+@pytest.mark.parametrize("overlap", [tm.OverlapConfig(2), ALWAYS], ids=["counts travel", "ranks are even"])
+def test_a_rank_that_fails_to_order_its_rows_leaves_nobody_waiting(overlap: tm.OverlapConfig, monkeypatch) -> None:
     """Its counts are on their way then, and the others would wait for its rows."""
     order_rows = send_plan.order_rows
 
     def fails(row_keys: Tensor, *arguments):
-        if row_keys.shape[0] == 2 * 7:
+        if row_keys.shape[0] == 2 * 8:
             raise MemoryError("no room for the order")
         return order_rows(row_keys, *arguments)
 
@@ -123,11 +125,52 @@ def test_a_rank_that_fails_to_order_its_rows_leaves_nobody_waiting(monkeypatch) 
 
     def on_rank(transport: Transport) -> str:
         config = tm.MoEConfig(hidden_size=8, intermediate_size=6, num_experts=8, top_k=2)
-        layer = tm.GroupedExperts(config, transport, tm.OverlapConfig(2))
-        count = 7 if transport.rank == 1 else 5
+        layer = tm.GroupedExperts(config, transport, overlap)
+        count = 8 if transport.rank == 1 else 4
         with pytest.raises(MemoryError if transport.rank == 1 else TransportError) as raised:
             layer(torch.zeros(count, 8), torch.arange(2 * count).view(-1, 2) % 8, torch.zeros(count, 2))
         return str(raised.value)
 
     said = tm.run_on_emulated_ranks(on_rank, 2, timeout_s=20)
     assert "rank 1 failed with MemoryError: no room for the order" in said[0]
+
+
+def test_a_rank_that_fails_to_count_its_experts_leaves_nobody_waiting(monkeypatch) -> None:
+    """The last call was uneven: it counts before the exchange of rows, in which the others wait for it."""
+    count_slots = balance._count_slots
+
+    def fails(call):
+        if call.transport.rank == 1:
+            raise MemoryError("no room for the counts")
+        return count_slots(call)
+
+    def on_rank(transport: Transport) -> str:
+        layer, call = hot_call(transport, 8)
+        run(layer, call, [0])
+        if transport.rank == 1:
+            monkeypatch.setattr(balance, "_count_slots", fails)
+        transport.barrier()
+        with pytest.raises(MemoryError if transport.rank == 1 else TransportError) as raised:
+            layer(**call)
+        return str(raised.value)
+
+    said = tm.run_on_emulated_ranks(on_rank, 2, timeout_s=20)
+    assert "rank 1 failed with MemoryError: no room for the counts" in said[0]
+
+
+def test_damaged_counts_of_experts_are_an_error_of_all_ranks(monkeypatch) -> None:
+    count_slots = balance._count_slots
+
+    def damaged(call):
+        counts = count_slots(call)
+        counts[1] += call.transport.rank
+        return counts
+
+    monkeypatch.setattr(balance, "_count_slots", damaged)
+
+    def on_rank(transport: Transport) -> None:
+        layer, call = hot_call(transport, 8)
+        with pytest.raises(CountMismatch, match=r"experts' counts of .* don't add up to the ranks' pairs"):
+            layer(**call)
+
+    tm.run_on_emulated_ranks(on_rank, 2, timeout_s=20)

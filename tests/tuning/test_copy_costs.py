@@ -119,6 +119,15 @@ def test_slower_pairs_of_calls_with_copies_are_not_expected_without_them(monkeyp
     assert all(of.startswith("no copies: none make") for of in said[BASELINE + 8 :]), said
 
 
+def test_what_calls_without_copies_take_is_measured_again(monkeypatch) -> None:
+    monkeypatch.setattr(copy_costs, "FORGETTING_CALLS", {True: 10, False: 256})
+    said = run_calls(monkeypatch, {True: 1.0, False: 1.0}, BASELINE + 20)
+    again = BASELINE + 10
+    assert all("less than without" in of for of in said[BASELINE:again])
+    assert all("measured without them first" in of for of in said[again : again + JUDGED_CALLS[False]])
+    assert all("less than without" in of for of in said[again + JUDGED_CALLS[False] :])
+
+
 def test_no_time_decides_where_results_must_not_depend_on_it() -> None:
     def on_rank(transport: Transport) -> list[str]:
         layer, call = skewed_layer(transport, tm.OverlapConfig(2, balance="auto"))

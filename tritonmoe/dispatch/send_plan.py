@@ -75,12 +75,12 @@ class TokenPlan:
     copy_pairs: list[list[int]] | None = None
     """[segment][rank] those of `pairs` that the rank's copies of experts compute; None without copies."""
 
-    @property
+    @cached_property
     def home_tokens(self) -> Tensor:
         """(S,) int32: the token of each home row, as they are sent."""
         return self.order.found[0]
 
-    @property
+    @cached_property
     def home_index(self) -> Tensor:
         """(T, min(W, K)) int32: the home rows of each token, as they return, in the order of ranks; -1 for no row."""
         return self.order.found[1]

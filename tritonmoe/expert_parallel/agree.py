@@ -59,11 +59,12 @@ def _agree(call: ProposedCall, choice: Choice, header: CallHeader) -> AgreedCall
         return _agree_on_capacity(call, header, overlap)
     if choice.copies is not None:
         return _agree_on_copies(call, header, overlap, choice.copies)
-    tokens = _plan_tokens(call, overlap)
+    with leaving_nobody_waiting(call.transport):
+        tokens = _plan_tokens(call, overlap)
+        beside = None if choice.costs is None else told_beside(call, overlap, choice.costs)
     header = header._replace(nonfinite_rows=tokens.nonfinite_rows)
     if choice.costs is None:
         return _planned(call, exchange_plan(call.transport, header, tokens, overlap), header)
-    beside = told_beside(call, overlap, choice.costs)
     plan = exchange_plan(call.transport, header, tokens, overlap, is_final=False, beside=beside)
     return _agree_on_balance(call, _planned(call, plan, header), choice.costs)
 
@@ -75,6 +76,7 @@ def _agree_on_balance(call: ProposedCall, first: AgreedCall, costs: MeasuredCost
     if copies is None:
         with leaving_nobody_waiting(call.transport):
             first.plan.tokens.order.find()
+        first.plan = replace(first.plan, beside=None)  # it is read, and would live until the backward
         return first
     terms = call_terms(call, overlap, copies.words)
     second = _agree_on_copies(call, first.header._replace(terms=terms), overlap, copies)

@@ -9,7 +9,7 @@ from tritonmoe.dispatch.copy_planner import CopyCosts, is_uneven, plan_copies
 from tritonmoe.dispatch.count_exchange import room_beside
 from tritonmoe.dispatch.plan import DispatchPlan
 from tritonmoe.dispatch.send_plan import count_keys
-from tritonmoe.errors import TransportError
+from tritonmoe.errors import CountMismatch, TransportError
 from tritonmoe.expert_parallel.agreed_call import AgreedCall
 from tritonmoe.expert_parallel.proposed_call import ProposedCall
 from tritonmoe.overlap.copy_exchanges import expert_bytes, gradient_bytes
@@ -60,6 +60,8 @@ def plan_balance(call: ProposedCall, agreed: AgreedCall, costs: MeasuredCosts) -
         first = received.shape[1] - len(Numbers._fields)
         counts = received[:, :first].contiguous().view(torch.int32)
         slots, prices = counts[:, : call.num_slots].long(), None
+        if not torch.equal(slots.view(transport.size, transport.size, -1).sum(2), plan.traffic_pairs):
+            raise CountMismatch(f"experts' counts of {plan.call} don't add up to the ranks' pairs: they were damaged")
         if overlap.balance == "auto":
             numbers = [Numbers(*of) for of in received[:, first:].tolist()]
             prices = _costs(call, plan, numbers)

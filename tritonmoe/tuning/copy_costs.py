@@ -24,8 +24,9 @@ LEAST_CALLS = 2
 WATCHED_CALLS = 128
 """Of so many calls the end is waited for: models have fewer layers with experts than that, all of which run forward
 before the first one runs backward."""
-FORGETTING_CALLS = 256
-"""After so many calls without copies it is forgotten what calls with them took."""
+FORGETTING_CALLS = {True: 4096, False: 256}
+"""After so many calls with copies in a row, and so many without, it is forgotten what calls of the other kind took. All
+layers of a step may have to be measured anew then, and copies that pay should seldom be missed."""
 JUDGED_CALLS = {True: 5, False: 2}
 """So many calls with copies, and without, are needed to judge by what they took."""
 PLANNING_FS = 10**12
@@ -102,7 +103,7 @@ class MeasuredCosts:
 
     def __init__(self) -> None:
         self._calls: deque[_Call] = deque(maxlen=KEPT_CALLS)
-        """None without copies behind one with copies, whose pairs and bytes may cost more: weights travel beside them."""
+        """None without copies behind one with copies, whose pairs and bytes may take longer beside weights."""
         self._without: deque[_Call] = deque(maxlen=KEPT_CALLS)
         """Those without copies."""
         self._watched: deque[_Watched] = deque(maxlen=WATCHED_CALLS)
@@ -111,8 +112,9 @@ class MeasuredCosts:
         """What calls with copies, and those without, took of what was expected."""
         self.were_uneven = False
         """Whether ranks had uneven numbers of pairs in the last call, the same on every rank."""
-        self._num_without = 0
-        """How many calls there were since the last one with copies."""
+        self._num_alike = 0
+        """How many calls there were with copies, or without, since the last one of the other kind."""
+        self._had_copies = False
 
     def observe(self, report: LayerReport, has_backward: bool, planning_s: float | None, expected_fs: int) -> None:
         """Take in a call.
@@ -125,10 +127,16 @@ class MeasuredCosts:
         self._watched.append(_Watched(report, has_backward, planning_fs, expected_fs))
         if planning_fs:
             self._planning_fs.append(planning_fs)
-        self._num_without = 0 if report.copies is not None else self._num_without + 1
-        if self._num_without == FORGETTING_CALLS:  # what was slower once may be tried again
-            self._permille[True].clear()
-            self._calls = self._without.copy()
+        has_copies = report.copies is not None
+        self._num_alike = self._num_alike + 1 if has_copies == self._had_copies else 1
+        self._had_copies = has_copies
+        if self._num_alike >= FORGETTING_CALLS[has_copies]:  # what was slower once may be tried again
+            self._permille[not has_copies].clear()
+            self._num_alike = 0
+            if has_copies:
+                self._without.clear()
+            else:
+                self._calls = self._without.copy()
 
     def numbers(self) -> Numbers:
         """Return what the other ranks are told before the next call."""
