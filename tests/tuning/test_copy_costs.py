@@ -119,8 +119,18 @@ def test_slower_pairs_of_calls_with_copies_are_not_expected_without_them(monkeyp
     assert all(of.startswith("no copies: none make") for of in said[BASELINE + 8 :]), said
 
 
+def test_copies_that_gained_nothing_are_tried_again_after_fifty_times_as_many_calls(monkeypatch) -> None:
+    num_tried = JUDGED_CALLS[True]
+    said = run_calls(monkeypatch, {True: 3.0, False: 1.0}, BASELINE + 51 * num_tried + 5)
+    tried = [number for number, of in enumerate(said) if "less than without" in of]
+    assert tried == [
+        *range(BASELINE, BASELINE + num_tried),
+        *range(BASELINE + 51 * num_tried, BASELINE + 52 * num_tried),
+    ]
+
+
 def test_what_calls_without_copies_take_is_measured_again(monkeypatch) -> None:
-    monkeypatch.setattr(copy_costs, "FORGETTING_CALLS", {True: 10, False: 256})
+    monkeypatch.setattr(copy_costs, "RETRIED_SHARE", 2)
     said = run_calls(monkeypatch, {True: 1.0, False: 1.0}, BASELINE + 20)
     again = BASELINE + 10
     assert all("less than without" in of for of in said[BASELINE:again])

@@ -24,11 +24,12 @@ LEAST_CALLS = 2
 WATCHED_CALLS = 128
 """Of so many calls the end is waited for: models have fewer layers with experts than that, all of which run forward
 before the first one runs backward."""
-FORGETTING_CALLS = {True: 4096, False: 256}
-"""After so many calls with copies in a row, and so many without, it is forgotten what calls of the other kind took. All
-layers of a step may have to be measured anew then, and copies that pay should seldom be missed."""
 JUDGED_CALLS = {True: 5, False: 2}
 """So many calls with copies, and without, are needed to judge by what they took."""
+RETRIED_SHARE = 50
+"""What calls with copies took, or those without, is forgotten after so many times as many calls in a row of the other
+kind as there were of this one: so what is slower takes one of so many calls, in models of many layers too, of which all
+run forward before one of them is measured."""
 PLANNING_FS = 10**12
 """What a call takes longer for being planned again, until that is measured: 1 ms."""
 KINDS_IN = (StepKind.DISPATCH, StepKind.COPIES, StepKind.SPREAD_COPIES)
@@ -112,9 +113,9 @@ class MeasuredCosts:
         """What calls with copies, and those without, took of what was expected."""
         self.were_uneven = False
         """Whether ranks had uneven numbers of pairs in the last call, the same on every rank."""
-        self._num_alike = 0
-        """How many calls there were with copies, or without, since the last one of the other kind."""
         self._had_copies = False
+        self._num_alike = self._num_other = 0
+        """How many calls there were in a row with copies, or without, and how many of the other kind before them."""
 
     def observe(self, report: LayerReport, has_backward: bool, planning_s: float | None, expected_fs: int) -> None:
         """Take in a call.
@@ -128,11 +129,12 @@ class MeasuredCosts:
         if planning_fs:
             self._planning_fs.append(planning_fs)
         has_copies = report.copies is not None
-        self._num_alike = self._num_alike + 1 if has_copies == self._had_copies else 1
-        self._had_copies = has_copies
-        if self._num_alike >= FORGETTING_CALLS[has_copies]:  # what was slower once may be tried again
+        if has_copies != self._had_copies:
+            self._had_copies, self._num_other, self._num_alike = has_copies, self._num_alike, 0
+        self._num_alike += 1
+        least, most = max(JUDGED_CALLS.values()), WATCHED_CALLS
+        if self._num_alike % (RETRIED_SHARE * min(max(self._num_other, least), most)) == 0:
             self._permille[not has_copies].clear()
-            self._num_alike = 0
             if has_copies:
                 self._without.clear()
             else:
