@@ -48,9 +48,9 @@ __all__ = ["main"]
 
 UNSHAPED = "40gbit"
 HIDDEN, INTERMEDIATE, NUM_EXPERTS, TOP_K = 512, 256, 64, 8
-SETTLED = 5
+SETTLED = 6
 """Rounds that are not counted. "auto" knows what calls cost behind the second call, what they take without copies
-behind the fourth, and in the next five what they take with copies."""
+behind the fourth, and in the next eight what they take with copies."""
 
 PREDICTED = ("without", "auto", "always")
 
