@@ -48,12 +48,14 @@ def test_warmup_compiles_all_that_steps_launch():
         assert not set(found["steps"]) - set(found["warmup"]), name
 
 
+@pytest.mark.thorough
 def test_launches_find_what_warmup_compiled():
     found = launched("cache_entries")
     assert len(set(found["launch"])) > 10
     assert found["launch"] == found["warmup"]
 
 
+@pytest.mark.thorough
 def test_warmup_on_a_gpu_that_kernels_are_not_checked_for():
     found = launched("warmup_of_an_untested_gpu")
     count = len(found["said"])

@@ -106,6 +106,7 @@ def read_slots(tiles, found, number, stride, BLOCK_M: tl.constexpr):
     tl.store(number + slot, row_tiles.num_row_tiles(tiles, BLOCK_M))
 
 
+@pytest.mark.thorough
 @settings(max_examples=40, deadline=None)
 @given(
     counts=st.lists(st.integers(0, 140), min_size=1, max_size=9),

@@ -161,6 +161,7 @@ def test_every_code_and_scale(weight_format, transposed):
     assert torch.equal(found.view(num_experts, depth, -1), expected)  # of a product zeros have no sign
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("weight_format", FORMATS)
 def test_a_part_of_the_experts_and_other_strides(weight_format):
     layer = packed_layer(weight_format, bias=False, num_rows=9)
@@ -195,6 +196,7 @@ def test_an_entry_for_plain_weights_is_not_taken_for_packed_ones():
         assert way.startswith("pointers: ")  # it is packed, or the GPU has no TMA
 
 
+@pytest.mark.thorough
 def test_no_row_depends_on_its_neighbours():
     layer, options = packed_layer("nf4", num_rows=40), KernelOptions(batch_invariant=True)
     check(layer, options=options)

@@ -142,6 +142,7 @@ def test_all_that_is_free_is_searched():
     assert fixed.time.step_s == pytest.approx(best.time.step_s)
 
 
+@pytest.mark.thorough
 def test_72_gpus_of_a_node():
     rack = CLUSTERS["GB200"]
     assert rack.gpus_per_node == 72

@@ -209,6 +209,7 @@ FASTER = (
 SLOWER = ("inside.latency_us", "between.latency_us", "between.us_per_peer", "between.decay", "host.us_per_layer")
 
 
+@pytest.mark.thorough
 @settings(max_examples=25, deadline=None)
 @given(
     JOBS,
