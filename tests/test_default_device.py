@@ -4,6 +4,7 @@ Here the default device is "meta", whose tensors have no values.
 """
 
 import ast
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -45,11 +46,16 @@ def trained(layer: torch.nn.Module, arguments: tuple[Tensor, ...], num_calls: in
 
 CASES = (*OVERLAPS, "two levels", "one device", "placement")
 FIRST_CASES = {("tokens", "auto"), ("two levels", "auto"), ("tokens", "triton")}
-CASES_ON_BACKENDS = [
-    pytest.param(case, backend, marks=() if (case, backend) in FIRST_CASES else pytest.mark.thorough)
-    for backend in ("auto", "triton")
-    for case in CASES
-]
+SLOW_CASES = {(case, "triton") for case in CASES if case not in ("tokens", "two levels")}
+
+
+def tier(case: tuple[str, str]) -> tuple:
+    if case in FIRST_CASES:
+        return ()
+    return pytest.mark.slow if case in SLOW_CASES else pytest.mark.thorough
+
+
+CASES_ON_BACKENDS = [pytest.param(*case, marks=tier(case)) for case in itertools.product(CASES, ("auto", "triton"))]
 
 
 @pytest.mark.parametrize(("case", "backend"), CASES_ON_BACKENDS)

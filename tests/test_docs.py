@@ -37,7 +37,7 @@ SOON = {"README", "index", FIRST}
 """Pages of the first tier: what a reader meets first."""
 
 
-@pytest.mark.parametrize("quick", [["--quick"], pytest.param([], marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("quick", [["--quick"], pytest.param([], marks=pytest.mark.slow)])
 def test_what_is_generated_is_current(quick: list[str]) -> None:
     subprocess.run([sys.executable, "-m", "bench.readme", "--check", *quick], cwd=ROOT, check=True)
 

@@ -533,7 +533,7 @@ def test_activation_checkpointing_on_two_ranks() -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", ["plain", "non-reentrant", "reentrant", pytest.param("compiled", marks=pytest.mark.thorough)]
+    "kind", ["plain", "non-reentrant", "reentrant", pytest.param("compiled", marks=pytest.mark.slow)]
 )
 def test_load_balance_over_all_ranks(kind: str) -> None:
     """A step with it, in every way that a layer is run, is a step of one device with all tokens."""

@@ -27,7 +27,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_a_rehearsal_that_is_killed_twice(tmp_path):
     file, script = tmp_path / "gpu.jsonl", tmp_path / "rehearse.py"
     script.write_text(SCRIPT)

@@ -25,7 +25,7 @@ LAUNCHES = {
 }
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
 def test_every_operation_is_launched(tmp_path: Path) -> None:
     pytest.importorskip("triton.backends.nvidia.compiler")

@@ -55,7 +55,7 @@ def test_bad_arguments(arguments: list[str], words: str, complaint_of) -> None:
     assert words in complaint_of(main, arguments)
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 @pytest.mark.skipif(REASON is not None, reason=str(REASON))
 def test_two_namespaces(tmp_path: Path) -> None:
     arguments = ["--rates", "500mbit", "--models", "tiny", "--tokens", "256", "--chunks", "1", "2"]

@@ -55,7 +55,7 @@ def test_processes_in_namespaces_have_a_rank_too(monkeypatch: pytest.MonkeyPatch
     check_start(2, {"--rate": "1gbit"})
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_nobody_gave_a_rate(tmp_path: Path) -> None:
     arguments = [
         "--model",

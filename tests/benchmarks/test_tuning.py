@@ -231,7 +231,7 @@ def test_another_layout_is_another_layer(no_gpu_needed, tmp_path):
     assert measured.count("one") == 4
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_candidates_are_compiled_and_judged(tmp_path):
     """Without the interpreter, in processes: one fits, one is the table's own, one needs too much shared memory."""
     script = """

@@ -95,7 +95,7 @@ def kill_rank_1(session: int) -> None:
     os.kill(rank_1, signal.SIGKILL)
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_a_demo(tmp_path: Path) -> None:
     said = interrupt(
         [*TRITONMOE, "demo", "--ranks", "2", "--steps", "100000"],
@@ -114,7 +114,7 @@ SLOW = pytest.mark.slow
 @pytest.mark.parametrize(
     ("ranks", "end"),
     [
-        pytest.param(ONE_LEVEL, interrupt_all, id="all", marks=pytest.mark.thorough),
+        pytest.param(ONE_LEVEL, interrupt_all, id="all", marks=SLOW),
         pytest.param(ONE_LEVEL, interrupt_first, id="the first", marks=SLOW),
         pytest.param(ONE_LEVEL, kill_rank_1, id="killed", marks=SLOW),
         pytest.param(TWO_LEVELS, interrupt_all, id="all of two levels", marks=SLOW),

@@ -130,7 +130,7 @@ def test_what_is_missing_is_said(command, capsys, monkeypatch):
     assert "a target must be one of sm_80, sm_90" in capsys.readouterr().err
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_warmup_compiles_for_another_machine(tmp_path):
     pytest.importorskip("triton.backends.nvidia.compiler")
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}

@@ -220,7 +220,7 @@ def test_a_damaged_file(kind: str, seed: int, tmp_path: Path, capsys: pytest.Cap
     check(kind, seed, tmp_path / "run", capsys)
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_many_damaged_files(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     statuses = []
     for number, (kind, seed) in enumerate(SEEDS[FIRST:]):

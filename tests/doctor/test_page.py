@@ -96,7 +96,7 @@ def test_one_rank_alone(tmp_path: Path) -> None:
     assert (data["waits_for_ranks_s"], page.matrices) == ([[0.0]], [])
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_64_ranks(tmp_path: Path) -> None:
     fault = Fault("late rank", (63,), 0.1)
     write_traces(Scenario("", 11, num_ranks=64, num_layers=4, faults=(fault,)), tmp_path / "late")

@@ -102,7 +102,14 @@ TOKENS = {"torch": (0, 1, 9, 60, 900), "reference": (0, 1, 9, 60), "triton": (0,
 
 
 @pytest.mark.sweep(2)
-@pytest.mark.parametrize(("backend", "num_tokens"), [(name, count) for name in TOKENS for count in TOKENS[name]])
+@pytest.mark.parametrize(
+    ("backend", "num_tokens"),
+    [
+        pytest.param(name, count, marks=[pytest.mark.slow] if (name, count) == ("triton", 1) else [])
+        for name in TOKENS
+        for count in TOKENS[name]
+    ],
+)
 @pytest.mark.parametrize("weight_format", FORMATS)
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("rank", [0, 4])
@@ -222,10 +229,13 @@ def test_no_whole_decoded_weight_is_ever_made(weight_format: WeightFormat) -> No
     assert up.decode().nbytes > max(2 * expert_bytes, tables)
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("weight_format", "transposed", "save"),
-    [("mxfp4", True, "hidden"), ("fp8", False, "hidden"), ("nf4", False, "input")],
+    [
+        pytest.param("mxfp4", True, "hidden", marks=pytest.mark.slow),
+        pytest.param("fp8", False, "hidden", marks=pytest.mark.thorough),
+        pytest.param("nf4", False, "input", marks=pytest.mark.slow),
+    ],
 )
 def test_kernels_make_no_decoded_expert(weight_format: WeightFormat, transposed: bool, save: str) -> None:
     """Not even one: a tile is decoded where it is loaded."""

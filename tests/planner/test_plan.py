@@ -112,7 +112,7 @@ def test_nothing_fits():
     assert "Measure next" not in text
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_what_was_given_is_not_advised():
     given = plan_table(plan(Job(MODELS["DeepSeek-V3"], recompute="full"), H100, [16]))
     assert "--recompute full" not in given

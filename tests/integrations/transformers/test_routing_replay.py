@@ -613,7 +613,7 @@ def test_copies_of_a_model_go_their_own_way():
     assert torch.equal(copied(batch()).logits, own)
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_compiled_models_are_refused():
     model = test_families.make_model("mixtral")
     compiled = torch.compile(model, backend="eager")

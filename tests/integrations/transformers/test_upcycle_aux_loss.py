@@ -201,7 +201,7 @@ def test_all_chunks_of_a_layer_are_counted_together(chunk_size):
     "way",
     [
         "checkpointed",
-        pytest.param("compiled", marks=pytest.mark.thorough),
+        pytest.param("compiled", marks=pytest.mark.slow),
         "compiled blocks",
         "spread",
         "spread and checkpointed",
