@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 from batches import CALLABLES, KERNEL_DEVICE, NAMES, OPTIONS, WEIGHTS, Batch, assert_equals_one_device
+from compiled_threads import compiles_in_threads
 from same_bits import assert_same_bits
 from tolerance import error_floor
 from torch import Tensor
@@ -400,6 +401,7 @@ def test_even_ranks_exchange_nothing_more(reports: dict[int, list[LayerReport]])
     assert reports[0][0].balance == "no copies: ranks have about as many pairs"
 
 
+@compiles_in_threads
 def test_compiled(reports: dict[int, list[LayerReport]]) -> None:
     batch = hot(Batch(2, 6, 2, torch.float32))
     expected = batch.on_one_device()

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from compiled_threads import compiles_in_threads
 from functorch.compile import make_boxed_func
 from same_bits import assert_same_bits
 from torch import Tensor, nn
@@ -32,10 +33,6 @@ CONFIG = tm.MoEConfig(
 )
 PLAN = tm.OverlapPlan((1, 2), local_start=3, window=1)
 SILU = expert_spec()
-compiles_in_threads = pytest.mark.skipif(
-    torch.__version__.startswith(("2.10.", "2.11.")),
-    reason="torch 2.11 crashes where threads compile, as emulated ranks do",
-)
 
 
 @pytest.fixture(autouse=True)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from compiled_threads import compiles_in_threads
 from fault_cases import WatchedTransport
 from torch import Tensor
 
@@ -20,10 +21,6 @@ CALLS: dict[str, tuple[int, Callable[[Transport, Tensor], object]]] = {
     "barrier": (1, lambda transport, tensor: transport.barrier()),
 }
 EXCHANGES = [(name, exchange) for name, (count, _) in CALLS.items() for exchange in range(count)]
-compiles_in_threads = pytest.mark.skipif(
-    torch.__version__.startswith(("2.10.", "2.11.")),
-    reason="torch 2.11 crashes where threads compile, as emulated ranks do",
-)
 
 
 @pytest.mark.parametrize(("name", "exchange"), EXCHANGES)
