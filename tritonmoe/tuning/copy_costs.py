@@ -47,7 +47,7 @@ class Numbers(NamedTuple):
     """What one rank tells the others of its last calls. Zeros where it has not measured enough."""
 
     pairs: int = 0
-    """Which its experts have computed, in the last calls with copies, and before there are enough in those before."""
+    """Which its experts have computed."""
     forward_fs: int = 0
     """How long that took."""
     backward_pairs: int = 0
@@ -104,9 +104,8 @@ class MeasuredCosts:
 
     def __init__(self) -> None:
         self._calls: deque[_Call] = deque(maxlen=KEPT_CALLS)
-        """None without copies behind one with copies, whose pairs and bytes may take longer beside weights."""
         self._without: deque[_Call] = deque(maxlen=KEPT_CALLS)
-        """Those without copies."""
+        """The last ones without copies, beside which no weights travel."""
         self._watched: deque[_Watched] = deque(maxlen=WATCHED_CALLS)
         self._planning_fs: deque[int] = deque(maxlen=KEPT_CALLS)
         self._permille: dict[bool, deque[int]] = {True: deque(maxlen=KEPT_CALLS), False: deque(maxlen=KEPT_CALLS)}
@@ -137,8 +136,6 @@ class MeasuredCosts:
             self._permille[not has_copies].clear()
             if has_copies:
                 self._without.clear()
-            else:
-                self._calls = self._without.copy()
 
     def numbers(self) -> Numbers:
         """Return what the other ranks are told before the next call."""
@@ -148,8 +145,7 @@ class MeasuredCosts:
         for watched in over:
             self._watched.remove(watched)
             call = _read(watched.report)
-            if call.has_copies or not any(of.has_copies for of in self._calls):
-                self._calls.append(call)
+            self._calls.append(call)
             if not call.has_copies:
                 self._without.append(call)
             if watched.expected_fs:
