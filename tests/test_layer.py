@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from compiled_threads import compiles_in_threads
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.utils import prune
@@ -533,12 +534,11 @@ def test_activation_checkpointing_on_two_ranks() -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", ["plain", "non-reentrant", "reentrant", pytest.param("compiled", marks=pytest.mark.slow)]
+    "kind",
+    ["plain", "non-reentrant", "reentrant", pytest.param("compiled", marks=(compiles_in_threads, pytest.mark.slow))],
 )
 def test_load_balance_over_all_ranks(kind: str) -> None:
     """A step with it, in every way that a layer is run, is a step of one device with all tokens."""
-    if kind == "compiled" and torch.__version__.startswith(("2.10.", "2.11.")):
-        pytest.skip("torch 2.11 crashes where threads compile, as emulated ranks do")
     torch._dynamo.reset()
     config = replace(CONFIG, load_balance_loss_weight=3.0, load_balance_over="global", score_function="sigmoid")
     xs = [batch(rank, dtype=torch.float64) for rank in range(2)]
@@ -599,11 +599,16 @@ def test_the_selection_bias_of_ranks_is_that_of_one_device() -> None:
         assert torch.equal(bias, whole.router.e_score_correction_bias)
 
 
-@pytest.mark.parametrize("num_ranks", [None, 2])
-@pytest.mark.parametrize("wrap", ["checkpoint_wrapper", "compile"])
+@pytest.mark.parametrize(
+    ("wrap", "num_ranks"),
+    [
+        ("checkpoint_wrapper", None),
+        ("checkpoint_wrapper", 2),
+        ("compile", None),
+        pytest.param("compile", 2, marks=compiles_in_threads),
+    ],
+)
 def test_wrapped_experts(wrap: str, num_ranks: int | None) -> None:
-    if wrap == "compile" and num_ranks and torch.__version__.startswith(("2.10.", "2.11.")):
-        pytest.skip("torch 2.11 crashes where threads compile, as emulated ranks do")
     config = replace(CONFIG, shared_intermediate_size=4)
 
     def on_rank(transport: Transport | None = None) -> None:

@@ -35,7 +35,7 @@ x = torch.randn(9 if backend == "torch" else 2, D, generator=torch.Generator().m
 
 def make(seed: int) -> nn.Module:
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(D, D), tm.MoELayer(CONFIG, backend=backend)).bfloat16()  # type: ignore[arg-type]
+    return nn.Sequential(nn.Linear(D, D), tm.MoELayer(CONFIG, backend=backend)).bfloat16()
 
 
 def laid_out(layout: str, seed: int) -> nn.Module:

@@ -111,6 +111,12 @@ def test_rows_are_ordered_once(monkeypatch) -> None:
     assert len(ordered) == 2
 
 
+def said_where_rank_1_fails(transport: Transport, layer: tm.GroupedExperts, call: dict) -> str:
+    with pytest.raises(MemoryError if transport.rank == 1 else TransportError) as raised:
+        layer(**call)
+    return str(raised.value)
+
+
 @pytest.mark.parametrize("overlap", [tm.OverlapConfig(2), ALWAYS], ids=["counts travel", "ranks are even"])
 def test_a_rank_that_fails_to_order_its_rows_leaves_nobody_waiting(overlap: tm.OverlapConfig, monkeypatch) -> None:
     """Its counts are on their way then, and the others would wait for its rows."""
@@ -127,9 +133,9 @@ def test_a_rank_that_fails_to_order_its_rows_leaves_nobody_waiting(overlap: tm.O
         config = tm.MoEConfig(hidden_size=8, intermediate_size=6, num_experts=8, top_k=2)
         layer = tm.GroupedExperts(config, transport, overlap)
         count = 8 if transport.rank == 1 else 4
-        with pytest.raises(MemoryError if transport.rank == 1 else TransportError) as raised:
-            layer(torch.zeros(count, 8), torch.arange(2 * count).view(-1, 2) % 8, torch.zeros(count, 2))
-        return str(raised.value)
+        ids = torch.arange(2 * count).view(-1, 2) % 8
+        call = {"x": torch.zeros(count, 8), "topk_ids": ids, "topk_weights": torch.zeros(count, 2)}
+        return said_where_rank_1_fails(transport, layer, call)
 
     said = tm.run_on_emulated_ranks(on_rank, 2, timeout_s=20)
     assert "rank 1 failed with MemoryError: no room for the order" in said[0]
@@ -150,9 +156,7 @@ def test_a_rank_that_fails_to_count_its_experts_leaves_nobody_waiting(monkeypatc
         if transport.rank == 1:
             monkeypatch.setattr(balance, "_count_slots", fails)
         transport.barrier()
-        with pytest.raises(MemoryError if transport.rank == 1 else TransportError) as raised:
-            layer(**call)
-        return str(raised.value)
+        return said_where_rank_1_fails(transport, layer, call)
 
     said = tm.run_on_emulated_ranks(on_rank, 2, timeout_s=20)
     assert "rank 1 failed with MemoryError: no room for the counts" in said[0]

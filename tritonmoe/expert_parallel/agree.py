@@ -63,10 +63,9 @@ def _agree(call: ProposedCall, choice: Choice, header: CallHeader) -> AgreedCall
         tokens = _plan_tokens(call, overlap)
         beside = None if choice.costs is None else told_beside(call, overlap, choice.costs)
     header = header._replace(nonfinite_rows=tokens.nonfinite_rows)
-    if choice.costs is None:
-        return _planned(call, exchange_plan(call.transport, header, tokens, overlap), header)
-    plan = exchange_plan(call.transport, header, tokens, overlap, is_final=False, beside=beside)
-    return _agree_on_balance(call, _planned(call, plan, header), choice.costs)
+    plan = exchange_plan(call.transport, header, tokens, overlap, is_final=choice.costs is None, beside=beside)
+    first = _planned(call, plan, header)
+    return first if choice.costs is None else _agree_on_balance(call, first, choice.costs)
 
 
 def _agree_on_balance(call: ProposedCall, first: AgreedCall, costs: MeasuredCosts) -> AgreedCall:
