@@ -6,6 +6,7 @@ the same ones: there are only integers here.
 
 from collections.abc import Iterator, Sequence
 
+import torch
 from torch import Tensor
 
 __all__ = ["LARGEST_SHARE_PERCENT", "Load", "Move", "candidates"]
@@ -30,6 +31,7 @@ class Load:
         self.of_expert: list[int] = counts.sum(0).tolist()
         firsts = range(0, len(self.of_expert), self.num_own)
         self.of_rank = [sum(self.of_expert[first : first + self.num_own]) for first in firsts]
+        self.counts_of_slots = counts
         # Lists, since few of the numbers are read, and each operation on a tensor takes as long as reading hundreds.
         self.counts: list[list[int]] = counts.tolist()
         self.rows: list[list[int]] = rows.tolist()
@@ -53,7 +55,7 @@ def candidates(load: Load, max_copies: int, least: int, caps_percent: Sequence[i
         least: the fewest pairs that are worth a copy. caps_percent: up to how much of the mean ranks keep, ascending.
     """
     mean, most = -(-sum(load.of_rank) // load.size), max(load.of_rank)
-    busy = _busy_pairs(load, mean * caps_percent[0] // 100, least)
+    busy = _busy_places(load, mean * caps_percent[0] // 100, least)
     for percent in caps_percent:
         cap = mean * percent // 100
         if 100 * cap > LARGEST_SHARE_PERCENT * most:
@@ -63,18 +65,16 @@ def candidates(load: Load, max_copies: int, least: int, caps_percent: Sequence[i
             yield _by_tokens(load, busy, cap, held, least)
 
 
-def _busy_pairs(load: Load, cap: int, least: int) -> list[Move]:
-    """Return (expert, rank, pairs) of experts on ranks above the cap: `least` pairs or more of a rank's tokens.
+def _busy_places(load: Load, cap: int, least: int) -> list[int]:
+    """Return places (rank times slots plus expert) of `least` pairs or more that a rank above the cap computes.
 
-    The most pairs come first, then by rank and expert.
+    The most pairs come first, then the first place.
     """
-    num_own = load.num_own
-    busy = [owner for owner, pairs in enumerate(load.of_rank) if pairs > cap]
-    hot = [expert for owner in busy for expert in range(owner * num_own, (owner + 1) * num_own)]
-    found = [
-        (-of[expert], rank, expert) for rank, of in enumerate(load.counts) for expert in hot if of[expert] >= least
-    ]
-    return [(expert, rank, -negative) for negative, rank, expert in sorted(found)]
+    counts = load.counts_of_slots.flatten()
+    is_busy = torch.tensor([pairs > cap for pairs in load.of_rank]).repeat_interleave(load.num_own)
+    places = (is_busy & (load.counts_of_slots >= least)).flatten().nonzero().flatten()
+    found: list[int] = places[counts[places].argsort(descending=True, stable=True)].tolist()
+    return found
 
 
 def _by_load(load: Load, cap: int, max_copies: int, least: int) -> tuple[Move, ...]:
@@ -108,21 +108,22 @@ def _by_load(load: Load, cap: int, max_copies: int, least: int) -> tuple[Move, .
     return tuple(sorted(moves))
 
 
-def _by_tokens(load: Load, busy: Sequence[Move], cap: int, max_copies: int, least: int) -> tuple[Move, ...]:
+def _by_tokens(load: Load, busy: Sequence[int], cap: int, max_copies: int, least: int) -> tuple[Move, ...]:
     """Make copies where the tokens are: each rank computes pairs of its own tokens, whose rows then stay."""
     over = {rank: pairs - cap for rank, pairs in enumerate(load.of_rank) if pairs > cap}
     room = {rank: cap - pairs for rank, pairs in enumerate(load.of_rank) if cap - pairs >= least}
     held = dict.fromkeys(room, 0)
     moves: list[Move] = []
     left, num_over, num_open = TRIED_PAIRS * max_copies * load.size, sum(of >= least for of in over.values()), len(room)
-    for expert, rank, here in busy:
+    for place in busy:
+        rank, expert = divmod(place, len(load.of_expert))
         owner = expert // load.num_own
         if not (num_over and num_open and left):
             break
         if rank not in room or owner not in over:
             continue
         left -= 1
-        piece = min(here, over[owner], room[rank])
+        piece = min(load.counts[rank][expert], over[owner], room[rank])
         if piece >= least and held[rank] < max_copies:
             moves.append((expert, rank, piece))
             over[owner], room[rank], held[rank] = over[owner] - piece, room[rank] - piece, held[rank] + 1
