@@ -58,6 +58,7 @@ def test_copies_of_hot_experts_leave_the_losses_as_they_are():
     assert plain.count("with copies 4.00: none") == 5
 
 
+@pytest.mark.thorough
 def test_expert_parallel_training_says_how_it_is_started():
     environment = {name: value for name, value in os.environ.items() if name != "LOCAL_RANK"}
     script = str(EXAMPLES / "train_expert_parallel.py")

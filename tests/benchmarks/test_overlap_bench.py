@@ -196,6 +196,7 @@ def check_words(results: dict, text: str) -> None:
         assert f"T_{kind} " in legend
 
 
+@pytest.mark.thorough
 def test_one_rank_computes_and_the_others_are_replayed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -401,6 +402,7 @@ def test_nothing_is_left_of_a_run_that_was_ended(end: signal.Signals) -> None:
     assert not {pid for pid, started in inside if start_of(pid) == started}
 
 
+@pytest.mark.thorough
 @NEEDS_NAMESPACES
 def test_a_rank_that_fails_ends_the_run() -> None:
     fails = 'test "$RANK" = 2 && exit 3; exec sleep 60'

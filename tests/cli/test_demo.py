@@ -115,6 +115,7 @@ def test_text_is_plain_and_fits_80_columns(tmp_path, capsys, short, monkeypatch)
     assert "speed-up" in text
 
 
+@pytest.mark.thorough
 def test_a_full_disk_loses_no_results(tmp_path, capsys, short):
     (tmp_path / "tritonmoe-demo-trace.json").symlink_to("/dev/full")
     arguments = ["demo", "--steps", "2", "--ranks", "2", "--device", "cpu", "--out", str(tmp_path), "--json"]

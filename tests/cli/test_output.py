@@ -78,6 +78,7 @@ def test_an_error_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
+@pytest.mark.thorough
 def test_a_process_whose_output_nobody_reads() -> None:
     environment = {**os.environ, "PYTHONPATH": str(Path(tm.__file__).parents[1]), "PYTHONUNBUFFERED": ""}
     pipe = closed_pipe()

@@ -286,6 +286,7 @@ def record_until_killed(folder: Path) -> None:
         tm.run_on_emulated_ranks(lambda transport: train(transport, calls=1_000_000), SIZE)
 
 
+@pytest.mark.thorough
 def test_a_recording_killed_half_way_can_be_read(tmp_path: Path) -> None:
     process = multiprocessing.get_context("spawn").Process(target=record_until_killed, args=(tmp_path,))
     process.start()

@@ -51,9 +51,8 @@ def test_packed_weights(gpu, tmp_path):
     assert re.search(r"\b8 passed", result.stdout), result.stdout[-3000:]
 
 
-@pytest.mark.parametrize(
-    "gpu", [pytest.param("sm_90", marks=pytest.mark.thorough), pytest.param("sm_100", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("gpu", ["sm_90", "sm_100"])
 def test_runs_of_tiles(gpu, tmp_path):
     result = run(gpu, tmp_path, tests=("test_tile_runs.py",))
     assert result.returncode == 0, result.stdout[-3000:]

@@ -200,6 +200,7 @@ def test_a_full_disk_under_the_trace(tmp_path):
     assert raised.value.filename == "/dev/full"
 
 
+@pytest.mark.thorough
 def test_no_part_of_a_trace_is_left(tmp_path):
     """A file that must not grow beyond 100 bytes stands for a disk that fills up on the way."""
     path = tmp_path / "trace.json"

@@ -47,6 +47,7 @@ def disk(tmp_path: Path) -> Path:
     return tmp_path / "disk"
 
 
+@pytest.mark.thorough
 def test_no_writer_leaves_a_part(disk: Path) -> None:
     code = f"""if True:
         import dataclasses, sys

@@ -80,7 +80,7 @@ else:
             ("gloo", 2),
             pytest.param("gloo", 4, marks=pytest.mark.thorough),
             pytest.param("gloo two levels", 4, marks=pytest.mark.thorough),
-            pytest.param("mpi", 2, marks=NEEDS_MPI),
+            pytest.param("mpi", 2, marks=[NEEDS_MPI, pytest.mark.thorough]),
             pytest.param("mpi", 4, marks=[NEEDS_MPI, pytest.mark.thorough]),
         ],
     )

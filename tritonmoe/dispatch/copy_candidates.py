@@ -71,7 +71,9 @@ def _busy_places(load: Load, cap: int, least: int) -> list[int]:
     The most pairs come first, then the first place.
     """
     counts = load.counts_of_slots.flatten()
-    is_busy = torch.tensor([pairs > cap for pairs in load.of_rank]).repeat_interleave(load.num_own)
+    is_busy = torch.tensor([pairs > cap for pairs in load.of_rank], device=counts.device).repeat_interleave(
+        load.num_own
+    )
     places = (is_busy & (load.counts_of_slots >= least)).flatten().nonzero().flatten()
     found: list[int] = places[counts[places].argsort(descending=True, stable=True)].tolist()
     return found

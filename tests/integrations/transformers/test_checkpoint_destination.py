@@ -48,6 +48,7 @@ def start_writer(directory: Path) -> subprocess.Popen:
     )
 
 
+@pytest.mark.thorough
 def test_a_writer_that_lives_is_left_alone_and_what_it_leaves_when_killed_is_removed(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -73,6 +74,7 @@ def test_a_writer_that_lives_is_left_alone_and_what_it_leaves_when_killed_is_rem
         assert f"removing {tmp_path / name}, left by a process that was killed" in caplog.text
 
 
+@pytest.mark.thorough
 def test_of_two_that_write_one_directory_the_second_is_refused(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with start_writer(out) as writer:

@@ -202,7 +202,7 @@ def test_all_chunks_of_a_layer_are_counted_together(chunk_size):
     [
         "checkpointed",
         pytest.param("compiled", marks=pytest.mark.slow),
-        "compiled blocks",
+        pytest.param("compiled blocks", marks=pytest.mark.thorough),
         "spread",
         "spread and checkpointed",
     ],
