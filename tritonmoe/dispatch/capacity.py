@@ -120,7 +120,7 @@ def plan_capped_tokens(
     room_rows = room[0].flatten()
     starts = torch.cat([room_rows.new_zeros(1), room_rows.cumsum(0)])  # by key; of rows that don't travel: the end
 
-    segments = row_segments(num_tokens, rank, size, overlap, device)
+    segments = row_segments(overlap.bounds(num_tokens), rank, size, overlap, device)
     row_keys, counts = count_rows(owners_of_pairs(topk_ids, num_experts, size), segments, overlap.num_segments)
     fits = (counts <= room).all(0)  # (segments, W)
     # A row's place is its segment's start and how many rows of the segment come before it.

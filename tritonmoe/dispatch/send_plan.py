@@ -12,7 +12,7 @@ local_first, half of the local rows first: token 0 needs rank 0, token 1 needs b
 first), token 1 (local, last), then token 1 (to rank 1); home_index is [[0, -1], [1, 2]].
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 
@@ -119,7 +119,8 @@ def plan_tokens(
         num_nonfinite_rows = owner.new_zeros(())
     if overlap.chunk_by == "experts":
         return _plan_by_experts(topk_ids, owner, num_experts // size, rank, size, overlap, num_nonfinite_rows, read)
-    segments = row_segments(topk_ids.shape[0], rank, size, overlap, topk_ids.device)
+    bounds = overlap.bounds(topk_ids.shape[0])
+    segments = row_segments(bounds, rank, size, overlap, topk_ids.device)
     is_copy = None
     if num_copies:
         num_slots = num_experts // size
@@ -127,7 +128,6 @@ def plan_tokens(
     row_keys, counts = count_rows(owner, segments, overlap.num_segments, is_copy)
     counts, nonfinite_rows = read(HostCopy(counts, num_nonfinite_rows))
     rows, pairs, *copy_pairs = counts.tolist()
-    bounds = overlap.bounds(topk_ids.shape[0])
     order = RowOrder(partial(order_rows, row_keys, size, topk_ids.shape[1], rows))
     return TokenPlan(
         bounds, order, rows, pairs, rows, int(nonfinite_rows), copy_pairs=copy_pairs[0] if copy_pairs else None
@@ -153,7 +153,7 @@ def _plan_by_experts(
     row_keys, counts = count_rows(owner, first, num_segments)
     return_keys, return_counts = count_rows(owner, last, num_segments)
     absent = num_segments * size
-    pairs = count_keys((segments * size + owner).masked_fill(owner == size, absent), absent)
+    (pairs,) = count_keys([(segments * size + owner).masked_fill(owner == size, absent)], absent)
     counts = torch.stack([counts[0], pairs.view(num_segments, size), return_counts[0]])
     counts, nonfinite_rows = read(HostCopy(counts, num_nonfinite_rows))
     rows, pairs, return_rows = counts.tolist()
@@ -180,10 +180,14 @@ def owners_of_pairs(topk_ids: Tensor, num_experts: int, size: int) -> Tensor:
     return owner.masked_fill(skipped, size)
 
 
-def row_segments(num_tokens: int, rank: int, size: int, overlap: OverlapPlan, device: torch.device) -> Tensor:
-    """Return the segment (T, W) int64 in which each token's row for each rank would travel."""
+def row_segments(bounds: tuple[int, ...], rank: int, size: int, overlap: OverlapPlan, device: torch.device) -> Tensor:
+    """Return the segment (T, W) int64 in which each token's row for each rank would travel.
+
+    bounds: overlap.bounds(T).
+    """
+    num_tokens = bounds[-1]
     positions = torch.arange(num_tokens, device=device)
-    starts = to_device(torch.tensor(overlap.bounds(num_tokens)[1:-1], dtype=torch.int64, device="cpu"), device)
+    starts = to_device(torch.tensor(bounds[1:-1], dtype=torch.int64, device="cpu"), device)
     chunks = torch.bucketize(positions, starts, right=True) + overlap.num_local_slices
     segments = chunks[:, None].repeat(1, size)
     if overlap.local_first:
@@ -218,14 +222,19 @@ def count_rows(
     counted = (
         [row_keys, pair_keys] if is_copy is None else [row_keys, pair_keys, pair_keys.masked_fill(~is_copy, absent)]
     )
-    counts = torch.stack([count_keys(of, absent) for of in counted])
-    return row_keys, counts.view(-1, num_segments, size)
+    return row_keys, count_keys(counted, absent).view(-1, num_segments, size)
 
 
-def count_keys(keys: Tensor, limit: int) -> Tensor:
-    """Count how often each of 0 .. limit - 1 is in keys (int64, at most `limit`), without a host read: (limit,)."""
-    keys = keys.flatten()
-    return keys.new_zeros(limit + 1).scatter_add_(0, keys, keys.new_ones(()).expand(keys.shape))[:limit]
+def count_keys(keys: Sequence[Tensor], limit: int) -> Tensor:
+    """Count how often each of 0 .. limit - 1 is in each of `keys` (int64, at most `limit`), without a host read.
+
+    Returns:
+        (len(keys), limit) int64.
+    """
+    room = limit + 1
+    places = torch.cat([of.flatten() + number * room for number, of in enumerate(keys)])
+    counts = places.new_zeros(len(keys) * room)
+    return counts.scatter_add_(0, places, places.new_ones(()).expand(places.shape)).view(-1, room)[:, :limit]
 
 
 def order_rows(row_keys: Tensor, size: int, top_k: int, rows: list[list[int]]) -> tuple[Tensor, Tensor]:

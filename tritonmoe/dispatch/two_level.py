@@ -132,7 +132,7 @@ def exchange_two_level_plan(
     num_tokens, num_segments = topk_ids.shape[0], overlap.num_segments
     owner = owners_of_pairs(topk_ids, num_experts, size)
     outer_owner = torch.div(owner, node_size, rounding_mode="floor")  # skipped: W // node_size is no node either
-    segments = row_segments(num_tokens, node, num_nodes, overlap, topk_ids.device)
+    segments = row_segments(overlap.bounds(num_tokens), node, num_nodes, overlap, topk_ids.device)
     outer_keys, outer_counts = count_rows(outer_owner, segments, num_segments)
     _, rank_counts = count_rows(owner, segments.repeat_interleave(node_size, dim=1), num_segments)
     to_read = HostCopy(outer_counts, rank_counts, num_nonfinite_rows)

@@ -97,7 +97,7 @@ def _count_slots(call: ProposedCall) -> Tensor:
     """Return how many pairs this rank's tokens have of each slot, (slots,) int64 on the CPU."""
     ids = call.tensors.topk_ids.long()
     keys = ids.masked_fill((ids < 0) | (ids >= call.num_slots), call.num_slots)
-    (counts,) = call.transport.wait_for_copy(HostCopy(count_keys(keys, call.num_slots)))
+    (counts,) = call.transport.wait_for_copy(HostCopy(*count_keys([keys], call.num_slots)))
     return counts
 
 

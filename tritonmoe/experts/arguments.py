@@ -117,8 +117,12 @@ def _check_weights(x: Tensor, weights: PerWeight[Tensor], layout: ExpertLayout) 
             raise _other_dtype(name, tensor, x)
         if scales is not None:
             _check_decoded(name, tensor, scales, x, inner)
-    _check_factors("gate_up", x, weights.gate_up_a, weights.gate_up_b, (num_experts, width, model_width))
-    _check_factors("down", x, weights.down_a, weights.down_b, (num_experts, model_width, inner))
+    for name, factor_a, factor_b, sizes in (
+        ("gate_up", weights.gate_up_a, weights.gate_up_b, (num_experts, width, model_width)),
+        ("down", weights.down_a, weights.down_b, (num_experts, model_width, inner)),
+    ):
+        if factor_a is not None and factor_b is not None:
+            _check_factors(name, x, factor_a, factor_b, sizes)
 
 
 def _other_dtype(name: str, tensor: Tensor, x: Tensor) -> TypeError:
@@ -140,12 +144,8 @@ def _check_decoded(name: str, values: Tensor, scales: Tensor, x: Tensor, inner: 
         )
 
 
-def _check_factors(
-    name: str, x: Tensor, factor_a: Tensor | None, factor_b: Tensor | None, sizes: tuple[int, int, int]
-) -> None:
+def _check_factors(name: str, x: Tensor, factor_a: Tensor, factor_b: Tensor, sizes: tuple[int, int, int]) -> None:
     """Check an adapter's factors for a weight whose (E, out, in) are `sizes`."""
-    if factor_a is None or factor_b is None:
-        return
     num_experts, width, depth = sizes
     for factor in (f"{name}_a", factor_a), (f"{name}_b", factor_b):
         check_plain(*factor)
