@@ -117,16 +117,18 @@ def test_slower_pairs_of_calls_with_copies_are_not_expected_without_them(monkeyp
     said = run_calls(monkeypatch, {True: 1.0, False: 1.0}, BASELINE + 12, {True: 2.0, False: 1.0})
     assert "less than without" in said[BASELINE]
     assert said[BASELINE + 8].startswith("no copies: none make")
+    # A call without them among the last ones lowers their mean again, and the expected gain stays at the bound of 3 %.
+    later = said[BASELINE + 8 :]
+    assert all(of.startswith("no copies: none make") or " 5% less than without" in of for of in later), later
 
 
-def test_copies_that_gained_nothing_are_tried_again_after_five_times_as_many_calls(monkeypatch) -> None:
-    monkeypatch.setattr(copy_costs, "RETRIED_SHARE", 5)
+def test_copies_that_gained_nothing_are_tried_again_after_fifty_times_as_many_calls(monkeypatch) -> None:
     num_tried = JUDGED_CALLS[True]
-    said = run_calls(monkeypatch, {True: 3.0, False: 1.0}, BASELINE + 6 * num_tried + 5)
+    said = run_calls(monkeypatch, {True: 3.0, False: 1.0}, BASELINE + 51 * num_tried + 5)
     tried = [number for number, of in enumerate(said) if "less than without" in of]
     assert tried == [
         *range(BASELINE, BASELINE + num_tried),
-        *range(BASELINE + 6 * num_tried, BASELINE + 7 * num_tried),
+        *range(BASELINE + 51 * num_tried, BASELINE + 52 * num_tried),
     ]
 
 

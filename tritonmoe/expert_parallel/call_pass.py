@@ -11,6 +11,7 @@ from typing import Generic, NamedTuple, TypeVar, cast
 
 from torch import Tensor
 
+from tritonmoe.config.activations import is_fused
 from tritonmoe.config.layer import NO_WEIGHTS, PerWeight
 from tritonmoe.dispatch.capacity import poison
 from tritonmoe.dispatch.copies import ExpertCopies
@@ -121,7 +122,7 @@ class CallForward(_CallPass[Tensor]):
 
     def _start(self) -> Execution:
         call, spec = self.call, self.call.settings.spec
-        keep_hidden = call.plan.needs_any and (spec.save == "hidden" or spec.fused_activation is None)
+        keep_hidden = call.plan.needs_any and (spec.save == "hidden" or not is_fused(spec.activation))
         exchanges = RowExchanges(call.plan, call.transport, call.settings.ops.gather_sum)
         copies = None
         make_experts = call.make_experts(partial(call.own_experts, self._tensors, keep_hidden))

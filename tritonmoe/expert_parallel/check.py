@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from tritonmoe.config.activations import is_fused
 from tritonmoe.config.formats import weight_shape
 from tritonmoe.config.layer import PerWeight
 from tritonmoe.config.numbers import is_integer
@@ -59,7 +60,7 @@ def check(call: ProposedCall) -> None:
             for listener in listeners:
                 listener.before_forward(transport, tensors.x.device)
         call.settings = choose_backend(spec.experts, tensors, beside_exchanges=transport.size > 1)
-        if spec.experts.fused_activation is None:
+        if not is_fused(spec.experts.activation):
             tensors = _with_activation_parameters(tensors, spec.experts)
     except Exception:
         refuse(transport)
@@ -137,7 +138,7 @@ def check_dtype(dtype: torch.dtype, overlap: OverlapConfig | OverlapPlan) -> Non
 
 def check_balance(spec: CallSpec) -> None:
     """Raise ValueError for experts that can't have copies for one call."""
-    if spec.experts.fused_activation is None:
+    if not is_fused(spec.experts.activation):
         raise ValueError(
             "balance copies only the weights of experts, and a callable activation may have parameters or a state of "
             "its own: name an activation of the kernels (moe_mlp lists them), or leave OverlapConfig.balance out"

@@ -176,7 +176,7 @@ def for_both_halves(source: Tensor, dtype: torch.dtype, make: Callable[[], Resul
     So gradients of both halves are summed before autograd goes on to the source. What is made depends on the source,
     which FSDP2 may have exchanged since, on this dtype and on nothing else that the halves do.
     """
-    half = None if torch.compiler.is_compiling() else _current.get()
+    half = None if torch.compiler.is_compiling() else current_half()
     if half is None:
         return make()
     name = id(source), dtype, torch.is_grad_enabled()

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from tritonmoe.config.activations import is_fused
 from tritonmoe.config.layer import PerWeight
 from tritonmoe.expert_parallel.agreed_call import AgreedCall
 from tritonmoe.expert_parallel.call_pass import CallBackward, CallForward, Kept
@@ -61,7 +62,7 @@ def save_forward(ctx: Context, forward: CallForward, needs: CallTensors[bool]) -
     if not forward.call.plan.needs_any:
         return None
     run = forward.experts
-    computes_h = run.settings.spec.fused_activation is not None and run.h is None
+    computes_h = is_fused(run.settings.spec.activation) and run.h is None
     needs_gate_up = needs.weights.gate_up_proj
     if forward.copies is not None:
         needs_gate_up |= forward.call.plan.needs_weights.gate_up_proj

@@ -10,7 +10,7 @@ from torch import Tensor
 from tritonmoe import backends
 from tritonmoe.backends.ops import CalledLayer, Operations
 from tritonmoe.config import activations
-from tritonmoe.config.activations import Activation, FusedActivation, check_activation, is_fused
+from tritonmoe.config.activations import Activation, check_activation, is_fused
 from tritonmoe.config.formats import weight_shape
 from tritonmoe.config.layer import ExpertLayout, KernelOptions, PerWeight, Projection
 from tritonmoe.config.literals import read_literal
@@ -56,11 +56,6 @@ class ExpertSpec:
         values = {**{name: getattr(self.layout, name) for name in LAYOUT}, "activation": words_of(self.activation)}
         values |= {name: getattr(self, name) for name in OTHERS if name not in FREE}
         return tuple(values.items())
-
-    @cached_property
-    def fused_activation(self) -> FusedActivation | None:
-        """The activation, where the kernels apply it themselves, else None. What torch.compile traces asks is_fused."""
-        return self.activation if is_fused(self.activation) else None
 
     def check(self) -> "ExpertSpec":
         """Raise ValueError or TypeError unless experts can compute like this somewhere; give itself."""
@@ -170,7 +165,7 @@ def choose_backend(spec: ExpertSpec, inputs: CallTensors[Tensor], *, beside_exch
     num_experts, *sizes = weight_shape(weights.gate_up_proj, weights.gate_up_scales)
     layer = CalledLayer(
         spec.layout,
-        spec.fused_activation,
+        spec.activation if is_fused(spec.activation) else None,
         x.shape[1],
         spec.layout.intermediate_size(sizes[1 if spec.layout.transposed else 0]),
         weights.gate_up_bias is not None,

@@ -13,7 +13,7 @@ from tritonmoe.experts.arguments import find_main_grads
 from tritonmoe.experts.packed_parameters import as_values
 from tritonmoe.experts.quantized_weight import is_packed
 from tritonmoe.layer.known_experts import note_factors
-from tritonmoe.sharding.sharded_parameters import Sharding, local_shard
+from tritonmoe.sharding.sharded_parameters import local_shard
 
 if TYPE_CHECKING:
     from tritonmoe.layer.grouped_experts import GroupedExperts
@@ -45,10 +45,11 @@ def local_weights(
             "(requires_grad_(False)), or call expert_parallel_mlp with parameters of your own"
         )
     first = len(parameters) * calls.number
-    local = [
-        None if parameter is None else _local_weight(experts, parameter, sharding, first + number)
-        for number, parameter in enumerate(parameters)
-    ]
+    local: list[Tensor | None] = [None] * len(parameters)
+    for number, parameter in enumerate(parameters):
+        if parameter is not None:
+            make = partial(local_shard, experts, parameter, sharding, experts.gradient_scale, first + number)
+            local[number] = for_both_halves(parameter, parameter.dtype, make)
     weights: PerWeight[Tensor] = PerWeight(*local)  # type: ignore[arg-type]  # None stands where PerWeight has None
     if x is None or not experts.narrows_to(x.dtype) or find_main_grads(weights) is not None:
         return weights
@@ -77,8 +78,3 @@ def call_weights(experts: "GroupedExperts", x: Tensor | None, adapters: ExpertAd
             "without replicas, or freeze the adapters"
         )
     return weights._replace(**factors)
-
-
-def _local_weight(experts: "GroupedExperts", parameter: Tensor, sharding: Sharding, number: int) -> Tensor:
-    make = partial(local_shard, experts, parameter, sharding, experts.gradient_scale, number)
-    return for_both_halves(parameter, parameter.dtype, make)

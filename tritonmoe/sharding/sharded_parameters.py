@@ -234,7 +234,9 @@ def local_shard(module: nn.Module, parameter: Tensor, sharding: Sharding, scale:
                 'expert_gradients="sum" and without replicas, or leave main_grad to after the backward'
             )
         local.main_grad = parameter.main_grad  # type: ignore[attr-defined]
-    replicas = None if is_averaged_by_fsdp(module, parameter) else sharding.replicas
+    replicas = sharding.replicas
+    if replicas is not None and is_averaged_by_fsdp(module, parameter):
+        replicas = None
     if scale == 1.0 and replicas is None:
         return local
     return _ScaledGradient.apply(local, scale, replicas, number)
