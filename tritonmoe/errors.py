@@ -11,6 +11,10 @@ class CountMismatch(TransportError):
     """The ranks' plans for one call disagree; the message names the ranks and the values."""
 
 
+class PeerFailure(TransportError):
+    """A failure because another rank had failed or refused: never the first cause."""
+
+
 class CapacityOverflow(RuntimeError):
     """Rows didn't fit into OverlapConfig.capacity where the call couldn't be run again: in a replay of a CUDA graph."""
 

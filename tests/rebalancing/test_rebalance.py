@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import tritonmoe as tm
+from tritonmoe.expert_parallel.state import LayerCalls
 from tritonmoe.rebalancing import move_costs
 from tritonmoe.transports import Transport
 
@@ -344,3 +345,14 @@ def test_a_rank_in_another_call_is_told():
             layer(tokens(0, 0)) if transport.rank else rebalancer.step()
 
     tm.run_on_emulated_ranks(on_rank, 2, timeout_s=20)
+
+
+def test_a_layer_that_another_thread_is_making_is_no_copy() -> None:
+    """What has no attributes yet is looked at too."""
+
+    def fn(transport: Transport) -> None:
+        half_made = LayerCalls.__new__(LayerCalls)
+        tm.rebalance(made(transport))
+        del half_made
+
+    tm.run_on_emulated_ranks(fn, num_ranks=2)

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import tritonmoe as tm
 from tritonmoe.errors import TransportError
 from tritonmoe.transports import Death, Delay, EmulatedTransport, EmulatedWorld, LinkModel, Transport
 from tritonmoe.transports.emulated.emulated_ranks import run_on_emulated_ranks
@@ -88,6 +89,34 @@ def test_peers_of_a_failed_rank_hear_of_its_error_at_once() -> None:
     assert sorted(heard) == [0, 2]
     for words in heard.values():
         assert "exchange 0: rank 1 failed with ValueError: bad router" in words
+
+
+@pytest.mark.parametrize("call", ["layer", "collective", "rebalance"])
+@within(QUICK_S)
+def test_arguments_refused_on_one_rank_are_the_first_cause(call: str) -> None:
+    """The ranks that hear of the refusal raise too, and earlier than the rank that refuses."""
+
+    def fn(transport: Transport) -> None:
+        is_bad = transport.rank == 2
+        layer = tm.MoELayer(tm.MoEConfig(8, 8, num_experts=4, top_k=2), transport, generator=torch.Generator())
+        try:
+            if call == "layer":
+                layer(torch.ones(3, 7 if is_bad else 8))
+            elif call == "collective":
+                transport.all_reduce(torch.ones(2), "no such" if is_bad else "sum")  # type: ignore[arg-type]
+            else:
+                layer.experts.calls.takes_adapters = is_bad  # type: ignore[union-attr]
+                tm.rebalance(layer)
+        finally:
+            time.sleep(0.05 * is_bad)
+
+    cause = {
+        "layer": r"x must be \(..., D\) with D = 8, got \(3, 7\)",
+        "collective": "got 'no such'",
+        "rebalance": "were called with adapters=",
+    }
+    with pytest.raises(ValueError, match=cause[call]):
+        run_on_emulated_ranks(fn, 4)
 
 
 @within(QUICK_S)

@@ -10,7 +10,7 @@ from typing import NamedTuple, NoReturn
 from tritonmoe.config.layer import PerWeight
 from tritonmoe.dispatch.header import DTYPE_CODES, MAGIC, SAVES, CallHeader
 from tritonmoe.dispatch.terms import PLAN_NAMES
-from tritonmoe.errors import CapacityOverflow, CountMismatch, NonFiniteScores, TransportError
+from tritonmoe.errors import CapacityOverflow, CountMismatch, NonFiniteScores, PeerFailure
 
 __all__ = ["AllWords", "NoLayerCall", "check_headers"]
 
@@ -119,7 +119,7 @@ def _check_one_call(headers: Sequence[CallHeader], ask: Callable[[], AllWords]) 
         )
     refused = [rank for rank, h in enumerate(headers) if h.error]
     if refused:
-        raise TransportError(f"ranks {refused} refused the arguments of this layer call; see the error raised there")
+        raise PeerFailure(f"ranks {refused} refused the arguments of this layer call; see the error raised there")
     _check_place(headers)
     words: AllWords = ()
     if len({index(h.terms) for h in headers}) > 1:

@@ -1,5 +1,6 @@
 """agree: the ranks hear whether each of them can move its experts, and whether all would move the same."""
 
+from tritonmoe.errors import PeerFailure
 from tritonmoe.sharding.sharded_parameters import Sharding
 from tritonmoe.transports import as_transport
 
@@ -26,6 +27,7 @@ def agree(sharding: Sharding, number: int, error: Exception | None) -> None:
         others = [rank for rank, said in zip(ranks, numbers, strict=True) if said != numbers[0]]
         if error is None and refused:
             error = ValueError(f"ranks {refused} can't move their experts, so that none does: their own errors say why")
+            error.__cause__ = PeerFailure(f"ranks {refused} refused")
         elif error is None and others:
             error = ValueError(
                 f"what moves with the experts is not the same on ranks {others} as on rank {ranks[0]} (steps so far, "

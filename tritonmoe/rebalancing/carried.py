@@ -129,9 +129,11 @@ def _elsewhere(every: Sequence[SpreadExperts], optimizers: Sequence[torch.optim.
                     f"a {kind.__name__} was made with {name} and not given to tm.rebalance, and its state would stay "
                     "where the experts were: give it, or delete it"
                 )
-        elif issubclass(kind, LayerCalls) and id(held) not in own and id(held.copies) in layers:
-            yield (
-                f"a deepcopy of the experts of {layers[id(held.copies)]} lives (as an average of weights has one), "
-                "which would hold other experts in the same places once these move: delete it and copy anew behind the "
-                "move, or copy before the experts are spread over ranks"
-            )
+        elif issubclass(kind, LayerCalls) and id(held) not in own:
+            name = layers.get(id(held.__dict__.get("copies")))  # other threads may be making layers
+            if name is not None:
+                yield (
+                    f"a deepcopy of the experts of {name} lives (as an average of weights has one), which would hold "
+                    "other experts in the same places once these move: delete it and copy anew behind the move, or "
+                    "copy before the experts are spread over ranks"
+                )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tritonmoe.config.numbers import is_integer
-from tritonmoe.errors import CountMismatch, TransportError
+from tritonmoe.errors import CountMismatch, PeerFailure, TransportError
 from tritonmoe.runtime.autograd import outside_graphs
 from tritonmoe.transports.waiting import Doing
 
@@ -189,7 +189,7 @@ def _agree(
         )
     refused = [rank for rank, row in enumerate(everybody) if row[1]]
     if refused:
-        raise TransportError(
+        raise PeerFailure(
             f"ranks {refused} refused the arguments of their part of this {_words(said)}; see the error raised there"
         )
     compared = FIXED_FIELDS if call == "share_number" else None

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, TypeAlias, cast
 import torch
 from torch import Tensor, nn
 
-from tritonmoe.errors import TransportError
+from tritonmoe.errors import PeerFailure, TransportError
 from tritonmoe.runtime.helping import helping
 from tritonmoe.transports import Transport
 
@@ -72,7 +72,7 @@ class JointGenerate:
                     f"ends, so each must call it, and as often: {error}"
                 ) from error
         if number == FAILED != own:
-            raise TransportError(
+            raise PeerFailure(
                 "generate() failed on another rank, and this rank can't go on without that one: see the error of the "
                 "other rank"
             )

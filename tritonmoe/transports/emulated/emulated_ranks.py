@@ -11,9 +11,9 @@ from typing import Generic, TypeVar
 import torch
 
 from tritonmoe.config.numbers import is_integer
-from tritonmoe.errors import TransportError
+from tritonmoe.errors import PeerFailure, TransportError
 from tritonmoe.transports.base import Transport
-from tritonmoe.transports.emulated.faults import Death, Delay, PeerFailure, RankStopped
+from tritonmoe.transports.emulated.faults import Death, Delay, RankStopped
 from tritonmoe.transports.emulated.link_model import LinkModel
 from tritonmoe.transports.emulated.world import EmulatedWorld
 

@@ -5,9 +5,8 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from tritonmoe.config.numbers import is_integer, is_number
-from tritonmoe.errors import TransportError
 
-__all__ = ["Death", "Delay", "FaultScript", "PeerFailure", "RankStopped"]
+__all__ = ["Death", "Delay", "FaultScript", "RankStopped"]
 
 
 @dataclass(frozen=True)
@@ -36,10 +35,6 @@ Fault = TypeVar("Fault", Delay, Death)
 
 class RankStopped(BaseException):
     """What a Death raises in its rank's thread; no `except Exception` in the rank's code survives it."""
-
-
-class PeerFailure(TransportError):
-    """An exchange that failed because another rank had failed: never the first cause."""
 
 
 class FaultScript:

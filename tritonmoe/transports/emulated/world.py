@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from tritonmoe.errors import TransportError
+from tritonmoe.errors import PeerFailure, TransportError
 from tritonmoe.transports.device_clock import DeviceClock
 from tritonmoe.transports.emulated.delivery import Delivery
 from tritonmoe.transports.emulated.exchange import EmulatedExchange
-from tritonmoe.transports.emulated.faults import Death, Delay, FaultScript, PeerFailure
+from tritonmoe.transports.emulated.faults import Death, Delay, FaultScript
 from tritonmoe.transports.emulated.link_model import LinkModel
 from tritonmoe.transports.emulated.transport import EmulatedTransport
 from tritonmoe.transports.waiting import LongWait, wait_aloud
