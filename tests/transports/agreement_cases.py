@@ -250,7 +250,7 @@ def one_rank_checkpoints(transport: Transport) -> None:
 
 
 @disagree(
-    r"^TransportError: ranks \[1\] refused the arguments of this layer call",
+    r"^PeerFailure: ranks \[1\] refused the arguments of this layer call",
     r"^ValueError: x must be \(\.\.\., D\) with D = 8",
 )
 def one_rank_has_bad_arguments_where_the_other_runs_backward(transport: Transport) -> None:
