@@ -117,6 +117,9 @@ class _RankThreads(Generic[Result]):
             raise
         finally:
             self._world.close()
+            for thread, event in zip(threads, self._ended, strict=True):
+                if event.is_set():  # all that is left is Python's own end of the thread
+                    thread.join()
             # The setting is the process's, not the thread's: what the ranks set is the caller's now.
             torch.set_num_threads(self._num_threads)
             for stream in self._streams:
