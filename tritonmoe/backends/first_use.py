@@ -1,7 +1,7 @@
 """Whether a GPU's kernels are right, asked once before backend="auto" takes them: one layer or router, in seconds.
 
 A compiler that hardly knows a card can make code that runs and gives wrong numbers. What was found right is kept in
-checked.json beside the measured tiles, by card, driver, versions and dtype; what was wrong is asked in every process.
+checked.json beside the measured tiles, by card, versions and dtype; what was wrong is asked in every process.
 """
 
 import contextlib
@@ -55,13 +55,15 @@ def are_right(device: torch.device, dtype: torch.dtype, what: str, check: Callab
 
 
 def _machine(device: torch.device) -> str | None:
-    """Name what decides which code a kernel becomes; None where there is no GPU."""
+    """Name what decides which code a kernel becomes; None where there is no GPU.
+
+    The driver doesn't: it gets machine code, from the assembler that comes with Triton.
+    """
     if device.type != "cuda" or not torch.cuda.is_available():
         return None
     card = torch.cuda.get_device_name(device)
-    driver = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]  # PyTorch's stubs don't know it
     triton = ".".join(map(str, TRITON_VERSION))
-    return f"{card}, driver {driver}, triton {triton}, torch {torch.__version__}, tritonmoe {__version__}"
+    return f"{card}, triton {triton}, torch {torch.__version__}, tritonmoe {__version__}"
 
 
 def _file() -> Path:
