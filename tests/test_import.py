@@ -1,10 +1,14 @@
 """Importing tritonmoe is cheap, touches no device, and needs no optional package."""
 
+import ast
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
+
+ROOT = Path(__file__).parents[1]
 
 
 def python(code: str) -> str:
@@ -98,3 +102,20 @@ def test_import_brings_no_package_but_torch_and_einops() -> None:
         """
     )
     assert out == "['einops', 'tritonmoe']"
+
+
+def test_generic_named_tuples_are_those_of_typing_extensions() -> None:
+    """Python 3.10 doesn't import a file with one of typing's, and a type checker for 3.10 doesn't mind."""
+    found = 0
+    for path in [path for folder in ("tritonmoe", "bench", "examples") for path in (ROOT / folder).rglob("*.py")]:
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        classes = [node for node in nodes if isinstance(node, ast.ClassDef) and len(node.bases) > 1]
+        if any(ast.unparse(base).endswith("NamedTuple") for one in classes for base in one.bases):
+            sources = [
+                node.module
+                for node in nodes
+                if isinstance(node, ast.ImportFrom) and "NamedTuple" in [alias.name for alias in node.names]
+            ]
+            assert sources == ["typing_extensions"], path
+            found += 1
+    assert found == 3

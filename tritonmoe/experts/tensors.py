@@ -4,9 +4,10 @@ autograd and operators take flat lists; their order is known to flatten() and un
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
+from typing_extensions import NamedTuple  # typing's is not generic before Python 3.11
 
 from tritonmoe.config.layer import NO_WEIGHTS, PerWeight
 

@@ -1,9 +1,10 @@
 """step_units(): how many units of its kind a step has, on one rank or on all."""
 
 from collections.abc import Sequence
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, TypeVar
 
 from torch import Tensor
+from typing_extensions import NamedTuple  # typing's is not generic before Python 3.11
 
 from tritonmoe.overlap.steps import Step, Unit
 from tritonmoe.simulation.copy_work import part_share
