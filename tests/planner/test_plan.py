@@ -175,7 +175,7 @@ def test_exchanges_are_hidden_or_exposed_and_serial_is_no_faster():
     ):
         assert low < value < high
     megatron = plan(trained_by(FULL, "megatron"), H100, [16], num_draws=4).best
-    assert megatron.serial_s == megatron.time.step_s
+    assert megatron.serial_s == pytest.approx(megatron.time.step_s, rel=1e-12)  # Python 3.12 sums more exactly
     assert megatron.time.exposed_s == pytest.approx(megatron.exchange_s, rel=0.01)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from tritonmoe.expert_parallel.state import LayerCalls, state_of
 from tritonmoe.rebalancing.spread_experts import SpreadExperts
+from tritonmoe.runtime.living import living
 from tritonmoe.sharding.local_rows import local_rows
 
 __all__ = ["carried_tensors", "check_optimizers", "digest", "expert_bytes", "refuse_elsewhere"]
@@ -119,17 +120,16 @@ def _elsewhere(every: Sequence[SpreadExperts], optimizers: Sequence[torch.optim.
     own = {id(experts.calls) for experts in every}
     layers = {id(experts.calls.copies): experts.name for experts in every}
     states = {id(optimizer.state) for optimizer in optimizers}
-    for held in gc.get_objects():
-        kind = type(held)
-        if issubclass(kind, torch.optim.Optimizer):
+    for held in living(torch.optim.Optimizer, LayerCalls):
+        if isinstance(held, torch.optim.Optimizer):
             groups = getattr(held, "param_groups", ())
             name = next((names[id(p)] for group in groups for p in group["params"] if id(p) in names), None)
             if name is not None and id(held.state) not in states:
                 yield (
-                    f"a {kind.__name__} was made with {name} and not given to tm.rebalance, and its state would stay "
-                    "where the experts were: give it, or delete it"
+                    f"a {type(held).__name__} was made with {name} and not given to tm.rebalance, and its state would "
+                    "stay where the experts were: give it, or delete it"
                 )
-        elif issubclass(kind, LayerCalls) and id(held) not in own:
+        elif id(held) not in own:
             name = layers.get(id(held.__dict__.get("copies")))  # other threads may be making layers
             if name is not None:
                 yield (

@@ -1,13 +1,13 @@
 """State dicts of modules and optimizers show experts in the order of the model, whatever their placement."""
 
 import functools
-import gc
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 
+from tritonmoe.runtime.living import living
 from tritonmoe.sharding.marks import MARK, ShardedNames
 from tritonmoe.sharding.placed_rows import ExpertsOfRank, in_model_order, is_in_model_order, placed_rows_of
 from tritonmoe.sharding.watched_collectives import full_tensor
@@ -28,6 +28,9 @@ __all__ = [
     "states_of",
 ]
 
+_kinds_moved: set[type[nn.Module]] = set()
+"""Classes of the modules whose experts have ever been in another order than the model's."""
+
 
 def note_order(module: nn.Module, experts_of_rank: ExpertsOfRank) -> None:
     """Note which experts' rows the marked parameters of a module hold from now on, on every rank."""
@@ -35,6 +38,7 @@ def note_order(module: nn.Module, experts_of_rank: ExpertsOfRank) -> None:
     order = None if is_in_model_order(experts_of_rank) else experts_of_rank
     setattr(module, MARK, marked._replace(experts_of_rank=order))
     if order is not None:
+        _kinds_moved.add(type(module))
         _show_states_of_optimizers()
 
 
@@ -51,9 +55,7 @@ def orders_of(parameters: Sequence[Tensor]) -> dict[int, ExpertsOfRank]:
     """
     wanted = {id(parameter) for parameter in parameters if hasattr(parameter, "device_mesh")}
     found: dict[int, ExpertsOfRank] = {}
-    for module in gc.get_objects() if wanted else ():
-        if not issubclass(type(module), nn.Module):
-            continue
+    for module in living(*_kinds_moved) if wanted and _kinds_moved else ():
         marked: ShardedNames | None = module.__dict__.get(MARK)
         if marked is None or marked.experts_of_rank is None:
             continue

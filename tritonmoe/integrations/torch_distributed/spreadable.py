@@ -13,6 +13,7 @@ from tritonmoe.experts.adapters import SHARDS, check_hands_over
 from tritonmoe.experts.parameters import PARAMETERS
 from tritonmoe.layer import MoELayer
 from tritonmoe.routing import TopKRouter
+from tritonmoe.runtime.living import living, modules_with
 from tritonmoe.sharding.data_parallel import counts_by_wrapper
 from tritonmoe.sharding.marks import sharded_modules
 
@@ -108,34 +109,28 @@ def _held(module: nn.Module, found: Mapping[str, nn.Module], own: Mapping[int, s
 
     inside = {id(child) for child in module.modules()}
     experts = {id(child): name for name, child in found.items()}
-    for held in gc.get_objects():
+    for held in modules_with([parameter for parameter in module.parameters() if id(parameter) in own]):
+        for name in [own[id(p)] for p in held._parameters.values() if id(p) in own and id(held) not in inside]:
+            yield (
+                f"{name} is a weight of a {type(held).__name__} outside of the given {type(module).__name__} too, "
+                "which would keep the whole, unspread one: give parallelize() the module that holds both, or that one "
+                "weights of its own"
+            )
+    for held in living(MoELayer):
+        if id(held) not in inside and (alone := _counts_alone(held, experts)) is not None:
+            yield (
+                f"the experts of {alone or 'the module'} belong to a MoELayer outside of the given "
+                f"{type(module).__name__}, whose router would count this rank's load alone: give parallelize() the "
+                "MoELayer, or what holds it"
+            )
+    for held in living(DistributedDataParallel, torch.optim.Optimizer):
         parameters: Iterable[object]
-        kind = type(held)
-        if issubclass(kind, DistributedDataParallel):
+        if isinstance(held, DistributedDataParallel):
             wrapped = held.__dict__.get("_modules", {}).get("module")  # one may be half made
             holder, parameters = "DistributedDataParallel", [] if wrapped is None else wrapped.parameters()
-        elif issubclass(kind, torch.optim.Optimizer):
-            holder, parameters = (
-                kind.__name__,
-                [p for group in getattr(held, "param_groups", ()) for p in group["params"]],
-            )
-        elif issubclass(kind, nn.Module) and id(held) not in inside:
-            kept = list(held.__dict__.get("_parameters", {}).values())  # other threads may be making modules
-            for name in [own[id(p)] for p in kept if id(p) in own]:
-                yield (
-                    f"{name} is a weight of a {kind.__name__} outside of the given {type(module).__name__} too, which "
-                    "would keep the whole, unspread one: give parallelize() the module that holds both, or that one "
-                    "weights of its own"
-                )
-            if issubclass(kind, MoELayer) and (alone := _counts_alone(held, experts)) is not None:
-                yield (
-                    f"the experts of {alone or 'the module'} belong to a MoELayer outside of the given "
-                    f"{type(module).__name__}, whose router would count this rank's load alone: give parallelize() the "
-                    "MoELayer, or what holds it"
-                )
-            continue
         else:
-            continue
+            groups = getattr(held, "param_groups", ())
+            holder, parameters = type(held).__name__, [p for group in groups for p in group["params"]]
         for name in [own[id(parameter)] for parameter in parameters if id(parameter) in own]:
             yield (
                 f"{holder} was made with the experts of {name} before they are spread, and would go on with the "

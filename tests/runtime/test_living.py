@@ -1,0 +1,60 @@
+"""living() and modules_with(): what lives in this process, without a hand on what other threads are making."""
+
+import copy
+import threading
+import time
+
+import torch
+from torch import nn
+
+from tritonmoe.runtime.living import living, modules_with
+
+
+class Below(torch.optim.SGD):
+    pass
+
+
+def test_objects_of_a_class_and_of_those_below_it() -> None:
+    weight = nn.Parameter(torch.ones(2))
+    made = [torch.optim.SGD([weight]), Below([weight])]
+    assert [sum(found is one for found in living(torch.optim.Optimizer)) for one in made] == [1, 1]
+    assert [any(found is one for found in living(Below)) for one in made] == [False, True]
+    assert not any(isinstance(found, torch.optim.Optimizer) for found in living(nn.Linear))
+
+
+def test_modules_that_have_a_parameter() -> None:
+    first, other, third = nn.Linear(2, 3), nn.Linear(2, 3), nn.Linear(2, 3, bias=False)
+    third.weight = first.weight
+    copied = copy.deepcopy(first)
+    around = nn.Sequential(first, other)
+    kept = {"_parameters": dict(first._parameters)}, list(around.parameters()), torch.optim.SGD(around.parameters())
+    assert {id(found) for found in modules_with([first.weight])} == {id(first), id(third)}
+    assert {id(found) for found in modules_with([first.bias, copied.weight])} == {id(first), id(copied)}
+    assert modules_with([nn.Parameter(torch.ones(1))]) == []
+    del kept
+
+
+def test_other_threads_fill_tuples_meanwhile() -> None:
+    errors: list[SystemError] = []
+    has_ended = threading.Event()
+
+    def fill() -> None:
+        while not has_ended.is_set():
+            try:
+                tuple(number for number in range(50))
+            except SystemError as error:
+                errors.append(error)
+
+    linear = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(linear.parameters())
+    thread = threading.Thread(target=fill)
+    thread.start()
+    try:
+        for _ in range(20):
+            assert any(found is optimizer for found in living(torch.optim.Optimizer))
+            assert any(found is linear for found in modules_with([linear.weight]))
+            time.sleep(0.002)  # the thread is in the middle of another
+    finally:
+        has_ended.set()
+        thread.join()
+    assert not errors
