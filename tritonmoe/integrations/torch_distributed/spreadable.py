@@ -110,7 +110,8 @@ def _held(module: nn.Module, found: Mapping[str, nn.Module], own: Mapping[int, s
     inside = {id(child) for child in module.modules()}
     experts = {id(child): name for name, child in found.items()}
     for held in modules_with([parameter for parameter in module.parameters() if id(parameter) in own]):
-        for name in [own[id(p)] for p in held._parameters.values() if id(p) in own and id(held) not in inside]:
+        kept = list(held._parameters.values())  # other threads may be making modules
+        for name in [own[id(p)] for p in kept if id(p) in own and id(held) not in inside]:
             yield (
                 f"{name} is a weight of a {type(held).__name__} outside of the given {type(module).__name__} too, "
                 "which would keep the whole, unspread one: give parallelize() the module that holds both, or that one "
