@@ -1,15 +1,15 @@
 """What moves with an expert: its rows of parameters, gradients and the optimizers' state; and what can't be moved."""
 
-import gc
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from tritonmoe.expert_parallel.state import LayerCalls, state_of
 from tritonmoe.rebalancing.spread_experts import SpreadExperts
-from tritonmoe.runtime.living import living
+from tritonmoe.runtime.living import living, refuse_what_lives
 from tritonmoe.sharding.local_rows import local_rows
 
 __all__ = ["carried_tensors", "check_optimizers", "digest", "expert_bytes", "refuse_elsewhere"]
@@ -103,11 +103,7 @@ def refuse_elsewhere(every: Sequence[SpreadExperts], optimizers: Sequence[torch.
             "a CUDA graph has captured calls of these layers, and a replay would use the placement at the capture: "
             "run the layers without a graph (OverlapConfig without a capacity), or don't move their experts"
         )
-    if next(_elsewhere(every, optimizers), None) is None:
-        return
-    gc.collect()  # it may be about to be freed
-    for why in _elsewhere(every, optimizers):
-        raise ValueError(why)
+    refuse_what_lives(partial(_elsewhere, every, optimizers))
 
 
 def _elsewhere(every: Sequence[SpreadExperts], optimizers: Sequence[torch.optim.Optimizer]) -> Iterator[str]:

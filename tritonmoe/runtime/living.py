@@ -5,12 +5,22 @@ gc.get_referrers() gives what refers to the objects that it is asked for, and no
 """
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["living", "modules_with"]
+__all__ = ["living", "modules_with", "refuse_what_lives"]
+
+
+def refuse_what_lives(reasons: Callable[[], Iterator[str]]) -> None:
+    """Raise ValueError with the first reason, if one is left when what nobody holds any more has been freed."""
+    if next(reasons(), None) is None:
+        return
+    gc.collect()
+    why = next(reasons(), None)
+    if why is not None:
+        raise ValueError(why)
 
 
 def living(*kinds: type) -> list[Any]:

@@ -1,7 +1,7 @@
 """What parallelize() refuses: experts that can't be spread, and whatever would go on with the whole weights."""
 
-import gc
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from tritonmoe.experts.adapters import SHARDS, check_hands_over
 from tritonmoe.experts.parameters import PARAMETERS
 from tritonmoe.layer import MoELayer
 from tritonmoe.routing import TopKRouter
-from tritonmoe.runtime.living import living, modules_with
+from tritonmoe.runtime.living import living, modules_with, refuse_what_lives
 from tritonmoe.sharding.data_parallel import counts_by_wrapper
 from tritonmoe.sharding.marks import sharded_modules
 
@@ -38,7 +38,8 @@ def check_spreadable(
     _refuse_noted(weights)
     _refuse_tied(module, found)
     _refuse_adapted(module, found)
-    _refuse_held(module, found, {id(weight): name for name, weight in weights.items()})
+    own = {id(weight): name for name, weight in weights.items()}
+    refuse_what_lives(partial(_held, module, found, own))
 
 
 def _refuse_spread(found: Mapping[str, nn.Module]) -> None:
@@ -95,23 +96,20 @@ def _refuse_noted(weights: Mapping[str, nn.Parameter]) -> None:
                 )
 
 
-def _refuse_held(module: nn.Module, found: Mapping[str, nn.Module], own: Mapping[int, str]) -> None:
-    """Raise ValueError where somebody keeps the parameters that spreading replaces: they would never move again."""
-    if next(_held(module, found, own), None) is not None:
-        gc.collect()  # it may be about to be freed
-    for why in _held(module, found, own):
-        raise ValueError(why)
-
-
 def _held(module: nn.Module, found: Mapping[str, nn.Module], own: Mapping[int, str]) -> Iterator[str]:
-    """Return why the parameters `own` can't be replaced, or the experts that have them be spread, if they can't."""
+    """Return why the parameters `own` can't be replaced, or the experts that have them be spread, if they can't.
+
+    Whoever keeps a parameter that is replaced would have one that never moves again.
+    """
     from torch.nn.parallel import DistributedDataParallel
 
     inside = {id(child) for child in module.modules()}
     experts = {id(child): name for name, child in found.items()}
     for held in modules_with([parameter for parameter in module.parameters() if id(parameter) in own]):
+        if id(held) in inside:
+            continue
         kept = list(held._parameters.values())  # other threads may be making modules
-        for name in [own[id(p)] for p in kept if id(p) in own and id(held) not in inside]:
+        for name in [own[id(p)] for p in kept if id(p) in own]:
             yield (
                 f"{name} is a weight of a {type(held).__name__} outside of the given {type(module).__name__} too, "
                 "which would keep the whole, unspread one: give parallelize() the module that holds both, or that one "
