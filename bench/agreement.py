@@ -20,7 +20,7 @@ from tritonmoe.benchmarks.ranks import slowest
 from tritonmoe.benchmarks.timing import add_arguments, summarize, write_json
 from tritonmoe.dispatch.count_exchange import post_backward
 from tritonmoe.dispatch.header import CallHeader
-from tritonmoe.expert_parallel import call_pass
+from tritonmoe.expert_parallel import layer_pass
 from tritonmoe.transports import Transport
 from tritonmoe.transports.torchrun import torchrun_ranks
 
@@ -93,7 +93,7 @@ def _post_nothing(*_: object) -> None:
 
 
 def _not_agreed() -> contextlib.AbstractContextManager:
-    return mock.patch.object(call_pass, "post_backward", new=_post_nothing)
+    return mock.patch.object(layer_pass, "post_backward", new=_post_nothing)
 
 
 def run_rank(arguments: argparse.Namespace) -> None:

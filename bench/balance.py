@@ -206,6 +206,11 @@ def _passes_s(report: LayerReport) -> float:
     return report.forward.total_s + (0.0 if report.backward is None else report.backward.total_s)
 
 
+def _num_copies(report: LayerReport) -> int:
+    said = report.copies
+    return 0 if said is None or said.planned is None else len(said.planned.copies)
+
+
 def _summary(samples: Samples, reports: dict[str, LayerReport], predicted: dict[str, float]) -> Json:
     medians = {name: statistics.median(of) for name, of in samples.items()}
     auto, always = reports["auto"], reports["always"]
@@ -214,8 +219,8 @@ def _summary(samples: Samples, reports: dict[str, LayerReport], predicted: dict[
         "imbalance": round(auto.imbalance_without_copies, 3),
         "imbalance_auto": round(auto.imbalance, 3),
         "imbalance_always": round(always.imbalance, 3),
-        "copies_auto": 0 if auto.copies is None else len(auto.copies.copies),
-        "copies_always": 0 if always.copies is None else len(always.copies.copies),
+        "copies_auto": _num_copies(auto),
+        "copies_always": _num_copies(always),
         "without_over_ideal": round(medians["without"] / medians["ideal"], 3),
         "auto_over_ideal": round(medians["auto"] / medians["ideal"], 3),
         "always_over_ideal": round(medians["always"] / medians["ideal"], 3),

@@ -17,7 +17,7 @@ from tritonmoe.benchmarks.argument_types import positive
 from tritonmoe.benchmarks.timing import add_arguments, write_json
 from tritonmoe.config.overlap import OverlapPlan, equal_sizes
 from tritonmoe.dispatch.copies import ExpertCopies
-from tritonmoe.dispatch.copy_planner import CopyCosts, is_uneven, plan_copies
+from tritonmoe.expert_parallel.plans.copies.copy_planner import CopyCosts, is_uneven, plan_copies
 from tritonmoe.runtime.files import Json
 from tritonmoe.simulation.copy_work import CopyWork, gradient_parts
 from tritonmoe.simulation.cost_model import LayerWork, LinkCosts

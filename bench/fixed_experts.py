@@ -11,7 +11,7 @@ from functools import partial
 import torch
 
 from tritonmoe.benchmarks.argument_types import chunk_count, positive_number
-from tritonmoe.benchmarks.stand_ins import FixedExperts, run_layer_pass
+from tritonmoe.benchmarks.stand_ins import FixedExperts, run_passes
 from tritonmoe.benchmarks.timing import Samples, add_arguments, summarize, write_json
 from tritonmoe.config.overlap import OverlapConfig
 from tritonmoe.transports import LinkModel, Transport
@@ -31,7 +31,7 @@ def forward_seconds(transport: Transport, experts_s: float, config: OverlapConfi
     x = torch.randn(NUM_TOKENS, MODEL_WIDTH, generator=generator)
     overlap = fixed_plan(config, config.num_chunks, transport.size)
     transport.barrier()
-    (report,) = run_layer_pass(
+    (report,) = run_passes(
         transport,
         overlap,
         x,
@@ -39,7 +39,7 @@ def forward_seconds(transport: Transport, experts_s: float, config: OverlapConfi
         torch.ones(NUM_TOKENS, 1),
         NUM_EXPERTS,
         lambda rows, plan: FixedExperts(experts_s, plan.receive_offsets, rows, top_k=1),
-    )
+    ).reports
     return report.total_s
 
 

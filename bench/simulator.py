@@ -10,7 +10,7 @@ import torch
 
 from bench.fixed_experts import MODEL_WIDTH, NUM_EXPERTS, NUM_TOKENS
 from tritonmoe.benchmarks.argument_types import positive
-from tritonmoe.benchmarks.stand_ins import FixedExperts, run_layer_pass
+from tritonmoe.benchmarks.stand_ins import FixedExperts, run_passes
 from tritonmoe.benchmarks.timing import add_arguments, write_json
 from tritonmoe.config.overlap import OverlapConfig, OverlapPlan, equal_sizes, ramp_sizes
 from tritonmoe.dispatch.plan import DispatchPlan
@@ -44,7 +44,7 @@ def forward_report(transport: Transport, experts_s: float, config: OverlapConfig
 
     transport.barrier()
     weights = torch.ones(NUM_TOKENS, 1)
-    (timings,) = run_layer_pass(transport, overlap, x, topk_ids, weights, NUM_EXPERTS, make_experts)
+    (timings,) = run_passes(transport, overlap, x, topk_ids, weights, NUM_EXPERTS, make_experts).reports
     (plan,) = plans
     offsets = plan.send_offsets, plan.return_offsets, plan.pair_offsets
     return LayerReport(plan.rank, plan.traffic, plan.traffic_pairs, ROW_BYTES, overlap, 1, *offsets, forward=timings)

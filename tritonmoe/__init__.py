@@ -10,7 +10,7 @@ from tritonmoe.config.overlap import OverlapConfig, OverlapPlan
 from tritonmoe.dispatch.placement import ExpertPlacement
 from tritonmoe.errors import CapacityOverflow, CountMismatch, NonFiniteScores, TransportError
 from tritonmoe.expert_parallel.expert_parallel_mlp import expert_parallel_mlp
-from tritonmoe.expert_parallel.two_batches import two_batches
+from tritonmoe.expert_parallel.plans.halves import two_batches
 from tritonmoe.experts.adapters import ExpertAdapters
 from tritonmoe.experts.moe_mlp import moe_mlp
 from tritonmoe.experts.quantized_weight import QuantizedWeight

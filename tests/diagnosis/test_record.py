@@ -381,7 +381,7 @@ def test_calls_with_copies_are_left_out(tmp_path) -> None:
         for hot in (False, True, True):
             ids = torch.zeros(8, 1, dtype=torch.int64) if hot else torch.arange(8).remainder(4).view(8, 1)
             experts(torch.randn(8, 8), ids, torch.ones(8, 1)).sum().backward()
-            assert (experts.last_report.copies is not None) == hot
+            assert (experts.last_report.copies.planned is not None) == hot
 
     with pytest.warns(UserWarning, match="copies") as warned, tm.diagnosis.record(tmp_path / "run"):
         tm.run_on_emulated_ranks(on_rank, 2, timeout_s=20)

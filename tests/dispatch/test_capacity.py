@@ -19,8 +19,8 @@ import tritonmoe as tm
 from tritonmoe.dispatch import capacity as capacity_module
 from tritonmoe.dispatch.capacity import capped_traffic, plan_capped_tokens, segment_room
 from tritonmoe.dispatch.send_plan import plan_tokens
-from tritonmoe.expert_parallel import call_pass as call_pass_module
 from tritonmoe.expert_parallel import check as check_module
+from tritonmoe.expert_parallel import layer_pass as layer_pass_module
 from tritonmoe.overlap import report as report_module
 from tritonmoe.transports import LocalTransport, Transport, TwoLevelTransport
 
@@ -278,7 +278,7 @@ def test_scores_that_are_not_finite_raise_on_every_rank_and_the_next_call_works(
 def captured(monkeypatch: pytest.MonkeyPatch) -> threading.local:
     """Calls of a thread that has set `captured.now` take themselves to be captured."""
     state = threading.local()
-    for module in (call_pass_module, capacity_module, check_module, report_module):
+    for module in (layer_pass_module, capacity_module, check_module, report_module):
         monkeypatch.setattr(module, "is_captured", lambda device: getattr(state, "now", False))
     return state
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tritonmoe.config.overlap import OverlapPlan
 from tritonmoe.dispatch.copies import ExpertCopies, ExpertCopy
-from tritonmoe.dispatch.copy_planner import CopyCosts, is_uneven, plan_copies
+from tritonmoe.expert_parallel.plans.copies.copy_planner import CopyCosts, is_uneven, plan_copies
 
 COPIES = ExpertCopies(2, 2, (ExpertCopy(0, 1, (0, 3)),))
 FAST = CopyCosts(1000, 2000, 1, 0, 8, 8, 100, 100)

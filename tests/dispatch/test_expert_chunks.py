@@ -20,7 +20,7 @@ from tritonmoe.dispatch.count_exchange import check_counts
 from tritonmoe.dispatch.expert_chunks import RowPlaces, place_rows
 from tritonmoe.dispatch.plan import DispatchPlan, exchange_plan
 from tritonmoe.dispatch.send_plan import plan_tokens
-from tritonmoe.expert_parallel.agreed_call import group_received
+from tritonmoe.expert_parallel.plans.plain import group_received
 from tritonmoe.grouping import Grouping
 from tritonmoe.overlap.schedule import build_backward, build_forward
 from tritonmoe.simulation.cost_model import LayerWork, LinkCosts
@@ -187,7 +187,7 @@ def group_of(backend, plan: DispatchPlan, places: RowPlaces, local_ids: Tensor, 
     class Settings:
         ops = backend
 
-    return group_received(Settings, plan, places, local_ids, num_experts, plan.row_sources(), False)
+    return group_received(Settings, plan, places, local_ids, num_experts)
 
 
 def test_worked_example() -> None:

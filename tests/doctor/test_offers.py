@@ -10,7 +10,7 @@ import torch
 from bench.faults import Fault
 from bench.foreign_scenarios import Scenario
 from bench.synthetic_traces import ROW_S, WIDTH, write_traces
-from tritonmoe.benchmarks.stand_ins import FixedExperts, run_layer_pass
+from tritonmoe.benchmarks.stand_ins import FixedExperts, run_passes
 from tritonmoe.config.overlap import OverlapPlan
 from tritonmoe.doctor.graph import Graph, Kind, Member, Run
 from tritonmoe.doctor.moe_layers import layers_of
@@ -146,10 +146,10 @@ def _forward(transport: Transport, plan: OverlapPlan) -> tuple[float, list[tuple
     ids = torch.tensor(others)[torch.randint(SIZE - 1, (TOKENS, 1), generator=generator)]
     transport.barrier()
     x = torch.randn(TOKENS, MODEL_WIDTH)
-    (report,) = run_layer_pass(
+    (report,) = run_passes(
         transport, plan, x, ids, torch.ones(TOKENS, 1), SIZE,
         lambda rows, of: FixedExperts(EXPERTS_S, of.receive_offsets, rows, top_k=1),
-    )  # fmt: skip
+    ).reports  # fmt: skip
     return report.total_s, [(step.step.kind.value, step.end_s - step.start_s) for step in report.steps]
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 import tritonmoe as tm
 from tritonmoe.dispatch import send_plan
 from tritonmoe.errors import CountMismatch, TransportError
-from tritonmoe.expert_parallel import balance
+from tritonmoe.expert_parallel.plans.copies import balance
 from tritonmoe.expert_parallel.state import state_of
 from tritonmoe.transports import PendingExchange, Transport
 
@@ -45,7 +45,7 @@ def run(layer: tm.GroupedExperts, call: dict, posts: list[int]) -> tuple[int, Te
     out = layer(**call)
     num_posts = posts[0]
     out.square().sum().backward()
-    return num_posts, torch.cat([out.detach(), call["x"].grad]), layer.last_report.copies
+    return num_posts, torch.cat([out.detach(), call["x"].grad]), layer.last_report.copies.planned
 
 
 @pytest.mark.parametrize(("num_experts", "has_room"), [(8, True), (6, True), (512, False)])
@@ -82,7 +82,7 @@ def test_a_rank_that_tells_nothing_beside_its_counts() -> None:
         posts = count_posts(transport)
         first = run(layer, call, posts)
         if transport.rank == 1:
-            for costs in state_of(transport).copy_costs.values():
+            for costs in state_of(transport).learnt.values():
                 costs.were_uneven = False
         return [first, run(layer, call, posts)]
 

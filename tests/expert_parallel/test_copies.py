@@ -16,9 +16,9 @@ from torch.utils.checkpoint import checkpoint
 
 import tritonmoe as tm
 from tritonmoe.errors import CountMismatch, TransportError
-from tritonmoe.expert_parallel import balance
+from tritonmoe.expert_parallel.call import ProposedCall
 from tritonmoe.expert_parallel.listeners import listeners
-from tritonmoe.expert_parallel.proposed_call import ProposedCall
+from tritonmoe.expert_parallel.plans.copies import balance
 from tritonmoe.overlap.report import LayerReport
 from tritonmoe.transports import Delay, PendingExchange, Transport
 
@@ -63,10 +63,10 @@ def hot(batch: Batch, hot_experts: tuple[int, ...] = (0, 1), seed: int = 1) -> B
 def assert_copied(reports: dict[int, list[LayerReport]], num_ranks: int) -> None:
     for rank in range(num_ranks):
         for report in reports[rank]:
-            assert report.copies is not None
+            assert report.copies.planned is not None
             assert report.imbalance < report.imbalance_without_copies
     last = [reports[rank][-1] for rank in range(num_ranks)]
-    assert len({report.copies for report in last}) == 1
+    assert len({report.copies.planned for report in last}) == 1
     assert all(torch.equal(report.traffic_pairs, last[0].traffic_pairs) for report in last)
 
 
@@ -113,7 +113,7 @@ def test_eight_ranks(reports: dict[int, list[LayerReport]]) -> None:
     batch = hot(Batch(8, 16, 4), (4, 5))
     assert_equals_one_device(batch.in_parallel(ALWAYS), batch.on_one_device())
     assert_copied(reports, 8)
-    assert max(len(reports[0][0].copies.on(rank)) for rank in range(8)) <= 2
+    assert max(len(reports[0][0].copies.planned.on(rank)) for rank in range(8)) <= 2
 
 
 @pytest.mark.parametrize("case", ["hidden", "input", "adapters"])
@@ -132,7 +132,7 @@ def test_copies_pass_pieces_on(hot_experts: tuple[int, ...], case: str, reports:
         assert_same_bits(overlapped, batch.in_parallel(replace(config, serial=True)))
     assert_copied(reports, 8)
     report = reports[0][-1]
-    assert report.copies.are_relayed
+    assert report.copies.planned.are_relayed
     for timings, is_sent in ((report.forward, True), (report.backward, save == "input")):
         kinds = [timing.step.kind for timing in timings.steps]
         assert ("copies" in kinds) == ("spread_copies" in kinds) == is_sent
@@ -202,7 +202,7 @@ def test_late_pieces_change_no_bit(reports: dict[int, list[LayerReport]]) -> Non
     """As above, where pieces of weights are passed on: each must have come before it goes on."""
     batch = hot(Batch(8, 8, 2, torch.float32), (2,))
     expected = batch.in_parallel(ALWAYS)
-    assert reports[0][0].copies.are_relayed
+    assert reports[0][0].copies.planned.are_relayed
     for exchange in range(1, 6):
         faults = tuple(Delay(rank, exchange, 0.004 * (1 + rank % 3)) for rank in range(exchange % 2, 8, 2))
         assert_same_bits(batch.in_parallel(ALWAYS, faults=faults), expected)
@@ -313,7 +313,7 @@ def test_wide_main_grads_keep_what_bf16_would_round(
                 torch.testing.assert_close(with_copies[name], without[name], atol=1e-5, rtol=1e-5)
     of_call = reports[0][0]
     assert of_call.copies is not None
-    assert sum(of_call.copied_gradient_bytes) > 1.8 * of_call.copied_bytes
+    assert sum(of_call.copies.gradient_bytes) > 1.8 * of_call.copies.expert_bytes
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
@@ -344,11 +344,11 @@ def test_a_recompute_repeats_the_copies(overlap, use_reentrant: bool, reports: d
     results = zip(*tm.run_on_emulated_ranks(on_rank, 2, timeout_s=20), strict=True)
     assert_equals_one_device(dict(zip(NAMES, map(torch.cat, results), strict=True)), expected)
     first, second = reports[0]
-    assert first.copies is not None
+    assert first.copies.planned is not None
     if use_reentrant:  # whose first forward keeps nothing to repeat
-        assert second.copies is not None
+        assert second.copies.planned is not None
     else:
-        assert second.copies == first.copies
+        assert second.copies.planned == first.copies.planned
 
 
 def test_placements_without_replicas(reports: dict[int, list[LayerReport]]) -> None:
@@ -372,7 +372,7 @@ def test_placements_without_replicas(reports: dict[int, list[LayerReport]]) -> N
     for name, parts in results.items():
         whole = torch.cat(parts)
         assert_equals_one_device({name: whole[order] if name in WEIGHTS else whole}, expected)
-    assert any(report.copies is not None for report in reports[0])
+    assert any(report.copies.planned is not None for report in reports[0])
 
 
 def test_a_hot_set_that_moves(reports: dict[int, list[LayerReport]]) -> None:
@@ -387,7 +387,7 @@ def test_a_hot_set_that_moves(reports: dict[int, list[LayerReport]]) -> None:
 
     for outs, batch in zip(zip(*tm.run_on_emulated_ranks(on_rank, 3, timeout_s=20), strict=True), batches, strict=True):
         assert_equals_one_device({"out": torch.cat(outs)}, batch.on_one_device())
-    assert len({report.copies for report in reports[0]}) == 3
+    assert len({report.copies.planned for report in reports[0]}) == 3
 
 
 def test_even_ranks_exchange_nothing_more(reports: dict[int, list[LayerReport]]) -> None:
@@ -397,7 +397,7 @@ def test_even_ranks_exchange_nothing_more(reports: dict[int, list[LayerReport]])
     for name, values in batch.tokens.items():
         batch.tokens[name] = [torch.rand(3, values[0].shape[1]).to(values[0]) for _ in range(2)]
     assert_equals_one_device(batch.in_parallel(ALWAYS), batch.on_one_device())
-    assert reports[0][0].copies is None
+    assert reports[0][0].copies.planned is None
     assert reports[0][0].balance == "no copies: ranks have about as many pairs"
 
 

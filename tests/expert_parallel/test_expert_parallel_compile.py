@@ -20,8 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tritonmoe as tm
 from tritonmoe.config.overlap import ramp_sizes
-from tritonmoe.expert_parallel.call_pass import CallBackward, CallForward
-from tritonmoe.expert_parallel.call_spec import CallSpec, decode, encode
+from tritonmoe.expert_parallel.call import CallSpec, decode, encode
+from tritonmoe.expert_parallel.layer_pass import BackwardPass, ForwardPass
 from tritonmoe.experts.spec import expert_spec
 from tritonmoe.experts.tensors import NAMES, CallTensors
 from tritonmoe.runtime import handles
@@ -349,7 +349,7 @@ def test_exchanges_keep_the_order_of_the_program(backend: str, monkeypatch: pyte
 
         return spy
 
-    for kind in (CallForward, CallBackward):
+    for kind in (ForwardPass, BackwardPass):
         monkeypatch.setattr(kind, "__init__", spied(kind.__name__, kind.__init__))
     found = []
     leaves = draw(LocalTransport())
@@ -361,8 +361,8 @@ def test_exchanges_keep_the_order_of_the_program(backend: str, monkeypatch: pyte
         found.append(([y, *grads], list(log)))
     (expected, program), (actual, order) = found
     assert program == [
-        *(f"CallForward {name}" for name in ("second", "first", "second", "first")),
-        *(f"CallBackward {name}" for name in ("first", "second", "first")),
+        *(f"ForwardPass {name}" for name in ("second", "first", "second", "first")),
+        *(f"BackwardPass {name}" for name in ("first", "second", "first")),
     ]
     assert order == program
     for a, e in zip(actual, expected, strict=True):

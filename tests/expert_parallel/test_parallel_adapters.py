@@ -11,9 +11,8 @@ from torch import Tensor
 
 import tritonmoe as tm
 from tritonmoe.config.layer import PerWeight
-from tritonmoe.expert_parallel.call_spec import CallSpec
+from tritonmoe.expert_parallel.call import CallSpec, ProposedCall
 from tritonmoe.expert_parallel.expert_parallel_mlp import run_expert_parallel
-from tritonmoe.expert_parallel.proposed_call import ProposedCall
 from tritonmoe.experts.adapters import with_adapters
 from tritonmoe.experts.moe_mlp import run_experts
 from tritonmoe.experts.spec import ExpertSpec, expert_spec

@@ -14,10 +14,10 @@ from torch.utils.checkpoint import checkpoint
 
 import tritonmoe as tm
 from tritonmoe.config.layer import NO_WEIGHTS, PerWeight
-from tritonmoe.expert_parallel.halves import NodeOrder
 from tritonmoe.experts.weight_gradients import SharedWeightGrads
 from tritonmoe.overlap import executor
 from tritonmoe.routing import save_topk
+from tritonmoe.runtime.halves import NodeOrder
 from tritonmoe.transports import Delay, Transport, TwoLevelTransport
 from tritonmoe.tuning.tuner import SETTLING_CALLS
 

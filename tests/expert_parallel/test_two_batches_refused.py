@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import tritonmoe as tm
-from tritonmoe.expert_parallel import split_call
-from tritonmoe.expert_parallel.halves import current_half
+from tritonmoe.expert_parallel import check as check_module
+from tritonmoe.runtime.halves import current_half
 from tritonmoe.transports import Death, Transport
 
 TIMEOUT_S = 60
@@ -224,7 +224,7 @@ def test_what_cannot_be_done_around_the_halves(monkeypatch) -> None:
 
 
 def test_capture_is_refused(monkeypatch) -> None:
-    monkeypatch.setattr(split_call, "is_captured", lambda device: True)
+    monkeypatch.setattr(check_module, "is_captured", lambda device: True)
 
     def on_rank(transport: Transport) -> None:
         with pytest.raises(RuntimeError, match="a CUDA graph can't capture two batches"):

@@ -9,24 +9,17 @@ from torch import Tensor
 
 import tritonmoe as tm
 from tritonmoe.backends.ops import WeightGrads
-from tritonmoe.backends.reference import gather_sum
+from tritonmoe.benchmarks.stand_ins import run_passes
 from tritonmoe.config.overlap import OverlapPlan, equal_sizes
-from tritonmoe.dispatch.header import CallHeader
-from tritonmoe.dispatch.plan import exchange_plan
-from tritonmoe.dispatch.send_plan import plan_tokens
-from tritonmoe.experts.tensors import NO_TENSORS
+from tritonmoe.dispatch.plan import DispatchPlan
 from tritonmoe.overlap import report as report_module
 from tritonmoe.overlap.executor import Execution
-from tritonmoe.overlap.layer_pass import BackwardPass, ForwardPass
 from tritonmoe.overlap.report import PassReport
-from tritonmoe.overlap.row_exchanges import RowExchanges
 from tritonmoe.overlap.schedule import build_backward, build_forward
 from tritonmoe.overlap.steps import Step, StepKind
 from tritonmoe.transports import PendingExchange, Transport
 
 CPU = torch.device("cpu")
-HEADER = {"num_experts": 2, "top_k": 1, "grad_enabled": 1, "needs_any": 1, "needs_x": 1}
-HEADER |= {"needs_topk_weights": 1}
 
 
 class LateExchange(PendingExchange):
@@ -156,23 +149,17 @@ def run_sleeping(
             generator = torch.Generator().manual_seed(10 * step + transport.rank)
             x, dout = (torch.randn(num_tokens, width, generator=generator) for _ in range(2))
             overlap = OverlapPlan(equal_sizes(num_chunks), local_first=False, serial=serial)
-            tokens = plan_tokens(ids, 2, transport.rank, 2, overlap)
-            header = CallHeader(**(HEADER | {"sequence": step, "hidden_size": width}))
-            plan = exchange_plan(transport, header, tokens, overlap)
-            slices = [plan.receive_slice(c) for c in range(num_chunks)]
-            exchanges = RowExchanges(plan, transport, gather_sum)
+
+            def make(rows: Tensor, plan: DispatchPlan) -> SleepingExperts:
+                return SleepingExperts(rows, [plan.receive_slice(c) for c in range(num_chunks)], seconds)
+
             with torch.no_grad():
-                forward_pass = ForwardPass(
-                    exchanges,
-                    lambda p, received, _, s=slices: SleepingExperts(received.x, s, seconds),
-                    NO_TENSORS._replace(x=x, topk_ids=ids, topk_weights=torch.ones(num_tokens, 1)),
+                y, grads, (forward, backward) = run_passes(
+                    transport, overlap, x, ids, torch.ones(num_tokens, 1), 2, make, dout
                 )
-                y, forward = forward_pass.run()
-                assert torch.equal(y, 2 * x)
-                experts, weights = forward_pass.experts, forward_pass.received_weights
-                grads, backward = BackwardPass(exchanges, experts, weights, dout, (False,) * 4).run()
-                assert torch.equal(grads.x, 2 * dout)
-                assert torch.equal(grads.topk_weights, torch.ones(num_tokens, 1))
+            assert torch.equal(y, 2 * x)
+            assert torch.equal(grads.x, 2 * dout)
+            assert torch.equal(grads.topk_weights, torch.ones(num_tokens, 1))
         return y, grads.x, forward, backward
 
     return tm.run_on_emulated_ranks(on_rank, 2, timeout_s=20, link=link)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import tritonmoe as tm
-from tritonmoe.expert_parallel import agree as agreement
+from tritonmoe.expert_parallel.plans import plain as agreement
 from tritonmoe.routing import z_loss
 from tritonmoe.runtime import autograd
 from tritonmoe.runtime.autograd import is_recomputing

@@ -303,18 +303,22 @@ def main() -> int:
     parser.add_argument("file", type=Path)
     parser.add_argument("--against", type=Path)
     parser.add_argument("--kernels", action="store_true")
-    parser.add_argument("--only", default="", help="a part of the cases' names")
+    parser.add_argument("--only", nargs="+", default=[""], help="parts of the cases' names")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+
+    def is_wanted(name: str) -> bool:
+        return any(part in name for part in arguments.only)
+
     record: dict[str, dict[str, str]] = {}
     for name, case in kernel_cases() if arguments.kernels else all_cases():
-        if arguments.only in name:
+        if is_wanted(name):
             record[name] = {part: digest(value) for part, value in case().items()}
     arguments.file.write_text(json.dumps(record, indent=1))
     print(f"{len(record)} cases, {sum(map(len, record.values()))} tensors: {arguments.file}")
     if arguments.against is None:
         return 0
-    before = {name: of for name, of in json.loads(arguments.against.read_text()).items() if arguments.only in name}
+    before = {name: of for name, of in json.loads(arguments.against.read_text()).items() if is_wanted(name)}
     different = [name for name in record.keys() | before.keys() if record.get(name) != before.get(name)]
     for name in sorted(different):
         mine, theirs = record.get(name, {}), before.get(name, {})

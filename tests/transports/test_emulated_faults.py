@@ -28,7 +28,7 @@ from fault_cases import (
 )
 
 import tritonmoe as tm
-from tritonmoe.overlap.layer_pass import BackwardPass, ForwardPass
+from tritonmoe.expert_parallel.layer_pass import BackwardPass, ForwardPass
 from tritonmoe.overlap.row_exchanges import RowExchanges
 from tritonmoe.transports import Death, Delay, Transport
 

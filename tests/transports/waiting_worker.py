@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 import tritonmoe as tm
-from tritonmoe.overlap.layer_pass import ForwardPass
+from tritonmoe.expert_parallel.layer_pass import ForwardPass
 from tritonmoe.transports import as_transport, waiting
 
 CONFIG = tm.MoEConfig(hidden_size=8, intermediate_size=8, num_experts=6, top_k=2)

@@ -5,10 +5,16 @@ from dataclasses import replace
 import torch
 
 import tritonmoe as tm
+from tritonmoe.expert_parallel.plans.copies import copy_costs
+from tritonmoe.expert_parallel.plans.copies.copy_costs import (
+    JUDGED_CALLS,
+    LEAST_CALLS,
+    MeasuredCosts,
+    Numbers,
+    agreed_costs,
+)
 from tritonmoe.overlap.report import LayerReport
 from tritonmoe.transports import Transport
-from tritonmoe.tuning import copy_costs
-from tritonmoe.tuning.copy_costs import JUDGED_CALLS, LEAST_CALLS, MeasuredCosts, Numbers, agreed_costs
 
 WITHOUT = 500, 10**8, 500, 3 * 10**8, 4
 NUMBERS = Numbers(1000, 10**9, 1000, 2 * 10**9, 5, *WITHOUT, 7, 0, 1000)
@@ -63,13 +69,16 @@ def run_calls(
     pair_times = pair_times or {True: 1.0, False: 1.0}
 
     def read(report: LayerReport) -> copy_costs._Call:
-        has_copies = report.copies is not None
+        has_copies = report.copies.planned is not None
         spent_fs = int(10**14 * pair_times[has_copies])
         return copy_costs._Call(has_copies, report.pair_offsets[-1] or 1, spent_fs, spent_fs, 1)
 
     monkeypatch.setattr(copy_costs, "_read", read)
 
-    monkeypatch.setattr(copy_costs, "_taken_fs", lambda report: int(taken[report.copies is not None] * EXPECTED))
+    def taken_fs(report: LayerReport) -> int:
+        return int(taken[report.copies.planned is not None] * EXPECTED)
+
+    monkeypatch.setattr(copy_costs, "_taken_fs", taken_fs)
     monkeypatch.setattr(MeasuredCosts, "observe", _with_expected(MeasuredCosts.observe))
 
     def on_rank(transport: Transport) -> list[str]:

@@ -10,7 +10,7 @@ import torch
 from tritonmoe.benchmarks.overlap_variants import Variant
 from tritonmoe.benchmarks.ranks import slowest
 from tritonmoe.benchmarks.replayed_peers import ReplayedPeers
-from tritonmoe.benchmarks.stand_ins import FixedExperts, run_layer_pass
+from tritonmoe.benchmarks.stand_ins import FixedExperts, run_passes
 from tritonmoe.benchmarks.timing import synchronize
 from tritonmoe.benchmarks.workload import Workload, draw_ids
 from tritonmoe.config.layer import MoEConfig
@@ -199,7 +199,7 @@ class MeasuredLayer:
     @torch.no_grad()
     def _communicate(self, variant: Variant, transport: Transport) -> None:
         plan = fixed_plan(variant.config(), variant.num_chunks or 1, self.transport.size)
-        self.passes = run_layer_pass(
+        self.passes = run_passes(
             transport,
             replace(plan, wire_dtype=self.workload.torch_wire_dtype),
             self.x,
@@ -208,4 +208,4 @@ class MeasuredLayer:
             self.num_experts,
             lambda rows, plan: FixedExperts(0.0, plan.receive_offsets, rows, self.topk_ids.shape[1]),
             self.dout if self.workload.backward else None,
-        )
+        ).reports

@@ -1,26 +1,47 @@
 """What stands in for a layer's experts while its communication is measured: experts that compute nothing."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from tritonmoe.backends import choose
-from tritonmoe.config.layer import NO_WEIGHTS, PerWeight
+from tritonmoe.backends.ops import WeightGrads
+from tritonmoe.config.layer import NO_WEIGHTS, KernelOptions, PerWeight
 from tritonmoe.config.overlap import OverlapPlan
-from tritonmoe.dispatch.count_exchange import post_backward
+from tritonmoe.dispatch.expert_chunks import RowPlaces
 from tritonmoe.dispatch.header import CallHeader
 from tritonmoe.dispatch.plan import DispatchPlan, exchange_plan
 from tritonmoe.dispatch.send_plan import plan_tokens
 from tritonmoe.dispatch.terms import CallTerms, plan_terms
-from tritonmoe.experts.tensors import NO_TENSORS
-from tritonmoe.overlap.layer_pass import BackwardPass, ForwardPass
+from tritonmoe.expert_parallel.call import ProposedCall
+from tritonmoe.expert_parallel.layer_pass import BackwardPass, ForwardPass
+from tritonmoe.expert_parallel.plans.base import BackwardExperts, ForwardExperts, Kept, PlanKind, PlannedCall
+from tritonmoe.experts.spec import ExpertSettings, ExpertSpec
+from tritonmoe.experts.tensors import NO_TENSORS, CallTensors
 from tritonmoe.overlap.report import PassReport
-from tritonmoe.overlap.row_exchanges import RowExchanges
 from tritonmoe.transports import Transport
 
-__all__ = ["FixedExperts", "run_layer_pass"]
+__all__ = ["FixedExperts", "Passes", "StandIn", "run_passes"]
+
+
+class StandIn(Protocol):
+    """What stands in for the experts of one call; the methods are those of ForwardExperts and BackwardExperts."""
+
+    def forward(self, segment: int, out: Tensor | None = None) -> Tensor: ...
+
+    def backward(
+        self, segment: int, dout: Tensor, needs_dx: bool, out: Tensor | None = None
+    ) -> tuple[Tensor | None, Tensor]: ...
+
+    def weight_grad(self, dout: Tensor, needs: PerWeight[bool]) -> WeightGrads: ...
+
+
+MakeStandIn = Callable[[Tensor, DispatchPlan], StandIn]
+"""(rows (R, D), the plan) -> the experts of one call."""
 
 
 class FixedExperts:
@@ -56,20 +77,95 @@ class FixedExperts:
         return NO_WEIGHTS
 
 
-def run_layer_pass(
+@dataclass(eq=False)
+class _StandIns(PlanKind):
+    """A call whose received rows go to stand-ins."""
+
+    name = "stand-ins"
+
+    make: MakeStandIn
+    stand_in: StandIn | None = None
+
+    @classmethod
+    def takes(cls, call: ProposedCall) -> bool:
+        return False
+
+    @classmethod
+    def plan(cls, call: ProposedCall, header: CallHeader, others: Sequence[type[PlanKind]]) -> PlannedCall:
+        raise AssertionError("run_passes() has made the plan")
+
+    def forward_experts(self, call: PlannedCall, tensors: CallTensors[Tensor], keep_hidden: bool) -> ForwardExperts:
+        return _Forward(self)
+
+    def backward_experts(self, call: PlannedCall, kept: Kept) -> BackwardExperts:
+        return _Backward(self)
+
+
+class _Forward(ForwardExperts):
+    def __init__(self, kind: _StandIns) -> None:
+        self._kind = kind
+
+    def group(self, plan: DispatchPlan, received: CallTensors[Tensor], places: RowPlaces) -> None:
+        self._kind.stand_in = self._kind.make(received.x, plan)
+        self.forward = self._kind.stand_in.forward  # type: ignore[method-assign]
+
+    def forward(self, segment: int, out: Tensor | None = None) -> Tensor:
+        raise AssertionError("group() comes first")
+
+
+class _Backward(BackwardExperts):
+    def __init__(self, kind: _StandIns) -> None:
+        assert kind.stand_in is not None, "the forward comes first"
+        self._stand_in = kind.stand_in
+
+    def backward(
+        self, segment: int, dout: Tensor, needs_dx: bool, out: Tensor | None = None
+    ) -> tuple[Tensor | None, Tensor]:
+        return self._stand_in.backward(segment, dout, needs_dx, out)
+
+    def weight_grad(self, dout: Tensor, needs: PerWeight[bool]) -> WeightGrads:
+        return self._stand_in.weight_grad(dout, needs)
+
+
+class _ForwardPass(ForwardPass):
+    """A forward of which nobody hears, and which has no report of a layer."""
+
+    timings: PassReport
+
+    def _finish(self, timings: PassReport) -> Tensor:
+        self.timings = timings
+        return self.out
+
+
+class _BackwardPass(BackwardPass):
+    timings: PassReport
+
+    def _finish(self, timings: PassReport) -> CallTensors[Tensor | None]:
+        self.timings = timings
+        return self.grads
+
+
+class Passes(NamedTuple):
+    """What the passes of a call with stand-ins gave, and their times."""
+
+    out: Tensor
+    """(T, D)."""
+    grads: CallTensors[Tensor | None] | None
+    """None without a backward."""
+    reports: list[PassReport]
+
+
+def run_passes(
     transport: Transport,
     overlap: OverlapPlan,
     x: Tensor,
     topk_ids: Tensor,
     topk_weights: Tensor,
     num_experts: int,
-    make_experts: Callable[[Tensor, DispatchPlan], FixedExperts],
+    make: MakeStandIn,
     dout: Tensor | None = None,
-) -> list[PassReport]:
-    """Run a layer call with other experts, and with dout (T, D) its backward too; gives the reports of the passes.
-
-    make_experts: (rows (R, D), the plan) -> the experts.
-    """
+) -> Passes:
+    """Run a layer call with stand-ins for its experts, and with dout (T, D) its backward too."""
     needs = int(dout is not None)
     tokens = plan_tokens(topk_ids, num_experts, transport.rank, transport.size, overlap)
     header = CallHeader(
@@ -82,14 +178,20 @@ def run_layer_pass(
         needs_x=needs,
         needs_topk_weights=needs,
     )
-    plan = exchange_plan(transport, header, tokens, overlap)
-    exchanges = RowExchanges(plan, transport, choose("auto", x.device, x.dtype).gather_sum)
-    given = NO_TENSORS._replace(x=x, topk_ids=topk_ids, topk_weights=topk_weights)
-    forward = ForwardPass(exchanges, lambda plan, received, _: make_experts(received.x, plan), given)
-    reports = [forward.run()[1]]
-    if dout is not None:
-        agreement = post_backward(transport, CallHeader(is_backward=1))
-        needs_weights = PerWeight(False, False, False, False)
-        backward = BackwardPass(exchanges, forward.experts, forward.received_weights, dout, needs_weights)
-        reports.append(backward.run(agreement)[1])
-    return reports
+    call = PlannedCall(
+        kind=_StandIns(make),
+        settings=ExpertSettings(choose("auto", x.device, x.dtype), ExpertSpec(), KernelOptions()),
+        all_ranks=transport,
+        transport=transport,
+        header=header,
+        plan=exchange_plan(transport, header, tokens, overlap),
+        entered_at=time.perf_counter(),
+    )
+    forward = _ForwardPass(call, NO_TENSORS._replace(x=x, topk_ids=topk_ids, topk_weights=topk_weights))
+    out, reports = forward.run(), [forward.timings]
+    if dout is None:
+        return Passes(out, None, reports)
+    kept = Kept(call.plan, None, {}, None)  # type: ignore[arg-type] # stand-ins need no more
+    backward = _BackwardPass(call, kept, dout, PerWeight(False, False, False, False))
+    grads = backward.run()
+    return Passes(out, grads, [*reports, backward.timings])

@@ -21,7 +21,7 @@ from tritonmoe.runtime.files import Json
 from tritonmoe.runtime.host_device import HostCopy
 from tritonmoe.runtime.version import __version__
 from tritonmoe.simulation.step_units import step_units
-from tritonmoe.transports import Transport, TwoLevelTransport
+from tritonmoe.transports import Transport
 
 __all__ = ["HeldCall", "RankFileWriter"]
 
@@ -60,7 +60,7 @@ class RankFileWriter:
             "size": transport.size,
             "job_ranks": transport.job_ranks,
             "transport": _public_name(type(transport)),
-            "node_size": transport.node_size if isinstance(transport, TwoLevelTransport) else None,
+            "node_size": transport.node_size,
             "shares_link": transport.shares_link(device),
             "uses_rendezvous": transport.uses_rendezvous(device),
             "host": socket.gethostname(),

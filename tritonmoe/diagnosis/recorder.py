@@ -128,7 +128,7 @@ class _Recorder:
         file = self._files.get(transport)
         if header.captured or file is None:  # None: the call began before the recording
             return
-        if report.copies is not None:
+        if report.copies is not None and report.copies.planned is not None:
             if not self._has_left_out:
                 warnings.warn(LEFT_OUT, stacklevel=2)
             self._has_left_out = True

@@ -60,6 +60,8 @@ class DispatchPlan:
     """Of the count exchange; None of the plan inside a node, whose counts came with those of all ranks."""
     beside: Tensor | None = None
     """(W, n) int64: what every rank has told beside its counts; None where some rank has told nothing."""
+    relayed_from: RowSources | None = None
+    """Inside a node: the rank that each received row comes from in the end; None where the plan has no relays."""
 
     @property
     def call(self) -> str:
@@ -214,8 +216,15 @@ class DispatchPlan:
         shifts, by_rank = to_device(torch.stack([shifts, by_rank]), device)
         return torch.arange(num_rows, device=device) + shifts.repeat_interleave(by_rank, output_size=num_rows)
 
+    @property
+    def is_inside_node(self) -> bool:
+        """Whether this is the inner plan of two levels, whose rows are not stored by source within a segment."""
+        return self.relayed_from is not None
+
     def row_sources(self) -> RowSources:
-        """Return the rank that sent each received row."""
+        """Return the rank whose token each received row is."""
+        if self.relayed_from is not None:
+            return self.relayed_from
         return RowSources(tuple(range(self.size)), torch.tensor(self.receive_rows, dtype=torch.int64, device="cpu"))
 
 

@@ -13,7 +13,7 @@ from functools import lru_cache
 
 from tritonmoe.config.overlap import OverlapPlan
 
-__all__ = ["NO_TERMS", "PLAN_NAMES", "CallTerms", "in_millionths", "plan_terms", "words_of"]
+__all__ = ["NO_TERMS", "PLAN_NAMES", "CallTerms", "in_millionths", "plan_terms", "with_term", "words_of"]
 
 PLAN_NAMES = ("num_chunks", *(field.name for field in fields(OverlapPlan)))
 """What a plan is made of."""
@@ -33,6 +33,12 @@ class CallTerms:
 
     def __index__(self) -> int:
         return self._digest
+
+
+@lru_cache(maxsize=1024)
+def with_term(terms: CallTerms, name: str, value: str) -> CallTerms:
+    """Return the terms with another value of this name."""
+    return CallTerms((terms.words | {name: value}).items())
 
 
 NO_TERMS = CallTerms(())

@@ -74,9 +74,10 @@ class TwoLevelPlan:
             traffic=self.outer.traffic,
             traffic_pairs=self.outer.traffic_pairs,
             headers=self.outer.headers,
+            relayed_from=self._row_sources(),
         )
 
-    def row_sources(self) -> RowSources:
+    def _row_sources(self) -> RowSources:
         """Return the rank that each inner received row comes from; they are stored by (segment, relay, node, token)."""
         size = len(self.relay_rows[0])
         by_relay = self.source_rows.view(len(self.relay_rows), -1, size).transpose(1, 2)  # (segments, place, node)

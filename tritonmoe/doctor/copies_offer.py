@@ -14,8 +14,8 @@ from torch import Tensor
 from tritonmoe.config.overlap import OverlapConfig, OverlapPlan
 from tritonmoe.diagnosis.call_recording import RecordedCall
 from tritonmoe.dispatch.copies import ExpertCopies
-from tritonmoe.dispatch.copy_planner import CopyCosts, is_uneven, plan_copies
 from tritonmoe.doctor.conditions import Conditions
+from tritonmoe.expert_parallel.plans.copies.copy_planner import CopyCosts, is_uneven, plan_copies
 from tritonmoe.overlap.schedule import Schedule, build_backward, build_forward
 from tritonmoe.overlap.steps import StepKind
 from tritonmoe.simulation.copy_work import CopyWork, gradient_parts

@@ -1,72 +1,115 @@
-"""run_call(): an expert-parallel call from its arguments to its result: check, choose a plan, agree, run."""
+"""CallSpec and ProposedCall: what a layer's calls have in common, and one call as this rank would make it."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from functools import partial
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from tritonmoe.dispatch.capacity import some_rank_overflowed, watched
-from tritonmoe.expert_parallel.agree import agree, agree_without_capacity
-from tritonmoe.expert_parallel.agreed_call import AgreedCall
-from tritonmoe.expert_parallel.check import check
-from tritonmoe.expert_parallel.choose import choose_plan
-from tritonmoe.expert_parallel.proposed_call import ProposedCall
+from tritonmoe.config.layer import PerWeight
+from tritonmoe.config.literals import read_literal
+from tritonmoe.config.overlap import WIRE_DTYPES, OverlapConfig, OverlapPlan
+from tritonmoe.dispatch.placement import ExpertPlacement
+from tritonmoe.expert_parallel.state import LayerCalls, TransportState, UnderWay
+from tritonmoe.experts.spec import ExpertSettings, ExpertSpec, from_plain, literal, to_plain
 from tritonmoe.experts.tensors import CallTensors
-from tritonmoe.overlap.report import LayerReport
-from tritonmoe.runtime.autograd import caller_autocast, without_autocast
+from tritonmoe.transports import Transport
+from tritonmoe.tuning.tuner import PlanChooser
+from tritonmoe.tuning.votes import Message
 
-__all__ = ["RunForward", "run_call"]
+__all__ = ["CallSpec", "ProposedCall", "decode", "encode"]
 
-RunForward = Callable[[AgreedCall, CallTensors[Tensor]], Tensor]
-"""Runs the forward of a call so that its backward can follow: as autograd Functions (whole_call.py, split_call.py), or
-inside an operator (operator.py). Each of them makes a CallForward, and then a CallBackward (call_pass.py)."""
-
-
-def run_call(call: ProposedCall, run_forward: RunForward) -> Tensor:
-    """Return the result (T, D) of a call; its report goes to the layer that calls.
-
-    Raises:
-        What check() and agree() raise, and TransportError where an exchange fails.
-    """
-    check(call)
-    choice = choose_plan(call)
-    agreed = agree(call, choice)
-    y, report = run(call, agreed, run_forward)
-    choice.learn(call, agreed, report)
-    report.half = call.half
-    if call.layer is not None:
-        before = call.layer.last_report
-        if report.half == 2 and before is not None and before.half == 1:
-            report.first_half = before
-        call.layer.last_report = report
-    return y
+PLAN_FIELDS, CONFIG_FIELDS = (tuple(field.name for field in fields(kind)) for kind in (OverlapPlan, OverlapConfig))
 
 
-def run(call: ProposedCall, agreed: AgreedCall, run_forward: RunForward) -> tuple[Tensor, LayerReport]:
-    """Run a call as agreed, and once more by its counts where rows of some rank had no room in the capacity."""
-    device = call.tensors.x.device
-    if call.fillers:
-        autocast = caller_autocast(device)
-        agreed.fillers = [partial(_run_filler, filler, call.grad_enabled, autocast) for filler in call.fillers]
-    tensors = call.tensors if agreed.slots is None else call.tensors._replace(topk_ids=agreed.slots)
-    agreed.slots = None
-    with without_autocast(device):
-        y = run_forward(agreed, tensors)
-    report = agreed.report
-    if agreed.is_wrong is not None:
-        call.state.captured_flags.append(watched(agreed.is_wrong))
-    if agreed.capped is not None and some_rank_overflowed(call.transport, agreed.header, agreed.capped):
-        del y  # and with it what the first run keeps for a backward
-        again = agree_without_capacity(call, agreed)
-        with without_autocast(device):
-            y = run_forward(again, call.tensors)
-        return y, again.report
-    return y, report
+@dataclass(frozen=True)
+class CallSpec:
+    """What is decided once for all calls of a layer, and is the same on every rank."""
+
+    experts: ExpertSpec
+    num_experts: int
+    """E, over all ranks."""
+    overlap: OverlapConfig | OverlapPlan
+    placement: ExpertPlacement | None = None
 
 
-def _run_filler(filler: Callable[[], None], grad_enabled: bool, autocast: Callable[[], AbstractContextManager]) -> None:
-    """Run a filler in the modes of the caller: a Function's forward runs without either."""
-    with torch.set_grad_enabled(grad_enabled), autocast():
-        filler()
+@dataclass(eq=False, repr=False)
+class ProposedCall:
+    """One call as its caller gives it, and what check() and choose_plan() find out before the ranks agree on it."""
+
+    spec: CallSpec
+    transport: Transport
+    tensors: CallTensors[Tensor]
+    """As given; from check() on in autocast's dtypes, with slots for topk_ids where there is a placement."""
+    layer: LayerCalls | None = None
+    """The layer that calls, which gets the report; None for a call of the function."""
+    nonfinite_scores: Tensor | None = None
+    """(), Routing's count of tokens without a finite score; None to look at topk_weights."""
+    fillers: Sequence[Callable[[], None]] = ()
+    half: int = 0
+    """Which half of a batch in two_batches the call is of, 1 or 2; 0 for a whole batch."""
+    is_compiled: bool = False
+    """Whether the call stands in a compiled graph, which has settled the next two before it runs."""
+    grad_enabled: bool = field(init=False)
+    """Whether the call was made with gradients enabled."""
+    needs: CallTensors[bool] = field(init=False)
+    """Of what this rank wants a gradient."""
+
+    # Set by check()
+    state: TransportState = field(init=False)
+    sequence: int = field(init=False)
+    """The number of the call: how many this transport has seen before."""
+    num_slots: int = field(init=False)
+    """Of all ranks; slots are experts unless there is a placement."""
+    intermediate_size: int = field(init=False)
+    """F."""
+    num_nonfinite_rows: Tensor = field(init=False)
+    """(), how many tokens have a score, or a weight, that is not finite."""
+    settings: ExpertSettings = field(init=False)
+    owners: PerWeight[Tensor] | None = field(init=False)
+    """The weights as the user holds them, where a main_grad hangs; None where there is none."""
+    is_captured: bool = field(init=False)
+    """Whether a CUDA graph captures the call, so that nothing of a device can be read."""
+    entered_at: float = field(init=False)
+    """When check() began: time.perf_counter()."""
+
+    # Set by choose_plan()
+    overlap: OverlapPlan = field(init=False)
+    """The plan that this rank proposes, which must be every rank's."""
+    kind: tuple = field(init=False)
+    """What calls have in common that may take the same plan, as in TransportState.choosers."""
+    again: UnderWay | None = None
+    """The forward that is recomputed."""
+    message: Message = field(default_factory=Message)
+    """What this rank tells the other ranks' choosers."""
+    chooser: PlanChooser | None = None
+    """None for a plan that was given."""
+    reason: str = ""
+    """Why this plan was taken, where the chooser was not asked and learns nothing; in one sentence."""
+
+
+# As a string
+
+
+def encode(spec: CallSpec) -> str:
+    """Return a spec whose activation is fused as the string that an operator takes for it, of Python literals."""
+    overlap, placement = spec.overlap, spec.placement
+    is_plan = isinstance(overlap, OverlapPlan)
+    settings = [getattr(overlap, name) for name in (PLAN_FIELDS if is_plan else CONFIG_FIELDS)]
+    settings = [WIRE_DTYPES.index(value) if isinstance(value, torch.dtype) else value for value in settings]
+    held = None if placement is None else placement.experts_of_rank
+    return literal((to_plain(spec.experts), spec.num_experts, is_plan, tuple(settings), held))
+
+
+@lru_cache(maxsize=1024)
+def decode(encoded: str) -> CallSpec:
+    """Return the spec that encode() made the string of."""
+    experts, num_experts, is_plan, settings, held = read_literal(encoded)
+    named: dict[str, Any] = dict(zip(PLAN_FIELDS if is_plan else CONFIG_FIELDS, settings, strict=True))
+    if named["wire_dtype"] is not None:
+        named["wire_dtype"] = WIRE_DTYPES[named["wire_dtype"]]
+    overlap = OverlapPlan(**named) if is_plan else OverlapConfig(**named)
+    placement = None if held is None else ExpertPlacement(held)
+    return CallSpec(from_plain(experts), num_experts, overlap, placement)

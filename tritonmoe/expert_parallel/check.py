@@ -13,10 +13,10 @@ from tritonmoe.config.numbers import is_integer
 from tritonmoe.config.overlap import OverlapConfig, OverlapPlan, check_overlap
 from tritonmoe.dispatch.header import DTYPE_CODES
 from tritonmoe.dispatch.placement import ExpertPlacement
-from tritonmoe.dispatch.two_level import check_two_level
-from tritonmoe.expert_parallel.call_spec import CallSpec
+from tritonmoe.expert_parallel.call import ProposedCall
 from tritonmoe.expert_parallel.listeners import listeners
-from tritonmoe.expert_parallel.proposed_call import ProposedCall
+from tritonmoe.expert_parallel.plans import PLAN_KINDS
+from tritonmoe.expert_parallel.plans.base import PlanKind
 from tritonmoe.expert_parallel.state import refuse, state_of
 from tritonmoe.experts.adapter_dropout import with_row_seeds
 from tritonmoe.experts.arguments import (
@@ -29,7 +29,6 @@ from tritonmoe.experts.callable_activation import activation_parameters
 from tritonmoe.experts.spec import ExpertSpec, choose_backend
 from tritonmoe.experts.tensors import CallTensors
 from tritonmoe.runtime.host_device import is_captured
-from tritonmoe.transports import TwoLevelTransport
 from tritonmoe.transports.wire import WireFormat
 
 __all__ = ["MAX_FILLERS", "check", "check_expert_parallel", "check_fillers"]
@@ -37,8 +36,10 @@ __all__ = ["MAX_FILLERS", "check", "check_expert_parallel", "check_fillers"]
 MAX_FILLERS = 2
 
 
-def check(call: ProposedCall) -> None:
+def check(call: ProposedCall) -> list[type[PlanKind]]:
     """Check a call on this rank, before anything of it is sent, and note in it what follows from its arguments alone.
+
+    Return the kinds of plans that take the call.
 
     Raises:
         ValueError, TypeError: the arguments don't fit together. What a listener raises. The other ranks hear of either,
@@ -46,17 +47,11 @@ def check(call: ProposedCall) -> None:
     """
     call.entered_at = time.perf_counter()
     spec, transport, layer = call.spec, call.transport, call.layer
-    call.two_level = transport if isinstance(transport, TwoLevelTransport) else None
     try:
         tensors, call.owners = _checked_tensors(call)
-        if call.two_level is not None:
-            check_two_level(spec.overlap, spec.placement)
-        if spec.overlap.balance is not None:
-            check_balance(spec)
         call.is_captured = is_captured(tensors.x.device)
-        if call.is_captured:
-            check_capture(spec.overlap)
-        else:
+        kinds = [kind for kind in PLAN_KINDS if kind.takes(call)]
+        if not call.is_captured:
             for listener in listeners:
                 listener.before_forward(transport, tensors.x.device)
         call.settings = choose_backend(spec.experts, tensors, beside_exchanges=transport.size > 1)
@@ -83,6 +78,7 @@ def check(call: ProposedCall) -> None:
     call.intermediate_size = down_shape[2 - spec.experts.layout.transposed]
     call.tensors, call.state = tensors, state_of(transport)
     call.sequence = call.state.next_call()
+    return kinds
 
 
 def _with_activation_parameters(tensors: CallTensors[Tensor], spec: ExpertSpec) -> CallTensors[Tensor]:
@@ -134,29 +130,6 @@ def check_dtype(dtype: torch.dtype, overlap: OverlapConfig | OverlapPlan) -> Non
     if dtype not in DTYPE_CODES:
         raise TypeError(f"x must be one of {', '.join(map(str, DTYPE_CODES))}, got {dtype}")
     WireFormat(dtype, overlap.wire_dtype)
-
-
-def check_balance(spec: CallSpec) -> None:
-    """Raise ValueError for experts that can't have copies for one call."""
-    if not is_fused(spec.experts.activation):
-        raise ValueError(
-            "balance copies only the weights of experts, and a callable activation may have parameters or a state of "
-            "its own: name an activation of the kernels (moe_mlp lists them), or leave OverlapConfig.balance out"
-        )
-    if spec.placement is not None and spec.placement.has_replicas:
-        raise ValueError(
-            "balance can't copy experts that have replicas, over which gradients are summed already: use a placement "
-            "without replicas, or leave OverlapConfig.balance out"
-        )
-
-
-def check_capture(overlap: OverlapConfig | OverlapPlan) -> None:
-    """Raise ValueError for a call that a CUDA graph can't capture."""
-    if overlap.capacity is None:
-        raise ValueError(
-            "a CUDA graph can't capture an expert-parallel call that waits for its counts: give OverlapConfig a "
-            "capacity, or leave these layers out of the graph"
-        )
 
 
 def check_expert_parallel(

@@ -1,7 +1,6 @@
 """expert_parallel_mlp: the experts spread over many ranks, eager or traced."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Literal
 
 import torch
@@ -10,13 +9,10 @@ from torch import Tensor
 from tritonmoe.config.activations import Activation, is_fused
 from tritonmoe.config.overlap import OverlapConfig, OverlapPlan
 from tritonmoe.dispatch.placement import ExpertPlacement
-from tritonmoe.expert_parallel.call import run_call
-from tritonmoe.expert_parallel.call_spec import CallSpec
+from tritonmoe.expert_parallel.call import CallSpec, ProposedCall
 from tritonmoe.expert_parallel.check import MAX_FILLERS
-from tritonmoe.expert_parallel.halves import current_half
 from tritonmoe.expert_parallel.operator import expert_parallel_operator
-from tritonmoe.expert_parallel.proposed_call import ProposedCall
-from tritonmoe.expert_parallel.split_call import begin_half_call, run_split_call
+from tritonmoe.expert_parallel.run_call import run_call
 from tritonmoe.expert_parallel.state import refuse
 from tritonmoe.expert_parallel.whole_call import run_whole_call
 from tritonmoe.experts.adapters import ExpertAdapters, with_adapters
@@ -26,6 +22,7 @@ from tritonmoe.experts.quantized_weight import Weight, given_weights
 from tritonmoe.experts.spec import expert_spec
 from tritonmoe.experts.tensors import CallTensors
 from tritonmoe.runtime.autograd import outside_graphs
+from tritonmoe.runtime.halves import current_half
 from tritonmoe.runtime.transforms import NOT_EXPERT_PARALLEL, is_transformed
 from tritonmoe.transports import Transport
 
@@ -128,11 +125,8 @@ def _run_eagerly(call: ProposedCall) -> Tensor:
         refuse(call.transport)
         raise RuntimeError(NOT_EXPERT_PARALLEL)
     half = current_half()
-    if half is None:
-        return run_call(call, run_whole_call)
-    begin_half_call(half, call)
-    call.half = half.number
-    return run_call(call, partial(run_split_call, half))
+    call.half = 0 if half is None else half.number
+    return run_call(call, run_whole_call)
 
 
 @outside_graphs

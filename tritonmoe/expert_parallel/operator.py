@@ -13,7 +13,7 @@ What a graph would otherwise be free to do with an exchange, it must not:
 - *Need.* Whether the result has a gradient is decided when the graph is made. So a rank that would have to take part in
   other ranks' backward alone is refused, on every rank, in the count exchange.
 
-Operators take no objects: a CallSpec comes as the string that call_spec.encode() makes of it, transport and layer come
+Operators take no objects: a CallSpec comes as the string that call.encode() makes of it, transport and layer come
 as handles.
 """
 
@@ -23,18 +23,17 @@ import torch
 from torch import Tensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
-from tritonmoe.expert_parallel.agreed_call import AgreedCall
-from tritonmoe.expert_parallel.call import run_call
-from tritonmoe.expert_parallel.call_pass import CallBackward, CallForward
-from tritonmoe.expert_parallel.call_spec import decode, encode
-from tritonmoe.expert_parallel.halves import current_half
-from tritonmoe.expert_parallel.proposed_call import ProposedCall
+from tritonmoe.expert_parallel.call import ProposedCall, decode, encode
+from tritonmoe.expert_parallel.layer_pass import BackwardPass, ForwardPass
+from tritonmoe.expert_parallel.plans.base import PlannedCall
+from tritonmoe.expert_parallel.run_call import run_call
 from tritonmoe.expert_parallel.state import refuse
 from tritonmoe.experts.adapter_dropout import with_row_seeds
 from tritonmoe.experts.flops import FLOP_FORMULAS, Shape, backward_flops, forward_flops, register_flop_formulas
 from tritonmoe.experts.operator import gradient_shapes
 from tritonmoe.experts.tensors import NAMES, OF_ROWS, CallTensors, schema
 from tritonmoe.runtime.autograd import Context, refuse_second_derivative, without_autocast
+from tritonmoe.runtime.halves import current_half
 from tritonmoe.runtime.handles import find, hold
 
 __all__ = ["expert_parallel_operator"]
@@ -66,16 +65,16 @@ def _expert_parallel_mlp(turn: Tensor, layer: Tensor | None, *arguments: Any) ->
         raise RuntimeError(IN_GRAPH)
     kept = torch.zeros(1, dtype=torch.int64, device="cpu")
 
-    def run_forward(call: AgreedCall, tensors: CallTensors[Tensor]) -> Tensor:
+    def run_forward(call: PlannedCall, tensors: CallTensors[Tensor]) -> Tensor:
         """Keep what the backward operator needs behind a handle, `kept`: see RunForward."""
         nonlocal kept
-        forward = CallForward(call, tensors)
-        out, run = forward.run(), forward.experts
+        forward = ForwardPass(call, tensors)
+        out, experts = forward.run(), forward.experts
         if call.plan.needs_any:
+            run, (_, kind_tensors) = experts.own, experts.kept()
             rows = tensors.x.clone() if run.rows is tensors.x else run.rows  # the graph may write over its x
             received = run.tensors.only(*OF_ROWS)._replace(x=rows)
-            copy_h, copy_weights = forward.saved_of_copies
-            of_call = forward.kept._replace(received=received, h=run.h, copy_h=copy_h, copy_weights=copy_weights)
+            of_call = forward.kept._replace(received=received, h=run.h, kind_tensors=kind_tensors)
             kept = hold((call, of_call))
         return out
 
@@ -108,7 +107,7 @@ def _expert_parallel_mlp_backward(after: Tensor | None, dout: Tensor, kept: Tens
     call, of_call = find(kept)
     of_call = of_call._replace(received=of_call.received._replace(weights=tensors.weights))
     with torch.no_grad(), without_autocast(dout.device):
-        grads = CallBackward(call, of_call, dout, wanted.weights).run()
+        grads = BackwardPass(call, of_call, dout, wanted.weights).run()
     dtopk_weights = None
     if grads.topk_weights is not None and wanted.topk_weights:
         dtopk_weights = grads.topk_weights.to(tensors.topk_weights.dtype)

@@ -10,13 +10,11 @@ import torch
 from torch import Tensor
 
 from tritonmoe.config.overlap import OverlapPlan
-from tritonmoe.dispatch.copies import ExpertCopies
 from tritonmoe.dispatch.count_exchange import refuse_call
 from tritonmoe.overlap.report import LayerReport
 from tritonmoe.runtime.autograd import checkpointed_region
 from tritonmoe.runtime.handles import Handled
 from tritonmoe.transports import Transport
-from tritonmoe.tuning.copy_costs import MeasuredCosts
 from tritonmoe.tuning.tuner import PlanChooser
 
 __all__ = ["LayerCalls", "TransportState", "UnderWay", "refuse", "state_of"]
@@ -32,7 +30,8 @@ class UnderWay(NamedTuple):
     kind: tuple
     """Of the call, as in TransportState.choosers."""
     plan: OverlapPlan
-    copies: ExpertCopies | None
+    of_kind: object
+    """What the call's kind of plan repeats: PlanKind.repeated."""
     region: "ref[object] | None"
     """checkpointed_region() of the forward."""
 
@@ -54,8 +53,8 @@ class TransportState:
     """A checksum of the numbers of all calls whose backwards have run, in their order."""
     choosers: dict[tuple, PlanChooser] = field(default_factory=dict)
     """By kind of call: what calls have in common that may take the same plan."""
-    copy_costs: dict[tuple, MeasuredCosts] = field(default_factory=dict)
-    """By kind of call: what calls have taken, by which copies of experts are planned."""
+    learnt: dict[tuple, object] = field(default_factory=dict)
+    """What kinds of plans know of earlier calls, by the name of the kind of plan and the kind of call."""
     captured_flags: list[Tensor] = field(default_factory=list)
     """Of calls with a capacity that CUDA graphs have captured: (1,) bool on the host, set by a replay that gave NaN."""
     under_way: dict[int, UnderWay] = field(default_factory=dict)
@@ -95,11 +94,11 @@ class TransportState:
         fresh = TransportState(generation, num_calls=generation * CALLS_OF_GENERATION, **kept)
         vars(self).update(vars(fresh))
 
-    def start(self, sequence: int, kind: tuple, plan: OverlapPlan, copies: ExpertCopies | None) -> None:
+    def start(self, sequence: int, kind: tuple, plan: OverlapPlan, of_kind: object) -> None:
         """Remember a forward, if it is one that will be recomputed."""
         region = checkpointed_region()
         if region is not None:
-            self.under_way[sequence] = UnderWay(kind, plan, copies, region)
+            self.under_way[sequence] = UnderWay(kind, plan, of_kind, region)
         if len(self.under_way) > MAX_UNDER_WAY:  # of forwards whose backward never came
             del self.under_way[next(iter(self.under_way))]
 

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from tritonmoe.config.activations import is_fused
-from tritonmoe.config.layer import PerWeight
-from tritonmoe.expert_parallel.agreed_call import AgreedCall
-from tritonmoe.expert_parallel.call_pass import CallBackward, CallForward, Kept
+from tritonmoe.expert_parallel.layer_pass import BackwardPass, ForwardPass
+from tritonmoe.expert_parallel.plans.base import NUM_KIND_TENSORS, Kept, PlannedCall
 from tritonmoe.experts.tensors import CallTensors
 from tritonmoe.experts.weight_gradients import rows_to_save
 from tritonmoe.runtime.autograd import Context, keep_beside, kept_beside, once_differentiable
@@ -24,10 +23,10 @@ class _WholeCall(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Context, call: AgreedCall, anchor: Tensor | None, *flat: Tensor | None
+        ctx: Context, call: PlannedCall, anchor: Tensor | None, *flat: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         tensors = CallTensors.unflatten(flat)
-        forward = CallForward(call, tensors)
+        forward = ForwardPass(call, tensors)
         out = forward.run()
         ctx.call = call
         ctx.weights_dtype = tensors.topk_weights.dtype
@@ -36,17 +35,17 @@ class _WholeCall(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Context, saved: Sequence[Tensor], dout: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        backward = CallBackward(ctx.call, saved_forward(ctx, saved), dout, needs_of(ctx).weights)
+        backward = BackwardPass(ctx.call, saved_forward(ctx, saved), dout, needs_of(ctx).weights)
         return gradients_of_inputs(backward.run(), ctx.weights_dtype)
 
 
-def run_whole_call(call: AgreedCall, tensors: CallTensors[Tensor]) -> Tensor:
+def run_whole_call(call: PlannedCall, tensors: CallTensors[Tensor]) -> Tensor:
     """Run a planned call as a Function: see RunForward."""
     out, _ = _WholeCall.apply(call, anchor_of(call, tensors), *tensors.flatten())
     return out
 
 
-def anchor_of(call: AgreedCall, tensors: CallTensors[Tensor]) -> Tensor | None:
+def anchor_of(call: PlannedCall, tensors: CallTensors[Tensor]) -> Tensor | None:
     """Return the anchor of a Function, by which a rank that needs no gradient itself takes part in others' backward."""
     return tensors.x.new_empty(0).requires_grad_() if call.plan.needs_any else None
 
@@ -57,29 +56,26 @@ def needs_of(ctx: Context) -> CallTensors[bool]:
     return CallTensors.unflatten(needs)
 
 
-def save_forward(ctx: Context, forward: CallForward, needs: CallTensors[bool]) -> Tensor | None:
+def save_forward(ctx: Context, forward: ForwardPass, needs: CallTensors[bool]) -> Tensor | None:
     """Save what the backward of a call needs, and return the mark of keep_beside(); None where no rank needs any."""
     if not forward.call.plan.needs_any:
         return None
-    run = forward.experts
+    run = forward.experts.own
     computes_h = is_fused(run.settings.spec.activation) and run.h is None
-    needs_gate_up = needs.weights.gate_up_proj
-    if forward.copies is not None:
-        needs_gate_up |= forward.call.plan.needs_weights.gate_up_proj
+    needs_gate_up = needs.weights.gate_up_proj or forward.experts.needs_rows
     rows = rows_to_save(run.rows, run.weights, needs_gate_up, computes_h=computes_h)
-    copy_h, copy_weights = forward.saved_of_copies
+    _, kind_tensors = forward.experts.kept()
     mark = keep_beside(ctx, forward.kept)
-    ctx.save_for_backward(mark, run.h, copy_h, *copy_weights, *run.tensors._replace(x=rows).flatten())
+    ctx.save_for_backward(mark, run.h, *kind_tensors, *run.tensors._replace(x=rows).flatten())
     return mark
 
 
 def saved_forward(ctx: Context, saved: Sequence[Tensor]) -> Kept:
     """Return what save_forward() has saved, in this forward or in its recompute."""
-    mark, h, copy_h, *others = saved
-    end = len(PerWeight._fields)
+    mark, h, *others = saved
     kept: Kept = kept_beside(ctx, mark)
-    received = CallTensors.unflatten(others[end:])
-    return kept._replace(received=received, h=h, copy_h=copy_h, copy_weights=PerWeight(*others[:end]))
+    kind_tensors, received = tuple(others[:NUM_KIND_TENSORS]), CallTensors.unflatten(others[NUM_KIND_TENSORS:])
+    return kept._replace(received=received, h=h, kind_tensors=kind_tensors)
 
 
 def gradients_of_inputs(

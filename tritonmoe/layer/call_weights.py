@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from tritonmoe.config.layer import PerWeight
-from tritonmoe.expert_parallel.halves import for_both_halves
 from tritonmoe.experts.adapters import ExpertAdapters, noted_factors, with_adapters
 from tritonmoe.experts.arguments import find_main_grads
 from tritonmoe.experts.packed_parameters import as_values
 from tritonmoe.experts.quantized_weight import is_packed
 from tritonmoe.layer.known_experts import note_factors
+from tritonmoe.runtime.halves import for_both_halves
 from tritonmoe.sharding.sharded_parameters import local_shard
 
 if TYPE_CHECKING:

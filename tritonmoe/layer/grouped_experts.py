@@ -11,10 +11,9 @@ from tritonmoe.backends import check_name
 from tritonmoe.config.layer import MoEConfig, check_moe_config
 from tritonmoe.config.overlap import OverlapConfig, OverlapPlan, check_overlap
 from tritonmoe.dispatch.placement import ExpertPlacement
-from tritonmoe.expert_parallel.call_spec import CallSpec
+from tritonmoe.expert_parallel.call import CallSpec, ProposedCall
 from tritonmoe.expert_parallel.check import check_expert_parallel
 from tritonmoe.expert_parallel.expert_parallel_mlp import run_expert_parallel
-from tritonmoe.expert_parallel.proposed_call import ProposedCall
 from tritonmoe.expert_parallel.state import LayerCalls, refuse
 from tritonmoe.experts.adapters import ExpertAdapters, noted_adapters
 from tritonmoe.experts.moe_mlp import run_experts

@@ -11,7 +11,6 @@ from tritonmoe.config.layer import MoEConfig
 from tritonmoe.config.overlap import OverlapConfig, OverlapPlan
 from tritonmoe.dispatch.placement import ExpertPlacement
 from tritonmoe.expert_parallel.check import check_fillers
-from tritonmoe.expert_parallel.halves import keep_for_this_half
 from tritonmoe.expert_parallel.state import refuse
 from tritonmoe.experts.adapters import ExpertAdapters, check_hands_over
 from tritonmoe.experts.parameters import draw_uniform
@@ -23,6 +22,7 @@ from tritonmoe.routing.losses import auxiliary_loss
 from tritonmoe.routing.nonfinite import NonFiniteCheck
 from tritonmoe.routing.unused_loss import UnusedLoss
 from tritonmoe.runtime.autograd import put_back_after_recompute
+from tritonmoe.runtime.halves import keep_for_this_half
 from tritonmoe.runtime.wrappers import innermost
 from tritonmoe.sharding.data_parallel import mark_own_buffers
 from tritonmoe.transports import Ranks

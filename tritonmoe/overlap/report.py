@@ -18,6 +18,7 @@ from tritonmoe.runtime.host_device import is_captured
 
 __all__ = [
     "CallMarks",
+    "CopiesReport",
     "ExchangeMarks",
     "LayerReport",
     "Mark",
@@ -196,6 +197,26 @@ class PassReport:
         return covered_s(((t.start_s, t.end_s) for t in self.steps if t.step.lane == "comm"), 0.0, math.inf)
 
 
+@dataclass
+class CopiesReport:
+    """The copies of experts that a call had, or why it had none."""
+
+    planned: ExpertCopies | None
+    """Which experts, and where; None where there are none."""
+    reason: str
+    """How many there are and what they are expected to gain, or why there are none."""
+    expert_bytes: int = 0
+    """The bytes of one expert's weights, which travel for each copy."""
+    gradient_bytes: tuple[int, int] = (0, 0)
+    """The bytes of one copy's gradients that go back to the owner: of gate_up_proj and its bias, then of down_proj."""
+    pair_offsets: tuple[int, ...] = ()
+    """As LayerReport.pair_offsets, of this rank's copies."""
+    are_kept: bool = True
+    """Whether these weights are kept until the backward, instead of sent once more."""
+    pairs_without: Tensor | None = None
+    """(W, W) int64: what traffic_pairs would be without copies; None where nothing was counted without."""
+
+
 def _imbalance(pairs: Tensor) -> float:
     of_rank = pairs.sum(0)
     return float(of_rank.max() * len(of_rank)) / max(1, int(of_rank.sum()))
@@ -234,19 +255,8 @@ class LayerReport:
     """The report of the first run, where rows didn't fit into the capacity; all else is of the second, without one."""
     rows_to_nodes: tuple[int, ...] | None = None
     """On a TwoLevelTransport: how many tokens of this rank need an expert of each node, its own included."""
-    copies: ExpertCopies | None = None
-    """The copies of experts that the call had; traffic_rows and traffic_pairs count with them."""
-    copied_bytes: int = 0
-    """The bytes of one expert's weights, which travel for each copy."""
-    copied_gradient_bytes: tuple[int, int] = (0, 0)
-    """The bytes of one copy's gradients that go back to the owner: of gate_up_proj and its bias, then of down_proj."""
-    copy_pair_offsets: tuple[int, ...] = ()  # as pair_offsets, of this rank's copies
-    copies_are_kept: bool = True
-    """Whether these weights are kept until the backward, instead of sent once more."""
-    pairs_without_copies: Tensor | None = None
-    """(W, W) int64: what traffic_pairs would be without copies; None where there are none."""
-    balance: str = ""
-    """How many copies OverlapConfig.balance made and their predicted gain, or why none; "" without balance."""
+    copies: "CopiesReport | None" = None
+    """With OverlapConfig.balance: which experts had copies; traffic_rows and traffic_pairs count with them."""
     half: int = 0
     """Which half of a batch in two_batches the call is of, 1 or 2; 0 for a whole batch. The times of a half's pass hold
     what the other half did in between."""
@@ -269,7 +279,13 @@ class LayerReport:
     @property
     def imbalance_without_copies(self) -> float:
         """What `imbalance` would be without copies."""
-        return _imbalance(self.traffic_pairs if self.pairs_without_copies is None else self.pairs_without_copies)
+        without = None if self.copies is None else self.copies.pairs_without
+        return _imbalance(self.traffic_pairs if without is None else without)
+
+    @property
+    def balance(self) -> str:
+        """How many copies OverlapConfig.balance made and their predicted gain, or why none; "" without balance."""
+        return "" if self.copies is None else self.copies.reason
 
     @property
     def overflowed(self) -> bool:

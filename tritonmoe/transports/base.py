@@ -61,6 +61,8 @@ class Transport(Handled, ABC):
 
     rank: int
     size: int
+    node_size: int | None = None
+    """On two levels (TwoLevelTransport): the ranks of a node, between which rows take the second level."""
     generation: int = 0
     """How often the transport was rebuilt, equal on all ranks. Messages of two generations never meet."""
     tells_arrivals: bool = False

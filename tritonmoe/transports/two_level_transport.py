@@ -154,6 +154,8 @@ class TwoLevelTransport(Transport):
         World of 4, node_size 2: rank 1 has between_nodes of ranks 1 and 3, inside_node of ranks 0 and 1.
     """
 
+    node_size: int
+
     def __init__(
         self,
         world: Transport,

@@ -8,8 +8,7 @@ from itertools import pairwise
 import torch
 
 from tritonmoe.config.overlap import OverlapPlan
-from tritonmoe.dispatch.copies import ExpertCopies
-from tritonmoe.overlap.report import LayerReport
+from tritonmoe.overlap.report import CopiesReport, LayerReport
 from tritonmoe.overlap.steps import Step, StepKind, Way
 from tritonmoe.simulation.copy_work import CopyWork
 from tritonmoe.simulation.cost_model import LayerWork, LinkCosts
@@ -24,17 +23,20 @@ SMALLEST_ALONE_SHARE = 0.4
 def layer_work(report: LayerReport) -> LayerWork:
     """Return what all ranks did in a call, the same on every rank."""
     rows, pairs = report.traffic_rows.to(torch.float64), report.traffic_pairs.to(torch.float64)
-    copies = None if report.copies is None else _copy_work(report, report.copies)
+    copies = None if report.copies is None else _copy_work(report.copies)
     return LayerWork(rows, pairs, report.row_bytes, report.top_k, report.other_row_bytes, copies)
 
 
-def _copy_work(report: LayerReport, copies: ExpertCopies) -> CopyWork:
+def _copy_work(said: CopiesReport) -> CopyWork | None:
+    copies = said.planned
+    if copies is None:
+        return None
     return CopyWork(
         torch.tensor(copies.sent_copies, dtype=torch.float64, device="cpu"),
         torch.tensor(copies.copy_pairs, dtype=torch.float64, device="cpu"),
-        report.copied_bytes,
-        report.copied_gradient_bytes,
-        are_sent_again=not report.copies_are_kept,
+        said.expert_bytes,
+        said.gradient_bytes,
+        are_sent_again=not said.are_kept,
         relayed=copies.relayed if copies.are_relayed else None,
     )
 
@@ -50,10 +52,11 @@ def most_work(report: LayerReport) -> LayerWork:
 
 def copy_units(report: LayerReport) -> CopyUnits[float] | None:
     """Return what this rank has to do with copies; None without any."""
-    if report.copies is None:
+    said = report.copies
+    if said is None or said.planned is None:
         return None
-    pairs = [float(last - first) for first, last in pairwise(report.copy_pair_offsets)]
-    return CopyUnits(pairs, float(sum(report.copies.sent_copies[report.rank])), report.copied_gradient_bytes)
+    pairs = [float(last - first) for first, last in pairwise(said.pair_offsets)]
+    return CopyUnits(pairs, float(sum(said.planned.sent_copies[report.rank])), said.gradient_bytes)
 
 
 def median_steps(reports: Sequence[LayerReport]) -> list[tuple[StepKind, float, float]]:

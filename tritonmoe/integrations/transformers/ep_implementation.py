@@ -8,9 +8,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from transformers.distributed.expert_parallel import EPImplementation
 
 from tritonmoe.config.overlap import OverlapConfig
-from tritonmoe.expert_parallel.call_spec import CallSpec
+from tritonmoe.expert_parallel.call import CallSpec, ProposedCall
 from tritonmoe.expert_parallel.expert_parallel_mlp import run_expert_parallel
-from tritonmoe.expert_parallel.proposed_call import ProposedCall
 from tritonmoe.expert_parallel.state import LayerCalls
 from tritonmoe.experts.spec import ExpertSpec
 from tritonmoe.experts.tensors import CallTensors

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from tritonmoe.expert_parallel.two_batches import two_batches as run_two_batches
+from tritonmoe.expert_parallel.plans.halves import two_batches as run_two_batches
 from tritonmoe.integrations.transformers.discovery import experts_modules
 from tritonmoe.integrations.transformers.halved_arguments import Arguments, batch_size, by_name, num_targets, split
 from tritonmoe.integrations.transformers.halves_trial import HalvesTrial

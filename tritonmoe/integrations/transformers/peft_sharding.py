@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from tritonmoe.dispatch.placement import ExpertPlacement
-from tritonmoe.expert_parallel.halves import for_both_halves
 from tritonmoe.integrations.transformers.sharding import expert_parallel_state, transport_of
 from tritonmoe.layer import GroupedExperts
+from tritonmoe.runtime.halves import for_both_halves
 from tritonmoe.sharding.marks import sharded_modules
 from tritonmoe.sharding.placed_states import order_of, part_of
 from tritonmoe.sharding.same_weights import check_on_all_ranks

@@ -9,14 +9,13 @@ from torch import Tensor, nn
 
 from tritonmoe.config.overlap import OverlapConfig
 from tritonmoe.dispatch.placement import ExpertPlacement
-from tritonmoe.expert_parallel.call_spec import CallSpec
+from tritonmoe.expert_parallel.call import CallSpec, ProposedCall
 from tritonmoe.expert_parallel.expert_parallel_mlp import run_expert_parallel
-from tritonmoe.expert_parallel.halves import for_both_halves
-from tritonmoe.expert_parallel.proposed_call import ProposedCall
 from tritonmoe.expert_parallel.state import LayerCalls
 from tritonmoe.experts.spec import ExpertSpec
 from tritonmoe.experts.tensors import CallTensors
 from tritonmoe.layer import GroupedExperts
+from tritonmoe.runtime.halves import for_both_halves
 from tritonmoe.sharding.marks import STATE
 from tritonmoe.sharding.sharded_parameters import Sharding, local_shard
 from tritonmoe.transports import Transport

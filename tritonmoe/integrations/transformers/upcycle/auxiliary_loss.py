@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from tritonmoe.expert_parallel.halves import keep_for_this_half
 from tritonmoe.integrations.transformers.accumulated_loss import are_labels_shifted, heeds_num_items, share_of_items
 from tritonmoe.integrations.transformers.names import CACHES
 from tritonmoe.integrations.transformers.upcycle.inplace import UpcycledFFN
 from tritonmoe.integrations.transformers.upcycle.token_masks import EnclosingCall
 from tritonmoe.layer import MoELayer
 from tritonmoe.runtime.autograd import is_recomputing
+from tritonmoe.runtime.halves import keep_for_this_half
 from tritonmoe.runtime.wrappers import COPIES, inside_wrapper
 
 if TYPE_CHECKING:

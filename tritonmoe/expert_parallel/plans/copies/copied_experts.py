@@ -5,38 +5,87 @@ experts come first, while weights of copies may be under way.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
+from typing import NamedTuple
 
 from torch import Tensor
 
 from tritonmoe.backends.ops import WeightGrads
 from tritonmoe.config.layer import NO_WEIGHTS, PerWeight
+from tritonmoe.dispatch.copies import ExpertCopies
+from tritonmoe.dispatch.expert_chunks import RowPlaces
 from tritonmoe.dispatch.plan import DispatchPlan
+from tritonmoe.expert_parallel.plans.base import (
+    NUM_KIND_TENSORS,
+    BackwardBuffers,
+    BackwardExperts,
+    CopySteps,
+    ForwardBuffers,
+    ForwardExperts,
+    PlannedCall,
+)
+from tritonmoe.expert_parallel.plans.copies.copy_exchanges import CopyExchanges
+from tritonmoe.expert_parallel.plans.plain import OwnExperts, group_received
 from tritonmoe.experts.backward_run import BackwardRun
 from tritonmoe.experts.forward_run import ForwardRun
 from tritonmoe.experts.run import ExpertsRun
-from tritonmoe.overlap.copy_exchanges import CopyExchanges
+from tritonmoe.experts.tensors import CallTensors
+from tritonmoe.grouping import Grouping
+from tritonmoe.overlap.executor import Actions
+from tritonmoe.overlap.report import PassReport
+from tritonmoe.overlap.steps import StepKind
 from tritonmoe.runtime import cpu_memory
 from tritonmoe.transports import PendingExchange
 
-__all__ = ["BackwardWithCopies", "ForwardWithCopies"]
+__all__ = ["BackwardWithCopies", "ForwardWithCopies", "KeptCopies"]
 
 
-class ForwardWithCopies:
-    """What a forward needs of the experts of a call that has copies.
+class KeptCopies(NamedTuple):
+    """What a backward needs of the forward's copies beside tensors."""
 
-    Args:
-        make_copies: makes the run of this rank's copies, once their weights are here.
-        plan: of all pairs.
-    """
+    copies: ExpertCopies
+    grouping: Grouping | None
+    """Of the pairs of this rank's copies; None where there are none."""
 
-    def __init__(self, own: ForwardRun, make_copies: Callable[[], ForwardRun], plan: DispatchPlan) -> None:
-        self.own, self._make_copies, self._plan = own, make_copies, plan
+
+class ForwardWithCopies(ForwardExperts):
+    """The experts of a forward that has copies; own: without them. exchanges: how the weights come here."""
+
+    _received: CallTensors[Tensor]
+    _places: RowPlaces
+    _plan: DispatchPlan
+
+    def __init__(self, call: PlannedCall, own: OwnExperts, keep_hidden: bool, exchanges: CopyExchanges) -> None:
+        self._call, self._own, self._keep_hidden, self._exchanges = call, own, keep_hidden, exchanges
+        self.copy_steps = CopySteps(exchanges.copies.are_relayed)
+
+    def actions(self, buffers: ForwardBuffers) -> Actions:
+        def copy_experts(chunk: int) -> None:
+            self.add_copies(buffers.plan.segment(chunk), buffers.partials[chunk])
+
+        return {**self._exchanges.actions(), StepKind.COPY_EXPERTS: copy_experts}
+
+    def group(self, plan: DispatchPlan, received: CallTensors[Tensor], places: RowPlaces) -> None:
+        self._plan, self._received, self._places = plan, received, places
+        own_offsets = tuple(all_ - of for all_, of in zip(plan.pair_offsets, plan.copy_pair_offsets, strict=True))
+        self._own.group(replace(plan, pair_offsets=own_offsets), received, places)
+
+    @property
+    def own(self) -> ForwardRun:
+        return self._own.own
 
     @cached_property
     def copies(self) -> ForwardRun | None:
         """The run of the copies, made by the first step that needs it; None where this rank has no pair for one."""
-        return self._make_copies() if self._plan.copy_pair_offsets[-1] else None
+        plan, call = self._plan, self._call
+        if not plan.copy_pair_offsets[-1]:
+            return None
+        weights = self._exchanges.weights
+        local_ids = self._received.topk_ids - (call.first_expert + self.own.weights.gate_up_proj.shape[0])
+        copied = replace(plan, pair_offsets=plan.copy_pair_offsets)
+        grouping = group_received(call.settings, copied, self._places, local_ids, weights.gate_up_proj.shape[0])
+        return ForwardRun(call.settings, self.own.tensors._replace(weights=weights), grouping, self._keep_hidden)
 
     def forward(self, segment: int, out: Tensor | None = None) -> Tensor:
         """Return the weighted sums over own experts of the rows that a segment finishes, for add_copies() to add to."""
@@ -54,9 +103,23 @@ class ForwardWithCopies:
         else:
             self.copies.forward(segment, sums)
 
+    def settle(self) -> None:
+        self._exchanges.settle()
 
-class BackwardWithCopies:
-    """What a backward needs of them, and how the weights of copies and their gradients travel.
+    @property
+    def needs_rows(self) -> bool:
+        return self.copies is not None and self._plan.needs_weights.gate_up_proj
+
+    def kept(self) -> tuple[object, tuple[Tensor | None, ...]]:
+        run = self.copies
+        kept = KeptCopies(self._exchanges.copies, None if run is None else run.grouping)
+        if run is None:
+            return kept, (None,) * NUM_KIND_TENSORS
+        return kept, (run.h, *(run.weights if self._plan.keeps_copies else NO_WEIGHTS))
+
+
+class BackwardWithCopies(BackwardExperts):
+    """The experts of such a backward, and how the weights of copies and their gradients travel.
 
     Args:
         make_copies: makes the run of this rank's copies, once their weights are here.
@@ -70,6 +133,23 @@ class BackwardWithCopies:
         self._grads: WeightGrads = NO_WEIGHTS
         self._arriving: dict[int, Tensor] = {}
         """By part: (copied experts of this rank, bytes), from return_copies() on."""
+        self.copy_steps = CopySteps(exchanges.copies.are_relayed, not plan.keeps_copies, exchanges.returned)
+
+    def actions(self, buffers: BackwardBuffers) -> Actions:
+        plan = self._plan
+
+        def copy_experts_backward(chunk: int) -> None:
+            place = plan.home_slice(chunk) if chunk < 0 else plan.return_slice(chunk)
+            dx = None if not plan.needs_x else buffers.home[place] if chunk < 0 else buffers.partials[chunk]
+            self.add_copies_backward(plan.segment(chunk), buffers.dout_rows, dx, buffers.dweights[place])
+
+        return {
+            **self.exchanges.actions(),
+            StepKind.COPY_EXPERTS_BACKWARD: copy_experts_backward,
+            StepKind.COPY_WEIGHT_GRAD: lambda part: self.copy_weight_grad(part, buffers.dout_rows),
+            StepKind.COPIES_BACKWARD: self.return_copies,
+            StepKind.REDUCE_COPIES_BACKWARD: lambda part: self.add_copies(part, buffers.weight_grads),
+        }
 
     @cached_property
     def copies(self) -> BackwardRun | None:
@@ -101,6 +181,9 @@ class BackwardWithCopies:
         """Return the gradients of own experts' weights, over this rank's own pairs."""
         self.exchanges.settle()
         return self.own.weight_grad(dout, needs)
+
+    def end(self, grads: CallTensors[Tensor | None], timings: PassReport) -> CallTensors[Tensor | None]:
+        return grads._replace(activation_parameters=self.own.activation_grads)
 
     def copy_weight_grad(self, part: int, dout: Tensor) -> None:
         """Compute a part of the gradients of the copies' weights."""

@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 import torch
 
-from tritonmoe.dispatch.copy_planner import CopyCosts
+from tritonmoe.dispatch.copies import ExpertCopies
+from tritonmoe.expert_parallel.plans.copies.copy_planner import CopyCosts
 from tritonmoe.overlap.report import LayerReport, PassReport
 from tritonmoe.overlap.steps import StepKind
 
@@ -127,7 +128,7 @@ class MeasuredCosts:
         self._watched.append(_Watched(report, has_backward, planning_fs, expected_fs))
         if planning_fs:
             self._planning_fs.append(planning_fs)
-        has_copies = report.copies is not None
+        has_copies = _copies_of(report) is not None
         if has_copies != self._had_copies:
             self._had_copies, self._num_other, self._num_alike = has_copies, self._num_alike, 0
         self._num_alike += 1
@@ -240,7 +241,7 @@ def _taken_fs(report: LayerReport) -> int:
 def _read(report: LayerReport) -> _Call:
     backward = report.backward
     return _Call(
-        report.copies is not None,
+        _copies_of(report) is not None,
         report.pair_offsets[-1],
         _femtoseconds(report.forward.lane_s(*FORWARD_KINDS)),
         0 if backward is None else _femtoseconds(backward.lane_s(*BACKWARD_KINDS)),
@@ -267,10 +268,15 @@ def _bytes_on_ports(report: LayerReport) -> list[int]:
     traffic: list[list[int]] = report.traffic_rows.tolist()
     sides = (traffic, zip(*traffic, strict=True))
     out, into = ([(sum(of) - of[rank]) * report.row_bytes for rank, of in enumerate(side)] for side in sides)
-    if report.copies is not None:
-        for side, carried in zip((out, into), report.copies.on_each_port, strict=True):
-            side[:] = [rows + int(copies * report.copied_bytes) for rows, copies in zip(side, carried, strict=True)]
+    said, planned = report.copies, _copies_of(report)
+    if said is not None and planned is not None:
+        for side, carried in zip((out, into), planned.on_each_port, strict=True):
+            side[:] = [rows + int(copies * said.expert_bytes) for rows, copies in zip(side, carried, strict=True)]
     return list(map(max, out, into))
+
+
+def _copies_of(report: LayerReport) -> ExpertCopies | None:
+    return None if report.copies is None else report.copies.planned
 
 
 def _femtoseconds(seconds: float) -> int:

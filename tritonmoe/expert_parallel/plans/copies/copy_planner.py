@@ -17,7 +17,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from tritonmoe.dispatch.copies import ExpertCopies, ExpertCopy, is_relayed, on_ports
-from tritonmoe.dispatch.copy_candidates import LARGEST_SHARE_PERCENT, Load, Move, candidates
+from tritonmoe.expert_parallel.plans.copies.copy_candidates import LARGEST_SHARE_PERCENT, Load, Move, candidates
 
 __all__ = ["CopyCosts", "PlannedCopies", "is_uneven", "plan_copies"]
 

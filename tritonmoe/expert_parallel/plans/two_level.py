@@ -1,29 +1,90 @@
-"""NodeForward and NodeBackward: a relay spreads a chunk's rows inside the node, lets the experts run, returns the sums.
+"""TwoLevel: the plan of a call whose rows go over nodes first, each to a relay, and then inside a node.
 
-To the outer pass of a two-level layer it is the experts. Its exchanges run inside the node while those of the outer
-pass, over the slow link, are under way; they are waited for where they are posted, and count as the experts' time.
-The steps are those of schedule.build_inside, which the simulator prices too.
+The plan's rows go between nodes. To the pass over them a relay is the experts: it spreads a chunk's rows inside the
+node, lets the experts run, and returns the sums. Its exchanges run inside the node while those of the outer pass, over
+the slow link, are under way; they are waited for where they are posted, and count as the experts' time. The steps are
+those of schedule.build_inside, which the simulator prices too.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Generic
 
 import torch
 from torch import Tensor
 
 from tritonmoe.backends.ops import WeightGrads
 from tritonmoe.config.layer import PerWeight
+from tritonmoe.dispatch.expert_chunks import RowPlaces
+from tritonmoe.dispatch.header import CallHeader
+from tritonmoe.dispatch.plan import DispatchPlan
+from tritonmoe.dispatch.two_level import TwoLevelPlan, check_two_level, exchange_two_level_plan
+from tritonmoe.expert_parallel.call import ProposedCall
+from tritonmoe.expert_parallel.plans.base import (
+    NUM_KIND_TENSORS,
+    BackwardExperts,
+    ForwardExperts,
+    Kept,
+    PlanKind,
+    PlannedCall,
+)
+from tritonmoe.expert_parallel.plans.plain import OwnExperts, planned_call
+from tritonmoe.experts.backward_run import BackwardRun
+from tritonmoe.experts.forward_run import ForwardRun
 from tritonmoe.experts.tensors import CallTensors
 from tritonmoe.overlap.executor import Actions, Execution
-from tritonmoe.overlap.experts import BackwardExperts, Experts, MakeExperts
-from tritonmoe.overlap.report import PassReport
+from tritonmoe.overlap.report import LayerReport, PassReport
 from tritonmoe.overlap.row_exchanges import ArrivingMetadata, RowExchanges
 from tritonmoe.overlap.schedule import build_inside
 from tritonmoe.overlap.steps import Step, StepKind
-from tritonmoe.transports import PendingExchange
+from tritonmoe.transports import PendingExchange, Transport, TwoLevelTransport
 from tritonmoe.transports.wire import WireFormat
 
-__all__ = ["NodeBackward", "NodeForward"]
+__all__ = ["TwoLevel"]
+
+
+@dataclass(eq=False)
+class TwoLevel(PlanKind):
+    """One call on a TwoLevelTransport."""
+
+    name = "two levels"
+
+    both: TwoLevelPlan
+    inside_node: Transport
+
+    @classmethod
+    def takes(cls, call: ProposedCall) -> bool:
+        if call.transport.node_size is None:
+            return False
+        check_two_level(call.spec.overlap, call.spec.placement)
+        return True
+
+    @classmethod
+    def plan(cls, call: ProposedCall, header: CallHeader, others: Sequence[type[PlanKind]]) -> PlannedCall:
+        transport = call.transport
+        assert isinstance(transport, TwoLevelTransport)
+        both = exchange_two_level_plan(
+            transport, header, call.tensors.topk_ids, call.num_slots, call.overlap, call.num_nonfinite_rows
+        )
+        planned = planned_call(call, cls(both, transport.inside_node), header, both.outer)
+        planned.transport = transport.between_nodes
+        return planned
+
+    def forward_experts(self, call: PlannedCall, tensors: CallTensors[Tensor], keep_hidden: bool) -> ForwardExperts:
+        return NodeForward(self, call, OwnExperts(call, tensors, keep_hidden))
+
+    def backward_experts(self, call: PlannedCall, kept: Kept) -> BackwardExperts:
+        assert isinstance(kept.of_kind, DispatchPlan)
+        own = kept.run(call.settings)
+        return NodeBackward(self.exchanges(call, kept.of_kind), kept.plan.overlap.num_local_slices, own)
+
+    def report(self, call: PlannedCall, report: LayerReport) -> None:
+        report.pair_offsets = self.both.pair_offsets
+        report.rows_to_nodes = tuple(map(sum, zip(*call.plan.tokens.rows, strict=True)))
+
+    def exchanges(self, call: PlannedCall, inner: DispatchPlan) -> RowExchanges:
+        """Return the exchanges inside the node."""
+        return RowExchanges(inner, self.inside_node, call.settings.ops.gather_sum)
 
 
 class _NodePass:
@@ -59,39 +120,35 @@ class _NodePass:
         return Step(kind, segment - self._num_local_slices)
 
 
-class NodeForward(_NodePass, Generic[Experts]):
-    """What stands for the experts in a forward: see ForwardExperts. When made it spreads what came with the rows.
-
-    Args:
-        relayed: the rows x (R, D) that the outer level brought here, and what belongs to them.
-        make_experts: makes the experts of the rows that came here inside the node.
-    """
+class NodeForward(_NodePass, ForwardExperts):
+    """What stands for the experts in a forward; own: the experts of the rows that come here inside the node."""
 
     rows: Tensor
     """(R', D): what the experts work on."""
-    experts: Experts
+    relayed: Tensor
+    """(R, D): the rows that the outer level brings here."""
 
-    def __init__(
-        self,
-        exchanges: RowExchanges,
-        num_local_slices: int,
-        relayed: CallTensors[Tensor],
-        make_experts: MakeExperts[Experts],
-    ) -> None:
-        super().__init__(exchanges, num_local_slices)
-        self.relayed = relayed.x
-        self.rows = relayed.x.new_empty(self.plan.num_received, relayed.x.shape[1])
+    def __init__(self, kind: TwoLevel, call: PlannedCall, own: OwnExperts) -> None:
+        self._kind, self._call, self.experts = kind, call, own
+
+    def group(self, plan: DispatchPlan, received: CallTensors[Tensor], places: RowPlaces) -> None:
+        """Spread what came with the relayed rows, and group the rows that will come here."""
+        inner = self._kind.both.inner(received.topk_ids)
+        exchanges = self._kind.exchanges(self._call, inner)
+        _NodePass.__init__(self, exchanges, plan.overlap.num_local_slices)
+        self.relayed = received.x
+        self.rows = received.x.new_empty(inner.num_received, received.x.shape[1])
 
         arriving: ArrivingMetadata
 
         def post() -> PendingExchange:
             nonlocal arriving
-            pending, arriving = exchanges.send_metadata(relayed)
+            pending, arriving = exchanges.send_metadata(received)
             return pending
 
         def group() -> None:
-            received, places = exchanges.receive_metadata(arriving, relayed)
-            self.experts = make_experts(self.plan, received._replace(x=self.rows), places)
+            tensors, inner_places = exchanges.receive_metadata(arriving, received)
+            self.experts.group(inner, tensors._replace(x=self.rows), inner_places)
 
         self.run(Step(StepKind.GROUP, None), {StepKind.NODE_METADATA: post, StepKind.GROUP: group}, self.rows.device)
 
@@ -101,23 +158,28 @@ class NodeForward(_NodePass, Generic[Experts]):
         self.run(self.step_of(StepKind.EXPERTS, segment), inside.actions(), self.rows.device)
         return inside.sums.result
 
+    def end(self, out: Tensor, timings: PassReport) -> None:
+        timings.inside = self.reports
 
-class NodeBackward(_NodePass):
-    """What stands for the experts in a backward: see BackwardExperts.
+    @property
+    def own(self) -> ForwardRun:
+        return self.experts.own
 
-    Args:
-        experts: those of this rank. rows: (R', D), what they worked on.
-    """
+    def kept(self) -> tuple[object, tuple[Tensor | None, ...]]:
+        return self.plan, (None,) * NUM_KIND_TENSORS
 
-    def __init__(self, exchanges: RowExchanges, num_local_slices: int, experts: BackwardExperts, rows: Tensor) -> None:
+
+class NodeBackward(_NodePass, BackwardExperts):
+    """What stands for the experts in a backward; experts: this rank's own."""
+
+    def __init__(self, exchanges: RowExchanges, num_local_slices: int, experts: BackwardRun) -> None:
         super().__init__(exchanges, num_local_slices)
         self.experts = experts
-        self._rows = rows
 
     @cached_property
     def dout_rows(self) -> Tensor:
         """(R', D): the gradients of the experts' outputs, made at the first use."""
-        return torch.empty_like(self._rows)
+        return torch.empty_like(self.experts.rows)
 
     def backward(
         self, segment: int, dout: Tensor, needs_dx: bool, out: Tensor | None = None
@@ -130,6 +192,10 @@ class NodeBackward(_NodePass):
     def weight_grad(self, dout: Tensor, needs: PerWeight[bool]) -> WeightGrads:
         """Return the gradients of this rank's experts; the gradients of their outputs came here chunk by chunk."""
         return self.experts.weight_grad(self.dout_rows, needs)
+
+    def end(self, grads: CallTensors[Tensor | None], timings: PassReport) -> CallTensors[Tensor | None]:
+        timings.inside = self.reports
+        return grads._replace(activation_parameters=self.experts.activation_grads)
 
 
 class _Sums:
@@ -155,7 +221,7 @@ class _Sums:
 class _Forward:
     """The steps inside the node of one chunk's forward."""
 
-    def __init__(self, node: NodeForward[Any], out: Tensor | None) -> None:
+    def __init__(self, node: NodeForward, out: Tensor | None) -> None:
         self.node = node
         self.sums = _Sums(node.exchanges, out)
         self.partials: dict[int, Tensor] = {}

@@ -1,0 +1,372 @@
+"""ForwardPass and BackwardPass: the two passes of one planned call on one rank, and what every kind of step does.
+
+Whoever makes these, an autograd Function or an operator, saves the tensors.
+"""
+
+import time
+from abc import ABC, abstractmethod
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from tritonmoe.backends.ops import WeightGrads
+from tritonmoe.config.activations import is_fused
+from tritonmoe.config.layer import PerWeight
+from tritonmoe.dispatch.count_exchange import post_backward
+from tritonmoe.dispatch.header import CallHeader
+from tritonmoe.dispatch.placement import ExpertPlacement, pack_replica_grads, replica_bits, sum_replica_grads
+from tritonmoe.expert_parallel.listeners import listeners
+from tritonmoe.expert_parallel.plans.base import BackwardExperts, ForwardExperts, Kept, PlannedCall
+from tritonmoe.expert_parallel.state import state_of
+from tritonmoe.experts.arguments import find_main_grads
+from tritonmoe.experts.tensors import CallTensors
+from tritonmoe.experts.weight_gradients import SharedWeightGrads
+from tritonmoe.overlap.executor import Actions, Execution
+from tritonmoe.overlap.report import CallMarks, LayerReport, PassReport
+from tritonmoe.overlap.row_exchanges import ArrivingMetadata, RowExchanges
+from tritonmoe.overlap.schedule import build_backward, build_forward
+from tritonmoe.overlap.steps import StepKind, Way
+from tritonmoe.runtime.autograd import checkpointed_region, is_recomputing
+from tritonmoe.runtime.host_device import is_captured
+from tritonmoe.transports import PendingExchange
+from tritonmoe.transports.wire import WireFormat
+
+__all__ = ["BackwardPass", "ForwardPass"]
+
+Result = TypeVar("Result")
+
+
+class _LayerPass(ABC, Generic[Result]):
+    """One pass: run() does all of it, or begin(), compute() and end() a part each, so that other work runs between."""
+
+    _execution: Execution
+
+    def __init__(self, call: PlannedCall) -> None:
+        self.call = call
+
+    def run(self) -> Result:
+        with self.call.in_the_middle():
+            timings = self._start().run()
+        return self._finish(timings)
+
+    def begin(self) -> None:
+        """Post the exchanges that need no other step."""
+        with self.call.in_the_middle():
+            self._execution = self._start()
+            self._execution.begin()
+
+    def compute(self) -> None:
+        """Compute, and post all other exchanges."""
+        with self.call.in_the_middle():
+            self._execution.compute()
+
+    def end(self) -> Result:
+        """Sum what these bring, and give the result."""
+        with self.call.in_the_middle():
+            timings = self._execution.end()
+        return self._finish(timings)
+
+    @abstractmethod
+    def _start(self) -> Execution:
+        """Make the buffers, and return the steps."""
+
+    @abstractmethod
+    def _finish(self, timings: PassReport) -> Result:
+        """Return the result once the steps have run."""
+
+
+class ForwardPass(_LayerPass[Tensor]):
+    """The forward of a call, whose result is out (T, D); tensors: x (T, D), and what belongs to its rows."""
+
+    experts: ForwardExperts
+    """What computes the received rows."""
+    rows: Tensor
+    """(R, D) received rows."""
+    wire_squares: Tensor | None = None
+    """As in LayerReport."""
+    _arriving: ArrivingMetadata
+
+    def __init__(self, call: PlannedCall, tensors: CallTensors[Tensor]) -> None:
+        super().__init__(call)
+        self.plan, self.tensors, self.x = call.plan, tensors, tensors.x
+        self.exchanges = RowExchanges(call.plan, call.transport, call.settings.ops.gather_sum)
+
+    def _start(self) -> Execution:
+        call, plan, x, width = self.call, self.plan, self.x, self.x.shape[1]
+        spec = call.settings.spec
+        keep_hidden = plan.needs_any and (spec.save == "hidden" or not is_fused(spec.activation))
+        self.experts = call.kind.forward_experts(call, self.tensors, keep_hidden)
+        self.fillers, call.fillers = call.fillers, ()  # what they hold is for autograd alone to keep
+        self.rows = x if plan.is_identity else x.new_empty(plan.num_received, width)
+        self.home = x.new_empty(plan.num_home, width)
+        self.out = self.home if plan.is_identity else x.new_empty(x.shape[0], width)
+        self.partials: dict[int, Tensor] = {}
+        self.dispatch_wire = WireFormat(x.dtype, plan.overlap.wire_dtype)
+        self.wire = self.exchanges.wire_after_dispatch(x.dtype)
+        if not self.dispatch_wire.is_exact:
+            self.wire_squares = torch.zeros(2, dtype=torch.float32, device=x.device)
+        copies = self.experts.copy_steps
+        schedule = build_forward(
+            plan.overlap,
+            len(self.fillers),
+            has_copies=copies is not None,
+            relays_copies=copies is not None and copies.are_relayed,
+        )
+        return Execution(schedule, self._actions(), x.device, lambda: plan.call)
+
+    def _actions(self) -> Actions:
+        return {
+            **self.experts.actions(self),
+            StepKind.METADATA: self.metadata,
+            StepKind.DISPATCH: self.dispatch,
+            StepKind.FILLER: self.filler,
+            StepKind.GROUP: self.group,
+            StepKind.EXPERTS: self.compute_experts,
+            StepKind.COMBINE: self.combine,
+            StepKind.REDUCE: self.reduce,
+        }
+
+    def metadata(self) -> PendingExchange:
+        pending, self._arriving = self.exchanges.send_metadata(self.tensors)
+        return pending
+
+    def dispatch(self, chunk: int) -> PendingExchange:
+        packed = self.exchanges.pack(self.x, chunk)
+        return self.exchanges.send_chunk(packed, chunk, self.rows, self.dispatch_wire, self.wire_squares)
+
+    def filler(self, number: int) -> None:
+        self.fillers[number]()
+
+    def group(self) -> None:
+        plan = self.plan
+        if not plan.is_identity:
+            local = slice(plan.num_local)
+            torch.index_select(self.x, 0, plan.tokens.home_tokens[local], out=self.rows[local])
+        received, places = self.exchanges.receive_metadata(self._arriving, self.tensors)
+        self.experts.group(plan, received._replace(x=self.rows), places)
+
+    def compute_experts(self, chunk: int) -> None:
+        out = self.home[self.plan.home_slice(chunk)] if chunk < 0 else None
+        self.partials[chunk] = self.experts.forward(self.plan.segment(chunk), out=out)
+
+    def combine(self, chunk: int) -> PendingExchange:
+        return self.exchanges.return_chunk(self.partials.pop(chunk), chunk, self.home, self.wire)
+
+    def reduce(self, chunk: int) -> None:
+        self.exchanges.sum_at_home(self.home, chunk, self.out)
+        self.experts.settle()
+
+    def _finish(self, timings: PassReport) -> Tensor:
+        call, experts = self.call, self.experts
+        experts.end(self.out, timings)
+        times = self.plan.count_times
+        timings.marks = None if times is None else CallMarks(call.entered_at, *times)
+        call.report = self._report(timings)
+        call.kind.report(call, call.report)
+        for listener in listeners:
+            listener.after_forward(call.all_ranks, call.header, call.report, experts.own.grouping)
+        return self.out
+
+    @property
+    def kept(self) -> Kept:
+        """What the backward needs, without tensors."""
+        run = self.experts.own
+        # No backward goes through the graphs of a forward that will be recomputed.
+        is_first = checkpointed_region() is not None and not is_recomputing()
+        graphs = {} if is_first else run.activation_graphs
+        of_kind, _ = self.experts.kept()
+        return Kept(self.plan, run.grouping, graphs, self.call.report, of_kind)
+
+    def _report(self, timings: PassReport) -> LayerReport:
+        plan, width = self.plan, self.x.shape[1]
+        return LayerReport(
+            rank=self.call.all_ranks.rank,
+            traffic_rows=plan.traffic,
+            traffic_pairs=plan.traffic_pairs,
+            row_bytes=self.dispatch_wire.row_bytes(width),
+            other_row_bytes=self.wire.row_bytes(width),
+            overlap=plan.overlap,
+            top_k=self.tensors.topk_ids.shape[1],
+            send_offsets=plan.send_offsets,
+            return_offsets=plan.return_offsets,
+            pair_offsets=plan.pair_offsets,
+            forward=timings,
+            wire_squares=self.wire_squares,
+            first_run=self.call.first_run,
+        )
+
+
+class BackwardPass(_LayerPass[CallTensors[Tensor | None]]):
+    """The backward of a call. When made it tells the other ranks which one it is.
+
+    Its results are the gradients: those of x and topk_weights where any rank needs them, that of topk_weights in fp32.
+
+    Args:
+        dout: (T, D), the gradient of the call's result. needs_weights: which weights need a gradient.
+        shared_grads: as in BackwardRun.
+    Raises:
+        CountMismatch: the ranks don't all run this backward. TransportError: an exchange failed or timed out.
+        ValueError: a CUDA graph captures the backward and has not captured the forward.
+    """
+
+    experts: BackwardExperts
+    """What computes the received rows."""
+    dx: Tensor
+    """(T, D), where some rank needs it."""
+    dtopk_weights: Tensor
+    """(T, K) fp32, where some rank needs it, from its reduce step on."""
+    weight_grads: WeightGrads
+    """This rank's, from the weight_grad step on."""
+    replicas: ExpertPlacement
+    """Where replicas are, if gradients are summed over them."""
+
+    def __init__(
+        self,
+        call: PlannedCall,
+        kept: Kept,
+        dout: Tensor,
+        needs_weights: PerWeight[bool],
+        shared_grads: SharedWeightGrads | None = None,
+    ) -> None:
+        super().__init__(call)
+        self._entered_at = time.perf_counter()
+        if is_captured(dout.device) and not call.header.captured:
+            raise ValueError(
+                "a CUDA graph captures the backward of an expert-parallel call, but not its forward: a replay would "
+                "repeat the exchanges of that one call. Capture both, or neither"
+            )
+        self.plan, self.dout, self.needs_weights = kept.plan, dout, needs_weights
+        self.exchanges = RowExchanges(kept.plan, call.transport, call.settings.ops.gather_sum)
+        self._state = state_of(call.all_ranks)  # not the forward's: the transport may have been rebuilt since
+        header = CallHeader(
+            sequence=call.header.sequence,
+            layer=call.header.layer,
+            copy=call.header.copy,
+            is_backward=1,
+            terms=call.header.terms,
+            replica_grads=replica_bits(call.placement, needs_weights),
+            **self._state.history(),
+        )
+        self._agreement = post_backward(call.all_ranks, header)
+        main_grads = None if call.owners is None else find_main_grads(call.owners)
+        self.kept = kept._replace(main_grads=main_grads, shared_grads=shared_grads)
+
+    def _start(self) -> Execution:
+        call, plan, dout, width = self.call, self.plan, self.dout, self.dout.shape[1]
+        self.experts = call.kind.backward_experts(call, self.kept)
+        self.dout_rows = dout if plan.is_identity else dout.new_empty(plan.num_received, width)
+        self.home = dout.new_empty(plan.num_home, width)
+        if plan.needs_x:
+            self.dx = self.home if plan.is_identity else dout.new_empty(dout.shape[0], width)
+        self.dweights = dout.new_zeros(plan.num_received, call.header.top_k, dtype=torch.float32)
+        self.packed: dict[int, Tensor] = {}
+        self.partials: dict[int, Tensor] = {}
+        self.wire = self.exchanges.wire_after_dispatch(dout.dtype)
+        placement, sums_replicas = call.placement, False
+        if placement is not None and placement.has_replicas and any(self.needs_weights):
+            sums_replicas, self.replicas = True, placement
+        copies = self.experts.copy_steps
+        schedule = build_backward(
+            plan.overlap,
+            needs_x=plan.needs_x,
+            needs_topk_weights=plan.needs_topk_weights,
+            sums_replicas=sums_replicas,
+            has_copies=copies is not None,
+            sends_copies=copies is not None and copies.are_sent,
+            relays_copies=copies is not None and copies.are_relayed,
+            returned_copies=() if copies is None else copies.returned,
+        )
+        if self._agreement is not None:
+            # It is under way while buffers are made and the first rows packed, and ends before any row is posted.
+            if schedule[0].kind is StepKind.COMBINE_BACKWARD:
+                self.packed[0] = self.exchanges.pack(dout, 0)
+            self._agreement.wait()
+        return Execution(schedule, self._actions(), dout.device, lambda: plan.call)
+
+    def _actions(self) -> Actions:
+        return {
+            **self.experts.actions(self),
+            StepKind.COMBINE_BACKWARD: self.combine_backward,
+            StepKind.EXPERTS_BACKWARD: self.experts_backward,
+            StepKind.DISPATCH_BACKWARD: self.dispatch_backward,
+            StepKind.ROUTING_BACKWARD: self.routing_backward,
+            StepKind.WEIGHT_GRAD: self.weight_grad,
+            StepKind.REDUCE_BACKWARD: self.reduce_backward,
+            StepKind.REDUCE_ROUTING_BACKWARD: self.reduce_routing_backward,
+            StepKind.REPLICA_BACKWARD: self.replica_backward,
+            StepKind.REDUCE_REPLICA_BACKWARD: self.reduce_replica_backward,
+        }
+
+    def combine_backward(self, chunk: int) -> PendingExchange:
+        packed = self.packed.pop(chunk) if chunk in self.packed else self.exchanges.pack(self.dout, chunk)
+        return self.exchanges.send_chunk(packed, chunk, self.dout_rows, self.wire)
+
+    def experts_backward(self, chunk: int) -> None:
+        plan, segment = self.plan, self.plan.segment(chunk)
+        if chunk < 0:
+            self._local_experts_backward(segment, plan.home_slice(chunk))
+            return
+        returned = plan.return_slice(chunk)
+        partial, self.dweights[returned] = self.experts.backward(segment, self.dout_rows, plan.needs_x)
+        if partial is not None:
+            self.partials[chunk] = partial
+
+    def _local_experts_backward(self, segment: int, stays: slice) -> None:
+        """Compute the gradients of rows that stay: where they lie at home they lie in the receive buffer too."""
+        plan = self.plan
+        if not plan.is_identity:
+            torch.index_select(self.dout, 0, plan.tokens.home_tokens[stays], out=self.dout_rows[stays])
+        out = self.home[stays] if plan.needs_x else None
+        _, self.dweights[stays] = self.experts.backward(segment, self.dout_rows, plan.needs_x, out=out)
+
+    def dispatch_backward(self, chunk: int) -> PendingExchange:
+        return self.exchanges.return_chunk(self.partials.pop(chunk), chunk, self.home, self.wire)
+
+    def routing_backward(self) -> PendingExchange:
+        plan, dweights = self.plan, self.dweights
+        self.dweights_home = dweights.new_empty(plan.num_home, dweights.shape[1])
+        self.dweights_home[: plan.num_local] = dweights[: plan.num_local]
+        pending, self.arriving_dweights = self.exchanges.exchange_all(
+            dweights.index_select(0, plan.return_order()), Way.HOME
+        )
+        return pending
+
+    def weight_grad(self) -> None:
+        self.weight_grads = self.experts.weight_grad(self.dout_rows, self.needs_weights)
+
+    def reduce_backward(self, chunk: int) -> None:
+        self.exchanges.sum_at_home(self.home, chunk, self.dx)
+
+    def reduce_routing_backward(self) -> None:
+        self.dweights_home[self.plan.home_order()] = self.arriving_dweights
+        # Every pair is computed by one rank only: the other ranks' terms are zero.
+        self.dtopk_weights = self.exchanges.gather_sum(self.dweights_home, self.plan.tokens.home_index)
+
+    def replica_backward(self) -> PendingExchange:
+        packed, splits = pack_replica_grads(self.weight_grads, self.replicas, self.plan.rank)
+        self.arriving_grads = torch.empty_like(packed)
+        return self.exchanges.transport.exchange(packed, splits, splits, self.arriving_grads)
+
+    def reduce_replica_backward(self) -> None:
+        self.weight_grads = sum_replica_grads(self.weight_grads, self.arriving_grads, self.replicas, self.plan.rank)
+
+    def _finish(self, timings: PassReport) -> CallTensors[Tensor | None]:
+        call, kept = self.call, self.kept
+        self._state.note_backward(call.header.sequence)
+        times = None if self._agreement is None else self._agreement.times
+        timings.marks = None if times is None else CallMarks(self._entered_at, *times)
+        grads = self.experts.end(self.grads, timings)
+        kept.report.backward = timings
+        if call.report.overlap == kept.report.overlap:  # else it says nothing about the plan of the first forward
+            call.report.backward = timings
+        for listener in listeners:
+            listener.after_backward(call.all_ranks, call.header, kept.report)
+        return grads
+
+    @property
+    def grads(self) -> CallTensors[Tensor | None]:
+        """The gradients: of x (T, D) and topk_weights (T, K), in fp32, where some rank needs them, and of weights."""
+        dx = self.dx if self.plan.needs_x else None
+        dtopk_weights = self.dtopk_weights if self.plan.needs_topk_weights else None
+        return CallTensors(dx, None, dtopk_weights, self.weight_grads)
