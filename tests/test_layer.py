@@ -414,6 +414,58 @@ def test_statistics() -> None:
     assert layer.statistics().num_routed_pairs == 6
 
 
+class Tiled(torch.autograd.Function):
+    """Runs chunks of a sequence without a graph, and again, with one, in backward: TiledMLP of other libraries."""
+
+    @staticmethod
+    def forward(ctx, layer: tm.MoELayer, x: Tensor) -> Tensor:
+        ctx.layer = layer
+        ctx.save_for_backward(x)
+        return torch.cat([layer(chunk) for chunk in x.chunk(2)])
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[None, Tensor]:
+        chunks = [chunk.detach().requires_grad_() for chunk in ctx.saved_tensors[0].chunk(2)]
+        for chunk, dpart in zip(chunks, dy.chunk(2), strict=True):
+            with torch.enable_grad():
+                y = ctx.layer(chunk)
+            y.backward(dpart)
+        return None, torch.cat([chunk.grad for chunk in chunks])
+
+
+@pytest.mark.parametrize(
+    ("way", "num_calls"),
+    [("depths", 2), ("chunks", 2), ("tiled", 2), ("checkpoint", 1), ("reentrant", 1), ("accumulated", 2)],
+)
+def test_what_a_step_of_several_calls_leaves(way: str, num_calls: int) -> None:
+    """The last call's routing, and the load of all, recomputes left out."""
+    config = replace(CONFIG, selection_bias=True, load_balance_loss_weight=0.1)
+    layer = tm.MoELayer(config, generator=seeded())
+    calls: list[Tensor] = []
+    layer.router.register_forward_hook(lambda _, __, routing: calls.append(routing.topk_ids))
+    x = batch(num_tokens=8).requires_grad_()
+    if way == "depths":
+        y = layer(layer(x))
+    elif way == "chunks":
+        y = torch.cat([layer(chunk) for chunk in x.chunk(2)])
+    elif way == "tiled":
+        y = Tiled.apply(layer, x)
+    elif way == "accumulated":
+        layer(x[:4]).sum().backward()
+        y = layer(x[4:])
+    else:
+        y = checkpoint(layer, x, use_reentrant=way == "reentrant")
+    left = layer.last_routing
+    y.sum().backward()
+    assert len(calls) > num_calls or way in ("depths", "chunks", "accumulated")
+    assert layer.last_routing is left
+    assert torch.equal(left.topk_ids, calls[num_calls - 1])
+    assert layer.statistics().num_routed_pairs == calls[num_calls - 1].numel()
+    assert layer.aux_loss.requires_grad == (way not in ("tiled", "reentrant"))
+    expected = sum(ids.flatten().bincount(minlength=12) for ids in calls[:num_calls])
+    assert torch.equal(layer.router.load, expected)
+
+
 def test_statistics_are_those_of_this_rank() -> None:
     def on_rank(transport: Transport) -> int:
         layer = tm.MoELayer(CONFIG, transport, generator=seeded())

@@ -228,7 +228,7 @@ class GroupedExperts(nn.Module):
 
     @property
     def last_report(self) -> LayerReport | None:
-        """Traffic and timings of the last expert-parallel call; None on one device."""
+        """Traffic and timings of the last expert-parallel call, of a step's many or a recompute; None on one device."""
         return None if self.calls is None else self.calls.last_report
 
     @torch.no_grad()

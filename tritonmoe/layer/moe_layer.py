@@ -37,9 +37,14 @@ class MoELayer(nn.Module):
     its down half under the last combine, and inside a wrapper or with hooks all of it under the dispatch; backward runs
     it before the exchanges.
     After forward: `aux_loss` (attached, the weighted sum of config's losses, zero where it has none), `last_routing`,
-    `statistics()` of this rank's tokens, and with a transport `last_report`. Reentrant checkpointing runs forward
-    without a graph: there, make aux_loss a result of the checkpointed function, `lambda x: (layer(x), layer.aux_loss)`.
-    What a recompute sets is for the checkpointed function alone: its backward puts back what was there.
+    `statistics()` of this rank's tokens, and with a transport `last_report`. All are those of the last call: where a
+    step calls the layer more than once (at several depths, for chunks of a sequence, for accumulated batches, for each
+    token of a generation), take them after every call, and add up aux_loss and statistics().counts. `router.load`, of
+    which the selection bias is made, counts every call in training mode once. Reentrant checkpointing runs forward
+    without a graph: there, make aux_loss a result of the checkpointed function, `lambda x: (layer(x), layer.aux_loss)`;
+    functions that run forward in their backward in another way (TiledMLP) train no aux_loss. What a recompute sets is
+    for the checkpointed function alone: its backward puts back what was there, but for last_report, which stays that of
+    the recompute, whose backward it has.
 
     The router is the same on every rank and its gradient is this rank's share: average it as any dense parameter's, by
     DistributedDataParallel, say, around the layer or anything that holds it. Expert gradients are averaged by the layer
@@ -115,9 +120,12 @@ class MoELayer(nn.Module):
         return self.grouped_experts.last_report
 
     def statistics(self) -> RoutingStatistics:
-        """Return the routing statistics of the last forward's tokens on this rank."""
+        """Return the routing statistics of the last call's tokens on this rank."""
         if self.last_routing is None:
-            raise RuntimeError("there are no statistics before the first forward: call the layer first")
+            raise RuntimeError(
+                "this layer has no statistics before the first forward, or where its last forward skipped it: call the "
+                "layer first"
+            )
         return routing_statistics(self.last_routing.topk_ids, self.config.num_experts)
 
     def forward(

@@ -187,14 +187,32 @@ def test_a_decoder_on_cached_encoder_outputs():
 
 @pytest.mark.parametrize("chunk_size", [1, 3])
 def test_all_chunks_of_a_layer_are_counted_together(chunk_size):
-    results = []
+    results, counts = [], []
     for size in (0, chunk_size):
         moe = make_moe("bert", chunk_size_feed_forward=size)
         moe(IDS[:, :9], attention_mask=MASK[:, :9])
         loss = aux_loss(moe)
         loss.backward()
         results.append([loss.detach(), *router_gradients(moe)])
+        counts.append([layer.statistics().counts for layer in layers_of(moe)])
+        for layer in layers_of(moe):
+            columns = layer.last_routing.topk_ids.split(2 * (size or 9))  # a chunk has (B, S / C) rows
+            ids = torch.cat([chunk.view(2, -1, 2) for chunk in columns], dim=1)
+            results[-1].append(ids.sort(dim=2).values)
     torch.testing.assert_close(results[1], results[0], **TOLERANCE)
+    assert all(torch.equal(*both) and both[0].sum() == 2 * 9 * 2 for both in zip(*counts, strict=True))
+
+
+def test_of_layers_that_a_forward_skipped_nothing_is_left():
+    moe = make_moe("gpt2")
+    layer = layers_of(moe)[0]
+    moe(IDS)
+    assert layer.statistics().num_routed_pairs == IDS.numel() * 2
+    moe.transformer.h[0].forward = lambda rows, *_, **__: rows
+    moe(IDS)
+    assert layer.aux_loss is layer.last_routing is None
+    with pytest.raises(RuntimeError, match="its last forward skipped it"):
+        layer.statistics()
 
 
 @pytest.mark.parametrize(

@@ -44,8 +44,11 @@ class LayerCall(NamedTuple):
 class UpcycledFFN(MoELayer):
     """The MoE layer that stands where a dense block or its first linear stood; (..., D) -> (..., D), in x.dtype.
 
-    Its aux_loss is that of the tokens of the last forward of a module around it, all calls in it together, and None
-    where that forward skipped it; ValueError where the attention mask doesn't say which rows are tokens.
+    Its aux_loss, last_routing and statistics() are those of the last forward of a module around it, all calls in it
+    together (chunks of chunk_size_feed_forward, a block that the model runs at several depths), rows in the order of
+    the calls; None where that forward skipped it. aux_loss leaves out padding, ValueError where the attention mask
+    doesn't say which rows that is; the others have all rows. A recompute changes none of them, and last_report is the
+    last call's.
 
     The experts compute in autocast's dtype under autocast, else in that of their weights; spread ones that are fp32, in
     that of narrower rows, as GroupedExperts does. With a shared expert, which every token reaches, its output is added
@@ -54,7 +57,7 @@ class UpcycledFFN(MoELayer):
 
     calls: tuple[LayerCall, ...] | None
     """Of the last forward; None before the first one, empty where it skipped this layer."""
-    _left_by_a_call = ("last_routing", "calls", "around")
+    _left_by_a_call = ("calls", "around")
 
     def __init__(self, config: MoEConfig, shared_width: int | None, **factory: Any) -> None:
         super().__init__(config, **factory)
@@ -86,7 +89,6 @@ class UpcycledFFN(MoELayer):
         return y.to(x.dtype)
 
     def _leave(self, routing: Routing, shape: torch.Size) -> None:
-        self.last_routing = routing
         if not is_recomputing():
             call = LayerCall(routing, shape, find_mask(self.around, shape))
             self.calls = (*(self.calls or ()), call) if self.around else (call,)
@@ -105,6 +107,16 @@ class UpcycledFFN(MoELayer):
 
     @aux_loss.setter
     def aux_loss(self, value: Tensor | None) -> None:
+        assert value is None
+        self.calls = None
+
+    @property
+    def last_routing(self) -> Routing | None:
+        """That of the last forward; see the class."""
+        return join_routings([call.routing for call in self.calls]) if self.calls else None
+
+    @last_routing.setter
+    def last_routing(self, value: Routing | None) -> None:
         assert value is None
         self.calls = None
 
@@ -243,7 +255,7 @@ def _compare(block: FFNBlock, layer: MoELayer, original: Callable[[Tensor], Tens
     if isinstance(original, nn.Module):
         original.eval()  # it is a copy, which nobody will run again
     expected, actual = original(x), layer(x)
-    layer.aux_loss = layer.last_routing = None  # of this run
+    layer.aux_loss = None  # of this run
     scale = expected.abs().max().item() or 1.0
     error = (actual.double() - expected.double()).abs().max().item() / scale
     allowed = 1e-4 + 8 * torch.finfo(weight.dtype).eps
