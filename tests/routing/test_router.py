@@ -7,8 +7,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
-from transformers import DeepseekV3Config, GptOssConfig, GraniteMoeConfig, MixtralConfig, Qwen3MoeConfig
+from transformers import (
+    DeepseekV2Config,
+    DeepseekV3Config,
+    Dots1Config,
+    Glm4MoeConfig,
+    GptOssConfig,
+    GraniteMoeConfig,
+    MixtralConfig,
+    Qwen3MoeConfig,
+)
+from transformers.models.deepseek_v2 import modeling_deepseek_v2
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
+from transformers.models.dots1.modeling_dots1 import Dots1TopkRouter
+from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeTopkRouter
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssTopKRouter
 from transformers.models.granitemoe import modeling_granitemoe
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
@@ -16,6 +28,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
 from tritonmoe.config.layer import MoEConfig
 from tritonmoe.routing import Routing, TopKRouter, load_balance_loss, routing_statistics, z_loss
+from tritonmoe.routing.router import _say_once
 
 
 def make_config(num_experts: int, top_k: int, hidden_size: int = 16, **settings) -> MoEConfig:
@@ -88,9 +101,18 @@ def test_softmax_routers_of_transformers_give_the_same_bits(make_theirs, ours):
 
 @pytest.mark.parametrize("renormalize", [True, False])
 @pytest.mark.parametrize(("num_groups", "top_k_groups"), [(1, 1), (4, 2), (6, 3), (4, 4)])
-def test_deepseek_v3_router_of_transformers(renormalize, num_groups, top_k_groups):
-    theirs = DeepseekV3TopkRouter(
-        DeepseekV3Config(
+@pytest.mark.parametrize(
+    ("theirs_of", "config_of"),
+    [
+        (DeepseekV3TopkRouter, DeepseekV3Config),
+        (Glm4MoeTopkRouter, Glm4MoeConfig),
+        (Dots1TopkRouter, Dots1Config),
+    ],
+    ids=["deepseek_v3", "glm4_moe", "dots1"],
+)
+def test_group_limited_routers_of_transformers(theirs_of, config_of, renormalize, num_groups, top_k_groups):
+    theirs = theirs_of(
+        config_of(
             n_routed_experts=12,
             num_experts_per_tok=3,
             hidden_size=16,
@@ -129,6 +151,66 @@ def test_deepseek_v3_router_of_transformers(renormalize, num_groups, top_k_group
         rtol=3e-7,
         atol=0,
     )
+
+
+def by_best(scores: torch.Tensor, num_best: int, num_groups: int, top_k_groups: int, top_k: int) -> torch.Tensor:
+    """Ids, sorted, among the experts of the groups whose `num_best` best scores have the largest sums."""
+    groups = scores.view(len(scores), num_groups, -1)
+    chosen = groups.topk(num_best, dim=2).values.sum(dim=2).topk(top_k_groups, dim=1).indices
+    is_out = torch.ones(groups.shape[:2], dtype=torch.bool).scatter(1, chosen, False).unsqueeze(2)
+    return groups.masked_fill(is_out, -math.inf).flatten(1).topk(top_k, dim=1).indices.sort(dim=1).values
+
+
+@pytest.mark.parametrize(("top_k", "top_k_groups"), [(2, 2), (3, 2), (4, 2), (5, 2), (6, 2), (6, 3), (8, 4), (3, 1)])
+def test_groups_of_megatron(top_k, top_k_groups, caplog):
+    """Megatron-LM's group_limited_topk scores a group by its K // top_k_groups best experts; a warning says where."""
+    _say_once.cache_clear()
+    settings = {"num_expert_groups": 6, "top_k_groups": top_k_groups, "score_function": "sigmoid"}
+    for seed in range(2):
+        router = make_router(make_config(48, top_k, selection_bias=True, **settings), seed)
+    routing = router(torch.randn(300, 16))
+    found = routing.topk_ids.sort(dim=1).values
+    assert torch.equal(found, by_best(routing.scores, 2, 6, top_k_groups, top_k))
+    of_megatron = by_best(routing.scores, top_k // top_k_groups, 6, top_k_groups, top_k)
+    is_same = top_k // top_k_groups == 2
+    assert torch.equal(found, of_megatron) == is_same
+    said = [record.message for record in caplog.records]
+    assert len(said) == (not is_same)
+    assert all(f"Megatron-LM scores a group by its {top_k // top_k_groups} best experts" in text for text in said)
+
+
+@pytest.mark.skipif(not hasattr(modeling_deepseek_v2, "DeepseekV2TopkRouter"), reason="came after transformers 5.7")
+def test_groups_of_deepseek_v2_are_others(caplog):
+    """It scores a group by its one best expert."""
+    _say_once.cache_clear()
+    sizes = {"n_routed_experts": 12, "num_experts_per_tok": 4, "hidden_size": 16, "num_attention_heads": 4}
+    config = DeepseekV2Config(**sizes, n_group=6, topk_group=2, topk_method="group_limited_greedy")
+    theirs = modeling_deepseek_v2.DeepseekV2TopkRouter(config)
+    router = make_router(make_config(12, 4, num_expert_groups=6, top_k_groups=2, renormalize=False))
+    theirs.load_state_dict(router.state_dict(), strict=True)
+    x = torch.randn(300, 16)
+    _, _, ids = theirs(x)
+    routing = router(x)
+    assert torch.equal(ids.sort(dim=1).values, by_best(routing.scores, 1, 6, 2, 4))
+    assert torch.equal(routing.topk_ids.sort(dim=1).values, by_best(routing.scores, 2, 6, 2, 4))
+    assert not torch.equal(ids.sort(dim=1).values, routing.topk_ids.sort(dim=1).values)
+    assert "DeepSeek-V2 scores a group by its best expert alone" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"num_expert_groups": 8, "top_k_groups": 8},
+        {"num_expert_groups": 8, "top_k_groups": 4, "score_function": "sigmoid", "selection_bias": True},
+        {"num_expert_groups": 64, "top_k_groups": 8},
+    ],
+    ids=["no groups", "all groups", "DeepSeek-V3", "groups of one"],
+)
+def test_nothing_is_said_of_groups_that_all_choose_alike(settings, caplog):
+    _say_once.cache_clear()
+    TopKRouter(make_config(64, 8, **settings))
+    assert not caplog.records
 
 
 def test_hand_written_softmax():

@@ -175,9 +175,12 @@ class MoEConfig:
     shared_intermediate_size: int = 0
     """F of a shared expert that every token passes, added to the routed ones; 0 for none."""
     num_expert_groups: int = 1
-    """Group-limited routing: experts are split into this many groups ..."""
+    """Group-limited routing: experts are split into this many groups of neighbours ..."""
     top_k_groups: int = 1
-    """... and only the best this many groups are eligible for a token."""
+    """... and a token goes only to experts of the best this many groups. A group's score is the sum of its two best
+    experts, selection bias included, as in the code of DeepSeek-V3, of GLM-4.5 and dots.llm1 in transformers and of
+    torchtitan. Megatron-LM (moe_router_group_topk) sums the K // top_k_groups best instead, which is the same for
+    2 * top_k_groups <= K < 3 * top_k_groups alone; DeepSeek-V2 (group_limited_greedy) takes the one best."""
     load_balance_loss_weight: float = 0.0
     """Times the load balance loss in MoELayer.aux_loss; 0.01 is usual."""
     load_balance_over: Literal["rank", "global"] = "rank"

@@ -47,6 +47,33 @@ def _are_kernels_right(device: torch.device, dtype: torch.dtype) -> bool:
 _are_kernels_right._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def _warn_of_other_groups(config: MoEConfig) -> None:
+    """Say once of which other code the routing would choose other groups of experts, by the same numbers."""
+    if config.top_k_groups == config.num_expert_groups:
+        return
+    size = config.num_experts // config.num_expert_groups
+    num_best, of_megatron = min(2, size), min(config.top_k // config.top_k_groups, size)
+    if of_megatron != num_best:
+        _say_once(
+            f"with top_k={config.top_k} and top_k_groups={config.top_k_groups} Megatron-LM scores a group by its "
+            f"{of_megatron} best experts, and this router, as DeepSeek-V3's code, by its {num_best}"
+        )
+    elif num_best > 1 and config.score_function == "softmax" and not config.selection_bias:
+        _say_once(
+            "DeepSeek-V2 scores a group by its best expert alone, and this router, as DeepSeek-V3's code, by its two "
+            "best"
+        )
+
+
+@functools.cache
+def _say_once(rule: str) -> None:
+    log.warning(
+        "%s: a model that was trained there would send tokens to other experts here. Route it by its own code, and "
+        "give GroupedExperts the ids and weights; for a new model there is nothing to do. (This is said once)",
+        rule,
+    )
+
+
 class _RouterLogits(torch.autograd.Function):
     """(x (T, D), weight (E, D)) -> (logits (T, E), is_finite (T, 1)), in fp32 (fp64 for fp64 inputs).
 
@@ -131,6 +158,7 @@ class TopKRouter(nn.Module):
                 "with top_k=1 a renormalised weight is always 1, and nothing else trains this router: take "
                 "renormalize=False with softmax_after_topk=False, or a load_balance_loss_weight, or top_k >= 2"
             )
+        _warn_of_other_groups(config)
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size, device=device, dtype=dtype))
         bias = load = None
         if config.selection_bias:
