@@ -63,6 +63,14 @@ class LayerReplay(TorchFunctionMode):
         self._is_recorded: Tensor | None = None  # (T, 1)
         self._chosen: Tensor | None = None  # (T, K): they, and what tokens that aren't recorded chose
         self._given: tuple[Tensor, int | None] | None = None  # their copy that the router got, and its version
+        self._grouped: Tensor | None = (
+            None  # (T, groups, E / groups): the scores, before experts of groups were left out
+        )
+        self._own_groups: Tensor | None = None  # (T, chosen groups): those that the router would have chosen
+        self._num_changed: Tensor | None = None  # () int64, of this call
+        self.counts: Tensor | None = None
+        """(3,) int64, of all calls but recomputes: tokens that took recorded ids, their pairs, and how many of these
+        the router would have given other experts, by the scores that it had there; None before the first."""
 
     @property
     def num_left(self) -> int:
@@ -89,6 +97,7 @@ class LayerReplay(TorchFunctionMode):
         """Say that the block ends, by an exception for example, and forget this call."""
         self._stop()
         self._ids = self._is_recorded = self._chosen = self._given = self._around = None
+        self._grouped = self._own_groups = self._num_changed = None
         self._problem = ""
 
     def _stop(self) -> None:
@@ -136,6 +145,8 @@ class LayerReplay(TorchFunctionMode):
         self, func: Callable[..., object], types: object, args: tuple = (), kwargs: dict | None = None
     ) -> object:
         kwargs = kwargs or {}
+        if func in _BEST_OF_GROUPS:
+            self._note_groups(args[0] if args else kwargs.get("input"))
         if func is not torch.topk and func is not Tensor.topk:
             return func(*args, **kwargs)
         return self._topk(func, args, kwargs)
@@ -147,9 +158,11 @@ class LayerReplay(TorchFunctionMode):
             return func(*args, **kwargs)
         if k == top_k and scores.shape[-1] == num_experts and scores.numel() == num_tokens * num_experts:
             ids = self._recorded_ids(scores.device)
+            own = cast("torch.return_types.topk", func(scores.detach(), *args[1:], **_without_input(kwargs))).indices
+            own = own.reshape(ids.shape)
+            self._num_changed = self._count_changed(ids, own)
             if self._is_recorded is not None:
-                own = cast("torch.return_types.topk", func(*args, **kwargs)).indices
-                ids = torch.where(self._is_recorded, ids, own.reshape(ids.shape))
+                ids = torch.where(self._is_recorded, ids, own)
             given = ids.clone().reshape(*scores.shape[:-1], k)
             self._chosen, self._given = ids, (given, _version(given))
             return torch.return_types.topk((scores.gather(-1, given), given))
@@ -165,9 +178,36 @@ class LayerReplay(TorchFunctionMode):
             is_needed = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, groups, True)
             if self._is_recorded is not None:
                 is_needed &= self._is_recorded
+            self._own_groups = scores.detach().topk(k, dim=1).indices
             ids = scores.detach().masked_fill(is_needed, float("inf")).topk(k, dim=1).indices
             return torch.return_types.topk((scores.gather(1, ids), ids))
         return func(*args, **kwargs)
+
+    def _note_groups(self, scores: object) -> None:
+        """Keep the scores (T, groups, E / groups) of which a router takes the best of each group."""
+        num_experts, (num_tokens, _) = self.recording.num_experts, self._shape
+        if (
+            isinstance(scores, Tensor)
+            and scores.dim() == 3
+            and scores.shape[0] == num_tokens
+            and scores.shape[1] * scores.shape[2] == num_experts
+        ):
+            self._grouped = scores.detach()
+
+    def _count_changed(self, ids: Tensor, own: Tensor) -> Tensor | None:
+        """Return () int64: how many recorded pairs the router would have given other experts than these ids (T, K).
+
+        own: its choice (T, K), but among the groups of the recorded experts where it chooses groups before. None where
+        nobody has seen its scores outside of them.
+        """
+        if self._own_groups is not None:
+            if self._grouped is None:
+                return None
+            is_chosen = torch.zeros(self._grouped.shape[:2], dtype=torch.bool, device=ids.device)
+            is_chosen = is_chosen.scatter_(1, self._own_groups, True).unsqueeze(2)
+            own = self._grouped.masked_fill(~is_chosen, float("-inf")).flatten(1).topk(ids.shape[1], dim=1).indices
+        is_changed = (ids.unsqueeze(2) != own.unsqueeze(1)).all(dim=2)
+        return (is_changed if self._is_recorded is None else is_changed & self._is_recorded).sum()
 
     @property
     def _shape(self) -> tuple[int, int]:
@@ -236,6 +276,22 @@ class LayerReplay(TorchFunctionMode):
         if self._around is not None:
             self._calls.setdefault(self._around, _Calls()).numbers.append(self._number)
         self.next_call += 1
+        num_tokens, top_k = self._shape
+        ids = self._ids
+        assert ids is not None  # _is_given() has compared them
+        num_replayed = ids.new_full((), num_tokens) if self._is_recorded is None else self._is_recorded.sum()
+        is_known = self._chosen is None or self._num_changed is not None  # ids that follow from the tokens are the same
+        num_changed = ids.new_zeros(()) if self._num_changed is None else self._num_changed
+        counts = torch.stack([num_replayed, num_replayed * top_k * is_known, num_changed])
+        self.counts = counts if self.counts is None else self.counts + counts
+
+
+_BEST_OF_GROUPS = (torch.topk, Tensor.topk, torch.max, Tensor.max, torch.amax, Tensor.amax)
+"""By these a router scores groups of experts: DeepSeek-V3 by the two best of each, DeepSeek-V2 by the best."""
+
+
+def _without_input(kwargs: dict) -> dict:
+    return {name: value for name, value in kwargs.items() if name != "input"}
 
 
 def _version(tensor: Tensor) -> int | None:

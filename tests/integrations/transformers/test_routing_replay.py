@@ -48,6 +48,12 @@ def ids_of(recording: RoutingRecording) -> list[list]:
     return [layer.topk_ids.tolist() for layer in recording.layers.values()]
 
 
+def num_other(recording: RoutingRecording, ids: Tensor) -> int:
+    """Of how many of these pairs the experts are not among those that were recorded of the layer."""
+    (own,) = recording.layers.values()
+    return sum(len({*row} - {*chosen}) for row, chosen in zip(ids.tolist(), own.topk_ids.tolist(), strict=True))
+
+
 def gradients(model: nn.Module) -> dict[str, Tensor]:
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
@@ -71,13 +77,16 @@ def check_family(family: str) -> None:
     model, ids = test_families.make_model(family).eval(), batch(8, 128)
     with record_routing(model) as recording:
         loss = model(input_ids=ids, labels=ids).loss
-    with replay_routing(model, recording):
+    with replay_routing(model, recording) as counts:
         assert torch.equal(model(input_ids=ids, labels=ids).loss, loss)
+    assert counts.num_replayed_tokens == ids.numel() * len(recording.layers)
+    assert (counts.num_pairs > 0, counts.num_changed_pairs) == (True, 0)
     noisy = copy.deepcopy(model).bfloat16()
     with record_routing(noisy) as own, torch.no_grad():
         noisy(input_ids=ids)
-    with replay_routing(noisy, recording), record_routing(noisy) as replayed:
+    with replay_routing(noisy, recording) as counts, record_routing(noisy) as replayed:
         noisy(input_ids=ids, labels=ids).loss.backward()
+    assert 0 < counts.num_changed_pairs / counts.num_pairs < 0.1
     before, after = recording.agreement(own), recording.agreement(replayed)
     print(family, {layer: f"{share:.2%} -> {after[layer]:.0%}" for layer, share in before.items()})
     assert 0.9 < min(before.values()) < 1
@@ -182,8 +191,12 @@ def test_weights_and_gradients_are_those_of_the_own_scores(family, settings, wei
     recording.add("mlp.experts", ids, 6)
     x = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(5)).requires_grad_()
     dout = torch.randn(x.shape, generator=torch.Generator().manual_seed(6))
-    with replay_routing(layer, recording):
+    with record_routing(layer) as own, torch.no_grad():
+        block(x)
+    with replay_routing(layer, recording) as counts:
         out = block(x)
+    assert (counts.num_replayed_tokens, counts.num_pairs) == (18, 36)
+    assert counts.num_changed_pairs == num_other(own, ids)
     out.backward(dout)
     actual = {"out": out.detach(), "x": x.grad.clone(), **gradients(block)}
     x.grad = None
@@ -225,8 +238,11 @@ def test_layers_of_our_own(selection_bias):
     layer, x = tm.MoELayer(config), torch.randn(10, 16)
     recording = RoutingRecording()
     recording.add("experts", random_ids(10), 6)
-    with replay_routing(layer, recording):
+    with record_routing(layer) as own:
         layer(x)
+    with replay_routing(layer, recording) as counts:
+        layer(x)
+    assert counts.num_changed_pairs == num_other(own, random_ids(10)) > 0
     assert torch.equal(layer.last_routing.topk_ids, random_ids(10))
     scores = layer.last_routing.scores.gather(1, random_ids(10))
     torch.testing.assert_close(layer.last_routing.topk_weights, scores / scores.sum(dim=1, keepdim=True))
@@ -258,9 +274,10 @@ def test_padding_that_a_mask_names_is_not_recorded(tmp_path):
     assert torch.equal(recorded.topk_ids[:10].long(), ids.clamp(min=0))
     again = RoutingRecording.load(tmp_path / "routing.pt")
     assert again.layers["experts"].is_recorded.tolist() == recorded.is_recorded.tolist()
-    with replay_routing(layer, again):
+    with replay_routing(layer, again) as counts:
         assert torch.equal(layer(x, token_mask=mask), y)
         layer(x[1:])
+    assert (counts.num_replayed_tokens, counts.num_pairs, counts.num_changed_pairs) == (13, 26, 0)
     with record_routing(layer) as whole:
         layer(x)
     assert whole.layers["experts"].is_recorded is None

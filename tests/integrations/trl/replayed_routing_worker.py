@@ -42,6 +42,13 @@ def run_spread(directory: Path) -> None:
     trainer._get_per_token_logps_and_entropies = method
     trainer.train()
     assert seen
+    logs = next(entry for entry in trainer.state.log_history if "reward" in entry)
+    shares = {key: value for key, value in logs.items() if key.startswith("routing_replay/")}
+    of_first = [shares]
+    dist.broadcast_object_list(of_first, src=0)
+    assert shares == of_first[0]  # of all ranks, whose sequences differ
+    assert shares["routing_replay/replayed_tokens_ratio"] == 1
+    assert 0 < shares["routing_replay/changed_pairs_ratio"] < 1
     for ids, mask, keep, log_probs in seen:  # one step, whose weights are the first ones
         for row, real, found in zip(ids, mask, log_probs, strict=True):
             number, sequence = int(real[-keep:].sum()), row[real].tolist()

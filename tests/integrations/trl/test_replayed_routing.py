@@ -187,6 +187,37 @@ def test_log_probs_are_those_under_forced_routing(settings: dict[str, Any], tmp_
     assert num_other > len(seen) / 4  # so that nothing above holds by chance
 
 
+@pytest.mark.parametrize("noise", [0.0, 0.1])
+@pytest.mark.parametrize("has_gaps", [False, True])
+def test_the_logs_say_how_much_was_replayed_and_changed(noise: float, has_gaps: bool, tmp_path: Path) -> None:
+    """Of a step with the first weights: as in forwards of single sequences."""
+    rollout = Rollout(lambda rows: rows.long().index_fill(0, torch.tensor([1]), -1) if has_gaps else rows, noise)
+    model = make_model()
+    tmt.patch(model)
+    settings = {"max_steps": 1, "logging_steps": 1, "gradient_accumulation_steps": 1}
+    trainer = make_trainer(model, tmp_path, rollout_func=rollout, **settings)
+    before = snapshot(model)
+    seen = watch(trainer)
+    trainer.train()
+    logs = next(entry for entry in trainer.state.log_history if "reward" in entry)
+    found = [logs[f"routing_replay/{name}_ratio"] for name in ("replayed_tokens", "changed_pairs")]
+    num_tokens, counts = 0, torch.zeros(3)
+    for _, _, sequence, *_ in seen:
+        ids = torch.tensor([sequence])
+        with tmt.record_routing(before) as like:
+            before(ids)
+        rows = rollout.change(rollout.rows[tuple(sequence)])
+        recording = RoutingRecording.from_rollout([rows], torch.ones_like(ids), like)
+        with tmt.replay_routing(before, recording) as of_one:
+            before(ids)
+        num_tokens += NUM_LAYERS * (len(sequence) - 1)
+        counts += torch.stack([of_one.num_replayed_tokens, of_one.num_pairs, of_one.num_changed_pairs])
+    assert len(seen) == 4
+    assert found == pytest.approx([float(counts[0] / num_tokens), float(counts[2] / counts[1])])
+    assert (found[0] == 1) != has_gaps
+    assert (found[1] > 0.05) == bool(noise)
+
+
 def test_own_generation_is_recorded_and_replayed(tmp_path: Path) -> None:
     model = make_model()
     tmt.patch(model)

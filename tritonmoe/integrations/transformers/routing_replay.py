@@ -2,9 +2,10 @@
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -67,22 +68,24 @@ def record_routing(
 
 
 @contextmanager
-def replay_routing(model: nn.Module, recording: RoutingRecording) -> Iterator[None]:
+def replay_routing(model: nn.Module, recording: RoutingRecording) -> Iterator["ReplayCounts"]:
     """Let the routers of a transformers model take recorded ids, while the context lasts.
 
     The weights of these experts, and their gradients, come from the model's own scores: its router runs as ever, and
     where it calls torch.topk, the values are the scores at the recorded ids. The n-th forward of a layer takes its n-th
     recorded call; activation checkpointing of either kind takes the ids of the forward that it recomputes, also in a
     backward behind the context. Tokens that a rearranged recording doesn't know choose by themselves. Over ranks each
-    replays its own recording of its own tokens. Experts get the recorded ids or the forward raises, on every rank.
+    replays its own recording of its own tokens. Experts get the recorded ids or the forward raises, on every rank. What
+    it yields has counted of how many pairs the routers would have chosen other experts: see ReplayCounts.
 
     Raises:
         ValueError: the model has other layers or experts than the recording, or is compiled; in a forward: other tokens
             or K than recorded, more forwards, a router that can't be replayed; at the end: fewer forwards.
         TypeError: no recording. ImportError: transformers is missing or too old.
     Example:
-        with tmt.replay_routing(model, recording):
+        with tmt.replay_routing(model, recording) as counts:
             model(**batch).loss.backward()
+        share = counts.num_changed_pairs / counts.num_pairs
     """
     if not isinstance(recording, RoutingRecording):
         raise TypeError(
@@ -93,12 +96,42 @@ def replay_routing(model: nn.Module, recording: RoutingRecording) -> Iterator[No
     check_same_layers(recording, {routed.layer: routed.num_experts for routed in found.values()}, owner)
     replay = _Replay(model, found, recording)
     try:
-        yield
+        yield ReplayCounts(replay.layers)
     except BaseException:
         replay.close()
         raise
     replay.close()
     replay.check_all_taken()
+
+
+class ReplayCounts:
+    """What the forwards of a replay have taken so far, summed over layers; recomputes count nowhere.
+
+    Each number is an int64 tensor () on the device of the first layer: nothing is read on the host.
+    """
+
+    def __init__(self, layers: Sequence[LayerReplay]) -> None:
+        self._layers = layers
+
+    def _sum(self, number: int) -> Tensor:
+        counts = [layer.counts[number] for layer in self._layers if layer.counts is not None]
+        return torch.stack([count.to(counts[0].device) for count in counts] or [torch.tensor(0)]).sum()
+
+    @property
+    def num_replayed_tokens(self) -> Tensor:
+        """The tokens that took recorded ids, in each layer anew."""
+        return self._sum(0)
+
+    @property
+    def num_pairs(self) -> Tensor:
+        """Their pairs, where the router's own choice is known: everywhere, but where it chooses groups of experts in a
+        way that the replay doesn't know."""
+        return self._sum(1)
+
+    @property
+    def num_changed_pairs(self) -> Tensor:
+        """Those of these pairs whose experts the router itself, by its scores in this forward, hadn't chosen."""
+        return self._sum(2)
 
 
 class _Replay:

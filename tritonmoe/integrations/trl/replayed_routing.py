@@ -1,7 +1,8 @@
 """ReplayedRouting: what a GRPOTrainer of TRL needs to compute log-probabilities with the routing of the rollout."""
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,6 +12,8 @@ from tritonmoe.routing.recording import RoutingRecording
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer
+
+    from tritonmoe.integrations.transformers.routing_replay import ReplayCounts
 else:
     GRPOTrainer = object  # what a class puts behind this mixin
 
@@ -29,6 +32,10 @@ class ReplayedRouting(GRPOTrainer):
     for old and new log-probabilities, also of a model whose experts are spread over ranks. The reference model chooses
     for itself.
 
+    TRL's logs get two metrics more, of the forwards of each loss on all ranks: routing_replay/replayed_tokens_ratio,
+    the share of tokens whose experts were replayed, and routing_replay/changed_pairs_ratio, the share of their pairs (a
+    token and one of its experts) whose experts the router itself would not have chosen.
+
     Raises:
         ValueError: where TRL drops the routing or would mix it up: vLLM without a rollout_func, continuous batching,
             tools and environments, images; rows that are missing, of other layers, or shifted by one token, on every
@@ -45,6 +52,9 @@ class ReplayedRouting(GRPOTrainer):
         self._rollout: list | None = None
         """The routing of the sequences that are being generated, or are being scored."""
         self._like: RoutingRecording | None = None
+        self._counts: list[Tensor] = []
+        """(4,) int64 of each forward of the policy in this loss: tokens times layers, how many of them were replayed,
+        their pairs, and how many of these would have gone elsewhere."""
         super().__init__(*args, **kwargs)
         self._refuse_what_drops_routing()
 
@@ -98,12 +108,25 @@ class ReplayedRouting(GRPOTrainer):
             self._rollout = None
 
     def compute_loss(self, model: nn.Module, inputs: dict, *args: object, **kwargs: object) -> object:
-        """Compute the loss with the routing of these sequences."""
-        self._rollout = inputs[KEY]
+        """Compute the loss with the routing of these sequences, and log how much was replayed."""
+        self._rollout, self._counts = inputs[KEY], []
         try:
-            return super().compute_loss(model, inputs, *args, **kwargs)
+            loss = super().compute_loss(model, inputs, *args, **kwargs)
         finally:
             self._rollout = None
+        self._log_counts()
+        return loss
+
+    def _log_counts(self) -> None:
+        """Log, of all ranks, the share of tokens that were replayed, and that of pairs that replay has changed."""
+        counts = torch.stack([*self._counts, torch.zeros(4, dtype=torch.long, device=self.accelerator.device)]).sum(0)
+        num_tokens, num_replayed, num_pairs, num_changed = self.accelerator.reduce(counts).tolist()
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        for name, count, of in (
+            ("replayed_tokens_ratio", num_replayed, num_tokens),
+            ("changed_pairs_ratio", num_changed, num_pairs),
+        ):
+            metrics[f"routing_replay/{name}"].append(count / of if of else math.nan)  # TRL leaves NaN out
 
     def _get_per_token_logps_and_entropies(
         self,
@@ -131,7 +154,15 @@ class ReplayedRouting(GRPOTrainer):
         mask = _token_mask(prompt_mask, self._rollout, logits_to_keep)
         recording = RoutingRecording.from_rollout(self._rollout, mask, self._like)
         index = torch.arange(mask.numel(), device="cpu").view(mask.shape)
-        return replay_routing(model, recording.rearranged(*index.split(batch_size)))
+        replay = replay_routing(model, recording.rearranged(*index.split(batch_size)))
+        return self._counted(replay, (int(mask.sum()) - len(mask)) * len(recording.layers))  # the last is no input
+
+    @contextmanager
+    def _counted(self, replay: "AbstractContextManager[ReplayCounts]", num_tokens: int) -> Iterator[None]:
+        with replay as counts:
+            yield
+        found = [counts.num_replayed_tokens, counts.num_pairs, counts.num_changed_pairs]
+        self._counts.append(torch.stack([found[0].new_tensor(num_tokens), *found]).to(self.accelerator.device))
 
     def _is_reference(self, model: nn.Module) -> bool:
         """Say whether it is the reference model, or the policy with its adapters off or exchanged for those."""
