@@ -4,8 +4,6 @@ Dispatch, experts and combine are one overlapped call. Router, shared experts, c
 bias stay torchtitan's, and so do FSDP2, the optimizer and checkpoints. torchtitan imports this, with itself.
 """
 
-import functools
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -30,8 +28,8 @@ if TYPE_CHECKING:
 
 __all__ = ["FusedExperts", "OverlappedRoutedExperts", "routed_experts"]
 
-GATE, UP, BOTH = "w1_EFD", "w3_EFD", "w13_EGD"
-"""torchtitan's names of the two up-projections, and that of both in one tensor (E, 2F, D)."""
+GATE, DOWN, UP, BOTH = "w1_EFD", "w2_EDF", "w3_EFD", "w13_EGD"
+"""torchtitan's names of its weights, in their order, and that of the two up-projections in one tensor (E, 2F, D)."""
 NOT_COMPILED = (
     "tritonmoe's expert-parallel call is not compiled in torchtitan, whose blocks are compiled as a whole: leave out "
     '--compile.enable, or "model" in --compile.components'
@@ -57,6 +55,16 @@ class FusedExperts(GroupedExperts):
         self.register_state_dict_post_hook(_part)
         self.register_load_state_dict_pre_hook(_join)
 
+    def _init_self_parameters(self) -> None:
+        """Draw the weights of GroupedExperts in its order and layout, so that a seed gives the same ones."""
+        if self._param_init is None:  # super() says what is missing
+            super()._init_self_parameters()
+            return
+        gate, up = _empty_half(self.w13_EGD), _empty_half(self.w13_EGD)
+        for name, weight in ((GATE, gate), (DOWN, self.w2_EDF), (UP, up)):
+            self._init_param(name, weight)
+        self.w13_EGD.copy_(torch.cat([gate, up], dim=1))
+
     def weights(self) -> tuple[Tensor, Tensor]:
         """Return this rank's up- and down-projections in bf16, in which torchtitan's experts compute."""
         both, down = (
@@ -70,6 +78,19 @@ class FusedExperts(GroupedExperts):
             "these experts compute inside OverlappedRoutedExperts, which must not be overridden again: leave the "
             "second override out"
         )
+
+
+def _empty_half(both: Tensor) -> nn.Parameter:
+    """Return an empty (E, F, D) beside w13_EGD (E, 2F, D), spread over the same ranks in the same way."""
+    local = both.to_local() if isinstance(both, DTensor) else both
+    half = local.new_empty(local.shape[0], local.shape[1] // 2, local.shape[2])
+    if isinstance(both, DTensor):
+        shape = torch.Size((both.shape[0], both.shape[1] // 2, both.shape[2]))
+        stride = (shape[1] * shape[2], shape[2], 1)
+        # Of a slice of a DTensor that is cut in this dimension, as FSDP2 cuts where it has more ranks than experts,
+        # one would draw into a copy.
+        half = DTensor.from_local(half, both.device_mesh, both.placements, run_check=False, shape=shape, stride=stride)
+    return nn.Parameter(half)
 
 
 def _part(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, _: object) -> None:
@@ -246,21 +267,10 @@ def routed_experts(config: RoutedExperts.Config, **overlap: Any) -> OverlappedRo
 
 
 def _fused(inner: GroupedExperts.Config) -> FusedExperts.Config:
-    starts = dict(inner.param_init or {})
-    gate, up = (starts.pop(name, None) for name in (GATE, UP))
-    if gate is not None and up is not None:
-        starts[BOTH] = functools.partial(_start_both, gate, up)
-    fused = derive(inner, FusedExperts.Config, param_init=starts or None)
+    fused = derive(inner, FusedExperts.Config)
     if inner.sharding_config is not None:
         layouts = dict(inner.sharding_config.state_shardings)
         layouts[BOTH] = layouts.pop(GATE)
         del layouts[UP]
         fused.sharding_config = replace(inner.sharding_config, state_shardings=layouts)
     return fused
-
-
-def _start_both(gate: Callable[[Tensor], None], up: Callable[[Tensor], None], both: Tensor) -> None:
-    """Draw the two halves as torchtitan draws the two weights."""
-    half = both.shape[1] // 2
-    gate(both[:, :half])
-    up(both[:, half:])

@@ -1,9 +1,11 @@
 """torchtitan's own training program on a CPU: `torchrun run_torchtitan.py LOSSES ARGUMENT...`.
 
 Its debug models have fewer layers here. The file gets the losses of the steps; beside it, LOSSES.times the seconds at
-which each step ended, and LOSSES.experts the seconds of each step's forwards of routed experts, recomputes included.
+which each step ended, LOSSES.experts the seconds of each step's forwards of routed experts, recomputes included, and
+LOSSES.weights the digests of the weights before the first step, by their names in state dicts.
 """
 
+import hashlib
 import json
 import os
 import sys
@@ -16,9 +18,11 @@ import torch
 import torchtitan.models.deepseek_v3 as titan_deepseek
 import torchtitan.models.qwen3 as titan_qwen3
 import torchtitan.train
+from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.models.common.moe import RoutedExperts
+from torchtitan.trainer import Trainer
 
 
 def with_layers(make: Any, number: int) -> Any:
@@ -28,6 +32,13 @@ def with_layers(make: Any, number: int) -> Any:
         return config
 
     return made
+
+
+def digests(model: torch.nn.Module) -> dict[str, str]:
+    """Return a digest of the bits of each whole weight; every rank calls."""
+    weights = {name: weight.detach() for name, weight in model.state_dict().items()}
+    whole = {name: of.full_tensor() if isinstance(of, DTensor) else of for name, of in weights.items()}
+    return {name: hashlib.sha256(of.contiguous().numpy().tobytes()).hexdigest() for name, of in whole.items()}
 
 
 if __name__ == "__main__":
@@ -55,7 +66,16 @@ if __name__ == "__main__":
         experts_s.append(0.0)
         return log(self, step, global_avg_loss, *rest, **named)
 
-    MetricsProcessor.log = kept
+    train = Trainer.train
+
+    def from_first_weights(self: Any) -> Any:
+        (model,) = self.model_parts
+        first = json.dumps(digests(model))
+        if os.environ.get("RANK", "0") == "0":
+            losses_path.with_suffix(".weights").write_text(first)
+        return train(self)
+
+    MetricsProcessor.log, Trainer.train = kept, from_first_weights
     torchtitan.train.main()
     if os.environ.get("RANK", "0") == "0":
         losses_path.write_text(json.dumps(losses))

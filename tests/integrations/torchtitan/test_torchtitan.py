@@ -1,4 +1,4 @@
-"""torchtitan with and without the override, from the same weights: losses of three steps, and checkpoints both ways.
+"""torchtitan with and without the override, from the same seed: first weights, three losses, and checkpoints both ways.
 
 torchtitan is no part of the extra `test`: `bash .ci/framework torchtitan` runs these tests in a venv that has it.
 """
@@ -15,24 +15,27 @@ import torch
 
 pytest.importorskip("torchtitan")
 
-from processes import ENVIRONMENT
+from processes import ENVIRONMENT, run_torchrun
 from small_data import write_small_data
 from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from torchtitan.config import derive
 from torchtitan.distributed import ParallelDims
-from torchtitan.models.common.moe import GroupedExperts, RoutedExperts
+from torchtitan.models.common.linear import Linear
+from torchtitan.models.common.moe import GroupedExperts, RoutedExperts, TokenChoiceTopKRouter
 from torchtitan.models.common.token_dispatcher import DeepEPTokenDispatcher
 from torchtitan.models.gpt_oss import gptoss_configs
 from torchtitan.models.qwen3 import qwen3_configs
 
 from bench.torchtitan import MODELS, OVERRIDE, RUN, arguments
-from tritonmoe import OverlapConfig, run_on_emulated_ranks
+from tritonmoe import MoEConfig, OverlapConfig, run_on_emulated_ranks
 from tritonmoe.integrations import torchtitan as integration
 from tritonmoe.integrations.torchtitan import FusedExperts, OverlappedRoutedExperts, routed_experts
+from tritonmoe.routing import TopKRouter
 from tritonmoe.transports import Transport
 
 TOLERANCE = 1e-3
+WORKER = Path(__file__).parent / "first_weights_worker.py"
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +57,6 @@ def train(directory: Path, model: str, name: str, *others: str, size: int = 1, s
         training__steps=steps,
         training__seq_len=128,
         training__local_batch_size=2,
-        parallelism__expert_parallel_degree=size,
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
     ended = subprocess.run(
@@ -69,34 +71,78 @@ def train(directory: Path, model: str, name: str, *others: str, size: int = 1, s
     return json.loads(losses.read_text())
 
 
-def seed(directory: Path, model: str) -> tuple[str, str]:
-    """Return the arguments that start from torchtitan's own first weights."""
-    path = directory / model / "seed" / "step-0"
-    if not path.exists():
-        train(directory, model, "seed", "--checkpoint.create_seed_checkpoint")
-    return "--checkpoint.initial_load_path", str(path)
+def trained(directory: Path, model: str, kind: str, size: int, expert_parallel: int) -> tuple[list[float], Any]:
+    """Return the losses of a run with "own" or "our" experts, and the digests of its first weights; each run once."""
+    name = f"{kind}-{size}-{expert_parallel}"
+    losses = directory / f"{model}-{name}.json"
+    if not losses.exists():
+        override = OVERRIDE if kind == "ours" else ()
+        settings = "--debug.seed", "3", "--parallelism.expert_parallel_degree", str(expert_parallel)
+        train(directory, model, name, *settings, *override, size=size)
+    return json.loads(losses.read_text()), json.loads(losses.with_suffix(".weights").read_text())
 
 
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize(("size", "expert_parallel"), [(1, 1), (2, 1), (2, 2)], ids=["one", "fsdp", "ep"])
 @pytest.mark.parametrize("model", MODELS)
-def test_losses_are_torchtitans_own(model: str, size: int, directory: Path) -> None:
-    start = seed(directory, model)
-    own = train(directory, model, f"own-{size}", *start, size=size)
-    ours = train(directory, model, f"ours-{size}", *start, *OVERRIDE, size=size)
+def test_a_seed_gives_torchtitans_own_weights_and_losses(
+    model: str, size: int, expert_parallel: int, directory: Path
+) -> None:
+    """The first weights bit for bit, on each mesh."""
+    (own, own_weights), (ours, our_weights) = (
+        trained(directory, model, kind, size, expert_parallel) for kind in ("own", "ours")
+    )
+    assert our_weights == own_weights
+    assert any(name.endswith("w1_EFD") for name in own_weights)
     assert own[2] < own[0] - 0.05
     for expected, actual in zip(own, ours, strict=True):
         assert abs(actual - expected) < TOLERANCE
 
 
+def test_more_ranks_than_experts_get_torchtitans_own_weights() -> None:
+    run_torchrun(2, WORKER, cases=["cut in F", "cut in E"])
+
+
 def test_checkpoints_load_both_ways(directory: Path) -> None:
-    start = seed(directory, "qwen3")
-    path = directory / "qwen3" / "ours-2" / "step-3"
-    if not path.exists():
-        train(directory, "qwen3", "ours-2", *start, *OVERRIDE, size=2)
-    go_on = "--checkpoint.initial_load_path", str(path)
+    trained(directory, "qwen3", "ours", 2, 2)
+    go_on = "--checkpoint.initial_load_path", str(directory / "qwen3" / "ours-2-2" / "step-3")
     own = train(directory, "qwen3", "own-goes-on", *go_on, steps=1)
     ours = train(directory, "qwen3", "ours-goes-on", *go_on, *OVERRIDE, steps=1)
     assert abs(own[0] - ours[0]) < TOLERANCE
+
+
+@pytest.mark.parametrize("groups", [(None, None), (4, 2), (6, 3)])
+@pytest.mark.parametrize("score_function", ["sigmoid", "softmax"])
+def test_the_router_chooses_as_torchtitans(groups: tuple[int | None, int | None], score_function: Any) -> None:
+    """Its node-limited routing scores a group by its two best experts."""
+    num_groups, top_k_groups = groups
+    gate = Linear.Config(in_features=16, out_features=24)
+    sizes = {"num_experts": 24, "top_k": 5}
+    config = TokenChoiceTopKRouter.Config(
+        gate=gate, num_expert_groups=num_groups, num_limited_groups=top_k_groups, score_func=score_function, **sizes
+    )
+    theirs: Any = config.build()
+    ours = TopKRouter(
+        MoEConfig(
+            hidden_size=16,
+            intermediate_size=8,
+            score_function=score_function,
+            renormalize=False,
+            selection_bias=True,
+            num_expert_groups=num_groups or 1,
+            top_k_groups=top_k_groups or 1,
+            **sizes,
+        )
+    )
+    with torch.no_grad():
+        ours.e_score_correction_bias.uniform_(-0.1, 0.1, generator=torch.Generator().manual_seed(2))
+        theirs.gate.weight.copy_(ours.weight)
+    x = torch.randn(1, 200, 16, generator=torch.Generator().manual_seed(0))
+    weights, ids, _ = theirs(x, ours.e_score_correction_bias)
+    routing = ours(x[0])
+    dense = [
+        torch.zeros(200, 24).scatter(1, *of) for of in ((ids[0], weights[0]), (routing.topk_ids, routing.topk_weights))
+    ]
+    torch.testing.assert_close(dense[1], dense[0])
 
 
 def experts_config() -> RoutedExperts.Config:
@@ -110,12 +156,14 @@ def test_weights_are_drawn_and_saved_as_torchtitans() -> None:
     assert isinstance(module, OverlappedRoutedExperts)
     assert isinstance(module.inner_experts, FusedExperts)
     own: Any = experts_config().build()
-    for init in (own, module):
-        init.init_states(buffer_device=None) if hasattr(init, "init_states") else init.init_weights()
+    for experts in (own, module):
+        torch.manual_seed(0)
+        with torch.no_grad():
+            experts.init_states()
     saved = module.state_dict()
-    assert {name: value.shape for name, value in saved.items()} == {n: v.shape for n, v in own.state_dict().items()}
+    assert saved.keys() == own.state_dict().keys()
     for name, value in own.state_dict().items():
-        assert abs(saved[name].std() / value.std() - 1) < 0.02, name
+        assert torch.equal(saved[name], value), name
     module.load_state_dict(own.state_dict())
     for name, value in module.state_dict().items():
         assert torch.equal(value, own.state_dict()[name])
