@@ -15,11 +15,13 @@ from tritonmoe.kernels.tiles import measured_tiles
 from tritonmoe.planner.cluster_presets import CLUSTERS
 
 __all__ = [
+    "NUMBERS",
     "bounds_table",
     "codegen_epilogues_table",
     "codegen_packed_table",
     "codegen_steps_table",
     "codegen_table",
+    "compiled_for",
     "decoding_table",
     "launch_table",
     "missing_waits_table",
@@ -47,6 +49,16 @@ def moe_mlp_table(name: str) -> str:
     return "\n".join(lines)
 
 
+NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
+"""Small numbers in words."""
+
+
+def compiled_for(codegen: dict) -> list[str]:
+    """Return the kinds of GPU that the results of bench.codegen have compiled kernels for."""
+    by_target = (worst for row in codegen["results"] for worst in row["worst"].values())
+    return sorted({target for worst in by_target for target in worst})
+
+
 def codegen_table(name: str) -> str:
     """Return the worst of each kernel under the newest Triton, below a sentence that counts all of them."""
     if not (RESULTS / f"{name}.json").exists():
@@ -61,12 +73,14 @@ def codegen_table(name: str) -> str:
         for by_target in row["worst"].values()
         for figures in by_target.values()
     )
+    *others, last = aot.OTHER_ARCHITECTURES
     lines = [
         f"`python -m bench.codegen` with Triton {' and '.join([*older, newest])}: {data['num_kernels']} kernels of "
         f"{data['num_variants']} layouts, gates, dtypes, shapes and batch sizes, {len(data['unfit'])} of them unfit (a "
         "spill in a loop or of more than 16 bytes, too much shared memory, a missing matrix instruction). "
-        "For sm_86, sm_89 and gfx90a only the variants of the test suite are compiled. Kernels that spill up to "
-        f"{most_spilled} bytes of a thread outside of their loops, so that one more program fits on a multiprocessor: "
+        f"For {', '.join(others)} and {last} only the variants of the test suite are compiled. Kernels that spill "
+        f"up to {most_spilled} bytes of a thread outside of their loops, so that one more program fits on a "
+        "multiprocessor: "
         f"{data['num_spilling']}. The table has the worst variant of each kernel with Triton {newest}. A cell has the "
         "most registers, the most KB of shared memory, and the fewest programs side by side on a multiprocessor.",
         "",

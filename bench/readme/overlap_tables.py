@@ -3,6 +3,7 @@
 import statistics
 
 from bench.readme.results import RESULTS, load, load_all, spread, table_head, table_row, where
+from tritonmoe.benchmarks.overlap_report import marks
 from tritonmoe.benchmarks.overlap_table import shown
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "overlap_table",
     "rebalance_table",
     "scheduler_table",
+    "sure_overlap",
     "two_batches_table",
     "two_levels_table",
 ]
@@ -102,9 +104,9 @@ def overlap_table(prefix: str) -> str:
     for one in data:
         results, summary = one["results"], one["results"]["summary"]
         times = [f"{summary[f'T_{kind}']['median_ms']:.1f}" for kind in ("compute", "communication", "serial")]
-        over = summary["overlapped"]
+        over, auto = ({**summary[kind], "marks": marks(summary[kind], summary)} for kind in ("overlapped", "auto"))
         ratios = [shown(over, name) for name in ("bound_ratio", "pass_bound_ratio", "speed_up")]
-        ratios.append(shown(summary["auto"], "bound_ratio"))
+        ratios.append(shown(auto, "bound_ratio"))
         wire = f", wire_dtype {results['wire_dtype']}" if results.get("wire_dtype") else ""
         lines.append(
             f"| {', '.join(map(str, results['E_K_D_F']))} | {results['tokens']} | {results['routing']} | "
@@ -112,6 +114,14 @@ def overlap_table(prefix: str) -> str:
             f"{over['variant'].removeprefix('overlapped ')} | {' | '.join(ratios)} |"
         )
     return "\n".join(lines)
+
+
+def sure_overlap(name: str) -> dict:
+    """Return the figures of merit of a file's fastest overlapped schedule, none of which may be doubtful."""
+    summary = load(name)["results"]["summary"]
+    doubtful = marks(summary["overlapped"], summary)
+    assert not doubtful, f"{name}: {doubtful}"
+    return summary["overlapped"]
 
 
 def two_levels_table(prefix: str) -> str:

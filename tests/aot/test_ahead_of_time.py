@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,7 +13,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from bench.codegen import source_hash
-from tritonmoe.aot import ARCHITECTURES, Compiled, architecture_named
+from bench.readme.kernel_tables import NUMBERS, compiled_for
+from bench.readme.results import ROOT, load
+from tritonmoe.aot import ARCHITECTURES, OTHER_ARCHITECTURES, Compiled, architecture_named
 from tritonmoe.aot.compilation import doubt_of
 from tritonmoe.aot.machine_code import read_amd
 from tritonmoe.config.formats import FORMATS
@@ -372,3 +375,24 @@ def test_wgmma_of_registers_needs_a_ptxas_that_keeps_them(ptxas):
     doubt = doubt_of(f"{of_memory}\n{of_registers}", ptxas)
     assert bool(doubt) == (ptxas not in ("13.3", "14.0"))
     assert Compiled("", "up up", "sm_90", occupancy=1, doubt=doubt).problem == doubt
+
+
+def test_pages_count_the_kinds_of_gpu_as_the_code_does() -> None:
+    """Kernels are compiled for all kinds, whole layers for some of them; every page says the same numbers."""
+    whole, others = len(ARCHITECTURES), len(OTHER_ARCHITECTURES)
+    assert len(compiled_for(load("codegen"))) == whole + others
+    every, six, three = (NUMBERS[number] for number in (whole + others, whole, others))
+    said = {
+        "README.md": (
+            f"kernels compiled for {every} kinds of GPU |",
+            f"{every} kinds of GPU, and tested without hardware on {six},",
+        ),
+        "docs/index.md": (f"kernels compiled for {every} kinds of GPU |",),
+        "docs/kernels.md": (f"size for {six} kinds of GPU", f"four of the {six} targets", f"all {six} targets"),
+        "CONTRIBUTING.md": (f"for {six} kinds of GPU", f"variants for {three} more"),
+        "virtual_gpu/README.md": (f"for {every} kinds of GPU", f"{six} of them", f"four of the {six}"),
+    }
+    for page, words in said.items():
+        text = " ".join((ROOT / page).read_text().split())
+        assert [word for word in words if word not in text] == [], page
+        assert re.findall(r"\w+ GPUs that need not be there|compiled for \w+ GPUs", text) == [], page

@@ -9,19 +9,27 @@ import pytest
 
 from tritonmoe.benchmarks import argument_types
 from tritonmoe.benchmarks.overlap import make_parser
+from tritonmoe.benchmarks.overlap_page import overlap_page
+from tritonmoe.benchmarks.overlap_report import marks as judged
 from tritonmoe.benchmarks.overlap_report import summarize_overlap
 from tritonmoe.benchmarks.overlap_table import TERMS, TERMS_OF_PICTURE, as_table, as_terms, headline, noise_notes
 from tritonmoe.benchmarks.timing import quartiles, summarize
 from tritonmoe.benchmarks.transformers import main as bench_transformers
 from tritonmoe.cli import main
+from tritonmoe.report.timeline import PassTimeline, Span, Timeline
 from tritonmoe.runtime.progress import Progress, duration
 
 SUSPECTS = ["bound_ratio", "pass_bound_ratio", "hidden_share", "exposed_ms"]
 
 
-def results_of(overlapped_ms: float, communication_ms: float = 40.0, passes: tuple = ((40, 60), (10, 30))) -> dict:
+def results_of(
+    overlapped_ms: float,
+    communication_ms: float = 40.0,
+    passes: tuple = ((40, 60), (10, 30)),
+    serial_ms: float = 140.0,
+) -> dict:
     """Return the results of three rounds, of compute that takes 100 ms; "auto" takes 120."""
-    times = {"compute": 100.0, "communication C=1": communication_ms, "serial C=1": 140.0}
+    times = {"compute": 100.0, "communication C=1": communication_ms, "serial C=1": serial_ms}
     times |= {"overlapped C=2": overlapped_ms, "auto": 120.0}
     report = SimpleNamespace(forward=SimpleNamespace(compute_s=0.03), num_chunks=2)
     measured: Any = SimpleNamespace(
@@ -51,8 +59,8 @@ def results_of(overlapped_ms: float, communication_ms: float = 40.0, passes: tup
 )
 def test_faster_than_compute_is_too_noisy(overlapped_ms: float, too_noisy: list[str]) -> None:
     results = results_of(overlapped_ms)
-    assert results["summary"]["overlapped"]["too_noisy"] == too_noisy
-    assert results["summary"]["auto"]["too_noisy"] == []
+    assert results["summary"]["overlapped"]["marks"] == dict.fromkeys(too_noisy, "too noisy")
+    assert results["summary"]["auto"]["marks"] == {}
     text, picture = as_table(results), headline(results)
     rows = {line.split()[0]: line for line in text.partition("\n\n")[0].splitlines()}
     for name in SUSPECTS:
@@ -65,15 +73,57 @@ def test_faster_than_compute_is_too_noisy(overlapped_ms: float, too_noisy: list[
         assert note in text
         assert f"too noisy ({', '.join(too_noisy)})" in note
         assert f"overlapped C=2 took {overlapped_ms:.2f} ms, beside 100.00 ms of compute and 40.00 ms of comm" in note
-        assert "Measure more rounds (--rounds 21), or on a quieter machine" in note
+        assert note.endswith(
+            "Measure more rounds (--rounds), on an idle machine, or a larger layer (--tokens, --model)."
+        )
 
 
 def test_faster_than_communication_or_than_its_passes_is_too_noisy() -> None:
-    assert results_of(190.0, 200.0)["summary"]["overlapped"]["too_noisy"] == ["bound_ratio", "hidden_share"]
+    assert set(results_of(190.0, 200.0, serial_ms=300.0)["summary"]["overlapped"]["marks"]) == {
+        *("bound_ratio", "hidden_share")
+    }
     # The passes' longer sides: 40 of compute, 80 of communication.
     uneven = results_of(105.0, 90.0, ((40, 60), (10, 80)))["summary"]["overlapped"]
     assert uneven["pass_bound_ratio"] == 0.875
-    assert uneven["too_noisy"] == ["pass_bound_ratio"]
+    assert uneven["marks"] == {"pass_bound_ratio": "too noisy"}
+
+
+@pytest.mark.parametrize(
+    ("overlapped_ms", "serial_ms", "marks"),
+    [
+        (140.3, 140.0, {}),  # as long as both in turn
+        (158.0, 140.0, {"hidden_share": "nothing hidden"}),
+        (158.0, 141.0, {"hidden_share": "nothing hidden"}),  # a time in series within 0.01 of its parts
+        (158.0, 170.0, {"hidden_share": "too noisy", "speed_up": "too noisy"}),
+        (120.0, 170.0, {"hidden_share": "too noisy", "speed_up": "too noisy"}),
+        (120.0, 120.0, {}),  # both parts have what a call does once
+    ],
+)
+def test_a_share_that_cannot_be_is_marked_everywhere(overlapped_ms: float, serial_ms: float, marks: dict) -> None:
+    results = results_of(overlapped_ms, serial_ms=serial_ms)
+    summary = results["summary"]
+    assert summary["overlapped"]["marks"] == marks
+    assert judged(summary["overlapped"], summary) == marks
+    results |= {"ranks": 2, "traffic_rows": [[1, 2], [2, 1]], "sweep": [], "verdict": {"text": "A verdict."}}
+    timeline = Timeline(
+        "serial C=1", 0, *[PassTimeline((Span("experts", "experts", None, "compute", 0.0, 0.1, 0.1),), 0.1)] * 2
+    )
+    page = overlap_page(results, {"serial C=1": [timeline]})
+    assert page.data["summary"]["overlapped"]["marks"] == marks
+    (shares,) = (row for row in page.sections[0].blocks[0].table.rows if row[0] == "hidden_share")
+    rows = {line.split()[0]: line for line in as_table(results).partition("\n\n")[0].splitlines()}
+    said = f"{marks['hidden_share']}: {summary['overlapped']['hidden_share']:.3f}" if marks else None
+    for text in (shares[1], rows["hidden_share"], headline(results)):
+        assert (said in text) if said else ("too noisy" not in text and "nothing hidden" not in text)
+    notes = noise_notes(results)
+    assert set(notes) <= set(page.summary)
+    if serial_ms == 170.0:
+        assert "T_serial is longer than T_compute and T_communication together, as the verdict says" in notes[0]
+    elif marks:
+        assert notes == [
+            "nothing hidden: overlapped C=2 took 158.00 ms, beside 100.00 ms of compute and 40.00 ms of communication "
+            "alone. Its steps cost more than they hide."
+        ]
 
 
 def drifting(factors: dict[str, list[float]]) -> Any:

@@ -109,7 +109,9 @@ def test_what_noise_hides_is_not_said() -> None:
     assert (
         "can gain at most 5 % here; what it gained can't be told from the noise, overlapped C=4 took" in found["text"]
     )
-    assert found["text"].endswith("of the rounds: measure more rounds (--rounds), or on a quieter machine.")
+    assert found["text"].endswith(
+        "of the rounds: measure more rounds (--rounds), on an idle machine, or a larger layer (--tokens, --model)."
+    )
 
 
 def test_faster_than_its_bound() -> None:
@@ -122,6 +124,28 @@ def test_a_time_in_series_that_cannot_be() -> None:
     found = verdict_of(408.0, 21.0, 390.0, 380.0)
     assert (found["case"], found["possible_gain"], found["gain"]) == ("no bound", None, None)
     assert "both in turn took 390 ms, which is too short to be true" in found["text"]
+
+
+def test_a_time_in_series_that_its_parts_do_not_allow() -> None:
+    """Two ranks on shared cores: 46 and 58 ms, and 128 in turn. A bound of 55 % is none that the parts allow."""
+    found = verdict_of(46.0, 58.0, 128.0, 95.0, spread=0.05, emulated=True)
+    assert (found["case"], found["possible_gain"], found["gain"]) == ("series too long", None, None)
+    assert found["text"] == (
+        "On this emulated link compute takes 46.0 ms beside 58.0 ms of exchanges, but both in turn took 128 ms (123 ms "
+        "to 133 ms in the middle half of the rounds), more than the 104 ms of both together. So how much overlap can "
+        "gain can't be told: at every exchange the ranks wait for the slowest one, and where ranks share cores, with "
+        "each other or with other programs, these waits are in neither part; measure more rounds (--rounds), on an "
+        "idle machine, or a larger layer (--tokens, --model)."
+    )
+
+
+def test_no_bound_is_above_what_the_parts_allow() -> None:
+    """Within the noise, but longer than the parts: what can be gained is said of the parts."""
+    found = verdict_of(46.0, 58.0, 128.0, 95.0, spread=0.3, pass_bound=60.0)
+    assert found["possible_gain"] == pytest.approx(1 - 60 / 104, abs=1e-4)
+    assert "can gain at most 42 % here" in found["text"]
+    # A time in series that is shorter has what both parts do once only.
+    assert verdict_of(46.0, 58.0, 100.0, 80.0)["possible_gain"] == pytest.approx(0.42)
 
 
 @pytest.mark.parametrize(("rounds", "words"), [(1, "1 round can't tell"), (2, "2 rounds can't tell")])

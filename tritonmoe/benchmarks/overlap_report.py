@@ -7,10 +7,11 @@ from tritonmoe.benchmarks.overlap_variants import best
 from tritonmoe.benchmarks.timing import ratio, summarize
 from tritonmoe.runtime.files import Json
 
-__all__ = ["BEYOND_BOUND", "merits", "summarize_overlap"]
+__all__ = ["BEYOND_BOUND", "marks", "merits", "series_is_too_long", "summarize_overlap"]
 
 BEYOND_BOUND = 0.01
 """How far beyond its bound a call at that bound may be measured, relative to the bound."""
+TOO_NOISY, NOTHING_HIDDEN = "too noisy", "nothing hidden"
 
 
 def summarize_overlap(measured: RankMeasurement) -> Json:
@@ -47,7 +48,7 @@ def summarize_overlap(measured: RankMeasurement) -> Json:
 def merits(times: Json, summary: Json) -> Json:
     """Return the figures of merit of a call with these times: quotients and differences of medians as they are shown.
 
-    "too_noisy" names those beyond their bound: a call takes as long as its compute and as its communication, or longer.
+    "marks" has the word before each figure that can't be: see marks().
     """
     compute, communication = summary["T_compute"], summary["T_communication"]
     time_ms, compute_ms, communication_ms = (one["median_ms"] for one in (times, compute, communication))
@@ -58,14 +59,34 @@ def merits(times: Json, summary: Json) -> Json:
         "pass_bound_ratio": ratio(times, summary["T_pass_bound"]),
         "speed_up": ratio(summary["T_serial"], times),
     }
+    return {**figures, "marks": marks(figures, summary)}
+
+
+def marks(figures: Json, summary: Json) -> dict[str, str]:
+    """Return the word before each figure of merit that can't be, or that says nothing: name -> word.
+
+    A call takes as long as its compute and as its communication, or longer. One that takes longer than both in turn
+    hides nothing. Where both in turn took longer than they can, no figure that needs them holds.
+    """
     beyond = {
         "bound_ratio": 1 - figures["bound_ratio"],
         "pass_bound_ratio": 1 - figures["pass_bound_ratio"],
         "hidden_share": figures["hidden_share"] - 1,
-        "exposed_ms": -figures["exposed_ms"] / compute_ms,
+        "exposed_ms": -figures["exposed_ms"] / summary["T_compute"]["median_ms"],
     }
-    figures["too_noisy"] = [name for name, excess in beyond.items() if excess > BEYOND_BOUND]
-    return figures
+    found = {name: TOO_NOISY for name, excess in beyond.items() if excess > BEYOND_BOUND}
+    if series_is_too_long(summary):
+        return found | dict.fromkeys(("hidden_share", "speed_up"), TOO_NOISY)
+    return {"hidden_share": NOTHING_HIDDEN, **found} if figures["hidden_share"] < -BEYOND_BOUND else found
+
+
+def series_is_too_long(summary: Json) -> bool:
+    """Return whether the time in series is longer than its two parts together, by more than the noise of all three.
+
+    It may be shorter: both parts have what a call does once, such as its planning and the packing of rows.
+    """
+    longest_ms = sum(summary[name]["upper_quartile_ms"] for name in ("T_compute", "T_communication"))
+    return summary["T_serial"]["lower_quartile_ms"] > longest_ms * (1 + BEYOND_BOUND)
 
 
 def _pass_bounds(measured: RankMeasurement, compute: str, communication: str) -> list[float]:

@@ -3,11 +3,21 @@
 import textwrap
 from collections.abc import Iterable
 
-from tritonmoe.benchmarks.overlap_report import BEYOND_BOUND
+from tritonmoe.benchmarks.overlap_report import BEYOND_BOUND, NOTHING_HIDDEN, TOO_NOISY, series_is_too_long
 from tritonmoe.report.terminal import TEXT_COLUMNS
 from tritonmoe.runtime.files import Json
 
-__all__ = ["OF_ROUNDS", "TERMS", "TERMS_OF_PICTURE", "as_table", "as_terms", "headline", "noise_notes", "shown"]
+__all__ = [
+    "AGAIN",
+    "OF_ROUNDS",
+    "TERMS",
+    "TERMS_OF_PICTURE",
+    "as_table",
+    "as_terms",
+    "headline",
+    "noise_notes",
+    "shown",
+]
 
 TERMS = {
     "T_compute": "the layer with rows that arrive without delay: nothing travels",
@@ -21,7 +31,7 @@ TERMS = {
     "planned": "in pictures and traces: the lanes that the simulator predicts",
     "bound_ratio": "time / max(T_compute, T_communication): at least 1; 1 if the shorter one is wholly hidden",
     "pass_bound_ratio": "time / T_pass_bound: at least 1; a backward can't hide what the forward exposes",
-    "hidden_share": "(T_compute + T_communication - time) / min(T_compute, T_communication): at most 1",
+    "hidden_share": "(T_compute + T_communication - time) / min(T_compute, T_communication): 0 to 1",
     "exposed_ms": "time - T_compute: at least 0",
     "speed_up": "T_serial / time, like all ratios a ratio of the medians that are shown",
     "contention": "the experts' time in forward during exchanges / without any, of the rank with the largest ratio",
@@ -36,30 +46,39 @@ TERMS_OF_PICTURE = (
 )
 OF_ROUNDS = (
     "A time is that of the slowest rank, the median of the rounds with its quartiles; a figure is of these medians. "
-    f"A figure beyond its bound by more than {BEYOND_BOUND} (exposed_ms: by that times T_compute) is too noisy."
+    f"A figure beyond its bound by more than {BEYOND_BOUND} (exposed_ms: by that times T_compute) is too noisy; so are "
+    "hidden_share and speed_up where T_serial is longer than T_compute and T_communication together, by more than the "
+    "quartiles allow. Where a call takes longer than these two together, nothing is hidden."
 )
+AGAIN = "measure more rounds (--rounds), on an idle machine, or a larger layer (--tokens, --model)"
+"""What to do about noise, at the end of a sentence."""
 FIGURES = ("bound_ratio", "pass_bound_ratio", "hidden_share", "exposed_ms", "speed_up", "contention", "over_best")
 TWO_LEVELS = ("two_levels_speed_up", "two_levels_auto_over_best")
 
 
 def shown(figures: Json, name: str) -> str:
-    """Return one figure of merit as text: "1.018", "too noisy: 0.953"."""
-    text = f"{figures[name]:.3f}"
-    return f"too noisy: {text}" if name in figures.get("too_noisy", ()) else text
+    """Return one figure of merit as text, with its mark: "1.018", "too noisy: 0.953"."""
+    text, mark = f"{figures[name]:.3f}", figures.get("marks", {}).get(name)
+    return text if mark is None else f"{mark}: {text}"
 
 
 def noise_notes(results: Json) -> list[str]:
-    """Say of each schedule that was faster than it can be what was measured, and what to do."""
-    summary = results["summary"]
+    """Say of each schedule with marked figures what was measured, and what to do."""
+    summary, notes = results["summary"], []
     compute, communication = (summary[f"T_{kind}"]["median_ms"] for kind in ("compute", "communication"))
-    return [
-        f"too noisy ({', '.join(figures['too_noisy'])}): neither a call nor one of its passes can be faster than the "
-        f"longer of its compute and its communication. {_title(figures)} took {figures['median_ms']:.2f} ms, beside "
-        f"{compute:.2f} ms of compute and {communication:.2f} ms of communication alone. Measure more rounds "
-        f"(--rounds {3 * results['rounds']}), or on a quieter machine."
-        for figures in (summary["overlapped"], summary["auto"])
-        if figures["too_noisy"]
-    ]
+    parts = f"{compute:.2f} ms of compute and {communication:.2f} ms of communication alone"
+    for figures in (summary["overlapped"], summary["auto"]):
+        took = f"{_title(figures)} took {figures['median_ms']:.2f} ms, beside {parts}."
+        words = [name for name, mark in figures["marks"].items() if mark == TOO_NOISY]
+        if NOTHING_HIDDEN in figures["marks"].values():
+            notes.append(f"{NOTHING_HIDDEN}: {took} Its steps cost more than they hide.")
+        if not words:
+            continue
+        why = "neither a call nor one of its passes can be faster than the longer of its compute and its communication"
+        if series_is_too_long(summary):
+            why = "T_serial is longer than T_compute and T_communication together, as the verdict says"
+        notes.append(f"too noisy ({', '.join(words)}): {why}. {took} {AGAIN[0].upper()}{AGAIN[1:]}.")
+    return notes
 
 
 def headline(results: Json) -> str:

@@ -1,6 +1,7 @@
 """What the overlap benchmark's times mean, in one sentence: what overlap can gain here, and what it gained."""
 
-from tritonmoe.benchmarks.overlap_report import BEYOND_BOUND
+from tritonmoe.benchmarks.overlap_report import BEYOND_BOUND, series_is_too_long
+from tritonmoe.benchmarks.overlap_table import AGAIN
 from tritonmoe.report.figures import UNITS
 from tritonmoe.runtime.files import Json
 
@@ -10,7 +11,6 @@ LEAST_ROUNDS = 3
 """Fewer have no spread to speak of."""
 WHOLLY = 0.9
 """The share of what can be gained from which on exchanges count as hidden."""
-AGAIN = "measure more rounds (--rounds), or on a quieter machine"
 
 
 def verdict(results: Json) -> Json:
@@ -18,9 +18,11 @@ def verdict(results: Json) -> Json:
 
     "case": "gained", "hidden" (next to all of what can be gained), "lost" (the fastest overlapped schedule is slower
     than the fastest without overlap), "few rounds", "noise" (the quartiles of both overlap), "too fast" (faster than
-    its bound), "no bound" (the time in series is shorter than a call can be), "no exchange".
-    "possible_gain", "gain" and "auto_gain" are 1 - time / T_serial, of the bound and of the times; None where the times
-    don't tell. A gain may be the possible one and the error of measurement more.
+    its bound), "no bound" (the time in series is shorter than a call can be), "series too long" (longer than its parts
+    together, by more than their noise), "no exchange".
+    "gain" and "auto_gain" are 1 - time / T_serial, "possible_gain" is 1 - bound / time in series, which is T_serial or,
+    where they are shorter, the parts together; None where the times don't tell. A gain may be the possible one and the
+    error of measurement more.
     """
     found: Json = {"possible_gain": None, "gain": None, "auto_gain": None}
     rows = results["traffic_rows"]
@@ -39,11 +41,20 @@ def verdict(results: Json) -> Json:
     if series_ms < longest_ms * (1 - BEYOND_BOUND):
         text = f"{takes}, and both in turn took {_ms(series_ms)}, which is too short to be true: {AGAIN}."
         return {"case": "no bound", "text": text, **found}
+    if series_is_too_long(summary):
+        text = (
+            f"{takes}, but both in turn took {_ms(series_ms)} ({_middle(serial)} in the middle half of the rounds), "
+            f"more than the {_ms(compute_ms + communication_ms)} of both together. So how much overlap can gain can't "
+            "be told: at every exchange the ranks wait for the slowest one, and where ranks share cores, with each "
+            f"other or with other programs, these waits are in neither part; {AGAIN}."
+        )
+        return {"case": "series too long", "text": text, **found}
 
     def gain(time_ms: float) -> float:
         return round(1 - time_ms / series_ms, 4)
 
-    found["possible_gain"] = possible = max(0.0, gain(longest_ms))
+    in_turn_ms = min(series_ms, compute_ms + communication_ms)
+    found["possible_gain"] = possible = max(0.0, round(1 - longest_ms / in_turn_ms, 4))
     by_pass = " (each pass by itself)" if longest_ms > longer[1] * (1 + BEYOND_BOUND) else ""
     case = _case(serial, overlapped, longest_ms, possible)
     if case in ("gained", "hidden", "lost"):
