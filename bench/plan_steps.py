@@ -48,7 +48,7 @@ class Walked:
 def walk(step: PublishedStep) -> Walked:
     """Predict a published step, which overlaps nothing unless two halves of a batch run in turn."""
     curve = ExchangeCurve(step.job, step.cluster, 1, SERIAL)
-    draws = draw(step.job, step.cluster, NUM_DRAWS, 0)
+    draws = draw(step.job, step.cluster, NUM_DRAWS)
     taken = [Drawn.of(one.job(step.job), step.cluster.scaled(one.factors), (curve, curve)) for one in draws]
     expected = Drawn.of(step.job, step.cluster, (curve, curve))
     return Walked(step, expected.time.step_s, draws, [one.time.step_s for one in taken])

@@ -109,7 +109,7 @@ def test_an_empty_file_says_what_is_missing():
 def test_four_of_five_draws_lie_within_the_spread(estimate, spread):
     cluster = replace(CLUSTERS["H100"], host=replace(CLUSTERS["H100"].host, us_per_layer=estimate))
     assert spread_of("host.us_per_layer", estimate) == spread
-    draws = draw(Job(MODELS["OLMoE-1B-7B"]), cluster, 2000, 0)
+    draws = draw(Job(MODELS["OLMoE-1B-7B"]), cluster, 2000)
     drawn = [cluster.scaled(one.factors).host.us_per_layer.value for one in draws]
     assert 0.76 < sum(1000 / (1 + spread) < one < 1000 * (1 + spread) for one in drawn) / 2000 < 0.84
 

@@ -29,7 +29,7 @@ def test_a_curve_gives_what_a_walk_gives(case, overlap):
     job, levels = CASES[case]
     curve = ExchangeCurve(job, H100, levels, overlap)
     errors = []
-    for one in (H100, *(H100.scaled(of.factors) for of in draw(job, H100, 8, 0))):
+    for one in (H100, *(H100.scaled(of.factors) for of in draw(job, H100, 8))):
         parts = layer_parts(job, one)
         walked, read = exchange_time(job, one, levels, overlap, parts), curve.time(job, one, parts)
         errors.append(abs(read.total_s / walked.total_s - 1))

@@ -30,6 +30,7 @@ from tritonmoe.planner.cluster_presets import CLUSTERS
 from tritonmoe.planner.job import Job
 from tritonmoe.planner.model_config import find_model
 from tritonmoe.planner.plan_page import comparison_page, plan_page
+from tritonmoe.planner.plan_verdict import comparison_as_json, plan_as_json
 from tritonmoe.report.charts import Bars, Curve, Curves, Heat, Segment, Strip, compact, ticks
 from tritonmoe.report.figures import Figures, Number, Table, Words
 from tritonmoe.report.html import Page, Section, page_text
@@ -139,14 +140,14 @@ def test_unknown_arrivals(slow: RecordedRun) -> None:
 def test_a_plan() -> None:
     plan = comparison().plans[0]
     page, data = check_page(page_text(plan_page(plan)))
-    assert data == json.loads(json.dumps(plan.to_json()))
+    assert data == json.loads(json.dumps(plan_as_json(plan)))
     shown = {attributes["data-key"] for attributes, _ in page.numbers}
     assert {"choices/0/step_ms", "stays_best", "measure_next/0/swing", "estimates/gpu.gemm_efficiency/value"} <= shown
 
 
 def test_a_comparison() -> None:
     page, data = check_page(page_text(comparison_page(comparison())))
-    assert data == json.loads(json.dumps(comparison().to_json()))
+    assert data == json.loads(json.dumps(comparison_as_json(comparison())))
     assert [[one["gpus"] for one in of] for of in data["by_gpus"]] == [[8, 16, 32, 64, 128], [8, 16, 32, 64]]
     (own,) = (one for one in data["by_gpus"][0] if one["gpus"] == 32)
     assert own["usd_per_million_tokens"] == data["usd_per_million_tokens"][0][1]

@@ -19,6 +19,7 @@ from tritonmoe.planner.model_presets import MODELS
 from tritonmoe.planner.plan_page import comparison_page, plan_page
 from tritonmoe.planner.plan_search import Free
 from tritonmoe.planner.plan_table import comparison_table, plan_table
+from tritonmoe.planner.plan_verdict import comparison_as_json, plan_as_json
 from tritonmoe.planner.trainer import TRAINERS, UNKNOWN_IMBALANCE, Sends, trained_by
 from tritonmoe.planner.training_plan import plan
 from tritonmoe.report.html import Page, write_page
@@ -156,11 +157,11 @@ def _plan(arguments: argparse.Namespace) -> int:
             clusters = [replace(one, name=given) for one, given in zip(clusters, arguments.compare, strict=True)]
         comparison = compare(job, clusters, arguments.ep, free=free, equal=arguments.equal)
         print(wrapped(comparison_table(comparison)))
-        _write(arguments, comparison.to_json(), lambda: comparison_page(comparison))
+        _write(arguments, comparison_as_json(comparison), lambda: comparison_page(comparison))
         return 0 if all(one.best.fits for one in comparison.plans) else 1
     found = plan(job, _sized(_find_cluster(arguments.cluster), arguments), arguments.ep, free=free)
     print(wrapped(plan_table(found)))
-    _write(arguments, found.to_json(), lambda: plan_page(found))
+    _write(arguments, plan_as_json(found), lambda: plan_page(found))
     return 0 if found.best.fits else 1
 
 

@@ -3,13 +3,14 @@
 import math
 import statistics
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from tritonmoe.planner.cluster import Cluster
 from tritonmoe.planner.job import Job
 from tritonmoe.planner.plan_search import Free, search
-from tritonmoe.planner.training_plan import Plan, plan
+from tritonmoe.planner.training_plan import Plan, expected_time, plan, usd_per_million_tokens
 from tritonmoe.runtime.files import Json
 
 __all__ = ["Comparison", "Equal", "Sized", "compare", "equalized"]
@@ -22,7 +23,7 @@ SIZES = (0.25, 0.5, 1.0, 2.0, 4.0)
 
 @dataclass(frozen=True)
 class Sized:
-    """The cheapest choice on a cluster with another number of nodes; None where nothing fits."""
+    """The best choice on a cluster with this number of nodes; None where nothing fits."""
 
     gpus: int
     step_s: float | None
@@ -123,14 +124,20 @@ def compare(
 ) -> Comparison:
     """Plan a job for several clusters, and its price for models of other widths. Raises ValueError as plan() does."""
     clusters = equalized(clusters, equal)
-    plans = [plan(job, cluster, degrees, free=free, seed=number) for number, cluster in enumerate(clusters)]
+    plans = [plan(job, cluster, degrees, free=free) for cluster in clusters]
     usd = [
-        [_cheapest(replace(job, model=job.model.scaled(scale)), one, degrees)[0] for scale in SCALES]
-        for one in clusters
+        [
+            _sized(one, replace(job, model=job.model.scaled(scale)), one.cluster, degrees).usd_per_million_tokens
+            for scale in SCALES
+        ]
+        for one in plans
     ]
     sized = [
-        [_sized(job, one.with_nodes(nodes), degrees) for nodes in sorted({max(1, round(one.nodes * n)) for n in SIZES})]
-        for one in clusters
+        [
+            _sized(one, job, one.cluster.with_nodes(nodes), degrees)
+            for nodes in sorted({max(1, round(one.cluster.nodes * n)) for n in SIZES})
+        ]
+        for one in plans
     ]
     return Comparison(plans, equal, SCALES, usd, sized, _cheapest_shares(plans), _decides(plans))
 
@@ -167,19 +174,21 @@ def _decides(plans: Sequence[Plan]) -> list[tuple[int, str, float]]:
     return sorted(found, key=lambda of: -of[2])[:5]
 
 
-def _cheapest(job: Job, cluster: Cluster, degrees: Sequence[int]) -> tuple[float | None, float | None]:
-    """Return the price of a million tokens with the cheapest choice that fits, and the seconds of its step."""
-    try:
-        best = search(job, cluster, degrees, Free(pp=True, recompute=True))[0]
-    except ValueError:
-        return None, None
-    if not best.fits:
-        return None, None
-    usd = cluster.usd_per_gpu_hour * cluster.num_gpus / 3600 / (best.tokens_per_s / 1e6)
-    return usd, best.job.tokens_per_step(best.cluster) / best.tokens_per_s
+def _sized(plan: Plan, job: Job, cluster: Cluster, degrees: Sequence[int]) -> Sized:
+    """Return the best choice for a job like a plan's, on as many nodes as `cluster` has; they may be too few for it.
 
-
-def _sized(job: Job, cluster: Cluster, degrees: Sequence[int]) -> Sized:
-    """Return the cheapest choice on a cluster that may have too few nodes for the job."""
-    usd, step_s = _cheapest(job, cluster, degrees)
-    return Sized(cluster.num_gpus, step_s, usd)
+    Degrees that fit none of its choices are left out.
+    """
+    if (job, cluster) == (plan.job, plan.cluster):
+        best = [(plan.best.time, plan.best.fits)]
+    else:
+        best = []
+        for named in [[ep] for ep in degrees] or [[]]:
+            with suppress(ValueError):
+                (one, *_), _ = search(job, cluster, named, plan.free)
+                best.append((expected_time(one), one.fits))
+    times = [time for time, fits in best if fits]
+    if not times:
+        return Sized(cluster.num_gpus, None, None)
+    time = min(times, key=lambda one: one.step_s / one.tokens)
+    return Sized(cluster.num_gpus, time.step_s, usd_per_million_tokens(cluster, time))

@@ -68,17 +68,17 @@ class Draw:
         return math.exp(error.log_factor(self.common, self.own))
 
 
-def draw(job: Job, cluster: Cluster, count: int, seed: int) -> list[Draw]:
-    """Return so many draws, of a cluster with a seed of its own.
+def draw(job: Job, cluster: Cluster, count: int) -> list[Draw]:
+    """Return so many draws, of which a cluster has the same alone and beside others.
 
     Two clusters of which the same is assumed share what it may really be, as they share the model's error: they are
     machines of one kind, or run one trainer. What was measured on one says nothing about the other.
     """
     numbers = {
-        one.key: (one.sigma, random.Random(f"{one.key} {one.value} {'' if one.source == 'assumed' else seed}"))
+        one.key: (one.sigma, random.Random(f"{one.key} {one.value} {'' if one.source == 'assumed' else cluster.name}"))
         for one in uncertainties(job, cluster)
     }
-    common, own = random.Random("common"), random.Random(f"own {seed}")
+    common, own = random.Random("common"), random.Random(f"own {cluster.name}")
     return [
         Draw(
             {key: math.exp(generator.gauss(0.0, sigma)) for key, (sigma, generator) in numbers.items()},

@@ -28,6 +28,7 @@ SERIAL = OverlapPlan((1,), local_first=False, serial=True)
 SHARES = (0.02, 0.2, 0.35, 0.45, 0.5, 0.55, 0.65, 0.8, 0.98)
 """The shares of the exchanges, forward and backward together, for which schedules are walked, with links so slow."""
 CONTENTION = 0.2
+"""What is walked where the cluster itself has none."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,8 @@ class Curve:
 class ExchangeCurve:
     """Experts and exchanges of one layer of a job under a plan, for every cluster like the one given.
 
-    What compute loses beside an exchange is read off in between two values of it.
+    What compute loses beside an exchange is read off in between two values of it. For the given cluster a curve gives
+    what a walk gives.
     """
 
     def __init__(self, job: Job, cluster: Cluster, num_levels: int, plan: OverlapPlan) -> None:
@@ -79,10 +81,11 @@ class ExchangeCurve:
         self._units = _Units(layer_exchange(job, cluster, num_levels, layer_parts(job, cluster)), plan)
         both = self.lanes(job, cluster, layer_parts(job, cluster))
         compute_s, exchange_s = sum(of.compute_s for of in both), sum(of.exchange_s for of in both)
-        slower = [share / (1 - share) * compute_s / exchange_s for share in SHARES] if exchange_s else [1.0]
+        slower = [share / (1 - share) * compute_s / exchange_s for share in SHARES] if exchange_s else []
+        self._contention = cluster.gpu.contention.value or CONTENTION
         self._calm, self._busy = (
-            self._curves([_slower(cluster, factor, contention) for factor in slower])
-            for contention in (0.0, CONTENTION)
+            self._curves([_slower(cluster, factor, contention) for factor in (*slower, 1.0)])
+            for contention in (0.0, self._contention)
         )
 
     def lanes(self, job: Job, cluster: Cluster, parts: Parts) -> tuple[Lanes, Lanes]:
@@ -103,7 +106,7 @@ class ExchangeCurve:
     def time(self, job: Job, cluster: Cluster, parts: Parts) -> ExchangeTime:
         """Return exchange_time, within some hundredths, of a job that differs only in what its steps cost."""
         calls = self._calls(layer_exchange(_whole(job), cluster, self.num_levels, parts), parts)
-        busy = cluster.gpu.contention.value / CONTENTION
+        busy = cluster.gpu.contention.value / self._contention
         found = []
         for lanes, calm_curve, busy_curve, fixed in zip(calls.lanes, self._calm, self._busy, calls.fixed, strict=True):
             pair = zip(calm_curve.at(lanes), busy_curve.at(lanes), strict=True)

@@ -111,6 +111,30 @@ class LayerExchange:
         """How many steps a forward has for the shared expert."""
         return 2 if self.shared_s else 0
 
+    def travelling_s(self) -> tuple[float, float]:
+        """Return what the busiest link needs for the rows of a forward and of a backward, however they are cut."""
+        levels: list[tuple[tuple[LayerWork, ...], LinkCosts]]
+        if isinstance(self.work, TwoLevelWork):
+            levels = [((self.work.outer,), self.link), ((self.work.own, self.work.relayed), self.work.link)]
+        else:
+            levels = [((self.work,), self.link)]
+
+        def busiest_s(*ways: StepKind) -> float:
+            return max(
+                sum(
+                    float((of.rows.sum(1) - of.rows.diagonal()).max()) * of.bytes_per_row(way)
+                    for of in works
+                    for way in ways
+                )
+                / link.bytes_per_s
+                for works, link in levels
+            )
+
+        return (
+            busiest_s(StepKind.DISPATCH, StepKind.COMBINE),
+            busiest_s(StepKind.COMBINE_BACKWARD, StepKind.DISPATCH_BACKWARD),
+        )
+
     def time(self, plan: OverlapPlan) -> ExchangeTime:
         """Return what the layer takes under a plan."""
         forward = simulate(build_forward(plan, self.num_fillers), plan, self.work, self.costs, self.link)

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from tritonmoe.planner.comparison import Comparison
-from tritonmoe.planner.plan_verdict import DECIDES, compare_verdict, not_measured, plan_verdict
+from tritonmoe.planner.plan_verdict import DECIDES, comparison_as_json, plan_as_json
 from tritonmoe.planner.training_plan import Plan
 from tritonmoe.report.charts import Curve, Curves, Segment, Strip, Strips, ticks
 from tritonmoe.report.figures import Cell, Figures, Line, Table, Words
@@ -21,7 +21,8 @@ OTHER = "everything else"
 
 
 def plan_page(plan: Plan) -> Page:
-    figures = Figures(plan.to_json())
+    data = plan_as_json(plan)
+    figures = Figures(data)
     one = _Planned(figures, "")
     title = f"{plan.job.model.name} on {plan.cluster.num_gpus} GPUs of {plan.cluster.name}"
     sections = [
@@ -32,12 +33,13 @@ def plan_page(plan: Plan) -> Page:
         Section("What this rests on", list(one.estimates())),
     ]
     summary: list[list[Cell]] = [one.job(), one.best(), *one.exchanges()]
-    summary += [[said] for said in (not_measured(plan.job), plan_verdict(plan)) if said]
-    return Page(title, summary, [of for of in sections if of.blocks], plan.to_json())
+    summary += [[said] for said in (*data["notes"], data["verdict"])]
+    return Page(title, summary, [of for of in sections if of.blocks], data)
 
 
 def comparison_page(comparison: Comparison) -> Page:
-    figures = Figures(comparison.to_json())
+    data = comparison_as_json(comparison)
+    figures = Figures(data)
     plans = [_Planned(figures, f"plans/{number}/") for number in range(len(comparison.plans))]
     names = [one.name for one in plans]
     curves = [Curve(one.name, one.fastest_by_degree()) for one in plans]
@@ -47,7 +49,7 @@ def comparison_page(comparison: Comparison) -> Page:
     for number, name in enumerate(names):
         if figures.at(f"is_cheapest/{number}") is not None:
             summary.append([f"{name} is the cheapest in ", figures(f"is_cheapest/{number}", "share"), " of the draws."])
-    summary += [[said] for said in (not_measured(comparison.plans[0].job), compare_verdict(comparison)) if said]
+    summary += [[said] for said in (*data["notes"], data["verdict"])]
     sections = [
         Section("The best choice on every cluster", [Table(["cluster", *HEADER], [one.rows(1)[0] for one in plans])]),
         Section("Step time by the number of expert-parallel ranks",
@@ -59,7 +61,7 @@ def comparison_page(comparison: Comparison) -> Page:
         *(Section(f"What this rests on: {one.name}", list(one.estimates())) for one in plans),
     ]  # fmt: skip
     title = f"{comparison.plans[0].job.model.name} on {', '.join(names)}"
-    return Page(title, summary, [of for of in sections if of.blocks], figures.data)
+    return Page(title, summary, [of for of in sections if of.blocks], data)
 
 
 HEADER = (

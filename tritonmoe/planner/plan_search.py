@@ -1,6 +1,7 @@
 """search(): the ways to spread a model over a cluster's GPUs that fit its memory, fastest first."""
 
-from collections.abc import Iterator, Sequence
+from bisect import insort
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import get_args
@@ -12,10 +13,10 @@ from tritonmoe.planner.job import Job, Recompute, expert_degrees
 from tritonmoe.planner.job_memory import USABLE_MEMORY, memory_gb
 from tritonmoe.planner.layer_exchange import ExchangeTime
 from tritonmoe.planner.layer_parts import layer_parts
-from tritonmoe.planner.step import exchange_time, step_with
+from tritonmoe.planner.step import ONCE_A_STEP, StepTime, exchange_time, layer_exchange, step_with, walked_layers
 from tritonmoe.tuning.search import preferred
 
-__all__ = ["OVERLAPS", "Free", "Spread", "best_overlap", "search"]
+__all__ = ["OVERLAPS", "Free", "Spread", "Way", "search", "ways"]
 
 OVERLAPS = (
     SERIAL,
@@ -23,8 +24,6 @@ OVERLAPS = (
     *(OverlapPlan(ramp_sizes(count)) for count in (4, 6, 8)),
 )
 """The schedules that are tried."""
-FIRST_TRIED = OverlapPlan(equal_sizes(3))
-"""The one with which ways to spread a model are compared before all are tried."""
 MOST_STAGES, MOST_TENSOR_RANKS = 32, 8
 
 
@@ -55,53 +54,98 @@ def _powers(most: int) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Spread:
+class Way:
     """One way to spread a job: with its degrees set, on as many GPUs of each node as it uses."""
 
     job: Job
     cluster: Cluster
     num_levels: int
     memory_gb: float
-    tokens_per_s: float
-    """With the first schedule that is tried."""
 
     @property
     def fits(self) -> bool:
         return self.memory_gb <= USABLE_MEMORY * self.cluster.gpu.memory_gb
 
+    @property
+    def exchange_key(self) -> Hashable:
+        """Equal for ways of one search whose layers take equally long for experts and exchanges."""
+        job = self.job
+        kept = job.recompute if job.recompute in ("experts", "selective") else ""
+        return self.cluster.gpus_per_node, job.tp, job.ep, self.num_levels, kept, job.two_batches and walked_layers(job)
 
-def search(job: Job, cluster: Cluster, degrees: Sequence[int] = (), free: Free | None = None) -> list[Spread]:
-    """Return the ways to spread a job that fit its cluster, fastest first, then those that lack memory, least first.
 
-    Of those that differ in recomputation alone only the first that fits is given, or the one that needs least.
-    degrees: the numbers of expert-parallel ranks; () is all that can be.
+@dataclass(frozen=True)
+class Spread(Way):
+    """A way with the schedule that is fastest for it."""
+
+    overlap: OverlapPlan
+    time: StepTime
+
+    @property
+    def s_per_token(self) -> float:
+        return self.time.step_s / self.time.tokens
+
+
+def search(
+    job: Job, cluster: Cluster, degrees: Sequence[int] = (), free: Free | None = None, *, most: int = 1
+) -> tuple[list[Spread], int]:
+    """Return the `most` fastest ways to spread a job that fit its cluster, then those that need least memory, and how
+    many ways there are.
+
+    No choice makes another one worse: each way is compared with the schedule that is fastest for it. A way is left out
+    without trying its schedules only if the time that no schedule can hide is longer already.
 
     Raises:
-        ValueError: the GPUs can't be shared so.
+        ValueError: as of ways().
+    """
+    tried = ways(job, cluster, degrees, free)
+    schedules = _Schedules()
+    found: list[Spread] = []
+    for least, way in sorted(((schedules.least_s_per_token(way), way) for way in tried if way.fits), key=_first):
+        if len(found) >= most and least >= found[most - 1].s_per_token:
+            break
+        insort(found, schedules.fastest(way), key=lambda one: one.s_per_token)
+    found = found[:most]
+    lacking = sorted((way for way in tried if not way.fits), key=lambda way: way.memory_gb)
+    return found + [schedules.fastest(way) for way in lacking[: most - len(found)]], len(tried)
+
+
+def _first(pair: tuple[float, Way]) -> float:
+    return pair[0]
+
+
+def ways(job: Job, cluster: Cluster, degrees: Sequence[int] = (), free: Free | None = None) -> list[Way]:
+    """Return every way to spread a job over its cluster, on one level, or on two where its ranks cover several nodes.
+
+    Of those that differ in recomputation alone only the first that fits is given, or the one that needs least.
+    degrees: the numbers of expert-parallel ranks, each with the choices that it fits; () is all that can be.
+
+    Raises:
+        ValueError: one of the degrees fits no choice, or nothing does.
     """
     free = free or Free()
-    found: dict[tuple[int, ...], Spread] = {}
-    known: dict[tuple[object, ...], ExchangeTime] = {}
-    refused: ValueError | None = None
+    found: dict[Hashable, Way] = {}
+    refused: dict[int, ValueError] = {}
     for used in _used(cluster):
         for one in free.jobs(job, used):
-            try:
-                spreads = _levels(one, used, degrees)
-            except ValueError as error:
-                refused = refused or error
-                continue
-            for spread, num_levels in spreads:
-                key = (used.gpus_per_node, spread.tp, spread.pp, spread.ep, num_levels)
-                if (before := found.get(key)) and before.fits:
+            for ep in sorted(set(degrees)) or expert_degrees(one, used) or [1]:
+                try:
+                    spread = replace(one, ep=ep)
+                    spread.dp(used)
+                except ValueError as error:
+                    refused.setdefault(ep, error)
                     continue
-                memory = memory_gb(spread, used)
-                if before is None or memory < before.memory_gb:
-                    found[key] = Spread(
-                        spread, used, num_levels, memory, _tokens_per_s(spread, used, num_levels, known)
-                    )
-    if not found:
-        raise refused or ValueError(f"no number of expert-parallel ranks fits {job.model.num_experts} experts")
-    return sorted(found.values(), key=lambda one: (not one.fits, -one.tokens_per_s if one.fits else one.memory_gb))
+                two_levels = ep > used.gpus_per_node > 1 and job.overlaps_exchange and not job.sends_pairs
+                for num_levels in (1, 2) if two_levels else (1,):
+                    key = (used.gpus_per_node, spread.tp, spread.pp, ep, num_levels)
+                    if (before := found.get(key)) and before.fits:
+                        continue
+                    way = Way(spread, used, num_levels, memory_gb(spread, used))
+                    if before is None or way.memory_gb < before.memory_gb:
+                        found[key] = way
+    for ep in set(refused) - {way.job.ep for way in found.values()}:
+        raise refused[ep]
+    return list(found.values())
 
 
 def _used(cluster: Cluster) -> list[Cluster]:
@@ -110,43 +154,42 @@ def _used(cluster: Cluster) -> list[Cluster]:
     return [cluster] if power == cluster.gpus_per_node else [cluster, replace(cluster, gpus_per_node=power)]
 
 
-def _levels(job: Job, cluster: Cluster, degrees: Sequence[int]) -> list[tuple[Job, int]]:
-    """Return every (job with its ep, levels) that is tried; ValueError where none can be."""
-    if degrees:
-        jobs = [replace(job, ep=ep) for ep in sorted(set(degrees))]
-        for one in jobs:
-            one.dp(cluster)
-    else:
-        jobs = [replace(job, ep=ep) for ep in expert_degrees(job, cluster)]
-        if not jobs:
-            replace(job, ep=1).dp(cluster)
-    node = cluster.gpus_per_node
-    two_levels = job.overlaps_exchange and not job.sends_pairs
-    return [(one, n) for one in jobs for n in ((1, 2) if one.ep > node > 1 and two_levels else (1,))]
+class _Schedules:
+    """What the schedules take of the ways of one search, each walked once."""
 
+    def __init__(self) -> None:
+        self._known: dict[tuple[Hashable, OverlapPlan], ExchangeTime] = {}
 
-def _tokens_per_s(job: Job, cluster: Cluster, num_levels: int, known: dict[tuple[object, ...], ExchangeTime]) -> float:
-    parts = layer_parts(job, cluster)
-    same = job.recompute if job.recompute in ("experts", "selective") else ""
-    key = (cluster.gpus_per_node, job.tp, job.ep, num_levels, same, min(job.pp, 2) if job.two_batches else 1)
-    if key not in known:
-        known[key] = exchange_time(job, cluster, num_levels, _overlaps(job, [FIRST_TRIED])[0], parts)
-    return step_with(job, cluster, parts, known[key]).tokens_per_s
+    def fastest(self, way: Way) -> Spread:
+        """Return the schedule whose layer is fastest; of those that are about as fast the one with fewest chunks."""
+        tried = OVERLAPS if way.job.ep > 1 and way.job.overlaps_exchange else (SERIAL,)
+        overlap = preferred([(self._time(way, one).total_s, one) for one in tried])[0][1]
+        return Spread(**vars(way), overlap=overlap, time=self._step(way, self._time(way, overlap)))
 
+    def least_s_per_token(self, way: Way) -> float:
+        """Return a time of a step, over its tokens, which no schedule is faster than.
 
-def best_overlap(spread: Spread) -> OverlapPlan:
-    """Return the schedule whose layer is fastest; of those that are about as fast the one with fewest chunks."""
-    job = spread.job
-    parts = layer_parts(job, spread.cluster)
-    tried = _overlaps(job, OVERLAPS)
-    if len(tried) == 1:
-        return tried[0]
-    found = [(exchange_time(job, spread.cluster, spread.num_levels, one, parts).total_s, one) for one in tried]
-    return preferred(found)[0][1]
+        Nothing computes less than one chunk with no exchange beside it. All rows pass the busiest link, except that
+        those of two batches may do so beside what the rest of the model computes.
+        """
+        job, serial, travelling_s = way.job, self._time(way, SERIAL), (0.0, 0.0)
+        if not job.two_batches:
+            parts = layer_parts(job, way.cluster)
+            travelling_s = layer_exchange(job, way.cluster, way.num_levels, parts).travelling_s()
+        forward_s = max(serial.forward_s - serial.exposed_forward_s, travelling_s[0])
+        backward_s = max(serial.backward_s - serial.exposed_backward_s, travelling_s[1])
+        again_s = max(serial.again_s - serial.exposed_again_s, travelling_s[0])
+        time = self._step(way, ExchangeTime(forward_s, backward_s, 0.0, 0.0, again_s, 0.0))
+        # A longer backward hides more of the reduction; with interleaved stages by more than it is longer.
+        hidden_s = time.parts.get(ONCE_A_STEP[0], 0.0) if way.job.stages_in_turn > 1 else 0.0
+        return (time.step_s - hidden_s) / time.tokens
 
+    def _time(self, way: Way, overlap: OverlapPlan) -> ExchangeTime:
+        key = (way.exchange_key, overlap)
+        if key not in self._known:
+            parts = layer_parts(way.job, way.cluster)
+            self._known[key] = exchange_time(way.job, way.cluster, way.num_levels, overlap, parts)
+        return self._known[key]
 
-def _overlaps(job: Job, tried: Sequence[OverlapPlan]) -> Sequence[OverlapPlan]:
-    """Return the schedules that a job can run, of those tried."""
-    if not job.overlaps_exchange:
-        return [SERIAL]
-    return tried if job.ep > 1 else OVERLAPS[:1]
+    def _step(self, way: Way, exchange: ExchangeTime) -> StepTime:
+        return step_with(way.job, way.cluster, layer_parts(way.job, way.cluster), exchange)

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 from tritonmoe.planner.comparison import Comparison
 from tritonmoe.planner.job import Job
-from tritonmoe.planner.plan_verdict import DECIDES, compare_verdict, not_measured, plan_verdict, why
+from tritonmoe.planner.plan_verdict import DECIDES, compare_notes, compare_verdict, plan_notes, plan_verdict, why
 from tritonmoe.planner.training_plan import Plan, Prediction
 from tritonmoe.report.terminal import TEXT_COLUMNS
 
@@ -33,7 +33,7 @@ def plan_table(plan: Plan) -> str:
     lines.append("")
     if best.fits:
         lines += _about_best(plan)
-    return "\n".join([*lines, *filter(None, [not_measured(job)]), plan_verdict(plan)])
+    return "\n".join([*lines, *plan_notes(plan), plan_verdict(plan)])
 
 
 def _frozen(job: Job) -> str:
@@ -97,7 +97,7 @@ def comparison_table(comparison: Comparison) -> str:
         for name, own in zip(names, comparison.usd, strict=True)
     ]
     lines += _table([("cluster", *(f"x{scale:.2g}" for scale in comparison.scales)), *prices])
-    lines += ["", *_crossings(comparison, names), "", *filter(None, [not_measured(job)]), compare_verdict(comparison)]
+    lines += ["", *_crossings(comparison, names), "", *compare_notes(comparison), "", compare_verdict(comparison)]
     return "\n".join(lines)
 
 

@@ -1,15 +1,26 @@
-"""verdict: the one sentence at the end of a plan: take this because, or measure that first because."""
+"""verdict: the one sentence at the end of a plan: take this, by so much, as sure as that; and why before it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from tritonmoe.planner.comparison import Comparison
 from tritonmoe.planner.job import Job
 from tritonmoe.planner.job_memory import USABLE_MEMORY
-from tritonmoe.planner.plan_search import search
+from tritonmoe.planner.plan_search import ways
 from tritonmoe.planner.sensitivity import Sensitivity
 from tritonmoe.planner.training_plan import Plan
+from tritonmoe.runtime.files import Json
 
-__all__ = ["DECIDES", "compare_verdict", "not_measured", "nothing_fits", "plan_verdict", "why"]
+__all__ = [
+    "DECIDES",
+    "compare_notes",
+    "compare_verdict",
+    "comparison_as_json",
+    "nothing_fits",
+    "plan_as_json",
+    "plan_notes",
+    "plan_verdict",
+    "why",
+]
 
 DECIDES = 0.005
 """An estimate decides what is best if at an end of its interval the best choice now would take so much longer."""
@@ -27,7 +38,7 @@ def why(one: Sensitivity) -> str:
     return f"moves the time by {one.swing:.1%} and changes no choice"
 
 
-def not_measured(job: Job) -> str | None:
+def _not_measured(job: Job) -> str | None:
     """Say what the times of a job leave out because nobody has measured it; None where that is nothing."""
     if job.packed_format is None:
         return None
@@ -37,25 +48,96 @@ def not_measured(job: Job) -> str | None:
     )
 
 
+def plan_notes(plan: Plan) -> list[str]:
+    """Return what a plan's numbers rest on and what they leave out, a sentence or two each."""
+    return [note for note in (_not_measured(plan.job), _between_nodes([plan])) if note]
+
+
+def compare_notes(comparison: Comparison) -> list[str]:
+    """Return the same of a comparison, with the prices that it assumes."""
+    plans = comparison.plans
+    notes = _not_measured(plans[0].job), _between_nodes(plans), _prices(plans)
+    return [note for note in notes if note]
+
+
+def plan_as_json(plan: Plan) -> Json:
+    """Return everything that --json and the page have, with the sentences that the terminal prints."""
+    return {**plan.to_json(), "notes": plan_notes(plan), "verdict": plan_verdict(plan)}
+
+
+def comparison_as_json(comparison: Comparison) -> Json:
+    """Return the same of a comparison."""
+    sentences = {"notes": compare_notes(comparison), "verdict": compare_verdict(comparison)}
+    return {**comparison.to_json(), **sentences}
+
+
+def _between_nodes(plans: Sequence[Plan]) -> str | None:
+    """Say whether rows of experts cross nodes, and what a faster network could save; None where nothing fits."""
+    fits = [one for one in plans if one.best.fits and one.cluster.nodes > 1]
+    if not fits:
+        return None
+    inside = [one for one in fits if one.best.choice.ep <= one.best.choice.gpus_per_node]
+    crossing = [one for one in fits if one not in inside]
+    where = []
+    for group, words in ((inside, "stay inside a node"), (crossing, "cross nodes")):
+        if group:
+            on = f" on {_listed(one.cluster.name for one in group)}" if len(plans) > 1 else ""
+            degrees = sorted({(one.best.choice.ep, one.best.choice.gpus_per_node) for one in group})
+            said = _listed(f"ep={ep} with {gpus} GPUs a node" for ep, gpus in degrees)
+            where.append(f"{words}{on} ({said})")
+    shares = _listed(
+        f"{one.best.between_nodes_s / one.best.time.step_s:.0%}" + (f" on {one.cluster.name}" if len(plans) > 1 else "")
+        for one in fits
+    )
+    carried = "gradients, weights and the rows of pipeline stages"
+    only = f"The network between nodes then carries only {carried}: " if not crossing else ""
+    saves = "even a network between nodes that took no time would shorten a step of the best choice by no more than"
+    return (
+        f"Exchanges of rows {', and '.join(where)}. {only}{saves if only else saves[0].upper() + saves[1:]} {shares}."
+    )
+
+
+def _prices(plans: Sequence[Plan]) -> str:
+    """Say which price of a GPU-hour each cluster has, and which have the same one."""
+    names: dict[float, list[str]] = {}
+    for one in plans:
+        names.setdefault(one.cluster.usd_per_gpu_hour, []).append(one.cluster.name)
+    said = "; ".join(
+        f"{_listed(of)} {'cost the same,' if len(of) > 1 else 'costs'} {usd:g} $ a GPU-hour"
+        for usd, of in names.items()
+    )
+    return f"Prices are taken as the clusters have them (those of presets are assumed): {said}."
+
+
+def _listed(words: Iterable[str]) -> str:
+    *others, last = words
+    return f"{', '.join(others)} and {last}" if others else last
+
+
 def plan_verdict(plan: Plan) -> str:
-    """Return one sentence."""
+    """Return one sentence: what to take, how much that gains, whether that is sure, and on which number it depends."""
     if not plan.best.fits:
         return nothing_fits(plan)
-    best, stays = plan.best, f"stays the best in {plan.stays_best:.0%} of {len(plan.draws)} draws"
-    low, high = best.step_interval_s
+    best, *others = (one for one in plan.predictions if one.fits)
+    is_sure = plan.stays_best >= SURE
+    gains = "no other choice fits"
+    if others:
+        faster = 1 - best.time.step_s / best.time.tokens * others[0].time.tokens / others[0].time.step_s
+        gains = (
+            f"it is {faster:.1%} faster than the next choice ({others[0].choice}), which is "
+            f"{'more than' if is_sure else 'within'} the uncertainty (it stays the best in {plan.stays_best:.0%} of "
+            f"{len(plan.draws)} draws)"
+        )
     first = plan.sensitivities[0]
-    if plan.stays_best >= SURE or first.regret <= DECIDES:
-        widest = max(plan.sensitivities, key=lambda one: one.swing)
-        said = f"Take {best.choice}, because this choice {stays}"
-        if widest.source == "assumed":
-            said += (
-                f". A step takes {low * 1e3:.0f} to {high * 1e3:.0f} ms; the interval is wide mostly because "
-                f"{widest.key} is only assumed"
-            )
-        return said + "."
+    if not is_sure and first.regret > DECIDES:
+        return (
+            f"Take {best.choice}: {gains}; measure {first.key} first, which is {_known(first.source)} and {why(first)}."
+        )
+    low, high = best.step_interval_s
+    widest = max(plan.sensitivities, key=lambda one: one.swing)
     return (
-        f"Measure {first.key} first, because this number is {_known(first.source)} and {why(first)}. With today's "
-        f"estimates the choice above {stays}."
+        f"Take {best.choice}: {gains}; how long a step takes, {low * 1e3:.0f} to {high * 1e3:.0f} ms, depends most on "
+        f"{widest.key}, which is {_known(widest.source)}."
     )
 
 
@@ -99,7 +181,7 @@ def _nodes_needed(plan: Plan) -> int | None:
     while factor <= MOST_NODES:
         nodes = factor * plan.cluster.nodes
         try:
-            if search(plan.job, plan.cluster.with_nodes(nodes), (), plan.free)[0].fits:
+            if any(way.fits for way in ways(plan.job, plan.cluster.with_nodes(nodes), (), plan.free)):
                 return nodes
         except ValueError:
             pass
@@ -108,33 +190,32 @@ def _nodes_needed(plan: Plan) -> int | None:
 
 
 def compare_verdict(comparison: Comparison) -> str:
-    """Return one sentence."""
-    fits = comparison.fitting
-    names = [plan.cluster.name for plan in comparison.plans]
+    """Return one sentence: what to buy, how much that saves, whether that is sure, and on what it depends."""
+    fits, plans = comparison.fitting, comparison.plans
     if not fits:
         return "Buy none of these clusters: the job fits on none of them."
-    first = fits[0]
     if len(fits) == 1:
-        return f"Buy {names[first]}, because the job fits on no other cluster."
-    best, second = (comparison.plans[n].best for n in fits[:2])
-    share = max(comparison.is_cheapest[n] or 0.0 for n in fits)
-    chosen = max(fits, key=lambda n: comparison.is_cheapest[n] or 0.0)
-    if share >= SURE:
-        other = next(n for n in fits if n != chosen)
-        mine, theirs = (comparison.plans[n].best.usd_per_million_tokens for n in (chosen, other))
-        less = f"{1 - mine / theirs:.0%} less than on {names[other]}" if theirs > mine else "least"
-        cheapest = f"it is the cheapest in {share:.0%} of the draws"
-        return f"Buy {names[chosen]}, because a million tokens cost {less}, and {cheapest}."
-    near = second.usd_per_million_tokens / best.usd_per_million_tokens - 1 if best.usd_per_million_tokens else 0.0
-    cheaper = f"{near:.0%} cheaper than" if round(near, 2) else "as cheap as"
+        return f"Buy {plans[fits[0]].cluster.name}, because the job fits on no other cluster."
+    shares = {n: comparison.is_cheapest[n] or 0.0 for n in fits}
+    often = max(fits, key=lambda n: shares[n])
+    chosen = often if shares[often] >= SURE else fits[0]
+    next_one = next(n for n in fits if n != chosen)
+    name, other = (plans[n].cluster.name for n in (chosen, next_one))
+    mine, theirs = (plans[n].best.usd_per_million_tokens for n in (chosen, next_one))
+    less = f"{1 - mine / theirs:.0%} less than" if theirs > mine * 1.005 else "as much as"
+    is_sure = shares[chosen] >= SURE
     said = (
-        f"{names[first]} is {cheaper} {names[fits[1]]}, but the cheapest in only "
-        f"{comparison.is_cheapest[first] or 0.0:.0%} of the draws"
+        f"Buy {name}: a million tokens cost {mine:.4f} $, {less} on {other}, the next, which is "
+        f"{'more than' if is_sure else 'within'} the uncertainty ({name} is the cheapest in {shares[chosen]:.0%} of "
+        "the draws)"
     )
+    if theirs > 0 and mine > 0:
+        as_much = plans[next_one].cluster.usd_per_gpu_hour * mine / theirs
+        said += f", and depends on the prices: {other} costs as much at {as_much:.2f} $ a GPU-hour"
+    if is_sure:
+        return f"{said}."
     number, key, explained = (*comparison.decides, (0, "", 0.0))[0]
     if explained < EXPLAINS:
-        return f"Run the job on both clusters for some minutes first, because no single number decides: {said}."
-    return (
-        f"Measure {key} of {names[number]} first, because this number explains {explained:.0%} of the difference in "
-        f"price: {said}."
-    )
+        return f"{said}; no single number decides, so run the job on both for some minutes first."
+    of = plans[number].cluster.name
+    return f"{said}; measure {key} of {of} first, which explains {explained:.0%} of the difference."

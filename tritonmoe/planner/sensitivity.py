@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tritonmoe.config.overlap import OverlapPlan
 from tritonmoe.planner.draws import Draw, uncertainties
 from tritonmoe.planner.exchange_curve import ExchangeCurve
 from tritonmoe.planner.layer_parts import layer_parts
@@ -25,9 +24,8 @@ class Sensitivity:
     """How much longer than the best choice there the choice made now would take, at the worse end, over its time."""
 
 
-def sensitivities(contenders: Sequence[tuple[Spread, OverlapPlan]]) -> list[Sensitivity]:
+def sensitivities(contenders: Sequence[tuple[Spread, ExchangeCurve]]) -> list[Sensitivity]:
     """Move each estimate to both ends of its interval, and see what the contenders, best first, take there."""
-    curves = [ExchangeCurve(of.job, of.cluster, of.num_levels, overlap) for of, overlap in contenders]
 
     def seconds_per_token(one: Spread, curve: ExchangeCurve, draw: Draw) -> float:
         job, cluster = draw.job(one.job), one.cluster.scaled(draw.factors)
@@ -39,10 +37,7 @@ def sensitivities(contenders: Sequence[tuple[Spread, OverlapPlan]]) -> list[Sens
     first = contenders[0][0]
     for number in uncertainties(first.job, first.cluster):
         ends = [
-            [
-                seconds_per_token(one, curve, Draw({number.key: factor}, 0.0, 0.0))
-                for (one, _), curve in zip(contenders, curves, strict=True)
-            ]
+            [seconds_per_token(one, curve, Draw({number.key: factor}, 0.0, 0.0)) for one, curve in contenders]
             for factor in (1 / (1 + number.spread), 1 + number.spread)
         ]
         swing = abs(ends[0][0] - ends[1][0]) / min(ends[0][0], ends[1][0])

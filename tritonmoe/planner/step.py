@@ -12,7 +12,17 @@ from tritonmoe.planner.layer_parts import Parts, layer_parts
 from tritonmoe.planner.operation_costs import MAIN_GRAD_BYTES, copy_s, exchange_s, product_s
 from tritonmoe.simulation.halves_in_turn import MOST_LAYERS
 
-__all__ = ["BESIDE", "StepTime", "exchange_time", "in_turn", "layer_exchange", "step_time", "step_with"]
+__all__ = [
+    "BESIDE",
+    "ONCE_A_STEP",
+    "StepTime",
+    "exchange_time",
+    "in_turn",
+    "layer_exchange",
+    "step_time",
+    "step_with",
+    "walked_layers",
+]
 
 
 OPTIMIZER_BYTES = 46
@@ -21,9 +31,9 @@ Adam's gradient, two moments and fp32 weight (28), which is then copied (4) to t
 GRADIENT_BYTES = 12
 """The same for each parameter of the rank: its gradient is set to zero (4), and scaled before ranks sum it (8)."""
 ONCE_A_STEP = ("data-parallel reduction", "optimizer", "other, once a step")
+"""The parts that come after the last backward."""
 HIDES_GATHERS = 0.9
 """The share of a layer's compute under which its neighbours' weights can be gathered."""
-"""The parts that come after the last backward."""
 LOSS_BYTES = 16
 """Of one logit: the loss in fp32 and its gradient, forward and backward together."""
 
@@ -129,8 +139,12 @@ def exchange_time(job: Job, cluster: Cluster, num_levels: int, plan: OverlapPlan
     if not job.two_batches:
         return exchange.time(plan)
     forward_s, backward_s = (sum(parts[name][number] for name in BESIDE) / 2 for number in range(2))
-    num_layers = min(MOST_LAYERS, max(1, *(num_sparse for _, num_sparse in job.stage_layers())))
-    return exchange.time_of_two_batches(plan, (forward_s, backward_s), num_layers)
+    return exchange.time_of_two_batches(plan, (forward_s, backward_s), walked_layers(job))
+
+
+def walked_layers(job: Job) -> int:
+    """Return how many layers are walked to see what one takes where two halves of a batch run at once."""
+    return min(MOST_LAYERS, max(1, *(num_sparse for _, num_sparse in job.stage_layers())))
 
 
 def _whole_step(

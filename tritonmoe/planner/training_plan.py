@@ -1,21 +1,21 @@
 """plan(): what a training step would take on a cluster, for the best ways to spread a model, and how sure that is."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 
 from tritonmoe.config.overlap import OverlapPlan
-from tritonmoe.planner.cluster import Cluster
+from tritonmoe.planner.cluster import Cluster, Estimate
 from tritonmoe.planner.draws import Draw, Drawn, draw, interval, uncertainties
 from tritonmoe.planner.exchange_curve import SERIAL, ExchangeCurve
 from tritonmoe.planner.job import Job, Recompute
 from tritonmoe.planner.model_error import MODEL_ERROR
 from tritonmoe.planner.model_flops import flops_per_token
-from tritonmoe.planner.plan_search import Free, Spread, best_overlap, search
+from tritonmoe.planner.plan_search import Free, Spread, Way, search
 from tritonmoe.planner.sensitivity import Sensitivity, sensitivities
-from tritonmoe.planner.step import StepTime
+from tritonmoe.planner.step import StepTime, step_time
 from tritonmoe.runtime.files import Json
 
-__all__ = ["Choice", "Plan", "Prediction", "plan", "predict"]
+__all__ = ["Choice", "Plan", "Prediction", "expected_time", "plan", "predict", "usd_per_million_tokens"]
 
 NUM_DRAWS = 200
 """So many sets of numbers are drawn from the intervals; the same ones for every choice."""
@@ -25,6 +25,8 @@ MOST_CHOICES = 16
 """So many ways to spread the model are predicted with intervals."""
 LEFT_OUT = "what the model leaves out"
 """The part of a step by which published ones were longer."""
+USUAL = Draw({}, 0.0, 0.0).error()
+"""How many times as long as the model says a step usually takes."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,8 @@ class Prediction:
     serial_s: float
     """The step if nothing ran beside an exchange."""
     serial_interval_s: Interval
+    between_nodes_s: float
+    """By how much the step would be shorter if whatever travels between nodes took no time."""
     memory_gb: float
     fits: bool
     gpus_used: int
@@ -152,6 +156,7 @@ def _as_json(one: Prediction, cluster: Cluster) -> Json:
         "exposed_interval_ms": _ms(one.exposed_interval_s),
         "serial_step_ms": 1e3 * one.serial_s,
         "serial_interval_ms": _ms(one.serial_interval_s),
+        "between_nodes_ms": 1e3 * one.between_nodes_s,
         "tokens_per_s": one.time.tokens_per_s,
         "tokens_per_s_per_gpu": one.tokens_per_s_per_gpu,
         "tokens_per_s_per_gpu_interval": [1 / (high * gpu_s), 1 / (low * gpu_s)],
@@ -176,7 +181,6 @@ def plan(
     degrees: Sequence[int] = (),
     *,
     free: Free | None = None,
-    seed: int = 0,
     num_draws: int | None = None,
 ) -> Plan:
     """Predict a job's step on a cluster for the best ways to spread it.
@@ -185,46 +189,50 @@ def plan(
     nodes, on two; what else may be chosen says `free`. Each is predicted with the schedule that is fastest for it.
 
     Raises:
-        ValueError: the job fits the cluster with none of the degrees.
+        ValueError: a degree fits no choice, or the job fits the cluster with none.
     """
     free = free or Free()
-    spreads = search(job, cluster, degrees, free)
-    draws = draw(job, cluster, NUM_DRAWS if num_draws is None else num_draws, seed)
-    shown = spreads[:MOST_CHOICES]
-    predictions = [predict(spread, best_overlap(spread), cluster, draws) for spread in shown]
-    order = sorted(range(len(shown)), key=lambda n: (not shown[n].fits, _rank(predictions[n])))
-    predictions, shown = [predictions[n] for n in order], [shown[n] for n in order]
-    best = predictions[0]
-    if not best.fits:
-        return Plan(job, cluster, free, predictions, len(spreads), 0.0, [], draws)
+    spreads, num_found = search(job, cluster, degrees, free, most=MOST_CHOICES)
+    draws = draw(job, cluster, NUM_DRAWS if num_draws is None else num_draws)
+    curves = _Curves()
+    predictions = [predict(spread, cluster, draws, curves) for spread in spreads]
+    if not predictions[0].fits:
+        return Plan(job, cluster, free, predictions, num_found, 0.0, [], draws)
     contenders = [n for n, one in enumerate(predictions) if one.fits][:CONTENDERS]
     fastest = [
         min(contenders, key=lambda n, k=k: predictions[n].draws_s[k] / predictions[n].time.tokens)  # type: ignore[misc]
         for k in range(len(draws))
     ]
     stays = sum(n == 0 for n in fastest) / len(draws)
-    found = sensitivities([(shown[n], predictions[n].choice.overlap) for n in contenders])
-    return Plan(job, cluster, free, predictions, len(spreads), stays, found, draws)
+    found = sensitivities([(spreads[n], curves.of(spreads[n], spreads[n].overlap)) for n in contenders])
+    return Plan(job, cluster, free, predictions, num_found, stays, found, draws)
 
 
-def _rank(one: Prediction) -> float:
-    return one.time.step_s / one.time.tokens if one.fits else one.memory_gb
+class _Curves:
+    """The curves of one search's ways, of which many share one."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[Hashable, OverlapPlan], ExchangeCurve] = {}
+
+    def of(self, way: Way, overlap: OverlapPlan) -> ExchangeCurve:
+        key = (way.exchange_key, overlap)
+        if key not in self._known:
+            self._known[key] = ExchangeCurve(way.job, way.cluster, way.num_levels, overlap)
+        return self._known[key]
 
 
-def predict(spread: Spread, overlap: OverlapPlan, cluster: Cluster, draws: Sequence[Draw]) -> Prediction:
+def predict(spread: Spread, cluster: Cluster, draws: Sequence[Draw], curves: _Curves) -> Prediction:
     """Predict one way to spread a job, of whose cluster it may use a part of each node's GPUs."""
     job, used = spread.job, spread.cluster
-    serial = ExchangeCurve(job, used, spread.num_levels, SERIAL)
-    own = serial if overlap == SERIAL else ExchangeCurve(job, used, spread.num_levels, overlap)
+    own, serial = (curves.of(spread, overlap) for overlap in (spread.overlap, SERIAL))
     found = [Drawn.of(one.job(job), used.scaled(one.factors), (own, serial)) for one in draws]
     errors = [one.error() for one in draws]
     expected = Drawn.of(job, used, (own, serial))
-    usual = Draw({}, 0.0, 0.0).error()
-    time = _with_left_out(expected.time, usual)
+    time = expected_time(spread)
     draws_s = [of.time.step_s * by for of, by in zip(found, errors, strict=True)]
     choice = Choice(
         *(job.tp, job.pp, job.ep, job.recompute, job.micro_batches, used.gpus_per_node),
-        *(spread.num_levels, overlap),
+        *(spread.num_levels, spread.overlap),
     )
     return Prediction(
         choice,
@@ -234,8 +242,9 @@ def predict(spread: Spread, overlap: OverlapPlan, cluster: Cluster, draws: Seque
         expected.exchange_s,
         interval([of.exchange_s for of in found]),
         interval([of.time.exposed_s for of in found]),
-        expected.serial.step_s * usual,
+        expected.serial.step_s * USUAL,
         interval([of.serial.step_s * by for of, by in zip(found, errors, strict=True)]),
+        _between_nodes_s(spread),
         spread.memory_gb,
         spread.fits,
         used.num_gpus,
@@ -243,9 +252,27 @@ def predict(spread: Spread, overlap: OverlapPlan, cluster: Cluster, draws: Seque
         * time.tokens_per_s
         / used.num_gpus
         / job.peak_flops(used),
-        cluster.usd_per_gpu_hour * cluster.num_gpus * time.step_s / 3600 / (time.tokens / 1e6),
+        usd_per_million_tokens(cluster, time),
         tuple(draws_s),
     )
+
+
+def expected_time(spread: Spread) -> StepTime:
+    """Return a step as long as published ones say: what the model leaves out is one more part."""
+    return _with_left_out(spread.time, USUAL)
+
+
+def usd_per_million_tokens(cluster: Cluster, time: StepTime) -> float:
+    """Return the price of a million tokens, for all GPUs of the cluster."""
+    return cluster.usd_per_gpu_hour * cluster.num_gpus * time.step_s / 3600 / (time.tokens / 1e6)
+
+
+def _between_nodes_s(spread: Spread) -> float:
+    """Return by how much a step would be shorter if whatever travels between nodes took no time."""
+    used, nothing = spread.cluster, Estimate(0.0, "assumed")
+    link = replace(used.between, gb_per_s=1e9, latency_us=nothing, us_per_peer=nothing, curve=())
+    time = step_time(spread.job, replace(used, between=link), spread.num_levels, spread.overlap)
+    return (spread.time.step_s - time.step_s) * USUAL
 
 
 def _with_left_out(time: StepTime, usual: float) -> StepTime:
