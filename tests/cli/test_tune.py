@@ -22,9 +22,9 @@ SHAPE = ["128", "8", "2048", "768", "bfloat16"]
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITONMOE_CACHE_DIR", str(tmp_path))
-    measured_tiles._cached.cache_clear()
+    measured_tiles.kept.cache_clear()
     yield tmp_path / "tiles.json"
-    measured_tiles._cached.cache_clear()
+    measured_tiles.kept.cache_clear()
 
 
 def test_show(capsys, cache):

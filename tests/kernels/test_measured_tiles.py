@@ -22,9 +22,9 @@ KEY = f"sm_90 bfloat16 up 1024x2048 rows 128 triton {triton.__version__}"
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITONMOE_CACHE_DIR", str(tmp_path / "cache"))
-    measured_tiles._cached.cache_clear()
+    measured_tiles.kept.cache_clear()
     yield tmp_path / "cache" / "tiles.json"
-    measured_tiles._cached.cache_clear()
+    measured_tiles.kept.cache_clear()
 
 
 def up_launch(**changes):

@@ -31,7 +31,7 @@ def calls():
 def cached(monkeypatch):
     """Take this dictionary for the cache of tiles."""
     entries: dict[str, dict[str, int]] = {}
-    monkeypatch.setattr(measured_tiles, "_cached", lambda: entries)
+    monkeypatch.setattr(measured_tiles, "kept", lambda: entries)
     monkeypatch.setattr(measured_tiles, "_left_out", set())
     return entries
 

@@ -208,7 +208,7 @@ def test_the_choice_is_printed(target, way, shown, capsys, tmp_path, monkeypatch
     try:
         assert main(arguments) == 0
     finally:
-        measured_tiles._cached.cache_clear()
+        measured_tiles.kept.cache_clear()
     assert shown in capsys.readouterr().out
 
 

@@ -277,9 +277,9 @@ def test_rules(shape, strides, reason):
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITONMOE_CACHE_DIR", str(tmp_path))
-    measured_tiles._cached.cache_clear()
+    measured_tiles.kept.cache_clear()
     yield tmp_path / "tiles.json"
-    measured_tiles._cached.cache_clear()
+    measured_tiles.kept.cache_clear()
 
 
 def shown(capsys, *arguments, product="down 2048x1024"):

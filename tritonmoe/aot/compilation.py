@@ -17,6 +17,7 @@ from tritonmoe.aot.launches import record_launches, source_of
 from tritonmoe.aot.machine_code import MachineCode, read_amd, read_nvidia
 from tritonmoe.aot.variants import VARIANTS
 from tritonmoe.kernels import launch
+from tritonmoe.kernels.compiled import settle_cache
 from tritonmoe.kernels.tiles import measured_tiles
 from tritonmoe.runtime.processes import ends_with_its_parent
 
@@ -136,6 +137,7 @@ def _doubt(assembly: Mapping[str, object], target: GPUTarget) -> str:
 
 def compile_unchecked(item: launch.Launch, target: GPUTarget) -> CompiledKernel:
     """Compile one launch, into the entry of Triton's cache where a launch on such a GPU looks for it."""
+    settle_cache()
     return triton.compile(source_of(item, target), target=target, options=item.options)
 
 

@@ -70,8 +70,8 @@ def run(arguments: argparse.Namespace, say: Callable[[str], None] = print) -> in
     from tritonmoe.benchmarks.tuning import tune
     from tritonmoe.kernels.tiles import measured_tiles
 
-    path = measured_tiles.cache_file()
     try:
+        path = measured_tiles.cache_file()
         # A damaged file, or a folder that is read-only, is said before anything is measured.
         measured_tiles.write(path, {})
     except (OSError, ValueError) as error:
@@ -124,7 +124,7 @@ def chosen_tiles(
     from tritonmoe.kernels.tiles.config import TileConfig
 
     gpu = architecture_named(target).target
-    tuned = measured_tiles.read(measured_tiles.cache_file())
+    tuned = measured_tiles.kept()
     tiles: dict[str, tuple[TileConfig, str]] = {}
     for num_tokens in tokens:
         variant = Variant.of(shape, dtype, num_tokens)

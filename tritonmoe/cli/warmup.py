@@ -53,6 +53,7 @@ def run(arguments: argparse.Namespace, say: Callable[[str], None] = print) -> in
     try:
         from tritonmoe.aot import architecture_named
         from tritonmoe.kernels import launch
+        from tritonmoe.kernels.compiled import cache_refusal
     except ImportError as error:
         print(f"tritonmoe warmup: the package triton can't be imported: {error}", file=sys.stderr)
         return 2
@@ -63,6 +64,12 @@ def run(arguments: argparse.Namespace, say: Callable[[str], None] = print) -> in
         return 2
     if launch.INTERPRETED:
         print("tritonmoe warmup: Triton's interpreter is on, unset TRITON_INTERPRET", file=sys.stderr)
+        return 2
+    if reason := cache_refusal():
+        print(
+            f"tritonmoe warmup can't keep what it would compile: {reason}. TRITON_CACHE_DIR names another folder",
+            file=sys.stderr,
+        )
         return 2
     here = torch.device("cuda")
     target = launch.target_of(here) if named is None else named

@@ -5,16 +5,24 @@ does, so that small layers would wait for it. The keys here say at least as much
 kernel in Triton too.
 """
 
+import atexit
+import functools
+import logging
+import os
+import shutil
+import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-__all__ = ["compiled_kernels"]
+__all__ = ["cache_refusal", "compiled_kernels", "settle_cache"]
 
+log = logging.getLogger("tritonmoe")
 _lock = threading.RLock()
 Key = tuple[Any, ...]
 HAS_32_BIT_OFFSETS = torch.version.hip is not None
@@ -109,6 +117,41 @@ def _kind(arg: Any) -> Any:
     return TensorDescriptor, arg.base.dtype, *arg.block_shape
 
 
+def cache_refusal() -> str | None:
+    """Return why Triton can't write into its cache of compiled kernels; None where it can."""
+    folder = triton.knobs.cache.dir
+    if folder.startswith("~"):  # Triton would make a folder of that name wherever the process happens to run
+        return f"the user has no home directory, and the cache would be {folder}"
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        return str(error)
+    return None if os.access(folder, os.W_OK | os.X_OK) else f"{folder} can't be written"
+
+
+@functools.cache
+def settle_cache() -> None:
+    """Let Triton keep what it compiles in a folder of this process, where its own default can't be; warn of that.
+
+    The folder is new, has a name that nobody can guess, and nobody else can read or write it: Triton loads and runs
+    what lies there. A folder that TRITON_CACHE_DIR names is left as it is, and Triton raises where it can't write.
+    """
+    reason = None if "TRITON_CACHE_DIR" in os.environ else cache_refusal()
+    if reason is not None:
+        folder = tempfile.mkdtemp(prefix="tritonmoe-triton-")
+        atexit.register(_remove, folder, os.getpid())
+        triton.knobs.cache.dir = folder
+        log.warning(
+            "kernels are compiled again in every process, since %s. TRITON_CACHE_DIR names another folder", reason
+        )
+
+
+def _remove(folder: str, owner: int) -> None:
+    """Remove the folder of this process; a fork of that process leaves it."""
+    if os.getpid() == owner:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 _made: dict[int, CompiledKernels] = {}
 
 
@@ -119,5 +162,6 @@ def compiled_kernels(kernel: Any) -> CompiledKernels:
         with _lock:
             made = _made.get(id(kernel))
             if made is None:
+                settle_cache()
                 made = _made[id(kernel)] = CompiledKernels(kernel)
     return made

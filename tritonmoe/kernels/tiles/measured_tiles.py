@@ -5,9 +5,11 @@ operation, the product's width and depth rounded up to powers of two, the class 
 (`choice.measured_class`): never the number of rows, so that nothing is compiled anew in the middle of training; and
 Triton's version: another one makes other code of the same tile.
 `tritonmoe tune` measures entries and keeps them in tiles.json in $TRITONMOE_CACHE_DIR (default ~/.cache/tritonmoe).
+Where that folder can't be, or can't be read, kernels take the table's tiles.
 """
 
 import contextlib
+import errno
 import functools
 import json
 import logging
@@ -30,6 +32,7 @@ __all__ = [
     "fields_of",
     "forget_last",
     "has_gather",
+    "kept",
     "leave_out_last",
     "note",
     "read",
@@ -71,7 +74,7 @@ def tile_key(architecture: str, dtype: torch.dtype, operation: str, width: int, 
 
 def fields_of(key: str) -> tuple[tuple[str, int | str], ...]:
     """Return the fields that an entry for `key` replaces, with their values; none where there is no entry."""
-    entries = _cached() if _replacement is None else _replacement
+    entries = kept() if _replacement is None else _replacement
     fields = entries.get(key, SHIPPED.get(key, {}))
     if not fields or key in _left_out:
         return ()
@@ -97,7 +100,7 @@ def leave_out_last(error: Exception) -> bool:
 
 def has_gather(way: str) -> bool:
     """Say whether an entry, of any product, gets rows this way."""
-    entries = {**SHIPPED, **(_cached() if _replacement is None else _replacement)}
+    entries = {**SHIPPED, **(kept() if _replacement is None else _replacement)}
     return any(fields.get("gather") == way for fields in entries.values())
 
 
@@ -130,22 +133,40 @@ def asked() -> Iterator[dict[str, TileConfig]]:
 
 
 def cache_file() -> Path:
-    """Return where measured entries are kept: tiles.json in $TRITONMOE_CACHE_DIR, or in ~/.cache/tritonmoe."""
-    folder = os.environ.get("TRITONMOE_CACHE_DIR")
-    return (Path(folder) if folder else Path.home() / ".cache" / "tritonmoe") / "tiles.json"
+    """Return where measured entries are kept: tiles.json in $TRITONMOE_CACHE_DIR, or in ~/.cache/tritonmoe.
+
+    Raises:
+        FileNotFoundError: there is no such folder, since the user has no home directory.
+    """
+    folder = os.environ.get("TRITONMOE_CACHE_DIR") or os.path.expanduser("~/.cache/tritonmoe")
+    if folder.startswith("~/"):  # neither HOME nor an entry in the list of users
+        raise FileNotFoundError(
+            errno.ENOENT, "the user has no home directory, and TRITONMOE_CACHE_DIR is not set", folder
+        )
+    return Path(folder) / "tiles.json"
 
 
 @functools.cache
-def _cached() -> Entries:
-    """Read the cache file once: every launch asks."""
-    return read(cache_file())
+def kept() -> Entries:
+    """Return the entries of the cache file, which is read once, since every launch asks.
+
+    A file that can't be read, as in another user's home directory, has none; that is said once.
+    """
+    try:
+        return read(cache_file())
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        log.warning("kernels take no measured tiles: %s. TRITONMOE_CACHE_DIR names another folder", error)
+        return {}
 
 
 def read(path: Path) -> dict[str, dict[str, int | str]]:
     """Return the entries of a cache file; none where there is no file.
 
     Raises:
-        ValueError: the file is not one that `write` wrote, or a field can't be what an entry says.
+        ValueError: the file is not one that `write` wrote, or a field can't be what an entry says. OSError: it can't
+            be read.
     """
     try:
         found = read_json(path)
@@ -158,7 +179,7 @@ def read(path: Path) -> dict[str, dict[str, int | str]]:
             for name, value in fields.items():
                 if refused := refusal(name, value):
                     raise ValueError(f"{key}: {refused}")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except ValueError as error:
         raise ValueError(
@@ -178,4 +199,4 @@ def write(path: Path, entries: Entries) -> None:
     with locked(path.with_suffix(".lock")):
         merged = {**read(path), **entries}
         write_whole(path, json.dumps({"tiles": dict(sorted(merged.items()))}, indent=1), "file of tile configurations")
-    _cached.cache_clear()
+    kept.cache_clear()
