@@ -75,9 +75,12 @@ def _kept() -> list[str]:
         found = read_json(_file())
     except OSError:  # _keep says why nothing can be kept
         return []
-    if not isinstance(found, dict) or not isinstance(found.get("right"), list):
-        raise ValueError(f'{_file()} has no list "right", so it is damaged or not a file of tritonmoe: delete the file')
-    return found["right"]
+    right = found.get("right") if isinstance(found, dict) else None
+    if not isinstance(right, list) or not all(isinstance(key, str) for key in right):
+        raise ValueError(
+            f'{_file()} has no list "right" of texts, so it is damaged or not a file of tritonmoe: delete the file'
+        )
+    return right
 
 
 def _keep(key: str) -> None:

@@ -1,7 +1,6 @@
 """What a layer benchmark runs: the shapes of known models, tokens, and where their router sends them."""
 
 import math
-import pickle
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from tritonmoe.config import overlap as overlap_config
 from tritonmoe.runtime.files import Json, read_json
+from tritonmoe.runtime.plain_pickle import load_tensors
 
 __all__ = ["MODELS", "Workload", "draw_ids"]
 
@@ -116,10 +116,10 @@ def _read_ids(path: Path) -> Tensor:
     """Return the tensor of integers that a file holds; raises ValueError where it holds anything else."""
     try:
         if path.suffix == ".pt":
-            ids = torch.load(path, map_location="cpu", weights_only=True)
+            ids = load_tensors(path)
         else:
             ids = torch.tensor(read_json(path, MAX_IDS_BYTES))
-    except (ValueError, TypeError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except (ValueError, TypeError, RuntimeError) as error:
         raise ValueError(
             f"{path} holds no ids: a file of ids is a tensor written by torch.save (.pt), or JSON, a list of rows"
         ) from error

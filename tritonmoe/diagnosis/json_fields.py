@@ -75,8 +75,8 @@ def amount(value: object) -> float:
 
 
 def text(value: object) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"must be words, got {value!r}")
+    if not isinstance(value, str) or not value.isprintable():
+        raise ValueError(f"must be words that can be printed, got {value!r}")
     return value
 
 

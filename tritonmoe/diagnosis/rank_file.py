@@ -65,9 +65,7 @@ def _new_plan(values: object) -> OverlapPlan:
 
 def read_rank_file(path: Path) -> RankColumns:
     """Return what stands in a rank's file. Raises as read_recording()."""
-    check_regular(path)
-    lines = path.read_bytes().split(b"\n")
-    tail = lines.pop()  # what stands behind the last line's end
+    lines, tail = _lines(path)
     notes = [f"{path.name} ends in the middle of line {len(lines) + 1}, which is left out"] if tail else []
     if not lines:
         raise ValueError(
@@ -113,6 +111,21 @@ def read_rank_file(path: Path) -> RankColumns:
     return found
 
 
+def _lines(path: Path) -> tuple[list[bytes], bytes]:
+    """Return the lines of a file, and what stands behind the last line's end."""
+    check_regular(path)
+    lines = []
+    with path.open("rb") as file:
+        while (line := file.readline(MAX_LINE_BYTES + 1)).endswith(b"\n"):
+            lines.append(line[:-1])
+    if len(line) > MAX_LINE_BYTES:
+        raise ValueError(
+            f"{path} line {len(lines) + 1}: it has more than {MAX_LINE_BYTES} bytes, which no call needs: remove the "
+            "line, or copy the file again"
+        )
+    return lines, line
+
+
 def _check_order(path: Path, begun: Mapping[int, tuple[float, int]]) -> None:
     """Raise ValueError unless forwards began in the order of their calls' numbers; lines are in that of their ends."""
     for (from_s, before), (to_s, after) in pairwise(begun[sequence] for sequence in sorted(begun)):
@@ -124,8 +137,6 @@ def _check_order(path: Path, begun: Mapping[int, tuple[float, int]]) -> None:
 
 def _parse(line: bytes, path: Path, number: int) -> Fields:
     where = f"{path} line {number}"
-    if len(line) > MAX_LINE_BYTES:
-        raise ValueError(f"{where}: it has {len(line)} bytes, and no call needs more than {MAX_LINE_BYTES}")
     return Fields(load_json(line, where), where)
 
 

@@ -7,7 +7,7 @@ from typing import TypeGuard
 from tritonmoe.doctor.exchange_names import ELEMENT_BYTES, kind_of_name
 from tritonmoe.doctor.trace import Part, RankTrace
 from tritonmoe.doctor.trace_files import damaged, number
-from tritonmoe.runtime.files import Json
+from tritonmoe.runtime.files import Json, num_elements
 
 __all__ = ["is_flight_record", "read_flight_record"]
 
@@ -28,6 +28,8 @@ def read_flight_record(path: Path, found: Json) -> RankTrace:
         ValueError: an entry is damaged, or there is none.
     """
     rank = found.get("rank")
+    if type(rank) is int and not 0 <= rank < 1 << 24:
+        raise damaged(path, f"rank is {rank}")
     if type(rank) is not int:
         numbers = re.findall(r"\d+", path.name.split(".")[0])
         rank = int(numbers[-1][:9]) if numbers else None
@@ -86,9 +88,7 @@ def _part(path: Path, count: int, entry: Json, trace: RankTrace) -> Part:
     part.group_ranks = trace.groups.get(part.group or "")
     sizes, types = entry.get("input_sizes"), entry.get("input_dtypes")
     if isinstance(sizes, list | tuple) and sizes and isinstance(sizes[0], list | tuple):
-        total = 1
-        for size in sizes[0]:
-            total *= size if type(size) is int and 0 <= size < 1 << 48 else 0
+        total = 1 if len(sizes[0]) == 0 else num_elements(sizes[0]) or 0
         kind_of_element = str(types[0]).lower() if isinstance(types, list | tuple) and types else ""
         part.num_bytes = total * ELEMENT_BYTES.get(kind_of_element, 4)
     return part

@@ -5,6 +5,7 @@ from collections.abc import Collection, Iterator, Sequence
 
 from tritonmoe.doctor.graph import Graph
 from tritonmoe.doctor.trace import RankTrace
+from tritonmoe.report.terminal import one_line
 
 __all__ = ["FEW_FOR_NODES", "host_in_name", "hosts_of", "unknown_of_nodes"]
 
@@ -30,7 +31,7 @@ def hosts_of(traces: Sequence[RankTrace], ranks_per_node: int | None) -> tuple[s
         ValueError: a file doesn't say its rank, so that nobody knows its neighbours.
     """
     if ranks_per_node is None:
-        return tuple(trace.host for trace in traces) if all(trace.host for trace in traces) else ()
+        return tuple(one_line(trace.host) for trace in traces) if all(trace.host for trace in traces) else ()
     found = []
     for trace in traces:
         if trace.rank is None:

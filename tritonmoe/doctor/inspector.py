@@ -13,7 +13,7 @@ from tritonmoe.doctor.exchange_names import kind_of_name
 from tritonmoe.doctor.inspector_pairs import Pair, as_exchanges
 from tritonmoe.doctor.trace import Part, RankTrace
 from tritonmoe.doctor.trace_files import damaged, number, open_text
-from tritonmoe.runtime.files import Json
+from tritonmoe.runtime.files import MAX_LINES_BYTES, Json, check_size
 
 __all__ = ["is_inspector_line", "name_ranks", "read_inspector"]
 
@@ -131,11 +131,14 @@ def read_inspector(path: Path) -> RankTrace:
 
 def _records(path: Path) -> Iterator[Json]:
     decode = json.JSONDecoder().raw_decode
+    check_size(path, MAX_LINES_BYTES, "dump fewer records, NCCL_INSPECTOR_DUMP_COLL_RING_SIZE has their number")
     with open_text(path) as file:
         try:
-            text = file.read()
+            text = file.read(MAX_LINES_BYTES + 1)
         except (UnicodeDecodeError, EOFError, OSError) as error:
             raise damaged(path, f"it is no text: {error}") from None
+    if len(text) > MAX_LINES_BYTES:
+        raise damaged(path, f"it has more than {MAX_LINES_BYTES} characters once unpacked: dump fewer records")
     at, count = 0, 0
     while True:
         while at < len(text) and text[at] in " \t\r\n,":

@@ -8,6 +8,7 @@ import re
 
 from tritonmoe.doctor.exchange_names import ELEMENT_BYTES
 from tritonmoe.doctor.trace import Part
+from tritonmoe.runtime.files import num_elements
 
 __all__ = ["from_nccl", "from_operator", "routed_of"]
 
@@ -61,10 +62,9 @@ def from_operator(part: Part, arguments: dict) -> None:
     known = next((ELEMENT_BYTES[str(one).lower()] for one in types if str(one).lower() in ELEMENT_BYTES), None)
     element = 4 if known is None else known
     part.element_bytes = known
-    if isinstance(tensor, list) and tensor and all(type(size) is int and 0 <= size < 1 << 48 for size in tensor):
-        part.num_bytes = element
-        for size in tensor:
-            part.num_bytes *= size
+    elements = num_elements(tensor)
+    if elements is not None:
+        part.num_bytes = element * elements
     if part.kind in ("send", "recv") and isinstance(inputs, list) and len(inputs) > 2:
         part.peer = int(inputs[2]) if re.fullmatch(r"\d{1,7}", str(inputs[2])) else None
     if part.kind != "all_to_all" or not isinstance(inputs, list) or len(inputs) < 5:
@@ -74,9 +74,7 @@ def from_operator(part: Part, arguments: dict) -> None:
     if received and len(sent) == len(received) and not (cut_received or cut_sent):
         part.rows = sum(received)
         if isinstance(tensor, list) and tensor and part.num_bytes is not None:
-            row = element
-            for size in tensor[1:]:
-                row *= size
+            row = element * math.prod(tensor[1:])
             part.sent, part.received = tuple(one * row for one in sent), tuple(one * row for one in received)
 
 
@@ -85,9 +83,7 @@ def routed_of(arguments: dict) -> tuple[int, int, int] | None:
     dims, inputs = arguments.get("Input Dims"), arguments.get("Concrete Inputs")
     sizes = dims[0] if isinstance(dims, list) and dims else None
     chosen = re.fullmatch(r"\d{1,6}", str(inputs[1])) if isinstance(inputs, list) and len(inputs) > 1 else None
-    if not isinstance(sizes, list) or len(sizes) < 2 or chosen is None:
-        return None
-    if not all(type(size) is int and 0 < size < 1 << 40 for size in sizes):
+    if not isinstance(sizes, list) or len(sizes) < 2 or chosen is None or not num_elements(sizes):
         return None
     return len(sizes), math.prod(sizes[:-1]), int(chosen[0])
 

@@ -17,15 +17,16 @@ from tritonmoe.doctor.joining import joined
 from tritonmoe.doctor.kineto import rank_trace
 from tritonmoe.doctor.kineto_events import KinetoEvents
 from tritonmoe.doctor.pair_batches import as_all_to_alls
-from tritonmoe.doctor.plain_pickle import read_plain_pickle
 from tritonmoe.doctor.step_marks import mark_steps
 from tritonmoe.doctor.trace import RankTrace
 from tritonmoe.doctor.trace_files import JsonPieces, damaged, first_bytes, open_text
+from tritonmoe.report.terminal import one_line
+from tritonmoe.runtime.files import nests_too_deep, read_bytes
+from tritonmoe.runtime.plain_pickle import read_plain_pickle
 from tritonmoe.runtime.processes import read_files
 
 __all__ = ["ForeignRun", "read_traces"]
 
-MOST_DUMP_BYTES = 512 << 20
 NO_TRACE = (".txt", ".md", ".yaml", ".yml", ".log", ".csv", ".py", ".sh", ".html", ".png", ".err", ".out")
 
 
@@ -124,7 +125,7 @@ def _unknown(graph: Graph) -> Iterator[str]:
 
 
 def _shortened(others: Sequence[str]) -> str:
-    names = [one.split(" ")[0].rsplit("/", 1)[-1] for one in others]
+    names = [one_line(one.split(" ")[0].rsplit("/", 1)[-1]) for one in others]
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
@@ -133,6 +134,13 @@ _Read = RankTrace | tuple[Graph, list[str]] | str
 
 def _read(path: Path) -> _Read:
     """Read one file: a rank's trace, or a timeline's graph; a text says that it is no trace, and why."""
+    try:
+        return _read_kind(path)
+    except RecursionError:  # of a text that is made of a value, say
+        raise nests_too_deep(path) from None
+
+
+def _read_kind(path: Path) -> _Read:
     begin = first_bytes(path)
     if not begin.strip():
         raise damaged(path, "it is empty")
@@ -153,11 +161,9 @@ def _read(path: Path) -> _Read:
 
 
 def _read_pickle(path: Path) -> _Read:
-    if path.stat().st_size > MOST_DUMP_BYTES:
-        raise damaged(path, f"it has more than {MOST_DUMP_BYTES} bytes, as no dump of the flight recorder has")
+    content = read_bytes(path)
     try:
-        with path.open("rb") as file:
-            found = read_plain_pickle(file.read())
+        found = read_plain_pickle(content)
     except ValueError as error:
         raise damaged(path, str(error)) from None
     if not is_flight_record(found):

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn, TypeAlias
 
-from tritonmoe.runtime.files import check_regular
+from tritonmoe.runtime.files import Unpacked, check_regular, nests_too_deep
 
 __all__ = ["JsonPieces", "damaged", "first_bytes", "number", "open_text"]
 
@@ -53,7 +53,7 @@ def first_bytes(path: Path) -> bytes:
     if begin[:2] != GZIP:
         return begin
     try:
-        with gzip.open(path) as file:
+        with Unpacked(path) as file:
             return file.read(FIRST_BYTES)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise damaged(path, f"it is packed, and can't be unpacked: {error}") from None
@@ -64,7 +64,7 @@ def open_text(path: Path) -> io.TextIOBase:
     with path.open("rb") as file:
         is_packed = file.read(2) == GZIP
     if is_packed:
-        return io.TextIOWrapper(gzip.open(path), encoding="utf-8")
+        return io.TextIOWrapper(Unpacked(path), encoding="utf-8")
     return path.open(encoding="utf-8")
 
 
@@ -101,7 +101,7 @@ class JsonPieces:
         except UnicodeDecodeError as error:
             raise damaged(self.path, f"it is no text: {error.reason}") from None
         except RecursionError:
-            raise damaged(self.path, "it nests too deep") from None
+            raise nests_too_deep(self.path) from None
 
     def _whole(self) -> Iterator[Member]:
         opening = self._next()
@@ -115,6 +115,7 @@ class JsonPieces:
             raise damaged(self.path, "something follows where it should have ended")
 
     def _members(self) -> Iterator[Member]:
+        keys: set[str] = set()
         self._skip_blank()
         if self._peek() == "}":
             self._at += 1
@@ -123,7 +124,10 @@ class JsonPieces:
             self._skip_blank()
             key = self._value("a name")
             if not isinstance(key, str):
-                raise damaged(self.path, f"{str(key)[:40]!r} stands where a name should")
+                raise damaged(self.path, f"a {type(key).__name__} stands where a name should")
+            if key in keys:
+                raise damaged(self.path, f"it has the key {key[:40]!r} twice")
+            keys.add(key)
             if self._next() != ":":
                 raise damaged(self.path, f"there is no colon after {key[:40]!r}")
             self._skip_blank()

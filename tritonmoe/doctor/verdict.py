@@ -11,6 +11,7 @@ from tritonmoe.doctor.reading import ForeignRun
 from tritonmoe.doctor.recorded_run import RecordedRun
 from tritonmoe.doctor.slowdown import slowdown_of
 from tritonmoe.doctor.words import cost_words, count_words, share_words, time_words, words_of
+from tritonmoe.report.terminal import one_line
 from tritonmoe.runtime.files import Json
 
 __all__ = ["AnyRun", "about", "as_json", "as_text", "headline", "recording_of", "remarks", "step_words"]
@@ -59,7 +60,7 @@ def about(run: AnyRun, found: Verdict) -> str:
     graph = found.graph
     kinds = ", ".join(f"{count} of {kind}" for kind, count in run.kinds.items())
     counts = f"{count_words(len(graph.ranks), 'rank')}, {count_words(len(graph.steps), 'step')}"
-    return f"{run.path}: {counts}; files: {kinds}"
+    return f"{one_line(run.path)}: {counts}; files: {kinds}"
 
 
 def step_words(found: Verdict) -> str:

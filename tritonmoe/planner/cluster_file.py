@@ -10,7 +10,7 @@ from typing import get_type_hints
 
 from tritonmoe.config.numbers import is_integer, is_number
 from tritonmoe.planner.cluster import DTYPE_BYTES, SOURCES, SPREADS, Cluster, Estimate, Of, settings_of
-from tritonmoe.runtime.files import Json, check_regular
+from tritonmoe.runtime.files import Json, check_depth_of_names, nests_too_deep, read_bytes
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -20,6 +20,8 @@ else:
 __all__ = ["parse_cluster", "read_cluster", "to_toml"]
 
 MAX_TOML_BYTES = 1 << 20
+MAX_MESSAGE = 600
+"""Characters of a message: it quotes what stands in the file."""
 SPREAD = Of("spread: four times of five it is value / (1 + spread) to value * (1 + spread)", 0.0, 100.0)
 
 
@@ -30,14 +32,9 @@ def read_cluster(path: Path) -> Cluster:
         ValueError: it is no TOML, lacks a key, has one that nobody knows, or a number that can't be. The message names
             file, line and key. OSError: it can't be read.
     """
-    check_regular(path)
-    if path.stat().st_size > MAX_TOML_BYTES:
-        raise ValueError(
-            f"{path} has {path.stat().st_size} bytes, and a cluster's description needs a few thousand at most: give "
-            "the TOML file of a cluster"
-        )
+    content = read_bytes(path, MAX_TOML_BYTES, "give the TOML file of a cluster")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = content.decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not a text in UTF-8: {error}") from error
     return parse_cluster(text, str(path))
@@ -45,9 +42,12 @@ def read_cluster(path: Path) -> Cluster:
 
 def parse_cluster(text: str, path: str) -> Cluster:
     """Return what a TOML text describes; `path` stands in messages. Raises ValueError as read_cluster does."""
+    check_depth_of_names(text, path)
     try:
         found = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except RecursionError:
+        raise nests_too_deep(path) from None
+    except ValueError as error:  # that it is no TOML, or an integer of thousands of digits
         raise ValueError(f"{path}: {error}") from error
     return Cluster(**_Reader(path, text).settings(Cluster, found, ""))
 
@@ -81,8 +81,10 @@ class _Reader:
                 raise self.error(key, f"must be a table, got {found!r}")
             return kind(**self.settings(kind, found, f"{key}."))
         if kind in (str, bool):
-            if not isinstance(found, kind) or found == "":
-                raise self.error(key, f"must be {'a text' if kind is str else 'true or false'}, got {found!r}")
+            if not isinstance(found, kind) or found == "" or (isinstance(found, str) and not found.isprintable()):
+                raise self.error(
+                    key, f"must be {'a text that can be printed' if kind is str else 'true or false'}, got {found!r}"
+                )
             return found
         if key.endswith(".curve"):
             return self.curve(found, key)
@@ -124,7 +126,8 @@ class _Reader:
 
     def error(self, key: str, message: str) -> ValueError:
         line = self.line_of(key)
-        return ValueError(f"{self.path}{f', line {line}' if line else ''}: {key or 'the file'} {message}")
+        message = message if len(message) < MAX_MESSAGE else f"{message[:MAX_MESSAGE]} ..."
+        return ValueError(f"{self.path}{f', line {line}' if line else ''}: {key[:99] or 'the file'} {message}")
 
     def line_of(self, key: str) -> int | None:
         """Return the number of the line on which a key, or the table that it would stand in, is set."""

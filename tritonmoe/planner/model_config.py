@@ -3,9 +3,10 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from tritonmoe.config.numbers import is_integer
+from tritonmoe.config.numbers import is_integer, is_number
 from tritonmoe.planner.model_presets import MODELS
 from tritonmoe.planner.transformer_model import Attention, LatentAttention, Model
+from tritonmoe.report.terminal import one_line
 from tritonmoe.runtime.files import Json, read_json
 
 __all__ = ["expert_load", "find_model", "model_of_config"]
@@ -84,7 +85,7 @@ def model_of_config(config: object, path: str) -> Model:
     if isinstance(text, dict):
         config = {**text, "tie_word_embeddings": config.get("tie_word_embeddings", text.get("tie_word_embeddings"))}
     read = _Config(config, path)
-    kind = config.get("model_type", "a model without model_type")
+    kind, path = one_line(config.get("model_type", "a model without model_type")), one_line(path)
     for what, keys in CHANGES.items():
         if there := [key for key in keys if config.get(key)]:
             raise ValueError(
@@ -236,7 +237,7 @@ def expert_load(path: Path, num_experts: int) -> tuple[float, ...]:
     found = read_json(path)
     if isinstance(found, Mapping):
         found = found.get("pairs_per_expert")
-    numbers = [of for of in found if isinstance(of, int | float) and of >= 0] if isinstance(found, list) else []
+    numbers = [of for of in found if is_number(of) and of >= 0] if isinstance(found, list) else []
     if len(numbers) != num_experts or not isinstance(found, list) or len(found) != num_experts or not sum(numbers):
         raise ValueError(
             f"{path} must be a list of {num_experts} numbers of pairs, one an expert, not all zero (or an object that "

@@ -1,7 +1,9 @@
 """Heat maps, lane timelines and sparklines as text: with colour on a terminal, plain where output is piped."""
 
 import os
+import re
 import shutil
+import sys
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,9 +18,12 @@ __all__ = [
     "TextStyle",
     "heat_map",
     "lane_timelines",
+    "one_line",
+    "refused",
     "short_name",
     "sparkline",
     "text_style",
+    "visible",
     "wrapped",
 ]
 
@@ -59,6 +64,38 @@ TIMELINE_LEGEND = (
 # 256-colour palette: from dark blue through violet to yellow, readable with white, then black text.
 HEAT_COLORS = (17, 18, 54, 90, 126, 162, 167, 173, 179, 186)
 LANE_COLORS = {"compute": (25, 32), "comm": (130, 172), NODE: (60, 97)}
+OBEYED = (
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u0600-\u0605\u061c\u06dd\u070f\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff"
+    r"\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e007f]"
+)
+"""Characters that a terminal or a browser obeys instead of showing: controls of both kinds, the return of the carriage,
+order of writing, what is invisible, other ends of lines; and halves of characters, as in names that are no UTF-8."""
+GROUNDS = "|".join(map(str, sorted({*HEAT_COLORS, *(color for of in LANE_COLORS.values() for color in of)})))
+_OURS_OR_OBEYED = re.compile(rf"(\x1b\[0m|\x1b\[48;5;(?:{GROUNDS});38;5;(?:231|16)m)|{OBEYED}")
+
+
+def visible(text: str) -> str:
+    """Return a text of which a terminal or a browser obeys nothing but our own colours and ends of lines.
+
+    Names of files, of hosts and of events are others' texts. What would move the cursor, set the title, or turn the
+    order of writing round, stands there as Python writes it, as in "\\x1b[2J".
+    """
+    return _OURS_OR_OBEYED.sub(lambda found: found[1] or _escaped(found[0]), text)
+
+
+def one_line(text: object) -> str:
+    """Return a name or a message for the middle of a line: its own ends of lines are written as "\\n"."""
+    return visible(str(text)).replace("\n", "\\n").replace("\t", "\\t")
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape", "surrogatepass").decode()
+
+
+def refused(command: str, error: object) -> int:
+    """Say on stderr, in one line, why a command can't run; return its exit status, 2."""
+    print(f"tritonmoe {command}: {one_line(error)}", file=sys.stderr)
+    return 2
 
 
 @dataclass(frozen=True)

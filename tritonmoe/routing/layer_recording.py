@@ -1,7 +1,12 @@
 """LayerRecording: what one layer's router chose, call after call, in as few bytes as the ids need."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from tritonmoe.config.numbers import is_integer
 
 __all__ = ["LayerRecording", "check_integers"]
 
@@ -100,6 +105,46 @@ class LayerRecording:
         if len(self._weights) > 1:
             self._weights = [torch.cat(self._weights)]
         return self._weights[0] if self._weights else None
+
+    def saved(self) -> dict[str, object]:
+        """Return what a file holds of the layer: plain data, and tensors on the CPU."""
+        return {
+            "num_experts": self.num_experts,
+            "num_tokens": list(self.num_tokens),
+            "topk_ids": self.topk_ids.cpu(),
+            "topk_weights": None if self.topk_weights is None else self.topk_weights.cpu(),
+            "is_recorded": None if self.is_recorded is None else self.is_recorded.cpu(),
+        }
+
+    @classmethod
+    def of_saved(cls, fields: Mapping[str, Any]) -> "LayerRecording":
+        """Return the layer of which `saved` made these fields.
+
+        Raises:
+            ValueError, TypeError: it didn't, or somebody has changed the fields since.
+        """
+        if missing := {"num_experts", "num_tokens", "topk_ids", "topk_weights", "is_recorded"} - fields.keys():
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+        num_experts, num_tokens = fields["num_experts"], fields["num_tokens"]
+        if not is_integer(num_experts) or not 0 < num_experts < 1 << 31:
+            raise ValueError("num_experts must be a whole number of at least 1")
+        if not isinstance(num_tokens, list) or not all(is_integer(count) and count >= 0 for count in num_tokens):
+            raise ValueError("num_tokens must be a list of whole numbers of at least 0, one for each call")
+        ids, weights, is_recorded = fields["topk_ids"], fields["topk_weights"], fields["is_recorded"]
+        check_integers("topk_ids", ids)
+        if ids.dim() != 2 or sum(num_tokens) != len(ids):
+            raise ValueError(f"topk_ids must be (T, K) with T = {sum(num_tokens)}, got {tuple(ids.shape)}")
+        if weights is not None and not (isinstance(weights, Tensor) and weights.is_floating_point()):
+            raise TypeError("topk_weights must be a tensor of floating-point numbers")
+        if is_recorded is not None and not (
+            isinstance(is_recorded, Tensor) and is_recorded.dtype == torch.bool and is_recorded.shape == ids.shape[:1]
+        ):
+            raise ValueError(f"is_recorded must be ({len(ids)},) bool")
+        layer = cls(num_experts)
+        layer.add(ids, weights)
+        layer.num_tokens, layer.is_recorded = num_tokens, is_recorded
+        _ = layer.topk_ids  # raises where one is outside of [0, E)
+        return layer
 
     def rearranged(self, index: Tensor, num_tokens: list[int]) -> "LayerRecording":
         """Return the recording of the tokens index (T,), -1 for one that is not recorded, in calls of num_tokens."""

@@ -2,7 +2,6 @@
 
 import io
 import os
-import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -11,7 +10,8 @@ from torch import Tensor
 
 from tritonmoe.routing.layer_recording import LayerRecording, check_integers
 from tritonmoe.routing.rollout import check_not_shifted, rollout_ids
-from tritonmoe.runtime.files import check_regular, write_whole
+from tritonmoe.runtime.files import write_whole
+from tritonmoe.runtime.plain_pickle import load_tensors
 
 __all__ = ["RoutingRecording", "check_same_layers"]
 
@@ -206,16 +206,7 @@ class RoutingRecording:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the recording to a file. Raises OSError where it can't be written; then no part of it is left."""
-        layers = {
-            name: {
-                "num_experts": layer.num_experts,
-                "num_tokens": list(layer.num_tokens),
-                "topk_ids": layer.topk_ids.cpu(),
-                "topk_weights": None if layer.topk_weights is None else layer.topk_weights.cpu(),
-                "is_recorded": None if layer.is_recorded is None else layer.is_recorded.cpu(),
-            }
-            for name, layer in self.layers.items()
-        }
+        layers = {name: layer.saved() for name, layer in self.layers.items()}
         content = io.BytesIO()
         torch.save({"format": FORMAT, "layers": layers}, content)
         write_whole(path, content.getvalue(), "recording of the routing")
@@ -227,25 +218,21 @@ class RoutingRecording:
         Raises:
             ValueError: it is no such file. OSError: it can't be read.
         """
-        check_regular(Path(path))
-        saved = Path(path).read_bytes()
         try:
-            with zipfile.ZipFile(io.BytesIO(saved)) as archive:  # torch.load doesn't compare the sums that it finds
-                if damaged := archive.testzip():
-                    raise ValueError(f"the sum of {damaged} is another one")
-            content = torch.load(io.BytesIO(saved), map_location="cpu", weights_only=True)
-        except Exception as error:  # what zipfile and torch.load raise of damaged bytes may be anything
-            raise ValueError(f"{path} is no recording of the routing, or is damaged: {error}") from error
-        if not isinstance(content, dict) or content.get("format") != FORMAT or "layers" not in content:
+            content = load_tensors(Path(path))
+        except ValueError as error:
+            raise ValueError(f"{path} is no recording of the routing: {error}") from error
+        layers = content.get("layers") if isinstance(content, dict) and content.get("format") == FORMAT else None
+        if not isinstance(layers, dict):
             raise ValueError(f"{path} is no recording of the routing: save() of a RoutingRecording writes them")
         recording = cls()
-        for name, fields in content["layers"].items():
-            layer = LayerRecording(fields["num_experts"])
-            layer.add(fields["topk_ids"], fields["topk_weights"])
-            layer.num_tokens, layer.is_recorded = fields["num_tokens"], fields["is_recorded"]
-            if sum(layer.num_tokens) != layer.topk_ids.shape[0]:
-                raise ValueError(f"{path} is damaged: {name} has other tokens than its calls")
-            recording.layers[name] = layer
+        for name, fields in layers.items():
+            try:
+                if not isinstance(name, str) or not isinstance(fields, dict):
+                    raise ValueError("a layer is an object by its name")
+                recording.layers[name] = LayerRecording.of_saved(fields)
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"{path} is damaged: {str(name)[:99]!r}: {error}") from error
         return recording
 
     def __str__(self) -> str:
