@@ -27,6 +27,7 @@ from tritonmoe.benchmarks.ranks import device_and_backend, gather, slowest
 from tritonmoe.benchmarks.timing import Samples, ratio, summarize, write_json
 from tritonmoe.benchmarks.workload import DTYPES, MODELS, Workload
 from tritonmoe.errors import TransportError
+from tritonmoe.report.terminal import refused
 from tritonmoe.runtime.files import Json
 from tritonmoe.transports import ProcessGroupTransport, Transport
 from tritonmoe.transports.torchrun import torchrun_ranks
@@ -72,8 +73,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return _run(arguments, sys.argv[1:] if argv is None else argv)
     except (ValueError, OSError) as error:
-        print(f"tritonmoe bench auto: {error}", file=sys.stderr)
-        return 2
+        return refused("bench auto", error)
     except TransportError as error:
         print(f"tritonmoe bench auto: {type(error).__name__}: {error}", file=sys.stderr)
         return 1

@@ -29,6 +29,7 @@ from tritonmoe.benchmarks.workload import DTYPES
 from tritonmoe.config.overlap import OverlapConfig
 from tritonmoe.errors import TransportError
 from tritonmoe.integrations.transformers.bench_model import load_spread, qwen3_moe_model
+from tritonmoe.report.terminal import refused
 from tritonmoe.runtime.files import Json
 from tritonmoe.transports.torchrun import torchrun_ranks
 
@@ -69,8 +70,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return _run(arguments, sys.argv[1:] if argv is None else argv)
     except (ValueError, OSError, ImportError) as error:
-        print(f"tritonmoe bench expert_parallel: {error}", file=sys.stderr)
-        return 2
+        return refused("bench expert_parallel", error)
     except TransportError as error:
         print(f"tritonmoe bench expert_parallel: {type(error).__name__}: {error}", file=sys.stderr)
         return 1

@@ -28,7 +28,7 @@ from tritonmoe.errors import TransportError
 from tritonmoe.report.html import write_page
 from tritonmoe.report.perfetto import write_chrome_trace
 from tritonmoe.report.png import write_overlap_png
-from tritonmoe.report.terminal import wrapped
+from tritonmoe.report.terminal import refused, wrapped
 from tritonmoe.report.timeline import Timeline, layer_timeline, simulated_timeline
 from tritonmoe.runtime.files import Json
 from tritonmoe.transports import EmulatedTransport, LinkModel, MPITransport, Transport
@@ -48,8 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return _run(arguments, sys.argv[1:] if argv is None else argv)
     except (TypeError, ValueError, OSError) as error:
-        print(f"tritonmoe bench overlap: {error}", file=sys.stderr)
-        return 2
+        return refused("bench overlap", error)
     except TransportError as error:
         print(f"tritonmoe bench overlap: {type(error).__name__}: {error}", file=sys.stderr)
         return 1

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import TextIO
 
 from tritonmoe.cli import bench, check, demo, doctor, env, models, plan, probe, tune, upcycle, warmup
+from tritonmoe.report.terminal import visible
 from tritonmoe.runtime.version import __version__
 
 __all__ = ["command_parser", "main"]
@@ -58,7 +59,10 @@ def _checked_output() -> Iterator[None]:
 
 
 class _Output:
-    """A standard stream of which a write that fails is a SystemExit: no `except OSError` takes it for a file's."""
+    """A standard stream: all text for the terminal goes through here, and is made visible (`report.terminal.visible`).
+
+    A write that fails is a SystemExit: no `except OSError` takes it for a file's.
+    """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -68,7 +72,7 @@ class _Output:
 
     def write(self, text: str) -> int:
         with self._failure_ends_it():
-            return self._stream.write(text)
+            return self._stream.write(visible(text))
 
     def flush(self) -> None:
         with self._failure_ends_it():

@@ -31,7 +31,7 @@ from tritonmoe.doctor.run_figures import figures_of
 from tritonmoe.doctor.verdict import as_json, as_text
 from tritonmoe.report.figures import Figures
 from tritonmoe.report.html import Page, write_page
-from tritonmoe.report.terminal import wrapped
+from tritonmoe.report.terminal import refused, wrapped
 from tritonmoe.runtime.files import Json, write_whole
 from tritonmoe.transports.torchrun import torchrun_ranks
 
@@ -74,8 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.html is not None:
             write_page(arguments.html, _page(found))
     except (ValueError, OSError) as error:
-        print(f"tritonmoe doctor: {error}", file=sys.stderr)
-        return 2
+        return refused("doctor", error)
     print(wrapped("\n\n".join(one.text() for one in found)))
     return 0 if all(one.found.is_healthy for one in found) else 1
 

@@ -3,13 +3,13 @@
 import argparse
 import dataclasses
 import json
-import sys
 from collections.abc import Sequence
 
 from tritonmoe.benchmarks.argument_types import Subparsers
 from tritonmoe.benchmarks.timing import package_versions
 from tritonmoe.integrations.transformers.discovery import ExpertsClass, experts_classes, unsupported_classes
 from tritonmoe.integrations.transformers.upcycle.native import NATIVE_TARGETS
+from tritonmoe.report.terminal import refused
 
 __all__ = ["add_parser"]
 
@@ -29,8 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         supported, others = experts_classes(), unsupported_classes()
     except ImportError as error:
-        print(f"tritonmoe models: {error}", file=sys.stderr)
-        return 2
+        return refused("models", error)
     version = package_versions("transformers")["transformers"]
     if arguments.json:
         found = {

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +22,7 @@ from tritonmoe.planner.plan_verdict import comparison_as_json, plan_as_json
 from tritonmoe.planner.trainer import TRAINERS, UNKNOWN_IMBALANCE, Sends, trained_by
 from tritonmoe.planner.training_plan import plan
 from tritonmoe.report.html import Page, write_page
-from tritonmoe.report.terminal import wrapped
+from tritonmoe.report.terminal import refused, wrapped
 from tritonmoe.runtime.files import Json, write_whole
 
 __all__ = ["add_parser"]
@@ -135,8 +134,7 @@ def run(arguments: argparse.Namespace) -> int:
             return 0
         return _plan(arguments)
     except (ValueError, OSError) as error:
-        print(f"tritonmoe plan: {error}", file=sys.stderr)
-        return 2
+        return refused("plan", error)
 
 
 def _plan(arguments: argparse.Namespace) -> int:

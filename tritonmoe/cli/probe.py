@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from tritonmoe.planner.cluster_probe import DTYPES, probe_cluster
 from tritonmoe.planner.job import Job
 from tritonmoe.planner.model_config import find_model
 from tritonmoe.planner.model_presets import MODELS
+from tritonmoe.report.terminal import refused
 from tritonmoe.runtime.files import write_whole
 from tritonmoe.transports.torchrun import torchrun_ranks
 
@@ -46,8 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
         job = Job(model, sequence=arguments.tokens, ep=arguments.ep, dtype=arguments.dtype)
         base = _base(arguments.cluster)
     except (ValueError, OSError) as error:
-        print(f"tritonmoe probe: {error}", file=sys.stderr)
-        return 2
+        return refused("probe", error)
     if "RANK" not in os.environ:
         device, _ = device_and_backend()
         alone = replace(base, nodes=1, gpus_per_node=1)

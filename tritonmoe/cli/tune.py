@@ -18,6 +18,7 @@ from tritonmoe.backends import triton_unusable_reason
 from tritonmoe.benchmarks.argument_types import Subparsers
 from tritonmoe.benchmarks.shapes import LayerShape
 from tritonmoe.cli.layer_arguments import DTYPES, add_layer_arguments, layer_shape, tokens_of_every_class
+from tritonmoe.report.terminal import refused
 
 if TYPE_CHECKING:
     from tritonmoe.kernels.tiles.config import TileConfig
@@ -57,8 +58,7 @@ def run(arguments: argparse.Namespace, say: Callable[[str], None] = print) -> in
     except ImportError as error:
         return _without_triton(error)
     except (ValueError, OSError) as error:
-        print(f"tritonmoe tune: {error}", file=sys.stderr)
-        return 2
+        return refused("tune", error)
     reason = triton_unusable_reason(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     if reason is not None or not torch.cuda.is_available():
         print(
@@ -93,8 +93,7 @@ def run(arguments: argparse.Namespace, say: Callable[[str], None] = print) -> in
                 say(f"T={num_tokens} is left out: it doesn't fit into the GPU's memory")
             say(f"{len(found)} entries written to {path}")
     except (OSError, ValueError) as error:
-        print(f"tritonmoe tune: {error}", file=sys.stderr)
-        return 2
+        return refused("tune", error)
     return 0
 
 

@@ -1,10 +1,10 @@
 """`tritonmoe upcycle IN OUT`: a dense checkpoint of transformers becomes a Mixture-of-Experts checkpoint."""
 
 import argparse
-import sys
 from collections.abc import Callable
 
 from tritonmoe.benchmarks.argument_types import Subparsers, positive, seed
+from tritonmoe.report.terminal import refused
 from tritonmoe.runtime.progress import Progress
 
 __all__ = ["add_parser"]
@@ -61,8 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
             progress=_progress(),
         )
     except (ValueError, OSError, ImportError) as error:
-        print(f"tritonmoe upcycle: {error}", file=sys.stderr)
-        return 2
+        return refused("upcycle", error)
     loader = "tritonmoe.integrations.transformers.load_upcycled" if made == "inplace" else "from_pretrained"
     print(f"{arguments.destination}: {made}, load it with {loader}")
     return 0

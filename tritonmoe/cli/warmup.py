@@ -16,6 +16,7 @@ import torch
 from tritonmoe.benchmarks.argument_types import Subparsers, positive
 from tritonmoe.benchmarks.shapes import LayerShape
 from tritonmoe.cli.layer_arguments import DTYPES, add_layer_arguments, layer_shape, tokens_of_every_class
+from tritonmoe.report.terminal import refused
 
 if TYPE_CHECKING:
     from tritonmoe.kernels.launch import GPUTarget, Launch
@@ -45,8 +46,7 @@ def run(arguments: argparse.Namespace, say: Callable[[str], None] = print) -> in
             sizes = ", ".join(str(size) for size in range(1, num_experts + 1) if num_experts % size == 0)
             raise ValueError(f"E ({num_experts}) must be divisible by --ranks ({num_ranks}); choose one of {sizes}")
     except ValueError as error:
-        print(f"tritonmoe warmup: {error}", file=sys.stderr)
-        return 2
+        return refused("warmup", error)
     if arguments.target is None and not torch.cuda.is_available():
         print("tritonmoe warmup needs a GPU, or --target sm_90 (say) to compile for another machine's", file=sys.stderr)
         return 2

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from tritonmoe.report.charts import Bars, Curves, Heat, Strips
 from tritonmoe.report.figures import Line, Table, Words
+from tritonmoe.report.terminal import visible
 from tritonmoe.runtime.files import Json, write_whole
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def page_text(page: Page) -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["embedded"] = _embedded
     template = environment.from_string((resources.files("tritonmoe.report") / "page.html").read_text("utf-8"))
-    return template.render(page=page)
+    return visible(template.render(page=page))
 
 
 def _embedded(data: object) -> "Markup":
