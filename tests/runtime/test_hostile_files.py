@@ -331,7 +331,9 @@ def test_numbers_of_pairs(number: str, tmp_path: Path) -> None:
 
 
 def test_a_member_that_stands_twice_in_a_trace(tmp_path: Path) -> None:
-    (tmp_path / "a.json").write_text('{"distributedInfo": {}, "distributedInfo": {}, "traceEvents": []}')
+    (tmp_path / "a.json").write_text(
+        '{"distributedInfo": {"rank": 0}, "distributedInfo": {"rank": 1}, "traceEvents": []}'
+    )
     with pytest.raises(ValueError, match="'distributedInfo' twice"):
         read_traces(tmp_path)
 

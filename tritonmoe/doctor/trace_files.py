@@ -115,7 +115,7 @@ class JsonPieces:
             raise damaged(self.path, "something follows where it should have ended")
 
     def _members(self) -> Iterator[Member]:
-        keys: set[str] = set()
+        members: dict[str, object] = {}
         self._skip_blank()
         if self._peek() == "}":
             self._at += 1
@@ -125,9 +125,6 @@ class JsonPieces:
             key = self._value("a name")
             if not isinstance(key, str):
                 raise damaged(self.path, f"a {type(key).__name__} stands where a name should")
-            if key in keys:
-                raise damaged(self.path, f"it has the key {key[:40]!r} twice")
-            keys.add(key)
             if self._next() != ":":
                 raise damaged(self.path, f"there is no colon after {key[:40]!r}")
             self._skip_blank()
@@ -137,7 +134,10 @@ class JsonPieces:
                 self._at += 1
                 yield from self._elements(key)
             else:
-                yield key, self._value(key)
+                value = self._value(key)
+                if members.setdefault(key, value) != value:
+                    raise damaged(self.path, f"it has the key {key[:40]!r} twice, with two values")
+                yield key, value
             separator = self._next()
             if separator == "}":
                 return
