@@ -61,6 +61,7 @@ def test_a_name_exists_in_the_installed_release(name: str) -> None:
     [
         ("transformers.Trainer", r"`transformers\.Trainer`: ([^|]*)"),
         ("peft.tuners.lora.layer.ParamWrapper", r"`peft\.tuners\.lora\.layer\.ParamWrapper`: ([^|]*)"),
+        ("peft.tuners.tuners_utils.BaseTuner", r"`peft\.tuners\.tuners_utils\.BaseTuner`: ([^|]*)"),
     ],
 )
 def test_methods_that_are_replaced_exist(owner: str, methods: str) -> None:

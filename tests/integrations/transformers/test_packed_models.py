@@ -119,12 +119,16 @@ def test_no_whole_decoded_weight_is_ever_made(tmp_path: Path) -> None:
     assert max(largest.num_values.values()) <= few_experts < 32 * 64 * 32
 
 
-def adapted(model: Any) -> Any:
+def lora(**settings: Any) -> Any:
+    """Return the configuration of random adapters: of the experts, where the settings name nothing else."""
     peft = pytest.importorskip("peft")
     torch.manual_seed(1)
-    parameters = ["experts.gate_up_proj", "experts.down_proj"]
-    config = peft.LoraConfig(r=2, target_modules=[], target_parameters=parameters, init_lora_weights=False)
-    return peft.get_peft_model(model, config)
+    experts = {"target_modules": [], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+    return peft.LoraConfig(**{"r": 2, "init_lora_weights": False, **experts, **settings})
+
+
+def adapted(model: Any) -> Any:
+    return pytest.importorskip("peft").get_peft_model(model, lora())
 
 
 def trained(model: Any, num_steps: int, folder: Path) -> tuple[list[float], dict[str, Tensor]]:
@@ -151,8 +155,6 @@ def test_adapters_of_peft_train_as_on_decoded_weights(
     expected, expected_file = trained(adapted(plain), 10, tmp_path / "plain")
     assert losses == expected
     assert_same_bits(file, expected_file)
-    with pytest.raises(ValueError, match="is packed in 4 or 8 bits"):
-        model.merge_and_unload()
     back = model.unload()
     assert_same_bits(dict(back.named_parameters()), before)
     again = peft.PeftModel.from_pretrained(load(folder), tmp_path / "packed")
@@ -160,6 +162,69 @@ def test_adapters_of_peft_train_as_on_decoded_weights(
     AUTO_QUANTIZER_MAPPING.update(QUANTIZERS)
     merged = peft.PeftModel.from_pretrained(load(folder), tmp_path / "packed").merge_and_unload()
     assert torch.isfinite(merged(IDS).logits).all()
+
+
+@pytest.mark.parametrize("is_mixed", [False, True])
+def test_a_refused_merge_changes_nothing(is_mixed: bool, tmp_path: Path) -> None:
+    """Of a model with adapters of dense layers too, which PEFT would merge and unwrap before the experts."""
+    peft = pytest.importorskip("peft")
+    model = mixtral()
+    tmt.quantize_experts(model, "nf4")
+    config = lora(target_modules=["q_proj", "o_proj"])
+    own = peft.PeftMixedModel(model, config) if is_mixed else peft.get_peft_model(model, config)
+    own.add_adapter("second", config)
+    kept = peft.get_peft_model_state_dict
+
+    def all_of_it() -> dict[str, Tensor]:
+        if not is_mixed:
+            own.save_pretrained(tmp_path)
+        file = {} if is_mixed else load_file(tmp_path / "adapter_model.safetensors")
+        return {**own.state_dict(), **file, "logits": own(IDS).logits, **kept(own, adapter_name="second")}
+
+    before = {name: value.clone() for name, value in all_of_it().items()}
+    calls = {
+        "merge_and_unload": [{}, {"safe_merge": True}, {"adapter_names": ["second"]}],
+        "merge_adapter": [{}, {"safe_merge": True}, {"adapter_names": ["second"]}],
+    }
+    for name, settings in calls.items():
+        for one in settings:
+            with pytest.raises(ValueError, match=r"is packed in 4 or 8 bits, .*so nothing was merged: save the adapter"):
+                getattr(own.base_model, name)(**one)
+            assert_same_bits(all_of_it(), before, name)
+    with pytest.raises((ValueError, NotImplementedError)):  # of PEFT, which doesn't mix adapters of parameters
+        own.base_model.add_weighted_adapter(["default", "second"], [0.5, 0.5], "both", combination_type="linear")
+    assert_same_bits(all_of_it(), before)
+
+
+def test_what_peft_does_with_adapters_of_packed_experts_except_merging_them() -> None:
+    peft = pytest.importorskip("peft")
+    model = mixtral()
+    tmt.quantize_experts(model, "mxfp4")
+    state, logits = {name: value.clone() for name, value in model.state_dict().items()}, model(IDS).logits
+    config, dense = lora(target_modules=["q_proj"]), lora(target_modules=["q_proj"], target_parameters=[])
+    own = peft.get_peft_model(model, config)
+    first = own(IDS).logits
+    for name, one in (("second", config), ("dense", dense), ("dense2", dense)):
+        own.add_adapter(name, one)
+    own.set_adapter("second")
+    second = own(IDS).logits
+    assert not torch.equal(first, second)
+    with own.disable_adapter():
+        assert torch.equal(own(IDS).logits, logits)
+    own.add_weighted_adapter(["dense", "dense2"], [1.0, 1.0], "sum", combination_type="cat")
+    own.set_adapter("sum")
+    summed = own(IDS).logits
+    merged = copy.deepcopy(own)
+    merged.merge_adapter()  # no adapter of experts is among these
+    torch.testing.assert_close(merged(IDS).logits, summed, rtol=0.05, atol=0.02)
+    own.set_adapter("default")
+    assert torch.equal(own(IDS).logits, first)
+    own.delete_adapter("default")
+    own.set_adapter("second")
+    assert torch.equal(own(IDS).logits, second)
+    back = own.unload()
+    assert_same_bits(dict(back.state_dict()), state)
+    assert torch.equal(back(IDS).logits, logits)
 
 
 def test_adapters_that_peft_would_multiply_out_are_refused() -> None:

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as distributed_checkpoint
 from expert_parallel_worker import OVERLAP, assert_close, batch, gradients, main, make_model, rank, size, whole
+from same_bits import assert_same_bits
 from tiny_models import make_dense, make_tokenizer
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -321,16 +322,23 @@ def run_adapted_merged(name: str, directory: Path) -> None:
         hotswap.hotswap_adapter(model, str(directory / f"swapped-{rank}"), "default", torch_device="cpu")
         assert_divided(model)
         close(model(input_ids=ids).logits, swapped)
+        model.save_pretrained(directory / f"saved-{order}")  # of one whose class's own save gathers too
+        model.add_adapter("second", model.peft_config["default"])
+        model.delete_adapter("second")
+        close(model(input_ids=ids).logits, swapped)
         close(model.merge_and_unload(safe_merge=True)(input_ids=ids).logits, swapped)
+        close(make_adapted(name, order).unload()(input_ids=ids).logits, make_model(name)(input_ids=ids).logits)
         broken = make_adapted(name, order)
-        layer = broken.get_base_model().model.layers[0].mlp
-        before = whole(layer.experts.get_base_layer().gate_up_proj.detach()).clone()
+        layer = broken.get_base_model().model.layers[-1].mlp
         factor = next(p for key, p in layer.named_parameters() if "lora_B" in key)
         if rank == size - 1:  # another rank's experts
             factor.detach().to_local().fill_(torch.nan)
-        with pytest.raises(ValueError, match=r"weights .* on some rank infinite or NaN"):
-            broken.merge_and_unload(safe_merge=True)
-        assert torch.equal(whole(layer.experts.get_base_layer().gate_up_proj.detach()), before)
+        before = {key: whole(value).clone() for key, value in broken.state_dict().items()}
+        for merge in (broken.merge_and_unload, broken.merge_adapter):
+            with pytest.raises(ValueError, match=r"weights .* on some rank infinite or NaN"):
+                merge(safe_merge=True)
+            after = {key: whole(value) for key, value in broken.state_dict().items()}  # no layer was merged
+            assert_same_bits(after, before)
         key = next(key for key in whole_forms(broken) if "lora_A" in key)
         wider = {key: torch.cat([other.state_dict()[key]] * 2)}
         with pytest.raises(ValueError, match="adapter of another rank"):

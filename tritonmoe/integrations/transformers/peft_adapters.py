@@ -8,6 +8,7 @@ are spread over ranks, each rank holds the factors of its own (peft_sharding.py)
 import functools
 import importlib
 import importlib.util
+import inspect
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -30,9 +31,11 @@ from tritonmoe.integrations.transformers.peft_sharding import (
 from tritonmoe.integrations.transformers.sharded_model import gather_what_peft_saves
 from tritonmoe.integrations.transformers.sharding import expert_parallel_state, transport_of
 from tritonmoe.layer import GroupedExperts
+from tritonmoe.sharding.marks import sharded_modules
 
 if TYPE_CHECKING:
     from peft.tuners.lora.layer import ParamWrapper
+    from peft.tuners.tuners_utils import BaseTuner
 
 __all__ = ["hand_over_factors"]
 
@@ -68,7 +71,10 @@ def hand_over_factors() -> None:
     wrapper._activate_lora = _activate
     setattr(wrapper, DELTA, wrapper.get_delta_weight)
     wrapper.get_delta_weight = _delta_weight
-    wrapper.merge = _safely_merged(wrapper.merge)
+    wrapper.merge = _checked_merge(wrapper.merge)
+    tuner = importlib.import_module("peft.tuners.tuners_utils").BaseTuner
+    for name in ("merge_and_unload", "merge_adapter"):
+        setattr(tuner, name, _checked_merges(getattr(tuner, name)))
     setattr(wrapper, SHARDS, shard_factors)
     setattr(wrapper, FACTORS, _factors_of)
     wrapper._move_adapter_to_device_of_base_layer = _then_sharded(wrapper._move_adapter_to_device_of_base_layer)
@@ -92,19 +98,63 @@ def _then_sharded(move: Callable[..., None]) -> Callable[..., None]:
     return method
 
 
-def _safely_merged(merge: Callable[..., None]) -> Callable[..., None]:
-    """Let safe_merge=True look at the experts of every rank, where PEFT would look at this rank's, and change none."""
+def _checked_merges(merge: Callable[..., object]) -> Callable[..., object]:
+    """Let a model merge where all its wrappers can: PEFT would go layer by layer, and stop in the middle."""
+    order = inspect.signature(merge)
 
     @functools.wraps(merge)
-    def method(self: "ParamWrapper", safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        from peft.tuners.tuners_utils import check_adapters_to_merge
-
-        if safe_merge and hasattr(self.get_param(), "to_local") and transport_of(self.get_base_layer()) is not None:
-            check_merged_is_finite(self, check_adapters_to_merge(self, adapter_names))
-            safe_merge = False
-        merge(self, safe_merge=safe_merge, adapter_names=adapter_names)
+    def method(self: "BaseTuner", *arguments: object, **keywords: object) -> object:
+        given = order.bind(self, *arguments, **keywords).arguments
+        for module in self.model.modules():
+            if hasattr(type(module), HANDS_OVER):
+                wrapper = cast("ParamWrapper", module)
+                _check_merge(wrapper, given.get("safe_merge", False), given.get("adapter_names"))
+        return merge(self, *arguments, **keywords)
 
     return method
+
+
+def _checked_merge(merge: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(merge)
+    def method(self: "ParamWrapper", safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        _check_merge(self, safe_merge, adapter_names)
+        merge(self, safe_merge=safe_merge and not _is_spread(self), adapter_names=adapter_names)
+
+    return method
+
+
+def _is_spread(wrapper: "ParamWrapper") -> bool:
+    return hasattr(wrapper.get_param(), "to_local") and transport_of(wrapper.get_base_layer()) is not None
+
+
+def _check_merge(wrapper: "ParamWrapper", safe_merge: bool, adapter_names: list[str] | None) -> None:
+    """Raise ValueError where adapters can't be merged into the experts of a wrapper; of spread ones every rank calls.
+
+    Args:
+        safe_merge: look also whether the experts of every rank would stay finite, where PEFT would look at this rank's.
+    """
+    from torch.distributed.tensor import Shard
+
+    names = wrapper.active_adapters if adapter_names is None else adapter_names
+    names = [name for name in names if name in wrapper.lora_A and name not in wrapper.merged_adapters]
+    experts = wrapper.get_base_layer()
+    if names and is_packed_parameter(experts, wrapper.parameter_name):
+        raise ValueError(
+            f"{wrapper.parameter_name} of {type(experts).__name__} is packed in 4 or 8 bits, and merging would round "
+            f"the adapters {names} to them, so nothing was merged: save the adapter (save_pretrained), load the model "
+            "in bf16 (without register(packed=True), or with dequantize=True in its quantization_config) and merge it "
+            "there"
+        )
+    if not names or not _is_spread(wrapper):
+        return
+    for name in names:
+        if tuple(wrapper.get_param().placements) != (Shard(0),) and any(sharded_modules(wrapper.lora_A[name])):
+            raise ValueError(
+                f"the adapter of {wrapper.parameter_name} can't be merged into experts with the placements "
+                f"{wrapper.get_param().placements}, so nothing was merged: merge before fully_shard()"
+            )
+    if safe_merge:
+        check_merged_is_finite(wrapper, names)
 
 
 def _hotswap_parts() -> None:
@@ -280,11 +330,6 @@ def _spread_delta(wrapper: "ParamWrapper", factors: tuple[Tensor, Tensor], scale
     from torch.distributed.tensor import DTensor, Shard
 
     parameter = wrapper.get_param()
-    if tuple(parameter.placements) != (Shard(0),):
-        raise ValueError(
-            f"the adapter of {wrapper.parameter_name} can't be merged into experts with the placements "
-            f"{parameter.placements}: merge before fully_shard()"
-        )
     factor_a, factor_b = (factor.detach() for factor in factors)
     delta = factor_b @ factor_a * scale
     delta = delta if getattr(wrapper, "_did_swap_in_out_features", False) else delta.mT.contiguous()

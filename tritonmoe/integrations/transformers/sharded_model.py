@@ -203,11 +203,12 @@ def _save_gathered(
 @contextmanager
 def _told(model: nn.Module, state_dict: StateDict | None) -> Iterator[None]:
     """Let quantizers give what save_pretrained was given: transformers asks them instead."""
+    outer = model.__dict__.get(STATE_TO_SAVE)  # of a PEFT model that was spread: its class's own save gathers too
     model.__dict__[STATE_TO_SAVE] = state_dict
     try:
         yield
     finally:
-        del model.__dict__[STATE_TO_SAVE]
+        model.__dict__[STATE_TO_SAVE] = outer
 
 
 def meet(model: nn.Module, what: str) -> None:

@@ -1,4 +1,4 @@
-"""PEFT's adapters of packed experts: found by the name of the weight, shaped as the weight, and never merged."""
+"""PEFT's adapters of packed experts: found by the name of the weight, and shaped as the weight."""
 
 import contextlib
 import functools
@@ -27,7 +27,6 @@ def adapt_packed(wrapper: type) -> None:
     from peft.tuners import tuners_utils
 
     _wrap(wrapper, "get_param", _packed_parameter)
-    _wrap(wrapper, "merge", _refused_merge)
     if hasattr(tuners_utils.BaseTuner, "_inject_parameters"):
         _wrap(tuners_utils.BaseTuner, "_inject_parameters", _found_by_name)
 
@@ -60,21 +59,6 @@ def _packed_parameter(get_param: Callable[..., Tensor]) -> Callable[..., Tensor]
         if is_packed_parameter(experts, self.parameter_name):
             return stand_in(experts, self.parameter_name)
         return get_param(self)
-
-    return method
-
-
-def _refused_merge(merge: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(merge)
-    def method(self: "ParamWrapper", *arguments: object, **keywords: object) -> None:
-        if is_packed_parameter(self.get_base_layer(), self.parameter_name):
-            raise ValueError(
-                f"{self.parameter_name} of {type(self.get_base_layer()).__name__} is packed in 4 or 8 bits, and "
-                "merging would round the adapter to them: save the adapter (save_pretrained), load the model in bf16 "
-                "(without register(packed=True), or with dequantize=True in its quantization_config) and merge it "
-                "there"
-            )
-        merge(self, *arguments, **keywords)
 
     return method
 
