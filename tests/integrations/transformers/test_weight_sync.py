@@ -3,6 +3,7 @@
 import importlib.metadata
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -81,6 +82,103 @@ def test_adapters_that_cannot_be_merged_one_by_one_are_refused() -> None:
     tokens = adapted(LoraConfig(target_modules=["q_proj"], trainable_token_indices=[3, 4]))
     with pytest.raises(ValueError, match=r"embed_tokens is a TrainableTokensWrapper of PEFT.*merge_and_unload"):
         tm.export_weights(tokens)
+
+
+def tied_mixtral(*, is_tied: bool = True) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    config = make_model("mixtral").config
+    config.tie_word_embeddings = is_tied
+    torch.manual_seed(5)
+    return AutoModelForCausalLM.from_config(config)
+
+
+IDS = torch.arange(12).view(2, 6)
+
+
+@pytest.mark.skipif(not HAS_PEFT, reason="peft is not installed")
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["lm_head"]},
+        {"target_modules": ["embed_tokens"]},
+        {"target_modules": ["lm_head", "embed_tokens"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    ],
+    ids=str,
+)
+def test_adapters_that_untie_tied_weights_are_refused(settings: Any) -> None:
+    """An engine whose configuration ties them, as vLLM's, skips lm_head: it would generate with another model."""
+    from peft import LoraConfig, get_peft_model
+
+    model: Any = get_peft_model(tied_mixtral(), LoraConfig(init_lora_weights=False, **settings))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name:
+                parameter += 0.1
+    base = {name: tensor.clone() for name, tensor in tm.export_weights(tied_mixtral())}
+    for call in (
+        lambda: tm.export_weights(model),
+        lambda: tm.export_weights(model, only_shapes=True),
+        lambda: tm.load_weights(model, base.items()),
+    ):
+        with pytest.raises(ValueError, match=r"lm_head.weight and model.embed_tokens.weight are tied .*ensure_weight"):
+            call()
+    with model.disable_adapter():
+        found = dict(tm.export_weights(model))
+    assert found.keys() == base.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in base.items())
+    model.config.tie_word_embeddings = False  # as an engine is told, which then has two weights
+    engine = tied_mixtral(is_tied=False)
+    tm.load_weights(engine, tm.export_weights(model))
+    torch.testing.assert_close(engine(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.skipif(not HAS_PEFT, reason="peft is not installed")
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["embed_tokens"], "ensure_weight_tying": True},
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+        {"target_modules": ["q_proj"], "use_rslora": True},
+        {"target_modules": ["q_proj"], "bias": "all"},
+    ],
+    ids=str,
+)
+def test_adapters_that_keep_weights_tied_are_merged(settings: Any) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    if "ensure_weight_tying" not in LoraConfig.__dataclass_fields__:
+        pytest.skip("this PEFT can't tie adapters")
+    model: Any = get_peft_model(tied_mixtral(), LoraConfig(init_lora_weights=False, **settings))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.01
+    engine = tied_mixtral()
+    tm.load_weights(engine, tm.export_weights(model))
+    torch.testing.assert_close(engine(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.skipif(not HAS_PEFT, reason="peft is not installed")
+def test_a_bf16_router_is_merged_as_the_model_in_training_computes_it() -> None:
+    """PEFT rounds what it adds to a parameter, in its forward and in its merge; the sum is rounded again."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=4, target_modules=["q_proj"], target_parameters=["gate.weight"], init_lora_weights=False)
+    model: Any = get_peft_model(make_model("mixtral").bfloat16(), config)
+    found = {name: tensor.clone() for name, tensor in tm.export_weights(model) if "gate.weight" in name}
+    computed = []
+    for layer in model.get_base_model().model.layers:
+        wrapper = layer.mlp.gate
+        with wrapper._activate_lora(wrapper.active_adapters):
+            computed.append(wrapper.get_base_layer().weight.detach().clone())
+    merged = {name: tensor for name, tensor in tm.export_weights(model.merge_and_unload()) if name in found}
+    assert len(found) == len(merged) == len(computed) > 0
+    for own, (name, tensor) in zip(computed, found.items(), strict=True):
+        assert torch.equal(tensor, merged[name])
+        assert torch.equal(tensor, own)
 
 
 def test_what_is_no_checkpoint_is_refused() -> None:

@@ -8,7 +8,15 @@ from torch import Tensor, nn
 
 from tritonmoe.sharding.watched_collectives import full_tensor
 
-__all__ = ["active_adapters", "check_adapter", "has_sharded_factors", "is_in_use", "local_part", "merged_rows"]
+__all__ = [
+    "active_adapters",
+    "add_the_same",
+    "check_adapter",
+    "has_sharded_factors",
+    "is_in_use",
+    "local_part",
+    "merged_rows",
+]
 
 MERGEABLE = ("Linear", "Embedding", "ParamWrapper")
 """The classes of peft.tuners.lora.layer whose adapters can be merged row by row."""
@@ -57,6 +65,20 @@ def _names(layer: Any) -> set[str]:
     return {name for key in layer.adapter_layer_names for name in getattr(layer, key, None) or ()}
 
 
+def add_the_same(some: Sequence[nn.Module], others: Sequence[nn.Module]) -> bool:
+    """Say whether two modules with one weight have the same adapters: none, or factors in the same memory."""
+
+    def added(wrappers: Sequence[nn.Module]) -> set[tuple[float, frozenset[int]]]:
+        found = [(_peft(wrapper), adapter) for wrapper in wrappers for adapter in active_adapters(wrapper)]
+        memories = [
+            frozenset(local_part(factor).untyped_storage().data_ptr() for factor in _factors(layer, adapter))
+            for layer, adapter in found
+        ]
+        return {(layer.scaling[adapter], memory) for (layer, adapter), memory in zip(found, memories, strict=True)}
+
+    return added(some) == added(others)
+
+
 def has_sharded_factors(wrappers: Sequence[nn.Module]) -> bool:
     """Say whether FSDP2 has sharded the factors of experts, so that a rank has no whole ones of its own experts."""
     return any(
@@ -82,8 +104,8 @@ def merged_rows(rows: Tensor, wrappers: Sequence[nn.Module], first: int, is_loca
                 rows = delta.to(rows.device, rows.dtype).add_(rows)  # into memory that nobody else has
             else:
                 delta = _layer_delta(layer, adapter)
-                # PEFT rounds what it adds to an embedding, and of a linear layer only the sum
-                rows = rows.clone().add_(delta.to(rows.dtype) if type(layer).__name__ == "Embedding" else delta)
+                # PEFT rounds what it adds to an embedding or a parameter, and of a linear layer only the sum
+                rows = rows.clone().add_(delta if type(layer).__name__ == "Linear" else delta.to(rows.dtype))
     return rows
 
 
@@ -111,15 +133,19 @@ def _experts_delta(layer: Any, adapter: str, first: int, number: int, is_local: 
     return torch.einsum(f"o r e, e r i -> {order}", factor_b, factor_a).mul_(layer.scaling[adapter])
 
 
+def _factors(layer: Any, adapter: str) -> tuple[Tensor, Tensor]:
+    """Return A and B of an adapter."""
+    if type(layer).__name__ == "Embedding":
+        return layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
+    return layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+
+
 def _layer_delta(layer: Any, adapter: str) -> Tensor:
     """Return what the adapter adds to a weight, by the arithmetic of PEFT; every rank calls."""
     is_embedding = type(layer).__name__ == "Embedding"
-    factors: list[Tensor] = (
-        [layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]]
-        if is_embedding
-        else [layer.lora_A[adapter].weight, layer.lora_B[adapter].weight]
+    lora_a, lora_b = (
+        full_tensor(factor.detach(), "export_weights, which gathers an adapter") for factor in _factors(layer, adapter)
     )
-    lora_a, lora_b = (full_tensor(factor.detach(), "export_weights, which gathers an adapter") for factor in factors)
     dtype = lora_b.dtype
     if lora_b.device.type == "cpu" and dtype in (torch.float16, torch.bfloat16):
         lora_a, lora_b = lora_a.float(), lora_b.float()

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tritonmoe.integrations.weight_sync.merged_rows import check_adapter
+from tritonmoe.integrations.weight_sync.merged_rows import add_the_same, check_adapter, local_part
 from tritonmoe.integrations.weight_sync.packed_weights import PackedWeight, packed_weights
 from tritonmoe.runtime.wrappers import inside_wrapper
 from tritonmoe.sharding.marks import MARK, ShardedNames, sharded_modules
@@ -113,7 +113,31 @@ def model_weights(model: "PreTrainedModel", *, dequantize: bool = False) -> dict
     # Of one number for each weight, tied ones share it as they share theirs.
     stand_ins = {id(weight.tensor): torch.zeros(1, device="cpu") for weight in found.values()}
     kept = remove_tied_weights_from_state_dict({n: stand_ins[id(w.tensor)] for n, w in found.items()}, model)
-    return {name: found[name] for name in kept}
+    _check_tied(model, found)
+    own = {id(found[name].tensor): found[name] for name in kept}
+    # Where the configuration ties no weights, those that share their numbers may have adapters of their own.
+    return {
+        name: weight
+        for name, weight in found.items()
+        if name in kept or not add_the_same(weight.adapted_by, own[id(weight.tensor)].adapted_by)
+    }
+
+
+def _check_tied(model: "PreTrainedModel", found: dict[str, Weight]) -> None:
+    """Raise ValueError where weights that the model's configuration ties have become two."""
+    for name, source in model.get_expanded_tied_weights_keys(all_submodels=True).items():
+        if name not in found or source not in found:
+            continue
+        one, other = found[name], found[source]
+        is_one = one.tensor is other.tensor or torch.equal(local_part(one.tensor), local_part(other.tensor))
+        if not is_one or not add_the_same(one.adapted_by, other.adapted_by):
+            raise ValueError(
+                f"{name} and {source} are tied by the model's configuration (tie_word_embeddings=True), and here they "
+                "are two weights, by adapters or copies of one of them: an engine that reads this configuration takes "
+                "the second for both. Before training, load the model with tie_word_embeddings=False, copy the second "
+                "weight into the first, save_pretrained(), and start training and engine from there; or let PEFT tie "
+                'the adapters too, with LoraConfig(target_modules=["embed_tokens", ...], ensure_weight_tying=True)'
+            )
 
 
 def _weights_in(
