@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import tritonmoe as tm
 from tritonmoe.backends import decoding, reference
-from tritonmoe.config.formats import WeightFormat
+from tritonmoe.config.formats import LARGEST_SCALE, WeightFormat
 
 HAS_TRANSFORMERS = importlib.util.find_spec("transformers") is not None
 HAS_BITSANDBYTES = importlib.util.find_spec("bitsandbytes") is not None
@@ -273,7 +273,7 @@ WRONG: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "infinite scale": (
         lambda: tm.QuantizedWeight("nf4", torch.zeros(1, 2, 32, dtype=torch.uint8), torch.full((1, 2), torch.inf)),
         ValueError,
-        "not finite",
+        r"a scale of an nf4 weight is inf, and bf16 holds 1 times at most 3\.3895e\+38",
     ),
     "no blocks": (
         lambda: tm.QuantizedWeight("mxfp4", torch.zeros(1, 4, 20, dtype=torch.uint8), nothing()[1]),
@@ -331,6 +331,29 @@ def test_what_experts_refuse() -> None:
     odd = [random_weight("fp8", size) for size in ((8, 192, 64), (8, 64, 96))]
     with pytest.raises(ValueError, match="F = 96 is not a multiple of 128"):
         tm.moe_mlp(x, ids, weights, *odd)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
+@pytest.mark.parametrize("weight_format", ["fp8", "nf4"])
+def test_the_largest_scale(weight_format: WeightFormat, backend: str) -> None:
+    """With it every value is one of bf16; a larger one would make inf, and NaN of an fp8 zero, and is refused."""
+    case = PackedCase(weight_format, num_tokens=4, num_experts=2, top_k=1)
+    up, down = case.weights()
+    x, ids = torch.zeros(4, case.hidden, dtype=torch.bfloat16), torch.zeros(4, 1, dtype=torch.int64)
+    x[:, 0] = 2.0**-128
+
+    def run() -> Tensor:
+        return tm.moe_mlp(x, ids, torch.ones(4, 1), up, down, backend=backend)
+
+    limit = LARGEST_SCALE[weight_format]
+    up.scales.fill_(limit)
+    assert up.decode().abs().max() == torch.finfo(torch.bfloat16).max
+    assert run().isfinite().all()
+    for scale in (limit * 1.00001, -limit * 1.00001, torch.inf, -torch.inf, torch.nan):
+        down.scales.fill_(1.0)
+        down.scales.view(-1)[-1] = scale
+        with pytest.raises(ValueError, match=f"a scale of an {weight_format} weight is .*the checkpoint is damaged"):
+            run()
 
 
 def test_a_scale_that_is_written_to_is_looked_at_again() -> None:

@@ -1,5 +1,7 @@
 """Packed weights, decoded where a product loads them: the bits are those of a plain weight with the same values."""
 
+import math
+
 import pytest
 import torch
 from kernel_cases import DEVICE, GPT_OSS, LAYOUTS, Layer, random_ids
@@ -10,7 +12,7 @@ from uninitialised import nan_filled_memory
 from tritonmoe import backends
 from tritonmoe.backends import triton as kernels
 from tritonmoe.backends.decoding import decoded
-from tritonmoe.config.formats import FORMATS, LARGEST_MXFP4_SCALE, empty_packed
+from tritonmoe.config.formats import FORMATS, LARGEST_MXFP4_SCALE, LARGEST_SCALE, empty_packed
 from tritonmoe.config.layer import ExpertLayout, KernelOptions, Projection
 from tritonmoe.kernels import packed_tiles
 from tritonmoe.kernels.tiles import measured_tiles
@@ -143,11 +145,12 @@ def test_every_code_and_scale(weight_format, transposed):
     codes = (codes + codes // 256 if weight_format != "mxfp4" else codes * 9 + codes // 16) % 256
     if weight_format == "fp8":
         codes = codes.where(codes & 127 != 127, 1)
-        scales.copy_(torch.logspace(-38, 34, scales.numel()).view(scales.shape))
-    elif weight_format == "mxfp4":
+    if weight_format == "mxfp4":
         scales.copy_((torch.arange(scales.numel()) % (LARGEST_MXFP4_SCALE + 1)).view(scales.shape))
     else:
-        scales.copy_(torch.logspace(-38, 30, scales.numel()).view(scales.shape))
+        limit = LARGEST_SCALE[weight_format]
+        scales.copy_(torch.logspace(-38, math.log10(limit), scales.numel()).clamp(max=limit).view(scales.shape))
+        scales.view(-1)[-1] = limit
     values.view(torch.uint8).copy_(codes)
     values, scales = values.to(DEVICE), scales.to(DEVICE)
     layout, plain = ExpertLayout(gated=False, transposed=transposed), decoded(values, scales)

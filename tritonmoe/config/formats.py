@@ -21,6 +21,8 @@ __all__ = [
     "FP4_VALUES",
     "FP8_BLOCK",
     "LARGEST_MXFP4_SCALE",
+    "LARGEST_SCALE",
+    "LARGEST_VALUE",
     "MXFP4_BLOCK",
     "NF4_BLOCK",
     "NF4_VALUES",
@@ -40,6 +42,13 @@ FORMATS: tuple[WeightFormat, ...] = ("mxfp4", "fp8", "nf4")
 MXFP4_BLOCK, FP8_BLOCK, NF4_BLOCK = 32, 128, 64
 LARGEST_MXFP4_SCALE = 252
 """With a larger one 6 times it is past bf16; 255 is NaN in the OCP format."""
+LARGEST_VALUE: dict[WeightFormat, float] = {"mxfp4": 6.0, "fp8": 448.0, "nf4": 1.0}
+"""The largest magnitude of a value before its scale."""
+LARGEST_SCALE: dict[WeightFormat, float] = {
+    "mxfp4": 2.0 ** (LARGEST_MXFP4_SCALE - 127),
+    **{name: torch.finfo(torch.bfloat16).max / LARGEST_VALUE[name] for name in ("fp8", "nf4")},
+}
+"""With a larger one the largest value is past bf16, and decoders, which shift the values first, may make NaN of a 0."""
 FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 """What the sixteen codes of e2m1 are."""
 NF4_VALUES = (

@@ -8,6 +8,8 @@ from torch import Tensor
 from tritonmoe.backends.decoding import decoded
 from tritonmoe.config.formats import (
     LARGEST_MXFP4_SCALE,
+    LARGEST_SCALE,
+    LARGEST_VALUE,
     WeightFormat,
     bytes_per_value,
     check_format,
@@ -50,8 +52,8 @@ class QuantizedWeight:
             or "nf4" (bitsandbytes, block size 64, without double quantisation).
         values: mxfp4 (E, A, B/32, 16) or (E, A, B/2) bytes; fp8 (E, A, B) float8_e4m3fn; nf4 E*A*B/2 uint8 in any
             shape, or (E, A, B/2).
-        scales: mxfp4 (E, A, B/32) bytes of 0 to 252; fp8 (E, ceil(A/128), ceil(B/128)) fp32; nf4 E*A*B/64 fp32, the
-            largest magnitude of each block, in any shape.
+        scales: mxfp4 (E, A, B/32) bytes of 0 to 252; fp8 (E, ceil(A/128), ceil(B/128)) fp32 of at most 7.5659e35; nf4
+            E*A*B/64 fp32 of at most 3.3895e38, the largest magnitude of each block, in any shape.
         shape: (E, A, B) of the weight itself, its axes in the order in which a bf16 weight would have them: (E, 2F, D)
             or, with transposed=True, (E, D, 2F). It can be left out where `values` says it.
     Raises:
@@ -182,21 +184,33 @@ def check_content(values: Tensor, scales: Tensor, noted_on: Tensor | None = None
     versions = tuple([-1 if tensor.is_inference() else tensor._version for tensor in (values, scales)])
     if getattr(noted_on, CHECKED, None) == versions or is_captured(scales.device):
         return
-    if scales.dtype == torch.uint8:
-        largest = int(scales.max()) if scales.numel() else 0
-        if largest > LARGEST_MXFP4_SCALE:
-            raise ValueError(
-                f"a scale of an mxfp4 weight is 2**({largest} - 127), and bf16 holds 6 times at most 2**("
-                f"{LARGEST_MXFP4_SCALE} - 127) (255 is not a number): the checkpoint is damaged, or these are no scales"
-            )
-    elif scales.numel() and not bool(torch.isfinite(torch.stack(scales.aminmax())).all()):
-        raise ValueError("a scale of a packed weight is not finite: the checkpoint is damaged, or these are no scales")
+    _check_scales(format_of(values, scales), scales)
     if values.dtype == torch.float8_e4m3fn and any(
         bool((expert.view(torch.uint8) & 0x7F == 0x7F).any()) for expert in values
     ):
         raise ValueError("a value of an fp8 weight is not a number: the checkpoint is damaged")
     for tensor in (scales, noted_on):
         setattr(tensor, CHECKED, versions)
+
+
+def _check_scales(weight_format: WeightFormat, scales: Tensor) -> None:
+    if not scales.numel():
+        return
+    if weight_format == "mxfp4":
+        largest = int(scales.max())
+        if largest > LARGEST_MXFP4_SCALE:
+            raise ValueError(
+                f"a scale of an mxfp4 weight is 2**({largest} - 127), and bf16 holds 6 times at most 2**("
+                f"{LARGEST_MXFP4_SCALE} - 127) (255 is not a number): the checkpoint is damaged, or these are no scales"
+            )
+        return
+    limit = LARGEST_SCALE[weight_format]
+    for bound in map(float, scales.aminmax()):  # NaN, if any scale is
+        if not abs(bound) <= limit:
+            raise ValueError(
+                f"a scale of an {weight_format} weight is {bound:.5g}, and bf16 holds {LARGEST_VALUE[weight_format]:g} "
+                f"times at most {limit:.5g}: the checkpoint is damaged, or these are no scales"
+            )
 
 
 def _as_bytes(tensor: Tensor) -> Tensor:

@@ -14,7 +14,8 @@ from torch import Tensor
 from tritonmoe.config.formats import (
     FP4_VALUES,
     FP8_BLOCK,
-    LARGEST_MXFP4_SCALE,
+    LARGEST_SCALE,
+    LARGEST_VALUE,
     MXFP4_BLOCK,
     NF4_BLOCK,
     NF4_VALUES,
@@ -23,12 +24,12 @@ from tritonmoe.config.formats import (
 
 __all__ = ["check_packable", "pack_expert"]
 
-LARGEST_FP4, LARGEST_E4M3 = 6.0, 448.0
+LARGEST_FP4, LARGEST_E4M3 = LARGEST_VALUE["mxfp4"], LARGEST_VALUE["fp8"]
 
 
 def check_packable(weight: Tensor) -> None:
     """Raise ValueError where a value is not finite, or past what all formats hold."""
-    limit = LARGEST_FP4 * 2.0 ** (LARGEST_MXFP4_SCALE - 127)
+    limit = LARGEST_FP4 * LARGEST_SCALE["mxfp4"]
     for expert in weight.detach():
         largest = float(expert.abs().max())
         if not largest <= limit:

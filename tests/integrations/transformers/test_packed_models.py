@@ -1,6 +1,7 @@
 """Models of transformers whose experts stay packed: loaded, run, adapted and saved, against decoded ones."""
 
 import copy
+import functools
 import importlib.metadata
 import importlib.util
 import io
@@ -319,6 +320,42 @@ def test_quantize_experts_refuses_and_changes_nothing() -> None:
     with pytest.raises(ValueError, match="largest magnitude is nan"):
         tmt.quantize_experts(model, "nf4")
     assert dtypes_of_experts(model) == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_models_in_other_dtypes_say_that_their_experts_compute_in_bf16(
+    dtype: torch.dtype, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tritonmoe.integrations.transformers import experts as of_experts
+
+    monkeypatch.setattr(of_experts, "_say_rounded", functools.cache(of_experts._say_rounded.__wrapped__))
+    model, plain = mixtral().to(dtype), mixtral()
+    for one in (model, plain):
+        tmt.quantize_experts(one, "nf4")
+    plain(IDS)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert model(IDS).logits.dtype == torch.bfloat16
+    with torch.autocast("cpu", dtype=torch.float16), pytest.raises(TypeError, match=r"under torch\.autocast with bf16"):
+        model(IDS)
+    assert not caplog.records
+    layers = [one.model.layers[0].mlp.experts for one in (model, plain)]
+    x, ids, weights = (
+        torch.randn(5, 64).to(dtype),
+        torch.tensor([[0, 1], [2, 3], [1, 0], [3, 2], [0, 2]]),
+        torch.rand(5, 2),
+    )
+    own = layers[0](x, ids, weights)
+    assert_same_bits(own, layers[1](x.to(torch.bfloat16), ids, weights).to(dtype))
+    assert model(IDS).logits.dtype == dtype
+    assert [record.getMessage() for record in caplog.records if "compute in bf16" in record.getMessage()] == [
+        f"packed experts compute in bf16: this model's rows are {dtype}, and are rounded to bf16 before the experts, "
+        f"whose results are {dtype} again. Load the model in bf16, or call it under torch.autocast in bf16, if that is "
+        "not meant"
+    ]
+    layer = tm.MoELayer(tm.MoEConfig(hidden_size=64, intermediate_size=64, num_experts=4, top_k=2)).to(dtype)
+    tmt.quantize_experts(layer, "nf4")
+    with pytest.raises(TypeError, match="cast x to bf16"):
+        layer(x)
 
 
 @pytest.mark.parametrize("weight_format", ["nf4", "mxfp4"])

@@ -1,7 +1,9 @@
 """The experts function that transformers calls; its contract is in transformers/integrations/moe.py."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from typing import TypeAlias
 
 import torch
@@ -29,6 +31,8 @@ from tritonmoe.runtime.autograd import is_autocast_on, without_autocast
 
 __all__ = ["experts_forward", "run_experts"]
 
+logger = logging.getLogger(__name__)
+
 Run: TypeAlias = Callable[[ExpertSpec, CallTensors[Tensor]], Tensor]
 """Runs experts whose rows and weights have one dtype, on one device or over ranks, and gives (T, D)."""
 
@@ -42,8 +46,9 @@ def experts_forward(self: ExpertsModule, hidden_states: Tensor, top_k_index: Ten
         top_k_weights: (T, K).
 
     Under autocast everything is computed in the autocast dtype, else in that of the expert weights. Experts that
-    `parallelize` has spread over ranks exchange their rows here. Packed weights are decoded
-    one expert at a time, with rows of bf16. Raises TypeError where a weight is quantised otherwise.
+    `parallelize` has spread over ranks exchange their rows here. Packed weights are decoded one expert at a time, and
+    compute in bf16: a warning says once where hidden_states are rounded to it. Raises TypeError where a weight is
+    quantised otherwise.
     """
     state = expert_parallel_state(self)
     if state is None:
@@ -68,7 +73,7 @@ def run_experts(
         num_experts: E of the ids, over all ranks.
         state: what parallelize() left on the module; None where it did not.
     """
-    dtype = _computing_dtype(experts, hidden_states.device)
+    dtype = _computing_dtype(experts, hidden_states)
     weights, is_transposed = _weights(experts, dtype, state)
     activation, is_interleaved = choose_activation(experts)
     if not is_fused(activation):
@@ -92,10 +97,25 @@ def run_experts(
     return out.to(hidden_states.dtype)
 
 
-def _computing_dtype(experts: ExpertsModule, device: torch.device) -> torch.dtype:
-    if is_autocast_on(device):
-        return torch.get_autocast_dtype(device.type)
-    return torch.bfloat16 if is_packed_experts(experts) else getattr(experts, up_name(experts)).dtype
+def _computing_dtype(experts: ExpertsModule, rows: Tensor) -> torch.dtype:
+    if is_autocast_on(rows.device):
+        return torch.get_autocast_dtype(rows.device.type)
+    if not is_packed_experts(experts):
+        return getattr(experts, up_name(experts)).dtype
+    if rows.dtype != torch.bfloat16 and not torch.compiler.is_compiling():
+        _say_rounded(rows.dtype)
+    return torch.bfloat16
+
+
+@cache
+def _say_rounded(dtype: torch.dtype) -> None:
+    """Log once that experts compute in another dtype than the model around them."""
+    logger.warning(
+        "packed experts compute in bf16: this model's rows are %s, and are rounded to bf16 before the experts, whose "
+        "results are %s again. Load the model in bf16, or call it under torch.autocast in bf16, if that is not meant",
+        dtype,
+        dtype,
+    )
 
 
 def _weights(

@@ -57,7 +57,8 @@ def quantize_experts(model: nn.Module, weight_format: Literal["nf4", "mxfp4"]) -
 
     `model` is a MoE model of transformers, which then runs through tritonmoe, or has MoELayers or GroupedExperts. Make
     adapters, the optimizer, and ranks (parallelize) afterwards. nf4 rounds as bitsandbytes does (blocks of 64), mxfp4
-    as transformers does. What packed experts compute with is bf16.
+    as transformers does. Packed experts compute in bf16, whatever the dtype of the model: without autocast a model of
+    transformers in fp32 or fp16 rounds their rows to bf16, and logs a warning; a MoELayer raises TypeError for them.
 
     Returns:
         How much the weights of each layer have changed; str() of it is a table.
