@@ -31,11 +31,13 @@ def gpt_oss_mxfp4(folder: Path, num_experts: int = 4) -> dict[str, Tensor]:
     return _write(state, folder, {"quant_method": "mxfp4", "modules_to_not_convert": skipped})
 
 
-def qwen3_fp8(folder: Path) -> dict[str, Tensor]:
+def qwen3_fp8(folder: Path, expert_width: int = 128) -> dict[str, Tensor]:
     """Write a Qwen3 checkpoint in FP8 blocks, one key for each expert; give what is in its file."""
-    routed = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128, "intermediate_size": 128}
+    routed = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": expert_width}
     state = {}
-    for name, value in _written(Qwen3MoeConfig(**SIZES, **routed, hidden_size=128, head_dim=64), folder).items():
+    for name, value in _written(
+        Qwen3MoeConfig(**SIZES, **routed, hidden_size=128, intermediate_size=128, head_dim=64), folder
+    ).items():
         state[name] = value
         if value.dim() == 2 and "proj" in name:
             weight = random_weight("fp8", (1, *value.shape), seed=len(state))

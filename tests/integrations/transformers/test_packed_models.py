@@ -103,6 +103,16 @@ def test_a_packed_model_that_moves(loaded: tuple[Any, Any, dict[str, Tensor], Pa
             one.load_state_dict(other.state_dict(), assign=True)
 
 
+@pytest.mark.parametrize("expert_width", [96, 192])
+def test_fp8_experts_of_other_widths_are_refused_by_their_width(expert_width: int, tmp_path: Path) -> None:
+    qwen3_fp8(tmp_path, expert_width)
+    tmt.register(packed=True)
+    with pytest.raises(ValueError, match=rf"have F = {expert_width}, .* multiple of 128, .*dequantize=True"):
+        load(tmp_path)
+    decoded = transformers.FineGrainedFP8Config(dequantize=True)
+    assert load(tmp_path, quantization_config=decoded)(IDS).logits.isfinite().all()  # the way out
+
+
 def test_no_whole_decoded_weight_is_ever_made(tmp_path: Path) -> None:
     """In forward, generation, backward of PEFT's adapters, and save_pretrained."""
     gpt_oss_mxfp4(tmp_path, num_experts=32)

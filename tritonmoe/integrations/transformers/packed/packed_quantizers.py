@@ -76,6 +76,13 @@ class PackedFP8Quantizer(FineGrainedFP8HfQuantizer):
         if self.quantization_config.dequantize:
             return
         for experts in _plain_experts(model, "fp8"):
+            inner = experts.down_proj.shape[1 if getattr(experts, "is_transposed", False) else 2]
+            if inner % FP8_BLOCK:
+                raise ValueError(
+                    f"the experts of {type(model).__name__} have F = {inner}, and FP8 experts stay packed where F is a "
+                    f"multiple of {FP8_BLOCK}, so that the gate and the up half begin with a block: load this "
+                    "checkpoint with quantization_config=FineGrainedFP8Config(dequantize=True)"
+                )
             for name in (up_name(experts), "down_proj"):
                 shape = num_experts, rows, columns = getattr(experts, name).shape
                 values = torch.empty(shape, dtype=torch.float8_e4m3fn, device="meta")
