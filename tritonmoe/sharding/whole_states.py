@@ -42,8 +42,9 @@ def no_pickle(num_ranks: int) -> ValueError:
     """Return the error with which pickle is refused what is spread over so many ranks."""
     return ValueError(
         f"torch.save, or pickle, would keep one rank's experts alone of those that are spread over {num_ranks} ranks: "
-        "save with torch.distributed.checkpoint; or, where every rank calls state_dict() as under Accelerate and "
-        "Lightning, call tritonmoe.gather_state_dicts(module, optimizer) before training, which makes its tensors whole"
+        "save with torch.distributed.checkpoint; or, where every rank calls state_dict() as under Accelerate, "
+        "Lightning and Fabric.save, call tritonmoe.gather_state_dicts(module, optimizer) once, after adapters are made "
+        "and before training, which makes its tensors whole; adapters alone: PEFT's save_pretrained() on every rank"
     )
 
 

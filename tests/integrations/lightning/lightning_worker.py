@@ -265,7 +265,64 @@ def run_by_hand(name: str, directory: Path) -> None:
                 own.save_checkpoint(directory / "refused.ckpt")
 
 
+def run_fabric(name: str, directory: Path) -> None:
+    """Adapters of spread experts under Fabric: refused with the way out, which saves them whole; loaded again."""
+    from expert_parallel_worker import batch, make_model
+    from peft import LoraConfig, get_peft_model
+
+    from tritonmoe.integrations import transformers as tmt
+
+    def make() -> Any:
+        torch.manual_seed(1)
+        parameters = ["experts.gate_up_proj", "experts.down_proj"]
+        config = LoraConfig(r=2, target_modules=["q_proj"], target_parameters=parameters)
+        model = make_model("mixtral")
+        if size > 1:
+            tmt.parallelize(model, dist.group.WORLD, OVERLAP)
+        return get_peft_model(model, config)
+
+    def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+
+    fabric = lightning.Fabric(accelerator="cpu", devices=size, strategy="ddp")
+    fabric.launch()
+    ids, path = batch(2 * size)[2 * rank : 2 * rank + 2], directory / "fabric.ckpt"
+    adapters = {"model": lambda key, _: "lora_" in key}
+    plain, own = make(), make()
+    optimizer = optimizer_of(own)
+    if rank == 0:
+        with pytest.raises(ValueError, match=r"Fabric.save, call tritonmoe.gather_state_dicts\(module, optimizer\)"):
+            torch.save(plain.state_dict(), directory / "refused.ckpt")
+    tm.gather_state_dicts(own, optimizer)
+    model, wrapped = fabric.setup(own, optimizer)
+    for _ in range(2):
+        fabric.backward(model(input_ids=ids, labels=ids).loss)
+        wrapped.step()
+        wrapped.zero_grad()
+    fabric.save(path, {"model": model, "optimizer": wrapped}, filter=adapters)
+    saved = torch.load(path, weights_only=True)
+    assert saved["model"]
+    assert all("lora_" in key for key in saved["model"])
+    own.save_pretrained(directory / "fabric-adapter")
+    from safetensors.torch import load_file
+
+    file = load_file(directory / "fabric-adapter" / "adapter_model.safetensors")
+    assert {key.replace(".default", ""): value for key, value in saved["model"].items()}.keys() == file.keys()
+    assert all(torch.equal(value, file[key.replace(".default", "")]) for key, value in saved["model"].items())
+    again = make()
+    other = optimizer_of(again)
+    tm.gather_state_dicts(again, other)
+    loaded, loaded_optimizer = fabric.setup(again, other)
+    fabric.load(path, {"model": loaded, "optimizer": loaded_optimizer}, strict=False)
+    assert torch.equal(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
+    for one, its in ((model, wrapped), (loaded, loaded_optimizer)):
+        fabric.backward(one(input_ids=ids, labels=ids).loss)
+        its.step()
+    assert torch.equal(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
 CASES = {
+    "fabric": run_fabric,
     "trained": run_trained,
     "goes_on": run_goes_on,
     "evaluated": run_evaluated,

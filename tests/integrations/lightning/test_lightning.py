@@ -25,7 +25,7 @@ def test_other_settings_and_models(tmp_path: Path) -> None:
 
 
 def test_lightnings_own_strategies(tmp_path: Path) -> None:
-    run_torchrun(2, WORKER, str(tmp_path), cases=["sharded:", "by_hand:"])
+    run_torchrun(2, WORKER, str(tmp_path), cases=["sharded:", "by_hand:", "fabric:"])
 
 
 def test_the_page_runs(tmp_path: Path) -> None:

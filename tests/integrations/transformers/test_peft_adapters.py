@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 import tritonmoe as tm
 from tritonmoe.experts.adapters import noted_factors
 from tritonmoe.experts.shared_expert import SharedExpert
+from tritonmoe.integrations import transformers as tmt
 from tritonmoe.integrations.transformers import discovery, patch, peft_adapters, register
 from tritonmoe.integrations.transformers.sharding import note_transport
 from tritonmoe.transports import LocalTransport, Transport
@@ -458,3 +460,75 @@ def test_trl_prefers_with_adapters(tmp_path: Path) -> None:
         found.append(torch.tensor([entry["loss"] for entry in trainer.state.log_history if "loss" in entry]))
     torch.testing.assert_close(found[1], found[0], atol=1e-4, rtol=0)
     assert found[1][-1] < found[1][0]
+
+
+def in_unsloths_order(model: nn.Module, folder: Path) -> None:
+    """Rewrite an adapter's file with the expert as the slowest index of lora_B's columns."""
+    from safetensors.torch import load_file, save_file
+
+    ranks = {name: (m.num_experts, m.r["default"]) for name, m in model.named_modules() if isinstance(m, ParamWrapper)}
+    state = load_file(folder / "adapter_model.safetensors")
+    for key, value in state.items():
+        if "lora_B" in key:
+            num_experts, rank = ranks[key.removesuffix(".lora_B.weight")]
+            state[key] = value.unflatten(1, (rank, num_experts)).transpose(1, 2).flatten(1).contiguous()
+    save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def test_an_adapter_with_the_expert_slowest(tmp_path: Path) -> None:
+    """Its logits, its merge, its export and its file are those of the same adapter in PEFT's order."""
+    model = adapt(make_model("qwen3_moe"))
+    patch(model)
+    expected = model(token_ids()).logits
+    model.save_pretrained(tmp_path / "peft")
+    model.save_pretrained(tmp_path / "unsloth")
+    in_unsloths_order(model, tmp_path / "unsloth")
+    loaded = PeftModel.from_pretrained(make_model("qwen3_moe"), tmp_path / "unsloth")
+    patch(loaded)
+    assert not torch.allclose(loaded(token_ids()).logits, expected, atol=1e-3)  # scrambled
+    tmt.set_lora_B_order(loaded)  # the order is PEFT's: nothing changes
+    assert not torch.allclose(loaded(token_ids()).logits, expected, atol=1e-3)
+    tmt.set_lora_B_order(loaded, lora_B_order="expert_slowest")
+    assert torch.equal(loaded(token_ids()).logits, expected)
+    loaded.save_pretrained(tmp_path / "again")
+    files = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("peft", "again")]
+    assert files[0] == files[1]
+    exported, own = dict(tm.export_weights(loaded)), dict(tm.export_weights(model))
+    assert all(torch.equal(tensor, own[name]) for name, tensor in exported.items())
+    with pytest.raises(ValueError, match="in PEFT's order already"):
+        tmt.set_lora_B_order(loaded, "expert_slowest")
+    with pytest.raises(ValueError, match='must be "expert_fastest" or "expert_slowest"'):
+        tmt.set_lora_B_order(loaded, "grouped_by_expert")
+    with pytest.raises(ValueError, match="has no adapter 'other' of experts"):
+        tmt.set_lora_B_order(loaded, "expert_slowest", "other")
+    fresh = PeftModel.from_pretrained(make_model("qwen3_moe"), tmp_path / "unsloth")
+    fresh.merge_adapter()
+    with pytest.raises(ValueError, match=r"is merged: call unmerge_adapter\(\) first"):
+        tmt.set_lora_B_order(fresh, "expert_slowest")
+
+
+@pytest.mark.parametrize(
+    ("changed", "readme", "words"),
+    [
+        ({}, "", None),
+        ({}, "Trained with [Unsloth](https://unsloth.ai)", "names unsloth"),
+        ({"base_model_name_or_path": "unsloth/Qwen3-30B-A3B"}, "", "names unsloth"),
+        ({"auto_mapping": {"unsloth_fixed": True}}, "", "names unsloth"),
+        ({"auto_mapping": {"unsloth_fixed": True}, "lora_B_layout": "rank_major"}, "", None),
+        ({"lora_B_layout": "grouped_by_expert"}, "", "says lora_B_layout='grouped_by_expert'"),
+        ({"auto_mapping": {"unsloth_fixed": True}, "target_parameters": None}, "", None),
+    ],
+)
+def test_adapters_of_unsloth_are_warned_of(
+    changed: dict, readme: str, words: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    register()
+    adapt(make_model("qwen3_moe"), target_modules=["q_proj"]).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changed}))
+    (tmp_path / "README.md").write_text(readme)
+    peft.PeftConfig.from_pretrained(str(tmp_path))
+    peft.PeftConfig.from_pretrained(str(tmp_path))
+    said = [record.getMessage() for record in caplog.records if "lora_B" in record.getMessage()]
+    assert len(said) == (words is not None)  # once
+    assert all(words in message and 'tmt.set_lora_B_order(model, "expert_slowest")' in message for message in said)

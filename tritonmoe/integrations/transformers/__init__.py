@@ -9,6 +9,7 @@ from tritonmoe.integrations.transformers.names import EXPERTS_IMPLEMENTATION
 from tritonmoe.integrations.transformers.packed.quantize import QuantizeReport, quantize_experts
 from tritonmoe.integrations.transformers.parallelize_model import parallelize
 from tritonmoe.integrations.transformers.patching import PatchReport, patch
+from tritonmoe.integrations.transformers.peft_adapters import set_lora_B_order
 from tritonmoe.integrations.transformers.registration import register
 from tritonmoe.integrations.transformers.requirements import MINIMUM_TRANSFORMERS
 from tritonmoe.integrations.transformers.routing_replay import record_routing, replay_routing
@@ -34,6 +35,7 @@ __all__ = [
     "record_routing",
     "register",
     "replay_routing",
+    "set_lora_B_order",
     "two_batches",
     "upcycle",
     "upcycle_checkpoint",

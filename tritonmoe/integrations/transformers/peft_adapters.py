@@ -12,7 +12,8 @@ import inspect
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, cast
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from peft.tuners.lora.layer import ParamWrapper
     from peft.tuners.tuners_utils import BaseTuner
 
-__all__ = ["hand_over_factors"]
+__all__ = ["hand_over_factors", "set_lora_B_order"]
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +46,11 @@ DELTA = "_tritonmoe_delta"
 """The attribute of ParamWrapper, once it has been taught to, that holds its get_delta_weight."""
 WAS_LOGGED = "_tritonmoe_was_logged"
 """The attribute of a wrapper of which it was logged that it multiplies out."""
+LAYOUT = "lora_B_layout"
+"""What unsloth, from 2026-09-17 on, calls the order of lora_B's columns in adapter_config.json: one of LAYOUTS."""
+LAYOUTS = {"rank_major": "expert_fastest", "grouped_by_expert": "expert_slowest"}
+WAS_REORDERED = "_tritonmoe_was_reordered"
+"""The attribute of a lora_B whose columns were brought to PEFT's order."""
 _said: set[tuple[str, str, str, int]] = set()
 """The kinds of adapters of which it was logged what they train."""
 
@@ -80,6 +86,7 @@ def hand_over_factors() -> None:
     wrapper._move_adapter_to_device_of_base_layer = _then_sharded(wrapper._move_adapter_to_device_of_base_layer)
     gather_what_peft_saves()
     _hotswap_parts()
+    _watch_orders()
 
 
 def _factors_of(wrapper: "ParamWrapper") -> tuple[nn.Module, list[nn.Module]]:
@@ -334,3 +341,97 @@ def _spread_delta(wrapper: "ParamWrapper", factors: tuple[Tensor, Tensor], scale
     delta = factor_b @ factor_a * scale
     delta = delta if getattr(wrapper, "_did_swap_in_out_features", False) else delta.mT.contiguous()
     return DTensor.from_local(delta.to(parameter.dtype), parameter.device_mesh, [Shard(0)], run_check=False)
+
+
+def _watch_orders() -> None:
+    """Let a warning say, where PEFT reads an adapter's configuration, that its lora_B may be in unsloth's order."""
+    mixin = importlib.import_module("peft.config").PeftConfigMixin
+    read = mixin.from_json_file.__func__
+
+    @functools.wraps(read)
+    def from_json_file(cls: type, path_json_file: str, **keywords: object) -> dict[str, Any]:
+        found = read(cls, path_json_file, **keywords)
+        if found.get("target_parameters"):
+            _say_order(found, Path(path_json_file))
+        return found
+
+    mixin.from_json_file = classmethod(from_json_file)
+
+
+def _say_order(config: dict[str, Any], path: Path) -> None:
+    order = LAYOUTS.get(config.get(LAYOUT, ""))
+    if order == "expert_fastest":
+        return
+    readme = path.with_name("README.md")
+    texts = (str(config), readme.read_text(errors="replace") if readme.is_file() else "")
+    if order is None and not any("unsloth" in text.lower() for text in texts):
+        return
+    says = (
+        f"says {LAYOUT}={config[LAYOUT]!r}"
+        if order
+        else "names unsloth, and an unsloth from before 2026-09-17 has trained experts' adapters"
+    )
+    _warn_once(
+        f"the adapter in {path.parent} {says}, with the expert as the slowest index of lora_B's columns, where PEFT "
+        'reads the fastest: its experts get each other\'s factors unless tmt.set_lora_B_order(model, "expert_slowest") '
+        "is called after the adapter is loaded. An adapter of PEFT, of a later unsloth, or saved again after that call "
+        "needs nothing"
+    )
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
+
+
+def set_lora_B_order(
+    model: nn.Module,
+    lora_B_order: Literal["expert_fastest", "expert_slowest"] = "expert_fastest",
+    adapter_name: str = "default",
+) -> None:
+    """Bring the columns of lora_B of a loaded adapter of experts, in place, from the order in its file to PEFT's.
+
+    PEFT stores lora_B as (out, R * E) with the expert as the fastest index of its columns, and runs, merges and saves
+    it so. unsloth before 2026-09-17 trained adapters with the expert as the slowest index, under the same names and
+    shapes. Call this once after loading, before anything is computed, merged, exported or saved, and before
+    `parallelize`. Source: unslothai/unsloth-zoo pull requests 1232 and 1269.
+
+    Args:
+        lora_B_order: the order in the file; "expert_fastest" is PEFT's, with which nothing changes.
+    Raises:
+        ValueError: another order; no such adapter of experts; it is merged, spread over ranks, or reordered already.
+            Nothing is changed.
+    Example:
+        E = 2 and R = 2: columns e0r0, e0r1, e1r0, e1r1 ("expert_slowest") become e0r0, e1r0, e0r1, e1r1.
+    """
+    if lora_B_order not in LAYOUTS.values():
+        raise ValueError(f'lora_B_order must be "expert_fastest" or "expert_slowest", got {lora_B_order!r}')
+    wrappers = [
+        cast("ParamWrapper", module)
+        for module in model.modules()
+        if type(module).__name__ == "ParamWrapper" and adapter_name in getattr(module, "lora_B", {})
+    ]
+    wrappers = [wrapper for wrapper in wrappers if wrapper.num_experts > 1]
+    if not wrappers:
+        raise ValueError(f"{type(model).__name__} has no adapter {adapter_name!r} of experts: load it first")
+    if lora_B_order == "expert_fastest":
+        return
+    for wrapper in wrappers:
+        linear = wrapper.lora_B[adapter_name]
+        if any(sharded_modules(linear)) or hasattr(linear.weight, "to_local"):
+            raise ValueError(
+                f"the adapter {adapter_name!r} is spread over ranks, and a rank has only the columns that PEFT's "
+                "order gives it: load it on a whole model, call set_lora_B_order and save_pretrained, and load "
+                "that file"
+            )
+        if adapter_name in wrapper.merged_adapters or WAS_REORDERED in linear.__dict__:
+            is_merged = adapter_name in wrapper.merged_adapters
+            done = "merged: call unmerge_adapter() first" if is_merged else "in PEFT's order already"
+            raise ValueError(f"lora_B of the adapter {adapter_name!r} is {done}")
+    with torch.no_grad():
+        for wrapper in wrappers:
+            linear = wrapper.lora_B[adapter_name]
+            weight = _weight(linear)
+            columns = weight.unflatten(1, (wrapper.num_experts, -1))  # (out, E, R)
+            weight.copy_(columns.transpose(1, 2).flatten(1))
+            linear.__dict__[WAS_REORDERED] = True
