@@ -197,6 +197,35 @@ def test_forward_mode_is_refused(way: str) -> None:
         jvp(lambda x: tm.moe_mlp(x, ids, **tensors), (x,), (x,))
 
 
+@pytest.mark.parametrize("shared", [0, 6])
+def test_forward_mode_around_a_gradient_of_a_layer_is_refused(shared: int) -> None:
+    """The gradient's own level hides the tangents, and the router's product comes before the experts."""
+    layer, x = tm.MoELayer(replace(CONFIG, shared_intermediate_size=shared)), torch.randn(4, D)
+
+    def loss(x: Tensor) -> Tensor:
+        return layer(x).square().sum()
+
+    def in_dual_level() -> None:
+        with forward_ad.dual_level():
+            grad(loss)(forward_ad.make_dual(x, x))
+
+    for transformed in (
+        lambda: hessian(loss)(x),
+        lambda: hessian(layer)(x),
+        lambda: jvp(grad(loss), (x,), (x,)),
+        lambda: grad(lambda x: jvp(loss, (x,), (x,))[1])(x),
+        lambda: hessian(lambda x: layer.router(x).topk_weights.square().sum())(x),
+        in_dual_level,
+    ):
+        with pytest.raises(RuntimeError, match=FORWARD_MODE):
+            transformed()
+    # Another tensor's tangent is no concern of the layer's, and only routers of kernels have no second derivative.
+    expected = 2 * x.sum() * grad(lambda x: layer(x).sum())(x)
+    found = grad(lambda y: jvp(lambda z: layer(y).sum() * z.square().sum(), (x,), (torch.ones_like(x),))[1])(x)
+    torch.testing.assert_close(found, expected)
+    grad(lambda x: grad(lambda x: layer.router(x).topk_weights.square().sum())(x).sum())(x)
+
+
 def test_expert_parallel_calls_are_refused_on_every_rank() -> None:
     config = tm.MoEConfig(D, FF, 4, 2)
 

@@ -20,7 +20,14 @@ from tritonmoe.routing.statistics import expert_load, reduce_counts
 from tritonmoe.routing.token_routing import Routing, check_token_mask
 from tritonmoe.runtime.autograd import Context, is_recomputing, without_autocast
 from tritonmoe.runtime.helping import is_helping
-from tritonmoe.runtime.transforms import below_transforms, refuse_tangents, refuse_vmap, unwrapped
+from tritonmoe.runtime.transforms import (
+    below_transforms,
+    is_transformed,
+    refuse_jvp,
+    refuse_tangents,
+    refuse_vmap,
+    unwrapped,
+)
 
 __all__ = ["TopKRouter"]
 
@@ -107,7 +114,13 @@ class _RouterLogits(torch.autograd.Function):
                 dweight = (dlogits.T @ finite_x).to(weight.dtype)
         return dx, dweight
 
-    vmap = staticmethod(refuse_vmap)  # and no jvp, which torch.compile can't take
+    vmap = staticmethod(refuse_vmap)
+
+
+class _TransformedRouterLogits(_RouterLogits):
+    """The same under a transform of torch.func, which asks for a jvp; torch.compile takes no Function that has one."""
+
+    jvp = staticmethod(refuse_jvp)
 
 
 def _score_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
@@ -246,7 +259,9 @@ class TopKRouter(nn.Module):
 
     def _route(self, x: Tensor) -> Routing:
         config = self.config
-        logits, is_finite = _RouterLogits.apply(x, self.weight)
+        is_eager = not torch.compiler.is_compiling()
+        product = _TransformedRouterLogits if is_eager and is_transformed() else _RouterLogits
+        logits, is_finite = product.apply(x, self.weight)
         finite_logits = torch.where(is_finite, logits, 0.0)
         if config.score_function == "softmax":
             scores = finite_logits.softmax(dim=1)

@@ -19,6 +19,7 @@ __all__ = [
     "NOT_EXPERT_PARALLEL",
     "below_transforms",
     "is_transformed",
+    "refuse_jvp",
     "refuse_tangents",
     "refuse_vmap",
     "run_function",
