@@ -264,6 +264,41 @@ def test_computed_experts_are_refused_and_nothing_is_changed(group):
     assert type(model.model.layers[0].mlp.experts.down_proj) is nn.Parameter
 
 
+def with_shared_scale(size: int, holder: nn.Module | None = None) -> tuple[nn.Module, nn.Parameter]:
+    """Return a model of 6 experts with F = 24, the gates of whose second layer multiply by a parameter (size,).
+
+    holder: the module that has the parameter, inside the experts; None for the experts themselves.
+    """
+    model, scale = mixtral(), nn.Parameter(torch.full((size,), 2.0))
+    experts = model.model.layers[1].mlp.experts
+    if holder is not None:
+        experts.shared = holder
+    (experts if holder is None else holder).scale = scale
+    gate = experts._apply_gate
+    experts._apply_gate = lambda rows: gate(rows) * scale.mean()
+    return model, scale
+
+
+def test_a_parameter_that_all_experts_share_is_never_cut(group):
+    """Its first size may be the number of experts by chance."""
+    model, _ = with_shared_scale(6)
+    before, parameters = model.config._experts_implementation, dict(model.named_parameters())
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.experts\.scale is \(6,\).*nothing says whether scale"):
+        parallelize(model, group)
+    assert model.config._experts_implementation == before
+    assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
+    ids = torch.arange(2, 12)[None]
+    for size, holder in ((6, nn.Module()), (24, None)):
+        model, scale = with_shared_scale(size, holder)
+        parallelize(model, group)
+        model(ids).logits.sum().backward()
+        assert type(scale) is nn.Parameter
+        assert scale.grad.any()
+    model = mixtral()
+    model.model.layers[1].mlp.experts.scale = nn.Parameter(torch.ones(()))
+    parallelize(model, group)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -11,7 +11,7 @@ from tritonmoe.experts.adapters import shard_adapters
 from tritonmoe.integrations.torch_distributed.parallelize import device_of, routed_experts, spread_layers
 from tritonmoe.integrations.torch_distributed.spreadable import check_spreadable
 from tritonmoe.integrations.transformers.discovery import ExpertsModule, experts_modules
-from tritonmoe.integrations.transformers.packed.packed_experts import num_experts_of
+from tritonmoe.integrations.transformers.packed.packed_experts import num_experts_of, weight_names
 from tritonmoe.integrations.transformers.patching import check_patchable, patch
 from tritonmoe.integrations.transformers.peft_adapters import hand_over_factors
 from tritonmoe.integrations.transformers.requirements import check_model
@@ -58,8 +58,9 @@ def parallelize(
         expert_gradients: "mean": as if averaged over the ranks, which goes with dense gradients that are; "sum": of
             the ranks' losses.
     Raises:
-        ValueError: as patch() and tritonmoe.parallelize(); init_process_group was not called. Every rank raises, and
-            nothing is changed.
+        ValueError: as patch() and tritonmoe.parallelize(); an experts module has a parameter that transformers' experts
+            don't have, whose first size is the number of experts; init_process_group was not called. Every rank raises,
+            and nothing is changed.
     """
     overlap = OverlapConfig() if overlap is None else overlap
     check_model(model)
@@ -78,6 +79,8 @@ def parallelize(
         if found:
             check_patchable(model, found)
         check_spreadable(model, experts, transport.size)
+        for name, module in found.items():
+            _check_weights(name, module)
 
     check_on_all_ranks(model, experts, sharding, check)
     if found:
@@ -106,13 +109,25 @@ def _transport_of(ranks: Ranks) -> Transport:
     return as_transport(ranks)
 
 
+def _check_weights(name: str, experts: ExpertsModule) -> None:
+    """Raise ValueError where nothing says whether the experts of a module share one of its parameters."""
+    num_experts, known = num_experts_of(experts), weight_names(experts)
+    for own_name, parameter in experts.named_parameters(recurse=False):
+        has_part_of_each = parameter.dim() > 0 and parameter.shape[0] == num_experts
+        if has_part_of_each != (own_name in known):
+            raise ValueError(
+                f"{name}.{own_name} is {tuple(parameter.shape)}, and the module has {num_experts} experts, each with a "
+                f"part of {', '.join(known)}: nothing says whether {own_name} has a part for each expert, of which "
+                "this rank would keep its own, or is shared by all. Keep a parameter that all experts share in a "
+                "module of its own inside the experts, or let its first size be none of the experts' number"
+            )
+
+
 def _spread(experts: ExpertsModule, sharding: Sharding, overlap: OverlapConfig, expert_gradients: str) -> None:
     """Keep this rank's experts of a module, as DTensors, and note on the module how rows reach the others."""
     transport, num_experts = sharding.transport, num_experts_of(experts)
     own: dict[str, Tensor | None] = {
-        name: _own_experts(parameter, transport)
-        for name, parameter in experts.named_parameters(recurse=False)
-        if parameter.shape[0] == num_experts  # a stack of one per expert
+        name: _own_experts(experts.get_parameter(name), transport) for name in weight_names(experts)
     }
     shard_parameters(experts, own, sharding, is_summed=expert_gradients == "sum")
     scale = 1 / transport.size if expert_gradients == "mean" else 1.0

@@ -24,6 +24,7 @@ __all__ = [
     "read_packed",
     "set_packed",
     "up_name",
+    "weight_names",
 ]
 
 PACKED = "_tritonmoe_packed"
@@ -108,6 +109,13 @@ def is_packed_weight(experts: nn.Module, name: str) -> bool:
 def up_name(experts: nn.Module) -> str:
     """Return the name of the up-projection of a module."""
     return "gate_up_proj" if getattr(experts, "has_gate", True) else "up_proj"
+
+
+def weight_names(experts: nn.Module) -> tuple[str, ...]:
+    """Return the names of the module's parameters of which each expert has a part, packed or not."""
+    suffixes = ("", "_bias", "_blocks", "_scales", "_scale_inv")
+    named = [f"{name}{suffix}" for name in (up_name(experts), "down_proj") for suffix in suffixes]
+    return tuple(name for name in experts._parameters if name in named)
 
 
 def num_experts_of(experts: nn.Module) -> int:
