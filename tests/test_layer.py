@@ -860,6 +860,23 @@ def test_computed_weights_are_not_spread(how: str) -> None:
     assert tm.parallelize(layers, LocalTransport()) == 2
 
 
+@pytest.mark.parametrize("how", ["weight_norm", "older weight_norm", "pruning"])
+def test_computed_weights_are_not_drawn(how: str) -> None:
+    """The values would be lost at the next call."""
+    compute = {
+        "weight_norm": nn.utils.parametrizations.weight_norm,
+        "older weight_norm": nn.utils.weight_norm,
+        "pruning": prune.identity,
+    }[how]
+    layer = tm.MoELayer(replace(CONFIG, shared_intermediate_size=6), generator=seeded())
+    for module, name in ((layer.router, "weight"), (layer.experts, "down_proj"), (layer.shared_expert, "gate_up_proj")):
+        compute(module, name)
+        before = {name: parameter.clone() for name, parameter in module.named_parameters()}
+        with pytest.raises(ValueError, match=f"{name} of .* is computed from other parameters .* reset_parameters"):
+            module.reset_parameters()
+        assert all(torch.equal(parameter, before[name]) for name, parameter in module.named_parameters())
+
+
 def test_hooks_frozen_layers_and_inference_mode() -> None:
     layer = tm.MoELayer(replace(CONFIG, load_balance_loss_weight=0.1), generator=seeded())
     expected = layer(2 * batch()).detach()

@@ -1,15 +1,21 @@
 """Experts of emulated ranks move between steps: what they compute, what the optimizer keeps, what is refused."""
 
+import copy
 import functools
+import io
+import pickle
+from collections import deque
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import tritonmoe as tm
 from tritonmoe.expert_parallel.state import LayerCalls
 from tritonmoe.rebalancing import move_costs
+from tritonmoe.runtime.helping import helping
 from tritonmoe.transports import Transport
 
 CONFIG = tm.MoEConfig(hidden_size=8, intermediate_size=6, num_experts=8, top_k=2, bias=True)
@@ -323,6 +329,241 @@ def test_a_parameter_of_the_caller_beside_the_experts_is_refused():
         tm.rebalance(layer)
 
     refuses(prepare, "scale of experts is no weight with")
+
+
+class Doubled(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        return weight / 2
+
+
+COMPUTED: dict[str, Callable[[nn.Module], object]] = {
+    "weight_norm": lambda experts: nn.utils.parametrizations.weight_norm(experts, "gate_up_proj"),
+    "spectral_norm": lambda experts: nn.utils.parametrizations.spectral_norm(experts, "down_proj"),
+    "a bias": lambda experts: nn.utils.parametrize.register_parametrization(experts, "down_proj_bias", Doubled()),
+    "pruning": lambda experts: prune.l1_unstructured(experts, "down_proj", amount=0.3),
+    "older spectral_norm": lambda experts: nn.utils.spectral_norm(experts, "gate_up_proj"),
+}
+
+
+@pytest.mark.parametrize("how", COMPUTED)
+def test_computed_weights_do_not_move(how: str) -> None:
+    """What is written into one is lost at the next call: outputs would be those of other experts."""
+
+    def on_rank(transport: Transport) -> None:
+        layer = made(transport)
+        heated(layer, (0, 1))
+        rebalancer = rebalancing(layer)
+        assert not rebalancer.step().moved
+        COMPUTED[how](layer.experts)
+        with torch.no_grad():
+            layer(tokens(0, transport.rank).abs())
+        before = {name: value.clone() for name, value in layer.state_dict().items()}
+        for call in (lambda: tm.rebalance(layer), rebalancer.step, rebalancer.restore):
+            with pytest.raises(ValueError, match="of experts is computed from other parameters"):
+                call()
+        assert layer.experts.placement is None
+        for name, value in layer.state_dict().items():
+            assert torch.equal(value, before[name]), name
+
+    tm.run_on_emulated_ranks(on_rank, 2, timeout_s=60)
+
+
+def moved_with_states(transport: Transport) -> tuple[tm.MoELayer, torch.optim.Optimizer, tm.Rebalancer, dict]:
+    """Return a layer whose experts have moved, its optimizer and Rebalancer, and the optimizer's state dict before."""
+    layer = made(transport)
+    heated(layer, (0, 1))
+    optimizer = ADAMW(layer.experts.parameters())
+    rebalancer = rebalancing(layer, optimizer)
+    layer(tokens(0, transport.rank).abs()).square().sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    before = copy.deepcopy(optimizer.state_dict())
+    assert rebalancer.step().moved
+    return layer, optimizer, rebalancer, before
+
+
+def test_an_optimizers_state_of_this_rank_alone_waits_for_restore() -> None:
+    """Its moments would be read back as other experts'."""
+
+    def on_rank(transport: Transport) -> None:
+        layer, optimizer, rebalancer, before = moved_with_states(transport)
+        later = ADAMW(layer.experts.parameters())  # made behind the move, and given to nobody
+        later.load_state_dict(later.state_dict())  # nothing is kept so far
+        layer(tokens(1, transport.rank).abs()).square().sum().backward()
+        later.step()
+        layer.zero_grad()
+        refused = (
+            optimizer.state_dict,
+            lambda: optimizer.load_state_dict(before),
+            lambda: pickle.dumps(optimizer),
+            lambda: torch.save({"optimizer": optimizer}, io.BytesIO()),
+            lambda: copy.deepcopy(optimizer),
+            later.state_dict,
+            lambda: copy.deepcopy(torch.optim.lr_scheduler.ConstantLR(optimizer)),
+        )
+        for call in refused:
+            with pytest.raises(ValueError, match="call restore"):
+                call()
+        layer.router.load_state_dict(layer.router.state_dict())  # what every rank has is free
+        dense = ADAMW([layer.router.weight])
+        dense.load_state_dict(copy.deepcopy(dense).state_dict())
+        later.param_groups.clear()  # rebalance() would refuse an optimizer that it doesn't know
+        rebalancer.restore()
+        after = optimizer.state_dict()
+        for number, state in before["state"].items():
+            assert all(torch.equal(value, after["state"][number][name]) for name, value in state.items())
+        optimizer.load_state_dict(pickle.loads(pickle.dumps(after)))
+        copy.deepcopy(optimizer)
+
+    tm.run_on_emulated_ranks(on_rank, 2, timeout_s=60)
+
+
+def test_a_layer_made_with_a_placement_saves_its_own_experts_until_they_move() -> None:
+    def on_rank(transport: Transport) -> None:
+        placement = tm.ExpertPlacement(((0, 2, 4, 6), (1, 3, 5, 7)))
+        layer = made(transport, placement)
+        heated(layer, (0, 2))
+        optimizer = ADAMW(layer.experts.parameters())
+        rebalancer = rebalancing(layer, optimizer)
+        layer(tokens(0, transport.rank).abs()).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        optimizer.load_state_dict(optimizer.state_dict())
+        layer.load_state_dict(layer.state_dict())
+        assert rebalancer.step().moved
+        again = tm.rebalance(layer, optimizer)
+        again.restore()  # to where its own experts stood, which is not home
+        for call in (layer.state_dict, optimizer.state_dict):
+            with pytest.raises(ValueError, match="call restore"):
+                call()
+        rebalancer.restore()
+        assert layer.experts.placement == placement
+        optimizer.load_state_dict(optimizer.state_dict())
+        layer.load_state_dict(layer.state_dict())
+
+    tm.run_on_emulated_ranks(on_rank, 2, timeout_s=60)
+
+
+def test_weights_computed_behind_a_move_have_no_states() -> None:
+    """Their optimizer's parameters are no longer the module's own, and nothing would reorder them."""
+
+    def on_rank(transport: Transport) -> None:
+        layer, _, rebalancer, _ = moved_with_states(transport)
+        nn.utils.parametrizations.weight_norm(layer.experts, "gate_up_proj")
+        optimizer = ADAMW(layer.experts.parameters())
+        for call in (optimizer.state_dict, layer.state_dict, rebalancer.restore):
+            with pytest.raises(ValueError, match="is computed from other parameters"):
+                call()
+
+    tm.run_on_emulated_ranks(on_rank, 2, timeout_s=60)
+
+
+class Flat(torch.optim.Optimizer):
+    """Keeps the gradients of all parameters in one tensor, under the first of them or under a name."""
+
+    def __init__(self, parameters: list[nn.Parameter], name: str | None = None) -> None:
+        super().__init__(parameters, {})
+        self.name = name
+
+    def step(self, closure: None = None) -> None:
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        key = parameters[0] if self.name is None else self.name
+        self.state[key] = {"history": deque([torch.cat([parameter.flatten() for parameter in parameters]).detach()])}
+
+
+LBFGS = torch.optim.LBFGS
+SHARED: dict[str, Callable[[nn.Parameter, list[nn.Parameter]], torch.optim.Optimizer]] = {
+    "LBFGS, the router first": lambda router, experts: LBFGS([router, *experts]),
+    "LBFGS, the experts first": lambda router, experts: LBFGS([*experts, router]),
+    "Flat, the router first": lambda router, experts: Flat([router, *experts]),
+    "Flat, by a name": lambda router, experts: Flat([router, *experts], "history"),
+}
+
+
+@pytest.mark.parametrize("how", SHARED)
+def test_a_state_of_all_parameters_together_is_refused(how: str) -> None:
+    def on_rank(transport: Transport) -> None:
+        layer = made(transport)
+        heated(layer, (0, 1))
+        optimizer = SHARED[how](layer.router.weight, list(layer.experts.parameters()))
+        message = (
+            f"{type(optimizer).__name__} keeps one state for all of its parameters together, those of experts.gate"
+        )
+        if isinstance(optimizer, Flat):
+            rebalancer = rebalancing(layer, optimizer)
+            layer(tokens(0, transport.rank).abs())
+            optimizer.step()
+            with pytest.raises(ValueError, match=message):
+                rebalancer.step()
+        else:  # from the start, whatever it has kept so far
+            with pytest.raises(ValueError, match=message):
+                tm.rebalance(layer, optimizer)
+        assert layer.experts.placement is None
+
+    tm.run_on_emulated_ranks(on_rank, 2, timeout_s=60)
+
+
+def test_a_state_of_dense_parameters_together_is_no_concern_of_the_experts() -> None:
+    def on_rank(transport: Transport) -> None:
+        layer = made(transport)
+        heated(layer, (0, 1))
+        alone = LBFGS([layer.router.weight.requires_grad_()])
+        own = ADAMW([{"params": [parameter]} for parameter in layer.experts.parameters()])
+        rebalancer = rebalancing(layer, alone, own)
+
+        def loss() -> Tensor:
+            layer.zero_grad()
+            loss = layer(tokens(0, 0).abs()).square().mean()  # as many steps on every rank
+            loss.backward()
+            transport.all_reduce(layer.router.weight.grad)
+            return loss
+
+        for _ in range(2):
+            alone.step(loss)
+            own.step()
+        layer.zero_grad()
+        assert alone.state[layer.router.weight]["d"].numel() == layer.router.weight.numel()
+        assert rebalancer.step() is not None
+
+    tm.run_on_emulated_ranks(on_rank, 2, timeout_s=60)
+
+
+def test_a_state_of_pairs_of_experts_is_refused() -> None:
+    """Its rows would move, and its columns stay: a preconditioner of the dimension of experts."""
+
+    def prepare(layer: tm.MoELayer, transport: Transport) -> None:
+        optimizer = SGD(layer.experts.parameters())
+        optimizer.state[layer.experts.gate_up_proj]["preconditioner"] = torch.eye(4)
+        tm.rebalance(layer, optimizer)
+
+    refuses(prepare, "can't tell which part belongs to an expert")
+
+
+def test_evaluation_is_not_counted() -> None:
+    """The experts of training move where training needs them, as the selection bias follows its load alone."""
+
+    def on_rank(transport: Transport) -> None:
+        layer = made(transport)
+        rebalancer = rebalancing(layer)
+        compiled = torch.compile(layer, backend="aot_eager", dynamic=False)
+        heated(layer, (0, 1))
+        x = tokens(0, transport.rank).abs()
+        layer.eval()
+        with torch.no_grad():
+            layer(x)
+            compiled(x)
+        assert not layer.experts.calls.load.any()
+        with helping():
+            layer.train()(x)
+        assert not layer.experts.calls.load.any()
+        assert not rebalancer.step().moved
+        layer(x)
+        assert layer.experts.calls.load.sum() == 2 * len(x)
+
+    tm.run_on_emulated_ranks(on_rank, 1, timeout_s=60)
 
 
 def test_ranks_that_count_other_steps_are_told():

@@ -7,13 +7,14 @@ from typing import NamedTuple
 from weakref import WeakKeyDictionary, WeakSet, ref
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tritonmoe.config.overlap import OverlapPlan
 from tritonmoe.dispatch.count_exchange import refuse_call
 from tritonmoe.overlap.report import LayerReport
 from tritonmoe.runtime.autograd import checkpointed_region
 from tritonmoe.runtime.handles import Handled
+from tritonmoe.runtime.helping import is_helping
 from tritonmoe.transports import Transport
 from tritonmoe.tuning.tuner import PlanChooser
 
@@ -141,6 +142,8 @@ class LayerCalls(Handled):
         """How many there are, in a list that all of them share."""
         self.load: Tensor | None = None
         """(E + 1,) int64: the pairs that this rank's tokens gave each expert, and skipped ones, where someone asks."""
+        self.counted: ref[nn.Module] | None = None
+        """The module whose calls are counted in `load`, as long as it is in training mode."""
         self.takes_adapters = False
         """Whether it was called with adapters that are nobody's but the caller's."""
         self.expert_gradients = expert_gradients
@@ -152,7 +155,7 @@ class LayerCalls(Handled):
         state.layers.add(self)
 
     def __getstate__(self) -> dict[str, object]:
-        return {**super().__getstate__(), "last_report": None, "load": None}
+        return {**super().__getstate__(), "last_report": None, "load": None, "counted": None}
 
     def __deepcopy__(self, memo: dict[int, object]) -> "LayerCalls":
         copied = copy.copy(self)
@@ -166,8 +169,10 @@ class LayerCalls(Handled):
         return self.copy << 32 | self.layer
 
     def count(self, topk_ids: Tensor) -> None:
-        """Add a call's pairs to the load of their experts; a recompute's are counted already."""
-        if self.load is None or torch._C._current_graph_task_id() != -1:
+        """Add a training call's pairs to the load of their experts; a recompute's are counted already."""
+        module = None if self.counted is None else self.counted()
+        is_repeated = torch._C._current_graph_task_id() != -1 or is_helping()
+        if self.load is None or module is None or not module.training or is_repeated:
             return
         num_experts = len(self.load) - 1
         ids = topk_ids.flatten().long()

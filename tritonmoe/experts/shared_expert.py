@@ -10,6 +10,7 @@ from tritonmoe.backends.ops import accumulation_dtype, apply_activation
 from tritonmoe.config.activations import is_fused
 from tritonmoe.config.layer import MoEConfig
 from tritonmoe.runtime.autograd import is_autocast_on
+from tritonmoe.runtime.wrappers import refuse_computed
 
 __all__ = ["SharedExpert"]
 
@@ -45,7 +46,8 @@ class SharedExpert(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draw both weights uniformly, as the routed experts' are drawn."""
+        """Draw both weights uniformly, as the routed experts' are drawn; ValueError as theirs."""
+        refuse_computed(type(self).__name__, self, ("gate_up_proj", "down_proj"), "reset_parameters()")
         for weight in (self.gate_up_proj, self.down_proj):
             rows_out = self._rows_out(weight)
             bound = 1 / math.sqrt(rows_out.shape[1])

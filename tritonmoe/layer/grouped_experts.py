@@ -24,6 +24,7 @@ from tritonmoe.experts.tensors import CallTensors
 from tritonmoe.layer.call_weights import call_weights, local_weights
 from tritonmoe.layer.known_experts import know_experts, transports_of
 from tritonmoe.overlap.report import LayerReport
+from tritonmoe.runtime.wrappers import refuse_computed
 from tritonmoe.sharding.grad_scaling import agree_on_overflow
 from tritonmoe.sharding.sharded_parameters import (
     Sharding,
@@ -233,7 +234,12 @@ class GroupedExperts(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draw every expert from a seed of its own, so that its values don't depend on the number of ranks."""
+        """Draw every expert from a seed of its own, so that its values don't depend on the number of ranks.
+
+        Raises:
+            ValueError: a weight is computed from other parameters, as by a parametrization.
+        """
+        refuse_computed(type(self).__name__, self, PARAMETERS, "reset_parameters()")
         seed = int(torch.randint(2**62, (), generator=generator, device="cpu"))
         if self.gate_up_proj.is_meta:  # there is no memory to draw into
             return

@@ -120,7 +120,7 @@ class MoELayer(nn.Module):
         return self.grouped_experts.last_report
 
     def statistics(self) -> RoutingStatistics:
-        """Return the routing statistics of the last call's tokens on this rank."""
+        """Return the routing statistics of the last call's tokens on this rank, in training or evaluation mode."""
         if self.last_routing is None:
             raise RuntimeError(
                 "this layer has no statistics before the first forward, or where its last forward skipped it: call the "

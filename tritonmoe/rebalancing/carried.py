@@ -6,13 +6,22 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from tritonmoe.expert_parallel.state import LayerCalls, state_of
 from tritonmoe.rebalancing.spread_experts import SpreadExperts
 from tritonmoe.runtime.living import living, refuse_what_lives
+from tritonmoe.runtime.wrappers import refuse_computed
 from tritonmoe.sharding.local_rows import local_rows
 
-__all__ = ["carried_tensors", "check_optimizers", "digest", "expert_bytes", "refuse_elsewhere"]
+__all__ = [
+    "carried_tensors",
+    "check_optimizers",
+    "digest",
+    "expert_bytes",
+    "refuse_elsewhere",
+    "refuse_shared_states",
+]
 
 
 def check_optimizers(optimizers: Iterable[object]) -> None:
@@ -39,6 +48,7 @@ def carried_tensors(experts: SpreadExperts, optimizers: Sequence[torch.optim.Opt
         )
     found: dict[str, Tensor] = {}
     for owner, module, marked in experts.marked():
+        refuse_computed(owner, module, marked.names, "tm.rebalance, and keep it one")
         tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
         for name, _ in tensors:
             if name not in marked.names:
@@ -82,6 +92,43 @@ def _of_parameter(name: str, parameter: nn.Parameter, optimizers: Sequence[torch
     return found
 
 
+def refuse_shared_states(every: Sequence[SpreadExperts], optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """Raise ValueError where an optimizer keeps experts and other parameters in one state, as LBFGS does.
+
+    Such a state lies under the first parameter, or under a name: a flat tensor of all parameters, or of all of a group.
+    """
+    names = _names_of(every)
+    for optimizer in optimizers:
+        groups = [group["params"] for group in optimizer.param_groups]
+        lists = [[p for group in groups for p in group], *groups]
+        lists = [one for one in lists if any(id(p) in names for p in one)]
+        # Of all parameters, or of those that are trained.
+        totals = {sum(p.numel() for p in one if p.requires_grad or frozen) for one in lists for frozen in (True, False)}
+        others = [(held, state) for held, state in optimizer.state.items() if id(held) not in names]
+        is_flat = any(
+            isinstance(found, Tensor) and found.numel() in totals and found.numel() != getattr(held, "numel", int)()
+            for held, state in others
+            for found in tree_leaves(state)
+        )
+        if lists and (isinstance(optimizer, torch.optim.LBFGS) or is_flat):
+            name = next(names[id(p)] for p in lists[0] if id(p) in names)
+            raise ValueError(
+                f"{type(optimizer).__name__} keeps one state for all of its parameters together, those of {name} too, "
+                "and nothing says which part of it is an expert's: give the experts an optimizer whose states are by "
+                "parameter (AdamW, SGD, Adagrad), and this one the other parameters alone"
+            )
+
+
+def _names_of(every: Sequence[SpreadExperts]) -> dict[int, str]:
+    """Return the names of what each rank holds of experts, by the id of the parameter."""
+    return {
+        id(getattr(module, name)): f"{owner}.{name}"
+        for experts in every
+        for owner, module, marked in experts.marked()
+        for name in marked.names
+    }
+
+
 def expert_bytes(tensors: Iterable[Tensor], num_slots: int) -> int:
     """Return how many bytes move with one expert."""
     return sum(tensor.numel() * tensor.element_size() // num_slots for tensor in tensors)
@@ -107,12 +154,7 @@ def refuse_elsewhere(every: Sequence[SpreadExperts], optimizers: Sequence[torch.
 
 
 def _elsewhere(every: Sequence[SpreadExperts], optimizers: Sequence[torch.optim.Optimizer]) -> Iterator[str]:
-    names = {
-        id(getattr(module, name)): f"{owner}.{name}"
-        for experts in every
-        for owner, module, marked in experts.marked()
-        for name in marked.names
-    }
+    names = _names_of(every)
     own = {id(experts.calls) for experts in every}
     layers = {id(experts.calls.copies): experts.name for experts in every}
     states = {id(optimizer.state) for optimizer in optimizers}

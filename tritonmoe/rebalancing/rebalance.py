@@ -6,7 +6,7 @@ import zlib
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from tritonmoe.rebalancing.carried import (
     digest,
     expert_bytes,
     refuse_elsewhere,
+    refuse_shared_states,
 )
 from tritonmoe.rebalancing.move_costs import best_placement, experts_time, ns_of_a_megabyte
 from tritonmoe.rebalancing.moving import move
@@ -41,11 +42,13 @@ def rebalance(
 
     Every rank calls it, once the experts are spread and the optimizers made, and then step() of what it gives, between
     two steps of the training. Each `every` steps the ranks sum how many pairs every expert had in the last `history`
-    steps, and each layer's experts move if that pays before the next look: rows of parameters, gradients, main_grad,
-    the optimizers' states and PEFT's adapters. A layer keeps its number of slots: with more slots than experts (a
-    placement that gives some two) hot experts get the replicas. What a step computes stays the same, up to the order of
-    sums over ranks. state_dict() of the model and the optimizers, torch.distributed.checkpoint, gather_state_dicts and
-    save_pretrained keep the model's names and order.
+    steps, in passes of layers in training mode alone, and each layer's experts move if that pays before the next look:
+    rows of parameters, gradients, main_grad, the optimizers' states and PEFT's adapters. A layer keeps its number of
+    slots: with more slots than experts (a placement that gives some two) hot experts get the replicas. What a step
+    computes stays the same, up to the order of sums over ranks. state_dict() of the model and the optimizers,
+    torch.distributed.checkpoint, gather_state_dicts and save_pretrained keep the model's names and order. On ranks that
+    torch.distributed doesn't know, state_dict() of the model and the optimizers, and copies of these, raise until
+    restore().
 
     Args:
         optimizers: all that have experts' parameters.
@@ -53,8 +56,10 @@ def rebalance(
         history: of how many last steps the load counts; None for `every`.
     Raises:
         ValueError: there are no such experts; something belongs to them of which nothing says how it moves: states of
-            an optimizer that are not by expert, an optimizer that is not given, adapters given to calls, a deepcopy of
-            a layer, experts that FSDP2 shards over replicas, a CUDA graph with a call of theirs. Every rank raises.
+            an optimizer that are not by expert (LBFGS keeps one for all its parameters), an optimizer that is not
+            given, weights that are computed from other parameters (a parametrization), adapters given to calls, a
+            deepcopy of a layer, experts that FSDP2 shards over replicas, a CUDA graph with a call of theirs. Every rank
+            raises.
         TypeError: an optimizer that is none of torch's.
     Example:
         rebalancer = tm.rebalance(model, optimizer, every=100, history=50)
@@ -97,13 +102,8 @@ class Rebalancer:
         device = next(layers[0].module.parameters()).device
         self._load = torch.zeros(sum(experts.num_experts + 1 for experts in layers), dtype=torch.int64, device=device)
         for experts, counted in zip(layers, self._by_layer(self._load), strict=True):
-            experts.calls.load = counted
+            experts.calls.load, experts.calls.counted = counted, ref(experts.module)
         self._history: deque[Tensor] = deque(maxlen=history)
-        for experts, first in zip(layers, self._first, strict=True):
-            if experts.sharding.mesh is None:
-                refuse = partial(_refuse_state_of_moved, experts, first)
-                experts.module.register_state_dict_pre_hook(refuse)
-                experts.module.register_load_state_dict_pre_hook(refuse)
 
     def step(self) -> Rebalanced | None:
         """Count a step and, after each `every` of them, look, and move where that pays; give what was decided.
@@ -177,9 +177,10 @@ class Rebalancer:
         tensors: list[dict[str, Tensor]] = []
         number = -1
         try:
+            tensors = [carried_tensors(experts, self._optimizers) for experts in self._layers]
+            refuse_shared_states(self._layers, self._optimizers)
             if is_moving:
                 refuse_elsewhere(self._layers, self._optimizers)
-            tensors = [carried_tensors(experts, self._optimizers) for experts in self._layers]
             placements = [experts.placement.experts_of_rank for experts in self._layers]
             of_all = str((self._num_steps, self._every, placements, list(map(digest, tensors))))
             number = zlib.crc32(of_all.encode())
@@ -233,13 +234,3 @@ def _shape(experts: SpreadExperts) -> tuple[object, ...]:
     return tuple(
         (name, tuple(parameter.shape[1:])) for name, parameter in experts.module.named_parameters(recurse=False)
     )
-
-
-def _refuse_state_of_moved(experts: SpreadExperts, first: ExpertPlacement, *_: object) -> None:
-    """Raise ValueError where a rank's own state dict would hold other experts than one that was taken at first."""
-    if experts.placement != first:
-        raise ValueError(
-            f"the experts of {experts.name} have moved between ranks that torch.distributed doesn't know, whose state "
-            "dicts hold each rank's own experts: call restore() of the Rebalancer on every rank first, which moves "
-            "them back"
-        )

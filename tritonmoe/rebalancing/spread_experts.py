@@ -72,7 +72,7 @@ class SpreadExperts:
         else:
             state: ExpertsState = self.module.__dict__[STATE]
             setattr(self.module, STATE, state.placed(kept))
-        for _, module, _ in self.marked() if self.sharding.mesh is not None else ():
+        for _, module, _ in self.marked():
             note_order(module, placement.experts_of_rank)
 
 

@@ -28,6 +28,7 @@ from tritonmoe.runtime.transforms import (
     refuse_vmap,
     unwrapped,
 )
+from tritonmoe.runtime.wrappers import refuse_computed
 
 __all__ = ["TopKRouter"]
 
@@ -182,7 +183,12 @@ class TopKRouter(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the weight from a normal distribution under which unit-variance tokens get unit-variance logits."""
+        """Draw the weight from a normal distribution under which unit-variance tokens get unit-variance logits.
+
+        Raises:
+            ValueError: the weight is computed from other parameters, as by a parametrization.
+        """
+        refuse_computed(type(self).__name__, self, ("weight",), "reset_parameters()")
         nn.init.normal_(self.weight, std=self.config.hidden_size**-0.5)
         if self.e_score_correction_bias is not None and self.load is not None:
             self.e_score_correction_bias.zero_()

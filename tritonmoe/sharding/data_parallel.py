@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tritonmoe.routing import TopKRouter
+from tritonmoe.runtime.wrappers import refuse_computed
 from tritonmoe.sharding.marks import (
     MARK,
     OWN_BUFFERS,
@@ -239,6 +240,7 @@ def name_ignored(module: nn.Module, group: "ProcessGroup | None" = None, mesh: "
                 "has copies"
             )
         warn_of_sums("DistributedDataParallel", prefix or type(child).__name__, marked, child)
+        refuse_computed(prefix or type(child).__name__, child, marked.names, "DistributedDataParallel")
         for name in marked.names:
             parameter = getattr(child, name)
             if parameter is not None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, cast
 
 from torch import nn
 
+from tritonmoe.runtime.wrappers import refuse_computed
 from tritonmoe.sharding.marks import (
     MARK,
     ShardedNames,
@@ -97,6 +98,8 @@ def _check_ranks(parameters: Iterable[nn.Parameter], modules: Iterable[nn.Module
     of_experts = {id(getattr(child, name)) for _, child, marked in sharded for name in marked.names}
     if all(id(parameter) in of_experts for parameter in parameters):
         return
+    for name, child, marked in sharded:
+        refuse_computed(name or type(child).__name__, child, marked.names, "fully_shard")
     _check_loading(sharded)
     ranks = sorted(mesh.mesh.flatten().tolist())
     for name, child, marked in sharded:

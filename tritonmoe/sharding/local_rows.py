@@ -34,7 +34,10 @@ def local_rows(what: str, tensor: Tensor, parameter: Tensor) -> Tensor:
         else:
             local = tensor if tensor.shape == parameter.to_local().shape else None
     else:
-        local = tensor if tensor.dim() and tensor.shape[0] == shape[0] else None
+        is_by_expert = tensor.dim() and tensor.shape[0] == shape[0]
+        # Experts by experts, as a preconditioner of the first dimension is, and no dimension of the weight's own.
+        is_of_pairs = shape[0] > 1 and shape[0] in tensor.shape[1:] and shape[0] not in shape[1:]
+        local = tensor if is_by_expert and not is_of_pairs else None
     if local is None or type(local) not in (Tensor, nn.Parameter) or local.layout != strided:
         raise ValueError(
             f"{what} is a {type(tensor).__name__} {tuple(tensor.shape)} for a parameter {shape}, and tm.rebalance "

@@ -50,7 +50,12 @@ class ShardedNames(NamedTuple):
     is_summed: bool = False
     """Whether their gradients stay sums over the ranks, where dense ones are averaged."""
     experts_of_rank: ExpertsOfRank | None = None
-    """The expert in each slot of each rank, where the slots of all ranks are not the experts in the model's order."""
+    """The expert in each slot of each rank, where state dicts would show them in another order than they should.
+
+    That is the order of the model. Where torch knows no ranks, each rank's own state dicts have the order of `home`.
+    """
+    home: ExpertsOfRank | None = None
+    """The expert in each slot of each rank as the module was made, where torch knows no ranks; None is the model's."""
 
 
 def mark_sharded(module: nn.Module, marked: ShardedNames) -> None:

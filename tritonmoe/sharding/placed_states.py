@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tritonmoe.runtime.living import living
+from tritonmoe.runtime.wrappers import refuse_computed
 from tritonmoe.sharding.marks import MARK, ShardedNames
 from tritonmoe.sharding.placed_rows import ExpertsOfRank, in_model_order, is_in_model_order, placed_rows_of
 from tritonmoe.sharding.watched_collectives import full_tensor
@@ -23,6 +24,7 @@ __all__ = [
     "order_of",
     "orders_of",
     "part_of",
+    "refuse_moved",
     "show_in_model_order",
     "shown_state",
     "states_of",
@@ -35,7 +37,8 @@ _kinds_moved: set[type[nn.Module]] = set()
 def note_order(module: nn.Module, experts_of_rank: ExpertsOfRank) -> None:
     """Note which experts' rows the marked parameters of a module hold from now on, on every rank."""
     marked: ShardedNames = module.__dict__[MARK]
-    order = None if is_in_model_order(experts_of_rank) else experts_of_rank
+    is_home = is_in_model_order(experts_of_rank) if marked.home is None else experts_of_rank == marked.home
+    order = None if is_home else experts_of_rank
     setattr(module, MARK, marked._replace(experts_of_rank=order))
     if order is not None:
         _kinds_moved.add(type(module))
@@ -43,22 +46,47 @@ def note_order(module: nn.Module, experts_of_rank: ExpertsOfRank) -> None:
 
 
 def order_of(module: nn.Module) -> ExpertsOfRank | None:
-    """Return the experts in the slots of every rank of a marked module; None where they are in the model's order."""
+    """Return the experts in the slots of every rank of a marked module; None where state dicts may show them so.
+
+    Raises:
+        ValueError: they may not, and a marked weight is computed from other parameters, which nothing would reorder.
+    """
     marked: ShardedNames = module.__dict__[MARK]
+    if marked.experts_of_rank is not None:
+        refuse_computed(type(module).__name__, module, marked.names, "its experts move or get a placement")
     return marked.experts_of_rank
 
 
+def refuse_moved(module: nn.Module, *_: object) -> None:
+    """Raise ValueError where a rank's own state dict would show other experts than when the module was made: a hook."""
+    if order_of(module) is not None:
+        raise _moved_from_home()
+
+
+def _moved_from_home() -> ValueError:
+    return ValueError(
+        "experts have moved between ranks that torch.distributed doesn't know, where a state dict or a copy of the "
+        "module or of its optimizer holds each rank's own experts: call restore() of the Rebalancer on every rank "
+        "first, which moves them back"
+    )
+
+
 def orders_of(parameters: Sequence[Tensor]) -> dict[int, ExpertsOfRank]:
-    """Return the order of those of these parameters that are not in the model's, by their id.
+    """Return the order of those of these parameters that state dicts would show in a wrong one, by their id.
 
     The living modules are asked: a note on a parameter would be lost where it is exchanged for another.
+
+    Raises:
+        ValueError: as order_of().
     """
-    wanted = {id(parameter) for parameter in parameters if hasattr(parameter, "device_mesh")}
+    wanted = {id(parameter) for parameter in parameters}
     found: dict[int, ExpertsOfRank] = {}
     for module in living(*_kinds_moved) if wanted and _kinds_moved else ():
         marked: ShardedNames | None = module.__dict__.get(MARK)
         if marked is None or marked.experts_of_rank is None:
             continue
+        if any(id(parameter) in wanted for parameter in module.parameters()):
+            order_of(module)
         for name in marked.names:
             parameter = module.__dict__["_parameters"].get(name)
             if id(parameter) in wanted:
@@ -176,7 +204,11 @@ def _taken_state(optimizer: torch.optim.Optimizer, state_dict: "StateDict") -> "
 def states_of(
     optimizer: torch.optim.Optimizer, state_dict: "StateDict"
 ) -> "Iterator[tuple[int, StateDict, Tensor | None, ExpertsOfRank | None]]":
-    """Yield each state of an optimizer's state dict: its number, what it holds, the parameter and its order."""
+    """Yield each state of an optimizer's state dict: its number, what it holds, the parameter and its order.
+
+    Raises:
+        ValueError: it is of experts that have moved between ranks that torch doesn't know.
+    """
     parameters = {  # torch says what differs in length
         number: parameter
         for saved, group in zip(state_dict["param_groups"], optimizer.param_groups, strict=False)
@@ -185,15 +217,21 @@ def states_of(
     orders = orders_of(list(parameters.values()))
     for number, own in state_dict["state"].items():
         parameter = parameters.get(number)
-        yield number, own, parameter, orders.get(id(parameter))
+        order = orders.get(id(parameter))
+        if order is not None and not hasattr(parameter, "device_mesh"):
+            raise _moved_from_home()
+        yield number, own, parameter, order
 
 
 def _show_states_of_optimizers() -> None:
-    """Let every optimizer's state_dict() show, and load_state_dict() take, experts in the order of the model."""
+    """Let every optimizer's state_dict() show, and load_state_dict() take, experts in the order of the model.
+
+    A copy, or a pickled one, has the parameters without their module, which knows their order: it is refused.
+    """
     kind = torch.optim.Optimizer
     if hasattr(kind.state_dict, MARK):
         return
-    give, take = kind.state_dict, kind.load_state_dict
+    give, take, pickle = kind.state_dict, kind.load_state_dict, kind.__getstate__
 
     @functools.wraps(give)
     def state_dict(self: torch.optim.Optimizer) -> "StateDict":
@@ -203,6 +241,21 @@ def _show_states_of_optimizers() -> None:
     def load_state_dict(self: torch.optim.Optimizer, state_dict: "StateDict") -> None:
         take(self, _taken_state(self, state_dict))
 
+    @functools.wraps(pickle)
+    def getstate(self: torch.optim.Optimizer) -> "StateDict":
+        moved = orders_of(parameters := [p for group in self.param_groups for p in group["params"]])
+        for parameter in parameters:
+            if id(parameter) in moved and not hasattr(parameter, "device_mesh"):
+                raise _moved_from_home()
+        if moved:
+            raise ValueError(
+                f"a copy of this {type(self).__name__}, or a pickled one, would hold the rows of experts in the order "
+                "of a placement, and not the placement: copy or save its state_dict(), and load that into an optimizer "
+                "of the copied module"
+            )
+        return pickle(self)
+
     setattr(state_dict, MARK, True)
     kind.state_dict = state_dict  # type: ignore[method-assign]  # docs/patches.md
     kind.load_state_dict = load_state_dict  # type: ignore[method-assign]  # docs/patches.md
+    kind.__getstate__ = getstate  # type: ignore[method-assign]  # docs/patches.md

@@ -16,7 +16,7 @@ from tritonmoe.sharding.fully_shard import explain_fully_shard
 from tritonmoe.sharding.marks import ShardedNames, is_averaged_by_fsdp, mark_mesh, mark_sharded
 from tritonmoe.sharding.mixed_lists import allow_mixed_lists
 from tritonmoe.sharding.placed_rows import ExpertsOfRank
-from tritonmoe.sharding.placed_states import in_slot_order, note_order, order_of, show_in_model_order
+from tritonmoe.sharding.placed_states import in_slot_order, note_order, order_of, refuse_moved, show_in_model_order
 from tritonmoe.sharding.watched_collectives import watched_on
 from tritonmoe.sharding.whole_states import StateDict, no_pickle, refuse_pickling
 from tritonmoe.transports import EXPERT, Ranks, as_transport, is_mesh
@@ -134,7 +134,8 @@ def shard_parameters(
     """
     if sharding.mesh is not None or sharding.transport.size > 1:
         replicas = () if sharding.replicas is None else tuple(sharding.replicas.mesh.tolist())
-        mark_sharded(module, ShardedNames(tuple(parts), sharding.members, replicas, is_summed=is_summed))
+        home = experts_of_rank if sharding.mesh is None else None
+        mark_sharded(module, ShardedNames(tuple(parts), sharding.members, replicas, is_summed=is_summed, home=home))
         if experts_of_rank is not None and sharding.mesh is not None:
             note_order(module, experts_of_rank)
     for name, part in parts.items():
@@ -143,6 +144,9 @@ def shard_parameters(
             vars(parameter).update(vars(before))  # what others have noted on it
         module.register_parameter(name, parameter)
     if sharding.mesh is None:
+        if sharding.transport.size > 1:
+            module.register_state_dict_pre_hook(refuse_moved)
+            module.register_load_state_dict_pre_hook(refuse_moved)
         return
     allow_mixed_lists()
     fill_dtensor_gaps()
@@ -289,8 +293,9 @@ def _check_number(number: int, replicas: "DeviceMesh", device: torch.device) -> 
 
 def _take_loaded(names: Sequence[str], module: nn.Module, state_dict: StateDict, prefix: str, *_: object) -> None:
     """Turn what a state dict has of these parameters into this rank's part of them, before it is loaded."""
+    order = order_of(module)
     for name in names:
         if (value := state_dict.get(prefix + name)) is None:
             continue
         parameter = getattr(module, name)
-        state_dict[prefix + name] = in_slot_order(value, parameter, order_of(module), prefix + name)
+        state_dict[prefix + name] = in_slot_order(value, parameter, order, prefix + name)

@@ -192,7 +192,7 @@ def test_what_is_no_checkpoint_is_refused() -> None:
     with pytest.raises(ValueError, match="is a layer of tritonmoe, upcycled in place, which no inference engine has"):
         tm.export_weights(upcycled)
     torch.nn.utils.parametrizations.weight_norm(model.model.layers[0].self_attn.q_proj)
-    with pytest.raises(ValueError, match=r"self_attn.q_proj are computed from other parameters"):
+    with pytest.raises(ValueError, match=r"weight of .*self_attn.q_proj is computed from other parameters"):
         tm.export_weights(model)
     quantised = make_model("mixtral")
     experts = quantised.model.layers[1].mlp.experts

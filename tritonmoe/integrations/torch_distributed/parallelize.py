@@ -13,6 +13,7 @@ from tritonmoe.experts.adapters import shard_adapters
 from tritonmoe.integrations.torch_distributed.spreadable import check_spreadable
 from tritonmoe.layer import GroupedExperts, MoELayer
 from tritonmoe.routing import TopKRouter
+from tritonmoe.runtime.wrappers import refuse_computed
 from tritonmoe.sharding.data_parallel import counts_by_wrapper
 from tritonmoe.sharding.marks import sharded_modules
 from tritonmoe.sharding.same_weights import check_on_all_ranks
@@ -102,8 +103,14 @@ def expert_parameters(module: nn.Module) -> list[nn.Parameter]:
     """Return the parameters in `module` that are other ones on every rank: experts that are spread over ranks.
 
     What is done to dense parameters on all ranks alike (a broadcast, an average, sharding by FSDP2) leaves these alone.
+
+    Raises:
+        ValueError: a weight of experts is computed from other parameters, as by a parametrization.
     """
-    found = [getattr(child, name) for _, child, sharded in sharded_modules(module) for name in sharded.names]
+    found: list[nn.Parameter | None] = []
+    for name, child, sharded in sharded_modules(module):
+        refuse_computed(name or type(child).__name__, child, sharded.names, "expert_parameters()")
+        found += [getattr(child, own) for own in sharded.names]
     return list({id(parameter): parameter for parameter in found if parameter is not None}.values())
 
 
@@ -116,7 +123,8 @@ def gather_state_dicts(module: nn.Module, *optimizers: torch.optim.Optimizer) ->
     spreads of dense parameters is left to it.
 
     Raises:
-        ValueError: the module has no experts that are spread over ranks, or torch doesn't know these ranks.
+        ValueError: the module has no experts that are spread over ranks, or torch doesn't know these ranks; a weight of
+            experts is computed from other parameters, as by a parametrization.
         TypeError: something else than an optimizer of torch, as what Accelerator.prepare gives: pass what it was given.
     """
     found = list(sharded_modules(module))
@@ -127,6 +135,8 @@ def gather_state_dicts(module: nn.Module, *optimizers: torch.optim.Optimizer) ->
             f"the experts of {type(module).__name__} are spread over ranks that are not torch.distributed's, so "
             "state_dict() has only this rank's experts: make the layer with a ProcessGroup or a DeviceMesh"
         )
+    for name, child, sharded in found:
+        refuse_computed(name or type(child).__name__, child, sharded.names, "gather_state_dicts()")
     for optimizer in optimizers:
         if not hasattr(optimizer, "_optimizer_state_dict_post_hooks"):
             raise TypeError(
@@ -139,6 +149,7 @@ def gather_state_dicts(module: nn.Module, *optimizers: torch.optim.Optimizer) ->
 
 
 def _gather(names: tuple[str, ...], module: nn.Module, state_dict: StateDict, prefix: str, *__: object) -> None:
+    refuse_computed(prefix.rstrip(".") or type(module).__name__, module, names, "state_dict()")
     forms = whole_forms(module)
     for name in names:
         if prefix + name in state_dict:

@@ -14,6 +14,7 @@ from tritonmoe.experts.parameters import PARAMETERS
 from tritonmoe.layer import MoELayer
 from tritonmoe.routing import TopKRouter
 from tritonmoe.runtime.living import living, modules_with, refuse_what_lives
+from tritonmoe.runtime.wrappers import refuse_computed
 from tritonmoe.sharding.data_parallel import counts_by_wrapper
 from tritonmoe.sharding.marks import sharded_modules
 
@@ -29,8 +30,10 @@ def check_spreadable(
         found: modules of experts, GroupedExperts or those of transformers, by their names.
     """
     _refuse_spread(found)
-    _refuse_computed(found)
-    for experts in found.values():
+    for name, experts in found.items():
+        # packed weights are in bytes, of which each expert has its own
+        plain = [weight for weight in (*PARAMETERS, "up_proj") if f"{weight}_blocks" not in experts._parameters]
+        refuse_computed(name or "the module", experts, plain, "parallelize()")
         num_experts = experts.down_proj.shape[0]
         num_local = num_experts // size if placement is None else placement.num_slots
         check_expert_parallel(num_local, num_experts, size, placement)
@@ -66,6 +69,9 @@ def _replaced(module: nn.Module, found: Mapping[str, nn.Module]) -> dict[str, nn
     }
     for name, child in module.named_modules():
         if hasattr(type(child), SHARDS):
+            for key, factor in child.named_modules():
+                if "lora_" in key:
+                    refuse_computed(f"{name}.{key}".lstrip("."), factor, ("weight",), "parallelize()")
             factors = {f"{name}.{key}".lstrip("."): parameter for key, parameter in child.named_parameters()}
             own |= {key: parameter for key, parameter in factors.items() if "lora_" in key}
     return own
@@ -147,19 +153,6 @@ def _counts_alone(layer: MoELayer, experts: Mapping[int, str]) -> str | None:
     if not any(child.load is not None and counts_by_wrapper(child) for child in routers):
         return None
     return next((experts[id(child)] for child in own.modules() if id(child) in experts), None)
-
-
-def _refuse_computed(found: Mapping[str, nn.Module]) -> None:
-    """Raise ValueError where an expert weight is made of other parameters, which would stay whole."""
-    for name, experts in found.items():
-        for weight in (*PARAMETERS, "up_proj"):
-            is_packed = f"{weight}_blocks" in experts._parameters  # in bytes, of which each expert has its own
-            if hasattr(experts, weight) and weight not in experts._parameters and not is_packed:
-                raise ValueError(
-                    f"{weight} of {name or 'the module'} is computed from other parameters (a parametrization or "
-                    "pruning), which can't be spread over ranks: make it a parameter again before parallelize(), with "
-                    "torch.nn.utils.parametrize.remove_parametrizations or torch.nn.utils.prune.remove"
-                )
 
 
 def _refuse_tied(module: nn.Module, found: Mapping[str, nn.Module]) -> None:

@@ -1,14 +1,14 @@
 """Every weight of a model of transformers, under the name it would have without wrappers, and what adapts it."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from tritonmoe.integrations.weight_sync.merged_rows import add_the_same, check_adapter, local_part
 from tritonmoe.integrations.weight_sync.packed_weights import PackedWeight, packed_weights
-from tritonmoe.runtime.wrappers import inside_wrapper
+from tritonmoe.runtime.wrappers import inside_wrapper, refuse_computed
 from tritonmoe.sharding.marks import MARK, ShardedNames, sharded_modules
 from tritonmoe.sharding.placed_rows import ExpertsOfRank
 
@@ -156,17 +156,20 @@ def _weights_in(
             "the model after merge_and_unload()"
         )
     packed = packed_weights(module)
-    if "parametrizations" in module._modules and not packed:
-        raise ValueError(
-            f"weights of {name} are computed from other parameters (a parametrization), which no checkpoint has: call "
-            "torch.nn.utils.parametrize.remove_parametrizations first"
-        )
+    refuse_computed(name, module, _computed(module) if not packed else (), "its weights are exported or loaded")
     yield from (
         (prefix + own_name, weight) for own_name, weight in _own_weights(module, packed, adapted_by, dequantize)
     )
     for child_name, child in module._modules.items():
         if child is not None and not (packed and child_name == "parametrizations"):
             yield from _weights_in(child, f"{prefix}{child_name}.", (), dequantize)
+
+
+def _computed(module: nn.Module) -> list[str]:
+    """Return the names of weights that a parametrization computes, or a hook (pruning, the older weight_norm)."""
+    hooked = [name.removesuffix(end) for name in module._parameters for end in ("_orig", "_g") if name.endswith(end)]
+    own: Any = module._modules.get("parametrizations", ())
+    return [*own, *(name for name in hooked if isinstance(module.__dict__.get(name), Tensor))]
 
 
 def _own_weights(
