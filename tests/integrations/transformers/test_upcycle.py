@@ -775,6 +775,18 @@ def test_old_transformers_are_refused_by_everything_that_needs_a_new_one(tmp_pat
     assert all(torch.equal(before[key], tensor) for key, tensor in dense.state_dict().items())
 
 
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("compute", [nn.utils.parametrizations.weight_norm, nn.utils.prune.identity])
+def test_a_block_whose_weights_are_computed_is_refused(name, compute):
+    """A checkpoint, or the copy, has the parameters that they are computed from."""
+    model = make_dense(name)
+    linear = next(module for path, module in model.named_modules() if path.endswith(("mlp.c_fc", "mlp.up_proj")))
+    with torch.no_grad():
+        compute(linear, "weight")
+        with pytest.raises(ValueError, match=r"weight of .*mlp\.\w+ is computed from other parameters .*upcycle"):
+            upcycle(model, 4, 2, target="inplace")
+
+
 def test_a_block_that_computes_more_than_its_linears_is_refused():
     dense = make_dense("gemma")
     mlp = dense.model.layers[1].mlp

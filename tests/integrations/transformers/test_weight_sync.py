@@ -11,6 +11,7 @@ from processes import run_torchrun
 from test_families import QUICK, REACHED, SLOW, make_model
 from tiny_models import make_dense
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import tritonmoe as tm
 from tritonmoe.integrations import transformers as tmt
@@ -202,6 +203,22 @@ def test_what_is_no_checkpoint_is_refused() -> None:
             ValueError, match=r"layers.1.mlp.experts.down_proj is quantised \(Parameter of torch.float8"
         ):
             call()
+
+
+@pytest.mark.parametrize("where", ["attention", "experts"])
+@pytest.mark.parametrize("compute", [nn.utils.weight_norm, nn.utils.spectral_norm, prune.identity])
+def test_weights_that_hooks_compute_are_neither_exported_nor_loaded(compute: Any, where: str) -> None:
+    """Exported, they would be weight_orig, weight_mask and the like, which no checkpoint has."""
+    model = make_model("mixtral")
+    weights = [(name, tensor.clone()) for name, tensor in tm.export_weights(model)]
+    layer = model.model.layers[0]
+    module, name = (layer.self_attn.q_proj, "weight") if where == "attention" else (layer.mlp.experts, "down_proj")
+    compute(module, name)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for call in (lambda: list(tm.export_weights(model)), lambda: tm.load_weights(model, weights)):
+        with pytest.raises(ValueError, match=rf"{name} of .*layers\.0.* is computed from other parameters"):
+            call()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def test_what_does_not_fit_is_not_loaded() -> None:

@@ -10,6 +10,7 @@ from tritonmoe.config.activations import Activation
 from tritonmoe.integrations.transformers.gates import fused_name
 from tritonmoe.integrations.transformers.requirements import WEIGHT_DTYPES, quantisation_method, quantised_kind
 from tritonmoe.integrations.transformers.upcycle.expert_init import DenseFFN
+from tritonmoe.runtime.wrappers import refuse_computed
 
 __all__ = [
     "FFNBlock",
@@ -229,6 +230,9 @@ def _match(index: int, path: str, module: nn.Module, names: _Names) -> FFNBlock 
         id(p) for linear in (up, down, gate) if linear is not None for p in linear.parameters()
     }:
         return None  # it computes something else as well
+    for name, linear in ((names.up, up), (names.down, down), (names.gate, gate)):
+        if linear is not None:
+            refuse_computed(f"{path}.{name}", linear, ("weight", "bias"), "upcycle()")
     prefix = f"{path}." if path else ""
     holder_path = f"{prefix}{names.up}".rpartition(".")[0]
     holder = _submodule(module, names.up.rpartition(".")[0]) if "." in names.up else module
