@@ -23,7 +23,7 @@ from tritonmoe.doctor.recorded_graph import graph_of
 from tritonmoe.doctor.recorded_page import RecordedPart
 from tritonmoe.doctor.recorded_run import RecordedRun, judge_recording
 from tritonmoe.doctor.run_figures import figures_of
-from tritonmoe.doctor.verdict import as_json
+from tritonmoe.doctor.verdict import as_json, as_text, noise_warning
 from tritonmoe.planner import comparison as comparing
 from tritonmoe.planner import training_plan as planning
 from tritonmoe.planner.cluster_presets import CLUSTERS
@@ -83,6 +83,16 @@ def test_a_run(slow: RecordedRun) -> None:
     trace = json.loads(page.scripts["trace"])["traceEvents"]
     assert {event["args"]["run"] for event in trace if event["ph"] == "X"} == {"measured", "replayed"}
     assert {event["pid"] for event in trace} == {0, 1, 2, 3}
+
+
+def test_findings_that_may_be_noise_are_marked_as_on_the_terminal(slow: RecordedRun) -> None:
+    assert noise_warning(slow.found) == []
+    noisy = replace(slow, found=replace(slow.found, noise_s=0.2 * slow.found.replayed_s))
+    (warning,) = noise_warning(noisy.found)
+    assert "record again" in warning
+    assert warning in as_text(noisy, noisy.found)
+    (banner,) = run_page([noisy]).banners
+    assert warning in banner.lines
 
 
 def test_measured_and_replayed_lanes_agree(slow: RecordedRun) -> None:
@@ -289,6 +299,12 @@ window.addEventListener("load", () => {
   for (const one of document.querySelectorAll("svg, figcaption, p, li, h1, h2, .strip, .box"))
     if (one.getBoundingClientRect().right > window.innerWidth + 1 && !one.closest(".box"))
       problems.push(`${one.tagName} ${one.className} ends at ${one.getBoundingClientRect().right}`);
+  for (const one of document.querySelectorAll(".lanes .strip > span:first-child"))
+    if (one.getClientRects()[0].height > 1.5 * parseFloat(getComputedStyle(one).lineHeight))
+      problems.push(`a lane's name breaks: ${one.textContent}`);
+  for (const one of document.querySelectorAll('.box[aria-label="The findings"]'))
+    if (window.innerWidth > 1000 && one.scrollWidth > one.clientWidth)
+      problems.push(`${one.ariaLabel} is cut: ${one.scrollWidth} px in ${one.clientWidth}`);
   const page = document.documentElement;
   window.parent.postMessage([window.innerWidth, page.scrollWidth, shown.length, problems], "*");
 });

@@ -6,7 +6,7 @@ from typing import Literal, Protocol
 from tritonmoe.doctor.advice import Advice
 from tritonmoe.doctor.attribution import Verdict
 from tritonmoe.doctor.lanes import DOING, Piece, Shown
-from tritonmoe.doctor.verdict import AnyRun, about, headline, recording_of, remarks, step_words
+from tritonmoe.doctor.verdict import AnyRun, about, headline, noise_warning, recording_of, remarks, step_words
 from tritonmoe.doctor.words import FindingWords, count_words, words_of
 from tritonmoe.report.charts import Bars, Heat, Segment, Strip, Strips, ticks
 from tritonmoe.report.figures import Cell, Figures, Line, Table, Words
@@ -95,6 +95,7 @@ class RunPart:
             said_of_it = f"{n + 1}. {one.kind.upper()}: {words.sentence}. It costs "
             cost, share = number(f"findings/{n}/cost_s", "s"), number(f"findings/{n}/share", "share")
             lines.append([said_of_it, cost, " a step, ", share, ". To do: ", words.to_do, "."])
+        lines += noise_warning(found)
         steps = f", the mean of {count_words(len(found.graph.steps), 'step')}; replayed "
         measured, replayed, error = (
             number(*of) for of in (("measured_s", "s"), ("replayed_s", "s"), ("error", "share"))
@@ -138,11 +139,10 @@ class RunPart:
             cost, low, high = (self.number(f"{key}/{end}", "s") for end in ("cost_s", "low_s", "high_s"))
             costs: list[Cell | Line] = [[cost, " (", low, " to ", high, ")"], share]
             if words is None:
-                rows.append([name, "causes overlap, so their costs don't add up", "", "", "", *costs, ""])
+                rows.append([name, "causes overlap, so their costs don't add up", *costs, ""])
             else:
-                where = words.where or "everywhere"
-                rows.append([name, words.what + words.hidden, words.who, where, words.when, *costs, words.to_do])
-        header = ["finding", "what", "who", "where", "when", "costs a step (80 %)", "share", "to do"]
+                rows.append([name, words.sentence, *costs, words.to_do])
+        header = ["finding", "what it is", "costs a step (80 %)", "share", "to do"]
         table = Table(header, rows, "The findings")
         yield Strips("What each costs, of a step", strips, ticks(1e3 * top, " ms"), [], table)
 

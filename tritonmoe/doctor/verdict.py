@@ -14,7 +14,17 @@ from tritonmoe.doctor.words import cost_words, count_words, share_words, time_wo
 from tritonmoe.report.terminal import one_line
 from tritonmoe.runtime.files import Json
 
-__all__ = ["AnyRun", "about", "as_json", "as_text", "headline", "recording_of", "remarks", "step_words"]
+__all__ = [
+    "AnyRun",
+    "about",
+    "as_json",
+    "as_text",
+    "headline",
+    "noise_warning",
+    "recording_of",
+    "remarks",
+    "step_words",
+]
 
 AnyRun: TypeAlias = ForeignRun | RecordedRun
 MOST_LIMITS = 4
@@ -102,6 +112,16 @@ def headline(found: Verdict) -> list[str]:
     return lines
 
 
+def noise_warning(found: Verdict) -> list[str]:
+    """Say that findings may be noise, and what to do; nothing where a step has little noise."""
+    if found.noise_s <= MUCH_NOISE * found.replayed_s:
+        return []
+    return [
+        "so much noise may hide a smaller fault of a rank or link, or make all ranks seem at fault: record again "
+        "while nothing else runs on these machines"
+    ]
+
+
 def remarks(run: AnyRun, found: Verdict) -> list[str]:
     """Return what is worth knowing beside the findings."""
     lines = []
@@ -118,11 +138,7 @@ def remarks(run: AnyRun, found: Verdict) -> list[str]:
         f"noise costs {share_words(found.noise_s, found)} of a step; with instant exchanges a step would take "
         f"{share_words(found.exposed_s, found)} less"
     )
-    if found.noise_s > MUCH_NOISE * found.replayed_s:
-        lines.append(
-            "so much noise may hide a smaller fault of a rank or link, or make all ranks seem at fault: record again "
-            "while nothing else runs on these machines"
-        )
+    lines += noise_warning(found)
     if isinstance(run, RecordedRun):
         lines.append(
             f"a step is here the sum of its layer calls, which alone are recorded; with the work between the calls it "

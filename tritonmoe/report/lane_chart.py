@@ -49,9 +49,9 @@ def lanes_chart(
     ranks = [one.rank for one in next(iter(runs.values()))]
     strips = []
     for number, rank in enumerate(ranks):
-        heading = f"rank {rank}"
         for name, timelines in runs.items():
             timeline = timelines[number]
+            heading = f"rank {rank}, {name}" if len(runs) > 1 else f"rank {rank}"
             for lane in timeline.lanes:
                 segments = list(_segments(timeline, lane, longest_s))
                 if marks is not None and name == next(iter(runs)) and lane == "compute":
@@ -59,7 +59,7 @@ def lanes_chart(
                         Segment(at / longest_s, 0.0, "mark", f"{word}: {1e3 * at:.3g} ms")
                         for word, at in marks[rank].items()
                     ]
-                strips.append(Strip(f"{name} {lane}" if len(runs) > 1 else lane, segments, heading=heading))
+                strips.append(Strip(lane, segments, heading=heading))
                 heading = ""
     axis = ticks(1e3 * longest_s, " ms")
     return Strips(title, strips, axis, [(CLASSES[name], name) for name in COLORS], table)
