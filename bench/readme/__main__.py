@@ -35,6 +35,7 @@ TABLES = {
     "balance": balance_tables.balance_table,
     "balance_picture": pictures.balance_figure,
     "balance_simulated": balance_tables.balance_simulated_table,
+    "dense_or_moe": pictures.dense_or_moe_figure,
     "doctor": diagnosis_tables.doctor_table,
     "foreign": diagnosis_tables.foreign_table,
     "one_rank_in_halves": overlap_tables.one_rank_in_halves,

@@ -1,16 +1,18 @@
 """Pictures of the site as SVG, drawn from bench/results: each for wide windows, and once more for phones."""
 
+import math
+import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 from xml.sax.saxutils import escape
 
-from bench.readme.results import DOCS, load, load_all
+from bench.readme.results import DOCS, load, load_all, table_head, table_row, where
 from tritonmoe.demo.measure import NUM_CHUNKS
 from tritonmoe.report.png import COLORS, group_of
 from tritonmoe.report.timeline import Timeline
 
-__all__ = ["PICTURES", "balance_figure", "overlap_figure", "picture", "pictures"]
+__all__ = ["PICTURES", "balance_figure", "dense_or_moe_figure", "overlap_figure", "picture", "pictures"]
 
 WIDTHS = {"": 720, "-narrow": 350}
 STYLE = f"""<style>
@@ -202,8 +204,8 @@ def node_bars(width: int) -> str:
 def doctor_bars(width: int) -> str:
     """Draw how often the doctor names the first cause, and how often it is silent beside healthy jobs."""
     bars = []
-    for where, words in (("emulated", "emulated ranks"), ("netns", "real links")):
-        summaries = [one["results"]["summary"] for one in load_all(f"doctor_{where}")]
+    for ranks, words in (("emulated", "emulated ranks"), ("netns", "real links")):
+        summaries = [one["results"]["summary"] for one in load_all(f"doctor_{ranks}")]
         for key, said in (
             ("first cause right", "first cause named"),
             ("healthy ones silent", "healthy, and called so"),
@@ -240,6 +242,64 @@ def balance_figure(name: str) -> str:
     return "\n".join([picture("balance", alt, "../images"), "", caption])
 
 
+def dense_or_moe_curves(width: int) -> str:
+    """Draw the held-out losses of dense blocks and of experts, a line for each seed."""
+    curves = [(run["kind"], run["curve"]) for run in load("dense_or_moe")["results"]["runs"]]
+    low, high = (pick(loss for _, curve in curves for _, loss in curve) for pick in (min, max))
+    last, left, top, height = curves[0][1][-1][0], 40, 30, 220
+
+    def at_x(step: int) -> float:
+        return left + (width - left - 8) * step / last
+
+    def at_y(loss: float) -> float:
+        return top + height * (high - loss) / (high - low)
+
+    parts = [_text(0, 16, "nats a byte, held out", "faint")]
+    for tenth in range(math.ceil(10 * low), math.floor(10 * high) + 1):
+        y = at_y(tenth / 10)
+        parts.append(f'<line class="line" x1="{left}" x2="{width}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(_text(left - 6, y + 5, f"{tenth / 10:.1f}", "faint small", "end"))
+    for kind, curve in curves:
+        points = " ".join(f"{at_x(step):.1f},{at_y(loss):.1f}" for step, loss in curve)
+        color = COLORS["experts"] if kind == "moe" else COLORS["dispatch"]
+        parts.append(f'<polyline points="{points}" fill="none" stroke="{color}" stroke-width="2"/>')
+    base = top + height + 20
+    for step in range(0, last + 1, 200):
+        parts.append(_text(at_x(step), base, str(step), "faint small", "end" if step == last else "middle"))
+    parts += [_text(left, base + 20, "steps of training", "faint small")]
+    for x, kind, words in ((left + 130, "experts", "experts"), (left + 220, "dispatch", "dense block")):
+        parts += [_rect(x, base + 10, 12, 12, kind), _text(x + 18, base + 21, words, "small")]
+    return _svg(width, base + 30, "The held-out loss of experts and of a dense block, by steps of training", parts)
+
+
+def dense_or_moe_figure(name: str) -> str:
+    """Return the picture of dense_or_moe_curves with its caption, and the losses at the end."""
+    data = load(name)
+    runs = data["results"]["runs"]
+    ends = {kind: [run["curve"][-1][1] for run in runs if run["kind"] == kind] for kind in ("dense", "moe")}
+    cpu_s = {kind: statistics.median(run["cpu_s"] for run in runs if run["kind"] == kind) for kind in ends}
+    gains = [dense - moe for dense, moe in zip(ends["dense"], ends["moe"], strict=True)]
+    num_seeds, steps = len(gains), runs[0]["curve"][-1][0]
+    rows = [
+        table_row(words, f"{statistics.mean(ends[kind]):.3f}", f"{min(ends[kind]):.3f} to {max(ends[kind]):.3f}",
+                  f"{cpu_s[kind]:.0f} s")
+        for kind, words in (("dense", "dense block"), ("moe", "Mixture of Experts"))
+    ]  # fmt: skip
+    alt = "The held-out loss of experts and of a dense block, by steps of training"
+    return "\n".join(
+        [
+            picture("dense-or-moe", alt, "../images"),
+            "",
+            *table_head(f"after {steps} steps, {num_seeds} seeds", "held out: mean", "lowest to highest", "CPU time"),
+            *rows,
+            "",
+            f"With the same seed, the loss with experts is lower by {min(gains):.3f} to {max(gains):.3f}. "
+            f"`python -m bench.dense_or_moe` on {where(data['environment'])}, fp32, one thread; CPU time "
+            "is the median, on a machine that did other work too.",
+        ]
+    )
+
+
 PICTURES: dict[str, Callable[[int], str]] = {
     "overlap": overlap_picture,
     "balance": balance_bars,
@@ -248,5 +308,6 @@ PICTURES: dict[str, Callable[[int], str]] = {
     "result-exchange": exchange_bars,
     "result-nodes": node_bars,
     "result-doctor": doctor_bars,
+    "dense-or-moe": dense_or_moe_curves,
 }
 """By name: what draws a picture in so many pixels' width."""

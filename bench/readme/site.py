@@ -14,7 +14,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 FOLDERS = "tritonmoe|tests|bench|examples|virtual_gpu|CONTRIBUTING"
 OUTSIDE = re.compile(rf"\[([^]]*)\]\(((?:\.\./)+(?:{FOLDERS})[^)#]*)(?:#[^)]*)?\)")
 BOOSTS = {"Design": 0.01, "Results": 0.1, "Reference": 0.5}
-"""How much a word counts in the search, by the part of the navigation: contributors' pages come last. A page may say it itself."""
+"""How much a word counts in the search, by the part of the navigation. A page may have a boost of its own."""
 logger = logging.getLogger("mkdocs.hooks.site")  # its warnings end a strict build
 
 
