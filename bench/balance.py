@@ -7,7 +7,7 @@ ideal: the same routing with the hot experts spread evenly over the ranks from t
 --netns 2 the ranks are processes in network namespaces of this machine, with links of the given rates, one core and one
 thread each.
 Without it they are emulated in this process, and their experts take time by sleeping, a fixed time for each pair
-(bench/sleeping_experts.py): the ideal is then routing to uniformly drawn experts, since every pair takes as long.
+(benchmarks/stand_ins.py): the ideal is then routing to uniformly drawn experts, since every pair takes as long.
 
 Beside the times stands what the simulator predicts of the passes, by the steps of calls without copies; what the host
 does before and between them is added as measured.
@@ -25,12 +25,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from bench.sleeping_experts import sleeping_experts
 from tritonmoe.benchmarks.argument_types import positive, positive_number
 from tritonmoe.benchmarks.inside_namespace import ask, check_start, is_inside
 from tritonmoe.benchmarks.link_rates import parse_rate
 from tritonmoe.benchmarks.namespaces import Namespaces
 from tritonmoe.benchmarks.ranks import gather, slowest
+from tritonmoe.benchmarks.stand_ins import sleeping_experts
 from tritonmoe.benchmarks.timing import Samples, add_arguments, summarize, write_json
 from tritonmoe.config.overlap import OverlapConfig
 from tritonmoe.dispatch.placement import ExpertPlacement
@@ -65,7 +65,12 @@ def make_parser() -> argparse.ArgumentParser:
         "--hot", type=int, nargs="+", default=[2], help="hot experts on rank 0, a case each (default 2)"
     )
     parser.add_argument("--share", type=positive_number, default=1.0, help="of tokens that need each hot expert")
-    parser.add_argument("--max-copies", type=positive, default=2)
+    parser.add_argument(
+        "--max-copies",
+        type=lambda text: text if text == "auto" else positive(text),
+        default="auto",
+        help="on a rank (default: auto)",
+    )
     parser.add_argument("--chunks", type=positive, default=2)
     parser.add_argument("--pair-us", type=positive_number, default=13.0, help="that a sleeping expert takes, thrice")
     parser.add_argument("--timeout-s", type=positive_number, default=120.0, help="of every exchange (default 120)")

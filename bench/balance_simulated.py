@@ -15,7 +15,7 @@ from torch import Tensor
 from tritonmoe.backends.pair_work import BACKWARD, FORWARD, WEIGHT_GRADS, pair_work, products_and_elements
 from tritonmoe.benchmarks.argument_types import positive
 from tritonmoe.benchmarks.timing import add_arguments, write_json
-from tritonmoe.config.overlap import OverlapPlan, equal_sizes
+from tritonmoe.config.overlap import OverlapPlan, equal_sizes, most_copies
 from tritonmoe.dispatch.copies import ExpertCopies
 from tritonmoe.expert_parallel.plans.copies.copy_planner import CopyCosts, is_uneven, plan_copies
 from tritonmoe.runtime.files import Json
@@ -77,6 +77,7 @@ def simulate(model: str, size: int, kind: str, rate: float, arguments: argparse.
     counts = torch.stack([torch.bincount(of.flatten(), minlength=num_experts) for of in ids])
     rows, pairs = traffic(ids, num_experts, size)
     flops, _ = products_and_elements(pair_work(width, inner), (*FORWARD, *BACKWARD, *WEIGHT_GRADS))
+    held = most_copies(arguments.max_copies, num_experts // size)
     expert_bytes, row_bytes, pair_s = 3 * width * inner * BYTES, width * BYTES, flops / FLOPS
     costs = CopyCosts(
         int(pair_s / 3 * 1e15 * scale), int(pair_s * 2 / 3 * 1e15 * scale), int(1e6 / rate), int(PLANNING_S * 1e15),
@@ -85,7 +86,7 @@ def simulate(model: str, size: int, kind: str, rate: float, arguments: argparse.
     found, planning_s = None, []
     for _ in range(PLANNINGS if is_uneven(pairs.sum(0).tolist()) else 0):
         began = time.perf_counter()
-        found = plan_copies(counts, rows, top_k, arguments.max_copies, costs).copies
+        found = plan_copies(counts, rows, top_k, held, costs).copies
         planning_s.append(time.perf_counter() - began)
     planned_s = min(planning_s) if planning_s else 0.0
     steps = StepCosts({}, dict.fromkeys(("experts", "experts_backward", "weight_grad"), pair_s / 3)).with_copies()
@@ -136,7 +137,12 @@ def main() -> None:
     parser.add_argument(
         "--sampled", type=positive, default=256, help="of them drawn; all counts are scaled (default 256)"
     )
-    parser.add_argument("--max-copies", type=positive, default=2)
+    parser.add_argument(
+        "--max-copies",
+        type=lambda text: text if text == "auto" else positive(text),
+        default="auto",
+        help="on a rank (default: auto)",
+    )
     parser.add_argument("--ranks", type=int, nargs="+", help="only these")
     add_arguments(parser, rounds=1)
     arguments = parser.parse_args()

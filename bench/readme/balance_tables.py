@@ -1,8 +1,10 @@
 """The tables of what copies of hot experts gain."""
 
+import json
 import statistics
 from itertools import groupby
 
+from bench.balance import make_parser
 from bench.readme.results import load, load_all, spread, table_head, table_row, where
 
 __all__ = ["balance_simulated_table", "balance_table"]
@@ -13,17 +15,16 @@ LINKS = {"40gbit": "unshaped", "12gbit": "12 Gbit/s", "1gbit": "1 Gbit/s", "400m
 def balance_table(prefix: str) -> str:
     """Return what was measured with copies and without, a row for each case, and what the simulator says of it."""
     found = load_all(prefix)
-    first, (ranks, setting) = found[0], _setting(found[0]["results"]["arguments"])
+    first, commands = found[0], ", ".join(f"`{_command(of['results']['arguments'])}`" for of in found)
     results = [(of["results"]["arguments"], case) for of in found for case in of["results"]["results"]]
     errors = [abs(ratio - 1) for _, case in results for ratio in case["predicted_over_measured"].values()]
-    rounds = " to ".join(dict.fromkeys(str(of["results"]["arguments"]["rounds"]) for of in found))
     lines = [
-        f"`{setting}` on {where(first['environment'])}: {ranks}. Forward and backward of one layer's experts, D=512, "
-        f"F=256, E=64, K=8, fp32, {rounds} interleaved rounds; milliseconds of the slowest rank, median (quartiles). "
-        "The ideal is the same routing with the hot experts spread evenly over the ranks from the start"
-        f"{'' if 'netns' in prefix else ', which here is that of uniformly drawn experts'}. Where there are no copies, "
-        '"auto" has declined them. Predictions miss the times without copies, with "auto" and with "always" by '
-        f"{statistics.median(errors):.1%} in the median.",
+        f"{commands} on {where(first['environment'])}: {_ranks(first['results']['arguments'])}. Forward and backward "
+        "of one layer's experts, D=512, F=256, E=64, K=8, fp32, in interleaved rounds; milliseconds of the slowest "
+        "rank, median (quartiles). The ideal is the same routing with the hot experts spread evenly over the ranks "
+        f"from the start{'' if 'netns' in prefix else ', which here is that of uniformly drawn experts'}. Where there "
+        'are no copies, "auto" has declined them. Predictions miss the times without copies, with "auto" and with '
+        f'"always" by {statistics.median(errors):.1%} in the median.',
         "",
         *table_head(
             "link",
@@ -58,13 +59,21 @@ def _planning(results: list[dict]) -> str:
     return ", ".join(found[:-1]) + f" and {found[-1]}"
 
 
-def _setting(arguments: dict) -> tuple[str, str]:
-    """Return on what a result was measured, and the command."""
+def _ranks(arguments: dict) -> str:
+    """Return on what ranks a result was measured."""
     if arguments["netns"] is None:
-        ranks = f"{arguments['ranks']} **emulated** ranks, whose experts sleep {3 * arguments['pair_us']:.0f} us a pair"
-        return ranks, f"python -m bench.balance --hot {' '.join(map(str, arguments['hot']))}"
-    ranks = f"{arguments['netns']} network namespaces, one core and one thread each"
-    return ranks, f"python -m bench.balance --netns {arguments['netns']} --max-copies {arguments['max_copies']}"
+        return f"{arguments['ranks']} **emulated** ranks, whose experts sleep {3 * arguments['pair_us']:.0f} us a pair"
+    return f"{arguments['netns']} network namespaces, one core and one thread each"
+
+
+def _command(arguments: dict) -> str:
+    """Return the command of a result, with what differs from its defaults."""
+    words = ["python -m bench.balance"]
+    for name, default in vars(make_parser().parse_args([])).items():
+        value = arguments.get(name, default)
+        if value != default:
+            words += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
+    return " ".join(words)
 
 
 def balance_simulated_table(name: str) -> str:
@@ -73,10 +82,10 @@ def balance_simulated_table(name: str) -> str:
     arguments, results = found["arguments"], found["results"]
     rates = list(dict.fromkeys(result["gb_per_s"] for result in results))
     lines = [
-        f"`python -m bench.balance_simulated`, simulated: {arguments['tokens']} tokens a rank, bf16, at most "
-        f"{arguments['max_copies']} copies on a rank, 400 TFLOP/s. How many times as fast forward and backward are "
-        "with copies, and how many copies there are; 1.00 with 0 copies is where the planner declines. Planning takes "
-        f"{_planning(results)} on one core of this machine, the median over the cases of each.",
+        f"`python -m bench.balance_simulated`, simulated: {arguments['tokens']} tokens a rank, bf16, "
+        f"`max_copies={json.dumps(arguments['max_copies'])}`, 400 TFLOP/s. How many times as fast forward and backward "
+        "are with copies, and how many copies there are; 1.00 with 0 copies is where the planner declines. Planning "
+        f"takes {_planning(results)} on one core of this machine, the median over the cases of each.",
         "",
         *table_head("model", "ranks", "skew", "imbalance", *(f"{rate:g} GB/s" for rate in rates)),
     ]

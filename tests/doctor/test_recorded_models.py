@@ -139,7 +139,7 @@ def test_each_layer_has_a_hot_rank_of_its_own(tmp_path: Path) -> None:
     assert "for each layer by its own load, in layer 3 the expert of slot 6 on 3 ranks" in replicas.words
     assert replicas.gain.seconds > 0.4 * imbalance.cost.seconds
     (copies,) = (advice for advice in found.advice if advice.words.startswith("copies of hot experts"))
-    assert 'OverlapConfig(balance="auto", max_copies=2)' in copies.words
+    assert 'OverlapConfig(balance="auto")' in copies.words
     assert 0.4 * imbalance.cost.seconds < copies.gain.seconds < 1.05 * imbalance.cost.seconds
 
 

@@ -424,7 +424,9 @@ REFUSED = {
     "capacity": (lambda: tm.OverlapConfig(2, capacity=2.0, balance="auto"), "balance plans from counts"),
     "budget": (lambda: tm.OverlapConfig(memory_budget_bytes=1 << 20, balance="auto"), "memory_budget_bytes bounds"),
     "word": (lambda: tm.OverlapConfig(balance="yes"), "balance must be"),
-    "number": (lambda: tm.OverlapConfig(balance="auto", max_copies=0), "max_copies must be"),
+    "number": (lambda: tm.OverlapConfig(balance="auto", max_copies=0), "max_copies must be 'auto' or 1..64"),
+    "other word": (lambda: tm.OverlapConfig(balance="auto", max_copies="all"), "max_copies must be 'auto' or 1..64"),
+    "plan's number": (lambda: tm.OverlapPlan(balance="always", max_copies="auto"), "max_copies must be 1..64"),
     "plan": (lambda: tm.OverlapPlan(chunk_by="experts", balance="always"), "balance needs chunks of tokens"),
 }
 
@@ -456,12 +458,32 @@ def test_calls_that_are_refused_on_every_rank() -> None:
     assert_equals_one_device({"out": torch.cat(outs)}, batch.on_one_device())
 
 
+@pytest.mark.parametrize(("num_experts", "most"), [(4, 2), (16, 2), (32, 4), (64, 8)])
+def test_the_number_of_copies_follows_from_a_ranks_own_experts(num_experts: int, most: int) -> None:
+    """Two ranks, and all pairs need experts of the first."""
+
+    def on_rank(transport: Transport) -> LayerReport:
+        config = tm.MoEConfig(hidden_size=8, intermediate_size=4, num_experts=num_experts, top_k=1)
+        experts = tm.GroupedExperts(config, transport, ALWAYS)
+        ids = torch.arange(num_experts * 8)[:, None] % (num_experts // 2)
+        experts(torch.randn(len(ids), 8), ids, torch.ones(len(ids), 1))
+        assert experts.last_report is not None
+        return experts.last_report
+
+    reports = tm.run_on_emulated_ranks(on_rank, 2, timeout_s=20)
+    assert len({report.copies for report in reports}) == 1
+    for report in reports:
+        assert report.overlap.max_copies == most
+        assert report.copies is not None
+        assert len(report.copies.copies) == min(most, num_experts // 4)
+
+
 def test_ranks_that_balance_otherwise_say_so() -> None:
     batch = hot(Batch(2, 6, 2))
 
     def on_rank(transport: Transport) -> None:
         mine = batch.of_rank(transport.rank)
-        other = replace(ALWAYS, max_copies=2 + transport.rank)
+        other = replace(ALWAYS, max_copies=3) if transport.rank else ALWAYS
         with pytest.raises(CountMismatch, match="max_copies of this layer call"):
             batch.call(transport, mine, other)
         with pytest.raises(CountMismatch, match="copies of this layer call"):

@@ -1,9 +1,11 @@
-"""What stands in for a layer's experts while its communication is measured: experts that compute nothing."""
+"""What stands in for a layer's experts while its communication is measured: experts that compute nothing, or sleep."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -20,12 +22,14 @@ from tritonmoe.dispatch.terms import CallTerms, plan_terms
 from tritonmoe.expert_parallel.call import ProposedCall
 from tritonmoe.expert_parallel.layer_pass import BackwardPass, ForwardPass
 from tritonmoe.expert_parallel.plans.base import BackwardExperts, ForwardExperts, Kept, PlanKind, PlannedCall
+from tritonmoe.experts.backward_run import BackwardRun
+from tritonmoe.experts.forward_run import ForwardRun
 from tritonmoe.experts.spec import ExpertSettings, ExpertSpec
 from tritonmoe.experts.tensors import NO_TENSORS, CallTensors
 from tritonmoe.overlap.report import PassReport
 from tritonmoe.transports import Transport
 
-__all__ = ["FixedExperts", "Passes", "StandIn", "run_passes"]
+__all__ = ["FixedExperts", "Passes", "StandIn", "run_passes", "sleeping_experts"]
 
 
 class StandIn(Protocol):
@@ -195,3 +199,40 @@ def run_passes(
     backward = _BackwardPass(call, kept, dout, PerWeight(False, False, False, False))
     grads = backward.run()
     return Passes(out, grads, [*reports, backward.timings])
+
+
+@contextmanager
+def sleeping_experts(pair_s: float) -> Iterator[None]:
+    """Let all experts sleep so many seconds for each pair in each of the three instead of computing; they give zeros.
+
+    A rank then takes as long as it has pairs, on any machine, beside any number of other ranks in the process. All else
+    of a call is as it is: counts, plans, exchanges of rows, of copies and of their gradients.
+    """
+
+    def forward(run: ForwardRun, chunk: int, out: Tensor | None = None) -> Tensor:
+        grouping = run.grouping.chunk(chunk)
+        time.sleep(pair_s * grouping.num_pairs)
+        shape = grouping.inverse.shape[0], run.rows.shape[1]
+        return run.rows.new_zeros(shape) if out is None else out.zero_()
+
+    def backward(
+        run: BackwardRun, chunk: int, dout: Tensor, needs_dx: bool, out: Tensor | None = None
+    ) -> tuple[Tensor | None, Tensor]:
+        grouping = run.grouping.chunk(chunk)
+        time.sleep(pair_s * grouping.num_pairs)
+        dweights = run.topk_weights.new_zeros(grouping.inverse.shape)
+        if not needs_dx:
+            return None, dweights
+        return dout.new_zeros(grouping.inverse.shape[0], dout.shape[1]) if out is None else out.zero_(), dweights
+
+    def weight_grad(run: BackwardRun, dout: Tensor, needs: PerWeight[bool]) -> PerWeight[Tensor | None]:
+        time.sleep(pair_s * run.grouping.num_pairs * (2 * needs.gate_up_proj + needs.down_proj) / 3)
+        there = run.weights.map(torch.zeros_like)
+        return PerWeight(*(grad if needed else None for grad, needed in zip(there, needs, strict=True)))
+
+    with (
+        patch.object(ForwardRun, "forward", forward),
+        patch.object(BackwardRun, "backward", backward),
+        patch.object(BackwardRun, "weight_grad", weight_grad),
+    ):
+        yield

@@ -19,6 +19,7 @@ __all__ = [
     "check_chunk_sizes",
     "check_overlap",
     "equal_sizes",
+    "most_copies",
     "ramp_sizes",
 ]
 
@@ -28,6 +29,8 @@ WIRE_DTYPES = (None, torch.bfloat16, torch.float8_e4m3fn)
 MAX_CHUNK_SIZE = 1000
 MAX_CAPACITY = 1024
 MAX_COPIES = 64
+OWN_EXPERTS_PER_COPY, LEAST_COPIES = 4, 2
+"""With max_copies="auto" copies take at most a quarter of the bytes of a rank's own experts, or the bytes of two."""
 LOCAL_PARTS = 16
 """Local pairs are split by sixteenths."""
 
@@ -82,9 +85,10 @@ class OverlapConfig:
     pairs; None never makes copies. Parameters, optimizers and checkpoints are the same as without copies. Refused with
     chunks of experts, a capacity, a memory budget, placements with replicas, callable activations and a
     TwoLevelTransport; halves of a batch run without copies."""
-    max_copies: int = 2
-    """With `balance`: of how many experts of other ranks a rank computes a part in one call, at most. The weights of
-    each copy stay in memory until the backward; with save="input" they travel again instead."""
+    max_copies: int | Literal["auto"] = "auto"
+    """With `balance`: of how many experts of other ranks a rank computes a part in one call, at most. "auto": a quarter
+    as many as the rank's own experts, and at least 2. balance="auto" makes fewer copies where fewer are predicted to be
+    faster. The weights of each copy stay in memory until the backward; with save="input" they travel again instead."""
 
     def __post_init__(self) -> None:
         check_wire_dtype(self.wire_dtype)
@@ -155,8 +159,10 @@ def check_balance(overlap: "OverlapConfig | OverlapPlan") -> None:
     """Raise ValueError unless copies of experts are left out, or can be made of chunks as these."""
     if overlap.balance not in ("auto", "always", None):
         raise ValueError(f"balance must be 'auto', 'always' or None, got {overlap.balance!r}")
-    if not is_integer(overlap.max_copies) or not 1 <= overlap.max_copies <= MAX_COPIES:
-        raise ValueError(f"max_copies must be 1..{MAX_COPIES} experts of a rank, got {overlap.max_copies!r}")
+    is_auto = isinstance(overlap, OverlapConfig) and overlap.max_copies == "auto"
+    if not is_auto and not (is_integer(overlap.max_copies) and 1 <= overlap.max_copies <= MAX_COPIES):
+        either = "'auto' or " if isinstance(overlap, OverlapConfig) else ""
+        raise ValueError(f"max_copies must be {either}1..{MAX_COPIES} experts of a rank, got {overlap.max_copies!r}")
     if overlap.balance is None:
         return
     if overlap.chunk_by == "experts":
@@ -179,6 +185,16 @@ def check_chunk_sizes(sizes: tuple[int, ...]) -> None:
             f"chunk sizes must be a tuple of 1..{MAX_CHUNKS} whole numbers of 1..{MAX_CHUNK_SIZE}, relative to each "
             f"other, got {sizes!r}"
         )
+
+
+def most_copies(max_copies: int | Literal["auto"], num_own: int) -> int:
+    """Return the number of copies that max_copies of OverlapConfig lets a rank hold beside num_own experts of its own.
+
+    "auto" gives 2 beside 8 experts, 8 beside 32, and never more than 64.
+    """
+    if max_copies != "auto":
+        return max_copies
+    return min(max(LEAST_COPIES, num_own // OWN_EXPERTS_PER_COPY), MAX_COPIES)
 
 
 LARGEST_SIZE = 16
@@ -229,7 +245,7 @@ class OverlapPlan:
     balance: Literal["auto", "always"] | None = None
     """As in OverlapConfig."""
     max_copies: int = 2
-    """As in OverlapConfig."""
+    """As in OverlapConfig, where "auto" stands for a number that depends on the layer."""
 
     def __post_init__(self) -> None:
         check_wire_dtype(self.wire_dtype)

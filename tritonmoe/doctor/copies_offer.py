@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from tritonmoe.config.overlap import OverlapConfig, OverlapPlan
+from tritonmoe.config.overlap import OverlapPlan, most_copies
 from tritonmoe.diagnosis.call_recording import RecordedCall
 from tritonmoe.dispatch.copies import ExpertCopies
 from tritonmoe.doctor.conditions import Conditions
@@ -23,7 +23,6 @@ from tritonmoe.simulation.cost_model import LayerWork
 
 __all__ = ["copies_offer"]
 
-MAX_COPIES = OverlapConfig.max_copies
 PLANNING_S = 2e-3
 """What a call takes longer for being planned again, measured beside others on a CPU."""
 
@@ -47,10 +46,9 @@ def copies_offer(
         call = by_work.get(id(of.work))
         return of if call is None else _with_copies(of, call)
 
-    words = f'copies of hot experts for each call: OverlapConfig(balance="auto", max_copies={MAX_COPIES})'
     yield (
-        words,
-        f"each rank keeps up to {MAX_COPIES} more experts of every layer in memory until the backward",
+        'copies of hot experts for each call: OverlapConfig(balance="auto")',
+        f"each rank keeps up to {most_copies('auto', slots)} more experts of every layer in memory until the backward",
         with_copies,
     )
 
@@ -58,7 +56,8 @@ def copies_offer(
 def _with_copies(of: Conditions, call: RecordedCall) -> Conditions:
     """Return a call as it would be with the copies that the planner makes for it; as it is where there are none."""
     costs = _costs(of, call)
-    copies = plan_copies(_counts(call), of.work.rows.long(), of.work.top_k, MAX_COPIES, costs).copies
+    held = most_copies("auto", len(call.ranks[0].pairs_per_expert))
+    copies = plan_copies(_counts(call), of.work.rows.long(), of.work.top_k, held, costs).copies
     if copies is None:
         return of
     first, *others = of.entries

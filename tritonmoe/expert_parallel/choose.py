@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from tritonmoe.config.overlap import OverlapConfig, OverlapPlan
+from tritonmoe.config.overlap import OverlapConfig, OverlapPlan, most_copies
 from tritonmoe.dispatch.plan import DispatchPlan
 from tritonmoe.expert_parallel.call import ProposedCall
 from tritonmoe.overlap.report import LayerReport
@@ -35,11 +35,11 @@ def choose_plan(call: ProposedCall) -> None:
         plan = chooser.plan()
         if not call.is_captured:
             call.message = chooser.message()
-    settings = {name: getattr(overlap, name) for name in ("wire_dtype", "capacity", "balance", "max_copies")}
-    if overlap.balance is None:
-        del settings["max_copies"]
-    if any(getattr(plan, name) != value for name, value in settings.items()):
-        plan = replace(plan, **settings)
+    if (plan.wire_dtype, plan.capacity) != (overlap.wire_dtype, overlap.capacity):
+        plan = replace(plan, wire_dtype=overlap.wire_dtype, capacity=overlap.capacity)
+    if overlap.balance is not None:
+        held = most_copies(overlap.max_copies, call.num_slots // call.transport.size)
+        plan = replace(plan, balance=overlap.balance, max_copies=held)
     call.overlap = plan
 
 
