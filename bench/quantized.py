@@ -1,9 +1,10 @@
 """`python -m bench.quantized`: experts in 4 and 8 bits beside the same ones in bf16, on one thread of a CPU.
 
 Forward and gradient of x of one layer with frozen experts, a step of four layers with adapters of rank 16, and the
-memory of such steps, each in a process of its own. Variants take turns in one process; times are those of the thread
-(CPU time), which other work on the machine lengthens least. Where experts4bit-qlora and bitsandbytes are installed, the
-step with adapters is compared with that package's own one, on the same weights and tokens.
+memory of such steps, each in a process of its own. With --model: the memory of whole steps of a Qwen3-MoE model with
+PEFT's adapters and AdamW instead. Variants take turns in one process; times are those of the thread (CPU time), which
+other work on the machine lengthens least. Where experts4bit-qlora and bitsandbytes are installed, the step with
+adapters is compared with that package's own one, on the same weights and tokens.
 """
 
 import argparse
@@ -22,12 +23,13 @@ from torch import Tensor
 
 import tritonmoe as tm
 from tritonmoe.backends import decoding
+from tritonmoe.benchmarks.step_memory import peak_mb
 from tritonmoe.benchmarks.timing import add_arguments, write_json
 from tritonmoe.runtime.files import Json
 
 __all__ = ["main"]
 
-HIDDEN, INNER, EXPERTS, TOP_K, LAYERS, RANK = 512, 256, 64, 8, 4, 16
+HIDDEN, INNER, EXPERTS, TOP_K, LAYERS, RANK, VOCABULARY = 512, 256, 64, 8, 4, 16, 1024
 VARIANTS = ("mxfp4", "fp8", "nf4", "nf4, bitsandbytes")
 """NF4 is decoded by bitsandbytes' kernel where that is installed; "nf4" is this package's own decoding."""
 ROUNDS_AT_FIRST = 2
@@ -195,14 +197,104 @@ def empty_layer(variant: str, seed: int) -> tuple[tm.QuantizedWeight, tm.Quantiz
     return weights[0], weights[1]
 
 
+class ModelStep:
+    """A whole training step of a model with frozen experts in a format, or in bf16, and adapters of them."""
+
+    def __init__(self, variant: str) -> None:
+        from peft import LoraConfig, get_peft_model
+        from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+
+        from tritonmoe.integrations import transformers as tmt
+        from tritonmoe.integrations.transformers.discovery import experts_modules
+
+        config = Qwen3MoeConfig(
+            vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=HIDDEN, moe_intermediate_size=INNER,
+            num_hidden_layers=LAYERS, num_attention_heads=8, num_key_value_heads=2, head_dim=64, num_experts=EXPERTS,
+            num_experts_per_tok=TOP_K, mlp_only_layers=[],
+        )  # fmt: skip
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        if variant in ("mxfp4", "nf4"):
+            tmt.quantize_experts(model, variant)  # type: ignore[arg-type]
+        else:
+            tmt.patch(model)
+        for experts in experts_modules(model).values() if variant == "fp8" else ():  # as a checkpoint's are loaded
+            for name in ("gate_up_proj", "down_proj"):
+                packed = tm.QuantizedWeight.pack(experts.get_parameter(name), "fp8")
+                for own, part in ((name, packed.values), (f"{name}_scale_inv", packed.scales)):
+                    experts.register_parameter(own, torch.nn.Parameter(part, requires_grad=False))
+        parameters = ["experts.gate_up_proj", "experts.down_proj"]
+        self.model = get_peft_model(model, LoraConfig(r=RANK, target_modules=[], target_parameters=parameters))
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained)
+        self.ids = torch.randint(VOCABULARY, (2, 512))
+
+    def run(self) -> None:
+        self.model(input_ids=self.ids, labels=self.ids).loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def memory(self) -> Json:
+        """Return the megabytes of the model, of the optimizer's states, and of what a step holds beside both."""
+        states = [value for of in self.optimizer.state.values() for value in of.values() if isinstance(value, Tensor)]
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        model = [*self.model.parameters(), *self.model.buffers()]
+        held = {"model_mb": model, "adapters_mb": trained, "states_mb": states}
+        sizes = {name: round(sum(one.nbytes for one in of) / 1e6, 1) for name, of in held.items()}
+        return {**sizes, "step_mb": round(peak_mb(self.run), 1)}
+
+
+def resident_mb(name: str) -> float:
+    """Return what Linux says of this process: VmRSS now, or VmHWM, the most since forget_peak()."""
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith(name)) * 1024 / 1e6
+
+
+def forget_peak() -> None:
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
+
+
+def measure_model(variant: str) -> Json:
+    """Return the memory of a model's step, as the allocator and as the system sees it; in a process of its own."""
+    import peft  # noqa: F401
+    import transformers.models.qwen3_moe.modeling_qwen3_moe  # noqa: F401
+
+    before_mb = resident_mb("VmRSS")
+    step = ModelStep(variant)
+    forget_peak()
+    for _ in range(2):
+        step.run()
+    process_mb = resident_mb("VmHWM") - before_mb  # before the profiler of memory() takes its own
+    return {"variant": variant, **step.memory(), "process_mb": round(process_mb, 1)}
+
+
+def measure_models() -> list[Json]:
+    """Return the memory of a model's step with experts in bf16 and in each format."""
+    results = []
+    for variant in ("bf16", *dict.fromkeys(map(format_of, VARIANTS))):
+        command = [sys.executable, "-m", "bench.quantized", "--model-memory", variant]
+        results.append(json.loads(subprocess.check_output(command, text=True).splitlines()[-1]))
+        print(results[-1], flush=True)
+    return results
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.quantized", description=__doc__)
     add_arguments(parser, rounds=15)
+    parser.add_argument("--model", action="store_true", help="the memory of whole steps of a model; needs PEFT")
+    parser.add_argument("--model-memory", metavar="FORMAT", help="print the memory of one such step alone")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.peak_of:
         print(json.dumps(measure_peak(arguments.peak_of)))
+        return
+    if arguments.model_memory:
+        print(json.dumps(measure_model(arguments.model_memory)))
+        return
+    if arguments.model:
+        write_json(arguments.json, "quantized_model", measure_models())
         return
     results: list[Json] = []
     variants = [variant for variant in VARIANTS if KERNEL is not None or "bitsandbytes" not in variant]

@@ -41,6 +41,7 @@ TABLES = {
     "one_rank_in_halves": overlap_tables.one_rank_in_halves,
     "overlap": overlap_tables.overlap_table,
     "quantized": model_tables.quantized_table,
+    "quantized_model": model_tables.quantized_model_table,
     "overlap_picture": pictures.overlap_figure,
     "routing_replay": model_tables.routing_replay_table,
     "recording": diagnosis_tables.recording_table,

@@ -7,6 +7,7 @@ from bench.readme.results import RESULTS, load, load_all, spread, table_head, ta
 __all__ = [
     "adapters_table",
     "headline_table",
+    "quantized_model_table",
     "quantized_table",
     "routing_replay_table",
     "torchtitan_table",
@@ -198,6 +199,32 @@ def torchtitan_table(name: str) -> str:
         steps, forwards = ([spread(of[name]) for name in ("own", "tritonmoe")] for of in (row, row["experts"]))
         lines.append(table_row(model, *steps, f"{row['speed_up']:.2f}", *forwards))
     return "\n".join(lines)
+
+
+def quantized_model_table(name: str) -> str:
+    """Return what a whole step of a model holds with packed experts, a row for each format."""
+    found = load(name)
+    plain = found["results"][0]
+    lines = [*table_head("format", "model", "AdamW's states", "step", "tensors at their most", "process")]
+    for result in found["results"]:
+        tensors, whole = (of["model_mb"] + of["states_mb"] + of["step_mb"] for of in (result, plain))
+        lines.append(
+            table_row(
+                f"`{result['variant']}`",
+                *(f"{result[part]:.0f} MB" for part in ("model_mb", "states_mb", "step_mb")),
+                f"{tensors:.0f} MB, {tensors / whole:.2f}",
+                f"{result['process_mb']:.0f} MB, {result['process_mb'] / plain['process_mb']:.2f}",
+            )
+        )
+    caption = (
+        "A whole step (forward, backward, AdamW) of a Qwen3-MoE model with PEFT's adapters of rank 16 on the experts: "
+        "four layers of the sizes above, 2 x 512 tokens. Of tensors: the model with its adapters "
+        f"({plain['adapters_mb']:.0f} MB, fp32), the optimizer's states, and the most that a step holds beside both. "
+        "Of the process: the most memory that Linux counts during two steps, without what the imports took; "
+        "ratios are to bf16. One thread. "
+        f"`python -m bench.quantized --model`; {where(found['environment'])}."
+    )
+    return "\n".join([*lines, "", caption])
 
 
 def quantized_table(name: str) -> str:
