@@ -14,7 +14,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from statistics import median, quantiles
 from typing import NamedTuple
 
@@ -209,7 +209,7 @@ class ModelStep:
 
         config = Qwen3MoeConfig(
             vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=HIDDEN, moe_intermediate_size=INNER,
-            num_hidden_layers=LAYERS, num_attention_heads=8, num_key_value_heads=2, head_dim=64, num_experts=EXPERTS,
+            num_hidden_layers=LAYERS, num_attention_heads=8, num_key_value_heads=2, num_experts=EXPERTS,
             num_experts_per_tok=TOP_K, mlp_only_layers=[],
         )  # fmt: skip
         torch.manual_seed(0)
@@ -239,7 +239,7 @@ class ModelStep:
         states = [value for of in self.optimizer.state.values() for value in of.values() if isinstance(value, Tensor)]
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         model = [*self.model.parameters(), *self.model.buffers()]
-        held = {"model_mb": model, "adapters_mb": trained, "states_mb": states}
+        held: dict[str, Sequence[Tensor]] = {"model_mb": model, "adapters_mb": trained, "states_mb": states}
         sizes = {name: round(sum(one.nbytes for one in of) / 1e6, 1) for name, of in held.items()}
         return {**sizes, "step_mb": round(peak_mb(self.run), 1)}
 
