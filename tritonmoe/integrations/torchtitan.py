@@ -55,6 +55,7 @@ class FusedExperts(GroupedExperts):
         self.register_state_dict_post_hook(_part)
         self.register_load_state_dict_pre_hook(_join)
 
+    @torch.no_grad()
     def _init_self_parameters(self) -> None:
         """Draw the weights of GroupedExperts in its order and layout, so that a seed gives the same ones."""
         if self._param_init is None:  # super() says what is missing
