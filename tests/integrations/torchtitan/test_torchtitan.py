@@ -98,8 +98,8 @@ def test_a_seed_gives_torchtitans_own_weights_and_losses(
         assert abs(actual - expected) < TOLERANCE
 
 
-def test_more_ranks_than_experts_get_torchtitans_own_weights() -> None:
-    run_torchrun(2, WORKER, cases=["cut in F", "cut in E"])
+def test_weights_that_fsdp2_cuts_are_torchtitans_own() -> None:
+    run_torchrun(4, WORKER, cases=["cut in F", "cut in E", "cut twice", "cut in E and F"])
 
 
 def test_checkpoints_load_both_ways(directory: Path) -> None:
