@@ -1,6 +1,6 @@
 """A GRPOTrainer of TRL that replays the routing of its rollout: log-probabilities are those of the replayed experts.
 
-TRL is no part of the extra `test`: `bash .ci/trl` runs these tests in a venv that has it.
+TRL is no part of the extra `test`: `bash .ci/framework trl` runs these tests in a venv that has it.
 """
 
 import re
