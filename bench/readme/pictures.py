@@ -261,13 +261,13 @@ def dense_or_moe_curves(width: int) -> str:
         parts.append(_text(left - 6, y + 5, f"{tenth / 10:.1f}", "faint small", "end"))
     for kind, curve in curves:
         points = " ".join(f"{at_x(step):.1f},{at_y(loss):.1f}" for step, loss in curve)
-        color = COLORS["experts"] if kind == "moe" else COLORS["dispatch"]
+        color = COLORS["experts"] if kind == "moe" else "#b3b8c4"
         parts.append(f'<polyline points="{points}" fill="none" stroke="{color}" stroke-width="2"/>')
     base = top + height + 20
     for step in range(0, last + 1, 200):
         parts.append(_text(at_x(step), base, str(step), "faint small", "end" if step == last else "middle"))
     parts += [_text(left, base + 20, "steps of training", "faint small")]
-    for x, kind, words in ((left + 130, "experts", "experts"), (left + 220, "dispatch", "dense block")):
+    for x, kind, words in ((left + 130, "experts", "experts"), (left + 220, "other", "dense block")):
         parts += [_rect(x, base + 10, 12, 12, kind), _text(x + 18, base + 21, words, "small")]
     return _svg(width, base + 30, "The held-out loss of experts and of a dense block, by steps of training", parts)
 
