@@ -267,8 +267,8 @@ def dense_or_moe_curves(width: int) -> str:
     for step in range(0, last + 1, 200):
         parts.append(_text(at_x(step), base, str(step), "faint small", "end" if step == last else "middle"))
     parts += [_text(left, base + 20, "steps of training", "faint small")]
-    for x, kind, words in ((left + 130, "experts", "experts"), (left + 220, "other", "dense block")):
-        parts += [_rect(x, base + 10, 12, 12, kind), _text(x + 18, base + 21, words, "small")]
+    for x, kind, words in ((left + 112, "experts", "experts"), (left + 192, "other", "dense block")):
+        parts += [_rect(x, base + 10, 12, 12, kind), _text(x + 18, base + 21, words, "words small")]
     return _svg(width, base + 30, "The held-out loss of experts and of a dense block, by steps of training", parts)
 
 
