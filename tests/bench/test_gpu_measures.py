@@ -175,7 +175,7 @@ def test_single_operations(bench):
 
 
 def test_what_is_in_the_cache_of_tiles_is_not_measured(bench, monkeypatch):
-    monkeypatch.setattr(measured_tiles, "_cached", lambda: pytest.fail("tiles.json was asked"))
+    monkeypatch.setattr(measured_tiles, "kept", lambda: pytest.fail("tiles.json was asked"))
     operations.measure_operation(bench, "up", HEADLINE, 12)
     checks.check_samples(bench, HEADLINE, 12, "uniform", {})
 

@@ -471,11 +471,11 @@ def test_the_number_of_copies_follows_from_a_ranks_own_experts(num_experts: int,
         return experts.last_report
 
     reports = tm.run_on_emulated_ranks(on_rank, 2, timeout_s=20)
-    assert len({report.copies for report in reports}) == 1
+    assert len({report.copies.planned for report in reports}) == 1
     for report in reports:
         assert report.overlap.max_copies == most
-        assert report.copies is not None
-        assert len(report.copies.copies) == min(most, num_experts // 4)
+        assert report.copies.planned is not None
+        assert len(report.copies.planned.copies) == min(most, num_experts // 4)
 
 
 def test_ranks_that_balance_otherwise_say_so() -> None:

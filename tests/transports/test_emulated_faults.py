@@ -29,7 +29,7 @@ from fault_cases import (
 
 import tritonmoe as tm
 from tritonmoe.expert_parallel.layer_pass import BackwardPass, ForwardPass
-from tritonmoe.overlap.row_exchanges import RowExchanges
+from tritonmoe.overlap.executor import Execution
 from tritonmoe.transports import Death, Delay, Transport
 
 QUICK_S = 5.0
@@ -113,12 +113,12 @@ def test_a_rank_killed_in_experts(fails: Callable, where: str) -> None:
 )
 def test_a_rank_without_memory_for_the_buffers(kind: type, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The others hear of it there, though its process goes on."""
-    make, all_heard = kind.__init__, threading.Barrier(SIZE)
+    start, all_heard = kind._start, threading.Barrier(SIZE)
 
-    def without_memory(self: object, exchanges: RowExchanges, *others: object) -> None:
-        if is_victim(exchanges.transport):
+    def without_memory(self: ForwardPass | BackwardPass) -> Execution:
+        if is_victim(self.exchanges.transport):
             raise torch.OutOfMemoryError("as if")
-        make(self, exchanges, *others)
+        return start(self)
 
     def on_rank(transport: Transport) -> None:
         try:
@@ -126,7 +126,7 @@ def test_a_rank_without_memory_for_the_buffers(kind: type, where: str, monkeypat
         finally:
             all_heard.wait(QUICK_S / 2)
 
-    monkeypatch.setattr(kind, "__init__", without_memory)
+    monkeypatch.setattr(kind, "_start", without_memory)
     heard = heard_by(on_rank, raised=torch.OutOfMemoryError)
     assert heard[VICTIM] == "OutOfMemoryError: as if"
     for rank in range(VICTIM):

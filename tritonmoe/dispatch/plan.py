@@ -7,6 +7,7 @@ another order than the rows that came (dispatch/expert_chunks.py).
 Before any row moves, one exchange of a fixed size tells every rank the counts and that all ranks mean the same call.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -60,8 +61,8 @@ class DispatchPlan:
     """Of the count exchange; None of the plan inside a node, whose counts came with those of all ranks."""
     beside: Tensor | None = None
     """(W, n) int64: what every rank has told beside its counts; None where some rank has told nothing."""
-    relayed_from: RowSources | None = None
-    """Inside a node: the rank that each received row comes from in the end; None where the plan has no relays."""
+    find_sources: Callable[[], RowSources] | None = None
+    """Inside a node: gives the rank whose token each received row is; None where the plan has no relays."""
 
     @property
     def call(self) -> str:
@@ -219,12 +220,12 @@ class DispatchPlan:
     @property
     def is_inside_node(self) -> bool:
         """Whether this is the inner plan of two levels, whose rows are not stored by source within a segment."""
-        return self.relayed_from is not None
+        return self.find_sources is not None
 
     def row_sources(self) -> RowSources:
         """Return the rank whose token each received row is."""
-        if self.relayed_from is not None:
-            return self.relayed_from
+        if self.find_sources is not None:
+            return self.find_sources()
         return RowSources(tuple(range(self.size)), torch.tensor(self.receive_rows, dtype=torch.int64, device="cpu"))
 
 

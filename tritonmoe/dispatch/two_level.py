@@ -74,7 +74,7 @@ class TwoLevelPlan:
             traffic=self.outer.traffic,
             traffic_pairs=self.outer.traffic_pairs,
             headers=self.outer.headers,
-            relayed_from=self._row_sources(),
+            find_sources=self._row_sources,
         )
 
     def _row_sources(self) -> RowSources:

@@ -12,6 +12,7 @@ from einops import rearrange
 from quantised_weights import Int4Tensor, Params4bit
 from tiny_models import INPLACE, LLAMA_LIKE, MORE_INPLACE, NATIVE, make_batch, make_dense
 from torch import nn
+from torch.nn.utils import prune
 
 from tritonmoe.integrations.torch_distributed.parallelize import routed_experts
 from tritonmoe.integrations.transformers import (
@@ -776,7 +777,7 @@ def test_old_transformers_are_refused_by_everything_that_needs_a_new_one(tmp_pat
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
-@pytest.mark.parametrize("compute", [nn.utils.parametrizations.weight_norm, nn.utils.prune.identity])
+@pytest.mark.parametrize("compute", [nn.utils.parametrizations.weight_norm, prune.identity])
 def test_a_block_whose_weights_are_computed_is_refused(name, compute):
     """A checkpoint, or the copy, has the parameters that they are computed from."""
     model = make_dense(name)

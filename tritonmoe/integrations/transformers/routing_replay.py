@@ -115,7 +115,7 @@ class ReplayCounts:
 
     def _sum(self, number: int) -> Tensor:
         counts = [layer.counts[number] for layer in self._layers if layer.counts is not None]
-        return torch.stack([count.to(counts[0].device) for count in counts] or [torch.tensor(0)]).sum()
+        return torch.stack([count.to(counts[0].device) for count in counts] or [torch.tensor(0, device="cpu")]).sum()
 
     @property
     def num_replayed_tokens(self) -> Tensor:
