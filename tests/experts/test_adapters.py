@@ -144,6 +144,7 @@ BAD = {
     "transposed": ({"down_a": torch.ones(5, 6, 2)}, ValueError, r"\(5, R, 6\) and \(5, 7, R\)"),
     "another dtype": ({"down_a": torch.ones(5, 2, 6).double()}, TypeError, "down_a is torch.float64"),
     "a scale": ({"down_scale": float("nan")}, ValueError, "down_scale must be a finite number"),
+    "a scale beyond floats": ({"down_scale": 10**400}, ValueError, "down_scale must be a finite number"),
 }
 
 

@@ -1,9 +1,11 @@
 """What a setting may be: integers, finite numbers, and flags that are True or False."""
 
-import math
+import sys
 from typing import TypeGuard
 
 __all__ = ["check_flags", "is_integer", "is_number"]
+
+LARGEST = sys.float_info.max
 
 
 def is_integer(value: object) -> TypeGuard[int]:
@@ -12,8 +14,11 @@ def is_integer(value: object) -> TypeGuard[int]:
 
 
 def is_number(value: object) -> bool:
-    """Say whether this is an int or a float, and finite (not by math.isfinite, which torch.compile can't trace)."""
-    return is_integer(value) or (isinstance(value, float) and abs(value) < math.inf)
+    """Say whether this is a float, or an int that a float can hold, and finite.
+
+    torch.compile can't trace math.isfinite.
+    """
+    return (is_integer(value) or isinstance(value, float)) and abs(value) <= LARGEST
 
 
 def check_flags(settings: object, *names: str) -> None:
