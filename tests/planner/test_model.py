@@ -182,7 +182,8 @@ GOOD = {
     [
         ({"hidden_size": None}, "lacks 'hidden_size'"),
         ({"hidden_size": "64"}, "'hidden_size' must be a whole number"),
-        ({"hidden_size": 0}, "'hidden_size' must be a whole number of at least 1"),
+        ({"hidden_size": 0}, "'hidden_size' must be a whole number of 1 to 1099511627775, got 0"),
+        ({"num_hidden_layers": 10_001}, "'num_hidden_layers' must be a whole number of 1 to 10000, got 10001"),
         ({"num_experts_per_tok": 9}, "a token's 9 experts must be 1 to 8"),
         ({"first_k_dense_replace": 2}, "no layer has experts"),
         ({"n_group": 3}, "can't come from 3 of 3 groups"),

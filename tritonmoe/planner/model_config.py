@@ -28,6 +28,8 @@ def find_model(name: str) -> Model:
     return model_of_config(read_json(path), str(path))
 
 
+MAX_LAYERS = 10_000
+"""Far beyond any model: published ones have some 100. Their list is built, and walked through."""
 EXPERTS_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 TOP_K_KEYS = ("num_experts_per_tok", "moe_k", "moe_topk")
 SHARED_SIZE_KEYS = (
@@ -144,8 +146,9 @@ class _Config:
                 raise ValueError(f"{self.path} lacks {' or '.join(map(repr, keys))}, a whole number")
             return default
         value = self.config[key]
-        if not is_integer(value) or not least <= value < 1 << 40:
-            raise ValueError(f"{self.path}: {key!r} must be a whole number of at least {least}, got {value!r}")
+        most = MAX_LAYERS if key == "num_hidden_layers" else (1 << 40) - 1
+        if not is_integer(value) or not least <= value <= most:
+            raise ValueError(f"{self.path}: {key!r} must be a whole number of {least} to {most}, got {value!r}")
         return value
 
     def layers(self, key: str, *known: object) -> list[object]:
