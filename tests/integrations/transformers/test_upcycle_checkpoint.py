@@ -363,6 +363,9 @@ def test_sources_that_are_not_whole(tmp_path):
     refused(tmp_path / "other", r"does not hold the tensors of LlamaForCausalLM: .* is missing")
     (tmp_path / "other" / "config.json").write_text(json.dumps({**config, "architectures": ["Nothing"]}))
     refused(tmp_path / "other", "names no architecture")
+    for size in ("hidden_size", "intermediate_size", "vocab_size"):
+        (tmp_path / "other" / "config.json").write_text(json.dumps({**config, size: 2 * config[size]}))
+        refused(tmp_path / "other", r"does not fit its config\.json: .* in the file, .* in the model")
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])

@@ -160,6 +160,7 @@ def _match_names(dense: "PreTrainedModel", reader: CheckpointReader, source: Pat
             unknown.append(stored)
         else:
             names[own] = stored
+            reader.check_shape(stored, tuple(wanted[own].shape))
     tied = getattr(dense, "all_tied_weights_keys", {})
     missing = sorted(wanted.keys() - names.keys() - tied.keys())
     if missing:

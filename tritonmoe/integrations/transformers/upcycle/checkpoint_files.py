@@ -98,8 +98,13 @@ class CheckpointReader(Mapping[str, Tensor]):
         part = self._handles[self._file_of[name]].get_slice(name)
         return (part[:1] if part.get_shape() else self[name]).dtype
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._handles[self._file_of[name]].get_slice(name).get_shape())
+    def check_shape(self, name: str, wanted: tuple[int, ...]) -> None:
+        """Raise ValueError unless a tensor has the shape that config.json gives it; the tensor isn't read."""
+        shape = tuple(self._handles[self._file_of[name]].get_slice(name).get_shape())
+        if shape != wanted:
+            raise ValueError(
+                f"{self.directory} does not fit its config.json: {name} is {shape} in the file, {wanted} in the model"
+            )
 
 
 def _files_by_tensor(directory: Path, stem: str) -> dict[str, str]:
