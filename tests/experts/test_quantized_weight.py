@@ -302,6 +302,16 @@ WRONG: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         ValueError,
         "train adapters",
     ),
+    "sparse values": (
+        lambda: tm.QuantizedWeight("mxfp4", nothing()[0].to_sparse(), nothing()[1]),
+        TypeError,
+        r"are dense, got torch.sparse_coo: call to_dense\(\)",
+    ),
+    "sparse scales": (
+        lambda: tm.QuantizedWeight("mxfp4", nothing()[0], nothing()[1].to_sparse()),
+        TypeError,
+        "are dense, got torch.sparse_coo",
+    ),
 }
 
 

@@ -217,6 +217,8 @@ def _as_bytes(tensor: Tensor) -> Tensor:
     """Return a tensor, whose elements of one byte torch has another name for, as uint8."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"the values and scales of a packed weight are tensors, got {type(tensor).__name__}")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"the values and scales of a packed weight are dense, got {tensor.layout}: call to_dense()")
     if tensor.dtype == torch.int8 or tensor.dtype == getattr(torch, "float8_e8m0fnu", None):
         return tensor.view(torch.uint8)
     return tensor.detach() if isinstance(tensor, torch.nn.Parameter) and not tensor.requires_grad else tensor
