@@ -1,5 +1,6 @@
 """Exported weights are those of save_pretrained, byte for byte, on any number of ranks, and can be loaded again."""
 
+import copy
 import importlib.metadata
 import importlib.util
 from pathlib import Path
@@ -236,6 +237,51 @@ def test_what_does_not_fit_is_not_loaded() -> None:
     others = [item for item in weights.items() if item[0] != name]
     with pytest.raises(ValueError, match=rf"the model now has old and new weights: {name} are missing"):
         tm.load_weights(model, others)
+
+
+def test_what_is_no_pair_is_not_loaded() -> None:
+    """What stands in a list is looked at before anything is loaded, what an iterator gives as it comes."""
+    model = make_model("mixtral")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    new = {name: tensor + 1 for name, tensor in tm.export_weights(model)}
+    (name, tensor), *others = new.items()
+    for wrong, got in (
+        *((one, f"got {type(one).__name__}") for one in (None, 3, model)),
+        *((one, "got str") for one in (new, "a path", iter(new), [*new.items(), name])),
+        (tensor, "got Tensor"),
+        *(([*others, (name, one)], f"got str, {type(one).__name__}") for one in ("text", None, 3, tensor.numpy())),
+        ([*others, (name, tensor, 2)], "got str, Tensor, int"),
+        ([(3, tensor)], "got int, Tensor"),
+    ):
+        with pytest.raises(TypeError, match=rf"weights must be pairs \(name, dense tensor\), .*{got}$"):
+            tm.load_weights(model, wrong)
+    for one in (tensor.to("meta"), tensor.to_sparse()):
+        with pytest.raises(TypeError, match=f"{name} must be a dense tensor with values, got torch"):
+            tm.load_weights(model, [*others, (name, one)])
+    for unfit in (("another", tensor), (name, tensor[:1])):
+        for given in ([*others, unfit], dict([*others, unfit]).items()):
+            with pytest.raises(ValueError, match=r"has no another|must be torch"):
+                tm.load_weights(model, given)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.skipif(not HAS_PEFT, reason="peft is not installed")
+def test_layers_that_share_their_weights_are_refused() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(target_modules=["q_proj"], layer_replication=[[0, 2], [1, 2]], init_lora_weights=False)
+    model: Any = get_peft_model(make_model("mixtral"), config)
+    for call in (lambda: tm.export_weights(model), lambda: tm.load_weights(model.unload(), [])):
+        with pytest.raises(
+            ValueError, match=r"layers\.1\.\S+ and model\.layers\.2\.\S+ share their numbers, .*deepcopy"
+        ):
+            call()
+    model = get_peft_model(make_model("mixtral"), config).eval()
+    layers = model.get_base_model().model.layers
+    layers[2] = copy.deepcopy(layers[2])  # as the message says
+    engine = type(model.get_base_model())(model.config).eval()
+    tm.load_weights(engine, tm.export_weights(model))
+    torch.testing.assert_close(engine(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-3)
 
 
 def test_whole_models_on_emulated_ranks(tmp_path: Path) -> None:

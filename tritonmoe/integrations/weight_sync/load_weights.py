@@ -1,6 +1,6 @@
 """load_weights(): (name, tensor) of a checkpoint into a model in place, whoever trained them."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, ItemsView, Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["load_weights"]
 
 MAX_NAMED = 4
+PAIRS = "pairs (name, dense tensor), as export_weights() gives them, or items() of a dict"
 
 
 class Place(NamedTuple):
@@ -32,12 +33,13 @@ def load_weights(model: nn.Module, weights: Iterable[tuple[str, Tensor]]) -> Non
 
     For a model that generates here while another one trains elsewhere, as `export_weights` there gives them: in any
     order, on any device, in any floating dtype, which is cast. Where experts are spread over ranks, every rank is
-    given all tensors and keeps its own. Nothing is exchanged.
+    given all tensors and keeps its own. Nothing is exchanged. Names and shapes in a list, or in items() of a dict, are
+    looked at before any tensor is copied, those of an iterator as they come.
 
     Args:
         model: of transformers, also inside DistributedDataParallel, torch.compile or PEFT without active adapters.
     Raises:
-        TypeError: no model of transformers.
+        TypeError: no model of transformers; something that is no pair of a name and a dense tensor.
         ValueError: a name that the checkpoint has not, another shape, an integer where a float is; at the end: names
             that didn't come, after the others were copied. Before any: quantised weights, active adapters, weights that
             FSDP2 or transformers have sharded other than by rows.
@@ -57,21 +59,15 @@ def load_weights(model: nn.Module, weights: Iterable[tuple[str, Tensor]]) -> Non
     for part in checkpoint_parts(inside, {name: weight.tensor for name, weight in own.items()}):
         places |= _places(inside, own, part)
     missing = dict.fromkeys(places)
+    if not isinstance(weights, Iterable):
+        raise TypeError(f"weights must be {PAIRS}, got {type(weights).__name__}")
+    if isinstance(weights, Sequence | ItemsView):
+        for pair in weights:
+            _checked(pair, places, inside)
     with torch.no_grad():
-        for name, tensor in weights:
-            place = places.get(name)
-            if place is None:
-                raise ValueError(
-                    f"the checkpoint of {type(inside).__name__} has no {name}: names are those of save_pretrained and "
-                    f"of tritonmoe.export_weights, as {next(iter(places))}"
-                )
-            like = place.like
-            if tensor.shape != like.shape or tensor.is_floating_point() != like.is_floating_point():
-                raise ValueError(
-                    f"{name} must be {like.dtype}, or what casts to it, of {tuple(like.shape)}, got {tensor.dtype} of "
-                    f"{tuple(tensor.shape)}"
-                )
-            place.write(tensor)
+        for pair in weights:
+            name, tensor = _checked(pair, places, inside)
+            places[name].write(tensor)
             missing.pop(name, None)
     if missing:
         more = f" and {len(missing) - MAX_NAMED} more" if len(missing) > MAX_NAMED else ""
@@ -79,6 +75,29 @@ def load_weights(model: nn.Module, weights: Iterable[tuple[str, Tensor]]) -> Non
             f"{len(places) - len(missing)} weights were loaded, so the model now has old and new weights: "
             f"{', '.join([*missing][:MAX_NAMED])}{more} are missing. Load these too"
         )
+
+
+def _checked(pair: object, places: dict[str, Place], model: "PreTrainedModel") -> tuple[str, Tensor]:
+    """Return a name and a tensor that has a place; raises TypeError or ValueError for anything else."""
+    parts = pair if isinstance(pair, tuple | list) else ()
+    name, tensor = parts if len(parts) == 2 else (None, None)
+    if not isinstance(name, str) or not isinstance(tensor, Tensor):
+        got = ", ".join(type(part).__name__ for part in parts) or type(pair).__name__
+        raise TypeError(f"weights must be {PAIRS}, got {got}")
+    if tensor.is_meta or tensor.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor with values, got {tensor.layout} on {tensor.device}")
+    if name not in places:
+        raise ValueError(
+            f"the checkpoint of {type(model).__name__} has no {name}: names are those of save_pretrained and "
+            f"of tritonmoe.export_weights, as {next(iter(places))}"
+        )
+    like = places[name].like
+    if tensor.shape != like.shape or tensor.is_floating_point() != like.is_floating_point():
+        raise ValueError(
+            f"{name} must be {like.dtype}, or what casts to it, of {tuple(like.shape)}, got {tensor.dtype} of "
+            f"{tuple(tensor.shape)}"
+        )
+    return name, tensor
 
 
 def _places(model: "PreTrainedModel", weights: dict[str, Weight], part: CheckpointPart) -> dict[str, Place]:

@@ -112,7 +112,18 @@ def model_weights(model: "PreTrainedModel", *, dequantize: bool = False) -> dict
     found = {name: weight for name, weight in _weights_in(model, "", (), dequantize) if name not in ignored}
     # Of one number for each weight, tied ones share it as they share theirs.
     stand_ins = {id(weight.tensor): torch.zeros(1, device="cpu") for weight in found.values()}
-    kept = remove_tied_weights_from_state_dict({n: stand_ins[id(w.tensor)] for n, w in found.items()}, model)
+    kept = {name: stand_ins[id(weight.tensor)] for name, weight in found.items()}
+    try:
+        remove_tied_weights_from_state_dict(kept, model)
+    except RuntimeError as error:  # known ties are removed by then
+        first: dict[int, str] = {}
+        shared = ((first.setdefault(id(number), name), name) for name, number in kept.items())
+        one, other = next(names for names in shared if names[0] != names[1])
+        raise ValueError(
+            f"{one} and {other} share their numbers, and the model's configuration does not tie them, as PEFT's "
+            "layer_replication does: a weight of a checkpoint must have numbers of its own. Replace one of the two "
+            "layers by copy.deepcopy() of itself, or send adapters alone, beside the base model"
+        ) from error
     _check_tied(model, found)
     own = {id(found[name].tensor): found[name] for name in kept}
     # Where the configuration ties no weights, those that share their numbers may have adapters of their own.
