@@ -225,6 +225,14 @@ def test_damaged_texts():
         RoutingRecording.from_rollout([base64.b64encode(content.getvalue()).decode()], FOUR, LIKE)
 
 
+def test_an_npy_file_in_columns_or_of_a_later_version() -> None:
+    rows = rows_of(3)
+    content = io.BytesIO()
+    np.lib.format.write_array(content, np.asfortranarray(rows.numpy()), version=(2, 0))
+    recording = RoutingRecording.from_rollout([base64.b64encode(content.getvalue()).decode()], FOUR, LIKE)
+    assert_holds(recording, dict(enumerate(rows)), 4)
+
+
 def test_other_arguments_that_do_not_fit():
     rows = rows_of(3)
     with pytest.raises(ValueError, match="one entry for each sequence of token_mask, got 2 for 1 sequences"):

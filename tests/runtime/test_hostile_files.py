@@ -1,5 +1,6 @@
 """Readers of files that somebody made to harm: whatever the bytes, ValueError, in little time and memory."""
 
+import base64
 import gzip
 import io
 import os
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
@@ -409,3 +411,49 @@ def test_what_is_no_file(kind: str, tmp_path: Path) -> None:
                 continue
             with bounded(), pytest.raises(ValueError, match=r"must be a file|holds no ids|no recording"):
                 read(path)
+
+
+def headed(header: str, content: bytes = bytes(80)) -> str:
+    """Return an npy file in base64, of five rows of two layers and two int32 ids."""
+    text = header.encode().ljust(117) + b"\n"
+    return base64.b64encode(np.lib.format.magic(1, 0) + len(text).to_bytes(2, "little") + text + content).decode()
+
+
+def shaped(shape: str) -> str:
+    return headed(f"{{'descr': '<i4', 'fortran_order': False, 'shape': {shape}, }}")
+
+
+ROLLOUTS = {
+    "2**40 rows": (lambda: shaped("(1099511627776, 2, 2)"), "is damaged: .* and 20 numbers follow"),
+    "2**28 rows": (lambda: shaped("(268435456, 2, 2)"), "is damaged: .* and 20 numbers follow"),
+    "-5 rows": (lambda: shaped("(-5, 2, 2)"), "is damaged"),
+    "a nested header": (lambda: headed("[" * 110), "is damaged"),
+    "no header": (lambda: headed(""), "is damaged"),
+    "objects": (lambda: headed("{'descr': '|O', 'fortran_order': False, 'shape': (5, 2, 2), }"), "is damaged"),
+    "stride 0 of an array": (
+        lambda: np.lib.stride_tricks.as_strided(np.zeros(1, np.int32), (2**36, 2, 2), (0, 0, 0)),
+        "must have 3 rows .*, got 68719476736: ",
+    ),
+    **{
+        f"stride 0 of {dtype}": (
+            lambda dtype=dtype: torch.zeros(1, 1, 1, dtype=dtype).expand(2**36, 2, 2),
+            "must have 3 rows .*, got 68719476736: ",
+        )
+        for dtype in (torch.int32, torch.uint16)
+    },
+    "uint64 that wraps": (lambda: np.full((3, 2, 2), 2**64 - 1, np.uint64), r"an unsigned id of 2\*\*63 or more"),
+    "uint64 in a file": (
+        lambda: headed("{'descr': '<u8', 'fortran_order': False, 'shape': (3, 2, 2), }", b"\xff" * 96),
+        r"an unsigned id of 2\*\*63 or more",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ROLLOUTS)
+def test_rollouts_that_claim_more_than_they_are(name: str) -> None:
+    make, rule = ROLLOUTS[name]
+    like = RoutingRecording()
+    for layer in ("a", "b"):
+        like.add(layer, torch.tensor([[0, 1]]), 8)
+    with bounded(), pytest.raises(ValueError, match=rule):
+        RoutingRecording.from_rollout([make()], torch.ones(1, 4, dtype=torch.bool), like)

@@ -3,12 +3,13 @@
 import base64
 import io
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from tritonmoe.routing.layer_recording import UNSIGNED, LayerRecording, check_integers
+from tritonmoe.runtime.files import num_elements
 
 if TYPE_CHECKING:
     from tritonmoe.routing.recording import RoutingRecording
@@ -94,42 +95,50 @@ def _rows(routed_experts: Sequence, num_tokens: list[int], num_rows: list[int], 
                 f"rows of routed_experts ({'one for each' if has_all else 'none for its last token'}), got {got}: "
                 f"{way_out}"
             )
-        parts += pieces
+        parts += [_built(piece, f"routed_experts[{number}]") for piece in pieces]  # no more rows than tokens
     return torch.cat(parts)
 
 
-def _pieces(entry: object, shape: tuple[int, int], name: str) -> Iterator[Tensor]:
-    """Yield (rows, layers, K) of each piece of a sequence; raises TypeError or ValueError where it is another thing."""
+def _pieces(entry: object, shape: tuple[int, int], name: str) -> Iterator[Any]:
+    """Yield a tensor or an array (rows, layers, K) for each piece of a sequence, and build nothing of its size.
+
+    Raises TypeError or ValueError where a piece is another thing.
+    """
     for piece in entry if isinstance(entry, list | tuple) else [entry]:
-        rows = _tensor(piece, shape, name)
-        if rows.dim() != 3 or rows.shape[1:] != shape:
+        rows: Any = _decoded(piece, shape, name) if isinstance(piece, str) else piece
+        if hasattr(rows, "__array__") and not isinstance(rows, Tensor):
+            import numpy
+
+            rows = numpy.asarray(rows)
+            check_integers(name, torch.tensor(numpy.empty(0, rows.dtype), device="cpu"))
+        else:
+            check_integers(name, rows)
+        if rows.ndim != 3 or rows.shape[1:] != shape:
             raise ValueError(
                 f"{name} must be (rows, layers, K) = (rows, {shape[0]}, {shape[1]}), as `like` has them, got "
                 f"{tuple(rows.shape)}: name layers without experts in has_experts, and cut off the ids that the "
                 "engine adds to the K experts, such as those of shared experts"
             )
-        yield (rows.long() if rows.dtype in UNSIGNED else rows).cpu()
+        yield rows
 
 
-def _tensor(piece: object, shape: tuple[int, int], name: str) -> Tensor:
-    """Return the integers of one piece. Raises TypeError or ValueError where it has none."""
-    if isinstance(piece, str):
-        piece = _decoded(piece, shape, name)
-    elif hasattr(piece, "__array__") and not isinstance(piece, Tensor):
-        piece = torch.tensor(piece, device="cpu")  # a copy: engines give arrays that can't be written
-    check_integers(name, piece)
-    return cast(Tensor, piece)
+def _built(rows: Any, name: str) -> Tensor:
+    """Return a piece as a tensor on the CPU. Raises ValueError where an id has no place in int64."""
+    ids = rows if isinstance(rows, Tensor) else torch.tensor(rows, device="cpu")  # a copy: arrays may be read-only
+    if ids.dtype in UNSIGNED:
+        ids = ids.long()
+        if (ids < 0).any():
+            raise ValueError(f"{name} has an unsigned id of 2**63 or more: ids must be in [0, E), or -1 in a row of -1")
+    return ids.cpu()
 
 
-def _decoded(text: str, shape: tuple[int, int], name: str) -> Tensor:
-    """Return the ids of a base64 text: of an npy file, or int32 ids without a header."""
+def _decoded(text: str, shape: tuple[int, int], name: str) -> Any:
+    """Return the ids of a base64 text: an array of an npy file, or a tensor of int32 ids without a header."""
     try:
         content = base64.b64decode(text, validate=True)
         if content.startswith(NPY):
-            import numpy
-
-            return torch.tensor(numpy.load(io.BytesIO(content), allow_pickle=False), device="cpu")
-    except (ValueError, EOFError) as error:
+            return _array(content)
+    except Exception as error:  # what a damaged header raises may be any of a dozen types
         raise ValueError(f"{name} must be base64 of an npy file, or of int32 ids, and is damaged: {error}") from error
     row_bytes = 4 * shape[0] * shape[1]
     if len(content) % row_bytes:
@@ -140,6 +149,23 @@ def _decoded(text: str, shape: tuple[int, int], name: str) -> Tensor:
     if not content:
         return torch.empty(0, *shape, dtype=torch.int32, device="cpu")
     return torch.frombuffer(bytearray(content), dtype=torch.int32).view(-1, *shape)
+
+
+def _array(content: bytes) -> Any:
+    """Return the array of an npy file, a view of it. Raises ValueError, or what numpy does, where the header is wrong.
+
+    numpy.load takes the memory that a header asks for before it looks whether the file has as much.
+    """
+    import numpy
+
+    file = io.BytesIO(content)
+    is_first = numpy.lib.format.read_magic(file) == (1, 0)
+    read = numpy.lib.format.read_array_header_1_0 if is_first else numpy.lib.format.read_array_header_2_0
+    sizes, is_fortran, dtype = read(file)
+    found = numpy.frombuffer(content, dtype, offset=file.tell())
+    if num_elements(sizes) != found.size:
+        raise ValueError(f"its header gives it the shape {sizes}, and {found.size} numbers follow")
+    return found.reshape(sizes, order="F" if is_fortran else "C")
 
 
 def _check_ids(ids: Tensor, is_missing: Tensor, is_known: Tensor, layer: str, num_experts: int) -> None:
