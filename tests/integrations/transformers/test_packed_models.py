@@ -330,6 +330,27 @@ def test_quantize_experts_refuses_and_changes_nothing() -> None:
     with pytest.raises(ValueError, match="largest magnitude is nan"):
         tmt.quantize_experts(model, "nf4")
     assert dtypes_of_experts(model) == {torch.bfloat16}
+    model = mixtral()
+    model.model.layers[1].mlp.forward = lambda rows: rows  # as a library of kernels replaces one
+    with pytest.raises(ValueError, match="has taken the place of the forward"):
+        tmt.quantize_experts(model, "nf4")
+    assert dtypes_of_experts(model) == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("weight_format", ["nf4", "mxfp4"])
+def test_blocks_that_share_experts_share_them_packed(weight_format: Any, caplog: pytest.LogCaptureFixture) -> None:
+    model, own = mixtral(), mixtral()
+    for one in (model, own):
+        one.model.layers[1].mlp.experts = one.model.layers[0].mlp.experts
+    own.model.layers[1].mlp.experts = copy.deepcopy(own.model.layers[0].mlp.experts)
+    assert [len(tmt.quantize_experts(one, weight_format).layers) for one in (model, own)] == [1, 2]
+    assert model.model.layers[1].mlp.experts is model.model.layers[0].mlp.experts
+    assert torch.equal(model(IDS).logits, own(IDS).logits)
+    plain = mixtral()
+    plain.model.layers[1].mlp.experts = plain.model.layers[0].mlp.experts
+    report = tmt.patch(plain)
+    assert (report.num_switched, report.left) == (1, ())
+    assert not [record for record in caplog.records if "left" in record.getMessage()]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -341,13 +362,13 @@ def test_models_in_other_dtypes_say_that_their_experts_compute_in_bf16(
     monkeypatch.setattr(of_experts, "_say_rounded", functools.cache(of_experts._say_rounded.__wrapped__))
     model, plain = mixtral().to(dtype), mixtral()
     for one in (model, plain):
-        tmt.quantize_experts(one, "nf4")
+        assert "in nf4, computed in bf16: " in str(tmt.quantize_experts(one, "nf4"))
     plain(IDS)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert model(IDS).logits.dtype == torch.bfloat16
     with torch.autocast("cpu", dtype=torch.float16), pytest.raises(TypeError, match=r"under torch\.autocast with bf16"):
         model(IDS)
-    assert not caplog.records
+    assert not caplog.records  # only a forward knows whether rows are rounded
     layers = [one.model.layers[0].mlp.experts for one in (model, plain)]
     x, ids, weights = (
         torch.randn(5, 64).to(dtype),

@@ -94,11 +94,14 @@ def patch(model: nn.Module) -> PatchReport:
 def _other_experts(model: nn.Module, found: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     """Return the outermost modules that are called experts, neither holding nor held by any that were found."""
     others: dict[str, nn.Module] = {}
+    known = {id(experts) for experts in found.values()}  # blocks may share one, which has one name alone
+    inside = {id(child) for experts in found.values() for child in experts.modules()}
     for name, module in model.named_modules():  # a module comes before those inside it
-        inside_known = any(name == other or name.startswith(f"{other}.") for other in (*found, *others))
-        holds_found = any(other.startswith(f"{name}." if name else "") for other in found)
-        if UNSUPPORTED_NAMES.search(type(module).__name__) and not inside_known and not holds_found:
-            others[name] = module
+        if UNSUPPORTED_NAMES.search(type(module).__name__) and id(module) not in inside:
+            own = {id(child) for child in module.modules()}
+            if known.isdisjoint(own):
+                others[name] = module
+                inside |= own
     return others
 
 

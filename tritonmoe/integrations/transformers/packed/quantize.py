@@ -18,7 +18,7 @@ from tritonmoe.integrations.transformers.packed.packed_experts import (
     set_packed,
     up_name,
 )
-from tritonmoe.integrations.transformers.patching import patch
+from tritonmoe.integrations.transformers.patching import check_patchable, patch
 from tritonmoe.layer import GroupedExperts
 
 __all__ = ["QuantizeReport", "QuantizedLayer", "quantize_experts"]
@@ -45,7 +45,7 @@ class QuantizeReport:
     def __str__(self) -> str:
         before, after = (sum(getattr(one, name) for one in self.layers) for name in ("bytes_before", "bytes_after"))
         sizes = f"{before / 1e6:.1f} MB are {after / 1e6:.1f}"
-        lines = [f"experts of {len(self.layers)} layers in {self.weight_format}: {sizes}"]
+        lines = [f"experts of {len(self.layers)} layers in {self.weight_format}, computed in bf16: {sizes}"]
         for layer in self.layers:
             said = ", ".join(f"{name} {error:.2%}" for name, error in layer.errors.items())
             lines.append(f"  {layer.name or 'experts'}: {said}")
@@ -58,24 +58,29 @@ def quantize_experts(model: nn.Module, weight_format: Literal["nf4", "mxfp4"]) -
     `model` is a MoE model of transformers, which then runs through tritonmoe, or has MoELayers or GroupedExperts. Make
     adapters, the optimizer, and ranks (parallelize) afterwards. nf4 rounds as bitsandbytes does (blocks of 64), mxfp4
     as transformers does. Packed experts compute in bf16, whatever the dtype of the model: without autocast a model of
-    transformers in fp32 or fp16 rounds their rows to bf16, and logs a warning; a MoELayer raises TypeError for them.
+    transformers in fp32 or fp16 rounds their rows to bf16, and its first forward logs a warning; a MoELayer raises
+    TypeError for them. Blocks that share one module of experts go on sharing it, packed.
 
     Returns:
-        How much the weights of each layer have changed; str() of it is a table.
+        How much the weights of each layer have changed; str() of it is a table, which says the computing dtype.
     Raises:
         ValueError: the model has no such experts, or they are packed, spread over ranks, adapted, computed from other
-            parameters, or of sizes or values that the format can't hold. Nothing is changed.
+            parameters, or of sizes or values that the format can't hold, or patch() would refuse the model. Nothing is
+            changed.
     """
     check_format(weight_format)
     if weight_format not in ("nf4", "mxfp4"):
         raise ValueError(f"experts are quantised to 'nf4' or 'mxfp4', got {weight_format!r}")
-    found: dict[str, nn.Module] = {**experts_modules(model), **routed_experts(model)}
+    of_transformers = experts_modules(model)
+    found: dict[str, nn.Module] = {**of_transformers, **routed_experts(model)}
     if not found:
         patch(model)  # it says what is missing
     for name, experts in found.items():
         _check(name, experts, weight_format)
+    if of_transformers:
+        check_patchable(model, of_transformers)
     layers = [_quantize(name, experts, weight_format) for name, experts in found.items()]
-    if experts_modules(model):
+    if of_transformers:
         patch(model)
         for module in model.modules():
             if hasattr(module, "save_pretrained"):
