@@ -356,6 +356,16 @@ def case_refused(directory: Path) -> None:
     with pytest.raises(ValueError, match="a deepcopy of the experts of"):
         rebalancer.step()
     del average
+    # A module that holds the same memory, whose rows would be other experts'.
+    for shared in (weight, weight.detach(), weight.to_local().detach()):
+        holder = nn.ParameterList([shared]) if rank == 1 else None
+        words = r"0.experts.down_proj shares memory with 0 of a ParameterList" if rank == 1 else "ranks \\[1\\] can't"
+        for call in (rebalancer.step, rebalancer.restore, lambda: tm.rebalance(net, optimizer)):
+            with torch.no_grad():
+                net(here(0))
+            with pytest.raises(ValueError, match=words):
+                call()
+        del holder
     # A forward whose backward comes behind the move.
     loss = net(here(0)).sum()
     rebalancer.step()

@@ -371,6 +371,96 @@ def test_computed_weights_do_not_move(how: str) -> None:
     tm.run_on_emulated_ranks(on_rank, 2, timeout_s=60)
 
 
+class Teacher(nn.Module):
+    """Holds what it is given, outside of the layers that are given to rebalance()."""
+
+    def __init__(self, weight: Tensor, *, is_buffer: bool = False) -> None:
+        super().__init__()
+        if is_buffer:
+            self.register_buffer("weight", weight)
+        else:
+            self.weight = nn.Parameter(weight) if type(weight) is Tensor else weight
+
+
+SHARING: dict[str, tuple[Callable[[tm.MoELayer, tm.MoELayer], object], str]] = {
+    "two layers": (
+        lambda first, second: setattr(second.experts, "gate_up_proj", first.experts.gate_up_proj),
+        "0.experts.gate_up_proj shares memory with 1.experts.gate_up_proj",
+    ),
+    "two layers, by a view": (
+        lambda first, second: setattr(second.experts, "down_proj", nn.Parameter(first.experts.down_proj.data)),
+        "experts.down_proj shares memory with .*experts.down_proj",
+    ),
+    "one layer's weights": (
+        lambda first, _: setattr(first.experts, "down_proj_bias", nn.Parameter(first.experts.down_proj[:, :, 0])),
+        "experts.down_proj.* shares memory with 0.experts.down_proj",
+    ),
+    "a parameter outside": (
+        lambda first, _: Teacher(first.experts.down_proj),
+        "0.experts.down_proj shares memory with weight of a Teacher whose experts stay",
+    ),
+    "a view outside": (
+        lambda first, _: Teacher(first.experts.down_proj.detach()[2:]),
+        "0.experts.down_proj shares memory with weight of a Teacher whose experts stay",
+    ),
+    "a buffer outside": (
+        lambda first, _: Teacher(first.experts.down_proj.detach().flatten(), is_buffer=True),
+        "0.experts.down_proj shares memory with weight of a Teacher whose experts stay",
+    ),
+    "a shallow copy": (
+        lambda first, _: copy.copy(first.experts),
+        "shares memory with .* of a GroupedExperts whose experts stay",
+    ),
+}
+
+
+@pytest.mark.parametrize("how", SHARING)
+def test_a_weight_that_another_module_shares_does_not_move(how: str) -> None:
+    """A move would put other experts' rows under the other module, whose placement it doesn't know."""
+
+    def on_rank(transport: Transport) -> None:
+        net = nn.ModuleList([made(transport), made(transport)])
+        for layer in net:
+            heated(layer, (0, 1))
+        rebalancer = rebalancing(net)
+        shares, message = SHARING[how]
+        kept = shares(*net) if transport.rank == 1 else None
+        with torch.no_grad():
+            for layer in net:
+                layer(tokens(0, transport.rank).abs())
+        before = [value.clone() for value in net.parameters()]
+        for call in (lambda: tm.rebalance(net), rebalancer.step, rebalancer.restore):
+            with pytest.raises(ValueError, match=message if transport.rank == 1 else "rank"):
+                call()
+        assert all(layer.experts.placement is None for layer in net)
+        assert all(map(torch.equal, net.parameters(), before))
+        del kept
+
+    tm.run_on_emulated_ranks(on_rank, 2, timeout_s=60)
+
+
+def test_weights_beside_each_other_in_one_memory_move() -> None:
+    """As optimizers lay them; and what nobody holds any more shares nothing."""
+
+    def on_rank(transport: Transport) -> None:
+        layer = made(transport)
+        heated(layer, (0, 1))
+        weights = list(layer.experts.parameters())
+        flat = torch.cat([weight.detach().flatten() for weight in weights])
+        for weight, own in zip(weights, flat.split([weight.numel() for weight in weights]), strict=True):
+            weight.data = own.view_as(weight)
+        forgotten = Teacher(weights[0])
+        forgotten.itself = [forgotten]
+        del forgotten
+        rebalancer = rebalancing(layer)
+        with torch.no_grad():
+            layer(tokens(0, transport.rank).abs())
+        assert rebalancer.step().moved
+        rebalancer.restore()
+
+    tm.run_on_emulated_ranks(on_rank, 2, timeout_s=60)
+
+
 def moved_with_states(transport: Transport) -> tuple[tm.MoELayer, torch.optim.Optimizer, tm.Rebalancer, dict]:
     """Return a layer whose experts have moved, its optimizer and Rebalancer, and the optimizer's state dict before."""
     layer = made(transport)

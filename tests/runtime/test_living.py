@@ -1,4 +1,4 @@
-"""living() and modules_with(): what lives in this process, without a hand on what other threads are making."""
+"""living(), modules_with(), owners_of_memory(): what this process holds, apart from what other threads are making."""
 
 import copy
 import threading
@@ -7,7 +7,7 @@ import time
 import torch
 from torch import nn
 
-from tritonmoe.runtime.living import living, modules_with
+from tritonmoe.runtime.living import living, modules_with, owners_of_memory
 
 
 class Below(torch.optim.SGD):
@@ -58,3 +58,23 @@ def test_other_threads_fill_tuples_meanwhile() -> None:
         has_ended.set()
         thread.join()
     assert not errors
+
+
+def test_modules_in_the_memory_of_a_tensor() -> None:
+    first, other, flat = nn.Linear(2, 3), nn.Linear(2, 3), torch.zeros(9)
+    first.weight.data, first.bias.data = flat[:6].view(3, 2), flat[6:]  # beside each other
+    other.weight = nn.Parameter(first.weight.detach()[1:])
+    other.register_buffer("kept", flat)
+    whole = nn.Linear(2, 3, device="meta")
+    tied = nn.ParameterList([whole.weight, nn.Parameter(torch.zeros(3, 2, device="meta")), nn.Parameter(torch.ones(0))])
+
+    def found(*tensors: torch.Tensor) -> set[tuple[int, str, int]]:
+        return {(id(module), name, id(tensor)) for module, name, tensor in owners_of_memory(tensors)}
+
+    kept = (id(other), "kept")
+    weight, bias = id(first.weight), id(first.bias)
+    assert found(first.weight) == {(id(first), "weight", weight), (id(other), "weight", weight), (*kept, weight)}
+    assert found(first.bias) == {(id(first), "bias", bias), (*kept, bias)}
+    assert found(first.weight, first.bias) == found(first.weight) | found(first.bias)
+    assert found(whole.weight) == {(id(whole), "weight", id(whole.weight)), (id(tied), "0", id(whole.weight))}
+    assert found() == set()

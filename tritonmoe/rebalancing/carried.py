@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from tritonmoe.expert_parallel.state import LayerCalls, state_of
 from tritonmoe.rebalancing.spread_experts import SpreadExperts
-from tritonmoe.runtime.living import living, refuse_what_lives
+from tritonmoe.runtime.living import living, owners_of_memory, refuse_what_lives
 from tritonmoe.runtime.wrappers import refuse_computed
 from tritonmoe.sharding.local_rows import local_rows
 
@@ -142,8 +142,8 @@ def digest(found: dict[str, Tensor]) -> int:
 def refuse_elsewhere(every: Sequence[SpreadExperts], optimizers: Sequence[torch.optim.Optimizer]) -> None:
     """Raise ValueError where something beside the given optimizers goes on with the places that experts leave.
 
-    That is an optimizer that was not given, a copy of a layer (of an average of weights, say), whose rows belong to the
-    same experts only as long as none moves, and a CUDA graph.
+    That is an optimizer that was not given, a module that shares a weight of theirs, a copy of a layer (of an average
+    of weights, say), whose rows belong to the same experts only as long as none moves, and a CUDA graph.
     """
     if any(state_of(experts.sharding.transport).captured_flags for experts in every):
         raise ValueError(
@@ -151,6 +151,27 @@ def refuse_elsewhere(every: Sequence[SpreadExperts], optimizers: Sequence[torch.
             "run the layers without a graph (OverlapConfig without a capacity), or don't move their experts"
         )
     refuse_what_lives(partial(_elsewhere, every, optimizers))
+    refuse_what_lives(partial(_shared, every))
+
+
+def _shared(every: Sequence[SpreadExperts]) -> Iterator[str]:
+    slots = {
+        (id(module), name): (f"{owner}.{name}", getattr(module, name))
+        for experts in every
+        for owner, module, marked in experts.marked()
+        for name in marked.names
+        if getattr(module, name) is not None
+    }
+    own = {id(weight): slot for slot, (_, weight) in reversed(slots.items())}  # the first of those that have it
+    for module, name, weight in owners_of_memory([weight for _, weight in slots.values()]):
+        slot = id(module), name
+        if slot != own[id(weight)]:
+            other = slots[slot][0] if slot in slots else f"{name} of a {type(module).__name__} whose experts stay"
+            yield (
+                f"{slots[own[id(weight)]][0]} shares memory with {other}, so a move of experts would put rows of other "
+                "experts there: give each module a weight of its own, nn.Parameter(weight.detach().clone()), before "
+                "tm.rebalance and the optimizer"
+            )
 
 
 def _elsewhere(every: Sequence[SpreadExperts], optimizers: Sequence[torch.optim.Optimizer]) -> Iterator[str]:

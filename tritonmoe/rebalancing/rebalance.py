@@ -51,15 +51,16 @@ def rebalance(
     restore().
 
     Args:
-        optimizers: all that have experts' parameters.
+        optimizers: all that have experts' parameters. What one keeps of a parameter elsewhere than in its `state`
+            (momenta in an attribute of its own, say) can't be found, and stays where the experts were.
         every: after how many steps to look.
         history: of how many last steps the load counts; None for `every`.
     Raises:
         ValueError: there are no such experts; something belongs to them of which nothing says how it moves: states of
             an optimizer that are not by expert (LBFGS keeps one for all its parameters), an optimizer that is not
-            given, weights that are computed from other parameters (a parametrization), adapters given to calls, a
-            deepcopy of a layer, experts that FSDP2 shards over replicas, a CUDA graph with a call of theirs. Every rank
-            raises.
+            given, weights that are computed from other parameters (a parametrization) or share memory with those of
+            another module, adapters given to calls, a deepcopy of a layer, experts that FSDP2 shards over replicas, a
+            CUDA graph with a call of theirs. Every rank raises.
         TypeError: an optimizer that is none of torch's.
     Example:
         rebalancer = tm.rebalance(model, optimizer, every=100, history=50)
