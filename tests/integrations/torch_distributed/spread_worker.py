@@ -423,6 +423,14 @@ def keep_weight_elsewhere(net: Net) -> None:
     net.elsewhere = nn.ParameterList([net.moe.experts.down_proj])
 
 
+def keep_view_elsewhere(net: Net) -> None:
+    net.elsewhere = nn.ParameterList([net.moe.experts.down_proj.detach()[1:]])
+
+
+def keep_view_inside(net: Net) -> None:
+    net.moe.router.register_buffer("kept", net.moe.experts.down_proj.detach(), persistent=False)
+
+
 def forget_module_that_keeps_it(net: Net) -> None:
     other = nn.ParameterList([net.moe.experts.down_proj])
     other.circle = [other]
@@ -468,6 +476,8 @@ def case_not_spread() -> None:
             others,
         ),
         (keep_weight_elsewhere, "is a weight of a ParameterList outside of the given MoELayer too", others),
+        (keep_view_elsewhere, "is a weight of a ParameterList outside of the given MoELayer too", others),
+        (keep_view_inside, r"experts.down_proj and router.kept are tied", others),
         (lambda net: net.moe.router.weight.detach().mul_(2), "router.weight .* another value .*manual_seed", None),
         (lambda net: net.moe.router.e_score_correction_bias.add_(1), "e_score_correction_bias .* another value", None),
         (lambda net: net.moe.bfloat16(), r"is torch.bfloat16 on ranks \[1\] and torch.float32 on rank 0", None),

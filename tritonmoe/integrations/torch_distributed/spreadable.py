@@ -13,7 +13,7 @@ from tritonmoe.experts.adapters import SHARDS, check_hands_over
 from tritonmoe.experts.parameters import PARAMETERS
 from tritonmoe.layer import MoELayer
 from tritonmoe.routing import TopKRouter
-from tritonmoe.runtime.living import living, modules_with, refuse_what_lives
+from tritonmoe.runtime.living import living, owners_of_memory, refuse_what_lives
 from tritonmoe.runtime.wrappers import refuse_computed
 from tritonmoe.sharding.data_parallel import counts_by_wrapper
 from tritonmoe.sharding.marks import sharded_modules
@@ -39,9 +39,8 @@ def check_spreadable(
         check_expert_parallel(num_local, num_experts, size, placement)
     weights = _replaced(module, found)
     _refuse_noted(weights)
-    _refuse_tied(module, found)
     _refuse_adapted(module, found)
-    own = {id(weight): name for name, weight in weights.items()}
+    own = {id(weight): name for name, weight in reversed(weights.items())}  # the first of several names
     refuse_what_lives(partial(_held, module, found, own))
 
 
@@ -109,17 +108,23 @@ def _held(module: nn.Module, found: Mapping[str, nn.Module], own: Mapping[int, s
     """
     from torch.nn.parallel import DistributedDataParallel
 
-    inside = {id(child) for child in module.modules()}
+    inside = {id(child): name for name, child in module.named_modules()}
     experts = {id(child): name for name, child in found.items()}
-    for held in modules_with([parameter for parameter in module.parameters() if id(parameter) in own]):
-        if id(held) in inside:
-            continue
-        kept = list(held._parameters.values())  # other threads may be making modules
-        for name in [own[id(p)] for p in kept if id(p) in own]:
+    weights = [parameter for parameter in module.parameters() if id(parameter) in own]
+    for held, key, weight in owners_of_memory(weights):
+        name = own[id(weight)]
+        owner, _, own_key = name.rpartition(".")
+        if id(held) not in inside:
             yield (
                 f"{name} is a weight of a {type(held).__name__} outside of the given {type(module).__name__} too, "
                 "which would keep the whole, unspread one: give parallelize() the module that holds both, or that one "
                 "weights of its own"
+            )
+        elif key != own_key or held is not module.get_submodule(owner):
+            other = f"{inside[id(held)]}.{key}".lstrip(".")
+            yield (
+                f"the weights {name} and {other} are tied (one tensor, or one memory), and spreading would part them: "
+                "give every module weights of its own before parallelize()"
             )
     for held in living(MoELayer):
         if id(held) not in inside and (alone := _counts_alone(held, experts)) is not None:
@@ -153,24 +158,6 @@ def _counts_alone(layer: MoELayer, experts: Mapping[int, str]) -> str | None:
     if not any(child.load is not None and counts_by_wrapper(child) for child in routers):
         return None
     return next((experts[id(child)] for child in own.modules() if id(child) in experts), None)
-
-
-def _refuse_tied(module: nn.Module, found: Mapping[str, nn.Module]) -> None:
-    """Raise ValueError where an expert weight has a second name, which would keep the whole, unspread weight."""
-    own = {f"{name}.{key}" for name, experts in found.items() for key, _ in experts.named_parameters(recurse=False)}
-    names: dict[int, str] = {}
-    every: Iterable[tuple[str, nn.Parameter]] = (
-        (f"{name}.{own_name}", parameter)
-        for name, child in module.named_modules()
-        for own_name, parameter in child.named_parameters(recurse=False)
-    )
-    for name, parameter in every:
-        first = names.setdefault(id(parameter), name)
-        if first != name and (name in own or first in own):
-            raise ValueError(
-                f"the expert weights {first} and {name} are tied, and spreading would part them: give every module "
-                "weights of its own before parallelize()"
-            )
 
 
 def _refuse_adapted(module: nn.Module, found: Mapping[str, nn.Module]) -> None:
