@@ -4,6 +4,7 @@ import copy
 import threading
 import time
 
+import pytest
 import torch
 from torch import nn
 
@@ -65,6 +66,9 @@ def test_modules_in_the_memory_of_a_tensor() -> None:
     first.weight.data, first.bias.data = flat[:6].view(3, 2), flat[6:]  # beside each other
     other.weight = nn.Parameter(first.weight.detach()[1:])
     other.register_buffer("kept", flat)
+    traced = torch._to_functional_tensor(torch.ones(2))  # has no address, as what a compiler keeps
+    with pytest.raises(RuntimeError):
+        traced.untyped_storage().data_ptr()
     whole = nn.Linear(2, 3, device="meta")
     tied = nn.ParameterList([whole.weight, nn.Parameter(torch.zeros(3, 2, device="meta")), nn.Parameter(torch.ones(0))])
 

@@ -82,6 +82,9 @@ def _memory(tensor: Tensor) -> tuple[int, int, int] | None:
     local = getattr(tensor, "_local_tensor", tensor)
     if type(local) not in (Tensor, nn.Parameter) or local.layout != strided or not local.numel():
         return None
-    storage, begin = local.untyped_storage().data_ptr(), local.data_ptr()
+    try:
+        storage, begin = local.untyped_storage().data_ptr(), local.data_ptr()
+    except RuntimeError:  # a tensor that a compiler or a transform has traced with, which says so in no other way
+        return None
     length = 1 + sum((size - 1) * stride for size, stride in zip(local.shape, local.stride(), strict=True))
     return (storage, begin, begin + length * local.itemsize) if storage else None
