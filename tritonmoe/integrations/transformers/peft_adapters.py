@@ -148,9 +148,11 @@ def _check_merge(wrapper: "ParamWrapper", safe_merge: bool, adapter_names: list[
     if names and is_packed_parameter(experts, wrapper.parameter_name):
         raise ValueError(
             f"{wrapper.parameter_name} of {type(experts).__name__} is packed in 4 or 8 bits, and merging would round "
-            f"the adapters {names} to them, so nothing was merged: save the adapter (save_pretrained), load the model "
-            "in bf16 (without register(packed=True), or with dequantize=True in its quantization_config) and merge it "
-            "there"
+            f"the adapters {names} to them, so nothing was merged. tm.export_weights(model, dequantize=True) gives the "
+            "merged weights in bf16 of this model, as the adapter was trained on. Or save the adapter "
+            "(save_pretrained), load the model in bf16 (without quantize_experts and register(packed=True), or with "
+            "dequantize=True in its quantization_config) and merge it there: weights that were never packed give other "
+            "results"
         )
     if not names or not _is_spread(wrapper):
         return
