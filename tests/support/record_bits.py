@@ -303,12 +303,12 @@ def main() -> int:
     parser.add_argument("file", type=Path)
     parser.add_argument("--against", type=Path)
     parser.add_argument("--kernels", action="store_true")
-    parser.add_argument("--only", nargs="+", default=[""], help="parts of the cases' names")
+    parser.add_argument("--only", nargs="+", default=[""], help="how the cases' names begin")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
 
     def is_wanted(name: str) -> bool:
-        return any(part in name for part in arguments.only)
+        return name.startswith(tuple(arguments.only))
 
     record: dict[str, dict[str, str]] = {}
     for name, case in kernel_cases() if arguments.kernels else all_cases():
