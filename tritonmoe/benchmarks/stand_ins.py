@@ -111,10 +111,10 @@ class _Forward(ForwardExperts):
 
     def group(self, plan: DispatchPlan, received: CallTensors[Tensor], places: RowPlaces) -> None:
         self._kind.stand_in = self._kind.make(received.x, plan)
-        self.forward = self._kind.stand_in.forward  # type: ignore[method-assign]
 
     def forward(self, segment: int, out: Tensor | None = None) -> Tensor:
-        raise AssertionError("group() comes first")
+        assert self._kind.stand_in is not None, "group() comes first"
+        return self._kind.stand_in.forward(segment, out)
 
 
 class _Backward(BackwardExperts):
