@@ -73,7 +73,12 @@ def test_modules_in_the_memory_of_a_tensor() -> None:
     tied = nn.ParameterList([whole.weight, nn.Parameter(torch.zeros(3, 2, device="meta")), nn.Parameter(torch.ones(0))])
 
     def found(*tensors: torch.Tensor) -> set[tuple[int, str, int]]:
-        return {(id(module), name, id(tensor)) for module, name, tensor in owners_of_memory(tensors)}
+        every = [
+            {(id(module), name, id(tensor)) for module, name, tensor in owners_of_memory(tensors, known)}
+            for known in ((), (first,), (first, whole), (first, other, whole, tied))
+        ]
+        assert all(one == every[0] for one in every)
+        return every[0]
 
     kept = (id(other), "kept")
     weight, bias = id(first.weight), id(first.bias)

@@ -17,8 +17,8 @@ from tritonmoe.errors import TransportError
 from tritonmoe.transports import Death, Delay, EmulatedTransport, EmulatedWorld, LinkModel, Transport
 from tritonmoe.transports.emulated.emulated_ranks import run_on_emulated_ranks
 
-QUICK_S = 2.0
-"""Nothing in these tests waits this long unless it hangs."""
+QUICK_S = 10.0
+"""A rank that nobody wakes waits for 30 s, the default of timeout_s; a test here computes for less than one."""
 
 
 def within(limit_s: float) -> Callable[[Callable[..., None]], Callable[..., None]]:

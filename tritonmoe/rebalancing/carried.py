@@ -163,7 +163,8 @@ def _shared(every: Sequence[SpreadExperts]) -> Iterator[str]:
         if getattr(module, name) is not None
     }
     own = {id(weight): slot for slot, (_, weight) in reversed(slots.items())}  # the first of those that have it
-    for module, name, weight in owners_of_memory([weight for _, weight in slots.values()]):
+    known = [module for experts in every for _, module, _ in experts.marked()]
+    for module, name, weight in owners_of_memory([weight for _, weight in slots.values()], known):
         slot = id(module), name
         if slot != own[id(weight)]:
             other = slots[slot][0] if slot in slots else f"{name} of a {type(module).__name__} whose experts stay"

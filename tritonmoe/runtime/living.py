@@ -53,11 +53,14 @@ def _has_one(attributes: dict[str, Any], tables: dict[int, Any]) -> bool:
     return any(id(attributes.get(name)) in tables for name in ("_parameters", "_buffers"))
 
 
-def owners_of_memory(tensors: Sequence[Tensor]) -> Iterator[tuple[nn.Module, str, Tensor]]:
+def owners_of_memory(tensors: Sequence[Tensor], known: Sequence[nn.Module]) -> Iterator[tuple[nn.Module, str, Tensor]]:
     """Yield every module with a parameter or buffer in the memory of one of these tensors, its name, and the tensor.
 
-    The modules that have the tensors themselves are among them; of DTensors, it is the memory of this rank.
+    The modules that have the tensors themselves are among them; of DTensors, it is the memory of this rank. Where no
+    other than the `known` modules has them, which is found out first, two looks at all that lives are enough of five.
     """
+    if not tensors:
+        return
     spans: dict[int, list[tuple[int, int, Tensor]]] = {}
     for tensor in tensors:
         if (memory := _memory(tensor)) is not None:
@@ -69,12 +72,18 @@ def owners_of_memory(tensors: Sequence[Tensor]) -> Iterator[tuple[nn.Module, str
             yield from (tensor for tensor in tensors if tensor is held)
         yield from (tensor for first, last, tensor in spans.get(storage, ()) if first < end and begin < last)
 
-    others = [held for held in living(Tensor) if any(True for _ in sharing(held))]
-    for module in modules_with([*tensors, *others]) if tensors else ():
-        kept = [module.__dict__.get(kind, {}) for kind in ("_parameters", "_buffers")]  # it may be half made
-        for name, held in [item for table in kept for item in list(table.items())]:
+    own = {id(one) for tensor in tensors for one in (tensor, getattr(tensor, "_local_tensor", tensor))}
+    others = [held for held in living(Tensor) if id(held) not in own and any(True for _ in sharing(held))]
+    tables = {id(table) for module in known for table in _tables(module)}
+    is_known = not others and all(id(held) in tables for held in gc.get_referrers(*tensors) if type(held) is dict)
+    for module in known if is_known else modules_with([*tensors, *others]):
+        for name, held in [item for table in _tables(module) for item in list(table.items())]:
             if held is not None:
                 yield from ((module, name, tensor) for tensor in sharing(held))
+
+
+def _tables(module: nn.Module) -> list[dict[str, Any]]:
+    return [module.__dict__.get(kind, {}) for kind in ("_parameters", "_buffers")]  # it may be half made
 
 
 def _memory(tensor: Tensor) -> tuple[int, int, int] | None:

@@ -111,7 +111,7 @@ def _held(module: nn.Module, found: Mapping[str, nn.Module], own: Mapping[int, s
     inside = {id(child): name for name, child in module.named_modules()}
     experts = {id(child): name for name, child in found.items()}
     weights = [parameter for parameter in module.parameters() if id(parameter) in own]
-    for held, key, weight in owners_of_memory(weights):
+    for held, key, weight in owners_of_memory(weights, list(module.modules())):
         name = own[id(weight)]
         owner, _, own_key = name.rpartition(".")
         if id(held) not in inside:
