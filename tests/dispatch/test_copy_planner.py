@@ -97,7 +97,13 @@ def test_copies_go_where_the_tokens_are_on_a_slow_link() -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"expert_bytes": 10**9}, {"gradient_bytes": 10**9}, {"call_fs": 10**9}, {"with_permille": 3000}],
+    [
+        {"expert_bytes": 10**9},
+        {"gradient_bytes": 10**9},
+        {"call_fs": 10**9},
+        {"forward_rank_fs": 10**8},
+        {"with_permille": 3000},
+    ],
     ids=str,
 )
 def test_copies_that_cost_too_much_are_declined(changes: dict[str, int]) -> None:

@@ -17,12 +17,12 @@ from tritonmoe.overlap.report import LayerReport
 from tritonmoe.transports import Transport
 
 WITHOUT = 500, 10**8, 500, 3 * 10**8, 4
-NUMBERS = Numbers(1000, 10**9, 1000, 2 * 10**9, 5, *WITHOUT, 7, 0, 1000)
+NUMBERS = Numbers(1000, 10**9, 1000, 2 * 10**9, 5, *WITHOUT, 7, 0, 0, 400, 600)
 SIZES = {"has_backward": True, "row_bytes": (64, 64), "expert_bytes": 100, "gradient_bytes": 50}
 
 
 def test_costs_are_agreed_from_all_ranks() -> None:
-    other = Numbers(3000, 5 * 10**9, 1000, 4 * 10**9, 9, 0, 0, 0, 0, 0, 3, 0, 2000)
+    other = Numbers(3000, 5 * 10**9, 1000, 4 * 10**9, 9, 0, 0, 0, 0, 0, 3, 0, 0, 1500, 500)
     costs = agreed_costs([NUMBERS, other], **SIZES)
     assert costs is not None
     assert (costs.forward_fs, costs.backward_fs) == (6 * 10**9 // 4000, 6 * 10**9 // 2000)
@@ -31,10 +31,30 @@ def test_costs_are_agreed_from_all_ranks() -> None:
         forward_fs=10**8 // 500, backward_fs=3 * 10**8 // 500, byte_fs=4, without=None
     )
     assert (costs.with_permille, costs.without_permille) == (1000, 1000)  # nobody has seen copies
-    seen = [of._replace(with_permille=1500) for of in (NUMBERS, other)]
+    seen = [of._replace(with_forward_permille=900, with_backward_permille=600) for of in (NUMBERS, other)]
     costs = agreed_costs(seen, **SIZES)
     assert costs is not None
-    assert (costs.with_permille, costs.without_permille) == (1500, 2000)
+    assert (costs.with_permille, costs.without_permille) == (1500, 2100)  # each pass where it took longest
+
+
+def test_what_ranks_need_for_any_number_of_pairs_is_told_apart_where_they_are_uneven() -> None:
+    """A pair takes 2 * 10**6 fs forward and 10**6 backward; any number of them 10**9 beside."""
+
+    def agreed(*pairs: int, extra_fs: int = 0) -> tuple[int, ...]:
+        of_ranks = [
+            Numbers(of, 10**9 + 2 * 10**6 * of, of, 10**9 + 10**6 * of + extra_fs * (of < 100), 1, planning_fs=1)
+            for of in pairs
+        ]
+        costs = agreed_costs(of_ranks, **SIZES)
+        assert costs is not None
+        return costs.forward_fs, costs.forward_rank_fs, costs.backward_fs, costs.backward_rank_fs
+
+    assert agreed(1000, 200, 300) == (2 * 10**6, 10**9, 10**6, 10**9)
+    assert agreed(500, 500) == (4 * 10**6, 0, 3 * 10**6, 0)
+    *_, backward_fs, backward_rank_fs = agreed(1000, 10, extra_fs=10**12)  # fewer pairs took longer
+    mean_fs = (10**12 + 2 * 10**9 + 1010 * 10**6) // 1010
+    assert backward_fs == mean_fs // 4
+    assert backward_rank_fs == (10**12 + 2 * 10**9 + 1010 * 10**6 - backward_fs * 1010) // 2
 
 
 def test_nothing_is_agreed_before_every_rank_has_measured() -> None:
@@ -69,14 +89,15 @@ def run_calls(
     pair_times = pair_times or {True: 1.0, False: 1.0}
 
     def read(report: LayerReport) -> copy_costs._Call:
-        has_copies = report.copies.planned is not None
-        spent_fs = int(10**14 * pair_times[has_copies])
-        return copy_costs._Call(has_copies, report.pair_offsets[-1] or 1, spent_fs, spent_fs, 1)
+        has_copies, pairs = report.copies.planned is not None, report.pair_offsets[-1] or 1
+        spent_fs = int(10**12 * pairs * pair_times[has_copies])
+        return copy_costs._Call(has_copies, pairs, spent_fs, spent_fs, 1)
 
     monkeypatch.setattr(copy_costs, "_read", read)
 
-    def taken_fs(report: LayerReport) -> int:
-        return int(taken[report.copies.planned is not None] * EXPECTED)
+    def taken_fs(call: copy_costs._Watched) -> tuple[int, int]:
+        each = int(taken[call.report.copies.planned is not None] * EXPECTED) // 2
+        return each, each
 
     monkeypatch.setattr(copy_costs, "_taken_fs", taken_fs)
     monkeypatch.setattr(MeasuredCosts, "observe", _with_expected(MeasuredCosts.observe))

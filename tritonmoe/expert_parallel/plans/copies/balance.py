@@ -211,7 +211,7 @@ def decide(call: ProposedCall, plan: DispatchPlan, costs: MeasuredCosts) -> Deci
             prices = _costs(call, plan, numbers)
             if prices is None:
                 return Decision(None, "no copies: too few calls of this kind were measured on every rank")
-            if not all(of.without_permille for of in numbers):
+            if not all(of.without_forward_permille for of in numbers):
                 expected_fs = plan_copies(slots, plan.traffic, top_k, 1, prices).without_fs
                 return Decision(None, "no copies: the call is measured without them first", expected_fs)
         found = plan_copies(slots, plan.traffic, top_k, overlap.max_copies, prices)

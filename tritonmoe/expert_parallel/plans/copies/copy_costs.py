@@ -31,6 +31,9 @@ RETRIED_SHARE = 50
 """What calls with copies took, or those without, is forgotten after so many times as many calls in a row of the other
 kind as there were of this one: so what is slower takes one of so many calls, in models of many layers too, of which all
 run forward before one of them is measured."""
+LEAST_SPREAD_PERCENT = 25
+"""By so much more than their mean the busiest rank must have computed for what pairs cost, and what none costs, to be
+told apart."""
 PLANNING_FS = 10**12
 """What a call takes longer for being planned again, until that is measured: 1 ms."""
 KINDS_IN = (StepKind.DISPATCH, StepKind.COPIES, StepKind.SPREAD_COPIES)
@@ -48,7 +51,7 @@ class Numbers(NamedTuple):
     """What one rank tells the others of its last calls. Zeros where it has not measured enough."""
 
     pairs: int = 0
-    """Which its experts have computed."""
+    """Which its experts have computed, a mean over these calls as all pairs and their times are."""
     forward_fs: int = 0
     """How long that took."""
     backward_pairs: int = 0
@@ -63,10 +66,12 @@ class Numbers(NamedTuple):
     without_byte_fs: int = 0
     planning_fs: int = 0
     """How long the second half of an agreement took, after which there were copies."""
-    with_permille: int = 0
-    """What calls with copies took of what was expected of them; 0 where none has."""
-    without_permille: int = 0
-    """The same of calls without copies."""
+    with_forward_permille: int = 0
+    """What the forwards of calls with copies took of what was expected of these calls; 0 where none has."""
+    with_backward_permille: int = 0
+    without_forward_permille: int = 0
+    """This and the next one are the same of calls without copies."""
+    without_backward_permille: int = 0
 
 
 @dataclass(eq=False)
@@ -109,8 +114,8 @@ class MeasuredCosts:
         """The last ones without copies, beside which no weights travel."""
         self._watched: deque[_Watched] = deque(maxlen=WATCHED_CALLS)
         self._planning_fs: deque[int] = deque(maxlen=KEPT_CALLS)
-        self._permille: dict[bool, deque[int]] = {True: deque(maxlen=KEPT_CALLS), False: deque(maxlen=KEPT_CALLS)}
-        """What calls with copies, and those without, took of what was expected."""
+        self._permille: dict[bool, deque[tuple[int, int]]] = {of: deque(maxlen=KEPT_CALLS) for of in (True, False)}
+        """What forwards and backwards of calls with copies, and without, took of what was expected of the calls."""
         self.were_uneven = False
         """Whether ranks had uneven numbers of pairs in the last call, the same on every rank."""
         self._had_copies = False
@@ -150,22 +155,25 @@ class MeasuredCosts:
             if not call.has_copies:
                 self._without.append(call)
             if watched.expected_fs:
-                taken_fs = watched.planning_fs + _taken_fs(watched.report)
-                self._permille[call.has_copies].append(1000 * taken_fs // watched.expected_fs)
+                forward_fs, backward_fs = (1000 * of // watched.expected_fs for of in _taken_fs(watched))
+                self._permille[call.has_copies].append((forward_fs, backward_fs))
         if len(self._calls) < LEAST_CALLS:
             return Numbers()
         return Numbers(
             *_spent(self._calls),
             *_spent(self._without),
             min(self._planning_fs, default=PLANNING_FS),
-            self._median_permille(True),
-            self._median_permille(False),
+            *self._median_permille(True),
+            *self._median_permille(False),
         )
 
-    def _median_permille(self, has_copies: bool) -> int:
-        """Return what calls took of what was expected; 0 before there are enough of them to judge by."""
+    def _median_permille(self, has_copies: bool) -> tuple[int, int]:
+        """Return what both passes took of what was expected; zeros before there are enough calls to judge by."""
         found = self._permille[has_copies]
-        return statistics.median_low(found) if len(found) >= JUDGED_CALLS[has_copies] else 0
+        if len(found) < JUDGED_CALLS[has_copies]:
+            return 0, 0
+        forward, backward = map(statistics.median_low, zip(*found, strict=True))
+        return forward, backward
 
 
 def _spent(calls: Collection[_Call]) -> tuple[int, int, int, int, int]:
@@ -173,12 +181,16 @@ def _spent(calls: Collection[_Call]) -> tuple[int, int, int, int, int]:
     byte_fs = [call.byte_fs for call in calls if call.byte_fs]
     with_backward = [call for call in calls if call.backward_fs]
     return (
-        sum(call.pairs for call in calls),
-        sum(call.forward_fs for call in calls),
-        sum(call.pairs for call in with_backward),
-        sum(call.backward_fs for call in with_backward),
+        _mean([call.pairs for call in calls]),
+        _mean([call.forward_fs for call in calls]),
+        _mean([call.pairs for call in with_backward]),
+        _mean([call.backward_fs for call in with_backward]),
         statistics.median_low(byte_fs) if byte_fs else 0,
     )
+
+
+def _mean(of_calls: Sequence[int]) -> int:
+    return sum(of_calls) // max(1, len(of_calls))
 
 
 def agreed_costs(
@@ -202,7 +214,7 @@ def agreed_costs(
         return None
     with_permille, without_permille = _permille(numbers)
     costs = CopyCosts(
-        *spent,
+        **spent,
         call_fs=max(of.planning_fs for of in numbers),
         row_bytes=row_bytes[0],
         other_row_bytes=row_bytes[1],
@@ -213,29 +225,53 @@ def agreed_costs(
     )
     if without is None:
         return costs
-    forward_fs, backward_fs, byte_fs = without
-    return costs._replace(without=costs._replace(forward_fs=forward_fs, backward_fs=backward_fs, byte_fs=byte_fs))
+    return costs._replace(without=costs._replace(**without))
 
 
-def _of_all(spent: Sequence[tuple[int, ...]], has_backward: bool) -> tuple[int, int, int] | None:
-    """Return what a pair of a forward, one of a backward and a byte cost; None where they were not measured."""
+def _of_all(spent: Sequence[tuple[int, ...]], has_backward: bool) -> dict[str, int] | None:
+    """Return what of CopyCosts ranks have measured; None where they have not."""
     pairs, forward_fs, backward_pairs, backward_fs, byte_fs = zip(*spent, strict=True)
     if not sum(pairs) or not max(byte_fs) or (has_backward and not sum(backward_pairs)):
         return None
-    backward = sum(backward_fs) // sum(backward_pairs) if has_backward else 0
-    return sum(forward_fs) // sum(pairs), backward, max(byte_fs)
+    found = {"byte_fs": max(byte_fs), "backward_fs": 0}
+    found["forward_fs"], found["forward_rank_fs"] = _fit(pairs, forward_fs)
+    if has_backward:
+        found["backward_fs"], found["backward_rank_fs"] = _fit(backward_pairs, backward_fs)
+    return found
+
+
+def _fit(pairs: Sequence[int], taken_fs: Sequence[int]) -> tuple[int, int]:
+    """Return what ranks have taken for each pair, and for any number of them: the line of least squares through both.
+
+    Where ranks had about as many pairs, all is taken to be for pairs. A quarter is in any case.
+    """
+    size, all_pairs, all_fs = len(pairs), sum(pairs), sum(taken_fs)
+    mean_fs = pair_fs = all_fs // all_pairs
+    if 100 * max(pairs) * size > (100 + LEAST_SPREAD_PERCENT) * all_pairs:
+        spread = size * sum(of**2 for of in pairs) - all_pairs**2
+        both = size * sum(of * fs for of, fs in zip(pairs, taken_fs, strict=True)) - all_pairs * all_fs
+        pair_fs = min(max(both // spread, mean_fs // 4), mean_fs)
+    return pair_fs, (all_fs - pair_fs * all_pairs) // size
 
 
 def _permille(numbers: Sequence[Numbers]) -> tuple[int, int]:
-    """Return what calls with copies, and those without, took of what was expected; 1000 until all ranks saw both."""
-    if not all(of.with_permille and of.without_permille for of in numbers):
+    """Return what calls with copies, and those without, took of what was expected; 1000 until all ranks saw both.
+
+    Every rank waits between its passes until all have begun their backward, so each pass takes what it takes where it
+    takes longest.
+    """
+    if not all(of.with_forward_permille and of.without_forward_permille for of in numbers):
         return 1000, 1000
-    return max(of.with_permille for of in numbers), max(of.without_permille for of in numbers)
+    with_forward, with_backward, without_forward, without_backward = map(
+        max, zip(*(of[-4:] for of in numbers), strict=True)
+    )
+    return with_forward + with_backward, without_forward + without_backward
 
 
-def _taken_fs(report: LayerReport) -> int:
-    backward_s = 0.0 if report.backward is None else report.backward.total_s
-    return _femtoseconds(report.forward.total_s + backward_s)
+def _taken_fs(call: _Watched) -> tuple[int, int]:
+    """Return what the forward took, from when its copies were planned, and what the backward took."""
+    forward, backward = call.report.forward, call.report.backward
+    return call.planning_fs + _femtoseconds(forward.total_s), 0 if backward is None else _femtoseconds(backward.total_s)
 
 
 def _read(report: LayerReport) -> _Call:

@@ -55,6 +55,10 @@ class CopyCosts(NamedTuple):
     """Of the weights of one expert."""
     gradient_bytes: int
     """Of what comes home of them in a backward, and of what goes there again before it."""
+    forward_rank_fs: int = 0
+    """What a rank's experts need in the forward beside, for any number of pairs."""
+    backward_rank_fs: int = 0
+    """The same in the backward."""
     with_permille: int = 1000
     """By how much calls with copies have taken longer, or shorter, than was expected of them."""
     without_permille: int = 1000
@@ -215,9 +219,9 @@ class _Candidate:
         longest = max(self.pairs) * costs.forward_fs
         for pairs, copied in zip(self.pairs, self.copied_pairs, strict=True):
             if copied:
-                before_fs = (pairs - copied) * costs.forward_fs // 2
+                before_fs = ((pairs - copied) * costs.forward_fs + costs.forward_rank_fs) // 2
                 longest = max(longest, pairs * costs.forward_fs + max(0, copies_fs - before_fs))
-        return longest
+        return longest + costs.forward_rank_fs
 
     def _backward_fs(self, costs: CopyCosts, copies_fs: int) -> int:
         """Return the same of a backward, half of which are gradients of weights; those of copies come first.
@@ -229,7 +233,7 @@ class _Candidate:
             if copied:
                 last_fs = max(copied * pair_fs, 2 * copied * pair_fs // 3 + 2 * copies_fs // 3)
                 longest = max(longest, pairs * pair_fs + last_fs + copies_fs // 3)
-        return longest
+        return longest + costs.backward_rank_fs
 
     def _rows_on_ports(self) -> list[int]:
         """Return how many rows pass the busier direction of each rank's port."""
