@@ -15,11 +15,14 @@ LINKS = {"40gbit": "unshaped", "12gbit": "12 Gbit/s", "1gbit": "1 Gbit/s", "400m
 def balance_table(prefix: str) -> str:
     """Return what was measured with copies and without, a row for each case, and what the simulator says of it."""
     found = load_all(prefix)
-    first, commands = found[0], ", ".join(f"`{_command(of['results']['arguments'])}`" for of in found)
+    first, places = found[0], groupby(found, lambda of: where(of["environment"]))
+    commands = "; ".join(
+        ", ".join(f"`{_command(of['results']['arguments'])}`" for of in here) + f" on {place}" for place, here in places
+    )
     results = [(of["results"]["arguments"], case) for of in found for case in of["results"]["results"]]
     errors = [abs(ratio - 1) for _, case in results for ratio in case["predicted_over_measured"].values()]
     lines = [
-        f"{commands} on {where(first['environment'])}: {_ranks(first['results']['arguments'])}. Forward and backward "
+        f"{commands}: {_ranks(first['results']['arguments'])}. Forward and backward "
         "of one layer's experts, D=512, F=256, E=64, K=8, fp32, in interleaved rounds; milliseconds of the slowest "
         "rank, median (quartiles). The ideal is the same routing with the hot experts spread evenly over the ranks "
         f"from the start{'' if 'netns' in prefix else ', which here is that of uniformly drawn experts'}. Where there "
@@ -30,6 +33,7 @@ def balance_table(prefix: str) -> str:
             "link",
             "tokens a rank",
             "hot experts",
+            "max_copies",
             "busiest rank over the mean",
             "without",
             '"auto"',
@@ -44,7 +48,7 @@ def balance_table(prefix: str) -> str:
         calls = case["calls"]
         balance = f"{case['imbalance']:.2f}, then {case['imbalance_auto']:.2f} ({case['copies_auto']} copies)"
         ratios = (f"{case[name]:.2f}" for name in ("auto_over_ideal", "auto_over_without", "even_auto_over_even"))
-        cells = (LINKS[case["rate"]], arguments["tokens"], case["hot"], balance)
+        cells = (LINKS[case["rate"]], arguments["tokens"], case["hot"], arguments["max_copies"], balance)
         times = (spread(calls[name]) for name in ("without", "auto", "ideal"))
         lines.append(table_row(*cells, *times, *ratios, f"{case['predicted_ms']['auto']:.0f}"))
     return "\n".join(lines)
@@ -80,9 +84,10 @@ def balance_simulated_table(name: str) -> str:
     """Return what copies gain in the simulator, a row for each model, number of ranks and skew."""
     found = load(name)["results"]
     arguments, results = found["arguments"], found["results"]
+    place = where(load(name)["environment"])
     rates = list(dict.fromkeys(result["gb_per_s"] for result in results))
     lines = [
-        f"`python -m bench.balance_simulated`, simulated: {arguments['tokens']} tokens a rank, bf16, "
+        f"`python -m bench.balance_simulated` on {place}, simulated: {arguments['tokens']} tokens a rank, bf16, "
         f"`max_copies={json.dumps(arguments['max_copies'])}`, 400 TFLOP/s. How many times as fast forward and backward "
         "are with copies, and how many copies there are; 1.00 with 0 copies is where the planner declines. Planning "
         f"takes {_planning(results)} on one core of this machine, the median over the cases of each.",
