@@ -10,8 +10,8 @@ import pytest
 from tritonmoe.benchmarks import argument_types
 from tritonmoe.benchmarks.overlap import make_parser
 from tritonmoe.benchmarks.overlap_page import overlap_page
+from tritonmoe.benchmarks.overlap_report import mark_contention, summarize_overlap
 from tritonmoe.benchmarks.overlap_report import marks as judged
-from tritonmoe.benchmarks.overlap_report import summarize_overlap
 from tritonmoe.benchmarks.overlap_table import TERMS, TERMS_OF_PICTURE, as_table, as_terms, headline, noise_notes
 from tritonmoe.benchmarks.timing import quartiles, summarize
 from tritonmoe.benchmarks.transformers import main as bench_transformers
@@ -19,7 +19,7 @@ from tritonmoe.cli import main
 from tritonmoe.report.timeline import PassTimeline, Span, Timeline
 from tritonmoe.runtime.progress import Progress, duration
 
-SUSPECTS = ["bound_ratio", "pass_bound_ratio", "hidden_share", "exposed_ms"]
+SUSPECTS = ["bound_ratio", "pass_bound_ratio", "hidden_share", "exposed_ms", "speed_up"]
 
 
 def results_of(
@@ -60,7 +60,7 @@ def results_of(
 def test_faster_than_compute_is_too_noisy(overlapped_ms: float, too_noisy: list[str]) -> None:
     results = results_of(overlapped_ms)
     assert results["summary"]["overlapped"]["marks"] == dict.fromkeys(too_noisy, "too noisy")
-    assert results["summary"]["auto"]["marks"] == {}
+    assert results["summary"]["auto"]["marks"] == ({"over_best": "too noisy"} if "bound_ratio" in too_noisy else {})
     text, picture = as_table(results), headline(results)
     rows = {line.split()[0]: line for line in text.partition("\n\n")[0].splitlines()}
     for name in SUSPECTS:
@@ -68,9 +68,9 @@ def test_faster_than_compute_is_too_noisy(overlapped_ms: float, too_noisy: list[
     assert ("hidden_share too noisy: " in picture) == ("hidden_share" in too_noisy)
     assert "%" not in text
     notes = noise_notes(results)
-    assert len(notes) == bool(too_noisy)
-    for note in notes:
-        assert note in text
+    assert len(notes) == bool(too_noisy) + ("bound_ratio" in too_noisy)
+    assert all(note in text for note in notes)
+    for note in notes[:1]:
         assert f"too noisy ({', '.join(too_noisy)})" in note
         assert f"overlapped C=2 took {overlapped_ms:.2f} ms, beside 100.00 ms of compute and 40.00 ms of comm" in note
         assert note.endswith(
@@ -80,12 +80,22 @@ def test_faster_than_compute_is_too_noisy(overlapped_ms: float, too_noisy: list[
 
 def test_faster_than_communication_or_than_its_passes_is_too_noisy() -> None:
     assert set(results_of(190.0, 200.0, serial_ms=300.0)["summary"]["overlapped"]["marks"]) == {
-        *("bound_ratio", "hidden_share")
+        *("bound_ratio", "hidden_share", "speed_up")
     }
     # The passes' longer sides: 40 of compute, 80 of communication.
     uneven = results_of(105.0, 90.0, ((40, 60), (10, 80)))["summary"]["overlapped"]
     assert uneven["pass_bound_ratio"] == 0.875
-    assert uneven["marks"] == {"pass_bound_ratio": "too noisy"}
+    assert uneven["marks"] == dict.fromkeys(("pass_bound_ratio", "hidden_share", "speed_up"), "too noisy")
+
+
+@pytest.mark.parametrize(("contention", "is_marked"), [(1.4, False), (0.993, False), (0.61, True)])
+def test_experts_that_are_faster_during_exchanges_are_too_noisy(contention: float, is_marked: bool) -> None:
+    results = results_of(120.0)
+    results["summary"]["auto"]["contention"] = contention
+    mark_contention(results["summary"])
+    assert ("contention" in results["summary"]["auto"]["marks"]) == is_marked
+    assert "contention" not in results["summary"]["overlapped"]["marks"]
+    assert (f"too noisy: {contention:.3f}" in as_table(results)) == is_marked
 
 
 @pytest.mark.parametrize(

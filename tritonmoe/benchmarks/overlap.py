@@ -16,7 +16,7 @@ from tritonmoe.benchmarks.namespaces import Namespaces
 from tritonmoe.benchmarks.overlap_arguments import DEFAULT_RATE, check_arguments, check_ranks, make_parser
 from tritonmoe.benchmarks.overlap_page import overlap_page
 from tritonmoe.benchmarks.overlap_rank import RankMeasurement, measure_rank
-from tritonmoe.benchmarks.overlap_report import summarize_overlap
+from tritonmoe.benchmarks.overlap_report import mark_contention, summarize_overlap
 from tritonmoe.benchmarks.overlap_table import TERMS_OF_PICTURE, as_table, as_terms, headline, noise_notes
 from tritonmoe.benchmarks.overlap_variants import variants_of
 from tritonmoe.benchmarks.overlap_verdict import verdict
@@ -195,6 +195,7 @@ def _measure(
     ranks = gather(link.measured_ranks(transport), own)
     for kind in ("overlapped", "auto"):
         summary[kind]["contention"] = max(r["contention"][kind] for r in ranks)
+    mark_contention(summary)
     if measured.rate is not None:
         description = f"{description} (rate chosen: {measured.rate / 1e9:.4g} gbit)"
     results = {

@@ -7,7 +7,7 @@ from tritonmoe.benchmarks.overlap_variants import best
 from tritonmoe.benchmarks.timing import ratio, summarize
 from tritonmoe.runtime.files import Json
 
-__all__ = ["BEYOND_BOUND", "marks", "merits", "series_is_too_long", "summarize_overlap"]
+__all__ = ["BEYOND_BOUND", "mark_contention", "marks", "merits", "series_is_too_long", "summarize_overlap"]
 
 BEYOND_BOUND = 0.01
 """How far beyond its bound a call at that bound may be measured, relative to the bound."""
@@ -37,6 +37,8 @@ def summarize_overlap(measured: RankMeasurement) -> Json:
             "num_chunks": [report.num_chunks for report in measured.reports[name]][-1],
         }
     summary["auto"]["over_best"] = ratio(summary["auto"], summary["overlapped"])
+    if any(_is_impossible(summary[kind]["marks"]) for kind in ("overlapped", "auto")):
+        summary["auto"]["marks"]["over_best"] = TOO_NOISY
     if any(name.startswith("two levels") for name in seconds):
         name = best(seconds, "two levels")
         two_levels = summary["T_two levels"] = {"variant": name, **summarize(seconds[name])}
@@ -65,8 +67,9 @@ def merits(times: Json, summary: Json) -> Json:
 def marks(figures: Json, summary: Json) -> dict[str, str]:
     """Return the word before each figure of merit that can't be, or that says nothing: name -> word.
 
-    A call takes as long as its compute and as its communication, or longer. One that takes longer than both in turn
-    hides nothing. Where both in turn took longer than they can, no figure that needs them holds.
+    A call takes as long as its compute and as its communication, or longer: where one took less, no figure of its time
+    holds. One that takes longer than both in turn hides nothing. Where both in turn took longer than they can, no
+    figure that needs them holds.
     """
     beyond = {
         "bound_ratio": 1 - figures["bound_ratio"],
@@ -75,9 +78,23 @@ def marks(figures: Json, summary: Json) -> dict[str, str]:
         "exposed_ms": -figures["exposed_ms"] / summary["T_compute"]["median_ms"],
     }
     found = {name: TOO_NOISY for name, excess in beyond.items() if excess > BEYOND_BOUND}
+    if _is_impossible(found):
+        found |= dict.fromkeys(("hidden_share", "speed_up"), TOO_NOISY)
     if series_is_too_long(summary):
         return found | dict.fromkeys(("hidden_share", "speed_up"), TOO_NOISY)
     return {"hidden_share": NOTHING_HIDDEN, **found} if figures["hidden_share"] < -BEYOND_BOUND else found
+
+
+def mark_contention(summary: Json) -> None:
+    """Mark the contention of all ranks where experts were faster during exchanges than without any."""
+    for kind in ("overlapped", "auto"):
+        if 1 - summary[kind]["contention"] > BEYOND_BOUND:
+            summary[kind]["marks"]["contention"] = TOO_NOISY
+
+
+def _is_impossible(marked: dict[str, str]) -> bool:
+    """Return whether a call took less than it can."""
+    return any(marked.get(name) == TOO_NOISY for name in ("bound_ratio", "pass_bound_ratio"))
 
 
 def series_is_too_long(summary: Json) -> bool:

@@ -34,7 +34,8 @@ TERMS = {
     "hidden_share": "(T_compute + T_communication - time) / min(T_compute, T_communication): 0 to 1",
     "exposed_ms": "time - T_compute: at least 0",
     "speed_up": "T_serial / time, like all ratios a ratio of the medians that are shown",
-    "contention": "the experts' time in forward during exchanges / without any, of the rank with the largest ratio",
+    "contention": "the experts' time in forward during exchanges / without any, of the rank with the largest ratio: "
+    "at least 1",
     "over_best": "auto's time / T_overlapped",
     "two_levels_speed_up": "T_overlapped / the fastest time on two levels",
     "two_levels_auto_over_best": "auto's time on two levels / the fastest time on two levels",
@@ -46,9 +47,10 @@ TERMS_OF_PICTURE = (
 )
 OF_ROUNDS = (
     "A time is that of the slowest rank, the median of the rounds with its quartiles; a figure is of these medians. "
-    f"A figure beyond its bound by more than {BEYOND_BOUND} (exposed_ms: by that times T_compute) is too noisy; so are "
-    "hidden_share and speed_up where T_serial is longer than T_compute and T_communication together, by more than the "
-    "quartiles allow. Where a call takes longer than these two together, nothing is hidden."
+    f"A figure beyond its bound by more than {BEYOND_BOUND} (exposed_ms: by that times T_compute) is too noisy. Where "
+    "a time is shorter than its bound, all its figures are: its hidden_share, speed_up and over_best. hidden_share and "
+    "speed_up are too noisy as well where T_serial is longer than T_compute and T_communication together, by more than "
+    "the quartiles allow. Where a call takes longer than these two together, nothing is hidden."
 )
 AGAIN = "measure more rounds (--rounds), on an idle machine, or a larger layer (--tokens, --model)"
 """What to do about noise, at the end of a sentence."""
@@ -74,7 +76,10 @@ def noise_notes(results: Json) -> list[str]:
             notes.append(f"{NOTHING_HIDDEN}: {took} Its steps cost more than they hide.")
         if not words:
             continue
-        why = "neither a call nor one of its passes can be faster than the longer of its compute and its communication"
+        why = (
+            "neither a call nor one of its passes can be faster than the longer of its compute and its communication, "
+            "nor experts during exchanges than without any"
+        )
         if series_is_too_long(summary):
             why = "T_serial is longer than T_compute and T_communication together, as the verdict says"
         notes.append(f"too noisy ({', '.join(words)}): {why}. {took} {AGAIN[0].upper()}{AGAIN[1:]}.")
