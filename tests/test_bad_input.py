@@ -602,7 +602,10 @@ CONFIGS = {
     "activation": ({"activation": "mish"}, "'mish' is not known"),
     "interleaved-ungated": ({"interleaved": True, "gated": False}, "it needs gated=True"),
     "clamped-ungated": ({"activation": tm.ClampedSwiGLU(1.0), "gated": False}, "use gated=True"),
-    "score": ({"score_function": "tanh"}, "score_function must be 'softmax' or 'sigmoid', got 'tanh'"),
+    "score": (
+        {"score_function": "tanh"},
+        "score_function must be one of 'softmax', 'sigmoid', 'sqrtsoftplus', got 'tanh'",
+    ),
     "softmax-after-sigmoid": (
         {"score_function": "sigmoid", "softmax_after_topk": True},
         "needs score_function='softmax'",

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
+from typing import get_args
 
 import pytest
 import torch
@@ -14,11 +15,13 @@ from uninitialised import nan_filled_memory
 from tritonmoe import aot
 from tritonmoe.config.layer import MoEConfig
 from tritonmoe.config.routing import RoutingRule
+from tritonmoe.config.scores import SCORES, ScoreName
 from tritonmoe.kernels import launch, router_products
 from tritonmoe.kernels.router_choice import choose_experts
 from tritonmoe.kernels.router_choice_grad import choice_grad
 from tritonmoe.kernels.router_counts import count_pairs
 from tritonmoe.kernels.router_kernels import route, route_grad
+from tritonmoe.kernels.scores import KERNEL_FUNCTIONS
 from tritonmoe.routing import TopKRouter
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -29,6 +32,7 @@ DEEPSEEK = {
     "top_k_groups": 4,
     "routed_scaling_factor": 2.5,
 }
+DEEPSEEK_V4 = {"score_function": "sqrtsoftplus", "selection_bias": True, "routed_scaling_factor": 1.5}
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,8 @@ CASES = {
     "bf16-odd": Case(BF16, 9, 37, 7, 7, {"score_function": "sigmoid"}),
     "fp32": Case(FP32, 33, 40, 60, 6, bad_rows=(32,)),
     "deepseek": Case(BF16, 40, 64, 64, 8, DEEPSEEK, (3, 4)),
+    "deepseek-v4": Case(BF16, 20, 40, 24, 6, {**DEEPSEEK_V4, "renormalize": True}, (2,)),
+    "sqrtsoftplus-fp32": Case(FP32, 12, 33, 9, 2, {**DEEPSEEK_V4, "renormalize": False}),
     "groups-of-one": Case(BF16, 9, 16, 10, 2, {**DEEPSEEK, "num_expert_groups": 10}),
     "softmax-after-topk": Case(BF16, 20, 40, 32, 4, {"softmax_after_topk": True, "routed_scaling_factor": 1.5}, (1,)),
     "most-experts": Case(BF16, 5, 16, 1024, 16),
@@ -199,12 +205,39 @@ def test_products_on_blackwell_copy_asynchronously_only_where_fences_are(version
     assert [item.options["num_stages"] for item in launches if "BLOCK_N" in item.constexprs] == num_stages
 
 
+def test_every_score_has_its_kernel_functions():
+    assert set(SCORES) == set(KERNEL_FUNCTIONS) == set(get_args(ScoreName))
+    with pytest.raises(KeyError, match="tanh"):
+        choose_experts(torch.ones(1, 4, device=DEVICE), None, RoutingRule(2, "tanh"))
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "sqrtsoftplus"])
+def test_scores_of_any_logit_and_their_slopes(name):
+    """Relative to fp64, as far as fp32 has normal numbers; far below, nothing is NaN."""
+    logits = torch.cat([torch.linspace(-85, 85, 171), torch.tensor([-1e30, -200.0, -1e-6, 0.0, 1e-6, 200.0, 1e30])])
+    rule = RoutingRule(1, name, renormalize=False)
+    scores, ids, weights = choose_experts(logits[:, None].to(DEVICE), None, rule)
+    grads = torch.ones_like(scores)
+    slopes = choice_grad(scores, ids, weights, (None, grads, None), rule, FP32)
+    exact = logits.double().requires_grad_()
+    exact_scores = SCORES[name](exact)
+    (exact_slopes,) = torch.autograd.grad(exact_scores.sum(), exact)
+    plain = logits.clone().requires_grad_()
+    plain_scores = SCORES[name](plain)
+    (plain_slopes,) = torch.autograd.grad(plain_scores.sum(), plain)
+    # A kernel's slope is of the rounded score, which is 1 from a logit of 17 on where it is a sigmoid.
+    slopes_atol = 6e-8 if name == "sigmoid" else 1e-20
+    for found, found_slopes in ((scores.cpu()[:, 0], slopes.cpu()[:, 0]), (plain_scores, plain_slopes)):
+        torch.testing.assert_close(found.double(), exact_scores.detach(), rtol=2e-6, atol=1e-37)
+        torch.testing.assert_close(found_slopes.double(), exact_slopes, rtol=2e-6, atol=slopes_atol)
+
+
 def test_ties_go_to_the_smaller_id():
     nan, inf = math.nan, math.inf
     logits = torch.tensor(
         [[1, 1, 1, 1, 1], [0, 2, -0.0, 2, 2], [-0.0, 0, -1, 0, -1], [nan, 1, 2, 3, 4], [1, 2, inf, 0, 0]], device=DEVICE
     )
-    for rule in (RoutingRule(3), RoutingRule(3, softmax_after_topk=True), RoutingRule(3, sigmoid=True)):
+    for rule in (RoutingRule(3), RoutingRule(3, softmax_after_topk=True), RoutingRule(3, score_function="sigmoid")):
         _, ids, weights = choose_experts(logits, None, rule)
         assert ids.tolist() == [[0, 1, 2], [1, 3, 4], [0, 1, 3], [-1] * 3, [-1] * 3]
         assert not weights[3:].any()
@@ -214,7 +247,7 @@ def test_ties_go_to_the_smaller_id():
 def test_groups_of_equal_scores():
     """Of equal groups the first ones are eligible, though an expert elsewhere is as good."""
     logits = torch.tensor([[3.0, 1, 2, 2, 2, 2, 4, 0]], device=DEVICE)
-    rule = RoutingRule(4, sigmoid=True, num_expert_groups=4, top_k_groups=2)
+    rule = RoutingRule(4, score_function="sigmoid", num_expert_groups=4, top_k_groups=2)
     bias = torch.zeros(8, device=DEVICE)
     assert choose_experts(logits, bias, rule)[1].tolist() == [[2, 3, 4, 5]]
 
@@ -222,7 +255,7 @@ def test_groups_of_equal_scores():
 def test_experts_that_a_bias_forbids_come_last():
     logits = torch.tensor([[3.0, 2, 1, 0]], device=DEVICE)
     bias = torch.tensor([-math.inf, 0, -math.inf, 0], device=DEVICE)
-    scores, ids, weights = choose_experts(logits, bias, RoutingRule(4, sigmoid=True, renormalize=False))
+    scores, ids, weights = choose_experts(logits, bias, RoutingRule(4, score_function="sigmoid", renormalize=False))
     assert ids.tolist() == [[1, 3, 0, 2]]
     assert torch.equal(weights, scores.gather(1, ids))
 
@@ -233,7 +266,7 @@ def rules(draw):
     top_groups, after = draw(st.integers(1, num_groups)), draw(st.booleans())
     return num_groups * group_size, RoutingRule(
         draw(st.integers(1, min(16, top_groups * group_size))),
-        sigmoid=not after and draw(st.booleans()),
+        score_function="softmax" if after else draw(st.sampled_from(sorted(SCORES))),
         softmax_after_topk=after,
         renormalize=draw(st.booleans()),
         routed_scaling_factor=draw(st.sampled_from([1.0, 2.5])),
@@ -268,7 +301,7 @@ def test_any_rule(case, num_tokens, has_bias, seed):
     assert counts.tolist() == [*torch.bincount(ids.flatten(), minlength=num_experts).tolist(), 0]
 
     exact = logits.double().requires_grad_()
-    exact_scores = exact.sigmoid() if rule.sigmoid else exact.softmax(1)
+    exact_scores = SCORES[rule.score_function](exact)
     weighed_by = exact if rule.softmax_after_topk else exact_scores
     exact_weights = weighed_by.gather(1, ids)
     if rule.softmax_after_topk:

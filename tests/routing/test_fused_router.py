@@ -27,6 +27,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROUTERS = {
     "softmax": {},
     "groups": {"score_function": "sigmoid", "selection_bias": True, "num_expert_groups": 4, "top_k_groups": 2},
+    "sqrtsoftplus": {"score_function": "sqrtsoftplus", "selection_bias": True, "routed_scaling_factor": 1.5},
     "softmax_after_topk": {"softmax_after_topk": True, "routed_scaling_factor": 2.0},
 }
 

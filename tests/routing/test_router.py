@@ -27,6 +27,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
 from tritonmoe.config.layer import MoEConfig
+from tritonmoe.config.scores import SCORES
 from tritonmoe.routing import Routing, TopKRouter, load_balance_loss, routing_statistics, z_loss
 from tritonmoe.routing.router import _say_once
 
@@ -240,7 +241,7 @@ def test_groups_keep_the_best_sum_of_two_and_singletons_their_one():
     assert single(torch.tensor([[0.0, 5.0, 1.0, 2.0, 4.0, 3.0]])).topk_ids.tolist() == [[1, 4]]
 
 
-@pytest.mark.parametrize("score_function", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("score_function", sorted(SCORES))
 @pytest.mark.parametrize(("num_experts", "top_k"), [(1, 1), (3, 3), (7, 5), (60, 6), (16, 16)])
 def test_any_number_of_experts(num_experts, top_k, score_function):
     router = make_router(make_config(num_experts, top_k, score_function=score_function))
@@ -489,7 +490,7 @@ def routers(draw) -> tuple[MoEConfig, int, int]:
     config = make_config(
         num_experts,
         draw(st.integers(1, min(16, top_k_groups * group_size))),
-        score_function="softmax" if softmax_after_topk else draw(st.sampled_from(["softmax", "sigmoid"])),
+        score_function="softmax" if softmax_after_topk else draw(st.sampled_from(sorted(SCORES))),
         softmax_after_topk=softmax_after_topk,
         renormalize=draw(st.booleans()),
         routed_scaling_factor=draw(st.sampled_from([1.0, 2.5])),

@@ -109,7 +109,7 @@ class _RecordedStep:
         v = self.variant
         num_experts, rule = v.num_experts * v.num_ranks, v.routing._replace(top_k=v.top_k)
         weight = self._empty(num_experts, v.hidden_size)
-        selection_bias = self._empty(num_experts, dtype=torch.float32) if rule.sigmoid else None
+        selection_bias = self._empty(num_experts, dtype=torch.float32) if rule.score_function != "softmax" else None
         routed = route(self.x, weight, selection_bias, rule)
         self._name("router")
         saved = self.x, weight, routed.scores, routed.topk_ids, routed.topk_weights

@@ -31,7 +31,7 @@ class Variant:
     adapter_rank: int = 0
     """R of low-rank adapters on both projections; 0 for none."""
     routing: RoutingRule = field(default_factory=lambda: RoutingRule(0))
-    """How the router chooses; its top_k is replaced by the layer's, and where it takes sigmoids it has a bias."""
+    """How the router chooses; its top_k is replaced by the layer's, and where scores are no softmax it has a bias."""
     num_rows: int = 16384
     """The rows of one device; with several ranks what one rank receives, and num_experts is what it holds."""
     num_ranks: int = 1
@@ -63,7 +63,7 @@ _DEEPSEEK = Variant(
     intermediate_size=2048,
     num_experts=256,
     bias=False,
-    routing=RoutingRule(0, sigmoid=True, routed_scaling_factor=2.5, num_expert_groups=8, top_k_groups=4),
+    routing=RoutingRule(0, "sigmoid", routed_scaling_factor=2.5, num_expert_groups=8, top_k_groups=4),
 )
 _PACKED_GPT_OSS = replace(_GPT_OSS, layout=ExpertLayout(interleaved=True), weight_format="mxfp4")
 VARIANTS = {
@@ -71,7 +71,7 @@ VARIANTS = {
     "bf16": Variant(),
     "fp32": Variant(torch.float32),
     "fp16 gelu transposed": Variant(torch.float16, ExpertLayout(transposed=True), "gelu"),
-    "gelu_tanh no bias": Variant(activation="gelu_tanh", bias=False),
+    "gelu_tanh no bias": Variant(activation="gelu_tanh", bias=False, routing=RoutingRule(0, "sqrtsoftplus")),
     "ungated": Variant(layout=ExpertLayout(gated=False), activation="relu2"),
     "interleaved": Variant(layout=ExpertLayout(interleaved=True), activation=_CLAMPED),
     "batch invariant": Variant(options=KernelOptions(batch_invariant=True)),

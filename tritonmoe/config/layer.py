@@ -14,6 +14,7 @@ from typing_extensions import NamedTuple  # typing's is not generic before Pytho
 from tritonmoe.config.activations import Activation, check_activation
 from tritonmoe.config.formats import FP8_BLOCK, WeightFormat, check_format, scales_shape, weight_shape
 from tritonmoe.config.numbers import check_flags, is_integer, is_number
+from tritonmoe.config.scores import ScoreName, check_score
 
 __all__ = [
     "MAX_PAIRS",
@@ -162,8 +163,9 @@ class MoEConfig:
     """Whether experts have the parameters gate_up_proj_bias (E, 2F) and down_proj_bias (E, D)."""
     weight_format: WeightFormat | None = None
     """How gate_up_proj and down_proj are packed, frozen: "mxfp4", "fp8" or "nf4" (see QuantizedWeight); None: not."""
-    score_function: Literal["softmax", "sigmoid"] = "softmax"
-    """Of the router's logits, over all E experts."""
+    score_function: ScoreName = "softmax"
+    """Of the router's logits: "softmax" over all E experts, or of each one "sigmoid" (DeepSeek-V3) or "sqrtsoftplus",
+    the square root of log(1 + exp(logit)) (DeepSeek-V4)."""
     softmax_after_topk: bool = False
     """Softmax over the K chosen logits (Granite, gpt-oss) instead of over all E."""
     renormalize: bool = True
@@ -220,8 +222,7 @@ class MoEConfig:
                 raise ValueError(f"{name} must be finite and not negative, got {getattr(self, name)!r}")
         if self.load_balance_over not in ("rank", "global"):
             raise ValueError(f"load_balance_over must be 'rank' or 'global', got {self.load_balance_over!r}")
-        if self.score_function not in ("softmax", "sigmoid"):
-            raise ValueError(f"score_function must be 'softmax' or 'sigmoid', got {self.score_function!r}")
+        check_score(self.score_function)
         if self.softmax_after_topk and self.score_function != "softmax":
             raise ValueError("softmax_after_topk=True needs score_function='softmax'")
         if self.num_experts % self.num_expert_groups:

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from tritonmoe.config.layer import MoEConfig
 from tritonmoe.config.literals import read_literal
+from tritonmoe.config.scores import ScoreName
 
 __all__ = ["RoutingRule", "decode"]
 
@@ -13,8 +14,7 @@ class RoutingRule(NamedTuple):
     """The fields of a MoEConfig that say how logits become ids and weights; their meaning stands there."""
 
     top_k: int
-    sigmoid: bool = False
-    """Scores are the sigmoid of the logits, and otherwise their softmax."""
+    score_function: ScoreName = "softmax"
     softmax_after_topk: bool = False
     renormalize: bool = True
     routed_scaling_factor: float = 1.0
@@ -26,7 +26,7 @@ class RoutingRule(NamedTuple):
         """Return the rule of a layer."""
         return cls(
             config.top_k,
-            config.score_function == "sigmoid",
+            config.score_function,
             config.softmax_after_topk,
             config.renormalize,
             float(config.routed_scaling_factor),

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tritonmoe.config.routing import RoutingRule
 from tritonmoe.kernels.launch import INTERPRETED, cdiv, launch, next_power_of_2
+from tritonmoe.kernels.scores import score_function
 
 __all__ = ["choose_experts", "row_block"]
 
@@ -74,7 +75,7 @@ def _choose_experts_kernel(
     T,
     E,
     K: tl.constexpr,
-    SIGMOID: tl.constexpr,
+    SCORE: tl.constexpr,
     SOFTMAX_AFTER_TOPK: tl.constexpr,
     RENORMALIZE: tl.constexpr,
     NUM_GROUPS: tl.constexpr,
@@ -93,12 +94,7 @@ def _choose_experts_kernel(
     # abs(NaN) < inf is false
     is_finite = tl.min((tl.abs(values) < float("inf")).to(tl.int32), 1) > 0
     values = tl.where(is_finite[:, None], values, 0.0)
-    if SIGMOID:
-        score = 1.0 / (1.0 + tl.exp(-values))
-    else:
-        largest = tl.max(tl.where(is_expert, values, float("-inf")), 1)
-        powers = tl.where(is_expert, tl.exp(values - largest[:, None]), 0.0)
-        score = powers / tl.sum(powers, 1)[:, None]
+    score = SCORE(values, is_expert)
     tl.store(scores + places, tl.where(is_finite[:, None], score, 0.0), mask=mask)
 
     weighed_by = values if SOFTMAX_AFTER_TOPK else score
@@ -172,7 +168,7 @@ def choose_experts(logits: Tensor, selection_bias: Tensor | None, rule: RoutingR
         num_tokens,
         num_experts,
         K=rule.top_k,
-        SIGMOID=rule.sigmoid,
+        SCORE=score_function(rule.score_function),
         SOFTMAX_AFTER_TOPK=rule.softmax_after_topk,
         RENORMALIZE=rule.renormalize,
         NUM_GROUPS=rule.num_expert_groups,

@@ -11,6 +11,7 @@ from tritonmoe.config.routing import RoutingRule
 from tritonmoe.kernels.arithmetic import round_to
 from tritonmoe.kernels.launch import cdiv, launch, next_power_of_2
 from tritonmoe.kernels.router_choice import row_block
+from tritonmoe.kernels.scores import score_gradient
 
 __all__ = ["choice_grad"]
 
@@ -34,7 +35,7 @@ def _choice_grad_kernel(
     stride_dlogits_row,
     stride_dlogits_expert,
     K: tl.constexpr,
-    SIGMOID: tl.constexpr,
+    SCORE_GRAD: tl.constexpr,
     SOFTMAX_AFTER_TOPK: tl.constexpr,
     RENORMALIZE: tl.constexpr,
     PARTS: tl.constexpr,
@@ -82,11 +83,7 @@ def _choice_grad_kernel(
                 direct += term
             else:
                 grad += term
-    if SIGMOID:
-        grad = grad * score * (1.0 - score)
-    else:
-        grad = score * (grad - tl.sum(score * grad, 1)[:, None])
-    grad = tl.where(is_routed[:, None], grad + direct, 0.0)
+    grad = tl.where(is_routed[:, None], SCORE_GRAD(grad, score) + direct, 0.0)
     dtype: tl.constexpr = out.dtype.element_ty
     places = tokens[:, None] * (PARTS * E) + experts[None, :]
     rounded = round_to(grad, dtype)
@@ -133,7 +130,7 @@ def choice_grad(
         num_experts,
         *itertools.chain(*strides),
         K=rule.top_k,
-        SIGMOID=rule.sigmoid,
+        SCORE_GRAD=score_gradient(rule.score_function),
         SOFTMAX_AFTER_TOPK=rule.softmax_after_topk,
         RENORMALIZE=rule.renormalize,
         PARTS=parts,

@@ -14,6 +14,7 @@ from tritonmoe.backends.ops import Unchecked
 from tritonmoe.config.layer import MoEConfig, check_moe_config
 from tritonmoe.config.numbers import is_number
 from tritonmoe.config.routing import RoutingRule
+from tritonmoe.config.scores import SCORES
 from tritonmoe.routing.fused import is_fused, route_by_kernels
 from tritonmoe.routing.router_check import ROUTERS, check_router
 from tritonmoe.routing.statistics import expert_load, reduce_counts
@@ -269,10 +270,7 @@ class TopKRouter(nn.Module):
         product = _TransformedRouterLogits if is_eager and is_transformed() else _RouterLogits
         logits, is_finite = product.apply(x, self.weight)
         finite_logits = torch.where(is_finite, logits, 0.0)
-        if config.score_function == "softmax":
-            scores = finite_logits.softmax(dim=1)
-        else:
-            scores = finite_logits.sigmoid()
+        scores = SCORES[config.score_function](finite_logits)
 
         ranked_by = finite_logits if config.softmax_after_topk else scores
         topk_ids = self._select(ranked_by.detach())

@@ -45,7 +45,7 @@ _DEEPSEEK = replace(
 ROUTERS = (
     CheckedRouter("router, bf16", _config(128, 8)),
     CheckedRouter("router, groups", _DEEPSEEK),
-    CheckedRouter("router, odd sizes", replace(_config(60, 4, 67), renormalize=False)),
+    CheckedRouter("router, odd sizes", replace(_config(60, 4, 67), score_function="sqrtsoftplus", renormalize=False)),
     CheckedRouter("router, fp16", replace(_config(32, 4), softmax_after_topk=True), torch.float16),
     CheckedRouter("router, fp32", _config(32, 4), torch.float32),
 )

@@ -8,6 +8,7 @@ import pathlib
 import subprocess
 import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,12 +17,13 @@ from large_weights import draw_large_weights
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DeepseekV3Config, GptOssConfig, MixtralConfig, Qwen3MoeConfig
 
+import tritonmoe as tm
 from tritonmoe.config.activations import ClampedSwiGLU, SoftcappedSwiGLU, is_fused
 from tritonmoe.integrations.transformers import experts as experts_module
 from tritonmoe.integrations.transformers import register
 from tritonmoe.integrations.transformers.discovery import experts_classes, is_experts
 from tritonmoe.integrations.transformers.gates import CLAMPED_GATES, choose_activation, fused_name
-from tritonmoe.routing import save_topk
+from tritonmoe.routing import TopKRouter, save_topk
 
 register()
 
@@ -414,3 +416,31 @@ def test_missing_transformers_is_said(monkeypatch):
 def test_importing_the_integration_imports_no_transformers():
     code = "import sys, tritonmoe.integrations.transformers; sys.exit('transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_the_router_chooses_and_weighs_as_deepseek_v4(backend: str) -> None:
+    family = pytest.importorskip("transformers.models.deepseek_v4.modeling_deepseek_v4")
+    sizes = {"num_experts_per_tok": 3, "num_local_experts": 12, "hidden_size": 16, "routed_scaling_factor": 1.5}
+    theirs = family.DeepseekV4TopKRouter(SimpleNamespace(**sizes, scoring_func="sqrtsoftplus"))
+    options = {"score_function": "sqrtsoftplus", "selection_bias": True, "routed_scaling_factor": 1.5}
+    ours = TopKRouter(tm.MoEConfig(16, 8, num_experts=12, top_k=3, **options), backend=backend)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        theirs.weight.normal_(generator=generator)
+        theirs.e_score_correction_bias.normal_(generator=generator)
+    ours.load_state_dict(theirs.state_dict(), strict=False)
+    x, dout = torch.randn(40, 16, generator=generator), torch.randn(40, 12, generator=generator)
+
+    def spread(ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(40, 12).scatter(1, ids, weights)
+
+    logits, weights, ids = theirs(x)
+    routing = ours(x)
+    torch.testing.assert_close(routing.logits, logits)
+    expected, actual = spread(ids, weights), spread(routing.topk_ids, routing.topk_weights)
+    torch.testing.assert_close(actual, expected)
+    grads = [
+        torch.autograd.grad((of * dout).sum(), router.weight)[0] for of, router in ((expected, theirs), (actual, ours))
+    ]
+    torch.testing.assert_close(*grads)

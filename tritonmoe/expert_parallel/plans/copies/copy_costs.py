@@ -214,7 +214,7 @@ def agreed_costs(
         return None
     with_permille, without_permille = _permille(numbers)
     costs = CopyCosts(
-        **spent,
+        **spent._asdict(),
         call_fs=max(of.planning_fs for of in numbers),
         row_bytes=row_bytes[0],
         other_row_bytes=row_bytes[1],
@@ -225,19 +225,26 @@ def agreed_costs(
     )
     if without is None:
         return costs
-    return costs._replace(without=costs._replace(**without))
+    return costs._replace(without=costs._replace(**without._asdict()))
 
 
-def _of_all(spent: Sequence[tuple[int, ...]], has_backward: bool) -> dict[str, int] | None:
-    """Return what of CopyCosts ranks have measured; None where they have not."""
+class _Measured(NamedTuple):
+    """Fields of CopyCosts."""
+
+    forward_fs: int
+    forward_rank_fs: int
+    backward_fs: int
+    backward_rank_fs: int
+    byte_fs: int
+
+
+def _of_all(spent: Sequence[tuple[int, ...]], has_backward: bool) -> _Measured | None:
+    """Return what ranks have measured; None where they have not."""
     pairs, forward_fs, backward_pairs, backward_fs, byte_fs = zip(*spent, strict=True)
     if not sum(pairs) or not max(byte_fs) or (has_backward and not sum(backward_pairs)):
         return None
-    found = {"byte_fs": max(byte_fs), "backward_fs": 0}
-    found["forward_fs"], found["forward_rank_fs"] = _fit(pairs, forward_fs)
-    if has_backward:
-        found["backward_fs"], found["backward_rank_fs"] = _fit(backward_pairs, backward_fs)
-    return found
+    backward = _fit(backward_pairs, backward_fs) if has_backward else (0, 0)
+    return _Measured(*_fit(pairs, forward_fs), *backward, max(byte_fs))
 
 
 def _fit(pairs: Sequence[int], taken_fs: Sequence[int]) -> tuple[int, int]:
