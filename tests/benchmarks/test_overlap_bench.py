@@ -148,7 +148,7 @@ def check_results(path: Path, num_ranks: int) -> dict:
         assert summary[kind]["speed_up"] == round(summary["T_serial"]["median_ms"] / summary[kind]["median_ms"], 4)
         assert summary[kind]["contention"] > 0
     assert results["verdict"] == verdict(results)
-    assert results["verdict"]["case"] in ("few rounds", "no bound")  # of two rounds
+    assert results["verdict"]["case"] in ("few rounds", "no bound", "series too long")  # of two rounds
     return results
 
 
