@@ -16,7 +16,6 @@ from typing import TypeVar
 from unittest import mock
 
 import tritonmoe.transports.emulated.delivery
-import tritonmoe.transports.emulated.exchange
 import tritonmoe.transports.emulated.world
 
 __all__ = ["VirtualTime"]
@@ -24,11 +23,7 @@ __all__ = ["VirtualTime"]
 Result = TypeVar("Result")
 
 LOOK_S = 2e-6
-THREADED = (
-    tritonmoe.transports.emulated.delivery,
-    tritonmoe.transports.emulated.exchange,
-    tritonmoe.transports.emulated.world,
-)
+THREADED = tritonmoe.transports.emulated.delivery, tritonmoe.transports.emulated.world
 """The modules whose conditions ranks wait for."""
 
 

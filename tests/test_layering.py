@@ -56,16 +56,13 @@ MODULES = {module_of(path): path for path in FILES}
 
 
 @functools.cache
-def names_used(path: Path, *, for_types: bool = True) -> frozenset[str]:
-    """Absolute dotted names that a file imports, also inside functions, or reaches through an imported torch.
+def names_used(path: Path) -> frozenset[str]:
+    """Absolute dotted names that a file imports, or reaches through an imported torch.
 
-    for_types: also what is imported under `if TYPE_CHECKING`, which never runs.
+    Imports inside functions count, and those under `if TYPE_CHECKING`, which never run.
     """
-    tree, names = ast.parse(path.read_text()), set()
-    for block in ast.walk(tree) if not for_types else ():
-        if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING":
-            block.body = []
-    for node in ast.walk(tree):
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -113,9 +110,9 @@ def test_a_file_imports_only_from_its_folder_and_those_before(path: Path) -> Non
 
 
 def imported_modules(path: Path) -> set[str]:
-    """Return the package's modules whose code a file needs: of `from a.b import c` a.b.c if it is one, else a.b."""
+    """Return the package's modules that a file imports: of `from a.b import c` a.b.c if it is one, else a.b."""
     used = set()
-    for name in names_used(path, for_types=False):
+    for name in names_used(path):
         while name and name not in MODULES:
             name = name.rpartition(".")[0]
         if name and name != module_of(path):

@@ -11,7 +11,6 @@ from tritonmoe.backends.kernel_check import CASES, SMALL_CASES, check_layer, dis
 from tritonmoe.benchmarks.shapes import LayerInputs
 from tritonmoe.experts.moe_mlp import moe_mlp
 from tritonmoe.kernels.tiles import measured_tiles
-from tritonmoe.routing.router import TopKRouter
 from tritonmoe.routing.router_check import ROUTERS, SMALL_ROUTERS, check_router
 from tritonmoe.runtime.files import Json
 
@@ -159,6 +158,6 @@ def check_small_layers(bench: Workbench) -> Json:
     layers = SMALL_CASES[:1] if bench.setting.is_rehearsal else CASES
     found = [one for layer in layers for one in check_layer(layer, choose("triton", device, layer.dtype), device)]
     routers = SMALL_ROUTERS[:1] if bench.setting.is_rehearsal else ROUTERS
-    found += [one for router in routers for one in check_router(router, TopKRouter, device)]
+    found += [one for router in routers for one in check_router(router, device)]
     wrong = [f"{one.layer}, {one}" for one in found if not one.is_right]
     return {"results": len(found), "errors": wrong, "passed": not wrong}

@@ -6,6 +6,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.metadata import Distribution
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from tritonmoe.backends.kernel_check import Checked, Distance, cases_like
 from tritonmoe.backends.ops import CalledLayer
 from tritonmoe.config.activations import ClampedSwiGLU
 from tritonmoe.config.layer import ExpertLayout, KernelOptions, MoEConfig, Projection
-from tritonmoe.routing import router
+from tritonmoe.routing import Routing, router, router_check
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 machine_of = first_use._machine
@@ -302,14 +303,14 @@ def test_blackwell_before_the_barrier(
 
 @pytest.mark.parametrize("is_wrong", [False, True])
 def test_routers_in_the_interpreter(is_wrong: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = router.route_by_kernels
+    right = router_check.route_by_kernels
 
-    def slightly_wrong(*args: object) -> tuple:
-        logits, scores, *others = right(*args)
-        return logits, scores * 1.1, *others
+    def slightly_wrong(*args: object, **keywords: object) -> Routing:
+        routing = right(*args, **keywords)
+        return replace(routing, scores=routing.scores * 1.1)
 
     if is_wrong:
-        monkeypatch.setattr(router, "route_by_kernels", slightly_wrong)
+        monkeypatch.setattr(router_check, "route_by_kernels", slightly_wrong)
     assert router._are_kernels_right(CPU, torch.float32) is not is_wrong
 
 
@@ -339,8 +340,8 @@ def test_auto_takes_a_router_that_is_right(are_right: bool, backend: str, monkey
     ways: list[str] = []
     monkeypatch.setattr(first_use, "are_right", lambda *_: are_right)
     monkeypatch.setattr(router, "is_fused", lambda *_: True)
-    monkeypatch.setattr(router.TopKRouter, "_route", lambda *_: ways.append("torch"))
-    monkeypatch.setattr(router.TopKRouter, "_route_by_kernels", lambda *_: ways.append("triton"))
+    monkeypatch.setattr(router, "route_by_torch", lambda *_: ways.append("torch"))
+    monkeypatch.setattr(router, "route_by_kernels", lambda *_: ways.append("triton"))
     router.TopKRouter(MoEConfig(8, 8, 4, 2), backend=backend)(torch.ones(3, 8))
     assert ways == ["triton" if are_right or backend == "triton" else "torch"]
 

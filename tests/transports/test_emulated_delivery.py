@@ -11,8 +11,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from tritonmoe.errors import TransportError
 from tritonmoe.transports import EmulatedWorld, LinkModel, Transport
+from tritonmoe.transports.emulated.delivery import EmulatedExchange
 from tritonmoe.transports.emulated.emulated_ranks import run_on_emulated_ranks
-from tritonmoe.transports.emulated.exchange import EmulatedExchange
 
 
 @within(QUICK_S)
@@ -194,12 +194,13 @@ def test_received_rows_are_let_go_by_the_peer_that_posts_last() -> None:
         rows = torch.ones(2, 1000)
         if transport.rank == 1:
             assert has_posted.wait(10)
-            lock = transport.world.lock
-            exchange = EmulatedExchange(transport, "exchange", rows, [1, 1], [1, 1], torch.empty(2, 1000))
-            transport.world.lock = SlowToGoOn(lock)
-            transport.world.post(exchange)
-            transport.world.lock = lock
-            exchange.wait()
+            world, lock = transport.world, transport.world.lock
+            out = torch.empty(2, 1000)
+            exchange = EmulatedExchange(world.delivery, transport, "exchange", rows, [1, 1], [1, 1], out)
+            world.lock = SlowToGoOn(lock)
+            world.post(exchange)
+            world.lock = lock
+            world.wait(exchange)
             return True
         pending = transport.exchange(rows, [1, 1], [1, 1])
         has_posted.set()
@@ -270,7 +271,7 @@ class LateClock:
 def post_late(link: LinkModel | None, num_exchanges: int) -> tuple[EmulatedWorld, list[list], list[list[LateMoment]]]:
     """Post exchanges of 1000 bytes on two ranks; give them, and their moments, by exchange and rank."""
     world, clock = EmulatedWorld(2, link=link, timeout_s=30), LateClock()
-    world.clock = clock  # type: ignore[assignment]
+    world.delivery.clock = clock  # type: ignore[assignment]
     exchanges = [
         [
             transport.exchange(torch.full((2, 250), rank + 1.0), [1, 1], [1, 1])
@@ -285,14 +286,14 @@ def test_the_time_starts_when_both_ranks_rows_are_computed() -> None:
     link = LinkModel(0.001, latency_us=500)
     world, [[one, other]], [[of_one, of_other]] = post_late(link, 1)
     of_one.at = time.perf_counter()
-    while one.start is None:
+    while one.posted.start is None:
         time.sleep(1e-3)
-    assert other.start is None
-    assert not world._delivery._messages
+    assert other.posted.start is None
+    assert not world.delivery._messages
     of_other.at = time.perf_counter() + 0.02  # as if the device had told it ahead of time
     assert other.wait()[:, 0].tolist() == one.wait()[:, 0].tolist() == [1.0, 2.0]
-    assert (one.start, other.start) == (of_one.at, of_other.at)
-    assert min(one.finished, other.finished) >= of_other.at + 1e-3 + 500e-6
+    assert (one.posted.start, other.posted.start) == (of_one.at, of_other.at)
+    assert min(one.posted.finished, other.posted.finished) >= of_other.at + 1e-3 + 500e-6
     world.close()
 
 
@@ -301,14 +302,14 @@ def test_exchanges_take_their_turn_as_posted_whatever_is_computed_first() -> Non
     for moment in of_second:
         moment.at = time.perf_counter()
     time.sleep(0.02)
-    assert [exchange.start for exchange in second] == [None, None]
+    assert [exchange.posted.start for exchange in second] == [None, None]
     for moment in of_first:
         moment.at = time.perf_counter() + 0.01
     for exchange in (*second, *first):
         exchange.wait()
     for early, late, moment in zip(first, second, of_first, strict=True):
-        assert early.start == moment.at
-        assert late.start == pytest.approx(moment.at + 1e-3, rel=0, abs=1e-9)
+        assert early.posted.start == moment.at
+        assert late.posted.start == pytest.approx(moment.at + 1e-3, rel=0, abs=1e-9)
     world.close()
 
 

@@ -37,13 +37,12 @@ def run(arguments: argparse.Namespace) -> int:
     from tritonmoe.backends.kernel_check import CASES, SMALL_CASES, check_layer
     from tritonmoe.kernels import launch
     from tritonmoe.kernels.tiles import measured_tiles
-    from tritonmoe.routing.router import TopKRouter
     from tritonmoe.routing.router_check import ROUTERS, SMALL_ROUTERS, check_router
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "Triton's interpreter"
     layers, routers = (SMALL_CASES, SMALL_ROUTERS) if launch.INTERPRETED else (CASES, ROUTERS)
     checks = [(one.name, check_layer(one, choose("triton", device, one.dtype), device)) for one in layers]
-    checks += [(router.name, check_router(router, TopKRouter, device)) for router in routers]
+    checks += [(router.name, check_router(router, device)) for router in routers]
     found, wrong = [], 0
     for case, results in checks:
         with measured_tiles.asked() as tiles:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from tritonmoe.benchmarks.argument_types import Subparsers
 from tritonmoe.benchmarks.timing import package_versions
 from tritonmoe.integrations.transformers.discovery import ExpertsClass, experts_classes, unsupported_classes
+from tritonmoe.integrations.transformers.gates import named_activation
 from tritonmoe.integrations.transformers.upcycle.native import NATIVE_TARGETS
 from tritonmoe.report.terminal import refused
 
@@ -34,13 +35,13 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         found = {
             "transformers": version,
-            "supported": [dataclasses.asdict(one) | {"activation": one.activation} for one in supported],
+            "supported": [dataclasses.asdict(one) | {"activation": named_activation(one)} for one in supported],
             "unsupported": [dataclasses.asdict(one) for one in others],
             "upcycled": _upcycled(supported),
         }
         print(json.dumps(found, indent=1))
         return 0
-    rows = [(one.model_type, one.name, _weights(one), one.activation) for one in supported]
+    rows = [(one.model_type, one.name, _weights(one), named_activation(one)) for one in supported]
     print("\n".join(_markdown(rows) if arguments.markdown else _plain(rows)))
     families = len({one.model_type for one in supported})
     print(f"\n{len(supported)} experts classes in {families} model types of transformers {version}.")

@@ -15,12 +15,11 @@ from torch import Tensor
 
 from tritonmoe.doctor.causes import KINDS, STRUCTURAL, CauseKind, Causes, Removal
 from tritonmoe.doctor.culprits import Culprits, culprits_of
-from tritonmoe.doctor.graph import Graph
+from tritonmoe.doctor.graph import Graph, floats, indices
 from tritonmoe.doctor.link_ends import SlowLinks
 from tritonmoe.doctor.noise import gain_of_noise
 from tritonmoe.doctor.pattern import FEW_STEPS, Pattern
 from tritonmoe.doctor.recorded_causes import Known
-from tritonmoe.doctor.tables import floats, indices
 from tritonmoe.doctor.usual import usual_of
 
 __all__ = ["Cost", "Finding", "Verdict", "attribute"]

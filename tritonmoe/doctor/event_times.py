@@ -7,8 +7,8 @@ from torch import Tensor
 
 from tritonmoe.diagnosis.call_recording import RecordedPass
 from tritonmoe.diagnosis.pass_steps import PassSteps, times_of
+from tritonmoe.doctor.graph import floats
 from tritonmoe.doctor.recorded_steps import COUNTS, Events
-from tritonmoe.doctor.tables import floats
 
 __all__ = ["EventTimes"]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tritonmoe.diagnosis.call_recording import RecordedCall
 from tritonmoe.diagnosis.pass_steps import PassSteps, arrivals_of, places_of, times_of
-from tritonmoe.doctor.tables import floats
+from tritonmoe.doctor.graph import floats
 from tritonmoe.overlap.steps import Step, StepKind, Way
 from tritonmoe.simulation.cost_model import LayerWork
 

@@ -12,10 +12,9 @@ from tritonmoe.doctor.advice import Advice
 from tritonmoe.doctor.attribution import Cost
 from tritonmoe.doctor.causes import Causes
 from tritonmoe.doctor.fits import fit_relative_line
-from tritonmoe.doctor.graph import Graph, Key
+from tritonmoe.doctor.graph import Graph, Key, floats, indices
 from tritonmoe.doctor.moe_layers import LayerPass, layers_of
 from tritonmoe.doctor.node_bytes import inside_byte_s, node_bytes
-from tritonmoe.doctor.tables import floats, indices
 from tritonmoe.doctor.usual import usual_of
 from tritonmoe.doctor.walk import walker_of
 from tritonmoe.overlap.schedule import build_forward

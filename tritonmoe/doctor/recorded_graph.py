@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from tritonmoe.diagnosis.call_recording import Recording
-from tritonmoe.doctor.graph import Graph, Kind
+from tritonmoe.doctor.graph import Graph, Kind, Tables, floats, indices
 from tritonmoe.doctor.recorded_between import Between, between_of
 from tritonmoe.doctor.recorded_rows import MEETING, PLACES, Columns, RecordedRows, place_in_exchange
 from tritonmoe.doctor.recorded_steps import Event, PlacedPass, placed_passes
-from tritonmoe.doctor.tables import Tables, floats, indices
 
 __all__ = ["RecordedGraph", "graph_of"]
 

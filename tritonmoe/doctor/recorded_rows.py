@@ -9,8 +9,8 @@ from torch import Tensor
 
 from tritonmoe.diagnosis.call_recording import Recording
 from tritonmoe.doctor.event_times import EventTimes
+from tritonmoe.doctor.graph import Key, indices
 from tritonmoe.doctor.recorded_steps import COUNTS, Event, Events, PlacedPass, events_of
-from tritonmoe.doctor.tables import Key, indices
 from tritonmoe.overlap.steps import StepKind, Unit, Way
 
 __all__ = ["MEETING", "PLACES", "Columns", "RecordedRows", "place_in_exchange"]

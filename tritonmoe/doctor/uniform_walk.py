@@ -11,8 +11,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from tritonmoe.doctor.graph import Graph, Kind
-from tritonmoe.doctor.tables import Tables, indices
+from tritonmoe.doctor.graph import Graph, Kind, Tables, indices
 
 __all__ = ["UniformWalk", "Walked", "uniform_walk"]
 

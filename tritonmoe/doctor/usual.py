@@ -13,9 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tritonmoe.doctor.graph import Graph
+from tritonmoe.doctor.graph import Graph, indices
 from tritonmoe.doctor.samples import Samples, by_step, middle
-from tritonmoe.doctor.tables import indices
 
 __all__ = ["Usual", "usual_of"]
 

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tritonmoe.doctor.graph import Graph, Kind
-from tritonmoe.doctor.tables import indices
+from tritonmoe.doctor.graph import Graph, Kind, indices
 from tritonmoe.doctor.uniform_walk import Walked
 
 __all__ = ["LevelWalk"]

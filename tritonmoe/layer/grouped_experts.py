@@ -1,42 +1,55 @@
 """GroupedExperts: the experts of a layer as parameters, and their call on one device or over ranks."""
 
-from collections.abc import Callable, Sequence
+import threading
+import uuid
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Literal
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
 
 from tritonmoe.backends import check_name
-from tritonmoe.config.layer import MoEConfig, check_moe_config
+from tritonmoe.config.layer import MoEConfig, PerWeight, check_moe_config
 from tritonmoe.config.overlap import OverlapConfig, OverlapPlan, check_overlap
 from tritonmoe.dispatch.placement import ExpertPlacement
 from tritonmoe.expert_parallel.call import CallSpec, ProposedCall
 from tritonmoe.expert_parallel.check import check_expert_parallel
 from tritonmoe.expert_parallel.expert_parallel_mlp import run_expert_parallel
 from tritonmoe.expert_parallel.state import LayerCalls, refuse
-from tritonmoe.experts.adapters import ExpertAdapters, noted_adapters
+from tritonmoe.experts.adapters import ExpertAdapters, noted_adapters, noted_factors, with_adapters
+from tritonmoe.experts.arguments import find_main_grads
 from tritonmoe.experts.moe_mlp import run_experts
-from tritonmoe.experts.packed_parameters import check_loaded
+from tritonmoe.experts.packed_parameters import as_values, check_loaded
 from tritonmoe.experts.parameters import PARAMETERS, draw_experts, draw_packed_experts, empty_parameters
+from tritonmoe.experts.quantized_weight import is_packed
 from tritonmoe.experts.spec import LAYOUT, ExpertSpec, expert_spec
 from tritonmoe.experts.tensors import CallTensors
-from tritonmoe.layer.call_weights import call_weights, local_weights
-from tritonmoe.layer.known_experts import know_experts, transports_of
 from tritonmoe.overlap.report import LayerReport
+from tritonmoe.runtime.autograd import leaf_of
+from tritonmoe.runtime.halves import for_both_halves
 from tritonmoe.runtime.wrappers import refuse_computed
+from tritonmoe.sharding.data_parallel import is_averaged_by_ddp
 from tritonmoe.sharding.grad_scaling import agree_on_overflow
 from tritonmoe.sharding.sharded_parameters import (
     Sharding,
     check_expert_gradients,
     check_replicas,
     find_sharding,
+    local_shard,
     rows_here,
     shard_parameters,
 )
-from tritonmoe.transports import Ranks, as_transport
+from tritonmoe.transports import Ranks, Transport, as_transport
 
-__all__ = ["GroupedExperts"]
+__all__ = ["GroupedExperts", "experts_of_parameters"]
+
+_known: "WeakValueDictionary[str, GroupedExperts]" = WeakValueDictionary()
+_lock = threading.Lock()  # emulated ranks are threads
+ADAPTS = "_tritonmoe_adapts"
+"""What a factor of a call's adapters notes: the key of the module that was called (no weakref: those forbid swaps)."""
 
 
 class GroupedExperts(nn.Module):
@@ -105,11 +118,11 @@ class GroupedExperts(nn.Module):
         self._hold(empty_parameters(config, len(self.expert_ids), device, dtype))
         self.reset_parameters(generator)
         self.register_load_state_dict_pre_hook(check_loaded)
-        self.key = know_experts(self)
+        self.key = _know(self)
 
     def __setstate__(self, state: dict[str, object]) -> None:
         super().__setstate__(state)
-        self.key = know_experts(self)  # this is a copy
+        self.key = _know(self)  # this is a copy
 
     def _join(
         self,
@@ -143,7 +156,7 @@ class GroupedExperts(nn.Module):
         self.sharding = find_sharding(ranks, self.transport, device)
         self.calls = LayerCalls(self.transport, expert_gradients)
         self.calls.load_balance_loss_weight = self._load_balance_loss_weight
-        agree_on_overflow(transports_of)
+        agree_on_overflow(_transports_of)
         if expert_gradients == "mean":
             self.gradient_scale = 1 / size
         self.expert_ids = tuple(range(rank * num_local, (rank + 1) * num_local))
@@ -246,7 +259,7 @@ class GroupedExperts(nn.Module):
         if self.sharding is not None:
             check_replicas(seed, self.sharding)
         experts = rows_here(self.gate_up_proj, self.expert_ids)
-        weights = local_weights(self)
+        weights = self._local_weights()
         if self.config.weight_format is None:
             draw_experts(weights.gate_up_proj, weights.down_proj, self.config, experts, seed)
         else:
@@ -287,19 +300,130 @@ class GroupedExperts(nn.Module):
             for filler in fillers:
                 filler()
             adapters = self._in_mode(adapters)
-            weights = call_weights(self, None, adapters)
+            weights = self._call_weights(None, adapters)
             return run_experts(self._spec(adapters), CallTensors(x, topk_ids, topk_weights, weights))
         try:
             adapters = self._in_mode(adapters)
             spec = CallSpec(self._spec(adapters), self.config.num_experts, self.overlap, self.placement)
-            inputs = CallTensors(x, topk_ids, topk_weights, call_weights(self, x, adapters))
+            inputs = CallTensors(x, topk_ids, topk_weights, self._call_weights(x, adapters))
         except Exception:
             refuse(self.transport)
             raise
         return run_expert_parallel(ProposedCall(spec, self.transport, inputs, self.calls, num_nonfinite_rows, fillers))
+
+    def _local_weights(self, x: Tensor | None = None, adapters: ExpertAdapters | None = None) -> PerWeight[Tensor]:
+        """Return this rank's experts as plain tensors, whose gradients reach the parameters, to compute with x."""
+        own: PerWeight[Tensor] = PerWeight(
+            self.gate_up_proj,
+            self.gate_up_proj_bias,
+            self.down_proj,
+            self.down_proj_bias,
+            gate_up_scales=self.gate_up_proj_scales,
+            down_scales=self.down_proj_scales,
+        )
+        parameters = with_adapters(own, adapters)
+        sharding, calls, placement = self.sharding, self.calls, self.placement
+        if sharding is None or calls is None:
+            return parameters
+        is_trained = torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in parameters)
+        if is_trained and sharding.mesh is not None and placement is not None and placement.has_replicas:
+            raise ValueError(
+                "experts that stand in several slots of a placement can't be trained as DTensors: clip_grad_norm_ "
+                "would count them several times. Use a placement without replicas, freeze them "
+                "(requires_grad_(False)), or call expert_parallel_mlp with parameters of your own"
+            )
+        first = len(parameters) * calls.number
+        local: list[Tensor | None] = [None] * len(parameters)
+        for number, parameter in enumerate(parameters):
+            if parameter is not None:
+                make = partial(local_shard, self, parameter, sharding, self.gradient_scale, first + number)
+                local[number] = for_both_halves(parameter, parameter.dtype, make)
+        weights: PerWeight[Tensor] = PerWeight(*local)  # type: ignore[arg-type]  # None stands where PerWeight has None
+        if x is None or not self.narrows_to(x.dtype) or find_main_grads(weights) is not None:
+            return weights
+        dtype = x.dtype
+        return weights.map(lambda weight: for_both_halves(weight, dtype, lambda: weight.to(dtype)))
+
+    def _call_weights(self, x: Tensor | None, adapters: ExpertAdapters | None) -> PerWeight[Tensor]:
+        """Return _local_weights() with these adapters, or with the factors that are noted of the module (PEFT's)."""
+        weights = as_values(self, self.config.weight_format, self._local_weights(x, adapters))
+        if adapters is not None and self.transport is not None and self.transport.size > 1:
+            _note_factors(self.key, adapters)
+        factors = noted_factors(
+            self, torch.bfloat16 if is_packed(weights) else weights.gate_up_proj.dtype, self.expert_ids
+        )
+        if factors and adapters is not None:
+            raise ValueError(
+                "the call gives adapters to experts that PEFT has adapted already: leave adapters out, or don't wrap "
+                "the experts by PEFT"
+            )
+        is_trained = torch.is_grad_enabled() and any(factor.requires_grad for factor in factors.values())
+        if is_trained and self.placement is not None and self.placement.has_replicas:
+            raise ValueError(
+                "adapters of experts that stand in several slots of a placement can't be trained: every slot would get "
+                "the gradient of all of them, and an average over ranks would count it several times. Use a placement "
+                "without replicas, or freeze the adapters"
+            )
+        return weights._replace(**factors)
 
     def _in_mode(self, adapters: ExpertAdapters | None) -> ExpertAdapters | None:
         """Return adapters without dropout, but in training mode."""
         if isinstance(adapters, ExpertAdapters) and adapters.dropout and not self.training:
             return replace(adapters, dropout=0.0)
         return adapters
+
+
+def _know(module: GroupedExperts) -> str:
+    """Remember a module as long as it lives, and return its key, which no other process has: a file may keep it."""
+    key = uuid.uuid4().hex
+    with _lock:
+        _known[key] = module
+    return key
+
+
+def experts_of_parameters(parameters: Iterable[Tensor]) -> list[GroupedExperts | None]:
+    """Return, for each parameter, the GroupedExperts over ranks of which it is a plain tensor; None for all others.
+
+    The living modules are asked. A note on their parameters would be lost where they are exchanged for others: by
+    deepcopy, load_state_dict with assign=True, parametrizations. Factors of adapters that were given to an eager call
+    over ranks, themselves or cast, reshaped or scaled, count as parameters of the module that was called.
+    """
+    with _lock:
+        modules = dict(_known.items())
+    spread = [
+        m for m in modules.values() if m.transport is not None and (m.sharding is None or m.sharding.mesh is None)
+    ]
+    own = {id(parameter): module for module in spread for parameter in module.parameters()}
+    return [own.get(id(parameter)) or modules.get(vars(parameter).get(ADAPTS, "")) for parameter in parameters]
+
+
+def _transports_of(parameters: Iterable[Tensor]) -> list[Transport]:
+    """Return the transports over which some of these parameters are spread as plain tensors, in their order."""
+    modules = experts_of_parameters(parameter for parameter in parameters if not hasattr(parameter, "device_mesh"))
+    spread = [module.transport for module in modules if module is not None and module.transport is not None]
+    return [transport for transport in dict.fromkeys(spread) if transport.size > 1]
+
+
+def _note_factors(key: str, adapters: ExpertAdapters) -> None:
+    """Remember the parameters of a call's adapters, which are this rank's alone as its experts are.
+
+    Args:
+        key: of the module that is called, from _know().
+    Raises:
+        ValueError: DistributedDataParallel averages a factor over ranks.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return
+    for factor in (adapters.gate_up_a, adapters.gate_up_b, adapters.down_a, adapters.down_b):
+        leaf = None if factor is None else leaf_of(factor)
+        if leaf is None or hasattr(leaf, "device_mesh"):
+            continue
+        if is_averaged_by_ddp(leaf):
+            raise ValueError(
+                "a factor of adapters is this rank's experts' alone, and DistributedDataParallel averages it with the "
+                "factors of the other ranks' experts: keep it outside of the module that is wrapped, or name it in "
+                "that module's _ddp_params_and_buffers_to_ignore before wrapping (a parameter of the module itself as "
+                '"name" and ".name")'
+            )
+        if getattr(leaf, ADAPTS, None) != key:
+            setattr(leaf, ADAPTS, key)

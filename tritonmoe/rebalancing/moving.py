@@ -7,7 +7,7 @@ from torch import Tensor
 from tritonmoe.dispatch.placement import ExpertPlacement
 from tritonmoe.rebalancing.better_placement import source_of
 from tritonmoe.transports import Transport
-from tritonmoe.transports.collectives import leaving_nobody_waiting
+from tritonmoe.transports.base import leaving_nobody_waiting
 from tritonmoe.transports.waiting import Doing
 
 __all__ = ["move"]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tritonmoe.backends import triton_unusable_reason
 from tritonmoe.config.routing import decode
 from tritonmoe.routing.replay import is_replaying
+from tritonmoe.routing.token_routing import Routing
 from tritonmoe.runtime.autograd import Context, once_differentiable, refuse_second_derivative, without_autocast
 from tritonmoe.runtime.transforms import is_transformed
 
@@ -48,11 +49,18 @@ def _has_kernels(backend: str, device: torch.device) -> bool:
 _has_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def route_by_kernels(x: Tensor, weight: Tensor, selection_bias: Tensor | None, rule: str) -> Parts:
-    """Return the fields of router_kernels.Routed, differentiable (once) in x and weight. rule: RoutingRule.encode()."""
-    if torch.compiler.is_compiling():
-        return _route(x, weight, selection_bias, rule)
-    return _Route.apply(x, weight, selection_bias, rule)
+def route_by_kernels(x: Tensor, weight: Tensor, selection_bias: Tensor | None, rule: str) -> Routing:
+    """Return the routing of x (T, D), differentiable (once) in x and weight. rule: RoutingRule.encode()."""
+    route = _route if torch.compiler.is_compiling() else _Route.apply
+    logits, scores, topk_ids, topk_weights, counts = route(x, weight, selection_bias, rule)
+    return Routing(
+        topk_ids=topk_ids,
+        topk_weights=topk_weights,
+        logits=logits,
+        scores=scores,
+        num_nonfinite_rows=counts[-1],
+        load=counts[:-1],
+    )
 
 
 def _run(x: Tensor, weight: Tensor, selection_bias: Tensor | None, rule: str) -> Parts:

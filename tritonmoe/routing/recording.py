@@ -9,13 +9,15 @@ import torch
 from torch import Tensor
 
 from tritonmoe.routing.layer_recording import LayerRecording, check_integers
-from tritonmoe.routing.rollout import check_not_shifted, rollout_ids
+from tritonmoe.routing.rollout import rollout_ids
 from tritonmoe.runtime.files import write_whole
 from tritonmoe.runtime.plain_pickle import load_tensors
 
 __all__ = ["RoutingRecording", "check_same_layers"]
 
 FORMAT = "tritonmoe routing 1"
+FEWEST_COMPARED = 16
+"""Of fewer tokens nothing tells whether their rows are shifted."""
 
 
 class RoutingRecording:
@@ -94,7 +96,7 @@ class RoutingRecording:
         for name, ids in found.items():
             recording.add(name, ids, like.layers[name].num_experts, is_recorded=is_recorded)
         if like.num_tokens == recording.num_tokens:
-            check_not_shifted(recording, like, is_recorded.nonzero().squeeze(1))
+            _check_not_shifted(recording, like, is_recorded.nonzero().squeeze(1))
         return recording
 
     @property
@@ -260,6 +262,26 @@ def check_same_layers(recording: RoutingRecording, num_experts: Mapping[str, int
                 f"both must have the same experts: {name} has {num_experts[name]} in {owner}, and {recorded_experts} "
                 "in the recording"
             )
+
+
+def _check_not_shifted(recording: RoutingRecording, like: RoutingRecording, known: Tensor) -> None:
+    """Raise ValueError where the recorded tokens `known` agree far better with their neighbours in `like`."""
+    if known.numel() < FEWEST_COMPARED:
+        return
+    with_own = _mean_agreement(recording, like)
+    for where, tokens, neighbours in (("before", known[1:], known[:-1]), ("after", known[:-1], known[1:])):
+        with_neighbours = _mean_agreement(recording.rearranged(tokens), like.rearranged(neighbours))
+        if 4 * (1 - with_neighbours) < 1 - with_own:
+            raise ValueError(
+                f"rows must be those of their tokens: {with_own:.0%} of the ids are those that `like` has, and "
+                f"{with_neighbours:.0%} those of the token {where}, so the rows are shifted by one; row 0 is of a "
+                "sequence's first token"
+            )
+
+
+def _mean_agreement(recording: RoutingRecording, other: RoutingRecording) -> float:
+    shares = recording.agreement(other).values()
+    return sum(shares) / len(shares)
 
 
 def _mean(shares: Tensor) -> float:

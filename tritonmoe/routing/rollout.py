@@ -3,7 +3,7 @@
 import base64
 import io
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,15 +11,10 @@ from torch import Tensor
 from tritonmoe.routing.layer_recording import UNSIGNED, LayerRecording, check_integers
 from tritonmoe.runtime.files import num_elements
 
-if TYPE_CHECKING:
-    from tritonmoe.routing.recording import RoutingRecording
-
-__all__ = ["check_not_shifted", "rollout_ids"]
+__all__ = ["rollout_ids"]
 
 NPY = b"\x93NUMPY"
 """What every npy file begins with."""
-FEWEST_COMPARED = 16
-"""Of fewer tokens nothing tells whether their rows are shifted."""
 
 
 def rollout_ids(
@@ -194,23 +189,3 @@ def _check_ids(ids: Tensor, is_missing: Tensor, is_known: Tensor, layer: str, nu
             raise ValueError(
                 f"{rule}: token {token} of sequence {number} has {ids[row].tolist()} in {layer}; {way_out}"
             )
-
-
-def check_not_shifted(recording: "RoutingRecording", like: "RoutingRecording", known: Tensor) -> None:
-    """Raise ValueError where the recorded tokens `known` agree far better with their neighbours in `like`."""
-    if known.numel() < FEWEST_COMPARED:
-        return
-    with_own = _mean_agreement(recording, like)
-    for where, tokens, neighbours in (("before", known[1:], known[:-1]), ("after", known[:-1], known[1:])):
-        with_neighbours = _mean_agreement(recording.rearranged(tokens), like.rearranged(neighbours))
-        if 4 * (1 - with_neighbours) < 1 - with_own:
-            raise ValueError(
-                f"rows must be those of their tokens: {with_own:.0%} of the ids are those that `like` has, and "
-                f"{with_neighbours:.0%} those of the token {where}, so the rows are shifted by one; row 0 is of a "
-                "sequence's first token"
-            )
-
-
-def _mean_agreement(recording: "RoutingRecording", other: "RoutingRecording") -> float:
-    shares = recording.agreement(other).values()
-    return sum(shares) / len(shares)

@@ -5,8 +5,6 @@ import logging
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from tritonmoe.backends import check_name
@@ -14,21 +12,14 @@ from tritonmoe.backends.ops import Unchecked
 from tritonmoe.config.layer import MoEConfig, check_moe_config
 from tritonmoe.config.numbers import is_number
 from tritonmoe.config.routing import RoutingRule
-from tritonmoe.config.scores import SCORES
 from tritonmoe.routing.fused import is_fused, route_by_kernels
+from tritonmoe.routing.plain import route_by_torch
 from tritonmoe.routing.router_check import ROUTERS, check_router
-from tritonmoe.routing.statistics import expert_load, reduce_counts
+from tritonmoe.routing.statistics import reduce_counts
 from tritonmoe.routing.token_routing import Routing, check_token_mask
-from tritonmoe.runtime.autograd import Context, is_recomputing, without_autocast
+from tritonmoe.runtime.autograd import is_recomputing
 from tritonmoe.runtime.helping import is_helping
-from tritonmoe.runtime.transforms import (
-    below_transforms,
-    is_transformed,
-    refuse_jvp,
-    refuse_tangents,
-    refuse_vmap,
-    unwrapped,
-)
+from tritonmoe.runtime.transforms import below_transforms, refuse_tangents, unwrapped
 from tritonmoe.runtime.wrappers import refuse_computed
 
 __all__ = ["TopKRouter"]
@@ -41,7 +32,7 @@ def _are_right(device: torch.device, dtype: torch.dtype) -> bool:
     from tritonmoe.backends import first_use  # only where kernels run: a CPU may have no Triton
 
     checked = next(router for router in ROUTERS if router.dtype == dtype)
-    return first_use.are_right(device, dtype, "router", lambda: check_router(checked, TopKRouter, device))
+    return first_use.are_right(device, dtype, "router", lambda: check_router(checked, device))
 
 
 def _are_kernels_right(device: torch.device, dtype: torch.dtype) -> bool:
@@ -81,52 +72,6 @@ def _say_once(rule: str) -> None:
         "give GroupedExperts the ids and weights; for a new model there is nothing to do. (This is said once)",
         rule,
     )
-
-
-class _RouterLogits(torch.autograd.Function):
-    """(x (T, D), weight (E, D)) -> (logits (T, E), is_finite (T, 1)), in fp32 (fp64 for fp64 inputs).
-
-    Rows with a non-finite logit give zeros to both gradients: plain autograd would give 0 * NaN. That is also why
-    x is masked in backward only: masking before the product would need a second pass over x to find the rows.
-    """
-
-    @staticmethod
-    def forward(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        dtype = _score_dtype(x, weight)
-        with without_autocast(x.device):
-            logits = F.linear(x.to(dtype), weight.to(dtype))
-        return logits, logits.isfinite().all(dim=1, keepdim=True)
-
-    @staticmethod
-    def setup_context(ctx: Context, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
-        is_finite = output[1]
-        ctx.mark_non_differentiable(is_finite)
-        ctx.save_for_backward(*inputs, is_finite)
-
-    @staticmethod
-    def backward(ctx: Context, dlogits: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        x, weight, is_finite = ctx.saved_tensors
-        dlogits = torch.where(is_finite, dlogits, 0.0)
-        dx = dweight = None
-        with without_autocast(x.device):
-            if ctx.needs_input_grad[0]:
-                dx = torch.where(is_finite, dlogits @ weight.to(dlogits.dtype), 0.0).to(x.dtype)
-            if ctx.needs_input_grad[1]:
-                finite_x = torch.where(is_finite, x.to(dlogits.dtype), 0.0)
-                dweight = (dlogits.T @ finite_x).to(weight.dtype)
-        return dx, dweight
-
-    vmap = staticmethod(refuse_vmap)
-
-
-class _TransformedRouterLogits(_RouterLogits):
-    """The same under a transform of torch.func, which asks for a jvp; torch.compile takes no Function that has one."""
-
-    jvp = staticmethod(refuse_jvp)
-
-
-def _score_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
-    return torch.float64 if torch.float64 in (x.dtype, weight.dtype) else torch.float32
 
 
 class TopKRouter(nn.Module):
@@ -241,71 +186,17 @@ class TopKRouter(nn.Module):
         if token_mask is not None:
             check_token_mask(token_mask, x)
         refuse_tangents(x, self.weight)
+        parameters = self.weight, self.e_score_correction_bias
         if is_fused(self.backend, x, self.weight) and (self.backend != "auto" or _are_kernels_right(x.device, x.dtype)):
-            routing = self._route_by_kernels(x)
+            routing = route_by_kernels(x, *parameters, self._rule)
         else:
-            routing = self._route(x)
+            routing = route_by_torch(x, *parameters, config)
         if token_mask is not None:
             routing = routing.of_tokens(token_mask)
         if self.load is not None and self.training and not is_recomputing() and not is_helping():
             with below_transforms():
                 self.load += unwrapped(routing.load)
         return routing
-
-    def _route_by_kernels(self, x: Tensor) -> Routing:
-        parts = route_by_kernels(x, self.weight, self.e_score_correction_bias, self._rule)
-        logits, scores, topk_ids, topk_weights, counts = parts
-        return Routing(
-            topk_ids=topk_ids,
-            topk_weights=topk_weights,
-            logits=logits,
-            scores=scores,
-            num_nonfinite_rows=counts[-1],
-            load=counts[:-1],
-        )
-
-    def _route(self, x: Tensor) -> Routing:
-        config = self.config
-        is_eager = not torch.compiler.is_compiling()
-        product = _TransformedRouterLogits if is_eager and is_transformed() else _RouterLogits
-        logits, is_finite = product.apply(x, self.weight)
-        finite_logits = torch.where(is_finite, logits, 0.0)
-        scores = SCORES[config.score_function](finite_logits)
-
-        ranked_by = finite_logits if config.softmax_after_topk else scores
-        topk_ids = self._select(ranked_by.detach())
-        topk_weights = ranked_by.gather(1, topk_ids)
-        if config.softmax_after_topk:
-            topk_weights = topk_weights.softmax(dim=1)
-        elif config.renormalize:
-            # as in DeepSeek-V3; it changes no bit of any sum above 1e-13, so softmax routers keep theirs
-            topk_weights = topk_weights / (topk_weights.sum(dim=1, keepdim=True) + 1e-20)
-        if config.routed_scaling_factor != 1.0:
-            topk_weights = topk_weights * config.routed_scaling_factor
-
-        topk_ids = torch.where(is_finite, topk_ids, -1)
-        return Routing(
-            topk_ids=topk_ids,
-            topk_weights=torch.where(is_finite, topk_weights, 0.0),
-            logits=logits,
-            scores=torch.where(is_finite, scores, 0.0),
-            num_nonfinite_rows=is_finite.logical_not().sum(),
-            load=expert_load(topk_ids, config.num_experts),
-        )
-
-    def _select(self, ranked_by: Tensor) -> Tensor:
-        """Return the ids (T, K) of the best experts by `ranked_by` (T, E) plus the selection bias, best first."""
-        config = self.config
-        if self.e_score_correction_bias is not None:
-            ranked_by = ranked_by + self.e_score_correction_bias
-        if config.top_k_groups < config.num_expert_groups:
-            grouped = rearrange(ranked_by, "token (group expert) -> token group expert", group=config.num_expert_groups)
-            group_scores = grouped.topk(min(2, grouped.shape[2]), dim=2).values.sum(dim=2)
-            group_ids = group_scores.topk(config.top_k_groups, dim=1).indices
-            is_eligible = torch.zeros_like(group_scores, dtype=torch.bool).scatter_(1, group_ids, True)
-            eligible = grouped.masked_fill(~is_eligible.unsqueeze(2), float("-inf"))
-            ranked_by = rearrange(eligible, "token group expert -> token (group expert)")
-        return ranked_by.topk(config.top_k, dim=1).indices
 
     @torch.no_grad()
     def update_selection_bias(self, rate: float = 1e-3) -> Tensor:

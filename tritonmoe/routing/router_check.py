@@ -2,22 +2,19 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, TypeAlias
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from tritonmoe.backends.kernel_check import Checked, check_ids, distances
 from tritonmoe.config.layer import MoEConfig
-
-if TYPE_CHECKING:
-    from tritonmoe.routing.router import TopKRouter
-    from tritonmoe.routing.token_routing import Routing
+from tritonmoe.config.routing import RoutingRule
+from tritonmoe.routing.fused import route_by_kernels
+from tritonmoe.routing.plain import route_by_torch
+from tritonmoe.routing.token_routing import Routing
 
 __all__ = ["ROUTERS", "SMALL_ROUTERS", "CheckedRouter", "check_router"]
-
-RouterClass: TypeAlias = "Callable[..., TopKRouter]"
-"""TopKRouter, which asks here itself."""
 
 
 @dataclass(frozen=True)
@@ -57,44 +54,43 @@ SMALL_ROUTERS = tuple(replace(router, num_tokens=20) for router in ROUTERS)
 class _Operands:
     """The same random numbers, in any dtype."""
 
-    def __init__(self, router: CheckedRouter, router_class: RouterClass, device: torch.device) -> None:
-        self.router_class = router_class
+    def __init__(self, router: CheckedRouter, device: torch.device) -> None:
         generator = torch.Generator().manual_seed(0)
         config, num_tokens = router.config, router.num_tokens
 
         def draw(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator, device="cpu").to(device)
 
-        self.config = config
         self.x = draw(num_tokens, config.hidden_size).to(router.dtype)
         self.weight = (draw(config.num_experts, config.hidden_size) * config.hidden_size**-0.5).to(router.dtype)
-        self.bias = draw(config.num_experts) * 0.1
+        bias = draw(config.num_experts).float() * 0.1
+        self.bias = bias if config.selection_bias else None
         outputs = ((num_tokens, width) for width in (config.num_experts, config.num_experts, config.top_k))
         self.doutputs = [draw(*shape) for shape in outputs]
 
-    def run(self, backend: str, dtype: torch.dtype) -> tuple["Routing", dict[str, Tensor]]:
-        """Return what a router chooses in this dtype, and its results and gradients by name."""
-        x = self.x.to(dtype).requires_grad_()
-        router = self.router_class(self.config, backend=backend, device=x.device, dtype=dtype)
-        router.weight.data.copy_(self.weight)
-        if router.e_score_correction_bias is not None:
-            router.e_score_correction_bias.copy_(self.bias)
-        routing = router(x)
+    def run(
+        self, route: Callable[[Tensor, Tensor, Tensor | None], Routing], dtype: torch.dtype
+    ) -> tuple[Routing, dict[str, Tensor]]:
+        """Return what `route` chooses in this dtype, and its results and gradients by name."""
+        x, weight = (tensor.detach().to(dtype).requires_grad_() for tensor in (self.x, self.weight))
+        routing = route(x, weight, self.bias)
         results = {"logits": routing.logits, "scores": routing.scores, "weights": routing.topk_weights}
         doutputs = [dout.to(value.dtype) for dout, value in zip(self.doutputs, results.values(), strict=True)]
-        dx, dweight = torch.autograd.grad(list(results.values()), (x, router.weight), doutputs)
+        dx, dweight = torch.autograd.grad(list(results.values()), (x, weight), doutputs)
         return routing, {**results, "gradient of x": dx, "gradient of the weight": dweight}
 
 
-def check_router(router: CheckedRouter, router_class: RouterClass, device: torch.device) -> Iterator[Checked]:
+def check_router(router: CheckedRouter, device: torch.device) -> Iterator[Checked]:
     """Route random tokens with the kernels, and compare with fp64.
 
     Ids may differ where the scores do by no more than rounding, which these tokens' don't.
     """
-    operands = _Operands(router, router_class, device)
-    routing, actual = operands.run("triton", router.dtype)
-    plain_routing, plain = operands.run("torch", router.dtype)
-    exact = operands.run("torch", torch.float64)[1]
+    operands = _Operands(router, device)
+    plainly = partial(route_by_torch, config=router.config)
+    by_kernels = partial(route_by_kernels, rule=RoutingRule.of(router.config).encode())
+    routing, actual = operands.run(by_kernels, router.dtype)
+    plain_routing, plain = operands.run(plainly, router.dtype)
+    exact = operands.run(plainly, torch.float64)[1]
     for name in ("topk_ids", "load"):
         yield check_ids(router.name, f"router: {name}", getattr(routing, name), getattr(plain_routing, name))
     for name, value in actual.items():

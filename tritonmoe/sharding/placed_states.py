@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,8 @@ from tritonmoe.sharding.watched_collectives import full_tensor
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-    from tritonmoe.sharding.whole_states import StateDict
-
 __all__ = [
+    "StateDict",
     "in_slot_order",
     "note_order",
     "order_of",
@@ -29,6 +28,9 @@ __all__ = [
     "shown_state",
     "states_of",
 ]
+
+StateDict: TypeAlias = dict[str, Any]
+"""What state_dict() of a module or an optimizer gives: tensors, and whatever else a class keeps by name."""
 
 _kinds_moved: set[type[nn.Module]] = set()
 """Classes of the modules whose experts have ever been in another order than the model's."""
@@ -122,7 +124,7 @@ def part_of(value: Tensor, parameter: "DTensor", experts_of_rank: ExpertsOfRank 
 
 
 def show_in_model_order(
-    names: Sequence[str], module: nn.Module, state_dict: "StateDict", prefix: str, *_: object
+    names: Sequence[str], module: nn.Module, state_dict: StateDict, prefix: str, *_: object
 ) -> None:
     """Show marked parameters in a module's state dict in the order of the model: a hook of state_dict()."""
     order = order_of(module)
@@ -172,7 +174,7 @@ def _num_experts(experts_of_rank: ExpertsOfRank) -> int:
 # Optimizers
 
 
-def shown_state(optimizer: torch.optim.Optimizer, state_dict: "StateDict") -> "StateDict":
+def shown_state(optimizer: torch.optim.Optimizer, state_dict: StateDict) -> StateDict:
     """Return an optimizer's state dict with the states of experts in the order of the model."""
     state = {}
     for number, own, parameter, order in states_of(optimizer, state_dict):
@@ -188,7 +190,7 @@ def _shown(value: object, parameter: Tensor | None, order: ExpertsOfRank) -> obj
     return in_model_order(cast("DTensor", value), order)
 
 
-def _taken_state(optimizer: torch.optim.Optimizer, state_dict: "StateDict") -> "StateDict":
+def _taken_state(optimizer: torch.optim.Optimizer, state_dict: StateDict) -> StateDict:
     """Return a state dict with the states of moved experts, or taken before these moved, in the order of the slots."""
     state = {}
     for number, own, parameter, order in states_of(optimizer, state_dict):
@@ -202,8 +204,8 @@ def _taken_state(optimizer: torch.optim.Optimizer, state_dict: "StateDict") -> "
 
 
 def states_of(
-    optimizer: torch.optim.Optimizer, state_dict: "StateDict"
-) -> "Iterator[tuple[int, StateDict, Tensor | None, ExpertsOfRank | None]]":
+    optimizer: torch.optim.Optimizer, state_dict: StateDict
+) -> Iterator[tuple[int, StateDict, Tensor | None, ExpertsOfRank | None]]:
     """Yield each state of an optimizer's state dict: its number, what it holds, the parameter and its order.
 
     Raises:
@@ -234,15 +236,15 @@ def _show_states_of_optimizers() -> None:
     give, take, pickle = kind.state_dict, kind.load_state_dict, kind.__getstate__
 
     @functools.wraps(give)
-    def state_dict(self: torch.optim.Optimizer) -> "StateDict":
+    def state_dict(self: torch.optim.Optimizer) -> StateDict:
         return shown_state(self, give(self))
 
     @functools.wraps(take)
-    def load_state_dict(self: torch.optim.Optimizer, state_dict: "StateDict") -> None:
+    def load_state_dict(self: torch.optim.Optimizer, state_dict: StateDict) -> None:
         take(self, _taken_state(self, state_dict))
 
     @functools.wraps(pickle)
-    def getstate(self: torch.optim.Optimizer) -> "StateDict":
+    def getstate(self: torch.optim.Optimizer) -> StateDict:
         moved = orders_of(parameters := [p for group in self.param_groups for p in group["params"]])
         for parameter in parameters:
             if id(parameter) in moved and not hasattr(parameter, "device_mesh"):

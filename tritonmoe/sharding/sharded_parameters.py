@@ -16,9 +16,16 @@ from tritonmoe.sharding.fully_shard import explain_fully_shard
 from tritonmoe.sharding.marks import ShardedNames, is_averaged_by_fsdp, mark_mesh, mark_sharded
 from tritonmoe.sharding.mixed_lists import allow_mixed_lists
 from tritonmoe.sharding.placed_rows import ExpertsOfRank
-from tritonmoe.sharding.placed_states import in_slot_order, note_order, order_of, refuse_moved, show_in_model_order
+from tritonmoe.sharding.placed_states import (
+    StateDict,
+    in_slot_order,
+    note_order,
+    order_of,
+    refuse_moved,
+    show_in_model_order,
+)
 from tritonmoe.sharding.watched_collectives import watched_on
-from tritonmoe.sharding.whole_states import StateDict, no_pickle, refuse_pickling
+from tritonmoe.sharding.whole_states import no_pickle, refuse_pickling
 from tritonmoe.transports import EXPERT, Ranks, as_transport, is_mesh
 from tritonmoe.transports.base import Transport
 from tritonmoe.transports.process_group import ProcessGroupTransport

@@ -5,13 +5,13 @@ import sys
 import weakref
 from collections.abc import Callable
 from types import FrameType
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from tritonmoe.sharding.placed_rows import ExpertsOfRank, placed_rows_of
-from tritonmoe.sharding.placed_states import part_of, shown_state, states_of
+from tritonmoe.sharding.placed_states import StateDict, part_of, shown_state, states_of
 from tritonmoe.sharding.watched_collectives import full_tensor
 
 if TYPE_CHECKING:
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 __all__ = [
-    "StateDict",
     "gather_optimizer",
     "give_whole_as",
     "name_in_state",
@@ -30,9 +29,6 @@ __all__ = [
     "whole",
     "whole_forms",
 ]
-
-StateDict: TypeAlias = dict[str, Any]
-"""What state_dict() of a module or an optimizer gives: tensors, and whatever else a class keeps by name."""
 
 MARK = "_tritonmoe_refused_meshes"
 FORM = "_tritonmoe_whole_form"

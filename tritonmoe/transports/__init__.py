@@ -3,12 +3,10 @@
 from typing import TYPE_CHECKING, TypeAlias, TypeGuard
 
 from tritonmoe.runtime.host_device import HostCopy
-from tritonmoe.transports.base import PendingExchange, Transport
-from tritonmoe.transports.collectives import leaving_nobody_waiting
+from tritonmoe.transports.base import PendingExchange, Transport, leaving_nobody_waiting
 from tritonmoe.transports.emulated.faults import Death, Delay
 from tritonmoe.transports.emulated.link_model import LinkModel
-from tritonmoe.transports.emulated.transport import EmulatedTransport
-from tritonmoe.transports.emulated.world import EmulatedWorld
+from tritonmoe.transports.emulated.world import EmulatedTransport, EmulatedWorld
 from tritonmoe.transports.local import LocalTransport
 from tritonmoe.transports.mpi import MPITransport
 from tritonmoe.transports.process_group import ProcessGroupTransport

@@ -22,7 +22,7 @@ from tritonmoe.config.activations import ClampedSwiGLU, SoftcappedSwiGLU, is_fus
 from tritonmoe.integrations.transformers import experts as experts_module
 from tritonmoe.integrations.transformers import register
 from tritonmoe.integrations.transformers.discovery import experts_classes, is_experts
-from tritonmoe.integrations.transformers.gates import CLAMPED_GATES, choose_activation, fused_name
+from tritonmoe.integrations.transformers.gates import CLAMPED_GATES, choose_activation, fused_name, named_activation
 from tritonmoe.routing import TopKRouter, save_topk
 
 register()
@@ -252,7 +252,7 @@ def test_what_the_sources_say_of_a_class_is_what_it_does(found):
     assert found.is_interleaved == (not getattr(experts, "is_concatenated", found.name != "GptOssExperts"))
     assert found.has_post_expert_norm == getattr(experts, "has_post_expert_norm", False)
     activation, _ = choose_activation(experts)
-    assert found.activation.endswith("fused") == is_fused(activation)
+    assert named_activation(found).endswith("fused") == is_fused(activation)
 
 
 def test_the_sweep_covers_every_kind_of_class():

@@ -16,9 +16,10 @@ from tritonmoe.routing import TopKRouter
 from tritonmoe.runtime.wrappers import refuse_computed
 from tritonmoe.sharding.data_parallel import counts_by_wrapper
 from tritonmoe.sharding.marks import sharded_modules
+from tritonmoe.sharding.placed_states import StateDict
 from tritonmoe.sharding.same_weights import check_on_all_ranks
 from tritonmoe.sharding.sharded_parameters import check_expert_gradients, find_sharding
-from tritonmoe.sharding.whole_states import StateDict, gather_optimizer, whole, whole_forms
+from tritonmoe.sharding.whole_states import gather_optimizer, whole, whole_forms
 from tritonmoe.transports import Ranks, as_transport
 
 __all__ = ["device_of", "expert_parameters", "gather_state_dicts", "parallelize", "routed_experts", "spread_layers"]

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from tritonmoe.integrations.transformers.gates import CLAMPED_GATES, SOFTCAPPED_GATES
 from tritonmoe.integrations.transformers.requirements import check_transformers
 
 if TYPE_CHECKING:
@@ -49,15 +48,6 @@ class ExpertsClass:
     has_post_expert_norm: bool
     has_own_gate: bool
     """It defines `_apply_gate` instead of using the library's `act_fn(gate) * up`."""
-
-    @property
-    def activation(self) -> str:
-        """How tritonmoe runs the activation: inside the kernels, or as the class's own code between two products."""
-        if not self.has_own_gate:
-            return "act(gate) * up, fused" if self.is_gated else "act(up), fused"
-        if self.name in SOFTCAPPED_GATES:
-            return "softcapped SwiGLU, fused"
-        return "clamped SwiGLU, fused" if self.name in CLAMPED_GATES else "its own, called"
 
 
 @dataclass(frozen=True)

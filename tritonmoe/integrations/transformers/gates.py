@@ -5,16 +5,14 @@ are listed here, and a test compares each with the class's own code. Everything 
 two grouped products: always right, not fused.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
 from tritonmoe.config.activations import Activation, ClampedSwiGLU, SoftcappedSwiGLU
+from tritonmoe.integrations.transformers.discovery import ExpertsClass, ExpertsModule
 
-if TYPE_CHECKING:
-    from tritonmoe.integrations.transformers.discovery import ExpertsModule
-
-__all__ = ["CLAMPED_GATES", "SOFTCAPPED_GATES", "choose_activation", "fused_name"]
+__all__ = ["CLAMPED_GATES", "SOFTCAPPED_GATES", "choose_activation", "fused_name", "named_activation"]
 
 DEFAULT_GATE = "_default_apply_gate"
 
@@ -63,7 +61,7 @@ def fused_name(act_fn: object) -> str | None:
     return _FUSED_NAMES.get(getattr(kind, "__name__", ""))
 
 
-def choose_activation(experts: "ExpertsModule") -> tuple[Activation, bool]:
+def choose_activation(experts: ExpertsModule) -> tuple[Activation, bool]:
     """Return the activation of an experts module, and whether its gate and up columns are interleaved.
 
     A callable takes the rows in the weights' own column order, so there the second value is False.
@@ -90,3 +88,12 @@ def choose_activation(experts: "ExpertsModule") -> tuple[Activation, bool]:
     if defined_by in SOFTCAPPED_GATES and type(act_fn).__module__ == method.__module__:
         return SoftcappedSwiGLU(float(act_fn.gate_softcap.softcap), float(act_fn.up_softcap.softcap)), False
     return apply_gate, False
+
+
+def named_activation(found: ExpertsClass) -> str:
+    """Return how a class's activation runs: inside the kernels, or as the class's own code between two products."""
+    if not found.has_own_gate:
+        return "act(gate) * up, fused" if found.is_gated else "act(up), fused"
+    if found.name in SOFTCAPPED_GATES:
+        return "softcapped SwiGLU, fused"
+    return "clamped SwiGLU, fused" if found.name in CLAMPED_GATES else "its own, called"

@@ -19,7 +19,7 @@ from tritonmoe.errors import TransportError
 from tritonmoe.integrations.transformers.joint_generate import FAILED, JointGenerate, announce, under_way
 from tritonmoe.integrations.transformers.sharding import replicas_of, transport_of
 from tritonmoe.transports import Transport, as_transport
-from tritonmoe.transports.collectives import run_outside_graphs
+from tritonmoe.transports.base import run_outside_graphs
 
 if TYPE_CHECKING:
     from collections import OrderedDict

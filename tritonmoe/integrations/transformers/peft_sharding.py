@@ -17,10 +17,10 @@ from tritonmoe.integrations.transformers.sharding import expert_parallel_state, 
 from tritonmoe.layer import GroupedExperts
 from tritonmoe.runtime.halves import for_both_halves
 from tritonmoe.sharding.marks import MARK, sharded_modules
-from tritonmoe.sharding.placed_states import order_of, part_of
+from tritonmoe.sharding.placed_states import StateDict, order_of, part_of
 from tritonmoe.sharding.same_weights import check_on_all_ranks
 from tritonmoe.sharding.sharded_parameters import Sharding, local_shard, shard_parameters
-from tritonmoe.sharding.whole_states import StateDict, give_whole_as, whole_forms
+from tritonmoe.sharding.whole_states import give_whole_as, whole_forms
 from tritonmoe.transports import as_transport
 
 if TYPE_CHECKING:

@@ -23,8 +23,9 @@ from tritonmoe.integrations.transformers.names import EXPERTS_IMPLEMENTATION, ST
 from tritonmoe.integrations.transformers.requirements import check_forward
 from tritonmoe.integrations.transformers.sharding import transport_of
 from tritonmoe.sharding.marks import sharded_modules
+from tritonmoe.sharding.placed_states import StateDict
 from tritonmoe.sharding.watched_collectives import full_tensor
-from tritonmoe.sharding.whole_states import StateDict, name_in_state, whole, whole_forms
+from tritonmoe.sharding.whole_states import name_in_state, whole, whole_forms
 from tritonmoe.transports import Transport
 from tritonmoe.transports.torch_groups import own_group
 

@@ -1,4 +1,4 @@
-"""Delivery: when the messages of emulated exchanges leave and arrive, and the thread that copies them then.
+"""Delivery: emulated exchanges, when their messages leave and arrive, and the thread that copies them then.
 
 A rank's port turns to its exchanges one after the other, as they were posted, each when its rows are ready. On CUDA the
 thread also looks when that is, where an exchange's time starts.
@@ -6,6 +6,7 @@ thread also looks when that is, where an exchange's time starts.
 
 import heapq
 import itertools
+import math
 import threading
 import time
 from collections import deque
@@ -14,13 +15,80 @@ import torch
 from torch import Tensor
 
 from tritonmoe.errors import TransportError
-from tritonmoe.transports.emulated.exchange import EmulatedExchange
+from tritonmoe.transports.base import Transport
+from tritonmoe.transports.device_clock import DeviceClock, Moment
 from tritonmoe.transports.emulated.link_model import LinkModel
+from tritonmoe.transports.exchange_arguments import describe
 
-__all__ = ["Delivery"]
+__all__ = ["Delivery", "EmulatedExchange"]
 
 POLL_S = 50e-6
 """How often the thread looks whether a device has computed rows; when it did is read from the device."""
+
+
+class EmulatedExchange:
+    """One rank's side of one exchange. The world's lock guards what changes after the constructor."""
+
+    def __init__(
+        self,
+        delivery: "Delivery",
+        transport: Transport,
+        call: str,
+        rows: Tensor,
+        input_splits: list[int],
+        output_splits: list[int],
+        out: Tensor,
+    ) -> None:
+        self.rank = transport.rank
+        self.number = -1  # given by the world
+        self.words = describe(transport, input_splits, output_splits)
+        self.input_splits = input_splits
+        self.output_splits = output_splits
+        # Every rank must say the same here.
+        self.format = f"{call} of rows {tuple(rows.shape[1:])} {rows.dtype} on {rows.device.type}"
+        row_bytes = math.prod(rows.shape[1:]) * rows.element_size()
+        bytes_out = (sum(input_splits) - input_splits[self.rank]) * row_bytes
+        bytes_in = (sum(output_splits) - output_splits[self.rank]) * row_bytes
+        self.link = link = delivery.link
+        # How long this rank's port is occupied in each direction.
+        self.out_s, self.in_s = (
+            0.0 if link is None else link.transfer_s(of, self.rank) for of in (bytes_out, bytes_in)
+        )
+        self.ready_at: float | None = None  # when the rows were there to be sent, as soon as that is known
+        self.start: float | None = None  # when this rank's port turns to it, as soon as that is known
+        # Whom it sends to as soon as both have started; empty from its start on.
+        self.peers: list[EmulatedExchange] = []
+        self.finished: float | None = None
+        self.arrived: dict[int, float] = {}  # by rank: when its rows had been copied
+        self.failure: TransportError | None = None
+        self.has_changed = threading.Condition(delivery.lock)
+
+        self._unfinished = delivery.unfinished
+        # Messages under way, by peer. Rows that have been copied leave them, and with the last one goes the memory.
+        self.outgoing = dict(enumerate(rows.detach().split(input_splits)))
+        self.incoming = dict(enumerate(out.detach().split(output_splits)))
+        self.incoming.pop(self.rank).copy_(self.outgoing.pop(self.rank), non_blocking=True)
+        self.ready: Moment | None = None  # behind it the rows are written and `out` is free
+        self.copied: list[torch.cuda.Event] = []
+        if delivery.clock is not None and rows.device == delivery.device:
+            self.ready = delivery.clock.mark(rows)
+            self.copied.append(self.ready.event)
+
+    def fail(self, failure: TransportError) -> None:
+        """Note why it can't be completed, once. Called with the world's lock held."""
+        if self.failure is None and self.finished is None:
+            self.failure = failure
+            self._end()
+
+    def finish_if_complete(self) -> None:
+        """Note the time if no message is under way any more. Called with the world's lock held."""
+        if not self.incoming and not self.outgoing and self.failure is None:
+            self.finished = time.perf_counter()
+            self._end()
+
+    def _end(self) -> None:
+        self._unfinished.discard(self)
+        self.has_changed.notify_all()
 
 
 class Delivery:
@@ -31,8 +99,10 @@ class Delivery:
 
     def __init__(self, num_ranks: int, device: torch.device, link: LinkModel | None, lock: threading.Lock) -> None:
         self.link = link
-        self._device = device
-        self._lock = lock
+        self.device = device
+        self.lock = lock
+        self.clock = DeviceClock(device) if device.type == "cuda" else None
+        self.unfinished: set[EmulatedExchange] = set()
         self._port_is_free_at = [0.0] * num_ranks
         self._link_is_free_at: dict[tuple[int, int], float] = {}
         self._not_started: list[deque[EmulatedExchange]] = [deque() for _ in range(num_ranks)]  # as posted, by rank
@@ -45,6 +115,7 @@ class Delivery:
 
     def post(self, exchange: EmulatedExchange) -> None:
         """Let the rank's port turn to the exchange, after those before it and when its rows are ready."""
+        self.unfinished.add(exchange)
         if exchange.ready is None or self.link is None:
             exchange.ready_at = time.perf_counter()
         self._not_started[exchange.rank].append(exchange)
@@ -68,6 +139,9 @@ class Delivery:
             for exchange in waiting:
                 exchange.peers.clear()
             waiting.clear()
+        for exchange in self.unfinished:
+            exchange.has_changed.notify_all()
+        self.unfinished.clear()
         self._has_messages.notify_all()
 
     def join(self) -> None:
@@ -124,7 +198,7 @@ class Delivery:
         """Copy the next message, or wait a while; False when the world is closed. Called without the lock."""
         if any(self._not_started):
             self._note_ready()
-        with self._lock:
+        with self.lock:
             if self._is_closed:
                 return False
             due = self._next_with_rows()
@@ -144,7 +218,7 @@ class Delivery:
             copied = self._copy(sender, receiver, source, target)
         except Exception as error:
             failure = f"exchange {sender.number}: copying from rank {sender.rank} to {receiver.rank} failed: {error}"
-        with self._lock:
+        with self.lock:
             for exchange in (sender, receiver):
                 if copied is not None:
                     exchange.copied.append(copied)
@@ -175,7 +249,7 @@ class Delivery:
 
     def _note_ready(self) -> None:
         """Start the exchanges whose rows the device has computed since. Called without the lock."""
-        with self._lock:
+        with self.lock:
             firsts = [waiting[0] for waiting in self._not_started if waiting]
         # An exchange without a moment, on a CPU, was ready when it was posted.
         for exchange, ready in ((exchange, exchange.ready) for exchange in firsts if exchange.ready is not None):
@@ -188,7 +262,7 @@ class Delivery:
             except Exception as error:
                 ready_at = time.perf_counter()
                 failure = f"exchange {exchange.number}: the rows of rank {exchange.rank} were not computed: {error}"
-            with self._lock:
+            with self.lock:
                 exchange.ready_at = ready_at
                 if failure is not None:
                     exchange.fail(TransportError(f"{failure} ({exchange.words})"))
@@ -202,7 +276,7 @@ class Delivery:
             target.copy_(source)
             return None
         if not self._copy_streams:
-            self._copy_streams = [torch.cuda.Stream(self._device, priority=-1) for _ in self._not_started]
+            self._copy_streams = [torch.cuda.Stream(self.device, priority=-1) for _ in self._not_started]
         stream = self._copy_streams[receiver.rank]
         with torch.cuda.stream(stream):
             for ready in (sender.ready, receiver.ready):

@@ -1,4 +1,4 @@
-"""EmulatedWorld: what emulated ranks share, their exchanges, ports, faults and ends.
+"""EmulatedWorld: what emulated ranks share, their exchanges, ports, faults and ends; EmulatedTransport: one of them.
 
 Exchanges are matched by number: the s-th one of a rank belongs to the s-th one of every other rank. Only wait() ever
 waits for a peer.
@@ -10,17 +10,17 @@ import threading
 from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 
 from tritonmoe.errors import PeerFailure, TransportError
-from tritonmoe.transports.device_clock import DeviceClock
-from tritonmoe.transports.emulated.delivery import Delivery
-from tritonmoe.transports.emulated.exchange import EmulatedExchange
+from tritonmoe.transports.base import PendingExchange, Transport
+from tritonmoe.transports.emulated.delivery import Delivery, EmulatedExchange
 from tritonmoe.transports.emulated.faults import Death, Delay, FaultScript
 from tritonmoe.transports.emulated.link_model import LinkModel
-from tritonmoe.transports.emulated.transport import EmulatedTransport
+from tritonmoe.transports.exchange_arguments import as_counts, check_counts, check_exchange, raise_in_child
 from tritonmoe.transports.waiting import LongWait, wait_aloud
 
-__all__ = ["EmulatedWorld"]
+__all__ = ["EmulatedTransport", "EmulatedWorld"]
 
 
 class EmulatedWorld:
@@ -55,16 +55,14 @@ class EmulatedWorld:
                 raise ValueError(f'device="{self.device}" needs a CUDA device and there is none: use device="cpu"')
             if self.device.index is None:
                 self.device = torch.device("cuda", torch.cuda.current_device())
-        self.clock = DeviceClock(self.device) if self.device.type == "cuda" else None
         self.num_ranks = num_ranks
         self.timeout_s = timeout_s
         self.lock = threading.Lock()
         self.transports = [EmulatedTransport(self, rank) for rank in range(num_ranks)]
         self._faults = FaultScript(faults, num_ranks)
         self._num_posted = [0] * num_ranks
-        self._delivery = Delivery(num_ranks, self.device, link, self.lock)
+        self.delivery = Delivery(num_ranks, self.device, link, self.lock)
         self._posted: dict[int, list[EmulatedExchange]] = {}  # by number; goes when every rank is in it
-        self.unfinished: set[EmulatedExchange] = set()
         self._ended: dict[int, str | None] = {}  # what the rank raised, if it did; in the order of their ends
         self._given_up: dict[int, str] = {}  # what the rank did, in this generation
         self._wants_rebuild: set[int] = set()
@@ -76,12 +74,12 @@ class EmulatedWorld:
     @property
     def link(self) -> LinkModel | None:
         """What exchanges posted from now on travel over."""
-        return self._delivery.link
+        return self.delivery.link
 
     def set_link(self, link: LinkModel | None) -> None:
         """Put exchanges from now on over another link; what is under way goes on."""
         with self.lock:
-            self._delivery.link = link
+            self.delivery.link = link
 
     def act_out_faults(self, rank: int) -> None:
         """Hold up or stop the calling rank if its next exchange is to fail."""
@@ -160,7 +158,7 @@ class EmulatedWorld:
                 return
             # Words only: the error's traceback holds the rank's tensors, and this world.
             self._ended[rank] = None if error is None else f"{type(error).__name__}: {error}"
-            for exchange in list(self.unfinished):
+            for exchange in list(self.delivery.unfinished):
                 self._fail_if_waiting_for(exchange, rank)
             self._has_met.notify_all()
             all_have_ended = len(self._ended) == self.num_ranks
@@ -174,12 +172,9 @@ class EmulatedWorld:
                 self._closed_because = reason
             self._is_closed.set()
             self._posted.clear()
-            self._delivery.close()
-            for exchange in self.unfinished:
-                exchange.has_changed.notify_all()
-            self.unfinished.clear()
+            self.delivery.close()
             self._has_met.notify_all()
-        self._delivery.join()
+        self.delivery.join()
 
     # The methods below are called with the lock held.
 
@@ -196,8 +191,7 @@ class EmulatedWorld:
             )
         exchange.number = number = self._num_posted[rank]
         self._num_posted[rank] += 1
-        self._delivery.post(exchange)
-        self.unfinished.add(exchange)
+        self.delivery.post(exchange)
         peers = self._posted.setdefault(number, [])
         for peer in peers:
             self._pair(exchange, peer)
@@ -240,11 +234,11 @@ class EmulatedWorld:
         if rank in self._given_up or self.num_ranks == 1:
             return
         self._given_up[rank] = what
-        for exchange in list(self.unfinished):
+        for exchange in list(self.delivery.unfinished):
             self._fail_if_waiting_for(exchange, rank)
 
     def _begin_generation(self) -> None:
-        for exchange in list(self.unfinished):
+        for exchange in list(self.delivery.unfinished):
             exchange.fail(TransportError(f"exchange {exchange.number} was dropped by rebuild() ({exchange.words})"))
         self._posted.clear()
         self._given_up.clear()
@@ -274,7 +268,7 @@ class EmulatedWorld:
             for exchange in (one, other):
                 exchange.fail(TransportError(f"{disagreement} ({exchange.words})"))
             return
-        self._delivery.connect(one, other)
+        self.delivery.connect(one, other)
 
     def _fail_if_waiting_for(self, exchange: EmulatedExchange, rank: int) -> None:
         if rank == exchange.rank or self._num_posted[rank] > exchange.number:
@@ -290,3 +284,95 @@ class EmulatedWorld:
         else:
             failure = PeerFailure(f"{where}: {self._end_of(rank)} ({exchange.words})")
         exchange.fail(failure)
+
+
+class PendingEmulatedExchange(PendingExchange):
+    """An exchange that a rank has posted."""
+
+    def __init__(self, world: EmulatedWorld, posted: EmulatedExchange, out: Tensor) -> None:
+        self.posted = posted
+        self._world, self._out = world, out
+
+    def wait(self) -> Tensor:
+        self._world.wait(self.posted)
+        if self._out.is_cuda:
+            stream = torch.cuda.current_stream(self._out.device)
+            for event in self.posted.copied:
+                stream.wait_event(event)
+        return self._out
+
+    def finished_at(self) -> float | None:
+        # On CUDA the host knows only when the copies were enqueued.
+        return None if self._out.is_cuda else self.posted.finished
+
+    def arrivals(self) -> tuple[float | None, ...] | None:
+        return None if self._out.is_cuda else tuple(map(self.posted.arrived.get, range(self._world.num_ranks)))
+
+
+class EmulatedTransport(Transport):
+    """One rank of an EmulatedWorld; run_on_emulated_ranks() makes one for each thread.
+
+    It may be used by one thread at a time. On CUDA all ranks share the device, each on a stream of its own: wait()
+    blocks the host until the peers have posted and the modelled time is over, then orders the current stream. Under a
+    link model that time starts when the device has computed the rows, and exchanges take their turn as posted.
+    """
+
+    def __init__(self, world: EmulatedWorld, rank: int) -> None:
+        self.world = world
+        self.rank = rank
+        self.size = world.num_ranks
+
+    def exchange(
+        self,
+        rows: Tensor,
+        input_splits: Sequence[int],
+        output_splits: Sequence[int],
+        out: Tensor | None = None,
+    ) -> PendingExchange:
+        return self._exchange("exchange", rows, input_splits, output_splits, out)
+
+    def post_counts(self, counts: Tensor) -> PendingExchange:
+        check_counts(self, counts)
+        ones = [1] * self.size
+        return self._exchange("exchange_counts", counts.contiguous(), ones, ones, None)
+
+    def give_up(self, what: str) -> None:
+        self.world.give_up(self.rank, what)
+
+    def rebuild(self) -> None:
+        """Meet the other ranks, as Transport.rebuild() says; exchanges of faults are counted from the largest number.
+
+        A rank that has ended can't come any more.
+        """
+        self._check_process()
+        self.world.rebuild(self.rank)
+
+    def close(self) -> None:
+        """Say that this rank makes no further exchanges; the last rank to do so ends the world."""
+        self.world.end_rank(self.rank, None)
+
+    def _exchange(
+        self,
+        call: str,
+        rows: Tensor,
+        input_splits: Sequence[int],
+        output_splits: Sequence[int],
+        out: Tensor | None,
+    ) -> PendingEmulatedExchange:
+        self._check_process()
+        input_splits, output_splits = as_counts(input_splits), as_counts(output_splits)
+        out = check_exchange(self, rows, input_splits, output_splits, out)
+        if rows.is_cuda and rows.device != self.world.device:
+            raise ValueError(
+                f"rows are on {rows.device}, but these ranks were made for {self.world.device}: "
+                f'run_on_emulated_ranks(..., device="{rows.device}")'
+            )
+        self.world.act_out_faults(self.rank)
+        with torch.no_grad():
+            posted = EmulatedExchange(self.world.delivery, self, call, rows, input_splits, output_splits, out)
+        self.world.post(posted)
+        return PendingEmulatedExchange(self.world, posted, out)
+
+    def _check_process(self) -> None:
+        if self.world.pid != os.getpid():
+            raise_in_child(self, self.world.pid)

@@ -33,7 +33,8 @@ from tritonmoe.integrations.transformers.upcycle.ffn_blocks import FFNBlock, fin
 from tritonmoe.integrations.transformers.upcycle.inplace import InplaceConversion, replace_blocks
 from tritonmoe.integrations.transformers.upcycle.native import build_model
 from tritonmoe.runtime.files import Json
-from tritonmoe.sharding.whole_states import StateDict, name_in_state
+from tritonmoe.sharding.placed_states import StateDict
+from tritonmoe.sharding.whole_states import name_in_state
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
