@@ -87,6 +87,37 @@ def test_counts_of_a_group_without_a_cpu_backend_travel_over_gloo(monkeypatch: p
         ProcessGroupTransport()
 
 
+WRAPPED = """
+import torch, torch.distributed as dist
+import tritonmoe as tm
+from torch.distributed.tensor import DTensor
+from tritonmoe.transports import ProcessGroupTransport, Transport
+
+class Around(Transport):
+    def __init__(self, inner, group):
+        self.rank, self.size, self.inner, self.given = inner.rank, inner.size, inner, group
+    def exchange(self, *arguments): return self.inner.exchange(*arguments)
+    def post_counts(self, counts): return self.inner.post_counts(counts)
+    @property
+    def group(self): return self.given
+
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+inner = ProcessGroupTransport()
+for transport, is_dtensor in ((inner, True), (Around(inner, inner.group), True), (Around(inner, None), False)):
+    layer = tm.MoELayer(tm.MoEConfig(8, 8, num_experts=4, top_k=2), transport)
+    assert isinstance(layer.experts.gate_up_proj, DTensor) == is_dtensor
+    layer(torch.ones(3, 8)).sum().backward()
+    assert layer.experts.gate_up_proj.grad is not None
+dist.destroy_process_group()
+"""
+
+
+def test_a_transport_around_another_tells_its_group() -> None:
+    """Parameters are then DTensors, as they are over the transport inside."""
+    ended = subprocess.run([sys.executable, "-c", WRAPPED], env=ENVIRONMENT, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+
+
 POLICIES = """
 import os, time, torch, torch.distributed as dist
 from pathlib import Path

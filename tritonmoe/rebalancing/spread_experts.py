@@ -12,7 +12,7 @@ from tritonmoe.layer import GroupedExperts
 from tritonmoe.sharding.marks import MARK, STATE, ShardedNames
 from tritonmoe.sharding.placed_states import note_order
 from tritonmoe.sharding.sharded_parameters import Sharding
-from tritonmoe.transports import Transport, TwoLevelTransport
+from tritonmoe.transports import Transport
 
 __all__ = ["SpreadExperts", "find_spread_experts"]
 
@@ -47,8 +47,7 @@ class SpreadExperts:
     @property
     def transport(self) -> Transport:
         """The transport of all ranks, which has one level."""
-        transport = self.sharding.transport
-        return transport.world if isinstance(transport, TwoLevelTransport) else transport
+        return self.sharding.transport.single_level
 
     @property
     def placement(self) -> ExpertPlacement:

@@ -28,8 +28,6 @@ from tritonmoe.sharding.watched_collectives import watched_on
 from tritonmoe.sharding.whole_states import no_pickle, refuse_pickling
 from tritonmoe.transports import EXPERT, Ranks, as_transport, is_mesh
 from tritonmoe.transports.base import Transport
-from tritonmoe.transports.process_group import ProcessGroupTransport
-from tritonmoe.transports.two_level_transport import TwoLevelTransport
 from tritonmoe.transports.waiting import Doing
 
 if TYPE_CHECKING:
@@ -89,13 +87,12 @@ def find_sharding(ranks: Ranks, transport: Transport, device: torch.device) -> S
         replicas = ranks[other] if ranks[other].size() > 1 else None
         _check_order(ranks, names.index(EXPERT))
         return Sharding(transport, ranks[EXPERT], replicas, tuple(ranks.mesh.flatten().tolist()))
-    world = transport.world if isinstance(transport, TwoLevelTransport) else transport
-    if not isinstance(world, ProcessGroupTransport):
+    if (group := transport.group) is None:
         return Sharding(transport, None)
     import torch.distributed as dist
     from torch.distributed.device_mesh import DeviceMesh
 
-    members = dist.get_process_group_ranks(world.group)
+    members = dist.get_process_group_ranks(group)
     if len(members) < dist.get_world_size():
         raise ValueError(
             f"the experts would be spread over the ranks {members} of {dist.get_world_size()}, and tritonmoe can't "
@@ -109,9 +106,9 @@ def find_sharding(ranks: Ranks, transport: Transport, device: torch.device) -> S
     else:
         device_type = device.type
         if device_type == "meta":  # they will be where the group's backend is
-            has_cuda = torch.cuda.is_available() and "cuda" in dist.get_backend_config(world.group)
+            has_cuda = torch.cuda.is_available() and "cuda" in dist.get_backend_config(group)
             device_type = "cuda" if has_cuda else "cpu"
-        mesh = DeviceMesh.from_group(world.group, device_type, mesh_dim_names=(EXPERT,))
+        mesh = DeviceMesh.from_group(group, device_type, mesh_dim_names=(EXPERT,))
     return Sharding(transport, mesh, None, tuple(members))
 
 

@@ -8,7 +8,7 @@ nobody could say what disagreed. Rows follow only where all ranks make the same 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import ParamSpec, TypeVar
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from tritonmoe.runtime.autograd import outside_graphs
 from tritonmoe.runtime.handles import Handled
 from tritonmoe.runtime.host_device import HostCopy
 from tritonmoe.transports.waiting import Doing
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["PendingExchange", "Transport", "leaving_nobody_waiting", "run_outside_graphs"]
 
@@ -94,6 +97,19 @@ class Transport(Handled, ABC):
     tells_arrivals: bool = False
     """Set it to True to get PendingExchange.arrivals() also from transports for which it is not free: gloo between more
     than two ranks then has a thread for each rank."""
+
+    @property
+    def single_level(self) -> "Transport":
+        """The transport of the same ranks that has one level: this one, but for a TwoLevelTransport."""
+        return self
+
+    @property
+    def group(self) -> "ProcessGroup | None":
+        """The torch.distributed group of the same ranks, over which parameters can be DTensors; None if there is none.
+
+        A transport around another one gives that one's.
+        """
+        return None
 
     @property
     def job_ranks(self) -> tuple[int, ...] | None:

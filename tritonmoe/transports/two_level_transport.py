@@ -1,6 +1,7 @@
 """TwoLevelTransport: ranks grouped into nodes, so that rows can cross the slow link between nodes once each."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -8,6 +9,9 @@ from torch import Tensor
 from tritonmoe.runtime.host_device import HostCopy
 from tritonmoe.transports.base import MAX_HEADER, MAX_SEGMENTS, PendingExchange, Transport
 from tritonmoe.transports.exchange_arguments import as_counts, check_counts, check_exchange
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["GroupView", "TwoLevelTransport", "check_nodes"]
 
@@ -182,6 +186,14 @@ class TwoLevelTransport(Transport):
                     f"{name} must be rank {rank} of {size} on rank {world.rank} of {world.size} with node_size = "
                     f"{node_size}, got rank {part.rank} of {part.size}"
                 )
+
+    @property
+    def single_level(self) -> Transport:
+        return self.world
+
+    @property
+    def group(self) -> "ProcessGroup | None":
+        return self.world.group
 
     @property
     def job_ranks(self) -> tuple[int, ...] | None:
