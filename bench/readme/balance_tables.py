@@ -6,6 +6,7 @@ from itertools import groupby
 
 from bench.balance import make_parser
 from bench.readme.results import load, load_all, spread, table_head, table_row, where
+from tritonmoe.benchmarks.overlap_report import is_noise
 
 __all__ = ["balance_simulated_table", "balance_table"]
 
@@ -26,8 +27,9 @@ def balance_table(prefix: str) -> str:
         "of one layer's experts, D=512, F=256, E=64, K=8, fp32, in interleaved rounds; milliseconds of the slowest "
         "rank, median (quartiles). The ideal is the same routing with the hot experts spread evenly over the ranks "
         f"from the start{'' if 'netns' in prefix else ', which here is that of uniformly drawn experts'}. Where there "
-        'are no copies, "auto" has declined them. Predictions miss the times without copies, with "auto" and with '
-        f'"always" by {statistics.median(errors):.1%} in the median.',
+        'are no copies, "auto" has declined them. A ratio with * is one of times whose quartiles overlap. Predictions '
+        'miss the times without copies, with "auto" and with "always" by '
+        f"{statistics.median(errors):.1%} in the median.",
         "",
         *table_head(
             "link",
@@ -47,7 +49,10 @@ def balance_table(prefix: str) -> str:
     for arguments, case in results:
         calls = case["calls"]
         balance = f"{case['imbalance']:.2f}, then {case['imbalance_auto']:.2f} ({case['copies_auto']} copies)"
-        ratios = (f"{case[name]:.2f}" for name in ("auto_over_ideal", "auto_over_without", "even_auto_over_even"))
+        ratios = (
+            f"{case[f'{name}_over_{other}'.replace(', ', '_')]:.2f}{' *' * is_noise(calls[name], calls[other])}"
+            for name, other in (("auto", "ideal"), ("auto", "without"), ("even, auto", "even"))
+        )
         cells = (LINKS[case["rate"]], arguments["tokens"], case["hot"], arguments["max_copies"], balance)
         times = (spread(calls[name]) for name in ("without", "auto", "ideal"))
         lines.append(table_row(*cells, *times, *ratios, f"{case['predicted_ms']['auto']:.0f}"))

@@ -88,6 +88,14 @@ def test_faster_than_communication_or_than_its_passes_is_too_noisy() -> None:
     assert uneven["marks"] == dict.fromkeys(("pass_bound_ratio", "hidden_share", "speed_up"), "too noisy")
 
 
+def test_a_speed_up_within_the_quartiles_is_too_noisy() -> None:
+    """All take 120 ms in every round."""
+    results = results_of(120.0, serial_ms=120.0)
+    assert [results["summary"][kind]["marks"] for kind in ("overlapped", "auto")] == [{"speed_up": "too noisy"}] * 2
+    note, _ = noise_notes(results)
+    assert "too noisy (speed_up): the middle halves of its rounds and of T_serial's overlap. " in note
+
+
 @pytest.mark.parametrize(("contention", "is_marked"), [(1.4, False), (0.993, False), (0.61, True)])
 def test_experts_that_are_faster_during_exchanges_are_too_noisy(contention: float, is_marked: bool) -> None:
     results = results_of(120.0)
@@ -106,7 +114,7 @@ def test_experts_that_are_faster_during_exchanges_are_too_noisy(contention: floa
         (158.0, 141.0, {"hidden_share": "nothing hidden"}),  # a time in series within 0.01 of its parts
         (158.0, 170.0, {"hidden_share": "too noisy", "speed_up": "too noisy"}),
         (120.0, 170.0, {"hidden_share": "too noisy", "speed_up": "too noisy"}),
-        (120.0, 120.0, {}),  # both parts have what a call does once
+        (120.0, 119.0, {}),  # both parts have what a call does once
     ],
 )
 def test_a_share_that_cannot_be_is_marked_everywhere(overlapped_ms: float, serial_ms: float, marks: dict) -> None:

@@ -61,7 +61,7 @@ def test_hidden() -> None:
     found = verdict_of(200.0, 50.0, 250.0, 203.0, auto=257.0)
     assert found["case"] == "hidden"
     assert found["text"].endswith(
-        "overlapped C=4 gained 19 %, auto lost 3 %: with overlapped C=4 the exchanges are hidden."
+        "overlapped C=4 gained 19 %, auto lost 3 %: overlapped C=4 gained next to all that overlap can gain."
     )
     # A call at its bound, as well as that can be measured.
     assert verdict_of(200.0, 50.0, 250.0, 199.0)["case"] == "hidden"
@@ -93,8 +93,8 @@ def test_a_gain_above_what_is_possible_is_all_of_it() -> None:
     found = verdict_of(400.0, 1.0, 401.0, 397.0, spread=0.001)
     assert found["case"] == "hidden"
     assert found["text"].endswith(
-        "overlap can gain at most 0.2 % here; overlapped C=4 gained all of it, auto gained all of it: with "
-        "overlapped C=4 the exchanges are hidden."
+        "overlap can gain at most 0.2 % here; overlapped C=4 gained all of it, auto gained all of it: "
+        "overlapped C=4 gained next to all that overlap can gain."
     )
 
 

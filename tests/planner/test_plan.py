@@ -321,6 +321,18 @@ def test_a_comparison_says_why_networks_differ_little_and_what_is_assumed(one_si
     assert "then carries only" not in crossing
 
 
+@pytest.mark.parametrize("name", ["H100", "H100-100G"])
+def test_nothing_but_the_layout_is_kept_for_a_network_that_takes_no_time(one_size, name):
+    """Where exchanges cross nodes, fewer chunks and one level are faster then."""
+    cluster = CLUSTERS[name].with_nodes(2)
+    best = plan(Job(MODELS["OLMoE-1B-7B"]), cluster, [16], num_draws=2).best
+    nothing = Estimate(0, "assumed")
+    link = replace(cluster.between, gb_per_s=1e9, latency_us=nothing, us_per_peer=nothing)
+    ideal = plan(Job(MODELS["OLMoE-1B-7B"]), replace(cluster, between=link), [16], num_draws=2).best
+    assert ideal.choice.gpus_per_node == best.choice.gpus_per_node
+    assert ideal.time.step_s == pytest.approx(best.time.step_s - best.between_nodes_s)
+
+
 def test_clusters_on_which_nothing_fits_are_left_out(one_size):
     job, node = Job(MODELS["OLMoE-1B-7B"]), CLUSTERS["H100"].with_nodes(1)
     dear = replace(node, name="dear", usd_per_gpu_hour=2.6)

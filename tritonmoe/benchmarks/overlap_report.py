@@ -7,7 +7,7 @@ from tritonmoe.benchmarks.overlap_variants import best
 from tritonmoe.benchmarks.timing import ratio, summarize
 from tritonmoe.runtime.files import Json
 
-__all__ = ["BEYOND_BOUND", "mark_contention", "marks", "merits", "series_is_too_long", "summarize_overlap"]
+__all__ = ["BEYOND_BOUND", "is_noise", "mark_contention", "marks", "merits", "series_is_too_long", "summarize_overlap"]
 
 BEYOND_BOUND = 0.01
 """How far beyond its bound a call at that bound may be measured, relative to the bound."""
@@ -61,7 +61,8 @@ def merits(times: Json, summary: Json) -> Json:
         "pass_bound_ratio": ratio(times, summary["T_pass_bound"]),
         "speed_up": ratio(summary["T_serial"], times),
     }
-    return {**figures, "marks": marks(figures, summary)}
+    found = marks(figures, summary)
+    return {**figures, "marks": found | ({"speed_up": TOO_NOISY} if is_noise(summary["T_serial"], times) else {})}
 
 
 def marks(figures: Json, summary: Json) -> dict[str, str]:
@@ -95,6 +96,13 @@ def mark_contention(summary: Json) -> None:
 def _is_impossible(marked: dict[str, str]) -> bool:
     """Return whether a call took less than it can."""
     return any(marked.get(name) == TOO_NOISY for name in ("bound_ratio", "pass_bound_ratio"))
+
+
+def is_noise(one: Json, other: Json) -> bool:
+    """Return whether the middle halves of two times overlap, so that nothing tells which is shorter."""
+    return max(one["lower_quartile_ms"], other["lower_quartile_ms"]) <= min(
+        one["upper_quartile_ms"], other["upper_quartile_ms"]
+    )
 
 
 def series_is_too_long(summary: Json) -> bool:

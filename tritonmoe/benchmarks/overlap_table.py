@@ -3,7 +3,7 @@
 import textwrap
 from collections.abc import Iterable
 
-from tritonmoe.benchmarks.overlap_report import BEYOND_BOUND, NOTHING_HIDDEN, TOO_NOISY, series_is_too_long
+from tritonmoe.benchmarks.overlap_report import BEYOND_BOUND, NOTHING_HIDDEN, TOO_NOISY, is_noise, series_is_too_long
 from tritonmoe.report.terminal import TEXT_COLUMNS
 from tritonmoe.runtime.files import Json
 
@@ -50,7 +50,8 @@ OF_ROUNDS = (
     f"A figure beyond its bound by more than {BEYOND_BOUND} (exposed_ms: by that times T_compute) is too noisy. Where "
     "a time is shorter than its bound, all its figures are: its hidden_share, speed_up and over_best. hidden_share and "
     "speed_up are too noisy as well where T_serial is longer than T_compute and T_communication together, by more than "
-    "the quartiles allow. Where a call takes longer than these two together, nothing is hidden."
+    "the quartiles allow, and speed_up where its quartiles and those of T_serial overlap. Where a call takes longer "
+    "than these two together, nothing is hidden."
 )
 AGAIN = "measure more rounds (--rounds), on an idle machine, or a larger layer (--tokens, --model)"
 """What to do about noise, at the end of a sentence."""
@@ -76,12 +77,24 @@ def noise_notes(results: Json) -> list[str]:
             notes.append(f"{NOTHING_HIDDEN}: {took} Its steps cost more than they hide.")
         if not words:
             continue
-        why = (
-            "neither a call nor one of its passes can be faster than the longer of its compute and its communication, "
-            "nor experts during exchanges than without any"
-        )
+        reasons = []
+        if {"bound_ratio", "pass_bound_ratio", "exposed_ms"} & {*words} or words == ["hidden_share"]:
+            reasons.append(
+                "neither a call nor one of its passes can be faster than the longer of its compute and its "
+                "communication"
+            )
+        if "contention" in words:
+            reasons.append(
+                f"experts took {figures['contention']:.3f} times as long during exchanges as without any, and can't be "
+                "faster beside them"
+            )
         if series_is_too_long(summary):
-            why = "T_serial is longer than T_compute and T_communication together, as the verdict says"
+            reasons.append("T_serial is longer than T_compute and T_communication together, as the verdict says")
+        if is_noise(summary["T_serial"], figures):
+            reasons.append("the middle halves of its rounds and of T_serial's overlap")
+        if "over_best" in words and not reasons:
+            reasons.append("T_overlapped is shorter than its bound")
+        why = "; ".join(reasons)
         notes.append(f"too noisy ({', '.join(words)}): {why}. {took} {AGAIN[0].upper()}{AGAIN[1:]}.")
     return notes
 

@@ -1,6 +1,6 @@
 """What the overlap benchmark's times mean, in one sentence: what overlap can gain here, and what it gained."""
 
-from tritonmoe.benchmarks.overlap_report import BEYOND_BOUND, series_is_too_long
+from tritonmoe.benchmarks.overlap_report import BEYOND_BOUND, is_noise, series_is_too_long
 from tritonmoe.benchmarks.overlap_table import AGAIN
 from tritonmoe.report.figures import UNITS
 from tritonmoe.runtime.files import Json
@@ -10,16 +10,16 @@ __all__ = ["verdict"]
 LEAST_ROUNDS = 3
 """Fewer have no spread to speak of."""
 WHOLLY = 0.9
-"""The share of what can be gained from which on exchanges count as hidden."""
+"""The share of what can be gained from which on next to all of it counts as gained."""
 
 
 def verdict(results: Json) -> Json:
     """Return the verdict on what --json has: "text" for people, "case" and shares of the time in series for programs.
 
-    "case": "gained", "hidden" (next to all of what can be gained), "lost" (the fastest overlapped schedule is slower
-    than the fastest without overlap), "few rounds", "noise" (the quartiles of both overlap), "too fast" (faster than
-    its bound), "no bound" (the time in series is shorter than a call can be), "series too long" (longer than its parts
-    together, by more than their noise), "no exchange".
+    "case": "gained", "hidden" (gained next to all that can be gained), "lost" (the fastest overlapped schedule is
+    slower than the fastest without overlap), "few rounds", "noise" (the quartiles of both overlap), "too fast" (faster
+    than its bound), "no bound" (the time in series is shorter than a call can be), "series too long" (longer than its
+    parts together, by more than their noise), "no exchange".
     "gain" and "auto_gain" are 1 - time / T_serial, "possible_gain" is 1 - bound / time in series, which is T_serial or,
     where they are shorter, the parts together; None where the times don't tell. A gain may be the possible one and the
     error of measurement more.
@@ -59,9 +59,9 @@ def verdict(results: Json) -> Json:
     case = _case(serial, overlapped, longest_ms, possible)
     if case in ("gained", "hidden", "lost"):
         found["gain"] = gain(overlapped["median_ms"])
-        if auto["median_ms"] >= longest_ms * (1 - BEYOND_BOUND) and not _is_noise(serial, auto):
+        if auto["median_ms"] >= longest_ms * (1 - BEYOND_BOUND) and not is_noise(serial, auto):
             found["auto_gain"] = gain(auto["median_ms"])
-    outcome = _outcome(case, summary, found, shorter[0], longest_ms)
+    outcome = _outcome(case, summary, found, longest_ms)
     text = (
         f"{takes}: of the {_ms(series_ms)} in series overlap can gain at most {_percent(possible)} here{by_pass}; "
         f"{outcome}."
@@ -69,7 +69,7 @@ def verdict(results: Json) -> Json:
     return {"case": case, "text": text, **found}
 
 
-def _outcome(case: str, summary: Json, found: Json, shorter: str, longest_ms: float) -> str:
+def _outcome(case: str, summary: Json, found: Json, longest_ms: float) -> str:
     """Return what the fastest overlapped schedule and auto made of the possible gain, in words."""
     serial, overlapped, possible = summary["T_serial"], summary["overlapped"], found["possible_gain"]
     name = overlapped["variant"]
@@ -78,7 +78,7 @@ def _outcome(case: str, summary: Json, found: Json, shorter: str, longest_ms: fl
         if case == "gained":
             return gains
         if case == "hidden":
-            return f"{gains}: with {name} the {shorter} {_be(shorter)} hidden"
+            return f"{gains}: {name} gained next to all that overlap can gain"
         fastest = "auto" if (found["auto_gain"] or 0) > 0 else serial["variant"]
         return f"but {gains}: {fastest} is the fastest"
     if case == "few rounds":
@@ -99,18 +99,12 @@ def _case(serial: Json, overlapped: Json, longest_ms: float, possible: float) ->
         return "few rounds"
     if overlapped["median_ms"] < longest_ms * (1 - BEYOND_BOUND):
         return "too fast"
-    if _is_noise(serial, overlapped):
+    if is_noise(serial, overlapped):
         return "noise"
     gain = 1 - overlapped["median_ms"] / serial["median_ms"]
     if gain < 0:
         return "lost"
     return "hidden" if gain >= WHOLLY * possible else "gained"
-
-
-def _is_noise(one: Json, other: Json) -> bool:
-    return max(one["lower_quartile_ms"], other["lower_quartile_ms"]) <= min(
-        one["upper_quartile_ms"], other["upper_quartile_ms"]
-    )
 
 
 def _ms(value: float) -> str:
@@ -131,7 +125,3 @@ def _said(gain: float | None, possible: float) -> str:
     if gain > possible:
         return "gained all of it" if possible > 0 else "gained nothing"
     return f"gained {_percent(gain)}" if gain >= 0 else f"lost {_percent(-gain)}"
-
-
-def _be(what: str) -> str:
-    return "are" if what == "exchanges" else "is"

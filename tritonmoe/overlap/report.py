@@ -102,6 +102,17 @@ class PassReport:
         self._origin = self.now()
         self._end = self._origin
 
+    def __repr__(self) -> str:
+        """Return the times of the pass, without waiting for a pass that is not over."""
+        if not self.is_over:
+            return "PassReport(not over)"
+        try:
+            times = self.total_s, self.compute_s, self.communication_s, self.exposed_communication_s
+        except RuntimeError:  # a CUDA graph captured the call
+            return "PassReport(not timed)"
+        total, compute, communication, exposed = (f"{1e3 * seconds:.2f} ms" for seconds in times)
+        return f"PassReport({total}: {compute} of compute, {communication} of exchanges, {exposed} of them exposed)"
+
     def end(self) -> None:
         """Note that the pass ends now."""
         self._end = self.now()

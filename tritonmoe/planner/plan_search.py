@@ -16,7 +16,7 @@ from tritonmoe.planner.layer_parts import layer_parts
 from tritonmoe.planner.step import ONCE_A_STEP, StepTime, exchange_time, layer_exchange, step_with, walked_layers
 from tritonmoe.tuning.search import preferred
 
-__all__ = ["OVERLAPS", "Free", "Spread", "Way", "search", "ways"]
+__all__ = ["OVERLAPS", "Free", "Spread", "Way", "search", "ways", "with_cluster"]
 
 OVERLAPS = (
     SERIAL,
@@ -108,6 +108,13 @@ def search(
     found = found[:most]
     lacking = sorted((way for way in tried if not way.fits), key=lambda way: way.memory_gb)
     return found + [schedules.fastest(way) for way in lacking[: most - len(found)]], len(tried)
+
+
+def with_cluster(spread: Spread, cluster: Cluster) -> Spread:
+    """Return the fastest schedule of the same layout on another cluster, on one level or on as many as it has."""
+    schedules = _Schedules()
+    ways = [Way(spread.job, cluster, levels, spread.memory_gb) for levels in sorted({1, spread.num_levels})]
+    return min(map(schedules.fastest, ways), key=lambda one: one.s_per_token)
 
 
 def _first(pair: tuple[float, Way]) -> float:

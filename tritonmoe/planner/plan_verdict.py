@@ -91,7 +91,10 @@ def _between_nodes(plans: Sequence[Plan]) -> str | None:
     )
     carried = "gradients, weights and the rows of pipeline stages"
     only = f"The network between nodes then carries only {carried}: " if not crossing else ""
-    saves = "even a network between nodes that took no time would shorten a step of the best choice by no more than"
+    saves = (
+        "even a network between nodes that took no time would shorten a step of the best choice's layout by no more "
+        "than"
+    )
     return (
         f"Exchanges of rows {', and '.join(where)}. {only}{saves if only else saves[0].upper() + saves[1:]} {shares}."
     )

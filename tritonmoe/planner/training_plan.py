@@ -10,9 +10,9 @@ from tritonmoe.planner.exchange_curve import SERIAL, ExchangeCurve
 from tritonmoe.planner.job import Job, Recompute
 from tritonmoe.planner.model_error import MODEL_ERROR
 from tritonmoe.planner.model_flops import flops_per_token
-from tritonmoe.planner.plan_search import Free, Spread, Way, search
+from tritonmoe.planner.plan_search import Free, Spread, Way, search, with_cluster
 from tritonmoe.planner.sensitivity import Sensitivity, sensitivities
-from tritonmoe.planner.step import StepTime, step_time
+from tritonmoe.planner.step import StepTime
 from tritonmoe.runtime.files import Json
 
 __all__ = ["Choice", "Plan", "Prediction", "expected_time", "plan", "predict", "usd_per_million_tokens"]
@@ -70,7 +70,7 @@ class Prediction:
     """The step if nothing ran beside an exchange."""
     serial_interval_s: Interval
     between_nodes_s: float
-    """By how much the step would be shorter if whatever travels between nodes took no time."""
+    """By how much a step of the same layout would be shorter if whatever travels between nodes took no time."""
     memory_gb: float
     fits: bool
     gpus_used: int
@@ -268,11 +268,10 @@ def usd_per_million_tokens(cluster: Cluster, time: StepTime) -> float:
 
 
 def _between_nodes_s(spread: Spread) -> float:
-    """Return by how much a step would be shorter if whatever travels between nodes took no time."""
+    """Return by how much a step of the same layout would be shorter if whatever travels between nodes took no time."""
     used, nothing = spread.cluster, Estimate(0.0, "assumed")
     link = replace(used.between, gb_per_s=1e9, latency_us=nothing, us_per_peer=nothing, curve=())
-    time = step_time(spread.job, replace(used, between=link), spread.num_levels, spread.overlap)
-    return (spread.time.step_s - time.step_s) * USUAL
+    return (spread.time.step_s - with_cluster(spread, replace(used, between=link)).time.step_s) * USUAL
 
 
 def _with_left_out(time: StepTime, usual: float) -> StepTime:
