@@ -37,7 +37,7 @@ def test_one_layer_missing_waits_and_routers(gpu, tmp_path):
     """Routers on one GPU of each maker: tokens that are no numbers, odd rows, groups, ties."""
     chosen, tests, num_tests = "noticed or silu", TESTS, 2
     if gpu in ONE_OF_EACH_MAKER:
-        chosen, tests, num_tests = f"{chosen} or fp16-odd or deepseek or ties", (*TESTS, "test_router_kernels.py"), 5
+        chosen, tests, num_tests = f"{chosen} or fp16-odd or deepseek or ties", (*TESTS, "test_router_kernels.py"), 6
     result = run(gpu, tmp_path, "-k", chosen, tests=tests)
     assert result.returncode == 0, result.stdout[-3000:]
     assert re.search(rf"\b{num_tests} passed", result.stdout), result.stdout[-3000:]

@@ -89,6 +89,8 @@ v_fmac_f32           f4 f4,f4,f4  fused({0}, {1}, {2})
 v_fmaak_f32          f4 f4,f4,f4  fused({0}, {1}, {2})
 v_fmamk_f32          f4 f4,f4,f4  fused({0}, {1}, {2})
 v_exp_f32            f4 f4        np.exp2({0})
+v_log_f32            f4 f4        np.log2({0})
+v_sqrt_f32           f4 f4        np.sqrt({0})
 v_rcp_f32            f4 f4        1 / {0}
 v_rcp_iflag_f32      f4 f4        1 / {0}
 v_rndne_f32          f4 f4        np.rint({0})
