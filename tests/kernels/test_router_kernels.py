@@ -225,8 +225,8 @@ def test_scores_of_any_logit_and_their_slopes(name):
     plain = logits.clone().requires_grad_()
     plain_scores = SCORES[name](plain)
     (plain_slopes,) = torch.autograd.grad(plain_scores.sum(), plain)
-    # A kernel's slope is of the rounded score, which is 1 from a logit of 17 on where it is a sigmoid. A GPU raises 2 to
-    # the logit over log(2), a number up to 123 that is rounded to 2^-18: so far are exponentials off, relatively.
+    # A kernel's slope is of the rounded score, which is 1 from a logit of 17 on where it is a sigmoid. A GPU raises 2
+    # to the logit over log(2), a number up to 123 that is rounded to 2^-18: so far are exponentials off, relatively.
     slopes_atol = 6e-8 if name == "sigmoid" else 1e-20
     for found, found_slopes in ((scores.cpu()[:, 0], slopes.cpu()[:, 0]), (plain_scores, plain_slopes)):
         torch.testing.assert_close(found.double(), exact_scores.detach(), rtol=1e-5, atol=1e-37)
