@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from tritonmoe.dispatch.placement import ExpertPlacement
+from tritonmoe.integrations.transformers.packed.packed_experts import up_name
 from tritonmoe.integrations.transformers.sharding import expert_parallel_state, transport_of
 from tritonmoe.layer import GroupedExperts
 from tritonmoe.runtime.halves import for_both_halves
-from tritonmoe.sharding.marks import MARK, sharded_modules
+from tritonmoe.sharding.marks import sharded_modules
 from tritonmoe.sharding.placed_states import StateDict, order_of, part_of
 from tritonmoe.sharding.same_weights import check_on_all_ranks
 from tritonmoe.sharding.sharded_parameters import Sharding, local_shard, shard_parameters
@@ -67,9 +68,7 @@ def shard_factors(wrapper: "ParamWrapper") -> None:
     """
     experts = wrapper.get_base_layer()
     spread = spread_of(experts)
-    if spread is None or wrapper.parameter_name not in experts.__dict__[MARK].names:
-        return
-    if len(wrapper.get_param().shape) != 3:
+    if spread is None or wrapper.parameter_name not in (up_name(experts), "down_proj"):  # packed or not
         return
     for adapter in wrapper.lora_A:
         for linear, is_b in ((wrapper.lora_A[adapter], False), (wrapper.lora_B[adapter], True)):
