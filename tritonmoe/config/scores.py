@@ -4,6 +4,7 @@ kernels/scores.py has two kernel functions for each name, the value and its back
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal, get_args
 
 import torch
@@ -18,10 +19,6 @@ LEAST_SOFTPLUS = -80.0
 """Below it fp32 rounds the softplus of a logit to its exponential, and soon to zero, at which a root has no slope."""
 
 
-def _softmax(logits: Tensor) -> Tensor:
-    return logits.softmax(dim=1)
-
-
 def _sqrtsoftplus(logits: Tensor) -> Tensor:
     least = (0.5 * logits.clamp(max=LEAST_SOFTPLUS)).exp()  # finite everywhere, for the slopes of what is not taken
     is_least = logits < LEAST_SOFTPLUS
@@ -29,7 +26,7 @@ def _sqrtsoftplus(logits: Tensor) -> Tensor:
 
 
 SCORES: dict[ScoreName, Callable[[Tensor], Tensor]] = {
-    "softmax": _softmax,
+    "softmax": partial(torch.softmax, dim=1),
     "sigmoid": torch.sigmoid,
     "sqrtsoftplus": _sqrtsoftplus,
 }
