@@ -94,6 +94,9 @@ def test_a_speed_up_within_the_quartiles_is_too_noisy() -> None:
     assert [results["summary"][kind]["marks"] for kind in ("overlapped", "auto")] == [{"speed_up": "too noisy"}] * 2
     note, _ = noise_notes(results)
     assert "too noisy (speed_up): the middle halves of its rounds and of T_serial's overlap. " in note
+    note, *_ = noise_notes(results_of(99.4, serial_ms=99.4))  # which hides 1.015 of the communication, besides
+    assert "too noisy (hidden_share, speed_up): neither a call nor one of its passes can be faster than" in note
+    assert "; the middle halves of its rounds and of T_serial's overlap. " in note
 
 
 @pytest.mark.parametrize(("contention", "is_marked"), [(1.4, False), (0.993, False), (0.61, True)])

@@ -78,7 +78,9 @@ def noise_notes(results: Json) -> list[str]:
         if not words:
             continue
         reasons = []
-        if {"bound_ratio", "pass_bound_ratio", "exposed_ms"} & {*words} or words == ["hidden_share"]:
+        is_series_too_long = series_is_too_long(summary)
+        hides_too_much = "hidden_share" in words and not is_series_too_long
+        if {"bound_ratio", "pass_bound_ratio", "exposed_ms"} & {*words} or hides_too_much:
             reasons.append(
                 "neither a call nor one of its passes can be faster than the longer of its compute and its "
                 "communication"
@@ -88,7 +90,7 @@ def noise_notes(results: Json) -> list[str]:
                 f"experts took {figures['contention']:.3f} times as long during exchanges as without any, and can't be "
                 "faster beside them"
             )
-        if series_is_too_long(summary):
+        if is_series_too_long:
             reasons.append("T_serial is longer than T_compute and T_communication together, as the verdict says")
         if is_noise(summary["T_serial"], figures):
             reasons.append("the middle halves of its rounds and of T_serial's overlap")
