@@ -17,7 +17,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -36,8 +35,8 @@ from tritonmoe.config.overlap import OverlapConfig
 from tritonmoe.integrations import transformers as tmt
 from tritonmoe.integrations.transformers.bench_model import qwen3_moe_model
 from tritonmoe.integrations.transformers.discovery import experts_modules
-from tritonmoe.integrations.transformers.sharding import STATE, expert_parallel_state
 from tritonmoe.runtime.files import Json
+from tritonmoe.sharding.expert_shards import shards_of
 from tritonmoe.transports import ProcessGroupTransport, Ranks
 from tritonmoe.transports.torchrun import torchrun_ranks
 
@@ -140,9 +139,9 @@ class Step:
 
     def _configure(self, overlap: OverlapConfig) -> None:
         for experts in experts_modules(self.model).values():
-            state = expert_parallel_state(experts)
-            assert state is not None
-            setattr(experts, STATE, replace(state, overlap=overlap))
+            shards = shards_of(experts)
+            assert shards is not None
+            shards.overlap = overlap
 
     def _spread(self, overlap: OverlapConfig, halved: tmt.HalvedForward | None = None) -> float:
         self._configure(overlap)

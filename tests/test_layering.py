@@ -11,12 +11,12 @@ FILES = sorted(ROOT.rglob("*.py"))
 FOLDERS = (
     *("errors", "config", "runtime", "grouping", "kernels", "backends", "aot", "routing", "experts", "transports"),
     *(
-        "sharding",
         "dispatch",
         "overlap",
         "simulation",
         "tuning",
         "expert_parallel",
+        "sharding",
         "layer",
         "rebalancing",
         "integrations",

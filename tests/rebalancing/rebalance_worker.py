@@ -26,6 +26,7 @@ from worker_cases import run_cases
 
 import tritonmoe as tm
 from tritonmoe.integrations.transformers import register
+from tritonmoe.sharding.expert_shards import shards_of
 
 CONFIG = tm.MoEConfig(hidden_size=8, intermediate_size=12, num_experts=8, top_k=2)
 ADAMW = functools.partial(torch.optim.AdamW, lr=0.05, eps=1e-3)
@@ -540,7 +541,7 @@ def case_halves(directory: Path) -> None:
             optimizer.step()
             optimizer.zero_grad()
             if rebalancer is not None:
-                counted = sum(int(layer.experts.calls.load.sum()) for layer in net.layers)
+                counted = sum(int(layer.experts.shards.calls.load.sum()) for layer in net.layers)
                 assert counted == 2 * 2 * 2 * (20 + dist.get_rank())
                 rebalancer.step()
             losses.append(loss.item())
@@ -551,11 +552,9 @@ def case_halves(directory: Path) -> None:
 
 
 def tmt_placement(experts: nn.Module) -> tm.ExpertPlacement | None:
-    from tritonmoe.integrations.transformers.sharding import expert_parallel_state
-
-    state = expert_parallel_state(experts)
-    assert state is not None
-    return state.placement
+    shards = shards_of(experts)
+    assert shards is not None
+    return shards.placement
 
 
 if __name__ == "__main__":

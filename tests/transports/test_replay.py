@@ -1,6 +1,7 @@
 """One rank alone: what replayed peers answer, and when. Times are compared with the clock read around a call."""
 
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -60,7 +61,9 @@ def test_a_replayed_call_has_the_same_bits_and_needs_no_peer(has_link: bool, chu
 
         expected = step()
         replay = ReplayTransport(transport, Port(LinkModel(0.01, latency_us=50)) if has_link else None)
-        layer.experts.transport = replay
+        shards = layer.grouped_experts.shards
+        assert shards is not None
+        shards.sharding = replace(shards.sharding, transport=replay)
         for number in range(3):
             if number and transport.rank:
                 break  # rank 0 goes on alone

@@ -147,7 +147,9 @@ class MeasuredLayer:
 
     def _run_layer(self, transport: Transport, overlap: OverlapConfig | OverlapPlan) -> LayerReport:
         experts = self.experts
-        experts.transport = transport
+        shards = experts.shards
+        assert shards is not None
+        shards.sharding = replace(shards.sharding, transport=transport)
         experts.overlap = replace(overlap, wire_dtype=self.workload.torch_wire_dtype)
         if self.workload.backward:
             experts(self.x, self.topk_ids, self.topk_weights).backward(self.dout)

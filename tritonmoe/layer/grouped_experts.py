@@ -4,8 +4,7 @@ import threading
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from functools import partial
-from typing import Literal
+from typing import Any, Literal
 from weakref import WeakValueDictionary
 
 import torch
@@ -15,9 +14,7 @@ from tritonmoe.backends import check_name
 from tritonmoe.config.layer import MoEConfig, PerWeight, check_moe_config
 from tritonmoe.config.overlap import OverlapConfig, OverlapPlan, check_overlap
 from tritonmoe.dispatch.placement import ExpertPlacement
-from tritonmoe.expert_parallel.call import CallSpec, ProposedCall
 from tritonmoe.expert_parallel.check import check_expert_parallel
-from tritonmoe.expert_parallel.expert_parallel_mlp import run_expert_parallel
 from tritonmoe.expert_parallel.state import LayerCalls, refuse
 from tritonmoe.experts.adapters import ExpertAdapters, noted_adapters, noted_factors, with_adapters
 from tritonmoe.experts.arguments import find_main_grads
@@ -32,13 +29,11 @@ from tritonmoe.runtime.autograd import leaf_of
 from tritonmoe.runtime.halves import for_both_halves
 from tritonmoe.runtime.wrappers import refuse_computed
 from tritonmoe.sharding.data_parallel import is_averaged_by_ddp
+from tritonmoe.sharding.expert_shards import ATTRIBUTE, ExpertShards, attach_shards, find_sharding, shards_of
 from tritonmoe.sharding.grad_scaling import agree_on_overflow
 from tritonmoe.sharding.sharded_parameters import (
-    Sharding,
     check_expert_gradients,
     check_replicas,
-    find_sharding,
-    local_shard,
     rows_here,
     shard_parameters,
 )
@@ -48,6 +43,8 @@ __all__ = ["GroupedExperts", "experts_of_parameters"]
 
 _known: "WeakValueDictionary[str, GroupedExperts]" = WeakValueDictionary()
 _lock = threading.Lock()  # emulated ranks are threads
+BEFORE_SHARDS = ("expert_ids", "overlap", "placement", "transport", "sharding", "calls", "gradient_scale")
+"""Attributes that a module of 0.1.0 has in a file."""
 ADAPTS = "_tritonmoe_adapts"
 """What a factor of a call's adapters notes: the key of the module that was called (no weakref: those forbid swaps)."""
 
@@ -111,10 +108,8 @@ class GroupedExperts(nn.Module):
             batch_invariant=batch_invariant,
         )
         """How the experts compute, but for their adapters."""
-        self.expert_ids = tuple(range(config.num_experts))
-        """The experts of this rank, in the order of its weights."""
         self._load_balance_loss_weight: float | None = None
-        self._join(transport, overlap, placement, expert_gradients, torch.empty(0, device=device).device)
+        self._spread(transport, overlap, placement, expert_gradients, torch.empty(0, device=device).device)
         self._hold(empty_parameters(config, len(self.expert_ids), device, dtype))
         self.reset_parameters(generator)
         self.register_load_state_dict_pre_hook(check_loaded)
@@ -122,56 +117,81 @@ class GroupedExperts(nn.Module):
 
     def __setstate__(self, state: dict[str, object]) -> None:
         super().__setstate__(state)
+        if ATTRIBUTE not in state:  # written when the module had attributes of its own for this
+            old: dict[str, Any] = {name: self.__dict__.pop(name) for name in BEFORE_SHARDS}
+            known = {name: old[name] for name in ("sharding", "calls", "overlap", "placement")}
+            is_spread, num_experts = old["sharding"] is not None, self.config.num_experts
+            attach_shards(self, ExpertShards(num_experts=num_experts, names=PARAMETERS, **known) if is_spread else None)
         self.key = _know(self)  # this is a copy
 
-    def _join(
+    def _spread(
         self,
         ranks: "Ranks | None",
         overlap: OverlapConfig | OverlapPlan | None,
         placement: ExpertPlacement | None,
-        expert_gradients: str,
+        expert_gradients: Literal["mean", "sum"],
         device: torch.device,
     ) -> None:
-        """Decide which experts are this rank's, and how it meets the other ranks; None for `ranks` is one device."""
-        self.overlap = OverlapConfig() if overlap is None else overlap
-        check_overlap(self.overlap)
+        """Decide which experts are this rank's, and how calls reach the others; None for `ranks` is one device."""
+        overlap = OverlapConfig() if overlap is None else overlap
+        check_overlap(overlap)
         check_expert_gradients(expert_gradients)
-        if placement is not None and ranks is None:
-            raise ValueError(
-                "placement says which rank holds which experts, so it needs ranks: give a transport, or leave "
-                "placement out"
-            )
-        self.placement = placement
-        self.transport = None if ranks is None else as_transport(ranks)
-        self.sharding: Sharding | None = None
-        """Over which ranks the experts are spread, and which hold copies of them; None on one device."""
-        self.calls: LayerCalls | None = None
-        """What its calls over ranks have in common; None on one device."""
-        self.gradient_scale = 1.0
-        if ranks is None or self.transport is None:
+        attach_shards(self, None)
+        if ranks is None:
+            if placement is not None:
+                raise ValueError(
+                    "placement says which rank holds which experts, so it needs ranks: give a transport, or leave "
+                    "placement out"
+                )
             return
-        rank, size, num_experts = self.transport.rank, self.transport.size, self.config.num_experts
-        num_local = num_experts // size if placement is None else placement.num_slots
-        check_expert_parallel(num_local, num_experts, size, placement)
-        self.sharding = find_sharding(ranks, self.transport, device)
-        self.calls = LayerCalls(self.transport, expert_gradients)
-        self.calls.load_balance_loss_weight = self._load_balance_loss_weight
+        transport, num_experts = as_transport(ranks), self.config.num_experts
+        num_local = num_experts // transport.size if placement is None else placement.num_slots
+        check_expert_parallel(num_local, num_experts, transport.size, placement)
+        sharding = find_sharding(ranks, transport, device)
+        calls = LayerCalls(transport, expert_gradients)
+        calls.load_balance_loss_weight = self._load_balance_loss_weight
         agree_on_overflow(_transports_of)
-        if expert_gradients == "mean":
-            self.gradient_scale = 1 / size
-        self.expert_ids = tuple(range(rank * num_local, (rank + 1) * num_local))
-        if placement is not None:
-            self.expert_ids = placement.experts_of_rank[rank]
+        attach_shards(self, ExpertShards(sharding, num_experts, calls, overlap, placement))
 
     def _hold(self, parts: dict[str, Tensor | None]) -> None:
         """Make parameters of this rank's experts."""
-        if self.sharding is None:
-            for name, part in parts.items():
-                self.register_parameter(name, None if part is None else nn.Parameter(part, part.requires_grad))
+        if self.shards is not None:
+            shard_parameters(self, parts, self.shards)
             return
-        held = None if self.placement is None else self.placement.experts_of_rank
-        is_summed = self.calls is not None and self.calls.expert_gradients == "sum"
-        shard_parameters(self, parts, self.sharding, held, is_summed)
+        for name, part in parts.items():
+            self.register_parameter(name, None if part is None else nn.Parameter(part, part.requires_grad))
+
+    @property
+    def shards(self) -> ExpertShards | None:
+        """Where the experts live, and how a call reaches them; None on one device."""
+        return shards_of(self)
+
+    @property
+    def transport(self) -> Transport | None:
+        """The transport that reaches the other ranks; None on one device."""
+        return None if self.shards is None else self.shards.transport
+
+    @property
+    def overlap(self) -> OverlapConfig | OverlapPlan | None:
+        """How the exchanges of the next calls overlap, which may be set, on every rank; None on one device."""
+        return None if self.shards is None else self.shards.overlap
+
+    @overlap.setter
+    def overlap(self, overlap: OverlapConfig | OverlapPlan) -> None:
+        check_overlap(overlap)
+        if self.shards is None:
+            raise ValueError("experts on one device have no exchanges to overlap: spread them over ranks first")
+        self.shards.overlap = overlap
+
+    @property
+    def placement(self) -> ExpertPlacement | None:
+        """Which rank holds which experts; None for E / W contiguous ones each."""
+        return None if self.shards is None else self.shards.placement
+
+    @property
+    def expert_ids(self) -> tuple[int, ...]:
+        """The experts of this rank, in the order of its weights."""
+        return tuple(range(self.config.num_experts)) if self.shards is None else self.shards.expert_ids
 
     def spread_over(
         self,
@@ -186,7 +206,7 @@ class GroupedExperts(nn.Module):
         Args: as those of the constructor; group_or_mesh: its `transport`.
         """
         whole: dict[str, Tensor | None] = {name: getattr(self, name) for name in PARAMETERS}
-        self._join(group_or_mesh, overlap, placement, expert_gradients, self.gate_up_proj.device)
+        self._spread(group_or_mesh, overlap, placement, expert_gradients, self.gate_up_proj.device)
         ids = list(self.expert_ids)
         self._hold(
             {
@@ -201,22 +221,13 @@ class GroupedExperts(nn.Module):
 
         None on one device. It holds no experts, so that a copy of a router that has it copies none.
         """
-        return None if self.sharding is None else self.sharding.sum_over_ranks
+        return None if self.shards is None else self.shards.sharding.sum_over_ranks
 
     def take_router(self, load_balance_loss_weight: float) -> None:
         """Note how the router of the layer that has these experts is balanced, for recordings."""
         self._load_balance_loss_weight = load_balance_loss_weight
-        if self.calls is not None:
-            self.calls.load_balance_loss_weight = load_balance_loss_weight
-
-    def take_placement(self, placement: ExpertPlacement | None) -> None:
-        """Note that the rows of the parameters are other experts' from now on: rebalance() has moved them."""
-        if self.transport is not None:
-            rank, num_local = self.transport.rank, len(self.expert_ids)
-            self.placement = placement
-            self.expert_ids = tuple(range(rank * num_local, (rank + 1) * num_local))
-            if placement is not None:
-                self.expert_ids = placement.experts_of_rank[rank]
+        if self.shards is not None:
+            self.shards.calls.load_balance_loss_weight = load_balance_loss_weight
 
     def extra_repr(self) -> str:
         config, transport = self.config, self.transport
@@ -243,7 +254,7 @@ class GroupedExperts(nn.Module):
     @property
     def last_report(self) -> LayerReport | None:
         """Traffic and timings of the last expert-parallel call, of a step's many or a recompute; None on one device."""
-        return None if self.calls is None else self.calls.last_report
+        return None if self.shards is None else self.shards.calls.last_report
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -256,8 +267,8 @@ class GroupedExperts(nn.Module):
         seed = int(torch.randint(2**62, (), generator=generator, device="cpu"))
         if self.gate_up_proj.is_meta:  # there is no memory to draw into
             return
-        if self.sharding is not None:
-            check_replicas(seed, self.sharding)
+        if self.shards is not None:
+            check_replicas(seed, self.shards.sharding)
         experts = rows_here(self.gate_up_proj, self.expert_ids)
         weights = self._local_weights()
         if self.config.weight_format is None:
@@ -273,7 +284,7 @@ class GroupedExperts(nn.Module):
 
         So FSDP2's mixed precision casts the parameters that it manages; spread experts it is told to leave alone.
         """
-        is_spread = self.sharding is not None and self.sharding.mesh is not None
+        is_spread = self.shards is not None and self.shards.sharding.mesh is not None
         return is_spread and self.gate_up_proj.dtype == torch.float32 and dtype in (torch.bfloat16, torch.float16)
 
     def _spec(self, adapters: ExpertAdapters | None = None) -> ExpertSpec:
@@ -296,7 +307,8 @@ class GroupedExperts(nn.Module):
         num_nonfinite_rows: Routing's count of tokens without a finite score; more than zero raises on every rank.
         fillers: as in expert_parallel_mlp; on one device they are called first.
         """
-        if self.transport is None:
+        shards = self.shards
+        if shards is None:
             for filler in fillers:
                 filler()
             adapters = self._in_mode(adapters)
@@ -304,12 +316,12 @@ class GroupedExperts(nn.Module):
             return run_experts(self._spec(adapters), CallTensors(x, topk_ids, topk_weights, weights))
         try:
             adapters = self._in_mode(adapters)
-            spec = CallSpec(self._spec(adapters), self.config.num_experts, self.overlap, self.placement)
+            spec = self._spec(adapters)
             inputs = CallTensors(x, topk_ids, topk_weights, self._call_weights(x, adapters))
         except Exception:
-            refuse(self.transport)
+            refuse(shards.transport)
             raise
-        return run_expert_parallel(ProposedCall(spec, self.transport, inputs, self.calls, num_nonfinite_rows, fillers))
+        return shards.run(spec, inputs, num_nonfinite_rows, fillers)
 
     def _local_weights(self, x: Tensor | None = None, adapters: ExpertAdapters | None = None) -> PerWeight[Tensor]:
         """Return this rank's experts as plain tensors, whose gradients reach the parameters, to compute with x."""
@@ -322,22 +334,18 @@ class GroupedExperts(nn.Module):
             down_scales=self.down_proj_scales,
         )
         parameters = with_adapters(own, adapters)
-        sharding, calls, placement = self.sharding, self.calls, self.placement
-        if sharding is None or calls is None:
+        shards = self.shards
+        if shards is None:
             return parameters
         is_trained = torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in parameters)
-        if is_trained and sharding.mesh is not None and placement is not None and placement.has_replicas:
+        placement = shards.placement
+        if is_trained and shards.sharding.mesh is not None and placement is not None and placement.has_replicas:
             raise ValueError(
                 "experts that stand in several slots of a placement can't be trained as DTensors: clip_grad_norm_ "
                 "would count them several times. Use a placement without replicas, freeze them "
                 "(requires_grad_(False)), or call expert_parallel_mlp with parameters of your own"
             )
-        first = len(parameters) * calls.number
-        local: list[Tensor | None] = [None] * len(parameters)
-        for number, parameter in enumerate(parameters):
-            if parameter is not None:
-                make = partial(local_shard, self, parameter, sharding, self.gradient_scale, first + number)
-                local[number] = for_both_halves(parameter, parameter.dtype, make)
+        local = [None if p is None else shards.local(self, p, position) for position, p in enumerate(parameters)]
         weights: PerWeight[Tensor] = PerWeight(*local)  # type: ignore[arg-type]  # None stands where PerWeight has None
         if x is None or not self.narrows_to(x.dtype) or find_main_grads(weights) is not None:
             return weights
@@ -347,18 +355,18 @@ class GroupedExperts(nn.Module):
     def _call_weights(self, x: Tensor | None, adapters: ExpertAdapters | None) -> PerWeight[Tensor]:
         """Return _local_weights() with these adapters, or with the factors that are noted of the module (PEFT's)."""
         weights = as_values(self, self.config.weight_format, self._local_weights(x, adapters))
-        if adapters is not None and self.transport is not None and self.transport.size > 1:
+        shards = self.shards
+        if adapters is not None and shards is not None and shards.transport.size > 1:
             _note_factors(self.key, adapters)
-        factors = noted_factors(
-            self, torch.bfloat16 if is_packed(weights) else weights.gate_up_proj.dtype, self.expert_ids
-        )
+        expert_ids = range(self.config.num_experts) if shards is None else shards.expert_ids
+        factors = noted_factors(self, torch.bfloat16 if is_packed(weights) else weights.gate_up_proj.dtype, expert_ids)
         if factors and adapters is not None:
             raise ValueError(
                 "the call gives adapters to experts that PEFT has adapted already: leave adapters out, or don't wrap "
                 "the experts by PEFT"
             )
         is_trained = torch.is_grad_enabled() and any(factor.requires_grad for factor in factors.values())
-        if is_trained and self.placement is not None and self.placement.has_replicas:
+        if is_trained and shards is not None and shards.placement is not None and shards.placement.has_replicas:
             raise ValueError(
                 "adapters of experts that stand in several slots of a placement can't be trained: every slot would get "
                 "the gradient of all of them, and an average over ranks would count it several times. Use a placement "
@@ -390,9 +398,7 @@ def experts_of_parameters(parameters: Iterable[Tensor]) -> list[GroupedExperts |
     """
     with _lock:
         modules = dict(_known.items())
-    spread = [
-        m for m in modules.values() if m.transport is not None and (m.sharding is None or m.sharding.mesh is None)
-    ]
+    spread = [module for module in modules.values() if module.shards and module.shards.sharding.mesh is None]
     own = {id(parameter): module for module in spread for parameter in module.parameters()}
     return [own.get(id(parameter)) or modules.get(vars(parameter).get(ADAPTS, "")) for parameter in parameters]
 

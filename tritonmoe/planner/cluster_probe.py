@@ -214,7 +214,7 @@ def _probe_host(
     """Measure a layer so small that only launching it takes time, in one chunk and in several."""
     experts = max(transport.size, 1) * 2
     config = MoEConfig(16, 16, experts, 2)
-    layer = GroupedExperts(config, transport, OverlapPlan((1,))).to(device)
+    layer = GroupedExperts(config, transport).to(device)
     gates, ids = torch.rand(HOST_TOKENS, experts, device=device).topk(2, dim=1)
     x = torch.randn(HOST_TOKENS, 16, device=device, requires_grad=True)
 

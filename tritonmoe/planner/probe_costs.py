@@ -1,5 +1,6 @@
 """What the simulator needs, measured: the link of a transport, and what a layer's steps cost by their size."""
 
+import copy
 import statistics
 import time
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from tritonmoe.expert_parallel.state import LayerCalls
 from tritonmoe.layer import GroupedExperts, report_of
 from tritonmoe.overlap.report import LayerReport
 from tritonmoe.runtime.host_device import wait_for_current_stream
+from tritonmoe.sharding.expert_shards import ExpertShards, Sharding, attach_shards
 from tritonmoe.simulation.cost_model import LinkCosts
 from tritonmoe.simulation.step_costs import StepCosts, fit_line
 from tritonmoe.transports import LocalTransport, PendingExchange, Transport
@@ -173,12 +175,15 @@ def probe_steps(experts: GroupedExperts, x: Tensor, topk_ids: Tensor, topk_weigh
 @contextmanager
 def _one_chunk(experts: GroupedExperts) -> Iterator[None]:
     """Let a layer run all pairs in one chunk, its own too, and nothing beside an exchange."""
-    before = experts.transport, experts.overlap, experts.calls
-    if experts.transport is None:
-        experts.transport = LocalTransport()
-        experts.calls = LayerCalls(experts.transport)
-    experts.overlap = OverlapPlan(local_first=False, serial=True, wire_dtype=experts.overlap.wire_dtype)
+    before = experts.shards
+    if before is None:
+        alone = LocalTransport()
+        shards = ExpertShards(Sharding(alone, None), experts.config.num_experts, LayerCalls(alone))
+    else:
+        shards = copy.copy(before)
+    shards.overlap = OverlapPlan(local_first=False, serial=True, wire_dtype=shards.overlap.wire_dtype)
+    attach_shards(experts, shards)
     try:
         yield
     finally:
-        experts.transport, experts.overlap, experts.calls = before
+        attach_shards(experts, before)

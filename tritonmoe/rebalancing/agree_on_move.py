@@ -1,7 +1,7 @@
 """agree: the ranks hear whether each of them can move its experts, and whether all would move the same."""
 
 from tritonmoe.errors import PeerFailure
-from tritonmoe.sharding.sharded_parameters import Sharding
+from tritonmoe.sharding.expert_shards import Sharding
 from tritonmoe.transports import as_transport
 
 __all__ = ["agree"]

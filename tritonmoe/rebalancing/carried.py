@@ -40,23 +40,23 @@ def carried_tensors(experts: SpreadExperts, optimizers: Sequence[torch.optim.Opt
     Raises:
         ValueError: something belongs to these experts of which nothing says how it would move.
     """
-    if experts.calls.takes_adapters:
+    if experts.shards.calls.takes_adapters:
         raise ValueError(
             f"the experts of {experts.name} were called with adapters=, whose factors are this rank's experts' and are "
             "no parameters of the model: adapt them by PEFT (target_parameters), whose factors move, or leave these "
             "layers where they are"
         )
     found: dict[str, Tensor] = {}
-    for owner, module, marked in experts.marked():
-        refuse_computed(owner, module, marked.names, "tm.rebalance, and keep it one")
+    for owner, module, shards in experts.sharded():
+        refuse_computed(owner, module, shards.names, "tm.rebalance, and keep it one")
         tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
         for name, _ in tensors:
-            if name not in marked.names:
+            if name not in shards.names:
                 raise ValueError(
                     f"{name} of {owner} is no weight with one or more rows for each expert, so tm.rebalance can't "
                     "tell whether it must move with the experts: keep it in another module"
                 )
-        for name in marked.names:
+        for name in shards.names:
             parameter = getattr(module, name)
             if parameter is not None:
                 found |= _of_parameter(f"{owner}.{name}", parameter, optimizers)
@@ -124,8 +124,8 @@ def _names_of(every: Sequence[SpreadExperts]) -> dict[int, str]:
     return {
         id(getattr(module, name)): f"{owner}.{name}"
         for experts in every
-        for owner, module, marked in experts.marked()
-        for name in marked.names
+        for owner, module, shards in experts.sharded()
+        for name in shards.names
     }
 
 
@@ -145,7 +145,7 @@ def refuse_elsewhere(every: Sequence[SpreadExperts], optimizers: Sequence[torch.
     That is an optimizer that was not given, a module that shares a weight of theirs, a copy of a layer (of an average
     of weights, say), whose rows belong to the same experts only as long as none moves, and a CUDA graph.
     """
-    if any(state_of(experts.sharding.transport).captured_flags for experts in every):
+    if any(state_of(experts.shards.transport).captured_flags for experts in every):
         raise ValueError(
             "a CUDA graph has captured calls of these layers, and a replay would use the placement at the capture: "
             "run the layers without a graph (OverlapConfig without a capacity), or don't move their experts"
@@ -158,12 +158,12 @@ def _shared(every: Sequence[SpreadExperts]) -> Iterator[str]:
     slots = {
         (id(module), name): (f"{owner}.{name}", getattr(module, name))
         for experts in every
-        for owner, module, marked in experts.marked()
-        for name in marked.names
+        for owner, module, shards in experts.sharded()
+        for name in shards.names
         if getattr(module, name) is not None
     }
     own = {id(weight): slot for slot, (_, weight) in reversed(slots.items())}  # the first of those that have it
-    known = [module for experts in every for _, module, _ in experts.marked()]
+    known = [module for experts in every for _, module, _ in experts.sharded()]
     for module, name, weight in owners_of_memory([weight for _, weight in slots.values()], known):
         slot = id(module), name
         if slot != own[id(weight)]:
@@ -177,8 +177,8 @@ def _shared(every: Sequence[SpreadExperts]) -> Iterator[str]:
 
 def _elsewhere(every: Sequence[SpreadExperts], optimizers: Sequence[torch.optim.Optimizer]) -> Iterator[str]:
     names = _names_of(every)
-    own = {id(experts.calls) for experts in every}
-    layers = {id(experts.calls.copies): experts.name for experts in every}
+    own = {id(experts.shards.calls) for experts in every}
+    layers = {id(experts.shards.calls.copies): experts.name for experts in every}
     states = {id(optimizer.state) for optimizer in optimizers}
     for held in living(torch.optim.Optimizer, LayerCalls):
         if isinstance(held, torch.optim.Optimizer):

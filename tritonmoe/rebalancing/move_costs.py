@@ -26,7 +26,7 @@ def experts_time(experts: SpreadExperts) -> tuple[int, int]:
 
     Reading them waits for the end of that call on a device.
     """
-    report = experts.calls.last_report
+    report = experts.shards.calls.last_report
     if report is None:
         return 0, 0
     passes = [report.forward] + ([] if report.backward is None else [report.backward])

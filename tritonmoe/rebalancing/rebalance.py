@@ -79,7 +79,7 @@ def rebalance(
     found = find_spread_experts(model)
     if not found:
         raise ValueError(f"{type(model).__name__} has no experts that are spread over ranks: parallelize() it first")
-    if len({experts.sharding.transport for experts in found}) > 1:
+    if len({experts.shards.transport for experts in found}) > 1:
         raise ValueError(
             "the layers of this model are spread over several transports, and each of them has a busiest rank of its "
             "own: call tm.rebalance for the layers of each"
@@ -101,9 +101,11 @@ class Rebalancer:
         self._ns_of_megabyte = 0
         self._check()
         device = next(layers[0].module.parameters()).device
-        self._load = torch.zeros(sum(experts.num_experts + 1 for experts in layers), dtype=torch.int64, device=device)
+        self._load = torch.zeros(
+            sum(experts.shards.num_experts + 1 for experts in layers), dtype=torch.int64, device=device
+        )
         for experts, counted in zip(layers, self._by_layer(self._load), strict=True):
-            experts.calls.load, experts.calls.counted = counted, ref(experts.module)
+            experts.shards.calls.load, experts.shards.calls.counted = counted, ref(experts.module)
         self._history: deque[Tensor] = deque(maxlen=history)
 
     def step(self) -> Rebalanced | None:
@@ -165,7 +167,7 @@ class Rebalancer:
 
     def _by_layer(self, counted: Tensor) -> tuple[Tensor, ...]:
         """Return the (E + 1,) counts of every layer: of its experts, and of skipped pairs."""
-        return counted.split([experts.num_experts + 1 for experts in self._layers])
+        return counted.split([experts.shards.num_experts + 1 for experts in self._layers])
 
     # What ranks agree on
 
@@ -187,7 +189,7 @@ class Rebalancer:
             number = zlib.crc32(of_all.encode())
         except Exception as refused:  # whatever it is, the other ranks wait for this one's word
             error = refused
-        agree(self._layers[0].sharding, number, error)
+        agree(self._layers[0].shards.sharding, number, error)
         return tensors
 
     def _agreed_loads(self) -> tuple[list[list[int]], list[float]]:
@@ -199,7 +201,7 @@ class Rebalancer:
         counted = torch.stack(list(self._history)).sum(0)
         times = [number for experts in self._layers for number in experts_time(experts)]
         numbers = torch.cat([counted, torch.tensor(times, dtype=torch.int64, device=counted.device)])
-        sharding = self._layers[0].sharding
+        sharding = self._layers[0].shards.sharding
         own, agreed = sharding.sum_over_ranks(numbers).split([len(counted), len(times)])
         steps = len(self._history) * (1 if sharding.replicas is None else sharding.replicas.size())
         loads = [layer[:-1].tolist() for layer in self._by_layer(own)]
@@ -224,7 +226,7 @@ class Rebalancer:
     def _largest(self, number: float) -> int:
         """Return the largest of all ranks' numbers, as an integer of at least 1."""
         largest = torch.tensor(max(1, round(number)), device="cpu")
-        sharding = self._layers[0].sharding
+        sharding = self._layers[0].shards.sharding
         sharding.transport.all_reduce(largest, "max")
         if sharding.replicas is not None:
             as_transport(sharding.replicas).all_reduce(largest, "max")

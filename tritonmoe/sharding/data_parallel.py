@@ -14,13 +14,8 @@ from torch import Tensor, nn
 
 from tritonmoe.routing import TopKRouter
 from tritonmoe.runtime.wrappers import refuse_computed
-from tritonmoe.sharding.marks import (
-    MARK,
-    OWN_BUFFERS,
-    own_buffers,
-    sharded_modules,
-    warn_of_sums,
-)
+from tritonmoe.sharding.expert_shards import sharded_modules, warn_of_sums
+from tritonmoe.sharding.marks import MARK, OWN_BUFFERS, own_buffers
 from tritonmoe.transports import Ranks, as_transport
 
 if TYPE_CHECKING:
@@ -134,10 +129,11 @@ def ignore_sharded_parameters() -> None:
 
 def _refuse_uneven(module: nn.Module) -> None:
     """Raise ValueError if the module's layers exchange rows: join() stands in for a rank only in what it averages."""
-    for name, child, marked in sharded_modules(module):
-        if marked.members is not None and len(marked.members) > 1:
+    for name, child, shards in sharded_modules(module):
+        members = shards.sharding.members
+        if members is not None and len(members) > 1:
             raise ValueError(
-                f"the experts of {name or type(child).__name__} are spread over the ranks {sorted(marked.members)}, "
+                f"the experts of {name or type(child).__name__} are spread over the ranks {sorted(members)}, "
                 "and every call needs all of these ranks, but join() lets a rank without batches stop: give every "
                 "rank the same number of batches (one may have no tokens), or let all ranks stop with the first one, "
                 "by join(throw_on_early_termination=True)"
@@ -224,24 +220,24 @@ def name_ignored(module: nn.Module, group: "ProcessGroup | None" = None, mesh: "
                 "experts, and would average them: use DistributedDataParallel"
             )
     ignored = own_buffers(module)
-    for prefix, child, marked in sharded_modules(module):
-        if marked.members is None:
+    for prefix, child, shards in sharded_modules(module):
+        if (members := shards.sharding.members) is None:
             raise ValueError(
                 f"the experts of {prefix or type(child).__name__} are spread over ranks that torch.distributed does "
                 "not know, and DistributedDataParallel would mix the experts of its ranks: make the layer with a "
                 "ProcessGroup or a DeviceMesh"
             )
         ranks = dist.get_process_group_ranks(mesh.get_group() if mesh is not None else group)
-        if set(ranks) != set(marked.members):
+        if set(ranks) != set(members):
             raise ValueError(
                 f"DistributedDataParallel averages over the ranks {sorted(ranks)}, but gradients of the experts of "
-                f"{prefix or type(child).__name__} are averaged over the ranks {sorted(marked.members)}: spread them "
+                f"{prefix or type(child).__name__} are averaged over the ranks {sorted(members)}: spread them "
                 'over the same ranks, with a DeviceMesh of the dimensions "replica" and "expert" where each expert '
                 "has copies"
             )
-        warn_of_sums("DistributedDataParallel", prefix or type(child).__name__, marked, child)
-        refuse_computed(prefix or type(child).__name__, child, marked.names, "DistributedDataParallel")
-        for name in marked.names:
+        warn_of_sums("DistributedDataParallel", prefix or type(child).__name__, shards)
+        refuse_computed(prefix or type(child).__name__, child, shards.names, "DistributedDataParallel")
+        for name in shards.names:
             parameter = getattr(child, name)
             if parameter is not None:
                 parameter._ddp_ignored = True  # DistributedDataParallel's mixed precision asks for this mark

@@ -8,13 +8,8 @@ from typing import TYPE_CHECKING, cast
 from torch import nn
 
 from tritonmoe.runtime.wrappers import refuse_computed
-from tritonmoe.sharding.marks import (
-    MARK,
-    ShardedNames,
-    mark_sharded,
-    sharded_modules,
-    warn_of_sums,
-)
+from tritonmoe.sharding.expert_shards import ExpertShards, sharded_modules, shards_of, warn_of_sums
+from tritonmoe.sharding.marks import MARK
 from tritonmoe.sharding.whole_states import note_sharded_by_fsdp, refuse_pickling
 
 if TYPE_CHECKING:
@@ -49,8 +44,8 @@ def explain_fully_shard() -> None:
         self: "FSDPParam", param: nn.Parameter, module_info: "ParamModuleInfo", *arguments: object, **keywords: object
     ) -> None:
         module, name = module_info.module, module_info.param_name
-        marked: ShardedNames | None = module.__dict__.get(MARK)
-        if marked is None or name not in marked.names:
+        shards = shards_of(module)
+        if shards is None or not shards.is_spread or name not in shards.names:
             original(self, param, module_info, *arguments, **keywords)
             note_sharded_by_fsdp(self)
             return
@@ -63,8 +58,9 @@ def explain_fully_shard() -> None:
                 "ignored_modules=r'.*\\.experts'), or shard the module of the experts itself over their replicas"
             ) from error
         refuse_pickling(cast("DTensor", self.sharded_param))  # over both dimensions
-        if set(self.mesh_info.mesh.mesh.flatten().tolist()) == set(marked.replicas):
-            mark_sharded(module, marked._replace(averaged=(*marked.averaged, name)))
+        replicas = shards.sharding.replicas
+        if replicas is not None and set(self.mesh_info.mesh.mesh.flatten().tolist()) == set(replicas.mesh.tolist()):
+            shards.averaged = (*shards.averaged, name)
 
     setattr(init, MARK, True)
     _fsdp_param.FSDPParam.__init__ = init  # type: ignore[method-assign]  # docs/patches.md
@@ -95,38 +91,40 @@ def _check_ranks_of_groups(group_class: "type[FSDPParamGroup]") -> None:
 def _check_ranks(parameters: Iterable[nn.Parameter], modules: Iterable[nn.Module], mesh: "DeviceMesh") -> None:
     """Raise ValueError if FSDP2 would average dense parameters over other ranks than the experts beside them."""
     sharded = [found for module in modules for found in sharded_modules(module)]
-    of_experts = {id(getattr(child, name)) for _, child, marked in sharded for name in marked.names}
+    of_experts = {id(getattr(child, name)) for _, child, shards in sharded for name in shards.names}
     if all(id(parameter) in of_experts for parameter in parameters):
         return
-    for name, child, marked in sharded:
-        refuse_computed(name or type(child).__name__, child, marked.names, "fully_shard")
+    for name, child, shards in sharded:
+        refuse_computed(name or type(child).__name__, child, shards.names, "fully_shard")
     _check_loading(sharded)
     ranks = sorted(mesh.mesh.flatten().tolist())
-    for name, child, marked in sharded:
-        warn_of_sums("fully_shard", name or type(child).__name__, marked, child)
-        if marked.members is not None and sorted(marked.members) != ranks:
+    for name, child, shards in sharded:
+        warn_of_sums("fully_shard", name or type(child).__name__, shards)
+        members = shards.sharding.members
+        if members is not None and sorted(members) != ranks:
             raise ValueError(
                 f"fully_shard averages over the ranks {ranks}, but gradients of the experts of {type(child).__name__} "
-                f"are averaged over the ranks {sorted(marked.members)}, so the copies of dense parameters would drift "
+                f"are averaged over the ranks {sorted(members)}, so the copies of dense parameters would drift "
                 "apart: shard those over all of these ranks, and at most the experts alone over their replicas"
             )
 
 
-def _check_loading(sharded: list[tuple[str, nn.Module, ShardedNames]]) -> None:
+def _check_loading(sharded: list[tuple[str, nn.Module, ExpertShards]]) -> None:
     """Raise ValueError if Accelerate is about to send the first rank's weights to all ranks, experts too.
 
     It moves the model to the meta device before, and only its environment says why.
     """
     if any(os.environ.get(name, "").lower() not in words for name, words in ACCELERATE_SENDS_WEIGHTS.items()):
         return
-    for name, child, marked in sharded:
-        if marked.members is None or len(marked.members) == 1:
+    for name, child, shards in sharded:
+        members = shards.sharding.members
+        if members is None or len(members) == 1:
             continue
-        if any(getattr(child, own).is_meta for own in marked.names if getattr(child, own) is not None):
+        if any(getattr(child, own).is_meta for own in shards.names if getattr(child, own) is not None):
             raise ValueError(
                 f"Accelerate's cpu_ram_efficient_loading sends the first rank's weights to all ranks, and the experts "
                 f"of {name or type(child).__name__} are spread, other ones on each of the ranks "
-                f"{sorted(marked.members)}: take FullyShardedDataParallelPlugin(cpu_ram_efficient_loading=False) "
+                f"{sorted(members)}: take FullyShardedDataParallelPlugin(cpu_ram_efficient_loading=False) "
                 "(fsdp_cpu_ram_efficient_loading: false in a file of `accelerate config`), with the same weights on "
                 "every rank before parallelize()"
             )

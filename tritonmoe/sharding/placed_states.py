@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from tritonmoe.runtime.living import living
 from tritonmoe.runtime.wrappers import refuse_computed
-from tritonmoe.sharding.marks import MARK, ShardedNames
-from tritonmoe.sharding.placed_rows import ExpertsOfRank, in_model_order, is_in_model_order, placed_rows_of
+from tritonmoe.sharding.expert_shards import shards_of
+from tritonmoe.sharding.marks import MARK
+from tritonmoe.sharding.placed_rows import ExpertsOfRank, in_model_order, placed_rows_of
 from tritonmoe.sharding.watched_collectives import full_tensor
 
 if TYPE_CHECKING:
@@ -36,27 +37,25 @@ _kinds_moved: set[type[nn.Module]] = set()
 """Classes of the modules whose experts have ever been in another order than the model's."""
 
 
-def note_order(module: nn.Module, experts_of_rank: ExpertsOfRank) -> None:
-    """Note which experts' rows the marked parameters of a module hold from now on, on every rank."""
-    marked: ShardedNames = module.__dict__[MARK]
-    is_home = is_in_model_order(experts_of_rank) if marked.home is None else experts_of_rank == marked.home
-    order = None if is_home else experts_of_rank
-    setattr(module, MARK, marked._replace(experts_of_rank=order))
-    if order is not None:
+def note_order(module: nn.Module) -> None:
+    """Let state dicts show the experts of a module in the order of the model, if its rows are in another one."""
+    shards = shards_of(module)
+    if shards is not None and shards.is_spread and shards.order is not None:
         _kinds_moved.add(type(module))
         _show_states_of_optimizers()
 
 
 def order_of(module: nn.Module) -> ExpertsOfRank | None:
-    """Return the experts in the slots of every rank of a marked module; None where state dicts may show them so.
+    """Return the experts in the slots of every rank of a module; None where state dicts may show them so.
 
     Raises:
-        ValueError: they may not, and a marked weight is computed from other parameters, which nothing would reorder.
+        ValueError: they may not, and a weight of theirs is computed from other parameters, which nothing would reorder.
     """
-    marked: ShardedNames = module.__dict__[MARK]
-    if marked.experts_of_rank is not None:
-        refuse_computed(type(module).__name__, module, marked.names, "its experts move or get a placement")
-    return marked.experts_of_rank
+    shards = shards_of(module)
+    order = None if shards is None else shards.order
+    if shards is not None and order is not None:
+        refuse_computed(type(module).__name__, module, shards.names, "its experts move or get a placement")
+    return order
 
 
 def refuse_moved(module: nn.Module, *_: object) -> None:
@@ -84,15 +83,15 @@ def orders_of(parameters: Sequence[Tensor]) -> dict[int, ExpertsOfRank]:
     wanted = {id(parameter) for parameter in parameters}
     found: dict[int, ExpertsOfRank] = {}
     for module in living(*_kinds_moved) if wanted and _kinds_moved else ():
-        marked: ShardedNames | None = module.__dict__.get(MARK)
-        if marked is None or marked.experts_of_rank is None:
+        shards = shards_of(module)
+        if shards is None or not shards.is_spread or (order := shards.order) is None:
             continue
         if any(id(parameter) in wanted for parameter in module.parameters()):
             order_of(module)
-        for name in marked.names:
+        for name in shards.names:
             parameter = module.__dict__["_parameters"].get(name)
             if id(parameter) in wanted:
-                found[id(parameter)] = marked.experts_of_rank
+                found[id(parameter)] = order
     return found
 
 
@@ -126,7 +125,7 @@ def part_of(value: Tensor, parameter: "DTensor", experts_of_rank: ExpertsOfRank 
 def show_in_model_order(
     names: Sequence[str], module: nn.Module, state_dict: StateDict, prefix: str, *_: object
 ) -> None:
-    """Show marked parameters in a module's state dict in the order of the model: a hook of state_dict()."""
+    """Show the parameters of experts in a module's state dict in the order of the model: a hook of state_dict()."""
     order = order_of(module)
     for name in names if order is not None else ():
         value = state_dict.get(prefix + name)

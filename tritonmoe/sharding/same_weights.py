@@ -7,8 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from tritonmoe.sharding.expert_shards import Sharding
 from tritonmoe.sharding.marks import own_buffers
-from tritonmoe.sharding.sharded_parameters import Sharding, numbers_of_all
+from tritonmoe.sharding.sharded_parameters import numbers_of_all
 from tritonmoe.transports import as_transport
 
 __all__ = ["check_on_all_ranks"]

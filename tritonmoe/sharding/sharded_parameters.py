@@ -2,20 +2,16 @@
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, SupportsIndex
 
 import torch
 from torch import Tensor, nn
 
-from tritonmoe.errors import CountMismatch
-from tritonmoe.runtime.autograd import Context
 from tritonmoe.sharding.data_parallel import ignore_sharded_parameters
 from tritonmoe.sharding.dtensor_gaps import fill_dtensor_gaps
+from tritonmoe.sharding.expert_shards import ExpertShards, Sharding, attach_shards
 from tritonmoe.sharding.fully_shard import explain_fully_shard
-from tritonmoe.sharding.marks import ShardedNames, is_averaged_by_fsdp, mark_mesh, mark_sharded
+from tritonmoe.sharding.marks import mark_mesh
 from tritonmoe.sharding.mixed_lists import allow_mixed_lists
-from tritonmoe.sharding.placed_rows import ExpertsOfRank
 from tritonmoe.sharding.placed_states import (
     StateDict,
     in_slot_order,
@@ -24,124 +20,31 @@ from tritonmoe.sharding.placed_states import (
     refuse_moved,
     show_in_model_order,
 )
-from tritonmoe.sharding.watched_collectives import watched_on
-from tritonmoe.sharding.whole_states import no_pickle, refuse_pickling
-from tritonmoe.transports import EXPERT, Ranks, as_transport, is_mesh
+from tritonmoe.sharding.whole_states import refuse_pickling
+from tritonmoe.transports import as_transport
 from tritonmoe.transports.base import Transport
 from tritonmoe.transports.waiting import Doing
 
-if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
-
 __all__ = [
-    "Sharding",
     "check_expert_gradients",
     "check_replicas",
-    "find_sharding",
-    "local_shard",
     "numbers_of_all",
     "rows_here",
     "shard_parameters",
 ]
 
 
-@dataclass(frozen=True)
-class Sharding:
-    """Over which ranks the parameters of a module are spread, and which other ranks hold copies of them."""
-
-    transport: Transport
-    mesh: "DeviceMesh | None"
-    """Of one dimension; None where torch.distributed does not know the ranks, and parameters stay plain tensors."""
-    replicas: "DeviceMesh | None" = None
-    """Of one dimension: the ranks with the same part as this one; None where there is no other."""
-    members: tuple[int, ...] | None = None
-    """All of these ranks, by their global number."""
-
-    def __deepcopy__(self, memo: dict) -> "Sharding":
-        return self
-
-    def __reduce_ex__(self, protocol: SupportsIndex) -> str | tuple[object, ...]:
-        """Refuse pickle as the parameters do, which a module's other attributes may come before."""
-        if self.transport.size > 1:
-            raise no_pickle(self.transport.size)
-        return super().__reduce_ex__(protocol)
-
-    def sum_over_ranks(self, tensor: Tensor) -> Tensor:
-        """Sum a tensor over all of these ranks, those with copies included, in place; give it back."""
-        self.transport.all_reduce(tensor)
-        if self.replicas is not None:
-            as_transport(self.replicas).all_reduce(tensor)
-        return tensor
-
-
-def find_sharding(ranks: Ranks, transport: Transport, device: torch.device) -> Sharding:
-    """Return how parameters on this device are spread over `ranks`, whose transport is `transport`.
-
-    Args:
-        ranks: what as_transport() takes.
-    Raises:
-        ValueError: the ranks are fewer than torch.distributed has, and nothing says what the others hold.
-    """
-    if is_mesh(ranks) and ranks.ndim == 2 and EXPERT in (names := ranks.mesh_dim_names or ()):
-        other = next(name for name in names if name != EXPERT)
-        replicas = ranks[other] if ranks[other].size() > 1 else None
-        _check_order(ranks, names.index(EXPERT))
-        return Sharding(transport, ranks[EXPERT], replicas, tuple(ranks.mesh.flatten().tolist()))
-    if (group := transport.group) is None:
-        return Sharding(transport, None)
-    import torch.distributed as dist
-    from torch.distributed.device_mesh import DeviceMesh
-
-    members = dist.get_process_group_ranks(group)
-    if len(members) < dist.get_world_size():
-        raise ValueError(
-            f"the experts would be spread over the ranks {members} of {dist.get_world_size()}, and tritonmoe can't "
-            "tell whether the other ranks hold copies, whose gradients must be averaged: pass a DeviceMesh of two "
-            f'dimensions, init_device_mesh(..., mesh_dim_names=("replica", "{EXPERT}")), its first of size 1 where '
-            "there are no copies"
-        )
-    if is_mesh(ranks) and ranks.ndim == 1:
-        mesh = ranks
-        _check_order(mesh, 0)
-    else:
-        device_type = device.type
-        if device_type == "meta":  # they will be where the group's backend is
-            has_cuda = torch.cuda.is_available() and "cuda" in dist.get_backend_config(group)
-            device_type = "cuda" if has_cuda else "cpu"
-        mesh = DeviceMesh.from_group(group, device_type, mesh_dim_names=(EXPERT,))
-    return Sharding(transport, mesh, None, tuple(members))
-
-
-def _check_order(mesh: "DeviceMesh", dim: int) -> None:
-    """Raise ValueError unless the ranks stand in the mesh as in their group, whose order says who gets which rows."""
-    if bool((mesh.mesh.diff(dim=dim) < 0).any()):
-        raise ValueError(
-            f"the ranks {mesh.mesh.tolist()} of a DeviceMesh don't ascend along the dimension over which experts are "
-            "spread, and every rank would hold other experts than its place in the mesh says: sort them, as "
-            "init_device_mesh() does"
-        )
-
-
-def shard_parameters(
-    module: nn.Module,
-    parts: dict[str, Tensor | None],
-    sharding: Sharding,
-    experts_of_rank: ExpertsOfRank | None = None,
-    is_summed: bool = False,
-) -> None:
+def shard_parameters(module: nn.Module, parts: dict[str, Tensor | None], shards: ExpertShards) -> None:
     """Return the module its parameters, of which this rank holds `parts`: DTensors where torch.distributed is.
 
     Args:
         parts: by name; (rows of this rank, ...), as many on every rank, with requires_grad as the parameter's.
-        experts_of_rank: whose rows every rank's parts are; None where the parts, one behind the other, are the whole.
-        is_summed: whether their gradients stay sums over the ranks.
+        shards: whose rows every rank's parts are; its names become those of `parts`.
     """
-    if sharding.mesh is not None or sharding.transport.size > 1:
-        replicas = () if sharding.replicas is None else tuple(sharding.replicas.mesh.tolist())
-        home = experts_of_rank if sharding.mesh is None else None
-        mark_sharded(module, ShardedNames(tuple(parts), sharding.members, replicas, is_summed=is_summed, home=home))
-        if experts_of_rank is not None and sharding.mesh is not None:
-            note_order(module, experts_of_rank)
+    sharding = shards.sharding
+    shards.names = tuple(parts)
+    attach_shards(module, shards)
+    note_order(module)
     for name, part in parts.items():
         parameter, before = None if part is None else _as_parameter(part, sharding), module._parameters.get(name)
         if parameter is not None and before is not None:
@@ -216,83 +119,6 @@ def rows_here(parameter: Tensor, rows: Sequence[int]) -> Sequence[int]:
         rank = mesh.get_local_rank(dim)
         rows = chunks[rank].tolist() if rank < len(chunks) else []
     return rows
-
-
-def local_shard(module: nn.Module, parameter: Tensor, sharding: Sharding, scale: float, number: int) -> Tensor:
-    """Return this rank's rows of a parameter, to compute with; their gradient is scaled and averaged over replicas.
-
-    Where FSDP2 has sharded the parameter over its replicas, the average is left to it, with its reduce_dtype.
-
-    Args:
-        module: whose own parameter it is, if any's.
-        scale: what the gradient of this rank's rows is multiplied with.
-        number: of the parameter, by which ranks with the same rows know that they average the same gradient.
-    """
-    # FSDP2's hooks hand over gathered parameters: a DTensor where they are spread besides, else a tensor.
-    # Under torch.compile hasattr(parameter, "to_local") is False.
-    local = parameter
-    if sharding.mesh is not None:
-        from torch.distributed.tensor import DTensor
-
-        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-    if hasattr(parameter, "main_grad"):
-        if scale != 1.0 or sharding.replicas is not None:
-            raise ValueError(
-                "a gradient that was added to a main_grad can't be scaled or averaged any more: make the layer with "
-                'expert_gradients="sum" and without replicas, or leave main_grad to after the backward'
-            )
-        local.main_grad = parameter.main_grad  # type: ignore[attr-defined]
-    replicas = sharding.replicas
-    if replicas is not None and is_averaged_by_fsdp(module, parameter):
-        replicas = None
-    if scale == 1.0 and replicas is None:
-        return local
-    return _ScaledGradient.apply(local, scale, replicas, number)
-
-
-class _ScaledGradient(torch.autograd.Function):
-    """The tensor itself; its gradient times a factor, and averaged over replicas."""
-
-    @staticmethod
-    def forward(tensor: Tensor, scale: float, replicas: "DeviceMesh | None", number: int) -> Tensor:
-        return tensor.view_as(tensor)
-
-    @staticmethod
-    def setup_context(ctx: Context, inputs: tuple[object, ...], output: Tensor) -> None:
-        _, ctx.scale, ctx.replicas, ctx.number = inputs
-
-    @staticmethod
-    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.replicas is None:
-            # In place, since nobody else has what the experts' backward has just made.
-            is_traced = torch.compiler.is_compiling() or torch.is_grad_enabled()
-            return grad * ctx.scale if is_traced else grad.mul_(ctx.scale), None, None, None
-        _check_number(ctx.number, ctx.replicas, grad.device)
-        from torch.distributed._functional_collectives import all_reduce
-
-        # Divided first, so that a sum in a narrow dtype overflows no earlier than its mean.
-        total = all_reduce(grad * (ctx.scale / ctx.replicas.size()), "sum", ctx.replicas)
-        return total, None, None, None
-
-
-def _check_number(number: int, replicas: "DeviceMesh", device: torch.device) -> None:
-    """Raise CountMismatch unless all replicas are at the same parameter; on a GPU the device reports it."""
-    if torch.compiler.is_compiling():  # one graph for all, in one order
-        return
-    import torch.distributed as dist
-
-    numbers = torch.tensor([number, -number], device=device)
-    with watched_on(replicas, "a backward, before the average of experts' gradients over their replicas"):
-        dist.all_reduce(numbers, dist.ReduceOp.MAX, group=replicas.get_group())
-    said = (
-        "the ranks that hold copies of the same experts run the backward of different layers, or of a layer and its "
-        "deepcopy: every rank must make the same layers and copies, and run the same backwards, in the same order"
-    )
-    if device.type == "cpu":
-        if int(numbers[0]) != -int(numbers[1]):
-            raise CountMismatch(f"{said} (parameters {-int(numbers[1])} to {int(numbers[0])}, here {number})")
-    else:
-        torch._assert_async(numbers[0] == -numbers[1], said)
 
 
 def _take_loaded(names: Sequence[str], module: nn.Module, state_dict: StateDict, prefix: str, *_: object) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from tritonmoe.sharding.expert_shards import no_pickle
 from tritonmoe.sharding.placed_rows import ExpertsOfRank, placed_rows_of
 from tritonmoe.sharding.placed_states import StateDict, part_of, shown_state, states_of
 from tritonmoe.sharding.watched_collectives import full_tensor
@@ -23,7 +24,6 @@ __all__ = [
     "gather_optimizer",
     "give_whole_as",
     "name_in_state",
-    "no_pickle",
     "note_sharded_by_fsdp",
     "refuse_pickling",
     "whole",
@@ -32,16 +32,6 @@ __all__ = [
 
 MARK = "_tritonmoe_refused_meshes"
 FORM = "_tritonmoe_whole_form"
-
-
-def no_pickle(num_ranks: int) -> ValueError:
-    """Return the error with which pickle is refused what is spread over so many ranks."""
-    return ValueError(
-        f"torch.save, or pickle, would keep one rank's experts alone of those that are spread over {num_ranks} ranks: "
-        "save with torch.distributed.checkpoint; or, where every rank calls state_dict() as under Accelerate, "
-        "Lightning and Fabric.save, call tritonmoe.gather_state_dicts(module, optimizer) once, after adapters are made "
-        "and before training, which makes its tensors whole; adapters alone: PEFT's save_pretrained() on every rank"
-    )
 
 
 def refuse_pickling(spread: "DTensor") -> None:

@@ -15,11 +15,12 @@ from tiny_models import make_tokenizer
 from torch import Tensor, nn
 
 import tritonmoe as tm
+from tritonmoe.expert_parallel.state import LayerCalls
 from tritonmoe.experts.adapters import noted_factors
 from tritonmoe.experts.shared_expert import SharedExpert
 from tritonmoe.integrations import transformers as tmt
 from tritonmoe.integrations.transformers import discovery, patch, peft_adapters, register
-from tritonmoe.integrations.transformers.sharding import note_transport
+from tritonmoe.sharding.expert_shards import ExpertShards, Sharding, attach_shards
 from tritonmoe.transports import LocalTransport, Transport
 
 peft = pytest.importorskip("peft")
@@ -319,7 +320,8 @@ def test_experts_that_transformers_has_spread_are_refused(implementation: str) -
     def on_rank(transport: Transport) -> None:
         model = copy.deepcopy(adapted)
         for experts in discovery.experts_modules(model).values():
-            note_transport(experts, transport)
+            shards = ExpertShards(Sharding(transport, None), 2 * experts.num_experts, LayerCalls(transport))
+            attach_shards(experts, shards)
         with pytest.raises(ValueError, match=r"adapters of its own experts alone.* instead of ep_implementation"):
             model(token_ids())
 

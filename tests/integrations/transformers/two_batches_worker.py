@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from tritonmoe.integrations import transformers as tmt
 from tritonmoe.integrations.transformers.discovery import experts_modules
-from tritonmoe.integrations.transformers.sharding import expert_parallel_state
+from tritonmoe.sharding.expert_shards import shards_of
 
 NUM_SEQUENCES = 4 + rank
 """So that ranks have other numbers, one of them an odd one."""
@@ -250,7 +250,7 @@ def run_auto(name: str, directory: Path) -> None:
         assert_close(result, results[0])
     assert "before two halves are tried" in choices[0]
     assert sum("trying both ways" in choice for choice in choices) == 8
-    reports = [expert_parallel_state(experts).calls.last_report for experts in experts_modules(model).values()]
+    reports = [shards_of(experts).calls.last_report for experts in experts_modules(model).values()]
     assert all(report.choice.endswith(f"({halved.choice})") for report in reports)
     assert "two halves were" in choices[-1]
     kept = torch.tensor([int(halved.trial.decision)])

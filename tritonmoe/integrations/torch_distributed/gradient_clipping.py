@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from tritonmoe.layer import GroupedExperts, experts_of_parameters
+from tritonmoe.layer import experts_of_parameters
+from tritonmoe.sharding.expert_shards import ExpertShards
 from tritonmoe.sharding.watched_collectives import full_tensor
 from tritonmoe.transports import Transport
 from tritonmoe.transports.waiting import Doing
@@ -52,13 +53,13 @@ def clip_grad_norm_(
         raise ValueError(f"norm_type must be positive or inf, got {norm_type}")
     parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     dense: list[Tensor] = []
-    of_transports: dict[Transport, list[tuple[Tensor, GroupedExperts]]] = {}
+    of_transports: dict[Transport, list[tuple[Tensor, ExpertShards]]] = {}
     of_meshes: dict[DeviceMesh | None, list[Tensor]] = {}
     for parameter, module in zip(parameters, experts_of_parameters(parameters), strict=True):
         if hasattr(parameter, "device_mesh"):
             of_meshes.setdefault(parameter.device_mesh, []).append(parameter)
-        elif module is not None and module.transport is not None:
-            of_transports.setdefault(module.transport, []).append((parameter, module))
+        elif module is not None and module.shards is not None:
+            of_transports.setdefault(module.shards.transport, []).append((parameter, module.shards))
         else:
             dense.append(parameter)
     norms = [get_total_norm(_grads(dense), norm_type, foreach=foreach).double()]
@@ -138,13 +139,12 @@ def _zero_like(parameter: Tensor) -> Tensor:
     return DTensor.from_local(zero, parameter.device_mesh, parameter.placements, run_check=False)
 
 
-def _counted_here(parameter: Tensor, module: GroupedExperts) -> list[Tensor]:
+def _counted_here(parameter: Tensor, shards: ExpertShards) -> list[Tensor]:
     """Return the gradient of the experts that count on this rank, if any: a replica counts on its first owner."""
     if parameter.grad is None:
         return []
-    placement = module.placement
-    if placement is None or not placement.has_replicas or module.transport is None:
+    placement, rank = shards.placement, shards.transport.rank
+    if placement is None or not placement.has_replicas:
         return [parameter.grad]
-    rank = module.transport.rank
-    slots = [slot for slot, expert in enumerate(module.expert_ids) if placement.first_owner(expert) == rank]
+    slots = [slot for slot, expert in enumerate(shards.expert_ids) if placement.first_owner(expert) == rank]
     return [parameter.grad[slots]] if slots else []

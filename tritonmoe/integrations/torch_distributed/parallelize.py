@@ -15,10 +15,10 @@ from tritonmoe.layer import GroupedExperts, MoELayer
 from tritonmoe.routing import TopKRouter
 from tritonmoe.runtime.wrappers import refuse_computed
 from tritonmoe.sharding.data_parallel import counts_by_wrapper
-from tritonmoe.sharding.marks import sharded_modules
+from tritonmoe.sharding.expert_shards import find_sharding, sharded_modules
 from tritonmoe.sharding.placed_states import StateDict
 from tritonmoe.sharding.same_weights import check_on_all_ranks
-from tritonmoe.sharding.sharded_parameters import check_expert_gradients, find_sharding
+from tritonmoe.sharding.sharded_parameters import check_expert_gradients
 from tritonmoe.sharding.whole_states import gather_optimizer, whole, whole_forms
 from tritonmoe.transports import Ranks, as_transport
 
@@ -109,9 +109,9 @@ def expert_parameters(module: nn.Module) -> list[nn.Parameter]:
         ValueError: a weight of experts is computed from other parameters, as by a parametrization.
     """
     found: list[nn.Parameter | None] = []
-    for name, child, sharded in sharded_modules(module):
-        refuse_computed(name or type(child).__name__, child, sharded.names, "expert_parameters()")
-        found += [getattr(child, own) for own in sharded.names]
+    for name, child, shards in sharded_modules(module):
+        refuse_computed(name or type(child).__name__, child, shards.names, "expert_parameters()")
+        found += [getattr(child, own) for own in shards.names]
     return list({id(parameter): parameter for parameter in found if parameter is not None}.values())
 
 
@@ -131,20 +131,20 @@ def gather_state_dicts(module: nn.Module, *optimizers: torch.optim.Optimizer) ->
     found = list(sharded_modules(module))
     if not found:
         raise ValueError(f"{type(module).__name__} has no experts that are spread over ranks: parallelize() it first")
-    if any(sharded.members is None for _, _, sharded in found):
+    if any(shards.sharding.members is None for _, _, shards in found):
         raise ValueError(
             f"the experts of {type(module).__name__} are spread over ranks that are not torch.distributed's, so "
             "state_dict() has only this rank's experts: make the layer with a ProcessGroup or a DeviceMesh"
         )
-    for name, child, sharded in found:
-        refuse_computed(name or type(child).__name__, child, sharded.names, "gather_state_dicts()")
+    for name, child, shards in found:
+        refuse_computed(name or type(child).__name__, child, shards.names, "gather_state_dicts()")
     for optimizer in optimizers:
         if not hasattr(optimizer, "_optimizer_state_dict_post_hooks"):
             raise TypeError(
                 f"give optimizers of torch.optim themselves, not wrappers around them, got {type(optimizer).__name__}"
             )
-    for _, child, sharded in found:
-        child.register_state_dict_post_hook(functools.partial(_gather, sharded.names))
+    for _, child, shards in found:
+        child.register_state_dict_post_hook(functools.partial(_gather, shards.names))
     for optimizer in optimizers:
         gather_optimizer(optimizer)
 

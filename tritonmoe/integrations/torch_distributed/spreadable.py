@@ -16,7 +16,7 @@ from tritonmoe.routing import TopKRouter
 from tritonmoe.runtime.living import living, owners_of_memory, refuse_what_lives
 from tritonmoe.runtime.wrappers import refuse_computed
 from tritonmoe.sharding.data_parallel import counts_by_wrapper
-from tritonmoe.sharding.marks import sharded_modules
+from tritonmoe.sharding.expert_shards import sharded_modules, shards_of
 
 __all__ = ["check_spreadable"]
 
@@ -47,7 +47,7 @@ def check_spreadable(
 def _refuse_spread(found: Mapping[str, nn.Module]) -> None:
     """Raise ValueError where experts are no whole parameters any more."""
     for name, experts in found.items():
-        if getattr(experts, "transport", None) is not None or any(sharded_modules(experts)):
+        if shards_of(experts) is not None or any(sharded_modules(experts)):
             raise ValueError(
                 f"the experts of {name or 'the module'} are spread over ranks already: call parallelize() once, and "
                 "not on layers that were made with a transport"

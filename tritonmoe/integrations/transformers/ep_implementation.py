@@ -8,15 +8,11 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from transformers.distributed.expert_parallel import EPImplementation
 
 from tritonmoe.config.overlap import OverlapConfig
-from tritonmoe.expert_parallel.call import CallSpec, ProposedCall
-from tritonmoe.expert_parallel.expert_parallel_mlp import run_expert_parallel
 from tritonmoe.expert_parallel.state import LayerCalls
-from tritonmoe.experts.spec import ExpertSpec
-from tritonmoe.experts.tensors import CallTensors
 from tritonmoe.integrations.transformers.discovery import ExpertsModule
-from tritonmoe.integrations.transformers.experts import run_experts
+from tritonmoe.integrations.transformers.experts import experts_forward
 from tritonmoe.integrations.transformers.generation import let_spread_models_generate
-from tritonmoe.integrations.transformers.sharding import note_transport
+from tritonmoe.sharding.expert_shards import ExpertShards, Sharding, attach_shards
 from tritonmoe.transports import as_transport
 
 __all__ = ["OverlappedEP"]
@@ -40,26 +36,21 @@ class OverlappedEP(EPImplementation):
                 'tp_size, or ep_implementation="all_to_all"'
             )
         self.experts = experts
-        self.transport = as_transport(ep_mesh)
-        self.num_experts = experts.num_experts * self.transport.size
-        self.calls = LayerCalls(self.transport)
-        note_transport(experts, self.transport)
+        transport = as_transport(ep_mesh)
+        num_experts, calls = experts.num_experts * transport.size, LayerCalls(transport)
+        attach_shards(experts, ExpertShards(Sharding(transport, None), num_experts, calls, self.overlap))
         let_spread_models_generate()
 
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Return (T, D) of hidden_states (T, D), global ids and weights (T, K)."""
         if self.tp_mesh.size() == 1:
-            return run_experts(self.experts, hidden_states, top_k_index, top_k_weights, self._run, self.num_experts)
+            return experts_forward(self.experts, hidden_states, top_k_index, top_k_weights)
         # Through DTensors: the gradients of the slices must be gathered, or each rank's would be partial.
         rows, ids, weights = (self._own_slice(tensor) for tensor in (hidden_states, top_k_index, top_k_weights))
-        out = run_experts(self.experts, rows, ids, weights, self._run, self.num_experts)
+        out = experts_forward(self.experts, rows, ids, weights)
         shape = hidden_states.shape
         spread = DTensor.from_local(out.contiguous(), self.tp_mesh, [Shard(0)], shape=shape, stride=(shape[1], 1))
         return spread.full_tensor()
-
-    def _run(self, spec: ExpertSpec, inputs: CallTensors[Tensor]) -> Tensor:
-        call_spec = CallSpec(spec, self.num_experts, self.overlap)
-        return run_expert_parallel(ProposedCall(call_spec, self.transport, inputs, self.calls))
 
     def _own_slice(self, tensor: Tensor) -> Tensor:
         shared = DTensor.from_local(tensor, self.tp_mesh, [Replicate()], run_check=False)

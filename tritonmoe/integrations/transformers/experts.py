@@ -14,7 +14,7 @@ from tritonmoe.config.activations import Activation, is_fused
 from tritonmoe.config.layer import PerWeight
 from tritonmoe.experts.adapters import noted_adapters, noted_factors
 from tritonmoe.experts.arguments import check_plain
-from tritonmoe.experts.moe_mlp import run_experts as run_on_one_device
+from tritonmoe.experts.moe_mlp import run_experts
 from tritonmoe.experts.spec import ExpertSpec, expert_spec
 from tritonmoe.experts.tensors import CallTensors
 from tritonmoe.integrations.transformers.discovery import ExpertsModule
@@ -26,10 +26,10 @@ from tritonmoe.integrations.transformers.packed.packed_experts import (
     read_packed,
     up_name,
 )
-from tritonmoe.integrations.transformers.sharding import ExpertParallelState, expert_parallel_state
 from tritonmoe.runtime.autograd import is_autocast_on, without_autocast
+from tritonmoe.sharding.expert_shards import ExpertShards, shards_of
 
-__all__ = ["experts_forward", "run_experts"]
+__all__ = ["experts_forward"]
 
 logger = logging.getLogger(__name__)
 
@@ -50,48 +50,28 @@ def experts_forward(self: ExpertsModule, hidden_states: Tensor, top_k_index: Ten
     compute in bf16: a warning says once where hidden_states are rounded to it. Raises TypeError where a weight is
     quantised otherwise.
     """
-    state = expert_parallel_state(self)
-    if state is None:
-        num_experts = num_experts_of(self)
-        return run_experts(self, hidden_states, top_k_index, top_k_weights, run_on_one_device, num_experts)
-    return run_experts(self, hidden_states, top_k_index, top_k_weights, state.run, state.num_experts, state)
-
-
-def run_experts(
-    experts: ExpertsModule,
-    hidden_states: Tensor,
-    topk_ids: Tensor,
-    topk_weights: Tensor,
-    run: Run,
-    num_experts: int,
-    state: ExpertParallelState | None = None,
-) -> Tensor:
-    """Call `run` with the weights and gate of `experts`.
-
-    Args:
-        run: moe_mlp, or expert_parallel_mlp over the ranks that hold the experts.
-        num_experts: E of the ids, over all ranks.
-        state: what parallelize() left on the module; None where it did not.
-    """
-    dtype = _computing_dtype(experts, hidden_states)
-    weights, is_transposed = _weights(experts, dtype, state)
-    activation, is_interleaved = choose_activation(experts)
+    shards = shards_of(self)
+    run: Run = run_experts if shards is None else shards.run
+    num_experts = num_experts_of(self) if shards is None else shards.num_experts
+    dtype = _computing_dtype(self, hidden_states)
+    weights, is_transposed = _weights(self, dtype, shards)
+    activation, is_interleaved = choose_activation(self)
     if not is_fused(activation):
         activation = _keep_dtype(activation)
     spec = expert_spec(
         activation=activation,
-        gated=getattr(experts, "has_gate", True),
+        gated=getattr(self, "has_gate", True),
         interleaved=is_interleaved,
         transposed=is_transposed,
     )
-    factors = noted_factors(experts, dtype, range(num_experts) if state is None else state.expert_ids)
+    factors = noted_factors(self, dtype, range(num_experts) if shards is None else shards.expert_ids)
     if factors:
-        spec, weights = replace(spec, adapters=noted_adapters(experts)), weights._replace(**factors)
-    inputs = CallTensors(hidden_states.to(dtype), topk_ids, topk_weights, weights)
+        spec, weights = replace(spec, adapters=noted_adapters(self)), weights._replace(**factors)
+    inputs = CallTensors(hidden_states.to(dtype), top_k_index, top_k_weights, weights)
     # the casts are done: autocast would now only round the fp32 sums inside
     with without_autocast(hidden_states.device):
-        if getattr(experts, "has_post_expert_norm", False):
-            out = _normed_experts(run, spec, inputs, experts.post_expert_norm, num_experts)
+        if getattr(self, "has_post_expert_norm", False):
+            out = _normed_experts(run, spec, inputs, self.post_expert_norm, num_experts)
         else:
             out = run(spec, inputs)
     return out.to(hidden_states.dtype)
@@ -118,13 +98,11 @@ def _say_rounded(dtype: torch.dtype) -> None:
     )
 
 
-def _weights(
-    experts: ExpertsModule, dtype: torch.dtype, state: ExpertParallelState | None
-) -> tuple[PerWeight[Tensor], bool]:
+def _weights(experts: ExpertsModule, dtype: torch.dtype, shards: ExpertShards | None) -> tuple[PerWeight[Tensor], bool]:
     """Return the weights to compute with, in this dtype where they are not packed, and whether they are transposed."""
 
     def take(name: str) -> Tensor:
-        return getattr(experts, name) if state is None else state.local_parameter(experts, name)
+        return getattr(experts, name) if shards is None else shards.local_parameter(experts, name)
 
     def cast(name: str) -> Tensor:
         weight = take(name)

@@ -17,7 +17,7 @@ from torch import nn
 
 from tritonmoe.errors import TransportError
 from tritonmoe.integrations.transformers.joint_generate import FAILED, JointGenerate, announce, under_way
-from tritonmoe.integrations.transformers.sharding import replicas_of, transport_of
+from tritonmoe.sharding.expert_shards import shards_of
 from tritonmoe.transports import Transport, as_transport
 from tritonmoe.transports.base import run_outside_graphs
 
@@ -199,14 +199,11 @@ def _ranks_together(model: object) -> list[Transport]:
 
     if not isinstance(model, nn.Module):  # anything may have transformers' mixin
         return []
-    found = dict.fromkeys(
-        transport
-        for module in model.modules()
-        if (transport := transport_of(module)) is not None and transport.size > 1
-    )
+    shardings = [shards.sharding for module in model.modules() if (shards := shards_of(module)) is not None]
+    found = dict.fromkeys(sharding.transport for sharding in shardings if sharding.transport.size > 1)
     if not found:
         return []
-    replicas = dict.fromkeys(mesh for module in model.modules() if (mesh := replicas_of(module)) is not None)
+    replicas = dict.fromkeys(sharding.replicas for sharding in shardings if sharding.replicas is not None)
     found |= dict.fromkeys(map(as_transport, replicas))
     meshes = dict.fromkeys(p.device_mesh for p in model.parameters() if isinstance(p, DTensor))
     for group in dict.fromkeys(group for mesh in meshes for group in mesh.get_all_groups()):

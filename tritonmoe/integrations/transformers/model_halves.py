@@ -15,9 +15,9 @@ from tritonmoe.integrations.transformers.halved_arguments import Arguments, batc
 from tritonmoe.integrations.transformers.halves_trial import HalvesTrial
 from tritonmoe.integrations.transformers.names import CACHES
 from tritonmoe.integrations.transformers.requirements import check_model, check_transformers
-from tritonmoe.integrations.transformers.sharding import expert_parallel_state, transport_of
 from tritonmoe.layer import MoELayer
 from tritonmoe.overlap.report import LayerReport
+from tritonmoe.sharding.expert_shards import shards_of
 from tritonmoe.transports import Transport, as_transport
 
 if TYPE_CHECKING:
@@ -83,8 +83,7 @@ class HalvedForward:
         return output
 
     def _reports(self) -> list[LayerReport | None]:
-        states = map(expert_parallel_state, self.spread)
-        return [None if state is None else state.calls.last_report for state in states]
+        return [shards.calls.last_report for shards in map(shards_of, self.spread) if shards is not None]
 
     def _agree(self, arguments: Arguments) -> tuple[bool, str]:
         """Say whether all ranks halve this batch, and why.
@@ -257,20 +256,18 @@ def two_batches(model: nn.Module, when: Literal["always", "auto"] = "always") ->
             f"{type(model).__name__} was upcycled in place, and its auxiliary loss is computed from the whole batch: "
             "call tritonmoe.two_batches with a function that computes the loss of a half"
         )
-    over = {experts: transport_of(experts) for experts in experts_modules(model).values()}
-    spread = [experts for experts, transport in over.items() if transport is not None]
-    transports = dict.fromkeys(transport for transport in over.values() if transport is not None)
-    if not transports:
+    over = {experts: shards for experts in experts_modules(model).values() if (shards := shards_of(experts))}
+    if not over:
         raise ValueError(
             f"the experts of {type(model).__name__} are not spread over ranks, and two halves would hide nothing: call "
             "parallelize(model, group) first"
         )
     if isinstance(model.__dict__.get("forward"), HalvedForward):
         raise ValueError(f"this {type(model).__name__} runs its batches in halves already: call two_batches() once")
-    states = [state for experts in spread if (state := expert_parallel_state(experts)) is not None]
-    replicas = [state.sharding.replicas for state in states if state.sharding.replicas is not None]
+    transports = dict.fromkeys(shards.transport for shards in over.values())
+    replicas = [shards.sharding.replicas for shards in over.values() if shards.sharding.replicas is not None]
     transports |= dict.fromkeys(as_transport(mesh) for mesh in replicas)
-    trial = HalvesTrial(len(spread)) if when == "auto" else None
-    halved = HalvedForward(cast("PreTrainedModel", model), spread, tuple(transports), trial)
+    trial = HalvesTrial(len(over)) if when == "auto" else None
+    halved = HalvedForward(cast("PreTrainedModel", model), list(over), tuple(transports), trial)
     model.forward = halved
     return halved

@@ -16,15 +16,10 @@ from tritonmoe.integrations.transformers.patching import check_patchable, patch
 from tritonmoe.integrations.transformers.peft_adapters import hand_over_factors
 from tritonmoe.integrations.transformers.requirements import check_model
 from tritonmoe.integrations.transformers.sharded_model import bind_to_spread
-from tritonmoe.integrations.transformers.sharding import STATE, ExpertParallelState
 from tritonmoe.integrations.transformers.trainer_checkpoints import let_trainer_save_spread_models
+from tritonmoe.sharding.expert_shards import ExpertShards, Sharding, find_sharding
 from tritonmoe.sharding.same_weights import check_on_all_ranks
-from tritonmoe.sharding.sharded_parameters import (
-    Sharding,
-    check_expert_gradients,
-    find_sharding,
-    shard_parameters,
-)
+from tritonmoe.sharding.sharded_parameters import check_expert_gradients, shard_parameters
 from tritonmoe.transports import Ranks, Transport, as_transport
 
 __all__ = ["parallelize"]
@@ -124,15 +119,12 @@ def _check_weights(name: str, experts: ExpertsModule) -> None:
 
 
 def _spread(experts: ExpertsModule, sharding: Sharding, overlap: OverlapConfig, expert_gradients: str) -> None:
-    """Keep this rank's experts of a module, as DTensors, and note on the module how rows reach the others."""
-    transport, num_experts = sharding.transport, num_experts_of(experts)
+    """Keep this rank's experts of a module, as DTensors."""
     own: dict[str, Tensor | None] = {
-        name: _own_experts(experts.get_parameter(name), transport) for name in weight_names(experts)
+        name: _own_experts(experts.get_parameter(name), sharding.transport) for name in weight_names(experts)
     }
-    shard_parameters(experts, own, sharding, is_summed=expert_gradients == "sum")
-    scale = 1 / transport.size if expert_gradients == "mean" else 1.0
-    calls = LayerCalls(transport, expert_gradients)
-    setattr(experts, STATE, ExpertParallelState(num_experts, sharding, overlap, scale, calls, tuple(own)))
+    calls = LayerCalls(sharding.transport, expert_gradients)
+    shard_parameters(experts, own, ExpertShards(sharding, num_experts_of(experts), calls, overlap))
 
 
 def _own_experts(parameter: nn.Parameter, transport: Transport) -> Tensor:

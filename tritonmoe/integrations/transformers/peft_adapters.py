@@ -30,9 +30,8 @@ from tritonmoe.integrations.transformers.peft_sharding import (
     with_parts,
 )
 from tritonmoe.integrations.transformers.sharded_model import gather_what_peft_saves
-from tritonmoe.integrations.transformers.sharding import expert_parallel_state, transport_of
 from tritonmoe.layer import GroupedExperts
-from tritonmoe.sharding.marks import sharded_modules
+from tritonmoe.sharding.expert_shards import sharded_modules, shards_of
 
 if TYPE_CHECKING:
     from peft.tuners.lora.layer import ParamWrapper
@@ -131,7 +130,7 @@ def _checked_merge(merge: Callable[..., None]) -> Callable[..., None]:
 
 
 def _is_spread(wrapper: "ParamWrapper") -> bool:
-    return hasattr(wrapper.get_param(), "to_local") and transport_of(wrapper.get_base_layer()) is not None
+    return hasattr(wrapper.get_param(), "to_local") and shards_of(wrapper.get_base_layer()) is not None
 
 
 def _check_merge(wrapper: "ParamWrapper", safe_merge: bool, adapter_names: list[str] | None) -> None:
@@ -186,10 +185,10 @@ def _activate(self: "ParamWrapper", active_adapters: list[str]) -> AbstractConte
         _say_what_trains(self, adapter)
         return _Noted(self, adapter)
     experts = self.get_base_layer()
-    transport, is_packed = transport_of(experts), is_packed_parameter(experts, self.parameter_name)
-    if reason and (is_packed or transport is not None):
-        if transport is not None:
-            refuse(transport)
+    shards, is_packed = shards_of(experts), is_packed_parameter(experts, self.parameter_name)
+    if reason and (is_packed or shards is not None):
+        if shards is not None:
+            refuse(shards.transport)
         what = "weight is packed" if is_packed else "experts are spread over ranks"
         raise ValueError(
             f"PEFT can't run its adapter of {self.parameter_name} of {type(experts).__name__}, whose {what}, since "
@@ -252,8 +251,8 @@ def _why_not(wrapper: "ParamWrapper", active_adapters: list[str]) -> str | None:
     active = [name for name in active_adapters if name in wrapper.lora_A]
     if not active:
         return ""
-    transport = transport_of(experts)
-    if transport is not None and transport.size > 1 and not _has_all_experts(wrapper):
+    shards = shards_of(experts)
+    if shards is not None and shards.transport.size > 1 and wrapper.num_experts != shards.num_experts:
         return (
             "every rank would have adapters of its own experts alone, under the same names: spread the experts with "
             "parallelize(), over ranks of torch.distributed, instead of ep_implementation"
@@ -275,15 +274,6 @@ def _why_not(wrapper: "ParamWrapper", active_adapters: list[str]) -> str | None:
     if wrapper.lora_variant.get(active[0]) is not None or wrapper.lora_bias.get(active[0]):
         return "the adapter is more than two factors: leave out DoRA, or the bias"
     return None
-
-
-def _has_all_experts(wrapper: "ParamWrapper") -> bool:
-    """Say whether the factors are those of all ranks' experts."""
-    experts = wrapper.get_base_layer()
-    if isinstance(experts, GroupedExperts):
-        return wrapper.num_experts == experts.config.num_experts
-    state = expert_parallel_state(experts)
-    return state is not None and wrapper.num_experts == state.num_experts
 
 
 def _say_what_trains(wrapper: "ParamWrapper", adapter: str) -> None:
@@ -325,12 +315,13 @@ def _delta_weight(self: "ParamWrapper", adapter_name: str, *args: object, **keyw
         return _spread_delta(self, local, self.scaling[adapter_name])
     delta = getattr(type(self), DELTA)(self, adapter_name, *args, **keywords)
     parameter, experts = self.get_param(), self.get_base_layer()
-    if transport_of(experts) is None or not hasattr(parameter, "device_mesh"):
+    shards = shards_of(experts)
+    if shards is None or not hasattr(parameter, "device_mesh"):
         return delta
     from torch.distributed.tensor import distribute_tensor
 
-    if isinstance(experts, GroupedExperts) and experts.placement is not None:  # the parameter is by slots
-        delta = delta[[expert for held in experts.placement.experts_of_rank for expert in held]]
+    if shards.placement is not None:  # the parameter is by slots
+        delta = delta[[expert for held in shards.experts_of_rank for expert in held]]
     return distribute_tensor(delta.detach(), parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 

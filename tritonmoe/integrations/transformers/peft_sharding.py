@@ -7,20 +7,16 @@ has a contiguous part of: it becomes a DTensor (E, out, R), and PEFT's matrix ag
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 
-from tritonmoe.dispatch.placement import ExpertPlacement
 from tritonmoe.integrations.transformers.packed.packed_experts import up_name
-from tritonmoe.integrations.transformers.sharding import expert_parallel_state, transport_of
-from tritonmoe.layer import GroupedExperts
-from tritonmoe.runtime.halves import for_both_halves
-from tritonmoe.sharding.marks import sharded_modules
+from tritonmoe.sharding.expert_shards import ExpertShards, sharded_modules, shards_of
 from tritonmoe.sharding.placed_states import StateDict, order_of, part_of
 from tritonmoe.sharding.same_weights import check_on_all_ranks
-from tritonmoe.sharding.sharded_parameters import Sharding, local_shard, shard_parameters
+from tritonmoe.sharding.sharded_parameters import shard_parameters
 from tritonmoe.sharding.whole_states import give_whole_as, whole_forms
 from tritonmoe.transports import as_transport
 
@@ -31,34 +27,15 @@ if TYPE_CHECKING:
 __all__ = ["check_merged_is_finite", "local_factors", "shard_factors", "spread_of", "with_parts"]
 
 
-class Spread(NamedTuple):
-    """How the factors of a wrapper's experts are spread."""
+def spread_of(experts: nn.Module) -> ExpertShards | None:
+    """Return where these experts live, if the factors of their adapters are spread as they are; else None.
 
-    sharding: Sharding
-    gradient_scale: float
-    number: int
-    """LayerCalls.number."""
-    placement: ExpertPlacement | None
-    """Which rank holds which experts; None for E / W contiguous ones each."""
-
-
-def spread_of(experts: nn.Module) -> Spread | None:
-    """Return how the factors of these experts are spread, None where every rank has them all.
-
-    None too over ranks that torch.distributed doesn't know, or where experts have replicas.
+    Every rank has all factors over ranks that torch.distributed doesn't know, and where experts have replicas.
     """
-    if isinstance(experts, GroupedExperts):
-        placement = experts.placement
-        sharding, scale, calls = experts.sharding, experts.gradient_scale, experts.calls
-    else:
-        state = expert_parallel_state(experts)
-        if state is None:
-            return None
-        placement, sharding, scale, calls = state.placement, state.sharding, state.gradient_scale, state.calls
-    has_replicas = placement is not None and placement.has_replicas
-    if sharding is None or sharding.mesh is None or calls is None or has_replicas:
+    shards = shards_of(experts)
+    if shards is None or not shards.names or shards.sharding.mesh is None:
         return None
-    return Spread(sharding, scale, calls.number, placement)
+    return None if shards.placement is not None and shards.placement.has_replicas else shards
 
 
 def shard_factors(wrapper: "ParamWrapper") -> None:
@@ -67,31 +44,31 @@ def shard_factors(wrapper: "ParamWrapper") -> None:
     Those on the meta device have no values yet, and wait.
     """
     experts = wrapper.get_base_layer()
-    spread = spread_of(experts)
-    if spread is None or wrapper.parameter_name not in (up_name(experts), "down_proj"):  # packed or not
+    shards = spread_of(experts)
+    if shards is None or wrapper.parameter_name not in (up_name(experts), "down_proj"):  # packed or not
         return
+    first = 16 + 2 * (wrapper.parameter_name == "down_proj")  # not the experts' own numbers
     for adapter in wrapper.lora_A:
         for linear, is_b in ((wrapper.lora_A[adapter], False), (wrapper.lora_B[adapter], True)):
             if not linear.weight.is_meta and not any(sharded_modules(linear)):
-                _shard(cast(nn.Linear, linear), spread, wrapper.num_experts, is_b)
+                _shard(cast(nn.Linear, linear), replace(shards, first_number=first + is_b, averaged=()), is_b)
 
 
-def _shard(linear: nn.Linear, spread: Spread, num_experts: int, is_b: bool) -> None:
-    sharding, placement = spread.sharding, spread.placement
+def _shard(linear: nn.Linear, shards: ExpertShards, is_b: bool) -> None:
+    sharding, num_experts = shards.sharding, shards.num_experts
     if sharding.replicas is not None:
         check_on_all_ranks(
             linear, {"": linear}, replace(sharding, transport=as_transport(sharding.replicas), replicas=None)
         )
-    weight, rank, size = linear.weight, sharding.transport.rank, sharding.transport.size
-    held = (ExpertPlacement.contiguous(num_experts, size) if placement is None else placement).experts_of_rank
+    weight = linear.weight
     whole = _from_peft(weight.detach(), num_experts) if is_b else weight.detach()
     if is_b:
         linear.register_load_state_dict_pre_hook(partial(_load_from_peft, num_experts))
         give_whole_as(linear, _to_peft)
     else:
         give_whole_as(linear, _as_it_is)
-    part = whole.unflatten(0, (num_experts, -1))[list(held[rank])].flatten(0, 1)
-    shard_parameters(linear, {"weight": part.requires_grad_(weight.requires_grad)}, sharding, held)
+    part = whole.unflatten(0, (num_experts, -1))[list(shards.expert_ids)].flatten(0, 1)
+    shard_parameters(linear, {"weight": part.requires_grad_(weight.requires_grad)}, shards)
 
 
 def _as_it_is(weight: Tensor) -> Tensor:
@@ -145,8 +122,8 @@ def check_merged_is_finite(wrapper: "ParamWrapper", adapters: Sequence[str]) -> 
             delta: DTensor = wrapper.get_delta_weight(adapter)
             merged += delta.to_local()
     is_broken = (~merged.isfinite()).any().to(torch.int32)
-    if (transport := transport_of(wrapper.get_base_layer())) is not None:
-        transport.all_reduce(is_broken, "max")
+    if (shards := shards_of(wrapper.get_base_layer())) is not None:
+        shards.transport.all_reduce(is_broken, "max")
     if is_broken.item():
         raise ValueError(
             f"the adapters {list(adapters)} would make weights of {wrapper.parameter_name} on some rank infinite or "
@@ -156,17 +133,14 @@ def check_merged_is_finite(wrapper: "ParamWrapper", adapters: Sequence[str]) -> 
 
 def local_factors(wrapper: "ParamWrapper", adapter: str) -> tuple[Tensor, Tensor] | None:
     """Return PEFT's A (E_local, R, .) and B (E_local, ., R) of this rank's experts; None where they are whole here."""
-    spread = spread_of(wrapper.get_base_layer())
     linears = cast(Sequence[nn.Linear], (wrapper.lora_A[adapter], wrapper.lora_B[adapter]))
-    if spread is None or not any(sharded_modules(linears[0])):
+    if spread_of(wrapper.get_base_layer()) is None or not any(sharded_modules(linears[0])):
         return None
-    is_down = wrapper.parameter_name == "down_proj"
-    first_number = -4 * (spread.number + 1) + 2 * is_down  # not the experts' own numbers
     factors = []
-    for number, linear in enumerate(linears):
-        parameter = linear.weight
-        make = partial(local_shard, linear, parameter, spread.sharding, spread.gradient_scale, first_number + number)
-        local = for_both_halves(parameter, parameter.dtype, make)
+    for linear in linears:
+        shards, parameter = shards_of(linear), linear.weight
+        assert shards is not None
+        local = shards.local(linear, parameter, 0)
         if local.dtype != parameter.dtype:
             raise ValueError(
                 f"this release of PEFT has cast the adapter {adapter!r} to {parameter.dtype} without its values, since "

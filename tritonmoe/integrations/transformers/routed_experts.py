@@ -10,11 +10,11 @@ from torch._C._dynamo import eval_frame
 
 from tritonmoe.integrations.transformers.discovery import experts_modules
 from tritonmoe.integrations.transformers.requirements import check_model, check_transformers
-from tritonmoe.integrations.transformers.sharding import transport_of
 from tritonmoe.layer import MoELayer
 from tritonmoe.runtime.autograd import is_recomputing
 from tritonmoe.runtime.helping import is_helping
 from tritonmoe.runtime.wrappers import COPIES, INSIDE
+from tritonmoe.sharding.expert_shards import shards_of
 from tritonmoe.transports import Transport
 
 __all__ = [
@@ -65,7 +65,8 @@ def routed_experts(model: nn.Module) -> dict[str, RoutedExperts]:
     registered = experts_modules(model)
     for name, module in model.named_modules():
         if name in registered:
-            num_experts, transport = registered[name].down_proj.shape[0], transport_of(module)
+            num_experts, shards = registered[name].down_proj.shape[0], shards_of(module)
+            transport = None if shards is None else shards.transport
             found[name] = RoutedExperts(module, _block(model, name), _layer(name), num_experts, transport)
         elif isinstance(module, MoELayer):
             own_name = f"{name}.experts" if name else "experts"

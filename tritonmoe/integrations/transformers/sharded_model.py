@@ -21,8 +21,7 @@ from tritonmoe.integrations.transformers.discovery import ExpertsModule
 from tritonmoe.integrations.transformers.generation import announce_forwards, let_spread_models_generate
 from tritonmoe.integrations.transformers.names import EXPERTS_IMPLEMENTATION, STATE_TO_SAVE
 from tritonmoe.integrations.transformers.requirements import check_forward
-from tritonmoe.integrations.transformers.sharding import transport_of
-from tritonmoe.sharding.marks import sharded_modules
+from tritonmoe.sharding.expert_shards import sharded_modules, shards_of
 from tritonmoe.sharding.placed_states import StateDict
 from tritonmoe.sharding.watched_collectives import full_tensor
 from tritonmoe.sharding.whole_states import name_in_state, whole, whole_forms
@@ -168,7 +167,7 @@ def everybody_of(model: nn.Module) -> "DeviceMesh":
 
 def _members(model: nn.Module) -> set[int]:
     """Return the ranks that hold the experts or copies of them."""
-    return {rank for _, _, marked in sharded_modules(model) for rank in marked.members or ()}
+    return {rank for _, _, shards in sharded_modules(model) for rank in shards.sharding.members or ()}
 
 
 def _save_gathered(
@@ -237,7 +236,7 @@ def refuse_to_meet(model: nn.Module) -> None:
 
 
 def _transports(model: nn.Module) -> list[Transport]:
-    return list({id(found): found for module in model.modules() if (found := transport_of(module))}.values())
+    return list(dict.fromkeys(shards.transport for module in model.modules() if (shards := shards_of(module))))
 
 
 def gather_what_peft_saves() -> None:

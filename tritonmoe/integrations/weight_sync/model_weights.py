@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from tritonmoe.integrations.weight_sync.merged_rows import add_the_same, check_adapter, local_part
 from tritonmoe.integrations.weight_sync.packed_weights import PackedWeight, packed_weights
 from tritonmoe.runtime.wrappers import inside_wrapper, refuse_computed
-from tritonmoe.sharding.marks import MARK, ShardedNames, sharded_modules
+from tritonmoe.sharding.expert_shards import sharded_modules, shards_of
 from tritonmoe.sharding.placed_rows import ExpertsOfRank
 
 if TYPE_CHECKING:
@@ -81,8 +81,8 @@ def model_inside(model: nn.Module) -> "PreTrainedModel":
             "DeepSpeed ZeRO-3 keeps weights in partitions of its own: spread the experts with parallelize() and shard "
             "the rest with fully_shard()"
         )
-    for name, _, sharded in sharded_modules(inside):
-        if sharded.members is None:
+    for name, _, shards in sharded_modules(inside):
+        if shards.sharding.members is None:
             raise ValueError(
                 f"{name} has this rank's experts alone, under names of all experts: the others are on ranks that are "
                 "not torch.distributed's (emulated ranks, MPI), from which nothing is gathered. load_weights() takes a "
@@ -187,10 +187,10 @@ def _own_weights(
     module: nn.Module, packed: list[PackedWeight], adapted_by: tuple[nn.Module, ...], dequantize: bool
 ) -> Iterator[tuple[str, Weight]]:
     """Yield the weights of a module itself: of packed ones their bytes or, with `dequantize`, one weight each."""
-    marked: ShardedNames | None = module.__dict__.get(MARK)
+    shards = shards_of(module)
 
     def weight(own_name: str, tensor: Tensor, one: PackedWeight | None, is_decoded: bool) -> Weight:
-        order = marked.experts_of_rank if marked is not None and own_name in marked.names else None
+        order = shards.order if shards is not None and own_name in shards.names else None
         # PEFT's wrappers of parameters adapt one each, those of layers the weight
         adapted = own_name if one is None else one.name
         by = tuple(wrapper for wrapper in adapted_by if getattr(wrapper, "parameter_name", "weight") == adapted)
