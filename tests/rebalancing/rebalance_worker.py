@@ -541,7 +541,7 @@ def case_halves(directory: Path) -> None:
             optimizer.step()
             optimizer.zero_grad()
             if rebalancer is not None:
-                counted = sum(int(layer.experts.shards.calls.load.sum()) for layer in net.layers)
+                counted = sum(int(layer.experts.expert_shards.calls.load.sum()) for layer in net.layers)
                 assert counted == 2 * 2 * 2 * (20 + dist.get_rank())
                 rebalancer.step()
             losses.append(loss.item())

@@ -256,7 +256,7 @@ def test_recomputed_forwards_and_skipped_pairs_are_counted_once_and_not():
         x = tokens(0, transport.rank).requires_grad_()
         mask = torch.arange(len(x)) > 2
         checkpoint(lambda rows: layer(rows, token_mask=mask), x, use_reentrant=False).sum().backward()
-        return layer.experts.shards.calls.load.tolist()
+        return layer.experts.expert_shards.calls.load.tolist()
 
     for rank, load in enumerate(tm.run_on_emulated_ranks(on_rank, 2, timeout_s=60)):
         assert sum(load[:-1]) == 2 * (9 + rank - 3)
@@ -645,13 +645,13 @@ def test_evaluation_is_not_counted() -> None:
         with torch.no_grad():
             layer(x)
             compiled(x)
-        assert not layer.experts.shards.calls.load.any()
+        assert not layer.experts.expert_shards.calls.load.any()
         with helping():
             layer.train()(x)
-        assert not layer.experts.shards.calls.load.any()
+        assert not layer.experts.expert_shards.calls.load.any()
         assert not rebalancer.step().moved
         layer(x)
-        assert layer.experts.shards.calls.load.sum() == 2 * len(x)
+        assert layer.experts.expert_shards.calls.load.sum() == 2 * len(x)
 
     tm.run_on_emulated_ranks(on_rank, 1, timeout_s=60)
 

@@ -105,7 +105,7 @@ def test_arguments_refused_on_one_rank_are_the_first_cause(call: str) -> None:
             elif call == "collective":
                 transport.all_reduce(torch.ones(2), "no such" if is_bad else "sum")  # type: ignore[arg-type]  # bad input
             else:
-                layer.experts.shards.calls.takes_adapters = is_bad  # type: ignore[union-attr]  # over ranks it has calls
+                layer.experts.expert_shards.calls.takes_adapters = is_bad  # type: ignore[union-attr]  # over ranks it has calls
                 tm.rebalance(layer)
         finally:
             time.sleep(0.05 * is_bad)  # the others raise first

@@ -61,7 +61,7 @@ def test_a_replayed_call_has_the_same_bits_and_needs_no_peer(has_link: bool, chu
 
         expected = step()
         replay = ReplayTransport(transport, Port(LinkModel(0.01, latency_us=50)) if has_link else None)
-        shards = layer.grouped_experts.shards
+        shards = layer.grouped_experts.expert_shards
         assert shards is not None
         shards.sharding = replace(shards.sharding, transport=replay)
         for number in range(3):

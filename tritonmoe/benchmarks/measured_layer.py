@@ -147,7 +147,7 @@ class MeasuredLayer:
 
     def _run_layer(self, transport: Transport, overlap: OverlapConfig | OverlapPlan) -> LayerReport:
         experts = self.experts
-        shards = experts.shards
+        shards = experts.expert_shards
         assert shards is not None
         shards.sharding = replace(shards.sharding, transport=transport)
         experts.overlap = replace(overlap, wire_dtype=self.workload.torch_wire_dtype)

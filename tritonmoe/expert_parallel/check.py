@@ -97,7 +97,8 @@ def _checked_tensors(call: ProposedCall) -> tuple[CallTensors[Tensor], PerWeight
     _ = spec.experts.checked
     check_overlap(spec.overlap)
     check_tensors(given)
-    check_fillers(call.fillers)
+    if call.fillers:
+        check_fillers(call.fillers)
     tensors = cast_for_autocast(given)
     is_added = not call.is_compiled and find_main_grads(given.weights) is not None
     if is_added and spec.placement is not None and spec.placement.has_replicas:

@@ -138,6 +138,8 @@ class LayerCalls(Handled):
         """By this and `copy` the ranks know that they call the same layer."""
         self.copy = 0
         """Which copy of that layer it is, copies of copies included; 0: the layer itself."""
+        self.number = self.layer
+        """One number for both."""
         self.copies = [0]
         """How many there are, in a list that all of them share."""
         self.load: Tensor | None = None
@@ -161,12 +163,8 @@ class LayerCalls(Handled):
         copied = copy.copy(self)
         self.copies[0] += 1
         copied.copy, copied.load = self.copies[0], None
+        copied.number = copied.copy << 32 | copied.layer
         return copied
-
-    @property
-    def number(self) -> int:
-        """One number for `layer` and `copy`."""
-        return self.copy << 32 | self.layer
 
     def count(self, topk_ids: Tensor) -> None:
         """Add a training call's pairs to the load of their experts; a recompute's are counted already."""

@@ -29,7 +29,7 @@ from tritonmoe.runtime.autograd import leaf_of
 from tritonmoe.runtime.halves import for_both_halves
 from tritonmoe.runtime.wrappers import refuse_computed
 from tritonmoe.sharding.data_parallel import is_averaged_by_ddp
-from tritonmoe.sharding.expert_shards import ATTRIBUTE, ExpertShards, attach_shards, find_sharding, shards_of
+from tritonmoe.sharding.expert_shards import ATTRIBUTE, ExpertShards, find_sharding
 from tritonmoe.sharding.grad_scaling import agree_on_overflow
 from tritonmoe.sharding.sharded_parameters import (
     check_expert_gradients,
@@ -80,6 +80,8 @@ class GroupedExperts(nn.Module):
     down_proj_bias: nn.Parameter | None
     gate_up_proj_scales: nn.Parameter | None
     down_proj_scales: nn.Parameter | None
+    expert_shards: ExpertShards | None
+    """Where the experts live, and how a call reaches them; None on one device."""
 
     def __init__(
         self,
@@ -119,9 +121,11 @@ class GroupedExperts(nn.Module):
         super().__setstate__(state)
         if ATTRIBUTE not in state:  # written when the module had attributes of its own for this
             old: dict[str, Any] = {name: self.__dict__.pop(name) for name in BEFORE_SHARDS}
-            known = {name: old[name] for name in ("sharding", "calls", "overlap", "placement")}
-            is_spread, num_experts = old["sharding"] is not None, self.config.num_experts
-            attach_shards(self, ExpertShards(num_experts=num_experts, names=PARAMETERS, **known) if is_spread else None)
+            self.expert_shards = None
+            if (calls := old["calls"]) is not None:
+                calls.number = calls.copy << 32 | calls.layer
+                known = {name: old[name] for name in ("sharding", "calls", "overlap", "placement")}
+                self.expert_shards = ExpertShards(num_experts=self.config.num_experts, names=PARAMETERS, **known)
         self.key = _know(self)  # this is a copy
 
     def _spread(
@@ -136,7 +140,7 @@ class GroupedExperts(nn.Module):
         overlap = OverlapConfig() if overlap is None else overlap
         check_overlap(overlap)
         check_expert_gradients(expert_gradients)
-        attach_shards(self, None)
+        self.expert_shards = None
         if ranks is None:
             if placement is not None:
                 raise ValueError(
@@ -151,47 +155,42 @@ class GroupedExperts(nn.Module):
         calls = LayerCalls(transport, expert_gradients)
         calls.load_balance_loss_weight = self._load_balance_loss_weight
         agree_on_overflow(_transports_of)
-        attach_shards(self, ExpertShards(sharding, num_experts, calls, overlap, placement))
+        self.expert_shards = ExpertShards(sharding, num_experts, calls, overlap, placement)
 
     def _hold(self, parts: dict[str, Tensor | None]) -> None:
         """Make parameters of this rank's experts."""
-        if self.shards is not None:
-            shard_parameters(self, parts, self.shards)
+        if self.expert_shards is not None:
+            shard_parameters(self, parts, self.expert_shards)
             return
         for name, part in parts.items():
             self.register_parameter(name, None if part is None else nn.Parameter(part, part.requires_grad))
 
     @property
-    def shards(self) -> ExpertShards | None:
-        """Where the experts live, and how a call reaches them; None on one device."""
-        return shards_of(self)
-
-    @property
     def transport(self) -> Transport | None:
         """The transport that reaches the other ranks; None on one device."""
-        return None if self.shards is None else self.shards.transport
+        return None if self.expert_shards is None else self.expert_shards.transport
 
     @property
     def overlap(self) -> OverlapConfig | OverlapPlan | None:
         """How the exchanges of the next calls overlap, which may be set, on every rank; None on one device."""
-        return None if self.shards is None else self.shards.overlap
+        return None if self.expert_shards is None else self.expert_shards.overlap
 
     @overlap.setter
     def overlap(self, overlap: OverlapConfig | OverlapPlan) -> None:
         check_overlap(overlap)
-        if self.shards is None:
+        if self.expert_shards is None:
             raise ValueError("experts on one device have no exchanges to overlap: spread them over ranks first")
-        self.shards.overlap = overlap
+        self.expert_shards.overlap = overlap
 
     @property
     def placement(self) -> ExpertPlacement | None:
         """Which rank holds which experts; None for E / W contiguous ones each."""
-        return None if self.shards is None else self.shards.placement
+        return None if self.expert_shards is None else self.expert_shards.placement
 
     @property
     def expert_ids(self) -> tuple[int, ...]:
         """The experts of this rank, in the order of its weights."""
-        return tuple(range(self.config.num_experts)) if self.shards is None else self.shards.expert_ids
+        return tuple(range(self.config.num_experts)) if self.expert_shards is None else self.expert_shards.expert_ids
 
     def spread_over(
         self,
@@ -221,13 +220,13 @@ class GroupedExperts(nn.Module):
 
         None on one device. It holds no experts, so that a copy of a router that has it copies none.
         """
-        return None if self.shards is None else self.shards.sharding.sum_over_ranks
+        return None if self.expert_shards is None else self.expert_shards.sharding.sum_over_ranks
 
     def take_router(self, load_balance_loss_weight: float) -> None:
         """Note how the router of the layer that has these experts is balanced, for recordings."""
         self._load_balance_loss_weight = load_balance_loss_weight
-        if self.shards is not None:
-            self.shards.calls.load_balance_loss_weight = load_balance_loss_weight
+        if self.expert_shards is not None:
+            self.expert_shards.calls.load_balance_loss_weight = load_balance_loss_weight
 
     def extra_repr(self) -> str:
         config, transport = self.config, self.transport
@@ -254,7 +253,7 @@ class GroupedExperts(nn.Module):
     @property
     def last_report(self) -> LayerReport | None:
         """Traffic and timings of the last expert-parallel call, of a step's many or a recompute; None on one device."""
-        return None if self.shards is None else self.shards.calls.last_report
+        return None if self.expert_shards is None else self.expert_shards.calls.last_report
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -267,8 +266,8 @@ class GroupedExperts(nn.Module):
         seed = int(torch.randint(2**62, (), generator=generator, device="cpu"))
         if self.gate_up_proj.is_meta:  # there is no memory to draw into
             return
-        if self.shards is not None:
-            check_replicas(seed, self.shards.sharding)
+        if self.expert_shards is not None:
+            check_replicas(seed, self.expert_shards.sharding)
         experts = rows_here(self.gate_up_proj, self.expert_ids)
         weights = self._local_weights()
         if self.config.weight_format is None:
@@ -284,12 +283,15 @@ class GroupedExperts(nn.Module):
 
         So FSDP2's mixed precision casts the parameters that it manages; spread experts it is told to leave alone.
         """
-        is_spread = self.shards is not None and self.shards.sharding.mesh is not None
+        is_spread = self.expert_shards is not None and self.expert_shards.sharding.mesh is not None
         return is_spread and self.gate_up_proj.dtype == torch.float32 and dtype in (torch.bfloat16, torch.float16)
 
-    def _spec(self, adapters: ExpertAdapters | None = None) -> ExpertSpec:
+    def _adapted(self, adapters: ExpertAdapters | None) -> tuple[ExpertSpec, ExpertAdapters | None]:
+        """Return how the experts compute with these adapters, and the adapters, without dropout but in training."""
+        if isinstance(adapters, ExpertAdapters) and adapters.dropout and not self.training:
+            adapters = replace(adapters, dropout=0.0)
         names = noted_adapters(self)
-        return (replace(self.spec, adapters=names) if names else self.spec).with_dropout(adapters)
+        return (replace(self.spec, adapters=names) if names else self.spec).with_dropout(adapters), adapters
 
     def forward(
         self,
@@ -307,16 +309,15 @@ class GroupedExperts(nn.Module):
         num_nonfinite_rows: Routing's count of tokens without a finite score; more than zero raises on every rank.
         fillers: as in expert_parallel_mlp; on one device they are called first.
         """
-        shards = self.shards
+        shards = self.expert_shards
         if shards is None:
             for filler in fillers:
                 filler()
-            adapters = self._in_mode(adapters)
+            spec, adapters = self._adapted(adapters)
             weights = self._call_weights(None, adapters)
-            return run_experts(self._spec(adapters), CallTensors(x, topk_ids, topk_weights, weights))
+            return run_experts(spec, CallTensors(x, topk_ids, topk_weights, weights))
         try:
-            adapters = self._in_mode(adapters)
-            spec = self._spec(adapters)
+            spec, adapters = self._adapted(adapters)
             inputs = CallTensors(x, topk_ids, topk_weights, self._call_weights(x, adapters))
         except Exception:
             refuse(shards.transport)
@@ -334,7 +335,7 @@ class GroupedExperts(nn.Module):
             down_scales=self.down_proj_scales,
         )
         parameters = with_adapters(own, adapters)
-        shards = self.shards
+        shards = self.expert_shards
         if shards is None:
             return parameters
         is_trained = torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in parameters)
@@ -355,7 +356,7 @@ class GroupedExperts(nn.Module):
     def _call_weights(self, x: Tensor | None, adapters: ExpertAdapters | None) -> PerWeight[Tensor]:
         """Return _local_weights() with these adapters, or with the factors that are noted of the module (PEFT's)."""
         weights = as_values(self, self.config.weight_format, self._local_weights(x, adapters))
-        shards = self.shards
+        shards = self.expert_shards
         if adapters is not None and shards is not None and shards.transport.size > 1:
             _note_factors(self.key, adapters)
         expert_ids = range(self.config.num_experts) if shards is None else shards.expert_ids
@@ -373,12 +374,6 @@ class GroupedExperts(nn.Module):
                 "without replicas, or freeze the adapters"
             )
         return weights._replace(**factors)
-
-    def _in_mode(self, adapters: ExpertAdapters | None) -> ExpertAdapters | None:
-        """Return adapters without dropout, but in training mode."""
-        if isinstance(adapters, ExpertAdapters) and adapters.dropout and not self.training:
-            return replace(adapters, dropout=0.0)
-        return adapters
 
 
 def _know(module: GroupedExperts) -> str:
@@ -398,8 +393,9 @@ def experts_of_parameters(parameters: Iterable[Tensor]) -> list[GroupedExperts |
     """
     with _lock:
         modules = dict(_known.items())
-    spread = [module for module in modules.values() if module.shards and module.shards.sharding.mesh is None]
-    own = {id(parameter): module for module in spread for parameter in module.parameters()}
+    shards = {module: module.expert_shards for module in modules.values()}
+    plain = [module for module, found in shards.items() if found is not None and found.sharding.mesh is None]
+    own = {id(parameter): module for module in plain for parameter in module.parameters()}
     return [own.get(id(parameter)) or modules.get(vars(parameter).get(ADAPTS, "")) for parameter in parameters]
 
 

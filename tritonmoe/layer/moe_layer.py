@@ -145,22 +145,23 @@ class MoELayer(nn.Module):
             fillers: functions of your own that run while exchanges are under way, as in expert_parallel_mlp; those of
                 the shared expert come before them.
         """
-        transport = self.grouped_experts.transport
+        shards = self.grouped_experts.expert_shards
         try:
-            if transport is not None:
+            if shards is not None:
                 check_hands_over("the experts of this MoELayer", self.experts)
             self._check(x)
-            check_fillers(fillers)
-            if transport is None:
+            if fillers:
+                check_fillers(fillers)
+            if shards is None:
                 self._nonfinite.raise_earlier()
             flat = x.reshape(-1, x.shape[-1])
             routing = self._route(flat, x.shape[:-1], token_mask)
             topk_ids = routing.topk_ids
-            if transport is None:
+            if shards is None:
                 topk_ids = self._nonfinite.look(topk_ids, routing.num_nonfinite_rows)
         except Exception:  # whatever this rank refuses, the others wait for its word
-            if transport is not None:
-                refuse(transport)
+            if shards is not None:
+                refuse(shards.transport)
             raise
         halves: list[Tensor] = []
         own_fillers = self._shared_fillers(flat, halves)
@@ -213,7 +214,7 @@ class MoELayer(nn.Module):
     def _leave(self, routing: Routing, shape: torch.Size) -> None:
         """Set what a call leaves, of rows of this shape."""
         self.last_routing = routing
-        is_global = self.grouped_experts.transport is not None and self.config.load_balance_over == "global"
+        is_global = self.grouped_experts.expert_shards is not None and self.config.load_balance_over == "global"
         reduce_load = self.grouped_experts.sum_over_ranks if is_global else None
         self._aux_loss = auxiliary_loss(routing, self.config, reduce_load)
 

@@ -1,1 +1,1 @@
-"""Parameters of which each rank holds a part: as DTensors, and what DDP, FSDP2 and optimizers need for them."""
+"""Where experts live: ExpertShards, parameters of which each rank holds a part, and what DDP, FSDP2, optimizers need."""

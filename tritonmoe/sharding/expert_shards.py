@@ -40,7 +40,8 @@ __all__ = [
 
 log = logging.getLogger("tritonmoe")
 
-ATTRIBUTE = "_tritonmoe_expert_shards"
+ATTRIBUTE = "expert_shards"
+"""Of a module of experts, and of a factor of adapters on them: its ExpertShards."""
 PARAMETERS_OF_A_LAYER = 32
 """More than belong to one layer: of its experts, of adapters that a call gives, and of PEFT's."""
 _warned_of: "WeakSet[LayerCalls]" = WeakSet()
@@ -218,7 +219,7 @@ class ExpertShards:
         """Run what expert_parallel_mlp runs over these ranks, as a layer that the ranks know."""
         call_spec = CallSpec(spec, self.num_experts, self.overlap, self.placement)
         return run_expert_parallel(
-            ProposedCall(call_spec, self.transport, tensors, self.calls, num_nonfinite_rows, fillers)
+            ProposedCall(call_spec, self.sharding.transport, tensors, self.calls, num_nonfinite_rows, fillers)
         )
 
     def _local(self, module: nn.Module, parameter: Tensor, position: int) -> Tensor:
@@ -256,12 +257,13 @@ def no_pickle(num_ranks: int) -> ValueError:
 
 def shards_of(module: nn.Module) -> ExpertShards | None:
     """Return where the experts of a module live; None where all of them are here, and for other modules."""
-    return module.__dict__.get(ATTRIBUTE)
+    shards = module.__dict__.get(ATTRIBUTE)
+    return shards if isinstance(shards, ExpertShards) else None
 
 
 def attach_shards(module: nn.Module, shards: ExpertShards | None) -> None:
     """Note on a module where its experts live."""
-    module.__dict__[ATTRIBUTE] = shards
+    setattr(module, ATTRIBUTE, shards)
 
 
 def sharded_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module, ExpertShards]]:

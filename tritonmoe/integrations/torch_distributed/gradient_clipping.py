@@ -58,8 +58,8 @@ def clip_grad_norm_(
     for parameter, module in zip(parameters, experts_of_parameters(parameters), strict=True):
         if hasattr(parameter, "device_mesh"):
             of_meshes.setdefault(parameter.device_mesh, []).append(parameter)
-        elif module is not None and module.shards is not None:
-            of_transports.setdefault(module.shards.transport, []).append((parameter, module.shards))
+        elif module is not None and module.expert_shards is not None:
+            of_transports.setdefault(module.expert_shards.transport, []).append((parameter, module.expert_shards))
         else:
             dense.append(parameter)
     norms = [get_total_norm(_grads(dense), norm_type, foreach=foreach).double()]
