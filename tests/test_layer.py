@@ -107,6 +107,30 @@ def test_dtype(dtype: torch.dtype) -> None:
     assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
 
 
+def test_the_overlap_of_a_layer_can_be_set_and_its_transport_cannot() -> None:
+    config = tm.MoEConfig(hidden_size=8, intermediate_size=4, num_experts=4, top_k=2)
+
+    def on_rank(transport: Transport) -> list[int]:
+        experts = tm.GroupedExperts(config, transport, tm.OverlapConfig(1))
+        numbers = []
+        for chunks in (1, 3):
+            experts.overlap = tm.OverlapConfig(chunks)
+            experts(torch.ones(4, 8), torch.zeros(4, 2, dtype=torch.int64), torch.ones(4, 2))
+            assert experts.last_report is not None
+            numbers.append(experts.last_report.overlap.num_chunks)
+        with pytest.raises(AttributeError, match="transport"):
+            experts.transport = LocalTransport()  # type: ignore[misc]
+        with pytest.raises(TypeError, match="overlap"):
+            experts.overlap = 3  # type: ignore[assignment]
+        return numbers
+
+    assert tm.run_on_emulated_ranks(on_rank, 2, timeout_s=20) == [[1, 3], [1, 3]]
+    alone = tm.GroupedExperts(config)
+    assert alone.overlap is None
+    with pytest.raises(ValueError, match="no exchanges to overlap"):
+        alone.overlap = tm.OverlapConfig(2)
+
+
 @pytest.mark.parametrize("shape", [(), (3,), (2, 3), (2, 1, 3), (0,), (2, 0)], ids=str)
 @pytest.mark.parametrize("transport", [None, LocalTransport()], ids=["one-device", "local"])
 def test_leading_dimensions(transport: Transport | None, shape: tuple[int, ...]) -> None:

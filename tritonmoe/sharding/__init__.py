@@ -1,1 +1,1 @@
-"""Where experts live: ExpertShards, parameters of which each rank holds a part, and what DDP, FSDP2, optimizers need."""
+"""Where experts live: ExpertShards, the parameters of a rank, and what DDP, FSDP2 and optimizers need for these."""

@@ -4,6 +4,7 @@ import copy
 import io
 import sys
 import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +21,10 @@ from worker_cases import run_cases
 import tritonmoe as tm
 
 CONFIG = tm.MoEConfig(hidden_size=8, intermediate_size=12, num_experts=4, top_k=2)
+BEFORE_SHARDS = Path(__file__).parent / "written_by_0.1.0"
+"""What 0.1.0 has written before a module's attributes became its ExpertShards: of a layer of 4 experts with biases
+(D=8, F=4, K=2) itself, and the distributed checkpoint after a step of AdamW on ranks that held experts 2, 0 and 1, 3.
+"""
 REFUSED = "would keep one rank's experts alone"
 
 
@@ -51,6 +56,37 @@ def saved(value: object) -> object:
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def case_written_before_shards() -> None:
+    """A distributed checkpoint of a release before ExpertShards loads: on other placements, and on one device."""
+    expected = torch.load(BEFORE_SHARDS / "expected.pt")
+    config = tm.MoEConfig(8, 4, 4, 2, bias=True)
+    moments = []
+    for placement in (tm.ExpertPlacement(((2, 0), (1, 3))), None):
+        layer = tm.MoELayer(config)
+        tm.parallelize(layer, dist.group.WORLD, placement=placement)
+        optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, foreach=False)
+        layer(torch.ones(3, 8)).sum().backward()
+        optimizer.step()
+        state = {"model": layer.state_dict(), "optimizer": optimizer.state_dict()}
+        dcp.load(state, checkpoint_id=str(BEFORE_SHARDS / "spread"))
+        layer.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        with torch.no_grad():
+            torch.testing.assert_close(layer(expected["x"]), expected["y"])
+        shown = optimizer.state_dict()["state"].values()
+        moments.append([one["exp_avg"].full_tensor() for one in shown if hasattr(one["exp_avg"], "full_tensor")])
+    for one, other in zip(*moments, strict=True):
+        assert torch.equal(one, other)
+    assert len(moments[0]) == 4
+    layer = torch.load(BEFORE_SHARDS / "layer.pt", weights_only=False)
+    again = copy.deepcopy(layer)
+    assert layer.experts.transport is layer.experts.placement is again.experts.expert_shards is None
+    assert layer.experts.expert_ids == (0, 1, 2, 3)
+    tm.parallelize(again, dist.group.WORLD)
+    with torch.no_grad():
+        torch.testing.assert_close(again(expected["x"]), layer(expected["x"]))
 
 
 def case_dense_shards() -> None:

@@ -6,7 +6,7 @@ import pytest
 from processes import run_torchrun
 
 WORKER = Path(__file__).parent / "saved_worker.py"
-CASES = ("dense_shards", "replicas_beside_dense", "written_by_a_process")
+CASES = ("dense_shards", "replicas_beside_dense", "written_by_a_process", "written_before_shards")
 
 
 @pytest.mark.thorough

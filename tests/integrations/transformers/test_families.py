@@ -107,8 +107,8 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 def check_family(family: str, directory, monkeypatch) -> None:
     calls = []
-    one_device = experts_module.run_on_one_device
-    monkeypatch.setattr(experts_module, "run_on_one_device", lambda *args: calls.append(1) or one_device(*args))
+    one_device = experts_module.run_experts
+    monkeypatch.setattr(experts_module, "run_experts", lambda *args: calls.append(1) or one_device(*args))
     model = make_model(family)
     model.eval()
     prompt = torch.randint(2, 64, (1, 5), generator=torch.Generator().manual_seed(2))

@@ -38,8 +38,8 @@ def mixtral() -> nn.Module:
 def num_calls(monkeypatch) -> list[int]:
     """Grows by one for each call of tritonmoe's experts."""
     calls = []
-    one_device = experts_module.run_on_one_device
-    monkeypatch.setattr(experts_module, "run_on_one_device", lambda *args: calls.append(1) or one_device(*args))
+    one_device = experts_module.run_experts
+    monkeypatch.setattr(experts_module, "run_experts", lambda *args: calls.append(1) or one_device(*args))
     return calls
 
 

@@ -104,13 +104,13 @@ def assert_as_good_as(actual: dict[str, Tensor], plain: dict[str, Tensor], truth
 def moe_mlp_calls(monkeypatch) -> list[tuple[torch.dtype, object]]:
     """What the experts are run with on one device: (dtype of the rows, activation) of each call."""
     calls = []
-    one_device = experts_module.run_on_one_device
+    one_device = experts_module.run_experts
 
     def recorded(spec, tensors):
         calls.append((tensors.x.dtype, spec.activation))
         return one_device(spec, tensors)
 
-    monkeypatch.setattr(experts_module, "run_on_one_device", recorded)
+    monkeypatch.setattr(experts_module, "run_experts", recorded)
     return calls
 
 

@@ -83,8 +83,8 @@ def scatter(model: nn.Module) -> None:
     """Move the experts of every layer, so that no rank's are neighbours in the model's order."""
     rebalancer = tm.rebalance(model, every=1)
     for experts, tensors in zip(rebalancer._layers, rebalancer._check(), strict=True):
-        order = [expert for start in range(3) for expert in range(start, experts.num_experts, 3)][::-1]
-        num_own = experts.num_experts // size
+        order = [expert for start in range(3) for expert in range(start, experts.shards.num_experts, 3)][::-1]
+        num_own = experts.shards.num_experts // size
         held = tuple(tuple(order[at : at + num_own]) for at in range(0, len(order), num_own))
         rebalancer._move(experts, tensors, tm.ExpertPlacement(held))
 
