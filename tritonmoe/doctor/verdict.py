@@ -10,7 +10,7 @@ from tritonmoe.doctor.lanes import Shown, shown_of
 from tritonmoe.doctor.reading import ForeignRun
 from tritonmoe.doctor.recorded_run import RecordedRun
 from tritonmoe.doctor.slowdown import slowdown_of
-from tritonmoe.doctor.words import cost_words, count_words, share_words, time_words, words_of
+from tritonmoe.doctor.words import cost_words, count_words, mended_words, share_words, time_words, words_of
 from tritonmoe.report.terminal import one_line
 from tritonmoe.runtime.files import Json
 
@@ -52,13 +52,10 @@ def as_text(run: AnyRun, found: Verdict, advice: Sequence[Advice] = ()) -> str:
     lines += headline(found)
     for number, one in enumerate(found.findings, 1):
         words = words_of(one, found, recording_of(run))
-        lines.append(f"{number}. {one.kind.upper()}: {words.sentence}")
+        lines.append(f"{number}. {words.title.upper()}: {words.sentence}")
         lines.append(f"   costs {cost_words(one.cost, found)}. To do: {words.to_do}")
     if len(found.findings) > 1:
-        lines.append(
-            f"mending all findings together saves {cost_words(found.together, found)}: causes overlap, so their costs "
-            "don't add up"
-        )
+        lines.append(f"mending all findings together saves {cost_words(found.mended, found)}: {mended_words(found)}")
     for proposal in advice[:MOST_ADVICE]:
         price = f". Price: {proposal.costs}" if proposal.costs else ""
         lines.append(f"would help: {proposal.words}. Saves {cost_words(proposal.gain, found)}{price}")
@@ -124,7 +121,11 @@ def noise_warning(found: Verdict) -> list[str]:
 
 def remarks(run: AnyRun, found: Verdict) -> list[str]:
     """Return what is worth knowing beside the findings."""
-    lines = []
+    lines = [
+        f"may be noise, since 0 is in the interval: {one.kind}, {words_of(one, found, recording_of(run)).sentence}: "
+        f"{cost_words(one.cost, found)}"
+        for one in found.doubtful
+    ]
     small = [f"{kind} {share:.0%}" for kind, share in found.others if share >= 0.005]
     if small:
         lines.append("other causes, too small, not certain, or part of a finding: " + ", ".join(small))
@@ -176,7 +177,9 @@ def as_json(run: AnyRun, found: Verdict, advice: Sequence[Advice] = (), shown: S
         "host_s": found.host_s,
         "exposed_exchanges_s": found.exposed_s,
         "together": _plain(found.together, found),
+        "findings_together": _plain(found.mended, found),
         "findings": [_plain_finding(one, run, found) for one in found.findings],
+        "may_be_noise": [_plain_finding(one, run, found) for one in found.doubtful],
         "advice": [
             {
                 "words": one.words,
