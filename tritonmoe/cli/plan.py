@@ -181,7 +181,7 @@ def _say_again(arguments: argparse.Namespace, plans: Iterable[tuple[str, Plan]])
 def _command(arguments: argparse.Namespace, cluster: str, found: Plan) -> str:
     """Return the command line that plans the best choice alone; one that is too long goes on below."""
     choice = found.best.choice
-    chosen = {"nodes": found.cluster.nodes, "tp": choice.tp, "pp": choice.pp, "ep": choice.ep}
+    chosen: dict[str, object] = {"nodes": found.cluster.nodes, "tp": choice.tp, "pp": choice.pp, "ep": choice.ep}
     chosen |= {"recompute": choice.recompute, "micro_batches": choice.micro_batches}
     given = {name: getattr(arguments, name) for name in AS_GIVEN}
     chosen |= {name: value for name, value in given.items() if value != arguments.default_of(name)}

@@ -175,9 +175,11 @@ def attribute(graph: Graph, known: Known | None = None) -> Verdict:
             others.append((kind, cost.share(step_s)))
     findings.sort(key=lambda one: (one.kind == "pause", -one.cost.seconds))
     findings = _of_one_thing(findings, others, step_s)
-    found_kinds = {kind: None for kind in kinds if any(LINKS.get(one.kind, one.kind) == kind for one in findings)}
+    found_kinds: Removal = {
+        kind: None for kind in kinds if any(LINKS.get(one.kind, one.kind) == kind for one in findings)
+    }
     together, mended = (
-        _less(causes.as_it_was, steps_s) for steps_s in causes.without([compared | found_kinds, found_kinds])
+        _less(causes.as_it_was, steps_s) for steps_s in causes.without([{**compared, **found_kinds}, found_kinds])
     )
     quiet = causes.walker.step_times(usual.level_busy_s + usual.level_idle_s, usual.level_transfer_s)
     no_transfers = causes.walker.step_times(causes.run_s, causes.transfer_s.clamp(max=0))
