@@ -195,8 +195,12 @@ def test_what_mending_all_findings_gains_is_compared_with_their_costs() -> None:
 
 
 def test_all_ranks_are_not_left_out() -> None:
-    """A finding of all ranks is no rank's, and no machine's."""
+    """A finding of all ranks is no rank's, and no machine's; of two ranks either may be what makes a link slow."""
     found = attribute(hiding_run(extra_s=0.0))
+    slow = replace(found.findings[0], kind="slow link")
+    of_two = replace(found, graph=run_of((), 0.0, 2))
+    assert words_of(slow, of_two).to_do.startswith("two ranks can't tell whether sender, receiver or link is at fault")
+    assert words_of(slow, found).to_do.startswith("check cable")
     for one in found.findings:
         of_all = replace(one, culprits=replace(one.culprits, ranks=(), moves=False))
         words = words_of(of_all, found)
@@ -204,3 +208,12 @@ def test_all_ranks_are_not_left_out() -> None:
         assert words.who == "all ranks"
         assert "leave the machine out" not in words.to_do
         assert words_of(one, found).title == one.kind
+
+
+@pytest.mark.parametrize("num_steps", [STEPS, STEPS - 1])
+def test_few_steps_are_said(num_steps: int) -> None:
+    def exchange(step: int) -> Exchange:
+        return ("forward", "all_to_all", 0), lambda rank: Run(rank, step, ("work", 0), 0.1), lambda _: 0.001
+
+    found = attribute(graph_of(RANKS, num_steps, lambda step: [exchange(step)]))
+    assert ("11 steps may be too few: record 12 or more" in text_of(found)) == (num_steps < STEPS)

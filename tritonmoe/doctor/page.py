@@ -6,7 +6,7 @@ from typing import Literal, Protocol
 from tritonmoe.doctor.advice import Advice
 from tritonmoe.doctor.attribution import Verdict
 from tritonmoe.doctor.lanes import DOING, Piece, Shown
-from tritonmoe.doctor.verdict import AnyRun, about, headline, noise_warning, recording_of, remarks, step_words
+from tritonmoe.doctor.verdict import AnyRun, about, headline, recording_of, remarks, step_words, warnings_of
 from tritonmoe.doctor.words import FindingWords, count_words, mended_words, words_of
 from tritonmoe.report.charts import Bars, Heat, Segment, Strip, Strips, ticks
 from tritonmoe.report.figures import Cell, Figures, Line, Table, Words
@@ -95,7 +95,7 @@ class RunPart:
             said_of_it = f"{n + 1}. {words.title.upper()}: {words.sentence}. It costs "
             cost, share = number(f"findings/{n}/cost_s", "s"), number(f"findings/{n}/share", "share")
             lines.append([said_of_it, cost, " a step, ", share, ". To do: ", words.to_do, "."])
-        lines += noise_warning(found)
+        lines += warnings_of(found)
         steps = f", the mean of {count_words(len(found.graph.steps), 'step')}; replayed "
         measured, replayed, error = (
             number(*of) for of in (("measured_s", "s"), ("replayed_s", "s"), ("error", "share"))

@@ -20,10 +20,10 @@ __all__ = [
     "as_json",
     "as_text",
     "headline",
-    "noise_warning",
     "recording_of",
     "remarks",
     "step_words",
+    "warnings_of",
 ]
 
 AnyRun: TypeAlias = ForeignRun | RecordedRun
@@ -32,6 +32,8 @@ MOST_ADVICE = 4
 DECIMALS = 7
 MUCH_NOISE = 0.15
 """A run is noisy where differences without a pattern cost so large a share of a step."""
+ENOUGH_STEPS = 12
+"""With fewer a fault that comes in every fifth step comes once or not at all."""
 MUCH_HOST = 0.3
 """A step of which the host has so large a share is spoken of."""
 
@@ -109,14 +111,20 @@ def headline(found: Verdict) -> list[str]:
     return lines
 
 
-def noise_warning(found: Verdict) -> list[str]:
-    """Say that findings may be noise, and what to do; nothing where a step has little noise."""
-    if found.noise_s <= MUCH_NOISE * found.replayed_s:
-        return []
-    return [
-        "so much noise may hide a smaller fault of a rank or link, or make all ranks seem at fault: record again "
-        "while nothing else runs on these machines"
-    ]
+def warnings_of(found: Verdict) -> list[str]:
+    """Say that findings may be noise, or that steps are few, and what to do; nothing where neither is so."""
+    lines, num_steps = [], len(found.graph.steps)
+    if found.noise_s > MUCH_NOISE * found.replayed_s:
+        lines.append(
+            "so much noise may hide a smaller fault of a rank or link, or make all ranks seem at fault: record again "
+            "while nothing else runs on these machines"
+        )
+    if found.can_compare and num_steps < ENOUGH_STEPS:
+        lines.append(
+            f"{count_words(num_steps, 'step')} may be too few: record {ENOUGH_STEPS} or more, to see a fault that "
+            "comes in every fifth step"
+        )
+    return lines
 
 
 def remarks(run: AnyRun, found: Verdict) -> list[str]:
@@ -139,7 +147,7 @@ def remarks(run: AnyRun, found: Verdict) -> list[str]:
         f"noise costs {share_words(found.noise_s, found)} of a step; with instant exchanges a step would take "
         f"{share_words(found.exposed_s, found)} less"
     )
-    lines += noise_warning(found)
+    lines += warnings_of(found)
     if isinstance(run, RecordedRun):
         lines.append(
             f"a step is here the sum of its layer calls, which alone are recorded; with the work between the calls it "

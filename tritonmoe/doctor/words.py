@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from tritonmoe.diagnosis.call_recording import Recording
 from tritonmoe.doctor.attribution import Cost, Finding, Verdict
+from tritonmoe.doctor.causes import LINKS
 from tritonmoe.doctor.culprits import phase_of
 from tritonmoe.doctor.graph import Graph, Key
 
@@ -82,6 +83,8 @@ def words_of(one: Finding, found: Verdict, recording: Recording | None = None) -
     is_of_all = len(graph.ranks) > 1 and not (culprits.links or culprits.moves or culprits.ranks)
     is_of_no_rank = is_of_all and one.kind in TO_DO_OF_ALL
     to_do = TO_DO_OF_ALL[one.kind] if is_of_no_rank else TO_DO[one.kind]
+    if len(graph.ranks) == 2 and LINKS.get(one.kind, one.kind) == "slow link":
+        to_do = f"two ranks can't tell whether sender, receiver or link is at fault: check both; {to_do}"
     title = f"{one.kind}s" if is_of_no_rank else one.kind
     if one.kind == "imbalance" and recording is not None:
         balance = _balance_to_do(recording, culprits.layer)
