@@ -110,6 +110,22 @@ def test_figures_of_a_time_within_the_quartiles_of_that_in_turn_are_too_noisy() 
     assert "; the middle halves of its rounds and of T_serial's overlap. " in note
 
 
+@pytest.mark.parametrize(("spread_s", "is_marked"), [(0.02, False), (0.03, True)])
+def test_figures_of_a_time_that_rounds_do_not_tell_are_too_noisy(spread_s: float, is_marked: bool) -> None:
+    """Compute takes 100 ms in the median, in the other rounds so much less or more; speed_up needs no compute."""
+    measured = drifting({"compute": [1.0] * 3, "communication C=1": [0.5] * 3, "serial C=1": [1.5] * 3} | {
+        name: [1.2] * 3 for name in ("overlapped C=2", "auto")
+    })  # fmt: skip
+    measured.seconds["compute"] = [0.1 - spread_s, 0.1, 0.1 + spread_s]
+    summary = summarize_overlap(measured)
+    marked = {"bound_ratio", "pass_bound_ratio", "hidden_share", "exposed_ms"} if is_marked else set()
+    assert {*summary["overlapped"]["marks"]} == marked
+    if is_marked:
+        about = results_of(120.0)
+        note = noise_notes({**about, "summary": summary})[0]
+        assert "the rounds of T_compute and T_pass_bound differ by more than half of the median" in note
+
+
 def test_no_bound_of_the_passes_is_below_communication() -> None:
     """Communication alone may take longer outside its passes than compute does: here 40 of 110 ms, and nothing."""
     summary = results_of(120.0, 110.0, ((40, 60), (10, 60)))["summary"]

@@ -14,12 +14,22 @@ __all__ = [
     "mark_contention",
     "marks",
     "merits",
+    "scattered_times",
     "series_is_too_long",
     "summarize_overlap",
 ]
 
 BEYOND_BOUND = 0.01
 """How far beyond its bound a call at that bound may be measured, relative to the bound."""
+SCATTERED = 0.5
+"""A time tells nothing if the middle half of its rounds covers more than that part of the median."""
+RESTS_ON = {
+    "bound_ratio": ("T_compute", "T_communication"),
+    "pass_bound_ratio": ("T_pass_bound",),
+    "hidden_share": ("T_compute", "T_communication"),
+    "exposed_ms": ("T_compute",),
+}
+"""The times that a figure of merit compares a call's time with."""
 TOO_NOISY, NOTHING_HIDDEN = "too noisy", "nothing hidden"
 
 
@@ -72,6 +82,8 @@ def merits(times: Json, summary: Json) -> Json:
     }
     # Where nothing tells a time from that in turn, nothing tells what of the time is hidden or exposed either.
     of_noise = dict.fromkeys(figures, TOO_NOISY) if is_noise(summary["T_serial"], times) else {}
+    scattered = scattered_times(summary)
+    of_noise |= {name: TOO_NOISY for name, times_of in RESTS_ON.items() if not scattered.isdisjoint(times_of)}
     return {**figures, "marks": marks(figures, summary) | of_noise}
 
 
@@ -112,6 +124,16 @@ def mark_contention(summary: Json) -> None:
 def _is_impossible(beyond: list[str]) -> bool:
     """Return whether a call took less than it can, by the figures that are beyond their bounds."""
     return "bound_ratio" in beyond or "pass_bound_ratio" in beyond
+
+
+def scattered_times(summary: Json) -> set[str]:
+    """Return the names of the times that figures of merit compare with, and that the rounds don't tell."""
+    return {
+        name
+        for name in set().union(*RESTS_ON.values())
+        if summary[name]["upper_quartile_ms"] - summary[name]["lower_quartile_ms"]
+        > SCATTERED * summary[name]["median_ms"]
+    }
 
 
 def is_noise(one: Json, other: Json) -> bool:

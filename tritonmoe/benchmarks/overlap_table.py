@@ -9,6 +9,7 @@ from tritonmoe.benchmarks.overlap_report import (
     TOO_NOISY,
     beyond_bounds,
     is_noise,
+    scattered_times,
     series_is_too_long,
 )
 from tritonmoe.report.terminal import TEXT_COLUMNS
@@ -58,8 +59,9 @@ OF_ROUNDS = (
     f"A figure beyond its bound by more than {BEYOND_BOUND} (exposed_ms: by that times T_compute) is too noisy. Where "
     "a time is shorter than its bound, all its figures are: its hidden_share, speed_up and over_best. hidden_share and "
     "speed_up are too noisy as well where T_serial is longer than T_compute and T_communication together, by more than "
-    "the quartiles allow, and all figures of a time whose quartiles and those of T_serial overlap. Where a call takes "
-    "longer than these two together, nothing is hidden."
+    "the quartiles allow, and all figures of a time whose quartiles and those of T_serial overlap. So is a figure of "
+    "T_compute, T_communication or T_pass_bound if the quartiles of that time are further apart than half its median. "
+    "Where a call takes longer than T_compute and T_communication together, nothing is hidden."
 )
 MOST_OFF = 1.2
 """By how many times the ratio of T_compute to T_communication may miss the one that was asked for, unsaid."""
@@ -106,6 +108,8 @@ def noise_notes(results: Json) -> list[str]:
             )
         if series_is_too_long(summary):
             reasons.append("T_serial is longer than T_compute and T_communication together, as the verdict says")
+        if scattered := sorted(scattered_times(summary)):
+            reasons.append(f"the rounds of {' and '.join(scattered)} differ by more than half of the median")
         if is_noise(summary["T_serial"], figures):
             reasons.append("the middle halves of its rounds and of T_serial's overlap")
         if "over_best" in words and not reasons:
