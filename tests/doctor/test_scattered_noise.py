@@ -184,7 +184,7 @@ def test_what_mending_all_findings_gains_is_compared_with_their_costs() -> None:
     cases = {
         "causes overlap, so that this is less than their costs": hide,
         "their costs add up": replace(hide, mended=replace(hide.mended, seconds=0.11)),
-        "waits hide behind each other, so that mending all gains more than their costs": replace(
+        "waits hide behind each other, so that mending all gains more than mending each alone": replace(
             hide, mended=replace(hide.mended, seconds=0.2)
         ),
     }

@@ -16,7 +16,7 @@ MOST_FACTOR = 50.0
 LEAST_FACTOR = 1.05
 OF_LONG_BATCHES = "if a rank has more tokens than the others, make batches of equal length"
 MEASURE = "measure the links alone with tritonmoe doctor --probe-links"
-ADDS_UP = 0.02
+ADDS_UP = 0.05
 """Costs add up to what mending all gains if they differ from that by a smaller part of it."""
 TO_DO_OF_ALL = {
     "slow rank": "check what else ran on these machines, their clocks and their temperature",
@@ -100,9 +100,7 @@ def mended_words(found: Verdict) -> str:
         return "their costs add up"
     if all_s < sum_s:
         return "causes overlap, so that this is less than their costs"
-    return (
-        "waits hide behind each other, so that mending all gains more than their costs, each of which is of one alone"
-    )
+    return "waits hide behind each other, so that mending all gains more than mending each alone"
 
 
 def _host_words(graph: Graph, ranks: Sequence[int]) -> str:
