@@ -39,7 +39,8 @@ def run(kind: str, seed: int) -> dict[str, Any]:
     torch.set_num_threads(1)
     train = train_of_page()
     started = time.process_time()
-    curve = train(KINDS[kind], seed)
+    with contextlib.redirect_stdout(io.StringIO()):
+        curve = train(KINDS[kind], seed)
     return {"kind": kind, "seed": seed, "curve": curve, "cpu_s": time.process_time() - started}
 
 

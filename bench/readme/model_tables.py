@@ -123,14 +123,14 @@ def headline_table(_: str) -> str:
     kinds = {scenario["kind"] for one in doctor for scenario in one["scenarios"] if scenario["faults"]}
     codegen = load("codegen")
     found, tried = (sum(one["summary"]["first cause right"][name] for one in doctor) for name in ("right", "of"))
-    training = [models["model", "training", dtype, "uniform"]["ratio"] for dtype in ("float32", "bfloat16")]
+    training = [models["model", "training", dtype, "untrained"]["ratio"] for dtype in ("float32", "bfloat16")]
     rows = [
         (
             "one layer, E=64 K=8, T=2048, forward+backward, CPU",
             f"{layer['ratio']:.2f} times as fast as transformers' best",
         ),
         (
-            "a Qwen3-MoE-like model, training, uniform routing, CPU, fp32 and bf16",
+            "a Qwen3-MoE-like model, training, untrained router, CPU, fp32 and bf16",
             f"{training[0]:.2f} and {training[1]:.2f} times as fast as with transformers' best",
         ),
         (

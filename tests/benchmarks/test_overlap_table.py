@@ -43,7 +43,14 @@ def results_of(
     )
     summary = summarize_overlap(measured)
     about = {"link": "a link", "model": "tiny", "tokens": 9, "routing": "uniform", "pass": "forward", "rounds": 7}
-    nothing: dict = {"wire_dtype": None, "variants": {}, "predicted_ms": {}, "sent_bytes": None, "uplink_bytes": {}}
+    nothing: dict = {
+        "wire_dtype": None,
+        "compute_ratio": None,
+        "variants": {},
+        "predicted_ms": {},
+        "sent_bytes": None,
+        "uplink_bytes": {},
+    }
     return {**about, **nothing, "summary": summary}
 
 
@@ -80,7 +87,7 @@ def test_faster_than_compute_is_too_noisy(overlapped_ms: float, too_noisy: list[
 
 def test_faster_than_communication_or_than_its_passes_is_too_noisy() -> None:
     assert set(results_of(190.0, 200.0, serial_ms=300.0)["summary"]["overlapped"]["marks"]) == {
-        *("bound_ratio", "hidden_share", "speed_up")
+        *("bound_ratio", "pass_bound_ratio", "hidden_share", "speed_up")
     }
     # The passes' longer sides: 40 of compute, 80 of communication.
     uneven = results_of(105.0, 90.0, ((40, 60), (10, 80)))["summary"]["overlapped"]
@@ -88,15 +95,53 @@ def test_faster_than_communication_or_than_its_passes_is_too_noisy() -> None:
     assert uneven["marks"] == dict.fromkeys(("pass_bound_ratio", "hidden_share", "speed_up"), "too noisy")
 
 
-def test_a_speed_up_within_the_quartiles_is_too_noisy() -> None:
-    """All take 120 ms in every round."""
+def test_figures_of_a_time_within_the_quartiles_of_that_in_turn_are_too_noisy() -> None:
+    """All take 120 ms in every round: nothing tells what is hidden or exposed, and nothing is beyond its bound."""
     results = results_of(120.0, serial_ms=120.0)
-    assert [results["summary"][kind]["marks"] for kind in ("overlapped", "auto")] == [{"speed_up": "too noisy"}] * 2
+    everything = dict.fromkeys(sorted(SUSPECTS), "too noisy")
+    assert [dict(sorted(results["summary"][kind]["marks"].items())) for kind in ("overlapped", "auto")] == [
+        everything,
+        everything,
+    ]
     note, _ = noise_notes(results)
-    assert "too noisy (speed_up): the middle halves of its rounds and of T_serial's overlap. " in note
+    assert "exposed_ms, bound_ratio, pass_bound_ratio, speed_up): the middle halves of its rounds and of T_ser" in note
     note, *_ = noise_notes(results_of(99.4, serial_ms=99.4))  # which hides 1.015 of the communication, besides
-    assert "too noisy (hidden_share, speed_up): neither a call nor one of its passes can be faster than" in note
+    assert "speed_up): neither a call nor one of its passes can be faster than" in note
     assert "; the middle halves of its rounds and of T_serial's overlap. " in note
+
+
+@pytest.mark.parametrize(("spread_s", "is_marked"), [(0.02, False), (0.03, True)])
+def test_figures_of_a_time_that_rounds_do_not_tell_are_too_noisy(spread_s: float, is_marked: bool) -> None:
+    """Compute takes 100 ms in the median, in the other rounds so much less or more; speed_up needs no compute."""
+    measured = drifting({"compute": [1.0] * 3, "communication C=1": [0.5] * 3, "serial C=1": [1.5] * 3} | {
+        name: [1.2] * 3 for name in ("overlapped C=2", "auto")
+    })  # fmt: skip
+    measured.seconds["compute"] = [0.1 - spread_s, 0.1, 0.1 + spread_s]
+    summary = summarize_overlap(measured)
+    marked = {"bound_ratio", "pass_bound_ratio", "hidden_share", "exposed_ms"} if is_marked else set()
+    assert {*summary["overlapped"]["marks"]} == marked
+    if is_marked:
+        about = results_of(120.0)
+        note = noise_notes({**about, "summary": summary})[0]
+        assert "the rounds of T_compute and T_pass_bound differ by more than half of the median" in note
+
+
+def test_no_bound_of_the_passes_is_below_communication() -> None:
+    """Communication alone may take longer outside its passes than compute does: here 40 of 110 ms, and nothing."""
+    summary = results_of(120.0, 110.0, ((40, 60), (10, 60)))["summary"]
+    assert summary["T_pass_bound"]["median_ms"] == summary["T_communication"]["median_ms"] == 110.0
+
+
+@pytest.mark.parametrize(("asked", "is_missed"), [(None, False), (2.5, False), (2.1, False), (2.0, True), (3.1, True)])
+def test_a_ratio_of_compute_that_is_missed_is_said(asked: float | None, is_missed: bool) -> None:
+    """The times are 100 and 40 ms."""
+    results = results_of(120.0) | {"compute_ratio": asked}
+    notes = noise_notes(results)
+    assert len(notes) == is_missed
+    if is_missed:
+        words = f"compute took 2.50 times as long as communication, and the link's rate was chosen for {asked:g} (--com"
+        assert notes[0].startswith(words)
+        assert notes[0] in as_table(results)
 
 
 @pytest.mark.parametrize(("contention", "is_marked"), [(1.4, False), (0.993, False), (0.61, True)])

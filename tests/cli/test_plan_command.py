@@ -1,6 +1,7 @@
 """`tritonmoe plan`: tables, files and exit codes."""
 
 import json
+import shlex
 
 import pytest
 
@@ -16,6 +17,25 @@ def test_a_plan_is_printed_and_written(capsys, tmp_path):
     assert "Measure next: " in output
     written = json.loads(path.read_text())
     assert {one["ep"] for one in written["choices"]} == {4, 8}
+
+
+@pytest.mark.parametrize("others", [[], ["--micro-batch", "2", "--two-batches", "--recompute", "none"]])
+def test_the_printed_command_finds_the_best_choice_again(capsys, tmp_path, monkeypatch, others):
+    """Choices of other stages have other numbers of micro-batches: the command has that of the choice."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["plan", "H100-TCP", "--new-cluster", "my cluster.toml"]) == 0
+    capsys.readouterr()
+    arguments = ["--nodes", "2", "--micro-batches", "1", "--tp", "1", "--ep", "4", *others]
+    assert main(["plan", "OLMoE-1B-7B", "my cluster.toml", *arguments]) == 0
+    table, _, command = capsys.readouterr().out.partition("\nThe best choice alone:\n")
+    assert max(map(len, command.splitlines())) <= 88
+    words = shlex.split(command.replace("\\\n", ""))
+    assert words[:2] == ["tritonmoe", "plan"]
+    assert main(words[1:]) == 0
+    again = capsys.readouterr().out.partition("\nThe best choice alone:\n")
+    assert again[2] == command
+    for number in (0, 1, 4):  # the job, and the best choice with its interval
+        assert again[0].splitlines()[number].split() == table.splitlines()[number].split()
 
 
 def test_a_new_cluster_can_be_planned_with(capsys, tmp_path):

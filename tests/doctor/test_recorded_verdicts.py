@@ -15,6 +15,7 @@ from tritonmoe.config.overlap import OverlapPlan
 from tritonmoe.diagnosis import record
 from tritonmoe.diagnosis.pass_steps import TIMES
 from tritonmoe.diagnosis.recording_reader import read_recording
+from tritonmoe.doctor.advice import advice_on
 from tritonmoe.doctor.conditions import conditions_of
 from tritonmoe.doctor.costs import fit_costs
 from tritonmoe.doctor.recorded_run import RecordedRun, judge_recording
@@ -188,6 +189,20 @@ def test_any_culprit_is_found_with_its_cost(data: st.DataObject, kind: str, rank
     assert found.found.error == pytest.approx(0, abs=0.03)
     assert (found.found.findings[0].kind, found.found.findings[0].culprits.ranks) == (kind, tuple(ranks[:num_culprits]))
     assert found.found.findings[0].cost.seconds == pytest.approx(run.seconds() - healthy(run).seconds(), rel=0.08)
+
+
+def test_narrower_rows_save_no_more_than_exchanges_cost(tmp_path: Path) -> None:
+    """Costs that are fitted to noise promise more than a step waits for rows: here a step waits for a twentieth."""
+    run = diagnose(tmp_path, Run(byte_s=2e-6))
+    step_s = run.found.replayed_s
+
+    def narrower(exposed_s: float) -> list[float]:
+        found = advice_on(run.recording, run.calls, run.costs, step_s, exposed_s)
+        return [one.gain.high_s for one in found if "wire_dtype" in one.words]
+
+    assert min(narrower(run.found.exposed_s)) > 0.1 * step_s
+    assert narrower(0.05 * step_s) == [0.05 * step_s] * 2
+    assert narrower(0.02 * step_s) == []
 
 
 def test_two_batches_are_advised_where_the_model_has_other_work(tmp_path: Path) -> None:

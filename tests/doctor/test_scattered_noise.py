@@ -2,15 +2,20 @@
 
 import math
 import random
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from step_graphs import Exchange, graph_of
 
-from tritonmoe.doctor.attribution import attribute
+from tritonmoe.doctor.attribution import Verdict, attribute
 from tritonmoe.doctor.causes import Causes
 from tritonmoe.doctor.graph import Graph, Kind, Member, Run
 from tritonmoe.doctor.noise import gain_of_noise
+from tritonmoe.doctor.reading import ForeignRun
 from tritonmoe.doctor.usual import usual_of
+from tritonmoe.doctor.verdict import as_text
+from tritonmoe.doctor.words import words_of
 
 RANKS, STEPS, EXCHANGES = 4, 12, 20
 
@@ -140,3 +145,75 @@ def test_noise_of_exchanges_alone() -> None:
     graph.programs = [[one for one in program if one[0] is not Kind.RUN] for program in graph.programs]
     usual = usual_of(graph)
     assert gain_of_noise(graph, usual, Causes(graph, usual).walker) >= 0
+
+
+def hiding_run(extra_s: float, late_s: float = 0.06) -> Graph:
+    """Return a run in which rank 0 is slow by 60 ms in every step and rank 1 late, in step 5 by more than that."""
+
+    def exchange(step: int) -> Exchange:
+        def work(rank: int) -> Run:
+            idle_s = late_s + (extra_s if step == 5 else 0.0) if rank == 1 else 0.0
+            return Run(rank, step, ("forward", "before", "all_to_all", 0), 0.16 if rank == 0 else 0.1, 0.001 + idle_s)
+
+        return ("forward", "all_to_all", 0), work, lambda _: 0.001
+
+    return graph_of(RANKS, STEPS, lambda step: [exchange(step)])
+
+
+def text_of(found: Verdict) -> str:
+    run = ForeignRun(Path("run"), found.graph, {"timeline": 1}, "host", [])
+    return " ".join(as_text(run, found).split())
+
+
+def test_a_cause_whose_cost_may_be_nothing_is_no_finding() -> None:
+    """Mending the late rank gains 100 ms a step in the mean, all of them in one step: perhaps nothing."""
+    found = attribute(hiding_run(extra_s=1.2))
+    (doubtful,) = found.doubtful
+    assert doubtful.kind == "late rank"
+    assert (doubtful.cost.low_s, doubtful.cost.seconds) == (0.0, pytest.approx(0.1))
+    assert "late rank" not in [one.kind for one in found.findings]
+    assert "may be noise, since 0 is in the interval: late rank, rank 1 comes late" in text_of(found)
+
+
+def test_what_mending_all_findings_gains_is_compared_with_their_costs() -> None:
+    """Two causes hide each other, or hide each other in part, or don't: each of them is a rank's own exchange."""
+    hide = attribute(hiding_run(extra_s=0.0, late_s=0.05))  # alone 10 ms of the 60, and nothing
+    assert [one.kind for one in hide.findings] == ["slow rank", "late rank"]
+    assert [one.is_hidden for one in hide.findings] == [True, True]
+    assert hide.mended.seconds == pytest.approx(0.06)
+    cases = {
+        "causes overlap, so that this is less than their costs": hide,
+        "their costs add up": replace(hide, mended=replace(hide.mended, seconds=0.11)),
+        "waits hide behind each other, so that mending all gains more than mending each alone": replace(
+            hide, mended=replace(hide.mended, seconds=0.2)
+        ),
+    }
+    for words, found in cases.items():
+        total_s = sum(one.cost.seconds for one in hide.findings)
+        assert total_s == pytest.approx(0.11), total_s
+        assert f": {words}" in text_of(found)
+
+
+def test_all_ranks_are_not_left_out() -> None:
+    """A finding of all ranks is no rank's, and no machine's; of two ranks either may be what makes a link slow."""
+    found = attribute(hiding_run(extra_s=0.0))
+    slow = replace(found.findings[0], kind="slow link")
+    of_two = replace(found, graph=run_of((), 0.0, 2))
+    assert words_of(slow, of_two).to_do.startswith("two ranks can't tell whether sender, receiver or link is at fault")
+    assert words_of(slow, found).to_do.startswith("check cable")
+    for one in found.findings:
+        of_all = replace(one, culprits=replace(one.culprits, ranks=(), moves=False))
+        words = words_of(of_all, found)
+        assert words.title == f"{one.kind}s"
+        assert words.who == "all ranks"
+        assert "leave the machine out" not in words.to_do
+        assert words_of(one, found).title == one.kind
+
+
+@pytest.mark.parametrize("num_steps", [STEPS, STEPS - 1])
+def test_few_steps_are_said(num_steps: int) -> None:
+    def exchange(step: int) -> Exchange:
+        return ("forward", "all_to_all", 0), lambda rank: Run(rank, step, ("work", 0), 0.1), lambda _: 0.001
+
+    found = attribute(graph_of(RANKS, num_steps, lambda step: [exchange(step)]))
+    assert ("11 steps may be too few: record 12 or more" in text_of(found)) == (num_steps < STEPS)

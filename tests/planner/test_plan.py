@@ -253,6 +253,22 @@ def test_exchanges_are_hidden_or_exposed_and_serial_is_no_faster():
     assert megatron.time.exposed_s == pytest.approx(megatron.exchange_s, rel=0.01)
 
 
+def test_what_is_hidden_and_not_gained_is_explained():
+    """8 ranks of a node hide most of their exchanges, and their experts then compute in parts, which takes longer."""
+    found = plan(FULL, H100, [8], num_draws=4)
+    best = found.best
+    hidden_ms, gained_ms = (
+        1e3 * of for of in (best.exchange_s - best.time.exposed_s, best.serial_s - best.time.step_s)
+    )
+    assert gained_ms < 0.7 * hidden_ms
+    (note,) = (one for one in plan_as_json(found)["notes"] if one.startswith("Overlap hides "))
+    assert note.startswith(
+        f"Overlap hides {hidden_ms:.0f} ms of exchanges, but makes a step only {gained_ms:.0f} ms shorter: experts "
+    )
+    assert note in plan_table(found)
+    assert "Overlap hides" not in plan_table(plan(trained_by(FULL, "megatron"), H100, [8], num_draws=4))
+
+
 @pytest.fixture
 def one_size(monkeypatch):
     monkeypatch.setattr(comparing, "SCALES", (1.0,))
@@ -361,6 +377,14 @@ def test_what_decides_is_to_be_measured_before_anything_is_bought(one_size):
     assert " $, 2% less than on other, the next, which is within the uncertainty (H100 is the cheapest in " in text
     assert re.search(r"; measure host.us_per_layer of (H100|other) first, which explains \d+% of the diff", text)
     assert found.decides[0][2] > 0.2
+
+
+def test_what_cannot_change_what_is_cheapest_is_not_to_be_measured(one_size):
+    """The clusters differ in their network alone: nothing that is measured of either makes the slower one cheaper."""
+    clusters = [CLUSTERS[name].with_nodes(2) for name in ("H100", "H100-TCP")]
+    found = compare(Job(MODELS["OLMoE-1B-7B"]), clusters, [16])
+    assert 0 < found.is_cheapest[1] < 0.5
+    assert found.decides == []
 
 
 def test_what_is_assumed_of_both_decides_nothing(one_size):

@@ -23,7 +23,7 @@ from tritonmoe.doctor.recorded_graph import graph_of
 from tritonmoe.doctor.recorded_page import RecordedPart
 from tritonmoe.doctor.recorded_run import RecordedRun, judge_recording
 from tritonmoe.doctor.run_figures import figures_of
-from tritonmoe.doctor.verdict import as_json, as_text, noise_warning
+from tritonmoe.doctor.verdict import as_json, as_text, warnings_of
 from tritonmoe.planner import comparison as comparing
 from tritonmoe.planner import training_plan as planning
 from tritonmoe.planner.cluster_presets import CLUSTERS
@@ -86,9 +86,10 @@ def test_a_run(slow: RecordedRun) -> None:
 
 
 def test_findings_that_may_be_noise_are_marked_as_on_the_terminal(slow: RecordedRun) -> None:
-    assert noise_warning(slow.found) == []
+    (few,) = warnings_of(slow.found)
+    assert few.startswith("4 steps may be too few")
     noisy = replace(slow, found=replace(slow.found, noise_s=0.2 * slow.found.replayed_s))
-    (warning,) = noise_warning(noisy.found)
+    warning, _ = warnings_of(noisy.found)
     assert "record again" in warning
     assert warning in as_text(noisy, noisy.found)
     (banner,) = run_page([noisy]).banners

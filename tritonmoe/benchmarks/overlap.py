@@ -204,6 +204,7 @@ def _measure(
         "device": torch.device(device).type,
         "ranks": transport.size,
         "computing_ranks": len(ranks),
+        "compute_ratio": arguments.compute_ratio,
         "rate_bits_per_s": _rate_of(measured, arguments),
         **workload.as_json(),
         "rounds": arguments.rounds,

@@ -7,10 +7,29 @@ from tritonmoe.benchmarks.overlap_variants import best
 from tritonmoe.benchmarks.timing import ratio, summarize
 from tritonmoe.runtime.files import Json
 
-__all__ = ["BEYOND_BOUND", "is_noise", "mark_contention", "marks", "merits", "series_is_too_long", "summarize_overlap"]
+__all__ = [
+    "BEYOND_BOUND",
+    "beyond_bounds",
+    "is_noise",
+    "mark_contention",
+    "marks",
+    "merits",
+    "scattered_times",
+    "series_is_too_long",
+    "summarize_overlap",
+]
 
 BEYOND_BOUND = 0.01
 """How far beyond its bound a call at that bound may be measured, relative to the bound."""
+SCATTERED = 0.5
+"""A time tells nothing if the middle half of its rounds covers more than that part of the median."""
+RESTS_ON = {
+    "bound_ratio": ("T_compute", "T_communication"),
+    "pass_bound_ratio": ("T_pass_bound",),
+    "hidden_share": ("T_compute", "T_communication"),
+    "exposed_ms": ("T_compute",),
+}
+"""The times that a figure of merit compares a call's time with."""
 TOO_NOISY, NOTHING_HIDDEN = "too noisy", "nothing hidden"
 
 
@@ -37,7 +56,7 @@ def summarize_overlap(measured: RankMeasurement) -> Json:
             "num_chunks": [report.num_chunks for report in measured.reports[name]][-1],
         }
     summary["auto"]["over_best"] = ratio(summary["auto"], summary["overlapped"])
-    if any(_is_impossible(summary[kind]["marks"]) for kind in ("overlapped", "auto")):
+    if any(_is_impossible(beyond_bounds(summary[kind], summary)) for kind in ("overlapped", "auto")):
         summary["auto"]["marks"]["over_best"] = TOO_NOISY
     if any(name.startswith("two levels") for name in seconds):
         name = best(seconds, "two levels")
@@ -61,8 +80,11 @@ def merits(times: Json, summary: Json) -> Json:
         "pass_bound_ratio": ratio(times, summary["T_pass_bound"]),
         "speed_up": ratio(summary["T_serial"], times),
     }
-    found = marks(figures, summary)
-    return {**figures, "marks": found | ({"speed_up": TOO_NOISY} if is_noise(summary["T_serial"], times) else {})}
+    # Where nothing tells a time from that in turn, nothing tells what of the time is hidden or exposed either.
+    of_noise = dict.fromkeys(figures, TOO_NOISY) if is_noise(summary["T_serial"], times) else {}
+    scattered = scattered_times(summary)
+    of_noise |= {name: TOO_NOISY for name, times_of in RESTS_ON.items() if not scattered.isdisjoint(times_of)}
+    return {**figures, "marks": marks(figures, summary) | of_noise}
 
 
 def marks(figures: Json, summary: Json) -> dict[str, str]:
@@ -72,18 +94,24 @@ def marks(figures: Json, summary: Json) -> dict[str, str]:
     holds. One that takes longer than both in turn hides nothing. Where both in turn took longer than they can, no
     figure that needs them holds.
     """
+    beyond = beyond_bounds(figures, summary)
+    found = dict.fromkeys(beyond, TOO_NOISY)
+    if _is_impossible(beyond):
+        found |= dict.fromkeys(("hidden_share", "speed_up"), TOO_NOISY)
+    if series_is_too_long(summary):
+        return found | dict.fromkeys(("hidden_share", "speed_up"), TOO_NOISY)
+    return {"hidden_share": NOTHING_HIDDEN, **found} if figures["hidden_share"] < -BEYOND_BOUND else found
+
+
+def beyond_bounds(figures: Json, summary: Json) -> list[str]:
+    """Return the names of the figures of merit that are further beyond their bounds than can be measured."""
     beyond = {
         "bound_ratio": 1 - figures["bound_ratio"],
         "pass_bound_ratio": 1 - figures["pass_bound_ratio"],
         "hidden_share": figures["hidden_share"] - 1,
         "exposed_ms": -figures["exposed_ms"] / summary["T_compute"]["median_ms"],
     }
-    found = {name: TOO_NOISY for name, excess in beyond.items() if excess > BEYOND_BOUND}
-    if _is_impossible(found):
-        found |= dict.fromkeys(("hidden_share", "speed_up"), TOO_NOISY)
-    if series_is_too_long(summary):
-        return found | dict.fromkeys(("hidden_share", "speed_up"), TOO_NOISY)
-    return {"hidden_share": NOTHING_HIDDEN, **found} if figures["hidden_share"] < -BEYOND_BOUND else found
+    return [name for name, excess in beyond.items() if excess > BEYOND_BOUND]
 
 
 def mark_contention(summary: Json) -> None:
@@ -93,9 +121,19 @@ def mark_contention(summary: Json) -> None:
             summary[kind]["marks"]["contention"] = TOO_NOISY
 
 
-def _is_impossible(marked: dict[str, str]) -> bool:
-    """Return whether a call took less than it can."""
-    return any(marked.get(name) == TOO_NOISY for name in ("bound_ratio", "pass_bound_ratio"))
+def _is_impossible(beyond: list[str]) -> bool:
+    """Return whether a call took less than it can, by the figures that are beyond their bounds."""
+    return "bound_ratio" in beyond or "pass_bound_ratio" in beyond
+
+
+def scattered_times(summary: Json) -> set[str]:
+    """Return the names of the times that figures of merit compare with, and that the rounds don't tell."""
+    return {
+        name
+        for name in set().union(*RESTS_ON.values())
+        if summary[name]["upper_quartile_ms"] - summary[name]["lower_quartile_ms"]
+        > SCATTERED * summary[name]["median_ms"]
+    }
 
 
 def is_noise(one: Json, other: Json) -> bool:
@@ -117,12 +155,14 @@ def series_is_too_long(summary: Json) -> bool:
 def _pass_bounds(measured: RankMeasurement, compute: str, communication: str) -> list[float]:
     """Return each round's longer side of the forward and of the backward, and what a call takes outside its passes.
 
-    A backward can't hide what the forward exposes.
+    A backward can't hide what the forward exposes. What compute alone takes outside its passes may be less than what
+    communication alone does: no call is shorter than either.
     """
     return [
-        whole - sum(computes) + sum(map(max, computes, communications))
-        for whole, computes, communications in zip(
+        max(exchanges, whole - sum(computes) + sum(map(max, computes, communications)))
+        for whole, exchanges, computes, communications in zip(
             measured.seconds[compute],
+            measured.seconds[communication],
             zip(*measured.pass_seconds[compute], strict=True),
             zip(*measured.pass_seconds[communication], strict=True),
             strict=True,

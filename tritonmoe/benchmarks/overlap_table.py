@@ -3,7 +3,15 @@
 import textwrap
 from collections.abc import Iterable
 
-from tritonmoe.benchmarks.overlap_report import BEYOND_BOUND, NOTHING_HIDDEN, TOO_NOISY, is_noise, series_is_too_long
+from tritonmoe.benchmarks.overlap_report import (
+    BEYOND_BOUND,
+    NOTHING_HIDDEN,
+    TOO_NOISY,
+    beyond_bounds,
+    is_noise,
+    scattered_times,
+    series_is_too_long,
+)
 from tritonmoe.report.terminal import TEXT_COLUMNS
 from tritonmoe.runtime.files import Json
 
@@ -22,7 +30,8 @@ __all__ = [
 TERMS = {
     "T_compute": "the layer with rows that arrive without delay: nothing travels",
     "T_communication": "the layer's exchanges, with experts that compute nothing; the fastest number of chunks",
-    "T_pass_bound": "the longer of these two in each of forward and backward, plus the call's time outside of both",
+    "T_pass_bound": "the longer of these two in each of forward and backward, plus the call's time outside of both; "
+    "no less than T_compute or T_communication",
     "T_serial": "compute and exchanges in turn; the fastest number of chunks",
     "T_overlapped": "the fastest overlapped schedule",
     "auto": 'num_chunks="auto": the schedule that the layer chose by itself',
@@ -50,9 +59,12 @@ OF_ROUNDS = (
     f"A figure beyond its bound by more than {BEYOND_BOUND} (exposed_ms: by that times T_compute) is too noisy. Where "
     "a time is shorter than its bound, all its figures are: its hidden_share, speed_up and over_best. hidden_share and "
     "speed_up are too noisy as well where T_serial is longer than T_compute and T_communication together, by more than "
-    "the quartiles allow, and speed_up where its quartiles and those of T_serial overlap. Where a call takes longer "
-    "than these two together, nothing is hidden."
+    "the quartiles allow, and all figures of a time whose quartiles and those of T_serial overlap. So is a figure of "
+    "T_compute, T_communication or T_pass_bound if the quartiles of that time are further apart than half its median. "
+    "Where a call takes longer than T_compute and T_communication together, nothing is hidden."
 )
+MOST_OFF = 1.2
+"""By how many times the ratio of T_compute to T_communication may miss the one that was asked for, unsaid."""
 AGAIN = "measure more rounds (--rounds), on an idle machine, or a larger layer (--tokens, --model)"
 """What to do about noise, at the end of a sentence."""
 FIGURES = ("bound_ratio", "pass_bound_ratio", "hidden_share", "exposed_ms", "speed_up", "contention", "over_best")
@@ -66,9 +78,15 @@ def shown(figures: Json, name: str) -> str:
 
 
 def noise_notes(results: Json) -> list[str]:
-    """Say of each schedule with marked figures what was measured, and what to do."""
+    """Say whether the link has the asked ratio, and of each schedule with marked figures what was measured."""
     summary, notes = results["summary"], []
     compute, communication = (summary[f"T_{kind}"]["median_ms"] for kind in ("compute", "communication"))
+    reached, asked = compute / communication, results["compute_ratio"]
+    if asked is not None and not 1 / MOST_OFF <= reached / asked <= MOST_OFF:
+        notes.append(
+            f"compute took {reached:.2f} times as long as communication, and the link's rate was chosen for {asked:g} "
+            f"(--compute-ratio): compute became slower or faster meanwhile. {AGAIN[0].upper()}{AGAIN[1:]}."
+        )
     parts = f"{compute:.2f} ms of compute and {communication:.2f} ms of communication alone"
     for figures in (summary["overlapped"], summary["auto"]):
         took = f"{_title(figures)} took {figures['median_ms']:.2f} ms, beside {parts}."
@@ -78,9 +96,7 @@ def noise_notes(results: Json) -> list[str]:
         if not words:
             continue
         reasons = []
-        is_series_too_long = series_is_too_long(summary)
-        hides_too_much = "hidden_share" in words and not is_series_too_long
-        if {"bound_ratio", "pass_bound_ratio", "exposed_ms"} & {*words} or hides_too_much:
+        if beyond_bounds(figures, summary):
             reasons.append(
                 "neither a call nor one of its passes can be faster than the longer of its compute and its "
                 "communication"
@@ -90,8 +106,10 @@ def noise_notes(results: Json) -> list[str]:
                 f"experts took {figures['contention']:.3f} times as long during exchanges as without any, and can't be "
                 "faster beside them"
             )
-        if is_series_too_long:
+        if series_is_too_long(summary):
             reasons.append("T_serial is longer than T_compute and T_communication together, as the verdict says")
+        if scattered := sorted(scattered_times(summary)):
+            reasons.append(f"the rounds of {' and '.join(scattered)} differ by more than half of the median")
         if is_noise(summary["T_serial"], figures):
             reasons.append("the middle halves of its rounds and of T_serial's overlap")
         if "over_best" in words and not reasons:

@@ -28,7 +28,9 @@ __all__ = ["main"]
 OURS = "tritonmoe"
 BATCHED_MM_LARGEST_T = 64
 """batched_mm copies the weights for every pair."""
-ROUTINGS = {"uniform": 0.0, "skewed": 1.0}
+ROUTINGS = {"untrained": 0.0, "skewed": 1.0}
+"""The skew of a random router: see qwen3_moe_model. Rows of a model's later layers are alike, so that even without any
+such a router is far from uniform there, as MaxVio says."""
 PASSES = ("training", "prefill", "decode")
 
 

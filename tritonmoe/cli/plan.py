@@ -2,7 +2,8 @@
 
 import argparse
 import json
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
@@ -20,14 +21,19 @@ from tritonmoe.planner.plan_search import Free
 from tritonmoe.planner.plan_table import comparison_table, plan_table
 from tritonmoe.planner.plan_verdict import comparison_as_json, plan_as_json
 from tritonmoe.planner.trainer import TRAINERS, UNKNOWN_IMBALANCE, Sends, trained_by
-from tritonmoe.planner.training_plan import plan
+from tritonmoe.planner.training_plan import Plan, plan
 from tritonmoe.report.html import Page, write_page
-from tritonmoe.report.terminal import refused, wrapped
+from tritonmoe.report.terminal import TEXT_COLUMNS, refused, wrapped
 from tritonmoe.runtime.files import Json, write_whole
 
 __all__ = ["add_parser"]
 
 DEFAULT_ADAPTER_RANK = 16
+AS_GIVEN = (
+    *("sequence", "micro_batch", "stages_in_turn", "trainer", "sends", "zero", "dtype", "wire_dtype", "two_batches"),
+    *("frozen", "adapter_rank", "balanced", "routing"),
+)
+"""What the command that repeats a plan has as the command that found it."""
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -56,7 +62,7 @@ def add_parser(subparsers: Subparsers) -> None:
     _add_trainer(parser)
     parser.add_argument("--json", type=output_file, metavar="FILE", help="write everything to this file")
     parser.add_argument("--html", type=report_file, metavar="FILE", help="write a report, a page for any browser")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, default_of=parser.get_default)
 
 
 def _add_shape(parser: argparse.ArgumentParser) -> None:
@@ -155,12 +161,40 @@ def _plan(arguments: argparse.Namespace) -> int:
             clusters = [replace(one, name=given) for one, given in zip(clusters, arguments.compare, strict=True)]
         comparison = compare(job, clusters, arguments.ep, free=free, equal=arguments.equal)
         print(wrapped(comparison_table(comparison)))
+        _say_again(arguments, zip(arguments.compare, comparison.plans, strict=True))
         _write(arguments, comparison_as_json(comparison), lambda: comparison_page(comparison))
         return 0 if all(one.best.fits for one in comparison.plans) else 1
     found = plan(job, _sized(_find_cluster(arguments.cluster), arguments), arguments.ep, free=free)
     print(wrapped(plan_table(found)))
+    _say_again(arguments, [(arguments.cluster, found)])
     _write(arguments, plan_as_json(found), lambda: plan_page(found))
     return 0 if found.best.fits else 1
+
+
+def _say_again(arguments: argparse.Namespace, plans: Iterable[tuple[str, Plan]]) -> None:
+    """Print a command for each plan that fits, by the name or file of its cluster: one that finds its best choice."""
+    commands = [_command(arguments, cluster, found) for cluster, found in plans if found.best.fits]
+    if commands:
+        print("\nThe best choice alone:", *commands, sep="\n")
+
+
+def _command(arguments: argparse.Namespace, cluster: str, found: Plan) -> str:
+    """Return the command line that plans the best choice alone; one that is too long goes on below."""
+    choice = found.best.choice
+    chosen: dict[str, object] = {"nodes": found.cluster.nodes, "tp": choice.tp, "pp": choice.pp, "ep": choice.ep}
+    chosen |= {"recompute": choice.recompute, "micro_batches": choice.micro_batches}
+    given = {name: getattr(arguments, name) for name in AS_GIVEN}
+    chosen |= {name: value for name, value in given.items() if value != arguments.default_of(name)}
+    words = ["tritonmoe", "plan", shlex.quote(arguments.model), shlex.quote(cluster)]
+    for name, value in chosen.items():
+        option = f"--{name.replace('_', '-')}"
+        words.append(option if value is True else f"{option} {shlex.quote(str(value))}")
+    lines = [""]
+    for word in words:
+        if len(lines[-1]) + len(word) + len(" \\") >= TEXT_COLUMNS:
+            lines.append("   ")
+        lines[-1] += f" {word}" if lines[-1] else word
+    return " \\\n".join(lines)
 
 
 def _job(arguments: argparse.Namespace) -> Job:

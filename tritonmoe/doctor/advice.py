@@ -40,10 +40,13 @@ class Advice:
     """Seconds of a step."""
 
 
-def advice_on(recording: Recording, calls: Sequence[RecordedCall], costs: Costs, step_s: float) -> list[Advice]:
+def advice_on(
+    recording: Recording, calls: Sequence[RecordedCall], costs: Costs, step_s: float, exposed_s: float
+) -> list[Advice]:
     """Return what would help in a recording, whose calls like these take step_s in a step; each gain is above zero.
 
     calls: those that the costs were fitted to.
+    exposed_s: what a step would save if rows travelled in no time. Costs that are fitted to noise may promise more.
     """
     if any(call.half for call in calls):
         return []  # the times of each half hold the other one's work
@@ -72,8 +75,9 @@ def advice_on(recording: Recording, calls: Sequence[RecordedCall], costs: Costs,
         aside = statistics.fmean(by_costs) if by_costs else 0.0
         drawn = sorted(mean + (draw.choice(by_costs) - aside if by_costs else 0.0) for mean in means)
         out = int(NUM_DRAWN * (1 - INTERVAL) / 2)
-        gain = Cost(statistics.fmean(shares) * step_s, drawn[out] * step_s, drawn[-1 - out] * step_s)
-        if gain.low_s > 0:
+        most_s = exposed_s if proposal.sends_less else float("inf")
+        gain = Cost(*(min(share * step_s, most_s) for share in (statistics.fmean(shares), drawn[out], drawn[-1 - out])))
+        if gain.low_s > 0 and gain.seconds >= SMALLEST_SHARE * step_s:
             found.append(Advice(proposal.words, proposal.costs, gain))
     return sorted(found, key=lambda one: -one.gain.seconds)
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from tritonmoe.doctor.causes import KINDS, STRUCTURAL, CauseKind, Causes, Removal
+from tritonmoe.doctor.causes import KINDS, LINKS, STRUCTURAL, CauseKind, Causes, Removal
 from tritonmoe.doctor.culprits import Culprits, culprits_of
 from tritonmoe.doctor.graph import Graph, floats, indices
 from tritonmoe.doctor.link_ends import SlowLinks
@@ -36,6 +36,8 @@ HIDDEN = 0.5
 """What mending a cause alone gains is its cost, unless that is less than this part of its gain without the others."""
 MOST_ERROR = 0.10
 """A replay that is further off than this explains nothing."""
+LEAST_CERTAIN = 0.005
+"""A cost whose interval begins below that share of a step, which is shown as 0 %, may be noise."""
 NUM_SELECTIONS = 200
 INTERVAL = 0.8
 
@@ -91,10 +93,14 @@ class Verdict:
     replayed_s: float
     findings: tuple[Finding, ...]
     """By their cost."""
+    doubtful: tuple[Finding, ...]
+    """What would be findings, if 0 weren't in the intervals of their costs."""
     others: tuple[tuple[CauseKind, float], ...]
     """Kinds that are not spoken of, with their shares."""
     together: Cost
     """Without anything that is not usual."""
+    mended: Cost
+    """What mending all findings gains, and nothing else."""
     healthy_s: float
     """What a healthy step may seem to gain: a share of it, or more where noise alone would seem to gain more."""
     noise_s: float
@@ -147,6 +153,7 @@ def attribute(graph: Graph, known: Known | None = None) -> Verdict:
     is_ill = all_gained_s >= healthy_s
     least_s = _least_s(healthy_s, step_s, known)
     findings: list[Finding] = []
+    doubtful: list[Finding] = []
     others: list[tuple[CauseKind, float]] = [(kind, 0.0) for kind in causes.excess if kind not in kinds]
     for kind, only, other in zip(kinds, alone_s, others_s, strict=True):
         alone = _less(causes.as_it_was, only)
@@ -162,13 +169,18 @@ def attribute(graph: Graph, known: Known | None = None) -> Verdict:
             others_first = [one for one in compared if one != kind] if most is hidden else []
             culprits, when = culprits_of(causes, kind, most, others_first)
             found = Finding(kind, culprits, when, cost, is_hidden)
-            findings.append(_named(found, graph.slow_links, known))
+            is_certain = cost.low_s >= LEAST_CERTAIN * step_s
+            (findings if is_certain else doubtful).append(_named(found, graph.slow_links, known))
         else:
             others.append((kind, cost.share(step_s)))
     findings.sort(key=lambda one: (one.kind == "pause", -one.cost.seconds))
     findings = _of_one_thing(findings, others, step_s)
-    spoken = {kind: None for kind in kinds if kind in compared or any(one.kind == kind for one in findings)}
-    together = _less(causes.as_it_was, causes.without([spoken])[0])
+    found_kinds: Removal = {
+        kind: None for kind in kinds if any(LINKS.get(one.kind, one.kind) == kind for one in findings)
+    }
+    together, mended = (
+        _less(causes.as_it_was, steps_s) for steps_s in causes.without([{**compared, **found_kinds}, found_kinds])
+    )
     quiet = causes.walker.step_times(usual.level_busy_s + usual.level_idle_s, usual.level_transfer_s)
     no_transfers = causes.walker.step_times(causes.run_s, causes.transfer_s.clamp(max=0))
     per_step = len(graph.ranks) * len(graph.steps)
@@ -178,8 +190,10 @@ def attribute(graph: Graph, known: Known | None = None) -> Verdict:
         measured_s=statistics.fmean(graph.measured_s),
         replayed_s=step_s,
         findings=tuple(findings),
+        doubtful=tuple(doubtful),
         others=tuple(others),
         together=Cost.of(together),
+        mended=Cost.of(mended),
         healthy_s=healthy_s,
         noise_s=max(0.0, step_s - statistics.fmean(together) - statistics.fmean(quiet)),
         exposed_s=max(0.0, step_s - statistics.fmean(no_transfers)),
@@ -244,7 +258,7 @@ def _named(finding: Finding, slow: SlowLinks | None, known: Known | None) -> Fin
 
 def _of_one_thing(findings: list[Finding], others: list[tuple[CauseKind, float]], step_s: float) -> list[Finding]:
     """Leave out the links' rate, or latency, where it is one slow link that makes it what it is."""
-    of_links = sum(one.cost.seconds for one in findings if one.kind in ("slow link", "slow port", "late link"))
+    of_links = sum(one.cost.seconds for one in findings if LINKS.get(one.kind, one.kind) == "slow link")
     kept = []
     for one in findings:
         if one.kind in ("bandwidth", "latency") and one.cost.seconds < ANOTHER * of_links:

@@ -11,7 +11,7 @@ from tritonmoe.doctor.graph import Graph
 from tritonmoe.doctor.usual import Usual
 from tritonmoe.doctor.walk import walker_of
 
-__all__ = ["KINDS", "STRUCTURAL", "CauseKind", "Causes", "Excess", "Removal"]
+__all__ = ["KINDS", "LINKS", "STRUCTURAL", "CauseKind", "Causes", "Excess", "Removal"]
 
 CauseKind: TypeAlias = Literal[
     "slow rank",
@@ -28,7 +28,9 @@ CauseKind: TypeAlias = Literal[
     "pause",
 ]
 KINDS: tuple[CauseKind, ...] = ("slow rank", "late rank", "slow link", "imbalance")
-"""What comparison of ranks, steps and sizes shows; a slow link's finding may say that it is late, or a slow port."""
+"""What comparison of ranks, steps and sizes shows."""
+LINKS: Mapping[CauseKind, CauseKind] = {"late link": "slow link", "slow port": "slow link"}
+"""What a slow link's finding may say that it is -> what it is found as."""
 STRUCTURAL: tuple[CauseKind, ...] = (
     "bandwidth", "latency", "chunk overhead", "host overhead", "exchange contention", "pause",
 )  # fmt: skip

@@ -6,8 +6,8 @@ from typing import Literal, Protocol
 from tritonmoe.doctor.advice import Advice
 from tritonmoe.doctor.attribution import Verdict
 from tritonmoe.doctor.lanes import DOING, Piece, Shown
-from tritonmoe.doctor.verdict import AnyRun, about, headline, noise_warning, recording_of, remarks, step_words
-from tritonmoe.doctor.words import FindingWords, count_words, words_of
+from tritonmoe.doctor.verdict import AnyRun, about, headline, recording_of, remarks, step_words, warnings_of
+from tritonmoe.doctor.words import FindingWords, count_words, mended_words, words_of
 from tritonmoe.report.charts import Bars, Heat, Segment, Strip, Strips, ticks
 from tritonmoe.report.figures import Cell, Figures, Line, Table, Words
 from tritonmoe.report.html import Banner, Block, Page, Section
@@ -90,12 +90,12 @@ class RunPart:
             lines += said[1:]
         else:
             tone, verdict = "bad", f"{count_words(len(found.findings), 'finding')}: "
-            verdict += _together([one.kind for one in found.findings]).upper()
-        for n, (one, words) in enumerate(zip(found.findings, self.words, strict=True)):
-            said_of_it = f"{n + 1}. {one.kind.upper()}: {words.sentence}. It costs "
+            verdict += _together([words.title for words in self.words]).upper()
+        for n, words in enumerate(self.words):
+            said_of_it = f"{n + 1}. {words.title.upper()}: {words.sentence}. It costs "
             cost, share = number(f"findings/{n}/cost_s", "s"), number(f"findings/{n}/share", "share")
             lines.append([said_of_it, cost, " a step, ", share, ". To do: ", words.to_do, "."])
-        lines += noise_warning(found)
+        lines += warnings_of(found)
         steps = f", the mean of {count_words(len(found.graph.steps), 'step')}; replayed "
         measured, replayed, error = (
             number(*of) for of in (("measured_s", "s"), ("replayed_s", "s"), ("error", "share"))
@@ -126,7 +126,7 @@ class RunPart:
         if not keys:
             return
         if len(keys) > 1:
-            keys.append(("together", None))
+            keys.append(("findings_together", None))
         top = max([found.replayed_s, *(self.figures.at(f"{self.key}/{key}/high_s") for key, _ in keys)]) or 1.0
         strips: list[Strip] = []
         rows: list[Sequence[Cell | Line]] = []
@@ -139,7 +139,7 @@ class RunPart:
             cost, low, high = (self.number(f"{key}/{end}", "s") for end in ("cost_s", "low_s", "high_s"))
             costs: list[Cell | Line] = [[cost, " (", low, " to ", high, ")"], share]
             if words is None:
-                rows.append([name, "causes overlap, so their costs don't add up", *costs, ""])
+                rows.append([name, mended_words(found), *costs, ""])
             else:
                 rows.append([name, words.sentence, *costs, words.to_do])
         header = ["finding", "what it is", "costs a step (80 %)", "share", "to do"]

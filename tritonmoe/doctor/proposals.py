@@ -29,6 +29,8 @@ class Proposal:
     costs: str
     """What it costs, beside the work of doing it; empty where nothing is known."""
     change: Callable[[Conditions], Conditions]
+    sends_less: bool = False
+    """Whether it changes how long rows travel, and nothing else."""
 
 
 def proposals(calls: Sequence[RecordedCall], typical: Conditions, before: PassesBefore) -> Iterator[Proposal]:
@@ -105,7 +107,7 @@ def _narrower_rows(call: RecordedCall) -> Iterator[Proposal]:
         def narrower(of: Conditions, row_bytes: int = row_bytes, other: int = other) -> Conditions:
             return replace(of, work=replace(of.work, row_bytes=row_bytes, other_row_bytes=other))
 
-        yield Proposal(f"wire_dtype=torch.{name}", f"{where} are rounded", narrower)
+        yield Proposal(f"wire_dtype=torch.{name}", f"{where} are rounded", narrower, sends_less=True)
 
 
 def _other_placement(calls: Sequence[RecordedCall]) -> Iterator[Proposal]:

@@ -60,6 +60,12 @@ class RecordedPart(RunPart):
         table = Table(["rank", "measured", "replayed"], rows, "The whole call")
         title = "Forward, then backward. Marks: a rank enters the pass, sends its counts, has all counts, begins, ends"
         yield lanes_chart(title, self.timelines, table, marks)
+        yield Words(
+            [
+                "The replayed lanes are the simulator's, from costs that are fitted to all calls. The verdict rests on "
+                "another replay, in which each operation takes as long as it took."
+            ]
+        )
         if len(self.lane_ranks) < self.recorded.recording.size:
             yield Words(
                 [f"{len(self.lane_ranks)} of {self.recorded.recording.size} ranks are drawn, and are in the trace."]

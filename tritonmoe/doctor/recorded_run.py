@@ -47,6 +47,6 @@ def judge_recording(recording: Recording) -> RecordedRun:
     built = graph_of(recording)
     known = known_of(recording, built)
     found = attribute(built.graph, known)
-    advice = advice_on(recording, known.calls, known.costs, known.share * found.replayed_s)
+    advice = advice_on(recording, known.calls, known.costs, known.share * found.replayed_s, found.exposed_s)
     limits = (*built.notes, *recording.notes, *known.costs.notes)
     return RecordedRun(recording, built, known.costs, known.calls, found, tuple(advice), limits)

@@ -10,7 +10,7 @@ from tritonmoe.doctor.lanes import Shown, shown_of
 from tritonmoe.doctor.reading import ForeignRun
 from tritonmoe.doctor.recorded_run import RecordedRun
 from tritonmoe.doctor.slowdown import slowdown_of
-from tritonmoe.doctor.words import cost_words, count_words, share_words, time_words, words_of
+from tritonmoe.doctor.words import cost_words, count_words, mended_words, share_words, time_words, words_of
 from tritonmoe.report.terminal import one_line
 from tritonmoe.runtime.files import Json
 
@@ -20,10 +20,10 @@ __all__ = [
     "as_json",
     "as_text",
     "headline",
-    "noise_warning",
     "recording_of",
     "remarks",
     "step_words",
+    "warnings_of",
 ]
 
 AnyRun: TypeAlias = ForeignRun | RecordedRun
@@ -32,6 +32,8 @@ MOST_ADVICE = 4
 DECIMALS = 7
 MUCH_NOISE = 0.15
 """A run is noisy where differences without a pattern cost so large a share of a step."""
+ENOUGH_STEPS = 12
+"""With fewer a fault that comes in every fifth step comes once or not at all."""
 MUCH_HOST = 0.3
 """A step of which the host has so large a share is spoken of."""
 
@@ -52,13 +54,10 @@ def as_text(run: AnyRun, found: Verdict, advice: Sequence[Advice] = ()) -> str:
     lines += headline(found)
     for number, one in enumerate(found.findings, 1):
         words = words_of(one, found, recording_of(run))
-        lines.append(f"{number}. {one.kind.upper()}: {words.sentence}")
+        lines.append(f"{number}. {words.title.upper()}: {words.sentence}")
         lines.append(f"   costs {cost_words(one.cost, found)}. To do: {words.to_do}")
     if len(found.findings) > 1:
-        lines.append(
-            f"mending all findings together saves {cost_words(found.together, found)}: causes overlap, so their costs "
-            "don't add up"
-        )
+        lines.append(f"mending all findings together saves {cost_words(found.mended, found)}: {mended_words(found)}")
     for proposal in advice[:MOST_ADVICE]:
         price = f". Price: {proposal.costs}" if proposal.costs else ""
         lines.append(f"would help: {proposal.words}. Saves {cost_words(proposal.gain, found)}{price}")
@@ -112,19 +111,29 @@ def headline(found: Verdict) -> list[str]:
     return lines
 
 
-def noise_warning(found: Verdict) -> list[str]:
-    """Say that findings may be noise, and what to do; nothing where a step has little noise."""
-    if found.noise_s <= MUCH_NOISE * found.replayed_s:
-        return []
-    return [
-        "so much noise may hide a smaller fault of a rank or link, or make all ranks seem at fault: record again "
-        "while nothing else runs on these machines"
-    ]
+def warnings_of(found: Verdict) -> list[str]:
+    """Say that findings may be noise, or that steps are few, and what to do; nothing where neither is so."""
+    lines, num_steps = [], len(found.graph.steps)
+    if found.noise_s > MUCH_NOISE * found.replayed_s:
+        lines.append(
+            "so much noise may hide a smaller fault of a rank or link, or make all ranks seem at fault: record again "
+            "while nothing else runs on these machines"
+        )
+    if found.can_compare and num_steps < ENOUGH_STEPS:
+        lines.append(
+            f"{count_words(num_steps, 'step')} may be too few: record {ENOUGH_STEPS} or more, to see a fault that "
+            "comes in every fifth step"
+        )
+    return lines
 
 
 def remarks(run: AnyRun, found: Verdict) -> list[str]:
     """Return what is worth knowing beside the findings."""
-    lines = []
+    lines = [
+        f"may be noise, since 0 is in the interval: {one.kind}, {words_of(one, found, recording_of(run)).sentence}: "
+        f"{cost_words(one.cost, found)}"
+        for one in found.doubtful
+    ]
     small = [f"{kind} {share:.0%}" for kind, share in found.others if share >= 0.005]
     if small:
         lines.append("other causes, too small, not certain, or part of a finding: " + ", ".join(small))
@@ -138,7 +147,7 @@ def remarks(run: AnyRun, found: Verdict) -> list[str]:
         f"noise costs {share_words(found.noise_s, found)} of a step; with instant exchanges a step would take "
         f"{share_words(found.exposed_s, found)} less"
     )
-    lines += noise_warning(found)
+    lines += warnings_of(found)
     if isinstance(run, RecordedRun):
         lines.append(
             f"a step is here the sum of its layer calls, which alone are recorded; with the work between the calls it "
@@ -176,7 +185,9 @@ def as_json(run: AnyRun, found: Verdict, advice: Sequence[Advice] = (), shown: S
         "host_s": found.host_s,
         "exposed_exchanges_s": found.exposed_s,
         "together": _plain(found.together, found),
+        "findings_together": _plain(found.mended, found),
         "findings": [_plain_finding(one, run, found) for one in found.findings],
+        "may_be_noise": [_plain_finding(one, run, found) for one in found.doubtful],
         "advice": [
             {
                 "words": one.words,

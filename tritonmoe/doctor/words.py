@@ -5,16 +5,25 @@ from dataclasses import dataclass
 
 from tritonmoe.diagnosis.call_recording import Recording
 from tritonmoe.doctor.attribution import Cost, Finding, Verdict
+from tritonmoe.doctor.causes import LINKS
 from tritonmoe.doctor.culprits import phase_of
 from tritonmoe.doctor.graph import Graph, Key
 
-__all__ = ["FindingWords", "cost_words", "count_words", "share_words", "time_words", "words_of"]
+__all__ = ["FindingWords", "cost_words", "count_words", "mended_words", "share_words", "time_words", "words_of"]
 
 MOST_FACTOR = 50.0
 """Beyond that what is usual is next to nothing, and how many times as much it is says nothing."""
 LEAST_FACTOR = 1.05
 OF_LONG_BATCHES = "if a rank has more tokens than the others, make batches of equal length"
 MEASURE = "measure the links alone with tritonmoe doctor --probe-links"
+ADDS_UP = 0.05
+"""Costs add up to what mending all gains if they differ from that by a smaller part of it."""
+TO_DO_OF_ALL = {
+    "slow rank": "check what else ran on these machines, their clocks and their temperature",
+    "late rank": "check what the ranks do outside of operations: data loading, logging, checkpoints, garbage "
+    "collection",
+}
+"""Where no rank differs from the others."""
 TO_DO = {
     "slow rank": "check the machine's clocks, its temperature and its other programs; else leave the machine out",
     "late rank": "check what the rank does outside of operations: data loading, logging, checkpoints, garbage "
@@ -43,6 +52,8 @@ class FindingWords:
     """Empty where it is everywhere."""
     when: str
     to_do: str
+    title: str
+    """The kind of the cause, in the plural where it is that of all ranks."""
     hidden: str
     """What is added where another cause hides it; else empty."""
 
@@ -69,11 +80,27 @@ def words_of(one: Finding, found: Verdict, recording: Recording | None = None) -
     where = [place_words(culprits.place)] if culprits.place else [f"in {culprits.phase}"] if culprits.phase else []
     where += [f"in layer {culprits.layer}"] if culprits.layer is not None else []
     hidden = "; other causes hide this cause: mending it alone gains little" if one.is_hidden else ""
-    to_do = TO_DO[one.kind]
+    is_of_all = len(graph.ranks) > 1 and not (culprits.links or culprits.moves or culprits.ranks)
+    is_of_no_rank = is_of_all and one.kind in TO_DO_OF_ALL
+    to_do = TO_DO_OF_ALL[one.kind] if is_of_no_rank else TO_DO[one.kind]
+    if len(graph.ranks) == 2 and LINKS.get(one.kind, one.kind) == "slow link":
+        to_do = f"two ranks can't tell whether sender, receiver or link is at fault: check both; {to_do}"
+    title = f"{one.kind}s" if is_of_no_rank else one.kind
     if one.kind == "imbalance" and recording is not None:
         balance = _balance_to_do(recording, culprits.layer)
         to_do = f"{balance}; or move experts with tritonmoe.rebalance; {OF_LONG_BATCHES}"
-    return FindingWords(_what(one, several, len(graph.ranks)), who, ", ".join(where), str(one.when), to_do, hidden)
+    what = _what(one, several, len(graph.ranks))
+    return FindingWords(what, who, ", ".join(where), str(one.when), to_do, title, hidden)
+
+
+def mended_words(found: Verdict) -> str:
+    """Say how what mending all findings gains compares with their costs."""
+    all_s, sum_s = found.mended.seconds, sum(one.cost.seconds for one in found.findings)
+    if abs(all_s - sum_s) <= ADDS_UP * sum_s:
+        return "their costs add up"
+    if all_s < sum_s:
+        return "causes overlap, so that this is less than their costs"
+    return "waits hide behind each other, so that mending all gains more than mending each alone"
 
 
 def _host_words(graph: Graph, ranks: Sequence[int]) -> str:

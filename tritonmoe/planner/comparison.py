@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from tritonmoe.planner.cluster import Cluster
+from tritonmoe.planner.draws import uncertainties
 from tritonmoe.planner.job import Job
 from tritonmoe.planner.plan_search import Free, search
-from tritonmoe.planner.training_plan import Plan, expected_time, plan, usd_per_million_tokens
+from tritonmoe.planner.training_plan import USUAL, Plan, expected_time, plan, usd_per_million_tokens
 from tritonmoe.runtime.files import Json
 
 __all__ = ["Comparison", "Equal", "Sized", "compare", "equalized"]
@@ -51,7 +52,7 @@ class Comparison:
     or not this one."""
     decides: list[tuple[int, str, float]]
     """(cluster, estimate, share of what the prices of the two cheapest differ by, draw by draw, that it explains), the
-    largest first."""
+    largest first; of estimates that may make the other of the two the cheapest."""
 
     @property
     def fitting(self) -> list[int]:
@@ -158,7 +159,7 @@ def _cheapest_shares(plans: Sequence[Plan]) -> list[float | None]:
 
 
 def _decides(plans: Sequence[Plan]) -> list[tuple[int, str, float]]:
-    """Return what explains most of how the prices of the two cheapest differ, draw by draw."""
+    """Return what explains most of how the prices of the two cheapest differ, of what may change which is cheaper."""
     fits = [n for n, one in enumerate(plans) if one.best.fits]
     two = sorted(fits, key=lambda n: plans[n].best.usd_per_million_tokens)[:2]
     if len(two) < 2 or plans[two[0]].best.usd_per_million_tokens == 0:
@@ -169,9 +170,25 @@ def _decides(plans: Sequence[Plan]) -> list[tuple[int, str, float]]:
     for n in two:
         for key in plans[n].draws[0].factors:
             logs = [math.log(one.factors[key]) for one in plans[n].draws]
-            if len(set(logs)) > 1:
+            if len(set(logs)) > 1 and _may_change(plans[two[0]], plans[two[1]], plans[n], key):
                 found.append((n, key, statistics.correlation(logs, ratios) ** 2))
     return sorted(found, key=lambda of: -of[2])[:5]
+
+
+def _may_change(cheapest: Plan, other: Plan, of: Plan, key: str) -> bool:
+    """Return whether the other plan is the cheaper one with this estimate of a plan at an end of its interval.
+
+    Two clusters of which the same is assumed have it together.
+    """
+    own = {one.key: one for one in uncertainties(of.job, of.cluster)}[key]
+    prices = []
+    for one in (cheapest, other):
+        usd_per_s = one.best.usd_per_million_tokens / one.best.time.step_s * one.best.time.tokens
+        has_it = one is of or (own.source == "assumed" and own in uncertainties(one.job, one.cluster))
+        ends = [number.ends_s for number in one.sensitivities if number.key == key] if has_it else []
+        now_s = one.best.time.step_s / one.best.time.tokens / USUAL
+        prices.append([usd_per_s * seconds for seconds in (ends[0] if ends else (now_s, now_s))])
+    return any(theirs < mine for mine, theirs in zip(*prices, strict=True))
 
 
 def _sized(plan: Plan, job: Job, cluster: Cluster, degrees: Sequence[int]) -> Sized:

@@ -7,7 +7,8 @@ from tritonmoe.planner.job import Job
 from tritonmoe.planner.job_memory import USABLE_MEMORY
 from tritonmoe.planner.plan_search import ways
 from tritonmoe.planner.sensitivity import Sensitivity
-from tritonmoe.planner.training_plan import Plan
+from tritonmoe.planner.step import HOST
+from tritonmoe.planner.training_plan import Plan, Prediction
 from tritonmoe.runtime.files import Json
 
 __all__ = [
@@ -29,6 +30,8 @@ SURE = 0.8
 EXPLAINS = 0.05
 """A number decides if it explains at least such a share of how prices differ from draw to draw."""
 MOST_NODES = 64
+LITTLE_GAINED = 0.8
+"""Overlap that shortens a step by a smaller part of what it hides is explained."""
 
 
 def why(one: Sensitivity) -> str:
@@ -50,7 +53,20 @@ def _not_measured(job: Job) -> str | None:
 
 def plan_notes(plan: Plan) -> list[str]:
     """Return what a plan's numbers rest on and what they leave out, a sentence or two each."""
-    return [note for note in (_not_measured(plan.job), _between_nodes([plan])) if note]
+    return [note for note in (_not_measured(plan.job), _hiding(plan.best), _between_nodes([plan])) if note]
+
+
+def _hiding(best: Prediction) -> str | None:
+    """Say why overlap shortens a step by less than it hides; None where it doesn't."""
+    hidden_s, gained_s = best.exchange_s - best.time.exposed_s, best.serial_s - best.time.step_s
+    if not best.fits or hidden_s < DECIDES * best.time.step_s or gained_s >= LITTLE_GAINED * hidden_s:
+        return None
+    waits = " Where a layer waits for its host, nothing is gained." if best.time.parts.get(HOST) else ""
+    return (
+        f"Overlap hides {1e3 * hidden_s:.0f} ms of exchanges, but makes a step only {1e3 * gained_s:.0f} ms shorter: "
+        "experts compute in parts then, of which each reads the weights again, and more slowly while rows travel."
+        f"{waits}"
+    )
 
 
 def compare_notes(comparison: Comparison) -> list[str]:

@@ -22,6 +22,8 @@ class Sensitivity:
     """The best choice's time at the slower end less that at the faster end, over the faster one's."""
     regret: float
     """How much longer than the best choice there the choice made now would take, at the worse end, over its time."""
+    ends_s: tuple[float, float]
+    """What a token takes at the lower and at the upper end, with the choice that is the best there."""
 
 
 def sensitivities(contenders: Sequence[tuple[Spread, ExchangeCurve]]) -> list[Sensitivity]:
@@ -42,5 +44,6 @@ def sensitivities(contenders: Sequence[tuple[Spread, ExchangeCurve]]) -> list[Se
         ]
         swing = abs(ends[0][0] - ends[1][0]) / min(ends[0][0], ends[1][0])
         regret = max(own[0] / min(own) - 1 for own in ends)
-        found.append(Sensitivity(number.key, number.source, swing, regret))
+        low_s, high_s = map(min, ends)
+        found.append(Sensitivity(number.key, number.source, swing, regret, (low_s, high_s)))
     return sorted(found, key=lambda one: (one.regret, one.swing), reverse=True)

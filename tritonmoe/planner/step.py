@@ -14,6 +14,7 @@ from tritonmoe.simulation.halves_in_turn import MOST_LAYERS
 
 __all__ = [
     "BESIDE",
+    "HOST",
     "ONCE_A_STEP",
     "StepTime",
     "exchange_time",
@@ -30,6 +31,8 @@ OPTIMIZER_BYTES = 46
 Adam's gradient, two moments and fp32 weight (28), which is then copied (4) to the weight in bf16 (2)."""
 GRADIENT_BYTES = 12
 """The same for each parameter of the rank: its gradient is set to zero (4), and scaled before ranks sum it (8)."""
+HOST = "waiting for the host"
+"""The part in which a layer's work is done before its host has launched the next one's."""
 ONCE_A_STEP = ("data-parallel reduction", "optimizer", "other, once a step")
 """The parts that come after the last backward."""
 HIDES_GATHERS = 0.9
@@ -97,7 +100,7 @@ def step_with(job: Job, cluster: Cluster, parts: Parts, exchange: ExchangeTime) 
         if job.zero == 3:
             shared, experts = _layer_parameters(job, is_dense=of is dense)
             of["waiting for weights"] = _gathering_s(job, cluster, dp, shared, experts, sum(of.values()), exchange)
-        of["waiting for the host"] = max(0.0, cluster.host.us_per_layer.value * 1e-6 + experts_s - sum(of.values()))
+        of[HOST] = max(0.0, cluster.host.us_per_layer.value * 1e-6 + experts_s - sum(of.values()))
     return _whole_step(job, cluster, dp, exchange, dense, sparse)
 
 

@@ -15,7 +15,7 @@ from tritonmoe.planner.sensitivity import Sensitivity, sensitivities
 from tritonmoe.planner.step import StepTime
 from tritonmoe.runtime.files import Json
 
-__all__ = ["Choice", "Plan", "Prediction", "expected_time", "plan", "predict", "usd_per_million_tokens"]
+__all__ = ["USUAL", "Choice", "Plan", "Prediction", "expected_time", "plan", "predict", "usd_per_million_tokens"]
 
 NUM_DRAWS = 200
 """So many sets of numbers are drawn from the intervals; the same ones for every choice."""

@@ -37,7 +37,8 @@ def qwen3_moe_model(
     """Return a random Qwen3-MoE language model with a small vocabulary, so that its experts are most of its work.
 
     Args:
-        skew: 0 routes almost uniformly; above, -skew * log(e + 1) is added to the logit of expert e, a Zipf
+        skew: 0 leaves the random router as it is, almost uniform for random rows and far from that for rows that are
+            alike, as those of later layers are; above, -skew * log(e + 1) is added to the logit of expert e, a Zipf
             distribution's.
     """
     from transformers import AutoModelForCausalLM, Qwen3MoeConfig
