@@ -81,6 +81,8 @@ class Finding:
     """What mending this alone gains; of a hidden one, what it gains once the others are mended."""
     is_hidden: bool
     """Whether mending it alone gains little, since another cause holds up the same steps."""
+    may_be_noise: bool
+    """Whether 0 is in the interval of what it costs."""
 
 
 @dataclass(frozen=True)
@@ -92,9 +94,7 @@ class Verdict:
     """The mean of all steps."""
     replayed_s: float
     findings: tuple[Finding, ...]
-    """By their cost."""
-    doubtful: tuple[Finding, ...]
-    """What would be findings, if 0 weren't in the intervals of their costs."""
+    """By their cost, those that may be noise behind the others."""
     others: tuple[tuple[CauseKind, float], ...]
     """Kinds that are not spoken of, with their shares."""
     together: Cost
@@ -153,7 +153,6 @@ def attribute(graph: Graph, known: Known | None = None) -> Verdict:
     is_ill = all_gained_s >= healthy_s
     least_s = _least_s(healthy_s, step_s, known)
     findings: list[Finding] = []
-    doubtful: list[Finding] = []
     others: list[tuple[CauseKind, float]] = [(kind, 0.0) for kind in causes.excess if kind not in kinds]
     for kind, only, other in zip(kinds, alone_s, others_s, strict=True):
         alone = _less(causes.as_it_was, only)
@@ -168,12 +167,11 @@ def attribute(graph: Graph, known: Known | None = None) -> Verdict:
         if is_asked and at_most.seconds >= least_s[kind] and at_most.low_s > 0:
             others_first = [one for one in compared if one != kind] if most is hidden else []
             culprits, when = culprits_of(causes, kind, most, others_first)
-            found = Finding(kind, culprits, when, cost, is_hidden)
-            is_certain = cost.low_s >= LEAST_CERTAIN * step_s
-            (findings if is_certain else doubtful).append(_named(found, graph.slow_links, known))
+            found = Finding(kind, culprits, when, cost, is_hidden, cost.low_s < LEAST_CERTAIN * step_s)
+            findings.append(_named(found, graph.slow_links, known))
         else:
             others.append((kind, cost.share(step_s)))
-    findings.sort(key=lambda one: (one.kind == "pause", -one.cost.seconds))
+    findings.sort(key=lambda one: (one.kind == "pause", one.may_be_noise, -one.cost.seconds))
     findings = _of_one_thing(findings, others, step_s)
     found_kinds: Removal = {
         kind: None for kind in kinds if any(LINKS.get(one.kind, one.kind) == kind for one in findings)
@@ -190,7 +188,6 @@ def attribute(graph: Graph, known: Known | None = None) -> Verdict:
         measured_s=statistics.fmean(graph.measured_s),
         replayed_s=step_s,
         findings=tuple(findings),
-        doubtful=tuple(doubtful),
         others=tuple(others),
         together=Cost.of(together),
         mended=Cost.of(mended),

@@ -129,11 +129,7 @@ def warnings_of(found: Verdict) -> list[str]:
 
 def remarks(run: AnyRun, found: Verdict) -> list[str]:
     """Return what is worth knowing beside the findings."""
-    lines = [
-        f"may be noise, since 0 is in the interval: {one.kind}, {words_of(one, found, recording_of(run)).sentence}: "
-        f"{cost_words(one.cost, found)}"
-        for one in found.doubtful
-    ]
+    lines = []
     small = [f"{kind} {share:.0%}" for kind, share in found.others if share >= 0.005]
     if small:
         lines.append("other causes, too small, not certain, or part of a finding: " + ", ".join(small))
@@ -187,7 +183,6 @@ def as_json(run: AnyRun, found: Verdict, advice: Sequence[Advice] = (), shown: S
         "together": _plain(found.together, found),
         "findings_together": _plain(found.mended, found),
         "findings": [_plain_finding(one, run, found) for one in found.findings],
-        "may_be_noise": [_plain_finding(one, run, found) for one in found.doubtful],
         "advice": [
             {
                 "words": one.words,
@@ -224,6 +219,7 @@ def _plain_finding(finding: Finding, run: AnyRun, found: Verdict) -> Json:
         "when": finding.when.when,
         "period": finding.when.period or None,
         "is_hidden": finding.is_hidden,
+        "may_be_noise": finding.may_be_noise,
         "words": words.sentence,
         "to_do": words.to_do,
         **_plain(finding.cost, found),

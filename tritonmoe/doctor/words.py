@@ -89,6 +89,8 @@ def words_of(one: Finding, found: Verdict, recording: Recording | None = None) -
     if one.kind == "imbalance" and recording is not None:
         balance = _balance_to_do(recording, culprits.layer)
         to_do = f"{balance}; or move experts with tritonmoe.rebalance; {OF_LONG_BATCHES}"
+    if one.may_be_noise:
+        to_do = f"record again first, since 0 is in the interval and this may be noise; then {to_do}"
     what = _what(one, several, len(graph.ranks))
     return FindingWords(what, who, ", ".join(where), str(one.when), to_do, title, hidden)
 
