@@ -29,7 +29,7 @@ from tritonmoe.backends import reference
 from tritonmoe.backends import triton as operations
 from tritonmoe.backends.ops import NO_GRADIENTS, GradientOperands
 from tritonmoe.benchmarks.argument_types import output_file
-from tritonmoe.config.formats import FORMATS, WeightFormat, empty_packed
+from tritonmoe.config.formats import FORMATS, WeightFormat, find_format
 from tritonmoe.config.layer import ExpertLayout, KernelOptions, Projection
 from tritonmoe.kernels import launch
 from tritonmoe.runtime.files import write_whole
@@ -123,7 +123,7 @@ def _trials(target: GPUTarget, each: Callable[[DeletionTrial], None]) -> Iterato
 
 def _packed(shape: tuple[int, int, int], weight_format: WeightFormat, generator: torch.Generator) -> Projection:
     """Return a projection without a bias whose weight is packed: random bytes of finite values."""
-    values, scales = empty_packed(shape, weight_format, torch.device("cpu"))
+    values, scales = find_format(weight_format).empty(shape, "cpu")
     stored = values.view(torch.uint8).random_(0, 256, generator=generator)
     if weight_format == "fp8":
         stored.masked_fill_((stored & 0x7F) == 0x7F, 0)  # NaN

@@ -59,7 +59,7 @@ def decode_by(variant: str) -> None:
     """Let NF4 be decoded as the variant says."""
     decoding._threads.__dict__.clear()
     found = KERNEL if variant == "nf4, bitsandbytes" else None
-    decoding.bitsandbytes_decoder = lambda: found  # type: ignore[assignment]
+    decoding.DECODERS["nf4"] = decoding.DECODERS["nf4"]._replace(foreign=lambda: found)
 
 
 KERNEL = decoding.bitsandbytes_decoder()

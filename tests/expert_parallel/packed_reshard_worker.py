@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import tritonmoe as tm
-from tritonmoe.config.formats import bytes_per_value
+from tritonmoe.config.formats import find_format
 
 folder, weight_format, backend = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 stage, rank, size = map(int, sys.argv[4:])
@@ -67,7 +67,7 @@ def trained_rows(model: nn.Module) -> Tensor:
 expected = make(0)
 tm.QuantizedWeight.pack(torch.zeros(1, 128, 128), weight_format).decode()  # type: ignore[arg-type]  # makes its tables
 bytes_of_experts = sum(p.nbytes for n, p in expected.named_parameters() if "experts" in n)
-assert bytes_of_experts == bytes_per_value(weight_format) * 3 * E * F * D  # type: ignore[arg-type]
+assert bytes_of_experts == find_format(weight_format).bytes_per_value * 3 * E * F * D
 torch.set_num_threads(1)
 if backend == "triton":
     import interpreter

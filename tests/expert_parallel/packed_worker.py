@@ -17,6 +17,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import tritonmoe as tm
+from tritonmoe.config.formats import find_format
 from tritonmoe.experts.packed_parameters import from_bytes
 
 folder, weight_format, rank, size = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
@@ -35,7 +36,8 @@ def decoded(layer: tm.MoELayer) -> tm.MoELayer:
     experts = layer.grouped_experts
     state = {"router.weight": layer.router.weight}
     for name in ("gate_up_proj", "down_proj"):
-        parts = from_bytes(weight_format, getattr(experts, name), getattr(experts, f"{name}_scales"))  # type: ignore[arg-type]
+        of_bytes = getattr(experts, name), getattr(experts, f"{name}_scales")
+        parts = from_bytes(find_format(weight_format), *of_bytes)
         state[f"experts.{name}"] = tm.QuantizedWeight(weight_format, *parts).decode()  # type: ignore[arg-type]
     plain = make(PLAIN, dist.group.WORLD)
     plain.load_state_dict(state)

@@ -11,8 +11,8 @@ from same_bits import assert_same_bits
 from torch import Tensor, nn
 
 import tritonmoe as tm
-from tritonmoe.backends import decoding, reference
-from tritonmoe.config.formats import LARGEST_SCALE, WeightFormat
+from tritonmoe.backends import decoding
+from tritonmoe.config.formats import WeightFormat
 
 HAS_TRANSFORMERS = importlib.util.find_spec("transformers") is not None
 HAS_BITSANDBYTES = importlib.util.find_spec("bitsandbytes") is not None
@@ -47,7 +47,7 @@ def test_decoding_by_the_definition(weight_format: WeightFormat) -> None:
     weight = random_weight(weight_format, (2, 3, 64) if weight_format != "fp8" else (2, 130, 6))
     assert torch.equal(weight.decode(), plain_decoded(weight))
     experts = zip(weight.values, weight.scales, strict=True)
-    assert torch.equal(torch.stack([reference._decoded(*one) for one in experts]), weight.decode())
+    assert torch.equal(torch.stack([FORMATS[weight_format].decode(*one) for one in experts]), weight.decode())
 
 
 @pytest.mark.parametrize("weight_format", FORMATS)
@@ -67,7 +67,7 @@ def test_every_code_and_scale(weight_format: WeightFormat) -> None:
         values = torch.arange(256).to(torch.uint8).repeat(2, rows, 5)
         weight = tm.QuantizedWeight("nf4", values, torch.logspace(-30, 30, 2 * rows * 40))
     experts = zip(weight.values, weight.scales, strict=True)
-    assert_same_bits(weight.decode(), torch.stack([reference._decoded(*one) for one in experts]))
+    assert_same_bits(weight.decode(), torch.stack([FORMATS[weight_format].decode(*one) for one in experts]))
 
 
 @pytest.mark.skipif(not HAS_TRANSFORMERS, reason="transformers is not installed")
@@ -94,7 +94,7 @@ def test_decoding_is_that_of_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> No
     weight = tm.QuantizedWeight("nf4", packed, state.absmax, (3, 96, 64))
     theirs = functional.dequantize_4bit(packed, state)
     assert_same_bits(weight.decode(), theirs)
-    monkeypatch.setattr(decoding, "bitsandbytes_decoder", lambda: None)
+    monkeypatch.setitem(decoding.DECODERS, "nf4", decoding.DECODERS["nf4"]._replace(foreign=lambda: None))
     assert_same_bits(weight.decode(), theirs)
 
 
@@ -355,7 +355,7 @@ def test_the_largest_scale(weight_format: WeightFormat, backend: str) -> None:
     def run() -> Tensor:
         return tm.moe_mlp(x, ids, torch.ones(4, 1), up, down, backend=backend)
 
-    limit = LARGEST_SCALE[weight_format]
+    limit = FORMATS[weight_format].largest_scale
     up.scales.fill_(limit)
     assert up.decode().abs().max() == torch.finfo(torch.bfloat16).max
     assert run().isfinite().all()

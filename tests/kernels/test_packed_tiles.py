@@ -10,9 +10,12 @@ from same_bits import assert_same_bits
 from uninitialised import nan_filled_memory
 
 from tritonmoe import backends
+from tritonmoe.backends import reference
+from tritonmoe.backends import torch as torch_backend
 from tritonmoe.backends import triton as kernels
-from tritonmoe.backends.decoding import decoded
-from tritonmoe.config.formats import FORMATS, LARGEST_MXFP4_SCALE, LARGEST_SCALE, empty_packed
+from tritonmoe.backends.decoding import DECODERS, decoded
+from tritonmoe.config import formats
+from tritonmoe.config.formats import FORMATS, LARGEST_MXFP4_SCALE
 from tritonmoe.config.layer import ExpertLayout, KernelOptions, Projection
 from tritonmoe.kernels import packed_tiles
 from tritonmoe.kernels.tiles import measured_tiles
@@ -140,7 +143,7 @@ def test_blocks_of_nf4_that_begin_inside_a_row(layout, sizes, formats):
 def test_every_code_and_scale(weight_format, transposed):
     """Rows with a single one give the weight's own values, those of the smallest and the largest scales among them."""
     num_experts, rows, columns = {"mxfp4": (4, 32, 64), "fp8": (1, 136, 256), "nf4": (2, 64, 64)}[weight_format]
-    values, scales = empty_packed((num_experts, rows, columns), weight_format, "cpu")
+    values, scales = FORMATS[weight_format].empty((num_experts, rows, columns), "cpu")
     codes = torch.arange(values.numel()).view(values.shape)
     codes = (codes + codes // 256 if weight_format != "mxfp4" else codes * 9 + codes // 16) % 256
     if weight_format == "fp8":
@@ -148,7 +151,7 @@ def test_every_code_and_scale(weight_format, transposed):
     if weight_format == "mxfp4":
         scales.copy_((torch.arange(scales.numel()) % (LARGEST_MXFP4_SCALE + 1)).view(scales.shape))
     else:
-        limit = LARGEST_SCALE[weight_format]
+        limit = FORMATS[weight_format].largest_scale
         scales.copy_(torch.logspace(-38, math.log10(limit), scales.numel()).clamp(max=limit).view(scales.shape))
         scales.view(-1)[-1] = limit
     values.view(torch.uint8).copy_(codes)
@@ -215,6 +218,22 @@ def test_the_group_of_one_scale_is_whole_everywhere():
     """A group divides a tile, a block, a row of values and, where halves lie side by side, each half."""
     stored = packed_tiles.stored_weight(packed_layer("nf4", "transposed", sizes=(64, 24)).gate_up)
     config = TileConfig(32, 32, 16, 4, 1)
-    assert stored.decoding(1, config, 24, 16) == ("nf4", 8, 2)
-    assert stored.decoding(1, config, 5, 16) == ("nf4", 1, 1)
-    assert stored.decoding(1, config) == stored.decoding(2, config) == ("nf4", 16, 2)
+    assert stored.decoding(1, config, 24, 16) == (packed_tiles.nf4, 8, 2)
+    assert stored.decoding(1, config, 5, 16) == (packed_tiles.nf4, 1, 1)
+    assert stored.decoding(1, config) == stored.decoding(2, config) == (packed_tiles.nf4, 16, 2)
+
+
+def test_every_format_is_decoded_everywhere(monkeypatch):
+    """One that is forgotten in a table is refused by all that read the table, and never decoded as another."""
+    assert FORMATS.keys() == DECODERS.keys() == packed_tiles.KERNEL_FUNCTIONS.keys()
+    layer = packed_layer("nf4", num_rows=3)
+    a, _ = given_rows(layer)
+    monkeypatch.delitem(packed_tiles.KERNEL_FUNCTIONS, "nf4")
+    with pytest.raises(KeyError, match="nf4"):
+        kernels.down(a, layer.down, kernels.group(layer.ids, layer.num_experts))
+    monkeypatch.delitem(DECODERS, "nf4")
+    with pytest.raises(KeyError, match="nf4"):
+        torch_backend.down(a, layer.down, torch_backend.group(layer.ids, layer.num_experts))
+    monkeypatch.delitem(formats._BY_DTYPES, (torch.uint8, torch.float32))
+    with pytest.raises(TypeError, match="a packed weight has values and scales of"):
+        reference.down(a, layer.down, reference.group(layer.ids, layer.num_experts))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 import tritonmoe as tm
-from tritonmoe.config.formats import FORMATS, WeightFormat, scales_shape
+from tritonmoe.config.formats import FORMATS, WeightFormat
 
 __all__ = ["FORMATS", "PackedCase", "random_weight"]
 
@@ -17,7 +17,7 @@ def random_weight(weight_format: WeightFormat, shape: tuple[int, int, int], seed
     num_experts, rows, columns = shape
     stored = shape if weight_format == "fp8" else (num_experts, rows, columns // 2)
     values = torch.randint(0, 256, stored, generator=generator, dtype=torch.uint8)
-    size = scales_shape(weight_format, shape)
+    size = FORMATS[weight_format].scales_shape(shape)
     if weight_format == "mxfp4":
         scales = torch.randint(117, 121, size, generator=generator, dtype=torch.uint8)
         return tm.QuantizedWeight("mxfp4", values, scales)

@@ -12,7 +12,7 @@ from triton.runtime.jit import create_function_from_signature
 from tritonmoe.aot.variants import Variant
 from tritonmoe.backends import triton as triton_backend
 from tritonmoe.backends.ops import NO_GRADIENTS, GradientOperands, Operations
-from tritonmoe.config.formats import empty_packed
+from tritonmoe.config.formats import find_format
 from tritonmoe.config.layer import NO_WEIGHTS, ExpertLayout, PerWeight, Projection
 from tritonmoe.grouping import Grouping, RowSources
 from tritonmoe.kernels import launch
@@ -65,7 +65,7 @@ class _RecordedStep:
         v, whole = self.variant, (self.variant.num_experts, *shape)
         if v.weight_format is None:
             return Projection(self._empty(*whole), bias, v.layout)
-        values, scales = empty_packed(whole, v.weight_format, torch.device("meta"))
+        values, scales = find_format(v.weight_format).empty(whole, "meta")
         return Projection(values, bias, v.layout, scales=scales)
 
     def _name(self, operation: str, *, reads_weight: bool = False) -> None:

@@ -27,7 +27,7 @@ from tritonmoe.config.formats import (
     weight_shape,
 )
 
-__all__ = ["ExpertMemory", "decoded", "expert_bytes", "thread_expert"]
+__all__ = ["DECODERS", "ExpertMemory", "decoded", "thread_expert"]
 
 PART_VALUES = 2**18
 """A multiple of every block. Its fp32 values, its bytes and its indices stay in a core's second cache."""
@@ -55,19 +55,17 @@ class ExpertMemory:
     def __init__(self, weight_format: WeightFormat, out: Tensor) -> None:
         self.out = out
         """(A, B), contiguous."""
-        self._decode, cut = DECODERS[weight_format]
-        self._parts = cut(out)
-        self._foreign = None
-        if weight_format == "nf4" and out.device.type == "cpu":
-            self._foreign = bitsandbytes_decoder()
+        self._decoder = DECODERS[weight_format]
+        self._parts = self._decoder.cut(out)
+        self._foreign = self._decoder.foreign() if out.device.type == "cpu" else None
 
     def decode(self, values: Tensor, scales: Tensor) -> Tensor:
-        """Decode an expert of which expert_bytes() gave the values, and its scales, to `out`; give that."""
+        """Decode an expert, as Decoder.bytes_of() gave its values and scales, to `out`; give that."""
         if self._foreign is not None:
             self._foreign(values, scales, self.out)
             return self.out
         for part in self._parts:
-            self._decode(values[part.values], scales[part.scales], part)
+            self._decoder.decode(values[part.values], scales[part.scales], part)
         return self.out
 
 
@@ -88,24 +86,11 @@ def thread_expert(weight_format: WeightFormat, rows: int, columns: int, device: 
     return kept[key]
 
 
-def expert_bytes(weight_format: WeightFormat, values: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the values and scales of a packed weight's experts, (E, ...), as decoders read those of one of them."""
-    num_experts = values.shape[0]
-    if weight_format == "fp8":
-        return values.view(torch.int8), scales
-    values, scales = values.reshape(num_experts, -1), scales.reshape(num_experts, -1)
-    if weight_format == "nf4":
-        return values, scales
-    if values.storage_offset() % 2 or values.stride(-1) != 1:  # no memory of int16
-        values = values.clone(memory_format=torch.contiguous_format)
-    return values.view(torch.int16), scales.to(torch.int32)  # as an index
-
-
 def decoded(values: Tensor, scales: Tensor) -> Tensor:
     """Return a whole packed weight in bf16, (E, A, B): what experts never make."""
-    weight_format = format_of(values, scales)
+    weight_format = format_of(values, scales).name
     out = torch.empty(weight_shape(values, scales), dtype=torch.bfloat16, device=values.device)
-    for of_expert, scales_of_expert, one in zip(*expert_bytes(weight_format, values, scales), out, strict=True):
+    for of_expert, scales_of_expert, one in zip(*DECODERS[weight_format].bytes_of(values, scales), out, strict=True):
         ExpertMemory(weight_format, one).decode(of_expert, scales_of_expert)
     return out
 
@@ -129,6 +114,13 @@ def _cut_flat(block: int, table: torch.dtype, wide_dtype: torch.dtype) -> Callab
         return parts
 
     return cut
+
+
+def _mxfp4_bytes(values: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    values = values.flatten(1)
+    if values.storage_offset() % 2 or values.stride(-1) != 1:  # no memory of int16
+        values = values.clone(memory_format=torch.contiguous_format)
+    return values.view(torch.int16), scales.flatten(1).to(torch.int32)  # as an index
 
 
 def _decode_mxfp4(pairs: Tensor, scales: Tensor, part: Part) -> None:
@@ -171,12 +163,15 @@ def _decode_fp8(rows: Tensor, scales: Tensor, part: Part) -> None:
     part.out.copy_(wide)
 
 
-Decoder = Callable[[Tensor, Tensor, Part], None]
-DECODERS: dict[WeightFormat, tuple[Decoder, Callable[[Tensor], list[Part]]]] = {
-    "mxfp4": (_decode_mxfp4, _cut_flat(MXFP4_BLOCK, torch.int64, torch.bfloat16)),
-    "fp8": (_decode_fp8, _cut_tiles),
-    "nf4": (_decode_nf4, _cut_flat(NF4_BLOCK, torch.int64, torch.float32)),
-}
+class Decoder(NamedTuple):
+    """How a format is decoded fast."""
+
+    bytes_of: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    """Returns the values and scales of a weight's experts, (E, ...), as `decode` reads those of one of them."""
+    cut: Callable[[Tensor], list[Part]]
+    decode: Callable[[Tensor, Tensor, Part], None]
+    foreign: Callable[[], Callable[[Tensor, Tensor, Tensor], None] | None] = lambda: None
+    """Returns what decodes a whole expert on a CPU in place of these, or None."""
 
 
 def _halves(codes: tuple[float, ...], low_first: bool) -> Tensor:
@@ -233,8 +228,18 @@ def bitsandbytes_decoder() -> Callable[[Tensor, Tensor, Tensor], None] | None:
         scales = torch.linspace(0.01, 3, bytes_.numel() * 2 // NF4_BLOCK, device="cpu")
         theirs, ours = (torch.empty(4, 512, dtype=torch.bfloat16, device="cpu") for _ in range(2))
         decode(bytes_, scales, theirs)
-        for part in DECODERS["nf4"][1](ours):
+        for part in DECODERS["nf4"].cut(ours):
             _decode_nf4(bytes_[part.values], scales[part.scales], part)
     except Exception:  # whatever a foreign package does on this machine, the table decodes
         return None
     return decode if torch.equal(theirs, ours) else None
+
+
+DECODERS: dict[WeightFormat, Decoder] = {
+    "mxfp4": Decoder(_mxfp4_bytes, _cut_flat(MXFP4_BLOCK, torch.int64, torch.bfloat16), _decode_mxfp4),
+    "fp8": Decoder(lambda values, scales: (values.view(torch.int8), scales), _cut_tiles, _decode_fp8),
+    "nf4": Decoder(
+        lambda values, scales: (values.flatten(1), scales),
+        *(_cut_flat(NF4_BLOCK, torch.int64, torch.float32), _decode_nf4, bitsandbytes_decoder),
+    ),
+}

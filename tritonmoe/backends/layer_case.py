@@ -8,7 +8,7 @@ from torch import Tensor
 from tritonmoe.backends.decoding import decoded
 from tritonmoe.backends.ops import GradientOperands, Operations
 from tritonmoe.config.activations import FusedActivation
-from tritonmoe.config.formats import WeightFormat, empty_packed
+from tritonmoe.config.formats import WeightFormat, find_format
 from tritonmoe.config.layer import ExpertLayout, KernelOptions, PerWeight, Projection
 from tritonmoe.grouping import Grouping
 
@@ -17,8 +17,6 @@ __all__ = ["LayerCase"]
 IN_STORAGE_ORDER = (
     *("up: h", "up: a", "down", "down_grad: dh", "down_grad: s*a", "down_grad: gate weights", "up_grad"),
 )
-ROOT_MEAN_SQUARES: dict[WeightFormat, float] = {"mxfp4": 2.9, "fp8": 60.0, "nf4": 0.5}
-"""Of values whose bytes are random."""
 
 
 class LayerCase:
@@ -75,14 +73,12 @@ class LayerCase:
 
     def _random_bytes(self, weight: Tensor, weight_format: WeightFormat, size: float) -> tuple[Tensor, Tensor]:
         """Return values and scales of a packed weight of this shape, whose values are about as large as `size`."""
-        values, scales = empty_packed(tuple(weight.shape), weight_format, "cpu")
+        packed = find_format(weight_format)
+        values, scales = packed.empty(tuple(weight.shape), "cpu")
         numbers = torch.randint(0, 256, values.shape, generator=self._generator, device="cpu", dtype=torch.uint8)
         uniform = torch.rand(scales.shape, generator=self._generator, device="cpu")
-        if weight_format == "fp8":
-            numbers &= 0xF7  # no NaN among them
-        values.view(torch.uint8).copy_(numbers)
-        factors = size * (0.5 + uniform) / ROOT_MEAN_SQUARES[weight_format]
-        scales.copy_(factors.log2().round() + 127 if weight_format == "mxfp4" else factors)
+        values.view(torch.uint8).copy_(numbers & packed.random_bits)
+        scales.copy_(packed.nearest_scales(size * (0.5 + uniform) / packed.root_mean_square))
         return values.to(weight.device), scales.to(weight.device)
 
     def with_addends(self) -> "LayerCase":

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tritonmoe.backends.decoding import ExpertMemory, expert_bytes, thread_expert
+from tritonmoe.backends.decoding import DECODERS, ExpertMemory, thread_expert
 from tritonmoe.config.formats import format_of, weight_shape
 
 __all__ = ["PackedMatrices"]
@@ -19,8 +19,8 @@ class PackedMatrices:
 
     def __init__(self, values: Tensor, scales: Tensor, is_swapped: bool) -> None:
         """is_swapped: whether the weight is (E, out, in)."""
-        self._format = format_of(values, scales)
-        self._experts = expert_bytes(self._format, values, scales)
+        self._format = format_of(values, scales).name
+        self._experts = DECODERS[self._format].bytes_of(values, scales)
         self._is_swapped = is_swapped
         num_experts, rows, columns = weight_shape(values, scales)
         self._stored = rows, columns

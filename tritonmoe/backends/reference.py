@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tritonmoe.backends.ops import GradientOperands, WeightGrads, accumulation_dtype, apply_activation, required
 from tritonmoe.config.activations import FusedActivation
-from tritonmoe.config.formats import FP4_VALUES, FP8_BLOCK, MXFP4_BLOCK, NF4_BLOCK, NF4_VALUES, format_of, weight_shape
+from tritonmoe.config.formats import format_of
 from tritonmoe.config.layer import NO_WEIGHTS, ExpertLayout, KernelOptions, PerWeight, Projection
 from tritonmoe.grouping import Grouping, RowSources
 
@@ -34,23 +34,8 @@ def _in_out(projection: Projection, expert: int) -> Tensor:
     """Return one expert's weight as (in, out), whatever the layout."""
     weight = projection.weight[expert]
     if projection.scales is not None:
-        weight = _decoded(weight, projection.scales[expert])
+        weight = format_of(weight, projection.scales).decode(weight, projection.scales[expert])
     return weight if projection.layout.transposed else weight.T
-
-
-def _decoded(values: Tensor, scales: Tensor) -> Tensor:
-    """Return one expert (A, B) of a packed weight in bf16: each value times its scale in fp32, rounded once."""
-    weight_format = format_of(values, scales)
-    rows, columns = weight_shape(values, scales)
-    if weight_format == "fp8":
-        of_values = scales.repeat_interleave(FP8_BLOCK, 0)[:rows].repeat_interleave(FP8_BLOCK, 1)[:, :columns]
-        return (values.float() * of_values).to(torch.bfloat16)
-    codes = values.long()
-    halves = [codes & 15, codes >> 4] if weight_format == "mxfp4" else [codes >> 4, codes & 15]
-    table = torch.tensor(FP4_VALUES if weight_format == "mxfp4" else NF4_VALUES, device=values.device)
-    each = table[torch.stack(halves, -1)].view(-1, MXFP4_BLOCK if weight_format == "mxfp4" else NF4_BLOCK)
-    powers = torch.pow(2.0, scales.double() - 127).float() if weight_format == "mxfp4" else scales
-    return (each * powers.reshape(-1, 1)).to(torch.bfloat16).view(rows, columns)
 
 
 def group(

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from tritonmoe.backends.pair_work import WEIGHT_GRADS, pair_work
 from tritonmoe.benchmarks.shapes import LayerShape
-from tritonmoe.config.formats import bytes_per_value
+from tritonmoe.config.formats import find_format
 from tritonmoe.planner.cluster import Gpu
 
 __all__ = ["BACKWARD_PRODUCTS", "FORWARD_PRODUCTS", "Work", "kernel_work", "product_flops"]
@@ -51,7 +51,7 @@ def kernel_work(shape: LayerShape, num_tokens: int, *, element_bytes: int = 2) -
     d, f, n = shape.hidden_size, shape.intermediate_size, num_tokens * shape.top_k
     of_pair = pair_work(d, f, gated=shape.layout.gated)
     elements = {"W1": (2 if shape.layout.gated else 1) * f * d, "W2": f * d}
-    weight_bytes = element_bytes if shape.weight_format is None else bytes_per_value(shape.weight_format)
+    weight_bytes = element_bytes if shape.weight_format is None else find_format(shape.weight_format).bytes_per_value
     w1, w2 = (round(min(shape.num_experts, n) * of * weight_bytes) for of in elements.values())
     all_w1, all_w2 = (shape.num_experts * of * element_bytes for of in elements.values())
     index, gate_weights = 4 * n, 4 * n

@@ -12,7 +12,7 @@ import torch
 from typing_extensions import NamedTuple  # typing's is not generic before Python 3.11
 
 from tritonmoe.config.activations import Activation, check_activation
-from tritonmoe.config.formats import FP8_BLOCK, WeightFormat, check_format, scales_shape, weight_shape
+from tritonmoe.config.formats import WeightFormat, find_format, weight_shape
 from tritonmoe.config.numbers import check_flags, is_integer, is_number
 from tritonmoe.config.scores import ScoreName, check_score
 
@@ -243,14 +243,10 @@ class MoEConfig:
     def _check_format(self) -> None:
         if self.weight_format is None:
             return
-        check_format(self.weight_format)
+        packed = find_format(self.weight_format)
         for shape in self.weight_shapes:
-            scales_shape(self.weight_format, (1, *shape))
-        if self.weight_format == "fp8" and self.intermediate_size % FP8_BLOCK:
-            raise ValueError(
-                f"intermediate_size ({self.intermediate_size}) must be a multiple of {FP8_BLOCK} in fp8, so that no "
-                "block has a part of the gate and a part of the up half"
-            )
+            packed.scales_shape((1, *shape))
+        packed.check_width(self.intermediate_size, "choose another intermediate_size, or another weight_format")
 
     @property
     def weight_shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -3,10 +3,7 @@
 from functools import lru_cache
 
 import torch
-from torch import Tensor
 
-from tritonmoe.config.formats import format_of
-from tritonmoe.config.layer import PerWeight
 from tritonmoe.config.overlap import OverlapConfig, OverlapPlan
 from tritonmoe.dispatch.capacity import replay_overflowed
 from tritonmoe.dispatch.header import DTYPE_CODES, SAVES, CallHeader, weight_bits
@@ -14,6 +11,7 @@ from tritonmoe.dispatch.placement import ExpertPlacement, replica_bits
 from tritonmoe.dispatch.terms import CallTerms, plan_terms
 from tritonmoe.expert_parallel.call import ProposedCall
 from tritonmoe.experts.arguments import have_wider_main_grads
+from tritonmoe.experts.quantized_weight import is_packed, weight_formats
 from tritonmoe.experts.tensors import NAMES, OPTIONAL
 
 __all__ = ["call_header"]
@@ -63,18 +61,10 @@ def _terms(call: ProposedCall, kinds: tuple[str, ...]) -> CallTerms:
     given = tuple([name for name, tensor in zip(NAMES, call.tensors.flatten(), strict=False) if tensor is not None])
     gradients = "sum" if call.layer is None else call.layer.expert_gradients
     experts = call.spec.experts.agreed
-    if weights.gate_up_scales is not None or weights.down_scales is not None:
-        experts = (*experts, *_formats(weights))
+    if is_packed(weights):
+        formats = zip(("gate_up_format", "down_format"), weight_formats(weights), strict=True)
+        experts = (*experts, *((name, found) for name, found in formats if found is not None))
     return _call_terms(experts, placement, gradients, call.tensors.x.dtype, given, tuple(ranks), kinds, call.overlap)
-
-
-def _formats(weights: PerWeight[Tensor]) -> list[tuple[str, object]]:
-    """Return in which formats the weights are packed, by name."""
-    pairs = {
-        "gate_up_format": (weights.gate_up_proj, weights.gate_up_scales),
-        "down_format": (weights.down_proj, weights.down_scales),
-    }
-    return [(name, format_of(values, scales)) for name, (values, scales) in pairs.items() if scales is not None]
 
 
 @lru_cache(maxsize=1024)

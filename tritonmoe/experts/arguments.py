@@ -4,9 +4,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from tritonmoe.config.formats import FP8_BLOCK, format_of, weight_shape
+from tritonmoe.config.formats import format_of, weight_shape
 from tritonmoe.config.layer import MAX_PAIRS, ExpertLayout, PerWeight
-from tritonmoe.experts.quantized_weight import check_contents, check_packed
+from tritonmoe.experts.quantized_weight import check_content, check_packed, weight_formats
 from tritonmoe.experts.tensors import NAMES, OPTIONAL, CallTensors
 from tritonmoe.runtime.autograd import is_autocast_on
 
@@ -76,17 +76,17 @@ def _check_tokens(inputs: CallTensors[Tensor]) -> None:
 
 def _check_weights(x: Tensor, weights: PerWeight[Tensor], layout: ExpertLayout) -> None:
     w1, b1, w2, b2, *_ = weights
-    for name, weight, scales in _with_scales(weights):
+    up_scales, down_scales = weights.gate_up_scales, weights.down_scales
+    for name, values, scales in (("gate_up_proj", w1, up_scales), ("down_proj", w2, down_scales)):
         if scales is None:
-            check_plain(name, weight)
+            check_plain(name, values)
         else:
-            check_packed(name, weight, scales)
-    if weights.gate_up_scales is not None or weights.down_scales is not None:
-        check_contents(weights)
+            check_packed(name, values, scales)
+            check_content(values, scales)
     if w1.dim() != 3 or w2.dim() != 3:
         raise ValueError(f"gate_up_proj and down_proj must have 3 axes, got {tuple(w1.shape)} and {tuple(w2.shape)}")
     num_experts, model_width = w1.shape[0], x.shape[1]
-    up_shape = tuple(w1.shape) if weights.gate_up_scales is None else weight_shape(w1, weights.gate_up_scales)
+    up_shape = tuple(w1.shape) if up_scales is None else weight_shape(w1, up_scales)
     if num_experts < 1:
         raise ValueError(f"there must be at least one expert, got gate_up_proj {up_shape}")
     width = up_shape[2 if layout.transposed else 1]
@@ -99,8 +99,8 @@ def _check_weights(x: Tensor, weights: PerWeight[Tensor], layout: ExpertLayout) 
     want_w2 = (num_experts, inner, model_width) if layout.transposed else (num_experts, model_width, inner)
     up_axes, down_axes = ("(E, D, 2F)", "(E, F, D)") if layout.transposed else ("(E, 2F, D)", "(E, D, F)")
     for name, tensor, scales, want, axes in (
-        ("gate_up_proj", w1, weights.gate_up_scales, want_w1, up_axes),
-        ("down_proj", w2, weights.down_scales, want_w2, down_axes),
+        ("gate_up_proj", w1, up_scales, want_w1, up_axes),
+        ("down_proj", w2, down_scales, want_w2, down_axes),
         ("gate_up_bias", b1, None, (num_experts, width), "(E, 2F)"),
         ("down_bias", b2, None, (num_experts, model_width), "(E, D)"),
     ):
@@ -115,8 +115,13 @@ def _check_weights(x: Tensor, weights: PerWeight[Tensor], layout: ExpertLayout) 
             )
         if scales is None and tensor.dtype != x.dtype:
             raise _other_dtype(name, tensor, x)
+        if scales is not None and x.dtype != torch.bfloat16:
+            raise TypeError(
+                f"{name} is packed, and stands for a bf16 weight, but x is {x.dtype}: cast x to bf16 (model.to("
+                "torch.bfloat16) leaves packed weights as they are), or call under torch.autocast with bf16"
+            )
         if scales is not None:
-            _check_decoded(name, tensor, scales, x, inner)
+            format_of(tensor, scales).check_width(inner, f"decode {name} to bf16")
     for name, factor_a, factor_b, sizes in (
         ("gate_up", weights.gate_up_a, weights.gate_up_b, (num_experts, width, model_width)),
         ("down", weights.down_a, weights.down_b, (num_experts, model_width, inner)),
@@ -127,21 +132,6 @@ def _check_weights(x: Tensor, weights: PerWeight[Tensor], layout: ExpertLayout) 
 
 def _other_dtype(name: str, tensor: Tensor, x: Tensor) -> TypeError:
     return TypeError(f"{name} is {tensor.dtype} and x is {x.dtype}: cast one to the other's dtype")
-
-
-def _check_decoded(name: str, values: Tensor, scales: Tensor, x: Tensor, inner: int) -> None:
-    """Check what a packed weight asks of the experts: rows of bf16, and halves of whole blocks."""
-    if x.dtype != torch.bfloat16:
-        raise TypeError(
-            f"{name} is packed, and stands for a bf16 weight, but x is {x.dtype}: cast x to bf16 (model.to("
-            "torch.bfloat16) leaves packed weights as they are), or call under torch.autocast with bf16"
-        )
-    if format_of(values, scales) == "fp8" and inner % FP8_BLOCK:
-        raise ValueError(
-            f"F = {inner} is not a multiple of {FP8_BLOCK}, so one fp8 block of {name} would cover a part of the gate "
-            "half and a part of the up half, and checkpoints have no scale for such a block: decode these weights to "
-            "bf16"
-        )
 
 
 def _check_factors(name: str, x: Tensor, factor_a: Tensor, factor_b: Tensor, sizes: tuple[int, int, int]) -> None:
@@ -220,8 +210,8 @@ def cast_for_autocast(inputs: CallTensors[Tensor]) -> CallTensors[Tensor]:
     if not is_autocast_on(x.device):
         return inputs
     dtype = torch.get_autocast_dtype(x.device.type)
-    packed = [name for name, _, scales in _with_scales(weights) if scales is not None]
-    kept = {"gate_up_scales", "down_scales", *packed}
+    packed = zip(("gate_up_proj", "down_proj"), weight_formats(weights), strict=True)
+    kept = {"gate_up_scales", "down_scales", *(name for name, found in packed if found is not None)}
     cast: dict[str, Tensor] = {}
     for name, weight in weights._asdict().items():
         if weight is not None and name not in kept:
@@ -230,14 +220,6 @@ def cast_for_autocast(inputs: CallTensors[Tensor]) -> CallTensors[Tensor]:
     cast_weights = weights._replace(**cast)
     topk_weights = _cast_unless_fp64(topk_weights, torch.float32)
     return inputs._replace(x=_cast_unless_fp64(x, dtype), topk_weights=topk_weights, weights=cast_weights)
-
-
-def _with_scales(weights: PerWeight[Tensor]) -> list[tuple[str, Tensor, Tensor | None]]:
-    """Return the two weights that may be packed, by name, with their scales."""
-    return [
-        ("gate_up_proj", weights.gate_up_proj, weights.gate_up_scales),
-        ("down_proj", weights.down_proj, weights.down_scales),
-    ]
 
 
 def _cast_unless_fp64(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -5,7 +5,7 @@ from collections.abc import MutableMapping
 import torch
 from torch import Tensor, nn
 
-from tritonmoe.config.formats import WeightFormat
+from tritonmoe.config.formats import PackedFormat, WeightFormat, find_format
 from tritonmoe.config.layer import PerWeight
 from tritonmoe.experts.quantized_weight import check_content
 
@@ -15,26 +15,22 @@ PACKED = ("gate_up_proj", "down_proj", "gate_up_proj_scales", "down_proj_scales"
 """The names of the parameters of experts that are bytes where weights are packed."""
 
 
-def to_bytes(weight_format: WeightFormat, values: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-    """Return values and scales as uint8, views of them. One axis more tells fp8 from the weight itself, fp32 from fp32.
+def to_bytes(part: Tensor) -> Tensor:
+    """Return values or scales as uint8, a view of them. One axis more tells fp8 from the weight itself, fp32 from fp32.
 
     Example:
         fp8 values (E, A, B) become (E, A, B, 1), so that no checkpoint takes one for the other, and fp32 scales (E, n)
         become (E, n, 4).
     """
-    if weight_format == "fp8":
-        values = values.view(torch.uint8).unsqueeze(-1)
-    if scales.dtype == torch.float32:
-        scales = scales.unsqueeze(-1).view(torch.uint8)
-    return values, scales
+    return part if part.dtype == torch.uint8 else part.unsqueeze(-1).view(torch.uint8)
 
 
-def from_bytes(weight_format: WeightFormat, values: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what to_bytes() made the bytes of."""
-    if weight_format == "fp8":
-        values = values.view(torch.float8_e4m3fn).squeeze(-1)
-    if weight_format != "mxfp4":
-        scales = scales.view(torch.float32).squeeze(-1)
+def from_bytes(packed: PackedFormat, values: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the values and scales that to_bytes() made these parts of."""
+    if packed.values_dtype != torch.uint8:
+        values = values.view(packed.values_dtype).squeeze(-1)
+    if packed.scales_dtype != torch.uint8:
+        scales = scales.view(packed.scales_dtype).squeeze(-1)
     return values, scales
 
 
@@ -46,8 +42,9 @@ def as_values(module: nn.Module, weight_format: WeightFormat | None, weights: Pe
     """
     if weight_format is None or weights.gate_up_scales is None or weights.down_scales is None:
         return weights
-    up, up_scales = from_bytes(weight_format, weights.gate_up_proj, weights.gate_up_scales)
-    down, down_scales = from_bytes(weight_format, weights.down_proj, weights.down_scales)
+    packed = find_format(weight_format)
+    up, up_scales = from_bytes(packed, weights.gate_up_proj, weights.gate_up_scales)
+    down, down_scales = from_bytes(packed, weights.down_proj, weights.down_scales)
     for name, values, scales in (("gate_up_proj", up, up_scales), ("down_proj", down, down_scales)):
         check_content(values, scales, noted_on=getattr(module, f"{name}_scales"))
     return weights._replace(gate_up_proj=up, gate_up_scales=up_scales, down_proj=down, down_scales=down_scales)

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tritonmoe.config.formats import empty_packed
+from tritonmoe.config.formats import find_format
 from tritonmoe.config.layer import MoEConfig, PerWeight
 from tritonmoe.experts.packed_parameters import from_bytes, to_bytes
-from tritonmoe.experts.rounding import pack_expert
 
 __all__ = ["PARAMETERS", "draw_experts", "draw_packed_experts", "draw_uniform", "empty_parameters"]
 
@@ -33,8 +32,8 @@ def empty_parameters(
         if config.weight_format is None:
             parts[name] = torch.empty(num_experts, *shape, device=device, dtype=dtype, requires_grad=True)
         else:
-            packed = empty_packed((num_experts, *shape), config.weight_format, device)
-            parts[name], parts[f"{name}_scales"] = to_bytes(config.weight_format, *packed)
+            packed = find_format(config.weight_format).empty((num_experts, *shape), device)
+            parts[name], parts[f"{name}_scales"] = map(to_bytes, packed)
         if config.bias:
             parts[f"{name}_bias"] = torch.empty(num_experts, out, device=device, dtype=dtype, requires_grad=True)
     return parts
@@ -57,16 +56,16 @@ def draw_packed_experts(parts: PerWeight[Tensor], config: MoEConfig, experts: Se
 
     parts: the bytes of all experts, written in place.
     """
-    assert config.weight_format is not None
     assert parts.gate_up_scales is not None
     assert parts.down_scales is not None
-    gate_up = from_bytes(config.weight_format, parts.gate_up_proj, parts.gate_up_scales)
-    of_down = from_bytes(config.weight_format, parts.down_proj, parts.down_scales)
+    packed = find_format(config.weight_format)
+    gate_up = from_bytes(packed, parts.gate_up_proj, parts.gate_up_scales)
+    of_down = from_bytes(packed, parts.down_proj, parts.down_scales)
     up, down = (torch.empty(1, *shape, device="cpu") for shape in config.weight_shapes)
     for place, expert in enumerate(experts):
         draw_experts(up, down, config, (expert,), seed)
-        pack_expert(up[0], config.weight_format, *(part[place] for part in gate_up))
-        pack_expert(down[0], config.weight_format, *(part[place] for part in of_down))
+        packed.pack(up[0], *(part[place] for part in gate_up))
+        packed.pack(down[0], *(part[place] for part in of_down))
 
 
 def draw_uniform(weight: Tensor, fan_in: int, generator: torch.Generator | None) -> None:

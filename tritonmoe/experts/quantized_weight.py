@@ -6,21 +6,8 @@ import torch
 from torch import Tensor
 
 from tritonmoe.backends.decoding import decoded
-from tritonmoe.config.formats import (
-    LARGEST_MXFP4_SCALE,
-    LARGEST_SCALE,
-    LARGEST_VALUE,
-    WeightFormat,
-    bytes_per_value,
-    check_format,
-    empty_packed,
-    format_of,
-    scales_shape,
-    values_per_element,
-    weight_shape,
-)
+from tritonmoe.config.formats import WeightFormat, check_packable, find_format, format_of, weight_shape
 from tritonmoe.config.layer import PerWeight
-from tritonmoe.experts.rounding import check_packable, pack_expert
 from tritonmoe.runtime.host_device import is_captured
 
 __all__ = [
@@ -68,12 +55,12 @@ class QuantizedWeight:
     shape: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        check_format(self.format)
+        packed = find_format(self.format)
         values, scales = _as_bytes(self.values), _as_bytes(self.scales)
-        if format_of(values, scales) != self.format:
-            raise TypeError(f"these are tensors of {format_of(values, scales)!r}, not of {self.format!r}: say so")
+        if format_of(values, scales) is not packed:
+            raise TypeError(f"these are tensors of {format_of(values, scales).name!r}, not of {self.format!r}: say so")
         shape = tuple(self.shape)
-        if self.format == "mxfp4" and values.dim() == 4:
+        if packed.blocks_along_depth and values.dim() == 4:
             values = values.flatten(2)
         if not shape and values.dim() != 3:
             raise ValueError(
@@ -81,10 +68,10 @@ class QuantizedWeight:
                 "the argument `shape`"
             )
         shape = shape or weight_shape(values, scales)
-        stored = (*shape[:2], shape[2] // values_per_element(values)) if len(shape) == 3 else ()
+        stored = (*shape[:2], shape[2] // packed.per_element) if len(shape) == 3 else ()
         if len(shape) != 3 or min(shape) < 1 or values.numel() != torch.Size(stored).numel():
             raise ValueError(f"the values {tuple(values.shape)} are not those of a weight (E, A, B) = {shape}")
-        wanted = scales_shape(self.format, shape)
+        wanted = packed.scales_shape(shape)
         if scales.numel() != torch.Size(wanted).numel():
             raise ValueError(f"a weight {shape} in {self.format} has scales {wanted}, got {tuple(scales.shape)}")
         held = {"values": values.reshape(stored), "scales": scales.reshape(wanted), "shape": shape}
@@ -101,15 +88,15 @@ class QuantizedWeight:
     @classmethod
     def pack(cls, weight: Tensor, format: WeightFormat) -> "QuantizedWeight":
         """Return a weight (E, A, B) of any floating dtype, each value rounded to the nearest in a format."""
-        check_format(format)
+        packed = find_format(format)
         if weight.dim() != 3 or not weight.is_floating_point():
             raise TypeError(
                 f"a weight to pack is (E, A, B) and floating point, got {tuple(weight.shape)} {weight.dtype}"
             )
         check_packable(weight)
-        values, scales = empty_packed(tuple(weight.shape), format, weight.device)
-        for expert, one in enumerate(weight.detach()):
-            pack_expert(one, format, values[expert], scales[expert])
+        values, scales = packed.empty(tuple(weight.shape), weight.device)
+        for one, *own in zip(weight.detach(), values, scales, strict=True):
+            packed.pack(one.float(), *own)
         return cls(format, values, scales)
 
     def decode(self) -> Tensor:
@@ -117,7 +104,7 @@ class QuantizedWeight:
         return decoded(self.values, self.scales)
 
     def __repr__(self) -> str:
-        bits = 8 * bytes_per_value(self.format)
+        bits = 8 * find_format(self.format).bytes_per_value
         return f"QuantizedWeight({self.format!r}, shape={self.shape}, {bits:.2f} bits a value, {self.values.device})"
 
 
@@ -144,8 +131,8 @@ def weight_formats(weights: PerWeight[Tensor]) -> tuple[WeightFormat | None, Wei
     """Return the formats of gate_up_proj and down_proj of a call; None for one that is not packed."""
     up_scales, down_scales = weights.gate_up_scales, weights.down_scales
     return (
-        None if up_scales is None else format_of(weights.gate_up_proj, up_scales),
-        None if down_scales is None else format_of(weights.down_proj, down_scales),
+        None if up_scales is None else format_of(weights.gate_up_proj, up_scales).name,
+        None if down_scales is None else format_of(weights.down_proj, down_scales).name,
     )
 
 
@@ -159,18 +146,18 @@ def check_contents(weights: PerWeight[Tensor]) -> None:
 
 def check_packed(name: str, values: Tensor, scales: Tensor) -> None:
     """Raise ValueError or TypeError unless these are the tensors of a packed weight, which nobody trains."""
-    weight_format = format_of(values, scales)
+    packed = format_of(values, scales)
     if values.requires_grad or scales.requires_grad:
         raise ValueError(
-            f"{name} is packed ({weight_format}) and asks for a gradient, which values of 4 or 8 bits can't have: "
+            f"{name} is packed ({packed.name}) and asks for a gradient, which values of 4 or 8 bits can't have: "
             "freeze the weight (requires_grad_(False)) and train adapters, or pass a decoded weight"
         )
     if values.dim() != 3:
         raise ValueError(f"the values of {name} must have 3 axes, got {tuple(values.shape)}")
     shape = weight_shape(values, scales)
-    wanted = scales_shape(weight_format, shape)
+    wanted = packed.scales_shape(shape)
     if tuple(scales.shape) != wanted:
-        raise ValueError(f"{name} {shape} in {weight_format} has scales {wanted}, got {tuple(scales.shape)}")
+        raise ValueError(f"{name} {shape} in {packed.name} has scales {wanted}, got {tuple(scales.shape)}")
 
 
 def check_content(values: Tensor, scales: Tensor, noted_on: Tensor | None = None) -> None:
@@ -184,33 +171,9 @@ def check_content(values: Tensor, scales: Tensor, noted_on: Tensor | None = None
     versions = tuple([-1 if tensor.is_inference() else tensor._version for tensor in (values, scales)])
     if getattr(noted_on, CHECKED, None) == versions or is_captured(scales.device):
         return
-    _check_scales(format_of(values, scales), scales)
-    if values.dtype == torch.float8_e4m3fn and any(
-        bool((expert.view(torch.uint8) & 0x7F == 0x7F).any()) for expert in values
-    ):
-        raise ValueError("a value of an fp8 weight is not a number: the checkpoint is damaged")
+    format_of(values, scales).check_content(values, scales)
     for tensor in (scales, noted_on):
         setattr(tensor, CHECKED, versions)
-
-
-def _check_scales(weight_format: WeightFormat, scales: Tensor) -> None:
-    if not scales.numel():
-        return
-    if weight_format == "mxfp4":
-        largest = int(scales.max())
-        if largest > LARGEST_MXFP4_SCALE:
-            raise ValueError(
-                f"a scale of an mxfp4 weight is 2**({largest} - 127), and bf16 holds 6 times at most 2**("
-                f"{LARGEST_MXFP4_SCALE} - 127) (255 is not a number): the checkpoint is damaged, or these are no scales"
-            )
-        return
-    limit = LARGEST_SCALE[weight_format]
-    for bound in map(float, scales.aminmax()):  # NaN, if any scale is
-        if not abs(bound) <= limit:
-            raise ValueError(
-                f"a scale of an {weight_format} weight is {bound:.5g}, and bf16 holds {LARGEST_VALUE[weight_format]:g} "
-                f"times at most {limit:.5g}: the checkpoint is damaged, or these are no scales"
-            )
 
 
 def _as_bytes(tensor: Tensor) -> Tensor:

@@ -88,7 +88,7 @@ def _grouped_matmul_kernel(
                 value_pointers = values + rows[:, None] * stride_values_row + depth[None, :] * stride_values_column
             group_columns = column_tile * BLOCK_N + tl.arange(0, 1 if DEPTH_LAST else BLOCK_N // GROUP) * GROUP
             weight_pointers = None
-            if FORMAT == "" and not WEIGHT_BY_TMA:
+            if FORMAT is None and not WEIGHT_BY_TMA:
                 weight_pointers = weight_tiles.first_pointers(weight, expert, depth, columns, strides)
             accumulator = zeros(num_tiles, BLOCK_M, BLOCK_N, FLATTEN)
             for start in range(0, depth_size, BLOCK_K):
@@ -126,7 +126,7 @@ def _grouped_matmul_kernel(
                     BLOCK_K,
                     BLOCK_N,
                 )
-                if FORMAT == "" and not WEIGHT_BY_TMA:
+                if FORMAT is None and not WEIGHT_BY_TMA:
                     weight_pointers += BLOCK_K * stride_weight_in
                 accumulator = dot(value_tile, weight_tile, accumulator, PRECISION)
 

@@ -108,7 +108,7 @@ def _down_grad_kernel(
             columns = column_tile * (BLOCK_N // LANES) + tl.arange(0, BLOCK_N // LANES)
             group_columns = first_unit + tl.arange(0, 1 if DEPTH_LAST else BLOCK_N // GROUP) * GROUP
             weight_pointers = None
-            if FORMAT == "" and not WEIGHT_BY_TMA:
+            if FORMAT is None and not WEIGHT_BY_TMA:
                 weight_pointers = weight_tiles.first_pointers(weight, expert, depth, columns, strides)
             if not FLATTEN:
                 # Behind the last tile's epilogue, once: Triton 3.6 would put a barrier for it into every step.
@@ -144,7 +144,7 @@ def _down_grad_kernel(
                     BLOCK_K,
                     BLOCK_N,
                 )
-                if FORMAT == "" and not WEIGHT_BY_TMA:
+                if FORMAT is None and not WEIGHT_BY_TMA:
                     weight_pointers += BLOCK_K * stride_weight_out
                 g = dot(dout_tile, weight_tile, g, PRECISION)
                 dout_pointers += BLOCK_K * stride_dout_column

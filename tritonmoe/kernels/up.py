@@ -114,12 +114,12 @@ def _up_kernel(
                 column_tile, F, GATED, INTERLEAVED, HALVES, BLOCK_N, SUB_N, 1 if DEPTH_LAST else PER
             )
             groups, group_mask = columns, column_mask
-            if FORMAT != "" and not DEPTH_LAST:
+            if FORMAT is not None and not DEPTH_LAST:
                 groups, group_mask = weight_tiles.gate_and_up_columns(
                     column_tile, F, GATED, INTERLEAVED, HALVES, BLOCK_N, SUB_N, GROUP
                 )
             weight_pointers = None
-            if FORMAT == "" and not WEIGHT_BY_TMA:
+            if FORMAT is None and not WEIGHT_BY_TMA:
                 weight_pointers = weight_tiles.first_pointers(weight, expert, depth, columns, strides)
             accumulator = zeros(num_tiles, BLOCK_M, WIDTH, FLATTEN)
             for start in range(0, D, BLOCK_K):
@@ -157,7 +157,7 @@ def _up_kernel(
                     BLOCK_K,
                     WIDTH,
                 )
-                if FORMAT == "" and not WEIGHT_BY_TMA:
+                if FORMAT is None and not WEIGHT_BY_TMA:
                     weight_pointers += BLOCK_K * stride_weight_in
                 accumulator = dot(x_tile, weight_tile, accumulator, PRECISION)
                 if GATHER == "pointers":

@@ -90,7 +90,7 @@ def load_tile(
     is a unit, WIDTH // 2 gate columns, then their up columns. Through pointers: where they point; EVEN_DEPTH: no tile
     ends outside the weight.
     """
-    if FORMAT != "":
+    if FORMAT is not None:
         tile = load_packed_tile(
             weight,
             scales,

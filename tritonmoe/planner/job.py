@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from tritonmoe.config.formats import FORMATS, FP8_BLOCK, WeightFormat, bytes_per_value, scales_shape
+from tritonmoe.config.formats import FORMATS, WeightFormat, find_format
 from tritonmoe.planner.cluster import DTYPE_BYTES, Cluster
 from tritonmoe.planner.transformer_model import Model
 
@@ -121,14 +121,14 @@ class Job:
                 f"dtype={self.dtype!r} and trainer={self.trainer!r} out, or frozen"
             )
         if self.packed_format is not None:
-            width, depth = self.model.expert_size, self.model.hidden_size
-            if self.packed_format == "fp8" and width % FP8_BLOCK:
+            width, depth, packed = self.model.expert_size, self.model.hidden_size, find_format(self.packed_format)
+            if width % packed.block_rows:
                 raise ValueError(
-                    f"{self.model.name} has experts of F = {width}, which is not a multiple of {FP8_BLOCK}, as fp8 "
-                    "asks for: use mxfp4 or nf4"
+                    f"{self.model.name} has experts of F = {width}, which is not a multiple of {packed.block_rows}, as "
+                    f"{packed.name} asks for: use mxfp4 or nf4"
                 )
             for shape in ((1, 2 * width, depth), (1, depth, width)):
-                scales_shape(self.packed_format, shape)
+                packed.scales_shape(shape)
 
     @property
     def num_tokens(self) -> int:
@@ -148,7 +148,7 @@ class Job:
     @property
     def expert_bytes(self) -> float:
         """The bytes of a value of an expert's weight, its share of a scale included."""
-        return self.dtype_bytes if self.packed_format is None else bytes_per_value(self.packed_format)
+        return self.dtype_bytes if self.packed_format is None else find_format(self.packed_format).bytes_per_value
 
     @property
     def expert_adapters(self) -> int:

@@ -58,7 +58,7 @@ class PackedWeight(NamedTuple):
 
         def decode(first: int, number: int) -> Tensor:
             own = slice(first, first + number)
-            rows = QuantizedWeight(format_of(values, scales), values[own], scales[own]).decode()
+            rows = QuantizedWeight(format_of(values, scales).name, values[own], scales[own]).decode()
             return rows.mT if is_swapped else rows
 
         return decode

@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from tritonmoe.config.formats import WeightFormat
+from tritonmoe.config.formats import WeightFormat, find_format
 from tritonmoe.experts.packed_parameters import from_bytes
 from tritonmoe.experts.quantized_weight import check_content
 
@@ -137,10 +137,8 @@ def read_packed(experts: nn.Module, name: str, take: Take) -> tuple[Tensor, Tens
     layout: PackedLayout | None = getattr(experts, PACKED, None)
     is_transposed = bool(getattr(experts, "is_transposed", False))
     if layout is not None:
-        values, scales = take(f"{name}_blocks"), take(f"{name}_scales")
-        if layout.weight_format == "mxfp4":
-            values = values.flatten(2)
-        values, scales = from_bytes(layout.weight_format, values, scales)
+        parts = take(f"{name}_blocks").flatten(2), take(f"{name}_scales")
+        values, scales = from_bytes(find_format(layout.weight_format), *parts)
         noted_on, is_transposed = getattr(experts, f"{name}_scales"), layout.is_transposed
     elif f"{name}_scale_inv" in experts._parameters:
         values, scales = take(name), take(f"{name}_scale_inv")

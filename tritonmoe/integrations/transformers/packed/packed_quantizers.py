@@ -3,7 +3,6 @@
 Imported where they are asked for alone: they continue what transformers has since 5.24.
 """
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightConverter
@@ -12,7 +11,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 from transformers.quantizers.quantizer_mxfp4 import Mxfp4HfQuantizer
 
-from tritonmoe.config.formats import FP8_BLOCK, MXFP4_BLOCK
+from tritonmoe.config.formats import FORMATS, FP8_BLOCK
 from tritonmoe.integrations.transformers.discovery import ExpertsModule, experts_modules
 from tritonmoe.integrations.transformers.names import EXPERTS_IMPLEMENTATION, STATE_TO_SAVE
 from tritonmoe.integrations.transformers.packed.packed_experts import PackedLayout, set_packed, up_name
@@ -38,9 +37,9 @@ class PackedMxfp4Quantizer(Mxfp4HfQuantizer):
         for experts in _plain_experts(model, "mxfp4"):
             for name in (up_name(experts), "down_proj"):
                 shape = num_experts, depth, width = tuple(getattr(experts, name).shape)
-                blocks = torch.empty(num_experts, width, depth // MXFP4_BLOCK, 16, dtype=torch.uint8, device="meta")
-                layout = PackedLayout("mxfp4", is_transposed=False)
-                set_packed(experts, name, (blocks, blocks[..., 0].clone()), shape, layout)
+                values, scales = FORMATS["mxfp4"].empty((num_experts, width, depth), "meta")
+                parts = values.unflatten(2, (-1, 16)), scales
+                set_packed(experts, name, parts, shape, PackedLayout("mxfp4", is_transposed=False))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: object) -> None:
         if not self.quantization_config.dequantize:
@@ -84,12 +83,8 @@ class PackedFP8Quantizer(FineGrainedFP8HfQuantizer):
                     "checkpoint with quantization_config=FineGrainedFP8Config(dequantize=True)"
                 )
             for name in (up_name(experts), "down_proj"):
-                shape = num_experts, rows, columns = getattr(experts, name).shape
-                values = torch.empty(shape, dtype=torch.float8_e4m3fn, device="meta")
-                scales = torch.empty(
-                    num_experts, -(-rows // FP8_BLOCK), -(-columns // FP8_BLOCK), dtype=torch.float32, device="meta"
-                )
-                for own_name, part in ((name, values), (f"{name}_scale_inv", scales)):
+                parts = FORMATS["fp8"].empty(getattr(experts, name).shape, "meta")
+                for own_name, part in zip((name, f"{name}_scale_inv"), parts, strict=True):
                     experts.register_parameter(own_name, nn.Parameter(part, requires_grad=False))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: object) -> PreTrainedModel:

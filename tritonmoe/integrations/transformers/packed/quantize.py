@@ -6,10 +6,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from tritonmoe.config.formats import check_format, empty_packed, scales_shape
+from tritonmoe.config.formats import check_packable, find_format
 from tritonmoe.experts.packed_parameters import to_bytes
 from tritonmoe.experts.quantized_weight import QuantizedWeight
-from tritonmoe.experts.rounding import check_packable, pack_expert
 from tritonmoe.integrations.torch_distributed.parallelize import routed_experts
 from tritonmoe.integrations.transformers.discovery import experts_modules
 from tritonmoe.integrations.transformers.packed.packed_experts import (
@@ -68,7 +67,7 @@ def quantize_experts(model: nn.Module, weight_format: Literal["nf4", "mxfp4"]) -
             parameters, or of sizes or values that the format can't hold, or patch() would refuse the model. Nothing is
             changed.
     """
-    check_format(weight_format)
+    find_format(weight_format)
     if weight_format not in ("nf4", "mxfp4"):
         raise ValueError(f"experts are quantised to 'nf4' or 'mxfp4', got {weight_format!r}")
     of_transformers = experts_modules(model)
@@ -117,15 +116,16 @@ def _check(name: str, experts: nn.Module, weight_format: Literal["nf4", "mxfp4"]
             raise ValueError(f"{weight} of {where} is on the meta device, and has no values yet: load it first")
         if parameter.itemsize < 2:
             raise ValueError(f"{weight} of {where} is {parameter.dtype}: it is quantised already")
-        scales_shape(weight_format, tuple(_stored(experts, weight_format, parameter).shape))
+        find_format(weight_format).scales_shape(tuple(_stored(experts, weight_format, parameter).shape))
         check_packable(parameter)
     if isinstance(experts, GroupedExperts) and experts.transport is not None:
         raise ValueError(f"the experts of {where} are spread over ranks: quantise them first, then call parallelize()")
 
 
 def _stored(experts: nn.Module, weight_format: str, weight: Tensor) -> Tensor:
-    """Return a weight as the format has it: mxfp4 with blocks along what is summed over."""
-    is_swapped = weight_format == "mxfp4" and not isinstance(experts, GroupedExperts) and _is_transposed(experts)
+    """Return a weight as the format has it: of models, perhaps with blocks along what is summed over."""
+    is_own = isinstance(experts, GroupedExperts)
+    is_swapped = find_format(weight_format).blocks_along_depth and not is_own and _is_transposed(experts)
     return weight.detach().mT if is_swapped else weight.detach()
 
 
@@ -136,25 +136,23 @@ def _is_transposed(experts: nn.Module) -> bool:
 @torch.no_grad()
 def _quantize(name: str, experts: nn.Module, weight_format: Literal["nf4", "mxfp4"]) -> QuantizedLayer:
     """Pack one module; of its plain weights each is gone before the next one is packed."""
-    errors, sizes = {}, [0, 0]
+    errors, sizes, packed = {}, [0, 0], find_format(weight_format)
     for weight in _weight_names(experts):
         plain = experts.get_parameter(weight)
         del experts._parameters[weight]
         stored = _stored(experts, weight_format, plain)
-        values, scales = empty_packed(tuple(stored.shape), weight_format, plain.device)
-        for expert, one in enumerate(stored):
-            pack_expert(one, weight_format, values[expert], scales[expert])
-        errors[weight] = _error(stored, QuantizedWeight(weight_format, values, scales))
+        quantized = QuantizedWeight.pack(stored, weight_format)
+        errors[weight] = _error(stored, quantized)
         sizes[0] += plain.nbytes
-        sizes[1] += values.nbytes + scales.nbytes
-        parts = to_bytes(weight_format, values, scales)
+        sizes[1] += quantized.nbytes
+        parts = to_bytes(quantized.values), to_bytes(quantized.scales)
         if isinstance(experts, GroupedExperts):
             for own_name, part in zip((weight, f"{weight}_scales"), parts, strict=True):
                 experts.register_parameter(own_name, nn.Parameter(part, requires_grad=False))
             continue
-        if weight_format == "mxfp4":
-            parts = parts[0].unflatten(2, (-1, 16)), parts[1]
-        is_transposed = weight_format != "mxfp4" and _is_transposed(experts)
+        if packed.blocks_along_depth:
+            parts = parts[0].unflatten(2, (-1, packed.block // packed.per_element)), parts[1]
+        is_transposed = not packed.blocks_along_depth and _is_transposed(experts)
         set_packed(experts, weight, parts, tuple(plain.shape), PackedLayout(weight_format, is_transposed))
     if isinstance(experts, GroupedExperts):
         experts.config = replace(experts.config, weight_format=weight_format)
