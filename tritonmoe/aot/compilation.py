@@ -12,12 +12,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from tritonmoe.aot.architectures import SCHEDULERS, architecture_named
 from tritonmoe.aot.launches import record_launches, source_of
 from tritonmoe.aot.machine_code import MachineCode, read_amd, read_nvidia
 from tritonmoe.aot.variants import VARIANTS
 from tritonmoe.kernels import launch
 from tritonmoe.kernels.compiled import settle_cache
+from tritonmoe.kernels.gpus import SCHEDULERS, architecture_named
 from tritonmoe.kernels.tiles import measured_tiles
 from tritonmoe.runtime.processes import ends_with_its_parent
 
