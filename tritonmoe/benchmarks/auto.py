@@ -26,6 +26,7 @@ from tritonmoe.benchmarks.overlap_variants import Variant, best, overlapped_vari
 from tritonmoe.benchmarks.ranks import device_and_backend, gather, slowest
 from tritonmoe.benchmarks.timing import Samples, ratio, summarize, write_json
 from tritonmoe.benchmarks.workload import DTYPES, MODELS, Workload
+from tritonmoe.config.overlap import FEW_COUNTS
 from tritonmoe.errors import TransportError
 from tritonmoe.report.terminal import refused
 from tritonmoe.runtime.files import Json
@@ -55,8 +56,8 @@ def make_parser() -> argparse.ArgumentParser:
         "--chunks",
         type=chunk_count,
         nargs="+",
-        default=[1, 2, 3, 4, 8],
-        help="numbers of chunks to try (default 1 2 3 4 8)",
+        default=list(FEW_COUNTS),
+        help=f"numbers of chunks to try (default {' '.join(map(str, FEW_COUNTS))})",
     )
     parser.add_argument("--sweep-rounds", type=positive, default=5, help="rounds of the first run (default 5)")
     parser.add_argument("--rounds", type=positive, default=21, help="rounds of the second run (default 21)")

@@ -17,6 +17,7 @@ from tritonmoe.benchmarks.inside_namespace import check_start
 from tritonmoe.benchmarks.link_rates import parse_rate
 from tritonmoe.benchmarks.overlap_table import TERMS, as_terms
 from tritonmoe.benchmarks.workload import DTYPES, MODELS, NAMED_WIRE_DTYPES
+from tritonmoe.config.overlap import FEW_COUNTS
 
 __all__ = ["DEFAULT_RATE", "check_arguments", "check_ranks", "make_parser"]
 
@@ -96,8 +97,8 @@ def _add_layer(parser: argparse.ArgumentParser) -> None:
         "--chunks",
         type=chunk_count,
         nargs="+",
-        default=[1, 2, 3, 4, 6, 8],
-        help="numbers of chunks to try (default 1 2 3 4 6 8)",
+        default=list(FEW_COUNTS),
+        help=f"numbers of chunks to try (default {' '.join(map(str, FEW_COUNTS))})",
     )
 
 

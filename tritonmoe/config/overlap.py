@@ -10,12 +10,15 @@ import torch
 from tritonmoe.config.numbers import check_flags, is_integer, is_number
 
 __all__ = [
+    "CHUNK_COUNTS",
+    "FEW_COUNTS",
     "LOCAL_PARTS",
     "MAX_CHUNKS",
     "MAX_COPIES",
     "WIRE_DTYPES",
     "OverlapConfig",
     "OverlapPlan",
+    "candidate_sizes",
     "check_chunk_sizes",
     "check_overlap",
     "equal_sizes",
@@ -216,6 +219,19 @@ def ramp_sizes(num_chunks: int, growth: int = 2) -> tuple[int, ...]:
         growth: each chunk is so many times the one before, up to LARGEST_SIZE, the first being 1; 1 gives equal sizes.
     """
     return tuple(min(growth ** min(c, num_chunks - 1 - c), LARGEST_SIZE) for c in range(num_chunks))
+
+
+CHUNK_COUNTS = (1, 2, 3, 4, 6, 8, 12, 16)
+"""Numbers of chunks that are tried, each at most 1.5 times the one before where a number is left out. Of a time
+C * eps + B / C (`tuning/search.py`) one of them then takes at most 2.1 % more than the best number between them."""
+FEW_COUNTS = CHUNK_COUNTS[: CHUNK_COUNTS.index(8) + 1]
+"""Those that the planner, the doctor and the benchmarks try. More make predictions longer, and gain less than
+predictions are off; the tuner alone, which measures its layer, tries them all."""
+
+
+def candidate_sizes() -> tuple[tuple[int, ...], ...]:
+    """Return the relative sizes of chunks that predictions compare: FEW_COUNTS of equal chunks, and of ramps."""
+    return tuple(dict.fromkeys(sizes(count) for sizes in (equal_sizes, ramp_sizes) for count in FEW_COUNTS))
 
 
 @dataclass(frozen=True)
