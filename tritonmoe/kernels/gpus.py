@@ -30,8 +30,8 @@ __all__ = [
 KB = 1024
 SCHEDULERS = 4
 """Schedulers of a multiprocessor: each issues one instruction of one of its warps in a cycle."""
-REGISTERS, REGISTER_GRANULE = 512, 8
-"""32-bit registers that one scheduler has for each lane, all its warps together, and how many are given out at once."""
+REGISTER_GRANULE = 8
+"""So many registers of a lane are given out at once."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,8 @@ class Architecture:
     warps: int
     """Warps that can be resident, in all four schedulers together."""
     programs: int
+    registers: int = 512
+    """32-bit registers that one of the four schedulers has for each lane, all its warps together."""
     warp_size: int = 32
     tensor_memory_columns: int = 0
     """Of the memory that holds accumulators outside of the registers (sm_100)."""
@@ -105,7 +107,7 @@ class Architecture:
             sm_90, 168 registers, 100 KB, 8 warps: registers allow 3 warps in each of four schedulers, so one program.
         """
         granules = -(-max(registers, 1) // REGISTER_GRANULE) * REGISTER_GRANULE
-        warps = min(SCHEDULERS * (REGISTERS // granules), self.warps)
+        warps = min(SCHEDULERS * (self.registers // granules), self.warps)
         programs = min(warps // num_warps, self.programs)
         if shared_bytes:
             programs = min(programs, self.shared_kb * KB // (shared_bytes + self.reserved_shared_bytes))
