@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tritonmoe.config.overlap import CHUNK_COUNTS, OverlapPlan, equal_sizes, ramp_sizes
+from tritonmoe.config.overlap import NUM_CHUNKS, OverlapPlan, equal_sizes, ramp_sizes
 from tritonmoe.planner import comparison as comparing
 from tritonmoe.planner import plan_search
 from tritonmoe.planner import training_plan as planning
@@ -192,7 +192,7 @@ def test_a_degree_that_does_not_fit_everywhere_takes_no_choice_away():
 def test_more_chunks_gain_less_than_predictions_are_off(model, machine, monkeypatch):
     job, cluster = Job(MODELS[model], sequence=8192, micro_batch=4), CLUSTERS[machine]
     (few, *_), _ = search(job, cluster)
-    more = [OverlapPlan(sizes(count)) for sizes in (equal_sizes, ramp_sizes) for count in CHUNK_COUNTS]
+    more = [OverlapPlan(sizes(count)) for sizes in (equal_sizes, ramp_sizes) for count in NUM_CHUNKS]
     monkeypatch.setattr(plan_search, "OVERLAPS", (*OVERLAPS, *more))
     (many, *_), _ = search(job, cluster)
     assert many.s_per_token > (1 - ALIKE) * few.s_per_token

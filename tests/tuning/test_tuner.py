@@ -10,7 +10,7 @@ from torch import Tensor
 
 import tritonmoe as tm
 from tritonmoe.benchmarks import auto, overlap_arguments
-from tritonmoe.config.overlap import CHUNK_COUNTS, FEW_COUNTS, MAX_CHUNKS, candidate_sizes, equal_sizes, ramp_sizes
+from tritonmoe.config.overlap import FEW_CHUNKS, MAX_CHUNKS, NUM_CHUNKS, candidate_sizes, equal_sizes, ramp_sizes
 from tritonmoe.overlap.steps import Step, StepKind
 from tritonmoe.planner.plan_search import OVERLAPS
 from tritonmoe.simulation.buffer_widths import BufferWidths, WorkingSet
@@ -67,17 +67,17 @@ def test_closed_form_of_a_ramp() -> None:
 
 
 def test_no_number_of_chunks_is_far_from_one_that_is_tried() -> None:
-    for best in range(1, CHUNK_COUNTS[-1] + 1):  # of C * eps + B / C, where B = eps * best ** 2
-        tried = min(count / best + best / count for count in CHUNK_COUNTS) / 2
+    for best in range(1, NUM_CHUNKS[-1] + 1):  # of C * eps + B / C, where B = eps * best ** 2
+        tried = min(count / best + best / count for count in NUM_CHUNKS) / 2
         assert tried <= 1.021
 
 
 def test_planner_doctor_and_benchmarks_try_the_same_chunks() -> None:
     assert [plan.chunk_sizes for plan in OVERLAPS if not plan.serial] == list(candidate_sizes())
-    assert {len(sizes) for sizes in candidate_sizes()} == set(FEW_COUNTS) < set(CHUNK_COUNTS)
+    assert {len(sizes) for sizes in candidate_sizes()} == set(FEW_CHUNKS) < set(NUM_CHUNKS)
     for parser in (auto.make_parser(), overlap_arguments.make_parser()):
-        assert parser.parse_args(["--netns", "2"]).chunks == list(FEW_COUNTS)
-        assert f"(default {' '.join(map(str, FEW_COUNTS))})" in parser.format_help()
+        assert parser.parse_args(["--netns", "2"]).chunks == list(FEW_CHUNKS)
+        assert f"(default {' '.join(map(str, FEW_CHUNKS))})" in parser.format_help()
 
 
 def test_closed_form_stays_within_the_limit() -> None:

@@ -23,11 +23,8 @@ from tritonmoe.runtime.processes import ends_with_its_parent
 
 __all__ = ["Compiled", "compile_all", "compile_one", "compile_unchecked"]
 
-
 HALF_BYTES = 2
 """Bytes of an element of fp16 and bf16."""
-
-
 FIRST_RIGHT_PTXAS = (13, 3)
 """The release that keeps the registers of wgmma's operands until it has read them."""
 FEW_BYTES = 16

@@ -4,7 +4,7 @@ import argparse
 import os
 
 from tritonmoe.benchmarks.argument_types import (
-    chunk_count,
+    add_chunks,
     output_file,
     output_folder,
     picture_file,
@@ -17,7 +17,6 @@ from tritonmoe.benchmarks.inside_namespace import check_start
 from tritonmoe.benchmarks.link_rates import parse_rate
 from tritonmoe.benchmarks.overlap_table import TERMS, as_terms
 from tritonmoe.benchmarks.workload import DTYPES, MODELS, NAMED_WIRE_DTYPES
-from tritonmoe.config.overlap import FEW_COUNTS
 
 __all__ = ["DEFAULT_RATE", "check_arguments", "check_ranks", "make_parser"]
 
@@ -93,13 +92,7 @@ def _add_layer(parser: argparse.ArgumentParser) -> None:
         help="uniform, zipf:S, remote (no expert of a token is on its rank), or a file of ids (default uniform)",
     )
     what.add_argument("--forward-only", action="store_true", help="measure the forward without a backward")
-    what.add_argument(
-        "--chunks",
-        type=chunk_count,
-        nargs="+",
-        default=list(FEW_COUNTS),
-        help=f"numbers of chunks to try (default {' '.join(map(str, FEW_COUNTS))})",
-    )
+    add_chunks(what)
 
 
 def check_arguments(arguments: argparse.Namespace) -> None:

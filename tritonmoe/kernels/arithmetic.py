@@ -31,7 +31,7 @@ def _is_nvidia(_semantic=None):
 def _is_blackwell(_semantic=None):
     """Return whether products are outside of the target's registers, as on sm_100: LLVM makes of sums and products of
     neighbours, but not of inline assembly, instructions that compute both."""
-    return tl.constexpr(compiled_for(_semantic).tensor_memory_columns > 0)
+    return tl.constexpr(compiled_for(_semantic).tensor_columns > 0)
 
 
 @triton.jit

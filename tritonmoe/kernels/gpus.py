@@ -17,24 +17,16 @@ if TYPE_CHECKING:
     from triton.backends.compiler import GPUTarget
 
 __all__ = [
-    "ARCHITECTURES",
-    "CARDS",
-    "OTHER_ARCHITECTURES",
-    "SCHEDULERS",
-    "Architecture",
-    "Card",
-    "architecture_like",
-    "architecture_named",
+    *("ARCHITECTURES", "CARDS", "OTHER_ARCHITECTURES", "SCHEDULERS", "Architecture", "Card"),
+    *("architecture_like", "architecture_named"),
 ]
 
 KB = 1024
 SCHEDULERS = 4
 """Schedulers of a multiprocessor: each issues one instruction of one of its warps in a cycle."""
-REGISTER_GRANULE = 8
-"""So many registers of a lane are given out at once."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # the rows are their own keys: every launch asks
 class Architecture:
     """What one multiprocessor (NVIDIA) or compute unit (AMD) has, and what kernels may use there."""
 
@@ -53,7 +45,7 @@ class Architecture:
     registers: int = 512
     """32-bit registers that one of the four schedulers has for each lane, all its warps together."""
     warp_size: int = 32
-    tensor_memory_columns: int = 0
+    tensor_columns: int = 0
     """Of the memory that holds accumulators outside of the registers (sm_100)."""
     tma_since: tuple[int, ...] | None = None
     """The first Triton that always makes instructions of TMA's loads, () if each does; None: the card has no TMA."""
@@ -87,14 +79,9 @@ class Architecture:
         return self.matrix_instruction in ("wgmma", "tcgen05")
 
     @property
-    def reserved_shared_bytes(self) -> int:
-        """Bytes of shared memory that every program takes beside those it asks for."""
-        return KB if self.backend == "cuda" else 0
-
-    @property
     def shared_bytes_per_program(self) -> int:
-        """Bytes of shared memory that a program may ask for."""
-        return self.shared_kb * KB - self.reserved_shared_bytes
+        """Bytes of shared memory that a program may ask for; on NVIDIA it takes 1 KB beside them."""
+        return (self.shared_kb - (self.backend == "cuda")) * KB
 
     def occupancy(self, registers: int, shared_bytes: int, num_warps: int, tensor_memory_columns: int = 0) -> int:
         """Return how many programs fit side by side.
@@ -106,13 +93,14 @@ class Architecture:
         Example:
             sm_90, 168 registers, 100 KB, 8 warps: registers allow 3 warps in each of four schedulers, so one program.
         """
-        granules = -(-max(registers, 1) // REGISTER_GRANULE) * REGISTER_GRANULE
+        granules = -(-max(registers, 1) // 8) * 8  # given out eight at a time
         warps = min(SCHEDULERS * (self.registers // granules), self.warps)
         programs = min(warps // num_warps, self.programs)
         if shared_bytes:
-            programs = min(programs, self.shared_kb * KB // (shared_bytes + self.reserved_shared_bytes))
+            reserved = self.shared_kb * KB - self.shared_bytes_per_program
+            programs = min(programs, self.shared_kb * KB // (shared_bytes + reserved))
         if tensor_memory_columns:
-            programs = min(programs, self.tensor_memory_columns // tensor_memory_columns)
+            programs = min(programs, self.tensor_columns // tensor_memory_columns)
         return programs
 
 
@@ -122,10 +110,7 @@ ARCHITECTURES = {
         Architecture("sm_80", "sm_80", "mma.sync", 164, 2048, 64, 32),
         Architecture("sm_90", "sm_90", "wgmma", 228, 4096, 64, 32, tma_since=(), gathers_by_tma=False),
         Architecture(
-            *("sm_100", "sm_100", "tcgen05", 228, 8192, 64, 32),
-            tensor_memory_columns=512,
-            tma_since=(),
-            fences_since=(3, 7, 1),
+            "sm_100", "sm_100", "tcgen05", 228, 8192, 64, 32, tensor_columns=512, tma_since=(), fences_since=(3, 7, 1)
         ),
         Architecture("sm_120", "nvidia", "mma.sync", 100, 1024, 48, 24, tma_since=(3, 7), spills_boxes=True),
         Architecture("gfx942", "amd", "mfma", 64, 2048, 32, 32, warp_size=64, chiplets=8),
@@ -144,7 +129,9 @@ OTHER_ARCHITECTURES = {
 }
 """The targets for which the variants are compiled that are compiled by default."""
 
-_FAMILIES = {
+_KNOWN = {
+    **ARCHITECTURES,
+    **OTHER_ARCHITECTURES,
     r"sm_8\d": OTHER_ARCHITECTURES["sm_86"],
     r"sm_10\d": ARCHITECTURES["sm_100"],
     r"sm_12\d": ARCHITECTURES["sm_120"],
@@ -163,25 +150,22 @@ _STRANGERS = {
 
 
 class Card(NamedTuple):
-    """A product with GPUs of one architecture, by its data sheet."""
+    """A product with GPUs of one architecture, by its data sheet. tflops: dense products, 1e12 FLOP/s by dtype."""
 
     architecture: str
     multiprocessors: int
     memory_gb: float
     memory_tb_per_s: float
     tflops: Mapping[str, float]
-    """Peak of dense products in 1e12 FLOP/s, by dtype."""
 
 
-_AMPERE = {"bf16": 312.0, "fp16": 312.0}
 _HOPPER = {"bf16": 989.4, "fp16": 989.4, "fp8": 1978.9}
-_BLACKWELL = {"bf16": 2250.0, "fp16": 2250.0, "fp8": 4500.0}
 _GRACE_BLACKWELL = {"bf16": 2500.0, "fp16": 2500.0, "fp8": 5000.0}
 CARDS = {
-    "A100": Card("sm_80", 108, 80, 2.04, _AMPERE),
+    "A100": Card("sm_80", 108, 80, 2.04, {"bf16": 312.0, "fp16": 312.0}),
     "H100": Card("sm_90", 132, 80, 3.35, _HOPPER),
     "H200": Card("sm_90", 132, 141, 4.8, _HOPPER),
-    "B200": Card("sm_100", 148, 180, 8.0, _BLACKWELL),
+    "B200": Card("sm_100", 148, 180, 8.0, {"bf16": 2250.0, "fp16": 2250.0, "fp8": 4500.0}),
     "GB200": Card("sm_100", 148, 186, 8.0, _GRACE_BLACKWELL),
     "GB300": Card("sm_103", 148, 279, 8.0, _GRACE_BLACKWELL),
     "MI300X": Card("gfx942", 304, 192, 5.3, {"bf16": 1307.4, "fp16": 1307.4, "fp8": 2614.9}),
@@ -191,11 +175,8 @@ CARDS = {
 @functools.cache
 def architecture_like(name: str) -> Architecture:
     """Return what kernels may use on any card, or in the "interpreter": that of its family, or of the most like it."""
-    try:
-        return architecture_named(name)
-    except ValueError:
-        like = next(one for pattern, one in _STRANGERS.items() if re.fullmatch(pattern, name))
-        return replace(like, name=name)
+    rows = (_KNOWN | _STRANGERS).items()
+    return replace(next(row for pattern, row in rows if re.fullmatch(pattern, name)), name=name)
 
 
 def architecture_named(name: str) -> Architecture:
@@ -204,13 +185,9 @@ def architecture_named(name: str) -> Architecture:
     Raises:
         ValueError: no such GPU is known.
     """
-    listed = {**ARCHITECTURES, **OTHER_ARCHITECTURES}
-    if name in listed:
-        return listed[name]
-    for pattern, relative in _FAMILIES.items():
-        if re.fullmatch(pattern, name):
-            return replace(relative, name=name)
+    if any(re.fullmatch(pattern, name) for pattern in _KNOWN):
+        return architecture_like(name)
     raise ValueError(
-        f"a target must be one of {', '.join(listed)}, or be named like them and have compute capability 8, 10 or 12, "
-        f"gfx9, gfx11 or gfx12, got {name!r}"
+        f"a target must be one of {', '.join(ARCHITECTURES | OTHER_ARCHITECTURES)}, or be named like them and have "
+        f"compute capability 8, 10 or 12, gfx9, gfx11 or gfx12, got {name!r}"
     )

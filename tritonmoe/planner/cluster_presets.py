@@ -34,10 +34,9 @@ def _nvlink(gb_per_s: float) -> Link:
 
 
 def _gpu(name: str, *shares: float) -> Gpu:
-    """Return a GPU with its card's facts. shares: efficiencies of dense products, grouped products and attention."""
-    card, (gemm, grouped, attention) = CARDS[name], map(_assumed, shares)
-    facts = card.memory_gb, card.memory_tb_per_s, card.tflops
-    return Gpu(*facts, gemm, grouped, attention, _assumed(0.7), contention=_assumed(0.1))
+    """Return a GPU with its card's facts. shares: efficiencies of dense products, grouped ones and attention."""
+    card, efficiencies = CARDS[name], map(_assumed, (*shares, 0.7, 0.1))
+    return Gpu(card.memory_gb, card.memory_tb_per_s, card.tflops, *efficiencies)
 
 
 CLUSTERS = {
@@ -64,12 +63,7 @@ CLUSTERS |= {
 }
 CLUSTERS |= {
     name: replace(
-        CLUSTERS["B200"],
-        name=name,
-        nodes=1,
-        gpus_per_node=72,
-        usd_per_gpu_hour=usd,
-        gpu=_gpu(name, 0.55, 0.54, 0.42),
+        CLUSTERS["B200"], name=name, nodes=1, gpus_per_node=72, usd_per_gpu_hour=usd, gpu=_gpu(name, 0.55, 0.54, 0.42)
     )
     for name, usd in (("GB200", 5.0), ("GB300", 6.0))
 }

@@ -13,9 +13,9 @@ from dataclasses import replace
 from functools import lru_cache
 
 from tritonmoe.config.overlap import (
-    CHUNK_COUNTS,
     LOCAL_PARTS,
     MAX_CHUNKS,
+    NUM_CHUNKS,
     OverlapConfig,
     OverlapPlan,
     equal_sizes,
@@ -189,7 +189,7 @@ def search(
 
     seed, growth = _closed_form(config, work, costs, link)
     growths = {"equal": [1], "ramp": [2]}.get(str(config.shape), [1, 2, growth])
-    for num_chunks in sorted({seed, *CHUNK_COUNTS}):
+    for num_chunks in sorted({seed, *NUM_CHUNKS}):
         for growth in growths:
             tries(plan_of(config, ramp_sizes(num_chunks, growth)))
     if config.local_first:

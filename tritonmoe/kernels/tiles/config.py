@@ -16,7 +16,6 @@ __all__ = ["GATHERS", "TileConfig", "refusal"]
 GATHERS = ("pointers", "tma", "copy")
 """How `up` gets rows through an index: see `TileConfig`."""
 
-
 MAX_BLOCK = 1024
 """The longest side of a tile. Triton's own limit is on a tile's elements."""
 MAX_PROGRAMS = 4

@@ -18,7 +18,7 @@ from torch import Tensor
 from tritonmoe.config.layer import KernelOptions
 from tritonmoe.grouping import Grouping
 from tritonmoe.kernels import launch
-from tritonmoe.kernels.gpus import CARDS, Architecture, architecture_like
+from tritonmoe.kernels.gpus import CARDS, Architecture
 from tritonmoe.kernels.row_tiles import TILE_HEIGHTS
 from tritonmoe.kernels.tiles import measured_tiles, table, tma
 from tritonmoe.kernels.tiles.config import SHARED_ELEMENTS, TileConfig
@@ -107,7 +107,7 @@ def grouped_matmul_config(
     key = measured_tiles.tile_key(gpu.name, like.dtype, product, width, depth, measured_rows)
     measured = measured_tiles.fields_of(key)
     abilities = _why_no_tma(gpu), lacks_fences(gpu), launch.dot_precision(like)
-    of_all_rows = _Product(operation, gpu.name, *abilities, like.dtype, width, depth)
+    of_all_rows = _Product(operation, gpu, *abilities, like.dtype, width, depth)
     gather = dict(measured).get("gather")
     why_one_tile = "" if may_be_persistent else "it would spill registers"
     config, clipped = _config(
@@ -128,18 +128,13 @@ class _Product(NamedTuple):
     """What of a grouped product doesn't depend on its rows."""
 
     operation: str
-    gpu_name: str
+    gpu: Architecture
     why_no_tma: str
-    """Empty where there is TMA."""
     lacks_fences: bool
     precision: str
     dtype: torch.dtype
     width: int
     depth: int
-
-    @property
-    def is_interpreted(self) -> bool:
-        return self.gpu_name == "interpreter"
 
 
 @functools.lru_cache(maxsize=4096)
@@ -160,8 +155,8 @@ def _config(
         measured: the fields that a measured entry replaces. gather_refusal: why x can't be gathered as it says.
         why_one_tile: why a program may not walk over several tiles; empty where it may.
     """
-    operation, gpu_name, why_no_tma, _, _, dtype, width, depth = product
-    config = table.tile_of(architecture_like(gpu_name).tiles, table.elements_of(dtype, width, depth), operation, height)
+    operation, gpu, why_no_tma, _, _, dtype, width, depth = product
+    config = table.tile_of(gpu.tiles, table.elements_of(dtype, width, depth), operation, height)
     if rows == 8 and operation != "weight_grad":
         config = _narrowed(config, width, num_slots)
     gathers = operation in ("up", "up_ungated")
@@ -199,9 +194,9 @@ def _may_be_stored_by_tma(product: _Product, config: TileConfig) -> bool:
 
     These are tall ones in half precision, all of whose operands TMA reads, where there are 227 KB of shared memory.
     """
-    has_room = architecture_like(product.gpu_name).shared_bytes_per_program >= 2 * SHARED_ELEMENTS
+    has_room = product.gpu.shared_bytes_per_program >= 2 * SHARED_ELEMENTS
     is_counted = product.dtype.itemsize == 2 and config.block_m >= 64 and has_room
-    return (is_counted or product.is_interpreted) and config.tma and _may_walk(config.reads)
+    return (is_counted or product.gpu.tiles == "interpreter") and config.tma and _may_walk(config.reads)
 
 
 def _say_what_is_slow(operation: str, reads: Mapping[str, str], why_one_tile: str) -> None:
@@ -238,11 +233,11 @@ def _clipped_weight_grad(config: TileConfig, product: _Product) -> TileConfig:
     It only pays where accumulators live outside the registers: in the tensor memory of sm_100, and in the interpreter.
     """
     config = config.clipped(product.width, config.block_k)
-    in_tensor_memory = product.dtype != torch.float32 and architecture_like(product.gpu_name).tensor_memory_columns > 0
+    in_tensor_memory = product.gpu.tensor_columns > 0 and product.dtype != torch.float32
     return replace(
         config,
         block_m=min(config.block_m, max(16, triton.next_power_of_2(product.depth))),
-        subtiles=config.subtiles if product.is_interpreted or in_tensor_memory else 1,
+        subtiles=config.subtiles if product.gpu.tiles == "interpreter" or in_tensor_memory else 1,
     )
 
 
