@@ -1,4 +1,4 @@
-"""The table of GPUs: every fact of a card that other files read, which work without Triton too.
+"""The table of GPUs: every fact of a card that other files read. Reading the table needs no Triton.
 
 Tiles, launches, ahead-of-time compilation, the choice of a backend and the planner's machines read it.
 
