@@ -1,9 +1,13 @@
-"""The table of tiles: what every product of every family of GPUs gets from it, row by row."""
+"""The table of tiles: what every product of every family of GPUs gets from it, row by row; and the table of GPUs."""
 
+import ast
+import re
 from pathlib import Path
 
 import pytest
 
+import tritonmoe
+from tritonmoe.kernels.gpus import CARDS, architecture_like, architecture_named
 from tritonmoe.kernels.tiles import table
 from tritonmoe.kernels.tiles.table import tile_of
 
@@ -57,3 +61,37 @@ def test_every_row_is_some_products_first():
         for height in HEIGHTS
     }
     assert reached == set(range(len(table._ROWS)))
+
+
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [
+        *(("interpreter", "interpreter"), ("sm_75", "nvidia"), ("sm_80", "sm_80"), ("sm_86", "nvidia")),
+        *(("sm_90", "sm_90"), ("sm_103", "sm_100"), ("sm_110", "nvidia"), ("sm_121", "nvidia")),
+        *(("gfx803", "amd"), ("gfx942", "amd"), ("gfx1201", "amd")),
+    ],
+)
+def test_every_card_has_tiles_known_or_not(name, family):
+    gpu = architecture_like(name)
+    assert (gpu.name, gpu.tiles) == (name, family)
+    assert gpu.tiles in FAMILIES
+
+
+def test_every_product_on_the_market_has_a_known_architecture():
+    assert {name: architecture_named(card.architecture).name for name, card in CARDS.items()} == {
+        name: card.architecture for name, card in CARDS.items()
+    }
+
+
+def test_only_the_tables_name_a_gpu():
+    """What one GPU has and others lack is a field of its row, so that a new GPU is a new row."""
+    root = Path(tritonmoe.__file__).parent
+    named = {
+        (path.relative_to(root).as_posix(), node.value)
+        for path in root.rglob("*.py")
+        if path != root / "kernels" / "gpus.py"
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and re.fullmatch(r"sm_?\d+|gfx\w+", str(node.value))
+    }
+    # An example for a user without a card, and the room for which the pieces of a stored tile were counted.
+    assert named == {("cli/tune.py", "sm_90"), ("kernels/tiles/config.py", "sm_90")}

@@ -10,7 +10,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tritonmoe.config.overlap import NUM_CHUNKS, OverlapPlan, equal_sizes, ramp_sizes
 from tritonmoe.planner import comparison as comparing
+from tritonmoe.planner import plan_search
 from tritonmoe.planner import training_plan as planning
 from tritonmoe.planner.cluster import NORMAL_90, Estimate
 from tritonmoe.planner.cluster_presets import CLUSTERS
@@ -25,6 +27,7 @@ from tritonmoe.planner.plan_verdict import comparison_as_json, plan_as_json
 from tritonmoe.planner.step import step_time
 from tritonmoe.planner.trainer import trained_by
 from tritonmoe.planner.training_plan import plan
+from tritonmoe.tuning.search import ALIKE
 
 JOB = Job(MODELS["Qwen3-30B-A3B"], micro_batches=8)
 FULL = replace(JOB, recompute="full")
@@ -181,6 +184,18 @@ def test_a_degree_that_does_not_fit_everywhere_takes_no_choice_away():
     (many, *_), _ = search(job, cluster, [8, 16, 32], Free(pp=True))
     assert (few.job.pp, few.job.ep) == (4, 8)
     assert (many.job, many.overlap, many.time) == (few.job, few.overlap, few.time)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("machine", ["H100", "H100-100G", "B200", "MI300X"])
+@pytest.mark.parametrize("model", ["Qwen3-30B-A3B", "Mixtral-8x7B", "DeepSeek-V3"])
+def test_more_chunks_gain_less_than_predictions_are_off(model, machine, monkeypatch):
+    job, cluster = Job(MODELS[model], sequence=8192, micro_batch=4), CLUSTERS[machine]
+    (few, *_), _ = search(job, cluster)
+    more = [OverlapPlan(sizes(count)) for sizes in (equal_sizes, ramp_sizes) for count in NUM_CHUNKS]
+    monkeypatch.setattr(plan_search, "OVERLAPS", (*OVERLAPS, *more))
+    (many, *_), _ = search(job, cluster)
+    assert many.s_per_token > (1 - ALIKE) * few.s_per_token
 
 
 @pytest.mark.parametrize("two_batches", [False, pytest.param(True, marks=pytest.mark.thorough)])

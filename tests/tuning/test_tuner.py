@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 import tritonmoe as tm
-from tritonmoe.config.overlap import MAX_CHUNKS, equal_sizes, ramp_sizes
+from tritonmoe.benchmarks import auto, overlap_arguments
+from tritonmoe.config.overlap import FEW_CHUNKS, MAX_CHUNKS, NUM_CHUNKS, candidate_sizes, equal_sizes, ramp_sizes
 from tritonmoe.overlap.steps import Step, StepKind
+from tritonmoe.planner.plan_search import OVERLAPS
 from tritonmoe.simulation.buffer_widths import BufferWidths, WorkingSet
 from tritonmoe.simulation.cost_model import LayerWork, LinkCosts
 from tritonmoe.simulation.memory import peak_bytes
@@ -62,6 +64,20 @@ def test_closed_form(experts_s: float, communication_s: float, eps_s: float, exp
 
 def test_closed_form_of_a_ramp() -> None:
     assert [closed_form_growth(1.0, communication_s) for communication_s in (2.0, 0.5, 0.01, 0.0)] == [2, 4, 8, 8]
+
+
+def test_no_number_of_chunks_is_far_from_one_that_is_tried() -> None:
+    for best in range(1, NUM_CHUNKS[-1] + 1):  # of C * eps + B / C, where B = eps * best ** 2
+        tried = min(count / best + best / count for count in NUM_CHUNKS) / 2
+        assert tried <= 1.021
+
+
+def test_planner_doctor_and_benchmarks_try_the_same_chunks() -> None:
+    assert [plan.chunk_sizes for plan in OVERLAPS if not plan.serial] == list(candidate_sizes())
+    assert {len(sizes) for sizes in candidate_sizes()} == set(FEW_CHUNKS) < set(NUM_CHUNKS)
+    for parser in (auto.make_parser(), overlap_arguments.make_parser()):
+        assert parser.parse_args(["--netns", "2"]).chunks == list(FEW_CHUNKS)
+        assert f"(default {' '.join(map(str, FEW_CHUNKS))})" in parser.format_help()
 
 
 def test_closed_form_stays_within_the_limit() -> None:

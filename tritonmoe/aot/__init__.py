@@ -4,10 +4,10 @@ The backend's own operations run on meta tensors while `launch.recording` collec
 compiled here, argument specialisation included, is what a GPU would get.
 """
 
-from tritonmoe.aot.architectures import ARCHITECTURES, OTHER_ARCHITECTURES, Architecture, architecture_named
 from tritonmoe.aot.compilation import Compiled, compile_all, compile_one, compile_unchecked
 from tritonmoe.aot.launches import record_launches, source_of
 from tritonmoe.aot.variants import VARIANTS, Variant
+from tritonmoe.kernels.gpus import ARCHITECTURES, OTHER_ARCHITECTURES, Architecture, architecture_named
 
 __all__ = [
     "ARCHITECTURES",

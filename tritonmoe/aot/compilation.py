@@ -12,22 +12,19 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from tritonmoe.aot.architectures import SCHEDULERS, architecture_named
 from tritonmoe.aot.launches import record_launches, source_of
 from tritonmoe.aot.machine_code import MachineCode, read_amd, read_nvidia
 from tritonmoe.aot.variants import VARIANTS
 from tritonmoe.kernels import launch
 from tritonmoe.kernels.compiled import settle_cache
+from tritonmoe.kernels.gpus import SCHEDULERS, architecture_named
 from tritonmoe.kernels.tiles import measured_tiles
 from tritonmoe.runtime.processes import ends_with_its_parent
 
 __all__ = ["Compiled", "compile_all", "compile_one", "compile_unchecked"]
 
-
 HALF_BYTES = 2
 """Bytes of an element of fp16 and bf16."""
-
-
 FIRST_RIGHT_PTXAS = (13, 3)
 """The release that keeps the registers of wgmma's operands until it has read them."""
 FEW_BYTES = 16

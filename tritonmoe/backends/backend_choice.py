@@ -15,6 +15,7 @@ import torch
 
 from tritonmoe.backends.ops import CalledLayer, Operations, Unchecked
 from tritonmoe.config.layer import MAX_EXPERTS, MAX_TOP_K, KernelOptions
+from tritonmoe.kernels.gpus import architecture_like
 
 __all__ = ["BACKENDS", "check_name", "choose", "launches_kernels", "triton_unusable_reason"]
 
@@ -22,8 +23,6 @@ BACKENDS = ("triton", "torch", "reference")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MIN_TRITON = (3, 6)
 MIN_COMPUTE_CAPABILITY = (8, 0)
-FENCED_TRITON = (3, 7, 1)
-"""Before it kernels of compute capability 10.x lack a barrier (triton-lang/triton#9871) and fences of copies."""
 TRITON_PACKAGES = ("triton", "pytorch-triton", "pytorch-triton-rocm", "triton-rocm", "triton-windows")
 log = logging.getLogger("tritonmoe")
 
@@ -80,14 +79,15 @@ def _triton_unusable_reason(device: torch.device, installed: str | None, interpr
 def _doubted_reason(device: torch.device, installed: str | None) -> str | None:
     """Say why "auto" doesn't take kernels that may run on a device; None where nothing is known against them."""
     capability = _compute_capability(device.index) if device.type == "cuda" else None
-    if installed is None or capability is None or capability[0] != 10:
+    if installed is None or capability is None:
         return None
-    numbers = tuple(map(int, re.findall(r"\d+", installed)[:3]))
-    if numbers >= FENCED_TRITON:
+    major, minor = capability
+    fences_since = architecture_like(f"sm_{major}{minor}").fences_since
+    if tuple(map(int, re.findall(r"\d+", installed)[:3])) >= fences_since:
         return None
     return (
-        f"what Triton {installed} makes for compute capability 10.{capability[1]} lacks a barrier and fences "
-        f"(triton-lang/triton#9871): upgrade it to {'.'.join(map(str, FENCED_TRITON))}. With backend='triton' kernels "
+        f"what Triton {installed} makes for compute capability {major}.{minor} lacks a barrier and fences "
+        f"(triton-lang/triton#9871): upgrade it to {'.'.join(map(str, fences_since))}. With backend='triton' kernels "
         "run, and load nothing asynchronously"
     )
 

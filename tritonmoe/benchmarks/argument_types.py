@@ -7,10 +7,11 @@ import os
 from pathlib import Path
 from typing import TypeAlias
 
-from tritonmoe.config.overlap import MAX_CHUNKS
+from tritonmoe.config.overlap import FEW_CHUNKS, MAX_CHUNKS
 
 __all__ = [
     "Subparsers",
+    "add_chunks",
     "chunk_count",
     "output_file",
     "output_folder",
@@ -33,6 +34,12 @@ def positive(text: str) -> int:
 def chunk_count(text: str) -> int:
     """Return a number of chunks."""
     return _whole_number(text, 1, MAX_CHUNKS)
+
+
+def add_chunks(parser: argparse._ActionsContainer) -> None:
+    """Add --chunks, the numbers of chunks that a benchmark tries."""
+    words = f"numbers of chunks to try (default {' '.join(map(str, FEW_CHUNKS))})"
+    parser.add_argument("--chunks", type=chunk_count, nargs="+", default=list(FEW_CHUNKS), help=words)
 
 
 def seed(text: str) -> int:

@@ -15,7 +15,7 @@ import sys
 
 import torch
 
-from tritonmoe.benchmarks.argument_types import chunk_count, output_file, positive, positive_number
+from tritonmoe.benchmarks.argument_types import add_chunks, output_file, positive, positive_number
 from tritonmoe.benchmarks.inside_namespace import ask, check_start
 from tritonmoe.benchmarks.link_rates import parse_rate
 from tritonmoe.benchmarks.measured_layer import Link, MeasuredLayer
@@ -34,7 +34,6 @@ from tritonmoe.transports.torchrun import torchrun_ranks
 
 __all__ = ["main", "summarize_cases", "sweep_variants"]
 
-
 DEFAULT_RATES = ["400mbit", "1gbit", "2500mbit"]
 
 
@@ -51,13 +50,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokens", type=positive, default=1024, help="tokens of each rank (default 1024)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--forward-only", action="store_true", help="measure the forward without a backward")
-    parser.add_argument(
-        "--chunks",
-        type=chunk_count,
-        nargs="+",
-        default=[1, 2, 3, 4, 8],
-        help="numbers of chunks to try (default 1 2 3 4 8)",
-    )
+    add_chunks(parser)
     parser.add_argument("--sweep-rounds", type=positive, default=5, help="rounds of the first run (default 5)")
     parser.add_argument("--rounds", type=positive, default=21, help="rounds of the second run (default 21)")
     parser.add_argument(

@@ -4,7 +4,7 @@ import argparse
 import os
 
 from tritonmoe.benchmarks.argument_types import (
-    chunk_count,
+    add_chunks,
     output_file,
     output_folder,
     picture_file,
@@ -92,13 +92,7 @@ def _add_layer(parser: argparse.ArgumentParser) -> None:
         help="uniform, zipf:S, remote (no expert of a token is on its rank), or a file of ids (default uniform)",
     )
     what.add_argument("--forward-only", action="store_true", help="measure the forward without a backward")
-    what.add_argument(
-        "--chunks",
-        type=chunk_count,
-        nargs="+",
-        default=[1, 2, 3, 4, 6, 8],
-        help="numbers of chunks to try (default 1 2 3 4 6 8)",
-    )
+    add_chunks(what)
 
 
 def check_arguments(arguments: argparse.Namespace) -> None:

@@ -10,12 +10,15 @@ import torch
 from tritonmoe.config.numbers import check_flags, is_integer, is_number
 
 __all__ = [
+    "FEW_CHUNKS",
     "LOCAL_PARTS",
     "MAX_CHUNKS",
     "MAX_COPIES",
+    "NUM_CHUNKS",
     "WIRE_DTYPES",
     "OverlapConfig",
     "OverlapPlan",
+    "candidate_sizes",
     "check_chunk_sizes",
     "check_overlap",
     "equal_sizes",
@@ -216,6 +219,19 @@ def ramp_sizes(num_chunks: int, growth: int = 2) -> tuple[int, ...]:
         growth: each chunk is so many times the one before, up to LARGEST_SIZE, the first being 1; 1 gives equal sizes.
     """
     return tuple(min(growth ** min(c, num_chunks - 1 - c), LARGEST_SIZE) for c in range(num_chunks))
+
+
+NUM_CHUNKS = (1, 2, 3, 4, 6, 8, 12, 16)
+"""Numbers of chunks that are tried, each at most 1.5 times the one before where a number is left out. Of a time
+C * eps + B / C (`tuning/search.py`) one of them then takes at most 2.1 % more than the best number between them."""
+FEW_CHUNKS = NUM_CHUNKS[: NUM_CHUNKS.index(8) + 1]
+"""Those that the planner, the doctor and the benchmarks try: more gain less there than predictions are off. The tuner
+tries all, since it measures its layer."""
+
+
+def candidate_sizes() -> tuple[tuple[int, ...], ...]:
+    """Return the relative sizes of chunks that predictions compare: FEW_CHUNKS of equal chunks, and of ramps."""
+    return tuple(dict.fromkeys(sizes(count) for sizes in (equal_sizes, ramp_sizes) for count in FEW_CHUNKS))
 
 
 @dataclass(frozen=True)

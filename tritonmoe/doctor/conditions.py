@@ -204,11 +204,6 @@ def _with_uneven_chunks(link: LinkCosts, call: RecordedCall) -> LinkCosts:
 
 
 def with_plan(of: Conditions, plan: OverlapPlan) -> Conditions:
-    """Return the same call by another plan."""
-    schedules = tuple(_like(schedule, plan) for schedule in of.schedules)
+    """Return the same call by another plan, with as much needed of each pass."""
+    schedules = tuple(schedule_of(plan, [step.kind for step in schedule]) for schedule in of.schedules)
     return replace(of, plan=plan, schedules=schedules)
-
-
-def _like(schedule: Schedule, plan: OverlapPlan) -> Schedule:
-    """Return the schedule of another plan for the same pass, with as much needed of it."""
-    return schedule_of(plan, [step.kind for step in schedule])

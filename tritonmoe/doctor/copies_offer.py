@@ -16,9 +16,9 @@ from tritonmoe.diagnosis.call_recording import RecordedCall
 from tritonmoe.dispatch.copies import ExpertCopies
 from tritonmoe.doctor.conditions import Conditions
 from tritonmoe.expert_parallel.plans.copies.copy_planner import CopyCosts, is_uneven, plan_copies
-from tritonmoe.overlap.schedule import Schedule, build_backward, build_forward
+from tritonmoe.overlap.schedule import Schedule
 from tritonmoe.overlap.steps import StepKind
-from tritonmoe.simulation.copy_work import CopyWork, gradient_parts
+from tritonmoe.simulation.copy_work import CopyWork, backward_with, forward_with, gradient_parts
 from tritonmoe.simulation.cost_model import LayerWork
 
 __all__ = ["copies_offer"]
@@ -124,16 +124,5 @@ def _work(work: LayerWork, copies: ExpertCopies, costs: CopyCosts) -> LayerWork:
 def _schedule(schedule: Schedule, plan: OverlapPlan, copies: CopyWork | None) -> Schedule:
     kinds = [step.kind for step in schedule]
     if StepKind.METADATA in kinds:
-        return build_forward(
-            plan,
-            kinds.count(StepKind.FILLER),
-            has_copies=True,
-            relays_copies=copies is not None and copies.relayed is not None,
-        )
-    return build_backward(
-        plan,
-        needs_x=StepKind.DISPATCH_BACKWARD in kinds,
-        needs_topk_weights=StepKind.ROUTING_BACKWARD in kinds,
-        has_copies=True,
-        returned_copies=() if copies is None else copies.returned,
-    )
+        return forward_with(copies, plan, kinds.count(StepKind.FILLER))
+    return backward_with(copies, plan, StepKind.DISPATCH_BACKWARD in kinds, StepKind.ROUTING_BACKWARD in kinds)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from tritonmoe.config.overlap import OverlapPlan, equal_sizes, ramp_sizes
+from tritonmoe.config.overlap import OverlapPlan, candidate_sizes
 from tritonmoe.doctor.advice import Advice
 from tritonmoe.doctor.attribution import Cost
 from tritonmoe.doctor.causes import Causes
@@ -27,11 +27,6 @@ __all__ = ["Offers", "offers_of"]
 
 LEAST_SHARE = 0.01
 """A smaller gain is not spoken of."""
-SIZES = (
-    *(equal_sizes(count) for count in (2, 3, 4, 6, 8)),
-    *(ramp_sizes(count) for count in (3, 4, 5, 6)),
-)
-"""Numbers and shapes of chunks that are tried."""
 MOST_WALKED = 120
 """So many passes are simulated; of more, those of some steps, evenly spread."""
 UNLIKE_ROWS = 1.2
@@ -171,7 +166,7 @@ class Offers:
 
     def best_plan(self, layers: Sequence[LayerPass], fixed_s: Mapping[Key, Sequence[float]]) -> OverlapPlan:
         """Return the plan that saves most in these passes."""
-        plans = [OverlapPlan(sizes, local_first=False) for sizes in SIZES]
+        plans = [OverlapPlan(sizes, local_first=False) for sizes in candidate_sizes() if len(sizes) > 1]
         return max(plans, key=lambda plan: sum(self.saved(of, plan, fixed_s[of.key][EXPECTED]) for of in layers))
 
     def fixed_of(self, layers: Sequence[LayerPass]) -> dict[Key, tuple[float, float, float]]:

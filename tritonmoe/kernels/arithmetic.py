@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.libdevice import fast_dividef
 
-from tritonmoe.kernels.launch import INTERPRETED
+from tritonmoe.kernels.launch import INTERPRETED, compiled_for
 
 __all__ = [
     "as_loaded",
@@ -29,9 +29,9 @@ def _is_nvidia(_semantic=None):
 
 @tl.core.builtin
 def _is_blackwell(_semantic=None):
-    """Return whether the compiler's target is sm_100: products are outside of its registers, and LLVM makes of sums and
-    products of neighbours, but not of inline assembly, instructions that compute both."""
-    return tl.constexpr(_semantic.builder.options.arch.startswith("sm10"))
+    """Return whether products are outside of the target's registers, as on sm_100: LLVM makes of sums and products of
+    neighbours, but not of inline assembly, instructions that compute both."""
+    return tl.constexpr(compiled_for(_semantic).tensor_columns > 0)
 
 
 @triton.jit

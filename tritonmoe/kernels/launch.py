@@ -20,6 +20,7 @@ from triton.backends.compiler import GPUTarget
 
 from tritonmoe.config.layer import KernelOptions
 from tritonmoe.kernels.compiled import compiled_kernels
+from tritonmoe.kernels.gpus import Architecture, architecture_like
 from tritonmoe.kernels.tiles.config import TileConfig
 
 __all__ = [
@@ -28,8 +29,10 @@ __all__ = [
     "Launch",
     "architecture_of",
     "cdiv",
+    "compiled_for",
     "contiguous_columns",
     "dot_precision",
+    "gpu_of",
     "launch",
     "next_power_of_2",
     "num_programs",
@@ -104,6 +107,16 @@ def architecture_of(target: GPUTarget | None) -> str:
     if target is None:
         return "interpreter"
     return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
+
+
+def gpu_of(device: torch.device) -> Architecture:
+    """Return the row of the table of GPUs for the one that kernels on `device` are compiled for."""
+    return architecture_like(architecture_of(target_of(device)))
+
+
+def compiled_for(semantic: Any) -> Architecture:
+    """Return the row of the table of GPUs for the compiler's target; semantic: the `_semantic` of a builtin."""
+    return architecture_like(semantic.builder.options.arch.replace("sm", "sm_"))
 
 
 @functools.cache
@@ -197,8 +210,7 @@ def dot_precision(like: Tensor) -> str:
     """Return the PRECISION of `dot` of such tensors: tf32 for fp32, if the torch setting asks and the GPU has it."""
     if like.dtype != torch.float32:
         return "ieee"
-    target = target_of(like.device)
-    if target is not None and target.backend == "hip" and target.arch != "gfx942":
+    if not gpu_of(like.device).has_tf32:
         return "ieee"
     # allow_tf32 raises where the newer setting has been used; fp32_precision reflects both.
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"

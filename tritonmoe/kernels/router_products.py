@@ -10,8 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tritonmoe.kernels.arithmetic import dot, round_to
-from tritonmoe.kernels.launch import cdiv, contiguous_columns, launch, next_power_of_2, target_of
-from tritonmoe.kernels.tiles.table import family_of
+from tritonmoe.kernels.launch import cdiv, contiguous_columns, gpu_of, launch, next_power_of_2, target_of
 from tritonmoe.kernels.tiles.tile_choice import lacks_fences
 
 __all__ = ["router_logits", "tokens_grad", "weight_grad"]
@@ -118,12 +117,11 @@ def _tile(device: torch.device, width: int, *strides: int) -> dict[str, int]:
     It doesn't depend on the number of tokens, so neither do a token's bits. An operand whose rows are no multiple of
     eight elements fits no vector load, and takes registers for every address.
     """
-    target = target_of(device)
-    if target is None:
+    if target_of(device) is None:
         return {"rows": 32, "columns": 32, "depth": 32, "num_warps": 4, "num_stages": 1}
-    columns = min(128, max(16, next_power_of_2(width)))
+    gpu, columns = gpu_of(device), min(128, max(16, next_power_of_2(width)))
     is_odd = any(stride % 8 for stride in strides)
-    num_stages = 1 if lacks_fences(target) else 2 if is_odd or target.backend != "cuda" else 3
+    num_stages = 1 if lacks_fences(gpu) else 2 if is_odd or gpu.backend != "cuda" else 3
     if is_odd:
         return {"rows": 64, "columns": min(64, columns), "depth": 32, "num_warps": 8, "num_stages": num_stages}
     return {"rows": 64, "columns": columns, "depth": 64, "num_warps": 4, "num_stages": num_stages}
@@ -200,8 +198,8 @@ def weight_grad(dlogits: Tensor, x: Tensor, topk_ids: Tensor, weight: Tensor) ->
     if num_stages == 3:
         # Which tokens are skipped is loaded before their x, and that load takes two stages from those of the tiles.
         num_stages = 5
-        # wgmma and tcgen05 read operands in shared memory. Through registers, 4 warps would spill with Triton 3.6.
-        num_warps = 4 if family_of(target_of(x.device)) in ("sm_90", "sm_100") else 8
+        # With operands in registers, 4 warps would spill with Triton 3.6.
+        num_warps = 4 if gpu_of(x.device).multiplies_shared_memory else 8
     sums = x.new_empty(num_splits, num_rows, width, dtype=torch.float32)
     launch(
         _sums_over_rows_kernel,

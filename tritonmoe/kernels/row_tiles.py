@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tritonmoe.grouping import Grouping
-from tritonmoe.kernels.launch import INTERPRETED, cdiv, launch
+from tritonmoe.kernels.launch import INTERPRETED, cdiv, compiled_for, launch
 
 __all__ = [
     "EXPERTS_PER_STEP",
@@ -193,8 +193,8 @@ def row_tiles_of(grouping: Grouping) -> Tensor:
 
 @tl.core.builtin
 def _has_chiplets(_semantic=None):
-    """Return whether the compiler's target is MI300 or MI350."""
-    return tl.constexpr(_semantic.builder.options.arch in ("gfx942", "gfx950"))
+    """Return whether the compiler's target has so many chiplets, as MI300 and MI350."""
+    return tl.constexpr(compiled_for(_semantic).chiplets == _NUM_CHIPLETS.value)
 
 
 @triton.jit

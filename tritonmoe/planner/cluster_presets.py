@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from tritonmoe.kernels.gpus import CARDS
 from tritonmoe.planner.cluster import BetweenLink, Cluster, Estimate, Gpu, Host, Link
 
 __all__ = ["CLUSTERS", "REMARKS"]
@@ -32,31 +33,22 @@ def _nvlink(gb_per_s: float) -> Link:
     return Link(gb_per_s=gb_per_s, efficiency=_assumed(0.65), latency_us=_assumed(25.0), us_per_peer=_assumed(0.5))
 
 
-def _gpu(memory_gb: float, memory_tb_per_s: float, tflops: dict[str, float], *shares: float) -> Gpu:
-    """Return a GPU. shares: efficiencies of dense products, grouped products and attention."""
-    gemm, grouped, attention = map(_assumed, shares)
-    return Gpu(memory_gb, memory_tb_per_s, tflops, gemm, grouped, attention, _assumed(0.7), contention=_assumed(0.1))
+def _gpu(name: str, *shares: float) -> Gpu:
+    """Return a GPU with its card's facts. shares: efficiencies of dense products, grouped ones and attention."""
+    card, efficiencies = CARDS[name], map(_assumed, (*shares, 0.7, 0.1))
+    return Gpu(card.memory_gb, card.memory_tb_per_s, card.tflops, *efficiencies)
 
 
-AMPERE = {"bf16": 312.0, "fp16": 312.0}
-HOPPER = {"bf16": 989.4, "fp16": 989.4, "fp8": 1978.9}
-BLACKWELL = {"bf16": 2250.0, "fp16": 2250.0, "fp8": 4500.0}
 CLUSTERS = {
     cluster.name: cluster
     for cluster in (
-        Cluster("H100", 8, 8, 2.5, 0, _gpu(80, 3.35, HOPPER, 0.7, 0.6, 0.55), _nvlink(450), CX7, HOST),
-        Cluster("H200", 8, 8, 3.0, 0, _gpu(141, 4.8, HOPPER, 0.7, 0.6, 0.55), _nvlink(450), CX7, HOST),
-        Cluster("H800", 8, 8, 2.0, 0, _gpu(80, 3.35, HOPPER, 0.7, 0.6, 0.55), _nvlink(200), CX7, HOST),
-        Cluster("A100", 8, 8, 1.5, 0, _gpu(80, 2.04, AMPERE, 0.75, 0.6, 0.6), _nvlink(300), IB200, HOST),
-        Cluster("A800", 8, 8, 1.4, 0, _gpu(80, 2.04, AMPERE, 0.75, 0.6, 0.6), _nvlink(200), IB200, HOST),
-        Cluster("B200", 8, 8, 4.5, 0, _gpu(180, 8.0, BLACKWELL, 0.55, 0.54, 0.42), _nvlink(900), CX7, HOST),
-        Cluster(
-            *("MI300X", 8, 8, 2.0, 0),
-            _gpu(192, 5.3, {"bf16": 1307.4, "fp16": 1307.4, "fp8": 2614.9}, 0.5, 0.45, 0.35),
-            _nvlink(448),
-            CX7,
-            HOST,
-        ),
+        Cluster("H100", 8, 8, 2.5, 0, _gpu("H100", 0.7, 0.6, 0.55), _nvlink(450), CX7, HOST),
+        Cluster("H200", 8, 8, 3.0, 0, _gpu("H200", 0.7, 0.6, 0.55), _nvlink(450), CX7, HOST),
+        Cluster("H800", 8, 8, 2.0, 0, _gpu("H100", 0.7, 0.6, 0.55), _nvlink(200), CX7, HOST),
+        Cluster("A100", 8, 8, 1.5, 0, _gpu("A100", 0.75, 0.6, 0.6), _nvlink(300), IB200, HOST),
+        Cluster("A800", 8, 8, 1.4, 0, _gpu("A100", 0.75, 0.6, 0.6), _nvlink(200), IB200, HOST),
+        Cluster("B200", 8, 8, 4.5, 0, _gpu("B200", 0.55, 0.54, 0.42), _nvlink(900), CX7, HOST),
+        Cluster("MI300X", 8, 8, 2.0, 0, _gpu("MI300X", 0.5, 0.45, 0.35), _nvlink(448), CX7, HOST),
     )
 }
 CLUSTERS |= {
@@ -71,14 +63,9 @@ CLUSTERS |= {
 }
 CLUSTERS |= {
     name: replace(
-        CLUSTERS["B200"],
-        name=name,
-        nodes=1,
-        gpus_per_node=72,
-        usd_per_gpu_hour=usd,
-        gpu=replace(CLUSTERS["B200"].gpu, memory_gb=memory_gb, tflops={"bf16": 2500.0, "fp16": 2500.0, "fp8": 5000.0}),
+        CLUSTERS["B200"], name=name, nodes=1, gpus_per_node=72, usd_per_gpu_hour=usd, gpu=_gpu(name, 0.55, 0.54, 0.42)
     )
-    for name, memory_gb, usd in (("GB200", 186, 5.0), ("GB300", 279, 6.0))
+    for name, usd in (("GB200", 5.0), ("GB300", 6.0))
 }
 """Racks of 72 GPUs behind one NVLink switch."""
 REMARKS = {

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import get_args
 
-from tritonmoe.config.overlap import OverlapPlan, equal_sizes, ramp_sizes
+from tritonmoe.config.overlap import OverlapPlan, candidate_sizes
 from tritonmoe.planner.cluster import Cluster
 from tritonmoe.planner.exchange_curve import SERIAL
 from tritonmoe.planner.job import Job, Recompute, expert_degrees
@@ -18,11 +18,7 @@ from tritonmoe.tuning.search import preferred
 
 __all__ = ["OVERLAPS", "Free", "Spread", "Way", "search", "ways", "with_cluster"]
 
-OVERLAPS = (
-    SERIAL,
-    *(OverlapPlan(equal_sizes(count)) for count in (1, 2, 3, 4, 6, 8, 12)),
-    *(OverlapPlan(ramp_sizes(count)) for count in (4, 6, 8)),
-)
+OVERLAPS = (SERIAL, *map(OverlapPlan, candidate_sizes()))
 """The schedules that are tried."""
 MOST_STAGES, MOST_TENSOR_RANKS = 32, 8
 

@@ -4,9 +4,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from tritonmoe.config.overlap import OverlapPlan
+from tritonmoe.overlap.schedule import Schedule, build_backward, build_forward
 from tritonmoe.overlap.steps import Step
 
-__all__ = ["CopyWork", "gradient_parts", "part_share"]
+__all__ = ["CopyWork", "backward_with", "forward_with", "gradient_parts", "part_share"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +33,21 @@ class CopyWork:
     def returned(self) -> tuple[int, ...]:
         """Which parts of the gradients come home."""
         return tuple(part for part, num_bytes in enumerate(self.gradient_bytes) if num_bytes)
+
+
+def forward_with(copies: CopyWork | None, plan: OverlapPlan, num_fillers: int = 0) -> Schedule:
+    """Return the schedule of a forward with copies, or without."""
+    relays = copies is not None and copies.relayed is not None
+    return build_forward(plan, num_fillers, has_copies=copies is not None, relays_copies=relays)
+
+
+def backward_with(copies: CopyWork | None, plan: OverlapPlan, needs_x: bool, needs_topk_weights: bool) -> Schedule:
+    """Return the schedule of the backward of such a forward."""
+    needs = {"needs_x": needs_x, "needs_topk_weights": needs_topk_weights}
+    if copies is None:
+        return build_backward(plan, **needs)
+    of_copies = {"has_copies": True, "sends_copies": copies.are_sent_again, "relays_copies": copies.relayed is not None}
+    return build_backward(plan, **needs, **of_copies, returned_copies=copies.returned)
 
 
 def part_share(step: Step, gradient_bytes: tuple[int, int]) -> float:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from tritonmoe.config.overlap import OverlapPlan
-from tritonmoe.overlap.schedule import build_backward, build_forward
 from tritonmoe.overlap.steps import Step, StepKind
 from tritonmoe.simulation.buffer_widths import BufferWidths
+from tritonmoe.simulation.copy_work import backward_with, forward_with
 from tritonmoe.simulation.cost_model import LayerWork
 from tritonmoe.simulation.memory_walk import INDEX_BYTES, MemoryWalk, total
 
@@ -71,10 +71,7 @@ class _ForwardWalk(MemoryWalk):
             StepKind.SPREAD_COPIES: self.send_copies,
             StepKind.REDUCE: self.settle,
         }
-        copies = self.work.copies
-        relays_copies = copies is not None and copies.relayed is not None
-        schedule = build_forward(self.plan, has_copies=copies is not None, relays_copies=relays_copies)
-        return self.walk(schedule, actions)
+        return self.walk(forward_with(self.work.copies, self.plan), actions)
 
     @property
     def metadata_bytes(self) -> int:
@@ -124,16 +121,7 @@ class _BackwardWalk(MemoryWalk):
         copies = self.work.copies
         if copies is not None and not copies.are_sent_again:
             self.hold("copies", self.num_copies[1] * copies.expert_bytes)
-        schedule = build_backward(
-            self.plan,
-            needs_x=True,
-            needs_topk_weights=True,
-            has_copies=copies is not None,
-            sends_copies=copies is not None and copies.are_sent_again,
-            relays_copies=copies is not None and copies.relayed is not None,
-            returned_copies=() if copies is None else copies.returned,
-        )
-        return self.walk(schedule, actions)
+        return self.walk(backward_with(copies, self.plan, True, True), actions)
 
     @property
     def weights_bytes(self) -> int:

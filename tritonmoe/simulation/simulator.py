@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from tritonmoe.config.overlap import OverlapPlan
-from tritonmoe.overlap.schedule import Schedule, build_backward, build_forward, build_inside
+from tritonmoe.overlap.schedule import Schedule, build_inside
 from tritonmoe.overlap.steps import Step, StepKind, Way
+from tritonmoe.simulation.copy_work import backward_with, forward_with
 from tritonmoe.simulation.cost_model import LayerWork, LinkCosts
 from tritonmoe.simulation.ports import Ports
 from tritonmoe.simulation.step_costs import StepCosts
@@ -220,18 +221,7 @@ def simulate_layer(
 ) -> Sequence[Simulation]:
     """Return the simulated forward and, with every gradient needed, the backward."""
     copies = None if isinstance(work, TwoLevelWork) else work.copies
-    relays_copies = copies is not None and copies.relayed is not None
-    schedules = [build_forward(plan, has_copies=copies is not None, relays_copies=relays_copies)]
+    schedules = [forward_with(copies, plan)]
     if backward:
-        schedules.append(
-            build_backward(
-                plan,
-                needs_x=True,
-                needs_topk_weights=True,
-                has_copies=copies is not None,
-                sends_copies=copies is not None and copies.are_sent_again,
-                relays_copies=relays_copies,
-                returned_copies=() if copies is None else copies.returned,
-            )
-        )
+        schedules.append(backward_with(copies, plan, True, True))
     return [simulate(schedule, plan, work, costs, link) for schedule in schedules]

@@ -16,30 +16,11 @@ if TYPE_CHECKING:
 __all__ = ["GroupView", "TwoLevelTransport", "check_nodes"]
 
 
-class SelectedRows(PendingExchange):
-    """Counts of all ranks under way, of which those of some ranks are given."""
-
-    def __init__(self, pending: PendingExchange, ranks: Sequence[int]) -> None:
-        self._pending, self._ranks = pending, list(ranks)
-        self._received: Tensor | None = None
-
-    def wait(self) -> Tensor:
-        if self._received is None:
-            self._received = self._pending.wait()[self._ranks]
-        return self._received
-
-    def finished_at(self) -> float | None:
-        return self._pending.finished_at()
-
-    def arrivals(self) -> tuple[float | None, ...] | None:
-        return _of_ranks(self._pending, self._ranks)
-
-
 class ExchangeOfRanks(PendingExchange):
     """An exchange of all ranks' transport in which only some ranks take part, as those see it."""
 
     def __init__(self, pending: PendingExchange, ranks: Sequence[int]) -> None:
-        self._pending, self._ranks = pending, ranks
+        self._pending, self._ranks = pending, list(ranks)
 
     def wait(self) -> Tensor:
         return self._pending.wait()
@@ -48,13 +29,19 @@ class ExchangeOfRanks(PendingExchange):
         return self._pending.finished_at()
 
     def arrivals(self) -> tuple[float | None, ...] | None:
-        return _of_ranks(self._pending, self._ranks)
+        arrivals = self._pending.arrivals()
+        return None if arrivals is None else tuple(arrivals[rank] for rank in self._ranks)
 
 
-def _of_ranks(pending: PendingExchange, ranks: Sequence[int]) -> tuple[float | None, ...] | None:
-    """Return the arrivals of some ranks' rows."""
-    arrivals = pending.arrivals()
-    return None if arrivals is None else tuple(arrivals[rank] for rank in ranks)
+class SelectedRows(ExchangeOfRanks):
+    """Counts of all ranks under way, of which those of some ranks are given."""
+
+    _received: Tensor | None = None
+
+    def wait(self) -> Tensor:
+        if self._received is None:
+            self._received = self._pending.wait()[self._ranks]
+        return self._received
 
 
 class GroupView(Transport):

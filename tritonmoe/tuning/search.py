@@ -12,7 +12,15 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import lru_cache
 
-from tritonmoe.config.overlap import LOCAL_PARTS, MAX_CHUNKS, OverlapConfig, OverlapPlan, equal_sizes, ramp_sizes
+from tritonmoe.config.overlap import (
+    LOCAL_PARTS,
+    MAX_CHUNKS,
+    NUM_CHUNKS,
+    OverlapConfig,
+    OverlapPlan,
+    equal_sizes,
+    ramp_sizes,
+)
 from tritonmoe.overlap.steps import StepKind
 from tritonmoe.simulation.buffer_widths import BufferWidths, WorkingSet
 from tritonmoe.simulation.cost_model import LayerWork, LinkCosts
@@ -36,7 +44,6 @@ __all__ = [
 COMMUNICATION_BOUND_NUM_CHUNKS = 3
 MOST_GROWTH = 8
 SMALLEST_EPS_S = 50e-6
-SEARCHED_NUM_CHUNKS = (2, 3, 4, 6, 8, 12, 16)
 SEARCHED_LOCAL_STARTS = (4, 12, LOCAL_PARTS)
 SEARCHED_WINDOWS = (2, 3)
 ALIKE = 0.01
@@ -182,7 +189,7 @@ def search(
 
     seed, growth = _closed_form(config, work, costs, link)
     growths = {"equal": [1], "ramp": [2]}.get(str(config.shape), [1, 2, growth])
-    for num_chunks in sorted({1, seed, *SEARCHED_NUM_CHUNKS}):
+    for num_chunks in sorted({seed, *NUM_CHUNKS}):
         for growth in growths:
             tries(plan_of(config, ramp_sizes(num_chunks, growth)))
     if config.local_first:

@@ -8,6 +8,7 @@ from typing import TypeGuard
 import triton
 
 from tritonmoe.config.numbers import is_integer
+from tritonmoe.kernels.gpus import ARCHITECTURES
 from tritonmoe.kernels.tiles import tma
 
 __all__ = ["GATHERS", "TileConfig", "refusal"]
@@ -15,12 +16,11 @@ __all__ = ["GATHERS", "TileConfig", "refusal"]
 GATHERS = ("pointers", "tma", "copy")
 """How `up` gets rows through an index: see `TileConfig`."""
 
-
 MAX_BLOCK = 1024
 """The longest side of a tile. Triton's own limit is on a tile's elements."""
 MAX_PROGRAMS = 4
 """The most persistent programs that share a multiprocessor: tiles of more would be too small to multiply."""
-SHARED_ELEMENTS = 227 * 1024 // 2
+SHARED_ELEMENTS = ARCHITECTURES["sm_90"].shared_bytes_per_program // 2
 """Elements of two bytes for which a multiprocessor of Hopper and Blackwell has shared memory."""
 MAX_COUNT = 1024
 """The most stages, and the most row tiles side by side: a file that says more is damaged."""

@@ -9,11 +9,10 @@ import functools
 from typing import NamedTuple
 
 import torch
-from triton.backends.compiler import GPUTarget
 
 from tritonmoe.kernels.tiles.config import TileConfig
 
-__all__ = ["TABLE", "elements_of", "family_of", "tile_of"]
+__all__ = ["TABLE", "elements_of", "tile_of"]
 
 TABLE = """\
 family        elements  operation    height   block_m  block_n  block_k  num_warps  num_stages  group_m  subtiles  walks
@@ -60,7 +59,7 @@ any           half      any          any          128      128       64         
 """
 """The first row that fits counts; a cell of the first four columns is "any", or the values that fit it.
 
-family: "interpreter", "amd", "sm_80", "sm_90" (9.x), "sm_100" (10.x), or "nvidia", which stands for all other NVIDIA.
+family: "interpreter", or `tiles` of the GPU's row in `kernels/gpus.py`.
 elements: "half" (fp16 and bf16) or "fp32"; "odd_" where a row of the weight or of its gradient is no multiple of 8
     elements, so that no vector load fits it and the address of every element takes registers.
 operation: as `choice.grouped_matmul_config` takes it.
@@ -95,17 +94,6 @@ def _parse(table: str) -> tuple[_Row, ...]:
 
 
 _ROWS = _parse(TABLE)
-
-
-def family_of(target: GPUTarget | None) -> str:
-    """Name the family of a GPU as the table does; None is the interpreter."""
-    if target is None:
-        return "interpreter"
-    if target.backend != "cuda":
-        return "amd"
-    if target.arch == 80:
-        return "sm_80"
-    return {9: "sm_90", 10: "sm_100"}.get(target.arch // 10, "nvidia")
 
 
 def elements_of(dtype: torch.dtype, width: int, depth: int) -> str:

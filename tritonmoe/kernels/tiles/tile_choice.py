@@ -14,14 +14,14 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
 
 from tritonmoe.config.layer import KernelOptions
 from tritonmoe.grouping import Grouping
 from tritonmoe.kernels import launch
+from tritonmoe.kernels.gpus import CARDS, Architecture
 from tritonmoe.kernels.row_tiles import TILE_HEIGHTS
 from tritonmoe.kernels.tiles import measured_tiles, table, tma
-from tritonmoe.kernels.tiles.config import TileConfig
+from tritonmoe.kernels.tiles.config import SHARED_ELEMENTS, TileConfig
 
 __all__ = [
     "LONG_SUMS",
@@ -34,8 +34,8 @@ __all__ = [
 
 log = logging.getLogger("tritonmoe")
 
-ENOUGH_PROGRAMS = 320
-"""So many programs occupy every supported GPU: none has more multiprocessors (MI300X has 304 compute units)."""
+ENOUGH_PROGRAMS = 64 * -(-max(card.multiprocessors for card in CARDS.values()) // 64)
+"""So many programs, 320, occupy every supported GPU: none has more multiprocessors (MI300X has 304 compute units)."""
 LONG_SUMS = (128, 256, 512, 1024, 2048, 4096)
 """The classes of pairs per expert that weight_grad is measured for beyond the lowest."""
 
@@ -101,14 +101,13 @@ def grouped_matmul_config(
             of a kernel that may store it by TMA.
         may_be_persistent: False where the kernel would spill.
     """
-    target, operation = launch.target_of(like.device), product.partition(" ")[0]
+    gpu, operation = launch.gpu_of(like.device), product.partition(" ")[0]
     rows = row_class(grouping, options)
     measured_rows = measured_class(operation, rows, grouping)
-    architecture = launch.architecture_of(target)
-    key = measured_tiles.tile_key(architecture, like.dtype, product, width, depth, measured_rows)
+    key = measured_tiles.tile_key(gpu.name, like.dtype, product, width, depth, measured_rows)
     measured = measured_tiles.fields_of(key)
-    abilities = _why_no_tma(target), lacks_fences(target), launch.dot_precision(like)
-    of_all_rows = _Product(operation, target, *abilities, like.dtype, width, depth)
+    abilities = _why_no_tma(gpu), lacks_fences(gpu), launch.dot_precision(like)
+    of_all_rows = _Product(operation, gpu, *abilities, like.dtype, width, depth)
     gather = dict(measured).get("gather")
     why_one_tile = "" if may_be_persistent else "it would spill registers"
     config, clipped = _config(
@@ -118,7 +117,7 @@ def grouped_matmul_config(
         min(grouping.top_k, grouping.num_experts),
         measured,
         tuple(refusals.items()),
-        _why_no_gather(target, gather, like, grouping.num_pairs) if gather in ("tma", "copy") else "",
+        _why_no_gather(gpu, gather, like, grouping.num_pairs) if gather in ("tma", "copy") else "",
         why_one_tile,
     )
     measured_tiles.note(key, config)
@@ -129,9 +128,8 @@ class _Product(NamedTuple):
     """What of a grouped product doesn't depend on its rows."""
 
     operation: str
-    target: GPUTarget | None
+    gpu: Architecture
     why_no_tma: str
-    """Empty where there is TMA."""
     lacks_fences: bool
     precision: str
     dtype: torch.dtype
@@ -157,8 +155,8 @@ def _config(
         measured: the fields that a measured entry replaces. gather_refusal: why x can't be gathered as it says.
         why_one_tile: why a program may not walk over several tiles; empty where it may.
     """
-    operation, target, why_no_tma, _, _, dtype, width, depth = product
-    config = table.tile_of(table.family_of(target), table.elements_of(dtype, width, depth), operation, height)
+    operation, gpu, why_no_tma, _, _, dtype, width, depth = product
+    config = table.tile_of(gpu.tiles, table.elements_of(dtype, width, depth), operation, height)
     if rows == 8 and operation != "weight_grad":
         config = _narrowed(config, width, num_slots)
     gathers = operation in ("up", "up_ungated")
@@ -196,9 +194,9 @@ def _may_be_stored_by_tma(product: _Product, config: TileConfig) -> bool:
 
     These are tall ones in half precision, all of whose operands TMA reads, where there are 227 KB of shared memory.
     """
-    is_tall = product.dtype.itemsize == 2 and config.block_m >= 64
-    is_counted = is_tall and table.family_of(product.target) in ("sm_90", "sm_100")
-    return (is_counted or product.target is None) and config.tma and _may_walk(config.reads)
+    has_room = product.gpu.shared_bytes_per_program >= 2 * SHARED_ELEMENTS
+    is_counted = product.dtype.itemsize == 2 and config.block_m >= 64 and has_room
+    return (is_counted or product.gpu.tiles == "interpreter") and config.tma and _may_walk(config.reads)
 
 
 def _say_what_is_slow(operation: str, reads: Mapping[str, str], why_one_tile: str) -> None:
@@ -235,22 +233,22 @@ def _clipped_weight_grad(config: TileConfig, product: _Product) -> TileConfig:
     It only pays where accumulators live outside the registers: in the tensor memory of sm_100, and in the interpreter.
     """
     config = config.clipped(product.width, config.block_k)
-    has_tensor_memory = table.family_of(product.target) == "sm_100" and product.dtype != torch.float32
+    in_tensor_memory = product.gpu.tensor_columns > 0 and product.dtype != torch.float32
     return replace(
         config,
         block_m=min(config.block_m, max(16, triton.next_power_of_2(product.depth))),
-        subtiles=config.subtiles if product.target is None or has_tensor_memory else 1,
+        subtiles=config.subtiles if product.gpu.tiles == "interpreter" or in_tensor_memory else 1,
     )
 
 
-def lacks_fences(target: GPUTarget | None) -> bool:
+def lacks_fences(gpu: Architecture) -> bool:
     """Say whether asynchronous copies through pointers are not safe: with one stage there are none.
 
     tcgen05 reads shared memory through another proxy than cp.async writes it through, and before 3.7.1 Triton puts no
     fence between the two. Results were seen to differ on Blackwell (pytorch/pytorch#181248). wgmma of Hopper should
     have a fence too, and has none in any release before; no wrong result of it is known.
     """
-    return table.family_of(target) == "sm_100" and launch.TRITON_VERSION < (3, 7, 1)
+    return gpu.fences_since > launch.TRITON_VERSION
 
 
 def _needs_missing_fences(product: _Product, config: TileConfig) -> bool:
@@ -265,24 +263,20 @@ def _reads_all_by_tma(operation: str, config: TileConfig) -> bool:
     return not gathered and bool(config.reads) and all(way == tma.BY_TMA for _, way in config.reads)
 
 
-def _why_no_tma(target: GPUTarget | None) -> str:
+def _why_no_tma(gpu: Architecture) -> str:
     """Say why tiles can't be read by TMA; empty where they can: in the interpreter as on Hopper."""
-    if target is None:
-        return ""
-    if target.backend != "cuda" or target.arch < 90:
-        return f"{launch.architecture_of(target)} has no TMA"
-    if target.arch // 10 == 12 and launch.TRITON_VERSION < (3, 7):
-        return "before Triton 3.7 every TMA load of sm_120 may become a call"
+    if gpu.tma_since is None:
+        return f"{gpu.name} has no TMA"
+    if gpu.tma_since > launch.TRITON_VERSION:
+        return f"before Triton {'.'.join(map(str, gpu.tma_since))} every TMA load of {gpu.name} may become a call"
     return ""
 
 
-def _why_no_gather(target: GPUTarget | None, gather: str, rows: Tensor, num_pairs: int) -> str:
+def _why_no_gather(gpu: Architecture, gather: str, rows: Tensor, num_pairs: int) -> str:
     """Say why TMA can't gather `rows`, or read their copy in boxes; empty where it can."""
-    if unusable := _why_no_tma(target):
+    if unusable := _why_no_tma(gpu):
         return unusable
-    family = 0 if target is None else target.arch // 10
     if gather == "copy":
-        if family == 12:
-            return f"up spills registers with it on {launch.architecture_of(target)}"
-        return tma.refusal_of_copied_rows(rows, num_pairs)
-    return f"{launch.architecture_of(target)} has no TMA that gathers rows" if family == 9 else tma.refusal(rows)
+        spills = f"up spills registers with it on {gpu.name}" if gpu.spills_boxes else ""
+        return spills or tma.refusal_of_copied_rows(rows, num_pairs)
+    return tma.refusal(rows) if gpu.gathers_by_tma else f"{gpu.name} has no TMA that gathers rows"
