@@ -50,6 +50,16 @@ def test_compute_bound() -> None:
     assert found["auto_gain"] == pytest.approx(11 / 429, abs=1e-4)
 
 
+def test_a_bound_of_parts_that_the_rounds_do_not_tell_says_so() -> None:
+    """The table marks their ratios, too. Parts that are shorter together than in series are what it is a share of."""
+    text = verdict_of(100.0, 60.0, 170.0, 120.0, spread=0.6)["text"]
+    assert (
+        "of the 160 ms of both parts together overlap can gain at most 38 % here (too noisy: T_communication took "
+        "33.0 ms to 87.0 ms and T_compute took 55.0 ms to 145 ms in the middle half of the rounds); "
+    ) in text
+    assert "too noisy" not in verdict_of(100.0, 60.0, 160.0, 120.0)["text"]
+
+
 def test_communication_bound() -> None:
     assert verdict_of(50.0, 400.0, 450.0, 430.0)["text"] == (
         "Compute takes 50.0 ms beside 400 ms of exchanges: of the 450 ms in series overlap can gain at most 11 % here; "

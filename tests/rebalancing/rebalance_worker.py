@@ -428,6 +428,34 @@ def case_adapters(directory: Path) -> None:
     assert_same(found[1][2], found[0][2], 1e-5)
 
 
+def case_adapters_added_later(directory: Path) -> None:
+    """Adapters that come after tm.rebalance() move with their experts; their optimizer has to be given."""
+    from peft import LoraConfig, get_peft_model
+
+    register()
+    net = spread()
+    rebalancer = rebalancing(net)
+    targets = [f"layers.{n}.experts.{name}" for n in range(2) for name in ("gate_up_proj", "down_proj")]
+    torch.manual_seed(1)
+    adapted = get_peft_model(
+        net, LoraConfig(r=3, target_modules=[], target_parameters=targets, init_lora_weights=False)
+    )
+    for step in range(2):
+        net.heat(step)
+        adapted(here(step))
+        rebalancer.step()
+    net.heat(0)
+    with torch.no_grad():
+        behind = adapted(here(0))
+        assert any(layer.grouped_experts.placement is not None for layer in net.layers)
+        rebalancer.restore()
+        torch.testing.assert_close(adapted(here(0)), behind)
+    optimizer = ADAMW([p for p in adapted.parameters() if p.requires_grad])
+    with pytest.raises(ValueError, match=r"was made with .* not given to tm\.rebalance"):
+        rebalancer.restore()
+    del optimizer
+
+
 def case_transformers(directory: Path) -> None:
     """Models of transformers: their steps, save_pretrained and generate behind moves, biases and all."""
     import transformers

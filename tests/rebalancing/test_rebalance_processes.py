@@ -25,7 +25,7 @@ def test_saved_by_four_ranks_and_read_by_others(tmp_path):
 
 @pytest.mark.thorough
 def test_models_around_the_layers(tmp_path):
-    run_torchrun(2, WORKER, str(tmp_path), cases=("compiled", "adapters", "halves"))
+    run_torchrun(2, WORKER, str(tmp_path), cases=("compiled", "adapters", "adapters_added_later", "halves"))
 
 
 @pytest.mark.thorough

@@ -1,6 +1,6 @@
 """What the overlap benchmark's times mean, in one sentence: what overlap can gain here, and what it gained."""
 
-from tritonmoe.benchmarks.overlap_report import BEYOND_BOUND, is_noise, series_is_too_long
+from tritonmoe.benchmarks.overlap_report import BEYOND_BOUND, is_noise, scattered_times, series_is_too_long
 from tritonmoe.benchmarks.overlap_table import AGAIN
 from tritonmoe.report.figures import UNITS
 from tritonmoe.runtime.files import Json
@@ -62,10 +62,11 @@ def verdict(results: Json) -> Json:
         if auto["median_ms"] >= longest_ms * (1 - BEYOND_BOUND) and not is_noise(serial, auto):
             found["auto_gain"] = gain(auto["median_ms"])
     outcome = _outcome(case, summary, found, longest_ms)
-    text = (
-        f"{takes}: of the {_ms(series_ms)} in series overlap can gain at most {_percent(possible)} here{by_pass}; "
-        f"{outcome}."
-    )
+    rests_on = sorted({"T_compute", "T_communication"} & scattered_times(summary))
+    noisy = " and ".join(f"{name} took {_middle(summary[name])}" for name in rests_on)
+    doubt = f" (too noisy: {noisy} in the middle half of the rounds)" if noisy else ""
+    in_turn = f"{_ms(series_ms)} in series" if in_turn_ms == series_ms else f"{_ms(in_turn_ms)} of both parts together"
+    text = f"{takes}: of the {in_turn} overlap can gain at most {_percent(possible)} here{by_pass}{doubt}; {outcome}."
     return {"case": case, "text": text, **found}
 
 

@@ -288,10 +288,12 @@ class GroupedExperts(nn.Module):
 
     def _adapted(self, adapters: ExpertAdapters | None) -> tuple[ExpertSpec, ExpertAdapters | None]:
         """Return how the experts compute with these adapters, and the adapters, without dropout but in training."""
-        if isinstance(adapters, ExpertAdapters) and adapters.dropout and not self.training:
-            adapters = replace(adapters, dropout=0.0)
         names = noted_adapters(self)
-        return (replace(self.spec, adapters=names) if names else self.spec).with_dropout(adapters), adapters
+        spec = replace(self.spec, adapters=names) if names else self.spec
+        if isinstance(adapters, ExpertAdapters) and adapters.dropout:  # what is none is refused with the weights
+            adapters = adapters if self.training else replace(adapters, dropout=0.0)
+            spec = spec.with_dropout(adapters)
+        return spec, adapters
 
     def forward(
         self,

@@ -84,18 +84,23 @@ def rebalance(
             "the layers of this model are spread over several transports, and each of them has a busiest rank of its "
             "own: call tm.rebalance for the layers of each"
         )
-    return Rebalancer(found, optimizers, every, every if history is None else history)
+    return Rebalancer(model, found, optimizers, every, every if history is None else history)
 
 
 class Rebalancer:
     """The experts of a model's layers, the load of their last steps, and where they stand; rebalance() makes it."""
 
     def __init__(
-        self, layers: list[SpreadExperts], optimizers: tuple[torch.optim.Optimizer, ...], every: int, history: int
+        self,
+        model: nn.Module,
+        layers: list[SpreadExperts],
+        optimizers: tuple[torch.optim.Optimizer, ...],
+        every: int,
+        history: int,
     ) -> None:
         self.last: Rebalanced | None = None
         """What the last look has decided."""
-        self._layers, self._optimizers, self._every = layers, optimizers, every
+        self._model, self._layers, self._optimizers, self._every = model, layers, optimizers, every
         self._first = [experts.placement for experts in layers]
         self._num_steps = 0
         self._ns_of_megabyte = 0
@@ -180,6 +185,8 @@ class Rebalancer:
         tensors: list[dict[str, Tensor]] = []
         number = -1
         try:
+            found = {id(experts.module): experts for experts in find_spread_experts(self._model)}
+            self._layers = [found.get(id(experts.module), experts) for experts in self._layers]  # adapters may be new
             tensors = [carried_tensors(experts, self._optimizers) for experts in self._layers]
             refuse_shared_states(self._layers, self._optimizers)
             if is_moving:

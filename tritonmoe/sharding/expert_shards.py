@@ -20,7 +20,7 @@ from tritonmoe.experts.spec import ExpertSpec
 from tritonmoe.experts.tensors import CallTensors
 from tritonmoe.runtime.autograd import Context
 from tritonmoe.runtime.halves import for_both_halves
-from tritonmoe.sharding.placed_rows import ExpertsOfRank
+from tritonmoe.sharding.placed_rows import ExpertsOfRank, is_in_model_order
 from tritonmoe.sharding.watched_collectives import watched_on
 from tritonmoe.transports import EXPERT, Ranks, Transport, as_transport, is_mesh
 
@@ -149,8 +149,8 @@ class ExpertShards:
     """What the gradients of experts, sums over the ranks' losses, are multiplied with."""
     expert_ids: tuple[int, ...] = field(init=False)
     """The experts of this rank, in the order of its rows."""
-    home: ExpertsOfRank = field(init=False)
-    """The expert in each slot of each rank whose order state dicts have: that of the model.
+    home: ExpertsOfRank | None = field(init=False)
+    """The expert in each slot of each rank whose order state dicts have; None is that of the model.
 
     Where torch.distributed knows no ranks, a rank's state dict has its own rows, in the order when the module was made.
     """
@@ -159,9 +159,7 @@ class ExpertShards:
         size = self.transport.size
         self.gradient_scale = 1 / size if self.calls.expert_gradients == "mean" else 1.0
         self.move(self.placement)
-        self.home = self.experts_of_rank
-        if self.sharding.mesh is not None:
-            self.home = ExpertPlacement.contiguous(self.num_experts, size).experts_of_rank
+        self.home = self.experts_of_rank if self.sharding.mesh is None else None
 
     @property
     def transport(self) -> Transport:
@@ -184,7 +182,8 @@ class ExpertShards:
     def order(self) -> ExpertsOfRank | None:
         """The expert in each slot of each rank, where state dicts would show them in another order than they should."""
         experts_of_rank = self.experts_of_rank
-        return None if experts_of_rank == self.home else experts_of_rank
+        is_home = is_in_model_order(experts_of_rank) if self.home is None else experts_of_rank == self.home
+        return None if is_home else experts_of_rank
 
     def move(self, placement: ExpertPlacement | None) -> None:
         """Note that the rows are these experts' from now on."""
@@ -276,18 +275,18 @@ def sharded_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module, ExpertS
 
 def warn_of_sums(averages: str, name: str, shards: ExpertShards) -> None:
     """Say once of a module that gradients of its experts are sums beside averaged ones."""
-    calls, members = shards.calls, shards.sharding.members
-    if calls.expert_gradients == "sum" and members is not None and len(members) > 1 and calls not in _warned_of:
+    calls, members, size = shards.calls, shards.sharding.members, shards.transport.size
+    if calls.expert_gradients == "sum" and members is not None and size > 1 and calls not in _warned_of:
         _warned_of.add(calls)
         log.warning(
-            "%s averages dense gradients over %d ranks, and those of the experts of %s stay sums over them "
-            '(expert_gradients="sum"), %d times as large: take expert_gradients="mean", or divide them by %d yourself '
-            "before each step, or let a communication hook sum the dense ones",
+            "%s averages dense gradients over %d ranks, and those of the experts of %s stay sums over the ranks that "
+            'hold other experts (expert_gradients="sum"), %d times as large: take expert_gradients="mean", or divide '
+            "them by %d yourself before each step, or let a communication hook sum the dense ones",
             averages,
             len(members),
             name,
-            len(members),
-            len(members),
+            size,
+            size,
         )
 
 

@@ -371,6 +371,15 @@ def case_replicated_slots() -> None:
     net.moe.experts.gate_up_proj.requires_grad_(False)
     with pytest.raises(ValueError, match="several slots"):
         net(here())
+    # Seven frozen experts in eight slots: a state dict has the seven, in the order of the model.
+    torch.manual_seed(0)
+    seven = tm.MoELayer(tm.MoEConfig(hidden_size=8, intermediate_size=12, num_experts=7, top_k=2)).requires_grad_(False)
+    expected, weights = seven(here()), {name: tensor.clone() for name, tensor in seven.state_dict().items()}
+    placement = tm.ExpertPlacement.balanced(torch.arange(7.0), dist.get_world_size(), 2)
+    tm.parallelize(seven, dist.group.WORLD, placement=placement)
+    torch.testing.assert_close(seven(here()), expected)
+    for name, tensor in seven.state_dict().items():
+        assert torch.equal(whole(tensor), weights[name]), name
 
 
 def case_copies_over_replicas() -> None:

@@ -328,6 +328,25 @@ def test_experts_that_transformers_has_spread_are_refused(implementation: str) -
     tm.run_on_emulated_ranks(on_rank, 2, timeout_s=20)
 
 
+def test_experts_that_one_rank_refuses_leave_nobody_waiting() -> None:
+    model = qwen3_moe()
+    register()
+    model.set_experts_implementation("tritonmoe")
+
+    def on_rank(transport: Transport) -> None:
+        own = copy.deepcopy(model)
+        for experts in discovery.experts_modules(own).values():
+            shards = ExpertShards(Sharding(transport, None), 2 * experts.num_experts, LayerCalls(transport))
+            attach_shards(experts, shards)
+            if transport.rank == 1:
+                experts.gate_up_proj = nn.Parameter(experts.gate_up_proj.to(torch.int8), requires_grad=False)
+        refused = (TypeError, "int8") if transport.rank else (tm.TransportError, r"ranks \[1\] refused the arguments")
+        with pytest.raises(refused[0], match=refused[1]):
+            own(token_ids())
+
+    tm.run_on_emulated_ranks(on_rank, 2, timeout_s=20)
+
+
 def test_other_adapters_beside_those_of_peft_are_refused() -> None:
     model, ours = adapted_layer(), tm.ExpertAdapters(down_a=torch.ones(4, 2, 8), down_b=torch.ones(4, 16, 2))
     with pytest.raises(ValueError, match="experts that PEFT has adapted already"):

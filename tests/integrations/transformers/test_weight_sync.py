@@ -235,8 +235,13 @@ def test_what_does_not_fit_is_not_loaded() -> None:
     with pytest.raises(ValueError, match=r"got torch.int8 of \(24, 32\)"):
         tm.load_weights(model, [(name, weights[name].to(torch.int8))])
     others = [item for item in weights.items() if item[0] != name]
-    with pytest.raises(ValueError, match=rf"the model now has old and new weights: {name} are missing"):
-        tm.load_weights(model, others)
+    loaded = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    changed = [(key, tensor + 1) for key, tensor in others]
+    with pytest.raises(ValueError, match=rf"nothing was loaded, since the weights given lack {name}: one call"):
+        tm.load_weights(model, changed)
+    assert all(torch.equal(tensor, loaded[key]) for key, tensor in model.state_dict().items())
+    with pytest.raises(ValueError, match=rf"has {len(others)} new weights beside old ones, .* lack {name}: one call"):
+        tm.load_weights(model, iter(others))
 
 
 def test_what_is_no_pair_is_not_loaded() -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tritonmoe.config.activations import Activation, is_fused
 from tritonmoe.config.layer import PerWeight
+from tritonmoe.expert_parallel.state import refuse
 from tritonmoe.experts.adapters import noted_adapters, noted_factors
 from tritonmoe.experts.arguments import check_plain
 from tritonmoe.experts.moe_mlp import run_experts
@@ -53,21 +54,26 @@ def experts_forward(self: ExpertsModule, hidden_states: Tensor, top_k_index: Ten
     shards = shards_of(self)
     run: Run = run_experts if shards is None else shards.run
     num_experts = num_experts_of(self) if shards is None else shards.num_experts
-    dtype = _computing_dtype(self, hidden_states)
-    weights, is_transposed = _weights(self, dtype, shards)
-    activation, is_interleaved = choose_activation(self)
-    if not is_fused(activation):
-        activation = _keep_dtype(activation)
-    spec = expert_spec(
-        activation=activation,
-        gated=getattr(self, "has_gate", True),
-        interleaved=is_interleaved,
-        transposed=is_transposed,
-    )
-    factors = noted_factors(self, dtype, range(num_experts) if shards is None else shards.expert_ids)
-    if factors:
-        spec, weights = replace(spec, adapters=noted_adapters(self)), weights._replace(**factors)
-    inputs = CallTensors(hidden_states.to(dtype), top_k_index, top_k_weights, weights)
+    try:
+        dtype = _computing_dtype(self, hidden_states)
+        weights, is_transposed = _weights(self, dtype, shards)
+        activation, is_interleaved = choose_activation(self)
+        if not is_fused(activation):
+            activation = _keep_dtype(activation)
+        spec = expert_spec(
+            activation=activation,
+            gated=getattr(self, "has_gate", True),
+            interleaved=is_interleaved,
+            transposed=is_transposed,
+        )
+        factors = noted_factors(self, dtype, range(num_experts) if shards is None else shards.expert_ids)
+        if factors:
+            spec, weights = replace(spec, adapters=noted_adapters(self)), weights._replace(**factors)
+        inputs = CallTensors(hidden_states.to(dtype), top_k_index, top_k_weights, weights)
+    except Exception:  # whatever this rank refuses, the others wait for its word
+        if shards is not None:
+            refuse(shards.transport)
+        raise
     # the casts are done: autocast would now only round the fp32 sums inside
     with without_autocast(hidden_states.device):
         if getattr(self, "has_post_expert_norm", False):

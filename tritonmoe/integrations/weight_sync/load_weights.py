@@ -62,18 +62,23 @@ def load_weights(model: nn.Module, weights: Iterable[tuple[str, Tensor]]) -> Non
     if not isinstance(weights, Iterable):
         raise TypeError(f"weights must be {PAIRS}, got {type(weights).__name__}")
     if isinstance(weights, Sequence | ItemsView):
-        for pair in weights:
-            _checked(pair, places, inside)
+        given = {_checked(pair, places, inside)[0] for pair in weights}
+        _check_missing([name for name in places if name not in given], "nothing was loaded")
     with torch.no_grad():
         for pair in weights:
             name, tensor = _checked(pair, places, inside)
             places[name].write(tensor)
             missing.pop(name, None)
+    num_loaded = len(places) - len(missing)
+    _check_missing([*missing], f"the model now has {num_loaded} new weights beside old ones")
+
+
+def _check_missing(missing: Sequence[str], state: str) -> None:
     if missing:
         more = f" and {len(missing) - MAX_NAMED} more" if len(missing) > MAX_NAMED else ""
         raise ValueError(
-            f"{len(places) - len(missing)} weights were loaded, so the model now has old and new weights: "
-            f"{', '.join([*missing][:MAX_NAMED])}{more} are missing. Load these too"
+            f"{state}, since the weights given lack {', '.join(missing[:MAX_NAMED])}{more}: one call of load_weights() "
+            "takes all weights of a checkpoint, so call it again with all of them"
         )
 
 

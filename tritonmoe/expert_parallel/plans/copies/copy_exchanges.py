@@ -315,17 +315,17 @@ def _selectable(weight: Tensor) -> Tensor:
 
 
 def _parts_of(weights: PerWeight[Tensor], needs: PerWeight[bool], are_wide: PerWeight[bool]) -> tuple[Dtypes, Dtypes]:
-    """Return the dtypes of gradients: first those of gate_up_proj and what is its own, then those of down_proj."""
+    """Return the dtypes of gradients: first those of gate_up_proj and what is its own, then all others."""
 
-    def part(projection: str) -> Dtypes:
+    def part(is_up: bool) -> Dtypes:
         found: list[torch.dtype | None] = []
         for name, weight, needed, is_wide in zip(PerWeight._fields, weights, needs, are_wide, strict=True):
-            is_there = weight is not None and needed and name.startswith(projection)
+            is_there = weight is not None and needed and name.startswith("gate_up") == is_up
             dtype = weight.dtype if weight is not None and is_there else None
             found.append(accumulation_dtype(dtype) if dtype is not None and is_wide else dtype)
         return PerWeight(*found)
 
-    return part("gate_up"), part("down")
+    return part(True), part(False)
 
 
 def expert_bytes(weights: PerWeight[Tensor]) -> int:
