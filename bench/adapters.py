@@ -15,11 +15,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import ParamWrapper
 
-from tritonmoe.benchmarks.step_memory import kept_for_backward_mb, peak_mb
-from tritonmoe.benchmarks.timing import add_arguments, interleave, ratio, summarize, write_json
 from tritonmoe.experts.adapters import HANDS_OVER
 from tritonmoe.integrations.transformers.bench_model import ModelSizes, qwen3_moe_model
 from tritonmoe.runtime.files import Json
+from tritonmoe.tools.benchmarks.step_memory import kept_for_backward_mb, peak_mb
+from tritonmoe.tools.benchmarks.timing import add_arguments, interleave, ratio, summarize, write_json
 
 __all__ = ["main"]
 

@@ -16,11 +16,11 @@ from unittest import mock
 import torch
 
 import tritonmoe as tm
-from tritonmoe.benchmarks.ranks import slowest
-from tritonmoe.benchmarks.timing import add_arguments, summarize, write_json
 from tritonmoe.dispatch.count_exchange import post_backward
 from tritonmoe.dispatch.header import CallHeader
 from tritonmoe.expert_parallel import layer_pass
+from tritonmoe.tools.benchmarks.ranks import slowest
+from tritonmoe.tools.benchmarks.timing import add_arguments, summarize, write_json
 from tritonmoe.transports import Transport
 from tritonmoe.transports.torchrun import torchrun_ranks
 

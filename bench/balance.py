@@ -7,7 +7,7 @@ ideal: the same routing with the hot experts spread evenly over the ranks from t
 --netns 2 the ranks are processes in network namespaces of this machine, with links of the given rates, one core and one
 thread each.
 Without it they are emulated in this process, and their experts take time by sleeping, a fixed time for each pair
-(benchmarks/stand_ins.py): the ideal is then routing to uniformly drawn experts, since every pair takes as long.
+(tools/benchmarks/stand_ins.py): the ideal is then routing to uniformly drawn experts, since every pair takes as long.
 
 Beside the times stands what the simulator predicts of the passes, by the steps of calls without copies; what the host
 does before and between them is added as measured.
@@ -25,24 +25,24 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tritonmoe.benchmarks.argument_types import positive, positive_number
-from tritonmoe.benchmarks.inside_namespace import ask, check_start, is_inside
-from tritonmoe.benchmarks.link_rates import parse_rate
-from tritonmoe.benchmarks.namespaces import Namespaces
-from tritonmoe.benchmarks.ranks import gather, slowest
-from tritonmoe.benchmarks.stand_ins import sleeping_experts
-from tritonmoe.benchmarks.timing import Samples, add_arguments, summarize, write_json
 from tritonmoe.config.overlap import OverlapConfig
 from tritonmoe.dispatch.placement import ExpertPlacement
 from tritonmoe.expert_parallel.expert_parallel_mlp import expert_parallel_mlp
 from tritonmoe.expert_parallel.listeners import listeners
 from tritonmoe.overlap.report import LayerReport
+from tritonmoe.overlap.simulation.simulator import simulate_layer
+from tritonmoe.overlap.tuning.measured_calls import layer_costs, layer_work, link_costs
 from tritonmoe.runtime.files import Json
-from tritonmoe.simulation.simulator import simulate_layer
+from tritonmoe.tools.benchmarks.argument_types import positive, positive_number
+from tritonmoe.tools.benchmarks.inside_namespace import ask, check_start, is_inside
+from tritonmoe.tools.benchmarks.link_rates import parse_rate
+from tritonmoe.tools.benchmarks.namespaces import Namespaces
+from tritonmoe.tools.benchmarks.ranks import gather, slowest
+from tritonmoe.tools.benchmarks.stand_ins import sleeping_experts
+from tritonmoe.tools.benchmarks.timing import Samples, add_arguments, summarize, write_json
 from tritonmoe.transports import LinkModel, Transport
 from tritonmoe.transports.emulated.emulated_ranks import run_on_emulated_ranks
 from tritonmoe.transports.torchrun import torchrun_ranks
-from tritonmoe.tuning.measured_calls import layer_costs, layer_work, link_costs
 
 __all__ = ["main"]
 

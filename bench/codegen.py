@@ -18,9 +18,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tritonmoe.benchmarks.argument_types import output_file, positive
-from tritonmoe.benchmarks.kept_results import hash_of
 from tritonmoe.runtime.files import write_whole
+from tritonmoe.tools.benchmarks.argument_types import output_file, positive
+from tritonmoe.tools.benchmarks.kept_results import hash_of
 
 __all__ = [
     "FIGURES",
@@ -57,8 +57,8 @@ def source_hash() -> str:
 
     These are the files of kernels/, the list of what aot/ compiles, and the backend that launches them.
     """
-    kernels = ROOT / "kernels"
-    compiled = [ROOT / "aot" / "launches.py", ROOT / "aot" / "variants.py", ROOT / "backends" / "triton.py"]
+    kernels = ROOT / "ops" / "kernels"
+    compiled = [ROOT / "ops" / one for one in ("aot/launches.py", "aot/variants.py", "backends/triton.py")]
     files = [*sorted(kernels.rglob("*.py")), *compiled]
     return hash_of((ROOT, path) for path in files)
 
@@ -195,7 +195,7 @@ def _overlay(version: str, folder: Path) -> Path:
 
 def _compile(overlay: Path | None, arguments: argparse.Namespace) -> list[dict[str, Any]] | None:
     """Return the rows of one Triton; None where it can't compile."""
-    command = [sys.executable, "-m", "tritonmoe.aot", "--json", "--workers", str(arguments.workers)]
+    command = [sys.executable, "-m", "tritonmoe.ops.aot", "--json", "--workers", str(arguments.workers)]
     if arguments.steps:
         kernels = *STEP_KERNELS, *PACKED_STEP_KERNELS
         command += ["--variants", STEP_VARIANT, *STEP_FORMATS, "--kernels", *kernels]

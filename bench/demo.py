@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 
-from tritonmoe.benchmarks.argument_types import output_file
-from tritonmoe.benchmarks.timing import write_json
-from tritonmoe.cli.demo import MEASURING_ROUNDS, MEASURING_TIME_LIMIT_S, draw_layer
-from tritonmoe.demo.measure import TimedLayer, measure_layer
+from tritonmoe.tools.benchmarks.argument_types import output_file
+from tritonmoe.tools.benchmarks.timing import write_json
+from tritonmoe.tools.cli.demo import MEASURING_ROUNDS, MEASURING_TIME_LIMIT_S, draw_layer
+from tritonmoe.tools.demo.measure import TimedLayer, measure_layer
 
 PICTURE = Path(__file__).parents[1] / "docs" / "images" / "demo.png"
 NUM_RANKS = 4

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from tritonmoe.benchmarks.argument_types import output_file, positive
-from tritonmoe.benchmarks.timing import write_json
+from tritonmoe.tools.benchmarks.argument_types import output_file, positive
+from tritonmoe.tools.benchmarks.timing import write_json
 
 PAGE = Path(__file__).parents[1] / "docs" / "tutorials" / "dense-or-moe.md"
 KINDS = {"dense": False, "moe": True}

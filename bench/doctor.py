@@ -19,12 +19,12 @@ import torch
 from bench.doctor_faults import MEASURED, STEADY, Job, drift_of, variants_of
 from bench.doctor_job import TIMEOUT_S, run_emulated, run_real
 from bench.doctor_kinds import KINDS, draw_job, kinds_of
-from tritonmoe.benchmarks.argument_types import output_file, positive, seed
-from tritonmoe.benchmarks.inside_namespace import check_start, is_inside
-from tritonmoe.benchmarks.namespaces import Namespaces
-from tritonmoe.benchmarks.ranks import gather
-from tritonmoe.benchmarks.timing import write_json
 from tritonmoe.runtime.files import write_whole
+from tritonmoe.tools.benchmarks.argument_types import output_file, positive, seed
+from tritonmoe.tools.benchmarks.inside_namespace import check_start, is_inside
+from tritonmoe.tools.benchmarks.namespaces import Namespaces
+from tritonmoe.tools.benchmarks.ranks import gather
+from tritonmoe.tools.benchmarks.timing import write_json
 from tritonmoe.transports.torchrun import torchrun_ranks
 
 __all__ = ["main", "run_here"]

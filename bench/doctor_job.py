@@ -21,9 +21,9 @@ from torch import Tensor
 import tritonmoe as tm
 from bench.doctor_faults import Job
 from bench.virtual_time import VirtualTime
-from tritonmoe.benchmarks.inside_namespace import ask
-from tritonmoe.benchmarks.ranks import gather
-from tritonmoe.diagnosis.recorder import record
+from tritonmoe.tools.benchmarks.inside_namespace import ask
+from tritonmoe.tools.benchmarks.ranks import gather
+from tritonmoe.tools.recording.recorder import record
 from tritonmoe.transports import EmulatedTransport, LinkModel, PendingExchange, Transport
 from tritonmoe.transports.emulated.emulated_ranks import run_on_emulated_ranks
 from tritonmoe.transports.two_level_transport import GroupView

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.doctor_faults import MEASURED, OF_NOBODY, STEADY, Job, JobFault, drift_of, read_job
-from tritonmoe.cli import main as tritonmoe
 from tritonmoe.runtime.files import Json
+from tritonmoe.tools.cli import main as tritonmoe
 
 __all__ = ["Said", "judge_all", "judge_one", "summarize"]
 

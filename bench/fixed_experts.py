@@ -10,13 +10,13 @@ from functools import partial
 
 import torch
 
-from tritonmoe.benchmarks.argument_types import chunk_count, positive_number
-from tritonmoe.benchmarks.stand_ins import FixedExperts, run_passes
-from tritonmoe.benchmarks.timing import Samples, add_arguments, summarize, write_json
 from tritonmoe.config.overlap import OverlapConfig
+from tritonmoe.overlap.tuning.search import fixed_plan
+from tritonmoe.tools.benchmarks.argument_types import chunk_count, positive_number
+from tritonmoe.tools.benchmarks.stand_ins import FixedExperts, run_passes
+from tritonmoe.tools.benchmarks.timing import Samples, add_arguments, summarize, write_json
 from tritonmoe.transports import LinkModel, Transport
 from tritonmoe.transports.emulated.emulated_ranks import run_on_emulated_ranks
-from tritonmoe.tuning.search import fixed_plan
 
 __all__ = ["main"]
 

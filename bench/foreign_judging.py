@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from bench.foreign_scenarios import Scenario, is_held_out
-from tritonmoe.doctor.attribution import Verdict
+from tritonmoe.tools.doctor.attribution import Verdict
 
 __all__ = ["CLOSE", "LEAST_SHARE", "Judgement", "judge", "lines", "totals"]
 

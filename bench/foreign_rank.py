@@ -18,8 +18,8 @@ import torch.distributed as dist
 from bench.foreign_job import Job, overslept_s
 from bench.foreign_scenarios import Scenario
 from bench.foreign_trainers import MAKE
-from tritonmoe.benchmarks.inside_namespace import ask
-from tritonmoe.diagnosis import on_trace_ready
+from tritonmoe.tools.benchmarks.inside_namespace import ask
+from tritonmoe.tools.recording import on_trace_ready
 
 RATE_BITS = 500e6
 WARM_UP = 2

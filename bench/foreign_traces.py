@@ -19,12 +19,12 @@ from bench.foreign_hosts import TWO_LEVELS, move_clocks, of_hosts
 from bench.foreign_judging import Judgement, judge, lines, totals
 from bench.foreign_scenarios import NODE_SIZE, TRAINERS, Scenario, series
 from bench.synthetic_traces import write_traces
-from tritonmoe.benchmarks.argument_types import positive, seed
-from tritonmoe.benchmarks.namespaces import Namespaces
-from tritonmoe.benchmarks.timing import write_json
-from tritonmoe.doctor.attribution import attribute
-from tritonmoe.doctor.offers import offers_of
-from tritonmoe.doctor.reading import read_traces
+from tritonmoe.tools.benchmarks.argument_types import positive, seed
+from tritonmoe.tools.benchmarks.namespaces import Namespaces
+from tritonmoe.tools.benchmarks.timing import write_json
+from tritonmoe.tools.doctor.attribution import attribute
+from tritonmoe.tools.doctor.offers import offers_of
+from tritonmoe.tools.doctor.reading import read_traces
 
 __all__ = ["judge_kept", "main"]
 

@@ -19,10 +19,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from bench.synthetic_runs import Run, write_run
-from tritonmoe.diagnosis.call_recording import file_name
-from tritonmoe.diagnosis.rank_file_writer import DECIMALS
-from tritonmoe.doctor.trace_files import open_text
 from tritonmoe.runtime.files import Json
+from tritonmoe.tools.doctor.trace_files import open_text
+from tritonmoe.tools.recording.call_recording import file_name
+from tritonmoe.tools.recording.rank_file_writer import DECIMALS
 
 __all__ = ["write_large_run", "write_large_traces"]
 
@@ -151,7 +151,7 @@ def _judge(folder: Path) -> None:
     """Print the doctor's first lines on a run, and what it needed."""
     begin = time.monotonic()
     script = (
-        "import resource, sys; from tritonmoe.cli import main; code = main(['doctor', sys.argv[1]]);"
+        "import resource, sys; from tritonmoe.tools.cli import main; code = main(['doctor', sys.argv[1]]);"
         "used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)];"
         "print(*(x for of in used for x in (of.ru_utime + of.ru_stime, of.ru_maxrss * 1024 / 1e9)));"
         "sys.exit(code)"

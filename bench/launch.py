@@ -39,9 +39,9 @@ def take_launches(folder: Path) -> ctypes.c_ulonglong:
     from triton.backends.nvidia.driver import CudaDriver
     from triton.runtime.driver import driver
 
-    from tritonmoe import aot
-    from tritonmoe.backends import backend_choice
-    from tritonmoe.kernels import launch
+    from tritonmoe.ops import aot
+    from tritonmoe.ops.backends import backend_choice
+    from tritonmoe.ops.kernels import launch
 
     class StandIn(CudaDriver):
         """Triton's driver of NVIDIA GPUs where PyTorch sees none."""
@@ -79,9 +79,9 @@ def operations() -> dict[str, Callable[[], object]]:
     import torch
 
     import tritonmoe as tm
-    from tritonmoe.backends import triton as ops
-    from tritonmoe.backends.ops import NO_GRADIENTS, GradientOperands, required
     from tritonmoe.config.layer import ExpertLayout, Projection
+    from tritonmoe.ops.backends import triton as ops
+    from tritonmoe.ops.backends.ops import NO_GRADIENTS, GradientOperands, required
 
     generator, layout = torch.Generator().manual_seed(0), ExpertLayout()
 
@@ -171,7 +171,7 @@ def repeated(run: Callable[[], object]) -> Callable[[], None]:
 
 
 def main() -> None:
-    from tritonmoe.benchmarks.timing import add_arguments, interleave, summarize, write_json
+    from tritonmoe.tools.benchmarks.timing import add_arguments, interleave, summarize, write_json
 
     parser = argparse.ArgumentParser(prog="python -m bench.launch", description=__doc__)
     add_arguments(parser, rounds=21)

@@ -24,15 +24,15 @@ from triton.backends.compiler import GPUTarget
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from bench.codegen import source_hash
-from tritonmoe import aot
-from tritonmoe.backends import reference
-from tritonmoe.backends import triton as operations
-from tritonmoe.backends.ops import NO_GRADIENTS, GradientOperands
-from tritonmoe.benchmarks.argument_types import output_file
 from tritonmoe.config.formats import FORMATS, WeightFormat, find_format
 from tritonmoe.config.layer import ExpertLayout, KernelOptions, Projection
-from tritonmoe.kernels import launch
+from tritonmoe.ops import aot
+from tritonmoe.ops.backends import reference
+from tritonmoe.ops.backends import triton as operations
+from tritonmoe.ops.backends.ops import NO_GRADIENTS, GradientOperands
+from tritonmoe.ops.kernels import launch
 from tritonmoe.runtime.files import write_whole
+from tritonmoe.tools.benchmarks.argument_types import output_file
 from virtual_gpu import VIRTUAL_GPUS
 from virtual_gpu.deletions import Site, sites_of, without
 from virtual_gpu.faults import Deadlock, MemoryFault

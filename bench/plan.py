@@ -7,8 +7,8 @@ from bench.plan_fabrics import SHORTEST_S, errors_with_nothing_of_their_own
 from bench.plan_links import link_tables
 from bench.plan_products import four_layer_tables
 from bench.published import Table
-from tritonmoe.benchmarks.argument_types import output_file
-from tritonmoe.benchmarks.timing import write_json
+from tritonmoe.tools.benchmarks.argument_types import output_file
+from tritonmoe.tools.benchmarks.timing import write_json
 
 __all__ = ["main", "tables"]
 

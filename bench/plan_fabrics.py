@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 
 from bench.plan_samples import GPU_POSTED_LATENCY_US, Fabric, Sample, fabrics, gpu_posted
 from bench.published import Row, Table
-from tritonmoe.planner.cluster import Estimate
-from tritonmoe.planner.operation_costs import exchange_s
+from tritonmoe.tools.planner.cluster import Estimate
+from tritonmoe.tools.planner.operation_costs import exchange_s
 
 __all__ = ["SHORTEST_S", "errors_with_nothing_of_their_own", "fabric_tables"]
 

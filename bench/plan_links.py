@@ -5,10 +5,10 @@ from dataclasses import replace
 from bench.plan_fabrics import fabric_tables
 from bench.plan_samples import DECODE, PREFILL, ROW_BYTES, UNIFORM, K, gpu_posted, traffic
 from bench.published import Row, Table, published
-from tritonmoe.planner.cluster import Estimate
-from tritonmoe.planner.cluster_presets import CLUSTERS
-from tritonmoe.planner.operation_costs import exchange_s
-from tritonmoe.planner.routed_rows import needs_of
+from tritonmoe.tools.planner.cluster import Estimate
+from tritonmoe.tools.planner.cluster_presets import CLUSTERS
+from tritonmoe.tools.planner.operation_costs import exchange_s
+from tritonmoe.tools.planner.routed_rows import needs_of
 
 __all__ = ["link_tables"]
 

@@ -16,22 +16,22 @@ from typing import Any
 
 import torch
 
-from tritonmoe.benchmarks.argument_types import output_file, positive
-from tritonmoe.benchmarks.inside_namespace import ask, check_start, is_inside
-from tritonmoe.benchmarks.link_rates import parse_rate
-from tritonmoe.benchmarks.model_sizes import add_model_sizes, check_model_sizes, model_sizes
-from tritonmoe.benchmarks.namespaces import Namespaces
-from tritonmoe.benchmarks.ranks import slowest
-from tritonmoe.benchmarks.timing import summarize, write_json
 from tritonmoe.config.overlap import OverlapPlan, equal_sizes
 from tritonmoe.integrations.transformers.bench_model import qwen3_moe_model
 from tritonmoe.integrations.transformers.load_statistics import collect_statistics
 from tritonmoe.integrations.transformers.parallelize_model import parallelize
-from tritonmoe.planner.cluster_presets import CLUSTERS
-from tritonmoe.planner.cluster_probe import probe_cluster
-from tritonmoe.planner.job import Job
-from tritonmoe.planner.model_config import model_of_config
-from tritonmoe.planner.step import step_time
+from tritonmoe.tools.benchmarks.argument_types import output_file, positive
+from tritonmoe.tools.benchmarks.inside_namespace import ask, check_start, is_inside
+from tritonmoe.tools.benchmarks.link_rates import parse_rate
+from tritonmoe.tools.benchmarks.model_sizes import add_model_sizes, check_model_sizes, model_sizes
+from tritonmoe.tools.benchmarks.namespaces import Namespaces
+from tritonmoe.tools.benchmarks.ranks import slowest
+from tritonmoe.tools.benchmarks.timing import summarize, write_json
+from tritonmoe.tools.planner.cluster_presets import CLUSTERS
+from tritonmoe.tools.planner.cluster_probe import probe_cluster
+from tritonmoe.tools.planner.job import Job
+from tritonmoe.tools.planner.model_config import model_of_config
+from tritonmoe.tools.planner.step import step_time
 from tritonmoe.transports import Transport
 from tritonmoe.transports.torchrun import torchrun_ranks
 

@@ -4,11 +4,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from bench.published import published
-from tritonmoe.planner.cluster import Cluster, Estimate
-from tritonmoe.planner.cluster_presets import CLUSTERS
-from tritonmoe.planner.model_presets import MODELS
-from tritonmoe.planner.routed_rows import needs_of
-from tritonmoe.planner.transformer_model import Model
+from tritonmoe.tools.planner.cluster import Cluster, Estimate
+from tritonmoe.tools.planner.cluster_presets import CLUSTERS
+from tritonmoe.tools.planner.model_presets import MODELS
+from tritonmoe.tools.planner.routed_rows import needs_of
+from tritonmoe.tools.planner.transformer_model import Model
 
 __all__ = [
     "DECODE",

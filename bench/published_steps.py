@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from bench.published import published
-from tritonmoe.planner.cluster import Cluster
-from tritonmoe.planner.cluster_presets import CLUSTERS
-from tritonmoe.planner.job import Job
-from tritonmoe.planner.model_presets import MODELS
-from tritonmoe.planner.trainer import UNKNOWN_IMBALANCE, trained_by
+from tritonmoe.tools.planner.cluster import Cluster
+from tritonmoe.tools.planner.cluster_presets import CLUSTERS
+from tritonmoe.tools.planner.job import Job
+from tritonmoe.tools.planner.model_presets import MODELS
+from tritonmoe.tools.planner.trainer import UNKNOWN_IMBALANCE, trained_by
 
 __all__ = ["HELD_OUT", "PublishedStep", "published_steps"]
 

@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 import tritonmoe as tm
-from tritonmoe.backends import decoding
-from tritonmoe.benchmarks.step_memory import peak_mb
-from tritonmoe.benchmarks.timing import add_arguments, write_json
+from tritonmoe.ops.backends import decoding
 from tritonmoe.runtime.files import Json
+from tritonmoe.tools.benchmarks.step_memory import peak_mb
+from tritonmoe.tools.benchmarks.timing import add_arguments, write_json
 
 __all__ = ["main"]
 

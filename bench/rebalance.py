@@ -1,6 +1,6 @@
 """`python -m bench.rebalance`: a layer of which one rank has the hot experts, whose experts move by tm.rebalance.
 
-Emulated ranks whose experts take time by sleeping, a fixed time for each pair (benchmarks/stand_ins.py): a step
+Emulated ranks whose experts take time by sleeping, a fixed time for each pair (tools/benchmarks/stand_ins.py): a step
 takes as long as its busiest rank, whatever this machine is. Tokens are drawn anew in every step, from popularities that
 stay. Behind the first steps, of which tm.rebalance sees each, steps of three layers are timed in interleaved rounds:
 one whose experts stay, the one whose experts have moved, and one with the best placement that a long search finds for
@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from tritonmoe import ExpertPlacement, GroupedExperts, MoEConfig, OverlapConfig, Rebalanced, rebalance
-from tritonmoe.benchmarks.argument_types import positive, positive_number
-from tritonmoe.benchmarks.link_rates import parse_rate
-from tritonmoe.benchmarks.stand_ins import sleeping_experts
-from tritonmoe.benchmarks.timing import Samples, add_arguments, summarize, write_json
-from tritonmoe.rebalancing.better_placement import better_placements, busiest
+from tritonmoe.layer.rebalancing.better_placement import better_placements, busiest
+from tritonmoe.tools.benchmarks.argument_types import positive, positive_number
+from tritonmoe.tools.benchmarks.link_rates import parse_rate
+from tritonmoe.tools.benchmarks.stand_ins import sleeping_experts
+from tritonmoe.tools.benchmarks.timing import Samples, add_arguments, summarize, write_json
 from tritonmoe.transports import LinkModel, Transport
 from tritonmoe.transports.emulated.emulated_ranks import run_on_emulated_ranks
 

@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 
 from bench.agreement import NUM_TOKENS, compare, measure_steps, run_ranks
-from tritonmoe.benchmarks.ranks import slowest
-from tritonmoe.benchmarks.timing import write_json
-from tritonmoe.diagnosis import record
+from tritonmoe.tools.benchmarks.ranks import slowest
+from tritonmoe.tools.benchmarks.timing import write_json
+from tritonmoe.tools.recording import record
 from tritonmoe.transports.torchrun import torchrun_ranks
 
 __all__ = ["run_rank"]

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from tritonmoe.benchmarks.timing import write_json
 from tritonmoe.integrations import transformers as tmt
+from tritonmoe.tools.benchmarks.timing import write_json
 
 __all__ = ["measure"]
 

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 
 from bench.moe_mlp import SHAPES
-from tritonmoe.benchmarks.argument_types import positive
-from tritonmoe.benchmarks.timing import add_arguments, interleave, ratio, summarize, write_json
 from tritonmoe.config.overlap import OverlapConfig
 from tritonmoe.expert_parallel.expert_parallel_mlp import expert_parallel_mlp
 from tritonmoe.experts.moe_mlp import moe_mlp
+from tritonmoe.tools.benchmarks.argument_types import positive
+from tritonmoe.tools.benchmarks.timing import add_arguments, interleave, ratio, summarize, write_json
 from tritonmoe.transports import LocalTransport
 
 __all__ = ["main"]

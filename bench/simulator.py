@@ -9,20 +9,20 @@ from typing import Any
 import torch
 
 from bench.fixed_experts import MODEL_WIDTH, NUM_EXPERTS, NUM_TOKENS
-from tritonmoe.benchmarks.argument_types import positive
-from tritonmoe.benchmarks.stand_ins import FixedExperts, run_passes
-from tritonmoe.benchmarks.timing import add_arguments, write_json
 from tritonmoe.config.overlap import OverlapConfig, OverlapPlan, equal_sizes, ramp_sizes
 from tritonmoe.dispatch.plan import DispatchPlan
 from tritonmoe.overlap.report import LayerReport
 from tritonmoe.overlap.schedule import build_forward
-from tritonmoe.simulation.cost_model import LayerWork, LinkCosts
-from tritonmoe.simulation.simulator import simulate, simulate_layer
-from tritonmoe.simulation.step_costs import StepCosts
+from tritonmoe.overlap.simulation.cost_model import LayerWork, LinkCosts
+from tritonmoe.overlap.simulation.simulator import simulate, simulate_layer
+from tritonmoe.overlap.simulation.step_costs import StepCosts
+from tritonmoe.overlap.tuning.measured_calls import layer_costs, layer_work
+from tritonmoe.overlap.tuning.search import fixed_plan
+from tritonmoe.tools.benchmarks.argument_types import positive
+from tritonmoe.tools.benchmarks.stand_ins import FixedExperts, run_passes
+from tritonmoe.tools.benchmarks.timing import add_arguments, write_json
 from tritonmoe.transports import LinkModel, Transport
 from tritonmoe.transports.emulated.emulated_ranks import run_on_emulated_ranks
-from tritonmoe.tuning.measured_calls import layer_costs, layer_work
-from tritonmoe.tuning.search import fixed_plan
 
 __all__ = ["main"]
 

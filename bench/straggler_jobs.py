@@ -7,10 +7,10 @@ import argparse
 import json
 from pathlib import Path
 
-from tritonmoe.doctor.attribution import attribute
-from tritonmoe.doctor.reading import read_traces
-from tritonmoe.doctor.slowdown import slowdown_of
-from tritonmoe.doctor.verdict import as_text
+from tritonmoe.tools.doctor.attribution import attribute
+from tritonmoe.tools.doctor.reading import read_traces
+from tritonmoe.tools.doctor.slowdown import slowdown_of
+from tritonmoe.tools.doctor.verdict import as_text
 
 __all__ = ["main"]
 

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 import tritonmoe as tm
-from tritonmoe.diagnosis.call_recording import FORMAT, SCHEMA, file_name, plain_plan
 from tritonmoe.overlap.schedule import build_backward, build_forward
-from tritonmoe.simulation.cost_model import EachLink, InsidePorts, LayerWork, LinkCosts
-from tritonmoe.simulation.simulator import SimulatedStep, simulate
-from tritonmoe.simulation.step_costs import StepCosts
-from tritonmoe.simulation.step_units import step_units
-from tritonmoe.simulation.two_level_work import TwoLevelWork
+from tritonmoe.overlap.simulation.cost_model import EachLink, InsidePorts, LayerWork, LinkCosts
+from tritonmoe.overlap.simulation.simulator import SimulatedStep, simulate
+from tritonmoe.overlap.simulation.step_costs import StepCosts
+from tritonmoe.overlap.simulation.step_units import step_units
+from tritonmoe.overlap.simulation.two_level_work import TwoLevelWork
+from tritonmoe.tools.recording.call_recording import FORMAT, SCHEMA, file_name, plain_plan
 
 __all__ = ["HIDDEN_SIZE", "Run", "healthy", "write_run"]
 

@@ -28,8 +28,8 @@ from statistics import mean
 from typing import Any
 
 from bench.codegen import ROOT, STEP_KERNELS, STEP_VARIANT, source_hash
-from tritonmoe.benchmarks.argument_types import output_file
 from tritonmoe.runtime.files import write_whole
+from tritonmoe.tools.benchmarks.argument_types import output_file
 
 __all__ = ["EDITS", "GRIDS", "KERNELS", "ONE_TILE", "RESULT", "RUN_GRIDS", "ends_of", "main", "model_rows", "runs_of"]
 
@@ -91,9 +91,9 @@ def _compile(edit: Callable[[str], str]) -> list[dict[str, Any]]:
         copy = Path(folder) / ROOT.name
         shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns("__pycache__"))
         for name in ("up", "down", "down_grad"):
-            file = copy / "kernels" / f"{name}.py"
+            file = copy / "ops" / "kernels" / f"{name}.py"
             file.write_text(edit(file.read_text()))
-        command = [sys.executable, "-m", "tritonmoe.aot", "--json", "--workers", "1", "--variants", STEP_VARIANT]
+        command = [sys.executable, "-m", "tritonmoe.ops.aot", "--json", "--workers", "1", "--variants", STEP_VARIANT]
         command += ["--targets", *TARGETS, "--kernels", *KERNELS]
         environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
         paths = filter(None, [folder, environment.get("PYTHONPATH")])

@@ -16,10 +16,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tritonmoe.benchmarks.argument_types import positive
-from tritonmoe.benchmarks.link_rates import parse_rate
-from tritonmoe.benchmarks.namespaces import Namespaces
-from tritonmoe.benchmarks.timing import Samples, add_arguments, package_versions, ratio, summarize, write_json
+from tritonmoe.tools.benchmarks.argument_types import positive
+from tritonmoe.tools.benchmarks.link_rates import parse_rate
+from tritonmoe.tools.benchmarks.namespaces import Namespaces
+from tritonmoe.tools.benchmarks.timing import Samples, add_arguments, package_versions, ratio, summarize, write_json
 
 __all__ = ["MODELS", "OVERRIDE", "RUN", "arguments", "main"]
 

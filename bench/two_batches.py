@@ -22,21 +22,21 @@ from typing import Any
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 
-from tritonmoe.benchmarks.argument_types import positive, positive_number
-from tritonmoe.benchmarks.expert_parallel_rank import num_settling_steps
-from tritonmoe.benchmarks.inside_namespace import ask, check_start, interface_bytes, is_inside
-from tritonmoe.benchmarks.link_rates import parse_rate
-from tritonmoe.benchmarks.model_sizes import add_model_sizes, check_model_sizes, model_sizes
-from tritonmoe.benchmarks.namespaces import Namespaces
-from tritonmoe.benchmarks.ranks import slowest
-from tritonmoe.benchmarks.timing import Samples, add_arguments, ratio, summarize, write_json
-from tritonmoe.benchmarks.workload import DTYPES, NAMED_WIRE_DTYPES
 from tritonmoe.config.overlap import OverlapConfig
 from tritonmoe.integrations import transformers as tmt
 from tritonmoe.integrations.transformers.bench_model import qwen3_moe_model
 from tritonmoe.integrations.transformers.discovery import experts_modules
+from tritonmoe.placement.expert_shards import shards_of
 from tritonmoe.runtime.files import Json
-from tritonmoe.sharding.expert_shards import shards_of
+from tritonmoe.tools.benchmarks.argument_types import positive, positive_number
+from tritonmoe.tools.benchmarks.expert_parallel_rank import num_settling_steps
+from tritonmoe.tools.benchmarks.inside_namespace import ask, check_start, interface_bytes, is_inside
+from tritonmoe.tools.benchmarks.link_rates import parse_rate
+from tritonmoe.tools.benchmarks.model_sizes import add_model_sizes, check_model_sizes, model_sizes
+from tritonmoe.tools.benchmarks.namespaces import Namespaces
+from tritonmoe.tools.benchmarks.ranks import slowest
+from tritonmoe.tools.benchmarks.timing import Samples, add_arguments, ratio, summarize, write_json
+from tritonmoe.tools.benchmarks.workload import DTYPES, NAMED_WIRE_DTYPES
 from tritonmoe.transports import ProcessGroupTransport, Ranks
 from tritonmoe.transports.torchrun import torchrun_ranks
 

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from tritonmoe.benchmarks.timing import write_json
 from tritonmoe.integrations import transformers as tmt
+from tritonmoe.tools.benchmarks.timing import write_json
 
 PROMPTS = (
     "The capital of France is",

@@ -27,7 +27,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started in a shell's ba
 
 
 def pytest_addoption(parser):
-    help_text = "compile kernels for a GPU that isn't there, and run what was compiled in NumPy (tests/kernels)"
+    help_text = "compile kernels for a GPU that isn't there, and run what was compiled in NumPy (tests/ops/kernels)"
     parser.addoption("--virtual-gpu", choices=VIRTUAL_GPUS, help=help_text)
 
 

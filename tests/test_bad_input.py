@@ -14,9 +14,9 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import tritonmoe as tm
-from tritonmoe import backends
 from tritonmoe.dispatch import count_exchange
 from tritonmoe.experts import arguments as argument_checks
+from tritonmoe.ops import backends
 from tritonmoe.routing.nonfinite import NonFiniteCheck, _Counter
 from tritonmoe.transports import LocalTransport, Transport
 

@@ -17,7 +17,7 @@ from run_page import is_alike
 
 import tritonmoe
 from tritonmoe import errors
-from tritonmoe.cli import command_parser, main
+from tritonmoe.tools.cli import command_parser, main
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -167,7 +167,7 @@ def test_the_notebook_runs() -> None:
     assert len(code) >= 5
 
 
-PUBLIC = ("tritonmoe", "tritonmoe.transports", "tritonmoe.routing", "tritonmoe.diagnosis", "tritonmoe.demo")
+PUBLIC = ("tritonmoe", "tritonmoe.transports", "tritonmoe.routing", "tritonmoe.tools.recording", "tritonmoe.tools.demo")
 TRANSFORMERS = "tritonmoe.integrations.transformers"
 ELSEWHERE = {
     # Results, constants and modules: described by what gives them, or by their own module.

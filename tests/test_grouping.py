@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tritonmoe.backends import reference
-from tritonmoe.backends import torch as torch_backend
-from tritonmoe.backends import triton as triton_backend
-from tritonmoe.grouping import Grouping, GroupingBlock, RowSources
+from tritonmoe.ops.backends import reference
+from tritonmoe.ops.backends import torch as torch_backend
+from tritonmoe.ops.backends import triton as triton_backend
+from tritonmoe.ops.grouping import Grouping, GroupingBlock, RowSources
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = {"reference": reference, "torch": torch_backend, "triton": triton_backend}

@@ -9,33 +9,29 @@ import pytest
 ROOT = Path(__file__).parent.parent / "tritonmoe"
 FILES = sorted(ROOT.rglob("*.py"))
 FOLDERS = (
-    *("errors", "config", "runtime", "grouping", "kernels", "backends", "aot", "routing", "experts", "transports"),
-    *(
-        "dispatch",
-        "overlap",
-        "simulation",
-        "tuning",
-        "expert_parallel",
-        "sharding",
-        "layer",
-        "rebalancing",
-        "integrations",
-        "report",
-        "diagnosis",
-    ),
-    *("doctor", "planner", "benchmarks", "demo", "cli"),
+    *("errors", "config", "runtime"),
+    *("ops", "ops/grouping", "ops/kernels", "ops/backends", "ops/aot"),
+    *("routing", "experts", "transports", "dispatch", "overlap", "overlap/simulation", "overlap/tuning"),
+    *("expert_parallel", "placement", "layer", "layer/rebalancing", "integrations"),
+    *("tools", "tools/report", "tools/recording", "tools/doctor", "tools/planner", "tools/benchmarks", "tools/demo"),
+    "tools/cli",
 )
 """A file imports from its own folder and from those that stand before it."""
 FENCES = {
-    "triton": ("kernels/", "aot/"),
-    "torch.distributed": ("transports/", "sharding/", "integrations/"),
+    "triton": ("ops/kernels/", "ops/aot/"),
+    "torch.distributed": ("transports/", "placement/", "integrations/"),
     "transformers": ("integrations/",),
     "torch.cuda.Stream": ("transports/",),
-    "torch.cuda.Event": ("overlap/report.py", "runtime/host_device.py", "transports/", "benchmarks/device_time.py"),
+    "torch.cuda.Event": (
+        "overlap/report.py",
+        "runtime/host_device.py",
+        "transports/",
+        "tools/benchmarks/device_time.py",
+    ),
     "torch.cuda.stream": ("transports/",),
     "torch.cuda.current_stream": (
         *("overlap/report.py", "runtime/host_device.py", "transports/"),
-        "benchmarks/device_time.py",
+        "tools/benchmarks/device_time.py",
     ),
 }
 EXCEPTIONS = {
@@ -79,6 +75,13 @@ def is_within(name: str, prefix: str) -> bool:
     return name == prefix or name.startswith(prefix + ".")
 
 
+def folder_of(name: str) -> str:
+    """Return the innermost folder of FOLDERS in which a dotted name of the package is."""
+    inside = [folder for folder in FOLDERS if is_within(name, f"tritonmoe.{folder.replace('/', '.')}")]
+    assert inside, f"{name} has no place in the order of folders"
+    return max(inside, key=len)
+
+
 def tolerated(relative: str, name: str) -> bool:
     return any(file == relative and (used == "*" or is_within(name, used)) for file, used in EXCEPTIONS)
 
@@ -100,13 +103,11 @@ def test_a_file_imports_only_from_its_folder_and_those_before(path: Path) -> Non
     relative = path.relative_to(ROOT)
     if tolerated(relative.as_posix(), "*"):
         return
-    own = relative.parts[0].removesuffix(".py")
-    assert own in FOLDERS, f"{own} has no place in the order of folders"
+    own = folder_of(module_of(path))
     allowed = FOLDERS[: FOLDERS.index(own) + 1]
     for name in names_used(path):
         if is_within(name, "tritonmoe") and not tolerated(relative.as_posix(), name):
-            folder = f"{name}.".split(".")[1]
-            assert folder in allowed, f"{relative} imports {name}"
+            assert folder_of(name) in allowed, f"{relative} imports {name}"
 
 
 def imported_modules(path: Path) -> set[str]:

@@ -18,11 +18,11 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import tritonmoe as tm
-from tritonmoe.backends import BACKENDS
-from tritonmoe.backends import torch as torch_backend
 from tritonmoe.config.activations import Activation
 from tritonmoe.experts.spec import decode, encode, expert_spec
 from tritonmoe.experts.tensors import NAMES
+from tritonmoe.ops.backends import BACKENDS
+from tritonmoe.ops.backends import torch as torch_backend
 from tritonmoe.routing import save_topk
 from tritonmoe.transports import LocalTransport
 

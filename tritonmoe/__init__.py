@@ -19,8 +19,8 @@ from tritonmoe.integrations.torch_distributed.parallelize import expert_paramete
 from tritonmoe.integrations.weight_sync.export_weights import export_weights
 from tritonmoe.integrations.weight_sync.load_weights import load_weights
 from tritonmoe.layer import GroupedExperts, MoELayer
-from tritonmoe.rebalancing.rebalance import Rebalancer, rebalance
-from tritonmoe.rebalancing.rebalanced import Rebalanced
+from tritonmoe.layer.rebalancing.rebalance import Rebalancer, rebalance
+from tritonmoe.layer.rebalancing.rebalanced import Rebalanced
 from tritonmoe.routing import TopKRouter
 from tritonmoe.runtime.version import __version__ as __version__
 from tritonmoe.transports import LinkModel

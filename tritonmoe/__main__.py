@@ -2,7 +2,7 @@
 
 import sys
 
-from tritonmoe.cli import main
+from tritonmoe.tools.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

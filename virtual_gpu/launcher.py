@@ -12,8 +12,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from tritonmoe.aot.launches import source_of
-from tritonmoe.kernels import launch
+from tritonmoe.ops.aot.launches import source_of
+from tritonmoe.ops.kernels import launch
 from virtual_gpu.amd import machine as amd_machine
 from virtual_gpu.amd import parser as amd_parser
 from virtual_gpu.amd import translation as amd_translation
@@ -73,7 +73,7 @@ def run_launch(item: launch.Launch, target: GPUTarget, edit: Callable[[str], str
         return
     translation = _nvidia_translation(edit(compiled.asm["ptx"]))
     parameters += [0] * (len(translation.kernel.parameters) - len(parameters))  # scratch memory: none
-    # Before 3.7.1 Triton fences no asynchronous copies: tritonmoe/kernels/tiles/tile_choice.py says what follows.
+    # Before 3.7.1 Triton fences no asynchronous copies: tritonmoe/ops/kernels/tiles/tile_choice.py says what follows.
     checks_fences = target.arch != 90 or launch.TRITON_VERSION >= (3, 7, 1)
     nvidia_machine.run_grid(translation, parameters, GlobalMemory(spans), shared_bytes, (x, y, z), checks_fences)
 

@@ -15,14 +15,14 @@ from bench.gpu.compilation import compile_missing, kernels_of
 from bench.gpu.plan import Case, cases
 from bench.gpu.setting import DAY, REHEARSAL, Setting
 from bench.gpu.worker import Worker
-from tritonmoe.aot import architecture_named
-from tritonmoe.benchmarks.argument_types import output_file
-from tritonmoe.benchmarks.kept_results import KeptResults, open_results, read_results, source_hash
-from tritonmoe.benchmarks.machine import identity
-from tritonmoe.benchmarks.tile_candidates import redundant
-from tritonmoe.benchmarks.tuning import LEAST_GAIN, best_entries
-from tritonmoe.kernels import launch
+from tritonmoe.ops.aot import architecture_named
+from tritonmoe.ops.kernels import launch
 from tritonmoe.runtime.files import Json
+from tritonmoe.tools.benchmarks.argument_types import output_file
+from tritonmoe.tools.benchmarks.kept_results import KeptResults, open_results, read_results, source_hash
+from tritonmoe.tools.benchmarks.machine import identity
+from tritonmoe.tools.benchmarks.tile_candidates import redundant
+from tritonmoe.tools.benchmarks.tuning import LEAST_GAIN, best_entries
 
 __all__ = ["is_finished", "is_wrong", "main"]
 

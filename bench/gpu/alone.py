@@ -13,12 +13,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bench.gpu.setting import DAY, REHEARSAL, SMALL, Setting
-from tritonmoe.benchmarks.device_time import TimedCalls
-from tritonmoe.benchmarks.shapes import LayerInputs, draw_inputs
 from tritonmoe.config.overlap import OverlapConfig
 from tritonmoe.expert_parallel.expert_parallel_mlp import expert_parallel_mlp
 from tritonmoe.experts.moe_mlp import moe_mlp
 from tritonmoe.runtime.files import Json
+from tritonmoe.tools.benchmarks.device_time import TimedCalls
+from tritonmoe.tools.benchmarks.shapes import LayerInputs, draw_inputs
 from tritonmoe.transports import ProcessGroupTransport, Transport
 
 __all__ = ["main"]

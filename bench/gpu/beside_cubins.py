@@ -27,11 +27,11 @@ from bench.gpu.cubins import FOLDER, Cubin, Operation, kernels_hash, read, text_
 from bench.gpu.programs import PROGRAM_LIMIT_S, run_in_repository
 from bench.gpu.setting import DAY, HEADLINE, REHEARSAL
 from bench.gpu.workbench import Call, Workbench, with_entries
-from tritonmoe.aot import architecture_named
-from tritonmoe.backends import backend_choice
-from tritonmoe.benchmarks.tuning import agree, tensors_in
-from tritonmoe.kernels import launch
+from tritonmoe.ops.aot import architecture_named
+from tritonmoe.ops.backends import backend_choice
+from tritonmoe.ops.kernels import launch
 from tritonmoe.runtime.files import Json
+from tritonmoe.tools.benchmarks.tuning import agree, tensors_in
 from virtual_gpu.launcher import run_launch
 
 __all__ = ["ByCubins", "Unfit", "compare", "main", "measure_cubin", "packed"]
@@ -129,7 +129,7 @@ def compare(operation: Operation, num_tokens: int, bench: Workbench) -> Iterator
         Unfit: see `packed`.
     """
     if operation.kernels_hash != kernels_hash():
-        raise Unfit("they were compiled from other sources in tritonmoe/kernels: run python -m bench.gpu.cubins again")
+        raise Unfit("tritonmoe/ops/kernels has changed since they were compiled: run python -m bench.gpu.cubins again")
     target = architecture_named(operation.target).target
     inputs = bench.inputs(HEADLINE, num_tokens, "uniform")
     if bench.setting.is_rehearsal:

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from bench.gpu.workbench import Workbench
-from tritonmoe.backends import choose
-from tritonmoe.backends.kernel_check import CASES, SMALL_CASES, check_layer, distances
-from tritonmoe.benchmarks.shapes import LayerInputs
 from tritonmoe.experts.moe_mlp import moe_mlp
-from tritonmoe.kernels.tiles import measured_tiles
+from tritonmoe.ops.backends import choose
+from tritonmoe.ops.backends.kernel_check import CASES, SMALL_CASES, check_layer, distances
+from tritonmoe.ops.kernels.tiles import measured_tiles
 from tritonmoe.routing.router_check import ROUTERS, SMALL_ROUTERS, check_router
 from tritonmoe.runtime.files import Json
+from tritonmoe.tools.benchmarks.shapes import LayerInputs
 
 __all__ = ["check_samples", "check_small_layers", "rerun"]
 

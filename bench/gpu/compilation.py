@@ -13,13 +13,13 @@ import triton
 
 from bench.gpu.children import answers
 from bench.gpu.setting import HEADLINE, Setting
-from tritonmoe.aot import Variant, architecture_named, compile_unchecked, record_launches, source_of
-from tritonmoe.backends.kernel_check import CASES
-from tritonmoe.benchmarks.kept_results import KeptResults
-from tritonmoe.benchmarks.tile_candidates import Candidate, judge
-from tritonmoe.benchmarks.tuning import candidates_of_layer
-from tritonmoe.kernels.tiles import measured_tiles
+from tritonmoe.ops.aot import Variant, architecture_named, compile_unchecked, record_launches, source_of
+from tritonmoe.ops.backends.kernel_check import CASES
+from tritonmoe.ops.kernels.tiles import measured_tiles
 from tritonmoe.runtime.files import Json, write_whole
+from tritonmoe.tools.benchmarks.kept_results import KeptResults
+from tritonmoe.tools.benchmarks.tile_candidates import Candidate, judge
+from tritonmoe.tools.benchmarks.tuning import candidates_of_layer
 
 __all__ = ["Kernel", "compile_missing", "headline_candidates", "kernels_of", "variant_of"]
 

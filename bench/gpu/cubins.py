@@ -19,12 +19,12 @@ from triton.compiler import ASTSource, CompiledKernel
 from bench.gpu.children import ROOT
 from bench.gpu.compilation import variant_of
 from bench.gpu.setting import DAY, HEADLINE, REHEARSAL, Setting
-from tritonmoe import kernels
-from tritonmoe.aot import architecture_named, compile_unchecked, record_launches, source_of
-from tritonmoe.benchmarks.kept_results import source_hash
-from tritonmoe.kernels import launch
-from tritonmoe.kernels.tiles import measured_tiles
+from tritonmoe.ops import kernels
+from tritonmoe.ops.aot import architecture_named, compile_unchecked, record_launches, source_of
+from tritonmoe.ops.kernels import launch
+from tritonmoe.ops.kernels.tiles import measured_tiles
 from tritonmoe.runtime.files import Json, write_whole
+from tritonmoe.tools.benchmarks.kept_results import source_hash
 from virtual_gpu.nvidia.parser import parse
 
 __all__ = ["FOLDER", "Cubin", "Operation", "files_for", "kernels_hash", "main", "read", "text_of"]

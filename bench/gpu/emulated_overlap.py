@@ -3,12 +3,12 @@
 import statistics
 
 from bench.gpu.workbench import Workbench
-from tritonmoe.benchmarks.measured_layer import Link, MeasuredLayer
-from tritonmoe.benchmarks.overlap_rank import RankMeasurement, measure_rank
-from tritonmoe.benchmarks.overlap_report import summarize_overlap
-from tritonmoe.benchmarks.replayed_peers import ReplayedPeers
-from tritonmoe.benchmarks.workload import Workload
 from tritonmoe.runtime.files import Json
+from tritonmoe.tools.benchmarks.measured_layer import Link, MeasuredLayer
+from tritonmoe.tools.benchmarks.overlap_rank import RankMeasurement, measure_rank
+from tritonmoe.tools.benchmarks.overlap_report import summarize_overlap
+from tritonmoe.tools.benchmarks.replayed_peers import ReplayedPeers
+from tritonmoe.tools.benchmarks.workload import Workload
 from tritonmoe.transports import LinkModel, Transport
 from tritonmoe.transports.emulated.emulated_ranks import run_on_emulated_ranks
 

@@ -22,11 +22,11 @@ from bench.gpu.children import ROOT
 from bench.gpu.compilation import kernels_of
 from bench.gpu.plan import cases
 from bench.gpu.setting import REHEARSAL
-from tritonmoe.benchmarks.argument_types import output_file, positive
-from tritonmoe.benchmarks.kept_results import read_results
-from tritonmoe.benchmarks.timing import write_json
 from tritonmoe.runtime.files import Json
 from tritonmoe.runtime.processes import dies_with_its_parent
+from tritonmoe.tools.benchmarks.argument_types import output_file, positive
+from tritonmoe.tools.benchmarks.kept_results import read_results
+from tritonmoe.tools.benchmarks.timing import write_json
 
 __all__ = ["main"]
 

@@ -6,15 +6,15 @@ import torch
 
 from bench.gpu.peers import COMPILING, PEERS, Function, peer_functions
 from bench.gpu.workbench import Call, Workbench, with_entries
-from tritonmoe.benchmarks.operation_calls import dense_products
-from tritonmoe.benchmarks.roofline import BACKWARD_PRODUCTS, FORWARD_PRODUCTS, product_flops
-from tritonmoe.benchmarks.shapes import LayerInputs
-from tritonmoe.benchmarks.step_memory import kept_for_backward_mb, peak_mb
 from tritonmoe.config.layer import MoEConfig
 from tritonmoe.experts.moe_mlp import moe_mlp
-from tritonmoe.kernels.tiles import measured_tiles
+from tritonmoe.ops.kernels.tiles import measured_tiles
 from tritonmoe.routing.router import TopKRouter
 from tritonmoe.runtime.files import Json
+from tritonmoe.tools.benchmarks.operation_calls import dense_products
+from tritonmoe.tools.benchmarks.roofline import BACKWARD_PRODUCTS, FORWARD_PRODUCTS, product_flops
+from tritonmoe.tools.benchmarks.shapes import LayerInputs
+from tritonmoe.tools.benchmarks.step_memory import kept_for_backward_mb, peak_mb
 
 __all__ = [
     *("OURS", "TUNED", "UNCAPTURED", "experts", "measure_compiling_peers", "measure_layer", "measure_memory"),

@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import globaltimer
 
-from tritonmoe.aot import architecture_named
-from tritonmoe.kernels import launch
+from tritonmoe.ops.aot import architecture_named
+from tritonmoe.ops.kernels import launch
 
 __all__ = ["Holder"]
 

@@ -6,9 +6,9 @@ import torch
 
 from bench.gpu.operations import OPERATIONS
 from bench.gpu.setting import DAY, HEADLINE, REHEARSAL, SMALL
-from tritonmoe.benchmarks.operation_calls import operation_calls
-from tritonmoe.benchmarks.shapes import draw_inputs
-from tritonmoe.kernels.tiles import measured_tiles
+from tritonmoe.ops.kernels.tiles import measured_tiles
+from tritonmoe.tools.benchmarks.operation_calls import operation_calls
+from tritonmoe.tools.benchmarks.shapes import draw_inputs
 
 __all__ = ["CALLS", "main"]
 

@@ -7,15 +7,15 @@ import torch
 
 from bench.gpu.setting import HEADLINE
 from bench.gpu.workbench import Call, Workbench, with_entries
-from tritonmoe.aot import TARGETS
-from tritonmoe.benchmarks.operation_calls import dense_products
-from tritonmoe.benchmarks.roofline import kernel_work
-from tritonmoe.benchmarks.tile_candidates import Candidate
-from tritonmoe.benchmarks.tuning import try_candidate
 from tritonmoe.experts.moe_mlp import moe_mlp
-from tritonmoe.kernels import launch
-from tritonmoe.kernels.tiles import measured_tiles
+from tritonmoe.ops.aot import TARGETS
+from tritonmoe.ops.kernels import launch
+from tritonmoe.ops.kernels.tiles import measured_tiles
 from tritonmoe.runtime.files import Json
+from tritonmoe.tools.benchmarks.operation_calls import dense_products
+from tritonmoe.tools.benchmarks.roofline import kernel_work
+from tritonmoe.tools.benchmarks.tile_candidates import Candidate
+from tritonmoe.tools.benchmarks.tuning import try_candidate
 
 __all__ = [
     "OPERATIONS",

@@ -11,7 +11,7 @@ from triton.backends.compiler import GPUTarget
 
 from bench.gpu.programs import run_in_repository
 from bench.gpu.workbench import Workbench
-from tritonmoe.kernels import launch
+from tritonmoe.ops.kernels import launch
 from tritonmoe.runtime.files import Json
 
 __all__ = ["check_with_other_ptxas"]

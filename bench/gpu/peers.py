@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from tritonmoe.benchmarks.shapes import LayerInputs
 from tritonmoe.integrations.transformers import peers
+from tritonmoe.tools.benchmarks.shapes import LayerInputs
 
 __all__ = ["COMPILING", "PEERS", "Function", "peer_functions"]
 

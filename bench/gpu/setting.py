@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from tritonmoe.benchmarks.shapes import GPU_SHAPES, LayerShape, tiny
+from tritonmoe.tools.benchmarks.shapes import GPU_SHAPES, LayerShape, tiny
 
 __all__ = ["DAY", "HEADLINE", "REHEARSAL", "SMALL", "Setting"]
 
@@ -43,7 +43,7 @@ class Setting:
     sequence_length: int
     """Of the tokens that a whole model is trained on."""
     emulated_model: str
-    """A name in tritonmoe.benchmarks.workload.MODELS, one layer of which runs on emulated ranks."""
+    """A name in tritonmoe.tools.benchmarks.workload.MODELS, one layer of which runs on emulated ranks."""
     emulated_ranks: int
     emulated_tokens: int
     """Of every rank."""
@@ -83,11 +83,11 @@ DAY = Setting(
     other_shapes=tuple(name for name in GPU_SHAPES if name != HEADLINE),
     shape_tokens=(32768, 4096, 512, 64, 8, 1),
     kernel_tests=tuple(
-        f"tests/kernels/test_{name}.py"
+        f"tests/ops/kernels/test_{name}.py"
         for name in ("triton_backend", "group", "weight_grad", "tma", "row_gather", "several_steps", "tile_runs")
     ),
     other_tests=(
-        *(f"tests/kernels/test_{name}.py" for name in ("properties", "backward_properties", "options")),
+        *(f"tests/ops/kernels/test_{name}.py" for name in ("properties", "backward_properties", "options")),
         *(f"tests/expert_parallel/test_{name}.py" for name in ("cuda_graph", "host_reads")),
         *("tests/experts/test_saved_memory.py", "tests/dispatch/test_capacity.py", "tests/test_grouping.py"),
         *("tests/transports/test_emulated_delivery.py", "tests/transports/test_contract.py"),
@@ -119,7 +119,7 @@ REHEARSAL = Setting(
     sweep_tokens=(1,),
     other_shapes=("gpt-oss",),
     shape_tokens=(12,),
-    kernel_tests=("tests/kernels/test_tile_table.py",),
+    kernel_tests=("tests/ops/kernels/test_tile_table.py",),
     other_tests=(),
     profiled_operations=("weight_grad W1",),
     sanitized_tokens=12,

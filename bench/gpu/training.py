@@ -10,12 +10,12 @@ from torch import Tensor
 
 from bench.gpu.setting import HEADLINE, Setting
 from bench.gpu.workbench import Workbench, times_of
-from tritonmoe.benchmarks.step_memory import kept_for_backward_mb, peak_mb
-from tritonmoe.benchmarks.timing import interleave
 from tritonmoe.integrations.transformers.bench_model import ModelSizes, qwen3_moe_model
 from tritonmoe.integrations.transformers.peers import peer_unusable_reason
-from tritonmoe.kernels.tiles import measured_tiles
+from tritonmoe.ops.kernels.tiles import measured_tiles
 from tritonmoe.runtime.files import Json
+from tritonmoe.tools.benchmarks.step_memory import kept_for_backward_mb, peak_mb
+from tritonmoe.tools.benchmarks.timing import interleave
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -5,9 +5,9 @@ import shutil
 import torch
 
 from bench.gpu.workbench import Workbench
-from tritonmoe.benchmarks.machine import query_gpu
-from tritonmoe.benchmarks.timing import all_versions, environment
 from tritonmoe.runtime.files import Json
+from tritonmoe.tools.benchmarks.machine import query_gpu
+from tritonmoe.tools.benchmarks.timing import all_versions, environment
 
 __all__ = ["describe_machine"]
 

@@ -13,12 +13,12 @@ from bench.gpu.layers import OURS, UNCAPTURED, experts, others_of, step_of
 from bench.gpu.multiprocessors import Holder
 from bench.gpu.peers import Function
 from bench.gpu.workbench import Call, Workbench, times_of, with_entries
-from tritonmoe.benchmarks.device_time import TimedCalls, graph_pool
-from tritonmoe.benchmarks.shapes import LayerInputs, draw_routing
 from tritonmoe.experts import spec
 from tritonmoe.experts.adapters import ExpertAdapters
 from tritonmoe.experts.moe_mlp import moe_mlp
 from tritonmoe.runtime.files import Json
+from tritonmoe.tools.benchmarks.device_time import TimedCalls, graph_pool
+from tritonmoe.tools.benchmarks.shapes import LayerInputs, draw_routing
 
 __all__ = ["measure_beside", "measure_few", "measure_ways"]
 

@@ -9,12 +9,12 @@ import torch
 
 from bench.gpu.clocks import Clocks
 from bench.gpu.setting import Setting
-from tritonmoe.benchmarks.device_time import CAPTURE_FAILED, TimedCalls, graph_pool, interleaved
-from tritonmoe.benchmarks.operation_calls import operation_calls
-from tritonmoe.benchmarks.shapes import LayerInputs, draw_inputs
-from tritonmoe.benchmarks.tuning import calls_by_key
-from tritonmoe.kernels.tiles import measured_tiles
+from tritonmoe.ops.kernels.tiles import measured_tiles
 from tritonmoe.runtime.files import Json
+from tritonmoe.tools.benchmarks.device_time import CAPTURE_FAILED, TimedCalls, graph_pool, interleaved
+from tritonmoe.tools.benchmarks.operation_calls import operation_calls
+from tritonmoe.tools.benchmarks.shapes import LayerInputs, draw_inputs
+from tritonmoe.tools.benchmarks.tuning import calls_by_key
 
 __all__ = ["Call", "Workbench", "times_of", "with_entries"]
 

@@ -10,8 +10,8 @@ import torch
 
 from bench.gpu.children import Child
 from bench.gpu.setting import Setting
-from tritonmoe.benchmarks.device_time import CAPTURE_FAILED
 from tritonmoe.runtime.files import Json
+from tritonmoe.tools.benchmarks.device_time import CAPTURE_FAILED
 
 __all__ = ["Worker", "measures"]
 

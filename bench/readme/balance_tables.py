@@ -6,7 +6,7 @@ from itertools import groupby
 
 from bench.balance import make_parser
 from bench.readme.results import load, load_all, spread, table_head, table_row, where
-from tritonmoe.benchmarks.overlap_report import is_noise
+from tritonmoe.tools.benchmarks.overlap_report import is_noise
 
 __all__ = ["balance_simulated_table", "balance_table"]
 

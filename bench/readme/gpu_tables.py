@@ -3,8 +3,8 @@
 from collections.abc import Collection
 
 from bench.readme.results import RESULTS, load, table_head, table_row, where
-from tritonmoe.benchmarks.kept_results import read_results
-from tritonmoe.benchmarks.shapes import GPU_SHAPES
+from tritonmoe.tools.benchmarks.kept_results import read_results
+from tritonmoe.tools.benchmarks.shapes import GPU_SHAPES
 
 __all__ = ["gpu_memory_table", "gpu_table", "gpu_training_table", "killed_text"]
 

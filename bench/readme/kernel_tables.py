@@ -8,11 +8,11 @@ import torch
 from bench.codegen import PACKED_STEP_KERNELS, STEP_KERNELS
 from bench.launch import NUM_EXPERTS, NUM_TOKENS, PEER_EXPERTS, PEER_TOKENS, PEER_TOP_K, TOP_K
 from bench.readme.results import RESULTS, load, spread, table_head, table_row, where
-from tritonmoe import aot
-from tritonmoe.benchmarks.roofline import kernel_work, product_flops
-from tritonmoe.benchmarks.shapes import GPU_SHAPES
-from tritonmoe.kernels.tiles import measured_tiles
-from tritonmoe.planner.cluster_presets import CLUSTERS
+from tritonmoe.ops import aot
+from tritonmoe.ops.kernels.tiles import measured_tiles
+from tritonmoe.tools.benchmarks.roofline import kernel_work, product_flops
+from tritonmoe.tools.benchmarks.shapes import GPU_SHAPES
+from tritonmoe.tools.planner.cluster_presets import CLUSTERS
 
 __all__ = [
     "NUMBERS",

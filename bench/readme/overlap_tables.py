@@ -3,8 +3,8 @@
 import statistics
 
 from bench.readme.results import RESULTS, load, load_all, spread, table_head, table_row, where
-from tritonmoe.benchmarks.overlap_report import marks
-from tritonmoe.benchmarks.overlap_table import shown
+from tritonmoe.tools.benchmarks.overlap_report import marks
+from tritonmoe.tools.benchmarks.overlap_table import shown
 
 __all__ = [
     "auto_table",

@@ -8,9 +8,9 @@ from typing import NamedTuple
 from xml.sax.saxutils import escape
 
 from bench.readme.results import DOCS, load, load_all, table_head, table_row, where
-from tritonmoe.demo.measure import NUM_CHUNKS
-from tritonmoe.report.png import COLORS, group_of
-from tritonmoe.report.timeline import Timeline
+from tritonmoe.tools.demo.measure import NUM_CHUNKS
+from tritonmoe.tools.report.png import COLORS, group_of
+from tritonmoe.tools.report.timeline import Timeline
 
 __all__ = ["PICTURES", "balance_figure", "dense_or_moe_figure", "overlap_figure", "picture", "pictures"]
 

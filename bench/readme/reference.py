@@ -13,15 +13,15 @@ from itertools import zip_longest
 
 from bench.readme.install import install_command
 from bench.readme.results import DOCS, ROOT, table_head
-from tritonmoe.benchmarks import BENCHMARKS
-from tritonmoe.cli import command_parser
+from tritonmoe.tools.benchmarks import BENCHMARKS
+from tritonmoe.tools.cli import command_parser
 
 __all__ = ["api_index", "command_output", "commands_reference", "files_table", "notebook_of"]
 
 QWEN3 = "--nodes 16 --micro-batches 16"
 COMMANDS = {
     "doctor": "tritonmoe doctor bench/results/recordings/slow_link",
-    "straggler": "tritonmoe doctor tests/doctor/data/straggler_ar_two_steps.json.gz",
+    "straggler": "tritonmoe doctor tests/tools/doctor/data/straggler_ar_two_steps.json.gz",
     "plan": f"tritonmoe plan Qwen3-235B-A22B H100 {QWEN3}",
     "compare": f"tritonmoe plan Qwen3-235B-A22B --compare H100 H200 H100-100G {QWEN3}",
 }
@@ -81,7 +81,7 @@ def commands_reference(program: str) -> str:
     for name, parser in commands.choices.items():
         lines += ["", f"## `{program} {name}`", "", *_body(parser)]
         for benchmark in BENCHMARKS if name == "bench" else ():
-            make_parser = importlib.import_module(f"tritonmoe.benchmarks.{benchmark}").make_parser
+            make_parser = importlib.import_module(f"tritonmoe.tools.benchmarks.{benchmark}").make_parser
             lines += ["", f"### `{program} bench {benchmark}`", "", *_body(make_parser())]
     return "\n".join(lines).strip()
 

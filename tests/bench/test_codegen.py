@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from bench import codegen
-from tritonmoe import aot
-from tritonmoe.aot import ARCHITECTURES
-from tritonmoe.aot.compilation import FEW_BYTES
+from tritonmoe.ops import aot
+from tritonmoe.ops.aot import ARCHITECTURES
+from tritonmoe.ops.aot.compilation import FEW_BYTES
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def test_both_tritons_are_in_the_table(tmp_path, no_compiling):
     assert run(tmp_path, "--triton-versions", "3.6.0", "9.9") == 0
     (pip, _), (older, older_environment), (newest, newest_environment) = commands
     assert pip[-1] == "triton==3.6.0"
-    assert older == newest == [sys.executable, "-m", "tritonmoe.aot", "--json", "--workers", "2", "--all"]
+    assert older == newest == [sys.executable, "-m", "tritonmoe.ops.aot", "--json", "--workers", "2", "--all"]
     assert older_environment["PYTHONPATH"].startswith(str(tmp_path / "tritons" / "3.6.0"))
     assert str(tmp_path) not in newest_environment["PYTHONPATH"]
     assert "TRITON_INTERPRET" not in older_environment | newest_environment
@@ -125,17 +125,17 @@ def test_an_unfit_kernel_and_a_compiler_that_fails(tmp_path, no_compiling):
 
 
 def test_the_hash_follows_the_kernels(tmp_path, monkeypatch):
-    for name in ("aot/launches.py", "aot/variants.py", "backends/triton.py", "kernels/up.py"):
+    for name in ("ops/aot/launches.py", "ops/aot/variants.py", "ops/backends/triton.py", "ops/kernels/up.py"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("one\n")
     monkeypatch.setattr(codegen, "ROOT", tmp_path)
     seen = {codegen.source_hash()}
-    for name in ("kernels/up.py", "aot/launches.py", "aot/variants.py", "backends/triton.py"):
+    for name in ("ops/kernels/up.py", "ops/aot/launches.py", "ops/aot/variants.py", "ops/backends/triton.py"):
         (tmp_path / name).write_text("two\n")
         seen.add(codegen.source_hash())
-    (tmp_path / "kernels/new.py").write_text("")
+    (tmp_path / "ops/kernels/new.py").write_text("")
     seen.add(codegen.source_hash())
-    (tmp_path / "aot/machine_code.py").write_text("reads what came out\n")
+    (tmp_path / "ops/aot/machine_code.py").write_text("reads what came out\n")
     assert len(seen) == 6
     assert codegen.source_hash() in seen
 

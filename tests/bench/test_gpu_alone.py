@@ -12,8 +12,8 @@ import torch
 from bench.gpu import alone, one_case, other_ptxas, programs
 from bench.gpu.children import ROOT
 from bench.gpu.setting import HEADLINE, REHEARSAL
-from tritonmoe.aot import TARGETS
-from tritonmoe.kernels import launch
+from tritonmoe.ops.aot import TARGETS
+from tritonmoe.ops.kernels import launch
 from tritonmoe.transports import LocalTransport
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="runs in the interpreter")

@@ -10,8 +10,8 @@ import torch
 from bench.gpu import children, compilation, plan
 from bench.gpu.compilation import Kernel, compile_missing
 from bench.gpu.setting import DAY, HEADLINE, REHEARSAL
-from tritonmoe.aot import Variant
-from tritonmoe.benchmarks.kept_results import open_results, read_results
+from tritonmoe.ops.aot import Variant
+from tritonmoe.tools.benchmarks.kept_results import open_results, read_results
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="forks")
 KERNELS = [Kernel(f"A compile {name}", Variant(), name) for name in ("one", "two", "three")]

@@ -18,9 +18,9 @@ from bench.gpu.children import ROOT
 from bench.gpu.cubin_drivers import CudaDriver
 from bench.gpu.cubins import Cubin
 from bench.gpu.setting import DAY, REHEARSAL
-from tritonmoe.aot import TARGETS
-from tritonmoe.kernels import launch
-from tritonmoe.kernels.tiles.tma import describe
+from tritonmoe.ops.aot import TARGETS
+from tritonmoe.ops.kernels import launch
+from tritonmoe.ops.kernels.tiles.tma import describe
 
 OPERATIONS = {
     "up": ["_up_kernel"],

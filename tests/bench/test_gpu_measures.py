@@ -13,7 +13,7 @@ import torch
 from bench.gpu import checks, children, clocks, layers, operations, peers, programs, workbench
 from bench.gpu.setting import HEADLINE, REHEARSAL
 from bench.gpu.workbench import Workbench
-from tritonmoe.kernels.tiles import measured_tiles
+from tritonmoe.ops.kernels.tiles import measured_tiles
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="runs in the interpreter")
 

@@ -8,9 +8,9 @@ from bench.gpu import __main__ as gpu
 from bench.gpu import calls, plan
 from bench.gpu.compilation import Kernel
 from bench.gpu.setting import DAY, HEADLINE, REHEARSAL, SMALL
-from tritonmoe.aot import Variant
-from tritonmoe.benchmarks.kept_results import open_results, read_results
-from tritonmoe.benchmarks.tile_candidates import Candidate, products_of
+from tritonmoe.ops.aot import Variant
+from tritonmoe.tools.benchmarks.kept_results import open_results, read_results
+from tritonmoe.tools.benchmarks.tile_candidates import Candidate, products_of
 
 GAINS = (1.3, 1.0)
 

@@ -12,7 +12,7 @@ import pytest
 from bench.gpu.children import ROOT
 from bench.gpu.plan import cases
 from bench.gpu.setting import REHEARSAL
-from tritonmoe.benchmarks.kept_results import read_results
+from tritonmoe.tools.benchmarks.kept_results import read_results
 
 KERNELS = 3
 MEASURES = ("describe_machine", "measure_dense", "measure_host", "try_tile")

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from bench.readme import gpu_tables
-from tritonmoe.benchmarks.kept_results import open_results
+from tritonmoe.tools.benchmarks.kept_results import open_results
 
 LAYER = {"shape": "Mixtral", "num_tokens": 32768, "routing": "uniform", "backward": False, "others": True}
 TIMES = {

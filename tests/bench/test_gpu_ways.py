@@ -13,8 +13,8 @@ from bench.gpu import emulated_overlap, layers, multiprocessors, peers, training
 from bench.gpu.children import ROOT
 from bench.gpu.setting import HEADLINE, REHEARSAL
 from bench.gpu.workbench import Workbench
-from tritonmoe.benchmarks.shapes import draw_inputs
 from tritonmoe.experts.moe_mlp import moe_mlp
+from tritonmoe.tools.benchmarks.shapes import draw_inputs
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="runs in the interpreter")
 OTHER = "gpt-oss"
@@ -172,8 +172,8 @@ def test_what_is_measured_ends_before_the_multiprocessors_are_free(holder):
 COMPILE = """
 import torch
 from bench.gpu.multiprocessors import DEPTHS, ROWS, WARPS, _hold
-from tritonmoe.aot import architecture_named, compile_unchecked
-from tritonmoe.kernels.launch import Launch
+from tritonmoe.ops.aot import architecture_named, compile_unchecked
+from tritonmoe.ops.kernels.launch import Launch
 for name in ("sm_80", "sm_90", "sm_100"):
     operands = torch.empty(ROWS * DEPTHS[0], dtype=torch.bfloat16, device="meta")
     arguments = operands, torch.empty(8, ROWS, ROWS, device="meta"), 10**6

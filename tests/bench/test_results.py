@@ -3,9 +3,9 @@
 import pytest
 
 from bench.readme.results import RESULTS, load
-from tritonmoe.benchmarks.auto import summarize_cases
-from tritonmoe.benchmarks.overlap_report import merits
-from tritonmoe.benchmarks.timing import ratio, summarize
+from tritonmoe.tools.benchmarks.auto import summarize_cases
+from tritonmoe.tools.benchmarks.overlap_report import merits
+from tritonmoe.tools.benchmarks.timing import ratio, summarize
 
 
 def names(prefix: str) -> list[str]:

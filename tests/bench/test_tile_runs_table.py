@@ -18,7 +18,7 @@ def test_the_table_is_of_these_sources():
 
 @pytest.mark.parametrize("name", ["up", "down", "down_grad"])
 def test_loops_over_tiles_are_changed(name):
-    text = (codegen.ROOT / "kernels" / f"{name}.py").read_text()
+    text = (codegen.ROOT / "ops" / "kernels" / f"{name}.py").read_text()
     as_it_is, one_tile, by_one, by_four = (edit(text) for edit in tile_runs.EDITS.values())
     for changed in (one_tile, by_one, by_four):
         ast.parse(changed)

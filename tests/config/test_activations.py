@@ -14,7 +14,7 @@ from tritonmoe.config.activations import (
     is_fused,
     to_plain,
 )
-from tritonmoe.kernels.activations import KERNEL_FUNCTIONS, activation_options
+from tritonmoe.ops.kernels.activations import KERNEL_FUNCTIONS, activation_options
 
 ACTIVATIONS = (*POINTWISE, ClampedSwiGLU(0.5, 1.702, 1.0), SoftcappedSwiGLU(0.7, 1.5))
 

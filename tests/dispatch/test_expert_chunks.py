@@ -13,21 +13,21 @@ from test_grouping import check_order
 from torch import Tensor
 
 import tritonmoe as tm
-from tritonmoe.backends import reference
-from tritonmoe.backends import torch as torch_backend
 from tritonmoe.config.overlap import OverlapPlan, equal_sizes
 from tritonmoe.dispatch.count_exchange import check_counts
 from tritonmoe.dispatch.expert_chunks import RowPlaces, place_rows
 from tritonmoe.dispatch.plan import DispatchPlan, exchange_plan
 from tritonmoe.dispatch.send_plan import plan_tokens
 from tritonmoe.expert_parallel.plans.plain import group_received
-from tritonmoe.grouping import Grouping
+from tritonmoe.ops.backends import reference
+from tritonmoe.ops.backends import torch as torch_backend
+from tritonmoe.ops.grouping import Grouping
 from tritonmoe.overlap.schedule import build_backward, build_forward
-from tritonmoe.simulation.cost_model import LayerWork, LinkCosts
-from tritonmoe.simulation.simulator import simulate, simulate_layer
-from tritonmoe.simulation.step_costs import StepCosts
+from tritonmoe.overlap.simulation.cost_model import LayerWork, LinkCosts
+from tritonmoe.overlap.simulation.simulator import simulate, simulate_layer
+from tritonmoe.overlap.simulation.step_costs import StepCosts
+from tritonmoe.overlap.tuning.tuner import SETTLING_CALLS
 from tritonmoe.transports import Delay, Transport, TwoLevelTransport
-from tritonmoe.tuning.tuner import SETTLING_CALLS
 
 both_ways = pytest.mark.parametrize("local_first", [True, False], ids=["local_first", "all_travel"])
 

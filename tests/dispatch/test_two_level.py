@@ -11,8 +11,8 @@ from torch import Tensor
 
 import tritonmoe as tm
 from tritonmoe.dispatch.count_exchange import MAX_SEGMENTS
+from tritonmoe.overlap.tuning.tuner import SETTLING_CALLS
 from tritonmoe.transports import EmulatedTransport, EmulatedWorld, TwoLevelTransport
-from tritonmoe.tuning.tuner import SETTLING_CALLS
 
 COUNTS = {4: (7, 0, 5, 3), 6: (4, 0, 5, 3, 6, 1)}
 

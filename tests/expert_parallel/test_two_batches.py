@@ -16,10 +16,10 @@ import tritonmoe as tm
 from tritonmoe.config.layer import NO_WEIGHTS, PerWeight
 from tritonmoe.experts.weight_gradients import SharedWeightGrads
 from tritonmoe.overlap import executor
+from tritonmoe.overlap.tuning.tuner import SETTLING_CALLS
 from tritonmoe.routing import save_topk
 from tritonmoe.runtime.halves import NodeOrder
 from tritonmoe.transports import Delay, Transport, TwoLevelTransport
-from tritonmoe.tuning.tuner import SETTLING_CALLS
 
 D, NUM_LAYERS = 16, 3
 CONFIG = {"hidden_size": D, "intermediate_size": 12, "num_experts": 8, "top_k": 3}

@@ -24,7 +24,7 @@ def test_functions_entered_before_the_grouping() -> None:
         if event != "call" or has_come or not path.startswith(PACKAGE):
             return
         path = path.removeprefix(PACKAGE)
-        if path.startswith("backends/") and name == "group":
+        if path.startswith("ops/backends/") and name == "group":
             has_come.append(path)
         elif not path.startswith("transports/") and (not name.startswith("<") or name == "<lambda>"):
             entered.append(f"{path} {name}")

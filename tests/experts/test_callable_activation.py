@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tritonmoe.backends import reference
 from tritonmoe.config.layer import ExpertLayout, KernelOptions
 from tritonmoe.experts.callable_activation import activation_parameters, run_activation
 from tritonmoe.experts.spec import ExpertSettings, ExpertSpec
+from tritonmoe.ops.backends import reference
 
 LAYOUT = ExpertLayout(gated=False)
 GROUPING = reference.group(torch.tensor([[0, 1], [1, -1]]), 2)

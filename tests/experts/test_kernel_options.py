@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import tritonmoe as tm
-from tritonmoe.backends import torch as torch_backend
 from tritonmoe.config.layer import KernelOptions
+from tritonmoe.ops.backends import torch as torch_backend
 from tritonmoe.transports import LocalTransport, Transport
 
 PRODUCTS = ("up", "down", "down_grad", "up_grad", "weight_grad")

@@ -12,22 +12,22 @@ from held_storages import HeldStorages
 from torch import Tensor
 
 import tritonmoe as tm
-from tritonmoe.backends import triton as triton_backend
-from tritonmoe.backends.torch import MAX_BLOCK_PAIRS
 from tritonmoe.config.overlap import MAX_CHUNKS, equal_sizes, ramp_sizes
 from tritonmoe.dispatch.capacity import capped_traffic
 from tritonmoe.expert_parallel import choose
 from tritonmoe.expert_parallel.listeners import listeners
-from tritonmoe.kernels.tiles import measured_tiles
-from tritonmoe.kernels.tiles.config import GATHERS
+from tritonmoe.ops.backends import triton as triton_backend
+from tritonmoe.ops.backends.torch import MAX_BLOCK_PAIRS
+from tritonmoe.ops.kernels.tiles import measured_tiles
+from tritonmoe.ops.kernels.tiles.config import GATHERS
 from tritonmoe.overlap.report import LayerReport
+from tritonmoe.overlap.simulation.buffer_widths import BufferWidths, WorkingSet
+from tritonmoe.overlap.simulation.cost_model import LayerWork
+from tritonmoe.overlap.simulation.memory import peak_bytes
+from tritonmoe.overlap.tuning.measured_calls import layer_work
 from tritonmoe.runtime import cpu_memory
-from tritonmoe.simulation.buffer_widths import BufferWidths, WorkingSet
-from tritonmoe.simulation.cost_model import LayerWork
-from tritonmoe.simulation.memory import peak_bytes
 from tritonmoe.transports import PendingExchange, Transport
 from tritonmoe.transports.wire import WireFormat
-from tritonmoe.tuning.measured_calls import layer_work
 
 HIDDEN, INTERMEDIATE, NUM_EXPERTS, TOP_K, SIZE = 64, 48, 8, 3, 4
 NUM_TOKENS = (640, 800, 0, 480)

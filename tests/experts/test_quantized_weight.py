@@ -11,8 +11,8 @@ from same_bits import assert_same_bits
 from torch import Tensor, nn
 
 import tritonmoe as tm
-from tritonmoe.backends import decoding
 from tritonmoe.config.formats import WeightFormat
+from tritonmoe.ops.backends import decoding
 
 HAS_TRANSFORMERS = importlib.util.find_spec("transformers") is not None
 HAS_BITSANDBYTES = importlib.util.find_spec("bitsandbytes") is not None

@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 import tritonmoe as tm
-from tritonmoe.backends.ops import WeightGrads
-from tritonmoe.benchmarks.stand_ins import run_passes
 from tritonmoe.config.overlap import OverlapPlan, equal_sizes
 from tritonmoe.dispatch.plan import DispatchPlan
+from tritonmoe.ops.backends.ops import WeightGrads
 from tritonmoe.overlap import report as report_module
 from tritonmoe.overlap.executor import Execution
 from tritonmoe.overlap.report import PassReport
 from tritonmoe.overlap.schedule import build_backward, build_forward
 from tritonmoe.overlap.steps import Step, StepKind
+from tritonmoe.tools.benchmarks.stand_ins import run_passes
 from tritonmoe.transports import PendingExchange, Transport
 
 CPU = torch.device("cpu")

@@ -1,6 +1,6 @@
 """The router by kernels as layers use it: which path a call takes, and what surrounds it, in Triton's interpreter.
 
-tests/kernels/test_router_kernels.py compares the kernels themselves.
+tests/ops/kernels/test_router_kernels.py compares the kernels themselves.
 """
 
 import math
@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 import tritonmoe as tm
 from tritonmoe.config.layer import MoEConfig
 from tritonmoe.errors import NonFiniteScores
-from tritonmoe.kernels import router_kernels as kernels
+from tritonmoe.ops.kernels import router_kernels as kernels
 from tritonmoe.routing import Routing, RoutingRecording, TopKRouter, load_balance_loss, save_topk, z_loss
 from tritonmoe.routing.replay import LayerReplay
 

@@ -9,7 +9,7 @@ import torch
 from tolerance import assert_close_to_exact
 
 import tritonmoe as tm
-from tritonmoe.backends import torch_products
+from tritonmoe.ops.backends import torch_products
 from tritonmoe.runtime.cpu_threads import MOST_WORKERS, for_each, num_workers
 
 CPU = torch.device("cpu")

@@ -20,18 +20,18 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from tritonmoe.backends import first_use
-from tritonmoe.benchmarks.kept_results import read_results
-from tritonmoe.benchmarks.workload import _read_ids
-from tritonmoe.cli import main
-from tritonmoe.diagnosis.rank_file import read_rank_file
-from tritonmoe.doctor.reading import read_traces
-from tritonmoe.planner.cluster_file import read_cluster, to_toml
-from tritonmoe.planner.cluster_presets import CLUSTERS
-from tritonmoe.planner.model_config import expert_load, find_model
+from tritonmoe.ops.backends import first_use
 from tritonmoe.routing import RoutingRecording
 from tritonmoe.runtime.files import MAX_DEPTH, check_plain, read_json
 from tritonmoe.runtime.plain_pickle import load_tensors, read_plain_pickle
+from tritonmoe.tools.benchmarks.kept_results import read_results
+from tritonmoe.tools.benchmarks.workload import _read_ids
+from tritonmoe.tools.cli import main
+from tritonmoe.tools.doctor.reading import read_traces
+from tritonmoe.tools.planner.cluster_file import read_cluster, to_toml
+from tritonmoe.tools.planner.cluster_presets import CLUSTERS
+from tritonmoe.tools.planner.model_config import expert_load, find_model
+from tritonmoe.tools.recording.rank_file import read_rank_file
 
 MOST_S, MOST_BYTES = 5.0, 1 << 30
 

@@ -13,11 +13,11 @@ from torch.utils.checkpoint import checkpoint
 
 import tritonmoe as tm
 from tritonmoe.expert_parallel.plans import plain as agreement
+from tritonmoe.overlap.tuning.tuner import SETTLING_CALLS
 from tritonmoe.routing import z_loss
 from tritonmoe.runtime import autograd
 from tritonmoe.runtime.autograd import is_recomputing
 from tritonmoe.transports import LocalTransport, Transport
-from tritonmoe.tuning.tuner import SETTLING_CALLS
 
 
 @pytest.fixture(autouse=True)

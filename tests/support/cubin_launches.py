@@ -17,11 +17,11 @@ from bench.gpu.cubin_drivers import CudaDriver
 from bench.gpu.setting import DAY, REHEARSAL, SMALL, Setting
 from bench.gpu.workbench import Workbench
 from bench.launch import take_launches
-from tritonmoe.aot import TARGETS
-from tritonmoe.benchmarks.operation_calls import operation_calls
-from tritonmoe.benchmarks.shapes import draw_inputs
-from tritonmoe.kernels import launch
-from tritonmoe.kernels.compiled import compiled_kernels
+from tritonmoe.ops.aot import TARGETS
+from tritonmoe.ops.kernels import launch
+from tritonmoe.ops.kernels.compiled import compiled_kernels
+from tritonmoe.tools.benchmarks.operation_calls import operation_calls
+from tritonmoe.tools.benchmarks.shapes import draw_inputs
 
 NUM_TOKENS = 300
 """Enough pairs for each expert that its tiles are the headline's."""

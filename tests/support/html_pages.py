@@ -4,7 +4,7 @@ import json
 from html.parser import HTMLParser
 from typing import Any
 
-from tritonmoe.report.figures import UNITS, Figures
+from tritonmoe.tools.report.figures import UNITS, Figures
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 SHAPES = {"circle", "line", "path", "polygon", "polyline", "rect"}

@@ -7,13 +7,13 @@ import torch
 from tolerance import assert_close_to_exact
 from uninitialised import nan_filled_memory
 
-from tritonmoe.backends import reference
-from tritonmoe.backends import triton as kernels
-from tritonmoe.backends.layer_case import LayerCase
 from tritonmoe.config.activations import ACTIVATION_NAMES, ClampedSwiGLU, SoftcappedSwiGLU
 from tritonmoe.config.layer import ExpertLayout, PerWeight
-from tritonmoe.grouping import RowSources
-from tritonmoe.kernels.row_tiles import TILE_HEIGHTS, num_tile_slots
+from tritonmoe.ops.backends import reference
+from tritonmoe.ops.backends import triton as kernels
+from tritonmoe.ops.backends.layer_case import LayerCase
+from tritonmoe.ops.grouping import RowSources
+from tritonmoe.ops.kernels.row_tiles import TILE_HEIGHTS, num_tile_slots
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LAYOUTS = {

@@ -9,11 +9,11 @@ from tolerance import assert_close_to_exact
 from torch import Tensor, nn
 
 import tritonmoe as tm
-from tritonmoe.backends import reference
 from tritonmoe.config.activations import ACTIVATION_NAMES
 from tritonmoe.config.layer import PerWeight
 from tritonmoe.experts.adapter_dropout import AdapterDropout, DroppedRows, with_row_seeds
 from tritonmoe.experts.tensors import CallTensors
+from tritonmoe.ops.backends import reference
 
 __all__ = [
     "ACTIVATIONS",

@@ -4,9 +4,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from bench.synthetic_runs import Run, write_run
-from tritonmoe.diagnosis.call_recording import RecordedPass, Recording
-from tritonmoe.diagnosis.recording_reader import read_recording
 from tritonmoe.overlap.report import CallMarks
+from tritonmoe.tools.recording.call_recording import RecordedPass, Recording
+from tritonmoe.tools.recording.recording_reader import read_recording
 
 BETWEEN_S = 0.01
 """After the last rank has ended a pass, the first one enters the next."""

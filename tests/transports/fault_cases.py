@@ -16,8 +16,8 @@ from torch.distributed.tensor import DTensor
 
 import tritonmoe as tm
 from tritonmoe.dispatch.count_exchange import MAX_SEGMENTS
-from tritonmoe.report.perfetto import write_chrome_trace
-from tritonmoe.report.timeline import layer_timeline
+from tritonmoe.tools.report.perfetto import write_chrome_trace
+from tritonmoe.tools.report.timeline import layer_timeline
 from tritonmoe.transports import PendingExchange, Transport, TwoLevelTransport
 from tritonmoe.transports.local import CompletedExchange
 

@@ -1,6 +1,6 @@
 """Every activation that the kernels know: its name, its numbers, what it computes, and its backward.
 
-kernels/activations.py has a kernel function of the same name for each.
+ops/kernels/activations.py has a kernel function of the same name for each.
 """
 
 from collections.abc import Callable

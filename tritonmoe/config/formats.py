@@ -8,8 +8,8 @@ A packed weight (E, A, B) is `values` and `scales`, with the experts along the f
 | fp8 | (E, A, B) float8_e4m3fn | (E, ceil(A/128), ceil(B/128)) fp32 | 128 x 128 |
 | nf4 | (E, A, B/2) uint8, two codes a byte, the high half first | (E, A*B/64) fp32 | 64 along the rows of an expert |
 
-Their dtypes say which format it is. The weight is bf16(value * scale), rounded once from fp32. backends/decoding.py and
-kernels/packed_tiles.py have one more entry for each format: what decodes it fast on a CPU, and in kernels.
+Their dtypes say which format it is. The weight is bf16(value * scale), rounded once from fp32. ops/backends/decoding.py
+and ops/kernels/packed_tiles.py have one more entry for each format: what decodes it fast on a CPU, and in kernels.
 """
 
 from abc import ABC, abstractmethod

@@ -46,7 +46,7 @@ class OverlapConfig:
     """
 
     num_chunks: int | Literal["auto"] = "auto"
-    """Chunks per call; "auto" measures the first calls and chooses (see tuning/tuner.py)."""
+    """Chunks per call; "auto" measures the first calls and chooses (see overlap/tuning/tuner.py)."""
     local_first: bool = True
     """Compute the pairs of this rank's own tokens and experts while the first and the last exchange are under way."""
     serial: bool = False
@@ -223,7 +223,8 @@ def ramp_sizes(num_chunks: int, growth: int = 2) -> tuple[int, ...]:
 
 NUM_CHUNKS = (1, 2, 3, 4, 6, 8, 12, 16)
 """Numbers of chunks that are tried, each at most 1.5 times the one before where a number is left out. Of a time
-C * eps + B / C (`tuning/search.py`) one of them then takes at most 2.1 % more than the best number between them."""
+C * eps + B / C (`overlap/tuning/search.py`) one of them then takes at most 2.1 % more than the best number between
+them."""
 FEW_CHUNKS = NUM_CHUNKS[: NUM_CHUNKS.index(8) + 1]
 """Those that the planner, the doctor and the benchmarks try: more gain less there than predictions are off. The tuner
 tries all, since it measures its layer."""

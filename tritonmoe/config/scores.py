@@ -1,6 +1,6 @@
 """Every score function of the router: its name, and what it makes of logits.
 
-kernels/scores.py has two kernel functions for each name, the value and its backward.
+ops/kernels/scores.py has two kernel functions for each name, the value and its backward.
 """
 
 from collections.abc import Callable

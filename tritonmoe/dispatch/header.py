@@ -67,7 +67,7 @@ class CallHeader(NamedTuple):
     nonfinite_rows: int = 0
     """How many of this rank's tokens have router scores that are not finite."""
     vote: int = 0
-    """This field and the next five are what this rank tells the other ranks' tuners: see Message in tuning/votes.py."""
+    """This field and the next five are what this rank tells other ranks' tuners: Message in overlap/tuning/votes.py."""
     second_vote: int = 0
     predicted_ns: int = 0
     measured_call: int = -1

@@ -11,10 +11,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from tritonmoe.backends.ops import WeightGrads, accumulation_dtype
 from tritonmoe.config.layer import PerWeight
 from tritonmoe.config.numbers import is_integer
 from tritonmoe.dispatch.header import weight_bits
+from tritonmoe.ops.backends.ops import WeightGrads, accumulation_dtype
 from tritonmoe.runtime.cpu_memory import to_device
 
 __all__ = ["ExpertPlacement", "pack_replica_grads", "replica_bits", "sum_replica_grads"]

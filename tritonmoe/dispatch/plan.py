@@ -21,7 +21,7 @@ from tritonmoe.dispatch.count_exchange import CountTimes, check_copy_pairs, chec
 from tritonmoe.dispatch.expert_chunks import RowPlaces, place_rows
 from tritonmoe.dispatch.header import SAVES, CallHeader
 from tritonmoe.dispatch.send_plan import TokenPlan
-from tritonmoe.grouping import RowSources
+from tritonmoe.ops.grouping import RowSources
 from tritonmoe.runtime.cpu_memory import to_device
 from tritonmoe.transports import Transport, leaving_nobody_waiting
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from tritonmoe.config.overlap import OverlapPlan
 from tritonmoe.dispatch.expert_chunks import first_and_last, pair_chunks
-from tritonmoe.grouping import RowSources
+from tritonmoe.ops.grouping import RowSources
 from tritonmoe.runtime.cpu_memory import to_device
 from tritonmoe.runtime.host_device import HostCopy
 

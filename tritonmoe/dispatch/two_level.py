@@ -22,7 +22,7 @@ from tritonmoe.dispatch.placement import ExpertPlacement
 from tritonmoe.dispatch.plan import DispatchPlan, offsets
 from tritonmoe.dispatch.send_plan import RowOrder, TokenPlan, count_rows, order_rows, owners_of_pairs, row_segments
 from tritonmoe.errors import CountMismatch
-from tritonmoe.grouping import RowSources
+from tritonmoe.ops.grouping import RowSources
 from tritonmoe.runtime.cpu_memory import to_device
 from tritonmoe.transports import HostCopy, TwoLevelTransport, leaving_nobody_waiting
 

@@ -15,9 +15,9 @@ from tritonmoe.dispatch.placement import ExpertPlacement
 from tritonmoe.expert_parallel.state import LayerCalls, TransportState, UnderWay
 from tritonmoe.experts.spec import ExpertSettings, ExpertSpec, from_plain, literal, to_plain
 from tritonmoe.experts.tensors import CallTensors
+from tritonmoe.overlap.tuning.tuner import PlanChooser
+from tritonmoe.overlap.tuning.votes import Message
 from tritonmoe.transports import Transport
-from tritonmoe.tuning.tuner import PlanChooser
-from tritonmoe.tuning.votes import Message
 
 __all__ = ["CallSpec", "ProposedCall", "decode", "encode"]
 

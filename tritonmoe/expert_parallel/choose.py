@@ -6,12 +6,12 @@ from tritonmoe.config.overlap import OverlapConfig, OverlapPlan, most_copies
 from tritonmoe.dispatch.plan import DispatchPlan
 from tritonmoe.expert_parallel.call import ProposedCall
 from tritonmoe.overlap.report import LayerReport
+from tritonmoe.overlap.simulation.buffer_widths import BufferWidths, WorkingSet
+from tritonmoe.overlap.tuning.search import fixed_plan
+from tritonmoe.overlap.tuning.tuner import PlanChooser
+from tritonmoe.overlap.tuning.votes import Message
 from tritonmoe.runtime.autograd import is_recomputing
 from tritonmoe.runtime.cpu_threads import num_workers
-from tritonmoe.simulation.buffer_widths import BufferWidths, WorkingSet
-from tritonmoe.tuning.search import fixed_plan
-from tritonmoe.tuning.tuner import PlanChooser
-from tritonmoe.tuning.votes import Message
 
 __all__ = ["choose_plan", "learn"]
 

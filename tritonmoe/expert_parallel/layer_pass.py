@@ -10,7 +10,6 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from tritonmoe.backends.ops import WeightGrads
 from tritonmoe.config.activations import is_fused
 from tritonmoe.config.layer import PerWeight
 from tritonmoe.dispatch.count_exchange import post_backward
@@ -22,6 +21,7 @@ from tritonmoe.expert_parallel.state import state_of
 from tritonmoe.experts.arguments import find_main_grads
 from tritonmoe.experts.tensors import CallTensors
 from tritonmoe.experts.weight_gradients import SharedWeightGrads
+from tritonmoe.ops.backends.ops import WeightGrads
 from tritonmoe.overlap.executor import Actions, Execution
 from tritonmoe.overlap.report import CallMarks, LayerReport, PassReport
 from tritonmoe.overlap.row_exchanges import ArrivingMetadata, RowExchanges

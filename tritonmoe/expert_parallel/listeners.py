@@ -5,7 +5,7 @@ from typing import Protocol
 import torch
 
 from tritonmoe.dispatch.header import CallHeader
-from tritonmoe.grouping import Grouping
+from tritonmoe.ops.grouping import Grouping
 from tritonmoe.overlap.report import LayerReport
 from tritonmoe.transports import Transport
 

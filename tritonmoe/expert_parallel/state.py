@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from tritonmoe.config.overlap import OverlapPlan
 from tritonmoe.dispatch.count_exchange import refuse_call
 from tritonmoe.overlap.report import LayerReport
+from tritonmoe.overlap.tuning.tuner import PlanChooser
 from tritonmoe.runtime.autograd import checkpointed_region
 from tritonmoe.runtime.handles import Handled
 from tritonmoe.runtime.helping import is_helping
 from tritonmoe.transports import Transport
-from tritonmoe.tuning.tuner import PlanChooser
 
 __all__ = ["LayerCalls", "TransportState", "UnderWay", "refuse", "state_of"]
 

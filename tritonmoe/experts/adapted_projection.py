@@ -8,13 +8,13 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from tritonmoe.backends.ops import GradientOperands, Operations, required
-from tritonmoe.backends.pair_work import grad_multiplications, multiplications
 from tritonmoe.config.activations import FusedActivation
 from tritonmoe.config.layer import ExpertLayout, KernelOptions, PerWeight, Projection
 from tritonmoe.experts.adapter_dropout import AdapterDropout, DroppedRows
 from tritonmoe.experts.flops import count_products, matrix_sizes
-from tritonmoe.grouping import Grouping
+from tritonmoe.ops.backends.ops import GradientOperands, Operations, required
+from tritonmoe.ops.backends.pair_work import grad_multiplications, multiplications
+from tritonmoe.ops.grouping import Grouping
 
 __all__ = ["AdaptedProjection", "AdapterRows", "AdapterRowsOfBoth", "adapter_gradients"]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tritonmoe.experts.tensors import CallTensors
-from tritonmoe.grouping import Grouping
+from tritonmoe.ops.grouping import Grouping
 
 __all__ = ["AdapterDropout", "DroppedRows", "rows_of_pairs", "with_row_seeds"]
 

@@ -6,7 +6,6 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from tritonmoe.backends.ops import GradientOperands, accumulation_dtype, required
 from tritonmoe.config.activations import is_fused
 from tritonmoe.config.layer import NO_WEIGHTS, PerWeight
 from tritonmoe.experts.adapted_projection import AdapterRowsOfBoth
@@ -16,7 +15,8 @@ from tritonmoe.experts.run import ExpertsRun, part_at
 from tritonmoe.experts.spec import ExpertSettings
 from tritonmoe.experts.tensors import CallTensors
 from tritonmoe.experts.weight_gradients import SharedWeightGrads, weight_gradients
-from tritonmoe.grouping import Grouping, GroupingBlock
+from tritonmoe.ops.backends.ops import GradientOperands, accumulation_dtype, required
+from tritonmoe.ops.grouping import Grouping, GroupingBlock
 from tritonmoe.runtime import cpu_memory
 from tritonmoe.runtime.cpu_threads import for_each
 

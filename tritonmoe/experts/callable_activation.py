@@ -9,7 +9,7 @@ from torch import Tensor
 from tritonmoe.config.activations import Activation
 from tritonmoe.config.layer import ExpertLayout
 from tritonmoe.experts.spec import ExpertSettings
-from tritonmoe.grouping import Grouping
+from tritonmoe.ops.grouping import Grouping
 
 __all__ = ["ActivationGraph", "activation_parameters", "checked_activation", "run_activation", "zero_padding"]
 

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from tritonmoe.backends import launches_kernels
-from tritonmoe.backends.ops import Operations
-from tritonmoe.backends.pair_work import grad_multiplications, multiplications
 from tritonmoe.config.formats import logical_shape
 from tritonmoe.experts.tensors import CallTensors
+from tritonmoe.ops.backends import launches_kernels
+from tritonmoe.ops.backends.ops import Operations
+from tritonmoe.ops.backends.pair_work import grad_multiplications, multiplications
 
 if TYPE_CHECKING:
     from torch.utils.flop_counter import FlopCounterMode

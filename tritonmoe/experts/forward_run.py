@@ -2,14 +2,14 @@
 
 from torch import Tensor
 
-from tritonmoe.backends.ops import required
 from tritonmoe.config.activations import is_fused
 from tritonmoe.experts.callable_activation import ActivationGraph, run_activation
 from tritonmoe.experts.flops import count_products
 from tritonmoe.experts.run import ExpertsRun, part_at
 from tritonmoe.experts.spec import ExpertSettings
 from tritonmoe.experts.tensors import CallTensors
-from tritonmoe.grouping import Grouping, GroupingBlock
+from tritonmoe.ops.backends.ops import required
+from tritonmoe.ops.grouping import Grouping, GroupingBlock
 from tritonmoe.runtime import cpu_memory
 from tritonmoe.runtime.cpu_threads import for_each
 

@@ -6,7 +6,6 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from tritonmoe.backends.ops import GradientOperands
 from tritonmoe.config.activations import Activation, is_fused
 from tritonmoe.config.layer import NO_WEIGHTS, PerWeight
 from tritonmoe.experts.adapter_dropout import DroppedRows, with_row_seeds
@@ -26,7 +25,8 @@ from tritonmoe.experts.quantized_weight import Weight, given_weights
 from tritonmoe.experts.spec import ExpertSettings, ExpertSpec, choose_backend, expert_spec
 from tritonmoe.experts.tensors import NO_TENSORS, CallTensors
 from tritonmoe.experts.weight_gradients import rows_to_save, weight_gradients
-from tritonmoe.grouping import Grouping
+from tritonmoe.ops.backends.ops import GradientOperands
+from tritonmoe.ops.grouping import Grouping
 from tritonmoe.runtime.autograd import (
     Context,
     keep_beside,

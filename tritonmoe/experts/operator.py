@@ -24,7 +24,7 @@ from tritonmoe.experts.forward_run import ForwardRun
 from tritonmoe.experts.quantized_weight import check_contents
 from tritonmoe.experts.spec import ExpertSettings, ExpertSpec, choose_backend, decode, encode
 from tritonmoe.experts.tensors import CallTensors, schema
-from tritonmoe.grouping import Grouping
+from tritonmoe.ops.grouping import Grouping
 from tritonmoe.runtime.autograd import Context, refuse_second_derivative, without_autocast
 
 __all__ = [

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tritonmoe.backends.decoding import decoded
 from tritonmoe.config.formats import WeightFormat, check_packable, find_format, format_of, weight_shape
 from tritonmoe.config.layer import PerWeight
+from tritonmoe.ops.backends.decoding import decoded
 from tritonmoe.runtime.host_device import is_captured
 
 __all__ = [

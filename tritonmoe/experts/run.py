@@ -12,7 +12,7 @@ from tritonmoe.experts.adapted_projection import AdaptedProjection
 from tritonmoe.experts.adapter_dropout import DroppedRows, rows_of_pairs
 from tritonmoe.experts.spec import ExpertSettings
 from tritonmoe.experts.tensors import CallTensors
-from tritonmoe.grouping import Grouping, GroupingBlock
+from tritonmoe.ops.grouping import Grouping, GroupingBlock
 from tritonmoe.runtime import cpu_memory
 from tritonmoe.runtime.cpu_threads import num_workers
 

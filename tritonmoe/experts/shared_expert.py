@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tritonmoe.backends.ops import accumulation_dtype, apply_activation
 from tritonmoe.config.activations import is_fused
 from tritonmoe.config.layer import MoEConfig
+from tritonmoe.ops.backends.ops import accumulation_dtype, apply_activation
 from tritonmoe.runtime.autograd import is_autocast_on
 from tritonmoe.runtime.wrappers import refuse_computed
 

@@ -7,8 +7,6 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from tritonmoe import backends
-from tritonmoe.backends.ops import CalledLayer, Operations
 from tritonmoe.config import activations
 from tritonmoe.config.activations import Activation, check_activation, is_fused
 from tritonmoe.config.formats import weight_shape
@@ -20,6 +18,8 @@ from tritonmoe.experts.adapters import ExpertAdapters
 from tritonmoe.experts.arguments import check_strides
 from tritonmoe.experts.quantized_weight import weight_formats
 from tritonmoe.experts.tensors import CallTensors
+from tritonmoe.ops import backends
+from tritonmoe.ops.backends.ops import CalledLayer, Operations
 from tritonmoe.runtime.other_ranks import has_other_ranks
 
 __all__ = [

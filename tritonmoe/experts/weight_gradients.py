@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from tritonmoe.backends.ops import GradientOperands
 from tritonmoe.config.layer import NO_WEIGHTS, PerWeight
 from tritonmoe.experts.adapted_projection import AdapterRowsOfBoth, adapter_gradients
 from tritonmoe.experts.flops import count_products
 from tritonmoe.experts.spec import ExpertSettings
-from tritonmoe.grouping import Grouping
+from tritonmoe.ops.backends.ops import GradientOperands
+from tritonmoe.ops.grouping import Grouping
 
 __all__ = ["SharedWeightGrads", "rows_to_save", "weight_gradients"]
 

@@ -10,9 +10,9 @@ from lightning.pytorch.strategies import DDPStrategy
 from tritonmoe.config.overlap import OverlapConfig
 from tritonmoe.integrations.torch_distributed.parallelize import gather_state_dicts
 from tritonmoe.integrations.transformers.parallelize_model import parallelize
-from tritonmoe.sharding.data_parallel import name_ignored
-from tritonmoe.sharding.expert_shards import sharded_modules
-from tritonmoe.sharding.whole_states import gather_optimizer
+from tritonmoe.placement.data_parallel import name_ignored
+from tritonmoe.placement.expert_shards import sharded_modules
+from tritonmoe.placement.whole_states import gather_optimizer
 from tritonmoe.transports import as_transport
 from tritonmoe.transports.torch_groups import own_group
 

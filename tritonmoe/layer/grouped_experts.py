@@ -10,7 +10,6 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
-from tritonmoe.backends import check_name
 from tritonmoe.config.layer import MoEConfig, PerWeight, check_moe_config
 from tritonmoe.config.overlap import OverlapConfig, OverlapPlan, check_overlap
 from tritonmoe.dispatch.placement import ExpertPlacement
@@ -24,19 +23,20 @@ from tritonmoe.experts.parameters import PARAMETERS, draw_experts, draw_packed_e
 from tritonmoe.experts.quantized_weight import is_packed
 from tritonmoe.experts.spec import LAYOUT, ExpertSpec, expert_spec
 from tritonmoe.experts.tensors import CallTensors
+from tritonmoe.ops.backends import check_name
 from tritonmoe.overlap.report import LayerReport
-from tritonmoe.runtime.autograd import leaf_of
-from tritonmoe.runtime.halves import for_both_halves
-from tritonmoe.runtime.wrappers import refuse_computed
-from tritonmoe.sharding.data_parallel import is_averaged_by_ddp
-from tritonmoe.sharding.expert_shards import ATTRIBUTE, ExpertShards, find_sharding
-from tritonmoe.sharding.grad_scaling import agree_on_overflow
-from tritonmoe.sharding.sharded_parameters import (
+from tritonmoe.placement.data_parallel import is_averaged_by_ddp
+from tritonmoe.placement.expert_shards import ATTRIBUTE, ExpertShards, find_sharding
+from tritonmoe.placement.grad_scaling import agree_on_overflow
+from tritonmoe.placement.sharded_parameters import (
     check_expert_gradients,
     check_replicas,
     rows_here,
     shard_parameters,
 )
+from tritonmoe.runtime.autograd import leaf_of
+from tritonmoe.runtime.halves import for_both_halves
+from tritonmoe.runtime.wrappers import refuse_computed
 from tritonmoe.transports import Ranks, Transport, as_transport
 
 __all__ = ["GroupedExperts", "experts_of_parameters"]

@@ -17,6 +17,7 @@ from tritonmoe.experts.parameters import draw_uniform
 from tritonmoe.experts.shared_expert import SharedExpert
 from tritonmoe.layer.grouped_experts import GroupedExperts
 from tritonmoe.overlap.report import LayerReport
+from tritonmoe.placement.data_parallel import mark_own_buffers
 from tritonmoe.routing import Routing, RoutingStatistics, TopKRouter, routing_statistics
 from tritonmoe.routing.losses import auxiliary_loss
 from tritonmoe.routing.nonfinite import NonFiniteCheck
@@ -24,7 +25,6 @@ from tritonmoe.routing.unused_loss import UnusedLoss
 from tritonmoe.runtime.autograd import put_back_after_recompute
 from tritonmoe.runtime.halves import keep_for_this_half
 from tritonmoe.runtime.wrappers import innermost
-from tritonmoe.sharding.data_parallel import mark_own_buffers
 from tritonmoe.transports import Ranks
 
 __all__ = ["MoELayer", "report_of"]

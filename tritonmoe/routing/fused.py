@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tritonmoe.backends import triton_unusable_reason
 from tritonmoe.config.routing import decode
+from tritonmoe.ops.backends import triton_unusable_reason
 from tritonmoe.routing.replay import is_replaying
 from tritonmoe.routing.token_routing import Routing
 from tritonmoe.runtime.autograd import Context, once_differentiable, refuse_second_derivative, without_autocast
@@ -64,7 +64,7 @@ def route_by_kernels(x: Tensor, weight: Tensor, selection_bias: Tensor | None, r
 
 
 def _run(x: Tensor, weight: Tensor, selection_bias: Tensor | None, rule: str) -> Parts:
-    from tritonmoe.kernels.router_kernels import route
+    from tritonmoe.ops.kernels.router_kernels import route
 
     with without_autocast(x.device):
         logits, scores, topk_ids, topk_weights, counts = route(x, weight, selection_bias, decode(rule))
@@ -78,7 +78,7 @@ def _run_backward(
     rule: str,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return the gradients of x and weight; those of logits, scores and weights are given, or None."""
-    from tritonmoe.kernels.router_kernels import route_grad
+    from tritonmoe.ops.kernels.router_kernels import route_grad
 
     with without_autocast(saved[0].device):
         return route_grad(*saved, grads, decode(rule), needs)

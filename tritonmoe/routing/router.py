@@ -7,11 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from tritonmoe.backends import check_name
-from tritonmoe.backends.ops import Unchecked
 from tritonmoe.config.layer import MoEConfig, check_moe_config
 from tritonmoe.config.numbers import is_number
 from tritonmoe.config.routing import RoutingRule
+from tritonmoe.ops.backends import check_name
+from tritonmoe.ops.backends.ops import Unchecked
 from tritonmoe.routing.fused import is_fused, route_by_kernels
 from tritonmoe.routing.plain import route_by_torch
 from tritonmoe.routing.router_check import ROUTERS, check_router
@@ -29,7 +29,7 @@ log = logging.getLogger("tritonmoe")
 
 @functools.cache
 def _are_right(device: torch.device, dtype: torch.dtype) -> bool:
-    from tritonmoe.backends import first_use  # only where kernels run: a CPU may have no Triton
+    from tritonmoe.ops.backends import first_use  # only where kernels run: a CPU may have no Triton
 
     checked = next(router for router in ROUTERS if router.dtype == dtype)
     return first_use.are_right(device, dtype, "router", lambda: check_router(checked, device))

@@ -7,9 +7,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from tritonmoe.backends.kernel_check import Checked, check_ids, distances
 from tritonmoe.config.layer import MoEConfig
 from tritonmoe.config.routing import RoutingRule
+from tritonmoe.ops.backends.kernel_check import Checked, check_ids, distances
 from tritonmoe.routing.fused import route_by_kernels
 from tritonmoe.routing.plain import route_by_torch
 from tritonmoe.routing.token_routing import Routing

@@ -25,10 +25,10 @@ from torch.nn.parallel import DistributedDataParallel
 from worker_cases import run_cases
 
 import tritonmoe as tm
-from tritonmoe.diagnosis import record
-from tritonmoe.diagnosis.recording_reader import read_recording
-from tritonmoe.sharding.dtensor_gaps import handlers
-from tritonmoe.sharding.placed_states import part_of
+from tritonmoe.placement.dtensor_gaps import handlers
+from tritonmoe.placement.placed_states import part_of
+from tritonmoe.tools.recording import record
+from tritonmoe.tools.recording.recording_reader import read_recording
 
 CONFIG = tm.MoEConfig(hidden_size=8, intermediate_size=12, num_experts=8, top_k=2)
 BIASED = tm.MoEConfig(hidden_size=8, intermediate_size=12, num_experts=8, top_k=2, selection_bias=True)

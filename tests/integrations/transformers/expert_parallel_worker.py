@@ -23,11 +23,11 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModel, AutoModelForCausalLM
 
 import tritonmoe as tm
-from tritonmoe.diagnosis import record
-from tritonmoe.diagnosis.recording_reader import read_recording
-from tritonmoe.doctor.recorded_run import judge_recording
 from tritonmoe.integrations import transformers as tmt
 from tritonmoe.routing import RoutingRecording, save_topk
+from tritonmoe.tools.doctor.recorded_run import judge_recording
+from tritonmoe.tools.recording import record
+from tritonmoe.tools.recording.recording_reader import read_recording
 
 SIZES = {
     "vocab_size": 64,

@@ -20,7 +20,7 @@ from tritonmoe.experts.adapters import noted_factors
 from tritonmoe.experts.shared_expert import SharedExpert
 from tritonmoe.integrations import transformers as tmt
 from tritonmoe.integrations.transformers import discovery, patch, peft_adapters, register
-from tritonmoe.sharding.expert_shards import ExpertShards, Sharding, attach_shards
+from tritonmoe.placement.expert_shards import ExpertShards, Sharding, attach_shards
 from tritonmoe.transports import LocalTransport, Transport
 
 peft = pytest.importorskip("peft")

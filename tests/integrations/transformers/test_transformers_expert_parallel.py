@@ -13,7 +13,7 @@ from processes import run_torchrun
 
 from tritonmoe import OverlapConfig
 from tritonmoe.integrations.transformers import register
-from tritonmoe.sharding.expert_shards import _ScaledGradient
+from tritonmoe.placement.expert_shards import _ScaledGradient
 
 WORKER = Path(__file__).parent / "expert_parallel_worker.py"
 TRAINING_WORKER = Path(__file__).parent / "expert_parallel_training_worker.py"

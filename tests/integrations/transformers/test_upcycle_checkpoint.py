@@ -17,12 +17,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tiny_models import INPLACE, NATIVE, make_batch, make_dense
 
-from tritonmoe.cli import main
 from tritonmoe.integrations.transformers import load_upcycled
 from tritonmoe.integrations.transformers.upcycle import checkpoint_files
 from tritonmoe.integrations.transformers.upcycle.checkpoint import upcycle_checkpoint
 from tritonmoe.integrations.transformers.upcycle.checkpoint_files import ShardWriter, parse_size
 from tritonmoe.integrations.transformers.upcycle.conversion import upcycle
+from tritonmoe.tools.cli import main
 
 OPTIONS = {"num_experts": 4, "top_k": 2}
 

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, Trainin
 import tritonmoe as tm
 from tritonmoe.experts.adapters import HANDS_OVER
 from tritonmoe.integrations import transformers as tmt
-from tritonmoe.sharding.whole_states import whole_forms
+from tritonmoe.placement.whole_states import whole_forms
 
 STEPS = 4
 

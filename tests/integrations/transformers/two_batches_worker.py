@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from tritonmoe.integrations import transformers as tmt
 from tritonmoe.integrations.transformers.discovery import experts_modules
-from tritonmoe.sharding.expert_shards import shards_of
+from tritonmoe.placement.expert_shards import shards_of
 
 NUM_SEQUENCES = 4 + rank
 """So that ranks have other numbers, one of them an odd one."""

@@ -8,7 +8,6 @@ from typing import ClassVar, NamedTuple, Protocol
 
 from torch import Tensor
 
-from tritonmoe.backends.ops import WeightGrads
 from tritonmoe.config.layer import PerWeight
 from tritonmoe.dispatch.expert_chunks import RowPlaces
 from tritonmoe.dispatch.header import CallHeader
@@ -22,7 +21,8 @@ from tritonmoe.experts.forward_run import ForwardRun
 from tritonmoe.experts.spec import ExpertSettings
 from tritonmoe.experts.tensors import NO_TENSORS, CallTensors
 from tritonmoe.experts.weight_gradients import SharedWeightGrads
-from tritonmoe.grouping import Grouping
+from tritonmoe.ops.backends.ops import WeightGrads
+from tritonmoe.ops.grouping import Grouping
 from tritonmoe.overlap.executor import Actions
 from tritonmoe.overlap.report import LayerReport, PassReport
 from tritonmoe.transports import Transport, leaving_nobody_waiting

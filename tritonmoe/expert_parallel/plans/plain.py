@@ -6,7 +6,6 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from tritonmoe.backends.ops import WeightGrads
 from tritonmoe.config.layer import PerWeight
 from tritonmoe.dispatch.expert_chunks import RowPlaces
 from tritonmoe.dispatch.header import CallHeader
@@ -18,7 +17,8 @@ from tritonmoe.experts.backward_run import BackwardRun
 from tritonmoe.experts.forward_run import ForwardRun
 from tritonmoe.experts.spec import ExpertSettings
 from tritonmoe.experts.tensors import CallTensors
-from tritonmoe.grouping import Grouping, RowSources
+from tritonmoe.ops.backends.ops import WeightGrads
+from tritonmoe.ops.grouping import Grouping, RowSources
 from tritonmoe.overlap.report import PassReport
 from tritonmoe.transports import leaving_nobody_waiting
 

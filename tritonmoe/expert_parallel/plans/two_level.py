@@ -13,7 +13,6 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from tritonmoe.backends.ops import WeightGrads
 from tritonmoe.config.layer import PerWeight
 from tritonmoe.dispatch.expert_chunks import RowPlaces
 from tritonmoe.dispatch.header import CallHeader
@@ -32,6 +31,7 @@ from tritonmoe.expert_parallel.plans.plain import OwnExperts, planned_call
 from tritonmoe.experts.backward_run import BackwardRun
 from tritonmoe.experts.forward_run import ForwardRun
 from tritonmoe.experts.tensors import CallTensors
+from tritonmoe.ops.backends.ops import WeightGrads
 from tritonmoe.overlap.executor import Actions, Execution
 from tritonmoe.overlap.report import LayerReport, PassReport
 from tritonmoe.overlap.row_exchanges import ArrivingMetadata, RowExchanges

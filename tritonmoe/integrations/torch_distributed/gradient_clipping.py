@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from tritonmoe.layer import experts_of_parameters
-from tritonmoe.sharding.expert_shards import ExpertShards
-from tritonmoe.sharding.watched_collectives import full_tensor
+from tritonmoe.placement.expert_shards import ExpertShards
+from tritonmoe.placement.watched_collectives import full_tensor
 from tritonmoe.transports import Transport
 from tritonmoe.transports.waiting import Doing
 

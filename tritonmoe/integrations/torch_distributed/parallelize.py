@@ -12,14 +12,14 @@ from tritonmoe.dispatch.placement import ExpertPlacement
 from tritonmoe.experts.adapters import shard_adapters
 from tritonmoe.integrations.torch_distributed.spreadable import check_spreadable
 from tritonmoe.layer import GroupedExperts, MoELayer
+from tritonmoe.placement.data_parallel import counts_by_wrapper
+from tritonmoe.placement.expert_shards import find_sharding, sharded_modules
+from tritonmoe.placement.placed_states import StateDict
+from tritonmoe.placement.same_weights import check_on_all_ranks
+from tritonmoe.placement.sharded_parameters import check_expert_gradients
+from tritonmoe.placement.whole_states import gather_optimizer, whole, whole_forms
 from tritonmoe.routing import TopKRouter
 from tritonmoe.runtime.wrappers import refuse_computed
-from tritonmoe.sharding.data_parallel import counts_by_wrapper
-from tritonmoe.sharding.expert_shards import find_sharding, sharded_modules
-from tritonmoe.sharding.placed_states import StateDict
-from tritonmoe.sharding.same_weights import check_on_all_ranks
-from tritonmoe.sharding.sharded_parameters import check_expert_gradients
-from tritonmoe.sharding.whole_states import gather_optimizer, whole, whole_forms
 from tritonmoe.transports import Ranks, as_transport
 
 __all__ = ["device_of", "expert_parameters", "gather_state_dicts", "parallelize", "routed_experts", "spread_layers"]

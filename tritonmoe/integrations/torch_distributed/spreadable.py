@@ -12,11 +12,11 @@ from tritonmoe.expert_parallel.check import check_expert_parallel
 from tritonmoe.experts.adapters import SHARDS, check_hands_over
 from tritonmoe.experts.parameters import PARAMETERS
 from tritonmoe.layer import MoELayer
+from tritonmoe.placement.data_parallel import counts_by_wrapper
+from tritonmoe.placement.expert_shards import sharded_modules, shards_of
 from tritonmoe.routing import TopKRouter
 from tritonmoe.runtime.living import living, owners_of_memory, refuse_what_lives
 from tritonmoe.runtime.wrappers import refuse_computed
-from tritonmoe.sharding.data_parallel import counts_by_wrapper
-from tritonmoe.sharding.expert_shards import sharded_modules, shards_of
 
 __all__ = ["check_spreadable"]
 

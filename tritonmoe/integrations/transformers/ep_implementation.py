@@ -12,7 +12,7 @@ from tritonmoe.expert_parallel.state import LayerCalls
 from tritonmoe.integrations.transformers.discovery import ExpertsModule
 from tritonmoe.integrations.transformers.experts import experts_forward
 from tritonmoe.integrations.transformers.generation import let_spread_models_generate
-from tritonmoe.sharding.expert_shards import ExpertShards, Sharding, attach_shards
+from tritonmoe.placement.expert_shards import ExpertShards, Sharding, attach_shards
 from tritonmoe.transports import as_transport
 
 __all__ = ["OverlappedEP"]

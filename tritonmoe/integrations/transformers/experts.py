@@ -27,8 +27,8 @@ from tritonmoe.integrations.transformers.packed.packed_experts import (
     read_packed,
     up_name,
 )
+from tritonmoe.placement.expert_shards import ExpertShards, shards_of
 from tritonmoe.runtime.autograd import is_autocast_on, without_autocast
-from tritonmoe.sharding.expert_shards import ExpertShards, shards_of
 
 __all__ = ["experts_forward"]
 

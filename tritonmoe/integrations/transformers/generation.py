@@ -17,7 +17,7 @@ from torch import nn
 
 from tritonmoe.errors import TransportError
 from tritonmoe.integrations.transformers.joint_generate import FAILED, JointGenerate, announce, under_way
-from tritonmoe.sharding.expert_shards import shards_of
+from tritonmoe.placement.expert_shards import shards_of
 from tritonmoe.transports import Transport, as_transport
 from tritonmoe.transports.base import run_outside_graphs
 

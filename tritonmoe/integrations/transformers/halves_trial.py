@@ -4,7 +4,7 @@ import statistics
 import time
 from dataclasses import dataclass, field
 
-from tritonmoe.tuning.tuner import SETTLING_CALLS
+from tritonmoe.overlap.tuning.tuner import SETTLING_CALLS
 
 __all__ = ["HalvesTrial"]
 

@@ -17,7 +17,7 @@ from tritonmoe.integrations.transformers.names import CACHES
 from tritonmoe.integrations.transformers.requirements import check_model, check_transformers
 from tritonmoe.layer import MoELayer
 from tritonmoe.overlap.report import LayerReport
-from tritonmoe.sharding.expert_shards import shards_of
+from tritonmoe.placement.expert_shards import shards_of
 from tritonmoe.transports import Transport, as_transport
 
 if TYPE_CHECKING:

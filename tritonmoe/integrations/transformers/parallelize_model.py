@@ -17,9 +17,9 @@ from tritonmoe.integrations.transformers.peft_adapters import hand_over_factors
 from tritonmoe.integrations.transformers.requirements import check_model
 from tritonmoe.integrations.transformers.sharded_model import bind_to_spread
 from tritonmoe.integrations.transformers.trainer_checkpoints import let_trainer_save_spread_models
-from tritonmoe.sharding.expert_shards import ExpertShards, Sharding, find_sharding
-from tritonmoe.sharding.same_weights import check_on_all_ranks
-from tritonmoe.sharding.sharded_parameters import check_expert_gradients, shard_parameters
+from tritonmoe.placement.expert_shards import ExpertShards, Sharding, find_sharding
+from tritonmoe.placement.same_weights import check_on_all_ranks
+from tritonmoe.placement.sharded_parameters import check_expert_gradients, shard_parameters
 from tritonmoe.transports import Ranks, Transport, as_transport
 
 __all__ = ["parallelize"]

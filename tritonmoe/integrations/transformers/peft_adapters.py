@@ -31,7 +31,7 @@ from tritonmoe.integrations.transformers.peft_sharding import (
 )
 from tritonmoe.integrations.transformers.sharded_model import gather_what_peft_saves
 from tritonmoe.layer import GroupedExperts
-from tritonmoe.sharding.expert_shards import sharded_modules, shards_of
+from tritonmoe.placement.expert_shards import sharded_modules, shards_of
 
 if TYPE_CHECKING:
     from peft.tuners.lora.layer import ParamWrapper

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from tritonmoe.integrations.transformers.packed.packed_experts import up_name
-from tritonmoe.sharding.expert_shards import ExpertShards, sharded_modules, shards_of
-from tritonmoe.sharding.placed_states import StateDict, order_of, part_of
-from tritonmoe.sharding.same_weights import check_on_all_ranks
-from tritonmoe.sharding.sharded_parameters import shard_parameters
-from tritonmoe.sharding.whole_states import give_whole_as, whole_forms
+from tritonmoe.placement.expert_shards import ExpertShards, sharded_modules, shards_of
+from tritonmoe.placement.placed_states import StateDict, order_of, part_of
+from tritonmoe.placement.same_weights import check_on_all_ranks
+from tritonmoe.placement.sharded_parameters import shard_parameters
+from tritonmoe.placement.whole_states import give_whole_as, whole_forms
 from tritonmoe.transports import as_transport
 
 if TYPE_CHECKING:

@@ -11,10 +11,10 @@ from torch._C._dynamo import eval_frame
 from tritonmoe.integrations.transformers.discovery import experts_modules
 from tritonmoe.integrations.transformers.requirements import check_model, check_transformers
 from tritonmoe.layer import MoELayer
+from tritonmoe.placement.expert_shards import shards_of
 from tritonmoe.runtime.autograd import is_recomputing
 from tritonmoe.runtime.helping import is_helping
 from tritonmoe.runtime.wrappers import COPIES, INSIDE
-from tritonmoe.sharding.expert_shards import shards_of
 from tritonmoe.transports import Transport
 
 __all__ = [

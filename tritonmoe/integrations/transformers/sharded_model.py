@@ -21,10 +21,10 @@ from tritonmoe.integrations.transformers.discovery import ExpertsModule
 from tritonmoe.integrations.transformers.generation import announce_forwards, let_spread_models_generate
 from tritonmoe.integrations.transformers.names import EXPERTS_IMPLEMENTATION, STATE_TO_SAVE
 from tritonmoe.integrations.transformers.requirements import check_forward
-from tritonmoe.sharding.expert_shards import sharded_modules, shards_of
-from tritonmoe.sharding.placed_states import StateDict
-from tritonmoe.sharding.watched_collectives import full_tensor
-from tritonmoe.sharding.whole_states import name_in_state, whole, whole_forms
+from tritonmoe.placement.expert_shards import sharded_modules, shards_of
+from tritonmoe.placement.placed_states import StateDict
+from tritonmoe.placement.watched_collectives import full_tensor
+from tritonmoe.placement.whole_states import name_in_state, whole, whole_forms
 from tritonmoe.transports import Transport
 from tritonmoe.transports.torch_groups import own_group
 

@@ -19,7 +19,7 @@ from torch import nn
 
 from tritonmoe.integrations.transformers.sharded_model import gathered_state, on_first_rank
 from tritonmoe.integrations.transformers.trainer_loading import is_spread, let_trainer_load_experts
-from tritonmoe.sharding.placed_states import StateDict
+from tritonmoe.placement.placed_states import StateDict
 
 __all__ = ["let_trainer_save_spread_models"]
 

@@ -14,8 +14,8 @@ from tritonmoe.integrations.weight_sync.merged_rows import active_adapters, has_
 from tritonmoe.integrations.weight_sync.model_weights import Weight, check_plain, model_inside, model_weights
 from tritonmoe.integrations.weight_sync.packed_weights import check_as_it_is
 from tritonmoe.layer import GroupedExperts
-from tritonmoe.sharding.placed_rows import ExpertsOfRank
-from tritonmoe.sharding.watched_collectives import full_tensor, watched_on
+from tritonmoe.placement.placed_rows import ExpertsOfRank
+from tritonmoe.placement.watched_collectives import full_tensor, watched_on
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor

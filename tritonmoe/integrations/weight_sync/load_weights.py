@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from tritonmoe.integrations.weight_sync.checkpoint_names import CheckpointPart, checkpoint_parts, converted
 from tritonmoe.integrations.weight_sync.merged_rows import is_in_use
 from tritonmoe.integrations.weight_sync.model_weights import Weight, check_plain, model_inside, model_weights
-from tritonmoe.sharding.placed_rows import ExpertsOfRank
+from tritonmoe.placement.placed_rows import ExpertsOfRank
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

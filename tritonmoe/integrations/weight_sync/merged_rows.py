@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tritonmoe.sharding.watched_collectives import full_tensor
+from tritonmoe.placement.watched_collectives import full_tensor
 
 __all__ = [
     "active_adapters",

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from tritonmoe.integrations.weight_sync.merged_rows import add_the_same, check_adapter, local_part
 from tritonmoe.integrations.weight_sync.packed_weights import PackedWeight, packed_weights
+from tritonmoe.placement.expert_shards import sharded_modules, shards_of
+from tritonmoe.placement.placed_rows import ExpertsOfRank
 from tritonmoe.runtime.wrappers import inside_wrapper, refuse_computed
-from tritonmoe.sharding.expert_shards import sharded_modules, shards_of
-from tritonmoe.sharding.placed_rows import ExpertsOfRank
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

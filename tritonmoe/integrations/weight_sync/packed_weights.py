@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from tritonmoe.config.formats import format_of, weight_shape
 from tritonmoe.experts.quantized_weight import QuantizedWeight
 from tritonmoe.integrations.weight_sync.merged_rows import active_adapters, local_part
-from tritonmoe.sharding.watched_collectives import full_tensor
+from tritonmoe.placement.watched_collectives import full_tensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

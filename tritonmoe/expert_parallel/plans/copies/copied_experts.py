@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from tritonmoe.backends.ops import WeightGrads
 from tritonmoe.config.layer import NO_WEIGHTS, PerWeight
 from tritonmoe.dispatch.copies import ExpertCopies
 from tritonmoe.dispatch.expert_chunks import RowPlaces
@@ -31,7 +30,8 @@ from tritonmoe.experts.backward_run import BackwardRun
 from tritonmoe.experts.forward_run import ForwardRun
 from tritonmoe.experts.run import ExpertsRun
 from tritonmoe.experts.tensors import CallTensors
-from tritonmoe.grouping import Grouping
+from tritonmoe.ops.backends.ops import WeightGrads
+from tritonmoe.ops.grouping import Grouping
 from tritonmoe.overlap.executor import Actions
 from tritonmoe.overlap.report import PassReport
 from tritonmoe.overlap.steps import StepKind

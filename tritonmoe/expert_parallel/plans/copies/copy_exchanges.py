@@ -8,10 +8,10 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from tritonmoe.backends.ops import WeightGrads, accumulation_dtype
 from tritonmoe.config.layer import PerWeight
 from tritonmoe.dispatch.copies import ExpertCopies
 from tritonmoe.dispatch.plan import DispatchPlan
+from tritonmoe.ops.backends.ops import WeightGrads, accumulation_dtype
 from tritonmoe.overlap.executor import Actions
 from tritonmoe.overlap.steps import StepKind
 from tritonmoe.runtime import cpu_memory

@@ -15,7 +15,7 @@ from tritonmoe.config.formats import FORMATS, FP8_BLOCK
 from tritonmoe.integrations.transformers.discovery import ExpertsModule, experts_modules
 from tritonmoe.integrations.transformers.names import EXPERTS_IMPLEMENTATION, STATE_TO_SAVE
 from tritonmoe.integrations.transformers.packed.packed_experts import PackedLayout, set_packed, up_name
-from tritonmoe.sharding.placed_states import StateDict
+from tritonmoe.placement.placed_states import StateDict
 
 __all__ = ["PACKED_QUANTIZERS"]
 

@@ -32,9 +32,9 @@ from tritonmoe.integrations.transformers.upcycle.expert_init import UpcycleSetti
 from tritonmoe.integrations.transformers.upcycle.ffn_blocks import FFNBlock, find_blocks, select_blocks
 from tritonmoe.integrations.transformers.upcycle.inplace import InplaceConversion, replace_blocks
 from tritonmoe.integrations.transformers.upcycle.native import build_model
+from tritonmoe.placement.placed_states import StateDict
+from tritonmoe.placement.whole_states import name_in_state
 from tritonmoe.runtime.files import Json
-from tritonmoe.sharding.placed_states import StateDict
-from tritonmoe.sharding.whole_states import name_in_state
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

@@ -1,0 +1,1 @@
+"""Tensors on one device: grouping, kernels, backends, and compiling ahead of time."""

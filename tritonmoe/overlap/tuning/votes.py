@@ -1,0 +1,71 @@
+"""What ranks tell each other while they choose a plan: times, and votes for plans packed as integers."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+from tritonmoe.config.overlap import OverlapConfig, OverlapPlan, ramp_sizes
+from tritonmoe.dispatch.header import CallHeader
+from tritonmoe.overlap.tuning.search import plan_of
+
+__all__ = ["Message", "other_chunks_first", "pack", "unpack"]
+
+
+class Message(NamedTuple):
+    """What a rank's count header says to the choosers of the other ranks.
+
+    They are integers that mean the same on every rank.
+    """
+
+    vote: int = 0
+    """The packed plan that this rank would try first, of those that it predicts to be fastest; 0 where it has none."""
+    second_vote: int = 0
+    """The plan that it would try next."""
+    predicted_ns: int = 0
+    """The shortest time that this rank predicts for any plan."""
+    measured_call: int = -1
+    """The number of the tried call that took `measured_ns`; -1 for none."""
+    measured_ns: int = 0
+    working_set: int = 0
+    """With a memory budget: how much this rank's experts work on at a time, as WorkingSet.pack() gives it."""
+
+    @classmethod
+    def of(cls, header: CallHeader) -> "Message":
+        return cls(*(getattr(header, name) for name in cls._fields))
+
+    @property
+    def votes(self) -> list[int]:
+        """The packed plans, the first vote first."""
+        return [vote for vote in (self.vote, self.second_vote) if vote]
+
+
+def pack(plan: OverlapPlan) -> int:
+    """Return a plan that the search found as one positive integer, which unpack() reads."""
+    growth = plan.chunk_sizes[1] if plan.num_chunks > 2 else 1
+    assert plan.chunk_sizes == ramp_sizes(plan.num_chunks, growth), "unpack() would make other chunks of it"
+    value = plan.num_chunks
+    for part in (growth, int(plan.chunk_by == "experts"), plan.local_start, plan.window, plan.backward_window):
+        value = value * 64 + part
+    return value
+
+
+def unpack(value: int, config: OverlapConfig) -> OverlapPlan:
+    """Return the plan that pack() packed; what the configuration leaves no choice about comes from `config`."""
+    parts = []
+    for _ in range(5):
+        value, part = divmod(value, 64)
+        parts.append(part)
+    backward_window, window, local_start, is_of_experts, growth = parts
+    config = replace(config, chunk_by="experts" if is_of_experts else "tokens")
+    return plan_of(
+        config, ramp_sizes(value, growth), local_start=local_start, window=window, backward_window=backward_window
+    )
+
+
+def other_chunks_first(plans: Sequence[OverlapPlan]) -> list[OverlapPlan]:
+    """Move the first plan of each choice of chunks before all others, which keep their order.
+
+    Plans with the same chunks and other windows take about as long, so trying two of them tells little.
+    """
+    firsts = {(plan.chunk_by, plan.chunk_sizes): plan for plan in reversed(plans)}
+    return sorted(plans, key=lambda plan: firsts[plan.chunk_by, plan.chunk_sizes] != plan)  # which keeps their order

@@ -1,0 +1,241 @@
+"""`tritonmoe plan`: predict how long a training step of a model takes on a cluster, and find the best layout."""
+
+import argparse
+import json
+import shlex
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import get_args
+
+from tritonmoe.runtime.files import Json, write_whole
+from tritonmoe.tools.benchmarks.argument_types import Subparsers, output_file, positive, report_file
+from tritonmoe.tools.planner.cluster import DTYPE_BYTES, Cluster
+from tritonmoe.tools.planner.cluster_file import read_cluster, to_toml
+from tritonmoe.tools.planner.cluster_presets import CLUSTERS, REMARKS
+from tritonmoe.tools.planner.comparison import Equal, compare
+from tritonmoe.tools.planner.job import FROZEN, Job, Recompute
+from tritonmoe.tools.planner.model_config import expert_load, find_model
+from tritonmoe.tools.planner.model_presets import MODELS
+from tritonmoe.tools.planner.plan_page import comparison_page, plan_page
+from tritonmoe.tools.planner.plan_search import Free
+from tritonmoe.tools.planner.plan_table import comparison_table, plan_table
+from tritonmoe.tools.planner.plan_verdict import comparison_as_json, plan_as_json
+from tritonmoe.tools.planner.trainer import TRAINERS, UNKNOWN_IMBALANCE, Sends, trained_by
+from tritonmoe.tools.planner.training_plan import Plan, plan
+from tritonmoe.tools.report.html import Page, write_page
+from tritonmoe.tools.report.terminal import TEXT_COLUMNS, refused, wrapped
+
+__all__ = ["add_parser"]
+
+DEFAULT_ADAPTER_RANK = 16
+AS_GIVEN = (
+    *("sequence", "micro_batch", "stages_in_turn", "trainer", "sends", "zero", "dtype", "wire_dtype", "two_batches"),
+    *("frozen", "adapter_rank", "balanced", "routing"),
+)
+"""What the command that repeats a plan has as the command that found it."""
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Add the subcommand to the parser of `tritonmoe`."""
+    parser = subparsers.add_parser(
+        "plan", help="predict a training step on machines that you don't have yet", description=__doc__
+    )
+    parser.add_argument("model", nargs="?", help=f"a config.json, its folder, or one of {', '.join(MODELS)}")
+    parser.add_argument("cluster", nargs="?", help=f"a TOML file, or one of {', '.join(CLUSTERS)}")
+    parser.add_argument(
+        "--compare", nargs="+", metavar="CLUSTER", help="compare two or more clusters, instead of planning for one"
+    )
+    parser.add_argument(
+        "--new-cluster",
+        type=output_file,
+        metavar="FILE",
+        help="write the named cluster (default H100) to this file, with comments, for you to edit",
+    )
+    parser.add_argument("--nodes", type=positive, help="number of nodes (default: the cluster's)")
+    parser.add_argument(
+        "--equal",
+        choices=get_args(Equal),
+        help="with --compare: give all clusters as many GPUs as the first, or GPUs for the same $ an hour",
+    )
+    _add_shape(parser)
+    _add_trainer(parser)
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="write everything to this file")
+    parser.add_argument("--html", type=report_file, metavar="FILE", help="write a report, a page for any browser")
+    parser.set_defaults(run=run, default_of=parser.get_default)
+
+
+def _add_shape(parser: argparse.ArgumentParser) -> None:
+    """Add the sizes of a step, and over which ranks it is spread."""
+    parser.add_argument("--sequence", type=positive, default=4096, help="tokens of one sequence (default 4096)")
+    parser.add_argument("--micro-batch", type=positive, default=1, help="sequences of a micro-batch (default 1)")
+    parser.add_argument(
+        "--micro-batches",
+        type=positive,
+        default=8,
+        help="micro-batches of a step on each data-parallel rank (default 8); while tp or pp are searched, a "
+        "choice with more of them gets more micro-batches, so that all train the same number of tokens a step",
+    )
+    parser.add_argument("--tp", type=positive, help="tensor-parallel ranks (default: the best of 1 to 8)")
+    parser.add_argument("--pp", type=positive, help="pipeline stages (default: the best of 1 to 32)")
+    parser.add_argument(
+        "--stages-in-turn", type=positive, default=1, help="pieces of each pipeline stage, interleaved (default 1)"
+    )
+    parser.add_argument(
+        "--ep", type=positive, nargs="+", default=[], help="expert-parallel ranks (default: all that fit)"
+    )
+
+
+def _add_trainer(parser: argparse.ArgumentParser) -> None:
+    """Add how the step is trained, and where its tokens go."""
+    parser.add_argument(
+        "--recompute",
+        choices=get_args(Recompute),
+        help="activations that backward computes again (default: as few as the memory allows)",
+    )
+    parser.add_argument("--trainer", choices=list(TRAINERS), default="ours", help="trainer to predict (default ours)")
+    parser.add_argument(
+        "--sends",
+        choices=get_args(Sends),
+        help="rows: a token travels once to each rank; pairs: once for each expert (default: the trainer's way)",
+    )
+    parser.add_argument(
+        "--zero",
+        type=int,
+        choices=[1, 3],
+        help="ZeRO stage: 1 spreads optimizer states, 3 weights and gradients too (default: the trainer's)",
+    )
+    parser.add_argument("--dtype", choices=list(DTYPE_BYTES), default="bf16")
+    parser.add_argument(
+        "--wire-dtype", choices=["fp8"], help="dtype in which rows travel to their experts (default: --dtype)"
+    )
+    parser.add_argument(
+        "--two-batches",
+        action="store_true",
+        help="run two halves of a micro-batch at once: one computes while the other's rows travel",
+    )
+    parser.add_argument(
+        "--frozen",
+        choices=FROZEN,
+        help="freeze the model, its experts stored so, and train adapters of its experts (default: train everything)",
+    )
+    parser.add_argument(
+        "--adapter-rank", type=positive, help="rank of the adapters of a --frozen model's experts (default 16)"
+    )
+    parser.add_argument("--balanced", action="store_true", help="assume routing that is forced to be balanced")
+    parser.add_argument(
+        "--routing",
+        type=Path,
+        metavar="FILE",
+        help="JSON list with the number of pairs of each expert (default: an assumed imbalance)",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    try:
+        if arguments.new_cluster is not None:
+            preset = arguments.cluster or arguments.model or "H100"
+            write_whole(arguments.new_cluster, to_toml(_find_cluster(preset), REMARKS), "cluster's description")
+            print(f"wrote {arguments.new_cluster}, with the numbers of {preset}")
+            return 0
+        return _plan(arguments)
+    except (ValueError, OSError) as error:
+        return refused("plan", error)
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    if arguments.model is None or (arguments.cluster is None) == (arguments.compare is None):
+        raise ValueError("give a model and a cluster, or a model and --compare with clusters")
+    if arguments.equal is not None and arguments.compare is None:
+        raise ValueError(
+            "--equal makes the clusters of --compare equal: give --compare with two or more clusters, or leave "
+            "--equal out"
+        )
+    job = _job(arguments)
+    free = Free(*(getattr(arguments, name) is None for name in ("tp", "pp", "recompute")))
+    if arguments.compare is not None:
+        if len(arguments.compare) < 2:
+            raise ValueError("--compare needs at least two clusters")
+        clusters = [_sized(_find_cluster(name), arguments) for name in arguments.compare]
+        if len({cluster.name for cluster in clusters}) < len(clusters):
+            clusters = [replace(one, name=given) for one, given in zip(clusters, arguments.compare, strict=True)]
+        comparison = compare(job, clusters, arguments.ep, free=free, equal=arguments.equal)
+        print(wrapped(comparison_table(comparison)))
+        _say_again(arguments, zip(arguments.compare, comparison.plans, strict=True))
+        _write(arguments, comparison_as_json(comparison), lambda: comparison_page(comparison))
+        return 0 if all(one.best.fits for one in comparison.plans) else 1
+    found = plan(job, _sized(_find_cluster(arguments.cluster), arguments), arguments.ep, free=free)
+    print(wrapped(plan_table(found)))
+    _say_again(arguments, [(arguments.cluster, found)])
+    _write(arguments, plan_as_json(found), lambda: plan_page(found))
+    return 0 if found.best.fits else 1
+
+
+def _say_again(arguments: argparse.Namespace, plans: Iterable[tuple[str, Plan]]) -> None:
+    """Print a command for each plan that fits, by the name or file of its cluster: one that finds its best choice."""
+    commands = [_command(arguments, cluster, found) for cluster, found in plans if found.best.fits]
+    if commands:
+        print("\nThe best choice alone:", *commands, sep="\n")
+
+
+def _command(arguments: argparse.Namespace, cluster: str, found: Plan) -> str:
+    """Return the command line that plans the best choice alone; one that is too long goes on below."""
+    choice = found.best.choice
+    chosen: dict[str, object] = {"nodes": found.cluster.nodes, "tp": choice.tp, "pp": choice.pp, "ep": choice.ep}
+    chosen |= {"recompute": choice.recompute, "micro_batches": choice.micro_batches}
+    given = {name: getattr(arguments, name) for name in AS_GIVEN}
+    chosen |= {name: value for name, value in given.items() if value != arguments.default_of(name)}
+    words = ["tritonmoe", "plan", shlex.quote(arguments.model), shlex.quote(cluster)]
+    for name, value in chosen.items():
+        option = f"--{name.replace('_', '-')}"
+        words.append(option if value is True else f"{option} {shlex.quote(str(value))}")
+    lines = [""]
+    for word in words:
+        if len(lines[-1]) + len(word) + len(" \\") >= TEXT_COLUMNS:
+            lines.append("   ")
+        lines[-1] += f" {word}" if lines[-1] else word
+    return " \\\n".join(lines)
+
+
+def _job(arguments: argparse.Namespace) -> Job:
+    model = find_model(arguments.model)
+    job = Job(
+        model,
+        arguments.sequence,
+        arguments.micro_batch,
+        arguments.micro_batches,
+        arguments.tp or 1,
+        arguments.pp or 1,
+        stages_in_turn=arguments.stages_in_turn,
+        recompute=arguments.recompute or "none",
+        dtype=arguments.dtype,
+        wire_dtype=arguments.wire_dtype,
+        two_batches=arguments.two_batches,
+        imbalance=1.0 if arguments.balanced or arguments.routing is not None else UNKNOWN_IMBALANCE,
+        load=() if arguments.routing is None else expert_load(arguments.routing, model.num_experts),
+        frozen=arguments.frozen,
+        adapter_rank=arguments.adapter_rank or (0 if arguments.frozen is None else DEFAULT_ADAPTER_RANK),
+    )
+    return trained_by(job, arguments.trainer, arguments.sends, arguments.zero)
+
+
+def _find_cluster(name: str) -> Cluster:
+    if name in CLUSTERS:
+        return CLUSTERS[name]
+    path = Path(name)
+    if not path.exists():
+        raise ValueError(f"{name!r} is no cluster: give the path of a TOML file, or one of {', '.join(CLUSTERS)}")
+    return read_cluster(path)
+
+
+def _sized(cluster: Cluster, arguments: argparse.Namespace) -> Cluster:
+    return cluster if arguments.nodes is None else cluster.with_nodes(arguments.nodes)
+
+
+def _write(arguments: argparse.Namespace, found: Json, page: Callable[[], Page]) -> None:
+    if arguments.json is not None:
+        write_whole(arguments.json, json.dumps(found, indent=1), "plan")
+        print(f"\nwrote {arguments.json}")
+    if arguments.html is not None:
+        write_page(arguments.html, page())
+        print(f"\nwrote {arguments.html}: open it in a browser")

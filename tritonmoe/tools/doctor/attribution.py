@@ -1,0 +1,269 @@
+"""Attribution: what the steps of a run would gain without what is not usual; how much, who, where and when.
+
+First everything at once: if that gains little, the run is healthy, and nothing else is said. Then the kinds of causes,
+each without the others and the others without it, since two causes can hide each other. Then who, where and when. Slow
+steps are what a verdict is made of: all steps count.
+"""
+
+import functools
+import random
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from tritonmoe.tools.doctor.causes import KINDS, LINKS, STRUCTURAL, CauseKind, Causes, Removal
+from tritonmoe.tools.doctor.culprits import Culprits, culprits_of
+from tritonmoe.tools.doctor.graph import Graph, floats, indices
+from tritonmoe.tools.doctor.link_ends import SlowLinks
+from tritonmoe.tools.doctor.noise import gain_of_noise
+from tritonmoe.tools.doctor.pattern import FEW_STEPS, Pattern
+from tritonmoe.tools.doctor.recorded_causes import Known
+from tritonmoe.tools.doctor.usual import usual_of
+
+__all__ = ["Cost", "Finding", "Verdict", "attribute"]
+
+SMALLEST_SHARE = 0.05
+"""A smaller share of the step is not spoken of."""
+LARGE_SHARE = 0.15
+"""Whoever could gain so much is not healthy, whatever the noise."""
+SMALLEST_STRUCTURAL = 0.15
+"""The smallest share of what costs all ranks something without being a fault."""
+ANOTHER = 0.5
+"""The links' rate is a finding beside a slow link only if it costs more than that part of what the link costs."""
+HIDDEN = 0.5
+"""What mending a cause alone gains is its cost, unless that is less than this part of its gain without the others."""
+MOST_ERROR = 0.10
+"""A replay that is further off than this explains nothing."""
+LEAST_CERTAIN = 0.005
+"""A cost whose interval begins below that share of a step, which is shown as 0 %, may be noise."""
+NUM_SELECTIONS = 200
+INTERVAL = 0.8
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds of a step, the mean over all steps."""
+
+    seconds: float
+    low_s: float
+    """The interval that holds 80 % of what selections of the steps give."""
+    high_s: float
+
+    @classmethod
+    def of(cls, gained: Sequence[float]) -> "Cost":
+        """Return the cost of what each step would gain."""
+        means = sorted(map(statistics.fmean, floats(gained)[_selections(len(gained))].tolist()))
+        aside = int(NUM_SELECTIONS * (1 - INTERVAL) / 2)
+        return cls(statistics.fmean(gained), means[aside], means[-1 - aside])
+
+    def share(self, step_s: float) -> float:
+        return self.seconds / step_s if step_s else 0.0
+
+
+@functools.lru_cache(maxsize=4)
+def _selections(num_steps: int) -> Tensor:
+    """Return (selections, steps): which steps each selection of as many steps has, drawn with putting back."""
+    draw = random.Random(0)
+    drawn = [step for _ in range(NUM_SELECTIONS) for step in draw.choices(range(num_steps), k=num_steps)]
+    return indices(drawn).view(NUM_SELECTIONS, num_steps)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A cause, and what it costs."""
+
+    kind: CauseKind
+    culprits: Culprits
+    when: Pattern
+    cost: Cost
+    """What mending this alone gains; of a hidden one, what it gains once the others are mended."""
+    is_hidden: bool
+    """Whether mending it alone gains little, since another cause holds up the same steps."""
+    may_be_noise: bool
+    """Whether 0 is in the interval of what it costs."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Why the steps of a run take as long as they do."""
+
+    graph: Graph
+    measured_s: float
+    """The mean of all steps."""
+    replayed_s: float
+    findings: tuple[Finding, ...]
+    """By their cost, those that may be noise behind the others."""
+    others: tuple[tuple[CauseKind, float], ...]
+    """Kinds that are not spoken of, with their shares."""
+    together: Cost
+    """Without anything that is not usual."""
+    mended: Cost
+    """What mending all findings gains, and nothing else."""
+    healthy_s: float
+    """What a healthy step may seem to gain: a share of it, or more where noise alone would seem to gain more."""
+    noise_s: float
+    """What differences without a pattern cost: nobody's fault, and no repair ends them."""
+    exposed_s: float
+    """How much of a step nothing but the rows of exchanges is waited for."""
+    waiting_s: float
+    """How long a rank stands in exchanges in a step, the mean of all ranks."""
+    computing_s: float
+    host_s: float
+
+    @property
+    def error(self) -> float:
+        return self.replayed_s / self.measured_s - 1 if self.measured_s else 0.0
+
+    @property
+    def is_explained(self) -> bool:
+        return abs(self.error) <= MOST_ERROR
+
+    @property
+    def can_compare(self) -> bool:
+        """Whether there is anything to compare a step with: other ranks, or two other steps."""
+        return len(self.graph.steps) >= FEW_STEPS or len(self.graph.ranks) > 1
+
+    @property
+    def is_uncertain(self) -> bool:
+        """Whether something is not usual, and none of it in so many steps that it is sure to come again."""
+        return not self.findings and self.together.seconds >= self.healthy_s
+
+    @property
+    def is_healthy(self) -> bool:
+        return self.can_compare and self.is_explained and not self.findings and not self.is_uncertain
+
+
+def attribute(graph: Graph, known: Known | None = None) -> Verdict:
+    """Say why the steps of a run take as long as they do.
+
+    known: what a recording of this package's layers tells beyond the graph.
+    Raises:
+        ValueError: ranks wait for each other in a circle: the files contradict each other.
+    """
+    usual = usual_of(graph, _linked_s(graph, known))
+    causes = Causes(graph, usual, None if known is None else known.excess_of(usual))
+    step_s = statistics.fmean(causes.as_it_was)
+    kinds = [kind for kind in causes.excess if not causes.is_nothing(kind)]
+    compared: Removal = dict.fromkeys(kind for kind in kinds if kind in KINDS)
+    healthy, alone_s, others_s = _walked(causes, kinds, compared)
+    all_gained_s = statistics.fmean(_less(causes.as_it_was, healthy))
+    healthy_s = _healthy_s(causes, step_s, all_gained_s)
+    is_ill = all_gained_s >= healthy_s
+    least_s = _least_s(healthy_s, step_s, known)
+    findings: list[Finding] = []
+    others: list[tuple[CauseKind, float]] = [(kind, 0.0) for kind in causes.excess if kind not in kinds]
+    for kind, only, other in zip(kinds, alone_s, others_s, strict=True):
+        alone = _less(causes.as_it_was, only)
+        hidden = _less(other, healthy) if kind in compared else _less(healthy, other)
+        if (kind in compared and not is_ill) or kind == "exchange contention":
+            hidden = alone  # without slow links less would be beside exchanges
+        most = max(alone, hidden, key=statistics.fmean)
+        at_most = Cost.of(most)
+        is_hidden = statistics.fmean(alone) < HIDDEN * at_most.seconds
+        cost = at_most if is_hidden else Cost.of(alone)
+        is_asked = is_ill or kind not in compared
+        if is_asked and at_most.seconds >= least_s[kind] and at_most.low_s > 0:
+            others_first = [one for one in compared if one != kind] if most is hidden else []
+            culprits, when = culprits_of(causes, kind, most, others_first)
+            found = Finding(kind, culprits, when, cost, is_hidden, cost.low_s < LEAST_CERTAIN * step_s)
+            findings.append(_named(found, graph.slow_links, known))
+        else:
+            others.append((kind, cost.share(step_s)))
+    findings.sort(key=lambda one: (one.kind == "pause", one.may_be_noise, -one.cost.seconds))
+    findings = _of_one_thing(findings, others, step_s)
+    found_kinds: Removal = {
+        kind: None for kind in kinds if any(LINKS.get(one.kind, one.kind) == kind for one in findings)
+    }
+    together, mended = (
+        _less(causes.as_it_was, steps_s) for steps_s in causes.without([{**compared, **found_kinds}, found_kinds])
+    )
+    quiet = causes.walker.step_times(usual.level_busy_s + usual.level_idle_s, usual.level_transfer_s)
+    no_transfers = causes.walker.step_times(causes.run_s, causes.transfer_s.clamp(max=0))
+    per_step = len(graph.ranks) * len(graph.steps)
+    computing_s, host_s = (float(spent_s.sum()) / per_step for spent_s in (graph.tables.busy_s, graph.tables.idle_s))
+    return Verdict(
+        graph=graph,
+        measured_s=statistics.fmean(graph.measured_s),
+        replayed_s=step_s,
+        findings=tuple(findings),
+        others=tuple(others),
+        together=Cost.of(together),
+        mended=Cost.of(mended),
+        healthy_s=healthy_s,
+        noise_s=max(0.0, step_s - statistics.fmean(together) - statistics.fmean(quiet)),
+        exposed_s=max(0.0, step_s - statistics.fmean(no_transfers)),
+        waiting_s=max(0.0, step_s - computing_s - host_s),
+        computing_s=computing_s,
+        host_s=host_s,
+    )
+
+
+def _linked_s(graph: Graph, known: Known | None) -> Tensor | None:
+    """Return (M,) what slow links are known to cost each exchange."""
+    if graph.slow_links is not None:
+        return floats([member.linked_s for member in graph.members])
+    return None if known is None else known.linked_s
+
+
+def _walked(
+    causes: Causes, kinds: Sequence[CauseKind], compared: Removal
+) -> tuple[list[float], list[list[float]], list[list[float]]]:
+    """Return how long each step takes without all that is compared; by kind, without it alone; by kind, beside others.
+
+    Beside others: a kind that is compared is left as it was, and the others of these are not; another kind goes too.
+    """
+    alone: list[Removal] = [{kind: None} for kind in kinds]
+    others: list[Removal] = [
+        {one: None for one in compared if one != kind} if kind in compared else {**compared, kind: None}
+        for kind in kinds
+    ]
+    healthy, *walked = causes.without([compared, *alone, *others])
+    return healthy, walked[: len(kinds)], walked[len(kinds) :]
+
+
+def _healthy_s(causes: Causes, step_s: float, all_gained_s: float) -> float:
+    """Return what a healthy run may gain without what is compared: a share of a step, or what noise alone gains."""
+    healthy_s = SMALLEST_SHARE * step_s
+    if not healthy_s <= all_gained_s < LARGE_SHARE * step_s:
+        return healthy_s
+    return max(healthy_s, gain_of_noise(causes.graph, causes.usual, causes.walker))
+
+
+def _least_s(healthy_s: float, step_s: float, known: Known | None) -> dict[CauseKind, float]:
+    """Return how much each kind of cause must cost to be spoken of."""
+    least_s = dict.fromkeys(KINDS, healthy_s) | dict.fromkeys(STRUCTURAL, SMALLEST_STRUCTURAL * step_s)
+    if known is not None:
+        least_s["pause"] = SMALLEST_SHARE * known.step_s
+    return least_s
+
+
+def _named(finding: Finding, slow: SlowLinks | None, known: Known | None) -> Finding:
+    """Say which links it is, and which of their ends, where that is known."""
+    if finding.kind != "slow link":
+        return finding
+    if slow is not None:
+        own = replace(finding.culprits, ranks=slow.ranks, moves=False, links=slow.links, words=slow.words)
+        finding = replace(finding, culprits=own)
+    if known is None or known.fault is None:
+        return finding
+    fault = known.fault
+    culprits = replace(finding.culprits, ranks=fault.ranks, links=fault.links, moves=not fault.ranks, words=fault.words)
+    return replace(finding, kind=fault.kind, culprits=culprits)
+
+
+def _of_one_thing(findings: list[Finding], others: list[tuple[CauseKind, float]], step_s: float) -> list[Finding]:
+    """Leave out the links' rate, or latency, where it is one slow link that makes it what it is."""
+    of_links = sum(one.cost.seconds for one in findings if LINKS.get(one.kind, one.kind) == "slow link")
+    kept = []
+    for one in findings:
+        if one.kind in ("bandwidth", "latency") and one.cost.seconds < ANOTHER * of_links:
+            others.append((one.kind, one.cost.share(step_s)))
+        else:
+            kept.append(one)
+    return kept
+
+
+def _less(was: Sequence[float], now: Sequence[float]) -> list[float]:
+    return [before - after for before, after in zip(was, now, strict=True)]

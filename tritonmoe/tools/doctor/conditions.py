@@ -1,0 +1,209 @@
+"""Replay: the recorded calls as the simulator walks them, from what their steps, links and entries are found to cost.
+
+A call is walked as it was recorded: every rank enters when it did, hears from the others, and runs the steps of the
+same schedule. What a step or an exchange costs comes from fits to all calls of the recording, so that a cause can be
+taken out and the call walked again.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from tritonmoe.config.overlap import OverlapPlan
+from tritonmoe.overlap.schedule import Schedule
+from tritonmoe.overlap.simulation.cost_model import LayerWork, LinkCosts
+from tritonmoe.overlap.simulation.halves_in_turn import simulate_two_batches
+from tritonmoe.overlap.simulation.simulator import Simulation, simulate
+from tritonmoe.overlap.simulation.step_costs import StepCosts
+from tritonmoe.overlap.simulation.two_level_work import TwoLevelWork
+from tritonmoe.overlap.steps import StepKind
+from tritonmoe.tools.doctor.costs import Costs
+from tritonmoe.tools.doctor.entries import Entry, PassesBefore, entries_of, most_entered
+from tritonmoe.tools.recording.call_recording import RecordedCall
+from tritonmoe.tools.recording.schedules import schedule_of
+
+__all__ = [
+    "Conditions",
+    "Halves",
+    "Nodes",
+    "Walk",
+    "conditions_of",
+    "walk",
+    "with_plan",
+]
+
+HALF_PLAN = OverlapPlan((1,), local_first=False)
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What decides how long a call takes."""
+
+    plan: OverlapPlan
+    work: LayerWork
+    schedules: tuple[Schedule, ...]
+    """Of the forward and, if it ran, the backward."""
+    entries: tuple[Entry, ...]
+    """Of the same."""
+    steps: StepCosts
+    link: LinkCosts
+    gap_s: float
+    halves: "Halves | None" = None
+    """To walk two halves of a batch at once; None for a whole batch."""
+    nodes: "Nodes | None" = None
+    """To walk two levels; None for one."""
+    layer: int = -1
+    """The layer whose call it is."""
+
+    @property
+    def walked_work(self) -> LayerWork | TwoLevelWork:
+        """What is sent and computed, on the levels that are walked."""
+        nodes, inside = self.nodes, self.link.each_link.inside
+        if nodes is None:
+            return self.work
+        assert inside is not None
+        each = replace(self.link.each_link, port_out_s=inside.out_s, port_in_s=inside.in_s, inside=None)
+        link = replace(self.link, each=each, contention=0.0)
+        return TwoLevelWork.of(self.work, nodes.rows_of(self.work), link, inside_row_bytes=nodes.row_bytes)
+
+    @property
+    def walked_link(self) -> LinkCosts:
+        """The link of `walked_work`, of two levels the one between nodes."""
+        return self.link if self.nodes is None else replace(self.link, each=replace(self.link.each_link, inside=None))
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """What is to be known of a call whose rows go over nodes first."""
+
+    share: Tensor
+    """(W, nodes): how many rows of each rank go to a node, of those that go to its ranks on one level."""
+    row_bytes: int
+    """Of a row inside a node."""
+
+    @classmethod
+    def of(cls, rows_to_nodes: Tensor, work: LayerWork, row_bytes: int) -> "Nodes":
+        """Return what is to be known where so many tokens (W, nodes) of each rank need any rank of each node."""
+        by_node = work.rows.view(work.size, rows_to_nodes.shape[1], -1)
+        return cls(rows_to_nodes / by_node.sum(2).clamp(min=1), row_bytes)
+
+    def rows_of(self, work: LayerWork) -> Tensor:
+        """Return how many tokens (W, nodes) of each rank need any rank of each node."""
+        by_node = work.rows.view(work.size, self.share.shape[1], -1)
+        return torch.minimum(torch.maximum(self.share * by_node.sum(2), by_node.amax(2)), by_node.sum(2))
+
+
+@dataclass(frozen=True)
+class Halves:
+    """What is to be known of a model whose layers run two halves of a batch at once."""
+
+    beside_s: tuple[float, ...]
+    """The seconds that the rest of the model takes with one half beside a layer, in each pass."""
+    num_layers: int
+
+
+@dataclass(frozen=True)
+class Walk:
+    """A call as it is walked."""
+
+    total_s: float
+    """From when most ranks have entered each pass until the last rank has ended it, all passes; where ranks come late
+    because their previous pass ended late, from when the last of them has come."""
+    passes: tuple[Simulation, ...]
+    """Their times count from there."""
+
+
+def walk(conditions: Conditions) -> Walk:
+    """Walk a call under these conditions."""
+    walked = _walk(conditions, {})
+    passed_on_s = max(float(entry.passed_on_s.max()) for entry in conditions.entries)
+    if passed_on_s > 0.01 * walked.total_s:
+        # In a loop, and in a stack of layers, the pass before is one of this call or of a call like it.
+        walked = _walk(conditions, {number: one.end_s for number, one in enumerate(walked.passes)})
+    if conditions.halves is not None:
+        walked = replace(walked, total_s=walked.total_s - _gain_of_halves(conditions, conditions.halves))
+    return walked
+
+
+def _gain_of_halves(conditions: Conditions, halves: Halves) -> float:
+    """Return by how much a layer takes less time with two halves of the batch, all ranks coming together."""
+    costs, link = _with_gap(conditions.steps, conditions.gap_s), conditions.walked_link
+    work, half = (replace(conditions, work=conditions.work.scaled(share)).walked_work for share in (1.0, 0.5))
+    num_fillers = sum(step.kind is StepKind.FILLER for step in conditions.schedules[0])
+    walked = simulate_two_batches(
+        HALF_PLAN, half, costs, link, halves.beside_s, halves.num_layers, num_fillers=num_fillers
+    )
+    stack_s = sum(of.total_s for of in walked) / halves.num_layers
+    passes = (simulate(schedule, conditions.plan, work, costs, link) for schedule in conditions.schedules)
+    return sum(one.total_s + link.latency_s for one in passes) - (stack_s - 2 * sum(halves.beside_s))
+
+
+def _walk(conditions: Conditions, ended_s: Mapping[int, Tensor]) -> Walk:
+    """Walk a call whose ranks ended forwards (0) and backwards (1) before at these times (W,).
+
+    Behind a pass that has none here, and none in this call yet, ranks come as far apart as was recorded.
+    """
+    ended_s = dict(ended_s)
+    total_s, passes = 0.0, []
+    costs = _with_gap(conditions.steps, conditions.gap_s)
+    work, link = conditions.walked_work, conditions.walked_link
+    for number, (schedule, entry) in enumerate(zip(conditions.schedules, conditions.entries, strict=True)):
+        behind_s = entry.passed_on_s
+        if (before_s := ended_s.get(entry.follows)) is not None:
+            behind_s = torch.minimum(behind_s, (before_s - most_entered(before_s)).clamp(min=0))
+        posted_s = entry.own_s + behind_s + entry.before_counts_s
+        left_s = posted_s.max() + entry.counts_s if entry.meets else posted_s
+        start_s = left_s + entry.before_steps_s
+        simulation = simulate(schedule, conditions.plan, work, costs, link, start_s)
+        total_s += simulation.total_s - float(behind_s.max())  # which is time of the pass before
+        passes.append(simulation)
+        ended_s[number] = simulation.end_s
+    return Walk(total_s, tuple(passes))
+
+
+def _with_gap(costs: StepCosts, gap_s: float) -> StepCosts:
+    return replace(costs, fixed_s={kind: costs.fixed_s.get(kind, 0.0) + gap_s for kind in map(str, StepKind)})
+
+
+def conditions_of(call: RecordedCall, before: PassesBefore, costs: Costs) -> Conditions:
+    """Return the conditions under which a call ran."""
+    schedules = tuple(schedule_of(call.plan, [step.step.kind for step in of[0].steps]) for of in call.by_pass)
+    to_nodes = call.rows_to_nodes
+    link = _with_uneven_chunks(costs.link, call)
+    return Conditions(
+        *(call.plan, call.work, schedules, entries_of(call, before), costs.steps, link, costs.gap_s),
+        nodes=None if to_nodes is None else Nodes.of(to_nodes, call.work, call.inside_row_bytes),
+        layer=call.layer,
+    )
+
+
+def _with_uneven_chunks(link: LinkCosts, call: RecordedCall) -> LinkCosts:
+    """Return the link with ports that are occupied for as long as by the call's own chunks.
+
+    The walk gives every chunk exactly its share of the rows. Of real ones, which differ by chance, the busier way of a
+    port decides, in every exchange anew: ways of 54 and 48 rows, then of 48 and 54, take what 108 take.
+    """
+    if call.plan.chunk_by != "tokens" or link.each is None:
+        return link
+
+    def rows(kind: StepKind) -> Tensor:
+        """Return (C, W): the rows of every chunk that each rank sends."""
+        of_ranks = [[step.units for step in of.forward.steps if step.step.kind is kind] for of in call.ranks]
+        return torch.tensor(of_ranks, dtype=torch.float64, device="cpu").T
+
+    sent, returned = rows(StepKind.DISPATCH), rows(StepKind.COMBINE)
+    times = torch.maximum(sent, returned).sum(0) / torch.maximum(sent.sum(0), returned.sum(0)).clamp(min=1)
+    each, inside = link.each, link.each.inside
+    times = times.clamp(min=1)  # of a rank without rows
+    if inside is not None:
+        inside = replace(inside, out_s=inside.out_s * times, in_s=inside.in_s * times)
+    each = replace(each, port_out_s=each.port_out_s * times, port_in_s=each.port_in_s * times, inside=inside)
+    return replace(link, each=each)
+
+
+def with_plan(of: Conditions, plan: OverlapPlan) -> Conditions:
+    """Return the same call by another plan, with as much needed of each pass."""
+    schedules = tuple(schedule_of(plan, [step.kind for step in schedule]) for schedule in of.schedules)
+    return replace(of, plan=plan, schedules=schedules)

@@ -1,0 +1,187 @@
+"""Who is at fault and where: the fewest ranks whose excess explains what a kind of cause costs."""
+
+import statistics
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tritonmoe.tools.doctor.causes import CauseKind, Causes, Removal
+from tritonmoe.tools.doctor.graph import Key
+from tritonmoe.tools.doctor.pattern import FEW_STEPS, Pattern, costly_steps, pattern_of
+
+__all__ = ["Culprits", "culprits_of"]
+
+EXPLAINED = 0.8
+"""Ranks are at fault when without their excess so much of the whole gain is there."""
+ALONE = 2.0
+"""In a step one rank is at fault alone if its excess is so many times the next one's."""
+MOVING = 0.65
+"""A cause moves if no rank is at fault in a larger part of the costly steps."""
+ONE_PLACE = 0.7
+ALIKE = 0.7
+"""A rank has as much as another if it has at least that part of it."""
+OF_FEW = 0.5
+"""All ranks are at fault if what each of them has in the same step costs more than that part of the gain."""
+
+
+@dataclass(frozen=True)
+class Culprits:
+    """Who and where."""
+
+    ranks: tuple[int, ...]
+    """Indices of ranks, the worst first; empty where it is all of them, or each in turn."""
+    moves: bool
+    """Whether it is another rank from step to step."""
+    phase: str
+    """forward or backward, where nearly all of it is there."""
+    place: Key | None
+    """The one key that has most of it, where there are several."""
+    factor: float
+    """How many times what is usual these ranks' operations take."""
+    layer: int | None = None
+    """The one layer that has most of it, of several; in a recording of this package's layers."""
+    links: tuple[tuple[int, int], ...] = ()
+    """Sender and receiver of slow links, where they are known."""
+    words: str = ""
+    """Which end of a link it is, where it is known."""
+
+
+def culprits_of(
+    causes: Causes, kind: CauseKind, gained: Sequence[float], without: Sequence[CauseKind]
+) -> tuple[Culprits, Pattern]:
+    """Find who is at fault for a kind of cause, where and when; without: other kinds that hide it, taken out first."""
+    graph = causes.graph
+    excess = causes.by_rank_and_step(kind)
+    ranks: tuple[int, ...] = ()
+    moves = False
+    if len(graph.ranks) > 1:
+        costly = costly_steps(gained)
+        worst = []
+        for step in costly:
+            ordered = sorted(range(len(graph.ranks)), key=lambda rank, step=step: -excess[rank][step])  # type: ignore[misc]
+            first, second = (excess[rank][step] for rank in ordered[:2])
+            if first > ALONE * max(second, 0.0):
+                worst.append(ordered[0])
+        if len(worst) >= max(3, ONE_PLACE * len(costly)):
+            most = max(worst.count(rank) for rank in set(worst))
+            moves = most <= MOVING * len(worst)
+        if not moves:
+            ranks, gained = _at_fault(
+                causes, kind, torch.tensor(excess, dtype=torch.float64, device="cpu").clamp(min=0), gained, without
+            )
+    tables, of_kind = causes.tables, causes.excess[kind]
+    where: dict[Key, float] = defaultdict(float)
+    usual_s, excess_s = 0.0, 0.0
+    known: set[Key] = set()
+    for of_rank, of_key, excess_of, usual in (
+        (tables.run_rank, tables.run_key, of_kind.run_s, causes.usual.busy_s),
+        (causes.due_to(kind), tables.member_key, of_kind.member_s, causes.usual.transfer_s),
+    ):
+        known |= {tables.keys[key] for key in of_key.unique().tolist()}
+        counts = excess_of > 0
+        if ranks:
+            counts &= torch.isin(of_rank, torch.tensor(ranks))
+        usual_s += float(usual[counts].sum())
+        excess_s += float(excess_of[counts].sum())
+        sums = torch.zeros(len(tables.keys), dtype=torch.float64).index_add(0, of_key[counts], excess_of[counts])
+        for key in sums.nonzero()[:, 0].tolist():
+            where[tables.keys[key]] += float(sums[key])
+    total = sum(where.values())
+    phases: dict[str, float] = defaultdict(float)
+    for key, seconds in where.items():
+        phases[phase_of(key)] += seconds
+    phase = max(phases, key=lambda name: phases[name], default="")
+    phase = phase if total > 0 and phases[phase] >= 0.85 * total else ""
+    place = max(where, key=lambda key: where[key], default=None)
+    is_one = place is not None and len(known) > 2 and where[place] >= ONE_PLACE * total
+    layer = _layer_of(where, known)
+    place = place if is_one and not _is_of_layer(place) else None
+    factor = 1 + excess_s / usual_s if usual_s > 0 else 0.0
+    return Culprits(ranks, moves, phase, place, factor, layer), pattern_of(gained)
+
+
+def _is_of_layer(key: Key | None) -> bool:
+    """Whether a key is one of a recording of layers: (phase, layer, name, chunk, work)."""
+    return key is not None and len(key) == 5 and isinstance(key[1], int)
+
+
+def _layer_of(where: Mapping[Key, float], known: Collection[Key]) -> int | None:
+    """Return the layer that has most of what keys cost, where there are several."""
+    layers: dict[int, float] = defaultdict(float)
+    for key, seconds in where.items():
+        if _is_of_layer(key):
+            layers[key[1]] += seconds
+    most = max(layers, key=lambda layer: layers[layer], default=None)
+    has_several = len({key[1] for key in known if _is_of_layer(key)}) > 1
+    return most if most is not None and has_several and layers[most] >= ONE_PLACE * sum(where.values()) else None
+
+
+def phase_of(key: Key) -> str:
+    """Return the phase of the step that a key belongs to: its first word, as far as that is known."""
+    word = str(key[0]) if key else ""
+    return next((phase for phase in ("forward", "backward") if word.startswith(phase)), "")
+
+
+def _at_fault(
+    causes: Causes, kind: CauseKind, excess_s: Tensor, gained: Sequence[float], without: Sequence[CauseKind]
+) -> tuple[tuple[int, ...], Sequence[float]]:
+    """Return the fewest ranks whose excess (W, S) explains the gain, none where it is all; and each step's gain.
+
+    What every rank has in the same step, as where a machine has too few cores, is nobody's own: it is taken out first,
+    and ranks that have more than that again and again are at fault. Where none has, all of the gain is asked for.
+    """
+    none = torch.zeros_like(excess_s)
+    common_s = excess_s.amin(0)
+    if excess_s.shape[1] >= FEW_STEPS and bool(common_s.any()):
+        common = torch.where(excess_s > 0, common_s / excess_s, 0.0)
+        own_s = excess_s - common_s
+        ranks, own_gained = _fewest(causes, kind, own_s, common, without)
+        if sum(own_gained) < OF_FEW * sum(gained):
+            return (), gained
+        if ranks and all(len(costly_steps(own_s[rank].tolist())) >= FEW_STEPS for rank in ranks):
+            return ranks, own_gained
+    return _fewest(causes, kind, excess_s, none, without)[0], gained
+
+
+def _fewest(
+    causes: Causes, kind: CauseKind, excess_s: Tensor, gone: Tensor, without: Sequence[CauseKind]
+) -> tuple[tuple[int, ...], list[float]]:
+    """Return the fewest ranks whose excess explains the gain, the worst first, none where it is all; and the gain.
+
+    gone: (W, S), which part of each rank's excess is taken out beforehand.
+    """
+    num_ranks = len(excess_s)
+    sums = excess_s.sum(1).tolist()
+    order = sorted(range(num_ranks), key=lambda rank: -sums[rank])
+
+    def removal(count: int) -> Removal:
+        parts = gone.clone()
+        parts[order[:count]] = 1.0
+        return {**dict.fromkeys(without), kind: parts}
+
+    counts = _counts(num_ranks)
+    before, *now, after = causes.without([removal(count) for count in (0, *counts, num_ranks)])
+    gained = [was - then for was, then in zip(before, after, strict=True)]
+    most_s = statistics.fmean(before) - EXPLAINED * statistics.fmean(gained)
+    count = next((count for count, left in zip(counts, now, strict=True) if statistics.fmean(left) <= most_s), 0)
+    if not count:
+        return (), gained
+    more = max((fewer for fewer in counts if fewer < count), default=0)
+    between = list(range(more + 1, count))  # counts are tried in growing strides
+    if between:
+        now = causes.without([removal(fewer) for fewer in between])
+        left_of = zip(between, now, strict=True)
+        count = next((fewer for fewer, left in left_of if statistics.fmean(left) <= most_s), count)
+    alike = [rank for rank in order[count:] if sums[rank] >= ALIKE * sums[order[count - 1]] > 0]
+    found = (*order[:count], *alike)
+    return found if len(found) < num_ranks else (), gained
+
+
+def _counts(num_ranks: int) -> list[int]:
+    counts = list(range(1, min(num_ranks, 5)))
+    while counts and counts[-1] * 2 < num_ranks:
+        counts.append(counts[-1] * 2)
+    return counts

@@ -1,0 +1,202 @@
+"""Reader of what the NCCL Inspector writes: how long each exchange took on each rank, and with verbose output when.
+
+An all-to-all of NCCL is a group of sends and receives, and the Inspector has each with its peer; so it is known how
+long every link took. Ranks in its records are those of a communicator: files of one communicator have one id.
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from tritonmoe.runtime.files import MAX_LINES_BYTES, Json, check_size
+from tritonmoe.tools.doctor.exchange_names import kind_of_name
+from tritonmoe.tools.doctor.inspector_pairs import Pair, as_exchanges
+from tritonmoe.tools.doctor.trace import Part, RankTrace
+from tritonmoe.tools.doctor.trace_files import damaged, number, open_text
+
+__all__ = ["is_inspector_line", "name_ranks", "read_inspector"]
+
+LINE_KEYS = ('"header"', '"dump_stats"', '"coll_perf"', '"p2p_perf"', '"proxy_trace"')
+COUNTS = {"coll_perf": "coll_records", "p2p_perf": "p2p_records", "proxy_trace": "proxy_records"}
+"""What a record is, and how the head of a dump of format 4.3 calls the number of them."""
+
+
+def is_inspector_line(begin: bytes) -> bool:
+    """Say whether a file that begins so is of the Inspector."""
+    text = begin.decode("utf-8", "replace")
+    return text[:1] == "{" and any(text[1:40].lstrip().startswith(key) for key in LINE_KEYS)
+
+
+class _File:
+    """What one file says, record after record."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.header: Json = {}
+        self.host = ""
+        self.communicators: dict[str, tuple[int, int]] = {}
+        """Rank and number of ranks in each."""
+        self.dropped = self.missing = self.num_records = 0
+        self.still = 0
+        """Records that this dump should still have."""
+        self.parts: list[tuple[Part, bool]] = []
+        self.pairs: dict[str, list[Pair]] = defaultdict(list)
+        self.wires: dict[tuple[str, str, int], list[float]] = defaultdict(lambda: [0.0, 0.0])
+        """Bytes and seconds on the wire by the network's proxy, of (communicator, send or recv, peer)."""
+
+    def take(self, record: Json) -> None:
+        self.num_records += 1
+        where = f"record {self.num_records}"
+        if isinstance(record.get("header"), dict):
+            self.header = record["header"]
+        metadata = record.get("metadata")
+        if isinstance(metadata, dict) and isinstance(metadata.get("hostname"), str):
+            self.host = metadata["hostname"]
+        stats = record.get("dump_stats")
+        if isinstance(stats, dict):
+            self.missing += self.still
+            self.still = sum(int(number(self.path, where, stats, key, 0)) for key in COUNTS.values())
+            for key in ("coll_dropped_since_last_dump", "p2p_dropped_since_last_dump"):
+                self.dropped += int(number(self.path, where, stats, key, 0))
+        for key in COUNTS:
+            content = record.get(key)
+            if isinstance(content, dict):
+                self.still = max(0, self.still - 1)
+                group = self._communicator(where)
+                if key == "coll_perf":
+                    self.parts.append(_collective(self.path, where, content, group))
+                elif key == "p2p_perf":
+                    self.pairs[group].append(_pair(self.path, where, content))
+                else:
+                    self._on_the_wire(where, content, group)
+
+    def _communicator(self, where: str) -> str:
+        name = str(self.header.get("id"))
+        rank, size = (int(number(self.path, f"{where}: header", self.header, key)) for key in ("rank", "n_ranks"))
+        if not 0 <= rank < size < 1 << 24:
+            raise damaged(self.path, f"{where}: header: rank {rank} of {size}")
+        self.communicators[name] = (rank, size)
+        return name
+
+    def _on_the_wire(self, where: str, content: Json, group: str) -> None:
+        steps = content.get("steps")
+        way = content.get("direction")
+        if way not in ("send", "recv") or "peer" not in content:
+            return
+        peer = int(number(self.path, where, content, "peer"))
+        for step in steps if isinstance(steps, list) else [content]:
+            if isinstance(step, dict) and "wire_us" in step:
+                sums = self.wires[group, way, peer]
+                sums[0] += number(self.path, where, step, "trans_size_bytes", 0)
+                sums[1] += number(self.path, where, step, "wire_us") / 1e6
+
+
+def read_inspector(path: Path) -> RankTrace:
+    """Read a file of the Inspector: records of format 4.3, or of older ones in which each has its own header.
+
+    Raises:
+        ValueError: a line is damaged, or there is no exchange.
+    """
+    found = _File(path)
+    for record in _records(path):
+        found.take(record)
+    found.missing += found.still
+    if not found.parts and not found.pairs:
+        raise ValueError(f"{path} can't be judged: the Inspector wrote no exchange into it")
+    rank, world = max(found.communicators.values(), key=lambda one: one[1])
+    trace = RankTrace(str(path), rank, world, "inspector", found.host)
+    trace.rank_in = {name: own for name, (own, _) in found.communicators.items()}
+    for name, pairs in found.pairs.items():
+        found.parts += as_exchanges(pairs, name, *found.communicators[name])
+    trace.wires = [(*of, num_bytes, seconds) for of, (num_bytes, seconds) in found.wires.items()]
+    trace.parts = [part for part, _ in found.parts]
+    trace.is_unix_clock = all(is_timed for _, is_timed in found.parts)
+    trace.parts.sort(key=lambda part: part.posted_s)
+    if found.dropped:
+        trace.limits.append(
+            f"the Inspector dropped {found.dropped} records: set NCCL_INSPECTOR_DUMP_COLL_RING_SIZE higher, and "
+            "NCCL_INSPECTOR_DUMP_P2P_RING_SIZE"
+        )
+    if found.missing:
+        trace.limits.append(f"{found.missing} records are missing in the Inspector's dumps, which are cut")
+    if not trace.is_unix_clock:
+        trace.limits.append(
+            "the Inspector wrote how long exchanges took, not when: the files tell which rank comes last, but "
+            "not what ranks compute (NCCL_INSPECTOR_DUMP_VERBOSE=1 writes when)"
+        )
+    trace.limits.append("the Inspector records exchanges only: whether a rank computes long or is late can't be told")
+    return trace
+
+
+def _records(path: Path) -> Iterator[Json]:
+    decode = json.JSONDecoder().raw_decode
+    check_size(path, MAX_LINES_BYTES, "dump fewer records, NCCL_INSPECTOR_DUMP_COLL_RING_SIZE has their number")
+    with open_text(path) as file:
+        try:
+            text = file.read(MAX_LINES_BYTES + 1)
+        except (UnicodeDecodeError, EOFError, OSError) as error:
+            raise damaged(path, f"it is no text: {error}") from None
+    if len(text) > MAX_LINES_BYTES:
+        raise damaged(path, f"it has more than {MAX_LINES_BYTES} characters once unpacked: dump fewer records")
+    at, count = 0, 0
+    while True:
+        while at < len(text) and text[at] in " \t\r\n,":
+            at += 1
+        if at >= len(text):
+            return
+        count += 1
+        try:
+            record, at = decode(text, at)
+        except (ValueError, RecursionError) as error:
+            raise damaged(path, f"record {count}: {str(error)[:80]}") from None
+        if not isinstance(record, dict):
+            raise damaged(path, f"record {count} is no object")
+        yield record
+
+
+def _times(path: Path, where: str, content: Json, prefix: str) -> tuple[float, float | None]:
+    """Return how long an exchange took, and when it started, if that is there."""
+    seconds = number(path, where, content, f"{prefix}_exec_time_us") / 1e6
+    if seconds < 0:
+        raise damaged(path, f"{where}: an exchange takes less than no time")
+    times = content.get("event_trace_ts")
+    kernels = times.get("kernel_events") if isinstance(times, dict) else None
+    if not isinstance(kernels, list) or not kernels or not all(isinstance(one, dict) for one in kernels):
+        return seconds, None
+    return seconds, min(number(path, where, one, "kernel_start_ts") for one in kernels) / 1e6
+
+
+def _collective(path: Path, where: str, content: Json, group: str) -> tuple[Part, bool]:
+    seconds, start_s = _times(path, where, content, "coll")
+    part = Part(kind_of_name(str(content.get("coll", ""))) or "exchange", 0.0, 0.0, seconds, group=group)
+    if start_s is not None:
+        part.posted_s = part.start_s = start_s
+        part.end_s = start_s + seconds
+    part.sequence = int(number(path, where, content, "coll_sn"))
+    part.num_bytes = int(number(path, where, content, "coll_msg_size_bytes", 0))
+    return part, start_s is not None
+
+
+def _pair(path: Path, where: str, content: Json) -> Pair:
+    way = str(content.get("p2p", "")).lower()
+    if way not in ("send", "recv"):
+        raise damaged(path, f"{where}: {way[:40]!r} is neither a send nor a receive")
+    seconds, start_s = _times(path, where, content, "p2p")
+    peer, size, sequence = (
+        int(number(path, where, content, key)) for key in ("p2p_peer", "p2p_msg_size_bytes", "p2p_sn")
+    )
+    return Pair(way, peer, max(0, size), seconds, start_s, sequence)
+
+
+def name_ranks(traces: Sequence[RankTrace]) -> None:
+    """Say which ranks of the job a communicator has: those whose files have its id."""
+    ranks: dict[str, dict[int, int]] = defaultdict(dict)
+    for trace in traces:
+        for name, own in trace.rank_in.items():
+            if trace.rank is not None:
+                ranks[name][own] = trace.rank
+    for trace in traces:
+        for name in trace.rank_in:
+            if sorted(ranks[name]) == list(range(len(ranks[name]))):
+                trace.groups[name] = tuple(ranks[name][one] for one in range(len(ranks[name])))

@@ -1,0 +1,220 @@
+"""KinetoEvents: what stands in one trace of torch.profiler (Kineto), event by event, in columns."""
+
+import re
+from array import array
+from collections import defaultdict
+from pathlib import Path
+from typing import TypeGuard
+
+from tritonmoe.runtime.files import Json
+from tritonmoe.tools.doctor.exchange_names import kind_of_kernel, kind_of_name, kind_of_operator
+from tritonmoe.tools.doctor.kineto_arguments import routed_of
+from tritonmoe.tools.doctor.trace import Step
+from tritonmoe.tools.doctor.trace_files import damaged
+
+__all__ = ["KinetoEvents"]
+
+ON_GPU = {"kernel", "gpu_memcpy", "gpu_memset", "memcpy", "memset"}
+OPERATORS = {"cpu_op", "operator"}
+RUNTIMES = {"cuda_runtime", "cuda_driver", "hip_runtime", "runtime", "hip_api", "privateuse1_runtime"}
+WORKERS = ("gloo:", "mpi:")
+"""How the threads call what they do that run exchanges on CPUs."""
+NO_WORK = ("autograd::", "c10d::", "record_param_comms", "_c10d_functional::", "profiler::", "torchdynamo::")
+STEP = re.compile(r"ProfilerStep\s*#\s*(\d+)")
+COMMON = re.compile(
+    r'\{\s*"ph": "(?:(?P<arrow>[sft])"[^{}]*\}'
+    r'|X",\s*"cat": "(?:cpu_op",\s*"name": "(?P<operator>aten::(?!topk")[^"\\]*)",\s*"pid": \d+,'
+    r'\s*"tid": (?P<thread>\d+),\s*"ts": (?P<began>\d+\.?\d*),\s*"dur": (?P<lasts>\d+\.?\d*)[^{}]*\{[^{}]*\}\s*\}'
+    r'|(?P<launch>cuda_runtime|hip_runtime)",\s*"name": "[^"]*",\s*"pid": \d+,\s*"tid": \d+,'
+    r'\s*"ts": (?P<at>\d+\.?\d*),'
+    r'[^{}]*\{[^{}]*?"correlation": (?P<of>\d{1,15})\b[^{}]*\}\s*\}'
+    r'|(?P<kernel>kernel)",\s*"name": "(?P<name>[^"\\]*)",\s*"pid": \d+,\s*"tid": \d+,'
+    r'\s*"ts": (?P<start>\d+\.?\d*),\s*"dur": (?P<dur>\d+\.?\d*)\s*,\s*"args": \{'
+    r'(?P<args>[^{}]*?)"correlation": (?P<id>\d{1,15})\b(?P<more>[^{}]*)\}\s*\}))\s*,\s*(?=\S)'
+)
+"""What most events of a trace are, as Kineto itself writes them: taken from the text, five times as fast as JSON."""
+LAST_S = 1e12
+BACKWARD = "autograd::engine::evaluate_function"
+
+
+class KinetoEvents:
+    """Takes the members and events of one trace."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.top: Json = {}
+        self.num_events = 0
+        self._is_exchange: dict[str, bool] = {}
+        self._is_work: dict[str, bool] = {}
+        self.kernels: tuple[array, array, array] = (array("d"), array("d"), array("q"))
+        """Start, end and correlation of all that a GPU did, but exchanges; seconds."""
+        self.operators: dict[object, tuple[array, array]] = defaultdict(lambda: (array("d"), array("d")))
+        """Start and end of what computes on the CPU, by thread."""
+        self.launches: tuple[array, array] = (array("d"), array("q"))
+        self.backward: tuple[array, array] = (array("d"), array("d"))
+        self.exchanges_on_gpu: list[tuple[str, float, float, dict]] = []
+        self.posts: list[tuple[str, float, float, object, dict]] = []
+        self.waits: list[tuple[object, float]] = []
+        """Threads that wait for an exchange, and since when."""
+        self.by_workers: list[tuple[str, float, float, object]] = []
+        self.comms: list[tuple[float, dict]] = []
+        """Of record_param_comms, with which NCCL's exchanges are handed over."""
+        self.routed: dict[int, tuple[int, int]] = {}
+        """The most rows, and choices of each, of operators that choose, by the dimensions of what they choose from."""
+        self.processes: set[object] = set()
+        """Whose operators these are."""
+        self.steps: list[Step] = []
+        self.steps_on_gpu: list[Step] = []
+
+    def scan(self, text: str, at: int) -> tuple[int, int]:
+        """Take events from the text, from this place on, as long as they are common ones.
+
+        Returns the place of the first that is not, and how many were taken.
+        """
+        match, is_gpu, known = COMMON.match, bool(self.top.get("deviceProperties")), self._is_exchange
+        launch_s, launched = (times.append for times in self.launches)
+        start, end, correlation = (times.append for times in self.kernels)
+        count = 0
+        while (found := match(text, at)) is not None:
+            kind = found.lastgroup
+            if kind == "of":
+                launch_s(float(found["at"]) / 1e6)
+                launched(int(found["of"]) & 0x7FFFFFFF)
+            elif kind == "more":
+                name, start_us, us, number, arguments = found.group("name", "start", "dur", "id", "args")
+                arguments += found["more"]
+                is_exchange = known.get(name)
+                if is_exchange is None:
+                    is_exchange = known[name] = kind_of_kernel(name) is not None
+                start_s = float(start_us) / 1e6
+                end_s = start_s + float(us) / 1e6
+                if is_exchange or "Collective name" in arguments or not end_s < LAST_S:
+                    break
+                start(start_s)
+                end(end_s)
+                correlation(int(number) & 0x7FFFFFFF)
+            elif (
+                kind == "lasts"
+                and not is_gpu
+                and not self._computed(*found.group("operator", "thread", "began", "lasts"))
+            ):
+                break
+            at = found.end()
+            count += 1
+        self.num_events += count
+        return at, count
+
+    def _computed(self, name: str, thread: str, start_us: str, us: str) -> bool:
+        """Note what a CPU without a GPU computes, of an event's text; False of an event that is something else."""
+        is_work = self._is_work.get(name)
+        if is_work is None:
+            is_work = kind_of_operator(name) is None and not name.endswith("wait_tensor")
+            self._is_work[name] = is_work
+        start, seconds = float(start_us), float(us)
+        if not is_work or not start < LAST_S * 1e6 or not seconds < LAST_S:
+            return False
+        starts, ends = self.operators[int(thread)]
+        starts.append(start / 1e6)
+        ends.append((start + seconds) / 1e6)
+        return True
+
+    def take(self, key: str, value: object) -> None:
+        """Take a member of the file's object, or an event.
+
+        Raises:
+            ValueError: an event is damaged.
+        """
+        if key != "traceEvents":
+            self.top[key] = value
+            return
+        self.num_events += 1
+        if type(value) is not dict:
+            raise damaged(self.path, f"event {self.num_events - 1} is {type(value).__name__} and no object")
+        if value.get("ph") != "X":
+            return
+        category, name, start, seconds = value.get("cat"), value.get("name"), value.get("ts"), value.get("dur", 0)
+        if type(category) is not str or type(name) is not str:
+            if category is None and "ts" in value:
+                return
+            raise self._wrong("has no name or category")
+        if not _is_number(start) or not _is_number(seconds):
+            raise self._wrong(f"({name[:40]}) has no times")
+        if not -1e18 < start < 1e19 or not 0 <= seconds < 1e15:
+            raise self._wrong(f"({name[:40]}) has impossible times")
+        category = category.lower()
+        start_s = start / 1e6
+        end_s = (start + seconds) / 1e6
+        if category in ON_GPU:
+            self._on_gpu(category, name, start_s, end_s, value)
+        elif category in OPERATORS:
+            self._operator(name, start_s, end_s, value)
+        elif category in RUNTIMES:
+            correlation = self._arguments(value).get("correlation")
+            if type(correlation) is int:
+                self.launches[0].append(start_s)
+                self.launches[1].append(correlation & 0x7FFFFFFF)
+        elif category in ("user_annotation", "gpu_user_annotation"):
+            found = STEP.match(name)
+            if category == "user_annotation":
+                self.processes.add(str(value.get("pid")))
+            if found is not None:
+                of = self.steps if category == "user_annotation" else self.steps_on_gpu
+                of.append(Step(int(found[1][:15]), start_s, end_s))
+            elif name.startswith(WORKERS) and category == "user_annotation":
+                self.by_workers.append((name, start_s, end_s, value.get("tid")))
+
+    def _wrong(self, what: str) -> ValueError:
+        return damaged(self.path, f"event {self.num_events - 1} {what}")
+
+    def _arguments(self, event: dict) -> dict:
+        found = event.get("args", {})
+        if type(found) is not dict:
+            raise self._wrong("has arguments that are no object")
+        return found
+
+    def _on_gpu(self, category: str, name: str, start_s: float, end_s: float, event: dict) -> None:
+        arguments = self._arguments(event)
+        if category == "kernel":
+            kind = kind_of_name(str(arguments["Collective name"])) if "Collective name" in arguments else None
+            kind = kind or kind_of_kernel(name)
+            if kind is not None:
+                self.exchanges_on_gpu.append((kind, start_s, end_s, arguments))
+                return
+        correlation = arguments.get("correlation")
+        self.kernels[0].append(start_s)
+        self.kernels[1].append(end_s)
+        self.kernels[2].append(correlation & 0x7FFFFFFF if type(correlation) is int else -1)
+
+    def _operator(self, name: str, start_s: float, end_s: float, event: dict) -> None:
+        if name.startswith(BACKWARD):
+            self.backward[0].append(start_s)
+            self.backward[1].append(end_s)
+            return
+        kind = kind_of_operator(name)
+        if kind is not None:
+            self.posts.append((kind, start_s, end_s, event.get("tid"), self._arguments(event)))
+        elif name == "record_param_comms":
+            self.comms.append((start_s, self._arguments(event)))
+        elif name.endswith("wait_tensor"):
+            self.waits.append((event.get("tid"), start_s))
+        elif "::" in name and not name.startswith(NO_WORK):
+            if name == "aten::topk":
+                self._route(self._arguments(event))
+            thread = event.get("tid")
+            if type(thread) not in (int, str):
+                raise self._wrong("is of no thread")
+            starts, ends = self.operators[thread]
+            starts.append(start_s)
+            ends.append(end_s)
+
+    def _route(self, arguments: dict) -> None:
+        """Note how many tokens a router has, and how many experts it gives each: with record_shapes=True."""
+        chosen = routed_of(arguments)
+        if chosen is not None:
+            most = self.routed.get(chosen[0], (0, 0))
+            self.routed[chosen[0]] = max(most[0], chosen[1]), max(most[1], chosen[2])
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    kind = type(value)  # faster than isinstance, which takes True for a number
+    return kind is float or kind is int

@@ -1,0 +1,217 @@
+"""What would help a run of any trainer: changes that a walk of its graph says would make its steps shorter."""
+
+import statistics
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from tritonmoe.config.overlap import OverlapPlan, candidate_sizes
+from tritonmoe.overlap.schedule import build_forward
+from tritonmoe.overlap.simulation.cost_model import LayerWork, LinkCosts
+from tritonmoe.overlap.simulation.simulator import simulate
+from tritonmoe.overlap.simulation.step_costs import StepCosts
+from tritonmoe.overlap.steps import StepKind
+from tritonmoe.tools.doctor.advice import Advice
+from tritonmoe.tools.doctor.attribution import Cost
+from tritonmoe.tools.doctor.causes import Causes
+from tritonmoe.tools.doctor.fits import fit_relative_line
+from tritonmoe.tools.doctor.graph import Graph, Key, floats, indices
+from tritonmoe.tools.doctor.moe_layers import LayerPass, layers_of
+from tritonmoe.tools.doctor.node_bytes import inside_byte_s, node_bytes
+from tritonmoe.tools.doctor.usual import usual_of
+from tritonmoe.tools.doctor.walk import walker_of
+
+__all__ = ["Offers", "offers_of"]
+
+LEAST_SHARE = 0.01
+"""A smaller gain is not spoken of."""
+MOST_WALKED = 120
+"""So many passes are simulated; of more, those of some steps, evenly spread."""
+UNLIKE_ROWS = 1.2
+"""What a chunk costs beside its rows is known where ranks and steps have rows so many times as many as others."""
+CHUNK_SHARE = 0.0, 0.05, 0.15
+"""Where it is not known, one more chunk costs at least, as expected and at most such a share of the experts' time."""
+CONTENTION = 0.0, 0.0, 0.1
+"""So large a share of its speed compute may lose beside an exchange."""
+BEST, EXPECTED, WORST = range(3)
+RATE = 1e9
+FP8_SCALES = 1 + 4 / 128
+"""Rows in fp8 have a scale in fp32 for each 128 numbers."""
+
+
+def offers_of(graph: Graph) -> list[Advice]:
+    """Return what would help for certain, the largest gain first: nothing where the files don't tell enough."""
+    found = list(Offers(graph).all())
+    return sorted(found, key=lambda one: -one.gain.seconds)
+
+
+class Offers:
+    """Walks a graph with changes of its layers' exchanges."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.layers = layers_of(graph)
+        self.run_s, self.transfer_s = graph.tables.run_s, graph.tables.transfer_s
+        by_key: dict[Key, list[float]] = defaultdict(list)
+        for member in graph.members:
+            by_key[member.key].append(member.transfer_s)
+        self.latency_s = max(0.0, min((statistics.median(times) for times in by_key.values()), default=0.0))
+        """What the smallest exchange takes: no fewer bytes make one faster."""
+
+    def all(self) -> Iterator[Advice]:
+        """Return all that helps for certain."""
+        if not self.layers:
+            return
+        self.walker = walker_of(self.graph)
+        self.as_it_was = self.walker.step_times(self.run_s, self.transfer_s)
+        for offer in (self._chunks(), self._two_levels(), self._balance(), *self._narrower()):
+            step_s = statistics.fmean(self.as_it_was)
+            if offer is not None and offer.gain.low_s > 0 and offer.gain.seconds >= LEAST_SHARE * step_s:
+                yield offer
+
+    def _gained(self, transfer_s: Tensor, steps: Sequence[int] | None = None) -> list[float]:
+        now = self.walker.step_times(self.run_s, transfer_s)
+        gained = [was - less for was, less in zip(self.as_it_was, now, strict=True)]
+        return gained if steps is None else [gained[step] for step in steps]
+
+    def _balance(self) -> Advice | None:
+        """Offer that all ranks get the same rows."""
+        causes = Causes(self.graph, usual_of(self.graph))
+        if causes.is_nothing("imbalance"):
+            return None
+        (even,) = causes.without([{"imbalance": None}])
+        gain = Cost.of([was - now for was, now in zip(causes.as_it_was, even, strict=True)])
+        words = "rows spread evenly over the ranks (the router's balance, or a placement of its experts)"
+        return Advice(words, "", gain)
+
+    def _narrower(self) -> Iterator[Advice | None]:
+        """Offer rows of fewer bytes, where it is known how wide their numbers are."""
+        members = self.graph.members
+        widths = {members[one].element_bytes for layer in self.layers for one in (*layer.there, *layer.back)}
+        if widths == {4}:
+            rows = [(one, 0.5) for layer in self.layers for one in (*layer.there, *layer.back)]
+            yield self._with_bytes("rows sent as bfloat16", rows, "all rows are rounded")
+        if widths in ({2}, {4}):
+            (width,) = widths
+            rows = [
+                (one, FP8_SCALES / (width or 1))
+                for layer in self.layers
+                if layer.phase == "forward"
+                for one in layer.there
+            ]
+            if rows:
+                yield self._with_bytes("dispatched rows sent as fp8, in forward", rows, "dispatched rows are rounded")
+
+    def _with_bytes(self, words: str, rows: Sequence[tuple[int, float]], price: str) -> Advice:
+        transfer_s = self.transfer_s.clone()
+        members = indices([member for member, _ in rows])
+        ratios = floats([ratio for _, ratio in rows])
+        transfer_s[members] -= (1 - ratios) * (transfer_s[members] - self.latency_s).clamp(min=0)
+        return Advice(
+            words, f"{price}; the gain doesn't include the time to convert them", Cost.of(self._gained(transfer_s))
+        )
+
+    def _chunks(self) -> Advice | None:
+        """Offer chunks of which one travels while another is computed, as this package's layers run them."""
+        layers = [layer for layer in self.layers if not layer.is_overlapped]
+        steps = sorted({layer.step for layer in layers})
+        if not layers:
+            return None
+        most = max(1, MOST_WALKED * len(steps) // len(layers))
+        if most < len(steps):
+            steps = [steps[len(steps) * n // most] for n in range(most)]
+        chosen = set(steps)
+        layers = [layer for layer in layers if layer.step in chosen]
+        fixed_s = self.fixed_of(layers)
+        plan = self.best_plan([layer for layer in layers if layer.step == steps[len(steps) // 2]], fixed_s)
+        gains = []
+        for which in (BEST, EXPECTED, WORST):
+            ratios = torch.ones_like(self.transfer_s)
+            for layer in layers:
+                saved_s = self.saved(layer, plan, fixed_s[layer.key][which], CONTENTION[which])
+                if saved_s <= 0:
+                    continue
+                there_s, back_s = self._transfers_s(layer)
+                ratios[[*layer.there, *layer.back]] = 1 - saved_s / (there_s + back_s)
+            gains.append(Cost.of(self._gained(self.transfer_s * ratios, steps)))
+        words = f"{plan.num_chunks} chunks of tokens: one travels while the experts compute another"
+        price = "layers are needed that can run chunks, such as tritonmoe's; rows that stay on their rank may hide more"
+        return Advice(words, price, Cost(gains[EXPECTED].seconds, gains[WORST].low_s, gains[BEST].high_s))
+
+    def _two_levels(self) -> Advice | None:
+        """Offer that rows go once to each host, and from there to its ranks."""
+        known = [(layer, of) for layer in self.layers if (of := node_bytes(self.graph, layer)) is not None]
+        layers, sizes = [layer for layer, _ in known], [of for _, of in known]
+        near_s = inside_byte_s(self.graph, layers, sizes) if known else float("inf")
+        if near_s == float("inf"):
+            return None
+        gains = []
+        for which in (BEST, EXPECTED, WORST):
+            ratios = torch.ones_like(self.transfer_s)
+            for layer, of in known:
+                for members, took_s in zip((layer.there, layer.back), self._transfers_s(layer), strict=True):
+                    if took_s > 0 and of.far > 0:
+                        latency_s = 0.0 if which == BEST else min(self.latency_s, took_s)
+                        inside_s = latency_s + (0.0 if which == BEST else near_s * of.near_then)
+                        between_s = latency_s + (took_s - latency_s) * of.far_then[which] / of.far
+                        ratios[list(members)] = (between_s + inside_s) / took_s
+            gains.append(Cost.of(self._gained(self.transfer_s * ratios)))
+        words = (
+            f"two levels: rows travel once to each of {len(set(self.graph.hosts))} hosts, and from there to its ranks"
+        )
+        price = "rows are packed and summed a second time; the gain doesn't include that time"
+        return Advice(words, price, Cost(gains[EXPECTED].seconds, gains[WORST].low_s, gains[BEST].high_s))
+
+    def best_plan(self, layers: Sequence[LayerPass], fixed_s: Mapping[Key, Sequence[float]]) -> OverlapPlan:
+        """Return the plan that saves most in these passes."""
+        plans = [OverlapPlan(sizes, local_first=False) for sizes in candidate_sizes() if len(sizes) > 1]
+        return max(plans, key=lambda plan: sum(self.saved(of, plan, fixed_s[of.key][EXPECTED]) for of in layers))
+
+    def fixed_of(self, layers: Sequence[LayerPass]) -> dict[Key, tuple[float, float, float]]:
+        """Return what one more chunk costs, by the key of the pass: at least, as expected, and at most."""
+        points: dict[Key, list[tuple[float, float]]] = defaultdict(list)
+        for layer in layers:
+            for place, seconds in enumerate(layer.compute_s):
+                points[layer.key].append((float(sum(one[place] for one in layer.sent)), seconds))
+        found = {}
+        for key, of in points.items():
+            compute_s = statistics.median(seconds for _, seconds in of)
+            sizes = sorted(size for size, _ in of)
+            is_known = sizes[0] > 0 and sizes[-1] >= UNLIKE_ROWS * sizes[0]
+            shares = (CHUNK_SHARE[0] * compute_s, CHUNK_SHARE[1] * compute_s, CHUNK_SHARE[2] * compute_s)
+            fitted = min(fit_relative_line(of)[0], shares[WORST])  # ranks of other speeds make it anything
+            found[key] = (min(shares[EXPECTED], fitted), fitted, max(shares[EXPECTED], fitted)) if is_known else shares
+        return found
+
+    def _transfers_s(self, layer: LayerPass) -> tuple[float, float]:
+        """Return what its exchanges take, those of the slowest ranks."""
+        members = self.graph.members
+        return (
+            max(members[one].transfer_s for one in layer.there),
+            max(members[one].transfer_s for one in layer.back),
+        )
+
+    def saved(self, layer: LayerPass, plan: OverlapPlan, fixed_s: float, contention: float = 0.0) -> float:
+        """Return by how much a pass is shorter with a plan, by the simulator, if one more chunk costs fixed_s."""
+        sent = torch.tensor(layer.sent, dtype=torch.float64, device="cpu")
+        port = float(torch.maximum(sent.sum(0), sent.sum(1)).max())
+        there_s, back_s = self._transfers_s(layer)
+        if port <= 0 or there_s + back_s <= 0:
+            return 0.0
+        latency_s = max(0.0, min(self.latency_s, there_s, back_s))
+        # One row is what the busiest port sends, and a byte takes a nanosecond: so an exchange takes what it took.
+        bytes_there, bytes_back = (max(0, round((seconds - latency_s) * RATE)) for seconds in (there_s, back_s))
+        work = LayerWork(sent / port, sent / port, bytes_there, 0, bytes_back)
+        received = (sent / port).sum(0)
+        fixed_s = min(fixed_s, 0.9 * min(layer.compute_s, default=0.0))
+        unit_s = max(1e-12, statistics.fmean(layer.compute_s) - fixed_s) / max(1e-12, float(received.mean()))
+        computed = torch.tensor(layer.compute_s, dtype=torch.float64, device="cpu")
+        slowness = computed / (fixed_s + unit_s * received)
+        kind = StepKind.EXPERTS
+        costs = StepCosts({kind: fixed_s}, {kind: unit_s}, slowness={kind: slowness})
+        link = LinkCosts(latency_s, RATE, contention=contention)
+        serial = OverlapPlan((1,), local_first=False, serial=True)
+        serial_s, plan_s = (simulate(build_forward(of), of, work, costs, link).total_s for of in (serial, plan))
+        return min(serial_s - plan_s, there_s + back_s)

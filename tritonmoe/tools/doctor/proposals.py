@@ -1,0 +1,251 @@
+"""Proposals: what could be changed in a recorded run; whether it helps is for the walk to say (advice.py)."""
+
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import torch
+
+from tritonmoe.config.overlap import OverlapConfig
+from tritonmoe.dispatch.placement import ExpertPlacement
+from tritonmoe.overlap.simulation.cost_model import EachLink, InsidePorts, LayerWork
+from tritonmoe.overlap.simulation.halves_in_turn import MOST_LAYERS
+from tritonmoe.overlap.tuning.search import search
+from tritonmoe.tools.doctor.conditions import Conditions, Halves, Nodes, walk, with_plan
+from tritonmoe.tools.doctor.copies_offer import copies_offer
+from tritonmoe.tools.doctor.entries import Entry, PassesBefore
+from tritonmoe.tools.recording.call_recording import RecordedCall, by_layer
+from tritonmoe.transports.wire import WireFormat
+
+__all__ = ["Proposal", "proposals"]
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """Something to change in a run."""
+
+    words: str
+    costs: str
+    """What it costs, beside the work of doing it; empty where nothing is known."""
+    change: Callable[[Conditions], Conditions]
+    sends_less: bool = False
+    """Whether it changes how long rows travel, and nothing else."""
+
+
+def proposals(calls: Sequence[RecordedCall], typical: Conditions, before: PassesBefore) -> Iterator[Proposal]:
+    """Return what could be changed; whether it helps is for the walk to say.
+
+    typical: the conditions of one of the calls.
+    """
+    yield from _other_plan(typical)
+    yield from _narrower_rows(calls[0])
+    yield from _other_placement(calls)
+    yield from (Proposal(*offer) for offer in copies_offer(calls, typical))
+    yield from _other_levels(calls[0], typical)
+    yield from _fewer_ranks(typical)
+    yield from _two_batches(calls, typical, before)
+
+
+def _other_plan(typical: Conditions) -> Iterator[Proposal]:
+    """Propose the plan that the tuner's search finds for these costs."""
+    plan = typical.plan
+    config = OverlapConfig(
+        local_first=plan.local_first, wire_dtype=plan.wire_dtype, chunk_by=plan.chunk_by, capacity=plan.capacity
+    )
+    has_backward = len(typical.schedules) > 1
+    found = search(config, typical.walked_work, typical.steps, typical.walked_link, backward=has_backward)
+    best = replace(found[0][1], wire_dtype=plan.wire_dtype, capacity=plan.capacity)
+    if best != plan:
+        yield Proposal(f"run {best}", "", lambda of: with_plan(of, best))
+
+
+def _two_batches(calls: Sequence[RecordedCall], typical: Conditions, before: PassesBefore) -> Iterator[Proposal]:
+    """Propose to run two halves of a batch at once, where it is known what else the model computes."""
+    beside_s = tuple(_beside_s(calls, number, before) for number in range(len(typical.schedules)))
+    if all(seconds > 0 for seconds in beside_s):
+        num_layers = min(MOST_LAYERS, len({call.layer for call in calls}))
+        halves = Halves(tuple(seconds / 2 for seconds in beside_s), num_layers)
+        words = "tritonmoe.two_batches: each half of a batch computes during the other half's exchanges"
+        yield Proposal(words, "every rank needs two sequences or more", lambda of: replace(of, halves=halves))
+
+
+def _beside_s(calls: Sequence[RecordedCall], number: int, before: PassesBefore) -> float:
+    """Return what lies between the passes of this number of one layer and the next, 0 where they don't follow.
+
+    Of a recompute between two backwards the pass of the layer itself is left out.
+    """
+    found = []
+    for call in calls:
+        chain = [(call, number)]  # back in time
+        while (earlier := before.get((chain[-1][0].sequence, chain[-1][1]))) is not None:
+            chain.append(earlier)
+            if number == 0 or earlier[1] == 1 or not earlier[0].is_recompute:
+                break
+        last, number_of_last = chain[-1]
+        if number_of_last != number or last.layer == call.layer:
+            continue
+        for passes in zip(*(of.by_pass[which] for of, which in chain), strict=True):
+            found.append(sum(later.entered - ended.end for later, ended in pairwise(passes)))
+    return statistics.median(found) if found else 0.0
+
+
+def _narrower_rows(call: RecordedCall) -> Iterator[Proposal]:
+    """Propose the wire formats that send fewer bytes."""
+    if call.plan.wire_dtype is not None:
+        return
+    width = call.sizes["hidden_size"]
+    dtype = {4: torch.float32, 2: torch.bfloat16}.get(call.row_bytes // max(1, width))
+    for wire_dtype in (torch.bfloat16, torch.float8_e4m3fn):
+        if dtype is None or wire_dtype == dtype:
+            continue
+        row_bytes = WireFormat(dtype, wire_dtype).row_bytes(width)
+        other = row_bytes if wire_dtype == torch.bfloat16 else call.other_row_bytes
+        where = "all rows" if wire_dtype == torch.bfloat16 else "dispatched rows"
+        name = str(wire_dtype).removeprefix("torch.")
+
+        def narrower(of: Conditions, row_bytes: int = row_bytes, other: int = other) -> Conditions:
+            return replace(of, work=replace(of.work, row_bytes=row_bytes, other_row_bytes=other))
+
+        yield Proposal(f"wire_dtype=torch.{name}", f"{where} are rounded", narrower, sends_less=True)
+
+
+def _other_placement(calls: Sequence[RecordedCall]) -> Iterator[Proposal]:
+    """Propose to spread the experts of each layer by their load, and to give hot ones replicas in one more slot."""
+    size, slots = len(calls[0].ranks), len(calls[0].ranks[0].pairs_per_expert)
+    if not slots or any(len(of.pairs_per_expert) != slots for call in calls for of in call.ranks):
+        return
+    loads = {
+        layer: torch.tensor([[of.pairs_per_expert for of in call.ranks] for call in of_layer], device="cpu").sum(0)
+        for layer, of_layer in by_layer(calls).items()
+    }
+    of_each = "" if len(loads) == 1 else ", for each layer by its own load"
+    # Replicas need one level.
+    for num_slots in (slots,) if calls[0].levels is not None else (slots, slots + 1):
+        if num_slots > size * slots:
+            continue
+        placements = {layer: ExpertPlacement.balanced(load.flatten(), size, num_slots) for layer, load in loads.items()}
+        shares = {layer: _share_after(load, placements[layer]) for layer, load in loads.items()}
+
+        def placed(of: Conditions, shares: Mapping[int, torch.Tensor] = shares) -> Conditions:
+            # Rows follow their pairs: how many tokens need two experts of one rank is not known.
+            work = of.work.scaled(shares[of.layer])
+            return replace(of, work=work if of.plan.capacity is None else replace(work, rows=of.work.rows))
+
+        if num_slots == slots:
+            words = (
+                f"another placement{of_each}: tritonmoe.rebalance(model, optimizer), or ExpertPlacement.balanced(load)"
+            )
+            yield Proposal(words, "experts and their optimizer state move between ranks once", placed)
+        else:
+            layer = max(loads, key=lambda layer: float(loads[layer].max() / loads[layer].sum().clamp(min=1)))
+            hot, where = int(loads[layer].argmax()), f"in layer {layer} " if of_each else ""
+            copies = sum(hot in of for of in placements[layer].experts_of_rank)
+            balanced = f"ExpertPlacement.balanced(load, {size}, num_slots={num_slots}){of_each}"
+            words = f"replicas: {balanced}, {where}the expert of slot {hot} on {copies} ranks"
+            costs = (
+                "each rank needs the memory of one more expert, and gradients of replicas are summed; over "
+                "torch.distributed, only expert_parallel_mlp with parameters of your own trains replicas"
+            )
+            yield Proposal(words, costs, placed)
+
+
+def _share_after(load: torch.Tensor, placement: ExpertPlacement) -> torch.Tensor:
+    """Return (W,) how many times as many pairs each rank computes with a placement, of the load (W, L) of its slots."""
+    ranks = placement.experts_of_rank
+    copies = torch.tensor([sum(slot in of for of in ranks) for slot in range(load.numel())], device="cpu")
+    of_copy = load.flatten().to(torch.float64) / copies
+    return torch.stack([of_copy[list(of)].sum() for of in ranks]) / load.sum(1).clamp(min=1)
+
+
+def _other_levels(call: RecordedCall, typical: Conditions) -> Iterator[Proposal]:
+    """Propose one level instead of two, or two instead of one where it is known which ranks are neighbours."""
+    plan, inside = typical.plan, typical.link.each_link.inside
+    if typical.nodes is not None:
+        yield Proposal(
+            "one level: a transport over all ranks instead of a TwoLevelTransport",
+            "",
+            lambda of: replace(of, nodes=None),
+        )
+    elif inside is not None and plan.chunk_by == "tokens" and plan.capacity is None:
+        node_size, row_bytes = inside.node_size, call.inside_row_bytes
+
+        def over_nodes(of: Conditions) -> Conditions:
+            by_node = of.work.rows.view(of.work.size, -1, node_size)
+            to_nodes = _needing_any(list(by_node.unbind(2)), _tokens(of.work), of.work.top_k)
+            return replace(of, nodes=Nodes.of(to_nodes, of.work, row_bytes))
+
+        words = f"two levels: TwoLevelTransport with node_size={node_size}, which sends a token once to each node"
+        yield Proposal(words, "rows are packed and summed a second time", over_nodes)
+
+
+def _tokens(work: LayerWork) -> torch.Tensor:
+    """Return the tokens (W, 1) of every rank, as its pairs tell."""
+    return work.pairs.sum(1, keepdim=True) / work.top_k
+
+
+def _needing_any(needed: Sequence[torch.Tensor], tokens: torch.Tensor, top_k: int) -> torch.Tensor:
+    """Return how many tokens need any of several owners, each of which so many of them need.
+
+    Each of a token's experts is one of the first owner's, of the second's and so on, as often as these numbers say.
+    """
+    is_elsewhere = torch.ones_like(needed[0])
+    for rows in needed:
+        share = (rows / tokens.clamp(min=1)).clamp(max=1)
+        is_elsewhere = is_elsewhere - (1 - (1 - share) ** (1 / top_k))
+    return tokens * (1 - is_elsewhere.clamp(min=0) ** top_k)
+
+
+def _fewer_ranks(typical: Conditions) -> Iterator[Proposal]:
+    """Propose to spread the experts over half as many ranks, so that both halves of the ranks have all of them."""
+    size, inside = typical.work.size, typical.link.each_link.inside
+    are_whole_nodes = inside is None or inside.node_size % (size // 2) == 0 or size // 2 % inside.node_size == 0
+    if size >= 4 and size % 2 == 0 and are_whole_nodes:
+        yield Proposal(
+            f"expert parallelism over {size // 2} ranks instead of {size}",
+            "each rank needs twice the memory for experts; the gain doesn't include the time to sum their gradients "
+            "over both groups",
+            lambda of: max((_on_half(of, half) for half in range(2)), key=lambda half: walk(half).total_s),
+        )
+
+
+def _on_half(of: Conditions, number: int) -> Conditions:
+    """Return the call of the first half of the ranks (0) or the other (1), which also own what the other half owned."""
+    work, half = of.work, of.work.size // 2
+    halves = slice(0, half), slice(half, None)
+    ranks = halves[number]
+    tokens = _tokens(work)[ranks]
+    rows = _needing_any([work.rows[ranks, owners] for owners in halves], tokens, work.top_k)
+    pairs = work.pairs[ranks, halves[0]] + work.pairs[ranks, halves[1]]
+    each, inside = of.link.each_link, of.link.each_link.inside
+    link = EachLink(
+        each.port_out_s[ranks], each.port_in_s[ranks], each.link_s[ranks, ranks], each.latency_s[ranks, ranks]
+    )
+    nodes = of.nodes
+    if inside is not None and half > inside.node_size:
+        link = replace(link, inside=InsidePorts(inside.node_size, inside.out_s[ranks], inside.in_s[ranks]))
+    elif inside is not None:  # they are all of one node
+        link, nodes = replace(link, port_out_s=inside.out_s[ranks], port_in_s=inside.in_s[ranks]), None
+    if nodes is not None:
+        to_nodes = nodes.rows_of(work)[ranks].chunk(2, 1)
+        fewer = replace(work, rows=rows, pairs=pairs)
+        nodes = Nodes.of(_needing_any(to_nodes, tokens, work.top_k), fewer, nodes.row_bytes)
+    return replace(
+        of,
+        work=replace(work, rows=rows, pairs=pairs),
+        nodes=nodes,
+        entries=tuple(_entry_on(ranks, entry) for entry in of.entries),
+        steps=replace(of.steps, slowness={kind: values[ranks] for kind, values in of.steps.slowness.items()}),
+        link=replace(of.link, each=link),
+    )
+
+
+def _entry_on(ranks: slice, entry: Entry) -> Entry:
+    return replace(
+        entry,
+        own_s=entry.own_s[ranks],
+        passed_on_s=entry.passed_on_s[ranks],
+        before_counts_s=entry.before_counts_s[ranks],
+        counts_s=entry.counts_s[ranks],
+        before_steps_s=entry.before_steps_s[ranks],
+    )

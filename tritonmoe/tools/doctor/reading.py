@@ -1,0 +1,234 @@
+"""read_traces: a folder of traces of any kind, or a file, as one graph; files are known by what stands in them."""
+
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from tritonmoe.runtime.files import nests_too_deep, read_bytes
+from tritonmoe.runtime.plain_pickle import read_plain_pickle
+from tritonmoe.runtime.processes import read_files
+from tritonmoe.tools.doctor.chrome_timeline import is_timeline, read_timeline
+from tritonmoe.tools.doctor.exchange_names import as_run
+from tritonmoe.tools.doctor.flight_recorder import is_flight_record, read_flight_record
+from tritonmoe.tools.doctor.graph import Graph
+from tritonmoe.tools.doctor.hosts import FEW_FOR_NODES, unknown_of_nodes
+from tritonmoe.tools.doctor.inspector import is_inspector_line, name_ranks, read_inspector
+from tritonmoe.tools.doctor.inspector_clock import on_one_clock
+from tritonmoe.tools.doctor.joining import joined
+from tritonmoe.tools.doctor.kineto import rank_trace
+from tritonmoe.tools.doctor.kineto_events import KinetoEvents
+from tritonmoe.tools.doctor.pair_batches import as_all_to_alls
+from tritonmoe.tools.doctor.step_marks import mark_steps
+from tritonmoe.tools.doctor.trace import RankTrace
+from tritonmoe.tools.doctor.trace_files import JsonPieces, damaged, first_bytes, open_text
+from tritonmoe.tools.report.terminal import one_line
+
+__all__ = ["ForeignRun", "read_traces"]
+
+NO_TRACE = (".txt", ".md", ".yaml", ".yml", ".log", ".csv", ".py", ".sh", ".html", ".png", ".err", ".out")
+
+
+@dataclass
+class ForeignRun:
+    """A run as others recorded it."""
+
+    path: Path
+    graph: Graph
+    kinds: dict[str, int]
+    """How many files of each kind were read."""
+    lanes: str
+    limits: list[str]
+    """What the files can't tell."""
+    is_timeline: bool = False
+
+
+def read_traces(path: Path, ranks_per_node: int | None = None) -> ForeignRun:
+    """Read a trace, or a folder of them.
+
+    ranks_per_node: so many neighbours share a host; None: as the files tell.
+    Raises:
+        ValueError: a file is damaged, files contradict each other, or there is no trace; the message says which and
+            why. OSError: a file can't be read.
+    """
+    with _no_collections():
+        return _read_traces(path, ranks_per_node)
+
+
+@contextmanager
+def _no_collections() -> Iterator[None]:
+    """Keep Python from searching millions of small objects for circles, which there are none of."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def _read_traces(path: Path, ranks_per_node: int | None) -> ForeignRun:
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    if not files:
+        raise ValueError(f"{path} has no files in it")
+    found = list(read_files(_read, [file for file in files if not file.name.startswith(".")]))
+    read = [one for one in found if not isinstance(one, str)]
+    others = [one for one in found if isinstance(one, str)]
+    if not read:
+        raise ValueError("; ".join(others[:3]) or f"{path} has no trace in it")
+    limits = [f"{len(others)} files are not traces: {_shortened(others)}"] if others else []
+    timelines = [one for one in read if isinstance(one, tuple)]
+    if timelines:
+        if len(read) > 1:
+            raise ValueError(f"{path} has a pipeline's timeline and other traces: give the files of one run at a time")
+        graph, own = timelines[0]
+        return ForeignRun(path, graph, {"pipeline timeline": 1}, "timeline", [*own, *limits], True)
+    traces = [one for one in read if isinstance(one, RankTrace)]
+    kinds: dict[str, int] = {}
+    for trace in traces:
+        name = {"gpu": "Kineto (GPU)", "cpu": "Kineto (CPU)", "inspector": "NCCL Inspector"}.get(
+            trace.lanes, "flight recorder"
+        )
+        kinds[name] = kinds.get(name, 0) + 1
+    name_ranks(traces)
+    traces = _merged(traces, limits)
+    unmarked = [trace for trace in traces if not trace.steps]
+    if unmarked and len(unmarked) < len(traces):
+        missing = ", ".join(str(trace.rank) for trace in unmarked[:5])
+        raise ValueError(
+            f"{path}: rank {missing} has only a record of exchanges, and other ranks have whole traces: give files of "
+            "one kind for all ranks"
+        )
+    if unmarked:
+        on_one_clock(traces)
+        mark_steps(traces, limits)
+    as_all_to_alls(traces, limits)
+    graph, own = joined(traces, ranks_per_node)
+    return ForeignRun(path, graph, kinds, traces[0].lanes, [*own, *_unknown(graph), *limits])
+
+
+def _unknown(graph: Graph) -> Iterator[str]:
+    """Say what the exchanges of a graph don't tell."""
+    if not graph.members:
+        yield "there is no exchange in the files: what ranks wait for is not known"
+        return
+    rows = [member for member in graph.members if {"all_to_all", "dispatch", "combine"} & set(member.key)]
+    if rows and all(member.sent is None for member in rows):
+        yield (
+            "the splits of all-to-alls are not in the files: a rank that gets more rows can't be told from a slow one, "
+            "and what chunks or narrower rows would gain is not known (on a CPU they need record_shapes=True)"
+        )
+    whole = [member for member in rows if member.sent and len(graph.exchanges[member.exchange]) == len(member.sent)]
+    if any(len(graph.exchanges[member.exchange]) >= FEW_FOR_NODES for member in whole):
+        yield from unknown_of_nodes(graph)
+
+
+def _shortened(others: Sequence[str]) -> str:
+    names = [one_line(one.split(" ")[0].rsplit("/", 1)[-1]) for one in others]
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+_Read = RankTrace | tuple[Graph, list[str]] | str
+
+
+def _read(path: Path) -> _Read:
+    """Read one file: a rank's trace, or a timeline's graph; a text says that it is no trace, and why."""
+    try:
+        return _read_kind(path)
+    except RecursionError:  # of a text that is made of a value, say
+        raise nests_too_deep(path) from None
+
+
+def _read_kind(path: Path) -> _Read:
+    begin = first_bytes(path)
+    if not begin.strip():
+        raise damaged(path, "it is empty")
+    if begin[:4] == b"PAR1":
+        return f"{path} is a parquet file, which the doctor doesn't read: give the same as JSON"
+    if begin[:1] == b"\x80":
+        return _read_pickle(path)
+    text = begin.lstrip(b"\xef\xbb\xbf \t\r\n")
+    if text[:1] not in (b"{", b"["):
+        if path.name.endswith(NO_TRACE) or not path.name.endswith(
+            (".json", ".gz", ".jsonl", ".pickle", ".pkl", ".trace")
+        ):
+            return f"{path} is no trace"
+        raise damaged(path, "it is neither JSON nor a pickle")
+    if is_inspector_line(text):
+        return read_inspector(path)
+    return _read_json(path)
+
+
+def _read_pickle(path: Path) -> _Read:
+    content = read_bytes(path)
+    try:
+        found = read_plain_pickle(content)
+    except ValueError as error:
+        raise damaged(path, str(error)) from None
+    if not is_flight_record(found):
+        return f"{path} is a pickle, but no dump of the flight recorder"
+    return read_flight_record(path, found)
+
+
+def _read_json(path: Path) -> _Read:
+    of_trace = KinetoEvents(path)
+    events: list[object] | None = None
+    pieces = JsonPieces(path, "traceEvents")
+    pieces.scan = of_trace.scan
+    for key, value in pieces:
+        if key == "traceEvents":
+            if events is None and of_trace.num_events == 0 and is_timeline(value):
+                events = []
+            if events is not None:
+                events.append(value)
+                continue
+        of_trace.take(key, value)
+    if events is not None:
+        return read_timeline(path, events)
+    if is_flight_record(of_trace.top):
+        return read_flight_record(path, of_trace.top)
+    if of_trace.num_events == 0 and "traceEvents" not in of_trace.top and not _has_events(path):
+        return f"{path} is JSON, but no trace"
+    return rank_trace(of_trace)
+
+
+def _has_events(path: Path) -> bool:
+    with open_text(path) as file:
+        return '"traceEvents"' in file.read(1 << 16)
+
+
+def _merged(traces: Sequence[RankTrace], limits: list[str]) -> list[RankTrace]:
+    """Return a trace for each rank, its exchanges with the groups and numbers of its flight record where it has one."""
+    whole = [trace for trace in traces if trace.lanes in ("gpu", "cpu")]
+    records = [trace for trace in traces if trace.lanes not in ("gpu", "cpu")]
+    if not whole:
+        return list(traces)
+    by_rank = {trace.rank: trace for trace in whole}
+    left_over = []
+    for record in records:
+        trace = by_rank.get(record.rank)
+        if trace is None:
+            left_over.append(record)
+            continue
+        _number(trace, record)
+    return [*whole, *left_over]
+
+
+def _number(trace: RankTrace, record: RankTrace) -> None:
+    """Return a trace's exchanges the group and sequence of its flight record, made shortly after they were posted."""
+    if not trace.is_unix_clock:
+        return
+    place = 0
+    for part in sorted(trace.parts, key=lambda part: part.posted_s):
+        for at in range(place, len(record.parts)):
+            other = record.parts[at]
+            if other.posted_s < part.posted_s - 1e-4:
+                place = at + 1
+                continue
+            if other.posted_s > max(part.posted_s + 0.05, part.start_s + 0.05):
+                break
+            if as_run(other.kind) == as_run(part.kind):
+                part.group, part.sequence, place = other.group, other.sequence, at + 1
+                part.group_ranks = trace.groups.get(part.group or "") or other.group_ranks
+                break

@@ -1,0 +1,245 @@
+"""graph_of: a recording of this package's layers as the graph that a verdict is found in.
+
+Every rank's program holds all that it did in all calls, in order: what lies between two calls, sending its counts and
+hearing from all, each step, what it waits for. Nothing is left out but the time that all ranks usually spend between
+two calls together, of which a recording of layers knows nothing.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tritonmoe.tools.doctor.graph import Graph, Kind, Tables, floats, indices
+from tritonmoe.tools.doctor.recorded_between import Between, between_of
+from tritonmoe.tools.doctor.recorded_rows import MEETING, PLACES, Columns, RecordedRows, place_in_exchange
+from tritonmoe.tools.doctor.recorded_steps import Event, PlacedPass, placed_passes
+from tritonmoe.tools.recording.call_recording import Recording
+
+__all__ = ["RecordedGraph", "graph_of"]
+
+
+@dataclass
+class RecordedGraph:
+    """A recording's graph, and what else is known of its parts."""
+
+    graph: Graph
+    passes: list[PlacedPass]
+    notes: list[str]
+    run_begin: Tensor
+    """(N,): when each Run began, by the recording's clock."""
+    kind_in_pass: Tensor
+    """(N,): Runs of one number are the parts of one kind of step in one pass on one rank; -1: it computes no pairs."""
+    pause_s: Tensor
+    """(N,): for how long all ranks together did something else before a call, where that is not usual."""
+    first_member: dict[tuple[int, int], int]
+    """By the place of a pass and the number of its exchange: its first member."""
+    since: Tensor
+    """(M,): from when an exchange counts: all of its ranks have posted it, and the rank's one before it is over."""
+    posted: Tensor
+    """(M,): when the last of its ranks had posted it."""
+    end: Tensor
+    """(M,)."""
+    step_s: float
+    """What a step takes with all that lies between its calls, the mean."""
+    node_size: int | None
+    """Of two levels."""
+
+    def place_in_exchange(self, event: Event, rank: Tensor) -> Tensor:
+        """Return where the ranks stand among the members of the exchange that an event posts."""
+        return place_in_exchange(event.name, event.is_inside, rank, len(self.graph.ranks), self.node_size)
+
+
+def graph_of(recording: Recording) -> RecordedGraph:
+    """Return the graph of a recording.
+
+    Raises:
+        ValueError: there is no call that all ranks have recorded, or only one rank.
+    """
+    if recording.size < 2:
+        raise ValueError(
+            f"{recording.path} is a recording of one rank, which makes no exchanges: record two ranks or more"
+        )
+    if not recording.calls:
+        raise ValueError(f"{recording.path}: there is no call that all ranks have recorded")
+    passes, notes = placed_passes(recording)
+    return _Builder(RecordedRows(recording, passes), notes).build()
+
+
+class _Builder:
+    """Puts the graph together: what every row is in its rank's program."""
+
+    def __init__(self, made: RecordedRows, notes: list[str]) -> None:
+        self.made, self.notes = made, notes
+
+    def build(self) -> RecordedGraph:
+        rows = self.made.rows.joined()
+        has_halves = any(of.call.half for of in self.made.passes)
+        order = torch.arange(self.made.num_rows)
+        for column in ("number", "start" if has_halves else "place", "rank"):
+            order = order[rows[column][order].argsort(stable=True)]
+        for name, values in rows.items():
+            rows[name] = values[order]
+        between = between_of(rows, self.made.passes, self.made.size, has_halves)
+        meeting = {place: self.made.add_exchange(place, MEETING) for place in between.meeting_places}
+        members, ends, waits = self.made.members.joined(), self.made.ends.joined(), self.made.waits.joined()
+        for name in ("end", "posted", "out", "into"):
+            members[name] = torch.full((self.made.num_members,), torch.nan, dtype=torch.float64, device="cpu")
+            members[name][ends["member"]] = ends[name]
+        row_at = torch.empty_like(order)
+        row_at[order] = torch.arange(self.made.num_rows)
+        waits["row"] = row_at[waits["row"]]
+        return self._assembled(rows, members, waits, between, meeting)
+
+    def _assembled(
+        self,
+        rows: dict[str, Tensor],
+        members: dict[str, Tensor],
+        waits: dict[str, Tensor],
+        between: Between,
+        meeting: dict[int, int],
+    ) -> RecordedGraph:
+        end, posted = members["end"], members["posted"]
+        steps = indices([of.step for of in self.made.passes])
+        num_steps = int(steps.max()) + 1
+        # Runs: of every event, and what lies before those that begin a pass.
+        first = between.is_first.nonzero()[:, 0]
+        paused = first[between.pause_s[first] > 0]
+        every = torch.arange(self.made.num_rows)
+        run_row = torch.cat([every, first, paused])
+        is_step = rows["is_step"] > 0
+        overhead_s = _overhead_s(rows, between)
+        nothing, no_pause = torch.zeros(len(first), dtype=torch.float64), torch.zeros(len(paused), dtype=torch.float64)
+        names = {name: indices([self.made.key(of, name) for of in self.made.passes]) for name in ("before", "between")}
+        met = self._meet(rows, members, between, meeting, first)
+        step_of_row = steps[rows["place"]]
+        programs = self._programs(rows, waits, step_of_row, first, paused, met)
+        posted = self._latest(members["exchange"], posted)[members["exchange"]]
+        since = torch.maximum(posted, _ends_before(programs, members["lane"], end))
+        run_step = steps[rows["place"]][run_row]
+        key = torch.cat([rows["key"], names["before"][rows["place"][first]], names["between"][rows["place"][paused]]])
+        tables = Tables(
+            keys=list(self.made.keys),
+            run_rank=rows["rank"][run_row],
+            run_step=run_step,
+            run_key=key,
+            run_stretch=torch.arange(len(run_row)),
+            busy_s=torch.cat([torch.where(is_step, between.body_s, 0.0), nothing, no_pause]),
+            idle_s=torch.cat([0 * overhead_s, between.late_s[first], no_pause]),
+            overhead_s=torch.cat([overhead_s, between.common_s[first], between.pause_s[paused]]),
+            rows=torch.cat([rows["units"], nothing, no_pause]),
+            member_rank=members["rank"],
+            member_step=members["step"],
+            member_key=members["key"],
+            member_exchange=members["exchange"],
+            member_lane=members["lane"],
+            delay_s=torch.zeros_like(end),
+            transfer_s=end - since,
+            bytes_out=members["out"],
+            bytes_in=members["into"],
+            num_bytes=torch.maximum(members["out"], members["into"]).nan_to_num(nan=0.0),
+            programs=programs,
+        )
+        whole = _step_times(step_of_row, rows["start"] + rows["body"], between.begin)
+        usual_s = torch.zeros(num_steps, dtype=torch.float64).index_add(0, steps, between.usual_s)
+        return RecordedGraph(
+            _graph(self.made.size, tables, (whole - usual_s).clamp(min=0)), self.made.passes, self.notes,
+            run_begin=between.start[run_row],
+            kind_in_pass=torch.cat([rows["kind_in_pass"], torch.full((len(first) + len(paused),), -1)]),
+            pause_s=torch.cat([0 * overhead_s, nothing, between.pause_s[paused]]),
+            first_member=self.made.first_member, since=since, posted=posted, end=end,
+            step_s=float(whole.mean()), node_size=self.made.node_size,
+        )  # fmt: skip
+
+    def _meet(
+        self,
+        rows: dict[str, Tensor],
+        members: dict[str, Tensor],
+        between: Between,
+        meeting: dict[int, int],
+        first: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Say when ranks came to meetings, and when these ended; give the rows behind them, and their members."""
+        meeting_of = torch.full((len(self.made.passes),), -1, dtype=torch.int64)
+        for place, member in meeting.items():
+            meeting_of[place] = member
+        met = first[meeting_of[rows["place"][first]] >= 0]
+        own = meeting_of[rows["place"][met]] + rows["rank"][met]
+        of_meeting = self._latest(members["exchange"][own], between.ended[met])
+        members["posted"][own], members["end"][own] = between.ended[met], of_meeting[members["exchange"][own]]
+        return met, own
+
+    def _latest(self, exchange: Tensor, moments: Tensor) -> Tensor:
+        """Return the latest of the moments of each exchange."""
+        none = torch.full((self.made.num_exchanges,), -torch.inf, dtype=torch.float64)
+        return none.scatter_reduce(0, exchange, moments, "amax")
+
+    def _programs(
+        self,
+        rows: dict[str, Tensor],
+        waits: dict[str, Tensor],
+        step_of_row: Tensor,
+        first: Tensor,
+        paused: Tensor,
+        met: tuple[Tensor, Tensor],
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Return every rank's program: the kinds of its items, and which Run, member or step each of them is.
+
+        Args:
+            first, paused: the rows that begin a pass, and those of them before which there is a pause; their Runs
+                follow those of the rows. met: what _meet() gave.
+        """
+        items, every, num_first = Columns(), torch.arange(self.made.num_rows), len(first)
+
+        def add(row: Tensor, sub: int, kind: Kind, index: Tensor) -> None:
+            items.add(at=row * PLACES + sub, rank=rows["rank"][row], kind=torch.full_like(row, int(kind)), index=index)
+
+        add(met[0], 0, Kind.POST, met[1])
+        add(met[0], 1, Kind.WAIT, met[1])
+        add(paused, 2, Kind.RUN, self.made.num_rows + num_first + torch.arange(len(paused)))
+        add(first, 3, Kind.RUN, self.made.num_rows + torch.arange(num_first))
+        add(waits["row"], 4, Kind.WAIT, waits["member"])
+        add(every, 5, Kind.RUN, every)
+        posting = every[rows["posts"] >= 0]
+        add(posting, 6, Kind.POST, rows["posts"][posting])
+        each_step = torch.arange(int(step_of_row.max()) + 1)
+        for of_rank in every.split(rows["rank"].bincount(minlength=self.made.size).tolist()):
+            reached = step_of_row[of_rank].cummax(0).values
+            last = torch.searchsorted(reached, each_step, right=True) - 1
+            add(of_rank[last], 7, Kind.STEP, each_step)
+        joined = items.joined()
+        order = joined["at"].argsort(stable=True)
+        counts = joined["rank"].bincount(minlength=self.made.size).tolist()
+        return list(zip(joined["kind"][order].split(counts), joined["index"][order].split(counts), strict=True))
+
+
+def _graph(size: int, tables: Tables, measured_s: Tensor) -> Graph:
+    graph = Graph(list(range(size)), list(range(len(measured_s))), is_queued_at_start=False)
+    graph.begin_s, graph.tables, graph.measured_s = [0.0] * size, tables, measured_s.tolist()
+    return graph
+
+
+def _overhead_s(rows: dict[str, Tensor], between: Between) -> Tensor:
+    """Return what lies between each event and what it waits for, or the event before, and what is no step itself."""
+    waiting_s = torch.where(between.is_first, 0.0, between.gap_s)
+    overhead_s = torch.where(between.is_bound, rows["start"] - rows["arrived"], waiting_s)
+    return overhead_s + torch.where(rows["is_step"] > 0, 0.0, between.body_s)
+
+
+def _step_times(step: Tensor, ends: Tensor, begin: float) -> Tensor:
+    """Return how long each step takes, by the ends of its events, from when the one before had ended."""
+    of_steps = torch.full((int(step.max()) + 1,), -torch.inf, dtype=torch.float64)
+    of_steps = of_steps.scatter_reduce(0, step, ends, "amax").cummax(0).values
+    return of_steps.diff(prepend=floats([begin]))
+
+
+def _ends_before(programs: Sequence[tuple[Tensor, Tensor]], lane: Tensor, end: Tensor) -> Tensor:
+    """Return when the exchange before each one in its lane had ended, in the order in which they are posted."""
+    before = torch.full_like(end, -torch.inf)
+    for kinds, places in programs:
+        posted = places[kinds == int(Kind.POST)]
+        order = posted[lane[posted].argsort(stable=True)]
+        follows = lane[order][1:] == lane[order][:-1]
+        before[order[1:][follows]] = end[order[:-1][follows]]
+    return before

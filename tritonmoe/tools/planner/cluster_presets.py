@@ -1,0 +1,78 @@
+"""Common machines as a Cluster: peaks from data sheets, efficiencies assumed."""
+
+from dataclasses import replace
+
+from tritonmoe.ops.kernels.gpus import CARDS
+from tritonmoe.tools.planner.cluster import BetweenLink, Cluster, Estimate, Gpu, Host, Link
+
+__all__ = ["CLUSTERS", "REMARKS"]
+
+
+def _assumed(value: float) -> Estimate:
+    return Estimate(value, "assumed")
+
+
+HOST = Host(us_per_layer=_assumed(2450.0), us_per_chunk=_assumed(30.0), ms_per_step=_assumed(20.0))
+CX7 = BetweenLink(
+    gb_per_s=50.0,
+    efficiency=_assumed(0.87),
+    latency_us=_assumed(50.0),
+    us_per_peer=_assumed(0.3),
+    decay=_assumed(0.03),
+)
+"""One port of 400 Gbit/s a GPU. Efficiency, decay and the cost per peer are those that published all-to-alls over 3 to
+32 nodes have in common (`python -m bench.plan` fits them, there with each cluster left out of its own prediction)."""
+EFA = replace(CX7, latency_us=_assumed(120.0))
+TCP = replace(CX7, efficiency=Estimate(0.12, "assumed", 2.0), latency_us=_assumed(150.0))
+"""The same port where NCCL finds no RDMA: a 25th of the data sheet was published, a third is what good hosts reach."""
+IB200 = replace(CX7, gb_per_s=25.0)
+
+
+def _nvlink(gb_per_s: float) -> Link:
+    """Return a link of which an all-to-all reaches about two thirds: 0.67 on H20, 0.6 on B200, 0.78 on H800."""
+    return Link(gb_per_s=gb_per_s, efficiency=_assumed(0.65), latency_us=_assumed(25.0), us_per_peer=_assumed(0.5))
+
+
+def _gpu(name: str, *shares: float) -> Gpu:
+    """Return a GPU with its card's facts. shares: efficiencies of dense products, grouped ones and attention."""
+    card, efficiencies = CARDS[name], map(_assumed, (*shares, 0.7, 0.1))
+    return Gpu(card.memory_gb, card.memory_tb_per_s, card.tflops, *efficiencies)
+
+
+CLUSTERS = {
+    cluster.name: cluster
+    for cluster in (
+        Cluster("H100", 8, 8, 2.5, 0, _gpu("H100", 0.7, 0.6, 0.55), _nvlink(450), CX7, HOST),
+        Cluster("H200", 8, 8, 3.0, 0, _gpu("H200", 0.7, 0.6, 0.55), _nvlink(450), CX7, HOST),
+        Cluster("H800", 8, 8, 2.0, 0, _gpu("H100", 0.7, 0.6, 0.55), _nvlink(200), CX7, HOST),
+        Cluster("A100", 8, 8, 1.5, 0, _gpu("A100", 0.75, 0.6, 0.6), _nvlink(300), IB200, HOST),
+        Cluster("A800", 8, 8, 1.4, 0, _gpu("A100", 0.75, 0.6, 0.6), _nvlink(200), IB200, HOST),
+        Cluster("B200", 8, 8, 4.5, 0, _gpu("B200", 0.55, 0.54, 0.42), _nvlink(900), CX7, HOST),
+        Cluster("MI300X", 8, 8, 2.0, 0, _gpu("MI300X", 0.5, 0.45, 0.35), _nvlink(448), CX7, HOST),
+    )
+}
+CLUSTERS |= {
+    name: replace(CLUSTERS[machine], name=name, between=between)
+    for name, machine, between in (
+        ("H100-EFA", "H100", EFA),
+        ("H200-EFA", "H200", EFA),
+        ("B200-EFA", "B200", EFA),
+        ("H100-100G", "H100", replace(CX7, gb_per_s=12.5)),
+        ("H100-TCP", "H100", TCP),
+    )
+}
+CLUSTERS |= {
+    name: replace(
+        CLUSTERS["B200"], name=name, nodes=1, gpus_per_node=72, usd_per_gpu_hour=usd, gpu=_gpu(name, 0.55, 0.54, 0.42)
+    )
+    for name, usd in (("GB200", 5.0), ("GB300", 6.0))
+}
+"""Racks of 72 GPUs behind one NVLink switch."""
+REMARKS = {
+    "usd_per_gpu_hour": "assumed: put your own",
+    "gpu.tflops": "data sheet, without sparsity",
+    "gpu.memory_gb": "data sheet",
+    "gpu.memory_tb_per_s": "data sheet",
+    "inside.gb_per_s": "data sheet: half of the bidirectional figure",
+    "between.gb_per_s": "port speed: 400 Gbit/s are 50",
+}

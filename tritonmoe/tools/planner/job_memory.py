@@ -1,0 +1,65 @@
+"""memory_gb: what a job holds on the fullest GPU."""
+
+from dataclasses import replace
+
+from tritonmoe.tools.planner.cluster import Cluster
+from tritonmoe.tools.planner.job import Job
+from tritonmoe.tools.planner.layer_exchange import LayerExchange
+from tritonmoe.tools.planner.operation_costs import MAIN_GRAD_BYTES
+
+__all__ = ["USABLE_MEMORY", "memory_gb"]
+
+USABLE_MEMORY = 0.92
+"""The share of a GPU's memory that a job can fill: the rest goes to the allocator, the driver and buffers of NCCL."""
+
+OPTIMIZER_STATE_BYTES = 12
+
+
+def memory_gb(job: Job, cluster: Cluster) -> float:
+    """Return the memory that the fullest GPU holds, 1e9 bytes: weights, gradients, optimizer, what backward needs.
+
+    Kept for each micro-batch under way are a layer's input, projections, attention and its result, the received rows
+    and h of the experts; the first pipeline stage has pp micro-batches under way. What an allocator wastes is not in
+    it.
+    """
+    dp = job.dp(cluster)
+    expert_dp = dp * job.tp // job.ep
+    of_dense, of_sparse = (_kept_bytes(job, cluster, is_dense=is_dense) for is_dense in (True, False))
+    most = 0.0
+    for stage, (num_dense, num_sparse) in enumerate(job.stage_layers()):
+        weights, trained = job.weight_bytes(*job.rank_parameters(stage)), job.trained_parameters(stage)
+        spread = trained[0] / dp + trained[1] / expert_dp
+        if job.zero == 3:  # of the rest a rank holds the layer at work and the next one
+            held = weights[0] / dp + weights[1] / expert_dp + spread * MAIN_GRAD_BYTES
+            held += 2 * sum(weights) / max(1, num_dense + num_sparse) if dp * job.tp > 1 else 0.0
+        else:
+            held = sum(weights) + sum(trained) * MAIN_GRAD_BYTES
+        held += OPTIMIZER_STATE_BYTES * spread
+        kept = num_dense * of_dense + num_sparse * of_sparse
+        under_way = min(
+            job.micro_batches, job.pp - stage + (job.pp - 1) * (job.stages_in_turn > 1) / job.stages_in_turn
+        )
+        held += kept * under_way
+        if stage == job.pp - 1:
+            held += job.num_tokens * job.model.vocab_size * (job.dtype_bytes + 4)
+        most = max(most, held)
+    return most / 1e9
+
+
+def _kept_bytes(job: Job, cluster: Cluster, *, is_dense: bool) -> float:
+    """Return what one layer keeps of one micro-batch for its backward."""
+    model, b, tokens = job.model, job.dtype_bytes, job.num_tokens
+    if job.recompute == "full":
+        return tokens * model.hidden_size * b
+    attention = model.attention
+    norms = 2 if job.recompute == "selective" else 4
+    columns = norms * model.hidden_size + attention.rope_width + attention.num_heads * attention.v_dim
+    columns += sum(outputs for _, outputs in attention.products(model.hidden_size)[:-1])
+    width = model.dense_size if is_dense else model.shared_size
+    kept = tokens * (columns + 3 * width) * b
+    if is_dense:
+        return kept
+    exchange = LayerExchange(replace(job, two_batches=False), cluster, 1)
+    received = tokens * job.ep * exchange.needs.of_rank * model.hidden_size * b
+    hidden = exchange.num_pairs * 2 * model.expert_size * b if job.recompute != "experts" else 0.0
+    return kept + received + hidden + tokens * model.num_experts * 4

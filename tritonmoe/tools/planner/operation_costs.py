@@ -1,0 +1,86 @@
+"""What one product, one copy or one exchange takes on a cluster."""
+
+from tritonmoe.overlap.simulation.cost_model import LinkCosts
+from tritonmoe.tools.planner.cluster import Cluster, Link
+from tritonmoe.tools.planner.job import Job
+
+__all__ = [
+    "FP8_SHARE",
+    "MAIN_GRAD_BYTES",
+    "QUANTIZING_BYTES",
+    "copy_s",
+    "exchange_s",
+    "link_costs",
+    "link_like",
+    "product_s",
+]
+
+MAIN_GRAD_BYTES = 4
+"""Gradients of weights are summed in fp32."""
+FP8_SHARE = 0.8
+"""The share of the peak that products in fp8 reach, over that of products in bf16."""
+QUANTIZING_BYTES = 3
+"""Read and written for each element that becomes fp8."""
+
+
+def product_s(
+    job: Job,
+    cluster: Cluster,
+    rows: float,
+    inputs: int,
+    outputs: int,
+    *,
+    weight_bytes: float = 0,
+    is_wide: bool = False,
+) -> float:
+    """Return the seconds of one dense product of (rows, inputs) with (inputs, outputs).
+
+    The time for its arithmetic and that for its operands in memory are added, as if it did nothing at once: narrow and
+    short products of published tables lie nearer to the sum than to the longer of the two.
+    weight_bytes: of one element of the weight, read, or read and written; 0 for the job's dtype.
+    is_wide: a product in bf16 where others are in fp8.
+    """
+    flops = 2 * rows * inputs * outputs
+    moved = rows * (inputs + outputs) * job.dtype_bytes + inputs * outputs * (weight_bytes or job.dtype_bytes)
+    reached = job.peak_flops(cluster, is_wide=is_wide) * cluster.gpu.gemm_efficiency.value
+    if job.dtype == "fp8" and not is_wide:
+        reached *= FP8_SHARE
+        moved += QUANTIZING_BYTES * rows * inputs
+    return flops / reached + copy_s(cluster, moved)
+
+
+def copy_s(cluster: Cluster, num_bytes: float) -> float:
+    """Return the seconds in which a GPU reads or writes so many bytes of its memory."""
+    return num_bytes / (cluster.gpu.memory_tb_per_s * 1e12 * cluster.gpu.memory_efficiency.value)
+
+
+def link_costs(cluster: Cluster, num_ranks: int, inside_bytes: float, cross_bytes: float) -> LinkCosts:
+    """Return the link of each of num_ranks ranks that send so many bytes inside their node and to other nodes at once.
+
+    a0 + a_peer * peers + max(inside / (rate * e1), cross / (nic * e2 * (nodes / 2) ** -g)); LinkCosts has one rate, so
+    that of all bytes together is given.
+    """
+    nodes = -(-num_ranks // cluster.gpus_per_node)
+    inside, between = cluster.inside, cluster.between
+    inside_peers = min(num_ranks, cluster.gpus_per_node) - 1
+    fixed, byte_s = inside.line(inside_bytes)
+    seconds = inside_bytes * byte_s
+    if nodes > 1:
+        between_fixed, between_byte_s = between.line(cross_bytes)
+        fixed = max(fixed, between_fixed) + (num_ranks - cluster.gpus_per_node) * between.us_per_peer.value * 1e-6
+        seconds = max(seconds, cross_bytes * between_byte_s * (nodes / 2) ** between.decay.value)
+    fixed += inside_peers * inside.us_per_peer.value * 1e-6
+    rate = (inside_bytes + cross_bytes) / seconds if seconds else float("inf")
+    slower = inside if nodes == 1 else between
+    return link_like(slower, cluster, fixed, rate)
+
+
+def link_like(link: Link, cluster: Cluster, fixed_s: float, bytes_per_s: float) -> LinkCosts:
+    """Return a link of this rate that works as `link` does otherwise."""
+    return LinkCosts(fixed_s, bytes_per_s, link.is_shared, link.alone_share, contention=cluster.gpu.contention.value)
+
+
+def exchange_s(cluster: Cluster, num_ranks: int, inside_bytes: float, cross_bytes: float) -> float:
+    """Return the seconds of one exchange alone."""
+    link = link_costs(cluster, num_ranks, inside_bytes, cross_bytes)
+    return link.latency_s + (inside_bytes + cross_bytes) / link.bytes_per_s / link.alone_share

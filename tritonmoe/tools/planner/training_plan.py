@@ -1,0 +1,283 @@
+"""plan(): what a training step would take on a cluster, for the best ways to spread a model, and how sure that is."""
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
+
+from tritonmoe.config.overlap import OverlapPlan
+from tritonmoe.runtime.files import Json
+from tritonmoe.tools.planner.cluster import Cluster, Estimate
+from tritonmoe.tools.planner.draws import Draw, Drawn, draw, interval, uncertainties
+from tritonmoe.tools.planner.exchange_curve import SERIAL, ExchangeCurve
+from tritonmoe.tools.planner.job import Job, Recompute
+from tritonmoe.tools.planner.model_error import MODEL_ERROR
+from tritonmoe.tools.planner.model_flops import flops_per_token
+from tritonmoe.tools.planner.plan_search import Free, Spread, Way, search, with_cluster
+from tritonmoe.tools.planner.sensitivity import Sensitivity, sensitivities
+from tritonmoe.tools.planner.step import StepTime
+
+__all__ = ["USUAL", "Choice", "Plan", "Prediction", "expected_time", "plan", "predict", "usd_per_million_tokens"]
+
+NUM_DRAWS = 200
+"""So many sets of numbers are drawn from the intervals; the same ones for every choice."""
+CONTENDERS = 6
+"""So many of the fastest choices are compared in every draw, and for every estimate."""
+MOST_CHOICES = 16
+"""So many ways to spread the model are predicted with intervals."""
+LEFT_OUT = "what the model leaves out"
+"""The part of a step by which published ones were longer."""
+USUAL = Draw({}, 0.0, 0.0).error()
+"""How many times as long as the model says a step usually takes."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One way to spread a model and to run its exchanges."""
+
+    tp: int
+    pp: int
+    ep: int
+    recompute: Recompute
+    micro_batches: int
+    gpus_per_node: int
+    """That are used."""
+    num_levels: int
+    overlap: OverlapPlan
+
+    def __str__(self) -> str:
+        sizes = self.overlap.chunk_sizes
+        chunks = str(len(sizes)) if len(set(sizes)) == 1 else f"{len(sizes)} ramp"
+        levels = "two levels" if self.num_levels == 2 else "one level"
+        return f"tp={self.tp}, pp={self.pp}, ep={self.ep}, {levels}, recompute {self.recompute}, chunks {chunks}"
+
+
+Interval = tuple[float, float]
+"""Holds a number four times of five."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What is predicted for one choice."""
+
+    choice: Choice
+    time: StepTime
+    step_interval_s: Interval
+    layer_interval_s: Interval
+    exchange_s: float
+    """All exchanges of rows of a step, hidden or not."""
+    exchange_interval_s: Interval
+    exposed_interval_s: Interval
+    serial_s: float
+    """The step if nothing ran beside an exchange."""
+    serial_interval_s: Interval
+    between_nodes_s: float
+    """By how much a step of the same layout would be shorter if whatever travels between nodes took no time."""
+    memory_gb: float
+    fits: bool
+    gpus_used: int
+    mfu: float
+    """The model's own arithmetic over what the GPUs could do in that time."""
+    usd_per_million_tokens: float
+    """For all GPUs of the cluster, used or not."""
+    draws_s: tuple[float, ...]
+    """The step's time in each draw."""
+
+    @property
+    def tokens_per_s_per_gpu(self) -> float:
+        return self.time.tokens_per_s / self.gpus_used
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The predictions for the best choices, the fastest that fits first."""
+
+    job: Job
+    cluster: Cluster
+    free: Free
+    predictions: list[Prediction]
+    num_found: int
+    """The ways to spread the model that there are, predicted or not."""
+    stays_best: float
+    """In how many draws the best choice is still the fastest that fits, as a share."""
+    sensitivities: list[Sensitivity]
+    """What to measure first comes first: what may change the choice, then what may change its time. None where nothing
+    fits: there is no choice to change."""
+    draws: list[Draw]
+
+    @property
+    def best(self) -> Prediction:
+        return self.predictions[0]
+
+    def to_json(self) -> Json:
+        """Return everything as JSON has it."""
+        return {
+            "model": self.job.model.name,
+            "cluster": self.cluster.name,
+            "gpus": self.cluster.num_gpus,
+            "usd_per_gpu_hour": self.cluster.usd_per_gpu_hour,
+            "job": {name: getattr(self.job, name) for name in JOB_FIELDS},
+            "free": vars(self.free),
+            "draws": len(self.draws),
+            "model_error": vars(MODEL_ERROR),
+            "choices": [_as_json(one, self.cluster) for one in self.predictions],
+            "choices_found": self.num_found,
+            "stays_best": self.stays_best,
+            "measure_next": [vars(one) for one in self.sensitivities],
+            "estimates": {
+                one.key: {"value": one.value, "source": one.source, "spread": one.spread}
+                for one in uncertainties(self.job, self.cluster)
+            },
+        }
+
+
+JOB_FIELDS = (
+    *("trainer", "sequence", "micro_batch", "micro_batches", "tp", "pp", "stages_in_turn", "recompute", "dtype"),
+    *("wire_dtype", "two_batches", "sends_pairs", "overlaps_exchange", "zero", "imbalance", "frozen", "adapter_rank"),
+)
+
+
+def _as_json(one: Prediction, cluster: Cluster) -> Json:
+    choice, gpu_s = one.choice, one.gpus_used / one.time.tokens
+    low, high = one.step_interval_s
+    return {
+        "tp": choice.tp,
+        "pp": choice.pp,
+        "ep": choice.ep,
+        "recompute": choice.recompute,
+        "micro_batches": choice.micro_batches,
+        "levels": choice.num_levels,
+        "chunk_sizes": list(choice.overlap.chunk_sizes),
+        "step_ms": 1e3 * one.time.step_s,
+        "step_interval_ms": _ms(one.step_interval_s),
+        "layer_ms": 1e3 * one.time.layer_s,
+        "layer_interval_ms": _ms(one.layer_interval_s),
+        "exchange_ms": 1e3 * one.exchange_s,
+        "exchange_interval_ms": _ms(one.exchange_interval_s),
+        "exposed_ms": 1e3 * one.time.exposed_s,
+        "exposed_interval_ms": _ms(one.exposed_interval_s),
+        "serial_step_ms": 1e3 * one.serial_s,
+        "serial_interval_ms": _ms(one.serial_interval_s),
+        "between_nodes_ms": 1e3 * one.between_nodes_s,
+        "tokens_per_s": one.time.tokens_per_s,
+        "tokens_per_s_per_gpu": one.tokens_per_s_per_gpu,
+        "tokens_per_s_per_gpu_interval": [1 / (high * gpu_s), 1 / (low * gpu_s)],
+        "mfu": one.mfu,
+        "mfu_interval": [one.mfu * one.time.step_s / high, one.mfu * one.time.step_s / low],
+        "gpus_used": one.gpus_used,
+        "memory_gb": one.memory_gb,
+        "fits": one.fits,
+        "usd_per_million_tokens": one.usd_per_million_tokens,
+        "usd_per_hour": cluster.usd_per_gpu_hour * cluster.num_gpus,
+        "parts_ms": {name: 1e3 * seconds for name, seconds in one.time.parts.items()},
+    }
+
+
+def _ms(of: Interval) -> list[float]:
+    return [1e3 * end for end in of]
+
+
+def plan(
+    job: Job,
+    cluster: Cluster,
+    degrees: Sequence[int] = (),
+    *,
+    free: Free | None = None,
+    num_draws: int | None = None,
+) -> Plan:
+    """Predict a job's step on a cluster for the best ways to spread it.
+
+    Each number of expert-parallel ranks is tried, or those of `degrees`, on one level and, where they cover several
+    nodes, on two; what else may be chosen says `free`. Each is predicted with the schedule that is fastest for it.
+
+    Raises:
+        ValueError: a degree fits no choice, or the job fits the cluster with none.
+    """
+    free = free or Free()
+    spreads, num_found = search(job, cluster, degrees, free, most=MOST_CHOICES)
+    draws = draw(job, cluster, NUM_DRAWS if num_draws is None else num_draws)
+    curves = _Curves()
+    predictions = [predict(spread, cluster, draws, curves) for spread in spreads]
+    if not predictions[0].fits:
+        return Plan(job, cluster, free, predictions, num_found, 0.0, [], draws)
+    contenders = [n for n, one in enumerate(predictions) if one.fits][:CONTENDERS]
+    fastest = [
+        min(contenders, key=lambda n, k=k: predictions[n].draws_s[k] / predictions[n].time.tokens)  # type: ignore[misc]
+        for k in range(len(draws))
+    ]
+    stays = sum(n == 0 for n in fastest) / len(draws)
+    found = sensitivities([(spreads[n], curves.of(spreads[n], spreads[n].overlap)) for n in contenders])
+    return Plan(job, cluster, free, predictions, num_found, stays, found, draws)
+
+
+class _Curves:
+    """The curves of one search's ways, of which many share one."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[Hashable, OverlapPlan], ExchangeCurve] = {}
+
+    def of(self, way: Way, overlap: OverlapPlan) -> ExchangeCurve:
+        key = (way.exchange_key, overlap)
+        if key not in self._known:
+            self._known[key] = ExchangeCurve(way.job, way.cluster, way.num_levels, overlap)
+        return self._known[key]
+
+
+def predict(spread: Spread, cluster: Cluster, draws: Sequence[Draw], curves: _Curves) -> Prediction:
+    """Predict one way to spread a job, of whose cluster it may use a part of each node's GPUs."""
+    job, used = spread.job, spread.cluster
+    own, serial = (curves.of(spread, overlap) for overlap in (spread.overlap, SERIAL))
+    found = [Drawn.of(one.job(job), used.scaled(one.factors), (own, serial)) for one in draws]
+    errors = [one.error() for one in draws]
+    expected = Drawn.of(job, used, (own, serial))
+    time = expected_time(spread)
+    draws_s = [of.time.step_s * by for of, by in zip(found, errors, strict=True)]
+    choice = Choice(
+        *(job.tp, job.pp, job.ep, job.recompute, job.micro_batches, used.gpus_per_node),
+        *(spread.num_levels, spread.overlap),
+    )
+    return Prediction(
+        choice,
+        time,
+        interval(draws_s),
+        interval([of.time.layer_s * by for of, by in zip(found, errors, strict=True)]),
+        expected.exchange_s,
+        interval([of.exchange_s for of in found]),
+        interval([of.time.exposed_s for of in found]),
+        expected.serial.step_s * USUAL,
+        interval([of.serial.step_s * by for of, by in zip(found, errors, strict=True)]),
+        _between_nodes_s(spread),
+        spread.memory_gb,
+        spread.fits,
+        used.num_gpus,
+        flops_per_token(job.model, job.sequence, job.adapter_rank)
+        * time.tokens_per_s
+        / used.num_gpus
+        / job.peak_flops(used),
+        usd_per_million_tokens(cluster, time),
+        tuple(draws_s),
+    )
+
+
+def expected_time(spread: Spread) -> StepTime:
+    """Return a step as long as published ones say: what the model leaves out is one more part."""
+    return _with_left_out(spread.time, USUAL)
+
+
+def usd_per_million_tokens(cluster: Cluster, time: StepTime) -> float:
+    """Return the price of a million tokens, for all GPUs of the cluster."""
+    return cluster.usd_per_gpu_hour * cluster.num_gpus * time.step_s / 3600 / (time.tokens / 1e6)
+
+
+def _between_nodes_s(spread: Spread) -> float:
+    """Return by how much a step of the same layout would be shorter if whatever travels between nodes took no time."""
+    used, nothing = spread.cluster, Estimate(0.0, "assumed")
+    link = replace(used.between, gb_per_s=1e9, latency_us=nothing, us_per_peer=nothing, curve=())
+    return (spread.time.step_s - with_cluster(spread, replace(used, between=link)).time.step_s) * USUAL
+
+
+def _with_left_out(time: StepTime, usual: float) -> StepTime:
+    """Return a step as long as published ones say: what the model leaves out is one more part."""
+    more = (usual - 1) * time.step_s
+    if more <= 0:
+        return time
+    parts = {**time.parts, LEFT_OUT: more}
+    return replace(time, step_s=sum(parts.values()), layer_s=time.layer_s * usual, parts=parts)
