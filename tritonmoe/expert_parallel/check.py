@@ -106,9 +106,14 @@ def _checked_tensors(call: ProposedCall) -> tuple[CallTensors[Tensor], PerWeight
             "weights with a main_grad can't have replicas: gradients that were added to a main_grad can't be summed "
             "over the replicas any more. Use a placement without replicas, or leave main_grad to after the backward"
         )
-    check_arguments(tensors, spec.experts.layout)
+    check_arguments(tensors, spec.experts.layout, spec.experts.precision)
     check_expert_parallel(tensors.weights.gate_up_proj.shape[0], spec.num_experts, transport.size, spec.placement)
     check_dtype(tensors.x.dtype, spec.overlap)
+    if spec.experts.precision is not None and spec.overlap.wire_dtype == torch.float8_e4m3fn:
+        raise ValueError(
+            f"wire_dtype=torch.float8_e4m3fn rounds rows in other blocks than {spec.experts.precision}, so they would "
+            "be rounded twice: leave wire_dtype out"
+        )
     return with_row_seeds(tensors, spec.experts.dropout), given.weights if is_added else None
 
 

@@ -89,7 +89,7 @@ class ForwardPass(_LayerPass[Tensor]):
 
     def __init__(self, call: PlannedCall, tensors: CallTensors[Tensor]) -> None:
         super().__init__(call)
-        self.plan, self.tensors, self.x = call.plan, tensors, tensors.x
+        self.plan, self.tensors, self.x = call.plan, tensors, call.settings.rounded_rows(tensors.x)
         self.exchanges = RowExchanges(call.plan, call.transport, call.settings.ops.gather_sum)
 
     def _start(self) -> Execution:
@@ -236,7 +236,8 @@ class BackwardPass(_LayerPass[CallTensors[Tensor | None]]):
                 "a CUDA graph captures the backward of an expert-parallel call, but not its forward: a replay would "
                 "repeat the exchanges of that one call. Capture both, or neither"
             )
-        self.plan, self.dout, self.needs_weights = kept.plan, dout, needs_weights
+        self.plan, self.needs_weights = kept.plan, needs_weights
+        self.dout = call.settings.rounded_rows(dout)
         self.exchanges = RowExchanges(kept.plan, call.transport, call.settings.ops.gather_sum)
         self._state = state_of(call.all_ranks)  # not the forward's: the transport may have been rebuilt since
         header = CallHeader(

@@ -105,6 +105,7 @@ class GroupedExperts(nn.Module):
         self.spec = expert_spec(
             **{name: getattr(config, name) for name in LAYOUT},
             activation=config.activation,
+            precision=config.expert_precision,
             backend=backend,
             num_sms=num_sms,
             batch_invariant=batch_invariant,
