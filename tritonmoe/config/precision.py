@@ -25,10 +25,11 @@ from torch import Tensor
 __all__ = ["ExpertPrecision", "check_precision", "decode", "encode", "rounded", "rounded_rows", "rounded_weight"]
 
 BLOCKS = {"fp8_block": 128, "mxfp8": 32}
-SMALLEST_SCALE = 10
-"""Blocks of a smaller scale than 2**(10 - 127) are stored as zeros: else a code may stand for a subnormal bf16."""
+SMALLEST_SCALE, LARGEST_SCALE = 10, 246
+"""Those whose codes all stand for normal bf16 numbers. A block that needs a smaller scale is stored as zeros."""
 NOT_FINITE = 255
-"""The scale of a block with an infinity or NaN. All its numbers are NaN then: 255 is NaN in the OCP format too."""
+"""The scale of a block that needs a larger one (448 * 2**119 = 2.98e38 is the largest number of the others) or has an
+infinity or NaN. All its numbers are NaN then: 255 is NaN in the OCP format too."""
 PIECE = 2**17
 """So many numbers are rounded at a time, whose temporaries stay in a CPU's caches."""
 
@@ -143,11 +144,12 @@ def _pieces(matrix: Tensor, block: tuple[int, int]) -> Iterator[tuple[slice, Ten
 def _exact_codes(blocks: Tensor) -> tuple[Tensor, Tensor]:
     """Return what codes are as fp32 numbers, in the memory of `blocks`, and scales (int32, 1 along a block's axes)."""
     magnitudes = blocks.view(torch.int32) & 0x7FFFFFFF
-    largest = magnitudes.amax((1, 3), keepdim=True)
+    largest = magnitudes.amax((1, 3), keepdim=True).clamp_(max=0x7F800000)  # what NaN has above would overflow
     scales = ((largest + 0x1FFFFF) >> 23) - 8  # one more where the mantissa is past that of 448 = 1.75 * 2**8
-    is_kept = (scales >= SMALLEST_SCALE) & (largest < 0x7F800000)
+    is_too_large = scales > LARGEST_SCALE
+    is_kept = (scales >= SMALLEST_SCALE) & ~is_too_large
     blocks *= torch.where(is_kept, (254 - scales) << 23, 0).view(torch.float32)
-    scales.masked_fill_(~is_kept, 0).masked_fill_(largest >= 0x7F800000, NOT_FINITE)
+    scales.masked_fill_(~is_kept, 0).masked_fill_(is_too_large, NOT_FINITE)
     # A number whose leading bit is 2**e, or 2**-6 if that is larger, becomes a multiple of 2**(e - 3), ties to even:
     # numbers next to 1.5 * 2**(e + 20) are just these multiples.
     exponents = torch.bitwise_and(blocks.view(torch.int32), 0x7F800000, out=magnitudes)

@@ -136,7 +136,7 @@ class ExpertSettings(NamedTuple):
     def _rounded(self, projection: Projection, directions: Directions) -> Projection:
         """Return a projection whose weight is rounded for its products, if there is a precision."""
         precision, weight = self.spec.precision, projection.weight
-        if precision is None:
+        if precision is None or weight is None:  # a callable activation's half of the experts has one projection
             return projection
         out_axis, in_axis = (2, 1) if projection.layout.transposed else (1, 2)
         if precision.is_symmetric:
