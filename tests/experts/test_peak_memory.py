@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from batches import capped_traffic
 from held_storages import HeldStorages
 from torch import Tensor
 
 import tritonmoe as tm
 from tritonmoe.config.overlap import MAX_CHUNKS, equal_sizes, ramp_sizes
-from tritonmoe.dispatch.capacity import capped_traffic
 from tritonmoe.expert_parallel import choose
 from tritonmoe.expert_parallel.listeners import listeners
 from tritonmoe.ops.backends import triton as triton_backend

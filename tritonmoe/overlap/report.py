@@ -12,14 +12,13 @@ from torch import Tensor
 
 from tritonmoe.config.overlap import OverlapPlan
 from tritonmoe.dispatch.copies import ExpertCopies
+from tritonmoe.dispatch.count_exchange import CallMarks
 from tritonmoe.overlap.step_timing import StepTiming, covered_s
 from tritonmoe.overlap.steps import Step, StepKind
 from tritonmoe.runtime.host_device import is_captured
 
 __all__ = [
-    "CallMarks",
     "CopiesReport",
-    "ExchangeMarks",
     "LayerReport",
     "Mark",
     "PassReport",
@@ -51,34 +50,18 @@ def _event(device: torch.device) -> torch.cuda.Event:
     return event
 
 
-class CallMarks(NamedTuple):
-    """When a rank began a pass of a call, before its first step: time.perf_counter() of the host."""
-
-    entered: float
-    counts_posted: float
-    """When it had posted its counts, or in a backward what ranks agree by."""
-    counts_left: float
-    """When it had heard from every rank."""
-
-
 class StepMarks(NamedTuple):
-    """When a step of the compute lane ran."""
+    """When a step ran, as the compute lane sees it."""
 
     step: Step
     started: Mark
+    """Of an exchange: before its rows were packed."""
     ended: Mark
-
-
-class ExchangeMarks(NamedTuple):
-    """When an exchange ran, as the compute lane sees it."""
-
-    step: Step
-    started: Mark
-    """Before its rows were packed."""
-    posted: Mark
-    wait_started: Mark
-    wait_ended: Mark
-    finished: float | None
+    """Of an exchange: when the wait for it was over."""
+    posted: Mark = None
+    """This and the next ones are an exchange's."""
+    wait_started: Mark = None
+    finished: float | None = None
     """When its rows had arrived, by the host's clock, as far as the transport knows."""
     arrivals: tuple[float | None, ...] | None = None
     """The same for the rows of every rank; see PendingExchange.arrivals."""
@@ -89,8 +72,8 @@ class PassReport:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.computed: list[StepMarks] = []
-        self.exchanges: list[ExchangeMarks] = []
+        self.ran: list[StepMarks] = []
+        """The steps that have ended, in the order in which they did on the compute lane."""
         self.inside: list[tuple[Step, PassReport]] = []
         """On two levels: what steps did inside the node, with times from the start of each."""
         self.started_at = time.perf_counter()
@@ -132,21 +115,18 @@ class PassReport:
         """Every step, by the time at which it started or was posted."""
         if self._steps is None:
             self._wait_until_over()
-            steps = [
-                StepTiming(step, self._seconds(started), self._seconds(ended), 0.0)
-                for step, started, ended in self.computed
-            ]
-            steps += map(self._exchange_timing, self.exchanges)
-            self._steps = sorted(steps, key=lambda timing: timing.start_s)
+            self._steps = sorted(map(self._timing, self.ran), key=lambda timing: timing.start_s)
         return self._steps
 
-    def _exchange_timing(self, marks: ExchangeMarks) -> StepTiming:
-        started_s, wait_ended_s = self._seconds(marks.started), self._seconds(marks.wait_ended)
-        wait_s = wait_ended_s - self._seconds(marks.wait_started)
+    def _timing(self, marks: StepMarks) -> StepTiming:
+        started_s, ended_s = self._seconds(marks.started), self._seconds(marks.ended)
+        if marks.step.lane == "compute":
+            return StepTiming(marks.step, started_s, ended_s, 0.0)
+        wait_s = ended_s - self._seconds(marks.wait_started)
         return StepTiming(
             marks.step,
             started_s,
-            wait_ended_s if marks.finished is None else self._seconds(marks.finished),
+            ended_s if marks.finished is None else self._seconds(marks.finished),
             wait_s=wait_s,
             post_s=self._seconds(marks.posted) - started_s,
             arrivals_s=None if marks.arrivals is None else tuple(map(self._seconds_if_known, marks.arrivals)),

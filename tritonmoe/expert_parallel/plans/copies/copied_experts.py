@@ -19,7 +19,6 @@ from tritonmoe.expert_parallel.plans.base import (
     NUM_KIND_TENSORS,
     BackwardBuffers,
     BackwardExperts,
-    CopySteps,
     ForwardBuffers,
     ForwardExperts,
     PlannedCall,
@@ -34,6 +33,7 @@ from tritonmoe.ops.backends.ops import WeightGrads
 from tritonmoe.ops.grouping import Grouping
 from tritonmoe.overlap.executor import Actions
 from tritonmoe.overlap.report import PassReport
+from tritonmoe.overlap.schedule import Schedule, build_backward, build_forward
 from tritonmoe.overlap.steps import StepKind
 from tritonmoe.runtime import cpu_memory
 from tritonmoe.transports import PendingExchange
@@ -58,7 +58,10 @@ class ForwardWithCopies(ForwardExperts):
 
     def __init__(self, call: PlannedCall, own: OwnExperts, keep_hidden: bool, exchanges: CopyExchanges) -> None:
         self._call, self._own, self._keep_hidden, self._exchanges = call, own, keep_hidden, exchanges
-        self.copy_steps = CopySteps(exchanges.copies.are_relayed)
+
+    def schedule(self, plan: DispatchPlan, num_fillers: int) -> Schedule:
+        relays = self._exchanges.copies.are_relayed
+        return build_forward(plan.overlap, num_fillers, has_copies=True, relays_copies=relays)
 
     def actions(self, buffers: ForwardBuffers) -> Actions:
         def copy_experts(chunk: int) -> None:
@@ -133,7 +136,18 @@ class BackwardWithCopies(BackwardExperts):
         self._grads: WeightGrads = NO_WEIGHTS
         self._arriving: dict[int, Tensor] = {}
         """By part: (copied experts of this rank, bytes), from return_copies() on."""
-        self.copy_steps = CopySteps(exchanges.copies.are_relayed, not plan.keeps_copies, exchanges.returned)
+
+    def schedule(self, plan: DispatchPlan, sums_replicas: bool) -> Schedule:
+        return build_backward(
+            plan.overlap,
+            needs_x=plan.needs_x,
+            needs_topk_weights=plan.needs_topk_weights,
+            sums_replicas=sums_replicas,
+            has_copies=True,
+            sends_copies=not plan.keeps_copies,
+            relays_copies=self.exchanges.copies.are_relayed,
+            returned_copies=self.exchanges.returned,
+        )
 
     def actions(self, buffers: BackwardBuffers) -> Actions:
         plan = self._plan
