@@ -9,8 +9,7 @@ from functools import cache
 import pytest
 
 from tritonmoe.config.overlap import LOCAL_PARTS, OverlapPlan, equal_sizes, ramp_sizes
-from tritonmoe.overlap.schedule import Schedule, build_backward, build_forward, build_inside, phase_ends
-from tritonmoe.overlap.schedule_check import check_schedule
+from tritonmoe.overlap.schedule import Schedule, build_backward, build_forward, build_inside, check_schedule, phase_ends
 from tritonmoe.overlap.steps import LOCAL_END, LOCAL_START, Step, StepKind, Way
 
 CHUNKS = (1, 2, 3, 32)

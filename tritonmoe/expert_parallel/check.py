@@ -13,8 +13,7 @@ from tritonmoe.config.numbers import is_integer
 from tritonmoe.config.overlap import OverlapConfig, OverlapPlan, check_overlap
 from tritonmoe.dispatch.header import DTYPE_CODES
 from tritonmoe.dispatch.placement import ExpertPlacement
-from tritonmoe.expert_parallel.call import ProposedCall
-from tritonmoe.expert_parallel.listeners import listeners
+from tritonmoe.expert_parallel.call import ProposedCall, listeners
 from tritonmoe.expert_parallel.plans import PLAN_KINDS
 from tritonmoe.expert_parallel.plans.base import PlanKind
 from tritonmoe.expert_parallel.state import refuse, state_of

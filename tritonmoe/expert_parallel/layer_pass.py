@@ -15,7 +15,7 @@ from tritonmoe.config.layer import PerWeight
 from tritonmoe.dispatch.count_exchange import post_backward
 from tritonmoe.dispatch.header import CallHeader
 from tritonmoe.dispatch.placement import ExpertPlacement, pack_replica_grads, replica_bits, sum_replica_grads
-from tritonmoe.expert_parallel.listeners import listeners
+from tritonmoe.expert_parallel.call import listeners
 from tritonmoe.expert_parallel.plans.base import BackwardExperts, ForwardExperts, Kept, PlannedCall
 from tritonmoe.expert_parallel.state import state_of
 from tritonmoe.experts.arguments import find_main_grads

@@ -13,7 +13,7 @@ from weakref import ReferenceType, WeakKeyDictionary, ref
 import torch
 
 from tritonmoe.dispatch.header import CallHeader
-from tritonmoe.expert_parallel.listeners import listeners
+from tritonmoe.expert_parallel.call import listeners
 from tritonmoe.ops.grouping import Grouping
 from tritonmoe.overlap.report import LayerReport
 from tritonmoe.runtime.autograd import is_recomputing
