@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from tritonmoe.config.overlap import OverlapPlan
+from tritonmoe.dispatch.call_settings import in_millionths
 from tritonmoe.dispatch.count_exchange import exchange_counts
 from tritonmoe.dispatch.header import CallHeader
 from tritonmoe.dispatch.send_plan import (
@@ -33,7 +34,6 @@ from tritonmoe.dispatch.send_plan import (
     owners_of_pairs,
     row_segments,
 )
-from tritonmoe.dispatch.terms import in_millionths
 from tritonmoe.runtime.cpu_memory import to_device
 from tritonmoe.runtime.host_device import HostCopy
 from tritonmoe.transports import PendingExchange, Transport

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from tritonmoe.config.layer import MAX_PAIRS
+from tritonmoe.dispatch.call_settings import CallSettings, decode_settings
 from tritonmoe.dispatch.header import HEADER_SIZE, MAGIC, CallHeader
 from tritonmoe.dispatch.header_check import AllWords, check_headers
-from tritonmoe.dispatch.terms import CallTerms, words_of
 from tritonmoe.errors import CountMismatch, TransportError
-from tritonmoe.transports import Transport, leaving_nobody_waiting
+from tritonmoe.transports import Transport, fail_peers_on_error
 from tritonmoe.transports.base import MAX_HEADER, MAX_SEGMENTS
 from tritonmoe.transports.waiting import Doing
 
@@ -60,12 +60,12 @@ def _headers(received: Tensor) -> list[CallHeader]:
 
 
 def _words_of_all(transport: Transport, header: CallHeader) -> AllWords:
-    """Return the words of every rank's terms: every rank calls this, once all know that the numbers differ.
+    """Return the words of every rank's settings: every rank calls this, once all know that the numbers differ.
 
     One exchange brings the lengths, a second one the texts.
     """
-    assert isinstance(header.terms, CallTerms), "this rank's own header has them"
-    size, text = transport.size, header.terms.text
+    assert isinstance(header.settings, CallSettings), "this rank's own header has them"
+    size, text = transport.size, header.settings.text
     try:
         with Doing(lambda: f"the exchange of what differs in the {header.place}"):
             lengths = transport.exchange_counts(torch.full((size, 1), len(text), dtype=torch.int64, device="cpu"))
@@ -76,7 +76,7 @@ def _words_of_all(transport: Transport, header: CallHeader) -> AllWords:
         raise TransportError(
             f"the ranks' configurations differ, and the exchange that would name the differing settings failed: {error}"
         ) from error
-    words = [words_of(row.numpy().tobytes()) for row in received]
+    words = [decode_settings(row.numpy().tobytes()) for row in received]
     damaged = [rank for rank, one in enumerate(words) if one is None]
     if damaged:
         raise CountMismatch(
@@ -173,7 +173,7 @@ def exchange_counts(
             pending = transport.post_counts(message)
             posted_at = time.perf_counter()
             if meanwhile is not None:
-                with leaving_nobody_waiting(transport):
+                with fail_peers_on_error(transport):
                     meanwhile()
             received = pending.wait()
     except TransportError as error:

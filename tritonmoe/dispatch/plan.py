@@ -23,7 +23,7 @@ from tritonmoe.dispatch.header import SAVES, CallHeader
 from tritonmoe.dispatch.send_plan import TokenPlan
 from tritonmoe.ops.grouping import RowSources
 from tritonmoe.runtime.cpu_memory import to_device
-from tritonmoe.transports import Transport, leaving_nobody_waiting
+from tritonmoe.transports import Transport, fail_peers_on_error
 
 __all__ = ["DispatchPlan", "exchange_plan", "offsets"]
 
@@ -260,7 +260,7 @@ def exchange_plan(
     headers, (traffic, traffic_pairs), received, marks, extra_counts = told
     receive_rows, receive_pairs, third = received.tolist()
     return_rows = receive_rows if has_copies else third
-    with leaving_nobody_waiting(transport):
+    with fail_peers_on_error(transport):
         check_counts(receive_rows, receive_pairs, return_rows, traffic, traffic_pairs, header.top_k, transport.rank)
         if has_copies:
             check_copy_pairs(receive_pairs, third, transport.rank)

@@ -235,7 +235,7 @@ class BackwardPass(_LayerPass[CallTensors[Tensor | None]]):
             layer=call.header.layer,
             copy=call.header.copy,
             is_backward=1,
-            terms=call.header.terms,
+            settings=call.header.settings,
             replica_grads=replica_bits(call.placement, needs_weights),
             **self._state.history(),
         )

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from tritonmoe.config.overlap import OverlapConfig, OverlapPlan, most_copies
+from tritonmoe.dispatch.call_settings import CallSettings, plan_settings
 from tritonmoe.dispatch.capacity import replay_overflowed
 from tritonmoe.dispatch.header import DTYPE_CODES, SAVES, CallHeader, weight_bits
 from tritonmoe.dispatch.header_check import NoLayerCall
 from tritonmoe.dispatch.placement import ExpertPlacement, replica_bits
 from tritonmoe.dispatch.plan import DispatchPlan
-from tritonmoe.dispatch.terms import CallTerms, plan_terms
 from tritonmoe.expert_parallel.call import ProposedCall
 from tritonmoe.expert_parallel.check import check
 from tritonmoe.expert_parallel.plans import KIND_NAMES
@@ -178,7 +178,7 @@ def call_header(call: ProposedCall, kinds: tuple[str, ...]) -> CallHeader:
         sequence=call.sequence,
         layer=-1 if call.layer is None else call.layer.layer,
         copy=0 if call.layer is None else call.layer.copy,
-        terms=_terms(call, kinds),
+        settings=_settings(call, kinds),
         num_experts=call.num_slots,
         top_k=tensors.topk_ids.shape[1],
         hidden_size=tensors.x.shape[1],
@@ -203,7 +203,7 @@ def call_header(call: ProposedCall, kinds: tuple[str, ...]) -> CallHeader:
     )
 
 
-def _terms(call: ProposedCall, kinds: tuple[str, ...]) -> CallTerms:
+def _settings(call: ProposedCall, kinds: tuple[str, ...]) -> CallSettings:
     """Return what must be the same on all ranks of a call: what is configured, and its tensors."""
     weights, placement = call.tensors.weights, call.spec.placement
     ranks = [0 if of is None else of.shape[1] for of in (weights.gate_up_a, weights.down_a)]
@@ -213,11 +213,11 @@ def _terms(call: ProposedCall, kinds: tuple[str, ...]) -> CallTerms:
     if is_packed(weights):
         formats = zip(("gate_up_format", "down_format"), weight_formats(weights), strict=True)
         experts = (*experts, *((name, found) for name, found in formats if found is not None))
-    return _call_terms(experts, placement, gradients, call.tensors.x.dtype, given, tuple(ranks), kinds, call.overlap)
+    return _call_settings(experts, placement, gradients, call.tensors.x.dtype, given, tuple(ranks), kinds, call.overlap)
 
 
 @lru_cache(maxsize=1024)
-def _call_terms(
+def _call_settings(
     experts: tuple[tuple[str, object], ...],
     placement: ExpertPlacement | None,
     expert_gradients: str,
@@ -226,8 +226,8 @@ def _call_terms(
     adapter_ranks: tuple[int, ...],
     kinds: tuple[str, ...],
     overlap: OverlapPlan,
-) -> CallTerms:
-    """Return these as terms; kept by their values, which most calls of a layer share."""
+) -> CallSettings:
+    """Return these as settings; kept by their values, which most calls of a layer share."""
     named: dict[str, object] = {
         "dtype": dtype,
         "placement": "contiguous" if placement is None else placement.experts_of_rank,
@@ -240,4 +240,4 @@ def _call_terms(
         named[name] = rank or "no adapter"
     named |= {"copies": "none", "plan_kinds": ", ".join(kinds)}
     named |= {name: "a tensor" if name in given else "none" for name in NAMES if name in OPTIONAL}
-    return CallTerms((*named.items(), *plan_terms(overlap)))
+    return CallSettings((*named.items(), *plan_settings(overlap)))

@@ -40,7 +40,7 @@ class _Run(NamedTuple):
 
 
 def is_in_model_order(experts_of_rank: ExpertsOfRank) -> bool:
-    """Say whether the slots of all ranks, one behind the other, are the experts in their order."""
+    """Return whether the slots of all ranks, one behind the other, are the experts in their order."""
     return all(expert == number for number, expert in enumerate(e for held in experts_of_rank for e in held))
 
 

@@ -140,7 +140,7 @@ class ProcessGroupTransport(Transport):
         wire_rows, wire_out = as_wire(rows.detach()), as_wire(out.detach())
         self._num_posted += 1
         exchange.post_rows(self.rank, self._num_posted, wire_rows, input_splits, output_splits, wire_out)
-        if self.tells_arrivals and self.size > 2:
+        if self.records_arrivals and self.size > 2:
             exchange.watch(self._progress)
         self._progress.add(exchange)
         return exchange
@@ -247,7 +247,7 @@ class ProcessGroupTransport(Transport):
         return GlooLinks(store, self.rank, self.size, max(1.0, timeout_s))
 
     def _keep_links(self, links: GlooLinks) -> GlooLinks:
-        """Let exchanges use these connections from now on, and give them."""
+        """Make exchanges use these connections from now on, and return them."""
         self._links = links
         self._progress = ProgressThread("gloo-progress")
         # Also runs when the process ends.

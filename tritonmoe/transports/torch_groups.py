@@ -24,7 +24,7 @@ __all__ = [
 
 
 def available() -> dict[str, str | None]:
-    """Say of gloo and nccl why ranks in several processes can't use it here; None where they can."""
+    """Return why ranks in several processes can't use gloo and nccl here; None for a backend that they can use."""
     reasons: dict[str, str | None]
     if not torch.distributed.is_available():
         built_without = "this torch was built without torch.distributed"
@@ -42,7 +42,7 @@ def available() -> dict[str, str | None]:
 
 
 def is_registered(group: "ProcessGroup") -> bool:
-    """Say whether the group still exists: destroy_process_group() ends it."""
+    """Return whether the group still exists: destroy_process_group() ends it."""
     try:
         return torch.distributed.get_rank(group) >= 0
     except ValueError:

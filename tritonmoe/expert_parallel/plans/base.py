@@ -26,7 +26,7 @@ from tritonmoe.ops.grouping import Grouping
 from tritonmoe.overlap.executor import Actions
 from tritonmoe.overlap.report import LayerReport, PassReport
 from tritonmoe.overlap.schedule import Schedule, build_backward, build_forward
-from tritonmoe.transports import Transport, leaving_nobody_waiting
+from tritonmoe.transports import Transport, fail_peers_on_error
 
 __all__ = [
     "NUM_KIND_TENSORS",
@@ -247,9 +247,9 @@ class PlannedCall:
 
     @contextmanager
     def in_the_middle(self) -> Iterator[None]:
-        """Let the other ranks hear where this one fails in the middle of the call."""
+        """Make the other ranks fail with this one where it fails in the middle of the call."""
         try:
-            with leaving_nobody_waiting(self.all_ranks):
+            with fail_peers_on_error(self.all_ranks):
                 try:
                     yield
                 except CountMismatch as error:

@@ -52,7 +52,7 @@ from tritonmoe.overlap.schedule import build_inside
 from tritonmoe.overlap.steps import Step, StepKind
 from tritonmoe.runtime.cpu_memory import to_device
 from tritonmoe.runtime.host_device import HostCopy
-from tritonmoe.transports import PendingExchange, Transport, TwoLevelTransport, leaving_nobody_waiting
+from tritonmoe.transports import PendingExchange, Transport, TwoLevelTransport, fail_peers_on_error
 from tritonmoe.transports.wire import WireFormat
 
 __all__ = ["TwoLevel"]
@@ -212,7 +212,7 @@ def _exchange_two_level_plan(
     headers, (traffic, traffic_pairs), received, marks, _ = counts
     told_rows, told_pairs = received[:2].tolist()
     relayed_from = received[:, :, place::node_size]  # (kinds, segments, nodes): only our place in a node tells us
-    with leaving_nobody_waiting(transport):
+    with fail_peers_on_error(transport):
         check_counts(told_rows, told_pairs, told_rows, traffic, traffic_pairs, header.top_k, transport.rank)
         _check_relayed(relayed_from[2:], traffic, transport)
     receive_rows = relayed_from[2].tolist()

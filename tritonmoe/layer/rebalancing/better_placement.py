@@ -1,7 +1,7 @@
 """better_placements: placements under which the busiest rank has less to do, found from the load of each expert.
 
-Every rank finds the same ones: loads are integers that all ranks have summed, and nothing else decides. best_placement()
-takes the one that gains more than its move costs, by times that all ranks have agreed on.
+Every rank finds the same ones: loads are integers that all ranks have summed, and nothing else decides.
+best_placement() takes the one that gains more than its move costs, by times that all ranks have agreed on.
 """
 
 import time

@@ -27,7 +27,7 @@ from tritonmoe.layer.rebalancing.rebalanced import Look, Rebalanced
 from tritonmoe.layer.rebalancing.spread_experts import SpreadExperts, find_spread_experts
 from tritonmoe.placement.expert_shards import Sharding
 from tritonmoe.transports import Transport, as_transport
-from tritonmoe.transports.base import leaving_nobody_waiting
+from tritonmoe.transports.base import fail_peers_on_error
 from tritonmoe.transports.waiting import Doing
 
 __all__ = ["Rebalancer", "rebalance"]
@@ -298,7 +298,7 @@ def move(
         if source == rank and slot != new_slot
     ]
     sent_to, received_from = ([len(slots[other]) for other in range(size)] for slots in (sent, received))
-    with leaving_nobody_waiting(transport), Doing(lambda: f"the move of the experts of {layer}"):
+    with fail_peers_on_error(transport), Doing(lambda: f"the move of the experts of {layer}"):
         views = [tensor.unflatten(0, (before.num_slots, -1)) for tensor in tensors.values()]
         leaving = [slot for slots in sent for slot in slots]
         pending = [transport.exchange(view[leaving].contiguous(), sent_to, received_from) for view in views]

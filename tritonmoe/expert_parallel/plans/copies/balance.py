@@ -14,12 +14,12 @@ from torch import Tensor
 
 from tritonmoe.config.activations import is_fused
 from tritonmoe.config.layer import PerWeight
+from tritonmoe.dispatch.call_settings import CallSettings, with_setting
 from tritonmoe.dispatch.copies import ExpertCopies
 from tritonmoe.dispatch.count_exchange import spare_header_ints
 from tritonmoe.dispatch.header import CallHeader
 from tritonmoe.dispatch.plan import DispatchPlan, exchange_plan
 from tritonmoe.dispatch.send_plan import count_keys
-from tritonmoe.dispatch.terms import CallTerms, with_term
 from tritonmoe.errors import CountMismatch, TransportError
 from tritonmoe.expert_parallel.call import ProposedCall
 from tritonmoe.expert_parallel.plans.base import BackwardExperts, ForwardExperts, Kept, PlanKind, PlannedCall
@@ -32,7 +32,7 @@ from tritonmoe.experts.backward_run import BackwardRun
 from tritonmoe.experts.tensors import CallTensors
 from tritonmoe.overlap.report import CopiesReport, LayerReport
 from tritonmoe.runtime.host_device import HostCopy
-from tritonmoe.transports import leaving_nobody_waiting
+from tritonmoe.transports import fail_peers_on_error
 from tritonmoe.transports.waiting import Doing
 from tritonmoe.transports.wire import WireFormat
 
@@ -80,7 +80,7 @@ class Copies(PlanKind):
         costs = call.state.learnt.setdefault((cls.name, call.kind), MeasuredCosts())
         assert isinstance(costs, MeasuredCosts)
         header = _with_words(header, "planned from counts")
-        with leaving_nobody_waiting(call.transport):
+        with fail_peers_on_error(call.transport):
             tokens = count_tokens(call)
             extra = extra_counts(call, costs)
         header = header._replace(nonfinite_rows=tokens.nonfinite_rows)
@@ -89,7 +89,7 @@ class Copies(PlanKind):
         kind = decide(call, plan, costs)
         copies = kind.said.planned
         if copies is None:
-            with leaving_nobody_waiting(call.transport):
+            with fail_peers_on_error(call.transport):
                 plan.tokens.order.find()
             plan = replace(plan, extra_counts=None)  # they would live until the backward
             return planned_call(call, kind, header, plan)
@@ -137,8 +137,8 @@ class Copies(PlanKind):
 
 def _with_words(header: CallHeader, copies: str) -> CallHeader:
     """Return a header that says in words which copies the call has, as far as that is known."""
-    assert isinstance(header.terms, CallTerms), "this rank's own header has them"
-    return header._replace(terms=with_term(header.terms, "copies", copies))
+    assert isinstance(header.settings, CallSettings), "this rank's own header has them"
+    return header._replace(settings=with_setting(header.settings, "copies", copies))
 
 
 def _planned(call: ProposedCall, header: CallHeader, kind: Copies, copies: ExpertCopies) -> PlannedCall:
@@ -184,7 +184,7 @@ def decide(call: ProposedCall, plan: DispatchPlan, costs: MeasuredCosts) -> Copi
     if not costs.were_uneven:
         return _without("ranks have about as many pairs", costs)
     transport, overlap, top_k = call.transport, plan.overlap, call.tensors.topk_ids.shape[1]
-    with leaving_nobody_waiting(transport):
+    with fail_peers_on_error(transport):
         received = plan.extra_counts
         if received is None:
             told = _told(call, costs)

@@ -176,7 +176,7 @@ class BackwardWithCopies(BackwardExperts):
         """Return what own experts give; see BackwardExperts. add_copies_backward() adds to both results."""
         if _who_has_pairs(self._plan, segment) != (False, True):
             return self.own.backward(segment, dout, needs_dx, out)
-        # None of its pairs, but its buffers begin with its first segment.
+        # No pairs belong to it; its buffers start with segment 0.
         _, dweights = self.own.backward(segment, dout, False)
         return (_sums(self.own, segment) if out is None else out) if needs_dx else None, dweights
 
@@ -225,7 +225,7 @@ def _sums(run: ExpertsRun, segment: int) -> Tensor:
 
 
 def _who_has_pairs(plan: DispatchPlan, segment: int) -> tuple[bool, bool]:
-    """Say whether own experts have pairs in a segment, and whether copies have."""
+    """Return whether own experts have pairs in a segment, and whether copies have."""
     (first, last), (first_copied, last_copied) = (
         of[segment : segment + 2] for of in (plan.pair_offsets, plan.copy_pair_offsets)
     )

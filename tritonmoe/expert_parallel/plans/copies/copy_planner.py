@@ -204,7 +204,7 @@ class PlannedCopies(NamedTuple):
 
 
 def is_uneven(pairs: Sequence[int]) -> bool:
-    """Say whether ranks with so many pairs are uneven enough to look for copies."""
+    """Return whether ranks with so many pairs are uneven enough to look for copies."""
     return 100 * max(pairs) * len(pairs) > (100 + SMALLEST_EXCESS_PERCENT) * sum(pairs)
 
 
