@@ -27,8 +27,8 @@ from torch import Tensor
 
 from tritonmoe.config.overlap import OverlapConfig
 from tritonmoe.dispatch.placement import ExpertPlacement
+from tritonmoe.expert_parallel.call import listeners
 from tritonmoe.expert_parallel.expert_parallel_mlp import expert_parallel_mlp
-from tritonmoe.expert_parallel.listeners import listeners
 from tritonmoe.overlap.report import LayerReport
 from tritonmoe.overlap.simulation.simulator import simulate_layer
 from tritonmoe.overlap.tuning.measured_calls import layer_costs, layer_work, link_costs

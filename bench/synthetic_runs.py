@@ -75,7 +75,7 @@ class Run:
     inside_byte_s: float = 2e-8
     has_two_levels: bool = False
     """Whether a row goes once to each node, and from there on to its ranks."""
-    tells_arrivals: bool = True
+    records_arrivals: bool = True
     """Whether it is known when each rank's rows arrived, as it is not over NCCL."""
     uses_rendezvous: bool = False
     """As Transport.uses_rendezvous says."""
@@ -262,7 +262,7 @@ def _walk(
 
 def _arrivals(run: Run, one: SimulatedStep, rank: int, since: float) -> list[float | None] | None:
     """Return when the rows of each rank that takes part had arrived at this one, None of its own."""
-    if one.arrivals_s is None or not run.tells_arrivals:
+    if one.arrivals_s is None or not run.records_arrivals:
         return None
     arrivals = [None if peer == rank else float(one.arrivals_s[peer, rank]) - since for peer in range(run.size)]
     if not run.has_two_levels:

@@ -173,7 +173,7 @@ ELSEWHERE = {
     # Results, constants and modules: described by what gives them, or by their own module.
     "tritonmoe": {*errors.__all__, "transports"},
     "tritonmoe.transports": {"EXPERT", "EmulatedWorld", "HostCopy", "LinkModel", "Ranks", "as_transport", "is_mesh"}
-    | {"leaving_nobody_waiting"},
+    | {"fail_peers_on_error"},
     "tritonmoe.routing": {"TopKRouter"},
     TRANSFORMERS: {"EXPERTS_IMPLEMENTATION", "MINIMUM_TRANSFORMERS", "HalvedForward", "ModelStatistics"}
     | {"PatchReport", "UpcycleReport"},

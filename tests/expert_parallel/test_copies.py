@@ -16,8 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import tritonmoe as tm
 from tritonmoe.errors import CountMismatch, TransportError
-from tritonmoe.expert_parallel.call import ProposedCall
-from tritonmoe.expert_parallel.listeners import listeners
+from tritonmoe.expert_parallel.call import ProposedCall, listeners
 from tritonmoe.expert_parallel.plans.copies import balance
 from tritonmoe.overlap.report import LayerReport
 from tritonmoe.transports import Delay, PendingExchange, Transport

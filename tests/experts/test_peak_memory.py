@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from batches import capped_traffic
 from held_storages import HeldStorages
 from torch import Tensor
 
 import tritonmoe as tm
 from tritonmoe.config.overlap import MAX_CHUNKS, equal_sizes, ramp_sizes
-from tritonmoe.dispatch.capacity import capped_traffic
-from tritonmoe.expert_parallel import choose
-from tritonmoe.expert_parallel.listeners import listeners
+from tritonmoe.expert_parallel import run_call
+from tritonmoe.expert_parallel.call import listeners
 from tritonmoe.ops.backends import triton as triton_backend
 from tritonmoe.ops.backends.torch import MAX_BLOCK_PAIRS
 from tritonmoe.ops.kernels.tiles import measured_tiles
@@ -279,7 +279,7 @@ def test_a_layer_stays_within_its_budget(capacity: float | None) -> None:
 def test_ranks_that_need_other_memory_choose_one_plan(differs: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The torch backend goes block by block, as many at a time as there are threads; the reference doesn't."""
     batch, own = Batch(torch.float32), threading.local()
-    monkeypatch.setattr(choose, "num_workers", lambda device: own.num_workers)
+    monkeypatch.setattr(run_call, "num_workers", lambda device: own.num_workers)
     working_sets = [WorkingSet(MAX_BLOCK_PAIRS, 1), WorkingSet(MAX_BLOCK_PAIRS, 4)]
     if differs == "backend":
         working_sets[1] = WorkingSet(None, 1)

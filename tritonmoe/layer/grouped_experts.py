@@ -14,7 +14,7 @@ from tritonmoe.config.layer import MoEConfig, PerWeight, check_moe_config
 from tritonmoe.config.overlap import OverlapConfig, OverlapPlan, check_overlap
 from tritonmoe.dispatch.placement import ExpertPlacement
 from tritonmoe.expert_parallel.check import check_expert_parallel
-from tritonmoe.expert_parallel.state import LayerCalls, refuse
+from tritonmoe.expert_parallel.state import LayerCalls, abort_call
 from tritonmoe.experts.adapters import ExpertAdapters, noted_adapters, noted_factors, with_adapters
 from tritonmoe.experts.arguments import find_main_grads
 from tritonmoe.experts.moe_mlp import run_experts
@@ -322,7 +322,7 @@ class GroupedExperts(nn.Module):
             spec, adapters = self._adapted(adapters)
             inputs = CallTensors(x, topk_ids, topk_weights, self._call_weights(x, adapters))
         except Exception:
-            refuse(shards.transport)
+            abort_call(shards.transport)
             raise
         return shards.run(spec, inputs, num_nonfinite_rows, fillers)
 

@@ -38,7 +38,7 @@ _kinds_moved: set[type[nn.Module]] = set()
 
 
 def note_order(module: nn.Module) -> None:
-    """Let state dicts show the experts of a module in the order of the model, if its rows are in another one."""
+    """Make state dicts show the experts of a module in the order of the model, if its rows are in another one."""
     shards = shards_of(module)
     if shards is not None and shards.is_spread and shards.order is not None:
         _kinds_moved.add(type(module))
@@ -225,7 +225,7 @@ def states_of(
 
 
 def _show_states_of_optimizers() -> None:
-    """Let every optimizer's state_dict() show, and load_state_dict() take, experts in the order of the model.
+    """Make every optimizer's state_dict() show, and load_state_dict() take, experts in the order of the model.
 
     A copy, or a pickled one, has the parameters without their module, which knows their order: it is refused.
     """

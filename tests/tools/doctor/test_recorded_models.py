@@ -9,7 +9,7 @@ import torch
 
 from bench.synthetic_runs import Run, healthy, write_run
 from tritonmoe.config.overlap import OverlapPlan
-from tritonmoe.overlap.report import CallMarks
+from tritonmoe.dispatch.count_exchange import CallMarks
 from tritonmoe.overlap.simulation.cost_model import LayerWork
 from tritonmoe.overlap.simulation.halves_in_turn import simulate_two_batches
 from tritonmoe.tools.doctor.recorded_run import RecordedRun, judge_recording

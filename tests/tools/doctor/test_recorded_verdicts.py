@@ -239,7 +239,7 @@ def test_fewer_ranks_leave_no_fault_behind(fault: Run, tmp_path: Path) -> None:
 
 def test_without_arrivals_no_link_is_called_slow(tmp_path: Path) -> None:
     """As over NCCL; a slow rank is found all the same."""
-    found = diagnose(tmp_path, Run(slow_rank=(2, 1.5), tells_arrivals=False))
+    found = diagnose(tmp_path, Run(slow_rank=(2, 1.5), records_arrivals=False))
     assert (found.found.findings[0].kind, found.found.findings[0].culprits.ranks) == ("slow rank", (2,))
     assert [one.kind for one in found.found.findings] == ["slow rank"]
     assert any("NCCL" in limit for limit in found.limits)

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import tritonmoe as tm
 from bench.synthetic_runs import Run, write_run
 from tritonmoe.errors import TransportError
-from tritonmoe.expert_parallel.listeners import listeners
+from tritonmoe.expert_parallel.call import listeners
 from tritonmoe.layer import report_of
 from tritonmoe.overlap.report import LayerReport
 from tritonmoe.overlap.steps import StepKind

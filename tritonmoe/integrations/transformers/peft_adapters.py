@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from tritonmoe.expert_parallel.state import refuse
+from tritonmoe.expert_parallel.state import abort_call
 from tritonmoe.experts.adapters import FACTORS, HANDS_OVER, NOTES, SHARDS, Note
 from tritonmoe.integrations.transformers.discovery import is_experts
 from tritonmoe.integrations.transformers.names import EXPERTS_IMPLEMENTATION
@@ -188,7 +188,7 @@ def _activate(self: "ParamWrapper", active_adapters: list[str]) -> AbstractConte
     shards, is_packed = shards_of(experts), is_packed_parameter(experts, self.parameter_name)
     if reason and (is_packed or shards is not None):
         if shards is not None:
-            refuse(shards.transport)
+            abort_call(shards.transport)
         what = "weight is packed" if is_packed else "experts are spread over ranks"
         raise ValueError(
             f"PEFT can't run its adapter of {self.parameter_name} of {type(experts).__name__}, whose {what}, since "

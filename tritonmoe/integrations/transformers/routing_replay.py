@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from tritonmoe.expert_parallel.state import refuse
+from tritonmoe.expert_parallel.state import abort_call
 from tritonmoe.integrations.transformers.routed_experts import (
     COMPILED,
     RoutedExperts,
@@ -174,7 +174,7 @@ class _Replay:
                 layer.finish(routed_ids(arguments, keywords)[0], allow_skipped=is_own)
             except ValueError:
                 if routed.transport is not None:
-                    refuse(routed.transport)
+                    abort_call(routed.transport)
                 raise
 
         def end(module: nn.Module, *_: object) -> None:

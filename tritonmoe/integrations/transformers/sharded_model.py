@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from tritonmoe.errors import CountMismatch, TransportError
-from tritonmoe.expert_parallel.state import refuse
+from tritonmoe.expert_parallel.state import abort_call
 from tritonmoe.experts.adapters import check_hands_over
 from tritonmoe.integrations.torch_distributed.parallelize import expert_parameters
 from tritonmoe.integrations.transformers.discovery import ExpertsModule
@@ -232,7 +232,7 @@ def meet(model: nn.Module, what: str) -> None:
 def refuse_to_meet(model: nn.Module) -> None:
     """Let the other ranks, which meet(), hear that this one raised before; then it may raise."""
     for transport in _transports(model):
-        refuse(transport)
+        abort_call(transport)
 
 
 def _transports(model: nn.Module) -> list[Transport]:

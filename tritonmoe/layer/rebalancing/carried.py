@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from tritonmoe.expert_parallel.state import LayerCalls, state_of
 from tritonmoe.layer.rebalancing.spread_experts import SpreadExperts
-from tritonmoe.placement.local_rows import local_rows
+from tritonmoe.placement.placed_rows import local_rows
 from tritonmoe.runtime.living import living, owners_of_memory, refuse_what_lives
 from tritonmoe.runtime.wrappers import refuse_computed
 

@@ -47,7 +47,7 @@ def peak_bytes(plan: OverlapPlan, work: LayerWork, widths: BufferWidths) -> Peak
     holds either on its way. Tests check that the result differs by at most a tenth from what is really held.
 
     With plan.capacity, `work` must have the rows and pairs for which there is room, used or not
-    (capacity.capped_traffic gives them, and so does a layer's report). Backends that go block by block keep only the
+    (a layer's report has them). Backends that go block by block keep only the
     pairs that are there, so the result is the most that they may hold. A call that overflows frees the buffers of its
     first run, and then holds what its rows need without a capacity.
     """

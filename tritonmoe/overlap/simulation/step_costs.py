@@ -44,7 +44,7 @@ class StepCosts:
 
     def with_copies(self) -> "StepCosts":
         """Return costs in which copies take for their pairs what own experts take for theirs."""
-        pairs = [(kind, kind.of_copies) for kind in StepKind if kind.of_copies is not None]
+        pairs = [(kind, kind.copy_kind) for kind in StepKind if kind.copy_kind is not None]
         parts = (self.fixed_s, self.unit_s, self.bends, self.slowness)
         return StepCosts(*({**part, **{copies: part[own] for own, copies in pairs if own in part}} for part in parts))
 

@@ -49,7 +49,7 @@ def step_units(
         if unit is Unit.COPIES:
             return copies.sent * share
         of = [size * share for size in copies.pairs]
-    elif copies is not None and step.kind.of_copies is not None:
+    elif copies is not None and step.kind.copy_kind is not None:
         of = [size - of_copies for size, of_copies in zip(pairs, copies.pairs, strict=True)]
     segment = step.segment(num_local_slices)
     if segment is not None:

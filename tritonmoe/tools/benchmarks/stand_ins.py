@@ -12,11 +12,11 @@ from torch import Tensor
 
 from tritonmoe.config.layer import NO_WEIGHTS, KernelOptions, PerWeight
 from tritonmoe.config.overlap import OverlapPlan
+from tritonmoe.dispatch.call_settings import CallSettings, plan_settings
 from tritonmoe.dispatch.expert_chunks import RowPlaces
 from tritonmoe.dispatch.header import CallHeader
 from tritonmoe.dispatch.plan import DispatchPlan, exchange_plan
 from tritonmoe.dispatch.send_plan import plan_tokens
-from tritonmoe.dispatch.terms import CallTerms, plan_terms
 from tritonmoe.expert_parallel.call import ProposedCall
 from tritonmoe.expert_parallel.layer_pass import BackwardPass, ForwardPass
 from tritonmoe.expert_parallel.plans.base import BackwardExperts, ForwardExperts, Kept, PlanKind, PlannedCall
@@ -173,7 +173,7 @@ def run_passes(
     needs = int(dout is not None)
     tokens = plan_tokens(topk_ids, num_experts, transport.rank, transport.size, overlap)
     header = CallHeader(
-        terms=CallTerms(plan_terms(overlap)),
+        settings=CallSettings(plan_settings(overlap)),
         num_experts=num_experts,
         top_k=topk_ids.shape[1],
         hidden_size=x.shape[1],

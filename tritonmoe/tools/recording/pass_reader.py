@@ -8,7 +8,7 @@ from operator import itemgetter
 from typing import TypeAlias
 
 from tritonmoe.config.overlap import OverlapPlan
-from tritonmoe.overlap.report import CallMarks
+from tritonmoe.dispatch.count_exchange import CallMarks
 from tritonmoe.overlap.schedule import Schedule
 from tritonmoe.overlap.steps import Step, StepKind
 from tritonmoe.tools.recording.call_recording import RecordedPass

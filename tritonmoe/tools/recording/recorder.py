@@ -13,7 +13,7 @@ from weakref import ReferenceType, WeakKeyDictionary, ref
 import torch
 
 from tritonmoe.dispatch.header import CallHeader
-from tritonmoe.expert_parallel.listeners import listeners
+from tritonmoe.expert_parallel.call import listeners
 from tritonmoe.ops.grouping import Grouping
 from tritonmoe.overlap.report import LayerReport
 from tritonmoe.runtime.autograd import is_recomputing
@@ -122,7 +122,7 @@ class _Recorder:
             own = folder / f"transport-{number}" if number else folder
             self._files[transport] = RankFileWriter(own, transport, device)
             self._transports_of_rank[folder, transport.rank] = number + 1
-            transport.tells_arrivals = True
+            transport.records_arrivals = True
 
     def after_forward(self, transport: Transport, header: CallHeader, report: LayerReport, grouping: Grouping) -> None:
         file = self._files.get(transport)
@@ -164,7 +164,7 @@ class _Recorder:
         for file in self._files.values():
             file.close()
         for transport in self._files:
-            transport.tells_arrivals = False
+            transport.records_arrivals = False
         if self._failure is not None:
             raise self._failure
 

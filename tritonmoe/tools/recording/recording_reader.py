@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeAlias
 
-from tritonmoe.overlap.report import CallMarks
+from tritonmoe.dispatch.count_exchange import CallMarks
 from tritonmoe.overlap.steps import Step
 from tritonmoe.runtime.processes import read_files
 from tritonmoe.tools.recording.call_recording import RankCall, RecordedCall, RecordedPass, Recording, file_name

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from tritonmoe.runtime.files import write_whole
-from tritonmoe.transports.flight_record import flight_record, rank_of_job
+from tritonmoe.transports.torch_groups import flight_record, rank_of_job
 
 __all__ = ["on_trace_ready"]
 
