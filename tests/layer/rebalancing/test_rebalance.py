@@ -14,8 +14,8 @@ from torch.nn.utils import prune
 
 import tritonmoe as tm
 from tritonmoe.expert_parallel.state import LayerCalls
-from tritonmoe.layer.rebalancing import move_costs
-from tritonmoe.runtime.helping import helping
+from tritonmoe.layer.rebalancing import better_placement
+from tritonmoe.runtime.other_ranks import dummy_forwards
 from tritonmoe.transports import Transport
 
 CONFIG = tm.MoEConfig(hidden_size=8, intermediate_size=6, num_experts=8, top_k=2, bias=True)
@@ -206,11 +206,11 @@ class Burst:
 def test_a_first_move_is_priced_without_the_bursts_of_links(burst: int, monkeypatch) -> None:
     """Experts of 2 MiB in two tensors, of which 8 have 16 MiB; 2 MiB pass in the burst. A megabyte takes 2**20 ns."""
     transport = Burst(burst)
-    monkeypatch.setattr(move_costs.time, "perf_counter", lambda: transport.seconds)
+    monkeypatch.setattr(better_placement.time, "perf_counter", lambda: transport.seconds)
     tensors = {name: torch.zeros(16 * 4, 2**16) for name in ("weight", "exp_avg")}
-    assert move_costs.ns_of_a_megabyte(transport, tensors, 16) == pytest.approx(2**20, rel=1e-6)
+    assert better_placement.ns_of_a_megabyte(transport, tensors, 16) == pytest.approx(2**20, rel=1e-6)
     few = {name: tensor[:8] for name, tensor in tensors.items()}  # two experts: there is nothing to compare with
-    assert move_costs.ns_of_a_megabyte(transport, few, 2) == pytest.approx(2**20 if burst == 0 else 1, rel=1e-6)
+    assert better_placement.ns_of_a_megabyte(transport, few, 2) == pytest.approx(2**20 if burst == 0 else 1, rel=1e-6)
 
 
 def test_the_link_is_measured():
@@ -646,7 +646,7 @@ def test_evaluation_is_not_counted() -> None:
             layer(x)
             compiled(x)
         assert not layer.experts.expert_shards.calls.load.any()
-        with helping():
+        with dummy_forwards():
             layer.train()(x)
         assert not layer.experts.expert_shards.calls.load.any()
         assert not rebalancer.step().moved

@@ -13,19 +13,20 @@ from torch import Tensor, nn
 
 from tritonmoe.config.numbers import is_integer
 from tritonmoe.dispatch.placement import ExpertPlacement
-from tritonmoe.layer.rebalancing.agree_on_move import agree
+from tritonmoe.errors import PeerFailure
+from tritonmoe.layer.rebalancing.better_placement import best_placement, experts_time, ns_of_a_megabyte
 from tritonmoe.layer.rebalancing.carried import (
     carried_tensors,
     check_optimizers,
     digest,
     expert_bytes,
+    move,
     refuse_elsewhere,
     refuse_shared_states,
 )
-from tritonmoe.layer.rebalancing.move_costs import best_placement, experts_time, ns_of_a_megabyte
-from tritonmoe.layer.rebalancing.moving import move
 from tritonmoe.layer.rebalancing.rebalanced import Look, Rebalanced
 from tritonmoe.layer.rebalancing.spread_experts import SpreadExperts, find_spread_experts
+from tritonmoe.placement.expert_shards import Sharding
 from tritonmoe.transports import as_transport
 from tritonmoe.transports.waiting import Doing
 
@@ -33,6 +34,8 @@ __all__ = ["Rebalancer", "rebalance"]
 
 log = logging.getLogger("tritonmoe")
 MEGABYTE = 2**20
+REFUSED = -1
+"""The number of a rank that can't move its experts."""
 
 
 def rebalance(
@@ -196,7 +199,7 @@ class Rebalancer:
             number = zlib.crc32(of_all.encode())
         except Exception as refused:  # whatever it is, the other ranks wait for this one's word
             error = refused
-        agree(self._layers[0].shards.sharding, number, error)
+        _agree(self._layers[0].shards.sharding, number, error)
         return tensors
 
     def _agreed_loads(self) -> tuple[list[list[int]], list[float]]:
@@ -244,3 +247,32 @@ def _shape(experts: SpreadExperts) -> tuple[object, ...]:
     return tuple(
         (name, tuple(parameter.shape[1:])) for name, parameter in experts.module.named_parameters(recurse=False)
     )
+
+
+def _agree(sharding: Sharding, number: int, error: Exception | None) -> None:
+    """Raise on every rank where a rank has an error, or another number than the others; every rank calls it.
+
+    Args:
+        number: of at least 0, by which ranks know that they would do the same.
+    Raises:
+        The error on the rank that has one. ValueError: another rank has one, or other numbers.
+    """
+    transports = [sharding.transport]
+    if sharding.replicas is not None:  # and what is found among these goes to all the others
+        transports += [as_transport(sharding.replicas), sharding.transport]
+    for transport in transports:
+        numbers = transport.share_number(number if error is None else REFUSED)
+        ranks = transport.job_ranks or range(transport.size)
+        refused = [rank for rank, said in zip(ranks, numbers, strict=True) if said == REFUSED]
+        others = [rank for rank, said in zip(ranks, numbers, strict=True) if said != numbers[0]]
+        if error is None and refused:
+            error = ValueError(f"ranks {refused} can't move their experts, so that none does: their own errors say why")
+            error.__cause__ = PeerFailure(f"ranks {refused} refused")
+        elif error is None and others:
+            error = ValueError(
+                f"what moves with the experts is not the same on ranks {others} as on rank {ranks[0]} (steps so far, "
+                "layers, gradients that are there, or states of optimizers): call step() on every rank behind the same "
+                "step, after zero_grad()"
+            )
+    if error is not None:
+        raise error
