@@ -36,7 +36,7 @@ def _are_right(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def _are_kernels_right(device: torch.device, dtype: torch.dtype) -> bool:
-    """Say whether "auto" takes the kernels of this GPU, which is asked once it can be."""
+    """Return whether "auto" takes the kernels of this GPU, which is asked once it can be."""
     try:
         return _are_right(device, dtype)
     except Unchecked:
@@ -48,7 +48,7 @@ _are_kernels_right._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _warn_of_other_groups(config: MoEConfig) -> None:
-    """Say once of which other code the routing would choose other groups of experts, by the same numbers."""
+    """Warn once which other code would choose other groups of experts by the same numbers."""
     if config.top_k_groups == config.num_expert_groups:
         return
     size = config.num_experts // config.num_expert_groups

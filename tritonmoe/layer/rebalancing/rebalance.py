@@ -41,7 +41,7 @@ REFUSED = -1
 def rebalance(
     model: nn.Module, *optimizers: torch.optim.Optimizer, every: int = 100, history: int | None = None
 ) -> "Rebalancer":
-    """Let the experts in `model` that are spread over ranks move to where the busiest rank has least to do.
+    """Move the experts in `model` that are spread over ranks to where the busiest rank has least to do.
 
     Every rank calls it, once the experts are spread and the optimizers made, and then step() of what it gives, between
     two steps of the training. Each `every` steps the ranks sum how many pairs every expert had in the last `history`
