@@ -11,7 +11,7 @@ from tritonmoe.config.activations import ACTIVATION_NAMES, ClampedSwiGLU, Softca
 from tritonmoe.config.layer import ExpertLayout, PerWeight
 from tritonmoe.ops.backends import reference
 from tritonmoe.ops.backends import triton as kernels
-from tritonmoe.ops.backends.layer_case import LayerCase
+from tritonmoe.ops.backends.kernel_check import LayerCase
 from tritonmoe.ops.grouping import RowSources
 from tritonmoe.ops.kernels.row_tiles import TILE_HEIGHTS, num_tile_slots
 

@@ -17,7 +17,7 @@ from tritonmoe.expert_parallel.state import abort_call
 from tritonmoe.expert_parallel.whole_call import run_whole_call
 from tritonmoe.experts.adapters import ExpertAdapters, with_adapters
 from tritonmoe.experts.arguments import cast_for_autocast, find_main_grads
-from tritonmoe.experts.one_based_ids import watch_ids
+from tritonmoe.experts.one_based_ids import warn_of_one_based_ids
 from tritonmoe.experts.quantized_weight import Weight, given_weights
 from tritonmoe.experts.spec import expert_spec
 from tritonmoe.experts.tensors import CallTensors
@@ -104,7 +104,7 @@ def expert_parallel_mlp(
     spec = CallSpec(experts, num_experts, DEFAULT_OVERLAP if overlap is None else overlap, placement)
     tensors = CallTensors(x, topk_ids, topk_weights, weights)
     out = run_expert_parallel(ProposedCall(spec, transport, tensors, fillers=fillers))
-    watch_ids(topk_ids, num_experts)
+    warn_of_one_based_ids(topk_ids, num_experts)
     return out
 
 

@@ -15,7 +15,7 @@ from tritonmoe.overlap.report import LayerReport
 from tritonmoe.overlap.tuning.tuner import PlanChooser
 from tritonmoe.runtime.autograd import checkpointed_region
 from tritonmoe.runtime.handles import Handled
-from tritonmoe.runtime.helping import is_helping
+from tritonmoe.runtime.other_ranks import in_dummy_forward
 from tritonmoe.transports import Transport
 
 __all__ = ["LayerCalls", "TransportState", "UnderWay", "abort_call", "state_of"]
@@ -169,7 +169,7 @@ class LayerCalls(Handled):
     def count(self, topk_ids: Tensor) -> None:
         """Add a training call's pairs to the load of their experts; a recompute's are counted already."""
         module = None if self.counted is None else self.counted()
-        is_repeated = torch._C._current_graph_task_id() != -1 or is_helping()
+        is_repeated = torch._C._current_graph_task_id() != -1 or in_dummy_forward()
         if self.load is None or module is None or not module.training or is_repeated:
             return
         num_experts = len(self.load) - 1

@@ -53,7 +53,10 @@ class ExpertSpec:
     @cached_property
     def agreed(self) -> tuple[tuple[str, object], ...]:
         """What must be the same on all ranks that share the experts, by name, as users read it."""
-        values = {**{name: getattr(self.layout, name) for name in LAYOUT}, "activation": words_of(self.activation)}
+        values = {
+            **{name: getattr(self.layout, name) for name in LAYOUT},
+            "activation": activation_name(self.activation),
+        }
         values |= {name: getattr(self, name) for name in OTHERS if name not in FREE}
         return tuple(values.items())
 
@@ -83,7 +86,7 @@ LAYOUT = tuple(one.name for one in fields(ExpertLayout))
 """The names of what a layout says, by which MoEConfig has it too."""
 
 
-def words_of(activation: Activation) -> str:
+def activation_name(activation: Activation) -> str:
     """Return what an activation is called; a callable goes by its name."""
     if is_fused(activation):
         return str(activation)

@@ -115,7 +115,7 @@ class GroupedExperts(nn.Module):
         self._hold(empty_parameters(config, len(self.expert_ids), device, dtype))
         self.reset_parameters(generator)
         self.register_load_state_dict_pre_hook(check_loaded)
-        self.key = _know(self)
+        self.key = _register(self)
 
     def __setstate__(self, state: dict[str, object]) -> None:
         super().__setstate__(state)
@@ -126,7 +126,7 @@ class GroupedExperts(nn.Module):
                 calls.number = calls.copy << 32 | calls.layer
                 known = {name: old[name] for name in ("sharding", "calls", "overlap", "placement")}
                 self.expert_shards = ExpertShards(num_experts=self.config.num_experts, names=PARAMETERS, **known)
-        self.key = _know(self)  # this is a copy
+        self.key = _register(self)  # this is a copy
 
     def _spread(
         self,
@@ -279,7 +279,7 @@ class GroupedExperts(nn.Module):
                 bias.zero_()
 
     def narrows_to(self, dtype: torch.dtype) -> bool:
-        """Say whether rows of this dtype get these weights cast to it, but for those with a main_grad.
+        """Return whether these weights are cast to the dtype of the rows, except for weights with a main_grad.
 
         So FSDP2's mixed precision casts the parameters that it manages; spread experts it is told to leave alone.
         """
@@ -378,7 +378,7 @@ class GroupedExperts(nn.Module):
         return weights._replace(**factors)
 
 
-def _know(module: GroupedExperts) -> str:
+def _register(module: GroupedExperts) -> str:
     """Remember a module as long as it lives, and return its key, which no other process has: a file may keep it."""
     key = uuid.uuid4().hex
     with _lock:
@@ -412,7 +412,7 @@ def _note_factors(key: str, adapters: ExpertAdapters) -> None:
     """Remember the parameters of a call's adapters, which are this rank's alone as its experts are.
 
     Args:
-        key: of the module that is called, from _know().
+        key: of the module that is called, from _register().
     Raises:
         ValueError: DistributedDataParallel averages a factor over ranks.
     """

@@ -11,7 +11,7 @@ from tritonmoe.placement.expert_shards import shards_of
 from tritonmoe.placement.marks import MARK
 from tritonmoe.placement.placed_rows import ExpertsOfRank, in_model_order, placed_rows_of
 from tritonmoe.placement.watched_collectives import full_tensor
-from tritonmoe.runtime.living import living
+from tritonmoe.runtime.living import live_instances
 from tritonmoe.runtime.wrappers import refuse_computed
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def orders_of(parameters: Sequence[Tensor]) -> dict[int, ExpertsOfRank]:
     """
     wanted = {id(parameter) for parameter in parameters}
     found: dict[int, ExpertsOfRank] = {}
-    for module in living(*_kinds_moved) if wanted and _kinds_moved else ():
+    for module in live_instances(*_kinds_moved) if wanted and _kinds_moved else ():
         shards = shards_of(module)
         if shards is None or not shards.is_spread or (order := shards.order) is None:
             continue

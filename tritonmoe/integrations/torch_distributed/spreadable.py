@@ -15,7 +15,7 @@ from tritonmoe.layer import MoELayer
 from tritonmoe.placement.data_parallel import counts_by_wrapper
 from tritonmoe.placement.expert_shards import sharded_modules, shards_of
 from tritonmoe.routing import TopKRouter
-from tritonmoe.runtime.living import living, owners_of_memory, refuse_what_lives
+from tritonmoe.runtime.living import live_instances, owners_of_memory, refuse_what_lives
 from tritonmoe.runtime.wrappers import refuse_computed
 
 __all__ = ["check_spreadable"]
@@ -126,14 +126,14 @@ def _held(module: nn.Module, found: Mapping[str, nn.Module], own: Mapping[int, s
                 f"the weights {name} and {other} are tied (one tensor, or one memory), and spreading would part them: "
                 "give every module weights of its own before parallelize()"
             )
-    for held in living(MoELayer):
+    for held in live_instances(MoELayer):
         if id(held) not in inside and (alone := _counts_alone(held, experts)) is not None:
             yield (
                 f"the experts of {alone or 'the module'} belong to a MoELayer outside of the given "
                 f"{type(module).__name__}, whose router would count this rank's load alone: give parallelize() the "
                 "MoELayer, or what holds it"
             )
-    for held in living(DistributedDataParallel, torch.optim.Optimizer):
+    for held in live_instances(DistributedDataParallel, torch.optim.Optimizer):
         parameters: Iterable[object]
         if isinstance(held, DistributedDataParallel):
             wrapped = held.__dict__.get("_modules", {}).get("module")  # one may be half made

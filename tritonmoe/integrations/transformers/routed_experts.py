@@ -13,7 +13,7 @@ from tritonmoe.integrations.transformers.requirements import check_model, check_
 from tritonmoe.layer import MoELayer
 from tritonmoe.placement.expert_shards import shards_of
 from tritonmoe.runtime.autograd import is_recomputing
-from tritonmoe.runtime.helping import is_helping
+from tritonmoe.runtime.other_ranks import in_dummy_forward
 from tritonmoe.runtime.wrappers import COPIES, INSIDE
 from tritonmoe.transports import Transport
 
@@ -124,7 +124,7 @@ def watched_routing(
 
     def watch(name: str, module: nn.Module, arguments: tuple[Tensor, ...], keywords: dict[str, Tensor]) -> None:
         nonlocal was_seen
-        if module is not found[name].experts or is_helping():  # a copy of the model has the hooks too
+        if module is not found[name].experts or in_dummy_forward():  # a copy of the model has the hooks too
             return
         refuse_compiler()
         if not is_recomputing():

@@ -22,7 +22,7 @@ from tritonmoe.layer import MoELayer
 from tritonmoe.routing.recording import RoutingRecording, check_same_layers
 from tritonmoe.routing.replay import LayerReplay
 from tritonmoe.runtime.autograd import is_recomputing
-from tritonmoe.runtime.helping import is_helping
+from tritonmoe.runtime.other_ranks import in_dummy_forward
 
 __all__ = ["record_routing", "replay_routing"]
 
@@ -157,14 +157,14 @@ class _Replay:
             raise ValueError("replay needs the router: pass the model that holds these experts")
 
         def start(module: nn.Module, _: object) -> None:
-            if module is not block or is_helping():  # a copy of the model has the hooks too
+            if module is not block or in_dummy_forward():  # a copy of the model has the hooks too
                 return
             refuse_compiler()
             self._drop_hooks()
             layer.start()
 
         def finish(module: nn.Module, arguments: tuple[Tensor, ...], keywords: dict[str, Tensor]) -> None:
-            if module is not routed.experts or is_helping():
+            if module is not routed.experts or in_dummy_forward():
                 return
             try:
                 if self.has_failed and layer.is_open:
