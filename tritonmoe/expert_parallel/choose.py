@@ -6,7 +6,7 @@ from tritonmoe.config.overlap import OverlapConfig, OverlapPlan, most_copies
 from tritonmoe.dispatch.plan import DispatchPlan
 from tritonmoe.expert_parallel.call import ProposedCall
 from tritonmoe.overlap.report import LayerReport
-from tritonmoe.overlap.simulation.buffer_widths import BufferWidths, WorkingSet
+from tritonmoe.overlap.simulation.memory import BufferWidths, WorkingSet
 from tritonmoe.overlap.tuning.search import fixed_plan
 from tritonmoe.overlap.tuning.tuner import PlanChooser
 from tritonmoe.overlap.tuning.votes import Message

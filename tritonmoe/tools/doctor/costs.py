@@ -13,9 +13,7 @@ from itertools import groupby
 import torch
 
 from tritonmoe.config.overlap import OverlapPlan
-from tritonmoe.overlap.simulation.cost_model import LayerWork, LinkCosts
-from tritonmoe.overlap.simulation.step_costs import StepCosts
-from tritonmoe.overlap.simulation.step_units import step_units
+from tritonmoe.overlap.simulation.cost_model import LayerWork, LinkCosts, StepCosts, step_units
 from tritonmoe.overlap.step_timing import covered_s
 from tritonmoe.overlap.steps import Step, StepKind, Unit
 from tritonmoe.tools.doctor.fits import ALIKE, fit_relative_line, weighted_median

@@ -10,9 +10,8 @@ from itertools import pairwise
 
 from tritonmoe.config.overlap import OverlapPlan
 from tritonmoe.overlap.schedule import build_backward, build_forward
-from tritonmoe.overlap.simulation.cost_model import LinkCosts
+from tritonmoe.overlap.simulation.cost_model import LinkCosts, StepCosts
 from tritonmoe.overlap.simulation.simulator import SimulatedStep, simulate
-from tritonmoe.overlap.simulation.step_costs import StepCosts
 from tritonmoe.overlap.simulation.two_level_work import TwoLevelWork
 from tritonmoe.overlap.steps import StepKind
 from tritonmoe.tools.planner.cluster import Cluster

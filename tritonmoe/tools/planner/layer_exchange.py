@@ -21,10 +21,8 @@ from tritonmoe.ops.backends.pair_work import (
     products_and_elements,
 )
 from tritonmoe.overlap.schedule import build_backward, build_forward
-from tritonmoe.overlap.simulation.cost_model import LayerWork, LinkCosts
-from tritonmoe.overlap.simulation.halves_in_turn import simulate_two_batches
-from tritonmoe.overlap.simulation.simulator import SimulatedStep, Simulation, simulate
-from tritonmoe.overlap.simulation.step_costs import StepCosts
+from tritonmoe.overlap.simulation.cost_model import LayerWork, LinkCosts, StepCosts
+from tritonmoe.overlap.simulation.simulator import SimulatedStep, Simulation, simulate, simulate_two_batches
 from tritonmoe.overlap.simulation.two_level_work import TwoLevelWork
 from tritonmoe.overlap.steps import StepKind
 from tritonmoe.tools.planner.cluster import Cluster

@@ -130,7 +130,7 @@ def model_of_config(config: object, path: str) -> Model:
 
 
 def _has_experts(of: object) -> bool:
-    """Say whether a part of a config speaks of experts."""
+    """Return whether a part of a config speaks of experts."""
     return isinstance(of, dict) and (not of.keys().isdisjoint(EXPERTS_KEYS) or any(map(_has_experts, of.values())))
 
 

@@ -88,7 +88,7 @@ def comparison_as_json(comparison: Comparison) -> Json:
 
 
 def _between_nodes(plans: Sequence[Plan]) -> str | None:
-    """Say whether rows of experts cross nodes, and what a faster network could save; None where nothing fits."""
+    """Return whether rows of experts cross nodes, and what a faster network could save; None where nothing fits."""
     fits = [one for one in plans if one.best.fits and one.cluster.nodes > 1]
     if not fits:
         return None

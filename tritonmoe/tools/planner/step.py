@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from tritonmoe.config.overlap import OverlapPlan
-from tritonmoe.overlap.simulation.halves_in_turn import MOST_LAYERS
+from tritonmoe.overlap.simulation.simulator import MOST_LAYERS
 from tritonmoe.tools.planner.cluster import Cluster
 from tritonmoe.tools.planner.job import Job
 from tritonmoe.tools.planner.layer_exchange import ExchangeTime, LayerExchange
