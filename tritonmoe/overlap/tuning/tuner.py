@@ -129,7 +129,7 @@ class Trials:
         self.num_calls += 1
 
     def record(self, messages: Sequence[Message], *, is_chosen: bool) -> bool:
-        """Record the time of one call, if all ranks tell their time of the same one; return whether a trial has counted.
+        """Record the time of one call, if all ranks tell their time of the same one; return whether a trial counted.
 
         Args:
             is_chosen: all calls run the chosen plan now.

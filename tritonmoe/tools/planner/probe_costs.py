@@ -173,7 +173,7 @@ def probe_steps(experts: GroupedExperts, x: Tensor, topk_ids: Tensor, topk_weigh
 
 @contextmanager
 def _one_chunk(experts: GroupedExperts) -> Iterator[None]:
-    """Let a layer run all pairs in one chunk, its own too, and nothing beside an exchange."""
+    """Make a layer run all pairs in one chunk, its own too, and nothing beside an exchange."""
     before = experts.expert_shards
     if before is None:
         alone = LocalTransport()

@@ -9,8 +9,7 @@ from tritonmoe.overlap.simulation.simulator import MOST_LAYERS
 from tritonmoe.tools.planner.cluster import Cluster
 from tritonmoe.tools.planner.job import Job
 from tritonmoe.tools.planner.layer_exchange import ExchangeTime, LayerExchange
-from tritonmoe.tools.planner.layer_parts import Parts, layer_parts
-from tritonmoe.tools.planner.operation_costs import MAIN_GRAD_BYTES, copy_s, exchange_s, product_s
+from tritonmoe.tools.planner.operation_costs import MAIN_GRAD_BYTES, Parts, copy_s, exchange_s, layer_parts, product_s
 
 __all__ = [
     "BESIDE",
