@@ -11,10 +11,8 @@ from torch import Tensor
 
 import tritonmoe as tm
 from tritonmoe.overlap.schedule import build_backward, build_forward
-from tritonmoe.overlap.simulation.cost_model import EachLink, InsidePorts, LayerWork, LinkCosts
+from tritonmoe.overlap.simulation.cost_model import EachLink, InsidePorts, LayerWork, LinkCosts, StepCosts, step_units
 from tritonmoe.overlap.simulation.simulator import SimulatedStep, simulate
-from tritonmoe.overlap.simulation.step_costs import StepCosts
-from tritonmoe.overlap.simulation.step_units import step_units
 from tritonmoe.overlap.simulation.two_level_work import TwoLevelWork
 from tritonmoe.tools.recording.call_recording import FORMAT, SCHEMA, file_name, plain_plan
 

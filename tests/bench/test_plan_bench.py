@@ -12,7 +12,7 @@ from bench.plan import exchange_errors, tables
 from bench.plan_steps import leave_one_out, walk
 from bench.published import Table, published
 from bench.published_steps import HELD_OUT, published_steps
-from tritonmoe.tools.planner.model_error import MODEL_ERROR
+from tritonmoe.tools.planner.draws import MODEL_ERROR
 
 COMMITTED = Path("bench/results/plan_published.json")
 

@@ -23,9 +23,8 @@ from tritonmoe.ops.backends import reference
 from tritonmoe.ops.backends import torch as torch_backend
 from tritonmoe.ops.grouping import Grouping
 from tritonmoe.overlap.schedule import build_backward, build_forward
-from tritonmoe.overlap.simulation.cost_model import LayerWork, LinkCosts
+from tritonmoe.overlap.simulation.cost_model import LayerWork, LinkCosts, StepCosts
 from tritonmoe.overlap.simulation.simulator import simulate, simulate_layer
-from tritonmoe.overlap.simulation.step_costs import StepCosts
 from tritonmoe.overlap.tuning.tuner import SETTLING_CALLS
 from tritonmoe.transports import Delay, Transport, TwoLevelTransport
 

@@ -21,9 +21,8 @@ from tritonmoe.ops.backends.torch import MAX_BLOCK_PAIRS
 from tritonmoe.ops.kernels.tiles import measured_tiles
 from tritonmoe.ops.kernels.tiles.config import GATHERS
 from tritonmoe.overlap.report import LayerReport
-from tritonmoe.overlap.simulation.buffer_widths import BufferWidths, WorkingSet
 from tritonmoe.overlap.simulation.cost_model import LayerWork
-from tritonmoe.overlap.simulation.memory import peak_bytes
+from tritonmoe.overlap.simulation.memory import BufferWidths, WorkingSet, peak_bytes
 from tritonmoe.overlap.tuning.measured_calls import layer_work
 from tritonmoe.runtime import cpu_memory
 from tritonmoe.transports import PendingExchange, Transport

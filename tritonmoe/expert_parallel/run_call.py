@@ -28,7 +28,7 @@ from tritonmoe.experts.arguments import have_wider_main_grads
 from tritonmoe.experts.quantized_weight import is_packed, weight_formats
 from tritonmoe.experts.tensors import NAMES, OPTIONAL
 from tritonmoe.overlap.report import LayerReport
-from tritonmoe.overlap.simulation.buffer_widths import BufferWidths, WorkingSet
+from tritonmoe.overlap.simulation.memory import BufferWidths, WorkingSet
 from tritonmoe.overlap.tuning.search import fixed_plan
 from tritonmoe.overlap.tuning.tuner import PlanChooser
 from tritonmoe.overlap.tuning.votes import Message

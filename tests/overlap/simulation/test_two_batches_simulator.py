@@ -7,10 +7,8 @@ import torch
 
 import tritonmoe as tm
 from tritonmoe.overlap.schedule import build_forward
-from tritonmoe.overlap.simulation.cost_model import LayerWork, LinkCosts
-from tritonmoe.overlap.simulation.halves_in_turn import simulate_two_batches
-from tritonmoe.overlap.simulation.simulator import simulate, simulate_layer
-from tritonmoe.overlap.simulation.step_costs import StepCosts
+from tritonmoe.overlap.simulation.cost_model import LayerWork, LinkCosts, StepCosts
+from tritonmoe.overlap.simulation.simulator import simulate, simulate_layer, simulate_two_batches
 from tritonmoe.overlap.simulation.two_level_work import TwoLevelWork
 from tritonmoe.overlap.tuning.search import search
 

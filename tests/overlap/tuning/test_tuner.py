@@ -10,10 +10,8 @@ from torch import Tensor
 
 import tritonmoe as tm
 from tritonmoe.config.overlap import FEW_CHUNKS, MAX_CHUNKS, NUM_CHUNKS, candidate_sizes, equal_sizes, ramp_sizes
-from tritonmoe.overlap.simulation.buffer_widths import BufferWidths, WorkingSet
-from tritonmoe.overlap.simulation.cost_model import LayerWork, LinkCosts
-from tritonmoe.overlap.simulation.memory import peak_bytes
-from tritonmoe.overlap.simulation.step_costs import StepCosts
+from tritonmoe.overlap.simulation.cost_model import LayerWork, LinkCosts, StepCosts
+from tritonmoe.overlap.simulation.memory import BufferWidths, WorkingSet, peak_bytes
 from tritonmoe.overlap.steps import Step, StepKind
 from tritonmoe.overlap.tuning import tuner
 from tritonmoe.overlap.tuning.measured_calls import layer_costs, link_costs, median_steps
@@ -25,14 +23,16 @@ from tritonmoe.overlap.tuning.search import (
     preferred,
     search,
 )
-from tritonmoe.overlap.tuning.trials import DRIFT_CALLS, TRIAL_ROUNDS, TriedCall
 from tritonmoe.overlap.tuning.tuner import (
     DETERMINISTIC_NUM_CHUNKS,
+    DRIFT_CALLS,
     MAX_UNHEARD_CALLS,
     MEASURED_NUM_CHUNKS,
     NUM_VOTES,
     SETTLING_CALLS,
+    TRIAL_ROUNDS,
     PlanChooser,
+    TriedCall,
 )
 from tritonmoe.overlap.tuning.votes import Message, other_chunks_first, pack, unpack
 from tritonmoe.tools.benchmarks import auto, overlap_arguments

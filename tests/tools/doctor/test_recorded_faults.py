@@ -9,8 +9,7 @@ import torch
 from recorded_layers import of_layers
 
 from bench.synthetic_runs import Run, healthy, write_run
-from tritonmoe.overlap.simulation.cost_model import LinkCosts
-from tritonmoe.overlap.simulation.step_costs import StepCosts
+from tritonmoe.overlap.simulation.cost_model import LinkCosts, StepCosts
 from tritonmoe.tools.doctor.attribution import Verdict, attribute
 from tritonmoe.tools.doctor.recorded_causes import known_of
 from tritonmoe.tools.doctor.recorded_graph import graph_of

@@ -11,7 +11,7 @@ from bench.synthetic_runs import Run, healthy, write_run
 from tritonmoe.config.overlap import OverlapPlan
 from tritonmoe.dispatch.count_exchange import CallMarks
 from tritonmoe.overlap.simulation.cost_model import LayerWork
-from tritonmoe.overlap.simulation.halves_in_turn import simulate_two_batches
+from tritonmoe.overlap.simulation.simulator import simulate_two_batches
 from tritonmoe.tools.doctor.recorded_run import RecordedRun, judge_recording
 from tritonmoe.tools.recording.call_recording import RecordedPass, Recording
 from tritonmoe.tools.recording.recording_reader import read_recording

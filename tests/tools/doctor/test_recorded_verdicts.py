@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import tritonmoe as tm
 from bench.synthetic_runs import Run, healthy, write_run
 from tritonmoe.config.overlap import OverlapPlan
-from tritonmoe.overlap.simulation.halves_in_turn import simulate_two_batches
+from tritonmoe.overlap.simulation.simulator import simulate_two_batches
 from tritonmoe.tools.doctor.advice import advice_on
 from tritonmoe.tools.doctor.conditions import conditions_of
 from tritonmoe.tools.doctor.costs import fit_costs

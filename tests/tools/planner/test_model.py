@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tritonmoe.tools.planner.model_config import find_model, model_of_config
-from tritonmoe.tools.planner.model_presets import MODELS
+from tritonmoe.tools.planner.model_config import MODELS, find_model, model_of_config
 from tritonmoe.tools.planner.transformer_model import Attention, LatentAttention
 
 transformers = pytest.importorskip("transformers")

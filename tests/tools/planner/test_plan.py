@@ -18,15 +18,13 @@ from tritonmoe.tools.planner import training_plan as planning
 from tritonmoe.tools.planner.cluster import NORMAL_90, Estimate
 from tritonmoe.tools.planner.cluster_presets import CLUSTERS
 from tritonmoe.tools.planner.comparison import compare, equalized
-from tritonmoe.tools.planner.job import Job
-from tritonmoe.tools.planner.model_error import MODEL_ERROR
-from tritonmoe.tools.planner.model_presets import MODELS
+from tritonmoe.tools.planner.draws import MODEL_ERROR
+from tritonmoe.tools.planner.job import Job, trained_by
+from tritonmoe.tools.planner.model_config import MODELS
 from tritonmoe.tools.planner.plan_page import comparison_page
 from tritonmoe.tools.planner.plan_search import OVERLAPS, Free, search, ways
-from tritonmoe.tools.planner.plan_table import comparison_table, plan_table
-from tritonmoe.tools.planner.plan_verdict import comparison_as_json, plan_as_json
+from tritonmoe.tools.planner.plan_text import comparison_as_json, comparison_table, plan_as_json, plan_table
 from tritonmoe.tools.planner.step import step_time
-from tritonmoe.tools.planner.trainer import trained_by
 from tritonmoe.tools.planner.training_plan import plan
 
 JOB = Job(MODELS["Qwen3-30B-A3B"], micro_batches=8)

@@ -11,9 +11,8 @@ import torch
 
 import tritonmoe as tm
 from tritonmoe.overlap.report import PassReport, StepMarks
-from tritonmoe.overlap.simulation.cost_model import LayerWork, LinkCosts
+from tritonmoe.overlap.simulation.cost_model import LayerWork, LinkCosts, StepCosts
 from tritonmoe.overlap.simulation.simulator import simulate_layer
-from tritonmoe.overlap.simulation.step_costs import StepCosts
 from tritonmoe.overlap.simulation.two_level_work import TwoLevelWork
 from tritonmoe.overlap.steps import Step, StepKind
 from tritonmoe.tools.report.perfetto import chrome_trace, write_chrome_trace

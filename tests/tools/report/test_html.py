@@ -29,7 +29,7 @@ from tritonmoe.tools.planner.cluster_presets import CLUSTERS
 from tritonmoe.tools.planner.job import Job
 from tritonmoe.tools.planner.model_config import find_model
 from tritonmoe.tools.planner.plan_page import comparison_page, plan_page
-from tritonmoe.tools.planner.plan_verdict import comparison_as_json, plan_as_json
+from tritonmoe.tools.planner.plan_text import comparison_as_json, plan_as_json
 from tritonmoe.tools.recording.recording_reader import read_recording
 from tritonmoe.tools.report.charts import Bars, Curve, Curves, Heat, Segment, Strip, compact, ticks
 from tritonmoe.tools.report.figures import Figures, Number, Table, Words

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 import torch
 
 from tritonmoe.overlap.report import LayerReport
-from tritonmoe.overlap.simulation.cost_model import LayerWork, LinkCosts
+from tritonmoe.overlap.simulation.cost_model import LayerWork, LinkCosts, StepCosts
 from tritonmoe.overlap.simulation.simulator import Simulation, simulate_layer
-from tritonmoe.overlap.simulation.step_costs import StepCosts
 from tritonmoe.overlap.simulation.two_level_work import TwoLevelWork
 from tritonmoe.overlap.tuning.measured_calls import layer_work, median_steps
 from tritonmoe.tools.benchmarks.measured_layer import MeasuredLayer

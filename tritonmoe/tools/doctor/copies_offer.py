@@ -15,8 +15,7 @@ from tritonmoe.config.overlap import OverlapPlan, most_copies
 from tritonmoe.dispatch.copies import ExpertCopies
 from tritonmoe.expert_parallel.plans.copies.copy_planner import CopyCosts, is_uneven, plan_copies
 from tritonmoe.overlap.schedule import Schedule
-from tritonmoe.overlap.simulation.copy_work import CopyWork, backward_with, forward_with, gradient_parts
-from tritonmoe.overlap.simulation.cost_model import LayerWork
+from tritonmoe.overlap.simulation.cost_model import CopyWork, LayerWork, backward_with, forward_with, gradient_parts
 from tritonmoe.overlap.steps import StepKind
 from tritonmoe.tools.doctor.conditions import Conditions
 from tritonmoe.tools.recording.call_recording import RecordedCall

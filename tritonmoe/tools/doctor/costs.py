@@ -14,9 +14,7 @@ import torch
 
 from tritonmoe.config.overlap import OverlapPlan
 from tritonmoe.overlap.report import covered_s
-from tritonmoe.overlap.simulation.cost_model import LayerWork, LinkCosts
-from tritonmoe.overlap.simulation.step_costs import StepCosts
-from tritonmoe.overlap.simulation.step_units import step_units
+from tritonmoe.overlap.simulation.cost_model import LayerWork, LinkCosts, StepCosts, step_units
 from tritonmoe.overlap.steps import Step, StepKind, Unit
 from tritonmoe.tools.doctor.fits import ALIKE, fit_relative_line, weighted_median
 from tritonmoe.tools.doctor.link_fit import LinkRatios

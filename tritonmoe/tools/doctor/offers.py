@@ -9,9 +9,8 @@ from torch import Tensor
 
 from tritonmoe.config.overlap import OverlapPlan, candidate_sizes
 from tritonmoe.overlap.schedule import build_forward
-from tritonmoe.overlap.simulation.cost_model import LayerWork, LinkCosts
+from tritonmoe.overlap.simulation.cost_model import LayerWork, LinkCosts, StepCosts
 from tritonmoe.overlap.simulation.simulator import simulate
-from tritonmoe.overlap.simulation.step_costs import StepCosts
 from tritonmoe.overlap.steps import StepKind
 from tritonmoe.tools.doctor.advice import Advice
 from tritonmoe.tools.doctor.attribution import Cost

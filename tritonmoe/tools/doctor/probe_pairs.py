@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tritonmoe.overlap.simulation.step_costs import fit_line
+from tritonmoe.overlap.simulation.cost_model import fit_line
 from tritonmoe.tools.doctor.link_fit import SMALLEST_RATIO
 from tritonmoe.transports import Transport
 

@@ -10,7 +10,7 @@ import torch
 from tritonmoe.config.overlap import OverlapConfig
 from tritonmoe.dispatch.placement import ExpertPlacement
 from tritonmoe.overlap.simulation.cost_model import EachLink, InsidePorts, LayerWork
-from tritonmoe.overlap.simulation.halves_in_turn import MOST_LAYERS
+from tritonmoe.overlap.simulation.simulator import MOST_LAYERS
 from tritonmoe.overlap.tuning.search import search
 from tritonmoe.tools.doctor.conditions import Conditions, Halves, Nodes, walk, with_plan
 from tritonmoe.tools.doctor.copies_offer import copies_offer
