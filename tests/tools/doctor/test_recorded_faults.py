@@ -12,9 +12,8 @@ from bench.synthetic_runs import Run, healthy, write_run
 from tritonmoe.overlap.simulation.cost_model import LinkCosts
 from tritonmoe.overlap.simulation.step_costs import StepCosts
 from tritonmoe.tools.doctor.attribution import Verdict, attribute
-from tritonmoe.tools.doctor.recorded_causes import known_of
 from tritonmoe.tools.doctor.recorded_graph import graph_of
-from tritonmoe.tools.doctor.recorded_run import judge_recording
+from tritonmoe.tools.doctor.recorded_run import judge_recording, known_of
 from tritonmoe.tools.recording.recording_reader import read_recording
 
 

@@ -9,10 +9,10 @@ import pytest
 from step_graphs import Exchange, graph_of
 
 from tritonmoe.tools.doctor.attribution import Verdict, attribute
-from tritonmoe.tools.doctor.causes import Causes
 from tritonmoe.tools.doctor.graph import Graph, Kind, Member, Run
 from tritonmoe.tools.doctor.noise import gain_of_noise
 from tritonmoe.tools.doctor.reading import ForeignRun
+from tritonmoe.tools.doctor.replays import Replays
 from tritonmoe.tools.doctor.usual import usual_of
 from tritonmoe.tools.doctor.verdict import as_text
 from tritonmoe.tools.doctor.words import words_of
@@ -144,7 +144,7 @@ def test_noise_of_exchanges_alone() -> None:
     graph.runs = []
     graph.programs = [[one for one in program if one[0] is not Kind.RUN] for program in graph.programs]
     usual = usual_of(graph)
-    assert gain_of_noise(graph, usual, Causes(graph, usual).walker) >= 0
+    assert gain_of_noise(graph, usual, Replays(graph, usual).walker) >= 0
 
 
 def hiding_run(extra_s: float, late_s: float = 0.06) -> Graph:

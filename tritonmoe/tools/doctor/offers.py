@@ -15,11 +15,11 @@ from tritonmoe.overlap.simulation.step_costs import StepCosts
 from tritonmoe.overlap.steps import StepKind
 from tritonmoe.tools.doctor.advice import Advice
 from tritonmoe.tools.doctor.attribution import Cost
-from tritonmoe.tools.doctor.causes import Causes
 from tritonmoe.tools.doctor.fits import fit_relative_line
 from tritonmoe.tools.doctor.graph import Graph, Key, floats, indices
 from tritonmoe.tools.doctor.moe_layers import LayerPass, layers_of
 from tritonmoe.tools.doctor.node_bytes import inside_byte_s, node_bytes
+from tritonmoe.tools.doctor.replays import Replays
 from tritonmoe.tools.doctor.usual import usual_of
 from tritonmoe.tools.doctor.walk import walker_of
 
@@ -78,11 +78,11 @@ class Offers:
 
     def _balance(self) -> Advice | None:
         """Offer that all ranks get the same rows."""
-        causes = Causes(self.graph, usual_of(self.graph))
-        if causes.is_nothing("imbalance"):
+        replays = Replays(self.graph, usual_of(self.graph))
+        if replays.is_nothing("imbalance"):
             return None
-        (even,) = causes.without([{"imbalance": None}])
-        gain = Cost.of([was - now for was, now in zip(causes.as_it_was, even, strict=True)])
+        (even,) = replays.without([{"imbalance": None}])
+        gain = Cost.of([was - now for was, now in zip(replays.as_it_was, even, strict=True)])
         words = "rows spread evenly over the ranks (the router's balance, or a placement of its experts)"
         return Advice(words, "", gain)
 

@@ -8,12 +8,12 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from tritonmoe.overlap.steps import StepKind
-from tritonmoe.tools.doctor.causes import CauseKind
 from tritonmoe.tools.doctor.costs import Costs
 from tritonmoe.tools.doctor.messages import Messages, Reach, find_messages, reaches
 from tritonmoe.tools.doctor.recorded_graph import RecordedGraph
@@ -44,8 +44,7 @@ AMONG = 0.25
 class LinkFault:
     """Which end of which links is slow."""
 
-    kind: CauseKind
-    """slow link, late link, slow port."""
+    kind: Literal["slow link", "late link", "slow port"]
     links: tuple[tuple[int, int], ...]
     """(sender, receiver) of each, the worst first; of a port or a node none."""
     ranks: tuple[int, ...]
