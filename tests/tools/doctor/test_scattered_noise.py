@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 from step_graphs import Exchange, graph_of
 
-from tritonmoe.tools.doctor.attribution import Verdict, attribute
+from tritonmoe.tools.doctor.attribution import Verdict, attribute, gain_of_noise
 from tritonmoe.tools.doctor.graph import Graph, Kind, Member, Run
-from tritonmoe.tools.doctor.noise import gain_of_noise
 from tritonmoe.tools.doctor.reading import ForeignRun
 from tritonmoe.tools.doctor.replays import Replays
 from tritonmoe.tools.doctor.usual import usual_of

@@ -5,24 +5,26 @@ each without the others and the others without it, since two causes can hide eac
 steps are what a verdict is made of: all steps count.
 """
 
+import copy
 import functools
 import random
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from tritonmoe.tools.doctor.causes import CAUSES, CauseKind, Culprits, Known
 from tritonmoe.tools.doctor.culprits import culprits_of
 from tritonmoe.tools.doctor.graph import Graph, floats, indices
 from tritonmoe.tools.doctor.link_ends import SlowLinks
-from tritonmoe.tools.doctor.noise import gain_of_noise
 from tritonmoe.tools.doctor.pattern import FEW_STEPS, Pattern
 from tritonmoe.tools.doctor.replays import Removal, Replays
-from tritonmoe.tools.doctor.usual import usual_of
+from tritonmoe.tools.doctor.usual import Usual, usual_of
+from tritonmoe.tools.doctor.walk import Walker
 
-__all__ = ["Cost", "Finding", "Verdict", "attribute"]
+__all__ = ["Cost", "Finding", "Verdict", "attribute", "gain_of_noise"]
 
 SMALLEST_SHARE = 0.05
 """A smaller share of the step is not spoken of."""
@@ -38,6 +40,9 @@ LEAST_CERTAIN = 0.005
 """A cost whose interval begins below that share of a step, which is shown as 0 %, may be noise."""
 NUM_SELECTIONS = 200
 INTERVAL = 0.8
+MOST_RUNS, FEWEST_RUNS = 8, 2
+MOST_OPERATIONS = 1_000_000
+"""In all runs together: of many operations each run gains about the same."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +139,7 @@ class Verdict:
 
 
 def attribute(graph: Graph, known: Known | None = None) -> Verdict:
-    """Say why the steps of a run take as long as they do.
+    """Return why the steps of a run take as long as they do.
 
     known: what a recording of this package's layers tells beyond the graph.
     Raises:
@@ -253,7 +258,7 @@ def _named(finding: Finding, slow: SlowLinks | None, known: Known | None) -> Fin
 
 
 def _of_one_thing(findings: list[Finding], others: list[tuple[CauseKind, float]], step_s: float) -> list[Finding]:
-    """Leave out findings that another finding explains: the links' rate where one slow link makes it what it is."""
+    """Return the findings without those that another one explains, such as the links' rate where one link is slow."""
     kept = []
     for one in findings:
         explained_s = sum(of.cost.seconds for of in findings if one.kind in CAUSES[of.kind].explains)
@@ -266,3 +271,40 @@ def _of_one_thing(findings: list[Finding], others: list[tuple[CauseKind, float]]
 
 def _less(was: Sequence[float], now: Sequence[float]) -> list[float]:
     return [before - after for before, after in zip(was, now, strict=True)]
+
+
+def gain_of_noise(graph: Graph, usual: Usual, walker: Walker) -> float:
+    """Return the seconds of a step that removing all causes gains in runs of the same noise and of no cause.
+
+    In such a run every operation takes what is usual, and the noise of another operation of its kind: what operations
+    differ by, without what is due to something, is dealt out anew among the ranks, of each key in each step.
+    """
+    tables, draw = graph.tables, torch.Generator(device="cpu").manual_seed(0)
+    num_steps = len(graph.steps)
+    run_places = tables.run_key * num_steps + tables.run_step
+    member_places = tables.member_key * num_steps + tables.member_step
+    level_busy_s, level_transfer_s = usual.level_busy_s - usual.of_rows_s, usual.level_transfer_s - usual.of_bytes_s
+    gains = []
+    for _ in range(max(FEWEST_RUNS, min(MOST_RUNS, MOST_OPERATIONS // max(1, len(tables.run_key))))):
+        run_of, member_of = (_dealt(places, draw) for places in (run_places, member_places))
+        busy_s = (level_busy_s + (usual.busy_s - usual.level_busy_s)[run_of]).clamp(min=0)
+        idle_s = (usual.level_idle_s + (usual.idle_s - usual.level_idle_s)[run_of]).clamp(min=0)
+        transfer_s = level_transfer_s + (usual.transfer_s - usual.level_transfer_s)[member_of]
+        healthy = copy.copy(graph)
+        healthy.tables = replace(tables, busy_s=busy_s, idle_s=idle_s, transfer_s=transfer_s)
+        found = usual_of(healthy)
+        as_it_is = walker.step_times(healthy.tables.run_s, transfer_s)
+        without = walker.step_times(
+            (found.busy_s - found.of_rows_s + found.idle_s + tables.overhead_s).clamp(min=0),
+            found.transfer_s - found.of_bytes_s,
+        )
+        gains.append(statistics.fmean(as_it_is) - statistics.fmean(without))
+    return max(0.0, *gains)
+
+
+def _dealt(places: Tensor, draw: torch.Generator) -> Tensor:
+    """Return for each operation another one (or itself) of the same place, drawn without putting back."""
+    shuffled = torch.randperm(len(places), generator=draw)
+    found = torch.empty_like(places)
+    found[places.argsort(stable=True)] = shuffled[places[shuffled].argsort(stable=True)]
+    return found

@@ -127,7 +127,7 @@ def _at_fault(
 def _fewest(
     replays: Replays, kind: CauseKind, excess_s: Tensor, gone: Tensor, without: Sequence[CauseKind]
 ) -> tuple[tuple[int, ...], list[float]]:
-    """Return the fewest ranks whose excess explains the gain, the worst first, none where it is all; and the gain.
+    """Return the smallest set of ranks (worst first) that explains the gain, and the gain; no ranks mean all of them.
 
     gone: (W, S), which part of each rank's excess is taken out beforehand.
     """

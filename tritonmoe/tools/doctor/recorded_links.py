@@ -212,7 +212,7 @@ def _mend(
 
 
 def _fault_of_steps(held_up_s: Tensor, is_used: Tensor, costs: Costs, recording: Recording) -> LinkFault | None:
-    """Say which end of which links is slow, and whether it is another one from step to step."""
+    """Return which end of which links is slow, without links or ranks where they change from step to step."""
     totals = held_up_s.sum((1, 2))
     costly = [step for step, total in enumerate(totals.tolist()) if total > 0.5 * float(totals.max())]
     if not costly:
@@ -241,7 +241,7 @@ def _is_whole_port(is_slow: Tensor, rank: int, is_used: Tensor, node_size: int |
 
 
 def _fault_of(held_up_s: Tensor, is_used: Tensor, costs: Costs, recording: Recording) -> LinkFault:
-    """Say which end of which links is slow, by how long (W, W) rows from rank i have held up rank k."""
+    """Return which end of which links is slow, by how long (W, W) rows from rank i have held up rank k."""
     total, size = float(held_up_s.sum()), len(held_up_s)
     ratios = costs.ratios
     of_links = held_up_s.tolist()

@@ -65,7 +65,7 @@ def as_text(run: AnyRun, found: Verdict, advice: Sequence[Advice] = ()) -> str:
 
 
 def about(run: AnyRun, found: Verdict) -> str:
-    """Say what was read."""
+    """Return what was read, in words."""
     graph = found.graph
     kinds = ", ".join(f"{count} of {kind}" for kind, count in run.kinds.items())
     counts = f"{count_words(len(graph.ranks), 'rank')}, {count_words(len(graph.steps), 'step')}"
@@ -73,7 +73,7 @@ def about(run: AnyRun, found: Verdict) -> str:
 
 
 def step_words(found: Verdict) -> str:
-    """Say what a step takes, and what it consists of."""
+    """Return how long a step takes, and how ranks spend it, in words."""
     return (
         f"a step takes {time_words(found.measured_s)}, in the replay {time_words(found.replayed_s)} "
         f"({found.error:+.1%}); a rank spends {share_words(found.computing_s, found)} of a step computing, "
@@ -112,7 +112,7 @@ def headline(found: Verdict) -> list[str]:
 
 
 def warnings_of(found: Verdict) -> list[str]:
-    """Say that findings may be noise, or that steps are few, and what to do; nothing where neither is so."""
+    """Return warnings that findings may be noise or steps too few, with what to do; none where neither is so."""
     lines, num_steps = [], len(found.graph.steps)
     if found.noise_s > MUCH_NOISE * found.replayed_s:
         lines.append(

@@ -37,7 +37,7 @@ class FindingWords:
 
 
 def words_of(one: Finding, found: Verdict, recording: Recording | None = None) -> FindingWords:
-    """Say what a finding is; recording: of this package's layers, where it is one."""
+    """Return the words of a finding; recording: the recording of this package's layers, where the run is one."""
     graph, culprits = found.graph, one.culprits
     if culprits.links and not culprits.words:
         ways = [f"from rank {graph.ranks[i]} to rank {graph.ranks[k]}" for i, k in culprits.links]
@@ -69,7 +69,7 @@ def words_of(one: Finding, found: Verdict, recording: Recording | None = None) -
 
 
 def mended_words(found: Verdict) -> str:
-    """Say how what mending all findings gains compares with their costs."""
+    """Return how the gain of mending all findings compares with the sum of their costs."""
     all_s, sum_s = found.mended.seconds, sum(one.cost.seconds for one in found.findings)
     if abs(all_s - sum_s) <= ADDS_UP * sum_s:
         return "their costs add up"
@@ -79,7 +79,7 @@ def mended_words(found: Verdict) -> str:
 
 
 def _host_words(graph: Graph, ranks: Sequence[int]) -> str:
-    """Say of which host these are all ranks; "" where they are not, or it has one."""
+    """Return the host of which these are all ranks, in words; "" where they are not all, or the host has one rank."""
     hosts = {graph.hosts[rank] for rank in ranks} if graph.hosts else set()
     if len(hosts) != 1 or len(ranks) < 2 or graph.hosts.count(*hosts) != len(ranks):
         return ""
