@@ -14,7 +14,7 @@ from tritonmoe.tools.doctor.reading import ForeignRun
 from tritonmoe.tools.doctor.replays import Replays
 from tritonmoe.tools.doctor.usual import usual_of
 from tritonmoe.tools.doctor.verdict import as_text
-from tritonmoe.tools.doctor.words import words_of
+from tritonmoe.tools.doctor.words import describe_finding
 
 RANKS, STEPS, EXCHANGES = 4, 12, 20
 
@@ -197,15 +197,17 @@ def test_all_ranks_are_not_left_out() -> None:
     found = attribute(hiding_run(extra_s=0.0))
     slow = replace(found.findings[0], kind="slow link")
     of_two = replace(found, graph=run_of((), 0.0, 2))
-    assert words_of(slow, of_two).to_do.startswith("two ranks can't tell whether sender, receiver or link is at fault")
-    assert words_of(slow, found).to_do.startswith("check cable")
+    assert describe_finding(slow, of_two).to_do.startswith(
+        "two ranks can't tell whether sender, receiver or link is at fault"
+    )
+    assert describe_finding(slow, found).to_do.startswith("check cable")
     for one in found.findings:
         of_all = replace(one, culprits=replace(one.culprits, ranks=(), moves=False))
-        words = words_of(of_all, found)
+        words = describe_finding(of_all, found)
         assert words.title == f"{one.kind}s"
         assert words.who == "all ranks"
         assert "leave the machine out" not in words.to_do
-        assert words_of(one, found).title == one.kind
+        assert describe_finding(one, found).title == one.kind
 
 
 @pytest.mark.parametrize("num_steps", [STEPS, STEPS - 1])

@@ -21,7 +21,7 @@ from tritonmoe.tools.doctor.samples import slope
 from tritonmoe.tools.doctor.usual import Usual
 from tritonmoe.tools.recording.call_recording import RecordedCall, Recording
 
-__all__ = ["CAUSES", "OF_LONG_BATCHES", "Cause", "CauseKind", "Culprits", "Excess", "Known", "Words"]
+__all__ = ["CAUSES", "OF_LONG_BATCHES", "Cause", "CauseKind", "Culprits", "ExcessTime", "Known", "Words"]
 
 CauseKind: TypeAlias = str
 """A key of CAUSES."""
@@ -37,7 +37,7 @@ MEASURE = "measure the links alone with tritonmoe doctor --probe-links"
 
 
 @dataclass
-class Excess:
+class ExcessTime:
     """Seconds above (or below) what is usual, of every Run (N,) and Member (M,)."""
 
     run_s: Tensor
@@ -132,8 +132,8 @@ class Cause:
     what: Callable[[Words], str]
     """What ranks or links do, as the end of a sentence about them."""
     to_do: str
-    compared: Callable[[Graph, Usual], Excess] | None = None
-    structural: Callable[[Known, Usual], Excess] | None = None
+    compared: Callable[[Graph, Usual], ExcessTime] | None = None
+    structural: Callable[[Known, Usual], ExcessTime] | None = None
     found_as: CauseKind = ""
     """The cause whose excess this one is another name of; empty: its own."""
     to_do_of_all: str = ""
@@ -159,29 +159,29 @@ class Cause:
         return self.found_as or self.kind
 
 
-def _of_runs(run_s: Tensor, graph: Graph) -> Excess:
-    return Excess(run_s, torch.zeros_like(graph.tables.transfer_s))
+def _of_runs(run_s: Tensor, graph: Graph) -> ExcessTime:
+    return ExcessTime(run_s, torch.zeros_like(graph.tables.transfer_s))
 
 
-def _of_members(member_s: Tensor, graph: Graph) -> Excess:
-    return Excess(torch.zeros_like(graph.tables.busy_s), member_s)
+def _of_members(member_s: Tensor, graph: Graph) -> ExcessTime:
+    return ExcessTime(torch.zeros_like(graph.tables.busy_s), member_s)
 
 
-def _bandwidth(known: Known, usual: Usual) -> Excess:
+def _bandwidth(known: Known, usual: Usual) -> ExcessTime:
     transfers_s = (usual.transfer_s - usual.of_bytes_s).clamp(min=0)
     return _of_members(transfers_s - _latency(known, usual).member_s, known.built.graph)
 
 
-def _latency(known: Known, usual: Usual) -> Excess:
+def _latency(known: Known, usual: Usual) -> ExcessTime:
     transfers_s, graph = (usual.transfer_s - usual.of_bytes_s).clamp(min=0), known.built.graph
     return _of_members(torch.minimum(transfers_s, _latency_s(graph, known.costs)), graph)
 
 
-def _chunk_overhead(known: Known, usual: Usual) -> Excess:
+def _chunk_overhead(known: Known, usual: Usual) -> ExcessTime:
     return _of_runs(_chunks_s(known.built, usual.busy_s - known.contended_s), known.built.graph)
 
 
-def _host_overhead(known: Known, usual: Usual) -> Excess:
+def _host_overhead(known: Known, usual: Usual) -> ExcessTime:
     built = known.built
     return _of_runs(built.graph.tables.overhead_s - built.pause_s, built.graph)
 
@@ -352,7 +352,7 @@ CAUSES: Mapping[CauseKind, Cause] = {
             lambda of: f"get{of.s} more rows than other ranks",
             "balance the router: switch its auxiliary loss or bias on, or raise the weight (the files don't have the "
             f"weight); or spread hot experts over ranks; {OF_LONG_BATCHES}",
-            compared=lambda graph, usual: Excess(usual.of_rows_s, usual.of_bytes_s),
+            compared=lambda graph, usual: ExcessTime(usual.of_rows_s, usual.of_bytes_s),
             to_do_of_layer=_balance_to_do,
             is_due_to_bytes=True,
         ),

@@ -12,7 +12,7 @@ from tritonmoe.tools.doctor.lanes import DOING, Piece, Shown
 from tritonmoe.tools.doctor.recorded_run import RecordedRun
 from tritonmoe.tools.doctor.run_figures import PASSES, timelines_of
 from tritonmoe.tools.doctor.verdict import AnyRun, about, headline, recording_of, remarks, step_words, warnings_of
-from tritonmoe.tools.doctor.words import FindingWords, count_words, mended_words, words_of
+from tritonmoe.tools.doctor.words import FindingWords, count_words, describe_finding, mended_words
 from tritonmoe.tools.report.charts import Bars, Heat, Segment, Strip, Strips, ticks
 from tritonmoe.tools.report.figures import Cell, Figures, Line, Table, Words
 from tritonmoe.tools.report.html import Banner, Block, Page, Section
@@ -74,7 +74,7 @@ class RunPart:
         self.run, self.found, self.advice, self.shown = run, found, advice, shown
         self.figures, self.key = figures, key
         self.timelines: dict[str, list[Timeline]] = {}
-        self.words = [words_of(one, found, recording_of(run)) for one in found.findings]
+        self.words = [describe_finding(one, found, recording_of(run)) for one in found.findings]
         size = len(found.graph.ranks)
         at_fault = [index for one in found.findings for index in one.culprits.ranks]
         waited_for = sorted(range(size), key=lambda rank: -sum(of[rank] for of in shown.waits_s))

@@ -6,7 +6,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from tritonmoe.tools.doctor.causes import CAUSES, CauseKind, Excess, Known
+from tritonmoe.tools.doctor.causes import CAUSES, CauseKind, ExcessTime, Known
 from tritonmoe.tools.doctor.graph import Graph
 from tritonmoe.tools.doctor.usual import Usual
 from tritonmoe.tools.doctor.walk import walker_of
@@ -24,7 +24,7 @@ class Replays:
         self.graph, self.usual, self.tables = graph, usual, graph.tables
         self.walker = walker_of(graph)
         self.run_s, self.transfer_s = self.tables.run_s, self.tables.transfer_s
-        self.excess: dict[CauseKind, Excess] = {}
+        self.excess: dict[CauseKind, ExcessTime] = {}
         for kind, cause in CAUSES.items():
             if cause.compared is not None:
                 self.excess[kind] = cause.compared(graph, usual)

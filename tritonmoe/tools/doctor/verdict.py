@@ -10,7 +10,14 @@ from tritonmoe.tools.doctor.lanes import Shown, shown_of
 from tritonmoe.tools.doctor.reading import ForeignRun
 from tritonmoe.tools.doctor.recorded_run import RecordedRun
 from tritonmoe.tools.doctor.slowdown import slowdown_of
-from tritonmoe.tools.doctor.words import cost_words, count_words, mended_words, share_words, time_words, words_of
+from tritonmoe.tools.doctor.words import (
+    cost_words,
+    count_words,
+    describe_finding,
+    mended_words,
+    share_words,
+    time_words,
+)
 from tritonmoe.tools.recording.call_recording import Recording
 from tritonmoe.tools.report.terminal import one_line
 
@@ -53,7 +60,7 @@ def as_text(run: AnyRun, found: Verdict, advice: Sequence[Advice] = ()) -> str:
     lines.append(step_words(found))
     lines += headline(found)
     for number, one in enumerate(found.findings, 1):
-        words = words_of(one, found, recording_of(run))
+        words = describe_finding(one, found, recording_of(run))
         lines.append(f"{number}. {words.title.upper()}: {words.sentence}")
         lines.append(f"   costs {cost_words(one.cost, found)}. To do: {words.to_do}")
     if len(found.findings) > 1:
@@ -206,7 +213,7 @@ def as_json(run: AnyRun, found: Verdict, advice: Sequence[Advice] = (), shown: S
 
 
 def _plain_finding(finding: Finding, run: AnyRun, found: Verdict) -> Json:
-    culprits, words = finding.culprits, words_of(finding, found, recording_of(run))
+    culprits, words = finding.culprits, describe_finding(finding, found, recording_of(run))
     return {
         "kind": finding.kind,
         "ranks": [found.graph.ranks[index] for index in culprits.ranks],

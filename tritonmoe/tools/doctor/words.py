@@ -9,7 +9,7 @@ from tritonmoe.tools.doctor.culprits import phase_of
 from tritonmoe.tools.doctor.graph import Graph, Key
 from tritonmoe.tools.recording.call_recording import Recording
 
-__all__ = ["FindingWords", "cost_words", "count_words", "mended_words", "share_words", "time_words", "words_of"]
+__all__ = ["FindingWords", "cost_words", "count_words", "describe_finding", "mended_words", "share_words", "time_words"]
 
 ADDS_UP = 0.05
 """Costs add up to what mending all gains if they differ from that by a smaller part of it."""
@@ -36,7 +36,7 @@ class FindingWords:
         return f"{self.who} {self.what}{where}, {self.when}{self.hidden}"
 
 
-def words_of(one: Finding, found: Verdict, recording: Recording | None = None) -> FindingWords:
+def describe_finding(one: Finding, found: Verdict, recording: Recording | None = None) -> FindingWords:
     """Return the words of a finding; recording: the recording of this package's layers, where the run is one."""
     graph, culprits = found.graph, one.culprits
     if culprits.links and not culprits.words:
