@@ -11,9 +11,8 @@ from recorded_layers import of_layers
 from bench.synthetic_runs import Run, healthy, write_run
 from tritonmoe.overlap.simulation.cost_model import LinkCosts, StepCosts
 from tritonmoe.tools.doctor.attribution import Verdict, attribute
-from tritonmoe.tools.doctor.recorded_causes import known_of
 from tritonmoe.tools.doctor.recorded_graph import graph_of
-from tritonmoe.tools.doctor.recorded_run import judge_recording
+from tritonmoe.tools.doctor.recorded_run import judge_recording, known_of
 from tritonmoe.tools.recording.recording_reader import read_recording
 
 

@@ -16,10 +16,9 @@ from html_pages import check_page
 from bench.synthetic_runs import Run, ones, write_run
 from tritonmoe.tools.cli import main
 from tritonmoe.tools.doctor.lanes import shown_of
-from tritonmoe.tools.doctor.links import LinkRatios
-from tritonmoe.tools.doctor.page import runs_page
+from tritonmoe.tools.doctor.link_fit import LinkRatios
+from tritonmoe.tools.doctor.page import RecordedPart, runs_page
 from tritonmoe.tools.doctor.recorded_graph import graph_of
-from tritonmoe.tools.doctor.recorded_page import RecordedPart
 from tritonmoe.tools.doctor.recorded_run import RecordedRun, judge_recording
 from tritonmoe.tools.doctor.run_figures import figures_of
 from tritonmoe.tools.doctor.verdict import as_json, as_text, warnings_of

@@ -89,7 +89,7 @@ def _turns(size: int, distance: int) -> list[dict[int, int]]:
 
 
 def _send(transport: Transport, receiver_of: dict[int, int], num_bytes: int, device: torch.device | str) -> float:
-    """Let every sender send so many bytes to its receiver, and give what this rank's exchange took."""
+    """Send so many bytes from every sender to its receiver, and return the seconds of this rank's exchange."""
     size, own = transport.size, transport.rank
     there, here = [0] * size, [0] * size
     for sender, receiver in receiver_of.items():
