@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from transformers.utils import ModelOutput
 
-__all__ = ["Arguments", "HalvedForward", "HalvesTrial", "batch_size", "by_name", "num_targets", "split", "two_batches"]
+__all__ = ["HalvedForward", "HalvesTrial", "split", "two_batches"]
 
 Arguments: TypeAlias = dict[str, Any]
 """The arguments of a model's forward, by name."""
@@ -54,7 +54,7 @@ SMALLEST_GAIN = 0.02
 """Steps run in halves if they are faster by at least this share."""
 
 
-def by_name(given: inspect.BoundArguments, signature: inspect.Signature) -> Arguments:
+def _by_name(given: inspect.BoundArguments, signature: inspect.Signature) -> Arguments:
     """Return the arguments by name, those in **kwargs too."""
     flat: Arguments = {}
     for name, value in given.arguments.items():
@@ -68,7 +68,7 @@ def by_name(given: inspect.BoundArguments, signature: inspect.Signature) -> Argu
     return flat
 
 
-def batch_size(arguments: Arguments) -> int:
+def _batch_size(arguments: Arguments) -> int:
     """Return how many sequences the batch has."""
     for name in ("input_ids", "inputs_embeds"):
         if isinstance(arguments.get(name), Tensor):
@@ -96,7 +96,7 @@ def split(arguments: Arguments, size: int, first: int) -> tuple[Arguments, Argum
     return halves
 
 
-def num_targets(arguments: Arguments) -> Tensor | int:
+def _num_targets(arguments: Arguments) -> Tensor | int:
     """Return how many tokens of the whole batch have a target."""
     given = arguments.get("num_items_in_batch")
     if given is not None:
@@ -204,7 +204,7 @@ class HalvedForward:
 
     def __call__(self, *positional: object, **named: object) -> object:
         given = self.__signature__.bind(*positional, **named)
-        arguments = by_name(given, self.__signature__)
+        arguments = _by_name(given, self.__signature__)
         why_whole = self._why_whole(arguments)
         if why_whole and self.trial is not None:
             self.trial.interrupt()
@@ -236,7 +236,7 @@ class HalvedForward:
         elapsed_ns = 0 if trial is None else trial.elapsed_ns()
         size, refusal = 2, None
         try:
-            size = batch_size(arguments)
+            size = _batch_size(arguments)
             split(arguments, size, size // 2)
         except ValueError as error:
             refusal = error
@@ -267,7 +267,7 @@ class HalvedForward:
         return ""
 
     def _run_halves(self, arguments: Arguments, reason: str) -> "ModelOutput | tuple":
-        size = batch_size(arguments)
+        size = _batch_size(arguments)
         first = (size + 1) // 2
         self.choice = f"two halves, of {first} and {size - first} sequences" + (reason and f": {reason}")
         returns_dict = arguments.pop("return_dict", None)
@@ -297,7 +297,7 @@ class HalvedForward:
                 f"{type(model).__name__} computes its loss itself, and two_batches can't compute that loss from "
                 "halves: leave out `labels`, and compute the loss of the logits"
             )
-        loss = _ShareOfLoss(model.loss_function, num_targets(arguments))
+        loss = _ShareOfLoss(model.loss_function, _num_targets(arguments))
         before = model.__dict__.get("_loss_function")
         model.loss_function = loss
         try:

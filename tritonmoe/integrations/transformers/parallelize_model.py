@@ -85,7 +85,7 @@ def parallelize(
     if found:
         patch(model)
         for own in found.values():
-            _spread(own, sharding, overlap, expert_gradients)
+            _shard_experts(own, sharding, overlap, expert_gradients)
     spread_layers(model, group_or_mesh, overlap, expert_gradients=expert_gradients)
     shard_adapters(model)
     bind_to_spread(model, found)
@@ -122,7 +122,7 @@ def _check_weights(name: str, experts: ExpertsModule) -> None:
             )
 
 
-def _spread(experts: ExpertsModule, sharding: Sharding, overlap: OverlapConfig, expert_gradients: str) -> None:
+def _shard_experts(experts: ExpertsModule, sharding: Sharding, overlap: OverlapConfig, expert_gradients: str) -> None:
     """Keep this rank's experts of a module, as DTensors."""
     own: dict[str, Tensor | None] = {
         name: _own_experts(experts.get_parameter(name), sharding.transport) for name in weight_names(experts)

@@ -157,15 +157,10 @@ def everybody_of(model: nn.Module) -> "DeviceMesh":
     # FSDP2 spreads parameters over more ranks than the experts alone.
     meshes = [parameter.device_mesh for parameter in model.parameters() if isinstance(parameter, DTensor)]
     largest = max(meshes, key=lambda mesh: mesh.size())
-    num_members = len(_members(model))
+    num_members = len({rank for _, _, shards in sharded_modules(model) for rank in shards.sharding.members or ()})
     if num_members > largest.size() and num_members == dist.get_world_size():  # with copies, on a mesh of two axes
         return DeviceMesh.from_group(own_group(None), largest.device_type)
     return largest
-
-
-def _members(model: nn.Module) -> set[int]:
-    """Return the ranks that hold the experts or copies of them."""
-    return {rank for _, _, shards in sharded_modules(model) for rank in shards.sharding.members or ()}
 
 
 def _save_gathered(

@@ -1,4 +1,4 @@
-"""Every weight of a model of transformers, under the name it would have without wrappers, and what adapts it."""
+"""Every weight of a model of transformers, packed or not, by the name it has without wrappers, and what adapts it."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,7 +17,7 @@ from tritonmoe.runtime.wrappers import inside_wrapper, refuse_computed
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["PackedWeight", "Weight", "check_as_it_is", "check_plain", "model_inside", "model_weights", "packed_weights"]
+__all__ = ["Weight", "check_as_it_is", "check_plain", "model_inside", "model_weights"]
 
 
 DECODED = "tm.export_weights(model, dequantize=True) gives it in bf16, adapters merged"
@@ -76,7 +76,7 @@ class PackedWeight(NamedTuple):
         return values.detach(), scales.detach(), is_transposed != bool(getattr(experts, "is_transposed", False))
 
 
-def packed_weights(module: nn.Module) -> list[PackedWeight]:
+def _packed_weights(module: nn.Module) -> list[PackedWeight]:
     """Return the packed weights of a module of experts; none of another."""
     from tritonmoe.integrations.transformers.packed.packed_experts import is_packed_weight, up_name
 
@@ -255,7 +255,7 @@ def _weights_in(
             f"{name} is a {type(module).__name__} of PEFT, whose weights can't be merged one by one: export a copy of "
             "the model after merge_and_unload()"
         )
-    packed = packed_weights(module)
+    packed = _packed_weights(module)
     refuse_computed(name, module, _computed(module) if not packed else (), "its weights are exported or loaded")
     yield from (
         (prefix + own_name, weight) for own_name, weight in _own_weights(module, packed, adapted_by, dequantize)

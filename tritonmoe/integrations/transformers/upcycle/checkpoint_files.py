@@ -15,7 +15,7 @@ from tritonmoe.runtime.files import check_regular, parse_json, read_json
 if TYPE_CHECKING:
     from safetensors import safe_open
 
-__all__ = ["CheckpointReader", "ShardWriter", "check_name", "file_inside", "parse_size"]
+__all__ = ["CheckpointReader", "ShardWriter", "file_inside", "parse_size"]
 
 SIZE_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 MAX_INDEX_BYTES = 128 << 20
@@ -129,7 +129,7 @@ def _files_by_tensor(directory: Path, stem: str) -> dict[str, str]:
     if not isinstance(listed, dict) or not listed:
         raise ValueError(f'{index} is damaged or half written: it has no "weight_map" from tensors to files')
     for tensor, name in listed.items():
-        check_name(name, f"{index}: weight_map[{tensor!r}]")
+        _check_name(name, f"{index}: weight_map[{tensor!r}]")
     if os.path.lexists(single) and single.name not in listed.values():
         raise ValueError(
             f"{directory} holds two checkpoints, {single.name} and the shards of {index.name}: from_pretrained would "
@@ -209,7 +209,7 @@ class ShardWriter:
 CACHED_REPOSITORY = re.compile(r"(models|datasets|spaces|kernels)--.+")
 
 
-def check_name(name: object, where: str) -> str:
+def _check_name(name: object, where: str) -> str:
     """Return the name of a file in a directory, or in one below it; `where` says what names it.
 
     Raises:
