@@ -10,8 +10,7 @@ from torch import Tensor
 
 from bench.gpu.setting import HEADLINE, Setting
 from bench.gpu.workbench import Workbench, times_of
-from tritonmoe.integrations.transformers.bench_model import ModelSizes, qwen3_moe_model
-from tritonmoe.integrations.transformers.peers import peer_unusable_reason
+from tritonmoe.integrations.transformers.bench_model import ModelSizes, peer_unusable_reason, qwen3_moe_model
 from tritonmoe.ops.kernels.tiles import measured_tiles
 from tritonmoe.runtime.files import Json
 from tritonmoe.tools.benchmarks.step_memory import kept_for_backward_mb, peak_mb

@@ -25,7 +25,7 @@ from tritonmoe.integrations.transformers import (
 )
 from tritonmoe.integrations.transformers.discovery import experts_classes
 from tritonmoe.integrations.transformers.requirements import check_transformers
-from tritonmoe.integrations.transformers.trainer_loading import load_saved
+from tritonmoe.integrations.transformers.trainer_checkpoints import load_saved
 from tritonmoe.integrations.transformers.upcycle.checkpoint import upcycle_checkpoint
 from tritonmoe.integrations.transformers.upcycle.conversion import upcycle
 from tritonmoe.integrations.transformers.upcycle.expert_init import DenseFFN, UpcycleSettings, make_experts

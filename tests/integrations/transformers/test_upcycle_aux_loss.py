@@ -296,7 +296,7 @@ def test_blocks_that_are_called_by_hand():
 
 
 def call(mask: object, is_model: bool = True, takes_mask: bool = True) -> EnclosingCall:
-    return EnclosingCall("", is_model, takes_mask, mask, has_cache=False, is_time_major=False)
+    return EnclosingCall("", is_model, takes_mask, is_time_major=False, mask=mask)
 
 
 def test_masks_that_are_not_of_the_rows():

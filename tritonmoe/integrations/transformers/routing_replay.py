@@ -69,7 +69,7 @@ def record_routing(
 
 @contextmanager
 def replay_routing(model: nn.Module, recording: RoutingRecording) -> Iterator["ReplayCounts"]:
-    """Let the routers of a transformers model take recorded ids, while the context lasts.
+    """Make the routers of a transformers model take recorded ids, while the context lasts.
 
     The weights of these experts, and their gradients, come from the model's own scores: its router runs as ever, and
     where it calls torch.topk, the values are the scores at the recorded ids. The n-th forward of a layer takes its n-th

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 
 from tritonmoe.integrations.transformers import collect_statistics
-from tritonmoe.integrations.transformers.bench_model import qwen3_moe_model
-from tritonmoe.integrations.transformers.peers import PEERS, peer_unusable_reason, register_liger
+from tritonmoe.integrations.transformers.bench_model import PEERS, peer_unusable_reason, qwen3_moe_model, register_liger
 from tritonmoe.runtime.files import Json
 from tritonmoe.tools.benchmarks.argument_types import picture_file, positive
 from tritonmoe.tools.benchmarks.model_sizes import add_model_sizes, check_model_sizes, model_sizes
