@@ -199,8 +199,8 @@ def _headline(found: Json) -> str:
         return ", ".join(f"{name} left out: {why}" for name, why in found["left_out"].items())
     if "passed" in found:
         return "passed"
-    if "speed_up" in found:
-        return f"{found['speed_up']:.3f} times as fast as serial"
+    if "results" in found:
+        return found["output"].strip().splitlines()[-1][:200]
     if "gain" in found:
         return f"{found['gain']:.3f} times" + ("" if found["agrees"] else ", WRONG")
     return "done"

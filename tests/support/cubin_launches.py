@@ -58,7 +58,7 @@ def compare_bytes(folder: Path) -> None:
     torch.cuda.current_stream = lambda device: types.SimpleNamespace(cuda_stream=0)
     inputs = draw_inputs(SMALL, NUM_TOKENS, "uniform", torch.bfloat16, torch.device("cpu"))
     calls = operation_calls(inputs, "triton")
-    for operation in DAY.profiled_operations:
+    for operation in DAY.compiled_operations:
         compiled = cubins.compile_operation(SETTING, operation, NUM_TOKENS, "sm_90")
         with launch.recording(TARGETS["sm_90"]) as launches:
             calls[operation]()
@@ -76,7 +76,7 @@ def compare_bytes(folder: Path) -> None:
 
 def compare_values() -> None:
     bench = Workbench(SETTING)
-    for operation in DAY.profiled_operations:
+    for operation in DAY.compiled_operations:
         compiled = cubins.compile_operation(SETTING, operation, NUM_TOKENS, "sm_90")
         found = next(beside_cubins.compare(compiled, NUM_TOKENS, bench))
         assert found["passed"], (operation, found)
