@@ -19,8 +19,7 @@ from tritonmoe.ops.aot import architecture_named
 from tritonmoe.ops.kernels import launch
 from tritonmoe.runtime.files import Json
 from tritonmoe.tools.benchmarks.argument_types import output_file
-from tritonmoe.tools.benchmarks.kept_results import KeptResults, open_results, read_results, source_hash
-from tritonmoe.tools.benchmarks.machine import identity
+from tritonmoe.tools.benchmarks.kept_results import KeptResults, identity, open_results, read_results, source_hash
 from tritonmoe.tools.benchmarks.tile_candidates import redundant
 from tritonmoe.tools.benchmarks.tuning import LEAST_GAIN, best_entries
 

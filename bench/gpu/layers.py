@@ -14,9 +14,8 @@ from tritonmoe.experts.moe_mlp import moe_mlp
 from tritonmoe.ops.kernels.tiles import measured_tiles
 from tritonmoe.routing.router import TopKRouter
 from tritonmoe.runtime.files import Json
-from tritonmoe.tools.benchmarks.operation_calls import dense_products
 from tritonmoe.tools.benchmarks.roofline import BACKWARD_PRODUCTS, FORWARD_PRODUCTS, product_flops
-from tritonmoe.tools.benchmarks.shapes import LayerInputs, draw_routing
+from tritonmoe.tools.benchmarks.shapes import LayerInputs, dense_products, draw_routing
 from tritonmoe.tools.benchmarks.step_memory import kept_for_backward_mb, peak_mb
 
 __all__ = ["measure_compiling_peers", "measure_few", "measure_layer", "measure_memory", "measure_router"]

@@ -113,7 +113,7 @@ REHEARSAL = Setting(
     rounds=1,
     reruns=2,
     batch_s=0.0,
-    overlap="--emulate 2 --compute-ratio 1 --model tiny --tokens 16 --chunks 1 2 --rounds 1",
+    overlap="--emulate 2 --rate 1gbit --model tiny --tokens 16 --chunks 1 2 --rounds 1",
     training="--subjects model --passes training --routings untrained --dtypes float32 --tokens 16 --rounds 1 "
     "--seconds 0 --layers 1 --hidden-size 64 --intermediate-size 16 --experts 4 --top-k 2",
     most_candidates=2,

@@ -14,7 +14,7 @@ from bench.gpu import alone, programs
 from bench.gpu.children import ROOT
 from bench.gpu.plan import cases
 from bench.gpu.setting import DAY, HEADLINE, REHEARSAL
-from tritonmoe.tools.benchmarks import overlap_arguments, transformers
+from tritonmoe.tools.benchmarks import overlap, transformers
 from tritonmoe.tools.benchmarks.model_sizes import check_model_sizes
 from tritonmoe.transports import LocalTransport
 
@@ -120,7 +120,7 @@ def test_a_benchmarks_results_are_kept(ran, monkeypatch):
 
 @pytest.mark.parametrize("setting", [DAY, REHEARSAL], ids=["day", "rehearsal"])
 def test_the_benchmarks_take_their_arguments(setting):
-    overlap_arguments.check_arguments(overlap_arguments.make_parser().parse_args(setting.overlap.split()))
+    overlap.check_arguments(overlap.make_parser().parse_args(setting.overlap.split()))
     parser = transformers.make_parser()
     arguments = parser.parse_args(setting.training.split())
     check_model_sizes(arguments)

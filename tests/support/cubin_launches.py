@@ -20,8 +20,7 @@ from bench.launch import take_launches
 from tritonmoe.ops.aot import TARGETS
 from tritonmoe.ops.kernels import launch
 from tritonmoe.ops.kernels.compiled import compiled_kernels
-from tritonmoe.tools.benchmarks.operation_calls import operation_calls
-from tritonmoe.tools.benchmarks.shapes import draw_inputs
+from tritonmoe.tools.benchmarks.shapes import draw_inputs, operation_calls
 
 NUM_TOKENS = 300
 """Enough pairs for each expert that its tiles are the headline's."""

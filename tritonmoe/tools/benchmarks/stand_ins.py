@@ -29,7 +29,7 @@ from tritonmoe.ops.backends.ops import WeightGrads
 from tritonmoe.overlap.report import PassReport
 from tritonmoe.transports import Transport
 
-__all__ = ["FixedExperts", "Passes", "StandIn", "run_passes", "sleeping_experts"]
+__all__ = ["FixedExperts", "run_passes", "sleeping_experts"]
 
 
 class StandIn(Protocol):

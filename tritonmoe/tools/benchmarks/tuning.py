@@ -12,10 +12,8 @@ from tritonmoe.ops.kernels import launch
 from tritonmoe.ops.kernels.tiles import measured_tiles
 from tritonmoe.runtime.files import Json
 from tritonmoe.tools.benchmarks.device_time import TimedCalls, graph_pool, interleaved
-from tritonmoe.tools.benchmarks.kept_results import KeptResults, open_results
-from tritonmoe.tools.benchmarks.machine import identity
-from tritonmoe.tools.benchmarks.operation_calls import operation_calls
-from tritonmoe.tools.benchmarks.shapes import LayerShape, draw_inputs
+from tritonmoe.tools.benchmarks.kept_results import KeptResults, identity, open_results
+from tritonmoe.tools.benchmarks.shapes import LayerShape, draw_inputs, operation_calls
 from tritonmoe.tools.benchmarks.tile_candidates import Candidate, candidates_of, judge_all, products_of, redundant
 
 __all__ = [
