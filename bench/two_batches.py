@@ -116,7 +116,7 @@ class Step:
         return halved
 
     def choose(self) -> str:
-        """Let "auto" try both ways anew; give what it says."""
+        """Make "auto" try both ways anew; return its choice."""
         self.auto = self._detached(tmt.two_batches(self.model, "auto"))
         assert self.auto.trial is not None
         while self.auto.trial.decision is None:

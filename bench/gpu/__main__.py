@@ -79,12 +79,12 @@ def _why_not(rehearse: bool) -> str:
 
 
 def is_finished(result: Json | None) -> bool:
-    """Say whether a case needs no other run: what went wrong does once this folder or the tests have changed."""
+    """Return whether a case needs no other run: a wrong one does once this folder or the tests have changed."""
     return result is not None and (not is_wrong(result) or result["harness"] == HARNESS)
 
 
 def is_wrong(result: Json) -> bool:
-    """Say whether a result speaks against the kernels or the harness."""
+    """Return whether a result speaks against the kernels or the harness."""
     return result.get("passed") is False or "failed" in result or bool(result.get("problem"))
 
 

@@ -76,7 +76,7 @@ def _translated(setting: Setting, arguments: Json) -> Json:
 
 
 def _leaves_a_capture(found: Json) -> bool:
-    """Say whether a capture failed: it may keep memory, and what comes after it may not be captured."""
+    """Return whether a capture failed: it may keep memory, and what comes after it may not be captured."""
     ways = [*found.get("timed_by", {}).values(), *(timed["timed_by"] for timed in found.get("times", {}).values())]
     return any(way.startswith(CAPTURE_FAILED) for way in ways)
 

@@ -105,7 +105,7 @@ def _with_others(line: dict, other: dict) -> dict:
 
 
 def _peers(lines: Collection[dict]) -> str:
-    """Say which peers were measured somewhere, and why others were not."""
+    """Return the sentence that names the measured peers, and why others are left out."""
     measured = sorted({name for line in lines for name in line.get("times", {})} - set(NO_PEERS))
     reasons = {name: why for line in lines for name, why in line.get("left_out", {}).items() if name not in measured}
     left_out = "; ".join(f"{name}, since {why}" for name, why in reasons.items())

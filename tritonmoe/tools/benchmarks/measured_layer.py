@@ -40,7 +40,7 @@ class ReplayedPeers:
         self._plans: list[SimpleQueue[OverlapPlan | None]] = [SimpleQueue() for _ in range(num_ranks)]
 
     def ask(self, plan: OverlapPlan | None) -> None:
-        """Let all peers run a call of this plan, or return."""
+        """Make all peers run a call of this plan; None ends their threads."""
         for queue in self._plans[1:]:
             queue.put(plan)
 

@@ -32,7 +32,7 @@ INTERFACE = "eth0"
 
 
 def is_inside() -> bool:
-    """Say whether this process was started in a network namespace of its own."""
+    """Return whether this process was started in a network namespace of its own."""
     return INSIDE in os.environ
 
 
@@ -141,7 +141,7 @@ MTU = 9000
 
 
 def unusable_reason() -> str | None:
-    """Say why network namespaces can't be made here; None where they can."""
+    """Return why network namespaces can't be made here; None where they can."""
     if not hasattr(os, "geteuid"):
         return "network namespaces are a feature of Linux"
     if os.geteuid() != 0:
@@ -231,7 +231,7 @@ class Namespaces:
         return next((process.returncode for process in self._processes if process.returncode), 0)
 
     def _answer(self, question: str) -> str:
-        """Do what rank 0 asks with ask(): "rate BITS_PER_S", of every rank's link or of the nodes' uplinks with
+        """Answer a question of rank 0's ask(): "rate BITS_PER_S", of every rank's link or of the nodes' uplinks with
         "uplink_rate BITS_PER_S", "rates JSON", or "uplinks" for uplink_bytes() as JSON.
 
         The JSON of rates is [[bits per second of every rank], [[sender, receiver, bits per second], ...]].

@@ -223,7 +223,7 @@ def shown(figures: Json, name: str) -> str:
 
 
 def noise_notes(results: Json) -> list[str]:
-    """Say whether the link has the asked ratio, and of each schedule with marked figures what was measured."""
+    """Return a sentence if the link misses the asked ratio, and one for each schedule with marked figures."""
     summary, notes = results["summary"], []
     compute, communication = (summary[f"T_{kind}"]["median_ms"] for kind in ("compute", "communication"))
     reached, asked = compute / communication, results["compute_ratio"]

@@ -59,7 +59,7 @@ class Subject:
         self.take(0)
 
     def take(self, call: int) -> None:
-        """Let the passes run on the batch of this call: token ids (1, T) of the model, rows (1, T, D) of the block."""
+        """Make the passes run on the batch of this call: token ids (1, T) of the model, rows (1, T, D) of the block."""
         self.ids, self.rows = self.batches[call % NUM_BATCHES]
 
     def training(self) -> None:

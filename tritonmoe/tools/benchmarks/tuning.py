@@ -86,7 +86,7 @@ def _with_entries(call: Call, entries: measured_tiles.Entries) -> Call:
 
 
 def agree(found: Tensor, expected: Tensor) -> bool:
-    """Say whether each number is off by at most two units in its last place, and what sums in fp32 lose."""
+    """Return whether each number is off by at most two units in its last place, and what sums in fp32 lose."""
     right = expected.double()
     allowed = (
         2 * torch.finfo(expected.dtype).eps * right.abs() + 64 * torch.finfo(torch.float32).eps * right.abs().max()

@@ -202,7 +202,7 @@ def _report_progress(step: int, loss: float) -> None:
 
 
 def _have_equal_losses(serial: list[RankTraining], overlapped: list[RankTraining], num_steps: int) -> bool:
-    """Say whether every rank's losses of the first steps are the same numbers, bit for bit."""
+    """Return whether every rank's losses of the first steps are the same numbers, bit for bit."""
     return all(
         one.own_losses[:num_steps] == other.own_losses[:num_steps]
         and one.mean_losses[:num_steps] == other.mean_losses[:num_steps]

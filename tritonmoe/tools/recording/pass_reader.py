@@ -84,7 +84,7 @@ def _read_steps(values: object, total_s: float, num_peers: int, columns: StepCol
 
 
 def _are_times(times: Sequence[tuple], total_s: float) -> bool:
-    """Say whether columns hold numbers that times of a pass of this length can be, all of them floats."""
+    """Return whether columns hold floats that can be times of a pass of this length."""
     flat = list(chain.from_iterable(times))
     if set(map(type, flat)) != {float} or not math.isfinite(sum(flat)):
         return False
@@ -101,7 +101,7 @@ def _are_times(times: Sequence[tuple], total_s: float) -> bool:
 
 
 def _are_moments(arrivals: Sequence[object], total_s: float, num_peers: int) -> bool:
-    """Say whether lists hold a moment within a pass of this length, a float, or None for every peer."""
+    """Return whether lists hold for every peer a float that is a moment within a pass of this length, or None."""
     if not all(type(moments) is list and len(moments) == num_peers for moments in arrivals):
         return False
     flat: list = list(chain.from_iterable(arrivals))  # type: ignore[arg-type]  # they are lists
@@ -156,7 +156,7 @@ def _layout(
 
 @lru_cache(maxsize=1024)
 def _follow(plan: OverlapPlan, steps: Layout, inside: Layout) -> bool:
-    """Say whether a pass has the steps of its plan's schedule, each once."""
+    """Return whether a pass has the steps of its plan's schedule, each once."""
     schedule = schedule_of(plan, steps.kinds)
     expected = inside_of(schedule) if inside is not NO_STEPS else ()
     return _named(steps.steps) == _named(schedule) and _named(inside.steps) == _named(expected)
