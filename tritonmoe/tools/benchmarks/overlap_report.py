@@ -8,10 +8,9 @@ from tritonmoe.runtime.files import Json
 from tritonmoe.tools.benchmarks.overlap_rank import RankMeasurement
 from tritonmoe.tools.benchmarks.overlap_variants import best
 from tritonmoe.tools.benchmarks.timing import ratio, summarize
-from tritonmoe.tools.report.charts import Curve, Curves, Heat
+from tritonmoe.tools.report.charts import Curve, Curves, Heat, lanes_chart, ranks_within
 from tritonmoe.tools.report.figures import UNITS, Cell, Figures, Table, Words
 from tritonmoe.tools.report.html import Page, Section
-from tritonmoe.tools.report.lane_chart import lanes_chart, ranks_within
 from tritonmoe.tools.report.perfetto import chrome_trace
 from tritonmoe.tools.report.terminal import TEXT_COLUMNS
 from tritonmoe.tools.report.timeline import Timeline

@@ -7,10 +7,9 @@ from tritonmoe.tools.doctor.lanes import Shown
 from tritonmoe.tools.doctor.page import RunPart
 from tritonmoe.tools.doctor.recorded_run import RecordedRun
 from tritonmoe.tools.doctor.run_figures import PASSES, timelines_of
-from tritonmoe.tools.report.charts import Heat
+from tritonmoe.tools.report.charts import MOST_SPANS, Heat, lanes_chart, ranks_within
 from tritonmoe.tools.report.figures import Cell, Figures, Line, Table, Words
 from tritonmoe.tools.report.html import Block
-from tritonmoe.tools.report.lane_chart import MOST_SPANS, lanes_chart, ranks_within
 
 __all__ = ["RecordedPart"]
 
