@@ -195,19 +195,6 @@ def test_clocks_are_read_while_something_runs():
     read.close()
 
 
-def test_metrics_of_ncu():
-    names = ["ID", "Kernel Name", *(f"metric_{number}" for number in range(30))]
-    units = ["", "", *["%"] * 30]
-    lines = [
-        "==PROF== Connected",
-        *(",".join(f'"{cell}"' for cell in row) for row in (names, units, ["0", "up", *["1,5"] * 30])),
-    ]
-    found = programs.parse_ncu(lines)
-    assert found["Kernel Name"] == "up"
-    assert found["metric_29"] == "1,5 %"
-    assert programs.parse_ncu(["==ERROR== ERR_NVGPUCTRPERM"]) == {}
-
-
 def test_a_program_that_takes_too_long_is_killed_with_what_it_started():
     child = "print(1, flush=True); import time; time.sleep(60)"
     script = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
@@ -234,7 +221,7 @@ process.wait()
 
 
 def on_a_gpu(monkeypatch, output, status):
-    """Let programs see a GPU's tools, which print this."""
+    """Make programs print this."""
     setting = programs.Workbench.__new__(programs.Workbench)
     setting.setting = replace(REHEARSAL, is_rehearsal=False)
     setting.forget = lambda: None
@@ -245,26 +232,7 @@ def on_a_gpu(monkeypatch, output, status):
         return {"command": " ".join(command), "status": status, "program_s": 1.0, "output": output}
 
     monkeypatch.setattr(programs, "run_program", run_program)
-    monkeypatch.setattr(programs.shutil, "which", lambda tool: f"/usr/bin/{tool}")
     return setting, commands
-
-
-def test_tools_on_a_gpu(monkeypatch):
-    bench, commands = on_a_gpu(monkeypatch, "==ERROR== ERR_NVGPUCTRPERM - The user does not have permission", 1)
-    assert "ERR_NVGPUCTRPERM" in programs.profile_with_ncu(bench, "up", 32768)["left_out"]
-    assert commands[0][0] == "ncu"
-    assert commands[0][-5:] == [sys.executable, "-m", "bench.gpu.one_operation", "up", "32768"]
-    assert commands[0][commands[0].index("--clock-control") + 1] == "none"
-    bench, _ = on_a_gpu(monkeypatch, "==PROF== Connected, and nothing else", 0)
-    assert "nothing else" in programs.profile_with_ncu(bench, "up", 32768)["failed"]
-    bench, commands = on_a_gpu(monkeypatch, "========= ERROR SUMMARY: 1 error", 9)
-    assert not programs.run_sanitizer(bench, "memcheck", "up", 40)["passed"]
-    assert commands[0][:3] == ["compute-sanitizer", "--tool", "memcheck"]
-    assert "--report-api-errors no" in " ".join(commands[0])
-    assert commands[0][-1] == "--small"
-    monkeypatch.setattr(programs.shutil, "which", lambda tool: None)
-    assert programs.profile_with_ncu(bench, "up", 32768) == {"left_out": "ncu is not there"}
-    assert programs.run_sanitizer(bench, "memcheck", "up", 40) == {"left_out": "compute-sanitizer is not there"}
 
 
 def test_files_of_tests(monkeypatch):

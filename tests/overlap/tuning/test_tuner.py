@@ -35,7 +35,7 @@ from tritonmoe.overlap.tuning.tuner import (
     TriedCall,
 )
 from tritonmoe.overlap.tuning.votes import Message, other_chunks_first, pack, unpack
-from tritonmoe.tools.benchmarks import auto, overlap_arguments
+from tritonmoe.tools.benchmarks import auto, overlap
 from tritonmoe.tools.planner.plan_search import OVERLAPS
 from tritonmoe.transports import LocalTransport, Transport
 
@@ -75,7 +75,7 @@ def test_no_number_of_chunks_is_far_from_one_that_is_tried() -> None:
 def test_planner_doctor_and_benchmarks_try_the_same_chunks() -> None:
     assert [plan.chunk_sizes for plan in OVERLAPS if not plan.serial] == list(candidate_sizes())
     assert {len(sizes) for sizes in candidate_sizes()} == set(FEW_CHUNKS) < set(NUM_CHUNKS)
-    for parser in (auto.make_parser(), overlap_arguments.make_parser()):
+    for parser in (auto.make_parser(), overlap.make_parser()):
         assert parser.parse_args(["--netns", "2"]).chunks == list(FEW_CHUNKS)
         assert f"(default {' '.join(map(str, FEW_CHUNKS))})" in parser.format_help()
 

@@ -29,7 +29,7 @@ from tritonmoe.ops.backends.ops import WeightGrads
 from tritonmoe.overlap.report import PassReport
 from tritonmoe.transports import Transport
 
-__all__ = ["FixedExperts", "Passes", "StandIn", "run_passes", "sleeping_experts"]
+__all__ = ["FixedExperts", "run_passes", "sleeping_experts"]
 
 
 class StandIn(Protocol):
@@ -203,7 +203,7 @@ def run_passes(
 
 @contextmanager
 def sleeping_experts(pair_s: float) -> Iterator[None]:
-    """Let all experts sleep so many seconds for each pair in each of the three instead of computing; they give zeros.
+    """Make all experts sleep so many seconds for each pair in each of the three instead of computing; they give zeros.
 
     A rank then takes as long as it has pairs, on any machine, beside any number of other ranks in the process. All else
     of a call is as it is: counts, plans, exchanges of rows, of copies and of their gradients.

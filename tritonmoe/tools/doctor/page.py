@@ -13,10 +13,19 @@ from tritonmoe.tools.doctor.recorded_run import RecordedRun
 from tritonmoe.tools.doctor.run_figures import PASSES, timelines_of
 from tritonmoe.tools.doctor.verdict import AnyRun, about, headline, recording_of, remarks, step_words, warnings_of
 from tritonmoe.tools.doctor.words import FindingWords, count_words, describe_finding, mended_words
-from tritonmoe.tools.report.charts import Bars, Heat, Segment, Strip, Strips, ticks
+from tritonmoe.tools.report.charts import (
+    MOST_SPANS,
+    Bars,
+    Heat,
+    Segment,
+    Strip,
+    Strips,
+    lanes_chart,
+    ranks_within,
+    ticks,
+)
 from tritonmoe.tools.report.figures import Cell, Figures, Line, Table, Words
 from tritonmoe.tools.report.html import Banner, Block, Page, Section
-from tritonmoe.tools.report.lane_chart import MOST_SPANS, lanes_chart, ranks_within
 from tritonmoe.tools.report.perfetto import chrome_trace
 from tritonmoe.tools.report.timeline import Timeline
 
