@@ -128,6 +128,7 @@ def test_layers_with_few_tokens_take_turns(bench, monkeypatch):
     assert ran == [*range(ways.NUM_SETS), 0]
 
 
+@pytest.mark.thorough
 def test_a_layer_beside_held_multiprocessors(bench, monkeypatch):
     found = ways.measure_beside(bench, HEADLINE, 12, "uniform", [0, 2])
     all_ways = ("all multiprocessors", ways.BESIDE_OTHER_RANKS, "one tile a program")
@@ -195,6 +196,7 @@ def test_no_product_fits_beside_what_holds_a_multiprocessor():
     assert all(128 << 10 <= int(shared) < 164 << 10 and reads == "3" for _, shared, reads in lines)
 
 
+@pytest.mark.thorough
 def test_training_of_a_whole_model(bench):
     found = training.measure_training(bench, 12, 6)
     assert list(found["times"]) == list(found["memory"]) == list(training.IMPLEMENTATIONS)
@@ -209,6 +211,7 @@ def test_training_of_a_whole_model(bench):
     assert found["held_mb"] == pytest.approx(3 * weights_mb, rel=1e-2)
 
 
+@pytest.mark.thorough
 def test_an_implementation_with_other_gradients_is_wrong(bench, monkeypatch):
     loss_and_gradient, memory = training._Job.loss_and_gradient, training._Job.memory
 
