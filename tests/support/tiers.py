@@ -47,6 +47,7 @@ COSTLY_FILES = {
     "tests/test_pytorch.py": "what PyTorch has around layers, compiled graphs among them",
     "tests/transports/test_agreement.py": "starts processes, in which ranks disagree in every way",
     "tests/transports/test_contract.py": "the whole contract on every transport, in processes of gloo and MPI too",
+    "tests/transports/test_two_level_faults.py": "layers on two levels of which a rank dies at each exchange in turn",
 }
 """Why a file costs more, and is in the first tier all the same."""
 ALONE_FILES = {"test_process_faults.py", "test_rebuild.py", "test_two_level_faults.py"}
