@@ -25,6 +25,7 @@ def bench():
     bench.clocks.close()
 
 
+@pytest.mark.thorough
 def test_samples_of_every_result_are_compared_with_fp64(bench):
     for shape, biases in ((HEADLINE, []), ("gpt-oss", ["dgate_up_bias", "ddown_bias"])):
         found = checks.check_samples(bench, shape, 12, "hot", {})
@@ -49,11 +50,13 @@ def test_an_error_of_a_thousandth_is_found(name, bench, monkeypatch):
     assert {error.partition(" of ")[0] for error, of in found["errors"].items() if not of["passed"]} == {name}
 
 
+@pytest.mark.thorough
 def test_the_checked_tiles_are_used(bench):
     found = checks.check_samples(bench, HEADLINE, 12, "uniform", {"gather": "copy"})
     assert any("gather=copy" in tile for key, tile in found["tiles"].items() if " up " in key)
 
 
+@pytest.mark.thorough
 def test_a_bit_that_differs_in_one_rerun_is_found(bench, monkeypatch):
     assert checks.rerun(bench, HEADLINE, 12, "zipf", {}) == {"reruns": 2, "different": {}, "passed": True}
     step, runs = checks._step, []
@@ -70,6 +73,7 @@ def test_a_bit_that_differs_in_one_rerun_is_found(bench, monkeypatch):
     assert found == {"reruns": 2, "different": {"dx": 1}, "passed": False}
 
 
+@pytest.mark.thorough
 def test_a_layer_beside_its_peers(bench):
     entries = {key: {"block_n": 16} for key in bench.calls_by_key(bench.inputs(HEADLINE, 12, "uniform"))}
     found = layers.measure_layer(bench, HEADLINE, 12, "uniform", backward=True, others=True, entries=entries)
@@ -174,6 +178,7 @@ def test_single_operations(bench):
     assert profile["total_us"] >= max(kernel["us"] for kernel in profile["kernels"])
 
 
+@pytest.mark.thorough
 def test_what_is_in_the_cache_of_tiles_is_not_measured(bench, monkeypatch):
     monkeypatch.setattr(measured_tiles, "kept", lambda: pytest.fail("tiles.json was asked"))
     operations.measure_operation(bench, "up", HEADLINE, 12)
@@ -204,6 +209,7 @@ def test_a_program_that_takes_too_long_is_killed_with_what_it_started():
     assert found["status"] is None
 
 
+@pytest.mark.thorough
 def test_a_program_ends_with_the_process_that_started_it():
     child = "print(1, flush=True); import time; time.sleep(60)"
     script = f"""

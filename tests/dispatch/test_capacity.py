@@ -161,7 +161,9 @@ def test_equals_one_device(num_ranks: int, capacity: float) -> None:
                     assert not report.first_run.overflowed
 
 
-@pytest.mark.parametrize(("local_first", "capacity"), [(True, ROOMY), (False, TIGHT)], ids=str)
+@pytest.mark.parametrize(
+    ("local_first", "capacity"), [(True, ROOMY), pytest.param(False, TIGHT, marks=pytest.mark.thorough)], ids=str
+)
 @pytest.mark.usefixtures("nan_filled_memory")
 def test_kernels_skip_the_padding(local_first: bool, capacity: float) -> None:
     """Their groupings have gaps between chunks; with the little room, chunks of nothing else."""

@@ -146,9 +146,12 @@ HIDDEN_KEPT = tuple((num_chunks, "hidden") for num_chunks in (1, 2, 4, 8))
 CASES = dict.fromkeys(PLANS, ((4, "hidden"), (2, "input"))) | {"equal": HIDDEN_KEPT, "ramp-all-travel": HIDDEN_KEPT}
 CASES |= dict.fromkeys(("experts", "experts-all-travel"), ((1, "hidden"), (2, "hidden"), (2, "input")))
 """No more chunks of experts than a rank has experts."""
+FIRST = ("equal", "experts")
 
 
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize(
+    "plan", [pytest.param(plan, marks=() if plan in FIRST else pytest.mark.thorough) for plan in PLANS]
+)
 def test_said_before_is_what_is_held(plan: str) -> None:
     batch = Batch(torch.float32)
     for num_chunks, save in CASES[plan]:
@@ -165,6 +168,7 @@ def test_said_before_is_what_is_held(plan: str) -> None:
             assert abs(expected / measured - 1) < BOUND, (num_chunks, save, name, measured, expected)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("save", ["hidden", "input"])
 def test_copies_of_hot_experts_are_counted(save: str) -> None:
     """Their weights, which with save="input" travel twice, and the gradients of these."""
@@ -274,6 +278,7 @@ def test_a_layer_stays_within_its_budget(capacity: float | None) -> None:
     assert max(batch.measure(plan, "hidden")) < (1 + BOUND) * budget
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("differs", ["backend", "threads"])
 def test_ranks_that_need_other_memory_choose_one_plan(differs: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The torch backend goes block by block, as many at a time as there are threads; the reference doesn't."""

@@ -223,6 +223,7 @@ assert tm.run_on_emulated_ranks(on_rank, 1) == [0]
 """
 
 
+@pytest.mark.thorough
 def test_a_child_after_fork() -> None:
     """In a process of its own: a child of this one would have to do without the threads of all earlier tests."""
     ended = subprocess.run([sys.executable, "-c", FORKING], capture_output=True, text=True, timeout=60)

@@ -56,6 +56,7 @@ def padded(batch: dict[str, Tensor], size: int, side: str) -> dict[str, Tensor]:
     return wider
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("name", ["gpt2", "opt", "bert", "t5", "gemma3", "xlnet", "deberta", "lfm2"])
 def test_padding_is_not_counted(name, attention):

@@ -70,7 +70,7 @@ def on_one_device(kind: Callable, size: int) -> list[dict[str, Tensor]]:
 @pytest.mark.parametrize(
     ("size", "replicated", "kind"),
     [
-        (4, False, ADAMW),
+        pytest.param(4, False, ADAMW, marks=pytest.mark.thorough),
         (2, True, SGD),
         pytest.param(2, False, SGD, marks=pytest.mark.thorough),
         pytest.param(4, True, ADAMW, marks=pytest.mark.thorough),
@@ -414,7 +414,9 @@ SHARING: dict[str, tuple[Callable[[tm.MoELayer, tm.MoELayer], object], str]] = {
 }
 
 
-@pytest.mark.parametrize("how", SHARING)
+@pytest.mark.parametrize(
+    "how", [pytest.param(how, marks=pytest.mark.thorough if n else ()) for n, how in enumerate(SHARING)]
+)
 def test_a_weight_that_another_module_shares_does_not_move(how: str) -> None:
     """A move would put other experts' rows under the other module, whose placement it doesn't know."""
 

@@ -86,6 +86,7 @@ def test_two_levels() -> None:
     assert forward.total_s < 0.9 * 2 * 4 * (one + 4.0)
 
 
+@pytest.mark.thorough
 def test_search_of_halves() -> None:
     """Where the rest of the model covers all rows, halves win with one chunk; where nothing needs cover, whole ones."""
     costs = StepCosts({"experts": 1.0, "experts_backward": 1.0}, COSTS.unit_s)

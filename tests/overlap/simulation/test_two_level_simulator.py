@@ -120,6 +120,7 @@ PLANS = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 def test_the_simulated_steps_are_those_of_the_call(plan: tm.OverlapPlan) -> None:
     def on_rank(world: Transport) -> tuple[LayerReport, int, int]:

@@ -41,6 +41,7 @@ def said_of(run: RecordedRun, weights: list[float | None]) -> str:
     return describe_finding(finding, run.found, replace(run.recording, calls=tuple(calls))).to_do
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("weights", "said"),
     [

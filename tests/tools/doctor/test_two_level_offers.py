@@ -151,6 +151,7 @@ def test_gain_is_that_of_the_same_tokens_on_two_levels(num_nodes: int, node_size
     assert f"each of {num_nodes} hosts" in offer.words
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("near_byte_s", [NEAR_BYTE_S, 4 * NEAR_BYTE_S])
 @pytest.mark.parametrize(("num_nodes", "node_size", "chosen"), [(4, 2, 1), (2, 3, 2), (3, 2, 4), (2, 4, 6)])
 def test_what_is_offered_is_gained(num_nodes: int, node_size: int, chosen: int, near_byte_s: float) -> None:

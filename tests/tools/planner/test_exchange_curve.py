@@ -23,6 +23,7 @@ CASES = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("overlap", [SERIAL, OverlapPlan(equal_sizes(3))], ids=["serial", "3 chunks"])
 @pytest.mark.parametrize("case", CASES)
 def test_a_curve_gives_what_a_walk_gives(case, overlap):

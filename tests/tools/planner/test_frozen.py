@@ -83,6 +83,7 @@ def test_a_larger_rank_takes_longer_and_needs_more() -> None:
     assert step_time(small, NODE, 1, SERIAL).step_s < step_time(large, NODE, 1, SERIAL).step_s
 
 
+@pytest.mark.thorough
 def test_what_is_said() -> None:
     found = plan(FROZEN_JOB, NODE, [1, 8], num_draws=4)
     said = " ".join(plan_table(found).split())

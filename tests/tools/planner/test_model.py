@@ -98,6 +98,7 @@ def is_refused_by_name(config: dict) -> bool:
     return False
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("family", families_with_experts())
 def test_a_family_is_read_as_it_is_or_refused_by_name(family):
     config = transformers.AutoConfig.for_model(family, **SETTINGS.get(family, {}))

@@ -34,6 +34,7 @@ def test_probe_of_one_rank() -> None:
     assert probe_link(LocalTransport()).bytes_per_s == float("inf")
 
 
+@pytest.mark.thorough
 def test_probe_on_ranks_of_a_group_of_three() -> None:
     def on_rank(transport: Transport) -> LinkCosts:
         return probe_link(transport)

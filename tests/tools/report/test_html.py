@@ -315,6 +315,7 @@ window.addEventListener("message", (event) => { document.title = JSON.stringify(
 """A window of Chromium is at least 500 pixels wide."""
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
 @pytest.mark.parametrize("which", ["run", "plan", "comparison"])
 @pytest.mark.parametrize("width", [390, 1100])

@@ -10,7 +10,7 @@ from typing import TypeAlias, TypeVar
 
 from tritonmoe.config.numbers import is_integer, is_number
 from tritonmoe.config.overlap import WIRE_DTYPES, OverlapPlan
-from tritonmoe.overlap.report import CallMarks
+from tritonmoe.dispatch.count_exchange import CallMarks
 from tritonmoe.overlap.schedule import Schedule
 from tritonmoe.overlap.steps import Step, StepKind
 from tritonmoe.runtime.files import Json, check_regular, load_json
