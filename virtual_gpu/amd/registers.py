@@ -35,6 +35,8 @@ class Registers:
         )
         self.condition = np.zeros((self.num_waves, 1), np.bool_)
         """SCC."""
+        self.saturates = False
+        """Whether conversions to fp8 give the largest number in place of NaN (FP16_OVFL in MODE)."""
         self.views = (
             *(list(self.vectors.view(kind)) for kind in ("u4", "i4", "f4")),
             words,
@@ -89,6 +91,11 @@ class Registers:
         """Store 64-bit words in two vector registers."""
         np.copyto(self.vectors[number], values.astype(np.uint32), where=lanes)
         np.copyto(self.vectors[number + 1], (values >> np.uint64(32)).astype(np.uint32), where=lanes)
+
+    def require_saturation(self) -> None:
+        """Raise where a conversion to fp8 may overflow to NaN."""
+        if not self.saturates:
+            raise NotImplementedError("a conversion to fp8 that doesn't saturate")
 
     def first_lane(self, values: Words, lanes: Any) -> Words:
         """Return the value of each wave's first lane that runs; of lane 0 if none does."""

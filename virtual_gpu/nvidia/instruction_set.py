@@ -125,6 +125,10 @@ cvt.rn.f16.f32|f64                      f16  T     {{0}}.astype('f2')
 cvt.rn.bf16.f32                         bf16  T    {{0}}
 cvt.rn.f16x2.f32                        f16x2  T,T   interleaved({{1}}, {{0}}).astype('f2')
 cvt.rn.bf16x2.f32                       bf16x2  T,T  interleaved({{1}}, {{0}})
+cvt.rn.satfinite.e4m3x2.f32             e4m3x2  T,T  interleaved({{1}}, {{0}})
+cvt.rn.satfinite.e4m3x2.f16x2|bf16x2    e4m3x2  T    {{0}}.astype('f4')
+cvt.rn.f16x2.e4m3x2                     f16x2  T     {{0}}.astype('f2')
+cvt.rn.bf16x2.e4m3x2                    bf16x2  T    {{0}}
 """
 _OPERATORS = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
 _OPERATORS |= {"lo": "<", "ls": "<=", "hi": ">", "hs": ">="}
