@@ -1,5 +1,6 @@
 """The registers of a program's wavefronts, what lanes exchange, and matrix products."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from virtual_gpu.amd.operands import ACCUMULATORS, EXEC
 from virtual_gpu.amd.operations import bits_of_mask, mask_of_bits
 from virtual_gpu.amd.parser import Kernel
 from virtual_gpu.arithmetic import from_bfloat16
+from virtual_gpu.floats import from_fp8
 
 __all__ = ["Flags", "Registers", "Words"]
 
@@ -146,4 +148,6 @@ _ELEMENTS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "bf16": (from_bfloat16, "u2"),
     "f16": (lambda values: values.astype(np.float32), "f2"),
     "f32": (lambda values: values, "f4"),
+    "e4m3": (functools.partial(from_fp8, kind="e4m3"), "u1"),
+    "e4m3fnuz": (functools.partial(from_fp8, kind="e4m3fnuz"), "u1"),
 }

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from virtual_gpu.arithmetic import from_bfloat16
 from virtual_gpu.faults import MemoryFault
+from virtual_gpu.floats import from_fp8
 from virtual_gpu.nvidia import fragments
 from virtual_gpu.nvidia.tensor_memory import TensorMemory
 from virtual_gpu.shared_memory import SEVERAL, Pieces
@@ -116,7 +117,7 @@ class MatrixUnit:
         results, a, b, c = operands
         left, right = (_decode(parts[7])(bits) for bits in fragments.mma_operands(self._words(a), self._words(b)))
         rows, columns = fragments.accumulator_rows_and_columns(4)
-        sums = fragments.product(left, right)[:, rows, columns] + self._words(c).view(np.float32)
+        sums = fragments.product(left, right.transpose(0, 2, 1))[:, rows, columns] + self._words(c).view(np.float32)
         for index, result in enumerate(results):
             self._machine.registers[result] = sums[:, index].reshape(-1).view(np.uint32)
 
@@ -124,20 +125,19 @@ class MatrixUnit:
         require_everyone(mask)
         results, a, b, scale, *immediates = operands
         columns = 2 * len(results)
-        if parts[4] != f"m64n{columns}k16" or immediates[:2] != [1, 1]:
-            raise NotImplementedError(".".join(parts))
+        depth, *majors = (32, 0, 0) if parts[6] == "e4m3" else (16,)
         from_registers = isinstance(a, tuple)
+        if parts[4] != f"m64n{columns}k{depth}" or immediates[:2] != [1, 1] or (majors and immediates[2:]):
+            raise NotImplementedError(".".join(parts))
         self._require_fenced([*results, *(a if from_registers else ())])
-        transposed = immediates[2:] if not from_registers else [0, *immediates[2:]]
+        transposed = majors or (immediates[2:] if not from_registers else [0, *immediates[2:]])
         shared = self._machine.shared
         first = range(0, self._machine.num_threads, 128)
         if from_registers:
             left: Any = {register: self._machine.registers[register] for register in a}
         else:
-            left = [fragments.descriptor_places(int(a[one]), 64, 16, not transposed[0], tcgen05=False) for one in first]
-        right = [
-            fragments.descriptor_places(int(b[one]), columns, 16, not transposed[1], tcgen05=False) for one in first
-        ]
+            left = [fragments.descriptor_places(int(a[one]), 64, not transposed[0], tcgen05=False) for one in first]
+        right = [fragments.descriptor_places(int(b[one]), columns, not transposed[1], tcgen05=False) for one in first]
         for places in right if from_registers else [*left, *right]:
             shared.begin_matrix_read(places)
         scales = np.broadcast_to(scale, self._machine.num_threads)
@@ -187,7 +187,7 @@ class MatrixUnit:
     def _matrices_of(self, places: list[Pieces], outer: int, depth_contiguous: bool) -> NDArray[np.uint16]:
         """Return the matrix of each warpgroup, whose reading ends: (groups, outer, 16)."""
         read = [self._machine.shared.end_matrix_read(one, SEVERAL) for one in places]
-        return np.stack([fragments.matrix_of(one, outer, 16, depth_contiguous) for one in read])
+        return np.stack([fragments.matrix_of(one, outer, depth_contiguous) for one in read])
 
     def _tcgen05_memory(self, parts: tuple[str, ...], operands: tuple[Any, ...], mask: NDArray[np.bool_]) -> None:
         loads = parts[1] == "ld"
@@ -238,7 +238,7 @@ class MatrixUnit:
                 int(np.broadcast_to(operand, self._machine.num_threads)[thread]) for operand in operands
             )
             warp = int(self._machine.warps[thread])
-            self._tensor_memory.start(address, left, right, instruction, accumulates, warp)
+            self._tensor_memory.start(address, left, right, instruction, accumulates, warp, parts[3])
 
     def _tcgen05_commit(self, parts: tuple[str, ...], operands: tuple[Any, ...], mask: NDArray[np.bool_]) -> None:
         for thread in map(int, np.nonzero(mask)[0]):
@@ -257,4 +257,6 @@ def _decode(kind: str) -> Callable[[NDArray[np.uint16]], NDArray[np.float32]]:
         return from_bfloat16
     if kind == "f16":
         return lambda bits: np.ascontiguousarray(bits).view(np.float16).astype(np.float32)
+    if kind == "e4m3":  # two elements in 16 bits, where the depth is last
+        return lambda bits: from_fp8(np.ascontiguousarray(bits).view(np.uint8), kind)
     raise NotImplementedError(f"matrix products of {kind}")

@@ -13,6 +13,9 @@ from virtual_gpu.shared_memory import Pieces, SharedMemory
 
 __all__ = ["TensorMemory"]
 
+KINDS = {"kind::f16": {0: "f16", 1: "bf16"}, "kind::f8f6f4": {0: "e4m3"}}
+"""The types of A and B by their numbers in the instruction's descriptor."""
+
 LANES, COLUMNS = 128, 512
 
 
@@ -29,6 +32,7 @@ class _Product:
     depth_contiguous: tuple[bool, bool]
     accumulates: bool
     decode: tuple[str, str]
+    element_bytes: int
 
 
 class TensorMemory:
@@ -123,11 +127,14 @@ class TensorMemory:
         """Let all stores be done."""
         self._unwritten[:] = False
 
-    def start(self, address: int, left: int, right: int, instruction: int, accumulates: int, warp: int) -> None:
+    def start(
+        self, address: int, left: int, right: int, instruction: int, accumulates: int, warp: int, kind: str
+    ) -> None:
         """Let a thread of `warp` start a product of matrices in shared memory, from tcgen05.mma's descriptors."""
         if instruction >> 4 & 3 != 1 or instruction >> 13 & 3:
             raise NotImplementedError(f"tcgen05.mma with the descriptor {instruction:#x}")
-        kinds = {0: "f16", 1: "bf16"}
+        kinds = KINDS[kind]
+        element_bytes = 2 if kind == "kind::f16" else 1
         num_columns, num_rows = (instruction >> 17 & 63) * 8, (instruction >> 24 & 31) * 16
         majors = (not instruction >> 15 & 1, not instruction >> 16 & 1)
         row = np.arange(num_rows)
@@ -136,11 +143,12 @@ class TensorMemory:
             address & 0xFFFF,
             lanes + (address >> 16),
             num_columns,
-            fragments.descriptor_places(left, num_rows, 16, majors[0], tcgen05=True),
-            fragments.descriptor_places(right, num_columns, 16, majors[1], tcgen05=True),
+            fragments.descriptor_places(left, num_rows, majors[0], tcgen05=True, element_bytes=element_bytes),
+            fragments.descriptor_places(right, num_columns, majors[1], tcgen05=True, element_bytes=element_bytes),
             majors,
             bool(accumulates),
             (kinds[instruction >> 7 & 7], kinds[instruction >> 10 & 7]),
+            element_bytes,
         )
         for places in (product.left, product.right):
             self._shared.begin_matrix_read(places)
@@ -162,7 +170,9 @@ class TensorMemory:
             self._num_done += 1
             left, right = (
                 self._decode(kind)(
-                    fragments.matrix_of(self._shared.end_matrix_read(places, waiter), size, 16, contiguous)
+                    fragments.matrix_of(
+                        self._shared.end_matrix_read(places, waiter), size, contiguous, product.element_bytes
+                    )
                 )
                 for kind, places, size, contiguous in zip(
                     product.decode,
