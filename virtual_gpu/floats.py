@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 __all__ = [
-    *("flushed", "from_fp8", "fused", "fused64", "larger", "saturated", "smaller", "to_fp8", "unordered"),
+    *("flushed", "from_e8m0", "from_fp8", "fused", "fused64", "larger", "saturated", "smaller", "to_fp8", "unordered"),
     *("with_nan",),
 ]
 
@@ -45,6 +45,12 @@ _VALUES = {kind: _fp8_values(kind) for kind in _FP8}
 def from_fp8(codes: Array, kind: str) -> Array:
     """Return the float32 values of codes (integers below 256) of `kind`."""
     return _VALUES[kind][codes]
+
+
+def from_e8m0(codes: Array) -> Array:
+    """Return the powers of two (float64) that codes (integers below 256) of scales stand for; NaN for 255."""
+    codes = np.asarray(codes).astype(np.int64)
+    return np.where(codes == 255, np.nan, np.ldexp(1.0, codes - 127))
 
 
 def flushed(values: Array) -> Array:

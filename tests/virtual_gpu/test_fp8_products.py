@@ -123,7 +123,9 @@ def run(gpu, tile, warps, layout, scaled):
         names.append(assembly)
         return assembly
 
-    run_launch(Launch(PRODUCTS, (1,), args, constants, {"num_warps": warps, "num_stages": 2}), GPUS[gpu], keep)
+    options = {"num_warps": warps, "num_stages": 2}
+    options |= {"matrix_instr_nonkdim": 16} if layout == "small instructions" else {}
+    run_launch(Launch(PRODUCTS, (1,), args, constants, options), GPUS[gpu], keep)
     left, right = x.double(), w.double()
     if scaled:
         factors = [torch.where(one == 255, torch.nan, torch.exp2(one.double() - 127)) for one in scales]
@@ -148,6 +150,26 @@ def test_products(gpu, tile, warps, layout):
         "gfx950": "_f8f6f4",
     }
     assert native[gpu] in text
+
+
+SCALED_CASES = [
+    ("sm_100", (128, 16, 128), 4, "rows"),
+    ("sm_100", (128, 128, 128), 8, "TMA"),
+    ("sm_100", (128, 64, 256), 4, "rows"),
+    ("sm_120", (32, 64, 64), 4, "rows"),
+    ("sm_120", (128, 64, 128), 8, "rows"),
+    ("gfx950", (64, 32, 64), 4, "rows"),
+    ("gfx950", (128, 64, 128), 8, "rows"),
+    ("gfx950", (32, 32, 128), 4, "small instructions"),
+]
+
+
+@pytest.mark.parametrize(("gpu", "tile", "warps", "layout"), SCALED_CASES)
+def test_products_with_scales(gpu, tile, warps, layout):
+    """Each row, each column and each 32 of the depth has a scale of its own; one of them is NaN."""
+    text = run(gpu, tile, warps, layout, scaled=True)
+    assert {"sm_100": "block_scale", "sm_120": "block_scale", "gfx950": "v_mfma_scale_f32"}[gpu] in text
+    assert layout != "small instructions" or "v_mfma_scale_f32_16x16x128" in text
 
 
 @pytest.mark.parametrize("gpu", GPUS)

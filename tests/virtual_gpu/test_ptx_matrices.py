@@ -5,6 +5,7 @@ import pytest
 from ptx_programs import run_ptx
 
 from virtual_gpu.faults import MemoryFault
+from virtual_gpu.nvidia.matrix_unit import _decode
 from virtual_gpu.nvidia.tensor_memory import TensorMemory
 from virtual_gpu.shared_memory import SharedMemory
 
@@ -261,6 +262,44 @@ def test_warps_that_use_the_same_tensor_memory_need_a_barrier():
         memory.free(address, 32, 1)
     shared.barrier()
     assert (memory.read(places, 4) == np.arange(128).reshape(4, 32)).all()
+
+
+@pytest.mark.parametrize("missing", ["", "wait", "barrier", "copy", "columns"])
+def test_scales_in_tensor_memory_need_their_order_and_four_copies(missing):
+    """A product of 128 x 32 with one scale for each row and column, which four warps store in 32 lanes each."""
+    shared = SharedMemory(8192)
+    shared.data[:] = 0x38  # 1.0
+    memory = TensorMemory(shared, _decode)
+    sums, scales = memory.allocate(32), memory.allocate(32)
+    for warp in range(4):
+        places = memory.places(scales | 32 * warp << 16, "32x32b", 5, 0)
+        words = np.full((5, 32), 0x7F7F7F80, np.uint32)  # 2.0 in byte 0
+        words[4, 3] += missing == "copy" and warp == 2
+        memory.write(places, words, warp)
+    if missing != "wait":
+        memory.wait_for_stores()
+    if missing != "barrier":
+        shared.barrier()
+    instruction = 1 << 23 | 32 // 8 << 17 | 128 // 16 << 24
+    places = scales, scales + (4 if missing != "columns" else 32)
+
+    def multiply():
+        left, right = descriptor(0, 128, 256, 0), descriptor(4096, 128, 256, 0)
+        memory.start(sums, left, right, instruction, 0, 0, "kind::mxf8f6f4", places)
+        memory.finish(1, None)
+
+    messages = {
+        "wait": "not waited for",
+        "barrier": "no barrier",
+        "copy": "all four quarters",
+        "columns": "not allocated",
+    }
+    if missing:
+        with pytest.raises(MemoryFault, match=messages[missing]):
+            multiply()
+        return
+    multiply()
+    assert (memory.read(memory.places(sums, "32x32b", 32, 0), 0).view(np.float32) == 32 * 2 * 2).all()
 
 
 @pytest.mark.parametrize("missing", ["fence of registers", "barrier before the refill"])

@@ -1,7 +1,7 @@
 """The registers of a program's wavefronts, what lanes exchange, and matrix products."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from virtual_gpu.amd.operands import ACCUMULATORS, EXEC
 from virtual_gpu.amd.operations import bits_of_mask, mask_of_bits
 from virtual_gpu.amd.parser import Kernel
 from virtual_gpu.arithmetic import from_bfloat16
-from virtual_gpu.floats import from_fp8
+from virtual_gpu.floats import from_e8m0, from_fp8
 
 __all__ = ["Flags", "Registers", "Words"]
 
@@ -127,8 +127,12 @@ class Registers:
         depth: int,
         kind: str,
         active: Any,
+        scales: Sequence[Any] = (),
     ) -> None:
-        """Run V_MFMA: all lanes take part, whatever EXEC says."""
+        """Run V_MFMA: all lanes take part, whatever EXEC says.
+
+        scales: codes for 32 elements each of A and of B, a lane's (waves, 64): a row each, then the next 32 of all.
+        """
         result, a, b, start = operands
         decode, element = _ELEMENTS[kind]
         left, right = (
@@ -137,7 +141,13 @@ class Registers:
         )
         if left.shape[2] != depth:
             raise NotImplementedError(f"operands of {a[1]} registers")
-        values = fragments.accumulator_registers(left @ right.transpose(0, 2, 1))
+        if element == "u1":
+            left, right = left.astype(np.float64), right.astype(np.float64)
+        for matrix, codes in zip((left, right), scales, strict=False):
+            blocks = from_e8m0(self.everyone(codes)).reshape(self.num_waves, -1, size).transpose(0, 2, 1)
+            matrix *= blocks.repeat(32, 2)
+        products = (left @ right.transpose(0, 2, 1)).astype(np.float32)
+        values = fragments.accumulator_registers(products)
         floats = self.vectors.view(np.float32)
         if start is not None:
             values = values + floats[start : start + len(values)]

@@ -219,14 +219,22 @@ class _Writer(MemoryWriter):
         elif swap := re.fullmatch(r"v_permlane(16|32)_swap_b32", name):
             left, right = (str(self.number(operand, "V")) for operand in operands)
             self.lines.append(f"r.swap_lanes({left}, {right}, {swap[1]}, X, A)")
-        elif product := re.fullmatch(r"v_mfma_f32_(\d+)x\1x(\d+)_(bf16|f16|f32|fp8_fp8|f8f6f4)", name):
+        elif product := re.fullmatch(r"v_mfma_(?:scale_)?f32_(\d+)x\1x(\d+)_(bf16|f16|f32|fp8_fp8|f8f6f4)", name):
             a, b = (register(operand) for operand in operands[1:3])
             start: Any = register(operands[3])
             if a is None or b is None or (start is None and operands[3] != "0"):
                 raise NotImplementedError("a matrix product of constants")
             kind = self.fp8 if product[3] in ("fp8_fp8", "f8f6f4") else product[3]
+            scales = ""
+            if name.startswith("v_mfma_scale"):
+                low, upper = self.take_choices("op_sel", 3, 0), self.take_choices("op_sel_hi", 3, 1)
+                codes = (
+                    f"{self.value(operand, 'u4')} >> {8 * (one + 2 * two)} & 0xFF"
+                    for operand, one, two in zip(operands[4:], low, upper, strict=False)
+                )
+                scales = f", ({', '.join(codes)})"
             numbers = self.number(operands[0], "V"), a[1:], b[1:], start and start[1]
-            self.lines.append(f"r.matrix_product({numbers}, {product[1]}, {product[2]}, {kind!r}, A)")
+            self.lines.append(f"r.matrix_product({numbers}, {product[1]}, {product[2]}, {kind!r}, A{scales})")
         elif name in PACKED:
             self.packed(name, operands)
         elif name in ("v_fma_mix_f32", "v_fma_mixlo_f16", "v_fma_mixhi_f16"):

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from virtual_gpu.arithmetic import from_bfloat16
 from virtual_gpu.faults import MemoryFault
-from virtual_gpu.floats import from_fp8
+from virtual_gpu.floats import from_e8m0, from_fp8
 from virtual_gpu.nvidia import fragments
 from virtual_gpu.nvidia.tensor_memory import TensorMemory
 from virtual_gpu.shared_memory import SEVERAL, Pieces
@@ -114,8 +114,22 @@ class MatrixUnit:
 
     def _mma(self, parts: tuple[str, ...], operands: tuple[Any, ...], mask: NDArray[np.bool_]) -> None:
         require_everyone(mask)
-        results, a, b, c = operands
-        left, right = (_decode(parts[7])(bits) for bits in fragments.mma_operands(self._words(a), self._words(b)))
+        results, a, b, c, *scaling = operands
+        left, right = (
+            _decode(parts[-4 if scaling else -3])(bits)
+            for bits in fragments.mma_operands(self._words(a), self._words(b))
+        )
+        if scaling:  # a byte of one thread for each row of A, and for each column of B
+            scaled = []
+            a_words, (a_byte, a_pair), b_words, (b_byte, b_member) = scaling
+            row, column = np.arange(16), np.arange(8)
+            for matrix, words, lanes, byte in (
+                (left, a_words, row % 8 * 4 + 2 * int(a_pair) + row // 8, a_byte),
+                (right, b_words, column * 4 + int(b_member), b_byte),
+            ):
+                codes = words.reshape(-1, 32)[:, lanes] >> 8 * int(byte) & 0xFF
+                scaled.append(matrix * from_e8m0(codes)[:, :, None])
+            left, right = scaled
         rows, columns = fragments.accumulator_rows_and_columns(4)
         sums = fragments.product(left, right.transpose(0, 2, 1))[:, rows, columns] + self._words(c).view(np.float32)
         for index, result in enumerate(results):
@@ -234,11 +248,11 @@ class MatrixUnit:
 
     def _tcgen05_product(self, parts: tuple[str, ...], operands: tuple[Any, ...], mask: NDArray[np.bool_]) -> None:
         for thread in map(int, np.nonzero(mask)[0]):
-            address, left, right, instruction, accumulates = (
+            address, left, right, instruction, *scales, accumulates = (
                 int(np.broadcast_to(operand, self._machine.num_threads)[thread]) for operand in operands
             )
             warp = int(self._machine.warps[thread])
-            self._tensor_memory.start(address, left, right, instruction, accumulates, warp, parts[3])
+            self._tensor_memory.start(address, left, right, instruction, accumulates, warp, parts[3], scales)
 
     def _tcgen05_commit(self, parts: tuple[str, ...], operands: tuple[Any, ...], mask: NDArray[np.bool_]) -> None:
         for thread in map(int, np.nonzero(mask)[0]):
