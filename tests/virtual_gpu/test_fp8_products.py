@@ -12,6 +12,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from tritonmoe.ops.kernels.gpus import ARCHITECTURES
 from tritonmoe.ops.kernels.launch import Launch
 from virtual_gpu.launcher import run_launch
+from virtual_gpu.nvidia import matrix_unit
 
 pytestmark = pytest.mark.thorough
 
@@ -159,7 +160,7 @@ SCALED_CASES = [
     ("sm_120", (32, 64, 64), 4, "rows"),
     ("sm_120", (128, 64, 128), 8, "rows"),
     ("gfx950", (64, 32, 64), 4, "rows"),
-    ("gfx950", (128, 64, 128), 8, "rows"),
+    ("gfx950", (128, 128, 128), 4, "rows"),
     ("gfx950", (32, 32, 128), 4, "small instructions"),
 ]
 
@@ -170,6 +171,19 @@ def test_products_with_scales(gpu, tile, warps, layout):
     text = run(gpu, tile, warps, layout, scaled=True)
     assert {"sm_100": "block_scale", "sm_120": "block_scale", "gfx950": "v_mfma_scale_f32"}[gpu] in text
     assert layout != "small instructions" or "v_mfma_scale_f32_16x16x128" in text
+
+
+@pytest.mark.parametrize("bits", [None, 14])
+def test_short_sums_of_hopper(bits, monkeypatch):
+    """4096 and 64 times 0.75: beside the larger number 14 bits have room for 0.5 of each."""
+    monkeypatch.setattr(matrix_unit, "SHORT_SUMS", bits)
+    x, w, out = torch.full((64, 128), 0.75), torch.ones(32, 128), torch.empty(64, 32)
+    x[:, :64] = 64
+    x, w = x.to(torch.float8_e4m3fn), w.to(torch.float8_e4m3fn)
+    args = (x, None, w, None, out, 128, *x.stride(), *w.stride(), 32)
+    constants = {"SCALED": False, "TMA": False, "BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 64}
+    run_launch(Launch(PRODUCTS, (1,), args, constants, {"num_warps": 4, "num_stages": 2}), GPUS["sm_90"])
+    assert (out == 4096 + 64 * (0.75 if bits is None else 0.5)).all()
 
 
 @pytest.mark.parametrize("gpu", GPUS)

@@ -18,6 +18,7 @@ __all__ = [
     "matrix_of",
     "mma_operands",
     "product",
+    "product_of_short_sums",
     "store_matrices",
     "swizzled",
 ]
@@ -75,6 +76,16 @@ def product(left: NDArray[np.float32], right: NDArray[np.float32]) -> NDArray[np
     Sums of float32 in a library for CPUs may be in another order for other rows.
     """
     return (left.astype(np.float64) @ right.astype(np.float64)).astype(np.float32)
+
+
+def product_of_short_sums(
+    left: NDArray[np.float32], right: NDArray[np.float32], sums: NDArray[np.float32], bits: int
+) -> NDArray[np.float32]:
+    """Return left (..., m, K) @ right (..., K, n) + sums, whose terms are cut to `bits` bits of the largest of them."""
+    products = left[..., :, None, :].astype(np.float64) * right.swapaxes(-1, -2)[..., None, :, :]
+    terms = np.concatenate([sums[..., None].astype(np.float64), products], -1)
+    unit = np.ldexp(1.0, np.frexp(abs(terms).max(-1, keepdims=True))[1] - bits)
+    return (np.trunc(terms / unit) * unit).sum(-1).astype(np.float32)
 
 
 @cache

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 __all__ = ["MatrixUnit", "require_everyone"]
 
+SHORT_SUMS: int | None = None
+"""The bits that wgmma keeps of a sum of e4m3's products, in which Hopper may have 14; None for exact ones."""
+
 
 def require_everyone(mask: NDArray[np.bool_]) -> None:
     """Raise unless all threads run an instruction of whole warps."""
@@ -181,15 +184,29 @@ class MatrixUnit:
                 (product.left, product.right), (64, 2 * len(product.registers)), product.transposed, strict=True
             )
         )
-        result = fragments.product(product.convert(left), product.convert(right).transpose(0, 2, 1))
+        a, b = product.convert(left), product.convert(right).transpose(0, 2, 1)
         rows, columns = fragments.accumulator_rows_and_columns(len(product.registers))
-        parts = result.reshape(4 * len(left), 16, -1)[:, rows, columns]  # (warps, registers, 32)
-        sums = np.ascontiguousarray(parts.transpose(1, 0, 2)).reshape(len(rows), -1)
+        sums = np.zeros((len(rows), self._machine.num_threads), np.float32)
         if product.scale:
-            sums += np.stack([registers[register] for register in product.registers]).view(np.float32)
+            sums = np.stack([registers[register] for register in product.registers]).view(np.float32)
+        if SHORT_SUMS is None or a.shape[2] != 32:
+            sums = sums + self._spread(fragments.product(a, b), rows, columns)
+        else:
+            before = np.empty((len(a), 4, 16, b.shape[2]), np.float32)
+            before[:, :, rows, columns] = sums.reshape(len(rows), len(a), 4, 32).transpose(1, 2, 0, 3)
+            before = before.reshape(len(a), 64, -1)
+            sums = self._spread(fragments.product_of_short_sums(a, b, before, SHORT_SUMS), rows, columns)
         new = dict(zip(product.registers, sums.view(np.uint32), strict=True))
         registers.update(new)
         self._fenced.update(new)
+
+    @staticmethod
+    def _spread(
+        matrices: NDArray[np.float32], rows: NDArray[np.intp], columns: NDArray[np.intp]
+    ) -> NDArray[np.float32]:
+        """Return (registers, threads) of the result (groups, 64, columns) of each warpgroup."""
+        parts = matrices.reshape(4 * len(matrices), 16, -1)[:, rows, columns]  # (warps, registers, 32)
+        return np.ascontiguousarray(parts.transpose(1, 0, 2)).reshape(len(rows), -1)
 
     def _still_held(self, operand: dict[str, Any]) -> NDArray[np.uint16]:
         """Return A of registers that no thread has written since the product was started: (groups, 64, 16)."""

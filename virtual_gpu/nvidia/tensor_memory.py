@@ -174,13 +174,13 @@ class TensorMemory:
             raise NotImplementedError("a product with scales of other than 128 rows")
         for places in (product.left, product.right):
             self._shared.begin_matrix_read(places)
-        for places in self._scale_places(product):
-            if not self._allocated[places[1]].all():
+        for words in self._scale_places(product):
+            if not self._allocated[words[1]].all():
                 raise MemoryFault("a product with scales in tensor memory that is not allocated")
-            if self._unwritten[places].any():
+            if self._unwritten[words].any():
                 raise MemoryFault("a product with scales that stores, not waited for, still write")
-            self._require_order(places, warp)
-            self._busy[places] += 1
+            self._require_order(words, warp)
+            self._busy[words] += 1
         columns = slice(product.address, product.address + num_columns)
         if not self._allocated[columns].all() or product.address + num_columns > COLUMNS:
             raise MemoryFault(f"a product into columns {columns} of tensor memory, which are not allocated")
@@ -229,8 +229,8 @@ class TensorMemory:
                     matrix * from_e8m0(self._scales_at(*scale))[:, None]
                     for matrix, scale in zip((left, right), product.scales, strict=True)
                 )
-            for places in self._scale_places(product):
-                self._busy[places] -= 1
+            for words in self._scale_places(product):
+                self._busy[words] -= 1
             columns = slice(product.address, product.address + product.num_columns)
             result = fragments.product(left, right.T)
             if product.accumulates:
