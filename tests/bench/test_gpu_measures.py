@@ -91,7 +91,7 @@ def test_a_peer_that_fails_is_left_out_and_ours_is_not(bench, monkeypatch):
     def refuse(*weights, **keywords):
         raise ImportError("cannot import name 'MixtralExperts'")
 
-    monkeypatch.setattr(peers.peers, "experts_function", refuse)
+    monkeypatch.setattr(peers.bench_model, "experts_function", refuse)
     found = layers.measure_layer(bench, HEADLINE, 12, "uniform", backward=False, others=True, entries={})
     assert found["left_out"]["eager"] == "ImportError: cannot import name 'MixtralExperts'"
     monkeypatch.setattr(layers, "moe_mlp", refuse)

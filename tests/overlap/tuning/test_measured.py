@@ -43,9 +43,9 @@ def test_the_link_of_exchanges_behind_compute(knows_ends: bool) -> None:
 def test_where_no_dispatch_is_waited_for_the_link_is_at_least_so_fast() -> None:
     reports = [report_of(num_chunks, knows_ends=False) for num_chunks in (1, 2)]
     for report in reports:
-        report.forward.exchanges = [
-            marks._replace(wait_started=marks.wait_ended) if marks.step.kind is StepKind.DISPATCH else marks
-            for marks in report.forward.exchanges
+        report.forward.ran = [
+            marks._replace(wait_started=marks.ended) if marks.step.kind is StepKind.DISPATCH else marks
+            for marks in report.forward.ran
         ]
     assert 0 < link_costs(reports, is_shared=False).bytes_per_s < 1.1 * BYTES_PER_S
 
