@@ -70,7 +70,7 @@ def make_model(variant: Variant) -> Any:
 
 @contextmanager
 def peft_alone(is_wanted: bool) -> Iterator[None]:
-    """Let PEFT run its adapters in its own way meanwhile."""
+    """Make PEFT run its adapters in its own way meanwhile."""
     wrapper: Any = ParamWrapper
     ours = wrapper._activate_lora
     if is_wanted:

@@ -39,7 +39,7 @@ def measure_alone(transport: Transport, rounds: int) -> list[float]:
     for number in range(WARM_UP + rounds):
         transport.barrier()
         started = time.perf_counter()
-        agreement = post_backward(transport, CallHeader(sequence=number, is_backward=1))
+        agreement = post_backward(transport, CallHeader(sequence=number, is_backward=1), started)
         assert agreement is not None
         agreement.wait()
         seconds.append(time.perf_counter() - started)

@@ -27,16 +27,14 @@ from torch import Tensor
 
 from tritonmoe.config.overlap import OverlapConfig
 from tritonmoe.dispatch.placement import ExpertPlacement
+from tritonmoe.expert_parallel.call import listeners
 from tritonmoe.expert_parallel.expert_parallel_mlp import expert_parallel_mlp
-from tritonmoe.expert_parallel.listeners import listeners
 from tritonmoe.overlap.report import LayerReport
 from tritonmoe.overlap.simulation.simulator import simulate_layer
 from tritonmoe.overlap.tuning.measured_calls import layer_costs, layer_work, link_costs
 from tritonmoe.runtime.files import Json
 from tritonmoe.tools.benchmarks.argument_types import positive, positive_number
-from tritonmoe.tools.benchmarks.inside_namespace import ask, check_start, is_inside
-from tritonmoe.tools.benchmarks.link_rates import parse_rate
-from tritonmoe.tools.benchmarks.namespaces import Namespaces
+from tritonmoe.tools.benchmarks.namespaces import Namespaces, ask, check_start, is_inside, parse_rate
 from tritonmoe.tools.benchmarks.ranks import gather, slowest
 from tritonmoe.tools.benchmarks.stand_ins import sleeping_experts
 from tritonmoe.tools.benchmarks.timing import Samples, add_arguments, summarize, write_json

@@ -16,10 +16,8 @@ from tritonmoe.config.overlap import OverlapPlan, equal_sizes, most_copies
 from tritonmoe.dispatch.copies import ExpertCopies
 from tritonmoe.expert_parallel.plans.copies.copy_planner import CopyCosts, is_uneven, plan_copies
 from tritonmoe.ops.backends.pair_work import BACKWARD, FORWARD, WEIGHT_GRADS, pair_work, products_and_elements
-from tritonmoe.overlap.simulation.copy_work import CopyWork, gradient_parts
-from tritonmoe.overlap.simulation.cost_model import LayerWork, LinkCosts
+from tritonmoe.overlap.simulation.cost_model import CopyWork, LayerWork, LinkCosts, StepCosts, gradient_parts
 from tritonmoe.overlap.simulation.simulator import simulate_layer
-from tritonmoe.overlap.simulation.step_costs import StepCosts
 from tritonmoe.runtime.files import Json
 from tritonmoe.tools.benchmarks.argument_types import positive
 from tritonmoe.tools.benchmarks.timing import add_arguments, write_json

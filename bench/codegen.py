@@ -174,7 +174,7 @@ def _nested(by_place: dict[tuple[str, str], Any]) -> dict[str, dict[str, Any]]:
 
 
 def _without_zeros(row: dict[str, Any]) -> dict[str, Any]:
-    """Leave out what is zero or empty, and what only the table of steps has: a short file."""
+    """Drop fields that are zero or empty, or that only the table of steps has: a short file."""
     unused = {"step"} if row.get("matrix") else {"step", "loop"}
     return {name: value for name, value in row.items() if value and name not in unused}
 

@@ -21,8 +21,7 @@ from bench.doctor_job import TIMEOUT_S, run_emulated, run_real
 from bench.doctor_kinds import KINDS, draw_job, kinds_of
 from tritonmoe.runtime.files import write_whole
 from tritonmoe.tools.benchmarks.argument_types import output_file, positive, seed
-from tritonmoe.tools.benchmarks.inside_namespace import check_start, is_inside
-from tritonmoe.tools.benchmarks.namespaces import Namespaces
+from tritonmoe.tools.benchmarks.namespaces import Namespaces, check_start, is_inside
 from tritonmoe.tools.benchmarks.ranks import gather
 from tritonmoe.tools.benchmarks.timing import write_json
 from tritonmoe.transports.torchrun import torchrun_ranks

@@ -65,7 +65,7 @@ class JobFault(Fault):
         return self.ranks or range(job.size)
 
     def is_in(self, phase: str, layer: int | None, step: int, job: "Job") -> bool:
-        """Say whether it is in a phase of a layer; "" and None: wherever it is."""
+        """Return whether the fault is in a phase of a layer; "" and None: wherever it is."""
         of_phase, of_layer = self.phase, self.layer
         if of_layer == ANYWHERE:
             place = random.Random(f"{job.seed} where {step}")

@@ -21,7 +21,7 @@ from torch import Tensor
 import tritonmoe as tm
 from bench.doctor_faults import Job
 from bench.virtual_time import VirtualTime
-from tritonmoe.tools.benchmarks.inside_namespace import ask
+from tritonmoe.tools.benchmarks.namespaces import ask
 from tritonmoe.tools.benchmarks.ranks import gather
 from tritonmoe.tools.recording.recorder import record
 from tritonmoe.transports import EmulatedTransport, LinkModel, PendingExchange, Transport

@@ -40,7 +40,7 @@ class Said:
         return self.kind in NAMES.get(fault.kind, {fault.kind})
 
     def blames(self, fault: JobFault, size: int) -> bool:
-        """Say whether it tells all who are at fault, and nobody else."""
+        """Return whether the verdict names all ranks at fault, and no other."""
         if fault.moves:
             return self.moves
         if fault.kind in OF_NOBODY:
@@ -48,7 +48,7 @@ class Said:
         return set(self.ranks) == set(fault.ranks) and not self.moves
 
     def times(self, fault: JobFault) -> bool:
-        """Say whether it tells when the fault comes; of one that moves, that it does."""
+        """Return whether the verdict names the time of the fault; of one that moves, that it does."""
         if fault.moves:
             return self.moves
         return self.when == WHEN.get(fault.when, fault.when) and (not fault.period or self.period == fault.period)

@@ -95,7 +95,7 @@ NOT_REAL = ("link late", "latency", "link slow every n-th", "link flapping", "po
 
 
 def is_held_out(kind: str) -> bool:
-    """Say whether a kind is one of the third that nothing is tuned on: every third of the sorted names."""
+    """Return whether a kind is held out: every third of the sorted names, on which nothing is tuned."""
     return sorted(KINDS).index(kind) % 3 == 0
 
 

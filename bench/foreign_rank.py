@@ -18,7 +18,7 @@ import torch.distributed as dist
 from bench.foreign_job import Job, overslept_s
 from bench.foreign_scenarios import Scenario
 from bench.foreign_trainers import MAKE
-from tritonmoe.tools.benchmarks.inside_namespace import ask
+from tritonmoe.tools.benchmarks.namespaces import ask
 from tritonmoe.tools.recording import on_trace_ready
 
 RATE_BITS = 500e6

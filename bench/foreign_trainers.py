@@ -148,7 +148,7 @@ def _experts(module: Any, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor)
 
 
 def _arrange(model: Any, job: Job, current: list[int], of_host: Any) -> None:
-    """Let the job decide where tokens go, and when a layer comes late.
+    """Make the job decide where tokens go, and when a layer comes late.
 
     of_host: a group of the ranks of this host, which sum something before each layer as tensor parallelism does.
     """

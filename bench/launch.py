@@ -137,7 +137,7 @@ def peer() -> dict[str, Callable[[], object]]:
     """Return transformers' grouped_mm experts, forward and with their backward."""
     import torch
 
-    from tritonmoe.integrations.transformers.peers import experts_function
+    from tritonmoe.integrations.transformers.bench_model import experts_function
 
     generator = torch.Generator().manual_seed(0)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from tritonmoe.experts.moe_mlp import moe_mlp
-from tritonmoe.integrations.transformers.peers import experts_function
+from tritonmoe.integrations.transformers.bench_model import experts_function
 from tritonmoe.tools.benchmarks.argument_types import positive
 from tritonmoe.tools.benchmarks.timing import add_arguments, interleave, ratio, summarize, write_json
 from tritonmoe.tools.benchmarks.workload import DTYPES

@@ -7,8 +7,8 @@ from bench.plan_samples import DECODE, PREFILL, ROW_BYTES, UNIFORM, K, gpu_poste
 from bench.published import Row, Table, published
 from tritonmoe.tools.planner.cluster import Estimate
 from tritonmoe.tools.planner.cluster_presets import CLUSTERS
+from tritonmoe.tools.planner.layer_exchange import needs_of
 from tritonmoe.tools.planner.operation_costs import exchange_s
-from tritonmoe.tools.planner.routed_rows import needs_of
 
 __all__ = ["link_tables"]
 

@@ -18,13 +18,11 @@ import torch
 
 from tritonmoe.config.overlap import OverlapPlan, equal_sizes
 from tritonmoe.integrations.transformers.bench_model import qwen3_moe_model
-from tritonmoe.integrations.transformers.load_statistics import collect_statistics
 from tritonmoe.integrations.transformers.parallelize_model import parallelize
+from tritonmoe.integrations.transformers.routed_experts import collect_statistics
 from tritonmoe.tools.benchmarks.argument_types import output_file, positive
-from tritonmoe.tools.benchmarks.inside_namespace import ask, check_start, is_inside
-from tritonmoe.tools.benchmarks.link_rates import parse_rate
 from tritonmoe.tools.benchmarks.model_sizes import add_model_sizes, check_model_sizes, model_sizes
-from tritonmoe.tools.benchmarks.namespaces import Namespaces
+from tritonmoe.tools.benchmarks.namespaces import Namespaces, ask, check_start, is_inside, parse_rate
 from tritonmoe.tools.benchmarks.ranks import slowest
 from tritonmoe.tools.benchmarks.timing import summarize, write_json
 from tritonmoe.tools.planner.cluster_presets import CLUSTERS

@@ -9,12 +9,11 @@ from tritonmoe.config.overlap import OverlapPlan
 from tritonmoe.tools.planner.cluster_presets import CLUSTERS
 from tritonmoe.tools.planner.draws import Drawn
 from tritonmoe.tools.planner.exchange_curve import ExchangeCurve
-from tritonmoe.tools.planner.job import Job
+from tritonmoe.tools.planner.job import UNKNOWN_IMBALANCE, Job, trained_by
 from tritonmoe.tools.planner.job_memory import memory_gb
-from tritonmoe.tools.planner.model_presets import MODELS
+from tritonmoe.tools.planner.model_config import MODELS
 from tritonmoe.tools.planner.operation_costs import copy_s
 from tritonmoe.tools.planner.step import step_time
-from tritonmoe.tools.planner.trainer import UNKNOWN_IMBALANCE, trained_by
 
 __all__ = ["four_layer_tables"]
 

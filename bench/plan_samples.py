@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from bench.published import published
 from tritonmoe.tools.planner.cluster import Cluster, Estimate
 from tritonmoe.tools.planner.cluster_presets import CLUSTERS
-from tritonmoe.tools.planner.model_presets import MODELS
-from tritonmoe.tools.planner.routed_rows import needs_of
+from tritonmoe.tools.planner.layer_exchange import needs_of
+from tritonmoe.tools.planner.model_config import MODELS
 from tritonmoe.tools.planner.transformer_model import Model
 
 __all__ = [

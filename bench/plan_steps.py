@@ -15,9 +15,8 @@ from typing import Any
 from bench.published_steps import HELD_OUT, PublishedStep, published_steps
 from tritonmoe.tools.benchmarks.argument_types import output_file
 from tritonmoe.tools.benchmarks.timing import write_json
-from tritonmoe.tools.planner.draws import Draw, Drawn, draw, interval
+from tritonmoe.tools.planner.draws import Draw, Drawn, ModelError, draw, interval
 from tritonmoe.tools.planner.exchange_curve import SERIAL, ExchangeCurve
-from tritonmoe.tools.planner.model_error import ModelError
 
 __all__ = ["Walked", "fit", "leave_one_out", "main", "walk"]
 

@@ -8,9 +8,8 @@ from typing import Any
 from bench.published import published
 from tritonmoe.tools.planner.cluster import Cluster
 from tritonmoe.tools.planner.cluster_presets import CLUSTERS
-from tritonmoe.tools.planner.job import Job
-from tritonmoe.tools.planner.model_presets import MODELS
-from tritonmoe.tools.planner.trainer import UNKNOWN_IMBALANCE, trained_by
+from tritonmoe.tools.planner.job import UNKNOWN_IMBALANCE, Job, trained_by
+from tritonmoe.tools.planner.model_config import MODELS
 
 __all__ = ["HELD_OUT", "PublishedStep", "published_steps"]
 

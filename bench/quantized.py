@@ -56,7 +56,7 @@ def format_of(variant: str) -> str:
 
 
 def decode_by(variant: str) -> None:
-    """Let NF4 be decoded as the variant says."""
+    """Make NF4 weights decode as the variant says."""
     decoding._threads.__dict__.clear()
     found = KERNEL if variant == "nf4, bitsandbytes" else None
     decoding.DECODERS["nf4"] = decoding.DECODERS["nf4"]._replace(foreign=lambda: found)

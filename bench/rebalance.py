@@ -17,7 +17,7 @@ from torch import Tensor
 from tritonmoe import ExpertPlacement, GroupedExperts, MoEConfig, OverlapConfig, Rebalanced, rebalance
 from tritonmoe.layer.rebalancing.better_placement import better_placements, busiest
 from tritonmoe.tools.benchmarks.argument_types import positive, positive_number
-from tritonmoe.tools.benchmarks.link_rates import parse_rate
+from tritonmoe.tools.benchmarks.namespaces import parse_rate
 from tritonmoe.tools.benchmarks.stand_ins import sleeping_experts
 from tritonmoe.tools.benchmarks.timing import Samples, add_arguments, summarize, write_json
 from tritonmoe.transports import LinkModel, Transport

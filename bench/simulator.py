@@ -13,9 +13,8 @@ from tritonmoe.config.overlap import OverlapConfig, OverlapPlan, equal_sizes, ra
 from tritonmoe.dispatch.plan import DispatchPlan
 from tritonmoe.overlap.report import LayerReport
 from tritonmoe.overlap.schedule import build_forward
-from tritonmoe.overlap.simulation.cost_model import LayerWork, LinkCosts
+from tritonmoe.overlap.simulation.cost_model import LayerWork, LinkCosts, StepCosts
 from tritonmoe.overlap.simulation.simulator import simulate, simulate_layer
-from tritonmoe.overlap.simulation.step_costs import StepCosts
 from tritonmoe.overlap.tuning.measured_calls import layer_costs, layer_work
 from tritonmoe.overlap.tuning.search import fixed_plan
 from tritonmoe.tools.benchmarks.argument_types import positive

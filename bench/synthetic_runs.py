@@ -11,10 +11,8 @@ from torch import Tensor
 
 import tritonmoe as tm
 from tritonmoe.overlap.schedule import build_backward, build_forward
-from tritonmoe.overlap.simulation.cost_model import EachLink, InsidePorts, LayerWork, LinkCosts
+from tritonmoe.overlap.simulation.cost_model import EachLink, InsidePorts, LayerWork, LinkCosts, StepCosts, step_units
 from tritonmoe.overlap.simulation.simulator import SimulatedStep, simulate
-from tritonmoe.overlap.simulation.step_costs import StepCosts
-from tritonmoe.overlap.simulation.step_units import step_units
 from tritonmoe.overlap.simulation.two_level_work import TwoLevelWork
 from tritonmoe.tools.recording.call_recording import FORMAT, SCHEMA, file_name, plain_plan
 
@@ -75,7 +73,7 @@ class Run:
     inside_byte_s: float = 2e-8
     has_two_levels: bool = False
     """Whether a row goes once to each node, and from there on to its ranks."""
-    tells_arrivals: bool = True
+    records_arrivals: bool = True
     """Whether it is known when each rank's rows arrived, as it is not over NCCL."""
     uses_rendezvous: bool = False
     """As Transport.uses_rendezvous says."""
@@ -262,7 +260,7 @@ def _walk(
 
 def _arrivals(run: Run, one: SimulatedStep, rank: int, since: float) -> list[float | None] | None:
     """Return when the rows of each rank that takes part had arrived at this one, None of its own."""
-    if one.arrivals_s is None or not run.tells_arrivals:
+    if one.arrivals_s is None or not run.records_arrivals:
         return None
     arrivals = [None if peer == rank else float(one.arrivals_s[peer, rank]) - since for peer in range(run.size)]
     if not run.has_two_levels:

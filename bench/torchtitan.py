@@ -17,8 +17,7 @@ import tempfile
 from pathlib import Path
 
 from tritonmoe.tools.benchmarks.argument_types import positive
-from tritonmoe.tools.benchmarks.link_rates import parse_rate
-from tritonmoe.tools.benchmarks.namespaces import Namespaces
+from tritonmoe.tools.benchmarks.namespaces import Namespaces, parse_rate
 from tritonmoe.tools.benchmarks.timing import Samples, add_arguments, package_versions, ratio, summarize, write_json
 
 __all__ = ["MODELS", "OVERRIDE", "RUN", "arguments", "main"]

@@ -30,10 +30,8 @@ from tritonmoe.placement.expert_shards import shards_of
 from tritonmoe.runtime.files import Json
 from tritonmoe.tools.benchmarks.argument_types import positive, positive_number
 from tritonmoe.tools.benchmarks.expert_parallel_rank import num_settling_steps
-from tritonmoe.tools.benchmarks.inside_namespace import ask, check_start, interface_bytes, is_inside
-from tritonmoe.tools.benchmarks.link_rates import parse_rate
 from tritonmoe.tools.benchmarks.model_sizes import add_model_sizes, check_model_sizes, model_sizes
-from tritonmoe.tools.benchmarks.namespaces import Namespaces
+from tritonmoe.tools.benchmarks.namespaces import Namespaces, ask, check_start, interface_bytes, is_inside, parse_rate
 from tritonmoe.tools.benchmarks.ranks import slowest
 from tritonmoe.tools.benchmarks.timing import Samples, add_arguments, ratio, summarize, write_json
 from tritonmoe.tools.benchmarks.workload import DTYPES, NAMED_WIRE_DTYPES
@@ -118,7 +116,7 @@ class Step:
         return halved
 
     def choose(self) -> str:
-        """Let "auto" try both ways anew; give what it says."""
+        """Make "auto" try both ways anew; return its choice."""
         self.auto = self._detached(tmt.two_batches(self.model, "auto"))
         assert self.auto.trial is not None
         while self.auto.trial.decision is None:

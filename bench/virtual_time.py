@@ -82,7 +82,7 @@ class VirtualTime:
         self._wait_until(self._now + max(0.0, seconds))
 
     def _wait_until(self, at: float | None, lock: "threading.Lock | None" = None) -> None:
-        """Let others run until a time has come, or this thread is made ready; a lock is free meanwhile."""
+        """Run other threads until a time has come, or this thread is made ready; a lock is free meanwhile."""
         turn = self._own.turn
         if at is not None:
             with self._lock:
@@ -95,7 +95,7 @@ class VirtualTime:
             lock.acquire()
 
     def _next(self) -> None:
-        """Let the next thread run, whose time comes first; none where all wait for one that isn't one of them."""
+        """Run the thread whose time comes first; none where all wait for a thread that isn't one of them."""
         with self._lock:
             while self._timers or self._ready:
                 if self._ready:

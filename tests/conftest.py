@@ -8,12 +8,14 @@ import importlib.util
 import os
 import signal
 import sys
+from pathlib import Path
 
 os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
 if "PYTEST_XDIST_WORKER" in os.environ or any(argument.startswith("--virtual-gpu") for argument in sys.argv):
     # Read when torch and NumPy are imported. Every worker has one core, and a virtual GPU's matrices are small.
     os.environ["OMP_NUM_THREADS"] = "1"
 
+import cpu_seconds
 import pytest
 import tiers
 import torch
@@ -29,9 +31,13 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started in a shell's ba
 def pytest_addoption(parser):
     help_text = "compile kernels for a GPU that isn't there, and run what was compiled in NumPy (tests/ops/kernels)"
     parser.addoption("--virtual-gpu", choices=VIRTUAL_GPUS, help=help_text)
+    help_text = "write what each test file costs, in CPU seconds with its processes', into this JSON file"
+    parser.addoption("--cpu-seconds", type=Path, help=help_text)
 
 
 def pytest_configure(config):
+    if table := config.getoption("--cpu-seconds"):
+        config.pluginmanager.register(cpu_seconds.CpuSeconds(table), "cpu_seconds")
     if not torch.cuda.is_available() and not config.getoption("--virtual-gpu"):
         os.environ["TRITON_INTERPRET"] = "1"
     if importlib.util.find_spec("triton") and "TRITON_INTERPRET" in os.environ:

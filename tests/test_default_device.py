@@ -45,7 +45,7 @@ def trained(layer: torch.nn.Module, arguments: tuple[Tensor, ...], num_calls: in
 
 
 CASES = (*OVERLAPS, "two levels", "one device", "placement")
-FIRST_CASES = {("tokens", "auto"), ("two levels", "auto"), ("tokens", "triton")}
+FIRST_CASES = {("tokens", "auto"), ("two levels", "auto")}
 SLOW_CASES = {(case, "triton") for case in CASES if case not in ("tokens", "two levels")}
 
 

@@ -33,10 +33,11 @@ PAGES = [
     for page in (ROOT / "README.md", *sorted(DOCS.rglob("*.md")))
     if page != DOCTORS and re.search("^```python", page.read_text(), re.MULTILINE)
 ]
-SOON = {"README", "index", FIRST}
+SOON = {"index", FIRST}
 """Pages of the first tier: what a reader meets first."""
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("quick", [["--quick"], pytest.param([], marks=pytest.mark.slow)])
 def test_what_is_generated_is_current(quick: list[str]) -> None:
     subprocess.run([sys.executable, "-m", "bench.readme", "--check", *quick], cwd=ROOT, check=True)
@@ -130,6 +131,7 @@ class _Engine(torch.nn.Linear):
         self.zero_grad()
 
 
+@pytest.mark.thorough
 def test_the_doctors_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     """Each of its blocks of Python writes what the doctor reads; the transformers block needs its package."""
     pytest.importorskip("transformers")
@@ -173,7 +175,7 @@ ELSEWHERE = {
     # Results, constants and modules: described by what gives them, or by their own module.
     "tritonmoe": {*errors.__all__, "transports"},
     "tritonmoe.transports": {"EXPERT", "EmulatedWorld", "HostCopy", "LinkModel", "Ranks", "as_transport", "is_mesh"}
-    | {"leaving_nobody_waiting"},
+    | {"fail_peers_on_error"},
     "tritonmoe.routing": {"TopKRouter"},
     TRANSFORMERS: {"EXPERTS_IMPLEMENTATION", "MINIMUM_TRANSFORMERS", "HalvedForward", "ModelStatistics"}
     | {"PatchReport", "UpcycleReport"},

@@ -49,6 +49,7 @@ def test_experts_that_move_have_the_losses_of_those_that_stay():
     assert moved.splitlines()[-1] == stayed.splitlines()[-1]
 
 
+@pytest.mark.thorough
 def test_copies_of_hot_experts_leave_the_losses_as_they_are():
     arguments = ("--steps", "5", "--tokens", "96")
     copied, plain = (run_script("train_balanced.py", *arguments, "--balance", of) for of in ("always", "none"))
@@ -150,6 +151,7 @@ def test_mixtral_on_two_processes_has_the_losses_of_one():
     assert two == pytest.approx(one, abs=2e-5)
 
 
+@pytest.mark.thorough
 def test_generation_gives_the_tokens_of_eager():
     output = run_script("generate.py", "--new-tokens", "5")
     assert "switched 2 experts modules" in output

@@ -104,6 +104,7 @@ def test_import_brings_no_package_but_torch_and_einops() -> None:
     assert out == "['einops', 'tritonmoe']"
 
 
+@pytest.mark.thorough
 def test_generic_named_tuples_are_those_of_typing_extensions() -> None:
     """Python 3.10 doesn't import a file with one of typing's, and a type checker for 3.10 doesn't mind."""
     found = 0

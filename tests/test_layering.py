@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent / "tritonmoe"
 FILES = sorted(ROOT.rglob("*.py"))
 FOLDERS = (
     *("errors", "config", "runtime"),
-    *("ops", "ops/grouping", "ops/kernels", "ops/backends", "ops/aot"),
+    *("ops", "ops/kernels", "ops/backends", "ops/aot"),
     *("routing", "experts", "transports", "dispatch", "overlap", "overlap/simulation", "overlap/tuning"),
     *("expert_parallel", "placement", "layer", "layer/rebalancing", "integrations"),
     *("tools", "tools/report", "tools/recording", "tools/doctor", "tools/planner", "tools/benchmarks", "tools/demo"),

@@ -85,6 +85,7 @@ def layer_results(layer: nn.Module, call: Callable[[Tensor], Tensor], x: Tensor)
 # The operators, and everything that traces
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("save", ["hidden", "input"])
 @pytest.mark.parametrize("gate", GATES)
 def test_operators_pass_opcheck(gate: str, save: str) -> None:
@@ -111,6 +112,7 @@ def test_operators_pass_opcheck(gate: str, save: str) -> None:
     opcheck(torch.ops.tritonmoe.moe_mlp_backward.default, (torch.randn(T, D), *tensors, h, needs, encode(spec)))
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("save", ["hidden", "input"])
 @pytest.mark.parametrize("gate", GATES)
 def test_compile_fullgraph_gives_the_bits_of_eager(gate: str, save: str) -> None:

@@ -1,9 +1,11 @@
-"""The first tier of a sweep shows every value, or every pair of values, in few cases."""
+"""The first tier of a sweep shows every value, or every pair of values, in few cases; files that cost much say why."""
 
 import itertools
+import json
+from pathlib import Path
 
 import pytest
-from tiers import covering, left_out
+from tiers import COSTLY_FILES, MOST_CPU_SECONDS, covering, left_out
 
 SIZES = {"backend": 3, "layout": 4, "dtype": 2}
 CASES = [tuple(zip(SIZES, case, strict=True)) for case in itertools.product(*map(range, SIZES.values()))]
@@ -29,3 +31,12 @@ def test_a_sweep_leaves_cases_to_the_second_tier(number: int, word: str, request
     cases = [item for item in request.session.items if item.originalname == request.node.originalname]
     assert len(cases) in (3, 6)  # of a tier, or of both
     assert len([*left_out(cases)]) == len(cases) - 3
+
+
+def test_a_file_that_costs_much_says_why() -> None:
+    table = Path(__file__).with_name("cpu_seconds.json")
+    costly = {name for name, seconds in json.loads(table.read_text()).items() if seconds > MOST_CPU_SECONDS}
+    again = "`pytest --cpu-seconds tests/cpu_seconds.json FILES` measures files again"
+    unsaid, needless = sorted(costly - COSTLY_FILES.keys()), sorted(COSTLY_FILES.keys() - costly)
+    assert not unsaid, f"above {MOST_CPU_SECONDS} CPU seconds: thin them, or say why in COSTLY_FILES; {again}"
+    assert not needless, f"COSTLY_FILES explains what costs little: take it out; {again}"

@@ -3,7 +3,18 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from virtual_gpu.floats import flushed, fused, fused64, larger, saturated, smaller, unordered, with_nan
+from virtual_gpu.floats import (
+    flushed,
+    from_fp8,
+    fused,
+    fused64,
+    larger,
+    saturated,
+    smaller,
+    to_fp8,
+    unordered,
+    with_nan,
+)
 
 __all__ = [
     "ballot",
@@ -12,6 +23,7 @@ __all__ = [
     "byte_permutation",
     "flushed",
     "from_bfloat16",
+    "from_fp8",
     "fused",
     "fused64",
     "interleaved",
@@ -28,6 +40,7 @@ __all__ = [
     "shuffle",
     "smaller",
     "to_bfloat16",
+    "to_fp8",
     "unordered",
     "upper_half",
     "widened",

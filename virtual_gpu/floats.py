@@ -5,9 +5,52 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["flushed", "fused", "fused64", "larger", "saturated", "smaller", "unordered", "with_nan"]
+__all__ = [
+    *("flushed", "from_e8m0", "from_fp8", "fused", "fused64", "larger", "saturated", "smaller", "to_fp8", "unordered"),
+    *("with_nan",),
+]
 
 Array = NDArray
+_FP8 = {"e4m3": (-6, 0x7E, 0x7F), "e4m3fnuz": (-7, 0x7F, 0x80)}
+"""Of 8 bits, 3 for the fraction: the exponent of the smallest normal number, and the codes of the largest and of NaN.
+
+"e4m3" is the Open Compute Project's, up to 448. MI300's "e4m3fnuz" has half its values, up to 240, one NaN and no -0.
+"""
+
+
+def to_fp8(values: Array, kind: str) -> Array:
+    """Round float32 to the codes of `kind` (uint8), to nearest even; what is beyond the largest, to that."""
+    smallest, largest, nan = _FP8[kind]
+    size = abs(values)
+    exponent = np.maximum(np.where(size > 0, np.frexp(size)[1] - 1, smallest), smallest)
+    code = np.rint(np.ldexp(np.where(size < 2**10, size, 0), 3 - exponent)).astype(np.int32)
+    code = np.where(size < 2**10, np.minimum(code + (exponent - smallest) * 8, largest), largest)
+    code = np.where(np.signbit(values) & ((code != 0) | (kind == "e4m3")), code | 0x80, code)
+    return np.where(np.isnan(values), nan, code).astype(np.uint8)
+
+
+def _fp8_values(kind: str) -> Array:
+    smallest, _, nan = _FP8[kind]
+    code = np.arange(256)
+    exponent, fraction = code >> 3 & 15, code & 7
+    size = np.ldexp(np.where(exponent > 0, 8 + fraction, fraction), np.maximum(exponent, 1) + smallest - 4)
+    values = np.where(code >> 7, -size, size)
+    values[nan | (0x80 if kind == "e4m3" else 0)] = values[nan] = np.nan
+    return values.astype(np.float32)
+
+
+_VALUES = {kind: _fp8_values(kind) for kind in _FP8}
+
+
+def from_fp8(codes: Array, kind: str) -> Array:
+    """Return the float32 values of codes (integers below 256) of `kind`."""
+    return _VALUES[kind][codes]
+
+
+def from_e8m0(codes: Array) -> Array:
+    """Return the powers of two (float64) that codes (integers below 256) of scales stand for; NaN for 255."""
+    codes = np.asarray(codes).astype(np.int64)
+    return np.where(codes == 255, np.nan, np.ldexp(1.0, codes - 127))
 
 
 def flushed(values: Array) -> Array:

@@ -34,9 +34,7 @@ def _ptx() -> list[str]:
 
 def _examples(forms: Iterable[str]) -> str:
     """Return every part that stands in some of the names, once."""
-    parts = dict.fromkeys(
-        re.sub(r"^m64n\d+k16$", "m64nNk16", part) for form in forms for part in form.split(".") if part
-    )
+    parts = dict.fromkeys(re.sub(r"^m64n\d+k", "m64nNk", part) for form in forms for part in form.split(".") if part)
     return ", ".join(f"`{part}`" for part in parts)
 
 

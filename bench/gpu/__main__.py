@@ -19,8 +19,7 @@ from tritonmoe.ops.aot import architecture_named
 from tritonmoe.ops.kernels import launch
 from tritonmoe.runtime.files import Json
 from tritonmoe.tools.benchmarks.argument_types import output_file
-from tritonmoe.tools.benchmarks.kept_results import KeptResults, open_results, read_results, source_hash
-from tritonmoe.tools.benchmarks.machine import identity
+from tritonmoe.tools.benchmarks.kept_results import KeptResults, identity, open_results, read_results, source_hash
 from tritonmoe.tools.benchmarks.tile_candidates import redundant
 from tritonmoe.tools.benchmarks.tuning import LEAST_GAIN, best_entries
 
@@ -80,12 +79,12 @@ def _why_not(rehearse: bool) -> str:
 
 
 def is_finished(result: Json | None) -> bool:
-    """Say whether a case needs no other run: what went wrong does once this folder or the tests have changed."""
+    """Return whether a case needs no other run: a wrong one does once this folder or the tests have changed."""
     return result is not None and (not is_wrong(result) or result["harness"] == HARNESS)
 
 
 def is_wrong(result: Json) -> bool:
-    """Say whether a result speaks against the kernels or the harness."""
+    """Return whether a result speaks against the kernels or the harness."""
     return result.get("passed") is False or "failed" in result or bool(result.get("problem"))
 
 
@@ -199,8 +198,8 @@ def _headline(found: Json) -> str:
         return ", ".join(f"{name} left out: {why}" for name, why in found["left_out"].items())
     if "passed" in found:
         return "passed"
-    if "speed_up" in found:
-        return f"{found['speed_up']:.3f} times as fast as serial"
+    if "results" in found:
+        return found["output"].strip().splitlines()[-1][:200]
     if "gain" in found:
         return f"{found['gain']:.3f} times" + ("" if found["agrees"] else ", WRONG")
     return "done"

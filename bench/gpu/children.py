@@ -108,7 +108,7 @@ def _lead(target: Callable[..., None], pipe: Connection, *arguments: object) -> 
 def answers(
     target: Callable[..., None], jobs: Sequence[Job], limit_s: float, deadline: float
 ) -> Iterator[tuple[Job, Json]]:
-    """Let as many processes as there are cores work on jobs; give each job and its answer as soon as it is known.
+    """Run jobs in as many processes as there are cores; yield each job and its answer as soon as it is known.
 
     A job whose process ends, or takes longer than `limit_s`, is answered with why under "failed", and another process
     goes on. At `deadline`, on the clock of time.monotonic, all end; what is left has no answer.

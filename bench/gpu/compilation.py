@@ -153,7 +153,7 @@ def _cache_token() -> str:
 
 @contextlib.contextmanager
 def _without_interpreter():
-    """Let the processes that start inside compile: where the interpreter is on, they can't."""
+    """Switch the interpreter off for processes that start inside: they compile."""
     before = os.environ.pop("TRITON_INTERPRET", None)
     try:
         yield

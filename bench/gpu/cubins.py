@@ -194,7 +194,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not is_cuda:
             print(f"python -m bench.gpu.cubins: {target} runs no cubins: name GPUs of NVIDIA", file=sys.stderr)
             return 2
-        for operation in setting.profiled_operations:
+        for operation in setting.compiled_operations:
             found = compile_operation(setting, operation, setting.headline_tokens, target)
             path = arguments.out / f"{target} {operation} triton {found.triton}.json"
             write_whole(path, json.dumps(asdict(found)), "file of cubins")

@@ -1,8 +1,11 @@
 """A whole layer beside its peers and dense products of its FLOPs, in the same rounds; its router, its memory."""
 
-from typing import Any
+import itertools
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
+from torch import nn
 
 from bench.gpu.peers import COMPILING, PEERS, Function, peer_functions
 from bench.gpu.workbench import Call, Workbench, with_entries
@@ -11,19 +14,17 @@ from tritonmoe.experts.moe_mlp import moe_mlp
 from tritonmoe.ops.kernels.tiles import measured_tiles
 from tritonmoe.routing.router import TopKRouter
 from tritonmoe.runtime.files import Json
-from tritonmoe.tools.benchmarks.operation_calls import dense_products
 from tritonmoe.tools.benchmarks.roofline import BACKWARD_PRODUCTS, FORWARD_PRODUCTS, product_flops
-from tritonmoe.tools.benchmarks.shapes import LayerInputs
+from tritonmoe.tools.benchmarks.shapes import LayerInputs, dense_products, draw_routing
 from tritonmoe.tools.benchmarks.step_memory import kept_for_backward_mb, peak_mb
 
-__all__ = [
-    *("OURS", "TUNED", "UNCAPTURED", "experts", "measure_compiling_peers", "measure_layer", "measure_memory"),
-    *("measure_router", "others_of", "step_of"),
-]
+__all__ = ["measure_compiling_peers", "measure_few", "measure_layer", "measure_memory", "measure_router"]
 
 OURS, TUNED, DENSE, TORCH = "tritonmoe", "tritonmoe, tuned", "dense products", "torch backend"
 UNCAPTURED = (TORCH, "eager")
 """They read how many pairs every expert has, so no CUDA graph can hold them."""
+NUM_SETS = 4
+"""So many layers take turns where tokens are few: what one has left in the L2 cache the others have replaced."""
 
 
 def measure_layer(
@@ -58,10 +59,10 @@ def measure_layer(
     return found
 
 
-def experts(bench: Workbench, inputs: LayerInputs, entries: measured_tiles.Entries, **options: Any) -> Function:
-    """Return moe_mlp of these inputs, with these measured tiles and options, as a function that gives y."""
+def experts(bench: Workbench, inputs: LayerInputs, entries: measured_tiles.Entries) -> Function:
+    """Return moe_mlp of these inputs, with these measured tiles, as a function that gives y."""
     x, ids, gates, backend = inputs.x, inputs.topk_ids, inputs.topk_weights, bench.setting.layer_backend
-    run = with_entries(lambda: moe_mlp(x, ids, gates, **inputs.arguments, **options, backend=backend), entries)
+    run = with_entries(lambda: moe_mlp(x, ids, gates, **inputs.arguments, backend=backend), entries)
     return run  # type: ignore[return-value]
 
 
@@ -173,3 +174,36 @@ def _router_steps(router: TopKRouter, inputs: LayerInputs) -> dict[str, Call]:
         torch.autograd.grad(router(inputs.x).topk_weights, (inputs.x, router.weight), dweights)
 
     return {"forward": forward, "forward+backward": both}
+
+
+def measure_few(bench: Workbench, shape: str, num_tokens: int) -> Json:
+    """Time a forward of few tokens in NUM_SETS layers in turn, each with weights and a routing of its own, and peers.
+
+    Every layer's weights come from the device's memory, as they do in a model; "the same weights" are ours of one layer
+    again and again, whose weights may stay in the cache.
+    """
+    inputs = bench.inputs(shape, num_tokens, "uniform")
+    layers = [inputs, *(_other_layer(inputs, number) for number in range(1, NUM_SETS))]
+    ours = [experts(bench, layer, {}) for layer in layers]
+    variants = {OURS: _in_turn(layers, ours)}
+    variants["the same weights"] = step_of(inputs, ours[0], False)
+    found, reasons = zip(*(others_of(bench, layer) for layer in layers), strict=True)
+    for name in found[0]:
+        variants[name] = _in_turn(layers, [functions[name] for functions in found])
+    times = bench.time(variants, OURS, UNCAPTURED)
+    times["left_out"] |= reasons[0]
+    return times
+
+
+def _other_layer(inputs: LayerInputs, number: int) -> LayerInputs:
+    """Return a layer of the same sizes with weights at other addresses, and another routing."""
+    shape, generator = inputs.shape, torch.Generator(inputs.x.device).manual_seed(number)
+    ids, gates = draw_routing(len(inputs.x), shape.num_experts, shape.top_k, "uniform", generator)
+    weights = {name: nn.Parameter(weight.detach().roll(number, 0)) for name, weight in inputs.weights.items()}
+    return replace(inputs, topk_ids=ids, topk_weights=gates.requires_grad_(), weights=weights)
+
+
+def _in_turn(layers: Sequence[LayerInputs], functions: Sequence[Function]) -> Call:
+    """Return a call that runs the next layer's forward, and behind the last one the first."""
+    calls = itertools.cycle([step_of(layer, run, False) for layer, run in zip(layers, functions, strict=True)])
+    return lambda: next(calls)()

@@ -12,8 +12,8 @@ from tritonmoe.ops.aot import TARGETS
 from tritonmoe.ops.kernels import launch
 from tritonmoe.ops.kernels.tiles import measured_tiles
 from tritonmoe.runtime.files import Json
-from tritonmoe.tools.benchmarks.operation_calls import dense_products
 from tritonmoe.tools.benchmarks.roofline import kernel_work
+from tritonmoe.tools.benchmarks.shapes import dense_products
 from tritonmoe.tools.benchmarks.tile_candidates import Candidate
 from tritonmoe.tools.benchmarks.tuning import try_candidate
 

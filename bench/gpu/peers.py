@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from tritonmoe.integrations.transformers import peers
+from tritonmoe.integrations.transformers import bench_model
 from tritonmoe.tools.benchmarks.shapes import LayerInputs
 
 __all__ = ["COMPILING", "PEERS", "Function", "peer_functions"]
@@ -48,7 +48,7 @@ def _why_left_out(peer: str, inputs: LayerInputs) -> str | None:
         if package is not None and importlib.util.find_spec(package) is None:
             return f"the package {peer} is not installed"
         return None
-    reason = peers.peer_unusable_reason(peer, inputs.x.device, plain=shape.is_plain)
+    reason = bench_model.peer_unusable_reason(peer, inputs.x.device, plain=shape.is_plain)
     if reason is None and peer == "batched_mm" and inputs.topk_ids.numel() > BATCHED_MM_LARGEST_PAIRS:
         reason = f"it copies the weights for every pair: only up to {BATCHED_MM_LARGEST_PAIRS} pairs"
     if reason is None and peer == "eager" and shape.num_experts > EAGER_LARGEST_EXPERTS:
@@ -61,10 +61,12 @@ def _function(peer: str, inputs: LayerInputs) -> Experts:
     if peer in OTHERS:
         return OTHERS[peer](w["gate_up_proj"], w["down_proj"])
     if peer == "liger":
-        return peers.liger_function(w["gate_up_proj"], w["down_proj"])
+        return bench_model.liger_function(w["gate_up_proj"], w["down_proj"])
     if inputs.shape.is_plain:
-        return peers.experts_function(peer, w["gate_up_proj"], w["down_proj"])
-    return peers.gpt_oss_experts_function(peer, w["gate_up_proj"], w["down_proj"], w["gate_up_bias"], w["down_bias"])
+        return bench_model.experts_function(peer, w["gate_up_proj"], w["down_proj"])
+    return bench_model.gpt_oss_experts_function(
+        peer, w["gate_up_proj"], w["down_proj"], w["gate_up_bias"], w["down_bias"]
+    )
 
 
 def _torch_grouped_mm(gate_up_proj: Tensor, down_proj: Tensor) -> Experts:
@@ -128,5 +130,5 @@ PACKAGES = {"sonic-moe": "sonicmoe", "moe-ops": "moe_ops"}
 """What the packages of some are imported as."""
 COMPILING = tuple(PACKAGES)
 """They compile, and try many tiles, for minutes when they are called first."""
-PEERS = (*peers.PEERS, *(name for name in OTHERS if name not in COMPILING))
+PEERS = (*bench_model.PEERS, *(name for name in OTHERS if name not in COMPILING))
 """All others."""

@@ -1,10 +1,9 @@
 """The day's plan: every case in the order in which it is run, what matters most first.
 
 A: what machine this is, dense ceilings, everything compiled, small layers and the headline's own tiles checked.
-B: the headline: layer, in every way in which jobs run it, and operations. C: its tiles, tuned and measured again. D:
-its peers, with their memory; whole steps of training; few tokens; what one card shows of many ranks. E: the checks with
-another ptxas, operations by cubins of another Triton, ncu and compute-sanitizer, then the kernels' tests on the GPU,
-which compile a lot. F: other numbers of tokens, other layers, other tests.
+B: the headline: layer and operations. C: its tiles, tuned and measured again. D: its peers, with their memory; a model
+in training; few tokens; what one card shows of many ranks. E: operations by cubins of another Triton, then the kernels'
+tests on the GPU, which compile a lot. F: other numbers of tokens, other layers, other tests.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,7 +19,6 @@ from tritonmoe.runtime.files import Json
 __all__ = ["Case", "cases"]
 
 PASSES = {"forward": False, "forward+backward": True}
-SANITIZERS = ("memcheck", "racecheck")
 FEW_TOKENS = 8
 
 
@@ -48,8 +46,8 @@ def cases(setting: Setting, target_name: str) -> list[Case]:
         *_headline(setting),
         *_tiles(setting, target_name),
         *_peers(setting),
-        *_other_compilers(setting, target_name),
-        *_tools(setting),
+        *_cubins(setting, target_name),
+        *_tests("E", setting.kernel_tests),
         *_other_layers(setting),
     ]
 
@@ -89,9 +87,6 @@ def _headline(setting: Setting) -> Iterator[Case]:
     layer = {"shape": HEADLINE, "num_tokens": num_tokens}
     for operation in OPERATIONS:
         yield Case(f"B operation {operation}", "measure_operation", {**layer, "operation": operation}, usual_s=8.0)
-    yield Case("B ways", "measure_ways", {**layer, "routing": "uniform"}, limit_s=180.0, usual_s=40.0)
-    beside = {**layer, "routing": "uniform", "held": list(setting.held)}
-    yield Case("B beside held multiprocessors", "measure_beside", beside, limit_s=180.0, usual_s=40.0)
     yield Case("B router", "measure_router", layer, usual_s=15.0)
     yield Case("B memory", "measure_memory", {**layer, "routing": "uniform", "with_peers": False})
     for operation in OPERATIONS:
@@ -123,18 +118,13 @@ def _peers(setting: Setting) -> Iterator[Case]:
         yield from _layer("D", HEADLINE, num_tokens, "uniform", others=True, tuned=True)
     layer = {"shape": HEADLINE, "num_tokens": setting.peer_tokens[0], "routing": "uniform", "with_peers": True}
     yield Case("D memory", "measure_memory", layer, limit_s=180.0, usual_s=45.0)
-    training = {"num_tokens": setting.trained_tokens, "sequence_length": setting.sequence_length}
-    yield Case("D training", "measure_training", training, limit_s=300.0, usual_s=120.0)
+    training = {"arguments": ["transformers", *setting.training.split()]}
+    yield Case("D training", "run_benchmark", training, limit_s=300.0, usual_s=120.0)
     for num_tokens in setting.few_tokens:
         few = {"shape": HEADLINE, "num_tokens": num_tokens}
         yield Case(f"D few T={num_tokens}", "measure_few", few, usual_s=25.0)
-    overlap = {
-        "model": setting.emulated_model,
-        "num_ranks": setting.emulated_ranks,
-        "num_tokens": setting.emulated_tokens,
-        "chunks": list(setting.emulated_chunks),
-    }
-    yield Case("D overlap emulated", "measure_overlap", overlap, limit_s=240.0, usual_s=60.0)
+    overlap = {"arguments": ["overlap", *setting.overlap.split()]}
+    yield Case("D overlap emulated", "run_benchmark", overlap, limit_s=300.0, usual_s=120.0)
     yield Case("D world of one", "run_alone", limit_s=300.0, usual_s=30.0)
     for num_tokens in setting.peer_tokens[:2]:
         for name, backward in PASSES.items():
@@ -143,26 +133,11 @@ def _peers(setting: Setting) -> Iterator[Case]:
             yield Case(case, "measure_compiling_peers", arguments, limit_s=300.0, usual_s=120.0)
 
 
-def _other_compilers(setting: Setting, target_name: str) -> Iterator[Case]:
-    layer = {"shape": HEADLINE, "num_tokens": setting.headline_tokens, "routing": "uniform"}
-    for tiles in CHECKED_TILES[:2]:
-        name = f"E check with another ptxas {HEADLINE} T={setting.headline_tokens} {tiles}"
-        yield Case(name, "check_with_other_ptxas", {**layer, "tiles": tiles}, limit_s=300.0, usual_s=60.0)
+def _cubins(setting: Setting, target_name: str) -> Iterator[Case]:
     files = {} if setting.is_rehearsal else files_for(target_name)
     for name, file in (files or {"": ""}).items():  # other cubins are other cases; where there are none, one says so
         arguments = {"file": file, "num_tokens": setting.headline_tokens}
         yield Case(f"E cubins {name}".strip(), "measure_cubin", arguments, limit_s=300.0)
-
-
-def _tools(setting: Setting) -> Iterator[Case]:
-    for operation in setting.profiled_operations:
-        arguments = {"operation": operation, "num_tokens": setting.headline_tokens}
-        yield Case(f"E ncu {operation}", "profile_with_ncu", arguments, limit_s=300.0, usual_s=75.0)
-    for tool in SANITIZERS[:1] if setting.is_rehearsal else SANITIZERS:
-        for operation in setting.profiled_operations:
-            arguments = {"tool": tool, "operation": operation, "num_tokens": setting.sanitized_tokens}
-            yield Case(f"E {tool} {operation}", "run_sanitizer", arguments, limit_s=300.0, usual_s=75.0)
-    yield from _tests("E", setting.kernel_tests)
 
 
 def _other_layers(setting: Setting) -> Iterator[Case]:

@@ -1,36 +1,20 @@
-"""Programs beside the measurements: the tests on the GPU, ncu on single kernels, compute-sanitizer on small layers."""
+"""Programs beside the measurements: benchmarks of `tritonmoe bench`, a world of one rank, the tests on the GPU."""
 
-import csv
 import importlib.util
 import json
 import os
 import re
-import shutil
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from bench.gpu.children import run_program, tail
 from bench.gpu.workbench import Workbench
 from tritonmoe.runtime.files import Json
 
-__all__ = [
-    *("KERNEL_OF", "PROGRAM_LIMIT_S", "TESTS_LIMIT_S", "profile_with_ncu", "run_alone", "run_in_repository"),
-    *("run_sanitizer", "run_tests"),
-]
+__all__ = ["PROGRAM_LIMIT_S", "TESTS_LIMIT_S", "run_alone", "run_benchmark", "run_in_repository", "run_tests"]
 
-KERNEL_OF = {
-    "up": "_up",
-    "down": "_grouped_matmul",
-    "down_grad": "_down_grad",
-    "up_grad": "_grouped_matmul",
-    "weight_grad W1": "_outer_sums",
-    "gather_sum": "_gather_sum",
-}
-"""The operations that ncu looks at, and how their kernel's name begins."""
-NCU = (
-    *("ncu", "--set", "full", "--page", "raw", "--csv", "--launch-skip", "2", "--launch-count", "1"),
-    *("--clock-control", "none"),  # else ncu locks the card's clocks, and what it leaves is measured later
-)
 PROGRAM_LIMIT_S = 240.0
 TESTS_LIMIT_S = 240.0
 NO_TESTS = 5
@@ -65,57 +49,6 @@ def run_tests(bench: Workbench, file: str) -> Json:
     }
 
 
-def _tool(bench: Workbench, *command: str) -> list[str] | None:
-    """Return a tool's command; none of it in a rehearsal, None where the tool isn't there."""
-    if bench.setting.is_rehearsal:
-        return []
-    return list(command) if shutil.which(command[0]) else None
-
-
-def profile_with_ncu(bench: Workbench, operation: str, num_tokens: int) -> Json:
-    """Return all that ncu measures of one operation's kernel, by metric, stall reasons among them."""
-    kernel = KERNEL_OF[operation]
-    tool = _tool(bench, *NCU, "--kernel-name", f"regex:^{kernel}")
-    if tool is None:
-        return {"left_out": "ncu is not there"}
-    found = _run_operation(bench, tool, operation, num_tokens)
-    output = found.pop("output")
-    if "ERR_NVGPUCTRPERM" in output:
-        return {"left_out": "this user may not read the GPU's counters (ERR_NVGPUCTRPERM)"}
-    metrics = {} if bench.setting.is_rehearsal else parse_ncu(output.splitlines())
-    is_right = found["status"] == 0 if bench.setting.is_rehearsal else bool(metrics)
-    return {**found, "metrics": metrics} if is_right else {**found, "failed": tail(output)}
-
-
-def parse_ncu(lines: Sequence[str]) -> dict[str, str]:
-    """Return the metrics of the last kernel in what ncu printed as CSV: value and unit, by name."""
-    rows = [row for row in csv.reader(lines) if len(row) > 20]
-    if len(rows) < 3:
-        return {}
-    names, units, *_, values = rows
-    return {name: f"{value} {unit}".strip() for name, unit, value in zip(names, units, values, strict=True)}
-
-
-def run_sanitizer(bench: Workbench, tool: str, operation: str, num_tokens: int) -> Json:
-    """Run one operation of a small layer under compute-sanitizer; passed where it found nothing in the kernels.
-
-    Errors of CUDA's API are left out: PyTorch asks for what it can do without.
-    """
-    command = _tool(bench, "compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--report-api-errors", "no")
-    if command is None:
-        return {"left_out": "compute-sanitizer is not there"}
-    found = _run_operation(bench, command, operation, num_tokens, "--small")
-    output = found.pop("output")
-    return {**found, "passed": found["status"] == 0, "output": tail(output)}
-
-
-def _run_operation(bench: Workbench, tool: Sequence[str], operation: str, num_tokens: int, *more: str) -> Json:
-    bench.forget()
-    interpreted = "1" if bench.setting.is_rehearsal else None
-    command = [*tool, sys.executable, "-m", "bench.gpu.one_operation", operation, str(num_tokens), *more]
-    return run_program(command, PROGRAM_LIMIT_S, {"TRITON_INTERPRET": interpreted})
-
-
 def run_in_repository(bench: Workbench, arguments: Sequence[str], variables: Mapping[str, str | None]) -> Json:
     """Run a program that prints what it has found as JSON, the last line most; give that, and why it failed, if so."""
     bench.forget()
@@ -128,6 +61,20 @@ def run_in_repository(bench: Workbench, arguments: Sequence[str], variables: Map
     if found["status"] != 0 or not results:
         return {**found, "failed": tail(output) or "it printed nothing"}
     return found
+
+
+def run_benchmark(bench: Workbench, arguments: Sequence[str]) -> Json:
+    """Run `tritonmoe bench` with these arguments in a process of its own; return the results that it writes as JSON."""
+    bench.forget()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "results.json"
+        command = [sys.executable, "-m", "tritonmoe", "bench", *arguments, "--json", str(path)]
+        found = run_program(command, PROGRAM_LIMIT_S, {"TRITON_INTERPRET": None})
+        output = tail(found.pop("output"))
+        if found["status"] != 0:
+            why = "" if found["status"] is not None else f"it took longer than {PROGRAM_LIMIT_S:.0f} s: "
+            return {**found, "failed": why + output}
+        return {**found, "results": json.loads(path.read_text())["results"], "output": output}
 
 
 def run_alone(bench: Workbench) -> Json:

@@ -11,7 +11,7 @@ __all__ = ["DAY", "HEADLINE", "REHEARSAL", "SMALL", "Setting"]
 
 HEADLINE = "Qwen3-30B-A3B"
 SMALL = replace(GPU_SHAPES[HEADLINE], num_experts=4, top_k=2, hidden_size=256, intermediate_size=128)
-"""The headline's layer with its whole tiles, but few of them: small enough for compute-sanitizer."""
+"""The headline's layer with its whole tiles, but few of them."""
 
 
 @dataclass(frozen=True)
@@ -31,26 +31,17 @@ class Setting:
     kernel_tests: tuple[str, ...]
     other_tests: tuple[str, ...]
     """Those that run on a GPU too, in the end."""
-    profiled_operations: tuple[str, ...]
-    """Those that ncu looks at, and compute-sanitizer."""
-    sanitized_tokens: int
-    """On a GPU enough pairs for each of SMALL's experts that its tiles are the headline's, which are 128 high."""
+    compiled_operations: tuple[str, ...]
+    """Those that are launched by cubins of another Triton too."""
     few_tokens: tuple[int, ...]
     """Those with which layers take turns, so that weights come from the device's memory."""
-    held: tuple[int, ...]
-    """Multiprocessors that another kernel holds beside a layer."""
-    trained_tokens: int
-    sequence_length: int
-    """Of the tokens that a whole model is trained on."""
-    emulated_model: str
-    """A name in tritonmoe.tools.benchmarks.workload.MODELS, one layer of which runs on emulated ranks."""
-    emulated_ranks: int
-    emulated_tokens: int
-    """Of every rank."""
-    emulated_chunks: tuple[int, ...]
     rounds: int
     reruns: int
     batch_s: float
+    overlap: str
+    """Arguments of `tritonmoe bench overlap`: one rank computes, its peers are replayed over a link as slow as it."""
+    training: str
+    """Arguments of `tritonmoe bench transformers`: a model under every implementation of its experts in turn."""
     most_candidates: int | None
     """Tiles to try for each product; None for all."""
     clocks_command: tuple[str, ...] | None
@@ -92,19 +83,15 @@ DAY = Setting(
         *("tests/experts/test_saved_memory.py", "tests/dispatch/test_capacity.py", "tests/test_grouping.py"),
         *("tests/transports/test_emulated_delivery.py", "tests/transports/test_contract.py"),
     ),
-    profiled_operations=("up", "down", "down_grad", "up_grad", "weight_grad W1", "gather_sum"),
-    sanitized_tokens=400,
+    compiled_operations=("up", "down", "down_grad", "up_grad", "weight_grad W1", "gather_sum"),
     few_tokens=(1, 8, 64),
-    held=(0, 8, 16, 32),
-    trained_tokens=32768,
-    sequence_length=4096,
-    emulated_model="qwen3-30b-a3b",
-    emulated_ranks=8,
-    emulated_tokens=8192,
-    emulated_chunks=(1, 2, 4),
     rounds=7,
     reruns=50,
     batch_s=0.02,
+    overlap="--emulate 8 --compute-ratio 1 --model qwen3-30b-a3b --tokens 8192 --chunks 1 2 4 --dtype bfloat16 "
+    "--rounds 7",
+    training="--subjects model --passes training --routings untrained --dtypes bfloat16 --tokens 4096 "
+    "--layers 4 --hidden-size 2048 --intermediate-size 768 --experts 128 --top-k 8",
     most_candidates=None,
     clocks_command=None,
 )
@@ -121,19 +108,14 @@ REHEARSAL = Setting(
     shape_tokens=(12,),
     kernel_tests=("tests/ops/kernels/test_tile_table.py",),
     other_tests=(),
-    profiled_operations=("weight_grad W1",),
-    sanitized_tokens=12,
+    compiled_operations=("weight_grad W1",),
     few_tokens=(8,),
-    held=(0, 2),
-    trained_tokens=12,
-    sequence_length=6,
-    emulated_model="tiny",
-    emulated_ranks=2,
-    emulated_tokens=16,
-    emulated_chunks=(1, 2),
     rounds=1,
     reruns=2,
     batch_s=0.0,
+    overlap="--emulate 2 --rate 1gbit --model tiny --tokens 16 --chunks 1 2 --rounds 1",
+    training="--subjects model --passes training --routings untrained --dtypes float32 --tokens 16 --rounds 1 "
+    "--seconds 0 --layers 1 --hidden-size 64 --intermediate-size 16 --experts 4 --top-k 2",
     most_candidates=2,
     clocks_command=("python", "-c", _PRINTING_CLOCKS),
 )

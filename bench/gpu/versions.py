@@ -6,7 +6,7 @@ import torch
 
 from bench.gpu.workbench import Workbench
 from tritonmoe.runtime.files import Json
-from tritonmoe.tools.benchmarks.machine import query_gpu
+from tritonmoe.tools.benchmarks.kept_results import query_gpu
 from tritonmoe.tools.benchmarks.timing import all_versions, environment
 
 __all__ = ["describe_machine"]

@@ -12,8 +12,7 @@ from bench.gpu.setting import Setting
 from tritonmoe.ops.kernels.tiles import measured_tiles
 from tritonmoe.runtime.files import Json
 from tritonmoe.tools.benchmarks.device_time import CAPTURE_FAILED, TimedCalls, graph_pool, interleaved
-from tritonmoe.tools.benchmarks.operation_calls import operation_calls
-from tritonmoe.tools.benchmarks.shapes import LayerInputs, draw_inputs
+from tritonmoe.tools.benchmarks.shapes import LayerInputs, draw_inputs, operation_calls
 from tritonmoe.tools.benchmarks.tuning import calls_by_key
 
 __all__ = ["Call", "Workbench", "times_of", "with_entries"]

@@ -15,37 +15,23 @@ from tritonmoe.tools.benchmarks.device_time import CAPTURE_FAILED
 
 __all__ = ["Worker", "measures"]
 
-LEAVING_TRACES = ("profile_step", "measure_overlap", "measure_training")
+LEAVING_TRACES = ("profile_step",)
 """Behind these the process ends: the profiler's library stays in it, where every launch takes the host longer from then
-on, or threads and streams of emulated ranks do, or the memory of a whole model."""
+on."""
 SILENT = "6"
 """The log level at which the profiler's library doesn't print two lines for every run."""
 
 
 def measures() -> dict[str, Callable[..., Json]]:
     """Return everything that a case can ask for, by name."""
-    from bench.gpu import (
-        beside_cubins,
-        checks,
-        emulated_overlap,
-        layers,
-        operations,
-        other_ptxas,
-        programs,
-        training,
-        versions,
-        ways,
-    )
+    from bench.gpu import beside_cubins, checks, layers, operations, programs, versions
 
     functions = (
-        *(versions.describe_machine, operations.measure_dense, programs.run_tests),
-        *(checks.check_small_layers, checks.check_samples, checks.rerun),
-        *(layers.measure_layer, layers.measure_memory, layers.measure_router, layers.measure_compiling_peers),
-        *(ways.measure_ways, ways.measure_beside, ways.measure_few, training.measure_training),
-        *(emulated_overlap.measure_overlap, programs.run_alone, other_ptxas.check_with_other_ptxas),
-        *(operations.measure_operation, operations.profile_step, operations.measure_host),
-        *(operations.try_tile, operations.remeasure_tile, programs.profile_with_ncu, programs.run_sanitizer),
-        *(beside_cubins.measure_cubin,),
+        *(versions.describe_machine, checks.check_small_layers, checks.check_samples, checks.rerun),
+        *(operations.measure_dense, operations.measure_operation, operations.profile_step, operations.measure_host),
+        *(operations.try_tile, operations.remeasure_tile, beside_cubins.measure_cubin),
+        *(layers.measure_layer, layers.measure_few, layers.measure_memory, layers.measure_router),
+        *(layers.measure_compiling_peers, programs.run_alone, programs.run_benchmark, programs.run_tests),
     )
     return {function.__name__: function for function in functions}
 
@@ -90,7 +76,7 @@ def _translated(setting: Setting, arguments: Json) -> Json:
 
 
 def _leaves_a_capture(found: Json) -> bool:
-    """Say whether a capture failed: it may keep memory, and what comes after it may not be captured."""
+    """Return whether a capture failed: it may keep memory, and what comes after it may not be captured."""
     ways = [*found.get("timed_by", {}).values(), *(timed["timed_by"] for timed in found.get("times", {}).values())]
     return any(way.startswith(CAPTURE_FAILED) for way in ways)
 

@@ -1,12 +1,12 @@
-"""What a day with a GPU has measured, and what its rehearsals have shown."""
+"""What a day with a GPU has measured."""
 
 from collections.abc import Collection
 
-from bench.readme.results import RESULTS, load, table_head, table_row, where
+from bench.readme.results import RESULTS, table_head, table_row
 from tritonmoe.tools.benchmarks.kept_results import read_results
 from tritonmoe.tools.benchmarks.shapes import GPU_SHAPES
 
-__all__ = ["gpu_memory_table", "gpu_table", "gpu_training_table", "killed_text"]
+__all__ = ["gpu_memory_table", "gpu_table", "gpu_training_table"]
 
 GPU_COLUMNS = ((32768, "forward"), (32768, "forward+backward"), (4096, "forward+backward"), (8, "forward"))
 COMPILING = "D peers that compile"
@@ -71,30 +71,27 @@ def gpu_memory_table(name: str) -> str:
 
 
 def gpu_training_table(name: str) -> str:
-    """Return tokens per second and memory of whole steps of training, where all implementations have one gradient."""
+    """Return tokens per second and memory of a model's training steps under every implementation of its experts."""
     lines = _last_run(name)
-    line = lines.get("D training", {})
-    times = line["times"] if line.get("passed") else {}
+    (case,) = lines.get("D training", {}).get("results") or [None]
     text = (
-        f"{_command(lines, bool(times))}. Whole steps of training (forward, backward, AdamW) of four layers of "
-        "Qwen3-MoE with Qwen3-30B-A3B's experts in bf16, the same model under each implementation of transformers' "
-        "experts in turn: tokens per second, and the most megabytes of a step, weights and optimizer among them."
-        + ("" if line.get("runs_kernels", True) else ' "auto" took PyTorch\'s operations for tritonmoe.')
+        f"{_command(lines, case is not None)}. Forward and backward of four layers of Qwen3-MoE with Qwen3-30B-A3B's "
+        "experts in bf16, the same model under each implementation of transformers' experts in turn, as `tritonmoe "
+        "bench transformers` measures it: tokens per second, and the most megabytes of a step beside the weights."
     )
-    if not times:
+    if case is None:
         return text
-    first = next(iter(times.values()))["us"]
+    first = case["times"]["tritonmoe"]["median_ms"]
     rows = [
         table_row(
             implementation,
-            f"{timed['tokens_per_s']:.0f}",
-            f"{first / timed['us']:.2f}",
-            f"{line['held_mb'] + line['memory'][implementation]['peak_mb']:.0f}",
+            f"{1e3 * case['T'] / timed['median_ms']:.0f}",
+            f"{first / timed['median_ms']:.2f}",
+            f"{case['peak_mb'][implementation]:.0f}",
         )
-        for implementation, timed in times.items()
+        for implementation, timed in case["times"].items()
     ]
-    titles = "experts", "tokens/s", f"of {next(iter(times))}'s", "peak MB"
-    return "\n".join([text, "", *table_head(*titles), *rows])
+    return "\n".join([text, "", *table_head("experts", "tokens/s", "of tritonmoe's", "peak MB"), *rows])
 
 
 def _with_others(line: dict, other: dict) -> dict:
@@ -108,7 +105,7 @@ def _with_others(line: dict, other: dict) -> dict:
 
 
 def _peers(lines: Collection[dict]) -> str:
-    """Say which peers were measured somewhere, and why others were not."""
+    """Return the sentence that names the measured peers, and why others are left out."""
     measured = sorted({name for line in lines for name in line.get("times", {})} - set(NO_PEERS))
     reasons = {name: why for line in lines for name, why in line.get("left_out", {}).items() if name not in measured}
     left_out = "; ".join(f"{name}, since {why}" for name, why in reasons.items())
@@ -134,19 +131,3 @@ def gpu_cell(line: dict) -> str:
     fastest, name = min(others, default=(None, ""))
     ratio = f", {fastest / ours['us']:.2f}x {name}" if fastest is not None else ""
     return f"{ours['tflops']:.0f}, {fraction}{ratio}"
-
-
-def killed_text(name: str) -> str:
-    """Return what became of the rehearsals that were killed."""
-    data = load(name)
-    found = data["results"]
-    runs = found["runs"]
-    kills = [kill for run in runs for kill in run["kills"]]
-    right = sum(run["is_right"] for run in runs)
-    return (
-        f"`python -m bench.gpu.killed` on {where(data['environment'])}: {len(runs)} rehearsals of {found['cases']} "
-        f"cases and kernels ({found['unharmed_s']:.0f} s unharmed) were killed {len(kills)} times, each at most "
-        f"{max(len(run['kills']) for run in runs)} times, with {min(kill['lines'] for kill in kills)} to "
-        f"{max(kill['lines'] for kill in kills)} results in the file; {right} of them lost and repeated nothing"
-        f"{' (' + found['note'] + ')' if 'note' in found else ''}."
-    )

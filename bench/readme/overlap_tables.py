@@ -3,8 +3,7 @@
 import statistics
 
 from bench.readme.results import RESULTS, load, load_all, spread, table_head, table_row, where
-from tritonmoe.tools.benchmarks.overlap_report import marks
-from tritonmoe.tools.benchmarks.overlap_table import shown
+from tritonmoe.tools.benchmarks.overlap_report import marks, shown
 
 __all__ = [
     "auto_table",

@@ -61,6 +61,7 @@ def test_a_fault_costs_what_it_takes_and_time_is_virtual() -> None:
     assert costs == pytest.approx([0, 0, 0.09, 0, 0, 0.09], abs=0.008)
 
 
+@pytest.mark.thorough
 def test_what_was_run_is_judged_and_not_run_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

@@ -1,19 +1,21 @@
-"""Programs of bench.gpu beside its worker: a world of one rank, one case alone, the checks with another ptxas."""
+"""Programs of bench.gpu beside its worker: a world of one rank, and benchmarks of the package."""
 
 import json
 import os
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from bench.gpu import alone, one_case, other_ptxas, programs
+from bench.gpu import alone, programs
 from bench.gpu.children import ROOT
-from bench.gpu.setting import HEADLINE, REHEARSAL
-from tritonmoe.ops.aot import TARGETS
-from tritonmoe.ops.kernels import launch
+from bench.gpu.plan import cases
+from bench.gpu.setting import DAY, HEADLINE, REHEARSAL
+from tritonmoe.tools.benchmarks import overlap, transformers
+from tritonmoe.tools.benchmarks.model_sizes import check_model_sizes
 from tritonmoe.transports import LocalTransport
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="runs in the interpreter")
@@ -61,11 +63,6 @@ def test_a_world_of_one_over_gloo():
     assert found["gb_per_s"] > 0
 
 
-def test_one_case_prints_its_result(capsys):
-    assert one_case.main(["describe_machine", "{}", "--rehearse"]) == 0
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["card"] is None
-
-
 class Bench:
     """What programs ask of a workbench."""
 
@@ -109,47 +106,34 @@ def test_a_result_stands_among_warnings(ran):
     assert ran["calls"][-1][0][1:] == ["-m", "bench.gpu.alone"]
 
 
-def ptxas(folder, version):
-    """Return the path of a program that says it is this ptxas."""
-    path = folder / f"ptxas of {version}"
-    path.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release 13.0, V{version}'\n")
-    path.chmod(0o755)
-    return str(path)
+def test_a_benchmarks_results_are_kept(ran, monkeypatch):
+    def write_results(command, limit_s, variables=None):
+        Path(command[-1]).write_text('{"results": [{"ratio": 2.0}]}')
+        return {"command": "", "status": ran["status"], "program_s": 1.0, "output": "a table"}
+
+    monkeypatch.setattr(programs, "run_program", write_results)
+    found = programs.run_benchmark(Bench(), ["transformers", "--tokens", "16"])
+    assert (found["results"], found["output"]) == ([{"ratio": 2.0}], "a table")
+    ran["status"] = None
+    assert programs.run_benchmark(Bench(), [])["failed"] == "it took longer than 240 s: a table"
 
 
-def test_the_newest_other_ptxas_is_taken(tmp_path):
-    paths = [ptxas(tmp_path, version) for version in ("12.8.93", "13.0.88", "9.0.1")]
-    broken = tmp_path / "ptxas"
-    broken.write_text("no program")
-    candidates = [None, str(broken), str(tmp_path / "missing"), *paths]
-    assert other_ptxas.other_ptxas((12, 8, 93), candidates) == (paths[1], (13, 0, 88))
-    assert other_ptxas.other_ptxas((13, 0, 88), candidates) == (paths[0], (12, 8, 93))
-    assert other_ptxas.other_ptxas((12, 8, 93), [None, paths[0], str(broken)]) == ("", ())
+@pytest.mark.parametrize("setting", [DAY, REHEARSAL], ids=["day", "rehearsal"])
+def test_the_benchmarks_take_their_arguments(setting):
+    overlap.check_arguments(overlap.make_parser().parse_args(setting.overlap.split()))
+    parser = transformers.make_parser()
+    arguments = parser.parse_args(setting.training.split())
+    check_model_sizes(arguments)
+    transformers._check_used(arguments, parser)
+    shape = DAY.shapes[HEADLINE]
+    if setting is DAY:
+        sizes = arguments.hidden_size, arguments.intermediate_size, arguments.experts, arguments.top_k
+        assert sizes == (shape.hidden_size, shape.intermediate_size, shape.num_experts, shape.top_k)
 
 
-def test_checks_with_another_ptxas(ran, monkeypatch, tmp_path):
-    path = ptxas(tmp_path, "13.3.1")
-    arguments = {"shape": HEADLINE, "num_tokens": 12, "routing": "uniform", "tiles": {"persistent": False}}
-    ran["output"] = '{"passed": true}'
-    monkeypatch.setattr(other_ptxas, "PLACES", (str(tmp_path / "ptxas*"),))
-    monkeypatch.setattr(other_ptxas.shutil, "which", lambda tool: None)
-    monkeypatch.setattr(other_ptxas, "own_version", lambda target: (12, 8, 93))
-    assert other_ptxas.check_with_other_ptxas(Bench(), **arguments)["passed"]
-    assert ran["calls"][-1][1] == {"TRITON_INTERPRET": "1"}
-    bench = Bench(is_rehearsal=False)
-    monkeypatch.setattr(launch, "target_of", lambda device: TARGETS["sm_90"])
-    found = other_ptxas.check_with_other_ptxas(bench, **arguments)
-    command, variables = ran["calls"][-1]
-    assert json.loads(command[-1]) == arguments
-    assert set(variables.values()) == {path}
-    assert "TRITON_PTXAS_PATH" in variables
-    assert (found["passed"], found["version"], found["own_version"]) == (True, "13.3.1", "12.8.93")
-    monkeypatch.setattr(other_ptxas, "own_version", lambda target: (13, 3, 1))
-    reason = "there is no other ptxas than Triton's own, 13.3.1"
-    assert other_ptxas.check_with_other_ptxas(bench, **arguments) == {"left_out": reason}
-    monkeypatch.setattr(launch, "target_of", lambda device: TARGETS["gfx942"])
-    assert "not assembled by ptxas" in other_ptxas.check_with_other_ptxas(bench, **arguments)["left_out"]
-
-
-def test_tritons_own_ptxas_has_a_version():
-    assert len(other_ptxas.own_version(TARGETS["sm_90"])) == 3
+@pytest.mark.thorough
+@pytest.mark.parametrize("case", ["D training", "D overlap emulated"])
+def test_a_benchmark_in_rehearsal(case):
+    (arguments,) = (one.arguments["arguments"] for one in cases(REHEARSAL, "sm_90") if one.name == case)
+    found = programs.run_benchmark(Bench(), arguments)
+    assert found.get("results"), found

@@ -25,6 +25,7 @@ def bench():
     bench.clocks.close()
 
 
+@pytest.mark.thorough
 def test_samples_of_every_result_are_compared_with_fp64(bench):
     for shape, biases in ((HEADLINE, []), ("gpt-oss", ["dgate_up_bias", "ddown_bias"])):
         found = checks.check_samples(bench, shape, 12, "hot", {})
@@ -49,11 +50,13 @@ def test_an_error_of_a_thousandth_is_found(name, bench, monkeypatch):
     assert {error.partition(" of ")[0] for error, of in found["errors"].items() if not of["passed"]} == {name}
 
 
+@pytest.mark.thorough
 def test_the_checked_tiles_are_used(bench):
     found = checks.check_samples(bench, HEADLINE, 12, "uniform", {"gather": "copy"})
     assert any("gather=copy" in tile for key, tile in found["tiles"].items() if " up " in key)
 
 
+@pytest.mark.thorough
 def test_a_bit_that_differs_in_one_rerun_is_found(bench, monkeypatch):
     assert checks.rerun(bench, HEADLINE, 12, "zipf", {}) == {"reruns": 2, "different": {}, "passed": True}
     step, runs = checks._step, []
@@ -70,6 +73,7 @@ def test_a_bit_that_differs_in_one_rerun_is_found(bench, monkeypatch):
     assert found == {"reruns": 2, "different": {"dx": 1}, "passed": False}
 
 
+@pytest.mark.thorough
 def test_a_layer_beside_its_peers(bench):
     entries = {key: {"block_n": 16} for key in bench.calls_by_key(bench.inputs(HEADLINE, 12, "uniform"))}
     found = layers.measure_layer(bench, HEADLINE, 12, "uniform", backward=True, others=True, entries=entries)
@@ -87,7 +91,7 @@ def test_a_peer_that_fails_is_left_out_and_ours_is_not(bench, monkeypatch):
     def refuse(*weights, **keywords):
         raise ImportError("cannot import name 'MixtralExperts'")
 
-    monkeypatch.setattr(peers.peers, "experts_function", refuse)
+    monkeypatch.setattr(peers.bench_model, "experts_function", refuse)
     found = layers.measure_layer(bench, HEADLINE, 12, "uniform", backward=False, others=True, entries={})
     assert found["left_out"]["eager"] == "ImportError: cannot import name 'MixtralExperts'"
     monkeypatch.setattr(layers, "moe_mlp", refuse)
@@ -174,6 +178,7 @@ def test_single_operations(bench):
     assert profile["total_us"] >= max(kernel["us"] for kernel in profile["kernels"])
 
 
+@pytest.mark.thorough
 def test_what_is_in_the_cache_of_tiles_is_not_measured(bench, monkeypatch):
     monkeypatch.setattr(measured_tiles, "kept", lambda: pytest.fail("tiles.json was asked"))
     operations.measure_operation(bench, "up", HEADLINE, 12)
@@ -195,19 +200,6 @@ def test_clocks_are_read_while_something_runs():
     read.close()
 
 
-def test_metrics_of_ncu():
-    names = ["ID", "Kernel Name", *(f"metric_{number}" for number in range(30))]
-    units = ["", "", *["%"] * 30]
-    lines = [
-        "==PROF== Connected",
-        *(",".join(f'"{cell}"' for cell in row) for row in (names, units, ["0", "up", *["1,5"] * 30])),
-    ]
-    found = programs.parse_ncu(lines)
-    assert found["Kernel Name"] == "up"
-    assert found["metric_29"] == "1,5 %"
-    assert programs.parse_ncu(["==ERROR== ERR_NVGPUCTRPERM"]) == {}
-
-
 def test_a_program_that_takes_too_long_is_killed_with_what_it_started():
     child = "print(1, flush=True); import time; time.sleep(60)"
     script = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
@@ -217,6 +209,7 @@ def test_a_program_that_takes_too_long_is_killed_with_what_it_started():
     assert found["status"] is None
 
 
+@pytest.mark.thorough
 def test_a_program_ends_with_the_process_that_started_it():
     child = "print(1, flush=True); import time; time.sleep(60)"
     script = f"""
@@ -234,7 +227,7 @@ process.wait()
 
 
 def on_a_gpu(monkeypatch, output, status):
-    """Let programs see a GPU's tools, which print this."""
+    """Make programs print this."""
     setting = programs.Workbench.__new__(programs.Workbench)
     setting.setting = replace(REHEARSAL, is_rehearsal=False)
     setting.forget = lambda: None
@@ -245,26 +238,7 @@ def on_a_gpu(monkeypatch, output, status):
         return {"command": " ".join(command), "status": status, "program_s": 1.0, "output": output}
 
     monkeypatch.setattr(programs, "run_program", run_program)
-    monkeypatch.setattr(programs.shutil, "which", lambda tool: f"/usr/bin/{tool}")
     return setting, commands
-
-
-def test_tools_on_a_gpu(monkeypatch):
-    bench, commands = on_a_gpu(monkeypatch, "==ERROR== ERR_NVGPUCTRPERM - The user does not have permission", 1)
-    assert "ERR_NVGPUCTRPERM" in programs.profile_with_ncu(bench, "up", 32768)["left_out"]
-    assert commands[0][0] == "ncu"
-    assert commands[0][-5:] == [sys.executable, "-m", "bench.gpu.one_operation", "up", "32768"]
-    assert commands[0][commands[0].index("--clock-control") + 1] == "none"
-    bench, _ = on_a_gpu(monkeypatch, "==PROF== Connected, and nothing else", 0)
-    assert "nothing else" in programs.profile_with_ncu(bench, "up", 32768)["failed"]
-    bench, commands = on_a_gpu(monkeypatch, "========= ERROR SUMMARY: 1 error", 9)
-    assert not programs.run_sanitizer(bench, "memcheck", "up", 40)["passed"]
-    assert commands[0][:3] == ["compute-sanitizer", "--tool", "memcheck"]
-    assert "--report-api-errors no" in " ".join(commands[0])
-    assert commands[0][-1] == "--small"
-    monkeypatch.setattr(programs.shutil, "which", lambda tool: None)
-    assert programs.profile_with_ncu(bench, "up", 32768) == {"left_out": "ncu is not there"}
-    assert programs.run_sanitizer(bench, "memcheck", "up", 40) == {"left_out": "compute-sanitizer is not there"}
 
 
 def test_files_of_tests(monkeypatch):

@@ -1,7 +1,5 @@
 """The tables of a day with a GPU, from lines as bench.gpu writes them."""
 
-import json
-
 import pytest
 
 from bench.readme import gpu_tables
@@ -76,34 +74,18 @@ def test_training_and_memory_of_the_last_run(results):
     for table in (gpu_tables.gpu_training_table, gpu_tables.gpu_memory_table):
         assert table("gpu").startswith("`python -m bench.gpu` on a GPU: not measured yet. ")
         assert "\n" not in table("gpu")
-    with open_results(results, {"device": "an older card"}) as lines:
-        lines.add("D training", {"times": {"eager": {"us": 1.0, "tokens_per_s": 1.0}}, "held_mb": 1.0, "memory": {}})
     with open_results(results, {"device": "H100"}) as lines:
-        times = {"tritonmoe": {"us": 100.0, "tokens_per_s": 5000.2}, "eager": {"us": 250.0, "tokens_per_s": 2000.0}}
-        memory = {"tritonmoe": {"kept_mb": 10.0, "peak_mb": 30.0}, "eager": {"kept_mb": 20.4, "peak_mb": 50.0}}
-        training = {"times": times, "held_mb": 700.0, "memory": memory, "runs_kernels": True}
-        lines.add("D training", training | {"passed": False})
+        times = {"tritonmoe": {"median_ms": 100.0}, "eager": {"median_ms": 250.0}}
+        case = {"T": 500, "times": times, "peak_mb": {"tritonmoe": 730.2, "eager": 750.0}}
+        lines.add("D training", {"failed": "it took longer than 240 s"})
         assert "not measured yet" in gpu_tables.gpu_training_table("gpu")
-        lines.add("D training", training | {"passed": True})
+        lines.add("D training", {"results": [case]})
         assert "not measured yet" in gpu_tables.gpu_memory_table("gpu")
+        memory = {"tritonmoe": {"kept_mb": 10.0, "peak_mb": 30.0}, "eager": {"kept_mb": 20.4, "peak_mb": 50.0}}
         lines.add("D memory", {"arguments": LAYER, "memory": memory})
-    text, _, *rows = gpu_tables.gpu_training_table("gpu").splitlines()
-    assert text.endswith("weights and optimizer among them.")
+    _, _, *rows = gpu_tables.gpu_training_table("gpu").splitlines()
     assert rows[2:] == ["| tritonmoe | 5000 | 1.00 | 730 |", "| eager | 2000 | 0.40 | 750 |"]
     text, _, *rows = gpu_tables.gpu_memory_table("gpu").splitlines()
     assert text.startswith("`python -m bench.gpu` on H100.")
     assert text.endswith("in bf16, Mixtral, T = 32768, uniform routing.")
     assert rows[2:] == ["| tritonmoe | 10 | 30 |", "| eager | 20 | 50 |"]
-
-
-def test_killed_rehearsals(monkeypatch):
-    runs = [
-        {"kills": [{"after_s": 1.0, "lines": 3}, {"after_s": 2.0, "lines": 70}], "is_right": True},
-        {"kills": [{"after_s": 1.0, "lines": 0}], "is_right": False},
-    ]
-    environment = {"device": "a CPU", "cores": 2, "versions": {"torch": "2.13"}, "date": "2026-11-27"}
-    data = {"environment": environment, "results": {"runs": runs, "cases": 120, "unharmed_s": 80.4}}
-    monkeypatch.setattr(gpu_tables, "load", lambda name: json.loads(json.dumps(data)))
-    text = gpu_tables.killed_text("gpu_killed")
-    assert "2 rehearsals of 120 cases and kernels (80 s unharmed) were killed 3 times, each at most 2 times" in text
-    assert text.endswith("with 0 to 70 results in the file; 1 of them lost and repeated nothing.")

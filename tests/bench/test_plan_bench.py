@@ -12,7 +12,7 @@ from bench.plan import exchange_errors, tables
 from bench.plan_steps import leave_one_out, walk
 from bench.published import Table, published
 from bench.published_steps import HELD_OUT, published_steps
-from tritonmoe.tools.planner.model_error import MODEL_ERROR
+from tritonmoe.tools.planner.draws import MODEL_ERROR
 
 COMMITTED = Path("bench/results/plan_published.json")
 
@@ -116,6 +116,7 @@ def test_every_published_row_is_there(found):
                 assert (table["source"], round(row[column] * factor, 3)) in numbers, (name, row)
 
 
+@pytest.mark.thorough
 def test_exchanges_of_100_us_and_above_are_within_12_percent_in_the_median(found):
     for name, errors in exchange_errors(found).items():
         assert len(errors) >= 70
@@ -141,6 +142,7 @@ def test_published_steps_lie_in_their_intervals():
     assert {row["family"] for row in rows} > set(HELD_OUT)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("family", ["Megatron, Qwen3-30B on H800", "torchtitan, H100"])
 def test_steps_are_predicted_as_committed(family):
     steps = [one for one in published_steps() if one.family == family]
@@ -151,6 +153,7 @@ def test_steps_are_predicted_as_committed(family):
         assert walked.expected_s == pytest.approx(row["walked_s"], rel=1e-3)
 
 
+@pytest.mark.thorough
 def test_a_family_says_nothing_of_itself():
     walked = [walk(one) for one in published_steps() if one.family in ("Megatron, Qwen3-30B on H800", "ms-swift, A800")]
     walked += [replace(one, step=replace(one.step, family="a third")) for one in walked[:2]]

@@ -4,7 +4,7 @@ import pytest
 
 from bench.readme.results import RESULTS, load
 from tritonmoe.tools.benchmarks.auto import summarize_cases
-from tritonmoe.tools.benchmarks.overlap_report import merits
+from tritonmoe.tools.benchmarks.overlap_report import metrics
 from tritonmoe.tools.benchmarks.timing import ratio, summarize
 
 
@@ -21,7 +21,7 @@ def test_overlap(name: str) -> None:
     assert "bound_ratio_of_medians" not in summary
     for kind in ("overlapped", "auto"):
         figures = summary[kind]
-        expected = merits(figures, {**summary, "T_pass_bound": summarize([1e-3])})
+        expected = metrics(figures, {**summary, "T_pass_bound": summarize([1e-3])})
         for merit in ("hidden_share", "exposed_ms", "bound_ratio", "speed_up"):
             assert figures[merit] == expected[merit]
     assert summary["auto"].get("over_best") in (None, ratio(summary["auto"], summary["overlapped"]))

@@ -16,11 +16,11 @@ from torch import Tensor
 import tritonmoe as tm
 from tritonmoe.config.overlap import OverlapPlan, equal_sizes, ramp_sizes
 from tritonmoe.dispatch import header_check
+from tritonmoe.dispatch.call_settings import CallSettings, decode_settings, plan_settings
 from tritonmoe.dispatch.header import CallHeader
 from tritonmoe.dispatch.header_check import check_headers
 from tritonmoe.dispatch.plan import DispatchPlan, exchange_plan
 from tritonmoe.dispatch.send_plan import plan_tokens
-from tritonmoe.dispatch.terms import CallTerms, plan_terms, words_of
 from tritonmoe.experts.spec import ExpertSpec
 from tritonmoe.transports import PendingExchange, Transport
 
@@ -35,20 +35,20 @@ def s_ik(ids: list[list[int]], num_experts: int, size: int) -> list[set[int]]:
 
 
 def header(overlap: OverlapPlan | None = None, num_experts: int = 4, top_k: int = 2, **changes: int) -> CallHeader:
-    terms = CallTerms((("activation", "silu"), *plan_terms(overlap or OverlapPlan())))
-    common = CallHeader(terms=terms, num_experts=num_experts, top_k=top_k, hidden_size=8, grad_enabled=1)
+    settings = CallSettings((("activation", "silu"), *plan_settings(overlap or OverlapPlan())))
+    common = CallHeader(settings=settings, num_experts=num_experts, top_k=top_k, hidden_size=8, grad_enabled=1)
     return common._replace(**changes)
 
 
 def with_terms(**changed: object) -> CallHeader:
-    """A header of a call of which one or more terms are others."""
-    return header(terms=CallTerms({**header().terms.words, **changed}.items()))
+    """A header of a call of which one or more settings are others."""
+    return header(settings=CallSettings({**header().settings.words, **changed}.items()))
 
 
 def check(headers: Sequence[CallHeader]) -> None:
     """Compare headers as they have come; nothing else has to travel."""
     arrived = [CallHeader._make(one.sealed()) for one in headers]
-    check_headers(arrived, lambda: [one.terms.words for one in headers])
+    check_headers(arrived, lambda: [one.settings.words for one in headers])
 
 
 def test_worked_example() -> None:
@@ -229,21 +229,21 @@ def test_headers_must_agree(name: str) -> None:
 @pytest.mark.parametrize("name", ["num_chunks", "chunk_sizes", "wire_dtype", "dropout", "a_new_option"])
 def test_terms_must_agree(name: str) -> None:
     """Whatever they are: no table has their names."""
-    before = header().terms.words.get(name, "unknown")
+    before = header().settings.words.get(name, "unknown")
     words = re.escape(f"{header_check.LABELS.get(name, name)}")
     with pytest.raises(tm.CountMismatch, match=rf"disagree on {words}.* \(rank 0: {re.escape(before)}, rank 1: 7\): "):
         check([header(), with_terms(**{name: 7})])
 
 
 def test_terms_travel_as_one_number_that_every_process_makes_alike() -> None:
-    terms = CallTerms([("activation", "silu"), ("gated", True)])
-    assert CallHeader._make(header(terms=terms).sealed()).terms == 7695885152892547852 < 2**63
-    assert words_of(terms.text + b"  ") == terms.words
-    assert words_of(terms.text[:-3]) is words_of(b"\xff") is words_of(b"7") is None
+    settings = CallSettings([("activation", "silu"), ("gated", True)])
+    assert CallHeader._make(header(settings=settings).sealed()).settings == 7695885152892547852 < 2**63
+    assert decode_settings(settings.text + b"  ") == settings.words
+    assert decode_settings(settings.text[:-3]) is decode_settings(b"\xff") is decode_settings(b"7") is None
 
 
 def test_long_values_are_cut() -> None:
-    first, second = (CallTerms([("placement", "1" * 500 + last)]).words["placement"] for last in "12")
+    first, second = (CallSettings([("placement", "1" * 500 + last)]).words["placement"] for last in "12")
     assert first != second
     assert len(first) < 200
 
@@ -259,7 +259,7 @@ def test_only_ranks_that_differ_ask_for_words() -> None:
     sent = CallHeader._make(header().sealed())
     assert not sent.is_damaged
     with pytest.raises(tm.CountMismatch, match=r"^the headers of ranks \[1\] were damaged on their way$"):
-        check_headers([sent, sent._replace(terms=int(sent.terms) ^ 4)], ask)
+        check_headers([sent, sent._replace(settings=int(sent.settings) ^ 4)], ask)
     with pytest.raises(tm.CountMismatch, match=r"^the headers of ranks \[0\] were damaged on their way$"):
         check_headers([there._replace(hidden_size=7), sent], ask)
 

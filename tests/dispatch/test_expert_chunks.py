@@ -23,9 +23,8 @@ from tritonmoe.ops.backends import reference
 from tritonmoe.ops.backends import torch as torch_backend
 from tritonmoe.ops.grouping import Grouping
 from tritonmoe.overlap.schedule import build_backward, build_forward
-from tritonmoe.overlap.simulation.cost_model import LayerWork, LinkCosts
+from tritonmoe.overlap.simulation.cost_model import LayerWork, LinkCosts, StepCosts
 from tritonmoe.overlap.simulation.simulator import simulate, simulate_layer
-from tritonmoe.overlap.simulation.step_costs import StepCosts
 from tritonmoe.overlap.tuning.tuner import SETTLING_CALLS
 from tritonmoe.transports import Delay, Transport, TwoLevelTransport
 
@@ -229,6 +228,7 @@ def test_counts_that_contradict_each_other() -> None:
 CASES = [(1, 6, 2), (2, 6, 1), (2, 60, 8), (3, 6, 2), (3, 60, 1), (4, 8, 8)]
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize(("num_ranks", "num_experts", "top_k"), CASES, ids=lambda n: str(n))
 def test_equals_one_device(num_ranks: int, num_experts: int, top_k: int) -> None:
     """Uneven T, an empty rank, a hot expert, skipped and repeated ids; the overlapped schedule has the serial bits."""
@@ -387,6 +387,7 @@ def test_the_simulator_by_hand() -> None:
     assert backward.total_s > 0
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("chunk_by", ["experts", "auto"])
 def test_auto_chooses_the_number_of_chunks(chunk_by: str) -> None:
     config = tm.MoEConfig(8, 4, 8, 2)

@@ -50,6 +50,7 @@ def compare(batch: Batch, results: list[dict[str, Tensor]]) -> None:
             torch.testing.assert_close(result[name], part, rtol=1e-9, atol=1e-9, msg=name)
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize(("num_ranks", "node_size"), [(4, 2), (6, 2), (6, 3)])
 @pytest.mark.parametrize("num_chunks", [1, 3])
 @pytest.mark.parametrize("local_first", [True, False])
@@ -184,6 +185,7 @@ def test_a_layer_reports_the_rows_that_cross():
         assert two.rows_between_nodes < int(one.traffic_rows[rank, 2 * other : 2 * other + 2].sum())
 
 
+@pytest.mark.thorough
 def test_auto_settles_on_two_levels():
     config = tm.MoEConfig(hidden_size=8, intermediate_size=4, num_experts=12, top_k=3)
 

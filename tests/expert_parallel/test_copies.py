@@ -16,8 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import tritonmoe as tm
 from tritonmoe.errors import CountMismatch, TransportError
-from tritonmoe.expert_parallel.call import ProposedCall
-from tritonmoe.expert_parallel.listeners import listeners
+from tritonmoe.expert_parallel.call import ProposedCall, listeners
 from tritonmoe.expert_parallel.plans.copies import balance
 from tritonmoe.overlap.report import LayerReport
 from tritonmoe.transports import Delay, PendingExchange, Transport
@@ -116,6 +115,7 @@ def test_eight_ranks(reports: dict[int, list[LayerReport]]) -> None:
     assert max(len(reports[0][0].copies.planned.on(rank)) for rank in range(8)) <= 2
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("case", ["hidden", "input", "adapters"])
 @pytest.mark.parametrize("hot_experts", [(1,), (2, 3)])
 def test_copies_pass_pieces_on(hot_experts: tuple[int, ...], case: str, reports: dict[int, list[LayerReport]]) -> None:

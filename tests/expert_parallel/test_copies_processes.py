@@ -69,7 +69,7 @@ class Collect:
 
 
 def main(folder: str, backend: str, rank: int = -1, size: int = -1) -> None:
-    from tritonmoe.expert_parallel.listeners import listeners
+    from tritonmoe.expert_parallel.call import listeners
 
     torch.set_num_threads(1)
     listeners.append(Collect())

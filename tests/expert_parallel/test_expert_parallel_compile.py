@@ -110,7 +110,11 @@ class SideBySide(nn.Module):
     [
         ({"overlap": tm.OverlapConfig(2, capacity=1.5), "save": "input"}, {}),
         ({"overlap": PLAN, "activation": tm.ClampedSwiGLU(7.0, 1.702, 1.0)}, {"interleaved": True, "transposed": True}),
-        ({"overlap": tm.OverlapConfig(2, wire_dtype=torch.bfloat16, chunk_by="experts"), "activation": "gelu"}, {}),
+        pytest.param(
+            {"overlap": tm.OverlapConfig(2, wire_dtype=torch.bfloat16, chunk_by="experts"), "activation": "gelu"},
+            {},
+            marks=pytest.mark.thorough,
+        ),
         ({"overlap": PLAN, "placement": tm.ExpertPlacement(((5, 4, 3, 0), (0, 1, 2, 4)))}, {}),
     ],
     ids=["capacity", "plan", "experts", "placement"],
@@ -222,6 +226,7 @@ def test_inductor_captures_no_exchange_in_a_cuda_graph(name: str) -> None:
     assert torch.Tag.cudagraph_unsafe in getattr(torch.ops.tritonmoe, name).default.tags
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("gated", [True, False], ids=["gated", "ungated"])
 def test_flop_counter(gated: bool) -> None:
     transport = LocalTransport()
@@ -286,6 +291,7 @@ def test_settings_come_out_of_the_operator_as_they_went_in(overlap: tm.OverlapCo
             assert decode(encode(spec)) is decode(encode(replace(spec)))
 
 
+@pytest.mark.thorough
 def test_settings_that_differ_between_layers_under_one_compiled_function() -> None:
     """torch.compile leaves numbers open that it has seen to change; operators take settings as a string."""
     transport = LocalTransport()
@@ -404,6 +410,7 @@ def held() -> int:
     return sum(isinstance(found, handles._Memory) for found in handles._objects.values())
 
 
+@pytest.mark.thorough
 def test_what_a_forward_keeps_goes_with_its_graph() -> None:
     before = held()
     transport = LocalTransport()
@@ -464,6 +471,7 @@ def test_graphs_on_one_transport_in_any_order() -> None:
 # Ranks that don't fit together
 
 
+@pytest.mark.thorough
 @compiles_in_threads
 def test_a_rank_without_needs_is_refused_on_every_rank() -> None:
     def on_rank(transport: Transport) -> None:
@@ -492,6 +500,7 @@ def test_refused_arguments_reach_the_other_ranks() -> None:
     tm.run_on_emulated_ranks(on_rank, 2, timeout_s=60)
 
 
+@pytest.mark.thorough
 @compiles_in_threads
 def test_backward_of_another_call_is_refused_on_every_rank() -> None:
     def on_rank(transport: Transport) -> None:

@@ -148,6 +148,7 @@ def noted(monkeypatch: pytest.MonkeyPatch) -> threading.local:
     return threads
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("capacity", [None, 100.0, 0.1], ids=["exact", "fits", "overflows"])
 @pytest.mark.parametrize("local_first", [True, False])
 def test_with_a_capacity_nothing_is_read_before_the_last_combine(

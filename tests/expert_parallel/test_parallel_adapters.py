@@ -160,6 +160,7 @@ def test_dropout_equals_one_device(num_ranks: int, overlap: str, ranks: tuple[in
     assert_equals_one_device(batch.in_parallel(OVERLAPS[overlap]), batch.on_one_device())
 
 
+@pytest.mark.thorough
 def test_bits_of_the_kernels_with_dropout_do_not_depend_on_the_chunks() -> None:
     batch = DroppedBatch(2, 6, 2, torch.float32, device=KERNEL_DEVICE)
     one, three = (batch.in_parallel(tm.OverlapConfig(chunks), backend="triton") for chunks in (1, 3))

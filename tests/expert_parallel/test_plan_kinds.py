@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import tritonmoe as tm
-from tritonmoe.expert_parallel import agree
+from tritonmoe.expert_parallel import run_call
 from tritonmoe.expert_parallel.plans import KIND_NAMES, PLAN_KINDS
 from tritonmoe.transports import Transport
 
@@ -80,12 +80,12 @@ def test_the_last_kind_takes_what_is_left() -> None:
 
 def test_ranks_that_try_kinds_in_another_order_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both ranks raise before a row moves, and go on."""
-    call_header = agree.call_header
+    call_header = run_call.call_header
 
     def reordered(call, kinds):
         return call_header(call, kinds[::-1] if call.transport.rank == 1 and call.sequence == 0 else kinds)
 
-    monkeypatch.setattr(agree, "call_header", reordered)
+    monkeypatch.setattr(run_call, "call_header", reordered)
     config = tm.MoEConfig(8, 4, num_experts=4, top_k=2)
 
     def on_rank(transport: Transport) -> None:

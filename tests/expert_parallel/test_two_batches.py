@@ -536,6 +536,7 @@ def test_shared_expert_is_a_filler_in_both_directions() -> None:
     )
 
 
+@pytest.mark.thorough
 def test_two_levels() -> None:
     tm.run_on_emulated_ranks(lambda t: whole_and_halves(TwoLevelTransport(t, 2), tm.OverlapConfig(2)), 4, timeout_s=20)
 
@@ -561,6 +562,7 @@ def test_callable_activations_and_saved_inputs() -> None:
     tm.run_on_emulated_ranks(on_rank, 2, timeout_s=20)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("what", ["parts", "all-but-the-layers"])
 def test_what_stands_around_the_layers_may_be_compiled(what: str) -> None:
     """On one rank: some releases can't compile in two threads at once."""

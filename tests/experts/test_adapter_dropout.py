@@ -134,6 +134,7 @@ def test_checkpointing_recomputes_with_the_same_mask(save: str, use_reentrant: b
         assert torch.equal(plain, recomputed)
 
 
+@pytest.mark.thorough
 def test_a_compiled_graph_gives_the_same_bits() -> None:
     case = replace(CASE, bias=False)
     inputs = case.inputs(torch.float32)

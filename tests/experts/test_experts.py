@@ -111,6 +111,7 @@ def test_no_tokens_stay_attached_to_the_graph(top_k: int, backend: str) -> None:
             assert (leaf.grad == 0).all(), name
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "relu2", "gpt_oss"])
@@ -379,6 +380,7 @@ def test_skipped_pair_may_have_any_weight(dtype: torch.dtype, backend: str) -> N
         assert all(torch.equal(actual[name], expected[name]) for name in actual)
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("backend", [*BACKENDS, "triton"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_nan_stays_nan(activation: str, backend: str) -> None:

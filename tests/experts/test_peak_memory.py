@@ -8,22 +8,21 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from batches import capped_traffic
 from held_storages import HeldStorages
 from torch import Tensor
 
 import tritonmoe as tm
 from tritonmoe.config.overlap import MAX_CHUNKS, equal_sizes, ramp_sizes
-from tritonmoe.dispatch.capacity import capped_traffic
-from tritonmoe.expert_parallel import choose
-from tritonmoe.expert_parallel.listeners import listeners
+from tritonmoe.expert_parallel import run_call
+from tritonmoe.expert_parallel.call import listeners
 from tritonmoe.ops.backends import triton as triton_backend
 from tritonmoe.ops.backends.torch import MAX_BLOCK_PAIRS
 from tritonmoe.ops.kernels.tiles import measured_tiles
 from tritonmoe.ops.kernels.tiles.config import GATHERS
 from tritonmoe.overlap.report import LayerReport
-from tritonmoe.overlap.simulation.buffer_widths import BufferWidths, WorkingSet
 from tritonmoe.overlap.simulation.cost_model import LayerWork
-from tritonmoe.overlap.simulation.memory import peak_bytes
+from tritonmoe.overlap.simulation.memory import BufferWidths, WorkingSet, peak_bytes
 from tritonmoe.overlap.tuning.measured_calls import layer_work
 from tritonmoe.runtime import cpu_memory
 from tritonmoe.transports import PendingExchange, Transport
@@ -147,9 +146,12 @@ HIDDEN_KEPT = tuple((num_chunks, "hidden") for num_chunks in (1, 2, 4, 8))
 CASES = dict.fromkeys(PLANS, ((4, "hidden"), (2, "input"))) | {"equal": HIDDEN_KEPT, "ramp-all-travel": HIDDEN_KEPT}
 CASES |= dict.fromkeys(("experts", "experts-all-travel"), ((1, "hidden"), (2, "hidden"), (2, "input")))
 """No more chunks of experts than a rank has experts."""
+FIRST = ("equal", "experts")
 
 
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize(
+    "plan", [pytest.param(plan, marks=() if plan in FIRST else pytest.mark.thorough) for plan in PLANS]
+)
 def test_said_before_is_what_is_held(plan: str) -> None:
     batch = Batch(torch.float32)
     for num_chunks, save in CASES[plan]:
@@ -166,6 +168,7 @@ def test_said_before_is_what_is_held(plan: str) -> None:
             assert abs(expected / measured - 1) < BOUND, (num_chunks, save, name, measured, expected)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("save", ["hidden", "input"])
 def test_copies_of_hot_experts_are_counted(save: str) -> None:
     """Their weights, which with save="input" travel twice, and the gradients of these."""
@@ -275,11 +278,12 @@ def test_a_layer_stays_within_its_budget(capacity: float | None) -> None:
     assert max(batch.measure(plan, "hidden")) < (1 + BOUND) * budget
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("differs", ["backend", "threads"])
 def test_ranks_that_need_other_memory_choose_one_plan(differs: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The torch backend goes block by block, as many at a time as there are threads; the reference doesn't."""
     batch, own = Batch(torch.float32), threading.local()
-    monkeypatch.setattr(choose, "num_workers", lambda device: own.num_workers)
+    monkeypatch.setattr(run_call, "num_workers", lambda device: own.num_workers)
     working_sets = [WorkingSet(MAX_BLOCK_PAIRS, 1), WorkingSet(MAX_BLOCK_PAIRS, 4)]
     if differs == "backend":
         working_sets[1] = WorkingSet(None, 1)

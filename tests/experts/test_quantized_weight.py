@@ -101,14 +101,13 @@ def test_decoding_is_that_of_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> No
 TOKENS = {"torch": (0, 1, 9, 60, 900), "reference": (0, 1, 9, 60), "triton": (0, 1, 9)}
 
 
+MARKS = {("triton", 1): pytest.mark.slow, ("triton", 9): pytest.mark.thorough}
+
+
 @pytest.mark.sweep(2)
 @pytest.mark.parametrize(
     ("backend", "num_tokens"),
-    [
-        pytest.param(name, count, marks=[pytest.mark.slow] if (name, count) == ("triton", 1) else [])
-        for name in TOKENS
-        for count in TOKENS[name]
-    ],
+    [pytest.param(name, count, marks=MARKS.get((name, count), ())) for name in TOKENS for count in TOKENS[name]],
 )
 @pytest.mark.parametrize("weight_format", FORMATS)
 @pytest.mark.parametrize("transposed", [False, True])

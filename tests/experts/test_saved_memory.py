@@ -57,7 +57,7 @@ def kept_bytes(call, weights: tuple[Tensor, ...]) -> int:
 @pytest.mark.sweep(2)
 @pytest.mark.parametrize("parallel", [False, True], ids=["one_device", "expert_parallel"])
 @pytest.mark.parametrize("save", ["hidden", "input"])
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.thorough)])
 def test_saved_bytes_per_token(backend: str, save: str, parallel: bool) -> None:
     """At most 2D + 4KF + 24K bytes per token in bf16; without the 4KF when h is computed again."""
     if torch.cuda.is_available():

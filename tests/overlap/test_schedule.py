@@ -9,8 +9,7 @@ from functools import cache
 import pytest
 
 from tritonmoe.config.overlap import LOCAL_PARTS, OverlapPlan, equal_sizes, ramp_sizes
-from tritonmoe.overlap.schedule import Schedule, build_backward, build_forward, build_inside, phase_ends
-from tritonmoe.overlap.schedule_check import check_schedule
+from tritonmoe.overlap.schedule import Schedule, build_backward, build_forward, build_inside, check_schedule, phase_ends
 from tritonmoe.overlap.steps import LOCAL_END, LOCAL_START, Step, StepKind, Way
 
 CHUNKS = (1, 2, 3, 32)
@@ -75,8 +74,8 @@ def kinds(schedule: Schedule, lane: str | None = None) -> list[str]:
 
 def finished(schedule: Schedule, kind: StepKind, chunk: int) -> int:
     """Return the position of the step that computes a chunk to its end: that of copies, where there are any."""
-    has_copies = any(step.kind is kind.of_copies for step in schedule)
-    return position(schedule, kind.of_copies if has_copies else kind, chunk)
+    has_copies = any(step.kind is kind.copy_kind for step in schedule)
+    return position(schedule, kind.copy_kind if has_copies else kind, chunk)
 
 
 def position(schedule: Schedule, kind: str, chunk: int | None) -> int:
@@ -261,7 +260,7 @@ def check_copies(schedule: Schedule, plan: OverlapPlan) -> None:
         if any(step.kind == kind for step in schedule):
             assert all(position(schedule, kind, None) in step.after for step in of_copies)
     for step in of_copies:
-        own = next(kind for kind in StepKind if kind.of_copies is step.kind)
+        own = next(kind for kind in StepKind if kind.copy_kind is step.kind)
         assert position(schedule, own, step.chunk) in step.after
     is_forward = schedule[0].kind is StepKind.METADATA
     if any(step.kind == "copies" for step in schedule) and not plan.serial:

@@ -243,6 +243,7 @@ def test_checkpointing(options: dict, num_calls: int, calls: list[int]) -> None:
         torch.testing.assert_close(value, expected[name])
 
 
+@pytest.mark.thorough
 def test_compiled_code_has_the_same_bits(calls: list[int]) -> None:
     router, x = make_router(dtype=torch.bfloat16, **ROUTERS["groups"]), tokens(torch.bfloat16, (5,))
     routing, expected = run(router, x)

@@ -1,4 +1,4 @@
-"""living(), modules_with(), owners_of_memory(): what this process holds, apart from what other threads are making."""
+"""live_instances(), modules_with(), owners_of_memory(): what this process holds, without what other threads make."""
 
 import copy
 import threading
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from tritonmoe.runtime.living import living, modules_with, owners_of_memory
+from tritonmoe.runtime.living import live_instances, modules_with, owners_of_memory
 
 
 class Below(torch.optim.SGD):
@@ -18,9 +18,9 @@ class Below(torch.optim.SGD):
 def test_objects_of_a_class_and_of_those_below_it() -> None:
     weight = nn.Parameter(torch.ones(2))
     made = [torch.optim.SGD([weight]), Below([weight])]
-    assert [sum(found is one for found in living(torch.optim.Optimizer)) for one in made] == [1, 1]
-    assert [any(found is one for found in living(Below)) for one in made] == [False, True]
-    assert not any(isinstance(found, torch.optim.Optimizer) for found in living(nn.Linear))
+    assert [sum(found is one for found in live_instances(torch.optim.Optimizer)) for one in made] == [1, 1]
+    assert [any(found is one for found in live_instances(Below)) for one in made] == [False, True]
+    assert not any(isinstance(found, torch.optim.Optimizer) for found in live_instances(nn.Linear))
 
 
 def test_modules_that_have_a_parameter() -> None:
@@ -52,7 +52,7 @@ def test_other_threads_fill_tuples_meanwhile() -> None:
     thread.start()
     try:
         for _ in range(20):
-            assert any(found is optimizer for found in living(torch.optim.Optimizer))
+            assert any(found is optimizer for found in live_instances(torch.optim.Optimizer))
             assert any(found is linear for found in modules_with([linear.weight]))
             time.sleep(0.002)  # the thread is in the middle of another
     finally:

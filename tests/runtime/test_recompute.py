@@ -55,6 +55,7 @@ def step(layers: list[tm.MoELayer], x: Tensor, regions: list[list[int]], use_ree
     return [y.detach(), x.grad, *(p.grad for p in parameters)]
 
 
+@pytest.mark.thorough
 @pytest.mark.sweep(1)
 @pytest.mark.parametrize("changes", [{}, {"activation": swiglu}], ids=["fused", "callable"])
 @pytest.mark.parametrize("use_reentrant", [False, True])

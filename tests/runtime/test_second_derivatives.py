@@ -85,6 +85,7 @@ def check_every_pair(y: Tensor, leaves: dict[str, Tensor]) -> None:
                 pytest.fail(f"{of} by {by}: {torch.autograd.grad(grad.sum(), tensor, allow_unused=True)}")
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("frozen", [(), ("gate_up_proj", "gate_up_a"), ("topk_weights", "down_proj", *ADAPTERS)])
 @pytest.mark.parametrize("way", WAYS)
 def test_every_pair_is_refused(way: str, frozen: tuple[str, ...]) -> None:

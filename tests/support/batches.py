@@ -1,5 +1,6 @@
 """Batches for every rank, the same on one device, and how results are compared."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -8,6 +9,7 @@ from tolerance import error_floor
 from torch import Tensor
 
 import tritonmoe as tm
+from tritonmoe.dispatch.capacity import segment_room
 from tritonmoe.transports import Transport
 
 KERNEL_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -146,3 +148,16 @@ CALLABLES = {
     "slices": lambda h: torch.sin(h[:, :INTERMEDIATE]) + h[:, INTERMEDIATE:].square(),
     "ignores-the-rows": lambda h: h[:, :INTERMEDIATE] * 0 + 1,
 }
+
+
+def capped_traffic(
+    num_tokens: Sequence[int], num_experts: int, top_k: int, overlap: tm.OverlapPlan
+) -> tuple[Tensor, Tensor]:
+    """Return the room from every rank i for every rank k, of rows and of pairs, both (W, W) int64 on the CPU.
+
+    num_tokens: of every rank.
+    """
+    size = len(num_tokens)
+    rooms = [segment_room(num, num_experts, top_k, i, size, overlap) for i, num in enumerate(num_tokens)]
+    rows, pairs = (torch.tensor(room, device="cpu").sum(1) for room in zip(*rooms, strict=True))
+    return rows, pairs

@@ -20,8 +20,7 @@ from bench.launch import take_launches
 from tritonmoe.ops.aot import TARGETS
 from tritonmoe.ops.kernels import launch
 from tritonmoe.ops.kernels.compiled import compiled_kernels
-from tritonmoe.tools.benchmarks.operation_calls import operation_calls
-from tritonmoe.tools.benchmarks.shapes import draw_inputs
+from tritonmoe.tools.benchmarks.shapes import draw_inputs, operation_calls
 
 NUM_TOKENS = 300
 """Enough pairs for each expert that its tiles are the headline's."""
@@ -58,7 +57,7 @@ def compare_bytes(folder: Path) -> None:
     torch.cuda.current_stream = lambda device: types.SimpleNamespace(cuda_stream=0)
     inputs = draw_inputs(SMALL, NUM_TOKENS, "uniform", torch.bfloat16, torch.device("cpu"))
     calls = operation_calls(inputs, "triton")
-    for operation in DAY.profiled_operations:
+    for operation in DAY.compiled_operations:
         compiled = cubins.compile_operation(SETTING, operation, NUM_TOKENS, "sm_90")
         with launch.recording(TARGETS["sm_90"]) as launches:
             calls[operation]()
@@ -76,7 +75,7 @@ def compare_bytes(folder: Path) -> None:
 
 def compare_values() -> None:
     bench = Workbench(SETTING)
-    for operation in DAY.profiled_operations:
+    for operation in DAY.compiled_operations:
         compiled = cubins.compile_operation(SETTING, operation, NUM_TOKENS, "sm_90")
         found = next(beside_cubins.compare(compiled, NUM_TOKENS, bench))
         assert found["passed"], (operation, found)

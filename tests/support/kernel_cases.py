@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 
+import pytest
 import torch
 from tolerance import assert_close_to_exact
 from uninitialised import nan_filled_memory
@@ -11,7 +12,7 @@ from tritonmoe.config.activations import ACTIVATION_NAMES, ClampedSwiGLU, Softca
 from tritonmoe.config.layer import ExpertLayout, PerWeight
 from tritonmoe.ops.backends import reference
 from tritonmoe.ops.backends import triton as kernels
-from tritonmoe.ops.backends.layer_case import LayerCase
+from tritonmoe.ops.backends.kernel_check import LayerCase
 from tritonmoe.ops.grouping import RowSources
 from tritonmoe.ops.kernels.row_tiles import TILE_HEIGHTS, num_tile_slots
 
@@ -24,6 +25,10 @@ LAYOUTS = {
     "ungated": ExpertLayout(gated=False),
     "ungated-transposed": ExpertLayout(gated=False, transposed=True),
 }
+SOME_LAYOUTS = [
+    pytest.param(name, marks=() if name in ("interleaved", "transposed") else pytest.mark.thorough) for name in LAYOUTS
+]
+"""Names of all layouts, of which the first tier has two: each of these changes how every kernel reads weights."""
 GPT_OSS = ClampedSwiGLU(1.0, alpha=1.702, up_offset=1.0)
 ALL_GRADIENTS = PerWeight(True, True, True, True)
 ACTIVATIONS = (*ACTIVATION_NAMES, GPT_OSS, SoftcappedSwiGLU(0.7, 1.5))

@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from bench.synthetic_runs import Run, write_run
-from tritonmoe.overlap.report import CallMarks
+from tritonmoe.dispatch.count_exchange import CallMarks
 from tritonmoe.tools.recording.call_recording import RecordedPass, Recording
 from tritonmoe.tools.recording.recording_reader import read_recording
 

@@ -23,6 +23,32 @@ LONGEST_FILES = {
     "test_transformers_two_batches.py",
 }
 """They come early: the tests of a file run in one process, which would end long after the other."""
+MOST_CPU_SECONDS = 8.0
+"""A test file may cost so much in the first tier without a reason; tests/cpu_seconds.json has what each one costs."""
+COSTLY_FILES = {
+    "tests/dispatch/test_capacity.py": "whole layers by 1 to 4 ranks, with and without room, and interpreted kernels",
+    "tests/dispatch/test_expert_chunks.py": "whole layers in chunks of experts, by 1 to 4 ranks and as one device",
+    "tests/expert_parallel/test_copies.py": "whole layers with copies of experts, by 2 to 8 ranks and as one device",
+    "tests/expert_parallel/test_expert_parallel.py": "whole layers by 1 to 4 ranks and as one device",
+    "tests/expert_parallel/test_expert_parallel_compile.py": "each test traces graphs on every rank",
+    "tests/expert_parallel/test_two_batches.py": "models of several layers on two ranks, whole and in halves",
+    "tests/expert_parallel/test_two_batches_refused.py": "two batches in everything that users put around layers",
+    "tests/experts/test_experts.py": "every layout, activation, dtype and routing by every backend",
+    "tests/integrations/transformers/test_transformers_expert_parallel.py": "two processes that import transformers",
+    "tests/integrations/transformers/test_upcycle.py": "a small model of every architecture",
+    "tests/layer/rebalancing/test_rebalance.py": "trains on ranks before and after experts move, in most of its tests",
+    "tests/ops/kernels/test_group.py": "kernels in the interpreter",
+    "tests/ops/kernels/test_packed_tiles.py": "kernels in the interpreter, which decode every weight",
+    "tests/ops/kernels/test_triton_backend.py": "kernels in the interpreter: each operation and its gradients",
+    "tests/ops/kernels/test_weight_grad.py": "kernels in the interpreter, over several programs for each expert",
+    "tests/runtime/test_living.py": "looks through all objects of a process, which tests before it have filled",
+    "tests/test_import.py": "each test starts a process that imports the package",
+    "tests/test_pytorch.py": "what PyTorch has around layers, compiled graphs among them",
+    "tests/transports/test_agreement.py": "starts processes, in which ranks disagree in every way",
+    "tests/transports/test_contract.py": "the whole contract on every transport, in processes of gloo and MPI too",
+    "tests/transports/test_two_level_faults.py": "layers on two levels of which a rank dies at each exchange in turn",
+}
+"""Why a file costs more, and is in the first tier all the same."""
 ALONE_FILES = {"test_process_faults.py", "test_rebuild.py", "test_two_level_faults.py"}
 """Their tests run alone, and come first: each would wait, with all workers, until the others' long tests have ended."""
 

@@ -134,7 +134,7 @@ def a_late_peer_holds_up_only_wait(transport: Transport) -> None:
 def arrivals_tell_which_rank_was_late(transport: Transport) -> None:
     """The last rank comes late: its rows do, and those of the others don't."""
     late, own = transport.size - 1, transport.rank
-    transport.tells_arrivals = True
+    transport.records_arrivals = True
     transport.barrier()
     if own == late:
         time.sleep(LATE_S)
@@ -143,7 +143,7 @@ def arrivals_tell_which_rank_was_late(transport: Transport) -> None:
     pending = transport.exchange(rows, ones, ones)
     pending.wait()
     arrivals = pending.arrivals()
-    transport.tells_arrivals = False
+    transport.records_arrivals = False
     if transport.size == 1 or rows.is_cuda:  # nothing travels, or only the device knows
         return
     assert arrivals is not None

@@ -102,7 +102,7 @@ def test_one_rank_captures_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("is_same", [True, False])
 def test_a_forward_tells_which_backwards_have_run(is_same: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Had they not been compared themselves. Two layers of equal weights: their rows meet without a word."""
-    monkeypatch.setattr(layer_pass, "post_backward", lambda transport, header: None)
+    monkeypatch.setattr(layer_pass, "post_backward", lambda *_: None)
 
     def fn(transport: Transport) -> None:
         layers, x = [layer_on(transport), layer_on(transport)], tokens(transport)

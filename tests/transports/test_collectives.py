@@ -97,6 +97,7 @@ def test_the_sum_is_the_same_on_every_rank_and_in_rank_order() -> None:
         assert [s.tolist() for s in sums] == [[0.0] * count] * SIZE
 
 
+@pytest.mark.thorough
 @compiles_in_threads
 def test_compiled_code_leaves_its_graph() -> None:
     torch._dynamo.reset()

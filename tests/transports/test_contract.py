@@ -22,8 +22,7 @@ EMULATED = {
     **{f"W{size}": (size, None) for size in (1, 2, 3, 4)},
     **{f"W{size}-link": (size, LINK) for size in (1, 2, 3, 4)},
 }
-
-
+FIRST = ("W1", "W3", "W2-link")
 NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
@@ -52,7 +51,9 @@ def test_local(name: str) -> None:
     contract_cases.CASES[name](LocalTransport())
 
 
-@pytest.mark.parametrize("where", EMULATED)
+@pytest.mark.parametrize(
+    "where", [pytest.param(where, marks=() if where in FIRST else pytest.mark.thorough) for where in EMULATED]
+)
 @pytest.mark.parametrize("name", contract_cases.CASES)
 def test_emulated(name: str, where: str) -> None:
     size, link = EMULATED[where]
@@ -176,6 +177,7 @@ def test_mpi_message_beyond_int32(tmp_path: Path) -> None:
     assert "[3, 7]" in run_processes(2, "mpi", str(script), timeout_s=120).output
 
 
+@pytest.mark.thorough
 @NEEDS_MPI
 def test_mpi_arguments() -> None:
     code = """if True:
@@ -194,6 +196,7 @@ def test_mpi_arguments() -> None:
     assert "initialised without MPI_THREAD_MULTIPLE" in said.stdout
 
 
+@pytest.mark.thorough
 @NEEDS_MPI
 def test_closed_mpi() -> None:
     code = """if True:
@@ -207,6 +210,7 @@ def test_closed_mpi() -> None:
     subprocess.run([sys.executable, "-c", code, str(Path(__file__).parent)], env=ENVIRONMENT, check=True)
 
 
+@pytest.mark.thorough
 @NEEDS_MPI
 def test_a_process_of_mpi_that_ends_with_rows_under_way_aborts() -> None:
     """MPI_Finalize would wait for ever, here and on the other ranks."""

@@ -11,8 +11,8 @@ import torch.distributed as dist
 import tritonmoe as tm
 from tritonmoe.runtime import host_device
 from tritonmoe.transports import HostCopy, ProcessGroupTransport, Transport, TwoLevelTransport
-from tritonmoe.transports.device_group import CollectiveExchange
 from tritonmoe.transports.notices import Notice, Notices
+from tritonmoe.transports.process_group import CollectiveExchange
 
 
 @pytest.fixture

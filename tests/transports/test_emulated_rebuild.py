@@ -21,7 +21,7 @@ from tritonmoe.transports import (
     LocalTransport,
     Transport,
     TwoLevelTransport,
-    leaving_nobody_waiting,
+    fail_peers_on_error,
 )
 
 
@@ -54,7 +54,7 @@ def test_a_call_that_was_left_and_is_collected_later_breaks_nothing() -> None:
 
     def on_rank(transport: Transport) -> None:
         def call():
-            with leaving_nobody_waiting(transport):
+            with fail_peers_on_error(transport):
                 yield
 
         left = call()
@@ -223,6 +223,7 @@ assert tm.run_on_emulated_ranks(on_rank, 1) == [0]
 """
 
 
+@pytest.mark.thorough
 def test_a_child_after_fork() -> None:
     """In a process of its own: a child of this one would have to do without the threads of all earlier tests."""
     ended = subprocess.run([sys.executable, "-c", FORKING], capture_output=True, text=True, timeout=60)

@@ -138,6 +138,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(sys.platform != "linux", reason="SCHED_BATCH is a scheduling policy of Linux")
 def test_threads_of_gloo_do_not_interrupt() -> None:
     ended = subprocess.run([sys.executable, "-c", POLICIES], env=ENVIRONMENT, capture_output=True, text=True)

@@ -10,7 +10,7 @@ from virtual_gpu.memory import GlobalMemory
 
 NUM_THREADS = 128
 PROGRAM = """
-	.amdgcn_target "amdgcn-amd-amdhsa--gfx942"
+	.amdgcn_target "amdgcn-amd-amdhsa--{target}"
 kernel:
 	s_load_dwordx4 s[4:7], s[0:1], 0x0
 	v_lshlrev_b32_e32 v1, 2, v0
@@ -43,9 +43,9 @@ kernel:
 """v1 is four times the thread, s[4:5] the input, s[6:7] the output."""
 
 
-def run_amd(code, source, output):
+def run_amd(code, source, output, target="gfx942"):
     """Run lines of code on an input and an output array of 32-bit words; 1024 bytes are shared."""
-    translation = translate(parse(PROGRAM.format(code="\n".join(code))))
+    translation = translate(parse(PROGRAM.format(code="\n".join(code), target=target)))
     segment = argument_segment(translation.kernel, [source.ctypes.data, output.ctypes.data], (1, 1, 1), 1024)
     views = GlobalMemory([view_of(array) for array in (source, output, segment)])
     run_grid(translation, segment, views, 1024, (1, 1, 1))

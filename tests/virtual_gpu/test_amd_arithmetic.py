@@ -1,6 +1,7 @@
 """Every AMD instruction of arithmetic that the virtual GPU accepts, against Python's integers and fractions."""
 
 import functools
+import itertools
 import math
 
 import exact_numbers as exact
@@ -58,6 +59,32 @@ def pair(low, upper, kind):
     halves = [encode(rounded(value, kind), kind) for value in (low, upper)]
     low, upper = (0x7FC0 if bits is None else bits for bits in halves)
     return low | upper << 16
+
+
+FNUZ = "e4m3fnuz"
+SATURATES = "s_setreg_imm32_b32 hwreg(HW_REG_MODE, 23, 1), 1"
+
+
+def codes(low, upper, kind=FNUZ):
+    """Return two numbers as codes of 8 bits; any NaN as one."""
+    first, second = (encode(exact.saturated(value, kind), kind) for value in (low, upper))
+    nan = 0x80 if kind == FNUZ else 0x7F
+    return (nan if first is None else first) | (nan if second is None else second) << 8
+
+
+def halves_of(word):
+    return [decode(word << 16 & WORD, "f32"), decode(word & 0xFFFF0000, "f32")]
+
+
+def values_of(word, kind=FNUZ):
+    return [exact.of_8_bits(word >> shift & 255, kind) for shift in (0, 8)]
+
+
+def bits_of(values, kind):
+    """Return the bits of two numbers side by side, NaN as NumPy has it."""
+    first, second = (encode(value, kind) for value in values)
+    nan = 0x7FC00000 >> (32 - exact.width_of(kind))
+    return (nan if first is None else first) | (nan if second is None else second) << exact.width_of(kind)
 
 
 def rounded(value, kind):
@@ -147,6 +174,13 @@ REFERENCE = {
     "v_cvt_f16_f32": lambda a: pair(a, 0.0, "f16"),
     "v_cvt_pk_bf16_f32": lambda a, b: pair(a, b, "bf16"),
     "v_cvt_pk_f16_f32": lambda a, b: pair(a, b, "f16"),
+    "v_cvt_pk_fp8_f32": codes,
+    "v_cvt_pk_f32_fp8": lambda a: bits_of(values_of(a), "f32"),
+    "v_cvt_f32_fp8": lambda a: values_of(a)[0],
+    "v_cvt_scalef32_pk_fp8_f32": lambda a, b, scale: codes(a, b, "e4m3"),
+    "v_cvt_scalef32_pk_fp8_bf16": lambda a, scale: codes(*halves_of(a), "e4m3"),
+    "v_cvt_scalef32_pk_f32_fp8": lambda a, scale: bits_of(values_of(a, "e4m3"), "f32"),
+    "v_cvt_scalef32_pk_bf16_fp8": lambda a, scale: bits_of(values_of(a, "e4m3"), "bf16"),
     "v_pk_add_u16": lambda a, b: (a + b & 0xFFFF) | ((a >> 16) + (b >> 16) << 16 & WORD),
     "v_pack_b32_f16": lambda a, b: a & 0xFFFF | (b & 0xFFFF) << 16,
 }
@@ -171,7 +205,7 @@ def words(generator, kind):
     return [int(one) for one in bits[generator.permutation(NUM_THREADS)]]
 
 
-def run_vector(lines, sources, rows):
+def run_vector(lines, sources, rows, target="gfx942"):
     """Run lines whose sources are in v[10:11], v[12:13], ...; give `rows` words of each thread from v20 on."""
     source = np.zeros((8, NUM_THREADS), np.uint32)
     code = ["s_mov_b64 vcc, 0"]
@@ -183,7 +217,7 @@ def run_vector(lines, sources, rows):
             code.append(f"global_load_dword v{10 + row}, v1, s[4:5] offset:{4 * NUM_THREADS * row}")
     output = np.zeros((2, NUM_THREADS), np.uint32)
     stores = [f"global_store_dword v1, v{20 + row}, s[6:7] offset:{4 * NUM_THREADS * row}" for row in range(rows)]
-    run_amd([*code, "s_waitcnt vmcnt(0)", *lines, *stores], source, output)
+    run_amd([*code, "s_waitcnt vmcnt(0)", *lines, *stores], source, output, target)
     return [int(low) | int(high) << 32 for low, high in zip(*output, strict=True)]
 
 
@@ -221,7 +255,11 @@ def test_vector_instruction(name):
     lines = [f"{name} {result}, {', '.join(operands)}{' bitop3:0x6a' * ('bitop3' in name)}"]
     if name == "v_fmac_f32":
         lines = ["v_mov_b32 v20, v14", f"{name} v20, v10, v12"]
-    found = run_vector(lines, sources, 1 + is_pair)
+    if "_fp8" in name:
+        lines = [SATURATES, *(["v_mov_b32 v20, 0"] * (not is_pair)), *lines]
+    if "scalef32" in name:
+        sources[-1] = [encode(1.0, "f32")] * NUM_THREADS
+    found = run_vector(lines, sources, 1 + is_pair, "gfx950" if "scalef32" in name else "gfx942")
     for thread in range(NUM_THREADS):
         values = [decode(row[thread], KINDS[one]) for row, one in zip(sources, kinds, strict=True)]
         wanted = REFERENCE[name](*values)
@@ -234,12 +272,48 @@ def test_vector_instruction(name):
                 or (math.isnan(got) and math.isnan(wanted))
                 or (got > 3.4e38 and wanted > 3.4e38)
             ), shown
+        elif "_fp8" in name:
+            if name == "v_cvt_f32_fp8":
+                agree(found[thread], wanted, "f32", shown)
+            else:
+                assert found[thread] == wanted, shown
         elif name.startswith("v_cvt_pk") or name == "v_cvt_f16_f32":
             nans = [index for index, value in enumerate(values) if math.isnan(value)]
             mask = sum(0xFFFF << 16 * index for index in range(2) if index not in nans)
             assert found[thread] & mask == wanted & mask, shown
         else:
             agree(found[thread], wanted, KINDS[kind], shown)
+
+
+@pytest.mark.parametrize(("target", "kind"), [("gfx942", "e4m3fnuz"), ("gfx950", "e4m3")])
+def test_every_number_near_the_middle_of_two_codes(target, kind):
+    """Numbers of 8 bits, the middles between them, their neighbours, and larger ones, in both halves of words."""
+    numbers = [exact.of_8_bits(bits, kind) for bits in range(0x7F)] + [240.0, 248.0, 256.0, 480.0, 1e5, 3e38, math.inf]
+    numbers += [(one + two) / 2 for one, two in itertools.pairwise(numbers)]
+    with np.errstate(all="ignore"):
+        numbers += [float(np.nextafter(np.float32(one), np.float32(to))) for one in numbers for to in (0, math.inf)]
+    numbers = [sign * number for number in numbers for sign in (1, -1)]
+    numbers += [math.nan] * (-len(numbers) % NUM_THREADS)
+    word = encode(1.0, "f32")
+    convert = {"gfx942": "v_cvt_pk_fp8_f32 v20, v10, v12", "gfx950": "v_cvt_scalef32_pk_fp8_f32 v20, v10, v12, v14"}
+    upper = convert[target].replace("v10, v12", "v12, v10") + {"gfx942": " op_sel:[0,0,1]"}.get(
+        target, " op_sel:[0,0,0,1]"
+    )
+    back = {"gfx942": "v_cvt_pk_f32_fp8_sdwa v[22:23], v20 src0_sel:WORD_1"}.get(
+        target, "v_cvt_scalef32_pk_f32_fp8 v[22:23], v20, v14 op_sel:[1,0,0]"
+    )
+    for first in range(0, len(numbers), NUM_THREADS):
+        some = numbers[first : first + NUM_THREADS]
+        bits = [0x7FC00000 if one is None else one for one in (encode(number, "f32") for number in some)]
+        sources = [bits, bits[::-1], [word] * NUM_THREADS]
+        lines = [SATURATES, convert[target], upper, back, "v_mov_b32 v21, v23"]
+        found = run_vector(lines, sources, 2, target)
+        for one, two, result in zip(some, some[::-1], found, strict=True):
+            assert result & WORD == codes(one, two, kind) | codes(two, one, kind) << 16
+            wanted = encode(exact.saturated(one, kind), "f32")
+            assert result >> 32 == (0x7FC00000 if wanted is None else wanted if wanted & (WORD >> 1) else result >> 32)
+    with pytest.raises(NotImplementedError, match="doesn't saturate"):
+        run_vector(convert[target].splitlines(), sources, 1, target)
 
 
 @pytest.mark.parametrize("kind", ["i2", "u2", "i4", "u4", "i8", "u8", "f2", "f4", "f8"])

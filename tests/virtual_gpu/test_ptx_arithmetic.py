@@ -1,6 +1,7 @@
 """Every PTX instruction of arithmetic that the virtual GPU accepts, against Python's integers and fractions."""
 
 import functools
+import itertools
 import math
 import re
 
@@ -35,7 +36,8 @@ def operands_of(kind, generator):
         for _ in range(THREADS)
     ]
     if kind in SPECIAL:
-        near = [encode(float(value), kind) for value in np.float32(generator.normal(0, 2, 30))]
+        near = np.float32(generator.normal(0, 2, 30)).tolist()
+        near = [encode(exact.rounded(exact.Fraction(value), kind) if kind == "e4m3" else value, kind) for value in near]
         bits[: len(near)] = (
             near if kind != "f16" else [encode(float(np.float16(decode(b, "f16"))), "f16") for b in near]
         )
@@ -57,7 +59,7 @@ def outputs(name, sources):
     formula = ARITHMETIC[name]
     lines, texts = [], []
     for index, kind in enumerate(formula.sources):
-        width = 64 if kind == "f32x2" else 32 if kind.endswith("x2") else max(width_of(kind), 16)
+        width = max(width_of(kind.removesuffix("x2")) << kind.endswith("x2"), 16)
         number = 20 + index
         lines += [f"add.s64 %rd{10 + index}, %rd3, {8 * THREADS * index};", LOAD[width].format(number, 10 + index)]
         text = f"{REGISTERS[width]}{number}"
@@ -66,7 +68,7 @@ def outputs(name, sources):
             text = f"%p{index}"
         texts.append(text)
     result = formula.result
-    width = 64 if result == "f32x2" else 32 if result.endswith("x2") else width_of(result)
+    width = width_of(result.removesuffix("x2")) << result.endswith("x2")
     register = f"{REGISTERS[width]}9"
     lines.append(f"{written(name)} {register}, {', '.join(texts)};")
     if result == "pred":
@@ -188,6 +190,8 @@ def converted(modifiers, kind, source, *values):
     if mode:
         value = exact.whole(value, mode)
         return value if kind in exact.FORMATS else exact.to_integer(value, kind, source)
+    if "satfinite" in modifiers:
+        return exact.saturated(value, kind)
     if kind in exact.FORMATS and value and math.isfinite(value):
         return exact.rounded(exact.Fraction(value), kind)
     return value
@@ -215,11 +219,11 @@ def check(name, seed):
     width = width_of(result)
     for thread in range(THREADS):
         for half in range(1 + packed):
-            if operation == "cvt" and packed:  # the first source is the upper half
+            if operation == "cvt" and len(sources) == 2:  # the first source is the upper half
                 raw = [(sources[1 - half][thread], formula.sources[0])]
             else:
                 raw = [
-                    (row[thread] >> (width * half), kind.removesuffix("x2"))
+                    (row[thread] >> (width_of(kind.removesuffix("x2")) * half), kind.removesuffix("x2"))
                     for row, kind in zip(sources, formula.sources, strict=True)
                 ]
             values = [decode(bits, kind) for bits, kind in raw]
@@ -236,7 +240,7 @@ def check(name, seed):
                 continue
             wanted_bits = encode(wanted, result)
             assert math.isnan(decode(bits, result)) if wanted_bits is None else bits == wanted_bits, shown
-            if width == 8:  # the register holds the number with its sign
+            if width == 8 and not packed:  # the register holds the number with its sign
                 assert found[thread] == decode(bits, result) & 0xFFFF, shown
 
 
@@ -244,6 +248,29 @@ def check(name, seed):
 def test_operation(operation):
     for seed, name in enumerate(BY_OPERATION[operation]):
         check(name, seed)
+
+
+def test_every_number_near_the_middle_of_two_codes():
+    """Numbers of 8 bits, the middles between them, their neighbours, and what is above the largest."""
+    values = [decode(bits, "e4m3") for bits in range(0x7F)] + [480.0, 500.0, 1e5, 3e38, math.inf]
+    values += [(one + two) / 2 for one, two in itertools.pairwise(values)]
+    with np.errstate(all="ignore"):
+        near = [float(np.nextafter(np.float32(value), np.float32(to))) for value in values for to in (0, math.inf)]
+    values = [sign * value for value in (*values, *near) for sign in (1, -1)]
+    values += [1e-40] * (-len(values) % THREADS)
+    for first in range(0, len(values), THREADS):
+        some = values[first : first + THREADS]
+        bits = [encode(value, "f32") for value in some]
+        found, _ = outputs("cvt.rn.satfinite.e4m3x2.f32", [bits, bits[::-1]])
+        wanted = [encode(exact.saturated(value, "e4m3"), "e4m3") for value in some]
+        assert found == [low | upper << 8 for low, upper in zip(wanted[::-1], wanted, strict=True)]
+    codes = [[code + 4 * thread for thread in range(THREADS)] for code in range(4)]
+    for row in codes:
+        found, _ = outputs("cvt.rn.f16x2.e4m3x2", [row])
+        for code, bits in zip(row, found, strict=True):
+            value = decode(bits, "f16")
+            assert math.isnan(value) if code & 127 == 127 else encode(value, "e4m3") == code
+            assert bits >> 16 == 0
 
 
 def test_fused_where_two_roundings_differ():

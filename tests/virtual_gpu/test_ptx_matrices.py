@@ -5,6 +5,7 @@ import pytest
 from ptx_programs import run_ptx
 
 from virtual_gpu.faults import MemoryFault
+from virtual_gpu.nvidia.matrix_unit import _decode
 from virtual_gpu.nvidia.tensor_memory import TensorMemory
 from virtual_gpu.shared_memory import SharedMemory
 
@@ -73,6 +74,42 @@ def test_mma(kind):
         for index in range(4):
             expected = wanted[group + 8 * (index // 2), 2 * member + index % 2]
             assert (found[32 * warp : 32 * warp + 32, index] == expected).all()
+
+
+@pytest.mark.parametrize(("a_byte", "a_pair", "b_byte", "b_member"), [(0, 0, 0, 0), (3, 1, 1, 2), (1, 0, 2, 3)])
+def test_mma_of_8_bits_with_scales(a_byte, a_pair, b_byte, b_member):
+    """A byte of two threads of each four has the scales of rows g and g + 8, of one thread that of column g."""
+    generator = np.random.default_rng(6)
+    a, b = (generator.integers(0, 2, shape) for shape in ((16, 32), (32, 8)))  # ones have the code 0x38
+    words = generator.integers(0, 1 << 32, (64, 8), dtype=np.uint32)
+    words[:, :6] = 0
+    group, member = LANES // 4, LANES % 4
+    for index in range(16):
+        codes = 0x38 * a[group + 8 * (index // 4 % 2), 4 * member + index % 4 + 16 * (index // 8)]
+        words[:, index // 4] |= np.tile(codes, 2).astype(np.uint32) << 8 * (index % 4)
+    for index in range(8):
+        codes = 0x38 * b[4 * member + index % 4 + 16 * (index // 4), group]
+        words[:, 4 + index // 4] |= np.tile(codes, 2).astype(np.uint32) << 8 * (index % 4)
+    words[:, 6:] = words[:, 6:] & 0x03030303 | 0x7C7C7C7C
+    row, column = np.arange(16), np.arange(8)
+    a_scales = 2.0 ** ((words[row % 8 * 4 + 2 * a_pair + row // 8, 6] >> 8 * a_byte & 255).astype(float) - 127)
+    b_scales = 2.0 ** ((words[column * 4 + b_member, 7] >> 8 * b_byte & 255).astype(float) - 127)
+    words[32:] = words[:32]
+    loads = "\n".join(f"ld.global.b32 %r{20 + word}, [%rd5+{4 * word}];" for word in range(8))
+    found = run_on(
+        f"mul.wide.u32 %rd4, %r1, 32;\nadd.s64 %rd5, %rd1, %rd4;\n{loads}\nmov.b32 %r29, 0;\n"
+        "mma.sync.aligned.m16n8k32.row.col.kind::mxf8f6f4.block_scale.scale_vec::1X.f32.e4m3.e4m3.f32.ue8m0 "
+        "{%r100, %r101, %r102, %r103}, {%r20, %r21, %r22, %r23}, {%r24, %r25}, {%r29, %r29, %r29, %r29}, "
+        f"%r26, {{{a_byte}, {a_pair}}}, %r27, {{{b_byte}, {b_member}}};\n" + stores(4),
+        words.view(np.uint8).reshape(-1),
+        4,
+        0,
+        64,
+    ).view(np.float32)
+    wanted = a_scales[:, None] * (a @ b) * b_scales
+    for index in range(4):
+        expected = wanted[group + 8 * (index // 2), 2 * member + index % 2]
+        assert (found[:, index].reshape(2, 32) == expected).all()
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -261,6 +298,45 @@ def test_warps_that_use_the_same_tensor_memory_need_a_barrier():
         memory.free(address, 32, 1)
     shared.barrier()
     assert (memory.read(places, 4) == np.arange(128).reshape(4, 32)).all()
+
+
+@pytest.mark.parametrize("missing", ["", "wait", "barrier", "copy", "columns"])
+def test_scales_in_tensor_memory_need_their_order_and_four_copies(missing):
+    """A product of 128 x 32 with one scale for each row and column, which four warps store in 32 lanes each."""
+    shared = SharedMemory(8192)
+    shared.data[:] = 0x38  # 1.0
+    memory = TensorMemory(shared, _decode)
+    sums, scales = memory.allocate(32), memory.allocate(32)
+    for warp in range(4):
+        places = memory.places(scales | 32 * warp << 16, "32x32b", 5, 0)
+        words = np.full((5, 32), 0x7F7E8180, np.uint32)  # of A 4.0 in byte 1
+        words[4] = 0x80808080  # of B 2.0
+        words[4, 3] += (missing == "copy" and warp == 2) << 16
+        memory.write(places, words, warp)
+    if missing != "wait":
+        memory.wait_for_stores()
+    if missing != "barrier":
+        shared.barrier()
+    instruction = 1 << 29 | 2 << 4 | 1 << 23 | 32 // 8 << 17 | 128 // 16 << 24
+    places = scales, scales + (4 if missing != "columns" else 32)
+
+    def multiply():
+        left, right = descriptor(0, 128, 256, 0), descriptor(4096, 128, 256, 0)
+        memory.start(sums, left, right, instruction, 0, 0, "kind::mxf8f6f4", places)
+        memory.finish(1, None)
+
+    messages = {
+        "wait": "not waited for",
+        "barrier": "no barrier",
+        "copy": "all four quarters",
+        "columns": "not allocated",
+    }
+    if missing:
+        with pytest.raises(MemoryFault, match=messages[missing]):
+            multiply()
+        return
+    multiply()
+    assert (memory.read(memory.places(sums, "32x32b", 32, 0), 0).view(np.float32) == 32 * 4 * 2).all()
 
 
 @pytest.mark.parametrize("missing", ["fence of registers", "barrier before the refill"])

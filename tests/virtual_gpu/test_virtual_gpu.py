@@ -90,6 +90,27 @@ def test_a_warp_s_maximum_leaves_nan_out_unless_it_is_asked_for():
         assert set(found.tolist()) == {expected}
 
 
+def test_registers_of_inner_braces_are_known_there_alone():
+    found = run(
+        """
+        {
+        .reg .b16 a<2>;
+        .reg .b32 b;
+        mov.b32 b, 0x20001;
+        mov.b32 {a0, a1}, b;
+        mov.b32 %r4, {a1, a0};
+        }
+        {
+        .reg .b32 a0;
+        mov.b32 a0, 0x30000;
+        add.s32 %r5, %r4, a0;
+        }
+        st.global.b32 [%rd3], %r5;
+        """
+    )
+    assert set(found.tolist()) == {0x40002}
+
+
 def test_a_maximum_of_three_numbers():
     for numbers in ("%r4, %r5, %r6", "%r5, %r6, %r4", "%r6, %r4, %r5"):
         found = run(

@@ -199,7 +199,7 @@ PlainActivation = str | tuple[str | float, ...]
 
 
 def is_fused(activation: Activation) -> TypeIs[FusedActivation]:
-    """Say whether the kernels apply this activation themselves."""
+    """Return whether the kernels apply this activation themselves."""
     return isinstance(activation, str | GateFunction)
 
 

@@ -9,12 +9,12 @@ LARGEST = sys.float_info.max
 
 
 def is_integer(value: object) -> TypeGuard[int]:
-    """Say whether this is an int; True and False are none here."""
+    """Return whether this is an int; True and False are none here."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def is_number(value: object) -> bool:
-    """Say whether this is a float, or an int that a float can hold, and finite.
+    """Return whether this is a float, or an int that a float can hold, and finite.
 
     torch.compile can't trace math.isfinite.
     """

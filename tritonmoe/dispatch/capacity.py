@@ -16,7 +16,6 @@ that is not captured raises CapacityOverflow.
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
 
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor
 
 from tritonmoe.config.overlap import OverlapPlan
+from tritonmoe.dispatch.call_settings import in_millionths
 from tritonmoe.dispatch.count_exchange import exchange_counts
 from tritonmoe.dispatch.header import CallHeader
 from tritonmoe.dispatch.send_plan import (
@@ -34,14 +34,11 @@ from tritonmoe.dispatch.send_plan import (
     owners_of_pairs,
     row_segments,
 )
-from tritonmoe.dispatch.terms import in_millionths
 from tritonmoe.runtime.cpu_memory import to_device
-from tritonmoe.runtime.host_device import HostCopy, is_captured
+from tritonmoe.runtime.host_device import HostCopy
 from tritonmoe.transports import PendingExchange, Transport
 
 __all__ = [
-    "CappedTokens",
-    "capped_traffic",
     "plan_capped_tokens",
     "poison",
     "post_flag",
@@ -50,19 +47,6 @@ __all__ = [
     "some_rank_overflowed",
     "watched",
 ]
-
-
-@dataclass(frozen=True)
-class CappedTokens:
-    """The sender's half of a plan with a capacity, made without a host read, and what came of it."""
-
-    tokens: TokenPlan
-    """Its rows and pairs are the room that the capacity gives, padding included."""
-    flags: HostCopy | None
-    """Two numbers on their way to the host: whether something didn't fit (0 or 1), and how many tokens have scores that
-    are not finite. None in a CUDA graph, where nothing can be read."""
-    is_wrong: Tensor
-    """(1,) int64 on the device: 1 where something didn't fit or isn't finite."""
 
 
 def segment_room(
@@ -94,23 +78,14 @@ def segment_room(
     return rows, pairs
 
 
-def capped_traffic(
-    num_tokens: Sequence[int], num_experts: int, top_k: int, overlap: OverlapPlan
-) -> tuple[Tensor, Tensor]:
-    """Return the room from every rank i for every rank k, of rows and of pairs, both (W, W) int64 on the CPU.
-
-    num_tokens: of every rank.
-    """
-    size = len(num_tokens)
-    rooms = [segment_room(num, num_experts, top_k, i, size, overlap) for i, num in enumerate(num_tokens)]
-    rows, pairs = (torch.tensor(room, device="cpu").sum(1) for room in zip(*rooms, strict=True))
-    return rows, pairs
-
-
 def plan_capped_tokens(
-    topk_ids: Tensor, num_experts: int, rank: int, size: int, overlap: OverlapPlan, num_nonfinite_rows: Tensor
-) -> CappedTokens:
-    """Do what plan_tokens does, for ids (T, K), with the capacity's room instead of the counts; reads nothing."""
+    topk_ids: Tensor, num_experts: int, rank: int, size: int, overlap: OverlapPlan
+) -> tuple[TokenPlan, Tensor]:
+    """Return the plan of this rank's ids (T, K) by the capacity's room instead of counts, without a host read.
+
+    Its rows and pairs are the room, padding included. The second result is (), bool, on the device: whether something
+    doesn't fit.
+    """
     num_tokens, top_k = topk_ids.shape
     device = topk_ids.device
     rows, pairs = segment_room(num_tokens, num_experts, top_k, rank, size, overlap)
@@ -134,39 +109,37 @@ def plan_capped_tokens(
     home_tokens = torch.zeros(num_home + 1, dtype=torch.int32, device=device)
     home_tokens[places] = torch.div(order, size, rounding_mode="floor").to(torch.int32)
 
-    overflows = ~fits.all()
     found = home_tokens[:num_home], compact_columns(home_index.view(-1, size), top_k)
-    return CappedTokens(
-        TokenPlan(
-            token_bounds=overlap.bounds(num_tokens),
-            order=RowOrder(lambda: found),
-            rows=rows,
-            pairs=pairs,
-            return_rows=rows,
-            has_padding=True,
-        ),
-        None if is_captured(device) else HostCopy(overflows, num_nonfinite_rows),
-        (overflows | (num_nonfinite_rows > 0)).to(torch.int64).view(1),
+    tokens = TokenPlan(
+        token_bounds=overlap.bounds(num_tokens),
+        order=RowOrder(lambda: found),
+        rows=rows,
+        pairs=pairs,
+        return_rows=rows,
+        has_padding=True,
     )
+    return tokens, ~fits.all()
 
 
-def some_rank_overflowed(transport: Transport, header: CallHeader, capped: CappedTokens) -> bool:
-    """Say whether rows of any rank didn't fit; called by every rank, behind its last combine.
+def some_rank_overflowed(transport: Transport, header: CallHeader, num_segments: int, flags: HostCopy) -> bool:
+    """Return whether rows of any rank didn't fit; called by every rank, behind its last combine.
 
     It raises what exchange_plan raises, NonFiniteScores included, which with a capacity is known no earlier.
+
+    Args:
+        flags: whether something of this rank didn't fit, and how many of its tokens have scores that are not finite.
     """
-    assert capped.flags is not None
-    overflows, nonfinite_rows = transport.wait_for_copy(capped.flags)
+    overflows, nonfinite_rows = transport.wait_for_copy(flags)
     header = header._replace(nonfinite_rows=int(nonfinite_rows), overflowed=int(overflows))
-    no_counts = torch.zeros(3, len(capped.tokens.rows), transport.size, dtype=torch.int64, device="cpu")
+    no_counts = torch.zeros(3, num_segments, transport.size, dtype=torch.int64, device="cpu")
     headers, *_ = exchange_counts(transport, header, no_counts, where="after the last chunk")
     return any(h.overflowed for h in headers)
 
 
-def post_flag(transport: Transport, capped: CappedTokens) -> PendingExchange:
-    """Tell every rank, on the device, whether this rank's rows didn't fit or weren't finite: (W,) int64 arrive."""
+def post_flag(transport: Transport, is_wrong: Tensor) -> PendingExchange:
+    """Send every rank this rank's flag (), bool, on the device; (W,) int64 arrive."""
     ones = [1] * transport.size
-    return transport.exchange(capped.is_wrong.repeat(transport.size), ones, ones)
+    return transport.exchange(is_wrong.to(torch.int64).repeat(transport.size), ones, ones)
 
 
 def poison(values: Iterable[Tensor | None], is_wrong: Tensor) -> None:
@@ -188,7 +161,7 @@ def watched(is_wrong: Tensor) -> Tensor:
 
 
 def replay_overflowed(transport: Transport, flags: Sequence[Tensor], device: torch.device) -> bool:
-    """Say, once, whether a replay that is enqueued on the current stream before has set one of its flags.
+    """Return, once, whether a replay that is enqueued on the current stream before has set one of its flags.
 
     It waits for that stream.
     """

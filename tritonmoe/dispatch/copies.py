@@ -210,7 +210,7 @@ def on_ports(places: Sequence[tuple[int, int]], num_own: int, size: int) -> tupl
 
 
 def is_relayed(direct: int, relayed: int) -> bool:
-    """Say whether relays are worth another exchange: by two experts' weights less on the busiest port."""
+    """Return whether relays are worth another exchange: two experts' weights less on the busiest port."""
     return relayed + 2 <= direct
 
 

@@ -13,34 +13,37 @@ import torch
 from torch import Tensor
 
 from tritonmoe.config.layer import MAX_PAIRS
+from tritonmoe.dispatch.call_settings import CallSettings, decode_settings
 from tritonmoe.dispatch.header import HEADER_SIZE, MAGIC, CallHeader
 from tritonmoe.dispatch.header_check import AllWords, check_headers
-from tritonmoe.dispatch.terms import CallTerms, words_of
 from tritonmoe.errors import CountMismatch, TransportError
-from tritonmoe.transports import Transport, leaving_nobody_waiting
+from tritonmoe.transports import Transport, fail_peers_on_error
 from tritonmoe.transports.base import MAX_HEADER, MAX_SEGMENTS
 from tritonmoe.transports.waiting import Doing
 
 __all__ = [
     "BackwardAgreement",
-    "CountTimes",
+    "CallMarks",
     "check_copy_pairs",
     "check_counts",
     "check_sizes",
     "exchange_counts",
     "post_backward",
     "refuse_call",
-    "room_beside",
+    "spare_header_ints",
 ]
 
 assert HEADER_SIZE <= MAX_HEADER
 
 
-class CountTimes(NamedTuple):
-    """When a rank had posted its counts, and when it had everybody's, by its host's time.perf_counter()."""
+class CallMarks(NamedTuple):
+    """When a rank began a pass of a call, before its first step: time.perf_counter() of the host."""
 
-    posted: float
-    left: float
+    entered: float
+    counts_posted: float
+    """When it had posted its counts, or in a backward what ranks agree by."""
+    counts_left: float
+    """When it had heard from every rank."""
 
 
 def _message(transport: Transport, header: CallHeader) -> Tensor:
@@ -57,12 +60,12 @@ def _headers(received: Tensor) -> list[CallHeader]:
 
 
 def _words_of_all(transport: Transport, header: CallHeader) -> AllWords:
-    """Return the words of every rank's terms: every rank calls this, once all know that the numbers differ.
+    """Return the words of every rank's settings: every rank calls this, once all know that the numbers differ.
 
     One exchange brings the lengths, a second one the texts.
     """
-    assert isinstance(header.terms, CallTerms), "this rank's own header has them"
-    size, text = transport.size, header.terms.text
+    assert isinstance(header.settings, CallSettings), "this rank's own header has them"
+    size, text = transport.size, header.settings.text
     try:
         with Doing(lambda: f"the exchange of what differs in the {header.place}"):
             lengths = transport.exchange_counts(torch.full((size, 1), len(text), dtype=torch.int64, device="cpu"))
@@ -73,7 +76,7 @@ def _words_of_all(transport: Transport, header: CallHeader) -> AllWords:
         raise TransportError(
             f"the ranks' configurations differ, and the exchange that would name the differing settings failed: {error}"
         ) from error
-    words = [words_of(row.numpy().tobytes()) for row in received]
+    words = [decode_settings(row.numpy().tobytes()) for row in received]
     damaged = [rank for rank, one in enumerate(words) if one is None]
     if damaged:
         raise CountMismatch(
@@ -84,7 +87,7 @@ def _words_of_all(transport: Transport, header: CallHeader) -> AllWords:
 
 
 def refuse_call(transport: Transport, sequence: int) -> bool:
-    """Tell every rank that this rank's arguments were refused, in the place of the count exchange.
+    """Send every rank that this rank's arguments were refused, in the place of the count exchange.
 
     Return whether all ranks called a layer.
     """
@@ -100,16 +103,16 @@ class BackwardAgreement:
     which gloo aborts the process.
 
     Args:
-        transport: of all ranks. header: what says which backward it is.
+        transport: of all ranks. header: what says which backward it is. entered_at: as in CallMarks.
     """
 
-    def __init__(self, transport: Transport, header: CallHeader) -> None:
-        self._transport, self._header = transport, header
+    def __init__(self, transport: Transport, header: CallHeader, entered_at: float) -> None:
+        self._transport, self._header, self._entered_at = transport, header, entered_at
         self._message = _message(transport, header)
         self._pending = transport.post_counts(self._message)
         self._posted_at = time.perf_counter()
-        self.times: CountTimes | None = None
-        """Known once wait() has returned."""
+        self.marks: CallMarks | None = None
+        """Of the backward, known once wait() has returned."""
 
     def wait(self) -> None:
         """Return when all ranks are known to run this backward.
@@ -123,14 +126,14 @@ class BackwardAgreement:
                 received = self._pending.wait()
         except TransportError as error:
             raise TransportError(f"before the {self._header.place}: {error}") from error
-        self.times = CountTimes(self._posted_at, time.perf_counter())
+        self.marks = CallMarks(self._entered_at, self._posted_at, time.perf_counter())
         if not torch.equal(received, self._message):  # every rank says what this one does
             check_headers(_headers(received), partial(_words_of_all, self._transport, self._header))
 
 
-def post_backward(transport: Transport, header: CallHeader) -> BackwardAgreement | None:
-    """Start a backward's agreement; give None on one rank."""
-    return None if transport.size == 1 else BackwardAgreement(transport, header)
+def post_backward(transport: Transport, header: CallHeader, entered_at: float) -> BackwardAgreement | None:
+    """Start a backward's agreement, and return it; None on one rank."""
+    return None if transport.size == 1 else BackwardAgreement(transport, header, entered_at)
 
 
 def exchange_counts(
@@ -139,8 +142,8 @@ def exchange_counts(
     counts: Tensor,
     where: str = "before any chunk",
     meanwhile: Callable[[], None] | None = None,
-    beside: Tensor | None = None,
-) -> tuple[list[CallHeader], Tensor, Tensor, CountTimes, Tensor | None]:
+    extra: Tensor | None = None,
+) -> tuple[list[CallHeader], Tensor, Tensor, CallMarks, Tensor | None]:
     """Exchange headers and counts, and raise what exchange_plan raises unless all ranks make the same call.
 
     The counts that this rank is told are for check_counts.
@@ -149,46 +152,47 @@ def exchange_counts(
         counts: (kinds, segments, W) int64, what each rank is told; kind 0 are the rows that it will be sent, kind 1 the
             pairs that it will compute.
         meanwhile: what is done while the counts travel.
-        beside: (n,) int64, what every rank is told in the room that so many segments leave, room_beside() at most.
+        extra: (n,) int64, what every rank is told in the room that the segments leave, at most spare_header_ints().
     Returns:
         Every rank's header, rows and pairs from every rank i to every rank k (2, W, W), and the counts that each rank
-        told this one, shaped as `counts`; when that was; and what every rank has told `beside`, (W, n), None where some
-        rank has told nothing.
+        told this one, shaped as `counts`; when that was, from the start of the exchange; and every rank's `extra`,
+        (W, n), None where some rank has told nothing.
     """
+    entered_at = time.perf_counter()
     num_kinds, num_segments, size = counts.shape
     message, first = _message(transport, header), MAX_HEADER + 2 * size
     message[:, MAX_HEADER:first] = counts[:2].sum(1).flatten()
     in_kinds = message[:, first:].view(size, num_kinds, MAX_SEGMENTS)
     in_kinds[:, :, :num_segments] = counts.permute(2, 0, 1)
-    if beside is not None:
+    if extra is not None:
         room = torch.zeros(num_kinds * (MAX_SEGMENTS - num_segments), dtype=torch.int64, device="cpu")
-        room[0], room[1 : 1 + len(beside)] = 1, beside
+        room[0], room[1 : 1 + len(extra)] = 1, extra
         in_kinds[:, :, num_segments:] = room.view(num_kinds, -1)
     try:
         with Doing(lambda: f"the count exchange of the {header.place}"):
             pending = transport.post_counts(message)
             posted_at = time.perf_counter()
             if meanwhile is not None:
-                with leaving_nobody_waiting(transport):
+                with fail_peers_on_error(transport):
                     meanwhile()
             received = pending.wait()
     except TransportError as error:
         raise TransportError(f"count exchange of layer call {header.sequence}, {where}: {error}") from error
-    times = CountTimes(posted_at, time.perf_counter())
+    marks = CallMarks(entered_at, posted_at, time.perf_counter())
     headers = _headers(received)
     check_headers(headers, partial(_words_of_all, transport, header))
     traffic = received[:, MAX_HEADER:first].reshape(size, 2, size).transpose(0, 1).contiguous()
     check_sizes(traffic[0].sum(0).tolist(), header.top_k)
     in_kinds = received[:, first:].view(size, num_kinds, MAX_SEGMENTS)
-    told_beside = None
-    if beside is not None:
+    extra_counts = None
+    if extra is not None:
         rooms = in_kinds[:, :, num_segments:].reshape(size, -1)
-        told_beside = rooms[:, 1 : 1 + len(beside)] if bool(rooms[:, 0].all()) else None
-    return headers, traffic, in_kinds[:, :, :num_segments].permute(1, 2, 0), times, told_beside
+        extra_counts = rooms[:, 1 : 1 + len(extra)] if bool(rooms[:, 0].all()) else None
+    return headers, traffic, in_kinds[:, :, :num_segments].permute(1, 2, 0), marks, extra_counts
 
 
-def room_beside(num_segments: int) -> int:
-    """Return how many integers a call with so many segments can tell beside its counts."""
+def spare_header_ints(num_segments: int) -> int:
+    """Return how many integers fit behind the counts of a call with so many segments."""
     return 3 * (MAX_SEGMENTS - num_segments) - 1
 
 

@@ -50,7 +50,7 @@ def first_and_last(segments: Tensor, owner: Tensor, size: int) -> tuple[Tensor, 
 
 
 def place_rows(local_ids: Tensor, num_local_experts: int, overlap: OverlapPlan) -> RowPlaces:
-    """Say where rows that come to this rank lie, counted from zero.
+    """Return where rows that come to this rank lie, counted from zero.
 
     local_ids: (n, K), rows by (rank, token). Ids outside 0 .. num_local_experts - 1 are experts of other ranks; every
         row has at least one id inside.

@@ -11,7 +11,7 @@ from typing import NamedTuple, SupportsIndex
 import torch
 
 from tritonmoe.config.layer import PerWeight
-from tritonmoe.dispatch.terms import NO_TERMS
+from tritonmoe.dispatch.call_settings import NO_SETTINGS
 
 __all__ = ["DTYPE_CODES", "HEADER_SIZE", "MAGIC", "SAVES", "CallHeader", "weight_bits"]
 
@@ -33,7 +33,7 @@ class CallHeader(NamedTuple):
     copy: int = 0
     """Which copy of this layer, counted in the order in which its copies were made; 0: the layer itself."""
     is_backward: int = 0
-    """Whether this is a call's backward. Of what its forward has agreed on, the header then has the terms alone."""
+    """Whether this is a call's backward. Of what its forward has agreed on, the header then has the settings alone."""
     layers_made: int = 0
     """How many layers this rank has made on the transport."""
     layers_alive: int = 0
@@ -44,8 +44,8 @@ class CallHeader(NamedTuple):
     """The sequence number of the latest of them."""
     backwards: int = 0
     """A checksum of all of them in their order."""
-    terms: SupportsIndex = NO_TERMS
-    """The CallTerms, all that is configured and must be the same on all ranks; the number that stands for them in the
+    settings: SupportsIndex = NO_SETTINGS
+    """The CallSettings, all that is configured and must be the same on all ranks; the number for them in the
     header of another rank."""
     num_experts: int = 0
     top_k: int = 0

@@ -8,14 +8,14 @@ from operator import attrgetter, index
 from typing import NamedTuple, NoReturn
 
 from tritonmoe.config.layer import PerWeight
+from tritonmoe.dispatch.call_settings import PLAN_NAMES
 from tritonmoe.dispatch.header import DTYPE_CODES, MAGIC, SAVES, CallHeader
-from tritonmoe.dispatch.terms import PLAN_NAMES
 from tritonmoe.errors import CapacityOverflow, CountMismatch, NonFiniteScores, PeerFailure
 
 __all__ = ["AllWords", "NoLayerCall", "check_headers"]
 
 AllWords = Sequence[Mapping[str, str]]
-"""Every rank's words of its CallTerms, by name."""
+"""Every rank's words of its CallSettings, by name."""
 DTYPE_NAMES = {0: "another one", **{code: str(dtype) for dtype, code in DTYPE_CODES.items()}}
 
 
@@ -61,9 +61,9 @@ LABELS = {
     "adapters": "which of PEFT's adapters are active in this layer call, and with what scale",
     "dropout": "the dropout of the adapters in this layer call",
 }
-"""What the terms are called that don't go by their own name."""
+"""What the settings are called that don't go by their own name."""
 CHOSEN = ("num_chunks", "chunk_sizes", "local_start", "window", "backward_window", "chunk_by")
-"""The terms that follow from what num_chunks="auto" chooses."""
+"""The settings that follow from what num_chunks="auto" chooses."""
 KINDS: dict[str, tuple[str, tuple[str, ...] | dict[int, str]]] = {
     "auto": ("num_chunks", ("given", '"auto"')),
     "grad_enabled": ("grad mode", ("torch.no_grad()", "torch.enable_grad()")),
@@ -79,7 +79,7 @@ class NoLayerCall(CountMismatch):
 
 
 _all_that_is_equal = attrgetter(
-    *("magic", "sequence", "layer", "copy", "is_backward", "error", "terms"),
+    *("magic", "sequence", "layer", "copy", "is_backward", "error", "settings"),
     *(name for one in (*SAME_CALL, *SAME_GRADIENTS) for name in one.fields),
 )
 
@@ -87,7 +87,7 @@ _all_that_is_equal = attrgetter(
 def check_headers(headers: Sequence[CallHeader], ask: Callable[[], AllWords]) -> None:
     """Raise the same error on every rank unless all ranks make the same call, or run its backward.
 
-    ask: gets the words of all ranks' terms, in an exchange that every rank makes; called where they differ.
+    ask: gets the words of all ranks' settings, in an exchange that every rank makes; called where they differ.
     """
     if len(set(map(_all_that_is_equal, headers))) > 1 or headers[0].magic != MAGIC or headers[0].error:
         _check_one_call(headers, ask)
@@ -122,7 +122,7 @@ def _check_one_call(headers: Sequence[CallHeader], ask: Callable[[], AllWords]) 
         raise PeerFailure(f"ranks {refused} refused the arguments of this layer call; see the error raised there")
     _check_place(headers)
     words: AllWords = ()
-    if len({index(h.terms) for h in headers}) > 1:
+    if len({index(h.settings) for h in headers}) > 1:
         damaged = [rank for rank, h in enumerate(headers) if h.is_damaged]
         if damaged:
             raise CountMismatch(f"the headers of ranks {damaged} were damaged on their way")
@@ -190,7 +190,7 @@ def _check_agreement(headers: Sequence[CallHeader], compared: tuple[Compared, ..
 
 
 def _check_words(headers: Sequence[CallHeader], words: AllWords, names: Sequence[str]) -> None:
-    """Raise CountMismatch unless the terms with these names are the same on all ranks."""
+    """Raise CountMismatch unless the settings with these names are the same on all ranks."""
     for name in names:
         said = [one.get(name, "unknown") for one in words]
         if len(set(said)) > 1:
@@ -207,7 +207,7 @@ def _raise_mismatch(label: str, said: Sequence[str], why: str = "") -> NoReturn:
 
 
 def _other_kinds(headers: Sequence[CallHeader]) -> str:
-    """Say why ranks chose different plans for this call, and the way out; "" where none chose, or nothing differs."""
+    """Return why ranks chose other plans for this call, and the way out; "" where none chose, or nothing differs."""
     said = []
     for name, (words, words_of_value) in KINDS.items():
         ranks: dict[int, list[int]] = {}

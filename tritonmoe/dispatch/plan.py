@@ -17,13 +17,13 @@ from torch import Tensor
 
 from tritonmoe.config.layer import PerWeight
 from tritonmoe.config.overlap import OverlapPlan
-from tritonmoe.dispatch.count_exchange import CountTimes, check_copy_pairs, check_counts, exchange_counts
+from tritonmoe.dispatch.count_exchange import CallMarks, check_copy_pairs, check_counts, exchange_counts
 from tritonmoe.dispatch.expert_chunks import RowPlaces, place_rows
 from tritonmoe.dispatch.header import SAVES, CallHeader
 from tritonmoe.dispatch.send_plan import TokenPlan
 from tritonmoe.ops.grouping import RowSources
 from tritonmoe.runtime.cpu_memory import to_device
-from tritonmoe.transports import Transport, leaving_nobody_waiting
+from tritonmoe.transports import Transport, fail_peers_on_error
 
 __all__ = ["DispatchPlan", "exchange_plan", "offsets"]
 
@@ -57,10 +57,10 @@ class DispatchPlan:
     copy_pair_offsets: tuple[int, ...] = ()
     """Where each segment starts among the pairs that this rank's copies of other ranks' experts compute, and its end;
     () without copies."""
-    count_times: CountTimes | None = None
+    marks: CallMarks | None = None
     """Of the count exchange; None of the plan inside a node, whose counts came with those of all ranks."""
-    beside: Tensor | None = None
-    """(W, n) int64: what every rank has told beside its counts; None where some rank has told nothing."""
+    extra_counts: Tensor | None = None
+    """(W, n) int64: what every rank has sent with its counts; None where some rank has sent nothing."""
     find_sources: Callable[[], RowSources] | None = None
     """Inside a node: gives the rank whose token each received row is; None where the plan has no relays."""
 
@@ -187,7 +187,7 @@ class DispatchPlan:
         return torch.sort(ranks * self.tokens.token_bounds[-1] + tokens)[1] + self.num_local
 
     def place_received(self, topk_ids: Tensor) -> RowPlaces:
-        """Say where the R - local rows that came here lie; with chunks of tokens the counts say it.
+        """Return where the R - local rows that came here lie; with chunks of tokens it follows from the counts.
 
         topk_ids: (R - local, K), by (rank, token), as they come.
         """
@@ -240,13 +240,13 @@ def exchange_plan(
     tokens: TokenPlan,
     overlap: OverlapPlan,
     is_final: bool = True,
-    beside: Tensor | None = None,
+    extra: Tensor | None = None,
 ) -> DispatchPlan:
     """Run the one count exchange of a layer call and give the plan that all ranks agree on.
 
     Args:
         is_final: False where copies may change the plan: then the order of its rows is left to be found.
-        beside: as in exchange_counts.
+        extra: as in exchange_counts.
     Raises, on every rank alike:
         TransportError: a rank refused its arguments. CountMismatch: the ranks' calls differ, or counts were damaged.
         NonFiniteScores: a rank's router scores were not finite. CapacityOverflow: an earlier replay's rows didn't fit.
@@ -256,11 +256,11 @@ def exchange_plan(
     third = tokens.copy_pairs if has_copies else tokens.return_rows  # rows return as they came where there are copies
     counts = torch.tensor([tokens.rows, tokens.pairs, third], device="cpu")  # (3, segments, W)
     meanwhile = tokens.order.find if is_final else None
-    told = exchange_counts(transport, header, counts, meanwhile=meanwhile, beside=beside)
-    headers, (traffic, traffic_pairs), received, times, told_beside = told
+    told = exchange_counts(transport, header, counts, meanwhile=meanwhile, extra=extra)
+    headers, (traffic, traffic_pairs), received, marks, extra_counts = told
     receive_rows, receive_pairs, third = received.tolist()
     return_rows = receive_rows if has_copies else third
-    with leaving_nobody_waiting(transport):
+    with fail_peers_on_error(transport):
         check_counts(receive_rows, receive_pairs, return_rows, traffic, traffic_pairs, header.top_k, transport.rank)
         if has_copies:
             check_copy_pairs(receive_pairs, third, transport.rank)
@@ -279,8 +279,8 @@ def exchange_plan(
         headers=headers,
         num_local_experts=header.num_experts // transport.size,
         copy_pair_offsets=offsets(third) if has_copies else (),
-        count_times=times,
-        beside=told_beside,
+        marks=marks,
+        extra_counts=extra_counts,
     )
 
 

@@ -144,7 +144,7 @@ def _plan_by_experts(
     num_nonfinite_rows: Tensor,
     read: Callable[[HostCopy], list[Tensor]],
 ) -> TokenPlan:
-    """Do what plan_tokens does where a chunk is a range of every rank's own experts."""
+    """Return the plan of plan_tokens() where a chunk is a range of every rank's own experts."""
     num_tokens, num_segments = topk_ids.shape[0], overlap.num_segments
     segments = pair_chunks(topk_ids % num_local_experts, num_local_experts, overlap) + overlap.num_local_slices
     if overlap.local_first:

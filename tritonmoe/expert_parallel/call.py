@@ -1,9 +1,12 @@
-"""CallSpec and ProposedCall: what a layer's calls have in common, and one call as this rank would make it."""
+"""CallSpec and ProposedCall: what a layer's calls have in common, and one call as this rank would make it.
+
+Listeners are told of every call of this process, before it and after each pass, as a recording is.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -11,15 +14,18 @@ from torch import Tensor
 from tritonmoe.config.layer import PerWeight
 from tritonmoe.config.literals import read_literal
 from tritonmoe.config.overlap import WIRE_DTYPES, OverlapConfig, OverlapPlan
+from tritonmoe.dispatch.header import CallHeader
 from tritonmoe.dispatch.placement import ExpertPlacement
 from tritonmoe.expert_parallel.state import LayerCalls, TransportState, UnderWay
 from tritonmoe.experts.spec import ExpertSettings, ExpertSpec, from_plain, literal, to_plain
 from tritonmoe.experts.tensors import CallTensors
+from tritonmoe.ops.grouping import Grouping
+from tritonmoe.overlap.report import LayerReport
 from tritonmoe.overlap.tuning.tuner import PlanChooser
 from tritonmoe.overlap.tuning.votes import Message
 from tritonmoe.transports import Transport
 
-__all__ = ["CallSpec", "ProposedCall", "decode", "encode"]
+__all__ = ["CallSpec", "ProposedCall", "decode", "encode", "listeners"]
 
 PLAN_FIELDS, CONFIG_FIELDS = (tuple(field.name for field in fields(kind)) for kind in (OverlapPlan, OverlapConfig))
 
@@ -113,3 +119,32 @@ def decode(encoded: str) -> CallSpec:
     overlap = OverlapPlan(**named) if is_plan else OverlapConfig(**named)
     placement = None if held is None else ExpertPlacement(held)
     return CallSpec(from_plain(experts), num_experts, overlap, placement)
+
+
+class CallListener(Protocol):
+    """An observer of calls; it is called on the thread that ran the pass, and reads nothing of the device there."""
+
+    def before_forward(self, transport: Transport, device: torch.device) -> None:
+        """Run before a call of which no rank has sent anything yet; not inside of a CUDA graph.
+
+        The call raises an error that this raises, and the other ranks fail with it.
+        """
+        ...
+
+    def after_forward(self, transport: Transport, header: CallHeader, report: LayerReport, grouping: Grouping) -> None:
+        """Run after a forward; with a capacity that was too small, after each of the two runs of a call.
+
+        Args:
+            transport: of all ranks. header: what this rank told the others of the call.
+            grouping: of the pairs that this rank computes, on the layer's device; it lives as long as the call's graph,
+                whose backward may come.
+        """
+        ...
+
+    def after_backward(self, transport: Transport, header: CallHeader, report: LayerReport) -> None:
+        """Run after the backward of the call with this header; `report` has its times."""
+        ...
+
+
+listeners: list[CallListener] = []
+"""All observers of this process."""

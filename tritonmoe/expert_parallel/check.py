@@ -13,11 +13,10 @@ from tritonmoe.config.numbers import is_integer
 from tritonmoe.config.overlap import OverlapConfig, OverlapPlan, check_overlap
 from tritonmoe.dispatch.header import DTYPE_CODES
 from tritonmoe.dispatch.placement import ExpertPlacement
-from tritonmoe.expert_parallel.call import ProposedCall
-from tritonmoe.expert_parallel.listeners import listeners
+from tritonmoe.expert_parallel.call import ProposedCall, listeners
 from tritonmoe.expert_parallel.plans import PLAN_KINDS
 from tritonmoe.expert_parallel.plans.base import PlanKind
-from tritonmoe.expert_parallel.state import refuse, state_of
+from tritonmoe.expert_parallel.state import abort_call, state_of
 from tritonmoe.experts.adapter_dropout import with_row_seeds
 from tritonmoe.experts.arguments import (
     cast_for_autocast,
@@ -58,7 +57,7 @@ def check(call: ProposedCall) -> list[type[PlanKind]]:
         if not is_fused(spec.experts.activation):
             tensors = _with_activation_parameters(tensors, spec.experts)
     except Exception:
-        refuse(transport)
+        abort_call(transport)
         raise
     if not call.is_compiled:
         call.grad_enabled, call.needs = torch.is_grad_enabled(), tensors.needs()

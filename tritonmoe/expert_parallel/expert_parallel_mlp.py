@@ -14,11 +14,11 @@ from tritonmoe.expert_parallel.call import CallSpec, ProposedCall
 from tritonmoe.expert_parallel.check import MAX_FILLERS
 from tritonmoe.expert_parallel.operator import expert_parallel_operator
 from tritonmoe.expert_parallel.run_call import run_call
-from tritonmoe.expert_parallel.state import refuse
+from tritonmoe.expert_parallel.state import abort_call
 from tritonmoe.expert_parallel.whole_call import run_whole_call
 from tritonmoe.experts.adapters import ExpertAdapters, with_adapters
 from tritonmoe.experts.arguments import cast_for_autocast, find_main_grads
-from tritonmoe.experts.one_based_ids import watch_ids
+from tritonmoe.experts.one_based_ids import warn_of_one_based_ids
 from tritonmoe.experts.quantized_weight import Weight, given_weights
 from tritonmoe.experts.spec import expert_spec
 from tritonmoe.experts.tensors import CallTensors
@@ -57,7 +57,7 @@ def expert_parallel_mlp(
     batch_invariant: bool = False,
     fillers: Sequence[Callable[[], None]] = (),
 ) -> Tensor:
-    """Do what moe_mlp does with the experts spread over the ranks of `transport`, exchanges hidden behind compute.
+    """Return moe_mlp's result with the experts spread over the ranks of `transport`, exchanges hidden behind compute.
 
     Rank k holds the experts k * E / W .. (k + 1) * E / W. Every rank makes every call, forward and backward; T may
     differ between ranks, zero included. Expert gradients are the sum over all ranks' losses: where dense gradients
@@ -102,12 +102,12 @@ def expert_parallel_mlp(
         weights = with_adapters(given_weights(gate_up_proj, gate_up_bias, down_proj, down_bias), adapters)
         experts = experts.with_dropout(adapters)
     except Exception:
-        refuse(transport)
+        abort_call(transport)
         raise
     spec = CallSpec(experts, num_experts, DEFAULT_OVERLAP if overlap is None else overlap, placement)
     tensors = CallTensors(x, topk_ids, topk_weights, weights)
     out = run_expert_parallel(ProposedCall(spec, transport, tensors, fillers=fillers))
-    watch_ids(topk_ids, num_experts)
+    warn_of_one_based_ids(topk_ids, num_experts)
     return out
 
 
@@ -125,7 +125,7 @@ def run_expert_parallel(call: ProposedCall) -> Tensor:
 
 def _run_eagerly(call: ProposedCall) -> Tensor:
     if is_transformed():
-        refuse(call.transport)
+        abort_call(call.transport)
         raise RuntimeError(NOT_EXPERT_PARALLEL)
     half = current_half()
     call.half = 0 if half is None else half.number

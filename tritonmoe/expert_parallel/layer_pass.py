@@ -15,7 +15,7 @@ from tritonmoe.config.layer import PerWeight
 from tritonmoe.dispatch.count_exchange import post_backward
 from tritonmoe.dispatch.header import CallHeader
 from tritonmoe.dispatch.placement import ExpertPlacement, pack_replica_grads, replica_bits, sum_replica_grads
-from tritonmoe.expert_parallel.listeners import listeners
+from tritonmoe.expert_parallel.call import listeners
 from tritonmoe.expert_parallel.plans.base import BackwardExperts, ForwardExperts, Kept, PlannedCall
 from tritonmoe.expert_parallel.state import state_of
 from tritonmoe.experts.arguments import find_main_grads
@@ -23,9 +23,8 @@ from tritonmoe.experts.tensors import CallTensors
 from tritonmoe.experts.weight_gradients import SharedWeightGrads
 from tritonmoe.ops.backends.ops import WeightGrads
 from tritonmoe.overlap.executor import Actions, Execution
-from tritonmoe.overlap.report import CallMarks, LayerReport, PassReport
-from tritonmoe.overlap.row_exchanges import ArrivingMetadata, RowExchanges
-from tritonmoe.overlap.schedule import build_backward, build_forward
+from tritonmoe.overlap.report import LayerReport, PassReport
+from tritonmoe.overlap.row_exchanges import RowExchanges
 from tritonmoe.overlap.steps import StepKind, Way
 from tritonmoe.runtime.autograd import checkpointed_region, is_recomputing
 from tritonmoe.runtime.host_device import is_captured
@@ -85,7 +84,6 @@ class ForwardPass(_LayerPass[Tensor]):
     """(R, D) received rows."""
     wire_squares: Tensor | None = None
     """As in LayerReport."""
-    _arriving: ArrivingMetadata
 
     def __init__(self, call: PlannedCall, tensors: CallTensors[Tensor]) -> None:
         super().__init__(call)
@@ -106,13 +104,7 @@ class ForwardPass(_LayerPass[Tensor]):
         self.wire = self.exchanges.wire_after_dispatch(x.dtype)
         if not self.dispatch_wire.is_exact:
             self.wire_squares = torch.zeros(2, dtype=torch.float32, device=x.device)
-        copies = self.experts.copy_steps
-        schedule = build_forward(
-            plan.overlap,
-            len(self.fillers),
-            has_copies=copies is not None,
-            relays_copies=copies is not None and copies.are_relayed,
-        )
+        schedule = self.experts.schedule(plan, len(self.fillers))
         return Execution(schedule, self._actions(), x.device, lambda: plan.call)
 
     def _actions(self) -> Actions:
@@ -128,8 +120,7 @@ class ForwardPass(_LayerPass[Tensor]):
         }
 
     def metadata(self) -> PendingExchange:
-        pending, self._arriving = self.exchanges.send_metadata(self.tensors)
-        return pending
+        return self.exchanges.send_metadata(self.tensors)
 
     def dispatch(self, chunk: int) -> PendingExchange:
         packed = self.exchanges.pack(self.x, chunk)
@@ -143,7 +134,7 @@ class ForwardPass(_LayerPass[Tensor]):
         if not plan.is_identity:
             local = slice(plan.num_local)
             torch.index_select(self.x, 0, plan.tokens.home_tokens[local], out=self.rows[local])
-        received, places = self.exchanges.receive_metadata(self._arriving, self.tensors)
+        received, places = self.exchanges.receive_metadata(self.tensors)
         self.experts.group(plan, received._replace(x=self.rows), places)
 
     def compute_experts(self, chunk: int) -> None:
@@ -160,8 +151,8 @@ class ForwardPass(_LayerPass[Tensor]):
     def _finish(self, timings: PassReport) -> Tensor:
         call, experts = self.call, self.experts
         experts.end(self.out, timings)
-        times = self.plan.count_times
-        timings.marks = None if times is None else CallMarks(call.entered_at, *times)
+        marks = self.plan.marks
+        timings.marks = None if marks is None else marks._replace(entered=call.entered_at)
         call.report = self._report(timings)
         call.kind.report(call, call.report)
         for listener in listeners:
@@ -230,7 +221,7 @@ class BackwardPass(_LayerPass[CallTensors[Tensor | None]]):
         shared_grads: SharedWeightGrads | None = None,
     ) -> None:
         super().__init__(call)
-        self._entered_at = time.perf_counter()
+        entered_at = time.perf_counter()
         if is_captured(dout.device) and not call.header.captured:
             raise ValueError(
                 "a CUDA graph captures the backward of an expert-parallel call, but not its forward: a replay would "
@@ -245,11 +236,11 @@ class BackwardPass(_LayerPass[CallTensors[Tensor | None]]):
             layer=call.header.layer,
             copy=call.header.copy,
             is_backward=1,
-            terms=call.header.terms,
+            settings=call.header.settings,
             replica_grads=replica_bits(call.placement, needs_weights),
             **self._state.history(),
         )
-        self._agreement = post_backward(call.all_ranks, header)
+        self._agreement = post_backward(call.all_ranks, header, entered_at)
         main_grads = None if call.owners is None else find_main_grads(call.owners)
         self.kept = kept._replace(main_grads=main_grads, shared_grads=shared_grads)
 
@@ -267,17 +258,7 @@ class BackwardPass(_LayerPass[CallTensors[Tensor | None]]):
         placement, sums_replicas = call.placement, False
         if placement is not None and placement.has_replicas and any(self.needs_weights):
             sums_replicas, self.replicas = True, placement
-        copies = self.experts.copy_steps
-        schedule = build_backward(
-            plan.overlap,
-            needs_x=plan.needs_x,
-            needs_topk_weights=plan.needs_topk_weights,
-            sums_replicas=sums_replicas,
-            has_copies=copies is not None,
-            sends_copies=copies is not None and copies.are_sent,
-            relays_copies=copies is not None and copies.are_relayed,
-            returned_copies=() if copies is None else copies.returned,
-        )
+        schedule = self.experts.schedule(plan, sums_replicas)
         if self._agreement is not None:
             # It is under way while buffers are made and the first rows packed, and ends before any row is posted.
             if schedule[0].kind is StepKind.COMBINE_BACKWARD:
@@ -355,8 +336,7 @@ class BackwardPass(_LayerPass[CallTensors[Tensor | None]]):
     def _finish(self, timings: PassReport) -> CallTensors[Tensor | None]:
         call, kept = self.call, self.kept
         self._state.note_backward(call.header.sequence)
-        times = None if self._agreement is None else self._agreement.times
-        timings.marks = None if times is None else CallMarks(self._entered_at, *times)
+        timings.marks = None if self._agreement is None else self._agreement.marks
         grads = self.experts.end(self.grads, timings)
         kept.report.backward = timings
         if call.report.overlap == kept.report.overlap:  # else it says nothing about the plan of the first forward

@@ -27,7 +27,7 @@ from tritonmoe.expert_parallel.call import ProposedCall, decode, encode
 from tritonmoe.expert_parallel.layer_pass import BackwardPass, ForwardPass
 from tritonmoe.expert_parallel.plans.base import PlannedCall
 from tritonmoe.expert_parallel.run_call import run_call
-from tritonmoe.expert_parallel.state import refuse
+from tritonmoe.expert_parallel.state import abort_call
 from tritonmoe.experts.adapter_dropout import with_row_seeds
 from tritonmoe.experts.flops import FLOP_FORMULAS, Shape, backward_flops, forward_flops, register_flop_formulas
 from tritonmoe.experts.operator import gradient_shapes
@@ -61,7 +61,7 @@ def _expert_parallel_mlp(turn: Tensor, layer: Tensor | None, *arguments: Any) ->
     tensors = CallTensors.unflatten(flat)
     calling = None if layer is None else find(layer)
     if current_half() is not None:
-        refuse(find(turn))
+        abort_call(find(turn))
         raise RuntimeError(IN_GRAPH)
     kept = torch.zeros(1, dtype=torch.int64, device="cpu")
 

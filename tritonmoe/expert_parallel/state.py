@@ -15,10 +15,10 @@ from tritonmoe.overlap.report import LayerReport
 from tritonmoe.overlap.tuning.tuner import PlanChooser
 from tritonmoe.runtime.autograd import checkpointed_region
 from tritonmoe.runtime.handles import Handled
-from tritonmoe.runtime.helping import is_helping
+from tritonmoe.runtime.other_ranks import in_dummy_forward
 from tritonmoe.transports import Transport
 
-__all__ = ["LayerCalls", "TransportState", "UnderWay", "refuse", "state_of"]
+__all__ = ["LayerCalls", "TransportState", "UnderWay", "abort_call", "state_of"]
 
 MAX_UNDER_WAY = 4096
 CALLS_OF_GENERATION = 10**9
@@ -135,7 +135,7 @@ class LayerCalls(Handled):
     def __init__(self, transport: Transport, expert_gradients: str = "sum") -> None:
         state = state_of(transport)
         self.layer = state.num_layers
-        """By this and `copy` the ranks know that they call the same layer."""
+        """Layer id; with `copy` it verifies that all ranks call the same layer."""
         self.copy = 0
         """Which copy of that layer it is, copies of copies included; 0: the layer itself."""
         self.number = self.layer
@@ -169,7 +169,7 @@ class LayerCalls(Handled):
     def count(self, topk_ids: Tensor) -> None:
         """Add a training call's pairs to the load of their experts; a recompute's are counted already."""
         module = None if self.counted is None else self.counted()
-        is_repeated = torch._C._current_graph_task_id() != -1 or is_helping()
+        is_repeated = torch._C._current_graph_task_id() != -1 or in_dummy_forward()
         if self.load is None or module is None or not module.training or is_repeated:
             return
         num_experts = len(self.load) - 1
@@ -178,8 +178,8 @@ class LayerCalls(Handled):
         self.load.scatter_add_(0, ids, torch.ones_like(ids))
 
 
-def refuse(transport: Transport) -> None:
-    """Let the other ranks hear that this rank raised before its part of a layer call; then it may raise."""
+def abort_call(transport: Transport) -> None:
+    """Make the other ranks fail, since this rank raises before its part of a layer call."""
     state = state_of(transport)
     if not refuse_call(transport, state.next_call()):
         state.uncount_call()

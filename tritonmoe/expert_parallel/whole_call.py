@@ -1,6 +1,6 @@
 """A layer call as one autograd Function, and what such a Function saves, the same of a whole call and of half a batch.
 
-Activation checkpointing repeats a half's call as a whole one, and takes the tensors of the one for those of the other.
+A recompute of a half runs as a whole call, so both save the same list of tensors.
 """
 
 from collections.abc import Sequence
@@ -51,7 +51,7 @@ def anchor_of(call: PlannedCall, tensors: CallTensors[Tensor]) -> Tensor | None:
 
 
 def needs_of(ctx: Context) -> CallTensors[bool]:
-    """Say of which tensors a gradient is wanted; before them such a Function takes its call and an anchor."""
+    """Return of which tensors a gradient is wanted; before them such a Function takes its call and an anchor."""
     _, _, *needs = ctx.needs_input_grad
     return CallTensors.unflatten(needs)
 

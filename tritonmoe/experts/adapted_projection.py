@@ -98,7 +98,7 @@ class AdaptedProjection(NamedTuple):
         needs_h: bool = True,
         out_h: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Do what the operation `up` does; dropped: x as the adapter takes it, None for x itself."""
+        """Run the operation `up` with the adapter; dropped: x as the adapter takes it, None for x itself."""
         ops, options, projection, factor_a, factor_b, _ = self
         if factor_a is not None and factor_b is not None:
             rows, by_row = self._gathered(x if dropped is None else dropped.values, grouping)
@@ -115,7 +115,7 @@ class AdaptedProjection(NamedTuple):
         return required(h)
 
     def down(self, a: Tensor, grouping: Grouping, *, out: Tensor | None = None) -> Tensor:
-        """Do what the operation `down` does."""
+        """Run the operation `down` with the adapter."""
         ops, options, projection, factor_a, factor_b, dropout = self
         if factor_a is not None and factor_b is not None:
             inward = a if dropout is None else a.masked_fill(dropout.dropped_of_pairs(grouping, a.shape[1]), 0)
@@ -135,7 +135,7 @@ class AdaptedProjection(NamedTuple):
         out: tuple[Tensor | None, Tensor | None],
         rows: AdapterRows | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Do what the operation `down_grad` does, and fill `rows`."""
+        """Run the operation `down_grad` with the adapter, and fill `rows`."""
         ops, options, projection, factor_a, factor_b, dropout = self
         is_dropped = None
         if factor_a is not None and factor_b is not None and rows is not None:
@@ -174,7 +174,7 @@ class AdaptedProjection(NamedTuple):
         rows: AdapterRows | None,
         dropped: DroppedRows | None = None,
     ) -> Tensor | None:
-        """Do what the operation `up_grad` does, where it is needed, and fill `rows`. x, dropped: those of `up`."""
+        """Run the operation `up_grad` with the adapter, if dx is needed, and fill `rows`. x, dropped: those of `up`."""
         ops, options, projection, factor_a, factor_b, _ = self
         if factor_a is not None and factor_b is not None and rows is not None:
             inward, outward = Projection(factor_a, None, FACTOR), Projection(factor_b, None, FACTOR)

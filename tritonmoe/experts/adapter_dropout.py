@@ -52,7 +52,7 @@ class AdapterDropout(NamedTuple):
         out.is_dropped[places] = is_dropped
 
     def dropped_of_pairs(self, grouping: Grouping, width: int) -> Tensor:
-        """Say what is dropped of each pair's activation, for the down-projection: (N, width) bool, in storage order."""
+        """Return which columns of each pair's activation are dropped: (N, width) bool, in storage order."""
         seeds = self.row_seeds.index_select(0, rows_of_pairs(grouping))
         slots = grouping.pair_index % grouping.top_k + 1
         return _is_dropped(_mix(seeds ^ _mix(slots)), width, self.probability)

@@ -133,7 +133,7 @@ def check_hands_over(name: str, wrapper: nn.Module) -> None:
 
 
 def shard_adapters(module: nn.Module) -> None:
-    """Let every wrapper in `module` whose experts are spread over ranks keep the factors of this rank's experts."""
+    """Make every wrapper in `module` whose experts are spread over ranks keep this rank's factors alone."""
     for child in module.modules():
         shard = getattr(type(child), SHARDS, None)
         if shard is not None:

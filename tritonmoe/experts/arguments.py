@@ -221,7 +221,7 @@ def check_plain(name: str, weight: Tensor) -> None:
 
 
 def cast_for_autocast(inputs: CallTensors[Tensor]) -> CallTensors[Tensor]:
-    """Do what torch.autocast does for a matrix product: x and the weights in its dtype, topk_weights in fp32.
+    """Return x and the weights in the dtype of torch.autocast, as for a matrix product, and topk_weights in fp32.
 
     Nothing changes where autocast is off, and, as there, for fp64.
     """

@@ -90,7 +90,7 @@ FLOP_FORMULAS: dict[object, Callable[..., int]] = {torch.ops.tritonmoe.grouped_p
 
 
 def register_flop_formulas() -> None:
-    """Tell torch.utils.flop_counter what the operators cost, once somebody counts.
+    """Register the operators' formulas with torch.utils.flop_counter, once somebody counts.
 
     Not before: its module imports triton. A FlopCounterMode copies the formulas when it is made, so those that are at
     work already are told as well.

@@ -20,7 +20,7 @@ from tritonmoe.experts.arguments import (
 from tritonmoe.experts.backward_run import BackwardRun
 from tritonmoe.experts.callable_activation import checked_activation, zero_padding
 from tritonmoe.experts.flops import count_products
-from tritonmoe.experts.one_based_ids import watch_ids
+from tritonmoe.experts.one_based_ids import warn_of_one_based_ids
 from tritonmoe.experts.operator import moe_mlp_operator, run_backward, run_forward
 from tritonmoe.experts.quantized_weight import Weight, given_weights
 from tritonmoe.experts.spec import ExpertSettings, ExpertSpec, choose_backend, expert_spec
@@ -156,16 +156,16 @@ def _dropped(settings: ExpertSettings, tensors: CallTensors[Tensor]) -> DroppedR
 
 
 def _needs(ctx: Context, flat: Sequence[object]) -> CallTensors[bool]:
-    """Say of which of a Function's tensors, its last arguments, a gradient is wanted.
+    """Return which of a Function's tensors, its last arguments, need a gradient.
 
-    Under a transform, before its backward, of any.
+    Under a transform, before its backward, all of them do.
     """
     needs = getattr(ctx, "needs_input_grad", None)
     return CallTensors.unflatten([True] * len(flat) if needs is None else needs[-len(flat) :])
 
 
 def _is_traced(x: Tensor) -> bool:
-    """Say whether something other than plain eager autograd watches operations: a tracer or a mode."""
+    """Return whether something other than plain eager autograd watches operations: a tracer or a mode."""
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
@@ -268,7 +268,7 @@ def moe_mlp(
     weights = with_adapters(given_weights(gate_up_proj, gate_up_bias, down_proj, down_bias), adapters)
     spec = spec.with_dropout(adapters)
     out = run_experts(spec, CallTensors(x, topk_ids, topk_weights, weights))
-    watch_ids(topk_ids, gate_up_proj.shape[0])
+    warn_of_one_based_ids(topk_ids, gate_up_proj.shape[0])
     return out
 
 

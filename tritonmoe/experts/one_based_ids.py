@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tritonmoe.runtime.host_device import is_captured
 
-__all__ = ["watch_ids"]
+__all__ = ["warn_of_one_based_ids"]
 
 log = logging.getLogger(__name__)
 PAIRS_PER_EXPERT = 3
@@ -29,7 +29,7 @@ class _Watched:
         self.num_calls = 0
 
 
-def watch_ids(topk_ids: Tensor, num_experts: int) -> None:
+def warn_of_one_based_ids(topk_ids: Tensor, num_experts: int) -> None:
     """Count the ids (T, K) of a call, until it is known whether the first ones run from 1 to E; then warn, if they do.
 
     Ids outside [0, E) are skipped pairs, which callers make on purpose: -1, E or any other number as a mark, experts of
@@ -60,7 +60,7 @@ def watch_ids(topk_ids: Tensor, num_experts: int) -> None:
 
 
 def _is_known(watched: _Watched, num_experts: int) -> bool:
-    """Say whether nothing more needs to be counted, and warn if ids run from 1 to E."""
+    """Return whether nothing more needs to be counted, and warn if ids run from 1 to E."""
     num_others, num_last, num_between = watched.on_host.tolist()
     if num_others == UNKNOWN:
         return False

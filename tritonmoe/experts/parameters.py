@@ -52,7 +52,7 @@ def draw_experts(gate_up_proj: Tensor, down_proj: Tensor, config: MoEConfig, exp
 
 
 def draw_packed_experts(parts: PerWeight[Tensor], config: MoEConfig, experts: Sequence[int], seed: int) -> None:
-    """Do what draw_experts() does for packed experts: each is drawn in fp32, and rounded.
+    """Draw packed experts as draw_experts() draws plain ones: each is drawn in fp32, and rounded.
 
     parts: the bytes of all experts, written in place.
     """

@@ -123,7 +123,7 @@ def given_weights(
 
 
 def is_packed(weights: PerWeight[Tensor]) -> bool:
-    """Say whether a weight of a call is packed."""
+    """Return whether a weight of a call is packed."""
     return weights.gate_up_scales is not None or weights.down_scales is not None
 
 
@@ -137,7 +137,7 @@ def weight_formats(weights: PerWeight[Tensor]) -> tuple[WeightFormat | None, Wei
 
 
 def check_contents(weights: PerWeight[Tensor]) -> None:
-    """Do what check_content() does for all weights of a call that are packed."""
+    """Run check_content() on all weights of a call that are packed."""
     of_up, of_down = (weights.gate_up_proj, weights.gate_up_scales), (weights.down_proj, weights.down_scales)
     for values, scales in (of_up, of_down):
         if scales is not None:

@@ -60,8 +60,11 @@ class ExpertSpec:
     @cached_property
     def agreed(self) -> tuple[tuple[str, object], ...]:
         """What must be the same on all ranks that share the experts, by name, as users read it."""
-        values = {**{name: getattr(self.layout, name) for name in LAYOUT}, "activation": words_of(self.activation)}
-        values |= {"expert_precision": self.precision}
+        values = {
+            **{name: getattr(self.layout, name) for name in LAYOUT},
+            "activation": activation_name(self.activation),
+            "expert_precision": self.precision,
+        }
         values |= {name: getattr(self, name) for name in OTHERS if name not in FREE}
         return tuple(values.items())
 
@@ -94,7 +97,7 @@ LAYOUT = tuple(one.name for one in fields(ExpertLayout))
 """The names of what a layout says, by which MoEConfig has it too."""
 
 
-def words_of(activation: Activation) -> str:
+def activation_name(activation: Activation) -> str:
     """Return what an activation is called; a callable goes by its name."""
     if is_fused(activation):
         return str(activation)

@@ -63,14 +63,15 @@ class CallTensors(NamedTuple, Generic[Value]):
         return self.only(*(name for name in NAMES if name not in names))
 
     def needs(self) -> "CallTensors[bool]":
-        """Say of which tensors a gradient is wanted, in the grad mode that is on."""
+        """Return which tensors need a gradient, in the grad mode that is on."""
         is_on = torch.is_grad_enabled()
         values: list[Any] = self.flatten()
         return self.unflatten([is_on and tensor is not None and tensor.requires_grad for tensor in values])
 
     def needs_any(self) -> bool:
-        """Say whether a gradient of one of the tensors is wanted, in the grad mode that is on."""
-        return any(self.needs().flatten())
+        """Return whether a gradient of one of the tensors is wanted, in the grad mode that is on."""
+        values: list[Any] = self.flatten()
+        return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in values)
 
 
 NO_TENSORS: CallTensors[Any] = CallTensors(None, None, None, NO_WEIGHTS)

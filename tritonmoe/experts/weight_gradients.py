@@ -39,7 +39,7 @@ class SharedWeightGrads:
         return self.left.pop(torch._C._current_graph_task_id(), NO_WEIGHTS)
 
     def leave(self, grads: PerWeight[Tensor | None]) -> PerWeight[Tensor | None]:
-        """Leave the gradients to the other call if its backward will follow in this run of the graph, else give them.
+        """Hand the gradients to the other call if its backward follows in this run of the graph, else return them.
 
         A loss of one half alone, say, has a graph without the other half.
         """

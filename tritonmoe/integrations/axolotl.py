@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 from axolotl.integrations.base import BasePlugin
 
 from tritonmoe.integrations.transformers.discovery import experts_modules
-from tritonmoe.integrations.transformers.names import EXPERTS_IMPLEMENTATION
 from tritonmoe.integrations.transformers.packed.packed_experts import is_packed_weight
 from tritonmoe.integrations.transformers.registration import register
+from tritonmoe.integrations.transformers.requirements import EXPERTS_IMPLEMENTATION
 
 if TYPE_CHECKING:
     from axolotl.utils.dict import DictDefault
@@ -31,7 +31,7 @@ class TritonMoEPlugin(BasePlugin):
     """Chooses tritonmoe's experts before axolotl builds its model, and looks afterwards whether the model has them."""
 
     def pre_model_load(self, cfg: "DictDefault") -> None:
-        """Let axolotl build its model with these experts.
+        """Set these experts in the configuration that axolotl builds its model by.
 
         Raises:
             ValueError: the configuration asks for other experts, for axolotl's own expert parallelism around them, or

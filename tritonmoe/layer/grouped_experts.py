@@ -14,7 +14,7 @@ from tritonmoe.config.layer import MoEConfig, PerWeight, check_moe_config
 from tritonmoe.config.overlap import OverlapConfig, OverlapPlan, check_overlap
 from tritonmoe.dispatch.placement import ExpertPlacement
 from tritonmoe.expert_parallel.check import check_expert_parallel
-from tritonmoe.expert_parallel.state import LayerCalls, refuse
+from tritonmoe.expert_parallel.state import LayerCalls, abort_call
 from tritonmoe.experts.adapters import ExpertAdapters, noted_adapters, noted_factors, with_adapters
 from tritonmoe.experts.arguments import find_main_grads
 from tritonmoe.experts.moe_mlp import run_experts
@@ -116,7 +116,7 @@ class GroupedExperts(nn.Module):
         self._hold(empty_parameters(config, len(self.expert_ids), device, dtype))
         self.reset_parameters(generator)
         self.register_load_state_dict_pre_hook(check_loaded)
-        self.key = _know(self)
+        self.key = _register(self)
 
     def __setstate__(self, state: dict[str, object]) -> None:
         super().__setstate__(state)
@@ -127,7 +127,7 @@ class GroupedExperts(nn.Module):
                 calls.number = calls.copy << 32 | calls.layer
                 known = {name: old[name] for name in ("sharding", "calls", "overlap", "placement")}
                 self.expert_shards = ExpertShards(num_experts=self.config.num_experts, names=PARAMETERS, **known)
-        self.key = _know(self)  # this is a copy
+        self.key = _register(self)  # this is a copy
 
     def _spread(
         self,
@@ -280,7 +280,7 @@ class GroupedExperts(nn.Module):
                 bias.zero_()
 
     def narrows_to(self, dtype: torch.dtype) -> bool:
-        """Say whether rows of this dtype get these weights cast to it, but for those with a main_grad.
+        """Return whether these weights are cast to the dtype of the rows, except for weights with a main_grad.
 
         So FSDP2's mixed precision casts the parameters that it manages; spread experts it is told to leave alone.
         """
@@ -323,7 +323,7 @@ class GroupedExperts(nn.Module):
             spec, adapters = self._adapted(adapters)
             inputs = CallTensors(x, topk_ids, topk_weights, self._call_weights(x, adapters))
         except Exception:
-            refuse(shards.transport)
+            abort_call(shards.transport)
             raise
         return shards.run(spec, inputs, num_nonfinite_rows, fillers)
 
@@ -379,7 +379,7 @@ class GroupedExperts(nn.Module):
         return weights._replace(**factors)
 
 
-def _know(module: GroupedExperts) -> str:
+def _register(module: GroupedExperts) -> str:
     """Remember a module as long as it lives, and return its key, which no other process has: a file may keep it."""
     key = uuid.uuid4().hex
     with _lock:
@@ -413,7 +413,7 @@ def _note_factors(key: str, adapters: ExpertAdapters) -> None:
     """Remember the parameters of a call's adapters, which are this rank's alone as its experts are.
 
     Args:
-        key: of the module that is called, from _know().
+        key: of the module that is called, from _register().
     Raises:
         ValueError: DistributedDataParallel averages a factor over ranks.
     """

@@ -11,7 +11,7 @@ from tritonmoe.config.layer import MoEConfig
 from tritonmoe.config.overlap import OverlapConfig, OverlapPlan
 from tritonmoe.dispatch.placement import ExpertPlacement
 from tritonmoe.expert_parallel.check import check_fillers
-from tritonmoe.expert_parallel.state import refuse
+from tritonmoe.expert_parallel.state import abort_call
 from tritonmoe.experts.adapters import ExpertAdapters, check_hands_over
 from tritonmoe.experts.parameters import draw_uniform
 from tritonmoe.experts.shared_expert import SharedExpert
@@ -161,7 +161,7 @@ class MoELayer(nn.Module):
                 topk_ids = self._nonfinite.look(topk_ids, routing.num_nonfinite_rows)
         except Exception:  # whatever this rank refuses, the others wait for its word
             if shards is not None:
-                refuse(shards.transport)
+                abort_call(shards.transport)
             raise
         halves: list[Tensor] = []
         own_fillers = self._shared_fillers(flat, halves)

@@ -1,7 +1,7 @@
 """Runs a schedule: computes what is on the compute lane, posts what is on the comm lane, waits where a step needs it.
 
 The same loop serves every transport and device: the only place where it meets communication is
-PendingExchange.wait(). What a step does is in the passes (overlap/layer_pass.py, overlap/node_pass.py).
+PendingExchange.wait(). What a step does is in the passes (expert_parallel/layer_pass.py and plans/two_level.py there).
 """
 
 from collections.abc import Callable, Mapping
@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 from tritonmoe.errors import TransportError
-from tritonmoe.overlap.report import ExchangeMarks, Mark, PassReport, StepMarks
+from tritonmoe.overlap.report import Mark, PassReport, StepMarks
 from tritonmoe.overlap.schedule import Schedule, phase_ends
 from tritonmoe.overlap.steps import Step, StepKind
 from tritonmoe.transports import PendingExchange
@@ -57,12 +57,11 @@ class Execution:
             step = self._schedule[position]
             for earlier in step.after:
                 if earlier in posted:
-                    exchange = _wait(self._schedule[earlier], *posted.pop(earlier), report, self._call)
-                    report.exchanges.append(exchange)
+                    report.ran.append(_wait(self._schedule[earlier], *posted.pop(earlier), report, self._call))
             started = now()
             pending = _run(step, self._actions)
             if pending is None:
-                report.computed.append(StepMarks(step, started, now()))
+                report.ran.append(StepMarks(step, started, now()))
             else:
                 posted[position] = (started, now(), pending)
         self._position = end
@@ -82,7 +81,7 @@ def _run(step: Step, actions: Actions) -> PendingExchange | None:
 
 def _wait(
     step: Step, started: Mark, posted: Mark, pending: PendingExchange, report: PassReport, call: Callable[[], str]
-) -> ExchangeMarks:
+) -> StepMarks:
     """Wait for an exchange, and give its times: they are all that is kept, since an exchange would keep its buffers."""
     before = report.now()
     try:
@@ -92,12 +91,12 @@ def _wait(
         raise _at_step(step, error) from error
     after = report.now()
     if report.device.type != "cpu":
-        return ExchangeMarks(step, started, posted, before, after, None)
-    return ExchangeMarks(step, started, posted, before, after, pending.finished_at(), pending.arrivals())
+        return StepMarks(step, started, after, posted, before)
+    return StepMarks(step, started, after, posted, before, pending.finished_at(), pending.arrivals())
 
 
 def _at_step(step: Step, error: TransportError) -> TransportError:
-    """Say where in the layer an exchange failed; the error itself says on which rank."""
+    """Return an error that names the step in which an exchange failed; `error` itself names the rank."""
     return TransportError(f"{_words(step)}: {error}")
 
 

@@ -2,8 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -12,20 +12,11 @@ from torch import Tensor
 
 from tritonmoe.config.overlap import OverlapPlan
 from tritonmoe.dispatch.copies import ExpertCopies
-from tritonmoe.overlap.step_timing import StepTiming, covered_s
+from tritonmoe.dispatch.count_exchange import CallMarks
 from tritonmoe.overlap.steps import Step, StepKind
 from tritonmoe.runtime.host_device import is_captured
 
-__all__ = [
-    "CallMarks",
-    "CopiesReport",
-    "ExchangeMarks",
-    "LayerReport",
-    "Mark",
-    "PassReport",
-    "StepMarks",
-    "clock_of",
-]
+__all__ = ["CopiesReport", "LayerReport", "Mark", "PassReport", "StepMarks", "StepTiming", "clock_of", "covered_s"]
 
 SHORTEST_WAIT_S = 2e-5
 """Between the two marks around a wait that is over already less passes on a device."""
@@ -51,37 +42,58 @@ def _event(device: torch.device) -> torch.cuda.Event:
     return event
 
 
-class CallMarks(NamedTuple):
-    """When a rank began a pass of a call, before its first step: time.perf_counter() of the host."""
-
-    entered: float
-    counts_posted: float
-    """When it had posted its counts, or in a backward what ranks agree by."""
-    counts_left: float
-    """When it had heard from every rank."""
-
-
 class StepMarks(NamedTuple):
-    """When a step of the compute lane ran."""
+    """When a step ran, as the compute lane sees it."""
 
     step: Step
     started: Mark
+    """Of an exchange: before its rows were packed."""
     ended: Mark
-
-
-class ExchangeMarks(NamedTuple):
-    """When an exchange ran, as the compute lane sees it."""
-
-    step: Step
-    started: Mark
-    """Before its rows were packed."""
-    posted: Mark
-    wait_started: Mark
-    wait_ended: Mark
-    finished: float | None
+    """Of an exchange: when the wait for it was over."""
+    posted: Mark = None
+    """This and the next ones are an exchange's."""
+    wait_started: Mark = None
+    finished: float | None = None
     """When its rows had arrived, by the host's clock, as far as the transport knows."""
     arrivals: tuple[float | None, ...] | None = None
     """The same for the rows of every rank; see PendingExchange.arrivals."""
+
+
+@dataclass(frozen=True)
+class StepTiming:
+    """When one step ran, in seconds from the start of its pass."""
+
+    step: Step
+    start_s: float
+    end_s: float
+    """When it ended; an exchange ends when its rows have arrived, or where that is not known, when the wait for it is
+    over."""
+    wait_s: float
+    """How long the compute lane stood still for an exchange."""
+    post_s: float = 0.0
+    """How long packing and posting an exchange took, on the compute lane."""
+    arrivals_s: tuple[float | None, ...] | None = None
+    """When the rows of every rank had arrived; None where that is not known, and for this rank's own."""
+    is_end_known: bool = True
+    """False for an exchange of which it is only known that it had ended when it was waited for (NCCL)."""
+
+    def shifted(self, offset_s: float) -> "StepTiming":
+        """Return it so much later."""
+        arrivals = self.arrivals_s and tuple(None if at is None else at + offset_s for at in self.arrivals_s)
+        return replace(self, start_s=self.start_s + offset_s, end_s=self.end_s + offset_s, arrivals_s=arrivals)
+
+
+def covered_s(spans: Iterable[tuple[float, float]], start_s: float, end_s: float) -> float:
+    """Return for how long of the time from start_s to end_s any of the spans lasts.
+
+    Example:
+        covered_s([(0, 2), (1, 3), (4, 9)], 1, 5) gives 3.
+    """
+    total_s, reached_s = 0.0, start_s
+    for begin_s, over_s in sorted(spans):
+        total_s += max(0.0, min(over_s, end_s) - max(begin_s, reached_s))
+        reached_s = max(reached_s, over_s)
+    return total_s
 
 
 class PassReport:
@@ -89,8 +101,8 @@ class PassReport:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.computed: list[StepMarks] = []
-        self.exchanges: list[ExchangeMarks] = []
+        self.ran: list[StepMarks] = []
+        """The steps that have ended, in the order in which they did on the compute lane."""
         self.inside: list[tuple[Step, PassReport]] = []
         """On two levels: what steps did inside the node, with times from the start of each."""
         self.started_at = time.perf_counter()
@@ -132,21 +144,18 @@ class PassReport:
         """Every step, by the time at which it started or was posted."""
         if self._steps is None:
             self._wait_until_over()
-            steps = [
-                StepTiming(step, self._seconds(started), self._seconds(ended), 0.0)
-                for step, started, ended in self.computed
-            ]
-            steps += map(self._exchange_timing, self.exchanges)
-            self._steps = sorted(steps, key=lambda timing: timing.start_s)
+            self._steps = sorted(map(self._timing, self.ran), key=lambda timing: timing.start_s)
         return self._steps
 
-    def _exchange_timing(self, marks: ExchangeMarks) -> StepTiming:
-        started_s, wait_ended_s = self._seconds(marks.started), self._seconds(marks.wait_ended)
-        wait_s = wait_ended_s - self._seconds(marks.wait_started)
+    def _timing(self, marks: StepMarks) -> StepTiming:
+        started_s, ended_s = self._seconds(marks.started), self._seconds(marks.ended)
+        if marks.step.lane == "compute":
+            return StepTiming(marks.step, started_s, ended_s, 0.0)
+        wait_s = ended_s - self._seconds(marks.wait_started)
         return StepTiming(
             marks.step,
             started_s,
-            wait_ended_s if marks.finished is None else self._seconds(marks.finished),
+            ended_s if marks.finished is None else self._seconds(marks.finished),
             wait_s=wait_s,
             post_s=self._seconds(marks.posted) - started_s,
             arrivals_s=None if marks.arrivals is None else tuple(map(self._seconds_if_known, marks.arrivals)),

@@ -1,7 +1,6 @@
 """RowExchanges: how the rows, ids and weights of one plan travel over a transport, in either direction and pass."""
 
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -13,7 +12,7 @@ from tritonmoe.overlap.steps import Way
 from tritonmoe.transports import PendingExchange, Transport
 from tritonmoe.transports.wire import DecodedExchange, WireFormat
 
-__all__ = ["ArrivingMetadata", "GatherSum", "RowExchanges"]
+__all__ = ["GatherSum", "RowExchanges"]
 
 
 class GatherSum(Protocol):
@@ -50,42 +49,36 @@ def unpack(packed: Tensor, like: CallTensors[Tensor]) -> CallTensors[Tensor]:
     return NO_TENSORS._replace(**unpacked)
 
 
-class ArrivingMetadata(NamedTuple):
-    """What comes with received rows while its exchange is under way, packed as pack() does."""
-
-    stored: Tensor
-    """One row for each received row; so far it has those that stay on this rank."""
-    arriving: Tensor
-    """Those that travel, by (rank, token)."""
-
-
-@dataclass(frozen=True)
 class RowExchanges:
-    """The exchanges of one layer call on one level, and the sums of what they bring home."""
+    """The exchanges of one pass on one level, and the sums of what they bring home."""
 
-    plan: DispatchPlan
-    transport: Transport
-    gather_sum: GatherSum
+    _stored: Tensor
+    """What comes with received rows, packed as pack() does, one row for each, from send_metadata() to
+    receive_metadata(); while the exchange is under way it has the rows that stay on this rank."""
+    _arriving: Tensor
+    """The rows of it that travel, by (rank, token)."""
 
-    def send_metadata(self, tensors: CallTensors[Tensor]) -> tuple[PendingExchange, ArrivingMetadata]:
-        """Send what belongs to the T rows of all chunks; what arrives is for receive_metadata."""
+    def __init__(self, plan: DispatchPlan, transport: Transport, gather_sum: GatherSum) -> None:
+        self.plan, self.transport, self.gather_sum = plan, transport, gather_sum
+
+    def send_metadata(self, tensors: CallTensors[Tensor]) -> PendingExchange:
+        """Send what belongs to the T rows of all chunks; receive_metadata() gives what arrives."""
         plan = self.plan
         pairs = pack(tensors).index_select(0, plan.tokens.home_tokens)
         if plan.tokens.has_padding:
             pairs[:, : tensors.topk_ids.shape[1]].masked_fill_(plan.tokens.padding()[:, None], -1)
-        stored = pairs.new_empty(plan.num_received, pairs.shape[1])
-        stored[: plan.num_local] = pairs[: plan.num_local]
-        pending, arriving = self.exchange_all(pairs.index_select(0, plan.send_order()), Way.TO_EXPERTS)
-        return pending, ArrivingMetadata(stored, arriving)
+        self._stored = pairs.new_empty(plan.num_received, pairs.shape[1])
+        self._stored[: plan.num_local] = pairs[: plan.num_local]
+        pending, self._arriving = self.exchange_all(pairs.index_select(0, plan.send_order()), Way.TO_EXPERTS)
+        return pending
 
-    def receive_metadata(
-        self, metadata: ArrivingMetadata, like: CallTensors[Tensor]
-    ) -> tuple[CallTensors[Tensor], RowPlaces]:
+    def receive_metadata(self, like: CallTensors[Tensor]) -> tuple[CallTensors[Tensor], RowPlaces]:
         """Return what came with the received rows, and their places, once the exchange has ended; like: as in unpack().
 
         These are int32 and fp32.
         """
-        stored, arrived = metadata
+        stored, arrived = self._stored, self._arriving
+        del self._stored, self._arriving
         places = self.plan.place_received(arrived[:, : like.topk_ids.shape[1]])
         stored[places.received] = arrived
         return unpack(stored, like), places

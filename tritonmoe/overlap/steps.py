@@ -136,9 +136,9 @@ class StepKind(str, Enum):
         return self in (StepKind.COPY_WEIGHT_GRAD, StepKind.COPIES_BACKWARD, StepKind.REDUCE_COPIES_BACKWARD)
 
     @property
-    def of_copies(self) -> "StepKind | None":
+    def copy_kind(self) -> "StepKind | None":
         """The kind that does for copies of experts what this one does for own experts; None without one."""
-        return _OF_COPIES.get(self)
+        return _COPY_KINDS.get(self)
 
     @property
     def is_sum_of_returned(self) -> bool:
@@ -165,7 +165,7 @@ _PAIRS = (
 _ADJOINTS = {**dict(_PAIRS), **{backward: forward for forward, backward in _PAIRS}}
 
 
-_OF_COPIES = {
+_COPY_KINDS = {
     StepKind.EXPERTS: StepKind.COPY_EXPERTS,
     StepKind.EXPERTS_BACKWARD: StepKind.COPY_EXPERTS_BACKWARD,
     StepKind.WEIGHT_GRAD: StepKind.COPY_WEIGHT_GRAD,

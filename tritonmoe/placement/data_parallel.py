@@ -67,7 +67,7 @@ def mark_own_buffers(module: nn.Module, names: tuple[str, ...]) -> None:
 
 
 def ignore_sharded_parameters() -> None:
-    """Let DistributedDataParallel neither broadcast nor average parameters that are marked, from now on.
+    """Make DistributedDataParallel neither broadcast nor average marked parameters, from now on.
 
     It reads the names to ignore from the module that it is given, which knows nothing of marks inside it. Its join()
     is refused where a rank without batches would leave the others waiting for its experts.
@@ -141,7 +141,7 @@ def _refuse_uneven(module: nn.Module) -> None:
 
 
 def _count_over(module: nn.Module, ranks: Ranks) -> None:
-    """Let the routers of layers that know of no ranks sum over these the load that moves their selection bias.
+    """Make routers of layers that know of no ranks sum over these the load that moves their selection bias.
 
     Each rank would move its own bias otherwise, or rank 0's load alone that of all, whose buffers are copied. What an
     earlier DistributedDataParallel has set is replaced: its ranks may be others.
@@ -153,7 +153,7 @@ def _count_over(module: nn.Module, ranks: Ranks) -> None:
 
 
 def counts_by_wrapper(router: TopKRouter) -> bool:
-    """Say whether nobody has said over which ranks a router sums its load, but perhaps a DistributedDataParallel."""
+    """Return whether at most a DistributedDataParallel has set over which ranks a router sums its load."""
     return router.reduce_load is None or isinstance(router.reduce_load, SumOverRanks)
 
 
@@ -170,7 +170,7 @@ def _note_averaged(wrapped: "DistributedDataParallel") -> None:
 
 
 def is_averaged_by_ddp(parameter: Tensor) -> bool:
-    """Say whether a living DistributedDataParallel was made with this parameter, and averages its gradient."""
+    """Return whether a living DistributedDataParallel was made with this parameter, and averages its gradient."""
     if not _is_noted(parameter):
         return False
     gc.collect()  # it may be about to be freed
@@ -185,7 +185,7 @@ def _is_noted(parameter: Tensor) -> bool:
 
 
 def _averages_nothing(module: nn.Module) -> bool:
-    """Say whether everything that is trained is other parameters on every rank, as adapters of experts alone are."""
+    """Return whether each rank trains only parameters of its own, as with adapters of experts alone."""
     ignored = set(getattr(module, "_ddp_params_and_buffers_to_ignore", ()))
     trained = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
     return bool(trained) and ignored.issuperset(trained) and any(True for _ in sharded_modules(module))
@@ -193,7 +193,7 @@ def _averages_nothing(module: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def _something_to_average(module: nn.Module) -> "Iterator[None]":
-    """Let DistributedDataParallel find a parameter to average in a module in which it ignores all that is trained.
+    """Provide DistributedDataParallel with a parameter to average in a module in which it ignores all that is trained.
 
     It refuses a module without one, though Trainer wraps all. The parameter is in no graph, so that nothing is averaged
     but in the first step of a static graph; all else that it does, with frozen parameters and buffers too, it does.

@@ -40,7 +40,7 @@ _without_handler = threading.RLock()
 
 
 def fill_dtensor_gaps() -> None:
-    """Let single DTensors of spread experts give what whole tensors would, or say the way out, from now on."""
+    """Make single DTensors of spread experts give what whole tensors would, or name the way out, from now on."""
     from torch.distributed.tensor import DTensor
 
     table, aten = handlers(), torch.ops.aten
@@ -68,7 +68,7 @@ def handlers() -> "dict[OpOverload, Handler]":
 
 @contextmanager
 def own_rules(operation: "OpOverload") -> Iterator[None]:
-    """Let the table send this operation on to DTensor's own rules, inside of it."""
+    """Make the table send this operation on to DTensor's own rules, inside of it."""
     table = handlers()
     with _without_handler:
         own = table.pop(operation)
@@ -83,7 +83,7 @@ def is_dtensor(tensor: Tensor) -> "TypeGuard[DTensor]":
 
 
 def is_part(tensor: Tensor) -> bool:
-    """Say whether it is a DTensor of which each rank has a part that is still to be summed with the others'."""
+    """Return whether it is a DTensor of which each rank has a part that is still to be summed with the others'."""
     if not is_dtensor(tensor):
         return False
     mesh = tensor.device_mesh
@@ -129,7 +129,7 @@ def _on_every_rank(tensor: "DTensor") -> Tensor:
 
 
 def _is_in_optimizer_step() -> bool:
-    """Say whether an optimizer's own code asks, in its step, which every rank takes.
+    """Return whether an optimizer's own code asks, in its step, which every rank takes.
 
     A closure that the step calls, a hook on it, and what these call, may ask on one rank alone: PyTorch lets closures
     have gradients, and their frames are neither PyTorch's nor an optimizer's.
@@ -200,5 +200,5 @@ def _refuse_collective(operation: "OpOverload", arguments: Arguments, keywords: 
 
 
 def _is_of_experts(value: object) -> bool:
-    """Say whether it is a DTensor on a mesh of experts; PyTorch gathers those that it makes one vector of."""
+    """Return whether it is a DTensor on a mesh of experts; PyTorch gathers those that it makes one vector of."""
     return isinstance(value, Tensor) and is_dtensor(value) and is_marked_mesh(value.device_mesh)

@@ -274,7 +274,7 @@ def sharded_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module, ExpertS
 
 
 def warn_of_sums(averages: str, name: str, shards: ExpertShards) -> None:
-    """Say once of a module that gradients of its experts are sums beside averaged ones."""
+    """Warn once about a module that gradients of its experts are sums beside averaged ones."""
     calls, members, size = shards.calls, shards.sharding.members, shards.transport.size
     if calls.expert_gradients == "sum" and members is not None and size > 1 and calls not in _warned_of:
         _warned_of.add(calls)

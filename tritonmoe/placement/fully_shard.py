@@ -27,7 +27,7 @@ ACCELERATE_SENDS_WEIGHTS = {"ACCELERATE_USE_FSDP": ("true",), "FSDP_CPU_RAM_EFFI
 
 
 def explain_fully_shard() -> None:
-    """Let FSDP2 say the way out where it is given what it can't make right, and note what it averages, from now on.
+    """Make FSDP2 name the way out where it can't handle what it is given, and note what it averages, from now on.
 
     What it can't make right is marked parameters which are spread over its ranks already, and others over fewer ranks
     than these average. What it averages is marked parameters that it shards over their replicas.
@@ -67,7 +67,7 @@ def explain_fully_shard() -> None:
 
 
 def _check_ranks_of_groups(group_class: "type[FSDPParamGroup]") -> None:
-    """Let FSDP2's groups of parameters check their ranks when they are made, from now on."""
+    """Make FSDP2's groups of parameters check their ranks when they are made, from now on."""
     original: Callable[..., None] = group_class.__init__
     if hasattr(original, MARK):
         return

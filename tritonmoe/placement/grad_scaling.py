@@ -14,7 +14,7 @@ MARK = "_tritonmoe_agrees"
 
 
 def agree_on_overflow(transports_of: Callable[[Iterable[Tensor]], list[Transport]]) -> None:
-    """Let GradScaler hear of an overflow on any rank whose plain tensors are other ones, from now on.
+    """Make GradScaler skip a step on all ranks that hold other plain tensors where one overflows, from now on.
 
     Of DTensors it hears already. Where it unscales such parameters, every rank calls, as it does its step.
 

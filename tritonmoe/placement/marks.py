@@ -19,7 +19,7 @@ def mark_mesh(mesh: "DeviceMesh") -> None:
 
 
 def is_marked_mesh(mesh: "DeviceMesh") -> bool:
-    """Say whether experts are spread over this mesh."""
+    """Return whether experts are spread over this mesh."""
     return hasattr(mesh, MARK)
 
 

@@ -33,7 +33,7 @@ WITHOUT_RULES = ("aten::_foreach_copy_", "aten::_fused_adagrad_", "aten::_fused_
 
 
 def allow_mixed_lists() -> None:
-    """Let torch's operations on lists take plain tensors and DTensors of any meshes together, from now on.
+    """Allow torch's operations on lists to take plain tensors and DTensors of any meshes together, from now on.
 
     Lists of one kind go the way they went. A sum of norms becomes a plain tensor, the norm over all ranks.
     """

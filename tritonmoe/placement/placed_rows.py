@@ -11,14 +11,14 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn, strided
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
     from torch.distributed.checkpoint.planner import WriteItem
     from torch.distributed.tensor import DTensor
 
-__all__ = ["ExpertsOfRank", "PlacedRows", "in_model_order", "is_in_model_order", "placed_rows_of"]
+__all__ = ["ExpertsOfRank", "PlacedRows", "in_model_order", "is_in_model_order", "local_rows", "placed_rows_of"]
 
 ExpertsOfRank = tuple[tuple[int, ...], ...]
 """The expert in each slot of each rank: ExpertPlacement.experts_of_rank."""
@@ -40,7 +40,7 @@ class _Run(NamedTuple):
 
 
 def is_in_model_order(experts_of_rank: ExpertsOfRank) -> bool:
-    """Say whether the slots of all ranks, one behind the other, are the experts in their order."""
+    """Return whether the slots of all ranks, one behind the other, are the experts in their order."""
     return all(expert == number for number, expert in enumerate(e for held in experts_of_rank for e in held))
 
 
@@ -199,3 +199,45 @@ def placed_rows_of(tensor: object) -> PlacedRows | None:
     """Return the local tensor of what in_model_order() has made; None for anything else."""
     local = getattr(tensor, "_local_tensor", None)
     return local if isinstance(local, PlacedRows) else None
+
+
+def local_rows(what: str, tensor: Tensor, parameter: Tensor) -> Tensor:
+    """Return this rank's memory of a tensor with the experts in its first dimension, as the parameter has them.
+
+    It is not detached: autograd is to see that a forward's weights have changed before its backward.
+
+    Raises:
+        ValueError: it doesn't lie as a parameter of spread experts does.
+    """
+    shape = tuple(parameter.shape)
+    if hasattr(parameter, "to_local"):
+        from torch.distributed.tensor import Shard
+
+        if tuple(getattr(parameter, "placements", ())) != (Shard(0),):
+            raise ValueError(
+                f"{what} lies as {getattr(parameter, 'placements', None)}, so it is sharded over replicas too, and "
+                "only whole experts can move: leave the experts out of fully_shard "
+                "(ignored_params=set(tritonmoe.expert_parameters(model)))"
+            )
+        if hasattr(tensor, "to_local"):
+            lies = tuple(getattr(tensor, "placements", ()))
+            if lies != (Shard(0),):
+                raise ValueError(
+                    f"{what} lies as {lies}, not like its parameter, and tm.rebalance can move only states that lie "
+                    "like the parameter: take an optimizer whose states are like the parameter (AdamW, SGD, Adagrad)"
+                )
+            local = tensor.to_local() if tensor.shape[0] == shape[0] else None
+        else:
+            local = tensor if tensor.shape == parameter.to_local().shape else None
+    else:
+        is_by_expert = tensor.dim() and tensor.shape[0] == shape[0]
+        # Experts by experts, as a preconditioner of the first dimension is, and no dimension of the weight's own.
+        is_of_pairs = shape[0] > 1 and shape[0] in tensor.shape[1:] and shape[0] not in shape[1:]
+        local = tensor if is_by_expert and not is_of_pairs else None
+    if local is None or type(local) not in (Tensor, nn.Parameter) or local.layout != strided:
+        raise ValueError(
+            f"{what} is a {type(tensor).__name__} {tuple(tensor.shape)} for a parameter {shape}, and tm.rebalance "
+            "can't tell which part belongs to an expert: it moves tensors with the experts in their first dimension, "
+            "as the states of AdamW, SGD and Adagrad have"
+        )
+    return local

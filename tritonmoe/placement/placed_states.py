@@ -11,7 +11,7 @@ from tritonmoe.placement.expert_shards import shards_of
 from tritonmoe.placement.marks import MARK
 from tritonmoe.placement.placed_rows import ExpertsOfRank, in_model_order, placed_rows_of
 from tritonmoe.placement.watched_collectives import full_tensor
-from tritonmoe.runtime.living import living
+from tritonmoe.runtime.living import live_instances
 from tritonmoe.runtime.wrappers import refuse_computed
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ _kinds_moved: set[type[nn.Module]] = set()
 
 
 def note_order(module: nn.Module) -> None:
-    """Let state dicts show the experts of a module in the order of the model, if its rows are in another one."""
+    """Make state dicts show the experts of a module in the order of the model, if its rows are in another one."""
     shards = shards_of(module)
     if shards is not None and shards.is_spread and shards.order is not None:
         _kinds_moved.add(type(module))
@@ -82,7 +82,7 @@ def orders_of(parameters: Sequence[Tensor]) -> dict[int, ExpertsOfRank]:
     """
     wanted = {id(parameter) for parameter in parameters}
     found: dict[int, ExpertsOfRank] = {}
-    for module in living(*_kinds_moved) if wanted and _kinds_moved else ():
+    for module in live_instances(*_kinds_moved) if wanted and _kinds_moved else ():
         shards = shards_of(module)
         if shards is None or not shards.is_spread or (order := shards.order) is None:
             continue
@@ -225,7 +225,7 @@ def states_of(
 
 
 def _show_states_of_optimizers() -> None:
-    """Let every optimizer's state_dict() show, and load_state_dict() take, experts in the order of the model.
+    """Make every optimizer's state_dict() show, and load_state_dict() take, experts in the order of the model.
 
     A copy, or a pickled one, has the parameters without their module, which knows their order: it is refused.
     """

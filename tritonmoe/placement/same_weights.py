@@ -97,7 +97,7 @@ def _difference(
 
 
 def _words(first: Digest, other: Digest, here: int, others: list[int], is_expert: bool) -> str:
-    """Say how a tensor on ranks `others` is another one than on rank `here`, and the way out."""
+    """Return how a tensor on ranks `others` differs from that on rank `here`, and the way out."""
     if other.is_meta != first.is_meta:
         where = ("has values", "is on the meta device")
         return (

@@ -35,7 +35,7 @@ FORM = "_tritonmoe_whole_form"
 
 
 def refuse_pickling(spread: "DTensor") -> None:
-    """Let pickle, and so torch.save, raise for a DTensor over several ranks, and for what is made of it, from now on.
+    """Make pickle, and so torch.save, reject this DTensor over several ranks and tensors derived from it, from now on.
 
     A pickled DTensor holds one rank's part, and on the rank that reads it claims to be that rank's.
     """
@@ -62,7 +62,7 @@ def refuse_pickling(spread: "DTensor") -> None:
 
 
 def _is_made_of(tensor: "DTensor", shapes: "set[torch.Size]") -> bool:
-    """Say whether a DTensor on the mesh of spread parameters of these shapes is one, its gradient or a state of it.
+    """Return whether a DTensor on the mesh of spread parameters of these shapes is one, its gradient or its state.
 
     A state has the parameter's shape, or one of its last two dimensions is 1 (factors of rows and of columns). What
     lies in the memory of a parameter that FSDP2 shards, and is no spread one, is none of these, whatever its shape.
@@ -78,7 +78,7 @@ def _shapes_of_states(shape: torch.Size) -> set[torch.Size]:
 
 
 def note_sharded_by_fsdp(parameter: "FSDPParam") -> None:
-    """Let this parameter, which FSDP2 shards and which is no spread one, be pickled as ever."""
+    """Allow pickling of this parameter, which FSDP2 shards and which is no spread one."""
     _sharded_by_fsdp.add(parameter)
 
 
@@ -86,7 +86,7 @@ _sharded_by_fsdp: "weakref.WeakSet[FSDPParam]" = weakref.WeakSet()
 
 
 def _is_sharded_by_fsdp(tensor: "DTensor") -> bool:
-    """Say whether it lies in the memory of a parameter that FSDP2 shards and that is no spread one."""
+    """Return whether it lies in the memory of a parameter that FSDP2 shards and that is no spread one."""
     memory = tensor.to_local().untyped_storage().data_ptr()
     return any(
         parameter._sharded_param_data.untyped_storage().data_ptr() == memory != 0 for parameter in _sharded_by_fsdp
@@ -94,7 +94,7 @@ def _is_sharded_by_fsdp(tensor: "DTensor") -> bool:
 
 
 def _is_sent_to_checkpointer() -> bool:
-    """Say whether torch.distributed.checkpoint sends a rank's part to the process that writes it as this rank's."""
+    """Return whether torch.distributed.checkpoint sends a rank's part to the process that writes it."""
     executor = sys.modules.get("torch.distributed.checkpoint._async_process_executor")
     if executor is None:
         return False
@@ -106,7 +106,7 @@ def _is_sent_to_checkpointer() -> bool:
 
 
 def give_whole_as(module: nn.Module, convert: Callable[[Tensor], Tensor]) -> None:
-    """Let the weight of a module be saved as `convert` gives it, once it is gathered: adapters, in PEFT's format."""
+    """Make the weight of a module be saved as `convert` gives it, once gathered: adapters, in PEFT's format."""
     setattr(module, FORM, convert)
 
 

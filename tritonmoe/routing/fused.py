@@ -24,7 +24,7 @@ Parts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def is_fused(backend: str, x: Tensor, weight: Tensor) -> bool:
-    """Say whether kernels route x (T, D) by weight (E, D). Otherwise PyTorch's operations do, which others can watch.
+    """Return whether kernels route x (T, D) by weight (E, D), instead of PyTorch's operations, which can be watched.
 
     Kernels do on a device where they run, if `backend` is "triton", or "auto" on a GPU; x and weight are plain tensors
     up to fp32; and nothing looks at the operations: no replay of the routing, which answers torch.topk; no dispatch

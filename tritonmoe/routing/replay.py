@@ -20,7 +20,7 @@ ANOTHER_LAYOUT = (
 
 
 def is_replaying() -> bool:
-    """Say whether a replay answers this thread's torch.topk now."""
+    """Return whether a replay answers this thread's torch.topk now."""
     return any(isinstance(mode, LayerReplay) for mode in _get_current_function_mode_stack())
 
 
@@ -79,11 +79,11 @@ class LayerReplay(TorchFunctionMode):
 
     @property
     def has_recomputes(self) -> bool:
-        """Say whether a backward may still recompute forwards of this replay."""
+        """Return whether a backward may still recompute forwards of this replay."""
         return len(self._calls) > 0
 
     def start(self) -> None:
-        """Say that the block that holds the router begins. What is wrong finish() says."""
+        """Begin the block that holds the router. finish() reports errors."""
         self.end()
         number = self._find_call()
         if number is not None and is_replaying():
@@ -94,14 +94,14 @@ class LayerReplay(TorchFunctionMode):
             self.__enter__()
 
     def end(self) -> None:
-        """Say that the block ends, by an exception for example, and forget this call."""
+        """End the block, by an exception for example, and forget this call."""
         self._stop()
         self._ids = self._is_recorded = self._chosen = self._given = self._around = None
         self._grouped = self._own_groups = self._num_changed = None
         self._problem = ""
 
     def _stop(self) -> None:
-        """Let the router choose by itself from here on."""
+        """Make the router choose by itself from here on."""
         if self.is_active:
             self.is_active = False
             self.__exit__(None, None, None)

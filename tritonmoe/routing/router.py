@@ -18,7 +18,7 @@ from tritonmoe.routing.router_check import ROUTERS, check_router
 from tritonmoe.routing.statistics import reduce_counts
 from tritonmoe.routing.token_routing import Routing, check_token_mask
 from tritonmoe.runtime.autograd import is_recomputing
-from tritonmoe.runtime.helping import is_helping
+from tritonmoe.runtime.other_ranks import in_dummy_forward
 from tritonmoe.runtime.transforms import below_transforms, refuse_tangents, unwrapped
 from tritonmoe.runtime.wrappers import refuse_computed
 
@@ -36,7 +36,7 @@ def _are_right(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def _are_kernels_right(device: torch.device, dtype: torch.dtype) -> bool:
-    """Say whether "auto" takes the kernels of this GPU, which is asked once it can be."""
+    """Return whether "auto" takes the kernels of this GPU, which is asked once it can be."""
     try:
         return _are_right(device, dtype)
     except Unchecked:
@@ -48,7 +48,7 @@ _are_kernels_right._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _warn_of_other_groups(config: MoEConfig) -> None:
-    """Say once of which other code the routing would choose other groups of experts, by the same numbers."""
+    """Warn once which other code would choose other groups of experts by the same numbers."""
     if config.top_k_groups == config.num_expert_groups:
         return
     size = config.num_experts // config.num_expert_groups
@@ -193,7 +193,7 @@ class TopKRouter(nn.Module):
             routing = route_by_torch(x, *parameters, config)
         if token_mask is not None:
             routing = routing.of_tokens(token_mask)
-        if self.load is not None and self.training and not is_recomputing() and not is_helping():
+        if self.load is not None and self.training and not is_recomputing() and not in_dummy_forward():
             with below_transforms():
                 self.load += unwrapped(routing.load)
         return routing

@@ -32,7 +32,7 @@ class Routing:
     """(E,) int64: how many pairs chose each expert."""
 
     def of_tokens(self, is_token: Tensor) -> "Routing":
-        """Leave out the rows where is_token (T,) is False: no experts, no part in any loss, load or statistics.
+        """Return this without the rows where is_token (T,) is False: no experts, no part in a loss, load or statistics.
 
         They are as those without a finite score, logits -inf, but num_nonfinite_rows does not count them.
         """

@@ -163,7 +163,7 @@ def kept_beside(ctx: Context, mark: Tensor) -> Any:
 
 
 def is_recomputing() -> bool:
-    """Say whether this forward runs inside a backward: the recompute of activation checkpointing.
+    """Return whether this forward runs inside a backward: the recompute of activation checkpointing.
 
     Both kinds of torch.utils.checkpoint call the function again while the autograd engine is at work, and the
     engine's graph task id is -1 at any other time. Things that count calls ask here, so as to count each once.
@@ -215,7 +215,7 @@ _before_recomputes: "weakref.WeakKeyDictionary[object, dict[str, object]]" = wea
 
 
 def put_back_after_recompute(owner: object, names: Sequence[str], used: Tensor) -> None:
-    """Let attributes that a forward is about to set be for the checkpointed function alone where it recomputes.
+    """Keep attributes that a recompute is about to set for the checkpointed function alone.
 
     They are what they were before once `used`, a tensor of that forward, has its gradient: by then the function has
     ended. Whoever held a part of the graph that non-reentrant checkpointing recomputes, which never runs backward,

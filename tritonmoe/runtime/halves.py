@@ -103,7 +103,7 @@ class Half:
         self._check_calls_of_ended()
 
     def leave(self, name: Hashable, value: object) -> None:
-        """Leave something for the second half to take where it has called as many layers as this one has now."""
+        """Keep a value that the second half takes when it has called as many layers as this half has now."""
         self._left[len(self.calls), name] = value
 
     def take(self, name: Hashable) -> object:
@@ -111,7 +111,7 @@ class Half:
         return self.sibling._left.pop((len(self.calls), name), None)
 
     def hand_over(self) -> None:
-        """Let the other half go on until it hands over too, or ends.
+        """Run the other half until it hands over too, or ends.
 
         Raises:
             ValueError: it has ended, and called fewer layers. GreenletExit: it has failed.
@@ -160,7 +160,7 @@ def current_half() -> Half | None:
 
 
 def keep_for_this_half(owner: object, *names: str) -> None:
-    """Let the half that runs now find these attributes of an object as they are, whatever the other half sets.
+    """Keep these attributes of an object for the half that runs now, whatever the other half sets.
 
     When both have ended the attributes are None: what one half left is not the batch's.
     """

@@ -57,7 +57,7 @@ def _wait_for(event: torch.cuda.Event, look_around: Callable[[float], None]) -> 
 
 
 def is_captured(device: torch.device) -> bool:
-    """Say whether a CUDA graph captures the device's current stream, so that nothing can be read."""
+    """Return whether a CUDA graph captures the device's current stream, so that nothing can be read."""
     if device.type != "cuda":
         return False
     with torch.cuda.device(device):  # which need not be the current one

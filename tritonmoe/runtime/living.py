@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn, strided
 
-__all__ = ["living", "modules_with", "owners_of_memory", "refuse_what_lives"]
+__all__ = ["live_instances", "modules_with", "owners_of_memory", "refuse_what_lives"]
 
 _collecting = threading.Lock()
 """gc.collect() returns at once where another thread, as an emulated rank is, is in the middle of one."""
@@ -28,7 +28,7 @@ def refuse_what_lives(reasons: Callable[[], Iterator[str]]) -> None:
         raise ValueError(why)
 
 
-def living(*kinds: type) -> list[Any]:
+def live_instances(*kinds: type) -> list[Any]:
     """Return the objects of these classes and of all classes below them; a thread may not have finished one yet."""
     found, classes = set(kinds), list(kinds)
     while classes:
@@ -73,7 +73,7 @@ def owners_of_memory(tensors: Sequence[Tensor], known: Sequence[nn.Module]) -> I
         yield from (tensor for first, last, tensor in spans.get(storage, ()) if first < end and begin < last)
 
     own = {id(one) for tensor in tensors for one in (tensor, getattr(tensor, "_local_tensor", tensor))}
-    others = [held for held in living(Tensor) if id(held) not in own and any(True for _ in sharing(held))]
+    others = [held for held in live_instances(Tensor) if id(held) not in own and any(True for _ in sharing(held))]
     tables = {id(table) for module in known for table in _tables(module)}
     is_known = not others and all(id(held) in tables for held in gc.get_referrers(*tensors) if type(held) is dict)
     for module in known if is_known else modules_with([*tensors, *others]):

@@ -21,7 +21,7 @@ _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # loaded here: i
 
 
 def dies_with_its_parent() -> None:
-    """Let Linux kill the process that calls this when its parent ends: nothing may go on using the GPU unseen."""
+    """Make Linux kill this process when its parent ends: nothing may go on using the GPU unseen."""
     if _LIBC is not None:
         _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 

@@ -48,7 +48,7 @@ MAIN_GRAD = (
 
 
 def is_transformed() -> bool:
-    """Say whether a transform of torch.func, or forward-mode AD, is active."""
+    """Return whether a transform of torch.func, or forward-mode AD, is active."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, TypeAlias, TypeGuard
 
 from tritonmoe.runtime.host_device import HostCopy
-from tritonmoe.transports.base import PendingExchange, Transport, leaving_nobody_waiting
+from tritonmoe.transports.base import PendingExchange, Transport, fail_peers_on_error
 from tritonmoe.transports.emulated.faults import Death, Delay
 from tritonmoe.transports.emulated.link_model import LinkModel
 from tritonmoe.transports.emulated.world import EmulatedTransport, EmulatedWorld
@@ -33,8 +33,8 @@ __all__ = [
     "Transport",
     "TwoLevelTransport",
     "as_transport",
+    "fail_peers_on_error",
     "is_mesh",
-    "leaving_nobody_waiting",
 ]
 
 EXPERT = "expert"
@@ -52,7 +52,7 @@ When the memory of a layer is freed differs between ranks, so it must not decide
 
 
 def is_mesh(ranks: object) -> "TypeGuard[DeviceMesh]":
-    """Say whether `ranks` is a DeviceMesh, also where this torch was built without torch.distributed."""
+    """Return whether `ranks` is a DeviceMesh, also where this torch was built without torch.distributed."""
     return hasattr(ranks, "get_group") and hasattr(ranks, "mesh_dim_names")
 
 

@@ -24,7 +24,7 @@ from tritonmoe.transports.waiting import Doing
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["PendingExchange", "Transport", "leaving_nobody_waiting", "run_outside_graphs"]
+__all__ = ["PendingExchange", "Transport", "fail_peers_on_error", "run_outside_graphs"]
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -94,7 +94,7 @@ class Transport(Handled, ABC):
     """On two levels (TwoLevelTransport): the ranks of a node, between which rows take the second level."""
     generation: int = 0
     """How often the transport was rebuilt, equal on all ranks. Messages of two generations never meet."""
-    tells_arrivals: bool = False
+    records_arrivals: bool = False
     """Set it to True to get PendingExchange.arrivals() also from transports for which it is not free: gloo between more
     than two ranks then has a thread for each rank."""
 
@@ -214,14 +214,14 @@ class Transport(Handled, ABC):
         return copy.wait()
 
     def uses_rendezvous(self, device: torch.device) -> bool:
-        """Say whether rows are sent to a rank only after that rank's message that it is ready to receive them (gloo).
+        """Return whether rows are sent to a rank only after its message that it is ready to receive them (gloo).
 
         The message travels behind the rows that the rank has sent before, so a slow way back delays the rows.
         """
         return False
 
     def shares_link(self, device: torch.device) -> bool:
-        """Say whether exchanges of rows on this device that are under way together share the link (MPI over TCP).
+        """Return whether exchanges of rows that are under way together on this device share the link (MPI over TCP).
 
         Otherwise they take turns, like on one stream of NCCL or one connection of gloo: the first posted arrives first.
         """
@@ -256,7 +256,7 @@ class Transport(Handled, ABC):
 
 
 def _all_reduce(transport: Transport, tensor: Tensor, op: str) -> Tensor:
-    """Do what Transport.all_reduce says: each rank reduces one part of the tensor and sends the result to all."""
+    """Run Transport.all_reduce: each rank reduces one part of the tensor and sends the result to all."""
     with _refused_with_word(transport):
         _check_tensor(tensor)
         if op not in OPS:
@@ -270,7 +270,7 @@ def _all_reduce(transport: Transport, tensor: Tensor, op: str) -> Tensor:
     if transport.size == 1:
         return tensor
     said = _agree(transport, "all_reduce", tensor, op=op)[transport.rank]
-    with leaving_nobody_waiting(transport), Doing(lambda: _words(said)):
+    with fail_peers_on_error(transport), Doing(lambda: _words(said)):
         rank, counts = transport.rank, _parts(tensor.numel(), transport.size)
         flat = tensor.detach().contiguous().view(-1)
         received = _exchange(transport, flat, counts, [counts[rank]] * transport.size)
@@ -287,7 +287,7 @@ def _all_reduce(transport: Transport, tensor: Tensor, op: str) -> Tensor:
 
 
 def _broadcast(transport: Transport, tensor: Tensor, source: int) -> Tensor:
-    """Do what Transport.broadcast says: the source gives each rank one part, which that rank sends to all."""
+    """Run Transport.broadcast: the source gives each rank one part, which that rank sends to all."""
     with _refused_with_word(transport):
         _check_tensor(tensor)
         if not is_integer(source) or not 0 <= source < transport.size:
@@ -295,7 +295,7 @@ def _broadcast(transport: Transport, tensor: Tensor, source: int) -> Tensor:
     if transport.size == 1:
         return tensor
     said = _agree(transport, "broadcast", tensor, source=source)[transport.rank]
-    with leaving_nobody_waiting(transport), Doing(lambda: _words(said)):
+    with fail_peers_on_error(transport), Doing(lambda: _words(said)):
         rank, counts = transport.rank, _parts(tensor.numel(), transport.size)
         flat = tensor.detach().contiguous().view(-1)
         from_source = [counts[rank] if sender == source else 0 for sender in range(transport.size)]
@@ -307,13 +307,13 @@ def _broadcast(transport: Transport, tensor: Tensor, source: int) -> Tensor:
 
 
 def _barrier(transport: Transport) -> None:
-    """Do what Transport.barrier says."""
+    """Run Transport.barrier."""
     if transport.size > 1:
         _agree(transport, "barrier")
 
 
 def _share_number(transport: Transport, number: int) -> list[int]:
-    """Do what Transport.share_number says, in the one exchange by which the ranks agree on this call."""
+    """Run Transport.share_number, in the one exchange by which the ranks agree on this call."""
     return (
         [number]
         if transport.size == 1
@@ -322,7 +322,7 @@ def _share_number(transport: Transport, number: int) -> list[int]:
 
 
 @contextmanager
-def leaving_nobody_waiting(transport: Transport) -> Iterator[None]:
+def fail_peers_on_error(transport: Transport) -> Iterator[None]:
     """Break the transport where this rank leaves a call in its middle, so that others needn't wait for a timeout."""
     try:
         yield
@@ -418,7 +418,7 @@ def _agree(
 
 
 def _words(said: list[int]) -> str:
-    """Say in words what one rank calls."""
+    """Return in words what one rank calls."""
     _, _, call, op, source, dtype, device, num_dims = said[:FIXED_FIELDS]
     if CALLS[call] in ("barrier", "share_number"):
         return CALLS[call]

@@ -21,13 +21,13 @@ class Breakdown:
         self._ended: tuple[int, ...] = ()
 
     def claim(self) -> bool:
-        """Say whether this failure is the first; whoever is told so must call note()."""
+        """Return whether this failure is the first; then the caller must call note()."""
         with self._lock:
             is_first, self._is_claimed = not self._is_claimed, True
         return is_first
 
     def note(self, what: str, because_of: Sequence[int] = (), closed: Sequence[int] = ()) -> None:
-        """Say why, unless that is known, and put up a notice; the arguments are those of a Notice."""
+        """Record the reason, unless there is one, and put up a notice; the arguments are those of a Notice."""
         if self._notice is not None:
             return
         self._notice = Notice(self._notices.number, self._generation, what, tuple(because_of), tuple(closed))
@@ -35,11 +35,11 @@ class Breakdown:
         self._is_known.set()
 
     def show_wait(self, number: int, words: str) -> None:
-        """Do what Notices.show_wait does, in this generation."""
+        """Call Notices.show_wait() for this generation."""
         self._notices.show_wait(self._generation, number, words)
 
     def whom(self, suspects: Sequence[int], number: int) -> str:
-        """Do what Notices.whom does, in this generation."""
+        """Return Notices.whom() of this generation."""
         return self._notices.whom(suspects, self._generation, number)
 
     @property
@@ -52,7 +52,7 @@ class Breakdown:
         return self._ended
 
     def explain(self) -> str:
-        """Say what this rank waited for and, as far as the other ranks tell, whose fault it is."""
+        """Return what this rank waited for and, as far as the other ranks' notices show, which rank is to blame."""
         self._is_known.wait(GRACE_S)
         with self._lock:
             if not self._words and self._notice is not None:

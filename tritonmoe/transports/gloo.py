@@ -45,7 +45,7 @@ THREAD_NAME = "gloo_tcp_loop"
 
 
 def let_compute_go_on() -> None:
-    """Let gloo's own threads wait for the end of a time slice instead of interrupting compute (SCHED_BATCH on Linux).
+    """Make gloo's own threads wait for the end of a time slice instead of interrupting compute (SCHED_BATCH, Linux).
 
     Otherwise such a thread, which is woken for every few packets, interrupts compute; and where compute was just
     handing rows over to gloo, it spins for the lock that the interrupted thread holds. An idle core runs it at once.
@@ -110,7 +110,7 @@ class GlooLinks:
 
 
 def end_links(pid: int, progress: ProgressThread, links: GlooLinks, breakdown: Breakdown) -> None:
-    """Let the thread end; exchanges that nobody waited for get a little time, unless the connections are cut already.
+    """End the thread; exchanges that nobody waited for get a little time, unless the connections are cut already.
 
     A thread that came back from gloo while the interpreter ends would abort the process. A child has no such thread.
     """

@@ -39,7 +39,7 @@ SECONDS_BEFORE_ABORT = 1.0
 
 
 def available() -> dict[str, str | None]:
-    """Say why ranks of MPI can't be used here; None where they can. Starts a process, so that MPI stays out of ours."""
+    """Return why ranks of MPI can't be used here, or None; starts a process, so that MPI stays out of this one."""
     code = "import mpi4py; mpi4py.rc.initialize = False; from mpi4py import MPI; MPI.Get_library_version()"
     try:
         loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=20)
@@ -238,13 +238,13 @@ class MPITransport(Transport):
 
 
 def _end(progress: ProgressThread) -> None:
-    """Let the thread end; where rows are missing it can't, and MPI is aborted when the process ends."""
+    """End the thread; while rows are missing it can't end, and MPI is aborted when the process ends."""
     if not progress.end():
         _abort_at_exit("a transport was closed with exchanges under way")
 
 
 def _find_short_message(expectation: "tuple[int, int, MPI.Datatype]", status: "MPI.Status") -> list[str]:
-    """Say that the peer sent fewer rows than were expected; MPI itself finds only the longer messages."""
+    """Raise where the peer sent fewer rows than expected; MPI itself detects only longer messages."""
     peer, num_rows, row_type = expectation
     arrived = status.Get_elements(row_type)
     if arrived == num_rows * row_type.Get_size():

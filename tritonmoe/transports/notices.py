@@ -214,7 +214,7 @@ class Notices:
         return None if notice is None or notice.number == self.number else notice
 
     def _meetings(self, wanted: int, others: Sequence[int]) -> dict[int, int]:
-        """Say which generation this rank wants, and give what the others want, -1 if nothing."""
+        """Publish which generation this rank wants, and return what the others want, -1 if nothing."""
         if self._meeting_of(self._rank) != wanted:  # it may be an earlier question's answer that comes late
             self._store.set(f"meeting/{self.number}/{self._rank}", str(wanted))
         return {rank: self._meeting_of(rank) for rank in others}

@@ -14,7 +14,6 @@ from tritonmoe.errors import TransportError
 from tritonmoe.runtime.host_device import HostCopy
 from tritonmoe.transports.base import PendingExchange, Transport
 from tritonmoe.transports.breakdown import Breakdown
-from tritonmoe.transports.device_group import CollectiveExchange
 from tritonmoe.transports.exchange_arguments import (
     as_counts,
     as_wire,
@@ -32,8 +31,10 @@ from tritonmoe.transports.waiting import LongWait
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup, Work
+if TYPE_CHECKING:
+    from torch.distributed import Work
 
-__all__ = ["ProcessGroupTransport"]
+__all__ = ["CollectiveExchange", "ProcessGroupTransport"]
 
 
 class ProcessGroupTransport(Transport):
@@ -139,7 +140,7 @@ class ProcessGroupTransport(Transport):
         wire_rows, wire_out = as_wire(rows.detach()), as_wire(out.detach())
         self._num_posted += 1
         exchange.post_rows(self.rank, self._num_posted, wire_rows, input_splits, output_splits, wire_out)
-        if self.tells_arrivals and self.size > 2:
+        if self.records_arrivals and self.size > 2:
             exchange.watch(self._progress)
         self._progress.add(exchange)
         return exchange
@@ -246,7 +247,7 @@ class ProcessGroupTransport(Transport):
         return GlooLinks(store, self.rank, self.size, max(1.0, timeout_s))
 
     def _keep_links(self, links: GlooLinks) -> GlooLinks:
-        """Let exchanges use these connections from now on, and give them."""
+        """Make exchanges use these connections from now on, and return them."""
         self._links = links
         self._progress = ProgressThread("gloo-progress")
         # Also runs when the process ends.
@@ -287,3 +288,34 @@ class ProcessGroupTransport(Transport):
                 f"this ProcessGroupTransport is broken on rank {self.rank} of {self.size} since its first failure: "
                 f"{self._breakdown.explain()}. Call transport.rebuild() on all ranks, or make one on a new group"
             )
+
+
+class CollectiveExchange(PendingExchange):
+    """An asynchronous all_to_all_single of a backend that only the current stream waits for, and its two tensors."""
+
+    def __init__(self, transport: Transport, work: "Work", rows: Tensor, out: Tensor, what: str) -> None:
+        self._transport, self._generation = transport, transport.generation
+        self._work = work
+        self._rows: Tensor | None = rows  # the collective reads it until wait() has returned
+        self._out = out
+        self._what = what
+        self._posted_at = time.perf_counter()
+
+    def wait(self) -> Tensor:
+        try:
+            # It only orders the current stream, so it is repeated for a caller on another stream.
+            self._work.wait()
+        except RuntimeError as error:
+            elapsed = time.perf_counter() - self._posted_at
+            if self._generation == self._transport.generation:  # otherwise it was rebuilt since
+                self._transport.give_up(f"lost an exchange: {error}")
+            raise TransportError(
+                f"exchange failed {elapsed:.2f} s after it was posted ({self._what}): {error}"
+            ) from error
+        if self._out.is_cuda:
+            stream = torch.cuda.current_stream(self._out.device)
+            self._out.record_stream(stream)
+            if self._rows is not None:
+                self._rows.record_stream(stream)
+        self._rows = None
+        return self._out

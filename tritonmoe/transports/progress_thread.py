@@ -179,7 +179,7 @@ class ProgressThread:
         self._under_way.put(exchange)
 
     def end(self, within_s: float = SECONDS_TO_STOP) -> bool:
-        """Let the threads end when nothing is under way any more, and say whether they have ended."""
+        """End the threads when nothing is under way any more, and return whether they have ended."""
         deadline = time.perf_counter() + within_s
         threads = [thread.end(max(0.0, deadline - time.perf_counter())) for thread in self._of_peer.values()]
         return self._end_own(max(0.0, deadline - time.perf_counter())) and all(threads)

@@ -1,5 +1,6 @@
 """What groups of torch.distributed say of themselves: whether they can be used, their backends, how long they wait."""
 
+import json
 import weakref
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -9,11 +10,21 @@ import torch
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["available", "backends_of", "group_of_devices", "is_registered", "next_number", "own_group", "timeout_of"]
+__all__ = [
+    "available",
+    "backends_of",
+    "flight_record",
+    "group_of_devices",
+    "is_registered",
+    "next_number",
+    "own_group",
+    "rank_of_job",
+    "timeout_of",
+]
 
 
 def available() -> dict[str, str | None]:
-    """Say of gloo and nccl why ranks in several processes can't use it here; None where they can."""
+    """Return why ranks in several processes can't use gloo and nccl here; None for a backend that they can use."""
     reasons: dict[str, str | None]
     if not torch.distributed.is_available():
         built_without = "this torch was built without torch.distributed"
@@ -31,7 +42,7 @@ def available() -> dict[str, str | None]:
 
 
 def is_registered(group: "ProcessGroup") -> bool:
-    """Say whether the group still exists: destroy_process_group() ends it."""
+    """Return whether the group still exists: destroy_process_group() ends it."""
     try:
         return torch.distributed.get_rank(group) >= 0
     except ValueError:
@@ -108,3 +119,24 @@ def next_number(group: "ProcessGroup") -> int:
     """Number the transports that this rank makes on a group."""
     _num_transports[group] = number = _num_transports.get(group, -1) + 1
     return number
+
+
+def rank_of_job() -> int | None:
+    """Return this process's rank in the job; None where torch.distributed has not been initialised."""
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else None
+
+
+def flight_record() -> str | None:
+    """Return the dump of this rank's flight recorder, with its rank in it; None where there is none, or it is empty."""
+    if not torch.distributed.is_initialized():
+        return None
+    from torch._C import _distributed_c10d
+
+    is_nccl = "nccl" in str(torch.distributed.get_backend())
+    dump = getattr(_distributed_c10d, "_dump_nccl_trace_json" if is_nccl else "_dump_fr_trace_json", None)
+    if dump is None:
+        return None
+    found = json.loads(dump(True, False))
+    if not found.get("entries"):
+        return None
+    return json.dumps({**found, "rank": torch.distributed.get_rank()})

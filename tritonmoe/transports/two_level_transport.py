@@ -91,12 +91,12 @@ class GroupView(Transport):
         return self._world.generation
 
     @property
-    def tells_arrivals(self) -> bool:
-        return self._world.tells_arrivals
+    def records_arrivals(self) -> bool:
+        return self._world.records_arrivals
 
-    @tells_arrivals.setter
-    def tells_arrivals(self, wanted: bool) -> None:
-        self._world.tells_arrivals = wanted
+    @records_arrivals.setter
+    def records_arrivals(self, wanted: bool) -> None:
+        self._world.records_arrivals = wanted
 
     def give_up(self, what: str) -> None:
         self._world.give_up(what)
@@ -231,13 +231,13 @@ class TwoLevelTransport(Transport):
         return self.between_nodes.shares_link(device)
 
     @property
-    def tells_arrivals(self) -> bool:
-        return self.world.tells_arrivals
+    def records_arrivals(self) -> bool:
+        return self.world.records_arrivals
 
-    @tells_arrivals.setter
-    def tells_arrivals(self, wanted: bool) -> None:
+    @records_arrivals.setter
+    def records_arrivals(self, wanted: bool) -> None:
         for transport in self._levels():
-            transport.tells_arrivals = wanted
+            transport.records_arrivals = wanted
 
     def close(self) -> None:
         for transport in (self.between_nodes, self.inside_node, self.world):

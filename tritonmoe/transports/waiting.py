@@ -1,4 +1,4 @@
-"""Waiting: a host that waits long for other ranks says so on stderr, for whom and for what; it ends no wait."""
+"""Warn on stderr when a host waits long for peers (which, and for what). Never interrupts a wait."""
 
 import contextlib
 import logging
@@ -113,7 +113,7 @@ _watcher: threading.Thread | None = None
 
 @contextlib.contextmanager
 def watched(long: LongWait) -> Iterator[None]:
-    """Let a thread, one for all, look at a wait while this one stands in a call that can't."""
+    """Make one shared thread watch a wait while this thread stands in a call that can't watch it."""
     global _watcher
     with _lock:
         _watched[long] = time.perf_counter()

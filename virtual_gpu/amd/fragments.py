@@ -21,6 +21,8 @@ def operand_matrix(words: NDArray[np.uint32], element: str, size: int) -> NDArra
         words: (registers, waves, 64). element: NumPy's name of the stored type. size: rows of A or columns of B.
     """
     registers, waves, _ = words.shape
+    if registers == 8:  # 16 bytes of the first half of K, then 16 of the second
+        return np.concatenate([operand_matrix(half, element, size) for half in (words[:4], words[4:])], 2)
     elements = np.ascontiguousarray(words).view(element).reshape(registers, waves, LANES // size, size, -1)
     # A lane holds one row; lanes of the next group hold what follows along K.
     return elements.transpose(1, 3, 2, 0, 4).reshape(waves, size, -1)

@@ -106,6 +106,13 @@ v_cvt_f32_f16        f4 h         {0}
 v_cvt_f16_f32        u4 f4        {0}.astype('f2').view('u2').astype('u4')
 v_cvt_pk_bf16_f32    u4 f4,f4     round_pair({0}, {1}, 'bf16')
 v_cvt_pk_f16_f32     u4 f4,f4     round_pair({0}, {1}, 'f16')
+v_cvt_pk_fp8_f32     u4 f4,f4     fp8_pair({0}, {1}, {fp8})
+v_cvt_pk_f32_fp8     u8 u4        floats_of_fp8({0}, {fp8})
+v_cvt_f32_fp8        f4 u4        from_fp8({0} & 0xFF, {fp8})
+v_cvt_scalef32_pk_fp8_f32   u4 f4,f4,f4  fp8_pair({0}, {1}, {fp8}, {2})
+v_cvt_scalef32_pk_fp8_bf16  u4 u4,f4     fp8_pair(({0} << 16).view('f4'), ({0} & 0xFFFF0000).view('f4'), {fp8}, {1})
+v_cvt_scalef32_pk_f32_fp8   u8 u4,f4     floats_of_fp8({0}, {fp8}, {1})
+v_cvt_scalef32_pk_bf16_fp8  u4 u4,f4     bf16_of_fp8({0}, {fp8}, {1})
 v_pk_add_u16         u4 u4,u4     add_halves({0}, {1})
 v_pack_b32_f16       u4 u4,u4     ({0} & 0xFFFF) | ({1} << 16)
 """

@@ -1,13 +1,16 @@
 """What AMD's instructions on registers compute where NumPy has no operator for it; the translated code calls these."""
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
 from virtual_gpu.arithmetic import to_bfloat16
-from virtual_gpu.floats import fused, larger, smaller, with_nan
+from virtual_gpu.floats import from_fp8, fused, larger, smaller, to_fp8, with_nan
 
 __all__ = [
     "add_halves",
+    "bf16_of_fp8",
     "bits_of_mask",
     "bitwise_table",
     "carries",
@@ -16,6 +19,9 @@ __all__ = [
     "divide_scale",
     "divide_scaled_up",
     "field",
+    "floats_of_fp8",
+    "fp8_pair",
+    "from_fp8",
     "fused",
     "halves",
     "high",
@@ -149,6 +155,33 @@ def round_pair(low: Array, upper: Array, kind: str) -> Array:
     pairs = np.stack(np.broadcast_arrays(low, upper), -1)
     rounded = to_bfloat16(pairs) if kind == "bf16" else pairs.astype(np.float16)
     return np.ascontiguousarray(rounded).view(np.uint32)[..., 0]
+
+
+def _require_no_scale(scale: Any) -> None:
+    if (np.asarray(scale) != 1).any():
+        raise NotImplementedError("a conversion of fp8 with a scale other than 1")
+
+
+def fp8_pair(low: Array, upper: Array, kind: str, scale: Any = 1) -> Array:
+    """Round two float32 to the lower two bytes of a word, the largest number where they are larger."""
+    _require_no_scale(scale)
+    first, second = (to_fp8(np.asarray(values), kind).astype(np.uint32) for values in (low, upper))
+    return first | second << np.uint32(8)
+
+
+def floats_of_fp8(words: Array, kind: str, scale: Any = 1) -> Array:
+    """Return the two float32 whose codes are the lower two bytes of words, as words of 64 bits."""
+    _require_no_scale(scale)
+    first, second = (from_fp8(np.asarray(words) >> shift & 0xFF, kind).view(np.uint32) for shift in (0, 8))
+    return pair(first, second)
+
+
+def bf16_of_fp8(words: Array, kind: str, scale: Any) -> Array:
+    """Return the two bfloat16 whose codes are the lower two bytes of words."""
+    floats = floats_of_fp8(words, kind, scale)
+    return (floats >> np.uint64(16)).astype(np.uint32) & 0xFFFF | (floats >> np.uint64(32)).astype(
+        np.uint32
+    ) & 0xFFFF0000
 
 
 def to_integer(values: Array, kind: str) -> Array:

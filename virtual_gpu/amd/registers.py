@@ -1,6 +1,7 @@
 """The registers of a program's wavefronts, what lanes exchange, and matrix products."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from virtual_gpu.amd.operands import ACCUMULATORS, EXEC
 from virtual_gpu.amd.operations import bits_of_mask, mask_of_bits
 from virtual_gpu.amd.parser import Kernel
 from virtual_gpu.arithmetic import from_bfloat16
+from virtual_gpu.floats import from_e8m0, from_fp8
 
 __all__ = ["Flags", "Registers", "Words"]
 
@@ -35,6 +37,8 @@ class Registers:
         )
         self.condition = np.zeros((self.num_waves, 1), np.bool_)
         """SCC."""
+        self.saturates = False
+        """Whether conversions to fp8 give the largest number in place of NaN (FP16_OVFL in MODE)."""
         self.views = (
             *(list(self.vectors.view(kind)) for kind in ("u4", "i4", "f4")),
             words,
@@ -90,6 +94,11 @@ class Registers:
         np.copyto(self.vectors[number], values.astype(np.uint32), where=lanes)
         np.copyto(self.vectors[number + 1], (values >> np.uint64(32)).astype(np.uint32), where=lanes)
 
+    def require_saturation(self) -> None:
+        """Raise where a conversion to fp8 may overflow to NaN."""
+        if not self.saturates:
+            raise NotImplementedError("a conversion to fp8 that doesn't saturate")
+
     def first_lane(self, values: Words, lanes: Any) -> Words:
         """Return the value of each wave's first lane that runs; of lane 0 if none does."""
         first = self.everyone(lanes).argmax(1)
@@ -118,8 +127,12 @@ class Registers:
         depth: int,
         kind: str,
         active: Any,
+        scales: Sequence[Any] = (),
     ) -> None:
-        """Run V_MFMA: all lanes take part, whatever EXEC says."""
+        """Run V_MFMA: all lanes take part, whatever EXEC says.
+
+        scales: codes for 32 elements each of A and of B, a lane's (waves, 64): a row each, then the next 32 of all.
+        """
         result, a, b, start = operands
         decode, element = _ELEMENTS[kind]
         left, right = (
@@ -128,7 +141,13 @@ class Registers:
         )
         if left.shape[2] != depth:
             raise NotImplementedError(f"operands of {a[1]} registers")
-        values = fragments.accumulator_registers(left @ right.transpose(0, 2, 1))
+        if element == "u1":
+            left, right = left.astype(np.float64), right.astype(np.float64)
+        for matrix, codes in zip((left, right), scales, strict=False):
+            blocks = from_e8m0(self.everyone(codes)).reshape(self.num_waves, -1, size).transpose(0, 2, 1)
+            matrix *= blocks.repeat(32, 2)
+        products = (left @ right.transpose(0, 2, 1)).astype(np.float32)
+        values = fragments.accumulator_registers(products)
         floats = self.vectors.view(np.float32)
         if start is not None:
             values = values + floats[start : start + len(values)]
@@ -139,4 +158,6 @@ _ELEMENTS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "bf16": (from_bfloat16, "u2"),
     "f16": (lambda values: values.astype(np.float32), "f2"),
     "f32": (lambda values: values, "f4"),
+    "e4m3": (functools.partial(from_fp8, kind="e4m3"), "u1"),
+    "e4m3fnuz": (functools.partial(from_fp8, kind="e4m3fnuz"), "u1"),
 }

@@ -28,6 +28,9 @@ PACKED = {
 }
 """Instructions on pairs of 32-bit words, and what the lower and the upper word of the result are."""
 
+SATURATION = ("hwreg(HW_REG_MODE, 23, 1)", "1")
+"""What sets FP16_OVFL, which is for fp8 too."""
+
 
 @dataclass(frozen=True)
 class Translation:
@@ -44,13 +47,14 @@ def translate(kernel: Kernel) -> Translation:
     Raises:
         NotImplementedError: for an instruction that the machine doesn't know, with its line.
     """
-    blocks = tuple(map(_translated, kernel.blocks))
+    fp8 = "e4m3fnuz" if kernel.target == "gfx942" else "e4m3"
+    blocks = tuple(_translated(block, fp8) for block in kernel.blocks)
     return Translation(kernel, blocks, order_blocks(_following(kernel), kernel.entry))
 
 
 @functools.lru_cache(1 << 14)
-def _translated(block: tuple[Instruction, ...]) -> BlockCode[Instruction]:
-    writer = _Writer()
+def _translated(block: tuple[Instruction, ...], fp8: str) -> BlockCode[Instruction]:
+    writer = _Writer(fp8)
     branch = None
     for instruction in block:
         if instruction.name.startswith(ENDS_BLOCK):
@@ -79,7 +83,11 @@ def _following(kernel: Kernel) -> list[list[int]]:
 
 
 class _Writer(MemoryWriter):
-    """Writes the lines of one block."""
+    """Writes the lines of one block. fp8: what the GPU takes codes of 8 bits for, "e4m3" or "e4m3fnuz"."""
+
+    def __init__(self, fp8: str) -> None:
+        super().__init__()
+        self.fp8 = fp8
 
     def add(self, instruction: Instruction) -> None:
         text = f"{instruction.name} {', '.join(instruction.operands)} {instruction.modifiers or ''}".rstrip()
@@ -145,7 +153,20 @@ class _Writer(MemoryWriter):
         values = self.sources(operands[1:], list(kinds))
         if name == "v_sub_u32" and self.modifiers.pop("clamp", None) is not None:
             template = "subtract_to_zero({0}, {1})"
-        table = {"bitop3": self.modifiers.pop("bitop3")} if "{bitop3}" in template else {}
+        table = {"fp8": repr(self.fp8)}
+        if "{bitop3}" in template:
+            table["bitop3"] = self.modifiers.pop("bitop3")
+        if "_fp8" in name:
+            upper_source, *others, upper_result = self.take_choices("op_sel", len(operands), 0)
+            to_fp8 = "_pk_fp8_" in name
+            if any(others) or (upper_source if to_fp8 else upper_result):
+                raise NotImplementedError("another half of a register")
+            if upper_source:
+                values[0] = f"({values[0]} >> 16)"
+            if to_fp8:  # the other half of the result's register stays
+                self.lines.append("r.require_saturation()")
+                number, keep = self.number(operands[0], "V"), 0xFFFF if upper_result else 0xFFFF0000
+                template = f"(U[{number}] & {keep}) | ({template}) << {16 * upper_result}"
         self.put(operands[0], *self.take_part(template.format(*values, **table), kind), self.take_lanes())
 
     def special(self, name: str, operands: tuple[str, ...]) -> None:
@@ -153,6 +174,8 @@ class _Writer(MemoryWriter):
             counts = [int(self.modifiers.pop(key, 99)) for key in ("vmcnt", "lgkmcnt")]
             self.modifiers.pop("expcnt", None)  # it counts exports of pictures, which compute kernels have none of
             self.lines.append(f"u.wait({counts[0]}, {counts[1]}, A)")
+        elif name == "s_setreg_imm32_b32" and operands == SATURATION:
+            self.lines.append("r.saturates = True")
         elif name == "v_cndmask_b32":
             no, yes = self.sources(operands[1:3], ["u4", "u4"])
             text = f"np.where(mask_of_bits(SB[{self.number(operands[3])}]), {yes}, {no})"
@@ -196,13 +219,22 @@ class _Writer(MemoryWriter):
         elif swap := re.fullmatch(r"v_permlane(16|32)_swap_b32", name):
             left, right = (str(self.number(operand, "V")) for operand in operands)
             self.lines.append(f"r.swap_lanes({left}, {right}, {swap[1]}, X, A)")
-        elif product := re.fullmatch(r"v_mfma_f32_(\d+)x\1x(\d+)_(bf16|f16|f32)", name):
+        elif product := re.fullmatch(r"v_mfma_(?:scale_)?f32_(\d+)x\1x(\d+)_(bf16|f16|f32|fp8_fp8|f8f6f4)", name):
             a, b = (register(operand) for operand in operands[1:3])
             start: Any = register(operands[3])
             if a is None or b is None or (start is None and operands[3] != "0"):
                 raise NotImplementedError("a matrix product of constants")
+            kind = self.fp8 if product[3] in ("fp8_fp8", "f8f6f4") else product[3]
+            scales = ""
+            if name.startswith("v_mfma_scale"):
+                low, upper = self.take_choices("op_sel", 3, 0), self.take_choices("op_sel_hi", 3, 1)
+                codes = (
+                    f"{self.value(operand, 'u4')} >> {8 * (one + 2 * two)} & 0xFF"
+                    for operand, one, two in zip(operands[4:], low, upper, strict=False)
+                )
+                scales = f", ({', '.join(codes)})"
             numbers = self.number(operands[0], "V"), a[1:], b[1:], start and start[1]
-            self.lines.append(f"r.matrix_product({numbers}, {product[1]}, {product[2]}, {product[3]!r}, A)")
+            self.lines.append(f"r.matrix_product({numbers}, {product[1]}, {product[2]}, {kind!r}, A{scales})")
         elif name in PACKED:
             self.packed(name, operands)
         elif name in ("v_fma_mix_f32", "v_fma_mixlo_f16", "v_fma_mixhi_f16"):

@@ -123,8 +123,13 @@ cvt.f64.f32                             f64  T     {{0}}.astype('f8')
 cvt.rn.[ftz].f32.f64                    f32  T     {{0}}.astype('f4')
 cvt.rn.f16.f32|f64                      f16  T     {{0}}.astype('f2')
 cvt.rn.bf16.f32                         bf16  T    {{0}}
+cvt.bf16.f16                            bf16  T    {{0}}.astype('f4')
 cvt.rn.f16x2.f32                        f16x2  T,T   interleaved({{1}}, {{0}}).astype('f2')
 cvt.rn.bf16x2.f32                       bf16x2  T,T  interleaved({{1}}, {{0}})
+cvt.rn.satfinite.e4m3x2.f32             e4m3x2  T,T  interleaved({{1}}, {{0}})
+cvt.rn.satfinite.e4m3x2.f16x2|bf16x2    e4m3x2  T    {{0}}.astype('f4')
+cvt.rn.f16x2.e4m3x2                     f16x2  T     {{0}}.astype('f2')
+cvt.rn.bf16x2.e4m3x2                    bf16x2  T    {{0}}
 """
 _OPERATORS = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
 _OPERATORS |= {"lo": "<", "ls": "<=", "hi": ">", "hs": ">="}
@@ -212,15 +217,19 @@ load_matrix        ldmatrix.sync.aligned.m8n8.x1|x2|x4.[trans].shared|shared::ct
 store_matrix       stmatrix.sync.aligned.m8n8.x1|x2|x4.[trans].shared|shared::cta.b16
 mma                mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32
 mma                mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32
+mma                mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32
+mma                mma.sync.aligned.m16n8k32.row.col.kind::mxf8f6f4.block_scale.scale_vec::1X.f32.e4m3.e4m3.f32.ue8m0
 wgmma              wgmma.mma_async.sync.aligned.{"|".join(f"m64n{n}k16" for n in range(8, 257, 8))}.f32.bf16.bf16
 wgmma              wgmma.mma_async.sync.aligned.{"|".join(f"m64n{n}k16" for n in range(8, 257, 8))}.f32.f16.f16
+wgmma              wgmma.mma_async.sync.aligned.{"|".join(f"m64n{n}k32" for n in range(8, 257, 8))}.f32.e4m3.e4m3
 wgmma_commit       wgmma.commit_group.sync.aligned
 wgmma_wait         wgmma.wait_group.sync.aligned
 tcgen05_memory     tcgen05.ld|st.sync.aligned.32x32b|16x32bx2.x1|x2|x4|x8|x16|x32|x64|x128.b32
 tcgen05_wait       tcgen05.wait::ld|wait::st.sync.aligned
 tcgen05_allocate   tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32
 tcgen05_allocate   tcgen05.dealloc.cta_group::1.sync.aligned.b32
-tcgen05_product    tcgen05.mma.cta_group::1.kind::f16
+tcgen05_product    tcgen05.mma.cta_group::1.kind::f16|kind::f8f6f4
+tcgen05_product    tcgen05.mma.cta_group::1.kind::mxf8f6f4.block_scale.block32|scale_vec::1X
 tcgen05_commit     tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster.b64
 """
 CALLS = {

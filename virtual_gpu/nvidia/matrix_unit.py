@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from virtual_gpu.arithmetic import from_bfloat16
 from virtual_gpu.faults import MemoryFault
+from virtual_gpu.floats import from_e8m0, from_fp8
 from virtual_gpu.nvidia import fragments
 from virtual_gpu.nvidia.tensor_memory import TensorMemory
 from virtual_gpu.shared_memory import SEVERAL, Pieces
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from virtual_gpu.nvidia.machine import Barrier, Machine
 
 __all__ = ["MatrixUnit", "require_everyone"]
+
+SHORT_SUMS: int | None = None
+"""The bits that wgmma keeps of a sum of e4m3's products, in which Hopper may have 14; None for exact ones."""
 
 
 def require_everyone(mask: NDArray[np.bool_]) -> None:
@@ -113,10 +117,24 @@ class MatrixUnit:
 
     def _mma(self, parts: tuple[str, ...], operands: tuple[Any, ...], mask: NDArray[np.bool_]) -> None:
         require_everyone(mask)
-        results, a, b, c = operands
-        left, right = (_decode(parts[7])(bits) for bits in fragments.mma_operands(self._words(a), self._words(b)))
+        results, a, b, c, *scaling = operands
+        left, right = (
+            _decode(parts[-4 if scaling else -3])(bits)
+            for bits in fragments.mma_operands(self._words(a), self._words(b))
+        )
+        if scaling:  # a byte of one thread for each row of A, and for each column of B
+            scaled = []
+            a_words, (a_byte, a_pair), b_words, (b_byte, b_member) = scaling
+            row, column = np.arange(16), np.arange(8)
+            for matrix, words, lanes, byte in (
+                (left, a_words, row % 8 * 4 + 2 * int(a_pair) + row // 8, a_byte),
+                (right, b_words, column * 4 + int(b_member), b_byte),
+            ):
+                codes = words.reshape(-1, 32)[:, lanes] >> 8 * int(byte) & 0xFF
+                scaled.append(matrix * from_e8m0(codes)[:, :, None])
+            left, right = scaled
         rows, columns = fragments.accumulator_rows_and_columns(4)
-        sums = fragments.product(left, right)[:, rows, columns] + self._words(c).view(np.float32)
+        sums = fragments.product(left, right.transpose(0, 2, 1))[:, rows, columns] + self._words(c).view(np.float32)
         for index, result in enumerate(results):
             self._machine.registers[result] = sums[:, index].reshape(-1).view(np.uint32)
 
@@ -124,20 +142,19 @@ class MatrixUnit:
         require_everyone(mask)
         results, a, b, scale, *immediates = operands
         columns = 2 * len(results)
-        if parts[4] != f"m64n{columns}k16" or immediates[:2] != [1, 1]:
-            raise NotImplementedError(".".join(parts))
+        depth, *majors = (32, 0, 0) if parts[6] == "e4m3" else (16,)
         from_registers = isinstance(a, tuple)
+        if parts[4] != f"m64n{columns}k{depth}" or immediates[:2] != [1, 1] or (majors and immediates[2:]):
+            raise NotImplementedError(".".join(parts))
         self._require_fenced([*results, *(a if from_registers else ())])
-        transposed = immediates[2:] if not from_registers else [0, *immediates[2:]]
+        transposed = majors or (immediates[2:] if not from_registers else [0, *immediates[2:]])
         shared = self._machine.shared
         first = range(0, self._machine.num_threads, 128)
         if from_registers:
             left: Any = {register: self._machine.registers[register] for register in a}
         else:
-            left = [fragments.descriptor_places(int(a[one]), 64, 16, not transposed[0], tcgen05=False) for one in first]
-        right = [
-            fragments.descriptor_places(int(b[one]), columns, 16, not transposed[1], tcgen05=False) for one in first
-        ]
+            left = [fragments.descriptor_places(int(a[one]), 64, not transposed[0], tcgen05=False) for one in first]
+        right = [fragments.descriptor_places(int(b[one]), columns, not transposed[1], tcgen05=False) for one in first]
         for places in right if from_registers else [*left, *right]:
             shared.begin_matrix_read(places)
         scales = np.broadcast_to(scale, self._machine.num_threads)
@@ -167,15 +184,29 @@ class MatrixUnit:
                 (product.left, product.right), (64, 2 * len(product.registers)), product.transposed, strict=True
             )
         )
-        result = fragments.product(product.convert(left), product.convert(right).transpose(0, 2, 1))
+        a, b = product.convert(left), product.convert(right).transpose(0, 2, 1)
         rows, columns = fragments.accumulator_rows_and_columns(len(product.registers))
-        parts = result.reshape(4 * len(left), 16, -1)[:, rows, columns]  # (warps, registers, 32)
-        sums = np.ascontiguousarray(parts.transpose(1, 0, 2)).reshape(len(rows), -1)
+        sums = np.zeros((len(rows), self._machine.num_threads), np.float32)
         if product.scale:
-            sums += np.stack([registers[register] for register in product.registers]).view(np.float32)
+            sums = np.stack([registers[register] for register in product.registers]).view(np.float32)
+        if SHORT_SUMS is None or a.shape[2] != 32:
+            sums = sums + self._spread(fragments.product(a, b), rows, columns)
+        else:
+            before = np.empty((len(a), 4, 16, b.shape[2]), np.float32)
+            before[:, :, rows, columns] = sums.reshape(len(rows), len(a), 4, 32).transpose(1, 2, 0, 3)
+            before = before.reshape(len(a), 64, -1)
+            sums = self._spread(fragments.product_of_short_sums(a, b, before, SHORT_SUMS), rows, columns)
         new = dict(zip(product.registers, sums.view(np.uint32), strict=True))
         registers.update(new)
         self._fenced.update(new)
+
+    @staticmethod
+    def _spread(
+        matrices: NDArray[np.float32], rows: NDArray[np.intp], columns: NDArray[np.intp]
+    ) -> NDArray[np.float32]:
+        """Return (registers, threads) of the result (groups, 64, columns) of each warpgroup."""
+        parts = matrices.reshape(4 * len(matrices), 16, -1)[:, rows, columns]  # (warps, registers, 32)
+        return np.ascontiguousarray(parts.transpose(1, 0, 2)).reshape(len(rows), -1)
 
     def _still_held(self, operand: dict[str, Any]) -> NDArray[np.uint16]:
         """Return A of registers that no thread has written since the product was started: (groups, 64, 16)."""
@@ -187,7 +218,7 @@ class MatrixUnit:
     def _matrices_of(self, places: list[Pieces], outer: int, depth_contiguous: bool) -> NDArray[np.uint16]:
         """Return the matrix of each warpgroup, whose reading ends: (groups, outer, 16)."""
         read = [self._machine.shared.end_matrix_read(one, SEVERAL) for one in places]
-        return np.stack([fragments.matrix_of(one, outer, 16, depth_contiguous) for one in read])
+        return np.stack([fragments.matrix_of(one, outer, depth_contiguous) for one in read])
 
     def _tcgen05_memory(self, parts: tuple[str, ...], operands: tuple[Any, ...], mask: NDArray[np.bool_]) -> None:
         loads = parts[1] == "ld"
@@ -234,11 +265,11 @@ class MatrixUnit:
 
     def _tcgen05_product(self, parts: tuple[str, ...], operands: tuple[Any, ...], mask: NDArray[np.bool_]) -> None:
         for thread in map(int, np.nonzero(mask)[0]):
-            address, left, right, instruction, accumulates = (
+            address, left, right, instruction, *scales, accumulates = (
                 int(np.broadcast_to(operand, self._machine.num_threads)[thread]) for operand in operands
             )
             warp = int(self._machine.warps[thread])
-            self._tensor_memory.start(address, left, right, instruction, accumulates, warp)
+            self._tensor_memory.start(address, left, right, instruction, accumulates, warp, parts[3], scales)
 
     def _tcgen05_commit(self, parts: tuple[str, ...], operands: tuple[Any, ...], mask: NDArray[np.bool_]) -> None:
         for thread in map(int, np.nonzero(mask)[0]):
@@ -257,4 +288,6 @@ def _decode(kind: str) -> Callable[[NDArray[np.uint16]], NDArray[np.float32]]:
         return from_bfloat16
     if kind == "f16":
         return lambda bits: np.ascontiguousarray(bits).view(np.float16).astype(np.float32)
+    if kind == "e4m3":  # two elements in 16 bits, where the depth is last
+        return lambda bits: from_fp8(np.ascontiguousarray(bits).view(np.uint8), kind)
     raise NotImplementedError(f"matrix products of {kind}")

@@ -17,8 +17,8 @@ PACKED = {"f16x2": "f2", "f32x2": "f4", "s16x2": "i2", "u16x2": "u2"}
 
 
 def width_of(kind: str) -> int:
-    """Return the bits of a type: "s32" 32, "bf16x2" 32, "f32x2" 64."""
-    number, _, lanes = kind.lstrip("bfsu").partition("x")
+    """Return the bits of a type: "s32" 32, "bf16x2" 32, "f32x2" 64, "e4m3x2" 16."""
+    number, _, lanes = kind.replace("e4m3", "8").lstrip("bfsu").partition("x")
     return int(number) * int(lanes or 1)
 
 
@@ -31,7 +31,7 @@ def type_of(register: str) -> str:
 
 def is_float(kind: str) -> bool:
     """Say whether a type's values are floating-point numbers: its bits can't be cut or extended."""
-    return kind[0] == "f" or kind.startswith("bf")
+    return kind[0] in "ef" or kind.startswith("bf")
 
 
 class OperandWriter:
@@ -55,7 +55,7 @@ class OperandWriter:
         return f"K[{len(self.constants) - 1}]"
 
     def value(self, operand: Operand, kind: str) -> str:
-        """Write an operand as values of `kind`; bf16 as float32."""
+        """Write an operand as values of `kind`; bf16 and e4m3 as float32."""
         assert isinstance(operand, str), operand
         if kind == "pred":
             if self.is_register(operand):
@@ -95,6 +95,8 @@ class OperandWriter:
             return f"from_bfloat16({text})"
         if kind == "bf16x2":
             return f"from_bfloat16({text}.view('u2'))"
+        if kind == "e4m3x2":
+            return f"from_fp8({text}.view('u1'), 'e4m3')"
         if kind in PACKED:
             return f"{text}.view('{PACKED[kind]}')"
         if kind in FLOATS:
@@ -102,13 +104,15 @@ class OperandWriter:
         return f"{text}.view('i{width_of(kind) // 8}')" if kind[0] == "s" else text
 
     def put(self, destination: Operand, text: str, kind: str) -> None:
-        """Store values of `kind` (bf16: float32) in a register."""
+        """Store values of `kind` (bf16, e4m3: float32) in a register."""
         assert isinstance(destination, str), destination
         if destination == "_":
             return
         if kind in ("bf16", "bf16x2"):
             text = f"to_bfloat16({text})"
             text = f"{text}.view('u4')" if kind == "bf16x2" else text
+        elif kind == "e4m3x2":
+            text = f"to_fp8({text}, 'e4m3').view('u2')"
         elif kind != "pred":
             native, width = type_of(destination), width_of(kind)
             target = f"u{width_of(native) // 8}"

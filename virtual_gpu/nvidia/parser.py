@@ -78,20 +78,28 @@ def _blocks(lines: list[str], begin: int) -> tuple[tuple[tuple[Instruction, ...]
     blocks: list[list[Instruction]] = [[]]
     labels: dict[str, int] = {}
     scope = ""
-    """Of inner braces (inline assembly), whose labels are known there alone."""
+    """Of inner braces (inline assembly), whose labels and registers are known there alone."""
+    registers: dict[str, str] = {}
+    """The registers of inner braces by their names there; predicates keep theirs."""
     for index in range(begin, len(lines)):
         line = lines[index]
         if line == "{":
-            scope = f"@{index}"
+            scope, registers = f"@{index}", {}
         elif line == "}":
             if not scope:
                 break
-            scope = ""
+            scope, registers = "", {}
         elif label := re.fullmatch(r"([\w$]+):", line):
             if blocks[-1]:
                 blocks.append([])
             labels[label[1] + ("" if label[1].startswith("$") else scope)] = len(blocks) - 1
+        elif scope and (declared := re.fullmatch(r"\.reg\s+\.[bsuf](\d+)\s+(\w+)(?:<(\d+)>)?\s*;", line)):
+            prefix = {"16": "%rs", "32": "%r", "64": "%rd"}[declared[1]] + scope.replace("@", "_")
+            names = [f"{declared[2]}{number}" for number in range(int(declared[3]))] if declared[3] else [declared[2]]
+            registers |= {name: f"{prefix}_{name}" for name in names}
         elif line and not line.startswith("."):
+            for name, register in registers.items():
+                line = re.sub(rf"(?<![\w.%$]){name}(?![\w.:])", register, line)
             instruction = _instruction(line, index + 1, scope)
             blocks[-1].append(instruction)
             if instruction.parts[0] in ("bra", "ret"):

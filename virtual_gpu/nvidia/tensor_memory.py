@@ -1,6 +1,6 @@
 """Blackwell's tensor memory: 128 lanes by 512 columns of 32 bits, which tcgen05 multiplies into."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,10 +8,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from virtual_gpu.faults import MemoryFault
+from virtual_gpu.floats import from_e8m0
 from virtual_gpu.nvidia import fragments
 from virtual_gpu.shared_memory import Pieces, SharedMemory
 
 __all__ = ["TensorMemory"]
+
+KINDS = {"kind::f16": {0: "f16", 1: "bf16"}, "kind::f8f6f4": {0: "e4m3"}}
+KINDS["kind::mxf8f6f4"] = KINDS["kind::f8f6f4"]
+"""The types of A and B by their numbers in the instruction's descriptor."""
 
 LANES, COLUMNS = 128, 512
 
@@ -29,6 +34,9 @@ class _Product:
     depth_contiguous: tuple[bool, bool]
     accumulates: bool
     decode: tuple[str, str]
+    element_bytes: int
+    scales: list[tuple[int, int, int]]
+    """Of A and of B, where there are some: how many, their first column, and which byte of its words is meant."""
 
 
 class TensorMemory:
@@ -123,11 +131,26 @@ class TensorMemory:
         """Let all stores be done."""
         self._unwritten[:] = False
 
-    def start(self, address: int, left: int, right: int, instruction: int, accumulates: int, warp: int) -> None:
-        """Let a thread of `warp` start a product of matrices in shared memory, from tcgen05.mma's descriptors."""
-        if instruction >> 4 & 3 != 1 or instruction >> 13 & 3:
+    def start(
+        self,
+        address: int,
+        left: int,
+        right: int,
+        instruction: int,
+        accumulates: int,
+        warp: int,
+        kind: str = "kind::f16",
+        scales: Sequence[int] = (),
+    ) -> None:
+        """Let a thread of `warp` start a product of matrices in shared memory, from tcgen05.mma's descriptors.
+
+        scales: the addresses of A's and B's in this memory, of kind::mxf8f6f4.
+        """
+        fixed = (0x80806040, 0x00800000) if scales else (0x00006030, 0x00000010)
+        if instruction & fixed[0] != fixed[1] or instruction & 0xF:
             raise NotImplementedError(f"tcgen05.mma with the descriptor {instruction:#x}")
-        kinds = {0: "f16", 1: "bf16"}
+        kinds = KINDS[kind]
+        element_bytes = 2 if kind == "kind::f16" else 1
         num_columns, num_rows = (instruction >> 17 & 63) * 8, (instruction >> 24 & 31) * 16
         majors = (not instruction >> 15 & 1, not instruction >> 16 & 1)
         row = np.arange(num_rows)
@@ -136,14 +159,28 @@ class TensorMemory:
             address & 0xFFFF,
             lanes + (address >> 16),
             num_columns,
-            fragments.descriptor_places(left, num_rows, 16, majors[0], tcgen05=True),
-            fragments.descriptor_places(right, num_columns, 16, majors[1], tcgen05=True),
+            fragments.descriptor_places(left, num_rows, majors[0], tcgen05=True, element_bytes=element_bytes),
+            fragments.descriptor_places(right, num_columns, majors[1], tcgen05=True, element_bytes=element_bytes),
             majors,
             bool(accumulates),
             (kinds[instruction >> 7 & 7], kinds[instruction >> 10 & 7]),
+            element_bytes,
+            [
+                (size, first, instruction >> place & 3)
+                for size, first, place in zip((num_rows, num_columns), scales, (29, 4), strict=False)
+            ],
         )
+        if scales and (num_rows != LANES or any(first >> 16 for first in scales)):
+            raise NotImplementedError("a product with scales of other than 128 rows")
         for places in (product.left, product.right):
             self._shared.begin_matrix_read(places)
+        for words in self._scale_places(product):
+            if not self._allocated[words[1]].all():
+                raise MemoryFault("a product with scales in tensor memory that is not allocated")
+            if self._unwritten[words].any():
+                raise MemoryFault("a product with scales that stores, not waited for, still write")
+            self._require_order(words, warp)
+            self._busy[words] += 1
         columns = slice(product.address, product.address + num_columns)
         if not self._allocated[columns].all() or product.address + num_columns > COLUMNS:
             raise MemoryFault(f"a product into columns {columns} of tensor memory, which are not allocated")
@@ -152,6 +189,19 @@ class TensorMemory:
         self._require_order((product.rows, columns), warp)
         self._busy[product.rows, columns] += 1
         self._products.append(product)
+
+    @staticmethod
+    def _scale_places(product: _Product) -> list[tuple[slice, slice]]:
+        """Return the words that hold the scales of a product: 32 rows (or columns) in a column, in all four warps'."""
+        return [(slice(None), slice(first, first + -(-size // 32))) for size, first, _ in product.scales]
+
+    def _scales_at(self, size: int, first: int, byte: int) -> NDArray[np.uint32]:
+        """Return the codes of scales (size,), of which each quarter of the lanes has a copy."""
+        words = self._words[:, first : first + -(-size // 32)].reshape(4, 32, -1)
+        copies = words.transpose(0, 2, 1).reshape(4, -1)[:, :size] >> np.uint32(8 * byte) & 0xFF
+        if (copies != copies[0]).any():
+            raise MemoryFault("a product with scales that are not the same in all four quarters of tensor memory")
+        return copies[0]
 
     def finish(self, count: int, waiter: int | None) -> None:
         """Let the first `count` products of all started so far be done; `waiter` is as for `end_matrix_read`."""
@@ -162,7 +212,9 @@ class TensorMemory:
             self._num_done += 1
             left, right = (
                 self._decode(kind)(
-                    fragments.matrix_of(self._shared.end_matrix_read(places, waiter), size, 16, contiguous)
+                    fragments.matrix_of(
+                        self._shared.end_matrix_read(places, waiter), size, contiguous, product.element_bytes
+                    )
                 )
                 for kind, places, size, contiguous in zip(
                     product.decode,
@@ -172,6 +224,13 @@ class TensorMemory:
                     strict=True,
                 )
             )
+            if product.scales:
+                left, right = (
+                    matrix * from_e8m0(self._scales_at(*scale))[:, None]
+                    for matrix, scale in zip((left, right), product.scales, strict=True)
+                )
+            for words in self._scale_places(product):
+                self._busy[words] -= 1
             columns = slice(product.address, product.address + product.num_columns)
             result = fragments.product(left, right.T)
             if product.accumulates:

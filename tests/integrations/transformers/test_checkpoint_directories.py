@@ -16,8 +16,7 @@ from tiny_models import make_dense
 from tritonmoe.integrations.transformers import load_upcycled
 from tritonmoe.integrations.transformers.upcycle import checkpoint_files
 from tritonmoe.integrations.transformers.upcycle.checkpoint import upcycle_checkpoint
-from tritonmoe.integrations.transformers.upcycle.checkpoint_files import CheckpointReader
-from tritonmoe.integrations.transformers.upcycle.checkpoint_paths import file_inside
+from tritonmoe.integrations.transformers.upcycle.checkpoint_files import CheckpointReader, file_inside
 from tritonmoe.integrations.transformers.upcycle.conversion import upcycle
 
 OPTIONS = {"num_experts": 4, "top_k": 2}

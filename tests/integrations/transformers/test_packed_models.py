@@ -155,6 +155,7 @@ def trained(model: Any, num_steps: int, folder: Path) -> tuple[list[float], dict
     return losses, load_file(folder / "adapter_model.safetensors")
 
 
+@pytest.mark.thorough
 def test_adapters_of_peft_train_as_on_decoded_weights(
     loaded: tuple[Any, Any, dict[str, Tensor], Path], tmp_path: Path
 ) -> None:

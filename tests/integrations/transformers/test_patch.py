@@ -244,6 +244,7 @@ def test_a_forward_that_calls_that_of_the_class_is_none_of_another(wrap: Callabl
     model(ids)
 
 
+@pytest.mark.thorough
 def test_experts_that_are_compiled_alone_are_switched_and_spread(group):
     for change in (patch, lambda model: parallelize(model, group)):
         model = mixtral()

@@ -413,6 +413,7 @@ def test_missing_transformers_is_said(monkeypatch):
         register()
 
 
+@pytest.mark.thorough
 def test_importing_the_integration_imports_no_transformers():
     code = "import sys, tritonmoe.integrations.transformers; sys.exit('transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -34,19 +34,14 @@ def run(num_processes: int, directory: Path, *cases: str, worker: Path = WORKER,
 
 
 def test_models_on_two_processes_equal_one(directory):
-    run(
-        2,
-        directory,
-        "parallelize:mixtral",
-        *(["tp:mixtral"] if HAS_EP_REGISTRY else []),
-        "replayed:mixtral",
-        "refused:",
-    )
+    run(2, directory, "parallelize:mixtral", "refused:")
 
 
 @pytest.mark.thorough
 def test_more_of_models_on_two_processes(directory):
-    cases = ["parallelize:gpt_oss", "checkpointed:mixtral", "wrapped:mixtral"]
+    cases = ["parallelize:gpt_oss", "checkpointed:mixtral", "wrapped:mixtral", "replayed:mixtral"]
+    if HAS_EP_REGISTRY:
+        cases.append("tp:mixtral")
     if VERSION >= (5, 17):
         cases.append("compiled:mixtral")
     if VERSION >= (5, 20):

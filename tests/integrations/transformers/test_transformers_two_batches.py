@@ -7,9 +7,7 @@ import test_families
 import torch
 from test_transformers_expert_parallel import VERSION, run
 
-from tritonmoe.integrations.transformers.halved_arguments import split
-from tritonmoe.integrations.transformers.halves_trial import HalvesTrial
-from tritonmoe.integrations.transformers.model_halves import HalvedForward
+from tritonmoe.integrations.transformers.model_halves import HalvedForward, HalvesTrial, split
 from tritonmoe.transports import LocalTransport
 
 WORKER = Path(__file__).parent / "two_batches_worker.py"

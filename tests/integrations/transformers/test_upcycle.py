@@ -25,7 +25,7 @@ from tritonmoe.integrations.transformers import (
 )
 from tritonmoe.integrations.transformers.discovery import experts_classes
 from tritonmoe.integrations.transformers.requirements import check_transformers
-from tritonmoe.integrations.transformers.trainer_loading import load_saved
+from tritonmoe.integrations.transformers.trainer_checkpoints import load_saved
 from tritonmoe.integrations.transformers.upcycle.checkpoint import upcycle_checkpoint
 from tritonmoe.integrations.transformers.upcycle.conversion import upcycle
 from tritonmoe.integrations.transformers.upcycle.expert_init import DenseFFN, UpcycleSettings, make_experts
@@ -329,6 +329,7 @@ def assert_computes_in_bf16(layer, narrow, x, autocast):
         assert torch.equal(whole, narrow.get_parameter(name).grad.to(whole.dtype)), name
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("spread", [False, True], ids=["one device", "spread"])
 @pytest.mark.parametrize("shared_expert", [False, True])
 def test_inplace_experts_compute_in_the_dtype_of_autocast_or_of_narrow_rows(shared_expert, spread, group):
@@ -533,7 +534,9 @@ def test_native_twins_save_and_load(name, tmp_path):
     assert verify_upcycle(dense, loaded, make_batch(dense)).relative_error < EXACT_FP32
 
 
-@pytest.mark.parametrize("name", INPLACE)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.thorough if n % 4 else ()) for n, name in enumerate(INPLACE)]
+)
 def test_inplace_models_save_and_load(name, tmp_path):
     dense = make_dense(name)
     moe = upcycle(dense, 4, 2, granularity=2, shared_expert=True, init="noise", layers=[1])

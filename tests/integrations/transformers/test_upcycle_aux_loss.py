@@ -56,6 +56,7 @@ def padded(batch: dict[str, Tensor], size: int, side: str) -> dict[str, Tensor]:
     return wider
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("name", ["gpt2", "opt", "bert", "t5", "gemma3", "xlnet", "deberta", "lfm2"])
 def test_padding_is_not_counted(name, attention):
@@ -296,7 +297,7 @@ def test_blocks_that_are_called_by_hand():
 
 
 def call(mask: object, is_model: bool = True, takes_mask: bool = True) -> EnclosingCall:
-    return EnclosingCall("", is_model, takes_mask, mask, has_cache=False, is_time_major=False)
+    return EnclosingCall("", is_model, takes_mask, is_time_major=False, mask=mask)
 
 
 def test_masks_that_are_not_of_the_rows():

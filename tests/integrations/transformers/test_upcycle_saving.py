@@ -126,6 +126,7 @@ def make_trainer(model: nn.Module, directory: Path, **settings: Any) -> Any:
 BEST = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("name", "limit"), [("gpt2", None), ("gpt2", 1), ("llama", None)])
 def test_trainer_loads_the_best_model(tmp_path, name, limit, caplog):
     """In place, and a native twin, on whose disk every expert has tensors of its own."""

@@ -330,6 +330,7 @@ def test_experts_spread_over_emulated_ranks_are_refused() -> None:
     tm.run_on_emulated_ranks(run, num_ranks=2)
 
 
+@pytest.mark.thorough
 def test_on_two_processes(tmp_path: Path) -> None:
     run_torchrun(2, WORKER, str(tmp_path), cases=["exported:mixtral", "moved:mixtral", "refused:"])
 

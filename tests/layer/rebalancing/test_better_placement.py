@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from tritonmoe import ExpertPlacement
-from tritonmoe.layer.rebalancing.better_placement import better_placements, busiest, moved_experts
-from tritonmoe.layer.rebalancing.move_costs import best_placement
+from tritonmoe.layer.rebalancing.better_placement import best_placement, better_placements, busiest, moved_experts
 
 
 def test_the_example_of_its_docstring():

@@ -14,8 +14,8 @@ from torch.nn.utils import prune
 
 import tritonmoe as tm
 from tritonmoe.expert_parallel.state import LayerCalls
-from tritonmoe.layer.rebalancing import move_costs
-from tritonmoe.runtime.helping import helping
+from tritonmoe.layer.rebalancing import better_placement
+from tritonmoe.runtime.other_ranks import dummy_forwards
 from tritonmoe.transports import Transport
 
 CONFIG = tm.MoEConfig(hidden_size=8, intermediate_size=6, num_experts=8, top_k=2, bias=True)
@@ -70,7 +70,7 @@ def on_one_device(kind: Callable, size: int) -> list[dict[str, Tensor]]:
 @pytest.mark.parametrize(
     ("size", "replicated", "kind"),
     [
-        (4, False, ADAMW),
+        pytest.param(4, False, ADAMW, marks=pytest.mark.thorough),
         (2, True, SGD),
         pytest.param(2, False, SGD, marks=pytest.mark.thorough),
         pytest.param(4, True, ADAMW, marks=pytest.mark.thorough),
@@ -206,11 +206,11 @@ class Burst:
 def test_a_first_move_is_priced_without_the_bursts_of_links(burst: int, monkeypatch) -> None:
     """Experts of 2 MiB in two tensors, of which 8 have 16 MiB; 2 MiB pass in the burst. A megabyte takes 2**20 ns."""
     transport = Burst(burst)
-    monkeypatch.setattr(move_costs.time, "perf_counter", lambda: transport.seconds)
+    monkeypatch.setattr(better_placement.time, "perf_counter", lambda: transport.seconds)
     tensors = {name: torch.zeros(16 * 4, 2**16) for name in ("weight", "exp_avg")}
-    assert move_costs.ns_of_a_megabyte(transport, tensors, 16) == pytest.approx(2**20, rel=1e-6)
+    assert better_placement.ns_of_a_megabyte(transport, tensors, 16) == pytest.approx(2**20, rel=1e-6)
     few = {name: tensor[:8] for name, tensor in tensors.items()}  # two experts: there is nothing to compare with
-    assert move_costs.ns_of_a_megabyte(transport, few, 2) == pytest.approx(2**20 if burst == 0 else 1, rel=1e-6)
+    assert better_placement.ns_of_a_megabyte(transport, few, 2) == pytest.approx(2**20 if burst == 0 else 1, rel=1e-6)
 
 
 def test_the_link_is_measured():
@@ -414,7 +414,9 @@ SHARING: dict[str, tuple[Callable[[tm.MoELayer, tm.MoELayer], object], str]] = {
 }
 
 
-@pytest.mark.parametrize("how", SHARING)
+@pytest.mark.parametrize(
+    "how", [pytest.param(how, marks=pytest.mark.thorough if n else ()) for n, how in enumerate(SHARING)]
+)
 def test_a_weight_that_another_module_shares_does_not_move(how: str) -> None:
     """A move would put other experts' rows under the other module, whose placement it doesn't know."""
 
@@ -646,7 +648,7 @@ def test_evaluation_is_not_counted() -> None:
             layer(x)
             compiled(x)
         assert not layer.experts.expert_shards.calls.load.any()
-        with helping():
+        with dummy_forwards():
             layer.train()(x)
         assert not layer.experts.expert_shards.calls.load.any()
         assert not rebalancer.step().moved

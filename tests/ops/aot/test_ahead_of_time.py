@@ -59,6 +59,7 @@ WAITS_FOR_POINTERS = launch.TRITON_VERSION < (3, 7, 1)
 """Whether Blackwell loads nothing asynchronously that comes through pointers."""
 
 
+@pytest.mark.thorough
 def test_interpreter_cannot_compile():
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     result = subprocess.run(MODULE, env=environment, capture_output=True, text=True)

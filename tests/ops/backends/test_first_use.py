@@ -244,6 +244,7 @@ def test_layers_like_a_calls_own() -> None:
 PACKED = CalledLayer(ExpertLayout(), "silu", 64, 32, False, ("mxfp4", "nf4"))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("is_wrong", [False, True])
 def test_decoding_is_checked(is_wrong: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is wrong with packed weights alone, those of plain ones don't show."""
@@ -258,7 +259,7 @@ def test_decoding_is_checked(is_wrong: bool, monkeypatch: pytest.MonkeyPatch) ->
     assert backend_choice._are_experts_right(CPU, torch.bfloat16, KernelOptions(), 2, 2, PACKED) is not is_wrong
 
 
-@pytest.mark.parametrize("is_wrong", [False, True])
+@pytest.mark.parametrize("is_wrong", [pytest.param(False, marks=pytest.mark.thorough), True])
 def test_a_calls_own_layer_is_checked(is_wrong: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is wrong with one activation and layout alone, the first of all checked layers doesn't show."""
     right = triton_backend.up

@@ -16,7 +16,7 @@ from tritonmoe.config.layer import ExpertLayout, PerWeight, Projection
 from tritonmoe.ops.backends import choose, reference, torch_products
 from tritonmoe.ops.backends import torch as torch_backend
 from tritonmoe.ops.backends import triton as triton_backend
-from tritonmoe.ops.backends.layer_case import LayerCase
+from tritonmoe.ops.backends.kernel_check import LayerCase
 from tritonmoe.ops.backends.ops import NO_GRADIENTS, GradientOperands, Operations
 from tritonmoe.ops.grouping import Grouping, RowSources
 

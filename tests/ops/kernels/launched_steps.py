@@ -16,12 +16,13 @@ from triton.runtime.driver import driver
 
 import tritonmoe as tm
 from tritonmoe.config.routing import RoutingRule
-from tritonmoe.ops import aot, backends, cli
+from tritonmoe.ops import aot, backends
 from tritonmoe.ops.aot import source_of
 from tritonmoe.ops.backends import reference
 from tritonmoe.ops.backends import triton as kernels
 from tritonmoe.ops.kernels import launch
 from tritonmoe.ops.kernels.router_kernels import route, route_grad
+from tritonmoe.tools import cli
 from tritonmoe.tools.benchmarks.shapes import LayerShape
 from tritonmoe.tools.cli.warmup import launches_of_layer
 

@@ -80,6 +80,7 @@ def test_all_routers(gpu, tmp_path):
     assert result.returncode == 0, result.stdout[-3000:]
 
 
+@pytest.mark.thorough
 def test_unknown_gpu(tmp_path):
     result = run("sm_70", tmp_path)
     assert result.returncode == 4

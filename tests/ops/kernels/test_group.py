@@ -19,6 +19,9 @@ from tritonmoe.ops.backends.ops import GradientOperands
 from tritonmoe.ops.grouping import RowSources
 from tritonmoe.ops.kernels import launch
 
+FEW = 8
+"""Examples in the first tier, each of which takes the interpreter half a second."""
+
 
 def test_group_worked_example():
     ids = torch.tensor([[1, 0], [1, 2], [-1, 0], [1, 1]], device=DEVICE)
@@ -30,31 +33,59 @@ def test_group_worked_example():
     assert grouping.source_order is None
 
 
+GROUPED = {
+    "num_rows": st.integers(0, 150),
+    "top_k": st.integers(1, 16),
+    "num_experts": st.integers(1, 200),
+    "skip": st.sampled_from([0.0, 0.3, 1.0]),
+    "seed": st.integers(0, 99),
+}
+
+
+@settings(max_examples=FEW, deadline=None)
+@given(**GROUPED)
+def test_group_matches_reference_in_some_cases(**case):
+    check_group(**case)
+
+
+@pytest.mark.thorough
 @settings(max_examples=30, deadline=None)
-@given(
-    num_rows=st.integers(0, 150),
-    top_k=st.integers(1, 16),
-    num_experts=st.integers(1, 200),
-    skip=st.sampled_from([0.0, 0.3, 1.0]),
-    seed=st.integers(0, 99),
-)
-def test_group_matches_reference(num_rows, top_k, num_experts, skip, seed):
+@given(**GROUPED)
+def test_group_matches_reference(**case):
+    check_group(**case)
+
+
+def check_group(num_rows, top_k, num_experts, skip, seed):
     ids = random_ids(num_rows, top_k, num_experts, skip=skip, seed=seed).to(DEVICE)
     with nan_filled_memory():
         actual = kernels.group(ids, num_experts)
     assert_same_grouping(actual, reference.group(ids, num_experts))
 
 
+CHUNKED = {
+    "num_rows": st.integers(0, 100),
+    "top_k": st.integers(1, 5),
+    "num_experts": st.integers(1, 60),
+    "num_chunks": st.integers(2, 7),
+    "num_sources": st.integers(1, 6),
+    "seed": st.integers(0, 99),
+}
+
+
+@settings(max_examples=FEW, deadline=None)
+@given(**CHUNKED)
+def test_group_in_chunks_matches_reference_in_some_cases(**case):
+    check_group_in_chunks(**case)
+
+
+@pytest.mark.thorough
 @settings(max_examples=20, deadline=None)
-@given(
-    num_rows=st.integers(0, 100),
-    top_k=st.integers(1, 5),
-    num_experts=st.integers(1, 60),
-    num_chunks=st.integers(2, 7),
-    num_sources=st.integers(1, 6),
-    seed=st.integers(0, 99),
-)
-def test_group_in_chunks_matches_reference(num_rows, top_k, num_experts, num_chunks, num_sources, seed):
+@given(**CHUNKED)
+def test_group_in_chunks_matches_reference(**case):
+    check_group_in_chunks(**case)
+
+
+def check_group_in_chunks(num_rows, top_k, num_experts, num_chunks, num_sources, seed):
     ids = random_ids(num_rows, top_k, num_experts, seed=seed).to(DEVICE)
     row_offsets, sources = chunked_rows(num_rows, num_chunks, num_sources, seed)
     expected = reference.group(ids, num_experts, chunk_row_offsets=row_offsets, row_sources=sources)
@@ -69,16 +100,30 @@ def test_group_in_chunks_matches_reference(num_rows, top_k, num_experts, num_chu
     assert_same_grouping(actual, expected)
 
 
+ROOMY = {
+    "num_rows": st.integers(0, 60),
+    "top_k": st.integers(1, 5),
+    "num_experts": st.integers(1, 9),
+    "num_chunks": st.integers(2, 7),
+    "room": st.integers(0, 4),
+    "seed": st.integers(0, 99),
+}
+
+
+@settings(max_examples=3, deadline=None)
+@given(**ROOMY)
+def test_chunks_with_room_for_more_pairs_in_some_cases(**case):
+    check_room_for_more_pairs(**case)
+
+
+@pytest.mark.thorough
 @settings(max_examples=8, deadline=None)
-@given(
-    num_rows=st.integers(0, 60),
-    top_k=st.integers(1, 5),
-    num_experts=st.integers(1, 9),
-    num_chunks=st.integers(2, 7),
-    room=st.integers(0, 4),
-    seed=st.integers(0, 99),
-)
-def test_chunks_with_room_for_more_pairs(num_rows, top_k, num_experts, num_chunks, room, seed):
+@given(**ROOMY)
+def test_chunks_with_room_for_more_pairs(**case):
+    check_room_for_more_pairs(**case)
+
+
+def check_room_for_more_pairs(num_rows, top_k, num_experts, num_chunks, room, seed):
     """Gaps between chunks change no integer of the pairs that are there, and no bit of the weights' gradients."""
     ids = random_ids(num_rows, top_k, num_experts, seed=seed).to(DEVICE)
     row_offsets, sources = chunked_rows(num_rows, num_chunks, 3, seed)
@@ -123,6 +168,7 @@ def test_group_limits(num_experts, top_k):
     assert_same_grouping(kernels.group(ids.T.contiguous().T, num_experts), expected)
 
 
+@pytest.mark.thorough
 def test_group_of_many_tiles():
     ids = random_ids(400, 16, 40).to(DEVICE)
     assert_same_grouping(kernels.group(ids, 40), reference.group(ids, 40))

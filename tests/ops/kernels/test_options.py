@@ -22,7 +22,9 @@ from tritonmoe.tools.benchmarks.shapes import GPU_SHAPES
 
 
 @pytest.mark.sweep(1)
-@pytest.mark.parametrize("num_sms", [1, 3, 1000])
+@pytest.mark.parametrize(
+    "num_sms", [pytest.param(1, marks=pytest.mark.thorough), 3, pytest.param(1000, marks=pytest.mark.thorough)]
+)
 @pytest.mark.parametrize("layout", ["concatenated", "interleaved"])
 def test_bits_do_not_depend_on_num_sms(layout, num_sms):
     """Several tiles for each program, with experts that are empty or end in the middle of a tile."""

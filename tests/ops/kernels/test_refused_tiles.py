@@ -9,8 +9,7 @@ from triton.runtime.errors import OutOfResources
 
 from tritonmoe.ops.kernels import down, down_grad, launch, up, weight_grad
 from tritonmoe.ops.kernels.tiles import measured_tiles
-from tritonmoe.tools.benchmarks.operation_calls import operation_calls
-from tritonmoe.tools.benchmarks.shapes import LayerShape, draw_inputs
+from tritonmoe.tools.benchmarks.shapes import LayerShape, draw_inputs, operation_calls
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="runs in the interpreter")
 

@@ -76,6 +76,7 @@ def test_few_tiles_have_a_program_each(monkeypatch, most_tiles):
     assert (grid, programs_at_once) == ((most_tiles,), most_tiles)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("layout", ["concatenated", pytest.param("interleaved", marks=pytest.mark.thorough)])
 def test_runs_have_the_bits_of_other_grids(monkeypatch, request, layout):
     """One program after another in a random order, or all tiles in one: a program that starts late changes nothing."""

@@ -4,7 +4,7 @@ import contextlib
 
 import pytest
 import torch
-from kernel_cases import DEVICE, LAYOUTS, Layer, random_ids
+from kernel_cases import DEVICE, LAYOUTS, SOME_LAYOUTS, Layer, random_ids
 from tolerance import assert_close_to_exact
 from triton import __version__ as triton_version
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -64,7 +64,7 @@ def random_values(grouping, width, dtype):
 
 
 @pytest.mark.sweep(1)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", SOME_LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_bits_are_those_of_pointers(layout, dtype):
     """Ragged and empty experts, depths and widths that end inside a tile, a bias, weights of both orders."""
@@ -210,6 +210,7 @@ def test_what_tma_cannot_read_is_read_through_pointers(case):
     assert torch.equal(actual[:num_active], expected[:num_active])
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize(
     ("change", "reason"),
     [

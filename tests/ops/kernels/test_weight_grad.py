@@ -29,6 +29,7 @@ BACKENDS = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.sweep(2)
 @BACKENDS
 @pytest.mark.parametrize("into", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -248,6 +249,7 @@ def hot_ids() -> Tensor:
     return ids
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("layout", ["concatenated", "transposed"])
 def test_hot_experts_are_cut(tiny_spans: list[bool], layout: str, dtype: torch.dtype) -> None:

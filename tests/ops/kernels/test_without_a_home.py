@@ -14,9 +14,9 @@ AS_ROOT = pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, re
 @pytest.mark.parametrize(
     ("home", "user"),
     [
-        pytest.param("none", NOBODY, marks=AS_ROOT, id="no home"),
+        pytest.param("none", NOBODY, marks=(AS_ROOT, pytest.mark.thorough), id="no home"),
         pytest.param("unreadable", NOBODY, marks=AS_ROOT, id="another user's home"),
-        pytest.param("/dev/null", "0", id="a device"),
+        pytest.param("/dev/null", "0", marks=pytest.mark.thorough, id="a device"),
     ],
 )
 def test_the_first_call(home: str, user: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,10 +3,8 @@
 import torch
 
 from tritonmoe.config.overlap import OverlapPlan
-from tritonmoe.overlap.simulation.copy_work import CopyWork
-from tritonmoe.overlap.simulation.cost_model import LayerWork, LinkCosts
+from tritonmoe.overlap.simulation.cost_model import CopyWork, LayerWork, LinkCosts, StepCosts
 from tritonmoe.overlap.simulation.simulator import simulate_layer
-from tritonmoe.overlap.simulation.step_costs import StepCosts
 
 PLAN = OverlapPlan(local_first=False)
 LINK = LinkCosts(0.0, 1.0)

@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 import tritonmoe as tm
 from tritonmoe.config.overlap import equal_sizes, ramp_sizes
 from tritonmoe.overlap.schedule import build_backward, build_forward
-from tritonmoe.overlap.simulation.cost_model import LayerWork, LinkCosts
+from tritonmoe.overlap.simulation.cost_model import LayerWork, LinkCosts, StepCosts, fit_line
 from tritonmoe.overlap.simulation.simulator import Simulation, simulate, simulate_layer
-from tritonmoe.overlap.simulation.step_costs import StepCosts, fit_line
 
 LINK = LinkCosts(latency_s=0.0, bytes_per_s=1.0)
 """A row of one byte takes a second."""

@@ -7,10 +7,8 @@ import torch
 
 import tritonmoe as tm
 from tritonmoe.overlap.schedule import build_forward
-from tritonmoe.overlap.simulation.cost_model import LayerWork, LinkCosts
-from tritonmoe.overlap.simulation.halves_in_turn import simulate_two_batches
-from tritonmoe.overlap.simulation.simulator import simulate, simulate_layer
-from tritonmoe.overlap.simulation.step_costs import StepCosts
+from tritonmoe.overlap.simulation.cost_model import LayerWork, LinkCosts, StepCosts
+from tritonmoe.overlap.simulation.simulator import simulate, simulate_layer, simulate_two_batches
 from tritonmoe.overlap.simulation.two_level_work import TwoLevelWork
 from tritonmoe.overlap.tuning.search import search
 
@@ -88,6 +86,7 @@ def test_two_levels() -> None:
     assert forward.total_s < 0.9 * 2 * 4 * (one + 4.0)
 
 
+@pytest.mark.thorough
 def test_search_of_halves() -> None:
     """Where the rest of the model covers all rows, halves win with one chunk; where nothing needs cover, whole ones."""
     costs = StepCosts({"experts": 1.0, "experts_backward": 1.0}, COSTS.unit_s)

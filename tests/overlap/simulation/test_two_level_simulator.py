@@ -9,9 +9,8 @@ from torch import Tensor
 import tritonmoe as tm
 from tritonmoe.config.overlap import ramp_sizes
 from tritonmoe.overlap.report import LayerReport, PassReport
-from tritonmoe.overlap.simulation.cost_model import LayerWork, LinkCosts
+from tritonmoe.overlap.simulation.cost_model import LayerWork, LinkCosts, StepCosts
 from tritonmoe.overlap.simulation.simulator import Simulation, simulate_layer
-from tritonmoe.overlap.simulation.step_costs import StepCosts
 from tritonmoe.overlap.simulation.two_level_work import TwoLevelWork
 from tritonmoe.transports import EmulatedWorld, LinkModel, PendingExchange, Transport, TwoLevelTransport
 from tritonmoe.transports.two_level_transport import GroupView
@@ -121,6 +120,7 @@ PLANS = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 def test_the_simulated_steps_are_those_of_the_call(plan: tm.OverlapPlan) -> None:
     def on_rank(world: Transport) -> tuple[LayerReport, int, int]:

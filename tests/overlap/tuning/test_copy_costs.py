@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import pytest
 import torch
 
 import tritonmoe as tm
@@ -152,6 +153,7 @@ def test_slower_pairs_of_calls_with_copies_are_not_expected_without_them(monkeyp
     assert all(of.startswith("no copies: none make") or " 5% less than without" in of for of in later), later
 
 
+@pytest.mark.thorough
 def test_copies_that_gained_nothing_are_tried_again_after_fifty_times_as_many_calls(monkeypatch) -> None:
     num_tried = JUDGED_CALLS[True]
     said = run_calls(monkeypatch, {True: 3.0, False: 1.0}, BASELINE + 51 * num_tried + 5)
@@ -171,6 +173,7 @@ def test_what_calls_without_copies_take_is_measured_again(monkeypatch) -> None:
     assert all("less than without" in of for of in said[again + JUDGED_CALLS[False] :])
 
 
+@pytest.mark.thorough
 def test_no_time_decides_where_results_must_not_depend_on_it() -> None:
     def on_rank(transport: Transport) -> list[str]:
         layer, call = skewed_layer(transport, tm.OverlapConfig(2, balance="auto"))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tritonmoe.config.overlap import OverlapPlan
-from tritonmoe.overlap.report import ExchangeMarks, LayerReport, PassReport
+from tritonmoe.overlap.report import LayerReport, PassReport, StepMarks
 from tritonmoe.overlap.steps import Step, StepKind
 from tritonmoe.overlap.tuning.measured_calls import link_costs
 
@@ -24,9 +24,8 @@ def report_of(num_chunks: int, knows_ends: bool) -> LayerReport:
     for step, num_bytes in exchanges:
         free_at += LATENCY_S + num_bytes / BYTES_PER_S
         waited_at = max(lane_s, free_at)
-        times = (0.0, 0.0, lane_s, waited_at, free_at)
-        moments = [origin + seconds for seconds in times]
-        report.exchanges.append(ExchangeMarks(step, *moments[:4], moments[4] if knows_ends else None))
+        finished = origin + free_at if knows_ends else None
+        report.ran.append(StepMarks(step, origin, origin + waited_at, origin, origin + lane_s, finished))
         lane_s = waited_at + (COMPUTE_S if step.kind is StepKind.DISPATCH else 0.0)
     traffic = torch.tensor([[0, ROWS], [ROWS, 0]])
     plan, ends = OverlapPlan((1,) * num_chunks), (0,) * (num_chunks + 3)
@@ -44,9 +43,9 @@ def test_the_link_of_exchanges_behind_compute(knows_ends: bool) -> None:
 def test_where_no_dispatch_is_waited_for_the_link_is_at_least_so_fast() -> None:
     reports = [report_of(num_chunks, knows_ends=False) for num_chunks in (1, 2)]
     for report in reports:
-        report.forward.exchanges = [
-            marks._replace(wait_started=marks.wait_ended) if marks.step.kind is StepKind.DISPATCH else marks
-            for marks in report.forward.exchanges
+        report.forward.ran = [
+            marks._replace(wait_started=marks.ended) if marks.step.kind is StepKind.DISPATCH else marks
+            for marks in report.forward.ran
         ]
     assert 0 < link_costs(reports, is_shared=False).bytes_per_s < 1.1 * BYTES_PER_S
 

@@ -10,10 +10,8 @@ from torch import Tensor
 
 import tritonmoe as tm
 from tritonmoe.config.overlap import FEW_CHUNKS, MAX_CHUNKS, NUM_CHUNKS, candidate_sizes, equal_sizes, ramp_sizes
-from tritonmoe.overlap.simulation.buffer_widths import BufferWidths, WorkingSet
-from tritonmoe.overlap.simulation.cost_model import LayerWork, LinkCosts
-from tritonmoe.overlap.simulation.memory import peak_bytes
-from tritonmoe.overlap.simulation.step_costs import StepCosts
+from tritonmoe.overlap.simulation.cost_model import LayerWork, LinkCosts, StepCosts
+from tritonmoe.overlap.simulation.memory import BufferWidths, WorkingSet, peak_bytes
 from tritonmoe.overlap.steps import Step, StepKind
 from tritonmoe.overlap.tuning import tuner
 from tritonmoe.overlap.tuning.measured_calls import layer_costs, link_costs, median_steps
@@ -25,17 +23,19 @@ from tritonmoe.overlap.tuning.search import (
     preferred,
     search,
 )
-from tritonmoe.overlap.tuning.trials import DRIFT_CALLS, TRIAL_ROUNDS, TriedCall
 from tritonmoe.overlap.tuning.tuner import (
     DETERMINISTIC_NUM_CHUNKS,
+    DRIFT_CALLS,
     MAX_UNHEARD_CALLS,
     MEASURED_NUM_CHUNKS,
     NUM_VOTES,
     SETTLING_CALLS,
+    TRIAL_ROUNDS,
     PlanChooser,
+    TriedCall,
 )
 from tritonmoe.overlap.tuning.votes import Message, other_chunks_first, pack, unpack
-from tritonmoe.tools.benchmarks import auto, overlap_arguments
+from tritonmoe.tools.benchmarks import auto, overlap
 from tritonmoe.tools.planner.plan_search import OVERLAPS
 from tritonmoe.transports import LocalTransport, Transport
 
@@ -75,7 +75,7 @@ def test_no_number_of_chunks_is_far_from_one_that_is_tried() -> None:
 def test_planner_doctor_and_benchmarks_try_the_same_chunks() -> None:
     assert [plan.chunk_sizes for plan in OVERLAPS if not plan.serial] == list(candidate_sizes())
     assert {len(sizes) for sizes in candidate_sizes()} == set(FEW_CHUNKS) < set(NUM_CHUNKS)
-    for parser in (auto.make_parser(), overlap_arguments.make_parser()):
+    for parser in (auto.make_parser(), overlap.make_parser()):
         assert parser.parse_args(["--netns", "2"]).chunks == list(FEW_CHUNKS)
         assert f"(default {' '.join(map(str, FEW_CHUNKS))})" in parser.format_help()
 
@@ -363,6 +363,7 @@ def test_what_is_cut_may_be_given(chunk_by: str) -> None:
     assert {plan.chunk_by for plan in chosen} == {chunk_by}
 
 
+@pytest.mark.thorough
 def test_drift_starts_all_again_and_noise_does_not() -> None:
     def drifts_at_50(call: int, rank: int, plan: tm.OverlapPlan) -> float:
         return fewer_is_slower(call, rank, plan) * (1.3 if call >= 50 else 1.0)
@@ -425,6 +426,7 @@ def test_calls_without_a_backward_do_not_hold_up_the_choice() -> None:
     assert chooser.chosen is None, "it is ten times slower now"
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("lost", [(), (1,), (10,), (12, 13)])
 def test_a_backward_that_never_comes_loses_one_call(lost: tuple[int, ...]) -> None:
     """As of a step that is left out since its loss isn't finite; also once a plan is chosen."""
@@ -437,6 +439,7 @@ def test_a_backward_that_never_comes_loses_one_call(lost: tuple[int, ...]) -> No
     assert chooser.num_searches == 2
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("num_layers", [12, 94])
 def test_a_deep_model_compares_whole_calls(num_layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """All layers run forward before any runs backward, and the search sees backwards too."""
@@ -580,6 +583,7 @@ def test_deterministic_algorithms_fix_the_number() -> None:
         torch.use_deterministic_algorithms(before)
 
 
+@pytest.mark.thorough
 def test_one_transport_settles_every_kind_of_call_by_itself() -> None:
     """Training and inference, and layers of other shapes, are measured apart; T does not matter."""
 
@@ -602,6 +606,7 @@ def test_one_transport_settles_every_kind_of_call_by_itself() -> None:
         assert len(set(counts[SETTLING_CALLS:])) == 1
 
 
+@pytest.mark.thorough
 def test_layers_of_one_shape_settle_together() -> None:
     """State belongs to the transport: the second layer of a stack measures nothing anew."""
 
@@ -619,6 +624,7 @@ def test_layers_of_one_shape_settle_together() -> None:
     assert len(set(first[SETTLING_CALLS:])) == 1
 
 
+@pytest.mark.thorough
 def test_a_stack_whose_backwards_come_last() -> None:
     """Four layers forward, then four backward: times arrive later, and the ranks still agree."""
 

@@ -19,13 +19,11 @@ from namespace_processes import processes_in, start_of
 import tritonmoe as tm
 from tritonmoe.overlap.simulation.cost_model import LayerWork, LinkCosts
 from tritonmoe.tools.benchmarks import BENCHMARKS, load, overlap
-from tritonmoe.tools.benchmarks.link_rates import parse_rate
-from tritonmoe.tools.benchmarks.measured_layer import MeasuredLayer
-from tritonmoe.tools.benchmarks.namespaces import unusable_reason
+from tritonmoe.tools.benchmarks.measured_layer import MeasuredLayer, work_of_one
+from tritonmoe.tools.benchmarks.namespaces import parse_rate, unusable_reason
 from tritonmoe.tools.benchmarks.overlap import main
+from tritonmoe.tools.benchmarks.overlap_report import verdict
 from tritonmoe.tools.benchmarks.overlap_variants import variants_of
-from tritonmoe.tools.benchmarks.overlap_verdict import verdict
-from tritonmoe.tools.benchmarks.replayed_peers import work_of_one
 from tritonmoe.tools.benchmarks.workload import MODELS, Workload, draw_ids
 from tritonmoe.tools.cli import main as tritonmoe_main
 from tritonmoe.transports import Transport

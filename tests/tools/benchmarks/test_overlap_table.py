@@ -10,10 +10,18 @@ import pytest
 from tritonmoe.runtime.progress import Progress, duration
 from tritonmoe.tools.benchmarks import argument_types
 from tritonmoe.tools.benchmarks.overlap import make_parser
-from tritonmoe.tools.benchmarks.overlap_page import overlap_page
-from tritonmoe.tools.benchmarks.overlap_report import mark_contention, summarize_overlap
+from tritonmoe.tools.benchmarks.overlap_report import (
+    TERMS,
+    TERMS_OF_PICTURE,
+    as_table,
+    as_terms,
+    headline,
+    mark_contention,
+    noise_notes,
+    overlap_page,
+    summarize_overlap,
+)
 from tritonmoe.tools.benchmarks.overlap_report import marks as judged
-from tritonmoe.tools.benchmarks.overlap_table import TERMS, TERMS_OF_PICTURE, as_table, as_terms, headline, noise_notes
 from tritonmoe.tools.benchmarks.timing import quartiles, summarize
 from tritonmoe.tools.benchmarks.transformers import main as bench_transformers
 from tritonmoe.tools.cli import main

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tritonmoe.tools.benchmarks.overlap_verdict import verdict
+from tritonmoe.tools.benchmarks.overlap_report import verdict
 from tritonmoe.tools.benchmarks.timing import summarize
 
 NOWHERE = [[9, 0], [0, 9]]

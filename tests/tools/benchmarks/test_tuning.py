@@ -15,8 +15,7 @@ from tritonmoe.ops.kernels.tiles import measured_tiles
 from tritonmoe.ops.kernels.tiles.config import TileConfig
 from tritonmoe.tools.benchmarks import tuning
 from tritonmoe.tools.benchmarks.kept_results import read_results
-from tritonmoe.tools.benchmarks.operation_calls import operation_calls
-from tritonmoe.tools.benchmarks.shapes import LayerShape, draw_inputs
+from tritonmoe.tools.benchmarks.shapes import LayerShape, draw_inputs, operation_calls
 from tritonmoe.tools.benchmarks.tile_candidates import Candidate, redundant
 
 CPU = torch.device("cpu")

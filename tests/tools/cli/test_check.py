@@ -25,7 +25,7 @@ def test_right_kernels(capsys: pytest.CaptureFixture) -> None:
     }
 
 
-@pytest.mark.parametrize("operation", ["down", "up_grad"])
+@pytest.mark.parametrize("operation", [pytest.param("down", marks=pytest.mark.thorough), "up_grad"])
 def test_a_wrong_kernel_is_named(
     operation: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -46,7 +46,12 @@ def test_a_wrong_kernel_is_named(
 
 
 @pytest.mark.parametrize(
-    ("kernel", "result"), [("choose_experts", "weights"), ("router_logits", "logits"), ("tokens_grad", "gradient of x")]
+    ("kernel", "result"),
+    [
+        ("choose_experts", "weights"),
+        pytest.param("router_logits", "logits", marks=pytest.mark.thorough),
+        pytest.param("tokens_grad", "gradient of x", marks=pytest.mark.thorough),
+    ],
 )
 def test_a_wrong_router_is_named(
     kernel: str, result: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
@@ -64,6 +69,7 @@ def test_a_wrong_router_is_named(
     assert f"  router: {result}: largest error" in capsys.readouterr().out
 
 
+@pytest.mark.thorough
 def test_a_small_error_of_every_sum_is_wrong(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its largest error is like that of rounding."""
     right = triton.down
@@ -81,6 +87,7 @@ def test_a_small_error_of_every_sum_is_wrong(capsys: pytest.CaptureFixture, monk
     assert "  down: root mean square error" in capsys.readouterr().out
 
 
+@pytest.mark.thorough
 def test_results_that_are_not_finite_are_wrong(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     right = triton.gather_sum
     monkeypatch.setattr(router_check, "SMALL_ROUTERS", ())

@@ -3,6 +3,8 @@
 import importlib.util
 import json
 
+import pytest
+
 from tritonmoe.integrations.transformers.discovery import experts_classes
 from tritonmoe.tools.cli import main
 
@@ -20,6 +22,7 @@ def test_the_table_names_every_class(capsys):
     assert f"{len(experts_classes())} experts classes in" in table
 
 
+@pytest.mark.thorough
 def test_markdown_and_json(capsys):
     assert main(["models", "--markdown"]) == 0
     assert "| mixtral | MixtralExperts | (E, 2F, D) | act(gate) * up, fused |" in capsys.readouterr().out

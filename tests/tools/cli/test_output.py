@@ -58,6 +58,7 @@ def test_nobody_reads_the_progress(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ended.value.code == 141
 
 
+@pytest.mark.thorough
 def test_files_are_written_all_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with open_unread(monkeypatch, "stdout", is_buffered=False), pytest.raises(SystemExit, match="141"):
         main([*TINY, "--json", str(tmp_path / "r.json"), "--png", str(tmp_path / "r.png")])
@@ -145,6 +146,7 @@ def test_names_in_a_folder_and_in_its_files(tmp_path: Path, capsys: pytest.Captu
     assert all(character.isprintable() or character == "\n" for character in page)
 
 
+@pytest.mark.thorough
 def test_names_in_a_model_and_in_a_cluster(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     config = {
         "model_type": f"mine{OBEYED}</script>", "num_experts": 8, "num_experts_per_tok": 2, "num_hidden_layers": 2,

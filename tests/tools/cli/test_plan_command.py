@@ -19,6 +19,7 @@ def test_a_plan_is_printed_and_written(capsys, tmp_path):
     assert {one["ep"] for one in written["choices"]} == {4, 8}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("others", [[], ["--micro-batch", "2", "--two-batches", "--recompute", "none"]])
 def test_the_printed_command_finds_the_best_choice_again(capsys, tmp_path, monkeypatch, others):
     """Choices of other stages have other numbers of micro-batches: the command has that of the choice."""
@@ -38,6 +39,7 @@ def test_the_printed_command_finds_the_best_choice_again(capsys, tmp_path, monke
         assert again[0].splitlines()[number].split() == table.splitlines()[number].split()
 
 
+@pytest.mark.thorough
 def test_a_new_cluster_can_be_planned_with(capsys, tmp_path):
     path = tmp_path / "mine.toml"
     assert main(["plan", "B200", "--new-cluster", str(path)]) == 0
@@ -54,6 +56,7 @@ def test_clusters_are_compared(capsys):
     assert "$ per million tokens, by the model's widths" in capsys.readouterr().out
 
 
+@pytest.mark.thorough
 def test_two_files_of_one_name_are_told_apart(capsys, tmp_path):
     for name in ("a.toml", "b.toml"):
         assert main(["plan", "H100", "--new-cluster", str(tmp_path / name)]) == 0
@@ -69,6 +72,7 @@ def test_what_does_not_fit_is_1(capsys):
     assert "Nothing fits. A job can fill 73.6 of a GPU's 80 GB" in capsys.readouterr().out
 
 
+@pytest.mark.thorough
 def test_recorded_routing(capsys, tmp_path):
     path = tmp_path / "pairs.json"
     path.write_text(json.dumps([9] + [1] * 63))

@@ -18,7 +18,7 @@ from tritonmoe.tools.doctor.attribution import attribute
 from tritonmoe.tools.doctor.reading import read_traces
 from tritonmoe.tools.doctor.recorded_run import RecordedRun, judge_recording
 from tritonmoe.tools.doctor.verdict import as_json, as_text
-from tritonmoe.tools.doctor.words import words_of
+from tritonmoe.tools.doctor.words import describe_finding
 from tritonmoe.tools.recording import record
 from tritonmoe.tools.recording.recording_reader import read_recording
 from tritonmoe.transports import Transport
@@ -38,9 +38,10 @@ def said_of(run: RecordedRun, weights: list[float | None]) -> str:
     ]
     (finding,) = run.found.findings
     assert finding.kind == "imbalance"
-    return words_of(finding, run.found, replace(run.recording, calls=tuple(calls))).to_do
+    return describe_finding(finding, run.found, replace(run.recording, calls=tuple(calls))).to_do
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("weights", "said"),
     [

@@ -206,6 +206,7 @@ def _no_number(constant: str) -> None:
 SEEDS = [(kind, seed) for seed in range(math.ceil(MOST / len(KINDS))) for kind in KINDS][:MOST]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", KINDS)
 def test_whole_files_are_judged(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Else damage would be nothing but refused."""

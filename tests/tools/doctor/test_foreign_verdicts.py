@@ -90,6 +90,7 @@ def test_a_published_job_has_the_published_verdict() -> None:
     assert graph.named(jobs.slowest) == "rank dp 0 pp 0"
 
 
+@pytest.mark.thorough
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     write_traces(Scenario("", 1, faults=FAULTS["late rank"]), tmp_path / "late", packed=True)
     write_traces(Scenario("", 1), tmp_path / "healthy")

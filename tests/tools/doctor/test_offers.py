@@ -128,6 +128,7 @@ def test_what_is_overlapped_already_gets_no_chunks() -> None:
     assert not any("chunks" in words for words in found)
 
 
+@pytest.mark.thorough
 def test_balance_gains_what_imbalance_costs(tmp_path: Path) -> None:
     share = write_traces(Scenario("", 11, faults=(Fault("imbalance", (0,), 0.7),)), tmp_path)
     graph = read_traces(tmp_path).graph

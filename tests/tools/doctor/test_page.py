@@ -70,6 +70,7 @@ def test_what_ranks_do_adds_up_to_a_step(tmp_path: Path) -> None:
             assert after.rank != before.rank or after.start_s >= before.end_s - 1e-9
 
 
+@pytest.mark.thorough
 def test_a_healthy_run_and_one_that_is_not_look_unlike(tmp_path: Path) -> None:
     write_traces(Scenario("", 1), tmp_path / "healthy")
     page, _ = page_of(tmp_path / "healthy", late(tmp_path / "late"), status=1)
@@ -77,6 +78,7 @@ def test_a_healthy_run_and_one_that_is_not_look_unlike(tmp_path: Path) -> None:
     assert "HEALTHY: if every operation took its usual time" in page.words
 
 
+@pytest.mark.thorough
 def test_recordings_and_traces_on_one_page(tmp_path: Path) -> None:
     own = write_run(tmp_path / "own", [Run(slow_rank=(2, 1.5))] * 4)
     page, data = page_of(own, late(tmp_path / "late"), status=1)

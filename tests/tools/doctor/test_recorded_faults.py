@@ -9,12 +9,10 @@ import torch
 from recorded_layers import of_layers
 
 from bench.synthetic_runs import Run, healthy, write_run
-from tritonmoe.overlap.simulation.cost_model import LinkCosts
-from tritonmoe.overlap.simulation.step_costs import StepCosts
+from tritonmoe.overlap.simulation.cost_model import LinkCosts, StepCosts
 from tritonmoe.tools.doctor.attribution import Verdict, attribute
-from tritonmoe.tools.doctor.recorded_causes import known_of
 from tritonmoe.tools.doctor.recorded_graph import graph_of
-from tritonmoe.tools.doctor.recorded_run import judge_recording
+from tritonmoe.tools.doctor.recorded_run import judge_recording, known_of
 from tritonmoe.tools.recording.recording_reader import read_recording
 
 
@@ -94,7 +92,9 @@ FAULTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.thorough if n % 4 else ()) for n, name in enumerate(FAULTS)]
+)
 def test_who_when_and_cost(name: str, tmp_path: Path) -> None:
     runs, kind, ranks, when = FAULTS[name]
     found, cost_s = verdict_on(tmp_path, runs)
@@ -117,6 +117,7 @@ def test_several_causes_at_once(tmp_path: Path) -> None:
     assert {(one.kind, one.culprits.ranks) for one in found.findings} == {("slow link", (0, 1)), ("slow rank", (3,))}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("num_layers", [2, pytest.param(8, marks=pytest.mark.thorough)])
 def test_late_before_each_of_unlike_layers(num_layers: int, tmp_path: Path) -> None:
     runs = [replace(WELL, rows=100.0 + 40 * layer, late=((2, 0.06),)) for layer in range(num_layers)]
@@ -127,6 +128,7 @@ def test_late_before_each_of_unlike_layers(num_layers: int, tmp_path: Path) -> N
     assert first.cost.seconds == pytest.approx(0.06 * num_layers, rel=0.05)
 
 
+@pytest.mark.thorough
 def test_slow_in_one_layer_of_four(tmp_path: Path) -> None:
     runs = [replace(WELL, rows=100.0 + 40 * n, slow=((1, 2.5),) if n == 2 else ()) for n in range(4)]
     recording = of_layers(tmp_path, [[run] * 6 for run in runs])
@@ -142,6 +144,7 @@ def test_noise_is_no_finding(size: int, tmp_path: Path) -> None:
     assert found.findings == ()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("num_slow", "aside"), [(0, 0), (1, 1), (2, 2), (3, 0)])
 def test_first_steps_of_warming_up_are_left_aside(num_slow: int, aside: int, tmp_path: Path) -> None:
     """Of three that take long one may be an accident, but not two: they are evidence, as all later ones are."""
@@ -151,6 +154,7 @@ def test_first_steps_of_warming_up_are_left_aside(num_slow: int, aside: int, tmp
     assert any("are left out" in note or "is left out" in note for note in found.limits) == bool(aside)
 
 
+@pytest.mark.thorough
 def test_a_later_step_that_takes_long_is_not_left_aside(tmp_path: Path) -> None:
     slow = replace(WELL, pair_s=2 * WELL.pair_s)
     found = judge_recording(read_recording(write_run(tmp_path, [WELL] * 6 + [slow] + [WELL] * 5, seed=1)))

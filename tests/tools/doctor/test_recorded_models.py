@@ -9,9 +9,9 @@ import torch
 
 from bench.synthetic_runs import Run, healthy, write_run
 from tritonmoe.config.overlap import OverlapPlan
-from tritonmoe.overlap.report import CallMarks
+from tritonmoe.dispatch.count_exchange import CallMarks
 from tritonmoe.overlap.simulation.cost_model import LayerWork
-from tritonmoe.overlap.simulation.halves_in_turn import simulate_two_batches
+from tritonmoe.overlap.simulation.simulator import simulate_two_batches
 from tritonmoe.tools.doctor.recorded_run import RecordedRun, judge_recording
 from tritonmoe.tools.recording.call_recording import RecordedPass, Recording
 from tritonmoe.tools.recording.recording_reader import read_recording
@@ -29,6 +29,7 @@ WITH_CAPACITY = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", WITH_CAPACITY)
 def test_with_a_capacity_ranks_compute_what_is_there_and_not_the_room(kind: str, tmp_path: Path) -> None:
     """The room is the same on all ranks: of a hot one all of it seems to take long."""
@@ -50,6 +51,7 @@ IN_A_STACK = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.thorough if "three" in name else ()) for name in IN_A_STACK]
 )
@@ -83,6 +85,7 @@ def test_batches_of_different_lengths_are_healthy(seed: int, tmp_path: Path) -> 
     assert len(found.found.graph.steps) == len(of_lengths(seed))
 
 
+@pytest.mark.thorough
 def test_a_disturbed_call_is_no_healthy_one(tmp_path: Path) -> None:
     """It takes no longer than others do, which have more pairs; and it is one of so many that it may not come again."""
     runs = of_lengths(0)
@@ -95,6 +98,7 @@ def test_a_disturbed_call_is_no_healthy_one(tmp_path: Path) -> None:
     assert found.found.together.seconds == pytest.approx(cost_s / len(runs), rel=0.1)
 
 
+@pytest.mark.thorough
 def test_prefill_and_decode(tmp_path: Path) -> None:
     """All calls count; most of the time goes in the few long ones, and so does most of what a slow rank costs."""
     long = Run(rows=200.0, slow_rank=(2, 1.5))
@@ -127,6 +131,7 @@ def of_layers(folder: Path, runs: list[Run]) -> Recording:
     return replace(layers[0], calls=tuple(calls))
 
 
+@pytest.mark.thorough
 def test_each_layer_has_a_hot_rank_of_its_own(tmp_path: Path) -> None:
     """All layers together, every rank computes as many pairs; the last layer's hot rank is the hottest."""
     runs = [Run(hot_rank=(rank, 2.0 + rank / 10)) for rank in range(4)]
@@ -143,6 +148,7 @@ def test_each_layer_has_a_hot_rank_of_its_own(tmp_path: Path) -> None:
     assert 0.4 * imbalance.cost.seconds < copies.gain.seconds < 1.05 * imbalance.cost.seconds
 
 
+@pytest.mark.thorough
 def test_copies_are_not_offered_where_their_weights_take_too_long(tmp_path: Path) -> None:
     """On a link of which a row takes a millisecond for each byte."""
     found = diagnose(tmp_path, Run(hot_rank=(1, 2.0), byte_s=1e-3))
@@ -178,6 +184,7 @@ STACK = Run(size=2, num_chunks=2, byte_s=1e-6, num_layers=3, beside_s=(0.05, 0.1
 RECOMPUTED = replace(STACK, byte_s=3e-6, beside_s=(0.05, 0.01), recomputes=True)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("run", "beside_s"),
     [(replace(STACK, filler_s=0.01), (0.05, 0.1)), (RECOMPUTED, (0.05, 0.06))],
@@ -189,6 +196,7 @@ def test_two_batches_gain_nothing_of_a_layers_own(run: Run, beside_s: tuple[floa
     assert advice.gain.seconds == pytest.approx(gain_of_two_batches(run, beside_s), rel=0.1)
 
 
+@pytest.mark.thorough
 def test_two_batches_gain_no_shared_expert(tmp_path: Path) -> None:
     """There is nothing to hide."""
     found = diagnose(tmp_path, replace(STACK, byte_s=1e-8, filler_s=0.05))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import tritonmoe as tm
 from bench.synthetic_runs import Run, healthy, write_run
 from tritonmoe.config.overlap import OverlapPlan
-from tritonmoe.overlap.simulation.halves_in_turn import simulate_two_batches
+from tritonmoe.overlap.simulation.simulator import simulate_two_batches
 from tritonmoe.tools.doctor.advice import advice_on
 from tritonmoe.tools.doctor.conditions import conditions_of
 from tritonmoe.tools.doctor.costs import fit_costs
@@ -67,6 +67,7 @@ def test_a_cause_is_found_with_its_culprit_and_its_cost(kind: str, tmp_path: Pat
         assert first.cost.seconds == pytest.approx(run.seconds() - healthy(run).seconds(), rel=0.05)
 
 
+@pytest.mark.thorough
 def test_a_link_whose_messages_come_late(tmp_path: Path) -> None:
     """Its bytes are as fast as the others', so that no link is slow."""
     run = Run(size=3, late_link=(2, 1, 0.03))
@@ -76,6 +77,7 @@ def test_a_link_whose_messages_come_late(tmp_path: Path) -> None:
     assert found.found.findings[0].cost.seconds == pytest.approx(run.seconds() - healthy(run).seconds(), rel=0.05)
 
 
+@pytest.mark.thorough
 def test_a_slow_link_is_not_late(tmp_path: Path) -> None:
     """Its small messages take longer too, as long as their bytes say."""
     found = diagnose(tmp_path, Run(slow_link=(2, 1, 100.0)))
@@ -95,6 +97,7 @@ ON_TWO_LEVELS = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=() if n == "inside a node" else pytest.mark.thorough) for n in ON_TWO_LEVELS]
 )
@@ -129,6 +132,7 @@ def test_other_levels_are_advised_by_what_they_gain(tmp_path: Path) -> None:
     assert advice.gain.seconds == pytest.approx(two.seconds() - alike.seconds(), rel=0.05)
 
 
+@pytest.mark.thorough
 def test_links_between_hosts_are_slower_than_those_inside(tmp_path: Path) -> None:
     """On one level too: no link is slow for being one between nodes."""
     run = Run(node_size=2, top_k=4, byte_s=2e-6, inside_byte_s=2e-8)
@@ -141,6 +145,7 @@ def test_links_between_hosts_are_slower_than_those_inside(tmp_path: Path) -> Non
     assert float(found.costs.link.each.inside.out_s.median()) == pytest.approx(2e-8, rel=0.5)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "run",
     [Run(byte_s=6e-7, contention=0.5), replace(TWO_LEVELS, byte_s=1e-6, contention=0.5)],
@@ -154,6 +159,7 @@ def test_contention_is_a_part_of_what_the_bytes_cost(run: Run, tmp_path: Path) -
     assert found.costs.link.contention == pytest.approx(0.5)
 
 
+@pytest.mark.thorough
 def test_a_slow_port_of_three(tmp_path: Path) -> None:
     """Most links are slow then."""
     found = diagnose(tmp_path, Run(size=3, slow_port=(1, 20.0)))
@@ -161,6 +167,7 @@ def test_a_slow_port_of_three(tmp_path: Path) -> None:
     assert (found.found.findings[0].kind, found.found.findings[0].culprits.ranks) == ("slow port", (1,))
 
 
+@pytest.mark.thorough
 def test_what_waits_for_a_slow_way_back_is_not_slow_itself(tmp_path: Path) -> None:
     """Over gloo a receiver's word that rows may come is behind the rows that it sends."""
     run = Run(size=2, num_chunks=6, slow_link=(1, 0, 10.0), uses_rendezvous=True)
@@ -191,6 +198,7 @@ def test_any_culprit_is_found_with_its_cost(data: st.DataObject, kind: str, rank
     assert found.found.findings[0].cost.seconds == pytest.approx(run.seconds() - healthy(run).seconds(), rel=0.08)
 
 
+@pytest.mark.thorough
 def test_narrower_rows_save_no_more_than_exchanges_cost(tmp_path: Path) -> None:
     """Costs that are fitted to noise promise more than a step waits for rows: here a step waits for a twentieth."""
     run = diagnose(tmp_path, Run(byte_s=2e-6))
@@ -205,6 +213,7 @@ def test_narrower_rows_save_no_more_than_exchanges_cost(tmp_path: Path) -> None:
     assert narrower(0.02 * step_s) == []
 
 
+@pytest.mark.thorough
 def test_two_batches_are_advised_where_the_model_has_other_work(tmp_path: Path) -> None:
     run = Run(size=2, num_chunks=2, byte_s=1e-6, num_layers=3, beside_s=(0.05, 0.1))
     found = diagnose(tmp_path / "stack", run)
@@ -221,6 +230,7 @@ def test_two_batches_are_advised_where_the_model_has_other_work(tmp_path: Path) 
     assert not any("two_batches" in one.words for one in hidden.advice), "there is nothing to hide"
 
 
+@pytest.mark.thorough
 def test_fewer_ranks_are_advised_where_rows_take_long(tmp_path: Path) -> None:
     """Half as many ranks: of 200 rows to each of 4 ranks 400 go to each of 2, one of which is this one itself."""
     run = Run(size=4, byte_s=2e-6)
@@ -231,20 +241,23 @@ def test_fewer_ranks_are_advised_where_rows_take_long(tmp_path: Path) -> None:
     assert not any("ranks instead" in one.words for one in hidden.advice), "there is nothing to gain"
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("fault", [Run(slow_rank=(2, 1.5)), Run(late_rank=(3, 0.08))], ids=["slow", "late"])
 def test_fewer_ranks_leave_no_fault_behind(fault: Run, tmp_path: Path) -> None:
     """One of both halves has it still, and the step waits for that one."""
     assert not any("ranks instead" in one.words for one in diagnose(tmp_path, fault).advice)
 
 
+@pytest.mark.thorough
 def test_without_arrivals_no_link_is_called_slow(tmp_path: Path) -> None:
     """As over NCCL; a slow rank is found all the same."""
-    found = diagnose(tmp_path, Run(slow_rank=(2, 1.5), tells_arrivals=False))
+    found = diagnose(tmp_path, Run(slow_rank=(2, 1.5), records_arrivals=False))
     assert (found.found.findings[0].kind, found.found.findings[0].culprits.ranks) == ("slow rank", (2,))
     assert [one.kind for one in found.found.findings] == ["slow rank"]
     assert any("NCCL" in limit for limit in found.limits)
 
 
+@pytest.mark.thorough
 def test_a_slow_link_of_two_ranks_with_a_latency(tmp_path: Path) -> None:
     run = Run(size=2, slow_link=(0, 1, 10.0), latency_s=2e-3)
     found = diagnose(tmp_path, run)
@@ -254,6 +267,7 @@ def test_a_slow_link_of_two_ranks_with_a_latency(tmp_path: Path) -> None:
     assert link.cost.seconds == pytest.approx(run.seconds() - healthy(run).seconds(), abs=0.02 * run.seconds())
 
 
+@pytest.mark.thorough
 def test_rows_that_all_stay_at_home(tmp_path: Path) -> None:
     """No exchange carries a row, so no link costs anything."""
 
@@ -286,6 +300,7 @@ def test_one_step_does_not_say_how_much_steps_differ(tmp_path: Path) -> None:
     assert "in the few steps of these files" in as_text(found, found.found)
 
 
+@pytest.mark.thorough
 def test_one_disturbed_call_of_another_plan_tells_no_costs(tmp_path: Path) -> None:
     """Of two calls in one chunk one takes four times as long; neither has a fault that the others could have."""
     run, quiet = Run(num_chunks=3), replace(Run(), num_chunks=1)

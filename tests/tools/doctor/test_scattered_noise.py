@@ -8,14 +8,13 @@ from pathlib import Path
 import pytest
 from step_graphs import Exchange, graph_of
 
-from tritonmoe.tools.doctor.attribution import Verdict, attribute
-from tritonmoe.tools.doctor.causes import Causes
+from tritonmoe.tools.doctor.attribution import Verdict, attribute, gain_of_noise
 from tritonmoe.tools.doctor.graph import Graph, Kind, Member, Run
-from tritonmoe.tools.doctor.noise import gain_of_noise
 from tritonmoe.tools.doctor.reading import ForeignRun
+from tritonmoe.tools.doctor.replays import Replays
 from tritonmoe.tools.doctor.usual import usual_of
 from tritonmoe.tools.doctor.verdict import as_text
-from tritonmoe.tools.doctor.words import words_of
+from tritonmoe.tools.doctor.words import describe_finding
 
 RANKS, STEPS, EXCHANGES = 4, 12, 20
 
@@ -144,7 +143,7 @@ def test_noise_of_exchanges_alone() -> None:
     graph.runs = []
     graph.programs = [[one for one in program if one[0] is not Kind.RUN] for program in graph.programs]
     usual = usual_of(graph)
-    assert gain_of_noise(graph, usual, Causes(graph, usual).walker) >= 0
+    assert gain_of_noise(graph, usual, Replays(graph, usual).walker) >= 0
 
 
 def hiding_run(extra_s: float, late_s: float = 0.06) -> Graph:
@@ -198,15 +197,17 @@ def test_all_ranks_are_not_left_out() -> None:
     found = attribute(hiding_run(extra_s=0.0))
     slow = replace(found.findings[0], kind="slow link")
     of_two = replace(found, graph=run_of((), 0.0, 2))
-    assert words_of(slow, of_two).to_do.startswith("two ranks can't tell whether sender, receiver or link is at fault")
-    assert words_of(slow, found).to_do.startswith("check cable")
+    assert describe_finding(slow, of_two).to_do.startswith(
+        "two ranks can't tell whether sender, receiver or link is at fault"
+    )
+    assert describe_finding(slow, found).to_do.startswith("check cable")
     for one in found.findings:
         of_all = replace(one, culprits=replace(one.culprits, ranks=(), moves=False))
-        words = words_of(of_all, found)
+        words = describe_finding(of_all, found)
         assert words.title == f"{one.kind}s"
         assert words.who == "all ranks"
         assert "leave the machine out" not in words.to_do
-        assert words_of(one, found).title == one.kind
+        assert describe_finding(one, found).title == one.kind
 
 
 @pytest.mark.parametrize("num_steps", [STEPS, STEPS - 1])

@@ -12,6 +12,7 @@ from tritonmoe.tools.recording import on_trace_ready
 WORKER = Path(__file__).parent / "profiled_worker.py"
 
 
+@pytest.mark.thorough
 @pytest.mark.alone
 def test_a_plain_job_of_two_ranks(tmp_path: Path) -> None:
     ended = run_processes(2, "gloo", str(WORKER), str(tmp_path / "run"), str(tmp_path / "meet"), timeout_s=170.0)

@@ -33,6 +33,7 @@ def on_two_hosts(folder: Path, apart_s: float, drift: float = 0.0) -> None:
         file.write_text(json.dumps(trace))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("apart_s", "drift"), [(2.5, 0.0), (-3.0, 3e-4), (0.0015, 0.0), (0.0, 1e-3)])
 def test_clocks_of_hosts_are_put_on_one(apart_s: float, drift: float, tmp_path: Path) -> None:
     """Clocks that differ by less than 2 ms too: over an exchange of 1 ms that would be all there is."""

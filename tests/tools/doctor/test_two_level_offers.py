@@ -15,8 +15,7 @@ from tritonmoe.tools.doctor.graph import Graph, Kind, Member, Run
 from tritonmoe.tools.doctor.hosts import host_in_name
 from tritonmoe.tools.doctor.link_ends import slow_links
 from tritonmoe.tools.doctor.moe_layers import layers_of
-from tritonmoe.tools.doctor.node_bytes import node_bytes
-from tritonmoe.tools.doctor.offers import offers_of
+from tritonmoe.tools.doctor.offers import node_bytes, offers_of
 from tritonmoe.tools.doctor.reading import read_traces
 from tritonmoe.tools.doctor.trace import Part, RankTrace
 
@@ -152,6 +151,7 @@ def test_gain_is_that_of_the_same_tokens_on_two_levels(num_nodes: int, node_size
     assert f"each of {num_nodes} hosts" in offer.words
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("near_byte_s", [NEAR_BYTE_S, 4 * NEAR_BYTE_S])
 @pytest.mark.parametrize(("num_nodes", "node_size", "chosen"), [(4, 2, 1), (2, 3, 2), (3, 2, 4), (2, 4, 6)])
 def test_what_is_offered_is_gained(num_nodes: int, node_size: int, chosen: int, near_byte_s: float) -> None:

@@ -28,6 +28,7 @@ def both(of: Graph, monkeypatch: pytest.MonkeyPatch) -> tuple[Walker, Walker]:
     return at_once, Walker(of)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "run",
     [RUN, replace(RUN, recomputes=True), replace(RUN, node_size=2, has_two_levels=True), replace(RUN, size=3)],

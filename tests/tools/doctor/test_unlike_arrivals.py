@@ -45,6 +45,7 @@ def stood(calls: list[Json], peer: int) -> float:
     return statistics.median(sums)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("rank", [0, SIZE - 1], ids=["first", "last"])
 def test_a_rank_that_tells_arrivals_of_forward_alone(rank: int, tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", [Run(size=SIZE, late_rank=(1, 0.01), noise=0.05)] * 3)

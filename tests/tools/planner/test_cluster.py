@@ -9,7 +9,7 @@ from tritonmoe.tools.planner.cluster_file import parse_cluster, read_cluster, to
 from tritonmoe.tools.planner.cluster_presets import CLUSTERS, REMARKS
 from tritonmoe.tools.planner.draws import draw
 from tritonmoe.tools.planner.job import Job
-from tritonmoe.tools.planner.model_presets import MODELS
+from tritonmoe.tools.planner.model_config import MODELS
 
 TEXT = to_toml(CLUSTERS["H100"])
 

@@ -40,6 +40,7 @@ def test_one_process_is_measured_and_planned_with():
     assert best.time.layer_s >= found.host.us_per_layer.value * 1e-6
 
 
+@pytest.mark.thorough
 def test_ranks_measure_their_link():
     def on_rank(transport: Transport) -> Cluster:
         base = CLUSTERS["H100"]

@@ -12,7 +12,7 @@ from tritonmoe.overlap.simulation.two_level_work import TwoLevelWork
 from tritonmoe.tools.planner.cluster_presets import CLUSTERS
 from tritonmoe.tools.planner.job import Job
 from tritonmoe.tools.planner.layer_exchange import LayerExchange
-from tritonmoe.tools.planner.model_presets import MODELS
+from tritonmoe.tools.planner.model_config import MODELS
 from tritonmoe.tools.planner.operation_costs import link_costs
 
 PLANS = (

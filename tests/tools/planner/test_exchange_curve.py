@@ -9,8 +9,8 @@ from tritonmoe.tools.planner.cluster_presets import CLUSTERS
 from tritonmoe.tools.planner.draws import draw
 from tritonmoe.tools.planner.exchange_curve import SERIAL, ExchangeCurve
 from tritonmoe.tools.planner.job import Job
-from tritonmoe.tools.planner.layer_parts import layer_parts
-from tritonmoe.tools.planner.model_presets import MODELS
+from tritonmoe.tools.planner.model_config import MODELS
+from tritonmoe.tools.planner.operation_costs import layer_parts
 from tritonmoe.tools.planner.step import exchange_time
 
 H100 = CLUSTERS["H100"].with_nodes(8)
@@ -23,6 +23,7 @@ CASES = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("overlap", [SERIAL, OverlapPlan(equal_sizes(3))], ids=["serial", "3 chunks"])
 @pytest.mark.parametrize("case", CASES)
 def test_a_curve_gives_what_a_walk_gives(case, overlap):

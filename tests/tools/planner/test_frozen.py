@@ -7,16 +7,15 @@ import pytest
 from tritonmoe.tools.planner.cluster_presets import CLUSTERS
 from tritonmoe.tools.planner.comparison import compare
 from tritonmoe.tools.planner.exchange_curve import SERIAL
-from tritonmoe.tools.planner.job import FROZEN, Job
+from tritonmoe.tools.planner.job import FROZEN, Job, trained_by
 from tritonmoe.tools.planner.job_memory import memory_gb
-from tritonmoe.tools.planner.layer_parts import layer_parts
-from tritonmoe.tools.planner.model_flops import flops_per_token
-from tritonmoe.tools.planner.model_presets import MODELS
+from tritonmoe.tools.planner.model_config import MODELS
+from tritonmoe.tools.planner.operation_costs import layer_parts
 from tritonmoe.tools.planner.plan_page import comparison_page, plan_page
-from tritonmoe.tools.planner.plan_table import comparison_table, plan_table
+from tritonmoe.tools.planner.plan_text import comparison_table, plan_table
 from tritonmoe.tools.planner.step import step_time
-from tritonmoe.tools.planner.trainer import trained_by
 from tritonmoe.tools.planner.training_plan import plan
+from tritonmoe.tools.planner.transformer_model import flops_per_token
 
 MODEL = MODELS["Qwen3-30B-A3B"]
 TRAINED = Job(MODEL, micro_batches=4)
@@ -84,6 +83,7 @@ def test_a_larger_rank_takes_longer_and_needs_more() -> None:
     assert step_time(small, NODE, 1, SERIAL).step_s < step_time(large, NODE, 1, SERIAL).step_s
 
 
+@pytest.mark.thorough
 def test_what_is_said() -> None:
     found = plan(FROZEN_JOB, NODE, [1, 8], num_draws=4)
     said = " ".join(plan_table(found).split())

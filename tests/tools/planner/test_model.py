@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tritonmoe.tools.planner.model_config import find_model, model_of_config
-from tritonmoe.tools.planner.model_presets import MODELS
+from tritonmoe.tools.planner.model_config import MODELS, find_model, model_of_config
 from tritonmoe.tools.planner.transformer_model import Attention, LatentAttention
 
 transformers = pytest.importorskip("transformers")
@@ -99,6 +98,7 @@ def is_refused_by_name(config: dict) -> bool:
     return False
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("family", families_with_experts())
 def test_a_family_is_read_as_it_is_or_refused_by_name(family):
     config = transformers.AutoConfig.for_model(family, **SETTINGS.get(family, {}))

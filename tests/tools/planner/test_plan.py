@@ -18,15 +18,13 @@ from tritonmoe.tools.planner import training_plan as planning
 from tritonmoe.tools.planner.cluster import NORMAL_90, Estimate
 from tritonmoe.tools.planner.cluster_presets import CLUSTERS
 from tritonmoe.tools.planner.comparison import compare, equalized
-from tritonmoe.tools.planner.job import Job
-from tritonmoe.tools.planner.model_error import MODEL_ERROR
-from tritonmoe.tools.planner.model_presets import MODELS
+from tritonmoe.tools.planner.draws import MODEL_ERROR
+from tritonmoe.tools.planner.job import Job, trained_by
+from tritonmoe.tools.planner.model_config import MODELS
 from tritonmoe.tools.planner.plan_page import comparison_page
 from tritonmoe.tools.planner.plan_search import OVERLAPS, Free, search, ways
-from tritonmoe.tools.planner.plan_table import comparison_table, plan_table
-from tritonmoe.tools.planner.plan_verdict import comparison_as_json, plan_as_json
+from tritonmoe.tools.planner.plan_text import comparison_as_json, comparison_table, plan_as_json, plan_table
 from tritonmoe.tools.planner.step import step_time
-from tritonmoe.tools.planner.trainer import trained_by
 from tritonmoe.tools.planner.training_plan import plan
 
 JOB = Job(MODELS["Qwen3-30B-A3B"], micro_batches=8)
@@ -81,6 +79,7 @@ def measured(cluster, *names: str):
     )  # fmt: skip
 
 
+@pytest.mark.thorough
 def test_what_is_measured_makes_the_interval_narrower_but_never_as_narrow_as_itself():
     nothing, host, everything = (
         ratio(measured(H100, *names)) for names in ((), ("host",), ("gpu", "inside", "between", "host"))
@@ -91,6 +90,7 @@ def test_what_is_measured_makes_the_interval_narrower_but_never_as_narrow_as_its
     assert math.log(everything) == pytest.approx(NORMAL_90 * of_model, rel=0.25)
 
 
+@pytest.mark.thorough
 def test_a_trainers_passes_are_uncertain_too():
     cluster = measured(H100, "gpu", "inside", "between", "host")
     assert ratio(cluster, trained_by(FULL, "megatron")) > 1.02 * ratio(cluster)
@@ -149,6 +149,7 @@ SMALL_NODES = [
 DEGREES = st.sets(st.sampled_from([1, 2, 4, 8]), max_size=3)
 
 
+@pytest.mark.thorough
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.sampled_from(SMALL_NODES),
@@ -198,6 +199,7 @@ def test_more_chunks_gain_less_than_predictions_are_off(model, machine, monkeypa
     assert many.s_per_token > (1 - ALIKE) * few.s_per_token
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("two_batches", [False, pytest.param(True, marks=pytest.mark.thorough)])
 def test_the_search_leaves_out_no_way_that_is_faster(two_batches):
     job = Job(TINY, micro_batch=2, micro_batches=4, two_batches=two_batches)
@@ -214,6 +216,7 @@ def test_the_search_leaves_out_no_way_that_is_faster(two_batches):
     assert [one.s_per_token for one in found] == sorted(one.s_per_token for one in found)
 
 
+@pytest.mark.thorough
 def test_all_that_is_free_is_searched():
     found = plan(Job(MODELS["Qwen3-30B-A3B"], micro_batches=8), H100, free=Free(True, True, True), num_draws=8)
     best = found.best
@@ -333,6 +336,7 @@ def test_one_configuration_has_one_price(monkeypatch):
     assert json.dumps(comparison_page(found).data) == json.dumps(data)
 
 
+@pytest.mark.thorough
 def test_a_comparison_says_why_networks_differ_little_and_what_is_assumed(one_size):
     clusters = [CLUSTERS[name].with_nodes(2) for name in ("H100", "H100-100G", "H200")]
     found = compare(Job(MODELS["OLMoE-1B-7B"]), clusters, [8])
@@ -352,6 +356,7 @@ def test_a_comparison_says_why_networks_differ_little_and_what_is_assumed(one_si
     assert "then carries only" not in crossing
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["H100", "H100-100G"])
 def test_nothing_but_the_layout_is_kept_for_a_network_that_takes_no_time(one_size, name):
     """Where exchanges cross nodes, fewer chunks and one level are faster then."""
@@ -364,6 +369,7 @@ def test_nothing_but_the_layout_is_kept_for_a_network_that_takes_no_time(one_siz
     assert ideal.time.step_s == pytest.approx(best.time.step_s - best.between_nodes_s)
 
 
+@pytest.mark.thorough
 def test_clusters_on_which_nothing_fits_are_left_out(one_size):
     job, node = Job(MODELS["OLMoE-1B-7B"]), CLUSTERS["H100"].with_nodes(1)
     dear = replace(node, name="dear", usd_per_gpu_hour=2.6)
@@ -382,6 +388,7 @@ def test_clusters_on_which_nothing_fits_are_left_out(one_size):
     assert nothing.to_json()["break_even_usd_per_gpu_hour"] == [None, None]
 
 
+@pytest.mark.thorough
 def test_what_decides_is_to_be_measured_before_anything_is_bought(one_size):
     node = CLUSTERS["H100"].with_nodes(1)
     slow_host = replace(node.host, us_per_layer=Estimate(2600.0, "assumed"))
@@ -394,6 +401,7 @@ def test_what_decides_is_to_be_measured_before_anything_is_bought(one_size):
     assert found.decides[0][2] > 0.2
 
 
+@pytest.mark.thorough
 def test_what_cannot_change_what_is_cheapest_is_not_to_be_measured(one_size):
     """The clusters differ in their network alone: nothing that is measured of either makes the slower one cheaper."""
     clusters = [CLUSTERS[name].with_nodes(2) for name in ("H100", "H100-TCP")]
@@ -429,6 +437,7 @@ def test_equal_gpus_and_equal_price(one_size):
     assert "OLMoE-1B-7B, trainer ours, at an equal price" in comparison_table(found)
 
 
+@pytest.mark.thorough
 def test_machines_of_ones_own_may_cost_nothing(one_size):
     own = replace(H100, name="own", usd_per_gpu_hour=0.0)
     found, reverse = (compare(Job(MODELS["OLMoE-1B-7B"]), both, [8]) for both in ([H100, own], [own, H100]))

@@ -12,9 +12,8 @@ import tritonmoe as tm
 import tritonmoe.tools.planner.probe_costs
 from tritonmoe.overlap import report as layer_report
 from tritonmoe.overlap.schedule import build_backward, build_forward
-from tritonmoe.overlap.simulation.cost_model import LayerWork, LinkCosts
+from tritonmoe.overlap.simulation.cost_model import LayerWork, LinkCosts, StepCosts
 from tritonmoe.overlap.simulation.simulator import simulate_layer
-from tritonmoe.overlap.simulation.step_costs import StepCosts
 from tritonmoe.overlap.tuning.search import search
 from tritonmoe.tools.planner.probe_costs import probe, probe_link, probe_steps
 from tritonmoe.transports import LocalTransport, PendingExchange, Transport
@@ -35,6 +34,7 @@ def test_probe_of_one_rank() -> None:
     assert probe_link(LocalTransport()).bytes_per_s == float("inf")
 
 
+@pytest.mark.thorough
 def test_probe_on_ranks_of_a_group_of_three() -> None:
     def on_rank(transport: Transport) -> LinkCosts:
         return probe_link(transport)

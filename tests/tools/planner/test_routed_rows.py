@@ -5,8 +5,8 @@ from itertools import combinations
 
 import pytest
 
-from tritonmoe.tools.planner.model_presets import MODELS
-from tritonmoe.tools.planner.routed_rows import needs_of, probability_needed
+from tritonmoe.tools.planner.layer_exchange import needs_of, probability_needed
+from tritonmoe.tools.planner.model_config import MODELS
 
 MODEL = replace(MODELS["DeepSeek-V3"], num_groups=1, top_k_groups=1)
 

@@ -12,9 +12,8 @@ from tritonmoe.tools.planner.cluster_presets import CLUSTERS
 from tritonmoe.tools.planner.job import Job, expert_degrees
 from tritonmoe.tools.planner.job_memory import memory_gb
 from tritonmoe.tools.planner.layer_exchange import LayerExchange
-from tritonmoe.tools.planner.layer_parts import ATTENTION_BACKWARD
-from tritonmoe.tools.planner.model_presets import MODELS
-from tritonmoe.tools.planner.operation_costs import exchange_s, link_costs
+from tritonmoe.tools.planner.model_config import MODELS
+from tritonmoe.tools.planner.operation_costs import ATTENTION_BACKWARD, exchange_s, link_costs
 from tritonmoe.tools.planner.plan_search import OVERLAPS
 from tritonmoe.tools.planner.step import step_time
 from tritonmoe.tools.planner.transformer_model import Attention, Model

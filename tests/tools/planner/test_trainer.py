@@ -6,12 +6,11 @@ import pytest
 
 from tritonmoe.tools.planner.cluster_presets import CLUSTERS
 from tritonmoe.tools.planner.exchange_curve import SERIAL
-from tritonmoe.tools.planner.job import Job
+from tritonmoe.tools.planner.job import TRAINERS, Job, trained_by
 from tritonmoe.tools.planner.job_memory import memory_gb
 from tritonmoe.tools.planner.layer_exchange import LayerExchange
-from tritonmoe.tools.planner.model_presets import MODELS
+from tritonmoe.tools.planner.model_config import MODELS
 from tritonmoe.tools.planner.step import step_time
-from tritonmoe.tools.planner.trainer import TRAINERS, trained_by
 
 JOB = Job(MODELS["Qwen3-30B-A3B"], micro_batches=4, ep=8)
 H100 = CLUSTERS["H100"].with_nodes(2)

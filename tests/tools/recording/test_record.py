@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import tritonmoe as tm
 from bench.synthetic_runs import Run, write_run
 from tritonmoe.errors import TransportError
-from tritonmoe.expert_parallel.listeners import listeners
+from tritonmoe.expert_parallel.call import listeners
 from tritonmoe.layer import report_of
 from tritonmoe.overlap.report import LayerReport
 from tritonmoe.overlap.steps import StepKind
@@ -153,6 +153,7 @@ def test_a_forward_whose_graph_is_dropped_is_written_then(tmp_path: Path) -> Non
     assert len(wait_for_calls(tmp_path, 2)) == 2
 
 
+@pytest.mark.thorough
 def test_as_many_forwards_as_there_are_wait_for_their_backward(tmp_path: Path) -> None:
     """As in a pipeline, whose microbatches all go forwards first."""
     call = local_call()
@@ -328,6 +329,7 @@ def test_halves_of_a_batch_are_told_and_replayed(tmp_path: Path) -> None:
     assert found.advice == ()
 
 
+@pytest.mark.thorough
 def test_two_levels_are_recorded_and_replayed(tmp_path: Path) -> None:
     def on_rank(transport: Transport) -> None:
         layer = tm.MoELayer(CONFIG, TwoLevelTransport(transport, 2), tm.OverlapConfig(2))

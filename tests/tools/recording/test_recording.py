@@ -197,7 +197,7 @@ def test_clocks_of_two_hosts_are_aligned(run: Path) -> None:
 
 def test_what_is_not_known_is_said_of_many_hosts_too(tmp_path: Path) -> None:
     """One note speaks of the clocks of all ranks."""
-    run = write_run(tmp_path / "run", [Run(size=4, node_size=2, num_chunks=6, tells_arrivals=False)] * 2)
+    run = write_run(tmp_path / "run", [Run(size=4, node_size=2, num_chunks=6, records_arrivals=False)] * 2)
     *_, last = (run / "rank-0003.jsonl").read_text().splitlines(keepends=True)
     (run / "rank-0003.jsonl").write_text((run / "rank-0003.jsonl").read_text().removesuffix(last))
     lines = judge_recording(read_recording(run)).limits

@@ -10,10 +10,9 @@ import pytest
 import torch
 
 import tritonmoe as tm
-from tritonmoe.overlap.report import ExchangeMarks, PassReport
-from tritonmoe.overlap.simulation.cost_model import LayerWork, LinkCosts
+from tritonmoe.overlap.report import PassReport, StepMarks
+from tritonmoe.overlap.simulation.cost_model import LayerWork, LinkCosts, StepCosts
 from tritonmoe.overlap.simulation.simulator import simulate_layer
-from tritonmoe.overlap.simulation.step_costs import StepCosts
 from tritonmoe.overlap.simulation.two_level_work import TwoLevelWork
 from tritonmoe.overlap.steps import Step, StepKind
 from tritonmoe.tools.report.perfetto import chrome_trace, write_chrome_trace
@@ -51,7 +50,7 @@ def test_exchanges_that_queue_follow_one_another():
     for chunk, finished in ((1, 0.008), (0, 0.005), (2, 0.007)):
         step = Step(StepKind.DISPATCH, chunk)
         posted = start + 0.001 + 0.0001 * chunk
-        report.exchanges.append(ExchangeMarks(step, posted, posted, start + 0.008, start + 0.009, start + finished))
+        report.ran.append(StepMarks(step, posted, start + 0.009, posted, start + 0.008, start + finished))
     spans = pass_timeline(report).spans
     assert [span.name for span in spans] == ["dispatch 0", "dispatch 1", "dispatch 2"]
     edges = [edge for span in spans for edge in (span.start_s, span.end_s)]

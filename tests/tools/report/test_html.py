@@ -16,10 +16,9 @@ from html_pages import check_page
 from bench.synthetic_runs import Run, ones, write_run
 from tritonmoe.tools.cli import main
 from tritonmoe.tools.doctor.lanes import shown_of
-from tritonmoe.tools.doctor.links import LinkRatios
-from tritonmoe.tools.doctor.page import runs_page
+from tritonmoe.tools.doctor.link_fit import LinkRatios
+from tritonmoe.tools.doctor.page import RecordedPart, runs_page
 from tritonmoe.tools.doctor.recorded_graph import graph_of
-from tritonmoe.tools.doctor.recorded_page import RecordedPart
 from tritonmoe.tools.doctor.recorded_run import RecordedRun, judge_recording
 from tritonmoe.tools.doctor.run_figures import figures_of
 from tritonmoe.tools.doctor.verdict import as_json, as_text, warnings_of
@@ -29,7 +28,7 @@ from tritonmoe.tools.planner.cluster_presets import CLUSTERS
 from tritonmoe.tools.planner.job import Job
 from tritonmoe.tools.planner.model_config import find_model
 from tritonmoe.tools.planner.plan_page import comparison_page, plan_page
-from tritonmoe.tools.planner.plan_verdict import comparison_as_json, plan_as_json
+from tritonmoe.tools.planner.plan_text import comparison_as_json, plan_as_json
 from tritonmoe.tools.recording.recording_reader import read_recording
 from tritonmoe.tools.report.charts import Bars, Curve, Curves, Heat, Segment, Strip, compact, ticks
 from tritonmoe.tools.report.figures import Figures, Number, Table, Words
@@ -316,6 +315,7 @@ window.addEventListener("message", (event) => { document.title = JSON.stringify(
 """A window of Chromium is at least 500 pixels wide."""
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
 @pytest.mark.parametrize("which", ["run", "plan", "comparison"])
 @pytest.mark.parametrize("width", [390, 1100])

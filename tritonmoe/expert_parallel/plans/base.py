@@ -25,13 +25,13 @@ from tritonmoe.ops.backends.ops import WeightGrads
 from tritonmoe.ops.grouping import Grouping
 from tritonmoe.overlap.executor import Actions
 from tritonmoe.overlap.report import LayerReport, PassReport
-from tritonmoe.transports import Transport, leaving_nobody_waiting
+from tritonmoe.overlap.schedule import Schedule, build_backward, build_forward
+from tritonmoe.transports import Transport, fail_peers_on_error
 
 __all__ = [
     "NUM_KIND_TENSORS",
     "BackwardBuffers",
     "BackwardExperts",
-    "CopySteps",
     "ForwardBuffers",
     "ForwardExperts",
     "Kept",
@@ -43,16 +43,6 @@ __all__ = [
 NUM_KIND_TENSORS = 1 + len(PerWeight._fields)
 """So many tensors every call saves for its kind of plan, None where the kind needs fewer: a recompute, whose kind may
 be another, must save as many as the forward."""
-
-
-class CopySteps(NamedTuple):
-    """The steps that a pass has beside those of every pass, for experts that have copies."""
-
-    are_relayed: bool
-    are_sent: bool = True
-    """Whether the weights travel in this pass."""
-    returned: tuple[int, ...] = ()
-    """The parts of the gradients that go home."""
 
 
 class ForwardBuffers(Protocol):
@@ -82,7 +72,9 @@ class BackwardBuffers(Protocol):
 class ForwardExperts(ABC):
     """What computes the received rows of one forward; stand-ins of benchmarks and tests take a fixed time."""
 
-    copy_steps: CopySteps | None = None
+    def schedule(self, plan: DispatchPlan, num_fillers: int) -> Schedule:
+        """Return the steps of the pass."""
+        return build_forward(plan.overlap, num_fillers)
 
     def actions(self, buffers: ForwardBuffers) -> Actions:
         """Return what the kind's own steps do."""
@@ -123,7 +115,14 @@ class ForwardExperts(ABC):
 class BackwardExperts(ABC):
     """What computes the received rows of one backward, or such a stand-in."""
 
-    copy_steps: CopySteps | None = None
+    def schedule(self, plan: DispatchPlan, sums_replicas: bool) -> Schedule:
+        """Return the steps of the pass; sums_replicas: whether gradients of replicated experts are summed in it."""
+        return build_backward(
+            plan.overlap,
+            needs_x=plan.needs_x,
+            needs_topk_weights=plan.needs_topk_weights,
+            sums_replicas=sums_replicas,
+        )
 
     def actions(self, buffers: BackwardBuffers) -> Actions:
         """Return what the kind's own steps do."""
@@ -248,9 +247,9 @@ class PlannedCall:
 
     @contextmanager
     def in_the_middle(self) -> Iterator[None]:
-        """Let the other ranks hear where this one fails in the middle of the call."""
+        """Make the other ranks fail with this one where it fails in the middle of the call."""
         try:
-            with leaving_nobody_waiting(self.all_ranks):
+            with fail_peers_on_error(self.all_ranks):
                 try:
                     yield
                 except CountMismatch as error:

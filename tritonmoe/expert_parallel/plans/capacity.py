@@ -6,14 +6,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from tritonmoe.dispatch.capacity import (
-    CappedTokens,
-    plan_capped_tokens,
-    poison,
-    post_flag,
-    some_rank_overflowed,
-    watched,
-)
+from tritonmoe.dispatch.capacity import plan_capped_tokens, poison, post_flag, some_rank_overflowed, watched
 from tritonmoe.dispatch.header import CallHeader
 from tritonmoe.dispatch.plan import exchange_plan
 from tritonmoe.expert_parallel.call import ProposedCall
@@ -22,6 +15,7 @@ from tritonmoe.expert_parallel.plans.plain import OwnBackward, OwnExperts, Plain
 from tritonmoe.experts.backward_run import BackwardRun
 from tritonmoe.experts.tensors import CallTensors
 from tritonmoe.overlap.report import PassReport
+from tritonmoe.runtime.host_device import HostCopy
 from tritonmoe.transports import PendingExchange
 
 __all__ = ["Capacity"]
@@ -36,7 +30,10 @@ class Capacity(PlanKind):
 
     name = "capacity"
 
-    tokens: CappedTokens
+    num_segments: int
+    flags: HostCopy | None = None
+    """Two numbers on their way to the host: whether something didn't fit (0 or 1), and how many tokens have scores that
+    are not finite. None in a CUDA graph, where nothing can be read."""
     flag: PendingExchange | None = None
     """In a CUDA graph: every rank's flag, under way while the rows are."""
     is_wrong: Tensor | None = None
@@ -54,16 +51,14 @@ class Capacity(PlanKind):
     @classmethod
     def plan(cls, call: ProposedCall, header: CallHeader, others: Sequence[type[PlanKind]]) -> PlannedCall:
         transport = call.transport
-        capped = plan_capped_tokens(
-            call.tensors.topk_ids,
-            call.num_slots,
-            transport.rank,
-            transport.size,
-            call.overlap,
-            call.num_nonfinite_rows,
-        )
-        plan = exchange_plan(transport, header, capped.tokens, call.overlap)
-        kind = cls(capped, post_flag(transport, capped) if call.is_captured else None)
+        ids, overlap, num_nonfinite_rows = call.tensors.topk_ids, call.overlap, call.num_nonfinite_rows
+        tokens, overflows = plan_capped_tokens(ids, call.num_slots, transport.rank, transport.size, overlap)
+        kind = cls(overlap.num_segments)
+        if not call.is_captured:
+            kind.flags = HostCopy(overflows, num_nonfinite_rows)
+        plan = exchange_plan(transport, header, tokens, overlap)
+        if call.is_captured:
+            kind.flag = post_flag(transport, overflows | (num_nonfinite_rows > 0))
         return planned_call(call, kind, header, plan)
 
     def forward_experts(self, call: PlannedCall, tensors: CallTensors[Tensor], keep_hidden: bool) -> ForwardExperts:
@@ -75,7 +70,8 @@ class Capacity(PlanKind):
     def plan_again(self, call: ProposedCall, planned: PlannedCall) -> PlannedCall | None:
         if self.is_wrong is not None:
             call.state.captured_flags.append(watched(self.is_wrong))
-        if self.flag is not None or not some_rank_overflowed(call.transport, planned.header, self.tokens):
+        flags = self.flags
+        if flags is None or not some_rank_overflowed(call.transport, planned.header, self.num_segments, flags):
             return None
         entered_at = time.perf_counter()
         call.overlap = replace(planned.report.overlap, capacity=None)

@@ -48,7 +48,7 @@ from tritonmoe.overlap.report import LayerReport
 from tritonmoe.runtime.autograd import Context, is_recomputing, once_differentiable
 from tritonmoe.runtime.halves import Half, NodeOrder, current_half, run_in_turns
 from tritonmoe.runtime.transforms import NOT_EXPERT_PARALLEL, is_transformed
-from tritonmoe.transports import leaving_nobody_waiting
+from tritonmoe.transports import fail_peers_on_error
 
 __all__ = ["Halves", "two_batches"]
 
@@ -138,7 +138,7 @@ class _SplitCall:
 
         They can't go on: the other half's call may be in its middle.
         """
-        with leaving_nobody_waiting(self.call.all_ranks):
+        with fail_peers_on_error(self.call.all_ranks):
             self.nodes.check(number)
             yield
 
@@ -207,7 +207,7 @@ def _token(like: Tensor) -> Tensor:
 def _run_split_call(half: Half, call: PlannedCall, tensors: CallTensors[Tensor]) -> Tensor:
     """Run a planned call of half a batch, and the other half between its phases: see RunForward."""
     split = _SplitCall(call, half.nodes)
-    with leaving_nobody_waiting(call.all_ranks):
+    with fail_peers_on_error(call.all_ranks):
         token = _Post.apply(split, anchor_of(call, tensors), *tensors.flatten())
         _share_weight_grads(half, split, tensors.weights, token.grad_fn)
         half.hand_over()
@@ -218,7 +218,7 @@ def _run_split_call(half: Half, call: PlannedCall, tensors: CallTensors[Tensor])
 
 
 def _share_weight_grads(half: Half, split: _SplitCall, weights: PerWeight[Tensor], node: Node | None) -> None:
-    """Let the second half's backward, which is the earlier one, leave its weights' gradients to the first half's."""
+    """Make the second half's backward, which runs first, leave its weights' gradients to the first half's."""
     placement = split.call.placement
     if placement is not None and placement.has_replicas:
         return  # each backward sums its own over the replicas
@@ -263,7 +263,7 @@ def _begin_call(half: Half, call: ProposedCall) -> None:
 
 
 def _is_inside_reentrant_checkpoint() -> bool:
-    """Say whether a caller, up to where this half began, is reentrant checkpointing."""
+    """Return whether a caller, up to where this half began, is reentrant checkpointing."""
     code = CheckpointFunction.forward.__code__
     frame = inspect.currentframe()
     while frame is not None:

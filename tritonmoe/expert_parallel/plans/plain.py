@@ -20,7 +20,7 @@ from tritonmoe.experts.tensors import CallTensors
 from tritonmoe.ops.backends.ops import WeightGrads
 from tritonmoe.ops.grouping import Grouping, RowSources
 from tritonmoe.overlap.report import PassReport
-from tritonmoe.transports import leaving_nobody_waiting
+from tritonmoe.transports import fail_peers_on_error
 
 __all__ = ["OwnBackward", "OwnExperts", "Plain", "count_tokens", "group_received", "planned_call"]
 
@@ -36,7 +36,7 @@ class Plain(PlanKind):
 
     @classmethod
     def plan(cls, call: ProposedCall, header: CallHeader, others: Sequence[type[PlanKind]] = ()) -> PlannedCall:
-        with leaving_nobody_waiting(call.transport):
+        with fail_peers_on_error(call.transport):
             tokens = count_tokens(call)
         header = header._replace(nonfinite_rows=tokens.nonfinite_rows)
         return planned_call(call, cls(), header, exchange_plan(call.transport, header, tokens, call.overlap))

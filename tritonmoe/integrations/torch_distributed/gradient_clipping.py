@@ -28,7 +28,7 @@ def clip_grad_norm_(
     error_if_nonfinite: bool = False,
     foreach: bool | None = None,
 ) -> Tensor:
-    """Do what torch.nn.utils.clip_grad_norm_ does, with the norm that one device would find.
+    """Clip gradients in place as torch.nn.utils.clip_grad_norm_ does, by the norm that one device would find.
 
     torch's own only knows the gradient that a plain tensor has on this rank. Experts differ, so every rank finds
     another norm, scales the averaged dense gradients differently, and the ranks' copies drift apart without an error.

@@ -3,15 +3,13 @@
 Importing this package imports no transformers; register() does.
 """
 
-from tritonmoe.integrations.transformers.load_statistics import ModelStatistics, collect_statistics
 from tritonmoe.integrations.transformers.model_halves import HalvedForward, two_batches
-from tritonmoe.integrations.transformers.names import EXPERTS_IMPLEMENTATION
 from tritonmoe.integrations.transformers.packed.quantize import QuantizeReport, quantize_experts
 from tritonmoe.integrations.transformers.parallelize_model import parallelize
-from tritonmoe.integrations.transformers.patching import PatchReport, patch
 from tritonmoe.integrations.transformers.peft_adapters import set_lora_B_order
-from tritonmoe.integrations.transformers.registration import register
-from tritonmoe.integrations.transformers.requirements import MINIMUM_TRANSFORMERS
+from tritonmoe.integrations.transformers.registration import PatchReport, patch, register
+from tritonmoe.integrations.transformers.requirements import EXPERTS_IMPLEMENTATION, MINIMUM_TRANSFORMERS
+from tritonmoe.integrations.transformers.routed_experts import ModelStatistics, collect_statistics
 from tritonmoe.integrations.transformers.routing_replay import record_routing, replay_routing
 from tritonmoe.integrations.transformers.upcycle.auxiliary_loss import aux_loss
 from tritonmoe.integrations.transformers.upcycle.checkpoint import upcycle_checkpoint

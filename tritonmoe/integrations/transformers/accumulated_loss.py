@@ -54,7 +54,7 @@ def share_of_items(are_shifted: bool, given: Callable[[str], object]) -> Tensor 
 
 
 def are_labels_shifted(model: "PreTrainedModel") -> bool:
-    """Say whether Trainer leaves out the first label of a row of this model when it counts."""
+    """Return whether Trainer leaves out the first label of a row of this model when it counts."""
     from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
     if check_transformers() < SHIFTED_SINCE or getattr(model.config, "is_encoder_decoder", False):
@@ -63,7 +63,7 @@ def are_labels_shifted(model: "PreTrainedModel") -> bool:
 
 
 def heeds_num_items(model_class: type) -> bool:
-    """Say whether a class's forward hands `num_items_in_batch` on to its loss function, by its source.
+    """Return whether a class's forward hands `num_items_in_batch` on to its loss function, by its source.
 
     A forward that computes a loss by itself, as the heads of BERT do, gives the plain mean of its batch; so one whose
     source isn't there is taken for.
@@ -94,7 +94,7 @@ class _State:
 
 
 def watch_auxiliary_losses(model: nn.Module) -> None:
-    """Let transformers' own models in `model` say once that Trainer multiplies their auxiliary loss, where it does."""
+    """Add hooks to transformers' own models in `model` that warn once where Trainer multiplies their auxiliary loss."""
     from transformers import PreTrainedModel
 
     for module in model.modules():

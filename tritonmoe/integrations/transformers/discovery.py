@@ -97,7 +97,7 @@ def experts_modules(model: nn.Module) -> dict[str, ExpertsModule]:
 
 
 def is_experts(module: nn.Module) -> TypeGuard[ExpertsModule]:
-    """Say whether this module runs through transformers' ExpertsInterface (and not, say, through that of fp8)."""
+    """Return whether this module runs through transformers' ExpertsInterface (and not, say, through that of fp8)."""
     return _asks_registry(type(module))
 
 

@@ -11,7 +11,7 @@ from tritonmoe.config.overlap import OverlapConfig
 from tritonmoe.expert_parallel.state import LayerCalls
 from tritonmoe.integrations.transformers.discovery import ExpertsModule
 from tritonmoe.integrations.transformers.experts import experts_forward
-from tritonmoe.integrations.transformers.generation import let_spread_models_generate
+from tritonmoe.integrations.transformers.generation import patch_generate
 from tritonmoe.placement.expert_shards import ExpertShards, Sharding, attach_shards
 from tritonmoe.transports import as_transport
 
@@ -39,7 +39,7 @@ class OverlappedEP(EPImplementation):
         transport = as_transport(ep_mesh)
         num_experts, calls = experts.num_experts * transport.size, LayerCalls(transport)
         attach_shards(experts, ExpertShards(Sharding(transport, None), num_experts, calls, self.overlap))
-        let_spread_models_generate()
+        patch_generate()
 
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Return (T, D) of hidden_states (T, D), global ids and weights (T, K)."""

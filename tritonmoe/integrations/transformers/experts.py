@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tritonmoe.config.activations import Activation, is_fused
 from tritonmoe.config.layer import PerWeight
-from tritonmoe.expert_parallel.state import refuse
+from tritonmoe.expert_parallel.state import abort_call
 from tritonmoe.experts.adapters import noted_adapters, noted_factors
 from tritonmoe.experts.arguments import check_plain
 from tritonmoe.experts.moe_mlp import run_experts
@@ -72,7 +72,7 @@ def experts_forward(self: ExpertsModule, hidden_states: Tensor, top_k_index: Ten
         inputs = CallTensors(hidden_states.to(dtype), top_k_index, top_k_weights, weights)
     except Exception:  # whatever this rank refuses, the others wait for its word
         if shards is not None:
-            refuse(shards.transport)
+            abort_call(shards.transport)
         raise
     # the casts are done: autocast would now only round the fp32 sums inside
     with without_autocast(hidden_states.device):

@@ -1,22 +1,23 @@
 """two_batches(): a model runs both halves of each batch at once, and gives what the whole batch gives."""
 
 import inspect
+import statistics
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Literal, cast
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 
 from tritonmoe.expert_parallel.plans.halves import two_batches as run_two_batches
 from tritonmoe.integrations.transformers.discovery import experts_modules
-from tritonmoe.integrations.transformers.halved_arguments import Arguments, batch_size, by_name, num_targets, split
-from tritonmoe.integrations.transformers.halves_trial import HalvesTrial
-from tritonmoe.integrations.transformers.names import CACHES
-from tritonmoe.integrations.transformers.requirements import check_model, check_transformers
+from tritonmoe.integrations.transformers.requirements import CACHES, check_model, check_transformers
 from tritonmoe.layer import MoELayer
 from tritonmoe.overlap.report import LayerReport
+from tritonmoe.overlap.tuning.tuner import SETTLING_CALLS
 from tritonmoe.placement.expert_shards import shards_of
 from tritonmoe.transports import Transport, as_transport
 
@@ -24,10 +25,147 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from transformers.utils import ModelOutput
 
-__all__ = ["HalvedForward", "two_batches"]
+__all__ = ["HalvedForward", "HalvesTrial", "split", "two_batches"]
 
+Arguments: TypeAlias = dict[str, Any]
+"""The arguments of a model's forward, by name."""
+SPLIT = {
+    "input_ids": {2: 0},
+    "inputs_embeds": {3: 0},
+    "attention_mask": {2: 0, 4: 0},
+    "position_ids": {2: 0, 3: 1},  # (3 or 4, B, S) where a model turns by time, height and width
+    "token_type_ids": {2: 0},
+    "labels": {1: 0, 2: 0},
+    "shift_labels": {2: 0},
+}
+"""The arguments of a model's forward that are split: by how many dimensions they have, which is the batch.
+
+Other tensors can't be split, whatever size their first dimension happens to have.
+"""
 JOINED = ("logits", "last_hidden_state", "hidden_states", "attentions", "router_logits")
 """The results, or tuples of results, whose first dimension is the batch."""
+SHARED = ("num_items_in_batch", "logits_to_keep")
+"""Tensors that both halves get as they are."""
+
+ORDER = (True, False, False, True, True, False, False, True)
+"""Which of the tried steps run in halves. Both ways stand at even and at odd places, since in gradient accumulation
+every second step may be followed by an optimizer's."""
+SMALLEST_GAIN = 0.02
+"""Steps run in halves if they are faster by at least this share."""
+
+
+def _by_name(given: inspect.BoundArguments, signature: inspect.Signature) -> Arguments:
+    """Return the arguments by name, those in **kwargs too."""
+    flat: Arguments = {}
+    for name, value in given.arguments.items():
+        kind = signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_KEYWORD:
+            flat |= value
+        elif kind is inspect.Parameter.VAR_POSITIONAL and value:
+            raise ValueError("two_batches takes the arguments of a model's forward by name: call model(input_ids=...)")
+        else:
+            flat[name] = value
+    return flat
+
+
+def _batch_size(arguments: Arguments) -> int:
+    """Return how many sequences the batch has."""
+    for name in ("input_ids", "inputs_embeds"):
+        if isinstance(arguments.get(name), Tensor):
+            return arguments[name].shape[0]
+    raise ValueError("two_batches needs input_ids or inputs_embeds to see how many sequences the batch has")
+
+
+def split(arguments: Arguments, size: int, first: int) -> tuple[Arguments, Arguments]:
+    """Return each half's own arguments; those of one sequence are for all."""
+    halves: tuple[Arguments, Arguments] = {}, {}
+    for name, value in arguments.items():
+        if name in SHARED or value is None or isinstance(value, bool | int | float | str):
+            continue
+        dim = SPLIT.get(name, {}).get(value.dim()) if isinstance(value, Tensor) else None
+        if dim is None or value.shape[dim] not in (1, size):
+            said = f"a {tuple(value.shape)} tensor" if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(
+                f"two_batches can't split {name} ({said}) of a batch of {size} sequences: it splits "
+                f"{', '.join(SPLIT)}, whose first dimension is the batch, and position_ids of three dimensions, whose "
+                "second one is"
+            )
+        if value.shape[dim] == size:
+            for half, part in zip(halves, value.tensor_split([first], dim), strict=True):
+                half[name] = part
+    return halves
+
+
+def _num_targets(arguments: Arguments) -> Tensor | int:
+    """Return how many tokens of the whole batch have a target."""
+    given = arguments.get("num_items_in_batch")
+    if given is not None:
+        return given
+    targets = arguments.get("shift_labels")
+    if targets is None:
+        targets = arguments["labels"][..., 1:]
+    return (targets != arguments.get("ignore_index", -100)).sum()
+
+
+@dataclass
+class HalvesTrial:
+    """What is known of a model's training steps so far; it is the same on every rank.
+
+    A step's time is that from its forward's beginning to the next one's, on the slowest rank. First come steps of whole
+    batches, in which num_chunks="auto" settles, and then steps of both kinds in turn.
+    """
+
+    num_layers: int
+    num_steps: int = 0
+    times_ns: dict[bool, list[int]] = field(default_factory=lambda: {True: [], False: []})
+    """Of the tried steps, by whether they ran in halves."""
+    decision: bool | None = None
+    reason: str = ""
+    """Of the decision, in one sentence."""
+    _began: float | None = None
+    _tried: bool | None = None
+    """Whether the step that runs now is in halves, if it is one of those that are tried."""
+
+    @property
+    def num_settling(self) -> int:
+        """How many steps come before those that are tried."""
+        return -(-SETTLING_CALLS // self.num_layers) + 1
+
+    def elapsed_ns(self) -> int:
+        """Return this rank's time of the step before the one that begins now; 0 where nothing is to be compared."""
+        before, self._began = self._began, time.perf_counter()
+        return 0 if before is None or self.decision is not None else max(1, int((self._began - before) * 1e9))
+
+    def end(self, slowest_ns: int) -> None:
+        """Take in the slowest rank's time of the step that has ended, if that was tried."""
+        if self._tried is not None:
+            self.times_ns[self._tried].append(slowest_ns)
+        self._tried = None
+
+    def interrupt(self) -> None:
+        """Forget the step that runs now: what comes before the next one is none. A tried one is tried again."""
+        if self._tried is not None:
+            self.num_steps -= 1
+        self._began = self._tried = None
+
+    def begin(self) -> tuple[bool, str]:
+        """Begin a step that could run in halves; return whether it does, and why."""
+        place = self.num_steps - self.num_settling
+        if self.decision is None and place >= len(ORDER):
+            self._decide()
+        self.num_steps += 1
+        if self.decision is not None:
+            return self.decision, self.reason
+        if place < 0:
+            return False, f"step {self.num_steps} of {self.num_settling} before two halves are tried"
+        self._tried = ORDER[place]
+        return ORDER[place], f"trying both ways: step {place + 1} of {len(ORDER)}"
+
+    def _decide(self) -> None:
+        halves_ms, whole_ms = (statistics.median_low(self.times_ns[is_halved]) / 1e6 for is_halved in (True, False))
+        self.decision = halves_ms < (1 - SMALLEST_GAIN) * whole_ms
+        words = "faster" if self.decision else f"not faster by {SMALLEST_GAIN:.0%}"
+        self.reason = f"two halves were {words}: steps took {halves_ms:.1f} ms, and of one batch {whole_ms:.1f} ms"
 
 
 class HalvedForward:
@@ -58,7 +196,7 @@ class HalvedForward:
         return self._own or type(self.model).forward.__get__(self.model)
 
     def remove(self) -> None:
-        """Return the model its own forward back."""
+        """Put the model's own forward back."""
         if self._own is None:
             del self.model.__dict__["forward"]
         else:
@@ -66,7 +204,7 @@ class HalvedForward:
 
     def __call__(self, *positional: object, **named: object) -> object:
         given = self.__signature__.bind(*positional, **named)
-        arguments = by_name(given, self.__signature__)
+        arguments = _by_name(given, self.__signature__)
         why_whole = self._why_whole(arguments)
         if why_whole and self.trial is not None:
             self.trial.interrupt()
@@ -86,7 +224,7 @@ class HalvedForward:
         return [shards.calls.last_report for shards in map(shards_of, self.spread) if shards is not None]
 
     def _agree(self, arguments: Arguments) -> tuple[bool, str]:
-        """Say whether all ranks halve this batch, and why.
+        """Return whether all ranks halve this batch, and why.
 
         Raises:
             ValueError: some rank's batch can't be split.
@@ -98,7 +236,7 @@ class HalvedForward:
         elapsed_ns = 0 if trial is None else trial.elapsed_ns()
         size, refusal = 2, None
         try:
-            size = batch_size(arguments)
+            size = _batch_size(arguments)
             split(arguments, size, size // 2)
         except ValueError as error:
             refusal = error
@@ -118,7 +256,7 @@ class HalvedForward:
         return is_halved, reason
 
     def _why_whole(self, arguments: Arguments) -> str:
-        """Say why no rank splits this batch, "" where they may; it follows from how the model is called."""
+        """Return why no rank splits this batch, "" where ranks may; decided by how the model is called."""
         if any(arguments.get(name) is not None for name in CACHES):
             return "the keys and values of earlier tokens are in one cache"
         use_cache = arguments.get("use_cache")
@@ -129,7 +267,7 @@ class HalvedForward:
         return ""
 
     def _run_halves(self, arguments: Arguments, reason: str) -> "ModelOutput | tuple":
-        size = batch_size(arguments)
+        size = _batch_size(arguments)
         first = (size + 1) // 2
         self.choice = f"two halves, of {first} and {size - first} sequences" + (reason and f": {reason}")
         returns_dict = arguments.pop("return_dict", None)
@@ -148,7 +286,7 @@ class HalvedForward:
 
     @contextmanager
     def _loss_over_whole_batch(self, arguments: Arguments) -> Iterator[None]:
-        """Let the model's loss of a half be its share of the mean over all target tokens of the batch."""
+        """Make the model's loss of a half its share of the mean over all target tokens of the batch."""
         from transformers import PreTrainedModel
         from transformers.loss.loss_utils import ForCausalLMLoss
 
@@ -159,7 +297,7 @@ class HalvedForward:
                 f"{type(model).__name__} computes its loss itself, and two_batches can't compute that loss from "
                 "halves: leave out `labels`, and compute the loss of the logits"
             )
-        loss = _ShareOfLoss(model.loss_function, num_targets(arguments))
+        loss = _ShareOfLoss(model.loss_function, _num_targets(arguments))
         before = model.__dict__.get("_loss_function")
         model.loss_function = loss
         try:
@@ -229,7 +367,7 @@ class _ShareOfLoss:
 
 
 def two_batches(model: nn.Module, when: Literal["always", "auto"] = "always") -> HalvedForward:
-    """Let every forward of a model run both halves of its batch at once, each while rows of the other are under way.
+    """Make every forward of a model run both halves of its batch at once, each while rows of the other are under way.
 
     The model's experts are spread over ranks before, by `parallelize` or at loading (`ep_implementation`); wrappers
     (DistributedDataParallel, FSDP2, Trainer) come after. Outputs, the loss and all gradients are those of the whole

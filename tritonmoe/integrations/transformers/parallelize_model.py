@@ -8,15 +8,19 @@ from torch import Tensor, nn
 from tritonmoe.config.overlap import OverlapConfig, check_overlap
 from tritonmoe.expert_parallel.state import LayerCalls
 from tritonmoe.experts.adapters import shard_adapters
-from tritonmoe.integrations.torch_distributed.parallelize import device_of, routed_experts, spread_layers
-from tritonmoe.integrations.torch_distributed.spreadable import check_spreadable
+from tritonmoe.integrations.torch_distributed.parallelize import (
+    check_spreadable,
+    device_of,
+    routed_experts,
+    spread_layers,
+)
 from tritonmoe.integrations.transformers.discovery import ExpertsModule, experts_modules
 from tritonmoe.integrations.transformers.packed.packed_experts import num_experts_of, weight_names
-from tritonmoe.integrations.transformers.patching import check_patchable, patch
 from tritonmoe.integrations.transformers.peft_adapters import hand_over_factors
+from tritonmoe.integrations.transformers.registration import check_patchable, patch
 from tritonmoe.integrations.transformers.requirements import check_model
 from tritonmoe.integrations.transformers.sharded_model import bind_to_spread
-from tritonmoe.integrations.transformers.trainer_checkpoints import let_trainer_save_spread_models
+from tritonmoe.integrations.transformers.trainer_checkpoints import patch_trainer
 from tritonmoe.placement.expert_shards import ExpertShards, Sharding, find_sharding
 from tritonmoe.placement.same_weights import check_on_all_ranks
 from tritonmoe.placement.sharded_parameters import check_expert_gradients, shard_parameters
@@ -81,11 +85,11 @@ def parallelize(
     if found:
         patch(model)
         for own in found.values():
-            _spread(own, sharding, overlap, expert_gradients)
+            _shard_experts(own, sharding, overlap, expert_gradients)
     spread_layers(model, group_or_mesh, overlap, expert_gradients=expert_gradients)
     shard_adapters(model)
     bind_to_spread(model, found)
-    let_trainer_save_spread_models()
+    patch_trainer()
     return len(found) + len(layers)
 
 
@@ -118,7 +122,7 @@ def _check_weights(name: str, experts: ExpertsModule) -> None:
             )
 
 
-def _spread(experts: ExpertsModule, sharding: Sharding, overlap: OverlapConfig, expert_gradients: str) -> None:
+def _shard_experts(experts: ExpertsModule, sharding: Sharding, overlap: OverlapConfig, expert_gradients: str) -> None:
     """Keep this rank's experts of a module, as DTensors."""
     own: dict[str, Tensor | None] = {
         name: _own_experts(experts.get_parameter(name), sharding.transport) for name in weight_names(experts)

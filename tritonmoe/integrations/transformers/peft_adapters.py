@@ -5,12 +5,13 @@ weight + scale * B A while the experts run. Here it notes the two factors on the
 are spread over ranks, each rank holds the factors of its own (peft_sharding.py).
 """
 
+import contextlib
 import functools
 import importlib
 import importlib.util
 import inspect
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -18,18 +19,24 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from tritonmoe.expert_parallel.state import refuse
+from tritonmoe.expert_parallel.state import abort_call
 from tritonmoe.experts.adapters import FACTORS, HANDS_OVER, NOTES, SHARDS, Note
 from tritonmoe.integrations.transformers.discovery import is_experts
-from tritonmoe.integrations.transformers.names import EXPERTS_IMPLEMENTATION
-from tritonmoe.integrations.transformers.packed.peft_packed import adapt_packed, is_packed_parameter
+from tritonmoe.integrations.transformers.packed.packed_experts import (
+    is_packed_experts,
+    is_packed_weight,
+    is_transposed,
+    logical_shape_of,
+    up_name,
+)
 from tritonmoe.integrations.transformers.peft_sharding import (
     check_merged_is_finite,
     local_factors,
     shard_factors,
     with_parts,
 )
-from tritonmoe.integrations.transformers.sharded_model import gather_what_peft_saves
+from tritonmoe.integrations.transformers.requirements import EXPERTS_IMPLEMENTATION, wrap_method
+from tritonmoe.integrations.transformers.sharded_model import save_adapters
 from tritonmoe.layer import GroupedExperts
 from tritonmoe.placement.expert_shards import sharded_modules, shards_of
 
@@ -41,8 +48,6 @@ __all__ = ["hand_over_factors", "set_lora_B_order"]
 
 logger = logging.getLogger(__name__)
 
-DELTA = "_tritonmoe_delta"
-"""The attribute of ParamWrapper, once it has been taught to, that holds its get_delta_weight."""
 WAS_LOGGED = "_tritonmoe_was_logged"
 """The attribute of a wrapper of which it was logged that it multiplies out."""
 LAYOUT = "lora_B_layout"
@@ -55,7 +60,7 @@ _said: set[tuple[str, str, str, int]] = set()
 
 
 def hand_over_factors() -> None:
-    """Teach PEFT's ParamWrapper, where PEFT is installed, to hand over factors; calling it again changes nothing.
+    """Make PEFT's ParamWrapper hand over factors, where PEFT is installed; calling it again changes nothing.
 
     Not when the first adapter runs: under activation checkpointing its recompute would differ from its forward.
     """
@@ -72,19 +77,20 @@ def hand_over_factors() -> None:
         logger.warning("it is not known here how this release of PEFT runs adapters of experts: it keeps its own way")
         return
     setattr(wrapper, HANDS_OVER, wrapper._activate_lora)
-    adapt_packed(wrapper)
-    wrapper._activate_lora = _activate
-    setattr(wrapper, DELTA, wrapper.get_delta_weight)
-    wrapper.get_delta_weight = _delta_weight
-    wrapper.merge = _checked_merge(wrapper.merge)
-    tuner = importlib.import_module("peft.tuners.tuners_utils").BaseTuner
-    for name in ("merge_and_unload", "merge_adapter"):
-        setattr(tuner, name, _checked_merges(getattr(tuner, name)))
     setattr(wrapper, SHARDS, shard_factors)
     setattr(wrapper, FACTORS, _factors_of)
-    wrapper._move_adapter_to_device_of_base_layer = _then_sharded(wrapper._move_adapter_to_device_of_base_layer)
-    gather_what_peft_saves()
-    _hotswap_parts()
+    wrapper._activate_lora = _activate
+    wrap_method(wrapper, "get_param", _parameter_or_stand_in)
+    wrap_method(wrapper, "get_delta_weight", _delta_weight)
+    wrap_method(wrapper, "merge", _merge_checked)
+    wrap_method(wrapper, "_move_adapter_to_device_of_base_layer", _move_and_shard)
+    tuner = importlib.import_module("peft.tuners.tuners_utils").BaseTuner
+    if hasattr(tuner, "_inject_parameters"):
+        wrap_method(tuner, "_inject_parameters", _inject_named)
+    for name in ("merge_and_unload", "merge_adapter"):
+        wrap_method(tuner, name, _merge_all_or_none)
+    wrap_method(importlib.import_module("peft").PeftModel, "save_pretrained", save_adapters)
+    wrap_method(importlib.import_module("peft.utils.hotswap"), "hotswap_adapter_from_state_dict", _hotswap_parts)
     _watch_orders()
 
 
@@ -93,40 +99,31 @@ def _factors_of(wrapper: "ParamWrapper") -> tuple[nn.Module, list[nn.Module]]:
     return wrapper.get_base_layer(), [*wrapper.lora_A.values(), *wrapper.lora_B.values()]
 
 
-def _then_sharded(move: Callable[..., None]) -> Callable[..., None]:
-    """Let this rank keep its part of an adapter once that has its values, and PEFT moves it to the experts' device."""
-
-    @functools.wraps(move)
-    def method(self: "ParamWrapper", *arguments: object, **keywords: object) -> None:
-        move(self, *arguments, **keywords)
-        shard_factors(self)
-
-    return method
+def _move_and_shard(move: Callable[..., None], wrapper: "ParamWrapper", *arguments: object, **keywords: object) -> None:
+    """Keep this rank's part of an adapter once that has its values, and PEFT moves it to the experts' device."""
+    move(wrapper, *arguments, **keywords)
+    shard_factors(wrapper)
 
 
-def _checked_merges(merge: Callable[..., object]) -> Callable[..., object]:
-    """Let a model merge where all its wrappers can: PEFT would go layer by layer, and stop in the middle."""
-    order = inspect.signature(merge)
-
-    @functools.wraps(merge)
-    def method(self: "BaseTuner", *arguments: object, **keywords: object) -> object:
-        given = order.bind(self, *arguments, **keywords).arguments
-        for module in self.model.modules():
-            if hasattr(type(module), HANDS_OVER):
-                wrapper = cast("ParamWrapper", module)
-                _check_merge(wrapper, given.get("safe_merge", False), given.get("adapter_names"))
-        return merge(self, *arguments, **keywords)
-
-    return method
+def _merge_all_or_none(
+    merge: Callable[..., object], tuner: "BaseTuner", *arguments: object, **keywords: object
+) -> object:
+    """Merge a model where all its wrappers can: PEFT would go layer by layer, and stop in the middle."""
+    given = inspect.signature(merge).bind(tuner, *arguments, **keywords).arguments
+    for module in tuner.model.modules():
+        if hasattr(type(module), HANDS_OVER):
+            _check_merge(cast("ParamWrapper", module), given.get("safe_merge", False), given.get("adapter_names"))
+    return merge(tuner, *arguments, **keywords)
 
 
-def _checked_merge(merge: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(merge)
-    def method(self: "ParamWrapper", safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        _check_merge(self, safe_merge, adapter_names)
-        merge(self, safe_merge=safe_merge and not _is_spread(self), adapter_names=adapter_names)
-
-    return method
+def _merge_checked(
+    merge: Callable[..., None],
+    wrapper: "ParamWrapper",
+    safe_merge: bool = False,
+    adapter_names: list[str] | None = None,
+) -> None:
+    _check_merge(wrapper, safe_merge, adapter_names)
+    merge(wrapper, safe_merge=safe_merge and not _is_spread(wrapper), adapter_names=adapter_names)
 
 
 def _is_spread(wrapper: "ParamWrapper") -> bool:
@@ -144,7 +141,7 @@ def _check_merge(wrapper: "ParamWrapper", safe_merge: bool, adapter_names: list[
     names = wrapper.active_adapters if adapter_names is None else adapter_names
     names = [name for name in names if name in wrapper.lora_A and name not in wrapper.merged_adapters]
     experts = wrapper.get_base_layer()
-    if names and is_packed_parameter(experts, wrapper.parameter_name):
+    if names and _is_packed_parameter(experts, wrapper.parameter_name):
         raise ValueError(
             f"{wrapper.parameter_name} of {type(experts).__name__} is packed in 4 or 8 bits, and merging would round "
             f"the adapters {names} to them, so nothing was merged. tm.export_weights(model, dequantize=True) gives the "
@@ -165,30 +162,29 @@ def _check_merge(wrapper: "ParamWrapper", safe_merge: bool, adapter_names: list[
         check_merged_is_finite(wrapper, names)
 
 
-def _hotswap_parts() -> None:
-    """Let PEFT's hotswap take this rank's part of a whole adapter, where the one there is spread."""
-    hotswap = importlib.import_module("peft.utils.hotswap")
-    swap = hotswap.hotswap_adapter_from_state_dict
-
-    @functools.wraps(swap)
-    def swap_parts(model: nn.Module, state_dict: dict[str, Tensor], *arguments: object, **keywords: object) -> None:
-        swap(model, with_parts(model, state_dict), *arguments, **keywords)
-
-    setattr(hotswap, swap.__name__, swap_parts)
+def _hotswap_parts(
+    swap: Callable[..., None],
+    model: nn.Module,
+    state_dict: dict[str, Tensor],
+    *arguments: object,
+    **keywords: object,
+) -> None:
+    """Swap in this rank's part of a whole adapter, where the one there is spread."""
+    swap(model, with_parts(model, state_dict), *arguments, **keywords)
 
 
 def _activate(self: "ParamWrapper", active_adapters: list[str]) -> AbstractContextManager:
-    """Stand in the place of ParamWrapper._activate_lora, inside of which the experts run."""
+    """Return the context in which the experts run with the adapter; replaces ParamWrapper._activate_lora."""
     reason = _why_not(self, active_adapters)
     if reason is None:
         adapter = next(name for name in active_adapters if name in self.lora_A)
         _say_what_trains(self, adapter)
         return _Noted(self, adapter)
     experts = self.get_base_layer()
-    shards, is_packed = shards_of(experts), is_packed_parameter(experts, self.parameter_name)
+    shards, is_packed = shards_of(experts), _is_packed_parameter(experts, self.parameter_name)
     if reason and (is_packed or shards is not None):
         if shards is not None:
-            refuse(shards.transport)
+            abort_call(shards.transport)
         what = "weight is packed" if is_packed else "experts are spread over ranks"
         raise ValueError(
             f"PEFT can't run its adapter of {self.parameter_name} of {type(experts).__name__}, whose {what}, since "
@@ -225,7 +221,7 @@ class _Noted:
             factor_b = lora_b.unflatten(1, (-1, num_experts)).permute(2, 0, 1)
         else:
             factor_a, factor_b = local
-        if not getattr(wrapper, "_did_swap_in_out_features", False) and not _is_transposed(wrapper.get_base_layer()):
+        if not getattr(wrapper, "_did_swap_in_out_features", False) and not is_transposed(wrapper.get_base_layer()):
             # releases before 0.19 take the rows of every weight for what comes in: their A is our B
             factor_a, factor_b = factor_b.mT, factor_a.mT
         if local is None and list(expert_ids) != list(range(num_experts)):
@@ -241,12 +237,8 @@ def _weight(linear: nn.Module) -> Tensor:
     return cast(Tensor, linear.weight)
 
 
-def _is_transposed(experts: nn.Module) -> bool:
-    return bool(getattr(experts, "is_transposed", False))
-
-
 def _why_not(wrapper: "ParamWrapper", active_adapters: list[str]) -> str | None:
-    """Say why PEFT's own way is taken; an empty string where nobody needs to know, None where factors can be taken."""
+    """Return why PEFT runs an adapter in its own way: "" without a warning, None where factors are handed over."""
     experts = wrapper.get_base_layer()
     active = [name for name in active_adapters if name in wrapper.lora_A]
     if not active:
@@ -265,10 +257,9 @@ def _why_not(wrapper: "ParamWrapper", active_adapters: list[str]) -> str | None:
     if len(active) > 1:
         return f"{len(active)} adapters are active at once, which only PEFT's own way runs: activate one"
     shape = wrapper.get_param().shape
-    up_name = "gate_up_proj" if getattr(experts, "has_gate", True) else "up_proj"
-    if wrapper.parameter_name not in (up_name, "down_proj") or len(shape) != 3 or wrapper.num_experts < 2:
+    if wrapper.parameter_name not in (up_name(experts), "down_proj") or len(shape) != 3 or wrapper.num_experts < 2:
         return f"{wrapper.parameter_name} {tuple(shape)} is no projection of several experts"
-    is_packed = is_packed_parameter(experts, wrapper.parameter_name)
+    is_packed = _is_packed_parameter(experts, wrapper.parameter_name)
     if wrapper.parameter_name in getattr(experts, "parametrizations", {}) and not is_packed:
         return f"{wrapper.parameter_name} has another parametrization: remove it"
     if wrapper.lora_variant.get(active[0]) is not None or wrapper.lora_bias.get(active[0]):
@@ -308,14 +299,19 @@ def _log_once(wrapper: "ParamWrapper", reason: str) -> None:
         )
 
 
-def _delta_weight(self: "ParamWrapper", adapter_name: str, *args: object, **keywords: object) -> Tensor:
-    """Stand in the place of ParamWrapper.get_delta_weight: of spread experts give a DTensor, which merge() adds."""
-    local = local_factors(self, adapter_name)
+def _delta_weight(
+    get_delta_weight: Callable[..., Tensor],
+    wrapper: "ParamWrapper",
+    adapter_name: str,
+    *arguments: object,
+    **keywords: object,
+) -> Tensor:
+    """Return what PEFT's get_delta_weight does; of spread experts a DTensor, which merge() adds."""
+    local = local_factors(wrapper, adapter_name)
     if local is not None:
-        return _spread_delta(self, local, self.scaling[adapter_name])
-    delta = getattr(type(self), DELTA)(self, adapter_name, *args, **keywords)
-    parameter, experts = self.get_param(), self.get_base_layer()
-    shards = shards_of(experts)
+        return _spread_delta(wrapper, local, wrapper.scaling[adapter_name])
+    delta = get_delta_weight(wrapper, adapter_name, *arguments, **keywords)
+    parameter, shards = wrapper.get_param(), shards_of(wrapper.get_base_layer())
     if shards is None or not hasattr(parameter, "device_mesh"):
         return delta
     from torch.distributed.tensor import distribute_tensor
@@ -337,7 +333,7 @@ def _spread_delta(wrapper: "ParamWrapper", factors: tuple[Tensor, Tensor], scale
 
 
 def _watch_orders() -> None:
-    """Let a warning say, where PEFT reads an adapter's configuration, that its lora_B may be in unsloth's order."""
+    """Make PEFT's reading of an adapter's configuration warn where the lora_B may be in unsloth's order."""
     mixin = importlib.import_module("peft.config").PeftConfigMixin
     read = mixin.from_json_file.__func__
 
@@ -428,3 +424,70 @@ def set_lora_B_order(
             columns = weight.unflatten(1, (wrapper.num_experts, -1))  # (out, E, R)
             weight.copy_(columns.transpose(1, 2).flatten(1))
             linear.__dict__[WAS_REORDERED] = True
+
+
+def _is_packed_parameter(experts: nn.Module, name: str) -> bool:
+    """Return whether a module of experts has this weight packed."""
+    if isinstance(experts, GroupedExperts):
+        return experts.config.weight_format is not None and name in ("gate_up_proj", "down_proj")
+    return name in (up_name(experts), "down_proj") and is_packed_weight(experts, name)
+
+
+def _stand_in(experts: nn.Module, name: str) -> Tensor:
+    """Return a tensor of the weight's shape, in bf16 and without memory, on the experts' device."""
+    if isinstance(experts, GroupedExperts):
+        shape: tuple[int, ...] = experts.config.num_experts, *experts.config.weight_shapes[name == "down_proj"]
+    else:
+        shape = logical_shape_of(experts, name)
+    device = next(experts.parameters()).device
+    return torch.empty(1, dtype=torch.bfloat16, device=device).expand(shape)
+
+
+def _parameter_or_stand_in(get_param: Callable[..., Tensor], wrapper: "ParamWrapper") -> Tensor:
+    experts = wrapper.get_base_layer()
+    if _is_packed_parameter(experts, wrapper.parameter_name):
+        return _stand_in(experts, wrapper.parameter_name)
+    return get_param(wrapper)
+
+
+def _inject_named(
+    inject: Callable[..., list[str]],
+    tuner: object,
+    peft_config: object,
+    model: nn.Module,
+    *arguments: object,
+    **keywords: object,
+) -> list[str]:
+    """Run PEFT's _inject_parameters, which looks for parameters by name, where packed weights have those names."""
+    with _named(model):
+        return inject(tuner, peft_config, model, *arguments, **keywords)
+
+
+@contextlib.contextmanager
+def _named(model: nn.Module) -> Iterator[None]:
+    """Put parameters without memory on packed experts, and take parametrizations away, while the context lasts."""
+    packed = [
+        module
+        for module in model.modules()
+        if not isinstance(module, GroupedExperts) and hasattr(module, "num_experts") and is_packed_experts(module)
+    ]
+    kept: list[tuple[nn.Module, dict[str, object], nn.Module | None]] = []
+    for experts in packed:
+        own: dict[str, object] = {}
+        for name in (up_name(experts), "down_proj"):
+            if name in experts._parameters:  # plain, or fp8, whose shape is the weight's
+                continue
+            shaped = nn.Parameter(_stand_in(experts, name), requires_grad=False)
+            own[name] = experts.__dict__.pop(name, None)
+            experts._parameters[name] = shaped
+        kept.append((experts, own, experts._modules.pop("parametrizations", None)))
+    try:
+        yield
+    finally:
+        for experts, own, parametrizations in kept:
+            if parametrizations is not None:
+                experts._modules["parametrizations"] = parametrizations
+            for name, value in own.items():
+                experts._parameters.pop(name, None)
+                if value is not None:
+                    experts.__dict__[name] = value

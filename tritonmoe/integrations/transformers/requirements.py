@@ -1,13 +1,18 @@
-"""Checks before anything starts: of transformers' version, of a model and its forwards, and of quantised weights."""
+"""Names, checks before anything starts (of versions, models, quantised weights), and methods put in place of others."""
 
+import functools
 import importlib.metadata
 import inspect
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 __all__ = [
+    "CACHES",
+    "EXPERTS_IMPLEMENTATION",
     "MINIMUM_TRANSFORMERS",
     "WEIGHT_DTYPES",
     "check_forward",
@@ -15,8 +20,13 @@ __all__ = [
     "check_transformers",
     "quantisation_method",
     "quantised_kind",
+    "wrap_method",
 ]
 
+EXPERTS_IMPLEMENTATION = "tritonmoe"
+"""The name by which transformers knows the experts, and the expert-parallel implementation, of this package."""
+CACHES = ("cache", "past_key_values")
+"""The arguments of a model's forward with keys and values of earlier tokens."""
 MINIMUM_TRANSFORMERS = (5, 7)
 """Earlier releases accept only their own names for experts_implementation."""
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -70,7 +80,7 @@ def check_forward(name: str, module: nn.Module) -> None:
 
 
 def quantisation_method(model: nn.Module) -> str | None:
-    """Say what a config in `model` calls its quantisation, as "mxfp4"; None for none, and for that of GGUF.
+    """Return what a config in `model` calls its quantisation, as "mxfp4"; None for none, and for that of GGUF.
 
     Weights of a GGUF file are dequantised when they are loaded.
     """
@@ -83,7 +93,7 @@ def quantisation_method(model: nn.Module) -> str | None:
 
 
 def quantised_kind(weight: Tensor) -> str | None:
-    """Say what a quantised weight is; None for one that holds the numbers it stands for, sharded (DTensor) or not.
+    """Return the kind of a quantised weight; None for a weight that holds its own numbers, sharded (DTensor) or not.
 
     Example:
         "Params4bit of torch.uint8" (bitsandbytes), "Int4Tensor of torch.bfloat16" (torchao, whose dtype is that of the
@@ -95,3 +105,18 @@ def quantised_kind(weight: Tensor) -> str | None:
     if is_plain and not is_traceable_wrapper_subclass(weight):
         return None
     return f"{type(weight).__name__} of {weight.dtype}"
+
+
+def wrap_method(owner: object, name: str, function: Callable[..., Any]) -> None:
+    """Put a function in the place of a method of a class, or of a function of a module.
+
+    Args:
+        function: called with the method that it replaces, then with the arguments of the call.
+    """
+    method = getattr(owner, name)
+
+    @functools.wraps(method)
+    def wrapped(*arguments: object, **keywords: object) -> object:
+        return function(method, *arguments, **keywords)
+
+    setattr(owner, name, wrapped)

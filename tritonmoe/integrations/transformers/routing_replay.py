@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from tritonmoe.expert_parallel.state import refuse
+from tritonmoe.expert_parallel.state import abort_call
 from tritonmoe.integrations.transformers.routed_experts import (
     COMPILED,
     RoutedExperts,
@@ -22,7 +22,7 @@ from tritonmoe.layer import MoELayer
 from tritonmoe.routing.recording import RoutingRecording, check_same_layers
 from tritonmoe.routing.replay import LayerReplay
 from tritonmoe.runtime.autograd import is_recomputing
-from tritonmoe.runtime.helping import is_helping
+from tritonmoe.runtime.other_ranks import in_dummy_forward
 
 __all__ = ["record_routing", "replay_routing"]
 
@@ -69,7 +69,7 @@ def record_routing(
 
 @contextmanager
 def replay_routing(model: nn.Module, recording: RoutingRecording) -> Iterator["ReplayCounts"]:
-    """Let the routers of a transformers model take recorded ids, while the context lasts.
+    """Make the routers of a transformers model take recorded ids, while the context lasts.
 
     The weights of these experts, and their gradients, come from the model's own scores: its router runs as ever, and
     where it calls torch.topk, the values are the scores at the recorded ids. The n-th forward of a layer takes its n-th
@@ -157,14 +157,14 @@ class _Replay:
             raise ValueError("replay needs the router: pass the model that holds these experts")
 
         def start(module: nn.Module, _: object) -> None:
-            if module is not block or is_helping():  # a copy of the model has the hooks too
+            if module is not block or in_dummy_forward():  # a copy of the model has the hooks too
                 return
             refuse_compiler()
             self._drop_hooks()
             layer.start()
 
         def finish(module: nn.Module, arguments: tuple[Tensor, ...], keywords: dict[str, Tensor]) -> None:
-            if module is not routed.experts or is_helping():
+            if module is not routed.experts or in_dummy_forward():
                 return
             try:
                 if self.has_failed and layer.is_open:
@@ -174,7 +174,7 @@ class _Replay:
                 layer.finish(routed_ids(arguments, keywords)[0], allow_skipped=is_own)
             except ValueError:
                 if routed.transport is not None:
-                    refuse(routed.transport)
+                    abort_call(routed.transport)
                 raise
 
         def end(module: nn.Module, *_: object) -> None:

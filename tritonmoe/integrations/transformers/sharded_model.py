@@ -14,13 +14,12 @@ import torch
 from torch import nn
 
 from tritonmoe.errors import CountMismatch, TransportError
-from tritonmoe.expert_parallel.state import refuse
+from tritonmoe.expert_parallel.state import abort_call
 from tritonmoe.experts.adapters import check_hands_over
 from tritonmoe.integrations.torch_distributed.parallelize import expert_parameters
 from tritonmoe.integrations.transformers.discovery import ExpertsModule
-from tritonmoe.integrations.transformers.generation import announce_forwards, let_spread_models_generate
-from tritonmoe.integrations.transformers.names import EXPERTS_IMPLEMENTATION, STATE_TO_SAVE
-from tritonmoe.integrations.transformers.requirements import check_forward
+from tritonmoe.integrations.transformers.generation import announce_forwards, patch_generate
+from tritonmoe.integrations.transformers.requirements import EXPERTS_IMPLEMENTATION, check_forward
 from tritonmoe.placement.expert_shards import sharded_modules, shards_of
 from tritonmoe.placement.placed_states import StateDict
 from tritonmoe.placement.watched_collectives import full_tensor
@@ -33,25 +32,28 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 __all__ = [
+    "STATE_TO_SAVE",
     "bind_to_spread",
     "everybody_of",
     "gathered_state",
     "meet",
     "on_first_rank",
     "refuse_to_meet",
+    "save_adapters",
     "saves_adapters",
 ]
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 MAX_NAMED = 8
+STATE_TO_SAVE = "_tritonmoe_state_to_save"
+"""The attribute of a model that holds, while it is saved, the state dict that save_pretrained was given."""
 
 
 def bind_to_spread(model: nn.Module, found: Mapping[str, ExpertsModule]) -> None:
-    """Return every model of transformers in `model` its own save_pretrained and set_experts_implementation.
+    """Replace save_pretrained and set_experts_implementation of every model of transformers in `model`.
 
-    Its generate() keeps step with the other ranks.
-
-    The blocks around the experts check before each forward what can be changed without these.
+    Its generate() keeps step with the other ranks. The blocks around the experts check before each forward what can be
+    changed without these methods.
 
     Args:
         found: the experts modules, spread already, by their names.
@@ -62,20 +64,16 @@ def bind_to_spread(model: nn.Module, found: Mapping[str, ExpertsModule]) -> None
         if hasattr(type(own), "save_pretrained") and any(isinstance(p, DTensor) for p in own.parameters()):
             # a model upcycled in place has a way of its own
             save = own.__dict__.get("save_pretrained", functools.partial(_save_as_its_class, own))
-            _bind(own, "save_pretrained", functools.partial(_save_gathered, own, save))
+            own.__dict__["save_pretrained"] = functools.partial(_save_gathered, own, save)
             if hasattr(type(own), "set_experts_implementation"):  # wrappers, as PEFT's, ask what they wrap
-                _bind(own, "set_experts_implementation", functools.partial(_set_experts_implementation, own))
-    let_spread_models_generate(model)
+                own.__dict__["set_experts_implementation"] = functools.partial(_set_experts_implementation, own)
+    patch_generate(model)
     announce_forwards(model)
     for name, experts in found.items():
         block_name, _, own_name = name.rpartition(".")
         if own_name:
             block = model.get_submodule(block_name)
             block.register_forward_pre_hook(functools.partial(_check_experts, name, own_name, experts))
-
-
-def _bind(model: nn.Module, name: str, method: Callable[..., None]) -> None:
-    setattr(model, name, method)
 
 
 def _check_experts(name: str, own_name: str, experts: ExpertsModule, block: nn.Module, _: object) -> None:
@@ -96,7 +94,7 @@ def _check_implementation(name: str, implementation: str | None) -> None:
 
 
 def _set_experts_implementation(model: nn.Module, experts_implementation: str | dict[str, str]) -> None:
-    """Do what transformers' does, after raising ValueError for an implementation that needs all experts here."""
+    """Set the implementation as transformers does; raise ValueError for one that needs all experts on this rank."""
     by_config = experts_implementation if isinstance(experts_implementation, dict) else {"": experts_implementation}
     for implementation in by_config.values():
         _check_implementation(type(model).__name__, implementation)
@@ -105,7 +103,7 @@ def _set_experts_implementation(model: nn.Module, experts_implementation: str | 
 
 
 def saves_adapters(model: nn.Module) -> bool:
-    """Say whether what this model saves is adapters of PEFT, not itself."""
+    """Return whether what this model saves is adapters of PEFT, not itself."""
     is_wrapper = any(kind.__name__ == "PeftModel" for kind in type(model).__mro__)
     return is_wrapper or bool(getattr(model, "_hf_peft_config_loaded", False))
 
@@ -159,15 +157,10 @@ def everybody_of(model: nn.Module) -> "DeviceMesh":
     # FSDP2 spreads parameters over more ranks than the experts alone.
     meshes = [parameter.device_mesh for parameter in model.parameters() if isinstance(parameter, DTensor)]
     largest = max(meshes, key=lambda mesh: mesh.size())
-    num_members = len(_members(model))
+    num_members = len({rank for _, _, shards in sharded_modules(model) for rank in shards.sharding.members or ()})
     if num_members > largest.size() and num_members == dist.get_world_size():  # with copies, on a mesh of two axes
         return DeviceMesh.from_group(own_group(None), largest.device_type)
     return largest
-
-
-def _members(model: nn.Module) -> set[int]:
-    """Return the ranks that hold the experts or copies of them."""
-    return {rank for _, _, shards in sharded_modules(model) for rank in shards.sharding.members or ()}
 
 
 def _save_gathered(
@@ -202,7 +195,7 @@ def _save_gathered(
 
 @contextmanager
 def _told(model: nn.Module, state_dict: StateDict | None) -> Iterator[None]:
-    """Let quantizers give what save_pretrained was given: transformers asks them instead."""
+    """Keep the state dict that save_pretrained was given where quantizers find it: transformers asks these for one."""
     outer = model.__dict__.get(STATE_TO_SAVE)  # of a PEFT model that was spread: its class's own save gathers too
     model.__dict__[STATE_TO_SAVE] = state_dict
     try:
@@ -212,7 +205,7 @@ def _told(model: nn.Module, state_dict: StateDict | None) -> Iterator[None]:
 
 
 def meet(model: nn.Module, what: str) -> None:
-    """Wait for the other ranks; one that calls a layer instead ends that at once, which no gather would.
+    """Wait for the other ranks; unlike a gather, this fails at once where another rank calls a layer instead.
 
     Args:
         what: every rank has to call.
@@ -230,30 +223,24 @@ def meet(model: nn.Module, what: str) -> None:
 
 
 def refuse_to_meet(model: nn.Module) -> None:
-    """Let the other ranks, which meet(), hear that this one raised before; then it may raise."""
+    """Make meet() fail on the other ranks; called by a rank that raises before its own meet()."""
     for transport in _transports(model):
-        refuse(transport)
+        abort_call(transport)
 
 
 def _transports(model: nn.Module) -> list[Transport]:
     return list(dict.fromkeys(shards.transport for module in model.modules() if (shards := shards_of(module))))
 
 
-def gather_what_peft_saves() -> None:
-    """Let PEFT's models gather adapters that are spread over ranks when they are saved, from now on."""
-    import peft
-
-    save: Callable[..., None] = peft.PeftModel.save_pretrained
-
-    @functools.wraps(save)
-    def save_pretrained(self: nn.Module, save_directory: str | os.PathLike, **settings: object) -> None:
-        own = functools.partial(save, self)
-        if whole_forms(self):
-            _save_gathered(self, own, save_directory, **settings)
-        else:
-            own(save_directory, **settings)
-
-    setattr(peft.PeftModel, save.__name__, save_pretrained)
+def save_adapters(
+    save: Callable[..., None], model: nn.Module, save_directory: str | os.PathLike, **settings: object
+) -> None:
+    """Save a model of PEFT by `save`, its class's own method, with adapters gathered that are spread over ranks."""
+    own = functools.partial(save, model)
+    if whole_forms(model):
+        _save_gathered(model, own, save_directory, **settings)
+    else:
+        own(save_directory, **settings)
 
 
 def _save_as_its_class(model: nn.Module, save_directory: str | os.PathLike, **settings: object) -> None:

@@ -1,8 +1,8 @@
-"""transformers.Trainer with spread experts: every rank takes part in its checkpoints, which are whole or refused.
+"""Checkpoints of transformers.Trainer: models with spread experts are saved and resumed, upcycled ones loaded.
 
-In its directory `checkpoint-N` the model is as save_pretrained leaves it, and the optimizer as
-torch.distributed.checkpoint does, for any number of ranks. trainer_state.json comes last: without it, a checkpoint is
-half written.
+With spread experts every rank takes part, and a checkpoint is whole or refused. In its directory `checkpoint-N` the
+model is as save_pretrained leaves it, and the optimizer as torch.distributed.checkpoint does, for any number of ranks.
+trainer_state.json comes last: without it, a checkpoint is half written.
 """
 
 import functools
@@ -17,22 +17,34 @@ from typing import TYPE_CHECKING, Protocol, TypeAlias, cast
 import torch
 from torch import nn
 
-from tritonmoe.integrations.transformers.sharded_model import gathered_state, on_first_rank
-from tritonmoe.integrations.transformers.trainer_loading import is_spread, let_trainer_load_experts
+from tritonmoe.integrations.torch_distributed.parallelize import expert_parameters
+from tritonmoe.integrations.transformers.discovery import experts_modules
+from tritonmoe.integrations.transformers.requirements import wrap_method
+from tritonmoe.integrations.transformers.sharded_model import gathered_state, on_first_rank, saves_adapters
+from tritonmoe.integrations.transformers.upcycle.checkpoint_files import CheckpointReader
+from tritonmoe.integrations.transformers.upcycle.checkpoint_model import (
+    DESCRIPTION_FILE,
+    WEIGHTS_STEM,
+    load_weights_of,
+    read_description,
+)
 from tritonmoe.placement.placed_states import StateDict
 
-__all__ = ["let_trainer_save_spread_models"]
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from transformers import PreTrainedModel, Trainer, TrainerState, TrainingArguments
+
+__all__ = ["IS_UPCYCLED", "load_saved", "patch_trainer"]
 
 logger = logging.getLogger(__name__)
 
 OPTIMIZER = "optimizer_sharded"
 """The directory of the optimizer's shards. Called so, Trainer asks for optimizer.pt where the experts aren't spread."""
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-    from transformers import TrainerState, TrainingArguments
 
+IS_UPCYCLED = "_tritonmoe_is_upcycled"
+"""An entry of the __dict__ of models that upcycle() has made natively; those in place have `upcycling`."""
 TRAINER_STATE, SCHEDULER = "trainer_state.json", "scheduler.pt"
-MARK = "_tritonmoe_saves_spread_models"
+MARK = "_tritonmoe_is_patched"
 
 
 class SpreadTrainer(Protocol):
@@ -53,17 +65,18 @@ Original: TypeAlias = Callable[..., object]
 """Trainer's own method, which one of these functions stands in for."""
 
 
-def let_trainer_save_spread_models() -> None:
-    """Let Trainer, and its subclasses, save and resume models whose experts are spread, from now on.
+def patch_trainer() -> None:
+    """Make Trainer, and its subclasses, save, resume and load models that were spread or upcycled, from now on.
 
-    It calls save_pretrained and the optimizer's state_dict on one rank alone, where spread experts can't be gathered.
-    Other models go the way they went.
+    Trainer calls save_pretrained and the optimizer's state_dict on one rank alone, where spread experts can't be
+    gathered, and loads by load_state_dict of the files, which passes over weights that have other names there: those of
+    a model upcycled in place, and in most families each expert's. Other models go the way they went.
     """
     from transformers import Trainer
 
-    let_trainer_load_experts()
     if hasattr(Trainer, MARK):
         return
+    setattr(Trainer, MARK, True)
     for function in (
         train,
         save_model,
@@ -72,23 +85,23 @@ def let_trainer_save_spread_models() -> None:
         _save_rng_state,
         _load_optimizer_and_scheduler,
     ):
-        setattr(Trainer, function.__name__, _for_spread_models(getattr(Trainer, function.__name__), function))
-    setattr(Trainer, MARK, True)
+        wrap_method(Trainer, function.__name__, functools.partial(_if_spread, function))
+    wrap_method(Trainer, "_load_from_checkpoint", _load_from_checkpoint)
+    wrap_method(Trainer, "_load_best_model", _load_best_model)
 
 
-def _for_spread_models(original: Callable, function: Callable) -> Callable:
-    @functools.wraps(original)
-    def method(trainer: "SpreadTrainer", *arguments: object, **keywords: object) -> object:
-        if not is_spread(trainer.model):
-            return original(trainer, *arguments, **keywords)
-        return function(original, trainer, *arguments, **keywords)
-
-    return method
+def _if_spread(
+    function: Original, original: Original, trainer: SpreadTrainer, *arguments: object, **named: object
+) -> object:
+    """Call a function of this file where the experts of the trainer's model are spread, else Trainer's own method."""
+    if not is_spread(trainer.model):
+        return original(trainer, *arguments, **named)
+    return function(original, trainer, *arguments, **named)
 
 
 def train(
     original: Original,
-    trainer: "SpreadTrainer",
+    trainer: SpreadTrainer,
     resume_from_checkpoint: str | bool | None = None,
     *rest: object,
     **named: object,
@@ -116,7 +129,7 @@ def _last_whole_checkpoint(directory: Path) -> str:
 
 
 def save_model(
-    original: Original, trainer: "SpreadTrainer", output_dir: str | None = None, _internal_call: bool = False
+    original: Original, trainer: SpreadTrainer, output_dir: str | None = None, _internal_call: bool = False
 ) -> None:
     """Gather the model on every rank, and write it on the one that writes."""
     directory = cast(str, trainer.args.output_dir) if output_dir is None else output_dir
@@ -128,8 +141,8 @@ def save_model(
         trainer.push_to_hub(commit_message="Model save", revision=trainer.args.hub_revision)
 
 
-def _save_checkpoint(original: Original, trainer: "SpreadTrainer", model: nn.Module, trial: object) -> None:
-    """Take back that an older checkpoint of this step was whole, then save, which ends with saying so again."""
+def _save_checkpoint(original: Original, trainer: SpreadTrainer, model: nn.Module, trial: object) -> None:
+    """Remove trainer_state.json of an older checkpoint of this step, then save, which ends with writing it."""
     directory = Path(trainer._get_output_dir(trial=trial)) / f"checkpoint-{trainer.state.global_step}"
     if trainer.args.should_save:
         (directory / TRAINER_STATE).unlink(missing_ok=True)
@@ -138,7 +151,7 @@ def _save_checkpoint(original: Original, trainer: "SpreadTrainer", model: nn.Mod
     trainer.accelerator.wait_for_everyone()
 
 
-def _save_optimizer_and_scheduler(original: Original, trainer: "SpreadTrainer", output_dir: str) -> None:
+def _save_optimizer_and_scheduler(original: Original, trainer: SpreadTrainer, output_dir: str) -> None:
     import torch.distributed.checkpoint as distributed_checkpoint
 
     distributed_checkpoint.save(_optimizer_state(trainer), checkpoint_id=os.path.join(output_dir, OPTIMIZER))
@@ -146,13 +159,13 @@ def _save_optimizer_and_scheduler(original: Original, trainer: "SpreadTrainer", 
         torch.save(trainer.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER))
 
 
-def _save_rng_state(original: Original, trainer: "SpreadTrainer", output_dir: str) -> None:
-    """Wait for every rank's state: trainer_state.json is written next."""
+def _save_rng_state(original: Original, trainer: SpreadTrainer, output_dir: str) -> None:
+    """Save this rank's state, and wait for every rank: trainer_state.json is written next."""
     original(trainer, output_dir)
     trainer.accelerator.wait_for_everyone()
 
 
-def _load_optimizer_and_scheduler(original: Original, trainer: "SpreadTrainer", checkpoint: str | None) -> None:
+def _load_optimizer_and_scheduler(original: Original, trainer: SpreadTrainer, checkpoint: str | None) -> None:
     import torch.distributed.checkpoint as distributed_checkpoint
     from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
 
@@ -172,11 +185,93 @@ def _load_optimizer_and_scheduler(original: Original, trainer: "SpreadTrainer", 
     trainer.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER, weights_only=True))
 
 
-def _optimizer_state(trainer: "SpreadTrainer") -> StateDict:
+def _optimizer_state(trainer: SpreadTrainer) -> StateDict:
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
     return {"optimizer": get_optimizer_state_dict(trainer.model, _own_optimizer(trainer))}
 
 
-def _own_optimizer(trainer: "SpreadTrainer") -> torch.optim.Optimizer:
+def _own_optimizer(trainer: SpreadTrainer) -> torch.optim.Optimizer:
     return getattr(trainer.optimizer, "optimizer", trainer.optimizer)  # without Accelerate's around it
+
+
+def _load_from_checkpoint(
+    original: Original, trainer: "Trainer", resume_from_checkpoint: str, model: nn.Module | None = None
+) -> None:
+    own = cast(nn.Module, trainer.model) if model is None else model
+    if not _load(trainer, own, Path(resume_from_checkpoint)):
+        original(trainer, resume_from_checkpoint, model)
+
+
+def _load_best_model(original: Original, trainer: "Trainer") -> None:
+    best = cast(str, trainer.state.best_model_checkpoint)  # there is one by then
+    if not _load(trainer, cast(nn.Module, trainer.model), Path(best)):
+        original(trainer)
+
+
+def is_spread(model: nn.Module) -> bool:
+    return any(hasattr(parameter, "device_mesh") for parameter in expert_parameters(model))
+
+
+def _load(trainer: "Trainer", model: nn.Module, directory: Path) -> bool:
+    if not is_spread(model) and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):  # have ways of their own
+        return False
+    return load_saved(model, directory)
+
+
+def load_saved(model: nn.Module, directory: Path) -> bool:
+    """Load what a model's own save_pretrained wrote; return False, and load nothing, where Trainer's way is right.
+
+    That is so for adapters, and for models which tritonmoe has neither made nor spread. As in Trainer's way, a part
+    that the directory lacks stays as it is, but for experts.
+    """
+    if (directory / DESCRIPTION_FILE).exists():
+        _load_upcycled(model, directory)
+        return True
+    model_class = cast("type[PreTrainedModel]", type(model))
+    is_ours = IS_UPCYCLED in model.__dict__ or is_spread(model)
+    if not is_ours or not hasattr(model_class, "from_pretrained") or saves_adapters(model):
+        return False
+    widest = max((parameter.dtype for parameter in model.parameters()), key=lambda dtype: dtype.itemsize)
+    state = model_class.from_pretrained(directory, dtype=widest).state_dict()  # rounds nothing
+    added = model.state_dict().keys() - state.keys()
+    if added:  # to the model, after its class had made it
+        reader = CheckpointReader(directory)
+        state |= {name: reader[name] for name in added if name in reader}
+    missing, _ = model.load_state_dict(state, strict=False)
+    experts = tuple(f"{name}." for name in experts_modules(model))
+    lost = [name for name in missing if name.startswith(experts)]
+    if lost:
+        raise ValueError(
+            f"{directory} doesn't have all weights of the experts of this {model_class.__name__}: {lost[:4]}"
+        )
+    if missing:
+        logger.warning("%s lacks %s of this %s, which stay as they are", directory, missing[:4], model_class.__name__)
+    return True
+
+
+def _load_upcycled(model: nn.Module, directory: Path) -> None:
+    """Load the weights in a directory of such a model into one that was upcycled alike.
+
+    Raises:
+        ValueError: the model was not upcycled in place, or in another way than the saved one.
+    """
+    class_name, settings, blocks = read_description(directory)
+    own: dict | None = getattr(model, "upcycling", None)
+    if own is None:
+        raise ValueError(
+            f"{directory} holds a {class_name} that was upcycled in place, and {type(model).__name__} was not: upcycle "
+            'the dense model with target="inplace", or load the directory with load_upcycled(), before Trainer'
+        )
+    names = ("num_experts", "top_k", "granularity", "shared_expert")
+    found = {name: getattr(settings, name) for name in names} | {"blocks": blocks}
+    wanted = {name: own["settings"][name] for name in names} | {"blocks": own["blocks"]}
+    differing = [name for name in found if found[name] != wanted[name]]
+    if differing:
+        raise ValueError(
+            f"{directory} does not fit this {type(model).__name__}, which was upcycled in another way: saved "
+            f"{', '.join(f'{name}={found[name]}' for name in differing)}; this model "
+            f"{', '.join(f'{name}={wanted[name]}' for name in differing)}: upcycle it as the saved one was, or load "
+            "the directory with load_upcycled(), before Trainer"
+        )
+    load_weights_of(model, CheckpointReader(directory, WEIGHTS_STEM), f"this {type(model).__name__}")

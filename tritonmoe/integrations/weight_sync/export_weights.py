@@ -11,8 +11,13 @@ from tritonmoe.config.numbers import is_integer
 from tritonmoe.errors import CountMismatch
 from tritonmoe.integrations.weight_sync.checkpoint_names import CheckpointPart, checkpoint_parts, converted
 from tritonmoe.integrations.weight_sync.merged_rows import active_adapters, has_sharded_factors, local_part, merged_rows
-from tritonmoe.integrations.weight_sync.model_weights import Weight, check_plain, model_inside, model_weights
-from tritonmoe.integrations.weight_sync.packed_weights import check_as_it_is
+from tritonmoe.integrations.weight_sync.model_weights import (
+    Weight,
+    check_as_it_is,
+    check_plain,
+    model_inside,
+    model_weights,
+)
 from tritonmoe.layer import GroupedExperts
 from tritonmoe.placement.placed_rows import ExpertsOfRank
 from tritonmoe.placement.watched_collectives import full_tensor, watched_on
@@ -56,12 +61,14 @@ def export_weights(
         for name, tensor in tm.export_weights(model):
             engine.load_weights([(name, tensor)])
     """
+    from tritonmoe.integrations.transformers.sharded_model import refuse_to_meet
+
     inside = model_inside(model)
     try:
         weights, parts = _prepare(inside, bucket_bytes, dequantize)
     except Exception:
         if not only_shapes:
-            _refuse(inside)
+            refuse_to_meet(inside)
         raise
     if only_shapes:
         return iter([item for part in parts for item in part.outputs.items()])
@@ -93,12 +100,6 @@ def _prepare(
     return weights, checkpoint_parts(model, {name: weight.like for name, weight in weights.items()})
 
 
-def _refuse(model: "PreTrainedModel") -> None:
-    from tritonmoe.integrations.transformers.sharded_model import refuse_to_meet
-
-    refuse_to_meet(model)
-
-
 def _agree(model: "PreTrainedModel", weights: dict[str, Weight], bucket_bytes: int) -> None:
     """Raise on every rank unless all of them are about to export the same."""
     from torch.distributed.tensor import DTensor, Partial
@@ -110,13 +111,12 @@ def _agree(model: "PreTrainedModel", weights: dict[str, Weight], bucket_bytes: i
     meet(model, "export_weights")
     said = [
         (
-            *(
-                name,
-                tuple(weight.like.shape),
-                str(weight.like.dtype),
-                str(getattr(weight.tensor, "placements", "")),
-            ),
-            *(_adapters(weight), weight.experts_of_rank),
+            name,
+            tuple(weight.like.shape),
+            str(weight.like.dtype),
+            str(getattr(weight.tensor, "placements", "")),
+            _adapters(weight),
+            weight.experts_of_rank,
         )
         for name, weight in weights.items()
     ]

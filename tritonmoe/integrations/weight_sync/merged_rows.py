@@ -57,7 +57,7 @@ def active_adapters(wrapper: nn.Module) -> list[str]:
 
 
 def is_in_use(wrapper: nn.Module) -> bool:
-    """Say whether an adapter is added to the weight, or is in it already."""
+    """Return whether an adapter is added to the weight, or is in it already."""
     return bool(active_adapters(wrapper)) or bool(_peft(wrapper).merged_adapters)
 
 
@@ -66,7 +66,7 @@ def _names(layer: Any) -> set[str]:
 
 
 def add_the_same(some: Sequence[nn.Module], others: Sequence[nn.Module]) -> bool:
-    """Say whether two modules with one weight have the same adapters: none, or factors in the same memory."""
+    """Return whether two modules with one weight have the same adapters: none, or factors in the same memory."""
 
     def added(wrappers: Sequence[nn.Module]) -> set[tuple[float, frozenset[int]]]:
         found = [(_peft(wrapper), adapter) for wrapper in wrappers for adapter in active_adapters(wrapper)]
@@ -80,7 +80,7 @@ def add_the_same(some: Sequence[nn.Module], others: Sequence[nn.Module]) -> bool
 
 
 def has_sharded_factors(wrappers: Sequence[nn.Module]) -> bool:
-    """Say whether FSDP2 has sharded the factors of experts, so that a rank has no whole ones of its own experts."""
+    """Return whether FSDP2 has sharded the factors of experts, so that a rank has no whole ones of its own experts."""
     return any(
         hasattr(factor, "to_local") and factor.dim() == 2
         for wrapper in wrappers

@@ -1,21 +1,110 @@
-"""Every weight of a model of transformers, under the name it would have without wrappers, and what adapts it."""
+"""Every weight of a model of transformers, packed or not, by the name it has without wrappers, and what adapts it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from tritonmoe.integrations.weight_sync.merged_rows import add_the_same, check_adapter, local_part
-from tritonmoe.integrations.weight_sync.packed_weights import PackedWeight, packed_weights
+from tritonmoe.config.formats import format_of, weight_shape
+from tritonmoe.experts.quantized_weight import QuantizedWeight
+from tritonmoe.integrations.weight_sync.merged_rows import active_adapters, add_the_same, check_adapter, local_part
 from tritonmoe.placement.expert_shards import sharded_modules, shards_of
 from tritonmoe.placement.placed_rows import ExpertsOfRank
+from tritonmoe.placement.watched_collectives import full_tensor
 from tritonmoe.runtime.wrappers import inside_wrapper, refuse_computed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Weight", "check_plain", "model_inside", "model_weights"]
+__all__ = ["Weight", "check_as_it_is", "check_plain", "model_inside", "model_weights"]
+
+
+DECODED = "tm.export_weights(model, dequantize=True) gives it in bf16, adapters merged"
+
+
+class PackedWeight(NamedTuple):
+    """A weight of an experts module that is packed."""
+
+    experts: nn.Module
+    name: str
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The names of the module's own parameters that hold it; none where a parametrization does."""
+        names = (self.name, *(f"{self.name}{suffix}" for suffix in ("_blocks", "_scales", "_scale_inv")))
+        return tuple(name for name in names if name in self.experts._parameters)
+
+    @property
+    def values(self) -> Tensor:
+        """The parameter that has its values: of the experts of all ranks, where they are spread."""
+        if self.parts:
+            return self.experts.get_parameter(self.parts[0])
+        return self.experts.get_submodule(f"parametrizations.{self.name}").get_parameter("original")
+
+    @property
+    def like(self) -> Tensor:
+        """On the meta device, what it is once it is decoded."""
+        values, scales, is_swapped = self._read(local_part)
+        num_experts = len(self.values) if self.parts else len(values)
+        _, rows, columns = weight_shape(values, scales)
+        sizes = (columns, rows) if is_swapped else (rows, columns)
+        return torch.empty(1, dtype=torch.bfloat16, device="meta").expand(num_experts, *sizes)
+
+    def decoder(self, what: str, *, is_local: bool) -> Callable[[int, int], Tensor]:
+        """Return what decodes so many experts, from one on, to the form of the module's class.
+
+        Args:
+            what: says in which call, to whoever waits long.
+            is_local: of this rank's experts; else of all, and every rank calls.
+        """
+        values, scales, is_swapped = self._read(local_part if is_local else lambda tensor: full_tensor(tensor, what))
+
+        def decode(first: int, number: int) -> Tensor:
+            own = slice(first, first + number)
+            rows = QuantizedWeight(format_of(values, scales).name, values[own], scales[own]).decode()
+            return rows.mT if is_swapped else rows
+
+        return decode
+
+    def _read(self, whole: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, bool]:
+        """Return values, scales, and whether the last two axes of the class's own weight are the other way round."""
+        from tritonmoe.integrations.transformers.packed.packed_experts import read_packed
+
+        experts = self.experts
+        values, scales, is_transposed = read_packed(experts, self.name, lambda key: whole(experts.get_parameter(key)))
+        return values.detach(), scales.detach(), is_transposed != bool(getattr(experts, "is_transposed", False))
+
+
+def _packed_weights(module: nn.Module) -> list[PackedWeight]:
+    """Return the packed weights of a module of experts; none of another."""
+    from tritonmoe.integrations.transformers.packed.packed_experts import is_packed_weight, up_name
+
+    return [PackedWeight(module, name) for name in (up_name(module), "down_proj") if is_packed_weight(module, name)]
+
+
+def check_as_it_is(model: "PreTrainedModel", name: str, weight: PackedWeight, adapted_by: Sequence[nn.Module]) -> None:
+    """Raise ValueError unless a checkpoint of this model has these bytes, and no adapter is to be added to them."""
+    from tritonmoe.integrations.transformers.packed.packed_experts import PACKED
+    from tritonmoe.integrations.transformers.requirements import quantisation_method
+
+    method, layout = quantisation_method(model), getattr(weight.experts, PACKED, None)
+    if not weight.parts:
+        raise ValueError(
+            f"{name} is packed by bitsandbytes, whose form of experts in one tensor no engine reads: {DECODED}"
+        )
+    if method is None or (layout is not None and layout.weight_format != method):
+        kind = "packed" if layout is None else layout.weight_format
+        raise ValueError(
+            f"{name} is {kind}, and the checkpoint of this model is {method or 'not quantised'}: quantize_experts() "
+            f"has packed it here, and no engine knows. {DECODED}; or send adapters beside the model that the engine has"
+        )
+    if any(active_adapters(wrapper) for wrapper in adapted_by):
+        raise ValueError(
+            f"{name} is packed, and an active adapter can't be merged into its bytes: {DECODED}, for an engine whose "
+            "model is not quantised; for one whose model is, export inside model.disable_adapter(), once, and send the "
+            "adapter beside it"
+        )
 
 
 class Weight(NamedTuple):
@@ -166,7 +255,7 @@ def _weights_in(
             f"{name} is a {type(module).__name__} of PEFT, whose weights can't be merged one by one: export a copy of "
             "the model after merge_and_unload()"
         )
-    packed = packed_weights(module)
+    packed = _packed_weights(module)
     refuse_computed(name, module, _computed(module) if not packed else (), "its weights are exported or loaded")
     yield from (
         (prefix + own_name, weight) for own_name, weight in _own_weights(module, packed, adapted_by, dequantize)

@@ -10,8 +10,8 @@ from torch.utils._pytree import tree_leaves
 
 from tritonmoe.expert_parallel.state import LayerCalls, state_of
 from tritonmoe.layer.rebalancing.spread_experts import SpreadExperts
-from tritonmoe.placement.local_rows import local_rows
-from tritonmoe.runtime.living import living, owners_of_memory, refuse_what_lives
+from tritonmoe.placement.placed_rows import local_rows
+from tritonmoe.runtime.living import live_instances, owners_of_memory, refuse_what_lives
 from tritonmoe.runtime.wrappers import refuse_computed
 
 __all__ = [
@@ -180,7 +180,7 @@ def _elsewhere(every: Sequence[SpreadExperts], optimizers: Sequence[torch.optim.
     own = {id(experts.shards.calls) for experts in every}
     layers = {id(experts.shards.calls.copies): experts.name for experts in every}
     states = {id(optimizer.state) for optimizer in optimizers}
-    for held in living(torch.optim.Optimizer, LayerCalls):
+    for held in live_instances(torch.optim.Optimizer, LayerCalls):
         if isinstance(held, torch.optim.Optimizer):
             groups = getattr(held, "param_groups", ())
             name = next((names[id(p)] for group in groups for p in group["params"] if id(p) in names), None)

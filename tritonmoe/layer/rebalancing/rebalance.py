@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from tritonmoe.config.numbers import is_integer
 from tritonmoe.dispatch.placement import ExpertPlacement
-from tritonmoe.layer.rebalancing.agree_on_move import agree
+from tritonmoe.errors import PeerFailure
+from tritonmoe.layer.rebalancing.better_placement import best_placement, experts_time, ns_of_a_megabyte, source_of
 from tritonmoe.layer.rebalancing.carried import (
     carried_tensors,
     check_optimizers,
@@ -22,11 +23,11 @@ from tritonmoe.layer.rebalancing.carried import (
     refuse_elsewhere,
     refuse_shared_states,
 )
-from tritonmoe.layer.rebalancing.move_costs import best_placement, experts_time, ns_of_a_megabyte
-from tritonmoe.layer.rebalancing.moving import move
 from tritonmoe.layer.rebalancing.rebalanced import Look, Rebalanced
 from tritonmoe.layer.rebalancing.spread_experts import SpreadExperts, find_spread_experts
-from tritonmoe.transports import as_transport
+from tritonmoe.placement.expert_shards import Sharding
+from tritonmoe.transports import Transport, as_transport
+from tritonmoe.transports.base import fail_peers_on_error
 from tritonmoe.transports.waiting import Doing
 
 __all__ = ["Rebalancer", "rebalance"]
@@ -38,7 +39,7 @@ MEGABYTE = 2**20
 def rebalance(
     model: nn.Module, *optimizers: torch.optim.Optimizer, every: int = 100, history: int | None = None
 ) -> "Rebalancer":
-    """Let the experts in `model` that are spread over ranks move to where the busiest rank has least to do.
+    """Prepare the experts in `model` that are spread over ranks to move to where the busiest rank has least to do.
 
     Every rank calls it, once the experts are spread and the optimizers made, and then step() of what it gives, between
     two steps of the training. Each `every` steps the ranks sum how many pairs every expert had in the last `history`
@@ -244,3 +245,80 @@ def _shape(experts: SpreadExperts) -> tuple[object, ...]:
     return tuple(
         (name, tuple(parameter.shape[1:])) for name, parameter in experts.module.named_parameters(recurse=False)
     )
+
+
+REFUSED = -1
+
+
+def agree(sharding: Sharding, number: int, error: Exception | None) -> None:
+    """Raise on every rank where a rank has an error, or another number than the others; every rank calls it.
+
+    Args:
+        number: of at least 0, by which ranks know that they would do the same.
+    Raises:
+        The error on the rank that has one. ValueError: another rank has one, or other numbers.
+    """
+    transports = [sharding.transport]
+    if sharding.replicas is not None:  # and what is found among these goes to all the others
+        transports += [as_transport(sharding.replicas), sharding.transport]
+    for transport in transports:
+        numbers = transport.share_number(number if error is None else REFUSED)
+        ranks = transport.job_ranks or range(transport.size)
+        refused = [rank for rank, said in zip(ranks, numbers, strict=True) if said == REFUSED]
+        others = [rank for rank, said in zip(ranks, numbers, strict=True) if said != numbers[0]]
+        if error is None and refused:
+            error = ValueError(f"ranks {refused} can't move their experts, so that none does: their own errors say why")
+            error.__cause__ = PeerFailure(f"ranks {refused} refused")
+        elif error is None and others:
+            error = ValueError(
+                f"what moves with the experts is not the same on ranks {others} as on rank {ranks[0]} (steps so far, "
+                "layers, gradients that are there, or states of optimizers): call step() on every rank behind the same "
+                "step, after zero_grad()"
+            )
+    if error is not None:
+        raise error
+
+
+def move(
+    tensors: Mapping[str, Tensor], before: ExpertPlacement, after: ExpertPlacement, transport: Transport, layer: str
+) -> None:
+    """Write the rows of this rank's experts under `after` into tensors that hold those under `before`, on every rank.
+
+    Args:
+        tensors: (L * rows of an expert, ...), the same on every rank but for their values.
+        layer: its name, for whoever waits long.
+    """
+    rank, size = transport.rank, transport.size
+    sent = _moving(before, after, rank, is_sender=True)
+    received = _moving(before, after, rank, is_sender=False)
+    kept = [
+        (slot, new_slot)
+        for new_slot, expert in enumerate(after.experts_of_rank[rank])
+        for source, slot in [source_of(expert, rank, before)]
+        if source == rank and slot != new_slot
+    ]
+    sent_to, received_from = ([len(slots[other]) for other in range(size)] for slots in (sent, received))
+    with fail_peers_on_error(transport), Doing(lambda: f"the move of the experts of {layer}"):
+        views = [tensor.unflatten(0, (before.num_slots, -1)) for tensor in tensors.values()]
+        leaving = [slot for slots in sent for slot in slots]
+        pending = [transport.exchange(view[leaving].contiguous(), sent_to, received_from) for view in views]
+        for view, rows in zip(views, pending, strict=True):
+            arrived = rows.wait()
+            stayed = view[[slot for slot, _ in kept]]  # a copy, before anything is written
+            view[[slot for slots in received for slot in slots]] = arrived
+            view[[slot for _, slot in kept]] = stayed
+
+
+def _moving(before: ExpertPlacement, after: ExpertPlacement, rank: int, *, is_sender: bool) -> Sequence[list[int]]:
+    """Return for every other rank the slots that `rank` sends to it, or receives from it, in the receiver's order."""
+    slots: list[list[int]] = [[] for _ in range(before.size)]
+    for receiver, held in enumerate(after.experts_of_rank):
+        for new_slot, expert in enumerate(held):
+            source, slot = source_of(expert, receiver, before)
+            if source == receiver:
+                continue
+            if is_sender and source == rank:
+                slots[receiver].append(slot)
+            elif not is_sender and receiver == rank:
+                slots[source].append(new_slot)
+    return slots

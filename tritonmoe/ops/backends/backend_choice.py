@@ -52,7 +52,7 @@ def _compute_capability(index: int | None) -> tuple[int, int] | None:
 
 
 def triton_unusable_reason(device: torch.device) -> str | None:
-    """Say why the Triton kernels can't run on `device`; None where they can."""
+    """Return why the Triton kernels can't run on `device`; None where they can."""
     return _triton_unusable_reason(device, _triton_version(), os.environ.get("TRITON_INTERPRET") == "1")
 
 
@@ -77,7 +77,7 @@ def _triton_unusable_reason(device: torch.device, installed: str | None, interpr
 
 
 def _doubted_reason(device: torch.device, installed: str | None) -> str | None:
-    """Say why "auto" doesn't take kernels that may run on a device; None where nothing is known against them."""
+    """Return why "auto" doesn't take kernels that may run on a device; None where nothing is known against them."""
     capability = _compute_capability(device.index) if device.type == "cuda" else None
     if installed is None or capability is None:
         return None
@@ -93,7 +93,7 @@ def _doubted_reason(device: torch.device, installed: str | None) -> str | None:
 
 
 def _beyond_limits(dtype: torch.dtype, num_experts: int, top_k: int) -> str | None:
-    """Say why the Triton kernels can't compute such a layer on any device; None where they can."""
+    """Return why the Triton kernels can't compute such a layer on any device; None where they can."""
     if dtype == torch.float64:
         return "the kernels compute in fp32, fp16 and bf16, not in fp64"
     if num_experts > MAX_EXPERTS:
@@ -187,7 +187,7 @@ def _are_experts_right(
     top_k: int = 1,
     layer: CalledLayer | None = None,
 ) -> bool:
-    """Say whether kernels are right in a call's own layer or, where none is given, in the first of all checked ones."""
+    """Return whether kernels are right in a call's own layer or, if none is given, in the first checked layer."""
     from tritonmoe.ops.backends import first_use, kernel_check  # only where kernels run: a CPU may have no Triton
 
     ops = choose("triton", device, dtype)
@@ -201,5 +201,5 @@ def _are_experts_right(
 
 
 def launches_kernels(ops: Operations) -> bool:
-    """Say whether these operations are kernels of this package, which PyTorch's modes don't see."""
+    """Return whether these operations are kernels of this package, which PyTorch's modes don't see."""
     return ops.__name__ == f"{__package__}.triton"

@@ -32,7 +32,7 @@ _found: dict[str, bool] = {}
 
 
 def are_right(device: torch.device, dtype: torch.dtype, what: str, check: Callable[[], Iterable[Checked]]) -> bool:
-    """Say whether the kernels behind `what` compute what plain PyTorch does; run `check` where nobody has.
+    """Return whether the kernels behind `what` compute as plain PyTorch does; run `check` if nobody has.
 
     The first answer takes as long as the check's kernels take to compile. Ranks that are threads wait for one of them.
 
@@ -121,7 +121,7 @@ def _is_checked_right(key: str, check: Callable[[], Iterable[Checked]]) -> bool:
 
 
 def _is_of_a_compiler(error: Exception) -> bool:
-    """Say whether it came before anything ran: from Triton's compiler, or the one of C that its launcher needs."""
+    """Return whether the error came from Triton's compiler, or the C compiler of its launcher: nothing ran."""
     return is_refusal(error) or isinstance(error, subprocess.CalledProcessError) or "C compiler" in str(error)
 
 

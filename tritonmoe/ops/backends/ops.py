@@ -114,7 +114,7 @@ class Operations(Protocol):
     """How many pairs callers hand over at a time; None for all."""
 
     def copies_rows(self) -> bool:
-        """Say whether `up` may hold a copy of the rows of its pairs, those of a whole chunk."""
+        """Return whether `up` may hold a copy of the rows of its pairs, those of a whole chunk."""
 
     def group(
         self,

@@ -41,7 +41,7 @@ Matrices = Tensor | PackedMatrices
 
 
 def pads(grouping: Grouping) -> bool:
-    """Say whether one batched product, with every expert's pairs padded to the largest number, beats one per expert.
+    """Return whether one batched product, all experts' pairs padded to the largest number, beats one per expert.
 
     The threads of a CPU share the experts of a batched product. In one product per expert they share the rows, which
     are too few for them where pairs are few.

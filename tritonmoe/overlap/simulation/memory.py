@@ -3,19 +3,269 @@
 It walks the schedule that the executor runs. Like the simulator it walks all ranks at once, in vectors over the ranks.
 """
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from tritonmoe.config.overlap import OverlapPlan
-from tritonmoe.overlap.simulation.buffer_widths import BufferWidths
-from tritonmoe.overlap.simulation.copy_work import backward_with, forward_with
-from tritonmoe.overlap.simulation.cost_model import LayerWork
-from tritonmoe.overlap.simulation.memory_walk import INDEX_BYTES, MemoryWalk, total
-from tritonmoe.overlap.steps import Step, StepKind
+from tritonmoe.overlap.schedule import Schedule
+from tritonmoe.overlap.simulation.cost_model import LayerWork, backward_with, forward_with
+from tritonmoe.overlap.steps import Step, StepKind, Way
 
-__all__ = ["PeakBytes", "peak_bytes"]
+__all__ = ["ALL_AT_ONCE", "BufferWidths", "PeakBytes", "WorkingSet", "peak_bytes"]
+
+
+class WorkingSet(NamedTuple):
+    """How much a rank's experts work on at a time; ranks with other machines or backends have another one."""
+
+    max_block_pairs: int | None = None
+    """How many pairs the backend computes at a time (MAX_BLOCK_PAIRS of its module). None means all pairs of a chunk,
+    as the kernels do."""
+    num_workers: int = 1
+    """On how many blocks, or experts' weight gradients, the rank works at a time."""
+    copies_rows: bool = False
+    """Whether the backend may copy the rows of a chunk's pairs before `up`, where it doesn't go block by block."""
+
+    def pack(self) -> int:
+        """Return the three as one positive integer, which unpack() reads."""
+        return ((self.max_block_pairs or 0) * 1024 + self.num_workers) * 2 + self.copies_rows
+
+    @classmethod
+    def unpack(cls, value: int) -> "WorkingSet":
+        rest, copies_rows = divmod(value, 2)
+        max_block_pairs, num_workers = divmod(rest, 1024)
+        return cls(max_block_pairs or None, num_workers, bool(copies_rows))
+
+
+ALL_AT_ONCE = WorkingSet()
+
+
+@dataclass(frozen=True)
+class BufferWidths:
+    """What decides, beside rows and pairs, how large the buffers of a layer call are."""
+
+    hidden_size: int
+    """D."""
+    intermediate_size: int
+    """F."""
+    num_local_experts: int
+    """E / W."""
+    dtype_bytes: int
+    """Of one element of rows, h and weights."""
+    gated: bool = True
+    """Whether h has 2F columns instead of F."""
+    save: str = "hidden"
+    """As in moe_mlp: whether h is kept for the backward."""
+    has_backward: bool = True
+    working_set: WorkingSet = ALL_AT_ONCE
+
+    @property
+    def row_bytes(self) -> int:
+        """Of one row of D columns."""
+        return self.hidden_size * self.dtype_bytes
+
+    @property
+    def inner_bytes(self) -> int:
+        """Of the activation of one pair, F columns."""
+        return self.intermediate_size * self.dtype_bytes
+
+    @property
+    def hidden_bytes(self) -> int:
+        """Of h of one pair."""
+        return self.inner_bytes * (2 if self.gated else 1)
+
+    @property
+    def temporary_bytes(self) -> int:
+        """Of F columns in the dtype in which activations are computed, fp32 or wider."""
+        return self.intermediate_size * max(4, self.dtype_bytes)
+
+    @property
+    def keeps_hidden(self) -> bool:
+        return self.has_backward and self.save == "hidden"
+
+
+INDEX_BYTES = 4
+"""Of one id, position or fp32 weight of a pair."""
+SQUARES_BYTES = 3 * 4
+"""Three fp32 numbers for each element that a wire format sends, while the error that it makes is measured."""
+
+Held = Step | str | tuple[str, int]
+"""What holds bytes: an exchange, until it is waited for; a named buffer; or what is of one segment or part."""
+
+
+class _PassWalk:
+    """What one pass holds from step to step; all numbers of bytes are (W,) float64."""
+
+    def __init__(self, plan: OverlapPlan, work: LayerWork, widths: BufferWidths) -> None:
+        self.plan, self.work, self.widths = plan, work, widths
+        self.first_chunk = plan.num_local_slices
+        self.sent, self.returned, self.pairs = work.segments(plan)
+        self.num_sent, self.num_received, self.num_pairs = (total(of) for of in (self.sent, self.returned, self.pairs))
+        copied = torch.zeros_like(work.rows) if work.copies is None else work.copies.copied
+        self.num_copies = copied.sum(1), copied.sum(0)
+        """(W,) how many copies each rank sends, and has."""
+        copied_pairs = torch.zeros_like(self.num_pairs) if work.copies is None else work.copies.pairs
+        self.copied_share = copied_pairs / self.num_pairs.clamp(min=1)
+        """(W,) of each rank's pairs, those of its copies."""
+        self.largest_pairs = torch.stack(self.pairs).amax(0)  # of the segment that has most
+        self.held: dict[Held, Tensor] = {}
+        self.now = self.peak = torch.zeros(work.size, dtype=torch.float64, device="cpu")
+
+    def walk(self, schedule: Schedule, actions: Mapping[StepKind, Callable[[Step], None]]) -> int:
+        """Return the most bytes that are held at any time, on the rank that holds most.
+
+        A step starts once what it waits for is freed; what is held when it has run counts.
+        """
+        for step in schedule:
+            for earlier in step.after:
+                if schedule[earlier] in self.held:
+                    self.free(schedule[earlier])
+            if step.kind in actions:
+                actions[step.kind](step)
+            self.count(torch.zeros_like(self.peak))
+        return int(self.peak.max().ceil())
+
+    def count(self, meanwhile: Tensor) -> None:
+        """Take into the peak that for a moment so many bytes are there on top of what is held."""
+        self.peak = torch.maximum(self.peak, self.now + meanwhile)
+
+    def hold(self, what: Held, num_bytes: Tensor) -> None:
+        """Hold so many bytes from here on, unless `what` is held already."""
+        if what not in self.held:
+            self.held[what] = num_bytes
+            self.now = self.now + num_bytes
+
+    def hold_at_least(self, what: Held, num_bytes: Tensor) -> None:
+        """Hold so many bytes from here on, or as many as are held of `what` already, if those are more."""
+        so_far = self.held.get(what, torch.zeros_like(num_bytes))
+        self.held[what] = torch.maximum(so_far, num_bytes)
+        self.now = self.now + self.held[what] - so_far
+
+    def free(self, what: Held) -> None:
+        self.now = self.now - self.held.pop(what)
+
+    def _post_rows(self, step: Step, sent: list[Tensor], arriving: list[Tensor]) -> None:
+        """Pack the rows of a step's chunk; a wire format sends a copy of them, and receives into memory of its own."""
+        segment, row_bytes = segment_of(step, self.plan), self.widths.row_bytes
+        wire_bytes = self.work.bytes_per_row(step.kind)
+        packed = sent[segment] * row_bytes
+        if wire_bytes == row_bytes:
+            self.hold(step, packed)
+            return
+        self.hold(step, (sent[segment] + arriving[segment]) * wire_bytes)
+        measuring = SQUARES_BYTES * self.widths.hidden_size if step.kind is StepKind.DISPATCH else 0
+        self.count(packed + sent[segment] * measuring)
+
+    def send_rows(self, step: Step) -> None:
+        """Post rows that go to their experts."""
+        self._post_rows(step, self.sent, self.returned)
+
+    def return_sums(self, step: Step) -> None:
+        """Post a chunk's sums, which go home as they are, or as a copy."""
+        self.free(("sums", segment_of(step, self.plan)))
+        self._post_rows(step, self.returned, self.sent)
+
+    def compute(self, step: Step, whole_bytes: int, block_bytes: int) -> None:
+        """Compute the experts of a segment.
+
+        Args:
+            whole_bytes: what a backend that computes all pairs of a chunk at a time needs for each of them meanwhile.
+            block_bytes: what a backend that goes block by block needs for each pair of a block, beside its row.
+        """
+        segment, widths = segment_of(step, self.plan), self.widths
+        is_of_copies = step.kind in (StepKind.COPY_EXPERTS, StepKind.COPY_EXPERTS_BACKWARD)
+        if is_of_copies:
+            self.unpack_copies()
+        is_chunk = segment >= self.first_chunk
+        keeps_results = self.plan.chunk_by == "experts" and is_chunk
+        if keeps_results:
+            self.hold("results", total(self.pairs[self.first_chunk :]) * widths.row_bytes)
+        # The copy that `up` makes of its rows is freed before there are results.
+        is_forward = step.kind in (StepKind.EXPERTS, StepKind.COPY_EXPERTS)
+        copies_rows = widths.working_set.copies_rows and (is_forward or not widths.keeps_hidden)
+        whole_bytes += (copies_rows or not keeps_results) * widths.row_bytes
+        sums = self.returned[segment] * widths.row_bytes
+        pairs = self.pairs[segment] * (self.copied_share if is_of_copies else 1 - self.copied_share)
+        max_block_pairs = widths.working_set.max_block_pairs
+        if is_of_copies:  # which give sums of their own
+            self.hold("copies' sums", (self.copied_share > 0) * sums)
+        if max_block_pairs is None:
+            meanwhile = pairs * whole_bytes
+        else:
+            meanwhile = sums + self._compute_blocks(pairs, max_block_pairs, block_bytes, keeps_results)
+        if is_chunk:
+            self.hold(("sums", segment), sums)
+        self.count(meanwhile)
+        if is_of_copies:
+            self.free("copies' sums")
+
+    def _compute_blocks(self, pairs: Tensor, max_block_pairs: int, block_bytes: int, keeps_results: bool) -> Tensor:
+        """Compute pairs (W,) block by block, and give what is there when the last block is done, beside sums of rows.
+
+        First the rows of a block's pairs are gathered. Then there are the results of pairs, and the sums of rows, which
+        are copied to where they go.
+        """
+        row_bytes = self.widths.row_bytes
+        results = torch.zeros_like(pairs)
+        if not keeps_results:
+            has_blocks = pairs > max_block_pairs
+            self.hold_at_least("y", has_blocks * self.largest_pairs * row_bytes)
+            results = ~has_blocks * pairs * row_bytes
+        self.count(pairs.clamp(max=max_block_pairs * self.widths.working_set.num_workers) * (row_bytes + block_bytes))
+        return results
+
+    def send_copies(self, step: Step) -> None:
+        """Pack the weights of experts that have copies, and make room for those that come."""
+        copies = self.work.copies
+        if copies is not None:
+            travelling = self.work.travelling(step.kind.way or Way.TO_COPIES)
+            sent, gets_any = travelling.sum(1) * copies.expert_bytes, travelling.sum(0) > 0
+            self.hold(step, sent * gets_any)
+            kept = self.held.get("sent copies", torch.zeros_like(self.now))
+            self.hold_at_least("sent copies", kept + sent * ~gets_any)  # which nobody waits for before settle()
+            arriving = self.held.get("arriving copies", torch.zeros_like(self.now))
+            self.hold_at_least("arriving copies", arriving + travelling.sum(0) * copies.expert_bytes)
+
+    def settle(self, step: Step) -> None:
+        """Free what ranks that get no copies have sent."""
+        if "sent copies" in self.held:
+            self.free("sent copies")
+
+    def unpack_copies(self) -> None:
+        """Take weights that have arrived out of the rows in which they came; those are freed then."""
+        if "arriving copies" in self.held and not any(
+            isinstance(of, Step) and of.kind in (StepKind.COPIES, StepKind.SPREAD_COPIES) for of in self.held
+        ):
+            self.hold("copies", self.held["arriving copies"])
+            self.count(torch.zeros_like(self.peak))
+            self.free("arriving copies")
+
+    def grouping_bytes(self) -> Tensor:
+        """Return the bytes of pair_index, source_order and inverse, and with chunks of experts of returned_rows.
+
+        Kernels also have row tiles, 64 bytes for 16 pairs, of every chunk as many as of the largest.
+        """
+        top_k = self.work.top_k
+        has_returned_rows = self.plan.chunk_by == "experts" and top_k > 1
+        lists_row_tiles = self.widths.working_set.max_block_pairs is None
+        row_tiles = lists_row_tiles * len(self.pairs) * self.largest_pairs
+        inverses = top_k * (1 + (self.copied_share > 0))  # pairs of copies are grouped apart
+        return (2 * self.num_pairs + row_tiles + self.num_received * (inverses + has_returned_rows)) * INDEX_BYTES
+
+
+def segment_of(step: Step, plan: OverlapPlan) -> int:
+    segment = step.segment(plan.num_local_slices)
+    if segment is None:
+        raise ValueError(f"step {step} is of no segment")
+    return segment
+
+
+def total(parts: list[Tensor]) -> Tensor:
+    return torch.stack(parts).sum(0)
+
 
 FORWARD_TEMPORARIES, BACKWARD_TEMPORARIES = 1, 3
 """How many tensors of F columns, in fp32 or wider, a backend needs to compute the activation of a block's pairs, and
@@ -36,7 +286,7 @@ class PeakBytes(NamedTuple):
 
 
 def peak_bytes(plan: OverlapPlan, work: LayerWork, widths: BufferWidths) -> PeakBytes:
-    """Tell before any call what a layer of several ranks will hold at its peak, under `plan`.
+    """Return what a layer of several ranks will hold at its peak under `plan`, before any call.
 
     Counted is every buffer of rows or pairs, from the first exchange to the end of the pass: received rows, rows and
     sums at home, h and its gradients, what exchanges under way hold, and what the experts of one chunk need meanwhile.
@@ -47,7 +297,7 @@ def peak_bytes(plan: OverlapPlan, work: LayerWork, widths: BufferWidths) -> Peak
     holds either on its way. Tests check that the result differs by at most a tenth from what is really held.
 
     With plan.capacity, `work` must have the rows and pairs for which there is room, used or not
-    (capacity.capped_traffic gives them, and so does a layer's report). Backends that go block by block keep only the
+    (a layer's report has them). Backends that go block by block keep only the
     pairs that are there, so the result is the most that they may hold. A call that overflows frees the buffers of its
     first run, and then holds what its rows need without a capacity.
     """
@@ -56,7 +306,7 @@ def peak_bytes(plan: OverlapPlan, work: LayerWork, widths: BufferWidths) -> Peak
     return PeakBytes(forward, backward)
 
 
-class _ForwardWalk(MemoryWalk):
+class _ForwardWalk(_PassWalk):
     def peak_bytes(self) -> int:
         self.hold("rows", self.num_received * self.widths.row_bytes)
         self.hold("home", self.num_sent * self.widths.row_bytes)
@@ -96,7 +346,7 @@ class _ForwardWalk(MemoryWalk):
         self.compute(step, widths.inner_bytes, per_pair + FORWARD_TEMPORARIES * widths.temporary_bytes)
 
 
-class _BackwardWalk(MemoryWalk):
+class _BackwardWalk(_PassWalk):
     def peak_bytes(self) -> int:
         widths = self.widths
         row_and_weights = widths.row_bytes + self.weights_bytes

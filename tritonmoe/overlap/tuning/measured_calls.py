@@ -9,10 +9,15 @@ import torch
 
 from tritonmoe.config.overlap import OverlapPlan
 from tritonmoe.overlap.report import CopiesReport, LayerReport
-from tritonmoe.overlap.simulation.copy_work import CopyWork
-from tritonmoe.overlap.simulation.cost_model import LayerWork, LinkCosts
-from tritonmoe.overlap.simulation.step_costs import StepCosts, fit_line
-from tritonmoe.overlap.simulation.step_units import CopyUnits, step_units
+from tritonmoe.overlap.simulation.cost_model import (
+    CopyUnits,
+    CopyWork,
+    LayerWork,
+    LinkCosts,
+    StepCosts,
+    fit_line,
+    step_units,
+)
 from tritonmoe.overlap.steps import Step, StepKind, Way
 
 __all__ = ["layer_costs", "layer_work", "link_costs", "median_steps", "most_work"]

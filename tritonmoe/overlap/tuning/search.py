@@ -21,12 +21,9 @@ from tritonmoe.config.overlap import (
     equal_sizes,
     ramp_sizes,
 )
-from tritonmoe.overlap.simulation.buffer_widths import BufferWidths, WorkingSet
-from tritonmoe.overlap.simulation.cost_model import LayerWork, LinkCosts
-from tritonmoe.overlap.simulation.halves_in_turn import simulate_two_batches
-from tritonmoe.overlap.simulation.memory import peak_bytes
-from tritonmoe.overlap.simulation.simulator import simulate_layer
-from tritonmoe.overlap.simulation.step_costs import StepCosts
+from tritonmoe.overlap.simulation.cost_model import LayerWork, LinkCosts, StepCosts
+from tritonmoe.overlap.simulation.memory import BufferWidths, WorkingSet, peak_bytes
+from tritonmoe.overlap.simulation.simulator import simulate_layer, simulate_two_batches
 from tritonmoe.overlap.simulation.two_level_work import TwoLevelWork
 from tritonmoe.overlap.steps import StepKind
 
@@ -100,7 +97,7 @@ def plan_of(config: OverlapConfig, chunk_sizes: tuple[int, ...], **others: int) 
 
 
 def takes_chunks_of_experts(config: OverlapConfig) -> bool:
-    """Say whether chunk_by may be "experts"; it may not with a capacity or a memory budget, say."""
+    """Return whether chunk_by may be "experts"; it may not with a capacity or a memory budget, say."""
     try:
         replace(config, chunk_by="experts")
     except ValueError:

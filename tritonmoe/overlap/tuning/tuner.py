@@ -20,6 +20,8 @@ for the measured calls' backwards, and times are told of whichever of the last c
 Everything that ranks must agree on is an integer in the count header, which every rank sees (votes.Message).
 """
 
+import statistics
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -29,8 +31,8 @@ import torch
 
 from tritonmoe.config.overlap import OverlapConfig, OverlapPlan, equal_sizes
 from tritonmoe.overlap.report import LayerReport
-from tritonmoe.overlap.simulation.buffer_widths import ALL_AT_ONCE, BufferWidths, WorkingSet
 from tritonmoe.overlap.simulation.cost_model import LayerWork
+from tritonmoe.overlap.simulation.memory import ALL_AT_ONCE, BufferWidths, WorkingSet
 from tritonmoe.overlap.steps import StepKind
 from tritonmoe.overlap.tuning.measured_calls import layer_costs, layer_work, link_costs, most_work
 from tritonmoe.overlap.tuning.search import (
@@ -41,10 +43,139 @@ from tritonmoe.overlap.tuning.search import (
     search,
     takes_chunks_of_experts,
 )
-from tritonmoe.overlap.tuning.trials import TRIAL_ROUNDS, Trials
 from tritonmoe.overlap.tuning.votes import Message, other_chunks_first, pack, unpack
 
 __all__ = ["SETTLING_CALLS", "PlanChooser"]
+
+TRIAL_ROUNDS = 3
+"""How often each plan is tried."""
+DRIFT_CALLS = 16
+"""Of how many calls the median is compared with that of the trials."""
+SIMILAR_SIZE = 2
+"""Calls that are tried are compared if the rows of their busiest ranks are within this factor."""
+SAME_SIZE = 0.10
+"""A call is compared with the tried ones if its busiest rank has as many rows, within this share."""
+
+
+@dataclass
+class TriedCall:
+    """A call whose time the other ranks have not heard yet."""
+
+    number: int
+    """It counts from when the candidates were known."""
+    rows: int
+    """How many rows the busiest rank received."""
+    report: LayerReport
+    has_backward: bool
+    """Whether the time of its backward counts too."""
+
+    def nanoseconds(self) -> int | None:
+        """Return the time of the whole call on this rank, None as long as the call isn't over."""
+        passes = [self.report.forward]
+        if self.report.first_run is not None:
+            passes.append(self.report.first_run.forward)
+        if self.has_backward:
+            if self.report.backward is None:
+                return None
+            passes.append(self.report.backward)
+        if not all(layer_pass.is_over for layer_pass in passes):
+            return None
+        return max(1, int(sum(layer_pass.total_s for layer_pass in passes) * 1e9))
+
+
+@dataclass
+class Trials:
+    """The times of calls since the candidates were known, all ranks' alike but for what `tried` holds."""
+
+    num_candidates: int
+    num_calls: int = 0
+    """How many calls there were since."""
+    tried: deque[TriedCall] = field(default_factory=lambda: deque(maxlen=DRIFT_CALLS))
+    """The last of them whose times the other ranks have not heard yet, the oldest first."""
+    times: dict[int, list[float]] = field(default_factory=dict)
+    """How long each candidate took: nanoseconds per row of the busiest rank, by the candidate's number."""
+    usual: tuple[float, float] | None = None
+    """Nanoseconds per row, and rows, of the chosen plan when it was tried, or of its first calls where it was not."""
+    recent: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=DRIFT_CALLS))
+    """Nanoseconds per row, and rows, of the last calls of the chosen plan."""
+
+    def __post_init__(self) -> None:
+        self.times = {number: [] for number in range(self.num_candidates)}
+
+    @property
+    def candidate(self) -> int:
+        """The number of the candidate that the next call runs."""
+        return self._candidate_of(self.num_calls)
+
+    def _candidate_of(self, call: int) -> int:
+        """Return the number of the candidate that a call runs.
+
+        In each round every candidate runs once, in an order that shifts from round to round.
+        """
+        return (call + call // self.num_candidates) % self.num_candidates
+
+    def message(self) -> Message:
+        """Return the time of the oldest call that is over here and that the other ranks have not heard."""
+        for call in self.tried:
+            nanoseconds = call.nanoseconds()
+            if nanoseconds is not None:
+                return Message(measured_call=call.number, measured_ns=nanoseconds)
+        return Message()
+
+    def add(self, report: LayerReport, has_backward: bool) -> None:
+        """Take in a call that has begun."""
+        rows = int(report.traffic_rows.sum(0).max())
+        self.tried.append(TriedCall(self.num_calls, rows, report, has_backward))
+        self.num_calls += 1
+
+    def record(self, messages: Sequence[Message], *, is_chosen: bool) -> bool:
+        """Record the time of one call, if all ranks tell their time of the same one; return whether a trial counted.
+
+        Args:
+            is_chosen: all calls run the chosen plan now.
+        """
+        numbers = {message.measured_call for message in messages}
+        place = next((place for place, call in enumerate(self.tried) if numbers == {call.number}), None)
+        if place is None:
+            return False
+        call = self.tried[place]
+        del self.tried[place]
+        rows = max(1, call.rows)
+        per_row = max(message.measured_ns for message in messages) / rows
+        if is_chosen:
+            if self.usual is None or abs(rows - self.usual[1]) <= SAME_SIZE * self.usual[1]:
+                self.recent.append((per_row, rows))
+            return False
+        self.usual = (per_row, rows) if self.usual is None else self.usual
+        is_similar = self.usual[1] / SIMILAR_SIZE <= rows <= self.usual[1] * SIMILAR_SIZE
+        if is_similar:
+            self.times[self._candidate_of(call.number)].append(per_row)
+        return is_similar
+
+    @property
+    def is_enough(self) -> bool:
+        """Whether every candidate was measured in every round."""
+        return all(len(times) >= TRIAL_ROUNDS for times in self.times.values())
+
+    def medians(self) -> dict[int, float]:
+        """Return the median time of each candidate."""
+        return {number: statistics.median(times) for number, times in self.times.items()}
+
+    def keep(self, per_row: float | None) -> None:
+        """Begin to watch the chosen plan, whose trials took so long for a row; None: its first calls will say."""
+        self.usual = None if per_row is None or self.usual is None else (per_row, self.usual[1])
+        self.tried.clear()
+
+    def drift(self) -> float:
+        """Return by which share DRIFT_CALLS calls of the chosen plan took longer or shorter; 0 before so many."""
+        if len(self.recent) < DRIFT_CALLS:
+            return 0.0
+        recent, rows = (statistics.median(values) for values in zip(*self.recent, strict=True))
+        self.recent.clear()
+        if self.usual is None:
+            self.usual = recent, rows
+        return abs(recent / self.usual[0] - 1)
+
 
 MEASURED_NUM_CHUNKS = (1, 2, 1, 2)
 """How many chunks the measured calls have. Two numbers tell apart what a chunk costs and what a pair costs; each is
@@ -182,7 +313,7 @@ class PlanChooser:
         return self.trials.message()
 
     def _can_vote(self) -> bool:
-        """Say whether the measured calls are over, or have been waited for long enough."""
+        """Return whether the measured calls are over, or have been waited for long enough."""
         if len(self.measured) < len(self._measured_plans):
             return False
         are_whole = not self.has_backward or all(report.backward is not None for report in self.measured)
@@ -225,7 +356,7 @@ class PlanChooser:
         return Message(votes[0], votes[1], predicted_ns=max(1, int(fastest_s * 1e9)))
 
     def _has_no_empty_chunk(self, plan: OverlapPlan) -> bool:
-        """Say whether every chunk of a plan has an expert, where its chunks are of experts."""
+        """Return whether every chunk of a plan has an expert, where its chunks are of experts."""
         if plan.chunk_by == "tokens" or self.widths is None:
             return True
         return all(first < last for first, last in pairwise(plan.bounds(self.widths.num_local_experts)))
@@ -247,7 +378,7 @@ class PlanChooser:
                 self.num_unheard += 1
                 self._count_votes(messages)
             return
-        has_counted = self.trials.hear(messages, is_chosen=self.chosen is not None)
+        has_counted = self.trials.record(messages, is_chosen=self.chosen is not None)
         self.trials.add(report, has_backward)
         self.num_unheard = 1 if has_counted else self.num_unheard + 1
         if self.chosen is None:

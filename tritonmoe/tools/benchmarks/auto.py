@@ -18,12 +18,9 @@ import torch
 from tritonmoe.errors import TransportError
 from tritonmoe.runtime.files import Json
 from tritonmoe.tools.benchmarks.argument_types import add_chunks, output_file, positive, positive_number
-from tritonmoe.tools.benchmarks.inside_namespace import ask, check_start
-from tritonmoe.tools.benchmarks.link_rates import parse_rate
 from tritonmoe.tools.benchmarks.measured_layer import Link, MeasuredLayer
-from tritonmoe.tools.benchmarks.namespaces import Namespaces
-from tritonmoe.tools.benchmarks.overlap_prediction import predict
-from tritonmoe.tools.benchmarks.overlap_rank import run_rounds
+from tritonmoe.tools.benchmarks.namespaces import Namespaces, ask, check_start, parse_rate
+from tritonmoe.tools.benchmarks.overlap_rank import predict, run_rounds
 from tritonmoe.tools.benchmarks.overlap_variants import Variant, best, overlapped_variants
 from tritonmoe.tools.benchmarks.ranks import device_and_backend, gather, slowest
 from tritonmoe.tools.benchmarks.timing import Samples, ratio, summarize, write_json

@@ -23,10 +23,8 @@ from tritonmoe.integrations.transformers.bench_model import load_spread, qwen3_m
 from tritonmoe.runtime.files import Json
 from tritonmoe.tools.benchmarks.argument_types import chunk_count, output_file, positive, positive_number
 from tritonmoe.tools.benchmarks.expert_parallel_rank import OURS, PEERS, RankSteps, measure_steps
-from tritonmoe.tools.benchmarks.inside_namespace import check_start
-from tritonmoe.tools.benchmarks.link_rates import parse_rate
 from tritonmoe.tools.benchmarks.model_sizes import add_model_sizes, check_model_sizes, model_sizes
-from tritonmoe.tools.benchmarks.namespaces import Namespaces
+from tritonmoe.tools.benchmarks.namespaces import Namespaces, check_start, parse_rate
 from tritonmoe.tools.benchmarks.ranks import gather
 from tritonmoe.tools.benchmarks.timing import ratio, summarize, write_json
 from tritonmoe.tools.benchmarks.workload import DTYPES

@@ -11,12 +11,12 @@ from torch import Tensor
 from tritonmoe.integrations.transformers.discovery import experts_modules
 from tritonmoe.integrations.transformers.model_halves import two_batches
 from tritonmoe.overlap.tuning.tuner import SETTLING_CALLS
-from tritonmoe.tools.benchmarks.inside_namespace import ask, interface_bytes
+from tritonmoe.tools.benchmarks.namespaces import ask, interface_bytes
 from tritonmoe.tools.benchmarks.ranks import slowest
 from tritonmoe.tools.benchmarks.timing import Samples, synchronize
 from tritonmoe.transports import Transport
 
-__all__ = ["OURS", "PEERS", "RankSteps", "Variant", "measure_steps", "num_settling_steps"]
+__all__ = ["OURS", "PEERS", "RankSteps", "measure_steps", "num_settling_steps"]
 
 FAST_LINK = 40e9
 """Bits per second of a link that takes next to no time, to see what a step takes besides."""

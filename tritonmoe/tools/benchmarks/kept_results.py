@@ -5,17 +5,52 @@ line that a kill tore is the last one, and is dropped when the file is opened ag
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import math
 import os
+import subprocess
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tritonmoe.runtime.files import Json, locked, parse_json, read_bytes
+import torch
 
-__all__ = ["KeptResults", "hash_of", "open_results", "read_results", "source_hash"]
+from tritonmoe.runtime.files import Json, locked, parse_json, read_bytes
+from tritonmoe.tools.benchmarks.timing import cpu_name, package_versions
+
+__all__ = ["KeptResults", "hash_of", "identity", "open_results", "query_gpu", "read_results", "source_hash"]
+
+PACKAGES = ("torch", "triton", "transformers", "liger-kernel")
+
+
+def query_gpu(*fields: str) -> list[str] | None:
+    """Return what nvidia-smi says of these fields of the first GPU, None where there is no nvidia-smi or no GPU."""
+    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits", "--id=0"]
+    try:
+        found = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return [value.strip() for value in found.splitlines()[0].split(",")]
+
+
+@functools.cache
+def _sources() -> str:
+    return source_hash(Path(__file__).parents[2])
+
+
+def identity() -> Json:
+    """Return card, driver, versions and a hash of tritonmoe's files: results of two that differ are not mixed."""
+    has_gpu = torch.cuda.is_available()
+    driver = query_gpu("driver_version") if has_gpu else None
+    return {
+        "device": torch.cuda.get_device_name() if has_gpu else cpu_name(),
+        "driver": None if driver is None else driver[0],
+        "versions": package_versions(*PACKAGES),
+        "sources": _sources(),
+    }
+
 
 LOCK_TIMEOUT_S = 10.0
 """A process that was killed has let go by then."""

@@ -4,6 +4,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from queue import SimpleQueue
 
 import torch
 
@@ -12,18 +13,60 @@ from tritonmoe.config.overlap import OverlapConfig, OverlapPlan
 from tritonmoe.expert_parallel.state import state_of
 from tritonmoe.layer import GroupedExperts, report_of
 from tritonmoe.overlap.report import LayerReport, PassReport
+from tritonmoe.overlap.simulation.cost_model import LayerWork, LinkCosts
 from tritonmoe.overlap.tuning.search import fixed_plan
 from tritonmoe.overlap.tuning.tuner import PlanChooser
 from tritonmoe.tools.benchmarks.overlap_variants import Variant
 from tritonmoe.tools.benchmarks.ranks import slowest
-from tritonmoe.tools.benchmarks.replayed_peers import ReplayedPeers
 from tritonmoe.tools.benchmarks.stand_ins import FixedExperts, run_passes
 from tritonmoe.tools.benchmarks.timing import synchronize
 from tritonmoe.tools.benchmarks.workload import Workload, draw_ids
 from tritonmoe.transports import LocalTransport, Transport, TwoLevelTransport
-from tritonmoe.transports.emulated.link_replay import ReplayTransport
+from tritonmoe.transports.emulated.link_model import LinkModel
+from tritonmoe.transports.emulated.link_replay import Port, ReplayTransport
 
-__all__ = ["Link", "MeasuredLayer"]
+__all__ = ["Link", "MeasuredLayer", "ReplayedPeers", "work_of_one"]
+
+
+class ReplayedPeers:
+    """Threads that wait, outside of any exchange, for rank 0 to ask for a call; and the port that stands for them.
+
+    Use it as a context on rank 0: at its end the threads return.
+    """
+
+    def __init__(self, num_ranks: int, link: LinkModel) -> None:
+        self.port = Port(link)
+        """The port of rank 0, in every call that is not recorded."""
+        self._plans: list[SimpleQueue[OverlapPlan | None]] = [SimpleQueue() for _ in range(num_ranks)]
+
+    def ask(self, plan: OverlapPlan | None) -> None:
+        """Make all peers run a call of this plan; None ends their threads."""
+        for queue in self._plans[1:]:
+            queue.put(plan)
+
+    def serve(self, rank: int, run: Callable[[OverlapPlan], object]) -> None:
+        """Run what rank 0 asks for until its measurement is over."""
+        while (plan := self._plans[rank].get()) is not None:
+            run(plan)
+
+    def link_costs(self) -> LinkCosts:
+        """Return the port's link for the simulator."""
+        link = self.port.link
+        return LinkCosts(link.latency_us * 1e-6, 1 / link.transfer_s(1) if link.transfer_s(1) else float("inf"))
+
+    def __enter__(self) -> "ReplayedPeers":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.ask(None)
+
+
+def work_of_one(work: LayerWork, rank: int) -> LayerWork:
+    """Return what a call is to a rank whose peers are replayed: they exchange with it, and not with each other."""
+    is_own = torch.zeros_like(work.rows)
+    is_own[rank] = is_own[:, rank] = 1
+    return replace(work, rows=work.rows * is_own, pairs=work.pairs * is_own)
+
 
 CALIBRATION_ROUNDS = 5
 

@@ -17,10 +17,121 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 
-from tritonmoe.tools.benchmarks.inside_namespace import CONTROL, INSIDE, INTERFACE
-from tritonmoe.tools.benchmarks.link_rates import address, bucket, shaping
+__all__ = [
+    *("INSIDE", "INTERFACE", "Namespaces", "ask", "check_start", "interface_bytes", "is_inside", "parse_rate"),
+    *("unusable_reason"),
+]
 
-__all__ = ["INTERFACE", "Namespaces", "unusable_reason"]
+INSIDE = "TRITONMOE_INSIDE_NAMESPACES"
+"""The environment variable that every process in the namespaces has; torchrun's RANK alone says nothing of its link."""
+
+CONTROL = "TRITONMOE_NAMESPACES_CONTROL"
+"""The environment variable that holds the number of the open socket over which rank 0 asks."""
+INTERFACE = "eth0"
+"""What the end of a rank's link is called in its namespace."""
+
+
+def is_inside() -> bool:
+    """Return whether this process was started in a network namespace of its own."""
+    return INSIDE in os.environ
+
+
+def check_start(netns: int | None, link_options: Mapping[str, object]) -> None:
+    """Refuse --netns under torchrun, and there what is said of a link that nothing shapes.
+
+    link_options: by option what was given for it, or None.
+    Raises:
+        ValueError: the option that would have no effect, and the way out.
+    """
+    if "RANK" not in os.environ or is_inside():
+        return
+    if netns is not None:
+        raise ValueError(
+            f"--netns {netns} starts processes of its own, and the environment has RANK={os.environ['RANK']}, as under "
+            "torchrun: start it without torchrun (unset RANK), or leave out --netns to measure torchrun's ranks"
+        )
+    for option, given in link_options.items():
+        if given is not None:
+            raise ValueError(
+                f"{option} shapes the links that --netns makes, and can't shape the link between ranks of torchrun. "
+                "Leave the option out, or start with --netns N and without torchrun"
+            )
+
+
+def ask(question: str) -> str | None:
+    """Ask, on rank 0, the process that made the namespaces; None where there is none."""
+    number = os.environ.get(CONTROL)
+    if number is None:
+        return None
+    control = socket.socket(fileno=int(number))
+    try:
+        control.sendall(question.encode() + b"\n")
+        return control.recv(4096).decode().strip()
+    finally:
+        control.detach()
+
+
+def interface_bytes() -> tuple[int, int]:
+    """Return the bytes that the interface of this process's own namespace has received and sent, by its counters."""
+    # Not /sys: it shows the namespace in which it was mounted.
+    with open("/proc/self/net/dev") as file:
+        for line in file:
+            name, _, counters = line.partition(":")
+            if name.strip() == INTERFACE:
+                fields = counters.split()
+                return int(fields[0]), int(fields[8])
+    raise ValueError(f"this process's network namespace has no interface {INTERFACE}")
+
+
+UNITS = {"bit": 1.0, "kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
+
+
+def parse_rate(text: str) -> float:
+    """Return bits per second of a rate as tc writes it: "1gbit" gives 1e9.
+
+    Raises:
+        ValueError: the text is not a positive number with one of the units bit, kbit, mbit, gbit.
+    """
+    number = text.rstrip("abcdefghijklmnopqrstuvwxyz")
+    try:
+        rate = float(number) * UNITS[text[len(number) :]]
+    except (ValueError, KeyError):
+        rate = 0.0
+    if not 0 < rate < 1e15:
+        raise ValueError(f"a rate is a positive number with bit, kbit, mbit or gbit, as in 1gbit, got {text!r}")
+    return rate
+
+
+def address(rank: int) -> str:
+    """Return the address of a rank's end of its link."""
+    return f"10.77.{rank // 200}.{rank % 200 + 1}"
+
+
+def bucket(rate: float) -> str:
+    """Return tc's token bucket; a burst of 1 ms, and a queue that is long enough to lose nothing."""
+    burst = max(128 * 1024, int(rate / 8 * 1e-3))
+    return f"tbf rate {int(rate)}bit burst {burst} limit {max(8 << 20, int(rate / 8 * 0.5))}"
+
+
+def shaping(rate: float, slow: Mapping[int, float]) -> list[str]:
+    """Return the commands that shape what a rank sends: all of it, and within that what goes to some ranks."""
+    device = f"dev {INTERFACE}"
+    if not slow:
+        return [f"tc qdisc replace {device} root {bucket(rate)}"]
+    commands = [
+        f"tc qdisc del {device} root",
+        f"tc qdisc add {device} root handle 1: htb default 10",
+        f"tc class add {device} parent 1: classid 1:1 htb rate {int(rate)}bit",
+        f"tc class add {device} parent 1:1 classid 1:10 htb rate {int(rate)}bit",
+    ]
+    for receiver, bits in slow.items():
+        commands += [
+            f"tc class add {device} parent 1:1 classid 1:{20 + receiver} htb rate {int(bits)}bit",
+            f"tc filter add {device} parent 1: protocol ip prio 1 u32 match ip dst {address(receiver)}/32 "
+            f"flowid 1:{20 + receiver}",
+        ]
+    return commands
+
 
 CLONE_NEWNET, CLONE_NEWUTS = 0x40000000, 0x04000000
 PR_SET_PDEATHSIG = 1
@@ -30,7 +141,7 @@ MTU = 9000
 
 
 def unusable_reason() -> str | None:
-    """Say why network namespaces can't be made here; None where they can."""
+    """Return why network namespaces can't be made here; None where they can."""
     if not hasattr(os, "geteuid"):
         return "network namespaces are a feature of Linux"
     if os.geteuid() != 0:
@@ -120,7 +231,7 @@ class Namespaces:
         return next((process.returncode for process in self._processes if process.returncode), 0)
 
     def _answer(self, question: str) -> str:
-        """Do what rank 0 asks with ask(): "rate BITS_PER_S", of every rank's link or of the nodes' uplinks with
+        """Answer a question of rank 0's ask(): "rate BITS_PER_S", of every rank's link or of the nodes' uplinks with
         "uplink_rate BITS_PER_S", "rates JSON", or "uplinks" for uplink_bytes() as JSON.
 
         The JSON of rates is [[bits per second of every rank], [[sender, receiver, bits per second], ...]].

@@ -1,6 +1,7 @@
 """What one rank does in the overlap benchmark: every variant once a round, all ranks starting together."""
 
 import random
+import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,21 +10,23 @@ from pathlib import Path
 import torch
 
 from tritonmoe.overlap.report import LayerReport
-from tritonmoe.overlap.simulation.simulator import Simulation
+from tritonmoe.overlap.simulation.cost_model import LayerWork, LinkCosts, StepCosts
+from tritonmoe.overlap.simulation.simulator import Simulation, simulate_layer
+from tritonmoe.overlap.simulation.two_level_work import TwoLevelWork
 from tritonmoe.overlap.steps import StepKind, Way
-from tritonmoe.overlap.tuning.measured_calls import layer_work
+from tritonmoe.overlap.tuning.measured_calls import layer_work, median_steps
 from tritonmoe.overlap.tuning.tuner import SETTLING_CALLS
 from tritonmoe.runtime.progress import Progress, say
-from tritonmoe.tools.benchmarks.measured_layer import Link, MeasuredLayer
-from tritonmoe.tools.benchmarks.overlap_prediction import predict
+from tritonmoe.tools.benchmarks.measured_layer import Link, MeasuredLayer, work_of_one
 from tritonmoe.tools.benchmarks.overlap_variants import Variant, best, variants_of
-from tritonmoe.tools.benchmarks.ranks import slowest
+from tritonmoe.tools.benchmarks.ranks import gather, slowest
 from tritonmoe.tools.benchmarks.timing import Samples
 from tritonmoe.tools.benchmarks.workload import Workload
+from tritonmoe.tools.planner.probe_costs import probe_link
 from tritonmoe.tools.recording.recorder import record
-from tritonmoe.transports import Transport
+from tritonmoe.transports import Transport, TwoLevelTransport
 
-__all__ = ["RankMeasurement", "measure_rank", "run_rounds"]
+__all__ = ["RankMeasurement", "measure_rank", "predict", "run_rounds"]
 
 CONTENTION_ROUNDS = 7
 COUNTED_CALLS = 20
@@ -233,3 +236,59 @@ def _count_bytes(
     sent_bytes = {"rows": row_bytes, "metadata": metadata_bytes, "measured": measured}
     uplink_bytes = [(after - before) / COUNTED_CALLS for before, after in zip(uplinks, uplinks_after, strict=True)]
     return sent_bytes, uplink_bytes
+
+
+def predict(
+    rank: MeasuredLayer,
+    variants: list[Variant],
+    seconds: Samples,
+    reports: dict[str, list[LayerReport]],
+) -> dict[str, tuple[float, Sequence[Simulation]]]:
+    """Simulate the schedules that were measured; every rank takes part, since the link is probed.
+
+    What steps cost comes from the runs with a free transport; what a call takes outside its schedule (planning, the
+    count exchange, autograd) is that of compute alone. With replayed peers the link is the model that they follow.
+    """
+    peers = rank.link.peers
+    link = probe_link(rank.transport, rank.device) if peers is None else peers.link_costs()
+    free = [variant for variant in variants if variant.kind == "free transport"]
+    costs = {
+        chunk_by: StepCosts.through(
+            median_steps([one for v in free if v.chunk_by == chunk_by for one in reports[str(v)]])
+        )
+        for chunk_by in {variant.chunk_by for variant in free}
+    }
+    outside = [
+        elapsed - sum(p.total_s for p in (report.forward, report.backward) if p is not None)
+        for elapsed, report in zip(seconds["compute"], reports["compute"], strict=True)
+    ]
+    of_two_levels: dict[str, tuple[TwoLevelWork, LinkCosts]] = {}
+    if rank.link.two_levels is not None:
+        between_nodes = probe_link(rank.link.two_levels.between_nodes, rank.device)
+        of_two_levels["two levels"] = _two_level_work(rank, reports, rank.link.two_levels), between_nodes
+    predicted: dict[str, tuple[float, Sequence[Simulation]]] = {}
+    for variant in variants:
+        if variant.kind in ("serial", "overlapped", "two levels"):
+            report = reports[str(variant)][-1]
+            of_layer = layer_work(report)
+            work: LayerWork | TwoLevelWork = of_layer if peers is None else work_of_one(of_layer, report.rank)
+            over = link
+            if variant.kind == "two levels":
+                work, over = of_two_levels["two levels"]
+            passes = simulate_layer(
+                report.overlap, work, costs[variant.chunk_by], over, backward=rank.workload.backward
+            )
+            total_s = statistics.median(outside) + sum(one.total_s for one in passes)
+            predicted[str(variant)] = total_s, passes
+    return predicted
+
+
+def _two_level_work(
+    rank: MeasuredLayer, reports: dict[str, list[LayerReport]], transport: TwoLevelTransport
+) -> TwoLevelWork:
+    """Return what two levels send; every rank takes part."""
+    node_of_expert = torch.arange(rank.num_experts) * transport.num_nodes // rank.num_experts
+    nodes = node_of_expert[rank.topk_ids.cpu()]
+    needed = [int((nodes == node).any(1).sum()) for node in range(transport.num_nodes)]
+    inside_link = probe_link(transport.inside_node, rank.device)
+    return TwoLevelWork.of(layer_work(reports["compute"][-1]), torch.tensor(gather(transport, needed)), inside_link)

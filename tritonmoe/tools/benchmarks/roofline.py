@@ -33,7 +33,7 @@ class Work:
         return max(self._seconds_of_each(gpu))
 
     def bound(self, gpu: Gpu) -> str:
-        """Say which of the two is longer: "compute" or "memory"."""
+        """Return which of the two is longer: "compute" or "memory"."""
         arithmetic_s, memory_s = self._seconds_of_each(gpu)
         return "compute" if arithmetic_s >= memory_s else "memory"
 

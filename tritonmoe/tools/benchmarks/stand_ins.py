@@ -12,11 +12,11 @@ from torch import Tensor
 
 from tritonmoe.config.layer import NO_WEIGHTS, KernelOptions, PerWeight
 from tritonmoe.config.overlap import OverlapPlan
+from tritonmoe.dispatch.call_settings import CallSettings, plan_settings
 from tritonmoe.dispatch.expert_chunks import RowPlaces
 from tritonmoe.dispatch.header import CallHeader
 from tritonmoe.dispatch.plan import DispatchPlan, exchange_plan
 from tritonmoe.dispatch.send_plan import plan_tokens
-from tritonmoe.dispatch.terms import CallTerms, plan_terms
 from tritonmoe.expert_parallel.call import ProposedCall
 from tritonmoe.expert_parallel.layer_pass import BackwardPass, ForwardPass
 from tritonmoe.expert_parallel.plans.base import BackwardExperts, ForwardExperts, Kept, PlanKind, PlannedCall
@@ -29,7 +29,7 @@ from tritonmoe.ops.backends.ops import WeightGrads
 from tritonmoe.overlap.report import PassReport
 from tritonmoe.transports import Transport
 
-__all__ = ["FixedExperts", "Passes", "StandIn", "run_passes", "sleeping_experts"]
+__all__ = ["FixedExperts", "run_passes", "sleeping_experts"]
 
 
 class StandIn(Protocol):
@@ -173,7 +173,7 @@ def run_passes(
     needs = int(dout is not None)
     tokens = plan_tokens(topk_ids, num_experts, transport.rank, transport.size, overlap)
     header = CallHeader(
-        terms=CallTerms(plan_terms(overlap)),
+        settings=CallSettings(plan_settings(overlap)),
         num_experts=num_experts,
         top_k=topk_ids.shape[1],
         hidden_size=x.shape[1],
@@ -203,7 +203,7 @@ def run_passes(
 
 @contextmanager
 def sleeping_experts(pair_s: float) -> Iterator[None]:
-    """Let all experts sleep so many seconds for each pair in each of the three instead of computing; they give zeros.
+    """Make all experts sleep so many seconds for each pair in each of the three instead of computing; they give zeros.
 
     A rank then takes as long as it has pairs, on any machine, beside any number of other ranks in the process. All else
     of a call is as it is: counts, plans, exchanges of rows, of copies and of their gradients.

@@ -170,7 +170,7 @@ def _describe(launch: Launch, target: Any) -> tuple[str, str]:
 
 
 def redundant(fitness: Mapping[str, Mapping[str, object]]) -> dict[str, str]:
-    """Say of candidates, by name, why they need no measurement: they can't run, or an earlier one has the same code.
+    """Return by candidate's name why some need no measurement: they can't run, or an earlier one has the same code.
 
     fitness: the fields of every candidate's Fitness, by its name.
     """

@@ -12,10 +12,8 @@ from tritonmoe.ops.kernels import launch
 from tritonmoe.ops.kernels.tiles import measured_tiles
 from tritonmoe.runtime.files import Json
 from tritonmoe.tools.benchmarks.device_time import TimedCalls, graph_pool, interleaved
-from tritonmoe.tools.benchmarks.kept_results import KeptResults, open_results
-from tritonmoe.tools.benchmarks.machine import identity
-from tritonmoe.tools.benchmarks.operation_calls import operation_calls
-from tritonmoe.tools.benchmarks.shapes import LayerShape, draw_inputs
+from tritonmoe.tools.benchmarks.kept_results import KeptResults, identity, open_results
+from tritonmoe.tools.benchmarks.shapes import LayerShape, draw_inputs, operation_calls
 from tritonmoe.tools.benchmarks.tile_candidates import Candidate, candidates_of, judge_all, products_of, redundant
 
 __all__ = [
@@ -88,7 +86,7 @@ def _with_entries(call: Call, entries: measured_tiles.Entries) -> Call:
 
 
 def agree(found: Tensor, expected: Tensor) -> bool:
-    """Say whether each number is off by at most two units in its last place, and what sums in fp32 lose."""
+    """Return whether each number is off by at most two units in its last place, and what sums in fp32 lose."""
     right = expected.double()
     allowed = (
         2 * torch.finfo(expected.dtype).eps * right.abs() + 64 * torch.finfo(torch.float32).eps * right.abs().max()

@@ -19,8 +19,7 @@ import torch
 
 from tritonmoe.runtime.progress import say
 from tritonmoe.tools.benchmarks.argument_types import Subparsers, output_folder, positive, seed
-from tritonmoe.tools.demo.demo_page import as_page
-from tritonmoe.tools.demo.demo_text import Results, as_json, as_text, rate_text, title
+from tritonmoe.tools.demo.demo_text import Results, as_json, as_page, as_text, rate_text, title
 from tritonmoe.tools.demo.measure import LATENCY_US, VARIANTS, LayerMeasurement, TimedLayer, measure_layer
 from tritonmoe.tools.demo.model import ModelShape, load_shakespeare
 from tritonmoe.tools.demo.training import RankTraining, Training, train
@@ -202,7 +201,7 @@ def _report_progress(step: int, loss: float) -> None:
 
 
 def _have_equal_losses(serial: list[RankTraining], overlapped: list[RankTraining], num_steps: int) -> bool:
-    """Say whether every rank's losses of the first steps are the same numbers, bit for bit."""
+    """Return whether every rank's losses of the first steps are the same numbers, bit for bit."""
     return all(
         one.own_losses[:num_steps] == other.own_losses[:num_steps]
         and one.mean_losses[:num_steps] == other.mean_losses[:num_steps]

@@ -24,9 +24,8 @@ from tritonmoe.tools.doctor.advice import Advice
 from tritonmoe.tools.doctor.attribution import Verdict, attribute
 from tritonmoe.tools.doctor.lanes import Shown, shown_of
 from tritonmoe.tools.doctor.offers import offers_of
-from tritonmoe.tools.doctor.page import Part, RunPart, runs_page
+from tritonmoe.tools.doctor.page import Part, RecordedPart, RunPart, runs_page
 from tritonmoe.tools.doctor.probe_pairs import probe_pairs
-from tritonmoe.tools.doctor.recorded_page import RecordedPart
 from tritonmoe.tools.doctor.recorded_run import RecordedRun, judge_recording
 from tritonmoe.tools.doctor.run_figures import figures_of
 from tritonmoe.tools.doctor.verdict import as_json, as_text

@@ -14,14 +14,11 @@ from tritonmoe.tools.planner.cluster import DTYPE_BYTES, Cluster
 from tritonmoe.tools.planner.cluster_file import read_cluster, to_toml
 from tritonmoe.tools.planner.cluster_presets import CLUSTERS, REMARKS
 from tritonmoe.tools.planner.comparison import Equal, compare
-from tritonmoe.tools.planner.job import FROZEN, Job, Recompute
-from tritonmoe.tools.planner.model_config import expert_load, find_model
-from tritonmoe.tools.planner.model_presets import MODELS
+from tritonmoe.tools.planner.job import FROZEN, TRAINERS, UNKNOWN_IMBALANCE, Job, Recompute, Sends, trained_by
+from tritonmoe.tools.planner.model_config import MODELS, expert_load, find_model
 from tritonmoe.tools.planner.plan_page import comparison_page, plan_page
 from tritonmoe.tools.planner.plan_search import Free
-from tritonmoe.tools.planner.plan_table import comparison_table, plan_table
-from tritonmoe.tools.planner.plan_verdict import comparison_as_json, plan_as_json
-from tritonmoe.tools.planner.trainer import TRAINERS, UNKNOWN_IMBALANCE, Sends, trained_by
+from tritonmoe.tools.planner.plan_text import comparison_as_json, comparison_table, plan_as_json, plan_table
 from tritonmoe.tools.planner.training_plan import Plan, plan
 from tritonmoe.tools.report.html import Page, write_page
 from tritonmoe.tools.report.terminal import TEXT_COLUMNS, refused, wrapped

@@ -15,8 +15,7 @@ from tritonmoe.tools.planner.cluster_file import read_cluster, to_toml
 from tritonmoe.tools.planner.cluster_presets import CLUSTERS
 from tritonmoe.tools.planner.cluster_probe import DTYPES, probe_cluster
 from tritonmoe.tools.planner.job import Job
-from tritonmoe.tools.planner.model_config import find_model
-from tritonmoe.tools.planner.model_presets import MODELS
+from tritonmoe.tools.planner.model_config import MODELS, find_model
 from tritonmoe.tools.report.terminal import refused
 from tritonmoe.transports.torchrun import torchrun_ranks
 

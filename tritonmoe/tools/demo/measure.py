@@ -180,7 +180,7 @@ def _run_rank(
 
 
 def _any_rank(transport: Transport, flag: bool) -> bool:
-    """Say whether any rank says True; every rank waits for all."""
+    """Return whether the value is True on any rank; every rank waits for all."""
     flags = torch.full((transport.size, 1), int(flag), dtype=torch.int64)
     return bool(transport.exchange_counts(flags).any())
 

@@ -5,33 +5,33 @@ each without the others and the others without it, since two causes can hide eac
 steps are what a verdict is made of: all steps count.
 """
 
+import copy
 import functools
 import random
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
-from tritonmoe.tools.doctor.causes import KINDS, LINKS, STRUCTURAL, CauseKind, Causes, Removal
-from tritonmoe.tools.doctor.culprits import Culprits, culprits_of
+from tritonmoe.tools.doctor.causes import CAUSES, CauseKind, Culprits, Known
+from tritonmoe.tools.doctor.culprits import culprits_of
 from tritonmoe.tools.doctor.graph import Graph, floats, indices
 from tritonmoe.tools.doctor.link_ends import SlowLinks
-from tritonmoe.tools.doctor.noise import gain_of_noise
 from tritonmoe.tools.doctor.pattern import FEW_STEPS, Pattern
-from tritonmoe.tools.doctor.recorded_causes import Known
-from tritonmoe.tools.doctor.usual import usual_of
+from tritonmoe.tools.doctor.replays import Removal, Replays
+from tritonmoe.tools.doctor.usual import Usual, usual_of
+from tritonmoe.tools.doctor.walk import Walker
 
-__all__ = ["Cost", "Finding", "Verdict", "attribute"]
+__all__ = ["Cost", "Finding", "Verdict", "attribute", "gain_of_noise"]
 
 SMALLEST_SHARE = 0.05
 """A smaller share of the step is not spoken of."""
 LARGE_SHARE = 0.15
 """Whoever could gain so much is not healthy, whatever the noise."""
-SMALLEST_STRUCTURAL = 0.15
-"""The smallest share of what costs all ranks something without being a fault."""
 ANOTHER = 0.5
-"""The links' rate is a finding beside a slow link only if it costs more than that part of what the link costs."""
+"""A cause is a finding beside one that explains it only if it costs more than that part of what that one costs."""
 HIDDEN = 0.5
 """What mending a cause alone gains is its cost, unless that is less than this part of its gain without the others."""
 MOST_ERROR = 0.10
@@ -40,6 +40,9 @@ LEAST_CERTAIN = 0.005
 """A cost whose interval begins below that share of a step, which is shown as 0 %, may be noise."""
 NUM_SELECTIONS = 200
 INTERVAL = 0.8
+MOST_RUNS, FEWEST_RUNS = 8, 2
+MOST_OPERATIONS = 1_000_000
+"""In all runs together: of many operations each run gains about the same."""
 
 
 @dataclass(frozen=True)
@@ -136,28 +139,28 @@ class Verdict:
 
 
 def attribute(graph: Graph, known: Known | None = None) -> Verdict:
-    """Say why the steps of a run take as long as they do.
+    """Return why the steps of a run take as long as they do.
 
     known: what a recording of this package's layers tells beyond the graph.
     Raises:
         ValueError: ranks wait for each other in a circle: the files contradict each other.
     """
     usual = usual_of(graph, _linked_s(graph, known))
-    causes = Causes(graph, usual, None if known is None else known.excess_of(usual))
-    step_s = statistics.fmean(causes.as_it_was)
-    kinds = [kind for kind in causes.excess if not causes.is_nothing(kind)]
-    compared: Removal = dict.fromkeys(kind for kind in kinds if kind in KINDS)
-    healthy, alone_s, others_s = _walked(causes, kinds, compared)
-    all_gained_s = statistics.fmean(_less(causes.as_it_was, healthy))
-    healthy_s = _healthy_s(causes, step_s, all_gained_s)
+    replays = Replays(graph, usual, known)
+    step_s = statistics.fmean(replays.as_it_was)
+    kinds = [kind for kind in replays.excess if not replays.is_nothing(kind)]
+    compared: Removal = dict.fromkeys(kind for kind in kinds if CAUSES[kind].compared)
+    healthy, alone_s, others_s = _walked(replays, kinds, compared)
+    all_gained_s = statistics.fmean(_less(replays.as_it_was, healthy))
+    healthy_s = _healthy_s(replays, step_s, all_gained_s)
     is_ill = all_gained_s >= healthy_s
     least_s = _least_s(healthy_s, step_s, known)
     findings: list[Finding] = []
-    others: list[tuple[CauseKind, float]] = [(kind, 0.0) for kind in causes.excess if kind not in kinds]
+    others: list[tuple[CauseKind, float]] = [(kind, 0.0) for kind in replays.excess if kind not in kinds]
     for kind, only, other in zip(kinds, alone_s, others_s, strict=True):
-        alone = _less(causes.as_it_was, only)
+        alone = _less(replays.as_it_was, only)
         hidden = _less(other, healthy) if kind in compared else _less(healthy, other)
-        if (kind in compared and not is_ill) or kind == "exchange contention":
+        if (kind in compared and not is_ill) or CAUSES[kind].ignores_others:
             hidden = alone  # without slow links less would be beside exchanges
         most = max(alone, hidden, key=statistics.fmean)
         at_most = Cost.of(most)
@@ -166,21 +169,21 @@ def attribute(graph: Graph, known: Known | None = None) -> Verdict:
         is_asked = is_ill or kind not in compared
         if is_asked and at_most.seconds >= least_s[kind] and at_most.low_s > 0:
             others_first = [one for one in compared if one != kind] if most is hidden else []
-            culprits, when = culprits_of(causes, kind, most, others_first)
+            culprits, when = culprits_of(replays, kind, most, others_first)
             found = Finding(kind, culprits, when, cost, is_hidden, cost.low_s < LEAST_CERTAIN * step_s)
             findings.append(_named(found, graph.slow_links, known))
         else:
             others.append((kind, cost.share(step_s)))
-    findings.sort(key=lambda one: (one.kind == "pause", one.may_be_noise, -one.cost.seconds))
+    findings.sort(key=lambda one: (CAUSES[one.kind].is_between_calls, one.may_be_noise, -one.cost.seconds))
     findings = _of_one_thing(findings, others, step_s)
     found_kinds: Removal = {
-        kind: None for kind in kinds if any(LINKS.get(one.kind, one.kind) == kind for one in findings)
+        kind: None for kind in kinds if any(CAUSES[one.kind].excess_kind == kind for one in findings)
     }
     together, mended = (
-        _less(causes.as_it_was, steps_s) for steps_s in causes.without([{**compared, **found_kinds}, found_kinds])
+        _less(replays.as_it_was, steps_s) for steps_s in replays.without([{**compared, **found_kinds}, found_kinds])
     )
-    quiet = causes.walker.step_times(usual.level_busy_s + usual.level_idle_s, usual.level_transfer_s)
-    no_transfers = causes.walker.step_times(causes.run_s, causes.transfer_s.clamp(max=0))
+    quiet = replays.walker.step_times(usual.level_busy_s + usual.level_idle_s, usual.level_transfer_s)
+    no_transfers = replays.walker.step_times(replays.run_s, replays.transfer_s.clamp(max=0))
     per_step = len(graph.ranks) * len(graph.steps)
     computing_s, host_s = (float(spent_s.sum()) / per_step for spent_s in (graph.tables.busy_s, graph.tables.idle_s))
     return Verdict(
@@ -208,7 +211,7 @@ def _linked_s(graph: Graph, known: Known | None) -> Tensor | None:
 
 
 def _walked(
-    causes: Causes, kinds: Sequence[CauseKind], compared: Removal
+    replays: Replays, kinds: Sequence[CauseKind], compared: Removal
 ) -> tuple[list[float], list[list[float]], list[list[float]]]:
     """Return how long each step takes without all that is compared; by kind, without it alone; by kind, beside others.
 
@@ -219,29 +222,30 @@ def _walked(
         {one: None for one in compared if one != kind} if kind in compared else {**compared, kind: None}
         for kind in kinds
     ]
-    healthy, *walked = causes.without([compared, *alone, *others])
+    healthy, *walked = replays.without([compared, *alone, *others])
     return healthy, walked[: len(kinds)], walked[len(kinds) :]
 
 
-def _healthy_s(causes: Causes, step_s: float, all_gained_s: float) -> float:
+def _healthy_s(replays: Replays, step_s: float, all_gained_s: float) -> float:
     """Return what a healthy run may gain without what is compared: a share of a step, or what noise alone gains."""
     healthy_s = SMALLEST_SHARE * step_s
     if not healthy_s <= all_gained_s < LARGE_SHARE * step_s:
         return healthy_s
-    return max(healthy_s, gain_of_noise(causes.graph, causes.usual, causes.walker))
+    return max(healthy_s, gain_of_noise(replays.graph, replays.usual, replays.walker))
 
 
 def _least_s(healthy_s: float, step_s: float, known: Known | None) -> dict[CauseKind, float]:
     """Return how much each kind of cause must cost to be spoken of."""
-    least_s = dict.fromkeys(KINDS, healthy_s) | dict.fromkeys(STRUCTURAL, SMALLEST_STRUCTURAL * step_s)
-    if known is not None:
-        least_s["pause"] = SMALLEST_SHARE * known.step_s
-    return least_s
+    whole_s = step_s if known is None else known.step_s
+    return {
+        kind: healthy_s if cause.compared else cause.least_share * (whole_s if cause.is_between_calls else step_s)
+        for kind, cause in CAUSES.items()
+    }
 
 
 def _named(finding: Finding, slow: SlowLinks | None, known: Known | None) -> Finding:
-    """Say which links it is, and which of their ends, where that is known."""
-    if finding.kind != "slow link":
+    """Return a finding with its links, and which of their ends are slow, where that is known."""
+    if not CAUSES[finding.kind].is_of_links:
         return finding
     if slow is not None:
         own = replace(finding.culprits, ranks=slow.ranks, moves=False, links=slow.links, words=slow.words)
@@ -254,11 +258,11 @@ def _named(finding: Finding, slow: SlowLinks | None, known: Known | None) -> Fin
 
 
 def _of_one_thing(findings: list[Finding], others: list[tuple[CauseKind, float]], step_s: float) -> list[Finding]:
-    """Leave out the links' rate, or latency, where it is one slow link that makes it what it is."""
-    of_links = sum(one.cost.seconds for one in findings if LINKS.get(one.kind, one.kind) == "slow link")
+    """Return the findings without those that another one explains, such as the links' rate where one link is slow."""
     kept = []
     for one in findings:
-        if one.kind in ("bandwidth", "latency") and one.cost.seconds < ANOTHER * of_links:
+        explained_s = sum(of.cost.seconds for of in findings if one.kind in CAUSES[of.kind].explains)
+        if one.cost.seconds < ANOTHER * explained_s:
             others.append((one.kind, one.cost.share(step_s)))
         else:
             kept.append(one)
@@ -267,3 +271,40 @@ def _of_one_thing(findings: list[Finding], others: list[tuple[CauseKind, float]]
 
 def _less(was: Sequence[float], now: Sequence[float]) -> list[float]:
     return [before - after for before, after in zip(was, now, strict=True)]
+
+
+def gain_of_noise(graph: Graph, usual: Usual, walker: Walker) -> float:
+    """Return the seconds of a step that removing all causes gains in runs of the same noise and of no cause.
+
+    In such a run every operation takes what is usual, and the noise of another operation of its kind: what operations
+    differ by, without what is due to something, is dealt out anew among the ranks, of each key in each step.
+    """
+    tables, draw = graph.tables, torch.Generator(device="cpu").manual_seed(0)
+    num_steps = len(graph.steps)
+    run_places = tables.run_key * num_steps + tables.run_step
+    member_places = tables.member_key * num_steps + tables.member_step
+    level_busy_s, level_transfer_s = usual.level_busy_s - usual.of_rows_s, usual.level_transfer_s - usual.of_bytes_s
+    gains = []
+    for _ in range(max(FEWEST_RUNS, min(MOST_RUNS, MOST_OPERATIONS // max(1, len(tables.run_key))))):
+        run_of, member_of = (_dealt(places, draw) for places in (run_places, member_places))
+        busy_s = (level_busy_s + (usual.busy_s - usual.level_busy_s)[run_of]).clamp(min=0)
+        idle_s = (usual.level_idle_s + (usual.idle_s - usual.level_idle_s)[run_of]).clamp(min=0)
+        transfer_s = level_transfer_s + (usual.transfer_s - usual.level_transfer_s)[member_of]
+        healthy = copy.copy(graph)
+        healthy.tables = replace(tables, busy_s=busy_s, idle_s=idle_s, transfer_s=transfer_s)
+        found = usual_of(healthy)
+        as_it_is = walker.step_times(healthy.tables.run_s, transfer_s)
+        without = walker.step_times(
+            (found.busy_s - found.of_rows_s + found.idle_s + tables.overhead_s).clamp(min=0),
+            found.transfer_s - found.of_bytes_s,
+        )
+        gains.append(statistics.fmean(as_it_is) - statistics.fmean(without))
+    return max(0.0, *gains)
+
+
+def _dealt(places: Tensor, draw: torch.Generator) -> Tensor:
+    """Return for each operation another one (or itself) of the same place, drawn without putting back."""
+    shuffled = torch.randperm(len(places), generator=draw)
+    found = torch.empty_like(places)
+    found[places.argsort(stable=True)] = shuffled[places[shuffled].argsort(stable=True)]
+    return found

@@ -1,113 +1,402 @@
-"""Causes: by how much each operation differs from what is usual, by what it is due to."""
+"""Causes: what can make steps long, each a record of its excess, its words and what to do about it.
 
-from collections.abc import Collection, Mapping, Sequence
+A new cause is an entry of CAUSES, and a row of the table of docs/diagnosis.md.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from functools import cached_property
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from tritonmoe.tools.doctor.graph import Graph
+from tritonmoe.tools.doctor.costs import Costs
+from tritonmoe.tools.doctor.graph import Graph, Key
+from tritonmoe.tools.doctor.messages import Reach
+from tritonmoe.tools.doctor.recorded_graph import RecordedGraph
+from tritonmoe.tools.doctor.recorded_links import LinkFault
+from tritonmoe.tools.doctor.samples import slope
 from tritonmoe.tools.doctor.usual import Usual
-from tritonmoe.tools.doctor.walk import walker_of
+from tritonmoe.tools.recording.call_recording import RecordedCall, Recording
 
-__all__ = ["KINDS", "LINKS", "STRUCTURAL", "CauseKind", "Causes", "Excess", "Removal"]
+__all__ = ["CAUSES", "OF_LONG_BATCHES", "Cause", "CauseKind", "Culprits", "ExcessTime", "Known", "Words"]
 
-CauseKind: TypeAlias = Literal[
-    "slow rank",
-    "late rank",
-    "slow link",
-    "late link",
-    "slow port",
-    "imbalance",
-    "bandwidth",
-    "latency",
-    "chunk overhead",
-    "host overhead",
-    "exchange contention",
-    "pause",
-]
-KINDS: tuple[CauseKind, ...] = ("slow rank", "late rank", "slow link", "imbalance")
-"""What comparison of ranks, steps and sizes shows."""
-LINKS: Mapping[CauseKind, CauseKind] = {"late link": "slow link", "slow port": "slow link"}
-"""What a slow link's finding may say that it is -> what it is found as."""
-STRUCTURAL: tuple[CauseKind, ...] = (
-    "bandwidth", "latency", "chunk overhead", "host overhead", "exchange contention", "pause",
-)  # fmt: skip
-"""What costs all ranks something in all steps, or would without being a fault; known of this package's layers alone."""
-
-Removal: TypeAlias = Mapping[CauseKind, Collection[int] | Tensor | None]
-"""Kinds of causes that are taken out: on some ranks, on all (None), or (W, S) a part on each rank in each step."""
+CauseKind: TypeAlias = str
+"""A key of CAUSES."""
+MOST_FACTOR = 50.0
+"""Beyond that what is usual is next to nothing, and how many times as much it is says nothing."""
+LEAST_FACTOR = 1.05
+UNLIKE = 1.05
+"""Parts of a layer tell what a part costs however small it is if the largest has so many times the smallest's pairs."""
+SMALLEST_STRUCTURAL = 0.15
+"""The smallest share of a step of what costs all ranks something without being a fault."""
+OF_LONG_BATCHES = "if a rank has more tokens than the others, make batches of equal length"
+MEASURE = "measure the links alone with tritonmoe doctor --probe-links"
 
 
 @dataclass
-class Excess:
+class ExcessTime:
     """Seconds above (or below) what is usual, of every Run (N,) and Member (M,)."""
 
     run_s: Tensor
     member_s: Tensor
 
 
-class Causes:
-    """A graph with what is usual of it, and walks of it without some of what is not."""
+@dataclass(frozen=True)
+class Culprits:
+    """Who and where."""
 
-    def __init__(self, graph: Graph, usual: Usual, structural: Mapping[CauseKind, Excess] | None = None) -> None:
-        self.graph, self.usual, self.tables = graph, usual, graph.tables
-        self.walker = walker_of(graph)
-        tables = self.tables
-        self.run_s, self.transfer_s = tables.run_s, tables.transfer_s
-        none_of_runs, none_of_members = torch.zeros_like(self.run_s), torch.zeros_like(self.transfer_s)
-        self.excess: dict[CauseKind, Excess] = {
-            "slow rank": Excess(tables.busy_s - usual.busy_s, none_of_members),
-            "late rank": Excess(tables.idle_s - usual.idle_s, none_of_members),
-            "slow link": Excess(none_of_runs, tables.transfer_s - usual.transfer_s),
-            "imbalance": Excess(usual.of_rows_s, usual.of_bytes_s),
-            **(structural or {}),
-        }
-        self.as_it_was = self.walker.step_times(self.run_s, self.transfer_s)
+    ranks: tuple[int, ...]
+    """Indices of ranks, the worst first; empty where it is all of them, or each in turn."""
+    moves: bool
+    """Whether it is another rank from step to step."""
+    phase: str
+    """forward or backward, where nearly all of it is there."""
+    place: Key | None
+    """The one key that has most of it, where there are several."""
+    factor: float
+    """How many times what is usual these ranks' operations take."""
+    layer: int | None = None
+    """The one layer that has most of it, of several; in a recording of this package's layers."""
+    links: tuple[tuple[int, int], ...] = ()
+    """Sender and receiver of slow links, where they are known."""
+    words: str = ""
+    """Which end of a link it is, where it is known."""
 
-    def without(self, removals: Sequence[Removal]) -> list[list[float]]:
-        """Return the time of each step without causes of some kinds, for each of several sets of them."""
-        found: list[list[float]] = []
-        for first in range(0, len(removals), self.walker.num_at_once):
-            some = removals[first : first + self.walker.num_at_once]
-            runs, transfers = (times.repeat(len(some), 1) for times in (self.run_s, self.transfer_s))
-            for run_s, transfer_s, removal in zip(runs, transfers, some, strict=True):
-                for kind, removed in removal.items():
-                    excess = self.excess[kind]
-                    of_runs, of_members = self._parts(kind, removed)
-                    run_s -= excess.run_s * of_runs
-                    transfer_s -= excess.member_s * of_members
-            found += self.walker.all_step_times(runs.clamp_(min=0), transfers)
-        return found
 
-    def due_to(self, kind: CauseKind) -> Tensor:
-        """Return the rank (M,) that the excess of a Member is due to: its own, or the hot one that it waits for."""
-        return self.usual.bytes_due_to if kind == "imbalance" else self.tables.member_rank
+@dataclass(frozen=True)
+class Known:
+    """What a recording of this package's layers tells beyond its graph."""
 
-    def _parts(
-        self, kind: CauseKind, removed: Collection[int] | Tensor | None
-    ) -> tuple[Tensor | float, Tensor | float]:
-        """Return which part of its excess is taken out of each Run (N,) and of each Member (M,)."""
-        if removed is None:
-            return 1.0, 1.0
-        tables, due_to = self.tables, self.due_to(kind)
-        if isinstance(removed, Tensor):
-            return removed[tables.run_rank, tables.run_step], removed[due_to, tables.member_step]
-        of = torch.zeros(len(self.graph.ranks), dtype=torch.float64, device="cpu")
-        of[list(removed)] = 1.0
-        return of[tables.run_rank], of[due_to]
+    linked_s: Tensor
+    """(M,): what slow links cost each exchange."""
+    fault: LinkFault | None
+    step_s: float
+    """What a step takes with what lies between its calls."""
+    built: RecordedGraph
+    costs: Costs
+    calls: tuple[RecordedCall, ...]
+    """Those that the costs are fitted to."""
+    share: float
+    """Which part of the time of all calls calls like those take."""
 
-    def is_nothing(self, kind: CauseKind) -> bool:
-        """Whether no operation is above what is usual for this."""
-        excess = self.excess[kind]
-        return not any(bool((times > 0).any()) for times in (excess.run_s, excess.member_s))
+    @cached_property
+    def contended_s(self) -> Tensor:
+        """(N,): how much longer each Run takes since an exchange is under way beside it."""
+        built, contention = self.built, self.costs.link.contention
+        if not contention:
+            return torch.zeros_like(built.graph.tables.busy_s)
+        return torch.where(built.kind_in_pass >= 0, contention * _beside_s(built), 0.0)
 
-    def by_rank_and_step(self, kind: CauseKind) -> list[list[float]]:
-        """Return the seconds above what is usual, by rank and step."""
-        tables, excess = self.tables, self.excess[kind]
-        shape = len(self.graph.ranks), len(self.graph.steps)
-        sums = torch.zeros(*shape, dtype=torch.float64, device="cpu").flatten()
-        sums.index_add_(0, tables.run_rank * shape[1] + tables.run_step, excess.run_s)
-        sums.index_add_(0, self.due_to(kind) * shape[1] + tables.member_step, excess.member_s)
-        return sums.view(shape).tolist()
+
+@dataclass(frozen=True)
+class Words:
+    """What the words of a cause are made of."""
+
+    culprits: Culprits
+    num_ranks: int
+    several: bool
+    """Whether several are at fault."""
+
+    @property
+    def s(self) -> str:
+        """The ending of a verb."""
+        return "" if self.several else "s"
+
+    @property
+    def their(self) -> str:
+        return "their" if self.several else "its"
+
+    @property
+    def is_beyond(self) -> bool:
+        return self.culprits.factor > MOST_FACTOR
+
+    @property
+    def times(self) -> str:
+        factor = self.culprits.factor
+        return "longer than usual" if factor < LEAST_FACTOR else f"{factor:.2f} times as long as usual"
+
+
+@dataclass(frozen=True)
+class Cause:
+    """What can make steps long.
+
+    Its excess is found by comparison, of any graph, or is structural: it costs all ranks something in all steps, or
+    would without being a fault, and is known of this package's layers alone. A cause with neither is another name of
+    an excess, which its fault has where more is known of it.
+    """
+
+    kind: CauseKind
+    what: Callable[[Words], str]
+    """What ranks or links do, as the end of a sentence about them."""
+    to_do: str
+    compared: Callable[[Graph, Usual], ExcessTime] | None = None
+    structural: Callable[[Known, Usual], ExcessTime] | None = None
+    found_as: CauseKind = ""
+    """The cause whose excess this one is another name of; empty: its own."""
+    to_do_of_all: str = ""
+    """What to do where no rank differs from the others."""
+    to_do_of_layer: Callable[[Recording, int | None], str] | None = None
+    """What to do of a recording's layer, or of all layers."""
+    explains: frozenset[CauseKind] = frozenset()
+    """Causes that are not spoken of where they cost less than a part of what this one does."""
+    least_share: float = SMALLEST_STRUCTURAL
+    """The smallest share of a step that a structural cause is spoken of for."""
+    is_between_calls: bool = False
+    """Whether it lies between the layers' calls: its share is that of the whole step, and it is spoken of last."""
+    is_of_links: bool = False
+    """Whether sender, receiver or what lies between them is at fault."""
+    is_due_to_bytes: bool = False
+    """Whether a rank may wait for the bytes of another one, which it is due to then."""
+    ignores_others: bool = False
+    """Whether its cost is what it costs beside all other causes: without these there would be less of it."""
+
+    @property
+    def excess_kind(self) -> CauseKind:
+        """The kind under which its excess is found."""
+        return self.found_as or self.kind
+
+
+def _of_runs(run_s: Tensor, graph: Graph) -> ExcessTime:
+    return ExcessTime(run_s, torch.zeros_like(graph.tables.transfer_s))
+
+
+def _of_members(member_s: Tensor, graph: Graph) -> ExcessTime:
+    return ExcessTime(torch.zeros_like(graph.tables.busy_s), member_s)
+
+
+def _bandwidth(known: Known, usual: Usual) -> ExcessTime:
+    transfers_s = (usual.transfer_s - usual.of_bytes_s).clamp(min=0)
+    return _of_members(transfers_s - _latency(known, usual).member_s, known.built.graph)
+
+
+def _latency(known: Known, usual: Usual) -> ExcessTime:
+    transfers_s, graph = (usual.transfer_s - usual.of_bytes_s).clamp(min=0), known.built.graph
+    return _of_members(torch.minimum(transfers_s, _latency_s(graph, known.costs)), graph)
+
+
+def _chunk_overhead(known: Known, usual: Usual) -> ExcessTime:
+    return _of_runs(_chunks_s(known.built, usual.busy_s - known.contended_s), known.built.graph)
+
+
+def _host_overhead(known: Known, usual: Usual) -> ExcessTime:
+    built = known.built
+    return _of_runs(built.graph.tables.overhead_s - built.pause_s, built.graph)
+
+
+def _latency_s(graph: Graph, costs: Costs) -> Tensor:
+    """Return (M,) what an exchange takes however small it is."""
+    tables, each = graph.tables, costs.link.each
+    is_count = torch.tensor([key[2] == "counts" for key in tables.keys])[tables.member_key]
+    counts_s = tables.transfer_s[is_count]  # they are as small as any
+    most_s = float(counts_s.median().clamp(min=0)) if len(counts_s) else torch.inf
+    found = torch.full_like(tables.transfer_s, min(costs.link.latency_s, most_s))
+    if each is not None and each.inside is not None:
+        is_near = Reach.INSIDE.pairs(len(graph.ranks), each.inside.node_size)
+        is_inside = torch.tensor([str(key[2]).startswith("node_") for key in tables.keys])
+        found[is_inside[tables.member_key]] = float(each.latency_s[is_near].median())
+    return found
+
+
+def _chunks_s(built: RecordedGraph, busy_s: Tensor) -> Tensor:
+    """Return (N,) how much less the parts of a layer would take if all together had the fixed cost of one."""
+    tables = built.graph.tables
+    found = torch.zeros_like(busy_s)
+    of_kind: dict[tuple, list[int]] = defaultdict(list)
+    for number, (phase, layer, name, _, work) in enumerate(tables.keys):
+        of_kind[phase, layer, name, work].append(number)
+    counts_here = (built.kind_in_pass >= 0) & (tables.rows > 0)
+    kinds = torch.zeros(len(tables.keys), dtype=torch.int64)
+    for number, keys in enumerate(of_kind.values()):
+        kinds[keys] = number
+    runs = counts_here.nonzero()[:, 0]
+    order = runs[kinds[tables.run_key[runs]].argsort(stable=True)]
+    for own in order.split(kinds[tables.run_key[runs]].bincount().tolist()) if len(runs) else ():
+        if not len(own):
+            continue
+        in_pass, counts = built.kind_in_pass[own].unique(return_inverse=True, return_counts=True)[1:]
+        units, times = tables.rows[own], busy_s[own]
+        if int(counts.max()) < 2 or float(units.max()) < UNLIKE * float(units.min()):
+            continue
+        unit_s = slope(in_pass, torch.arange(len(own)), units, times)
+        fixed_s = max(0.0, float((times - unit_s * units).median()))
+        found[own] = torch.minimum(fixed_s * (1 - 1 / counts[in_pass]), times)
+    return found
+
+
+def _beside_s(built: RecordedGraph) -> Tensor:
+    """Return (N,) for how long of each Run an exchange was under way."""
+    tables = built.graph.tables
+    found = torch.zeros_like(tables.busy_s)
+    for rank in range(len(built.graph.ranks)):
+        members, runs = ((of == rank).nonzero()[:, 0] for of in (tables.member_rank, tables.run_rank))
+        under_way = _UnderWay(built.since[members], built.end[members])
+        begin = built.run_begin[runs]
+        found[runs] = (under_way.until(begin + tables.busy_s[runs]) - under_way.until(begin)).clamp(min=0)
+    return found
+
+
+class _UnderWay:
+    """When any of a rank's exchanges was under way."""
+
+    def __init__(self, since: Tensor, end: Tensor) -> None:
+        since, order = since.sort()
+        end = torch.maximum(end[order], since)
+        reached = end.cummax(0).values
+        self.since = torch.maximum(since, torch.cat([since[:1], reached[:-1]]))
+        self.end = torch.maximum(end, self.since)
+        self.sums = torch.cat([torch.zeros(1, dtype=torch.float64, device="cpu"), (self.end - self.since).cumsum(0)])
+
+    def until(self, moment: Tensor) -> Tensor:
+        """Return the seconds of it before each moment."""
+        at = torch.searchsorted(self.since, moment, right=True)
+        last = (at - 1).clamp(min=0)
+        return torch.where(at > 0, self.sums[at] - (self.end[last] - moment).clamp(min=0), 0.0)
+
+
+def _balance_of(recording: Recording, layer: int | None) -> str:
+    """Return what to do about the balance of a layer's router; None: of all layers."""
+    weights = {
+        of.load_balance_loss_weight
+        for call in recording.calls
+        if call.layer == layer or layer is None or call.layer < 0
+        for of in call.ranks
+    }
+    known = sorted(weight for weight in weights if weight)
+    named = f"{known[0]:g}" if len(known) == 1 else f"{known[0]:g} to {known[-1]:g}" if known else ""
+    if None in weights:
+        beside = f" ({named} in the layers that recorded it)" if known else ""
+        return (
+            f"switch the router's auxiliary loss or bias on, or raise its weight{beside}: the recording doesn't have "
+            "the weight"
+        )
+    if not known:
+        return (
+            "set load_balance_loss_weight, which is 0, and add the layers' aux_loss to the loss; or set selection_bias"
+        )
+    if 0.0 in weights:
+        return f"set load_balance_loss_weight in the layers where it is 0, or raise it above {named}"
+    return f"raise load_balance_loss_weight above {named}"
+
+
+def _balance_to_do(recording: Recording, layer: int | None) -> str:
+    return f"{_balance_of(recording, layer)}; or move experts with tritonmoe.rebalance; {OF_LONG_BATCHES}"
+
+
+def _late_words(of: Words) -> str:
+    if of.num_ranks == 1:
+        return "runs no operation for longer than usual"
+    return f"come{of.s} late to exchanges, and run{of.s} no operation meanwhile"
+
+
+def _slow_words(of: Words) -> str:
+    return f"compute{of.s} " + ("where other ranks compute next to nothing" if of.is_beyond else of.times)
+
+
+def _link_words(of: Words) -> str:
+    if of.culprits.words:
+        return of.culprits.words
+    if of.culprits.links:
+        return "bytes take time, and over other links next to none" if of.is_beyond else f"bytes take {of.times}"
+    if of.is_beyond:
+        return f"need{of.s} time for {of.their} bytes, and other ranks need next to none"
+    return f"need{of.s} {of.times} for {of.their} bytes"
+
+
+CAUSES: Mapping[CauseKind, Cause] = {
+    cause.kind: cause
+    for cause in (
+        Cause(
+            "slow rank",
+            _slow_words,
+            "check the machine's clocks, its temperature and its other programs; else leave the machine out",
+            compared=lambda graph, usual: _of_runs(graph.tables.busy_s - usual.busy_s, graph),
+            to_do_of_all="check what else ran on these machines, their clocks and their temperature",
+        ),
+        Cause(
+            "late rank",
+            _late_words,
+            "check what the rank does outside of operations: data loading, logging, checkpoints, garbage collection",
+            compared=lambda graph, usual: _of_runs(graph.tables.idle_s - usual.idle_s, graph),
+            to_do_of_all="check what the ranks do outside of operations: data loading, logging, checkpoints, garbage "
+            "collection",
+        ),
+        Cause(
+            "slow link",
+            _link_words,
+            f"check cable, port, switch and route; {MEASURE}",
+            compared=lambda graph, usual: _of_members(graph.tables.transfer_s - usual.transfer_s, graph),
+            explains=frozenset({"bandwidth", "latency"}),
+            is_of_links=True,
+        ),
+        Cause(
+            "late link",
+            lambda of: "every message, even a small one, comes later than over other links",
+            "check the route, and what may delay messages on it: a switch, a proxy, a busy core",
+            found_as="slow link",
+            explains=frozenset({"bandwidth", "latency"}),
+            is_of_links=True,
+        ),
+        Cause(
+            "slow port",
+            lambda of: of.culprits.words or f"move{of.s} {of.their} bytes more slowly than other ranks",
+            f"check the network card of that rank, its cable and its driver; {MEASURE}",
+            found_as="slow link",
+            explains=frozenset({"bandwidth", "latency"}),
+            is_of_links=True,
+        ),
+        Cause(
+            "imbalance",
+            lambda of: f"get{of.s} more rows than other ranks",
+            "balance the router: switch its auxiliary loss or bias on, or raise the weight (the files don't have the "
+            f"weight); or spread hot experts over ranks; {OF_LONG_BATCHES}",
+            compared=lambda graph, usual: ExcessTime(usual.of_rows_s, usual.of_bytes_s),
+            to_do_of_layer=_balance_to_do,
+            is_due_to_bytes=True,
+        ),
+        Cause(
+            "bandwidth",
+            lambda of: f"wait{of.s} for the bytes of exchanges, at the links' usual rate",
+            "send fewer bytes (a narrower wire_dtype, two levels), or hide exchanges behind compute (chunks)",
+            structural=_bandwidth,
+        ),
+        Cause(
+            "latency",
+            lambda of: f"wait{of.s} for the fixed time of exchanges, which even the smallest exchange takes",
+            "make fewer and larger exchanges (fewer chunks), or use a network with less delay",
+            structural=_latency,
+        ),
+        Cause(
+            "chunk overhead",
+            lambda of: f"pay{of.s} the fixed cost of a chunk, which even the smallest chunk has, once for every chunk",
+            "use fewer chunks",
+            structural=_chunk_overhead,
+        ),
+        Cause(
+            "host overhead",
+            lambda of: f"wait{of.s} for the host (Python), before the first operation of a pass and between operations",
+            "use a faster host or fewer other threads; check what Python does between the steps of the layer",
+            structural=_host_overhead,
+        ),
+        Cause(
+            "exchange contention",
+            lambda of: f"compute{of.s} more slowly while an exchange is under way",
+            "keep some cores for the exchanges alone (on a GPU: num_sms of the layer)",
+            structural=lambda known, usual: _of_runs(known.contended_s, known.built.graph),
+            ignores_others=True,
+        ),
+        Cause(
+            "pause",
+            lambda of: (
+                f"do{'' if of.several else 'es'} something else at the same time between calls, for longer than usual"
+            ),
+            "check what all ranks do at the same time between calls: checkpoints, evaluation, logging",
+            structural=lambda known, usual: _of_runs(known.built.pause_s, known.built.graph),
+            least_share=0.05,
+            is_between_calls=True,
+        ),
+    )
+}
+"""By kind, in the order in which they are asked for."""

@@ -8,9 +8,9 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TypeAlias
 
-from tritonmoe.tools.doctor.graph import Graph
-from tritonmoe.tools.doctor.pipeline_graph import PipelineEvent, pipeline_graph
+from tritonmoe.tools.doctor.graph import Graph, Kind, Member, Run
 from tritonmoe.tools.doctor.trace_files import damaged, number
 
 __all__ = ["is_timeline", "read_timeline"]
@@ -20,10 +20,267 @@ NAMES = {
     "params-all-gather", "grads-reduce-scatter", "layernorm-grads-all-reduce", "embedding-grads-all-reduce",
     "optimizer-clip-main-grad", "optimizer", "gc",
 }  # fmt: skip
+BEFORE = ("params-all-gather",)
+"""Exchanges that the first forward of a step waits for; others follow its last backward."""
+WITH_ALL = ("optimizer-clip-main-grad",)
+ALONE = ("layernorm-grads-all-reduce",)
+"""Exchanges of tensor-parallel ranks, of which one stands for all."""
+SAME_START_US = 1.0
+"""Sends and receives that started together went as one batch."""
+
+
+class PipelineEvent:
+    """One operation; times in seconds."""
+
+    __slots__ = ("chunk", "end_s", "name", "sequence", "start_s", "worker")
+
+    def __init__(self, name: str, worker: int, start_s: float, end_s: float, sequence: int, chunk: int) -> None:
+        self.name, self.worker, self.start_s, self.end_s = name, worker, start_s, end_s
+        self.sequence, self.chunk = sequence, chunk
+
+
+_OfLinks: TypeAlias = dict[tuple[int, int, str], list[PipelineEvent]]
+"""By sender, receiver and way."""
+
+
+def pipeline_graph(
+    path: Path, workers: list[tuple[int, int]], steps: dict[int, list[PipelineEvent]]
+) -> tuple[Graph, list[str]]:
+    """Return the graph of a timeline, and what the file can't tell.
+
+    Args:
+        workers: data- and pipeline-parallel rank of each. steps: the events of every step.
+    Raises:
+        ValueError: sends and receives don't fit each other.
+    """
+    return _Pipeline(path, workers, steps).graph()
+
+
+class _Pipeline:
+    """Builds the graph of a timeline."""
+
+    def __init__(self, path: Path, workers: list[tuple[int, int]], steps: dict[int, list[PipelineEvent]]) -> None:
+        self.path, self.workers, self.steps = path, workers, steps
+        self.stages = 1 + max(stage for _, stage in workers)
+        self.graph_ = Graph(list(range(len(workers))), list(steps))
+        self.graph_.programs = [[] for _ in workers]
+        self.graph_.begin_s = [0.0] * len(workers)
+        self.graph_.names = {index: f"dp {data} pp {stage}" for index, (data, stage) in enumerate(workers)}
+        self.worker_at = {place: index for index, place in enumerate(workers)}
+
+    def graph(self) -> tuple[Graph, list[str]]:
+        for index, (step, events) in enumerate(self.steps.items()):
+            self._step(index, step, events)
+        limits = [
+            "the file has one rank for each group of tensor-parallel ranks: which rank of a group is at fault "
+            "is not known"
+        ]
+        numbers = list(self.steps)
+        if numbers != list(range(numbers[0], numbers[0] + len(numbers))):
+            limits.append(f"{len(numbers)} steps between {numbers[0]} and {numbers[-1]}, not one after the other")
+        return self.graph_, limits
+
+    def _exchange(
+        self, step: int, starts: dict[int, float], ends: dict[int, float], key: tuple, lane: int
+    ) -> dict[int, int]:
+        """Add an exchange between workers; give the member of each."""
+        graph, latest = self.graph_, max(starts.values())
+        found = {}
+        for worker in starts:
+            found[worker] = len(graph.members)
+            transfer_s = max(0.0, ends[worker] - latest)
+            graph.members.append(Member(worker, step, len(graph.exchanges), key, lane, 0.0, transfer_s))
+        graph.exchanges.append(list(found.values()))
+        return found
+
+    def _step(self, index: int, step: int, events: list[PipelineEvent]) -> None:
+        graph = self.graph_
+        first_s = min(event.start_s for event in events)
+        graph.measured_s.append(max(event.end_s for event in events) - first_s)
+        by_worker: dict[int, list[PipelineEvent]] = defaultdict(list)
+        for event in sorted(events, key=lambda event: (event.start_s, event.end_s)):
+            by_worker[event.worker].append(event)
+        if len(by_worker) != len(self.workers):
+            raise damaged(self.path, f"step {step} is of {len(by_worker)} of {len(self.workers)} workers")
+        batches = self._transfers(index, step, by_worker)
+        shared = self._collectives(index, by_worker)
+        for worker, own in by_worker.items():
+            self._program(index, worker, own, batches[worker], shared)
+        ends = self._exchange(index, dict.fromkeys(by_worker, 0.0), dict.fromkeys(by_worker, 0.0), ("step",), -1)
+        for worker in by_worker:
+            graph.programs[worker] += [(Kind.POST, ends[worker]), (Kind.WAIT, ends[worker]), (Kind.STEP, index)]
+
+    def _collectives(self, index: int, by_worker: dict[int, list[PipelineEvent]]) -> dict[int, int]:
+        """Match what is no send and no receive; give the members by the event's id."""
+        groups: dict[tuple, list[PipelineEvent]] = defaultdict(list)
+        for worker, own in by_worker.items():
+            data, stage = self.workers[worker]
+            seen: dict[str, int] = defaultdict(int)
+            for event in own:
+                name = event.name
+                if name.endswith(("compute", "send", "recv")) or name in ("optimizer", "gc"):
+                    continue
+                if name in WITH_ALL:
+                    group: tuple = ()
+                elif name in ALONE:
+                    group = (worker,)
+                elif name.startswith("embedding"):
+                    group = ("dp", data)
+                else:
+                    group = ("pp", stage)
+                groups[name, group, seen[name]].append(event)
+                seen[name] += 1
+        members: dict[int, int] = {}
+        for (name, group, _), matched in groups.items():
+            key = (name, self.workers[matched[0].worker][1]) if group and group[0] == "pp" else (name,)
+            starts = {event.worker: event.start_s for event in matched}
+            found = self._exchange(index, starts, {event.worker: event.end_s for event in matched}, key, 3)
+            members |= {id(event): found[event.worker] for event in matched}
+        return members
+
+    def _transfers(
+        self, index: int, step: int, by_worker: dict[int, list[PipelineEvent]]
+    ) -> dict[int, list[tuple[list[PipelineEvent], int]]]:
+        """Match sends with receives; give each worker's batches of them, in order, with their members."""
+        sends, receives = self._by_link(by_worker)
+        parent: dict[int, int] = {}
+
+        def root(one: int) -> int:
+            while parent[one] != one:
+                parent[one] = parent[parent[one]]
+                one = parent[one]
+            return one
+
+        every = {id(event): event for lists in (*sends.values(), *receives.values()) for event in lists}
+        parent.update({one: one for one in every})
+        for link, sent in sends.items():
+            received = receives.pop(link, [])
+            if len(sent) != len(received):
+                raise damaged(self.path, f"step {step}: {len(sent)} sends meet {len(received)} receives")
+            for source, target in zip(sent, received, strict=True):
+                parent[root(id(source))] = root(id(target))
+        if any(receives.values()):
+            raise damaged(self.path, f"step {step}: there are receives that nobody sends to")
+        batches: dict[int, list[list[PipelineEvent]]] = {worker: [] for worker in by_worker}
+        for worker, own in by_worker.items():
+            for event in own:
+                if id(event) not in every:
+                    continue
+                last = batches[worker][-1][-1] if batches[worker] else None
+                if last is not None and event.start_s - last.start_s < SAME_START_US / 1e6:
+                    batches[worker][-1].append(event)
+                    parent[root(id(event))] = root(id(last))
+                else:
+                    batches[worker].append([event])
+        together: dict[int, list[tuple[int, int]]] = defaultdict(list)
+        for worker, of_worker in batches.items():
+            for number_, batch in enumerate(of_worker):
+                together[root(id(batch[0]))].append((worker, number_))
+        members: dict[tuple[int, int], int] = {}
+        for places in together.values():
+            starts = {worker: batches[worker][at][0].start_s for worker, at in places}
+            if len(starts) != len(places):
+                raise damaged(self.path, f"step {step}: a worker takes part in one transfer twice")
+            ends = {worker: max(event.end_s for event in batches[worker][at]) for worker, at in places}
+            names = tuple(sorted({event.name for worker, at in places for event in batches[worker][at]}))
+            found = self._exchange(index, starts, ends, ("transfer", *names), 1)
+            members |= {(worker, at): found[worker] for worker, at in places}
+        return {
+            worker: [(batch, members[worker, at]) for at, batch in enumerate(of_worker)]
+            for worker, of_worker in batches.items()
+        }
+
+    def _by_link(self, by_worker: dict[int, list[PipelineEvent]]) -> tuple[_OfLinks, _OfLinks]:
+        """Return the sends, and the receives, in the order of their events, by the link that they use."""
+        sends: _OfLinks = defaultdict(list)
+        receives: _OfLinks = defaultdict(list)
+        for worker, own in by_worker.items():
+            data, stage = self.workers[worker]
+            for event in own:
+                way, _, what = event.name.partition("-")
+                if what == "send":
+                    other = (stage + (1 if way == "forward" else -1)) % self.stages
+                    sends[worker, self._at(data, other), way].append(event)
+                elif what == "recv":
+                    other = (stage - (1 if way == "forward" else -1)) % self.stages
+                    receives[self._at(data, other), worker, way].append(event)
+        return sends, receives
+
+    def _at(self, data: int, stage: int) -> int:
+        worker = self.worker_at.get((data, stage))
+        if worker is None:
+            raise damaged(self.path, f"there is no worker of data-parallel rank {data} and pipeline stage {stage}")
+        return worker
+
+    def _program(
+        self,
+        index: int,
+        worker: int,
+        own: list[PipelineEvent],
+        batches: list[tuple[list[PipelineEvent], int]],
+        shared: dict[int, int],
+    ) -> None:
+        """Add one worker's step to its program."""
+        graph, program = self.graph_, self.graph_.programs[worker]
+        stage = self.workers[worker][1]
+        computes = [event for event in own if event.name.endswith("compute") or event.name in ("optimizer", "gc")]
+        after: dict[int, list[int]] = defaultdict(list)
+        needed: dict[str, list[int]] = {"forward-recv": [], "backward-recv": []}
+        made = {"forward-send": -1, "backward-send": -1}
+        sources: dict[str, list[int]] = {"forward-send": [], "backward-send": []}
+        for count, event in enumerate(computes):
+            if event.name == "forward-compute" and not self._is_last(stage, event):
+                sources["forward-send"].append(count)
+            elif event.name == "backward-compute" and not self._is_first(stage, event):
+                sources["backward-send"].append(count)
+        place = -1
+        for batch, member in batches:
+            for event in batch:
+                if event.name in sources:
+                    made[event.name] += 1
+                    if made[event.name] < len(sources[event.name]):
+                        place = max(place, sources[event.name][made[event.name]])
+                else:
+                    needed[event.name].append(member)
+            after[place].append(member)
+        waits = {name: iter(of_name) for name, of_name in needed.items()}
+        for event in own:
+            if id(event) in shared and event.name in BEFORE:
+                program += [(Kind.POST, shared[id(event)]), (Kind.WAIT, shared[id(event)])]
+        program += [(Kind.POST, member) for member in after[-1]]
+        rest = [event for event in own if id(event) in shared and event.name not in BEFORE]
+        for count, event in enumerate(computes):
+            if event.name == "optimizer":
+                for one in rest:
+                    program += [(Kind.POST, shared[id(one)]), (Kind.WAIT, shared[id(one)])]
+                rest = []
+            if event.name == "forward-compute" and not self._is_first(stage, event):
+                program += [(Kind.WAIT, member) for member in [next(waits["forward-recv"], None)] if member is not None]
+            elif event.name == "backward-compute" and not self._is_last(stage, event):
+                program += [
+                    (Kind.WAIT, member) for member in [next(waits["backward-recv"], None)] if member is not None
+                ]
+            graph.runs.append(Run(worker, index, (event.name,), event.end_s - event.start_s))
+            program.append((Kind.RUN, len(graph.runs) - 1))
+            program += [(Kind.POST, member) for member in after[count]]
+        for one in rest:
+            program += [(Kind.POST, shared[id(one)]), (Kind.WAIT, shared[id(one)])]
+
+    def _is_first(self, stage: int, event: PipelineEvent) -> bool:
+        return stage == 0 and event.chunk <= 0
+
+    def _is_last(self, stage: int, event: PipelineEvent) -> bool:
+        return stage == self.stages - 1 and event.chunk == self._last_chunk
+
+    @property
+    def _last_chunk(self) -> int:
+        if not hasattr(self, "_chunks"):
+            self._chunks = max(e.chunk for of in self.steps.values() for e in of if e.name == "forward-compute")
+        return self._chunks
 
 
 def is_timeline(event: object) -> bool:
-    """Say whether this event is one of a pipeline's timeline."""
+    """Return whether this event is one of a pipeline's timeline."""
     if not isinstance(event, dict) or not _is_known(event):
         return False
     arguments = event.get("args")

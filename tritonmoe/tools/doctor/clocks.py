@@ -62,7 +62,7 @@ def align_clocks(traces: Sequence[RankTrace], hosts: Sequence[str], together: Ma
 
 
 def _is_broken(together: Matched) -> bool:
-    """Say whether ranks leave exchanges before others have come, so often that their clocks can't be the same."""
+    """Return whether ranks leave exchanges before others have come so often that their clocks can't be the same."""
     broken, all_of_them = 0, 0
     for parts in together.values():
         ends = [part.end_s for _, part in parts if part.end_s is not None]

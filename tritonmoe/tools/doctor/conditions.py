@@ -13,10 +13,8 @@ from torch import Tensor
 
 from tritonmoe.config.overlap import OverlapPlan
 from tritonmoe.overlap.schedule import Schedule
-from tritonmoe.overlap.simulation.cost_model import LayerWork, LinkCosts
-from tritonmoe.overlap.simulation.halves_in_turn import simulate_two_batches
-from tritonmoe.overlap.simulation.simulator import Simulation, simulate
-from tritonmoe.overlap.simulation.step_costs import StepCosts
+from tritonmoe.overlap.simulation.cost_model import LayerWork, LinkCosts, StepCosts
+from tritonmoe.overlap.simulation.simulator import Simulation, simulate, simulate_two_batches
 from tritonmoe.overlap.simulation.two_level_work import TwoLevelWork
 from tritonmoe.overlap.steps import StepKind
 from tritonmoe.tools.doctor.costs import Costs

@@ -13,15 +13,12 @@ from itertools import groupby
 import torch
 
 from tritonmoe.config.overlap import OverlapPlan
-from tritonmoe.overlap.simulation.cost_model import LayerWork, LinkCosts
-from tritonmoe.overlap.simulation.step_costs import StepCosts
-from tritonmoe.overlap.simulation.step_units import step_units
-from tritonmoe.overlap.step_timing import covered_s
+from tritonmoe.overlap.report import covered_s
+from tritonmoe.overlap.simulation.cost_model import LayerWork, LinkCosts, StepCosts, step_units
 from tritonmoe.overlap.steps import Step, StepKind, Unit
-from tritonmoe.tools.doctor.fits import ALIKE, fit_relative_line, weighted_median
-from tritonmoe.tools.doctor.link_fit import LinkRatios
-from tritonmoe.tools.doctor.links import fit_links
+from tritonmoe.tools.doctor.link_fit import LinkRatios, fit_links
 from tritonmoe.tools.doctor.messages import KEPT_PASSES
+from tritonmoe.tools.doctor.samples import ALIKE, fit_relative_line, weighted_median
 from tritonmoe.tools.recording.call_recording import RecordedCall, RecordedPass, Recording
 from tritonmoe.tools.recording.pass_steps import RecordedStep
 

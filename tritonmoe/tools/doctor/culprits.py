@@ -3,16 +3,16 @@
 import statistics
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from tritonmoe.tools.doctor.causes import CauseKind, Causes, Removal
+from tritonmoe.tools.doctor.causes import CauseKind, Culprits
 from tritonmoe.tools.doctor.graph import Key
 from tritonmoe.tools.doctor.pattern import FEW_STEPS, Pattern, costly_steps, pattern_of
+from tritonmoe.tools.doctor.replays import Removal, Replays
 
-__all__ = ["Culprits", "culprits_of"]
+__all__ = ["culprits_of", "phase_of"]
 
 EXPLAINED = 0.8
 """Ranks are at fault when without their excess so much of the whole gain is there."""
@@ -27,34 +27,12 @@ OF_FEW = 0.5
 """All ranks are at fault if what each of them has in the same step costs more than that part of the gain."""
 
 
-@dataclass(frozen=True)
-class Culprits:
-    """Who and where."""
-
-    ranks: tuple[int, ...]
-    """Indices of ranks, the worst first; empty where it is all of them, or each in turn."""
-    moves: bool
-    """Whether it is another rank from step to step."""
-    phase: str
-    """forward or backward, where nearly all of it is there."""
-    place: Key | None
-    """The one key that has most of it, where there are several."""
-    factor: float
-    """How many times what is usual these ranks' operations take."""
-    layer: int | None = None
-    """The one layer that has most of it, of several; in a recording of this package's layers."""
-    links: tuple[tuple[int, int], ...] = ()
-    """Sender and receiver of slow links, where they are known."""
-    words: str = ""
-    """Which end of a link it is, where it is known."""
-
-
 def culprits_of(
-    causes: Causes, kind: CauseKind, gained: Sequence[float], without: Sequence[CauseKind]
+    replays: Replays, kind: CauseKind, gained: Sequence[float], without: Sequence[CauseKind]
 ) -> tuple[Culprits, Pattern]:
     """Find who is at fault for a kind of cause, where and when; without: other kinds that hide it, taken out first."""
-    graph = causes.graph
-    excess = causes.by_rank_and_step(kind)
+    graph = replays.graph
+    excess = replays.by_rank_and_step(kind)
     ranks: tuple[int, ...] = ()
     moves = False
     if len(graph.ranks) > 1:
@@ -70,15 +48,15 @@ def culprits_of(
             moves = most <= MOVING * len(worst)
         if not moves:
             ranks, gained = _at_fault(
-                causes, kind, torch.tensor(excess, dtype=torch.float64, device="cpu").clamp(min=0), gained, without
+                replays, kind, torch.tensor(excess, dtype=torch.float64, device="cpu").clamp(min=0), gained, without
             )
-    tables, of_kind = causes.tables, causes.excess[kind]
+    tables, of_kind = replays.tables, replays.excess[kind]
     where: dict[Key, float] = defaultdict(float)
     usual_s, excess_s = 0.0, 0.0
     known: set[Key] = set()
     for of_rank, of_key, excess_of, usual in (
-        (tables.run_rank, tables.run_key, of_kind.run_s, causes.usual.busy_s),
-        (causes.due_to(kind), tables.member_key, of_kind.member_s, causes.usual.transfer_s),
+        (tables.run_rank, tables.run_key, of_kind.run_s, replays.usual.busy_s),
+        (replays.due_to(kind), tables.member_key, of_kind.member_s, replays.usual.transfer_s),
     ):
         known |= {tables.keys[key] for key in of_key.unique().tolist()}
         counts = excess_of > 0
@@ -126,7 +104,7 @@ def phase_of(key: Key) -> str:
 
 
 def _at_fault(
-    causes: Causes, kind: CauseKind, excess_s: Tensor, gained: Sequence[float], without: Sequence[CauseKind]
+    replays: Replays, kind: CauseKind, excess_s: Tensor, gained: Sequence[float], without: Sequence[CauseKind]
 ) -> tuple[tuple[int, ...], Sequence[float]]:
     """Return the fewest ranks whose excess (W, S) explains the gain, none where it is all; and each step's gain.
 
@@ -138,18 +116,18 @@ def _at_fault(
     if excess_s.shape[1] >= FEW_STEPS and bool(common_s.any()):
         common = torch.where(excess_s > 0, common_s / excess_s, 0.0)
         own_s = excess_s - common_s
-        ranks, own_gained = _fewest(causes, kind, own_s, common, without)
+        ranks, own_gained = _fewest(replays, kind, own_s, common, without)
         if sum(own_gained) < OF_FEW * sum(gained):
             return (), gained
         if ranks and all(len(costly_steps(own_s[rank].tolist())) >= FEW_STEPS for rank in ranks):
             return ranks, own_gained
-    return _fewest(causes, kind, excess_s, none, without)[0], gained
+    return _fewest(replays, kind, excess_s, none, without)[0], gained
 
 
 def _fewest(
-    causes: Causes, kind: CauseKind, excess_s: Tensor, gone: Tensor, without: Sequence[CauseKind]
+    replays: Replays, kind: CauseKind, excess_s: Tensor, gone: Tensor, without: Sequence[CauseKind]
 ) -> tuple[tuple[int, ...], list[float]]:
-    """Return the fewest ranks whose excess explains the gain, the worst first, none where it is all; and the gain.
+    """Return the smallest set of ranks (worst first) that explains the gain, and the gain; no ranks mean all of them.
 
     gone: (W, S), which part of each rank's excess is taken out beforehand.
     """
@@ -163,7 +141,7 @@ def _fewest(
         return {**dict.fromkeys(without), kind: parts}
 
     counts = _counts(num_ranks)
-    before, *now, after = causes.without([removal(count) for count in (0, *counts, num_ranks)])
+    before, *now, after = replays.without([removal(count) for count in (0, *counts, num_ranks)])
     gained = [was - then for was, then in zip(before, after, strict=True)]
     most_s = statistics.fmean(before) - EXPLAINED * statistics.fmean(gained)
     count = next((count for count, left in zip(counts, now, strict=True) if statistics.fmean(left) <= most_s), 0)
@@ -172,7 +150,7 @@ def _fewest(
     more = max((fewer for fewer in counts if fewer < count), default=0)
     between = list(range(more + 1, count))  # counts are tried in growing strides
     if between:
-        now = causes.without([removal(fewer) for fewer in between])
+        now = replays.without([removal(fewer) for fewer in between])
         left_of = zip(between, now, strict=True)
         count = next((fewer for fewer, left in left_of if statistics.fmean(left) <= most_s), count)
     alike = [rank for rank in order[count:] if sums[rank] >= ALIKE * sums[order[count - 1]] > 0]

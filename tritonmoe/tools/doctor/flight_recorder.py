@@ -13,7 +13,7 @@ __all__ = ["is_flight_record", "read_flight_record"]
 
 
 def is_flight_record(found: object) -> TypeGuard[Json]:
-    """Say whether a file's content is a dump of the flight recorder."""
+    """Return whether a file's content is a dump of the flight recorder."""
     return (
         isinstance(found, dict)
         and isinstance(found.get("entries"), list)

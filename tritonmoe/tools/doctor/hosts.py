@@ -41,7 +41,7 @@ def hosts_of(traces: Sequence[RankTrace], ranks_per_node: int | None) -> tuple[s
 
 
 def unknown_of_nodes(graph: Graph) -> Iterator[str]:
-    """Say what is not known of the nodes of a run whose ranks send each other rows."""
+    """Yield what is not known of the nodes of a run whose ranks send each other rows."""
     if not graph.hosts:
         yield (
             "the files don't say which ranks share a host: what two levels would gain is not known "

@@ -5,25 +5,85 @@ long every link took. Ranks in its records are those of a communicator: files of
 """
 
 import json
+import statistics
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 from tritonmoe.runtime.files import MAX_LINES_BYTES, Json, check_size
 from tritonmoe.tools.doctor.exchange_names import kind_of_name
-from tritonmoe.tools.doctor.inspector_pairs import Pair, as_exchanges
 from tritonmoe.tools.doctor.trace import Part, RankTrace
 from tritonmoe.tools.doctor.trace_files import damaged, number, open_text
 
-__all__ = ["is_inspector_line", "name_ranks", "read_inspector"]
+__all__ = ["is_inspector_line", "name_ranks", "on_one_clock", "read_inspector"]
 
 LINE_KEYS = ('"header"', '"dump_stats"', '"coll_perf"', '"p2p_perf"', '"proxy_trace"')
 COUNTS = {"coll_perf": "coll_records", "p2p_perf": "p2p_records", "proxy_trace": "proxy_records"}
 """What a record is, and how the head of a dump of format 4.3 calls the number of them."""
+_Name: TypeAlias = tuple[int, str | None, bool]
+"""Number, group, and whether it is of sends and receives, which are counted apart."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A send or a receive."""
+
+    way: str
+    peer: int
+    """The other rank, by its number in the communicator."""
+    num_bytes: int
+    seconds: float
+    start_s: float | None
+    sequence: int
+
+
+def as_exchanges(pairs: Sequence[Pair], group: str, rank: int, size: int) -> list[tuple[Part, bool]]:
+    """Return the exchanges of one communicator, and of each whether it is known when it was.
+
+    A group of them goes on until the same peer comes again in the same direction; with several peers it is an
+    all-to-all.
+    """
+    found: list[tuple[Part, bool]] = []
+    own: list[Pair] = []
+    seen: set[tuple[str, int]] = set()
+    for pair in sorted(pairs, key=lambda pair: pair.sequence):
+        if (pair.way, pair.peer) in seen:
+            found += _as_parts(own, len(found) + 1, group, rank, size)
+            own, seen = [], set()
+        own.append(pair)
+        seen.add((pair.way, pair.peer))
+    return found + _as_parts(own, len(found) + 1, group, rank, size)
+
+
+def _as_parts(own: Sequence[Pair], sequence: int, group: str, rank: int, size: int) -> list[tuple[Part, bool]]:
+    if len({pair.peer for pair in own}) < 2 and size > 2:
+        return [_part(pair.way, [pair], sequence + count, group) for count, pair in enumerate(own)]
+    part, is_timed = _part("all_to_all", own, sequence, group)
+    sums = {"send": [0] * size, "recv": [0] * size}
+    for pair in own:
+        if 0 <= pair.peer < size and pair.peer != rank:
+            sums[pair.way][pair.peer] += pair.num_bytes
+    part.sent, part.received = tuple(sums["send"]), tuple(sums["recv"])
+    return [(part, is_timed)]
+
+
+def _part(kind: str, pairs: Sequence[Pair], sequence: int, group: str) -> tuple[Part, bool]:
+    seconds = max(pair.seconds for pair in pairs)
+    starts = [pair.start_s for pair in pairs if pair.start_s is not None]
+    part = Part(kind, 0.0, 0.0, seconds, group=group, sequence=sequence)
+    part.num_bytes = sum(pair.num_bytes for pair in pairs if pair.way == "send") or pairs[0].num_bytes
+    part.peer = pairs[0].peer if len(pairs) == 1 else None
+    part.links = tuple((pair.way, pair.peer, pair.num_bytes, pair.seconds) for pair in pairs)
+    if len(starts) == len(pairs):
+        part.posted_s = part.start_s = min(starts)
+        part.end_s = max(pair.start_s + pair.seconds for pair in pairs if pair.start_s is not None)
+    return part, len(starts) == len(pairs)
 
 
 def is_inspector_line(begin: bytes) -> bool:
-    """Say whether a file that begins so is of the Inspector."""
+    """Return whether a file that begins so is of the Inspector."""
     text = begin.decode("utf-8", "replace")
     return text[:1] == "{" and any(text[1:40].lstrip().startswith(key) for key in LINE_KEYS)
 
@@ -190,7 +250,7 @@ def _pair(path: Path, where: str, content: Json) -> Pair:
 
 
 def name_ranks(traces: Sequence[RankTrace]) -> None:
-    """Say which ranks of the job a communicator has: those whose files have its id."""
+    """Name the ranks of each communicator: those whose files have its id."""
     ranks: dict[str, dict[int, int]] = defaultdict(dict)
     for trace in traces:
         for name, own in trace.rank_in.items():
@@ -200,3 +260,51 @@ def name_ranks(traces: Sequence[RankTrace]) -> None:
         for name in trace.rank_in:
             if sorted(ranks[name]) == list(range(len(ranks[name]))):
                 trace.groups[name] = tuple(ranks[name][one] for one in range(len(ranks[name])))
+
+
+def on_one_clock(traces: Sequence[RankTrace]) -> None:
+    """Place exchanges without times one after the other, and in each its ranks.
+
+    All leave a collective together, so who took less came later. A send and its receive end together: where there are
+    both, they tell by how much one rank came later than the other, whenever each of them was done.
+    """
+    traces = [trace for trace in traces if trace.lanes == "inspector" and not trace.is_unix_clock]
+    parts: dict[_Name, dict[int, Part]] = defaultdict(dict)
+    last: dict[tuple, int] = defaultdict(int)
+    for index, trace in enumerate(traces):
+        for part in trace.parts:
+            name = (part.sequence or 0, part.group, part.kind in ("all_to_all", "send", "recv"))
+            parts[name][index] = part
+            last[name[1:]] = max(last[name[1:]], name[0])
+    now_s = 0.0
+    # Collectives and pairs are taken to be spread alike over the run.
+    for name in sorted(parts, key=lambda name: (name[0] / (last[name[1:]] or 1), not name[2], str(name[1]))):
+        own = parts[name]
+        starts = _starts(own, {index: traces[index].rank_in.get(str(name[1])) for index in own})
+        first = min(starts.values())
+        for index, part in own.items():
+            seconds = (part.end_s or 0.0) - part.start_s
+            part.posted_s = part.start_s = now_s + starts[index] - first
+            part.end_s = part.start_s + seconds
+        now_s = max(part.end_s or 0.0 for part in own.values())
+    for trace in traces:
+        trace.parts.sort(key=lambda part: part.posted_s)
+
+
+def _starts(parts: Mapping[int, Part], number: Mapping[int, int | None]) -> dict[int, float]:
+    """Return when each rank came to an exchange, from some moment on."""
+    if all(part.links for part in parts.values()):
+        took = {(index, way, peer): seconds for index, part in parts.items() for way, peer, _, seconds in part.links}
+        first = min(parts)
+        starts = {first: 0.0}
+        for index in parts:
+            later = [
+                took[first, way, number[index]] - took[index, back, number[first]]  # type: ignore[index]
+                for way, back in (("send", "recv"), ("recv", "send"))
+                if (first, way, number[index]) in took and (index, back, number[first]) in took
+            ]
+            if index != first and later:
+                starts[index] = statistics.fmean(later)
+        if len(starts) == len(parts):
+            return starts
+    return {index: part.start_s - (part.end_s or 0.0) for index, part in parts.items()}

@@ -1,17 +1,243 @@
 """joined: the traces of ranks as one graph, their exchanges matched, on one clock."""
 
+import statistics
 from bisect import bisect_right
+from collections import defaultdict
 from collections.abc import Sequence
 
 from tritonmoe.tools.doctor.clocks import align_clocks
-from tritonmoe.tools.doctor.graph import Graph
+from tritonmoe.tools.doctor.graph import Graph, Item, Key, Kind, Member, Run
 from tritonmoe.tools.doctor.hosts import hosts_of
-from tritonmoe.tools.doctor.link_ends import slow_links
-from tritonmoe.tools.doctor.matching import OfSteps, bound_ends, matched
-from tritonmoe.tools.doctor.programs import Programs
-from tritonmoe.tools.doctor.trace import RankTrace
+from tritonmoe.tools.doctor.link_ends import group_indices, slow_links
+from tritonmoe.tools.doctor.matching import Matched, OfSteps, bound_ends, idle_since, matched
+from tritonmoe.tools.doctor.trace import Part, RankTrace
 
 __all__ = ["joined"]
+
+SHORT_WAIT_S = {"gpu": 5e-6, "cpu": 50e-6, "none": 0.0, "inspector": 0.0}
+"""Shorter pauses are no wait for an exchange."""
+ROUNDED_S = 1e-6
+
+
+class Programs:
+    """Builds each rank's program, and the exchanges between them.
+
+    A stretch of work is known by the exchange that it comes before: the n-th of its kind in its phase of the step.
+    Where ranks do different things in a step, as stages of a pipeline do, it is known by the exchange before it too.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        traces: Sequence[RankTrace],
+        of_steps: Sequence[OfSteps],
+        matched: Matched,
+        bounds: Sequence[Sequence[tuple[float, float]]],
+    ) -> None:
+        self.is_unlike = False
+        """Whether ranks do different things in a step."""
+        self.graph, self.traces, self.of_steps, self.matched, self.bounds = graph, traces, of_steps, matched, bounds
+
+    def build(self) -> None:
+        keys = self._keys()
+        graph = self.graph
+        members: dict[int, int] = {}
+        for exchange, parts in self.matched.items():
+            own = range(len(graph.members), len(graph.members) + len(parts))
+            graph.exchanges.append(list(own))
+            ends = [part.end_s or part.start_s for _, part in parts]
+            latest = max(part.start_s for _, part in parts)
+            for (index, part), end_s in zip(parts, ends, strict=True):
+                step, key = keys[id(part)]
+                needs = None
+                since = latest
+                if end_s < latest:
+                    needed = [one for one, (_, other) in zip(own, parts, strict=True) if other.start_s <= end_s]
+                    needs = tuple(needed) or (own[[i for i, _ in parts].index(index)],)
+                    since = max(parts[one - own.start][1].start_s for one in needs)
+                members[id(part)] = len(graph.members)
+                graph.members.append(
+                    Member(
+                        index,
+                        step,
+                        exchange,
+                        key,
+                        part.lane,
+                        0.0,
+                        end_s - since,
+                        needs,
+                        self._to_others(index, part, part.sent),
+                        self._to_others(index, part, part.received),
+                        part.num_bytes,
+                        part.element_bytes,
+                        self._linked_s(index, part, end_s - since),
+                        sum(part.received) // part.rows if part.received and part.rows else 0,
+                    )
+                )
+        waits = self._waits(keys)
+        graph.programs = [self._program(index, keys, members, waits[index]) for index in range(len(self.traces))]
+
+    def _to_others(self, index: int, part: Part, sizes: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        """Return the bytes for each rank of the group without those that stay on this one, where it is known which."""
+        if sizes is None:
+            return None
+        rank = self.graph.ranks[index]
+        group = part.group_ranks or self.traces[index].groups.get(str(part.group)) or tuple(range(len(sizes)))
+        if len(group) != len(sizes) or rank not in group:
+            return sizes
+        place = group.index(rank)
+        return (*sizes[:place], 0, *sizes[place + 1 :])
+
+    def _linked_s(self, index: int, part: Part, transfer_s: float) -> float:
+        slow = self.graph.slow_links
+        if slow is None or not part.links:
+            return 0.0
+        return slow.lost_s(part, index, group_indices(self.traces, index, part.group), transfer_s)
+
+    def _keys(self) -> dict[int, tuple[int, Key]]:
+        """Return the step and the key of every part."""
+        orders = {tuple((part.phase, _what(part)) for parts in steps for part in parts) for steps in self.of_steps}
+        self.is_unlike = len(orders) > 1
+        keys: dict[int, tuple[int, Key]] = {}
+        for steps in self.of_steps:
+            for step, parts in enumerate(steps):
+                seen: dict[tuple, int] = defaultdict(int)
+                before: Part | None = None
+                for part in parts:
+                    what = _what(part)
+                    if self.is_unlike:
+                        what += f" after {_what(before)}{_of(before, part.phase)}" if before else " first"
+                    of = (part.phase, what)
+                    keys[id(part)] = (step, (*of, seen[of]))
+                    seen[of] += 1
+                    before = part
+        return keys
+
+    def _waits(self, keys: dict[int, tuple[int, Key]]) -> list[dict[int, float]]:
+        """Find which exchanges the computing lane stood still for, and since when: by id of the part, for each rank."""
+        found: list[dict[int, float]] = []
+        shares: dict[Key, list[float]] = defaultdict(list)
+        for index, trace in enumerate(self.traces):
+            own: dict[int, float] = {}
+            for parts in self.of_steps[index]:
+                for part in parts:
+                    if part.end_s is None:
+                        continue
+                    since = max(idle_since(trace, part.end_s), part.posted_s)
+                    wait_s = part.end_s - since
+                    flight_s = part.end_s - part.posted_s
+                    if wait_s > 0:
+                        own[id(part)] = since
+                    shares[keys[id(part)][1]].append(max(0.0, wait_s) / flight_s if flight_s > 0 else 1.0)
+            found.append(own)
+        usually = {key: statistics.median(values) >= 0.5 for key, values in shares.items()}
+        for index, trace in enumerate(self.traces):
+            for parts in self.of_steps[index]:
+                for part in parts:
+                    since_s = found[index].get(id(part))
+                    if since_s is None or part.end_s is None or usually[keys[id(part)][1]]:
+                        continue
+                    wait_s = part.end_s - since_s
+                    if wait_s < max(4 * SHORT_WAIT_S[trace.lanes], 0.2 * (part.end_s - part.posted_s)):
+                        del found[index][id(part)]
+        return found
+
+    def _program(
+        self, index: int, keys: dict[int, tuple[int, Key]], members: dict[int, int], waits: dict[int, float]
+    ) -> list[Item]:
+        trace, graph = self.traces[index], self.graph
+        program: list[Item] = []
+        busy = _Busy(trace)
+        now_s = self.bounds[index][0][0]
+        lane_ends: dict[int, float] = {}
+        rows: int | None = None
+        stretch = 0
+
+        def run_until(moment_s: float, key: Key, ends_stretch: bool = True) -> None:
+            """Add the work until then; a stretch without any is one of no time, to compare others with."""
+            nonlocal now_s
+            if moment_s > now_s or (ends_stretch and len(graph.runs) == stretch):
+                moment_s = max(moment_s, now_s)
+                busy_s = busy.between(now_s, moment_s)
+                graph.runs.append(Run(index, step, key, busy_s, max(0.0, moment_s - now_s - busy_s), rows, stretch))
+                program.append((Kind.RUN, len(graph.runs) - 1))
+                now_s = moment_s
+
+        for step, parts in enumerate(self.of_steps[index]):
+            events: list[tuple[float, int, Part]] = []
+            for part in parts:
+                events.append((part.posted_s, 0, part))
+                if id(part) in waits:
+                    events.append((part.end_s or 0.0, 1, part))
+            events.sort(key=_order)
+            posts = iter([part for part in parts if id(part) in members])
+            key: Key = _before(keys, next(posts, None))
+            stretch = len(graph.runs)
+            pending: list[Part] = []
+            for moment_s, is_wait, part in events:
+                member = members[id(part)]
+                if is_wait:
+                    run_until(max(now_s, waits[id(part)]), key, ends_stretch=False)
+                    program.append((Kind.WAIT, member))
+                    now_s = max(now_s, moment_s)
+                    pending = [other for other in pending if other is not part]
+                    if part.rows is not None:
+                        rows = part.rows
+                else:
+                    run_until(moment_s, key)
+                    program.append((Kind.POST, member))
+                    since = max(part.posted_s, lane_ends.get(part.lane, 0.0))
+                    graph.members[member].delay_s = max(0.0, part.start_s - since)
+                    lane_ends[part.lane] = max(lane_ends.get(part.lane, 0.0), part.end_s or part.start_s)
+                    key = _before(keys, next(posts, None))
+                    stretch = len(graph.runs)
+                    pending.append(part)
+            end_s = self.bounds[index][step][1]
+            run_until(end_s, key)
+            program += [(Kind.WAIT, members[id(part)]) for part in pending if (part.end_s or 0.0) <= end_s]
+            program.append((Kind.STEP, step))
+        return program
+
+
+def _order(event: tuple[float, int, Part]) -> tuple[float, int]:
+    """Return the place of an event: who hands over an exchange just when another ends has waited for that one."""
+    moment_s, is_wait, part = event
+    return (moment_s - ROUNDED_S if is_wait and moment_s - part.posted_s > 2 * ROUNDED_S else moment_s, is_wait)
+
+
+def _what(part: Part) -> str:
+    return part.way or part.kind
+
+
+def _of(part: Part, phase: str) -> str:
+    return "" if part.phase == phase else f" of {part.phase}"
+
+
+def _before(keys: dict[int, tuple[int, Key]], part: Part | None) -> Key:
+    """Return the key of the work before this exchange is handed over; None: of the rest of a step."""
+    if part is None:
+        return ("end of the step",)
+    phase, kind, count = keys[id(part)][1]
+    return (phase, "before", kind, count)
+
+
+class _Busy:
+    """How long a rank's computing lane was busy between two moments."""
+
+    def __init__(self, trace: RankTrace) -> None:
+        self.starts, self.ends = trace.busy_start_s, trace.busy_end_s
+        self.sums = [0.0]
+        for start, end in zip(self.starts, self.ends, strict=True):
+            self.sums.append(self.sums[-1] + end - start)
+
+    def until(self, moment_s: float) -> float:
+        at = bisect_right(self.starts, moment_s)
+        if not at:
+            return 0.0
+        return self.sums[at] - max(0.0, self.ends[at - 1] - moment_s)
+
+    def between(self, start_s: float, end_s: float) -> float:
+        return max(0.0, self.until(end_s) - self.until(start_s))
 
 
 def joined(traces: Sequence[RankTrace], ranks_per_node: int | None = None) -> tuple[Graph, list[str]]:

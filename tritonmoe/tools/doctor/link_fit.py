@@ -1,19 +1,24 @@
-"""LinkFit: latency and seconds of a byte on every link, and how many times as long bytes take on slow ones."""
+"""fit_links: latency, rate and slowness of every link, from when the rows of every exchange arrived at every rank.
+
+A message goes out when the ports of both of its ranks have turned to its exchange, and takes as long as the busier of
+the two. A port that is slow delays all messages of its rank, a slow link those of one pair of ranks in one direction.
+"""
 
 import functools
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from tritonmoe.overlap.simulation.cost_model import EachLink
-from tritonmoe.tools.doctor.fits import medians, weighted_median
-from tritonmoe.tools.doctor.messages import Messages, Reach
-from tritonmoe.tools.doctor.port_times import busy_times, typical_times
+from tritonmoe.overlap.simulation.cost_model import EachLink, InsidePorts, LinkCosts
+from tritonmoe.tools.doctor.messages import Messages, Reach, messages_of, reaches
+from tritonmoe.tools.doctor.samples import medians, weighted_median
+from tritonmoe.tools.recording.call_recording import RecordedCall, Recording
 
-__all__ = ["LEAST_BYTE_S", "SMALLEST_RATIO", "LinkFit", "LinkRatios"]
+__all__ = ["SMALLEST_RATIO", "LinkRatios", "fit_links"]
 
 SMALLEST_RATIO = 1.15
 """A port or link that is slower than the others by less than this is taken for as fast."""
@@ -33,6 +38,61 @@ LEAST_EXCESS_S = 1e-4
 """A link whose messages take longer than the others' by less than this, or than they take at all, is like them."""
 LARGE_SHARE = 0.3
 """A message is large, and tells the rate, if it has so large a share of the bytes of the largest."""
+MAX_MESSAGES = 50_000
+"""Of more messages than that only those of some passes are looked at."""
+
+
+def busy_times(
+    sent: Messages, begun: Tensor, ended: Tensor, counts: Tensor, peers: int, is_slow: Tensor
+) -> list[list[tuple[float, float]]]:
+    """Return by rank the bytes and seconds of the times in which its port has messages.
+
+    Args:
+        begun, ended: (M, W, W), when the messages were under way, their latency apart.
+        counts: (M, W, W), the messages that count.
+        peers: the axis of the other end.
+        is_slow: (W,), the ports that alone decide how long their messages take; else the busier of two decides,
+            whose bytes count where all messages of an exchange are in one such time.
+    """
+    ended = torch.maximum(ended, begun)
+
+    def by_port(values: Tensor, otherwise: float) -> Tensor:
+        """Return (M, other end, port) of the messages that count."""
+        values = torch.where(counts, values, otherwise)
+        return values if peers == 1 else values.transpose(1, 2)
+
+    begins, ends = by_port(begun, torch.inf), by_port(ended, -torch.inf)
+    ordered, order = begins.flatten(0, 1).sort(0)
+    reached = ends.flatten(0, 1).gather(0, order).cummax(0).values
+    follows_pause = torch.ones_like(ordered, dtype=torch.bool)
+    follows_pause[1:] = ordered[1:] >= reached[:-1]
+    number = torch.empty_like(order).scatter_(0, order, follows_pause.cumsum(0) - 1).view(begins.shape)
+    is_counted = begins < torch.inf
+    first = torch.where(is_counted, number, number.numel()).amin(1, keepdim=True)
+    last = torch.where(is_counted, number, -1).amax(1, keepdim=True)
+    own_bytes = by_port(sent.sent_bytes, 0.0)
+    own, most = own_bytes.sum(1, keepdim=True), by_port(sent.port_bytes, 0.0).amax(1, keepdim=True)
+    is_of_busier = (first == last) & ~is_slow & (own > 0)
+    sizes = torch.where(is_of_busier, own_bytes * (most / own.clamp(min=1)), own_bytes)
+
+    def of_times(values: Tensor, reduce: str) -> Tensor:
+        values, numbers = values.flatten(0, 1), number.flatten(0, 1)
+        return torch.zeros_like(values).scatter_reduce(0, numbers, values, reduce, include_self=False)
+
+    seconds = of_times(ends, "amax") - of_times(begins, "amin")
+    lists = zip(of_times(sizes, "sum").T.tolist(), seconds.T.tolist(), strict=True)
+    return [[(b, s) for b, s in zip(*of, strict=True) if b > 0] for of in lists]
+
+
+def typical_times(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Return (bytes, seconds) of busy times, those of about one size as one, with the time in the middle."""
+    groups: list[list[tuple[float, float]]] = []
+    for point in sorted(points):
+        if groups and point[0] <= 1.1 * groups[-1][0][0]:
+            groups[-1].append(point)
+        else:
+            groups.append([point])
+    return [(statistics.fmean(b for b, _ in group), statistics.median_low(s for _, s in group)) for group in groups]
 
 
 @dataclass(frozen=True)
@@ -272,3 +332,45 @@ class LinkFit:
         link_s = torch.where(self.link > 1, self.link * torch.maximum(out_s[:, None], in_s), 0.0)
         each = EachLink(out_s, in_s, link_s * self.port_share, self._latencies_s)
         return each, LinkRatios(self.port_out, self.port_in, self.link, self.sent.are_told_apart, self.excess_s)
+
+
+def fit_links(calls: Sequence[RecordedCall], recording: Recording) -> tuple[LinkCosts, LinkRatios, tuple[str, ...]]:
+    """Find what exchanges cost, in these of its calls; the notes say what could not be found."""
+    size, node_size = recording.size, recording.node_size
+    passes = [(call, number) for call in calls for number in range(len(call.by_pass))]
+    messages = sum(step.step.lane == "comm" for step in calls[0].ranks[0].forward.steps) * size**2
+    every = max(1, len(passes) * messages // MAX_MESSAGES) | 1  # odd: of forwards and backwards alike
+    fits = {}
+    for reach in reaches(node_size):
+        sent = Messages.joined([messages_of(call, number, reach, node_size) for call, number in passes[::every]])
+        fits[reach] = LinkFit(sent, size, recording.uses_rendezvous)
+    notes = []
+    if not any(bool(fit.sent.are_known.any()) for fit in fits.values()):
+        notes.append("no exchange carried rows from rank to rank")
+    elif not any(fit.sent.are_told_apart for fit in fits.values()):
+        notes.append("NCCL doesn't tell when each rank's rows arrived: which link or port is slow is not known")
+    each, ratios = next(iter(fits.values())).found()
+    if node_size is not None:
+        near, near_ratios = fits[Reach.INSIDE].found()
+        is_near = Reach.INSIDE.pairs(size, node_size)
+        each = EachLink(
+            each.port_out_s,
+            each.port_in_s,
+            torch.where(is_near, near.link_s, each.link_s),
+            torch.where(is_near, near.latency_s, each.latency_s),
+            InsidePorts(node_size, near.port_out_s, near.port_in_s),
+        )
+        ratios = LinkRatios(
+            *(ratios.port_out, ratios.port_in, torch.where(is_near, near_ratios.link, ratios.link)),
+            ratios.are_told_apart or near_ratios.are_told_apart,
+            torch.where(is_near, near_ratios.excess_s, ratios.excess_s),
+            near_ratios.port_out,
+            near_ratios.port_in,
+        )
+    far = next(iter(fits.values()))
+    link = LinkCosts(
+        *(far.latency_s, 1 / max(far.byte_s, LEAST_BYTE_S), recording.shares_link),
+        each=each,
+        is_rendezvous=recording.uses_rendezvous,
+    )
+    return link, ratios, tuple(notes)

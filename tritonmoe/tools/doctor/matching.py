@@ -7,7 +7,7 @@ from typing import TypeAlias
 
 from tritonmoe.tools.doctor.trace import Part, RankTrace
 
-__all__ = ["Matched", "OfSteps", "bound_ends", "idle_since", "matched"]
+__all__ = ["Matched", "OfSteps", "as_all_to_alls", "bound_ends", "idle_since", "matched"]
 
 OfSteps: TypeAlias = list[list[Part]]
 """The exchanges of each step of one rank, in the order in which they were handed over."""
@@ -112,7 +112,7 @@ def idle_since(trace: RankTrace, moment_s: float) -> float:
 
 
 def bound_ends(traces: Sequence[RankTrace], found: Matched) -> None:
-    """Say when transfers ended of which the files have only when somebody noticed it.
+    """Estimate the ends of transfers whose trace has only when the host noticed their completion.
 
     A send ends no later than the receive of the same rows. A receive for which nobody stood still ended before it was
     noticed: it is taken to last as long as others of that pair do which were waited for.
@@ -138,3 +138,44 @@ def bound_ends(traces: Sequence[RankTrace], found: Matched) -> None:
             most_s = latest_s + like[int(USUALLY * (len(like) - 1))]
             for _, part in parts:
                 part.end_s = min(part.end_s or most_s, most_s)
+
+
+def as_all_to_alls(traces: Sequence[RankTrace], limits: list[str]) -> None:
+    """Join each rank's receives from all others, and the sends to them behind these, to one exchange.
+
+    So the layers of this package exchange rows over gloo, and a trace has only the kinds and times of these messages.
+
+    Where any rank's don't come so, all stay as they are, and the limits say that nobody knows with whom they are.
+    """
+    untold = [[part for part in trace.parts if part.kind in PAIRS and part.peer is None] for trace in traces]
+    if not any(untold) or len(traces) < 2:
+        return
+    batches = [_batches(parts, len(traces) - 1) for parts in untold]
+    known = [found for found in batches if found is not None]
+    if len(known) < len(traces) or len({len(found) for found in known}) > 1:
+        limits.append(
+            "the files don't name the other rank of sends and receives: each counts alone, and which rank waits "
+            "for which is not known (tritonmoe.tools.recording.record tells for layers of this package)"
+        )
+        return
+    for trace, parts, found in zip(traces, untold, known, strict=True):
+        joined = {id(part) for part in parts}
+        trace.parts = [*(part for part in trace.parts if id(part) not in joined), *map(_exchange, found)]
+        trace.parts.sort(key=lambda part: part.posted_s)
+
+
+def _batches(parts: Sequence[Part], num_others: int) -> list[list[Part]] | None:
+    """Return so many receives and as many sends behind them, again and again; None where they don't come so."""
+    ordered = sorted(parts, key=lambda part: part.posted_s)
+    size = 2 * num_others
+    found = [ordered[first : first + size] for first in range(0, len(ordered), size)]
+    wanted = ["recv"] * num_others + ["send"] * num_others
+    return found if all([part.kind for part in batch] == wanted for batch in found) else None
+
+
+def _exchange(batch: Sequence[Part]) -> Part:
+    last = batch[-1]
+    ends = [part.end_s for part in batch if part.end_s is not None]
+    whole = Part("all_to_all", last.posted_s, last.start_s, max(ends, default=None), last.lane, last.phase)
+    whole.is_noticed = last.is_noticed
+    return whole

@@ -98,7 +98,7 @@ def layers_of(graph: Graph) -> list[LayerPass]:
 
 
 def _has_rows(graph: Graph, index: int) -> bool:
-    """Say whether this is an all-to-all of a group whose ranks are all there, with all splits."""
+    """Return whether this is an all-to-all of a group whose ranks are all there, with all splits."""
     member = graph.members[index]
     members = graph.exchanges[member.exchange]
     return (
@@ -158,7 +158,7 @@ def _in_order(graph: Graph, by_rank: Sequence[Sequence[_Visit]]) -> Iterator[lis
 
 
 def _comes_home(graph: Graph, there: Sequence[int], back: Sequence[int]) -> bool:
-    """Say whether each rank sends back what it has received, in this or another format."""
+    """Return whether each rank sends back what it has received, in this or another format."""
     received = [graph.members[one].received or () for one in there]
     sent = [graph.members[one].sent or () for one in back]
     total, total_back = (sum(map(sum, of)) for of in (received, sent))

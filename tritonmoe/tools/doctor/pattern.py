@@ -50,7 +50,7 @@ def costly_steps(costs_s: Sequence[float]) -> list[int]:
 
 
 def pattern_of(costs_s: Sequence[float]) -> Pattern:
-    """Say when a cause costs time, by what it costs in each step."""
+    """Return when a cause costs time, by its cost in each step."""
     count = len(costs_s)
     costly = costly_steps(costs_s)
     if count < FEW_STEPS or not costly:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tritonmoe.overlap.simulation.step_costs import fit_line
+from tritonmoe.overlap.simulation.cost_model import fit_line
 from tritonmoe.tools.doctor.link_fit import SMALLEST_RATIO
 from tritonmoe.transports import Transport
 
@@ -89,7 +89,7 @@ def _turns(size: int, distance: int) -> list[dict[int, int]]:
 
 
 def _send(transport: Transport, receiver_of: dict[int, int], num_bytes: int, device: torch.device | str) -> float:
-    """Let every sender send so many bytes to its receiver, and give what this rank's exchange took."""
+    """Send so many bytes from every sender to its receiver, and return the seconds of this rank's exchange."""
     size, own = transport.size, transport.rank
     there, here = [0] * size, [0] * size
     for sender, receiver in receiver_of.items():

@@ -8,12 +8,12 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from tritonmoe.overlap.steps import StepKind
-from tritonmoe.tools.doctor.causes import CauseKind
 from tritonmoe.tools.doctor.costs import Costs
 from tritonmoe.tools.doctor.messages import Messages, Reach, find_messages, reaches
 from tritonmoe.tools.doctor.recorded_graph import RecordedGraph
@@ -44,8 +44,7 @@ AMONG = 0.25
 class LinkFault:
     """Which end of which links is slow."""
 
-    kind: CauseKind
-    """slow link, late link, slow port."""
+    kind: Literal["slow link", "late link", "slow port"]
     links: tuple[tuple[int, int], ...]
     """(sender, receiver) of each, the worst first; of a port or a node none."""
     ranks: tuple[int, ...]
@@ -213,7 +212,7 @@ def _mend(
 
 
 def _fault_of_steps(held_up_s: Tensor, is_used: Tensor, costs: Costs, recording: Recording) -> LinkFault | None:
-    """Say which end of which links is slow, and whether it is another one from step to step."""
+    """Return which end of which links is slow, without links or ranks where they change from step to step."""
     totals = held_up_s.sum((1, 2))
     costly = [step for step, total in enumerate(totals.tolist()) if total > 0.5 * float(totals.max())]
     if not costly:
@@ -242,7 +241,7 @@ def _is_whole_port(is_slow: Tensor, rank: int, is_used: Tensor, node_size: int |
 
 
 def _fault_of(held_up_s: Tensor, is_used: Tensor, costs: Costs, recording: Recording) -> LinkFault:
-    """Say which end of which links is slow, by how long (W, W) rows from rank i have held up rank k."""
+    """Return which end of which links is slow, by how long (W, W) rows from rank i have held up rank k."""
     total, size = float(held_up_s.sum()), len(held_up_s)
     ratios = costs.ratios
     of_links = held_up_s.tolist()

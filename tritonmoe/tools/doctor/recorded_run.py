@@ -1,16 +1,21 @@
 """judge_recording: why the steps of a recording of this package's layers take so long, and what would help."""
 
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
 from tritonmoe.tools.doctor.advice import Advice, advice_on
 from tritonmoe.tools.doctor.attribution import Verdict, attribute
-from tritonmoe.tools.doctor.costs import Costs
-from tritonmoe.tools.doctor.recorded_causes import known_of
+from tritonmoe.tools.doctor.causes import Known
+from tritonmoe.tools.doctor.costs import Costs, fit_costs
 from tritonmoe.tools.doctor.recorded_graph import RecordedGraph, graph_of
+from tritonmoe.tools.doctor.recorded_links import linked_of
 from tritonmoe.tools.recording.call_recording import RecordedCall, Recording
 
-__all__ = ["RecordedRun", "judge_recording"]
+__all__ = ["RecordedRun", "judge_recording", "known_of"]
+
+MOST_FITTED = 24
+"""Costs are fitted to so many calls, spread over the recording."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,7 @@ class RecordedRun:
 
 
 def judge_recording(recording: Recording) -> RecordedRun:
-    """Say why the steps of a recording take as long as they do.
+    """Find why the steps of a recording take as long as they do.
 
     Raises:
         ValueError: there is no call that all ranks have recorded, or only one rank.
@@ -50,3 +55,26 @@ def judge_recording(recording: Recording) -> RecordedRun:
     advice = advice_on(recording, known.calls, known.costs, known.share * found.replayed_s, found.exposed_s)
     limits = (*built.notes, *recording.notes, *known.costs.notes)
     return RecordedRun(recording, built, known.costs, known.calls, found, tuple(advice), limits)
+
+
+def known_of(recording: Recording, built: RecordedGraph) -> Known:
+    """Find what is known of a recording beside its graph."""
+    calls, share = _fitted_calls(built)
+    costs = fit_costs(calls, recording)
+    slow_s, fault = linked_of(recording, built, costs)
+    return Known(slow_s, fault, built.step_s, built, costs, tuple(calls), share)
+
+
+def _fitted_calls(built: RecordedGraph) -> tuple[list[RecordedCall], float]:
+    """Return calls to fit costs to, of the layers' sizes and plan that take most time, and the share they take."""
+    seconds: dict[tuple, float] = defaultdict(float)
+    calls: dict[tuple, dict[int, RecordedCall]] = defaultdict(dict)
+    for of in built.passes:
+        call = of.call
+        key = (*call.sizes.values(), call.row_bytes, call.other_row_bytes, call.has_backward, of.work)
+        calls[key][call.sequence] = call
+        seconds[key] += max(one.end for one in of.of_ranks) - min(one.entered for one in of.of_ranks)
+    most = max(seconds, key=lambda key: seconds[key])
+    found = list(calls[most].values())
+    every = max(1, len(found) // MOST_FITTED) | 1  # odd: layers follow each other
+    return found[::every], seconds[most] / sum(seconds.values())

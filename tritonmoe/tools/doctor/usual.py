@@ -185,7 +185,7 @@ def _common(scattered: Tensor, rank: Tensor, step: Tensor, graph: Graph) -> Tens
 
 
 def _is_of_the_fullest(step: Tensor, sizes: Tensor, times: Tensor, num_steps: int) -> bool:
-    """Say whether an exchange takes about equally long on all ranks though their bytes differ: as the fullest needs."""
+    """Return whether an exchange takes all ranks about as long as the fullest rank needs, though their bytes differ."""
     unlike = []
     for values in (sizes, times):
         most, least, mean = (by_step(step, values, what, num_steps) for what in ("amax", "amin", "mean"))

@@ -10,7 +10,14 @@ from tritonmoe.tools.doctor.lanes import Shown, shown_of
 from tritonmoe.tools.doctor.reading import ForeignRun
 from tritonmoe.tools.doctor.recorded_run import RecordedRun
 from tritonmoe.tools.doctor.slowdown import slowdown_of
-from tritonmoe.tools.doctor.words import cost_words, count_words, mended_words, share_words, time_words, words_of
+from tritonmoe.tools.doctor.words import (
+    cost_words,
+    count_words,
+    describe_finding,
+    mended_words,
+    share_words,
+    time_words,
+)
 from tritonmoe.tools.recording.call_recording import Recording
 from tritonmoe.tools.report.terminal import one_line
 
@@ -53,7 +60,7 @@ def as_text(run: AnyRun, found: Verdict, advice: Sequence[Advice] = ()) -> str:
     lines.append(step_words(found))
     lines += headline(found)
     for number, one in enumerate(found.findings, 1):
-        words = words_of(one, found, recording_of(run))
+        words = describe_finding(one, found, recording_of(run))
         lines.append(f"{number}. {words.title.upper()}: {words.sentence}")
         lines.append(f"   costs {cost_words(one.cost, found)}. To do: {words.to_do}")
     if len(found.findings) > 1:
@@ -65,7 +72,7 @@ def as_text(run: AnyRun, found: Verdict, advice: Sequence[Advice] = ()) -> str:
 
 
 def about(run: AnyRun, found: Verdict) -> str:
-    """Say what was read."""
+    """Return what was read, in words."""
     graph = found.graph
     kinds = ", ".join(f"{count} of {kind}" for kind, count in run.kinds.items())
     counts = f"{count_words(len(graph.ranks), 'rank')}, {count_words(len(graph.steps), 'step')}"
@@ -73,7 +80,7 @@ def about(run: AnyRun, found: Verdict) -> str:
 
 
 def step_words(found: Verdict) -> str:
-    """Say what a step takes, and what it consists of."""
+    """Return how long a step takes, and how ranks spend it, in words."""
     return (
         f"a step takes {time_words(found.measured_s)}, in the replay {time_words(found.replayed_s)} "
         f"({found.error:+.1%}); a rank spends {share_words(found.computing_s, found)} of a step computing, "
@@ -112,7 +119,7 @@ def headline(found: Verdict) -> list[str]:
 
 
 def warnings_of(found: Verdict) -> list[str]:
-    """Say that findings may be noise, or that steps are few, and what to do; nothing where neither is so."""
+    """Return warnings that findings may be noise or steps too few, with what to do; none where neither is so."""
     lines, num_steps = [], len(found.graph.steps)
     if found.noise_s > MUCH_NOISE * found.replayed_s:
         lines.append(
@@ -206,7 +213,7 @@ def as_json(run: AnyRun, found: Verdict, advice: Sequence[Advice] = (), shown: S
 
 
 def _plain_finding(finding: Finding, run: AnyRun, found: Verdict) -> Json:
-    culprits, words = finding.culprits, words_of(finding, found, recording_of(run))
+    culprits, words = finding.culprits, describe_finding(finding, found, recording_of(run))
     return {
         "kind": finding.kind,
         "ranks": [found.graph.ranks[index] for index in culprits.ranks],

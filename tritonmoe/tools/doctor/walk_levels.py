@@ -167,7 +167,7 @@ class _Levelling:
         self.at[rank], self.level[rank] = place, moment
 
     def _post(self, member: int, moment: int) -> None:
-        """Let an exchange start on a rank, once the one before it in its lane has ended."""
+        """Start an exchange on a rank, once the exchange before it in its lane has ended."""
         one = self.last_of_lane.get(self.lane_of[member], -1)
         self.last_of_lane[self.lane_of[member]] = member
         self.before[member] = one

@@ -99,7 +99,7 @@ def scatter(times: Sequence[float]) -> float:
 
 
 def say_scatter(cluster: Cluster, say: Callable[[str], None]) -> None:
-    """Say whose samples scattered."""
+    """Print which estimates have samples that scattered."""
     wide = [(key, one.spread) for key, one in cluster.estimates() if one.source == "probe" and one.spread is not None]
     for key, spread in wide:
         say(f"{key}: samples scattered, so its interval is wider: times and over {1 + spread:.2f}")

@@ -10,15 +10,14 @@ from itertools import pairwise
 
 from tritonmoe.config.overlap import OverlapPlan
 from tritonmoe.overlap.schedule import build_backward, build_forward
-from tritonmoe.overlap.simulation.cost_model import LinkCosts
+from tritonmoe.overlap.simulation.cost_model import LinkCosts, StepCosts
 from tritonmoe.overlap.simulation.simulator import SimulatedStep, simulate
-from tritonmoe.overlap.simulation.step_costs import StepCosts
 from tritonmoe.overlap.simulation.two_level_work import TwoLevelWork
 from tritonmoe.overlap.steps import StepKind
 from tritonmoe.tools.planner.cluster import Cluster
 from tritonmoe.tools.planner.job import Job
-from tritonmoe.tools.planner.layer_exchange import ExchangeTime, LayerExchange, leaves
-from tritonmoe.tools.planner.layer_parts import Parts, layer_parts
+from tritonmoe.tools.planner.layer_exchange import ExchangeTime, LayerExchange, iter_leaf_steps
+from tritonmoe.tools.planner.operation_costs import Parts, layer_parts
 from tritonmoe.tools.planner.step import BESIDE, exchange_time, in_turn, layer_exchange
 
 __all__ = ["SERIAL", "ExchangeCurve", "Lanes"]
@@ -219,7 +218,9 @@ def _units(
         ).steps
 
     kinds: dict[StepKind, tuple[float, float]] = {}
-    steps, units = (list(leaves(walk(plan, costs, free))) for costs in (StepCosts(ones, {}), StepCosts({}, ones)))
+    steps, units = (
+        list(iter_leaf_steps(walk(plan, costs, free))) for costs in (StepCosts(ones, {}), StepCosts({}, ones))
+    )
     for pair in zip(steps, units, strict=True):
         spans = [float(((one.end_s if one.posted_s is None else one.posted_s) - one.start_s).max()) for one in pair]
         kind = pair[0].step.kind.twin  # costs inside nodes are those between them

@@ -5,7 +5,7 @@ from typing import Any
 
 from tritonmoe.runtime.files import Json
 from tritonmoe.tools.planner.comparison import Comparison
-from tritonmoe.tools.planner.plan_verdict import DECIDES, comparison_as_json, plan_as_json
+from tritonmoe.tools.planner.plan_text import DECIDES, comparison_as_json, plan_as_json
 from tritonmoe.tools.planner.training_plan import Plan
 from tritonmoe.tools.report.charts import Curve, Curves, Segment, Strip, Strips, ticks
 from tritonmoe.tools.report.figures import Cell, Figures, Line, Table, Words

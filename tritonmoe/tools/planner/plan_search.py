@@ -13,7 +13,7 @@ from tritonmoe.tools.planner.exchange_curve import SERIAL
 from tritonmoe.tools.planner.job import Job, Recompute, expert_degrees
 from tritonmoe.tools.planner.job_memory import USABLE_MEMORY, memory_gb
 from tritonmoe.tools.planner.layer_exchange import ExchangeTime
-from tritonmoe.tools.planner.layer_parts import layer_parts
+from tritonmoe.tools.planner.operation_costs import layer_parts
 from tritonmoe.tools.planner.step import ONCE_A_STEP, StepTime, exchange_time, layer_exchange, step_with, walked_layers
 
 __all__ = ["OVERLAPS", "Free", "Spread", "Way", "search", "ways", "with_cluster"]

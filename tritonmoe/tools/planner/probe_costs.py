@@ -13,8 +13,7 @@ from tritonmoe.config.overlap import OverlapPlan
 from tritonmoe.expert_parallel.state import LayerCalls
 from tritonmoe.layer import GroupedExperts, report_of
 from tritonmoe.overlap.report import LayerReport
-from tritonmoe.overlap.simulation.cost_model import LinkCosts
-from tritonmoe.overlap.simulation.step_costs import StepCosts, fit_line
+from tritonmoe.overlap.simulation.cost_model import LinkCosts, StepCosts, fit_line
 from tritonmoe.overlap.tuning.measured_calls import median_steps
 from tritonmoe.placement.expert_shards import ExpertShards, Sharding, attach_shards
 from tritonmoe.runtime.host_device import wait_for_current_stream
@@ -174,7 +173,7 @@ def probe_steps(experts: GroupedExperts, x: Tensor, topk_ids: Tensor, topk_weigh
 
 @contextmanager
 def _one_chunk(experts: GroupedExperts) -> Iterator[None]:
-    """Let a layer run all pairs in one chunk, its own too, and nothing beside an exchange."""
+    """Make a layer run all pairs in one chunk, its own too, and nothing beside an exchange."""
     before = experts.expert_shards
     if before is None:
         alone = LocalTransport()

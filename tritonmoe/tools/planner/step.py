@@ -5,12 +5,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from tritonmoe.config.overlap import OverlapPlan
-from tritonmoe.overlap.simulation.halves_in_turn import MOST_LAYERS
+from tritonmoe.overlap.simulation.simulator import MOST_LAYERS
 from tritonmoe.tools.planner.cluster import Cluster
 from tritonmoe.tools.planner.job import Job
 from tritonmoe.tools.planner.layer_exchange import ExchangeTime, LayerExchange
-from tritonmoe.tools.planner.layer_parts import Parts, layer_parts
-from tritonmoe.tools.planner.operation_costs import MAIN_GRAD_BYTES, copy_s, exchange_s, product_s
+from tritonmoe.tools.planner.operation_costs import MAIN_GRAD_BYTES, Parts, copy_s, exchange_s, layer_parts, product_s
 
 __all__ = [
     "BESIDE",

@@ -6,16 +6,64 @@ from dataclasses import dataclass, replace
 from tritonmoe.config.overlap import OverlapPlan
 from tritonmoe.runtime.files import Json
 from tritonmoe.tools.planner.cluster import Cluster, Estimate
-from tritonmoe.tools.planner.draws import Draw, Drawn, draw, interval, uncertainties
+from tritonmoe.tools.planner.draws import MODEL_ERROR, Draw, Drawn, draw, interval, uncertainties
 from tritonmoe.tools.planner.exchange_curve import SERIAL, ExchangeCurve
 from tritonmoe.tools.planner.job import Job, Recompute
-from tritonmoe.tools.planner.model_error import MODEL_ERROR
-from tritonmoe.tools.planner.model_flops import flops_per_token
+from tritonmoe.tools.planner.operation_costs import layer_parts
 from tritonmoe.tools.planner.plan_search import Free, Spread, Way, search, with_cluster
-from tritonmoe.tools.planner.sensitivity import Sensitivity, sensitivities
-from tritonmoe.tools.planner.step import StepTime
+from tritonmoe.tools.planner.step import StepTime, step_with
+from tritonmoe.tools.planner.transformer_model import flops_per_token
 
-__all__ = ["USUAL", "Choice", "Plan", "Prediction", "expected_time", "plan", "predict", "usd_per_million_tokens"]
+__all__ = [
+    "USUAL",
+    "Choice",
+    "Plan",
+    "Prediction",
+    "Sensitivity",
+    "expected_time",
+    "plan",
+    "predict",
+    "sensitivities",
+    "usd_per_million_tokens",
+]
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What one estimate does to the best choice."""
+
+    key: str
+    source: str
+    swing: float
+    """The best choice's time at the slower end less that at the faster end, over the faster one's."""
+    regret: float
+    """How much longer than the best choice there the choice made now would take, at the worse end, over its time."""
+    ends_s: tuple[float, float]
+    """What a token takes at the lower and at the upper end, with the choice that is the best there."""
+
+
+def sensitivities(contenders: Sequence[tuple[Spread, ExchangeCurve]]) -> list[Sensitivity]:
+    """Move each estimate to both ends of its interval, and see what the contenders, best first, take there."""
+
+    def seconds_per_token(one: Spread, curve: ExchangeCurve, draw: Draw) -> float:
+        job, cluster = draw.job(one.job), one.cluster.scaled(draw.factors)
+        parts = layer_parts(job, cluster)
+        time = step_with(job, cluster, parts, curve.time(job, cluster, parts))
+        return time.step_s / time.tokens
+
+    found = []
+    first = contenders[0][0]
+    for number in uncertainties(first.job, first.cluster):
+        ends = [
+            [seconds_per_token(one, curve, Draw({number.key: factor}, 0.0, 0.0)) for one, curve in contenders]
+            for factor in (1 / (1 + number.spread), 1 + number.spread)
+        ]
+        swing = abs(ends[0][0] - ends[1][0]) / min(ends[0][0], ends[1][0])
+        regret = max(own[0] / min(own) - 1 for own in ends)
+        low_s, high_s = map(min, ends)
+        found.append(Sensitivity(number.key, number.source, swing, regret, (low_s, high_s)))
+    return sorted(found, key=lambda one: (one.regret, one.swing), reverse=True)
+
 
 NUM_DRAWS = 200
 """So many sets of numbers are drawn from the intervals; the same ones for every choice."""
@@ -259,7 +307,11 @@ def predict(spread: Spread, cluster: Cluster, draws: Sequence[Draw], curves: _Cu
 
 def expected_time(spread: Spread) -> StepTime:
     """Return a step as long as published ones say: what the model leaves out is one more part."""
-    return _with_left_out(spread.time, USUAL)
+    time, more = spread.time, (USUAL - 1) * spread.time.step_s
+    if more <= 0:
+        return time
+    parts = {**time.parts, LEFT_OUT: more}
+    return replace(time, step_s=sum(parts.values()), layer_s=time.layer_s * USUAL, parts=parts)
 
 
 def usd_per_million_tokens(cluster: Cluster, time: StepTime) -> float:
@@ -272,12 +324,3 @@ def _between_nodes_s(spread: Spread) -> float:
     used, nothing = spread.cluster, Estimate(0.0, "assumed")
     link = replace(used.between, gb_per_s=1e9, latency_us=nothing, us_per_peer=nothing, curve=())
     return (spread.time.step_s - with_cluster(spread, replace(used, between=link)).time.step_s) * USUAL
-
-
-def _with_left_out(time: StepTime, usual: float) -> StepTime:
-    """Return a step as long as published ones say: what the model leaves out is one more part."""
-    more = (usual - 1) * time.step_s
-    if more <= 0:
-        return time
-    parts = {**time.parts, LEFT_OUT: more}
-    return replace(time, step_s=sum(parts.values()), layer_s=time.layer_s * usual, parts=parts)

@@ -1,6 +1,5 @@
-"""What bounds a step, and what would help."""
+"""Recordings of layer calls: what `record` writes and `tritonmoe doctor` reads."""
 
-from tritonmoe.tools.recording.recorder import record
-from tritonmoe.tools.recording.trace_writer import on_trace_ready
+from tritonmoe.tools.recording.recorder import on_trace_ready, record
 
 __all__ = ["on_trace_ready", "record"]

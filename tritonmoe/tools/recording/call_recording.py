@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tritonmoe.config.overlap import OverlapPlan
-from tritonmoe.overlap.report import CallMarks
+from tritonmoe.dispatch.count_exchange import CallMarks
 from tritonmoe.overlap.simulation.cost_model import LayerWork, LinkCosts
 from tritonmoe.overlap.simulation.two_level_work import TwoLevelWork
 from tritonmoe.runtime.files import Json

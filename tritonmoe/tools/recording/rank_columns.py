@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
 from tritonmoe.config.overlap import OverlapPlan
-from tritonmoe.overlap.report import CallMarks
+from tritonmoe.dispatch.count_exchange import CallMarks
 from tritonmoe.runtime.files import Json
 from tritonmoe.tools.recording.call_recording import RankCall, RecordedPass
 from tritonmoe.tools.recording.pass_steps import Layout, PassSteps, StepColumns

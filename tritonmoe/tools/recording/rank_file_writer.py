@@ -14,9 +14,8 @@ import torch
 
 from tritonmoe.dispatch.header import CallHeader
 from tritonmoe.expert_parallel.state import state_of
-from tritonmoe.overlap.report import LayerReport, PassReport
-from tritonmoe.overlap.simulation.step_units import step_units
-from tritonmoe.overlap.step_timing import StepTiming
+from tritonmoe.overlap.report import LayerReport, PassReport, StepTiming
+from tritonmoe.overlap.simulation.cost_model import step_units
 from tritonmoe.runtime.files import Json
 from tritonmoe.runtime.host_device import HostCopy
 from tritonmoe.runtime.version import __version__

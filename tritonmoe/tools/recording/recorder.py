@@ -4,7 +4,7 @@ import os
 import queue
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -13,16 +13,18 @@ from weakref import ReferenceType, WeakKeyDictionary, ref
 import torch
 
 from tritonmoe.dispatch.header import CallHeader
-from tritonmoe.expert_parallel.listeners import listeners
+from tritonmoe.expert_parallel.call import listeners
 from tritonmoe.ops.grouping import Grouping
 from tritonmoe.overlap.report import LayerReport
 from tritonmoe.runtime.autograd import is_recomputing
+from tritonmoe.runtime.files import write_whole
 from tritonmoe.runtime.host_device import HostCopy
 from tritonmoe.tools.recording.call_recording import folder_name
 from tritonmoe.tools.recording.rank_file_writer import HeldCall, RankFileWriter
 from tritonmoe.transports import Transport
+from tritonmoe.transports.torch_groups import flight_record, rank_of_job
 
-__all__ = ["record"]
+__all__ = ["on_trace_ready", "record"]
 
 PAUSE_S = 0.25
 """So long the thread that writes waits for more calls: several in a row take it half of the time of single ones, for
@@ -122,7 +124,7 @@ class _Recorder:
             own = folder / f"transport-{number}" if number else folder
             self._files[transport] = RankFileWriter(own, transport, device)
             self._transports_of_rank[folder, transport.rank] = number + 1
-            transport.tells_arrivals = True
+            transport.records_arrivals = True
 
     def after_forward(self, transport: Transport, header: CallHeader, report: LayerReport, grouping: Grouping) -> None:
         file = self._files.get(transport)
@@ -164,7 +166,7 @@ class _Recorder:
         for file in self._files.values():
             file.close()
         for transport in self._files:
-            transport.tells_arrivals = False
+            transport.records_arrivals = False
         if self._failure is not None:
             raise self._failure
 
@@ -200,3 +202,35 @@ def _write_calls(batch: Sequence[HeldCall]) -> None:
         held.file.write(held)
     for file in {held.file for held in batch}:
         file.flush()
+
+
+def on_trace_ready(folder: str | os.PathLike) -> Callable[[torch.profiler.profile], None]:
+    """Return a function for `torch.profiler.profile(on_trace_ready=...)` that writes this rank's trace.
+
+    Every rank writes a file such as `folder/rank-0003.trace.json.gz`, and `rank-0003.flight.json` if PyTorch's flight
+    recorder runs; `tritonmoe doctor folder` reads both. The second trace of a run is written to `folder-window-2`, and
+    so on. Give the profiler `record_shapes=True`: without it the doctor can't know over gloo which rank sent how much.
+    Call the profiler's `step()` after each step.
+
+    Raises:
+        FileExistsError: when a trace is complete, if the folder has a trace of this rank already: give each run a
+            folder of its own.
+    """
+    num_written = 0
+
+    def write(profile: torch.profiler.profile) -> None:
+        nonlocal num_written
+        num_written += 1
+        rank = rank_of_job()
+        name = f"rank-{int(os.environ.get('RANK', 0)) if rank is None else rank:04d}"
+        into = Path(folder) if num_written == 1 else Path(f"{os.fspath(folder)}-window-{num_written}")
+        into.mkdir(parents=True, exist_ok=True)
+        trace = into / f"{name}.trace.json.gz"
+        if trace.exists():
+            raise FileExistsError(f"{trace} exists already: give each run a folder of its own")
+        record = flight_record()
+        profile.export_chrome_trace(str(trace))
+        if record is not None:
+            write_whole(into / f"{name}.flight.json", record, "flight record")
+
+    return write

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeAlias
 
-from tritonmoe.overlap.report import CallMarks
+from tritonmoe.dispatch.count_exchange import CallMarks
 from tritonmoe.overlap.steps import Step
 from tritonmoe.runtime.processes import read_files
 from tritonmoe.tools.recording.call_recording import RankCall, RecordedCall, RecordedPass, Recording, file_name
@@ -25,7 +25,7 @@ ALIKE = ("job_ranks", "transport", "node_size", "shares_link", "uses_rendezvous"
 
 
 def is_recording(path: Path) -> bool:
-    """Say whether a folder has files of `record` in it, or of groups of ranks below it, or nothing at all."""
+    """Return whether a folder has files of `record`, or folders of groups of ranks, or nothing at all."""
     return path.is_dir() and (
         not any(path.iterdir())
         or any(FILE.fullmatch(file.name) for file in path.iterdir())
@@ -186,7 +186,7 @@ def _check_clocks(lines: Sequence[CallLine]) -> None:
 
 
 def _are_alike(call: RankCall, other: RankCall) -> bool:
-    """Say whether two ranks' passes of a call have the same exchanges."""
+    """Return whether two ranks' passes of a call have the same exchanges."""
     if all(a.steps.layout is b.steps.layout for a, b in zip(call.passes, other.passes, strict=False)):
         return True
     return all(here == there for here, there in zip(_exchanges(call), _exchanges(other), strict=False))

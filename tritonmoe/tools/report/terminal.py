@@ -93,7 +93,7 @@ def _escaped(character: str) -> str:
 
 
 def refused(command: str, error: object) -> int:
-    """Say on stderr, in one line, why a command can't run; return its exit status, 2."""
+    """Print in one line on stderr why a command can't run; return its exit status, 2."""
     print(f"tritonmoe {command}: {one_line(error)}", file=sys.stderr)
     return 2
 

@@ -4,9 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from tritonmoe.overlap.report import LayerReport, PassReport
+from tritonmoe.overlap.report import LayerReport, PassReport, StepTiming
 from tritonmoe.overlap.simulation.simulator import SimulatedStep, Simulation
-from tritonmoe.overlap.step_timing import StepTiming
 from tritonmoe.overlap.steps import Step
 from tritonmoe.runtime.files import Json
 

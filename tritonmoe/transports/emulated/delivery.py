@@ -114,7 +114,7 @@ class Delivery:
         self._is_closed = False
 
     def post(self, exchange: EmulatedExchange) -> None:
-        """Let the rank's port turn to the exchange, after those before it and when its rows are ready."""
+        """Queue the exchange at the rank's port, which takes it after earlier ones and once its rows are ready."""
         self.unfinished.add(exchange)
         if exchange.ready is None or self.link is None:
             exchange.ready_at = time.perf_counter()
@@ -150,7 +150,7 @@ class Delivery:
             self._thread.join()
 
     def _start_ready(self, rank: int) -> None:
-        """Let a rank's port turn to the exchanges whose rows are ready, up to the first one whose rows are not."""
+        """Start the exchanges at a rank's port whose rows are ready, up to the first one whose rows are not."""
         waiting = self._not_started[rank]
         while waiting and (start := waiting[0].ready_at) is not None:
             exchange = waiting.popleft()
@@ -181,7 +181,7 @@ class Delivery:
         return start + max(link_s, sender.out_s, receiver.in_s) + link.message_s(*ends)
 
     def _wake(self) -> None:
-        """Let the thread look at what has changed; it starts with the first such call."""
+        """Wake the thread to look at what has changed; the first such call starts it."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._deliver, name="emulated-delivery", daemon=True)
             self._thread.start()

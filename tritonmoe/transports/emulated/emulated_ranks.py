@@ -186,7 +186,7 @@ def _raise_first_cause(errors: list[tuple[int, BaseException]], num_ranks: int) 
 
 
 def _is_consequence(error: BaseException | None) -> bool:
-    """Say whether another rank's failure stands anywhere in the chain that led to this error."""
+    """Return whether another rank's failure stands anywhere in the chain that led to this error."""
     while error is not None:
         if isinstance(error, PeerFailure):
             return True

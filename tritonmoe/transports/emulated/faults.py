@@ -70,7 +70,7 @@ class FaultScript:
         return None if fault is None else fault.seconds
 
     def never_happened(self, num_exchanges: Sequence[int]) -> list[str]:
-        """Say which faults never happened and why, none where a Death has cut the run short.
+        """Return which faults never happened and why, none where a Death has cut the run short.
 
         Args:
             num_exchanges: by rank, how many it has made; after rebuild() it goes on from the largest of all ranks.

@@ -93,7 +93,7 @@ class EmulatedWorld:
             self._is_closed.wait(delay_s)
 
     def faults_that_never_happened(self) -> list[str]:
-        """Say which faults never happened, and why."""
+        """Return which faults never happened, and why."""
         return self._faults.never_happened(self._num_posted)
 
     def post(self, exchange: EmulatedExchange) -> None:
@@ -214,7 +214,7 @@ class EmulatedWorld:
         return [rank for rank in range(self.num_ranks) if rank not in self._wants_rebuild]
 
     def _error_of(self, exchange: EmulatedExchange) -> TransportError:
-        """Say why an exchange is not complete."""
+        """Return the error of an exchange that is not complete."""
         if exchange.failure is not None:
             return type(exchange.failure)(*exchange.failure.args)
         if self._closed_because is not None:
@@ -348,7 +348,7 @@ class EmulatedTransport(Transport):
         self.world.rebuild(self.rank)
 
     def close(self) -> None:
-        """Say that this rank makes no further exchanges; the last rank to do so ends the world."""
+        """Note that this rank makes no further exchanges; the last rank to do so ends the world."""
         self.world.end_rank(self.rank, None)
 
     def _exchange(

@@ -7,19 +7,19 @@ import copy
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from tritonmoe.config.activations import is_fused
 from tritonmoe.config.layer import PerWeight
+from tritonmoe.dispatch.call_settings import CallSettings, with_setting
 from tritonmoe.dispatch.copies import ExpertCopies
-from tritonmoe.dispatch.count_exchange import CountTimes, room_beside
+from tritonmoe.dispatch.count_exchange import spare_header_ints
 from tritonmoe.dispatch.header import CallHeader
 from tritonmoe.dispatch.plan import DispatchPlan, exchange_plan
 from tritonmoe.dispatch.send_plan import count_keys
-from tritonmoe.dispatch.terms import CallTerms, with_term
 from tritonmoe.errors import CountMismatch, TransportError
 from tritonmoe.expert_parallel.call import ProposedCall
 from tritonmoe.expert_parallel.plans.base import BackwardExperts, ForwardExperts, Kept, PlanKind, PlannedCall
@@ -32,21 +32,11 @@ from tritonmoe.experts.backward_run import BackwardRun
 from tritonmoe.experts.tensors import CallTensors
 from tritonmoe.overlap.report import CopiesReport, LayerReport
 from tritonmoe.runtime.host_device import HostCopy
-from tritonmoe.transports import leaving_nobody_waiting
+from tritonmoe.transports import fail_peers_on_error
 from tritonmoe.transports.waiting import Doing
 from tritonmoe.transports.wire import WireFormat
 
 __all__ = ["Copies"]
-
-
-class Decision(NamedTuple):
-    """Whether experts get copies for one call, the same on every rank."""
-
-    copies: ExpertCopies | None
-    reason: str
-    """As in CopiesReport."""
-    expected_fs: int = 0
-    """With balance="auto": what the passes are expected to take, in femtoseconds; 0 where nobody knows."""
 
 
 @dataclass(eq=False)
@@ -59,7 +49,7 @@ class Copies(PlanKind):
     costs: MeasuredCosts | None = None
     """By which copies are planned; None where they are those of the forward that is recomputed."""
     expected_fs: int = 0
-    """As in Decision."""
+    """With balance="auto": what the passes are expected to take, in femtoseconds; 0 where nobody knows."""
     planning_s: float | None = None
     """How long it took to plan the copies; None where there are none."""
 
@@ -90,23 +80,23 @@ class Copies(PlanKind):
         costs = call.state.learnt.setdefault((cls.name, call.kind), MeasuredCosts())
         assert isinstance(costs, MeasuredCosts)
         header = _with_words(header, "planned from counts")
-        with leaving_nobody_waiting(call.transport):
+        with fail_peers_on_error(call.transport):
             tokens = count_tokens(call)
-            beside = told_beside(call, costs)
+            extra = extra_counts(call, costs)
         header = header._replace(nonfinite_rows=tokens.nonfinite_rows)
-        plan = exchange_plan(call.transport, header, tokens, call.overlap, is_final=False, beside=beside)
+        plan = exchange_plan(call.transport, header, tokens, call.overlap, is_final=False, extra=extra)
         began = time.perf_counter()
-        decision = decide(call, plan, costs)
-        copies = decision.copies
-        kind = cls(CopiesReport(copies, decision.reason), costs, decision.expected_fs)
+        kind = decide(call, plan, costs)
+        copies = kind.said.planned
         if copies is None:
-            with leaving_nobody_waiting(call.transport):
+            with fail_peers_on_error(call.transport):
                 plan.tokens.order.find()
-            return planned_call(call, kind, header, replace(plan, beside=None))  # it would live until the backward
+            plan = replace(plan, extra_counts=None)  # they would live until the backward
+            return planned_call(call, kind, header, plan)
         second = _planned(call, _with_words(header, copies.words), kind, copies)
-        began_at, ended_at = plan.count_times, second.plan.count_times
-        if began_at is not None and ended_at is not None:
-            second.plan = replace(second.plan, count_times=CountTimes(began_at.posted, ended_at.left))
+        if plan.marks is not None and second.plan.marks is not None:
+            marks = plan.marks._replace(counts_left=second.plan.marks.counts_left)
+            second.plan = replace(second.plan, marks=marks)
         kind.said.pairs_without = plan.traffic_pairs
         kind.planning_s = time.perf_counter() - began
         return second
@@ -147,8 +137,8 @@ class Copies(PlanKind):
 
 def _with_words(header: CallHeader, copies: str) -> CallHeader:
     """Return a header that says in words which copies the call has, as far as that is known."""
-    assert isinstance(header.terms, CallTerms), "this rank's own header has them"
-    return header._replace(terms=with_term(header.terms, "copies", copies))
+    assert isinstance(header.settings, CallSettings), "this rank's own header has them"
+    return header._replace(settings=with_setting(header.settings, "copies", copies))
 
 
 def _planned(call: ProposedCall, header: CallHeader, kind: Copies, copies: ExpertCopies) -> PlannedCall:
@@ -169,19 +159,21 @@ def _planned(call: ProposedCall, header: CallHeader, kind: Copies, copies: Exper
     return planned
 
 
-def told_beside(call: ProposedCall, costs: MeasuredCosts) -> Tensor | None:
-    """Return what plans of copies are made from, to be told beside the counts; None for an exchange of its own.
+def extra_counts(call: ProposedCall, costs: MeasuredCosts) -> Tensor | None:
+    """Return what plans of copies are made from, to travel with the counts; None for an exchange of its own.
 
-    It is told there where the ranks of the last call were uneven, and if there is room for so many experts.
+    It travels there where the ranks of the last call were uneven, and if the header has room for so many experts.
     """
     if not costs.were_uneven:
         return None
     told = _told(call, costs)
-    return told if len(told) <= room_beside(call.overlap.num_segments) else None
+    return told if len(told) <= spare_header_ints(call.overlap.num_segments) else None
 
 
-def decide(call: ProposedCall, plan: DispatchPlan, costs: MeasuredCosts) -> Decision:
+def decide(call: ProposedCall, plan: DispatchPlan, costs: MeasuredCosts) -> Copies:
     """Decide on the copies of a call from every rank's counts, which one exchange more brings if they are not here yet.
+
+    Every rank decides the same.
 
     Args:
         plan: of the call without copies. costs: of calls before, for balance="auto".
@@ -190,10 +182,10 @@ def decide(call: ProposedCall, plan: DispatchPlan, costs: MeasuredCosts) -> Deci
     """
     costs.were_uneven = is_uneven(plan.traffic_pairs.sum(0).tolist())
     if not costs.were_uneven:
-        return Decision(None, "no copies: ranks have about as many pairs")
+        return _without("ranks have about as many pairs", costs)
     transport, overlap, top_k = call.transport, plan.overlap, call.tensors.topk_ids.shape[1]
-    with leaving_nobody_waiting(transport):
-        received = plan.beside
+    with fail_peers_on_error(transport):
+        received = plan.extra_counts
         if received is None:
             told = _told(call, costs)
             try:
@@ -210,18 +202,22 @@ def decide(call: ProposedCall, plan: DispatchPlan, costs: MeasuredCosts) -> Deci
             numbers = [Numbers(*of) for of in received[:, first:].tolist()]
             prices = _costs(call, plan, numbers)
             if prices is None:
-                return Decision(None, "no copies: too few calls of this kind were measured on every rank")
+                return _without("too few calls of this kind were measured on every rank", costs)
             if not all(of.without_forward_permille for of in numbers):
                 expected_fs = plan_copies(slots, plan.traffic, top_k, 1, prices).without_fs
-                return Decision(None, "no copies: the call is measured without them first", expected_fs)
+                return _without("the call is measured without them first", costs, expected_fs)
         found = plan_copies(slots, plan.traffic, top_k, overlap.max_copies, prices)
     if found.copies is None:
-        return Decision(None, "no copies: none make the call at least 3 % faster", found.call_fs)
+        return _without("none make the call at least 3 % faster", costs, found.call_fs)
     reason = f"{len(found.copies.copies)} copies"
     if prices is not None:
         gain = 1 - found.with_fs / found.without_fs
         reason += f": {found.with_fs / 1e12:.2f} ms expected, {gain:.0%} less than without"
-    return Decision(found.copies, reason, found.call_fs)
+    return Copies(CopiesReport(found.copies, reason), costs, found.call_fs)
+
+
+def _without(reason: str, costs: MeasuredCosts, expected_fs: int = 0) -> Copies:
+    return Copies(CopiesReport(None, f"no copies: {reason}"), costs, expected_fs)
 
 
 def _told(call: ProposedCall, costs: MeasuredCosts) -> Tensor:

@@ -19,7 +19,6 @@ from tritonmoe.expert_parallel.plans.base import (
     NUM_KIND_TENSORS,
     BackwardBuffers,
     BackwardExperts,
-    CopySteps,
     ForwardBuffers,
     ForwardExperts,
     PlannedCall,
@@ -34,6 +33,7 @@ from tritonmoe.ops.backends.ops import WeightGrads
 from tritonmoe.ops.grouping import Grouping
 from tritonmoe.overlap.executor import Actions
 from tritonmoe.overlap.report import PassReport
+from tritonmoe.overlap.schedule import Schedule, build_backward, build_forward
 from tritonmoe.overlap.steps import StepKind
 from tritonmoe.runtime import cpu_memory
 from tritonmoe.transports import PendingExchange
@@ -58,7 +58,10 @@ class ForwardWithCopies(ForwardExperts):
 
     def __init__(self, call: PlannedCall, own: OwnExperts, keep_hidden: bool, exchanges: CopyExchanges) -> None:
         self._call, self._own, self._keep_hidden, self._exchanges = call, own, keep_hidden, exchanges
-        self.copy_steps = CopySteps(exchanges.copies.are_relayed)
+
+    def schedule(self, plan: DispatchPlan, num_fillers: int) -> Schedule:
+        relays = self._exchanges.copies.are_relayed
+        return build_forward(plan.overlap, num_fillers, has_copies=True, relays_copies=relays)
 
     def actions(self, buffers: ForwardBuffers) -> Actions:
         def copy_experts(chunk: int) -> None:
@@ -133,7 +136,18 @@ class BackwardWithCopies(BackwardExperts):
         self._grads: WeightGrads = NO_WEIGHTS
         self._arriving: dict[int, Tensor] = {}
         """By part: (copied experts of this rank, bytes), from return_copies() on."""
-        self.copy_steps = CopySteps(exchanges.copies.are_relayed, not plan.keeps_copies, exchanges.returned)
+
+    def schedule(self, plan: DispatchPlan, sums_replicas: bool) -> Schedule:
+        return build_backward(
+            plan.overlap,
+            needs_x=plan.needs_x,
+            needs_topk_weights=plan.needs_topk_weights,
+            sums_replicas=sums_replicas,
+            has_copies=True,
+            sends_copies=not plan.keeps_copies,
+            relays_copies=self.exchanges.copies.are_relayed,
+            returned_copies=self.exchanges.returned,
+        )
 
     def actions(self, buffers: BackwardBuffers) -> Actions:
         plan = self._plan
@@ -162,7 +176,7 @@ class BackwardWithCopies(BackwardExperts):
         """Return what own experts give; see BackwardExperts. add_copies_backward() adds to both results."""
         if _who_has_pairs(self._plan, segment) != (False, True):
             return self.own.backward(segment, dout, needs_dx, out)
-        # None of its pairs, but its buffers begin with its first segment.
+        # No pairs belong to it; its buffers start with segment 0.
         _, dweights = self.own.backward(segment, dout, False)
         return (_sums(self.own, segment) if out is None else out) if needs_dx else None, dweights
 
@@ -211,7 +225,7 @@ def _sums(run: ExpertsRun, segment: int) -> Tensor:
 
 
 def _who_has_pairs(plan: DispatchPlan, segment: int) -> tuple[bool, bool]:
-    """Say whether own experts have pairs in a segment, and whether copies have."""
+    """Return whether own experts have pairs in a segment, and whether copies have."""
     (first, last), (first_copied, last_copied) = (
         of[segment : segment + 2] for of in (plan.pair_offsets, plan.copy_pair_offsets)
     )

@@ -208,13 +208,11 @@ def agreed_costs(
     """
     if not all(of.planning_fs for of in numbers):
         return None
-    spent = _of_all([of[:5] for of in numbers], has_backward)
-    without = _of_all([of[5:10] for of in numbers], has_backward)
-    if spent is None:
-        return None
     with_permille, without_permille = _permille(numbers)
-    costs = CopyCosts(
-        **spent._asdict(),
+    fixed = CopyCosts(
+        forward_fs=0,
+        backward_fs=0,
+        byte_fs=0,
         call_fs=max(of.planning_fs for of in numbers),
         row_bytes=row_bytes[0],
         other_row_bytes=row_bytes[1],
@@ -223,28 +221,25 @@ def agreed_costs(
         with_permille=with_permille,
         without_permille=without_permille,
     )
-    if without is None:
-        return costs
-    return costs._replace(without=costs._replace(**without._asdict()))
+    costs = _measured(fixed, [of[:5] for of in numbers], has_backward)
+    without = _measured(fixed, [of[5:10] for of in numbers], has_backward)
+    return None if costs is None else costs._replace(without=without)
 
 
-class _Measured(NamedTuple):
-    """Fields of CopyCosts."""
-
-    forward_fs: int
-    forward_rank_fs: int
-    backward_fs: int
-    backward_rank_fs: int
-    byte_fs: int
-
-
-def _of_all(spent: Sequence[tuple[int, ...]], has_backward: bool) -> _Measured | None:
-    """Return what ranks have measured; None where they have not."""
+def _measured(costs: CopyCosts, spent: Sequence[tuple[int, ...]], has_backward: bool) -> CopyCosts | None:
+    """Return the costs with what ranks have measured; None where they have not."""
     pairs, forward_fs, backward_pairs, backward_fs, byte_fs = zip(*spent, strict=True)
     if not sum(pairs) or not max(byte_fs) or (has_backward and not sum(backward_pairs)):
         return None
-    backward = _fit(backward_pairs, backward_fs) if has_backward else (0, 0)
-    return _Measured(*_fit(pairs, forward_fs), *backward, max(byte_fs))
+    pair_fs, rank_fs = _fit(pairs, forward_fs)
+    backward_pair_fs, backward_rank_fs = _fit(backward_pairs, backward_fs) if has_backward else (0, 0)
+    return costs._replace(
+        forward_fs=pair_fs,
+        forward_rank_fs=rank_fs,
+        backward_fs=backward_pair_fs,
+        backward_rank_fs=backward_rank_fs,
+        byte_fs=max(byte_fs),
+    )
 
 
 def _fit(pairs: Sequence[int], taken_fs: Sequence[int]) -> tuple[int, int]:

@@ -55,7 +55,7 @@ class CopyExchanges:
         return self.post(rows, list(map(len, experts)), received, self._arriving)
 
     def post(self, rows: Tensor, sent: list[int], received: list[int], arriving: Tensor) -> PendingExchange:
-        """Post an exchange that a rank which gets nothing of it needs not wait for before settle()."""
+        """Start an exchange; a rank that receives nothing defers its wait to settle()."""
         pending = self.transport.exchange(rows, sent, received, arriving)
         if any(received):
             return pending

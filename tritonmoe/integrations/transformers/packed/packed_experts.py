@@ -19,6 +19,7 @@ __all__ = [
     "PackedLayout",
     "is_packed_experts",
     "is_packed_weight",
+    "is_transposed",
     "logical_shape_of",
     "num_experts_of",
     "read_packed",
@@ -52,7 +53,7 @@ class _QuantState(Protocol):
 
 
 class _Shape(Tensor):
-    """What stands where a weight was: on the meta device, and an error for whoever computes with it."""
+    """The shape of a weight that is packed, on the meta device; computing with it raises ValueError."""
 
     def __deepcopy__(self, _: object) -> "_Shape":
         return self
@@ -68,7 +69,7 @@ class _Shape(Tensor):
         name = getattr(func, "__name__", "")
         if name in INITIALISES:
             return args[0] if args else (kwargs or {}).get("tensor")
-        if name not in SAYS:
+        if name not in DESCRIBES:
             raise ValueError(
                 f"{name or func} is called with a packed weight of experts, of which it can't see the values: call "
                 'model.set_experts_implementation("tritonmoe"), or load the model without register(packed=True)'
@@ -76,18 +77,28 @@ class _Shape(Tensor):
         return super().__torch_function__(func, types, args, kwargs or {})
 
 
-SAYS = ("__get__", "dim", "size", "numel", "__repr__", "__deepcopy__", "is_floating_point", "__reduce_ex__", "detach")
-"""What says something of a tensor, or copies it, and reads no value."""
+DESCRIBES = (
+    "__get__",
+    "dim",
+    "size",
+    "numel",
+    "__repr__",
+    "__deepcopy__",
+    "is_floating_point",
+    "__reduce_ex__",
+    "detach",
+)
+"""Operations that describe or copy a tensor, and read no value."""
 INITIALISES = ("normal_", "zero_", "uniform_", "fill_", "trunc_normal_")
-"""What transformers gives values with to weights that a checkpoint has not."""
+"""Operations by which transformers initialises weights that a checkpoint lacks."""
 
 
 def set_packed(
     experts: nn.Module, name: str, parts: tuple[Tensor, Tensor], shape: tuple[int, ...], layout: PackedLayout
 ) -> None:
-    """Put bytes, of values and scales, in the place of a weight of the module.
+    """Replace a weight of the module by bytes, of values and scales.
 
-    Under its name stays what says its shape to whoever asks, and is no parameter.
+    Under its name stays a tensor that has its shape, and is no parameter.
     """
     experts._parameters.pop(name, None)
     experts.__dict__[name] = torch.empty(shape, dtype=torch.bfloat16, device="meta").as_subclass(_Shape)
@@ -97,18 +108,23 @@ def set_packed(
 
 
 def is_packed_experts(experts: nn.Module) -> bool:
-    """Say whether a weight of this module is packed in a way that is read here."""
+    """Return whether a weight of this module is packed in a way that is read here."""
     return is_packed_weight(experts, up_name(experts)) or is_packed_weight(experts, "down_proj")
 
 
 def is_packed_weight(experts: nn.Module, name: str) -> bool:
-    """Say whether this weight of a module is."""
+    """Return whether this weight of a module is packed in a way that is read here."""
     return hasattr(experts, PACKED) or f"{name}_scale_inv" in experts._parameters or _is_foreign(experts, name)
 
 
 def up_name(experts: nn.Module) -> str:
     """Return the name of the up-projection of a module."""
     return "gate_up_proj" if getattr(experts, "has_gate", True) else "up_proj"
+
+
+def is_transposed(experts: nn.Module) -> bool:
+    """Return whether the weights of a module are (E, D, 2F) and (E, F, D)."""
+    return bool(getattr(experts, "is_transposed", False))
 
 
 def weight_names(experts: nn.Module) -> tuple[str, ...]:
@@ -135,11 +151,11 @@ def read_packed(experts: nn.Module, name: str, take: Take) -> tuple[Tensor, Tens
         ValueError: bitsandbytes has packed it otherwise than NF4 in blocks of 64 with plain scales.
     """
     layout: PackedLayout | None = getattr(experts, PACKED, None)
-    is_transposed = bool(getattr(experts, "is_transposed", False))
+    swapped = is_transposed(experts)
     if layout is not None:
         parts = take(f"{name}_blocks").flatten(2), take(f"{name}_scales")
         values, scales = from_bytes(find_format(layout.weight_format), *parts)
-        noted_on, is_transposed = getattr(experts, f"{name}_scales"), layout.is_transposed
+        noted_on, swapped = getattr(experts, f"{name}_scales"), layout.is_transposed
     elif f"{name}_scale_inv" in experts._parameters:
         values, scales = take(name), take(f"{name}_scale_inv")
         if values.dtype == torch.int8:  # e2m1 with a power of two for a row and 32 columns
@@ -154,7 +170,7 @@ def read_packed(experts: nn.Module, name: str, take: Take) -> tuple[Tensor, Tens
         values = values.detach().view(num_experts, rows, columns // 2)
         scales = scales.view(num_experts, -1)
     check_content(values, scales, noted_on=noted_on)
-    return values, scales, is_transposed
+    return values, scales, swapped
 
 
 def logical_shape_of(experts: nn.Module, name: str) -> tuple[int, ...]:

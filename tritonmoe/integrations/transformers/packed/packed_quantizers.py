@@ -13,8 +13,9 @@ from transformers.quantizers.quantizer_mxfp4 import Mxfp4HfQuantizer
 
 from tritonmoe.config.formats import FORMATS, FP8_BLOCK
 from tritonmoe.integrations.transformers.discovery import ExpertsModule, experts_modules
-from tritonmoe.integrations.transformers.names import EXPERTS_IMPLEMENTATION, STATE_TO_SAVE
 from tritonmoe.integrations.transformers.packed.packed_experts import PackedLayout, set_packed, up_name
+from tritonmoe.integrations.transformers.requirements import EXPERTS_IMPLEMENTATION
+from tritonmoe.integrations.transformers.sharded_model import STATE_TO_SAVE
 from tritonmoe.placement.placed_states import StateDict
 
 __all__ = ["PACKED_QUANTIZERS"]

@@ -14,10 +14,11 @@ from tritonmoe.integrations.transformers.discovery import experts_modules
 from tritonmoe.integrations.transformers.packed.packed_experts import (
     PackedLayout,
     is_packed_experts,
+    is_transposed,
     set_packed,
     up_name,
 )
-from tritonmoe.integrations.transformers.patching import check_patchable, patch
+from tritonmoe.integrations.transformers.registration import check_patchable, patch
 from tritonmoe.layer import GroupedExperts
 
 __all__ = ["QuantizeReport", "QuantizedLayer", "quantize_experts"]
@@ -125,12 +126,8 @@ def _check(name: str, experts: nn.Module, weight_format: Literal["nf4", "mxfp4"]
 def _stored(experts: nn.Module, weight_format: str, weight: Tensor) -> Tensor:
     """Return a weight as the format has it: of models, perhaps with blocks along what is summed over."""
     is_own = isinstance(experts, GroupedExperts)
-    is_swapped = find_format(weight_format).blocks_along_depth and not is_own and _is_transposed(experts)
+    is_swapped = find_format(weight_format).blocks_along_depth and not is_own and is_transposed(experts)
     return weight.detach().mT if is_swapped else weight.detach()
-
-
-def _is_transposed(experts: nn.Module) -> bool:
-    return bool(getattr(experts, "is_transposed", False))
 
 
 @torch.no_grad()
@@ -152,8 +149,8 @@ def _quantize(name: str, experts: nn.Module, weight_format: Literal["nf4", "mxfp
             continue
         if packed.blocks_along_depth:
             parts = parts[0].unflatten(2, (-1, packed.block // packed.per_element)), parts[1]
-        is_transposed = not packed.blocks_along_depth and _is_transposed(experts)
-        set_packed(experts, weight, parts, tuple(plain.shape), PackedLayout(weight_format, is_transposed))
+        swapped = not packed.blocks_along_depth and is_transposed(experts)
+        set_packed(experts, weight, parts, tuple(plain.shape), PackedLayout(weight_format, swapped))
     if isinstance(experts, GroupedExperts):
         experts.config = replace(experts.config, weight_format=weight_format)
     return QuantizedLayer(name, errors, *sizes)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tritonmoe.integrations.transformers.accumulated_loss import are_labels_shifted, heeds_num_items, share_of_items
-from tritonmoe.integrations.transformers.names import CACHES
+from tritonmoe.integrations.transformers.requirements import CACHES
 from tritonmoe.integrations.transformers.upcycle.inplace import UpcycledFFN
 from tritonmoe.integrations.transformers.upcycle.token_masks import EnclosingCall
 from tritonmoe.layer import MoELayer
@@ -89,7 +89,7 @@ def _layers_in_force(model: nn.Module) -> list[MoELayer]:
 
 
 def watch_forwards(model: "PreTrainedModel") -> None:
-    """Let the layers of a model upcycled in place know their forwards, and the model add its auxiliary loss to its own.
+    """Note on the layers of a model upcycled in place the forwards around them, and add its auxiliary loss to its own.
 
     A forward is the outermost call of a module that is hooked here: the model, a model inside of it, or any module that
     takes an attention mask. It begins anew what each layer below it keeps.
@@ -105,7 +105,7 @@ def watch_forwards(model: "PreTrainedModel") -> None:
         if not (is_model or takes_mask):
             continue
         is_time_major = is_model and module.config.model_type in TIME_MAJOR
-        watched = _Watched(path, is_model, takes_mask, is_time_major, names)
+        watched = _Watched(EnclosingCall(path, is_model, takes_mask, is_time_major), names)
         module.register_forward_pre_hook(functools.partial(_enter, watched), with_kwargs=True)
         module.register_forward_hook(functools.partial(_leave, watched), always_call=True)
     names = tuple(inspect.signature(model.forward).parameters)
@@ -117,10 +117,8 @@ def watch_forwards(model: "PreTrainedModel") -> None:
 class _Watched(NamedTuple):
     """What is known of a module before its calls."""
 
-    path: str
-    is_model: bool
-    takes_mask: bool
-    is_time_major: bool
+    call: EnclosingCall
+    """A call without mask or cache."""
     names: tuple[str, ...]
     """Of its forward's parameters, in order."""
 
@@ -137,11 +135,11 @@ def _enter(watched: _Watched, module: nn.Module, arguments: tuple[object, ...], 
     if is_recomputing():
         return
     mask = _given("attention_mask", watched.names, arguments, keywords)
-    if mask is None and watched.is_time_major:  # XLNet's own, which is 1 for padding
+    if mask is None and watched.call.is_time_major:  # XLNet's own, which is 1 for padding
         padding = _given("input_mask", watched.names, arguments, keywords)
         mask = padding == 0 if isinstance(padding, Tensor) else None
     has_cache = any(_given(name, watched.names, arguments, keywords) is not None for name in CACHES)
-    call = EnclosingCall(watched.path, watched.is_model, watched.takes_mask, mask, has_cache, watched.is_time_major)
+    call = watched.call._replace(mask=mask, has_cache=has_cache)
     for layer in _layers_below(module):
         around = _outside(layer, watched)
         if not around:
@@ -161,7 +159,7 @@ def _leave(watched: _Watched, module: nn.Module, arguments: object, output: obje
 def _outside(layer: UpcycledFFN, watched: _Watched) -> tuple[EnclosingCall, ...]:
     """Return the calls around that of this module; one of its own that stands here has been interrupted."""
     paths = [call.path for call in layer.around]
-    return layer.around[: paths.index(watched.path)] if watched.path in paths else layer.around
+    return layer.around[: paths.index(watched.call.path)] if watched.call.path in paths else layer.around
 
 
 def _keep(layer: UpcycledFFN) -> None:
@@ -235,14 +233,14 @@ def _add_aux_loss(
 
 
 def _is_of_replica(loss: Tensor, given: Callable[[str], object]) -> bool:
-    """Say whether it is divided by what Trainer gives each replica of DataParallel, a number of shape (1, 1)."""
+    """Return whether a loss is divided by the (1, 1) number that Trainer gives each replica of DataParallel."""
     num_items = given("num_items_in_batch")
     is_divided = isinstance(num_items, Tensor) and num_items.numel() == 1 and num_items.shape == loss.shape
     return is_divided and isinstance(given("labels"), Tensor)
 
 
 def _warn_of_earlier(model: nn.Module) -> None:
-    """Say once that nobody took the auxiliary loss of the last training forward, which gave no loss of its own."""
+    """Warn once where the last training forward gave no loss of its own and nobody took its auxiliary loss."""
     state = model.__dict__[IS_LEFT]
     if torch.compiler.is_compiling() or state["is_said"]:
         return

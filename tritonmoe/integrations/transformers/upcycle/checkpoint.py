@@ -12,16 +12,27 @@ from torch import Tensor
 
 from tritonmoe.integrations.transformers.requirements import WEIGHT_DTYPES, check_transformers
 from tritonmoe.integrations.transformers.upcycle.checkpoint_destination import check_destination, unpublished
-from tritonmoe.integrations.transformers.upcycle.checkpoint_files import CheckpointReader, ShardWriter, parse_size
-from tritonmoe.integrations.transformers.upcycle.checkpoint_model import build_skeleton, find_model_class, read_config
-from tritonmoe.integrations.transformers.upcycle.checkpoint_paths import file_inside
+from tritonmoe.integrations.transformers.upcycle.checkpoint_files import (
+    CheckpointReader,
+    ShardWriter,
+    file_inside,
+    parse_size,
+)
+from tritonmoe.integrations.transformers.upcycle.checkpoint_model import (
+    DESCRIPTION_FILE,
+    WEIGHTS_STEM,
+    build_skeleton,
+    describe_conversion,
+    find_model_class,
+    read_config,
+)
 from tritonmoe.integrations.transformers.upcycle.conversion import make_conversion
-from tritonmoe.integrations.transformers.upcycle.description import DESCRIPTION_FILE, WEIGHTS_STEM
 from tritonmoe.integrations.transformers.upcycle.expert_init import UpcycleSettings
 from tritonmoe.integrations.transformers.upcycle.ffn_blocks import LayerChoice, refuse_experts, refuse_quantised
 from tritonmoe.integrations.transformers.upcycle.inplace import InplaceConversion
 from tritonmoe.integrations.transformers.upcycle.native import NativeConversion
 from tritonmoe.integrations.transformers.upcycle.saved import write_description
+from tritonmoe.integrations.weight_sync.checkpoint_names import converted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,7 +56,7 @@ def upcycle_checkpoint(
     progress: Progress | None = None,
     **settings: Any,
 ) -> str:
-    """Do what upcycle() does from a safetensors checkpoint directory to a new one, without holding either model.
+    """Upcycle a safetensors checkpoint directory into a new one as upcycle() does a model; neither is held whole.
 
     At most one block, its experts, and one shard of the output are in memory. The tensors are those of upcycle() with
     the same settings, bit for bit. Other small files, such as the tokenizer's, are copied. The destination appears
@@ -112,7 +123,7 @@ def _sizes(dense: "PreTrainedModel", names: dict[str, str]) -> dict[str, int]:
 
 def _write_config(directory: Path, dense: "PreTrainedModel", conversion: NativeConversion | InplaceConversion) -> None:
     if isinstance(conversion, InplaceConversion):
-        write_description(directory, type(dense).__name__, dense.config, conversion)
+        write_description(directory, dense.config, describe_conversion(type(dense).__name__, conversion))
         return
     conversion.config.architectures = [conversion.model_class.__name__]
     conversion.config.dtype = conversion.dtype
@@ -209,15 +220,8 @@ def _converted(
         else:
             continue
         if isinstance(conversion, NativeConversion):
-            state = _as_saved(conversion.skeleton, state)
+            state = converted(conversion.skeleton, state)  # most families keep one tensor an expert on disk
         yield from state.items()
-
-
-def _as_saved(model: "PreTrainedModel", state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename and split tensors as save_pretrained does (most families keep one tensor an expert on disk)."""
-    from transformers.core_model_loading import revert_weight_conversion
-
-    return revert_weight_conversion(model, state)
 
 
 def _small_files(source: Path) -> list[Path]:

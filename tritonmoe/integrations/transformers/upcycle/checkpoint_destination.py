@@ -144,7 +144,7 @@ def _remove_abandoned(place: Path, name: str) -> None:
 
 
 def _is_another_running(pid: int) -> bool:
-    """Say whether another process of this number runs on this machine; on Windows, where asking would end it, yes."""
+    """Return whether another process has this number on this machine; True on Windows, where asking would end it."""
     if sys.platform == "win32":
         return True
     try:

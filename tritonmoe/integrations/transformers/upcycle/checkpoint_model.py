@@ -1,22 +1,44 @@
-"""The model that a checkpoint directory describes: its config.json may say anything, and may come from anybody."""
+"""The model that a checkpoint directory describes, in config.json and tritonmoe_upcycling.json.
 
+Both may hold anything, and may come from anybody.
+"""
+
+import re
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
+from torch import nn
 
-from tritonmoe.integrations.transformers.upcycle.checkpoint_files import CheckpointReader
-from tritonmoe.integrations.transformers.upcycle.checkpoint_paths import file_inside
+from tritonmoe.integrations.transformers.upcycle.checkpoint_files import CheckpointReader, file_inside
+from tritonmoe.integrations.transformers.upcycle.expert_init import UpcycleSettings
+from tritonmoe.integrations.transformers.upcycle.inplace import InplaceConversion
 from tritonmoe.integrations.transformers.upcycle.native import build_model
-from tritonmoe.runtime.files import read_json
+from tritonmoe.runtime.files import Json, read_json
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-Read = TypeVar("Read")
+__all__ = [
+    "DESCRIPTION_FILE",
+    "WEIGHTS_STEM",
+    "build_skeleton",
+    "describe_conversion",
+    "find_model_class",
+    "load_weights_of",
+    "model_name",
+    "read_config",
+    "read_description",
+    "read_generation_config",
+]
 
-__all__ = ["build_skeleton", "find_model_class", "model_name", "read_config", "read_generation_config"]
+Read = TypeVar("Read")
+DESCRIPTION_FILE = "tritonmoe_upcycling.json"
+WEIGHTS_STEM = "upcycled"
+"""Not "model": from_pretrained must fail on such a directory, not build the dense model with blocks drawn at random."""
+FORMAT = 1
 
 
 def read_config(directory: Path, kind: "type[PreTrainedConfig] | None" = None) -> "PreTrainedConfig":
@@ -87,3 +109,54 @@ def build_skeleton(
         raise
     except Exception as error:  # each model class has its own
         raise ValueError(f"{path} describes no {model_class.__name__}: {type(error).__name__}: {error}") from error
+
+
+def describe_conversion(class_name: str, conversion: InplaceConversion) -> Json:
+    return {
+        "model_class": class_name,
+        "format": FORMAT,
+        "settings": asdict(conversion.settings),
+        "blocks": {str(block.index): block.path for block in conversion.blocks},
+    }
+
+
+def read_description(directory: Path) -> tuple[str, UpcycleSettings, dict[str, str]]:
+    """Return the model's class, the settings, and the blocks' paths by their positions."""
+    path = directory / DESCRIPTION_FILE
+    if not path.exists():
+        raise ValueError(
+            f"{directory} has no {DESCRIPTION_FILE}: it holds no model upcycled in place, or is half written. Natively "
+            "upcycled models load with from_pretrained"
+        )
+    found = read_json(file_inside(directory, DESCRIPTION_FILE))
+    try:
+        if found["format"] == FORMAT:
+            blocks = found["blocks"]
+            if not isinstance(blocks, dict) or not blocks:
+                raise TypeError(f"blocks must be an object that isn't empty, got {str(blocks)[:40]}")
+            for index, name in blocks.items():
+                if not re.fullmatch(r"0|[1-9]\d{0,5}", index) or not isinstance(name, str):
+                    raise TypeError(f"blocks[{index!r}] must be the path of a block by its position, got {name!r}")
+            return found["model_class"], UpcycleSettings(**found["settings"]), blocks
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error!r}): the directory is half written") from error
+    raise ValueError(f"{path} has format {found['format']}, this version reads {FORMAT}: install a newer tritonmoe")
+
+
+def load_weights_of(model: nn.Module, reader: CheckpointReader, what: str, *, assign: bool = False) -> None:
+    """Load every tensor of a checkpoint into a model of exactly these; tied weights may be missing.
+
+    Args:
+        what: describes the model in errors.
+        assign: put the tensors in the place of the model's own.
+    Raises:
+        ValueError: they don't fit.
+    """
+    state = {name: reader[name] for name in reader}
+    try:
+        missing, unexpected = model.load_state_dict(state, strict=False, assign=assign)
+    except RuntimeError as error:
+        raise ValueError(f"{reader.directory} does not fit {what}: {error}") from error
+    lost = sorted(set(missing) - set(getattr(model, "all_tied_weights_keys", {})))
+    if lost or unexpected:
+        raise ValueError(f"{reader.directory} does not fit {what}: missing {lost[:4]}, unknown {unexpected[:4]}")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tritonmoe.integrations.transformers.requirements import check_model, check_transformers
-from tritonmoe.integrations.transformers.trainer_loading import IS_UPCYCLED, let_trainer_load_experts
+from tritonmoe.integrations.transformers.trainer_checkpoints import IS_UPCYCLED, patch_trainer
 from tritonmoe.integrations.transformers.upcycle.checkpoint_model import find_model_class
 from tritonmoe.integrations.transformers.upcycle.expert_init import Init, UpcycleSettings
 from tritonmoe.integrations.transformers.upcycle.ffn_blocks import LayerChoice, find_blocks, select_blocks
@@ -71,7 +71,7 @@ def upcycle(
     _check_one_device(model)
     conversion = make_conversion(model, settings, target=target, layers=layers)
     converted = cast("PreTrainedModel", conversion.convert(model))
-    let_trainer_load_experts()
+    patch_trainer()
     if isinstance(conversion, InplaceConversion):
         from tritonmoe.integrations.transformers.upcycle.saved import remember_conversion
 
@@ -101,7 +101,7 @@ def _check_one_device(model: "PreTrainedModel") -> None:
 def make_conversion(
     dense: "PreTrainedModel", settings: UpcycleSettings, *, target: str, layers: LayerChoice
 ) -> NativeConversion | InplaceConversion:
-    """Check everything that can be known without a weight's value, say what the user should know, give the plan."""
+    """Check all that needs no weight's value, log what the user should know, and return the conversion."""
     blocks = find_blocks(dense)
     chosen = select_blocks(blocks, layers)
     model_type: str = dense.config.model_type

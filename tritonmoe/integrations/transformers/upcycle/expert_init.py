@@ -6,7 +6,7 @@ https://arxiv.org/abs/2212.05055). Slices of width F / G, G of them to a copy, f
 cube root on all three matrices is not. Re-drawn units are Drop-Upcycling (https://arxiv.org/abs/2502.19261).
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -14,7 +14,6 @@ from einops import rearrange
 from torch import Tensor
 
 from tritonmoe.config.layer import MoEConfig, PerWeight
-from tritonmoe.runtime.files import Json
 
 __all__ = ["DenseFFN", "Init", "UpcycleSettings", "make_experts"]
 
@@ -76,9 +75,6 @@ class UpcycleSettings:
             )
         return intermediate_size // self.granularity
 
-    def as_dict(self) -> Json:
-        return asdict(self)
-
 
 class DenseFFN(NamedTuple):
     """The weights of one dense block; gate and biases are None where it has none."""
@@ -127,7 +123,8 @@ def make_experts(settings: UpcycleSettings, block_index: int, dense: DenseFFN) -
         matrices = [*gate_up[expert].split(part_width), down[expert].T]
         if settings.init == "noise":
             for matrix in matrices:
-                matrix += _draw(matrix.shape, generator, matrix) * (NOISE_STD * matrix.std())
+                drawn = torch.randn(matrix.shape, generator=generator, device="cpu").to(matrix)
+                matrix += drawn * (NOISE_STD * matrix.std())
         elif settings.init == "drop":
             units = torch.randperm(part_width, generator=generator, device="cpu")[: round(DROP_RATIO * part_width)]
             units = units.to(gate_up.device)
@@ -145,7 +142,3 @@ def make_experts(settings: UpcycleSettings, block_index: int, dense: DenseFFN) -
         down_bias = dense.down_bias * (SHARED_SCALE if settings.shared_expert else 1.0)
         down_bias = down_bias.repeat(settings.num_experts, 1)
     return router, PerWeight(gate_up, gate_up_bias, down, down_bias)
-
-
-def _draw(shape: torch.Size, generator: torch.Generator, like: Tensor) -> Tensor:
-    return torch.randn(shape, generator=generator, device="cpu").to(like)

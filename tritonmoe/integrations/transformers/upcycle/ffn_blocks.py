@@ -265,7 +265,7 @@ def _match(index: int, path: str, module: nn.Module, names: _Names) -> FFNBlock 
 
 
 def _holds_more(module: nn.Module, names: _Names, width: int) -> bool:
-    """Say whether another parameter is as wide as what `up` hands to `down`: that of a norm between them, or of a gate.
+    """Return whether another parameter has the width between `up` and `down`, as a norm between them or a gate has.
 
     It is looked for where the linears are and one module below: deeper, an attention's may have that width by chance.
     """

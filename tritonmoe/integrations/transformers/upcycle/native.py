@@ -43,21 +43,18 @@ class NativeTarget:
     has_aux_loss: bool = True
 
 
-def _mixtral(settings: UpcycleSettings, width: int, expert_width: int) -> Json:
-    return {"num_local_experts": settings.num_experts, "intermediate_size": expert_width}
+def _sizes(num_experts: str, expert_width: str, **fixed: bool) -> Callable[[UpcycleSettings, int, int], Json]:
+    """Return the fields of a twin that has these names for E and F / G, and further fields of fixed values."""
+    return lambda settings, _, width: {num_experts: settings.num_experts, expert_width: width, **fixed}
 
 
-def _qwen_moe(settings: UpcycleSettings, width: int, expert_width: int) -> Json:
-    return {"num_experts": settings.num_experts, "moe_intermediate_size": expert_width, "norm_topk_prob": True}
+_mixtral = _sizes("num_local_experts", "intermediate_size")
+_qwen_moe = _sizes("num_experts", "moe_intermediate_size", norm_topk_prob=True)
 
 
 def _qwen2_moe(settings: UpcycleSettings, width: int, expert_width: int) -> Json:
     shared_width = width if settings.shared_expert else expert_width
     return {**_qwen_moe(settings, width, expert_width), "shared_expert_intermediate_size": shared_width}
-
-
-def _flex_olmo(settings: UpcycleSettings, width: int, expert_width: int) -> Json:
-    return {"num_experts": settings.num_experts, "intermediate_size": expert_width, "norm_topk_prob": True}
 
 
 def _ernie4_5_moe(settings: UpcycleSettings, width: int, expert_width: int) -> Json:
@@ -66,10 +63,6 @@ def _ernie4_5_moe(settings: UpcycleSettings, width: int, expert_width: int) -> J
         "moe_intermediate_size": expert_width,
         "moe_num_shared_experts": settings.granularity if settings.shared_expert else 0,
     }
-
-
-def _hunyuan_v1_moe(settings: UpcycleSettings, width: int, expert_width: int) -> Json:
-    return {"num_experts": settings.num_experts, "intermediate_size": expert_width}
 
 
 NATIVE_TARGETS: dict[str, NativeTarget] = {
@@ -88,7 +81,9 @@ NATIVE_TARGETS: dict[str, NativeTarget] = {
     "granite": NativeTarget(
         "granitemoe", ("Granite", "GraniteMoe"), _mixtral, block="block_sparse_moe", router="router.weight"
     ),
-    "olmo2": NativeTarget("flex_olmo", ("Olmo2", "FlexOlmo"), _flex_olmo),
+    "olmo2": NativeTarget(
+        "flex_olmo", ("Olmo2", "FlexOlmo"), _sizes("num_experts", "intermediate_size", norm_topk_prob=True)
+    ),
     "ernie4_5": NativeTarget(
         "ernie4_5_moe",
         ("Ernie4_5", "Ernie4_5_Moe"),
@@ -101,7 +96,7 @@ NATIVE_TARGETS: dict[str, NativeTarget] = {
     "hunyuan_v1_dense": NativeTarget(
         "hunyuan_v1_moe",
         ("HunYuanDenseV1", "HunYuanMoEV1"),
-        _hunyuan_v1_moe,
+        _sizes("num_experts", "intermediate_size"),
         router="gate.wg.weight",
         shared="shared_mlp",
         shared_width_is_expert_width=True,

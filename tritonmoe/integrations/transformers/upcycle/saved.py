@@ -11,22 +11,21 @@ import torch
 from torch import nn
 
 from tritonmoe.integrations.transformers.requirements import check_transformers
-from tritonmoe.integrations.transformers.trainer_loading import let_trainer_load_experts
+from tritonmoe.integrations.transformers.trainer_checkpoints import patch_trainer
 from tritonmoe.integrations.transformers.upcycle.auxiliary_loss import watch_forwards
 from tritonmoe.integrations.transformers.upcycle.checkpoint_destination import check_destination, unpublished
 from tritonmoe.integrations.transformers.upcycle.checkpoint_files import CheckpointReader, ShardWriter, parse_size
 from tritonmoe.integrations.transformers.upcycle.checkpoint_model import (
-    build_skeleton,
-    find_model_class,
-    model_name,
-    read_config,
-    read_generation_config,
-)
-from tritonmoe.integrations.transformers.upcycle.description import (
     DESCRIPTION_FILE,
     WEIGHTS_STEM,
+    build_skeleton,
     describe_conversion,
+    find_model_class,
+    load_weights_of,
+    model_name,
+    read_config,
     read_description,
+    read_generation_config,
 )
 from tritonmoe.integrations.transformers.upcycle.expert_init import UpcycleSettings
 from tritonmoe.integrations.transformers.upcycle.ffn_blocks import FFNBlock, find_blocks, select_blocks
@@ -95,7 +94,7 @@ def save_pretrained(
         writer.close()
         if getattr(model, "generation_config", None) is not None:
             model.generation_config.save_pretrained(directory)
-        _write(directory, model.config, cast(Json, model.upcycling))
+        write_description(directory, model.config, cast(Json, model.upcycling))
 
 
 def _refuse_what_loads_nowhere(push_to_hub: bool, variant: str | None, distributed_checkpoint: bool) -> None:
@@ -142,18 +141,11 @@ def _is_no_weight_of_another(name: str) -> bool:
 
 
 def remember_conversion(model: "PreTrainedModel", conversion: InplaceConversion) -> None:
-    """Let the model know how it was made, save itself that way, and add its auxiliary loss to its own."""
+    """Note on the model how it was made, make it save itself that way, and add its auxiliary loss to its own."""
     # a bound method would be the class's when unpickled
     save = functools.partial(save_pretrained, model)
     vars(model).update(upcycling=describe_conversion(model_name(type(model)), conversion), save_pretrained=save)
     watch_forwards(model)
-
-
-def write_description(
-    directory: Path, class_name: str, config: "PreTrainedConfig", conversion: InplaceConversion
-) -> None:
-    """Write config.json and the description; last, since a directory without them does not load."""
-    _write(directory, config, describe_conversion(class_name, conversion))
 
 
 def load_upcycled(
@@ -201,19 +193,12 @@ def load_upcycled(
     model = build_model(model_class, config, stored_dtype, "cpu")
     blocks = _described_blocks(model, paths, directory)
     replace_blocks(model, settings, blocks, stored_dtype)
-    state = {name: reader[name] for name in reader}
-    try:
-        missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
-    except RuntimeError as error:
-        raise ValueError(f"{directory} does not fit its config.json: {error}") from error
-    lost = sorted(set(missing) - set(getattr(model, "all_tied_weights_keys", {})))
-    if lost or unexpected:
-        raise ValueError(f"{directory} does not fit {class_name}: missing {lost[:4]}, unknown {unexpected[:4]}")
+    load_weights_of(model, reader, f"its config.json, of a {class_name}", assign=True)
     model.tie_weights()
     if (generation_config := read_generation_config(directory)) is not None:
         model.generation_config = generation_config
     remember_conversion(model, InplaceConversion(model, settings, blocks))
-    let_trainer_load_experts()
+    patch_trainer()
     converted: nn.Module = model
     return (converted if dtype is None else converted.to(dtype)).eval()
 
@@ -243,7 +228,8 @@ def _check_shapes(
             reader.check_shape(name, shape)
 
 
-def _write(directory: Path, config: "PreTrainedConfig", description: Json) -> None:
+def write_description(directory: Path, config: "PreTrainedConfig", description: Json) -> None:
+    """Write config.json and the description; last, since a directory without them does not load."""
     config.save_pretrained(directory)
     text = json.dumps(description, indent=2)
     (directory / DESCRIPTION_FILE).write_text(text + "\n")

@@ -17,12 +17,12 @@ class EnclosingCall(NamedTuple):
     is_model: bool
     """It is a PreTrainedModel, whose mask is the user's or that of a model around it; else a mask is made from one."""
     takes_mask: bool
-    mask: object
-    """What it was given as attention_mask; None for nothing."""
-    has_cache: bool
-    """It was given keys and values of earlier tokens, which its mask may have columns for."""
     is_time_major: bool
     """Its rows are (S, B, D)."""
+    mask: object = None
+    """What it was given as attention_mask; None for nothing."""
+    has_cache: bool = False
+    """It was given keys and values of earlier tokens, which its mask may have columns for."""
 
 
 class TokenMask(NamedTuple):
@@ -144,7 +144,7 @@ def _attended_keys(mask: object) -> Tensor | None:
 
 
 def _is_attended(mask: Tensor) -> Tensor:
-    """Say where a mask that attention takes lets tokens through: floating ones are added to its scores."""
+    """Return where a mask of attention lets tokens through; a floating mask is added to the scores."""
     if mask.is_floating_point():
         return mask.float().exp() > 0
     return mask != 0

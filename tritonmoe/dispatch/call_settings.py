@@ -1,4 +1,4 @@
-"""CallTerms: what is configured of a layer call and must be the same on all ranks, which send one number that says it.
+"""CallSettings: what is configured of a layer call and must be the same on all ranks, which send one number for it.
 
 Where the numbers differ every rank sees that they do, and only then the ranks send each other the names and the values,
 in the words that a user reads.
@@ -13,7 +13,15 @@ from functools import lru_cache
 
 from tritonmoe.config.overlap import OverlapPlan
 
-__all__ = ["NO_TERMS", "PLAN_NAMES", "CallTerms", "in_millionths", "plan_terms", "with_term", "words_of"]
+__all__ = [
+    "NO_SETTINGS",
+    "PLAN_NAMES",
+    "CallSettings",
+    "decode_settings",
+    "in_millionths",
+    "plan_settings",
+    "with_setting",
+]
 
 PLAN_NAMES = ("num_chunks", *(field.name for field in fields(OverlapPlan)))
 """What a plan is made of."""
@@ -21,7 +29,7 @@ LONGEST_WORDS = 160
 """Longer values are cut, and a checksum tells them apart."""
 
 
-class CallTerms:
+class CallSettings:
     """Names and values. In a header they stand as one integer of 63 bits."""
 
     def __init__(self, named: Iterable[tuple[str, object]]) -> None:
@@ -36,12 +44,12 @@ class CallTerms:
 
 
 @lru_cache(maxsize=1024)
-def with_term(terms: CallTerms, name: str, value: str) -> CallTerms:
-    """Return the terms with another value of this name."""
-    return CallTerms((terms.words | {name: value}).items())
+def with_setting(settings: CallSettings, name: str, value: str) -> CallSettings:
+    """Return the settings with another value of this name."""
+    return CallSettings((settings.words | {name: value}).items())
 
 
-NO_TERMS = CallTerms(())
+NO_SETTINGS = CallSettings(())
 """Of a call of which nothing is known, or nothing has to be compared."""
 
 
@@ -51,8 +59,8 @@ def _short(words: str) -> str:
     return f"{words[:LONGEST_WORDS]}... (checksum {zlib.crc32(words.encode()):08x})"
 
 
-def words_of(text: bytes) -> Mapping[str, str] | None:
-    """Return the words of the terms of which this is the text; None where the text was damaged on its way."""
+def decode_settings(text: bytes) -> Mapping[str, str] | None:
+    """Return the words of the settings of which this is the text; None where the text was damaged on its way."""
     try:
         words = json.loads(text)
     except ValueError:
@@ -61,7 +69,7 @@ def words_of(text: bytes) -> Mapping[str, str] | None:
 
 
 @lru_cache(maxsize=1024)
-def plan_terms(overlap: OverlapPlan) -> tuple[tuple[str, object], ...]:
+def plan_settings(overlap: OverlapPlan) -> tuple[tuple[str, object], ...]:
     """Return the names and values of a plan."""
     values = {name: getattr(overlap, name) for name in PLAN_NAMES}
     if overlap.capacity is not None:

@@ -1,4 +1,4 @@
-"""ReplayedRouting: what a GRPOTrainer of TRL needs to compute log-probabilities with the routing of the rollout."""
+"""TRL: ReplayedRouting, by which a GRPOTrainer trains with the routing of the rollout. It imports no TRL by itself."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -165,7 +165,7 @@ class ReplayedRouting(GRPOTrainer):
         self._counts.append(torch.stack([found[0].new_tensor(num_tokens), *found]).to(self.accelerator.device))
 
     def _is_reference(self, model: nn.Module) -> bool:
-        """Say whether it is the reference model, or the policy with its adapters off or exchanged for those."""
+        """Return whether it is the reference model, or the policy with its adapters off or exchanged for those."""
         if model is self.ref_model:
             return True
         inside = self.accelerator.unwrap_model(model)
