@@ -146,12 +146,9 @@ HIDDEN_KEPT = tuple((num_chunks, "hidden") for num_chunks in (1, 2, 4, 8))
 CASES = dict.fromkeys(PLANS, ((4, "hidden"), (2, "input"))) | {"equal": HIDDEN_KEPT, "ramp-all-travel": HIDDEN_KEPT}
 CASES |= dict.fromkeys(("experts", "experts-all-travel"), ((1, "hidden"), (2, "hidden"), (2, "input")))
 """No more chunks of experts than a rank has experts."""
-FIRST = ("equal", "experts")
 
 
-@pytest.mark.parametrize(
-    "plan", [pytest.param(plan, marks=() if plan in FIRST else pytest.mark.thorough) for plan in PLANS]
-)
+@pytest.mark.parametrize("plan", PLANS)
 def test_said_before_is_what_is_held(plan: str) -> None:
     batch = Batch(torch.float32)
     for num_chunks, save in CASES[plan]:
