@@ -162,8 +162,7 @@ def test_said_before_is_what_is_held(plan: str) -> None:
             assert (room >= batch.work.rows).all()
         said = peak_bytes(overlap, work, widths(torch.float32, save=save))
         for name, measured, expected in zip(said._fields, batch.measure(overlap, save), said, strict=True):
-            # With save="input" a forward of two chunks holds less than is said: a budget is kept all the same.
-            assert 1 - BOUND < expected / measured < 1.02 + BOUND, (num_chunks, save, name, measured, expected)
+            assert abs(expected / measured - 1) < BOUND, (num_chunks, save, name, measured, expected)
 
 
 @pytest.mark.thorough
@@ -197,7 +196,7 @@ def test_worked_example() -> None:
     work = LayerWork.of(torch.tensor([[0, 8], [8, 0]]), 1.0, row_bytes=2, top_k=1)
     overlap = tm.OverlapPlan((1, 1), local_first=False, window=1, backward_window=1)
     said = peak_bytes(overlap, work, BufferWidths(1, 1, num_local_experts=1, dtype_bytes=2, gated=False))
-    lasting = 8 * 2 + 8 * 2 + 8 * 16 + 8 * 16 + 8 * 4 + 8 * 2  # rows, home, ids and weights, grouping, weights, h
+    lasting = 8 * 2 + 8 * 2 + 8 * 8 + 8 * 16 + 8 * 4 + 8 * 2  # rows, home, ids and weights, grouping, weights, h
     last_experts = 4 * 2 + 4 * 2 + 4 * 2 + 4 * 2  # chunk 0's sums under way, chunk 1's; a and y of four pairs
     assert said.forward == lasting + last_experts
     kept = 8 * (2 + 4) + 8 * 16 + 8 * 2  # rows and weights, grouping, h
