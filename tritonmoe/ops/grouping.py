@@ -83,8 +83,7 @@ class Grouping:
     """Whether row n is that of the pair at position n, so that nothing needs to be gathered: see by_pair."""
     row_tiles: torch.Tensor | None = None
     """(C, slots, 4, 4) int32: the tiles of each chunk's products, see ops/kernels/row_tiles.py; None where none are
-    listed
-    yet, or ever."""
+    listed yet, or ever."""
 
     @property
     def num_experts(self) -> int:

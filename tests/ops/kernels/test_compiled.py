@@ -46,7 +46,8 @@ def test_one_layer_missing_waits_and_routers(gpu, tmp_path):
 @pytest.mark.parametrize("gpu", gpus(*ONE_OF_EACH_MAKER))
 def test_packed_weights(gpu, tmp_path):
     """Every code and scale of every format, along both axes, and all four products."""
-    result = run(gpu, tmp_path, "-k", "every_code or two_formats", tests=("test_packed_tiles.py",))
+    chosen = "-m", "not slow", "-k", "every_code or two_formats"
+    result = run(gpu, tmp_path, *chosen, tests=("test_packed_tiles.py",))
     assert result.returncode == 0, result.stdout[-3000:]
     assert re.search(r"\b8 passed", result.stdout), result.stdout[-3000:]
 

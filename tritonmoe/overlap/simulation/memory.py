@@ -329,14 +329,16 @@ class _ForwardWalk(_PassWalk):
         return 2 * INDEX_BYTES * self.work.top_k
 
     def metadata(self, step: Step) -> None:
-        """Hold ids and weights twice until the pass ends: as they arrive, and in the order of the received rows."""
-        travelling = total(self.returned[self.first_chunk :])
-        self.hold("metadata", (self.num_received + travelling) * self.metadata_bytes)
+        """Hold ids and weights as they arrive, and until the pass ends in the order of the received rows."""
+        self.hold("metadata", self.num_received * self.metadata_bytes)
+        self.hold("arriving metadata", total(self.returned[self.first_chunk :]) * self.metadata_bytes)
         self.hold(step, total(self.sent[self.first_chunk :]) * self.metadata_bytes)
 
     def group(self, step: Step) -> None:
-        self.hold("grouping", self.grouping_bytes())
         self.hold("weights", self.num_received * self.metadata_bytes / 2)
+        self.count(torch.zeros_like(self.peak))
+        self.free("arriving metadata")
+        self.hold("grouping", self.grouping_bytes())
 
     def experts(self, step: Step) -> None:
         widths = self.widths
