@@ -10,6 +10,7 @@ from torch import Tensor
 
 import tritonmoe as tm
 from tritonmoe.config.precision import decode, encode, rounded, rounded_rows, rounded_weight
+from tritonmoe.ops.backends import rounded as rounded_module
 from tritonmoe.transports import LocalTransport, Transport
 
 PRECISIONS = [tm.ExpertPrecision(form, gradients) for form in ("fp8_block", "mxfp8") for gradients in ("bf16", "fp8")]
@@ -299,11 +300,22 @@ def test_refusals():
         tm.MoEConfig(64, 32, 4, 2, expert_precision="mxfp8")
     with pytest.raises(ValueError, match="leave one of them out"):
         tm.MoEConfig(64, 32, 4, 2, expert_precision=precision, weight_format="mxfp4")
-    overlap = tm.OverlapConfig(wire_dtype=torch.float8_e4m3fn)
-    with pytest.raises(ValueError, match="rounded twice: leave wire_dtype out"):
-        tm.expert_parallel_mlp(
-            topk_ids=ids, num_experts=5, transport=LocalTransport(), overlap=overlap, precision=precision, **tensors
-        )
+    for overlap, message in (
+        (tm.OverlapConfig(wire_dtype=torch.float8_e4m3fn), "rounded twice: leave wire_dtype out"),
+        (tm.OverlapConfig(memory_budget_bytes=10**9), "doesn't count the rounded copies of rows and weights"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tm.expert_parallel_mlp(
+                topk_ids=ids, num_experts=5, transport=LocalTransport(), overlap=overlap, precision=precision, **tensors
+            )
+
+
+def test_what_is_emulated_is_said_once(caplog):
+    rounded_module._say_emulated.cache_clear()
+    for _ in range(2):
+        run(PRECISIONS[2])
+    (record,) = caplog.records
+    assert record.getMessage().startswith("experts in mxfp8 are emulated: bf16 products of rounded numbers, which take")
 
 
 def test_ranks_agree_on_the_precision():

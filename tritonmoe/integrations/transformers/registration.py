@@ -3,15 +3,17 @@
 import logging
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from tritonmoe.config.overlap import OverlapConfig
+from tritonmoe.config.precision import ExpertPrecision, check_precision
+from tritonmoe.integrations.torch_distributed.parallelize import routed_experts
 from tritonmoe.integrations.transformers.accumulated_loss import watch_auxiliary_losses
 from tritonmoe.integrations.transformers.discovery import UNSUPPORTED_NAMES, experts_modules
-from tritonmoe.integrations.transformers.experts import experts_forward
+from tritonmoe.integrations.transformers.experts import PRECISION, experts_forward
 from tritonmoe.integrations.transformers.packed.packed_experts import is_packed_experts
 from tritonmoe.integrations.transformers.peft_adapters import hand_over_factors
 from tritonmoe.integrations.transformers.requirements import (
@@ -24,7 +26,7 @@ from tritonmoe.integrations.transformers.requirements import (
 )
 from tritonmoe.layer import MoELayer
 
-__all__ = ["PatchReport", "check_patchable", "patch", "register"]
+__all__ = ["PatchReport", "check_patchable", "patch", "register", "set_expert_precision"]
 
 logger = logging.getLogger(__name__)
 
@@ -169,6 +171,41 @@ def patch(model: nn.Module) -> PatchReport:
     if left:
         logger.warning("patch switched %d experts modules and left %s as they are", len(found), _list(left))
     return PatchReport(tuple(found), tuple(left))
+
+
+def set_expert_precision(model: nn.Module, precision: ExpertPrecision | None) -> tuple[str, ...]:
+    """Make the routed experts of a model multiply in an ExpertPrecision from now on, or in their own dtype with None.
+
+    `model` is a MoE model of transformers, which then runs through tritonmoe, or has MoELayers or GroupedExperts, as
+    upcycle() makes them. Parameters, state dicts and checkpoints stay; a saved model doesn't know its precision, so set
+    it again after loading.
+
+    Returns:
+        The names of the modules of experts.
+    Raises:
+        TypeError: `precision` is none. ValueError: the model has no such experts, or they are packed, or patch() would
+            refuse the model. Nothing is changed.
+    Example:
+        set_expert_precision(model, tritonmoe.ExpertPrecision("fp8_block"))
+    """
+    check_precision(precision)
+    of_transformers, own = experts_modules(model), routed_experts(model)
+    if not (of_transformers or own):
+        patch(model)  # it says what is missing
+    packed = {name: experts for name, experts in of_transformers.items() if is_packed_experts(experts)}
+    if packed and precision is not None:
+        raise ValueError(f"{precision} is for experts that train, and those of {_list(packed)} are packed and frozen")
+    with_configs = [*own.values(), *(module for module in model.modules() if isinstance(module, MoELayer))]
+    configs = [replace(module.config, expert_precision=precision) for module in with_configs]
+    if of_transformers:
+        patch(model)
+    for experts in of_transformers.values():
+        setattr(experts, PRECISION, precision)
+    for module, config in zip(with_configs, configs, strict=True):
+        module.config = config
+    for experts in own.values():
+        experts.spec = replace(experts.spec, precision=precision)
+    return (*of_transformers, *own)
 
 
 def _other_experts(model: nn.Module, found: Mapping[str, nn.Module]) -> dict[str, nn.Module]:

@@ -4,6 +4,8 @@ That is what the precision is defined by (config/precision.py), on every device 
 rounded the rows x and dout, once for each token and before they travel, and the weights (Projection says so).
 """
 
+import logging
+from functools import cache
 from itertools import pairwise
 from typing import Any, cast
 
@@ -16,12 +18,24 @@ from tritonmoe.config.precision import ExpertPrecision, rounded, rounded_rows
 from tritonmoe.ops.backends.ops import GradientOperands, Operations, WeightGrads, required
 from tritonmoe.ops.grouping import Grouping
 
-__all__ = ["RoundedOperations", "rounded_operations"]
+__all__ = ["EMULATED", "RoundedOperations", "rounded_operations"]
+
+logger = logging.getLogger(__name__)
+EMULATED = "emulated: bf16 products of rounded numbers, which take longer than a layer in bf16"
 
 
 def rounded_operations(ops: Operations, precision: ExpertPrecision | None) -> Operations:
     """Return the operations of a backend in a precision; these themselves without one."""
-    return ops if precision is None else cast(Operations, RoundedOperations(ops, precision))
+    if precision is None:
+        return ops
+    _say_emulated(precision.format)
+    return cast(Operations, RoundedOperations(ops, precision))
+
+
+@cache
+def _say_emulated(precision_format: str) -> None:
+    """Log once that no instruction of the device is used."""
+    logger.warning("experts in %s are %s: results are those of the precision", precision_format, EMULATED)
 
 
 class RoundedOperations:
