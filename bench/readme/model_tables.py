@@ -254,3 +254,33 @@ def quantized_table(name: str) -> str:
         f"`python -m bench.quantized`; {where(found['environment'])}."
     )
     return "\n".join([*lines, "", caption])
+
+
+def expert_precision_table(name: str) -> str:
+    """Return the noise of experts in each precision, and what a model loses, a row for each."""
+    data = load(name)
+    found = data["results"]
+    plain = found["losses"]["bf16"]
+
+    def lowest(noise: dict | None) -> str:
+        return "" if noise is None else " / ".join(f"{min(of.values()):.1f} dB" for of in noise.values())
+
+    lines = [*table_head("precision", "products", "a layer", "training loss less bf16's", "held out, less bf16's")]
+    for precision, losses in found["losses"].items():
+        gaps = [
+            ", ".join(f"{one[key] - other[key]:+.4f}" for one, other in zip(losses, plain, strict=True))
+            if precision != "bf16"
+            else ""
+            for key in ("training", "held_out")
+        ]
+        lines.append(
+            table_row(precision, lowest(found["products"].get(precision)), lowest(found["layer"].get(precision)), *gaps)
+        )
+    caption = (
+        "Signal to noise against fp64, the lowest of output and gradients, for normal inputs / with outliers (columns "
+        "30 times as large); of single products, and of a whole gated layer. Losses in nats a byte, for each of "
+        f"{len(plain)} seeds: a model of bytes with two layers of experts, {found['steps']} steps on Shakespeare; the "
+        f"mean of the last {found['last']} steps, and of held-out text. The losses show mistakes (the control has one), not "
+        f"which format is fine enough. `python -m bench.expert_precision`; {where(data['environment'])}."
+    )
+    return "\n".join([*lines, "", caption])

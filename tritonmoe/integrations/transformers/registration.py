@@ -24,7 +24,7 @@ from tritonmoe.integrations.transformers.requirements import (
     quantisation_method,
     quantised_kind,
 )
-from tritonmoe.layer import MoELayer
+from tritonmoe.layer import GroupedExperts, MoELayer
 
 __all__ = ["PatchReport", "check_patchable", "patch", "register", "set_expert_precision"]
 
@@ -195,16 +195,17 @@ def set_expert_precision(model: nn.Module, precision: ExpertPrecision | None) ->
     packed = {name: experts for name, experts in of_transformers.items() if is_packed_experts(experts)}
     if packed and precision is not None:
         raise ValueError(f"{precision} is for experts that train, and those of {_list(packed)} are packed and frozen")
-    with_configs = [*own.values(), *(module for module in model.modules() if isinstance(module, MoELayer))]
-    configs = [replace(module.config, expert_precision=precision) for module in with_configs]
+    layers: list[MoELayer | GroupedExperts] = [one for one in model.modules() if isinstance(one, MoELayer)]
+    layers += own.values()
+    configs = [replace(layer.config, expert_precision=precision) for layer in layers]
     if of_transformers:
         patch(model)
     for experts in of_transformers.values():
         setattr(experts, PRECISION, precision)
-    for module, config in zip(with_configs, configs, strict=True):
-        module.config = config
-    for experts in own.values():
-        experts.spec = replace(experts.spec, precision=precision)
+    for layer, config in zip(layers, configs, strict=True):
+        layer.config = config
+    for grouped in own.values():
+        grouped.spec = replace(grouped.spec, precision=precision)
     return (*of_transformers, *own)
 
 
