@@ -136,8 +136,8 @@ def train(name: str, seed: int, num_steps: int) -> dict[str, float]:
         first = torch.randint(text.training.numel() - BYTES, (BATCH, 1), generator=generator)
         with torch.autocast("cpu", torch.bfloat16):
             loss = model(text.training[first + window].long())
-        auxiliary = sum(layer.aux_loss for layer in model.layers)
-        (loss + auxiliary).backward()
+        layers = (one for one in model.modules() if isinstance(one, tm.MoELayer))
+        torch.stack([loss, *(one for layer in layers if (one := layer.aux_loss) is not None)]).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
         losses.append(float(loss.detach()))

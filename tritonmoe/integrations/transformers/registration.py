@@ -279,7 +279,7 @@ def _quantised_kinds(module: nn.Module) -> set[str]:
     return {kind for kind in kinds if kind is not None}
 
 
-def _list(modules: dict[str, nn.Module]) -> str:
+def _list(modules: Mapping[str, nn.Module]) -> str:
     named = [f"{name or 'the model itself'} ({type(module).__name__})" for name, module in modules.items()]
     more = f" and {len(named) - MAX_NAMED} more" if len(named) > MAX_NAMED else ""
     return ", ".join(named[:MAX_NAMED]) + more
