@@ -162,7 +162,6 @@ def measure(num_seeds: int, num_steps: int) -> Json:
         "layer": {"bf16": {kind: layer_noise(None, kind) for kind in kinds}, **noise(layer_noise)},
         "losses": {name: [one for (of, *_), one in zip(cases, losses, strict=True) if of == name] for name in names},
         "steps": num_steps,
-        "last": LAST,
     }
 
 

@@ -1,5 +1,6 @@
 """Tables of whole models, and the README's own, of the figures that matter most."""
 
+from bench.expert_precision import LAST
 from bench.readme.kernel_tables import NUMBERS, compiled_for
 from bench.readme.overlap_tables import sure_overlap
 from bench.readme.results import RESULTS, load, load_all, spread, table_head, table_row, where
@@ -280,7 +281,7 @@ def expert_precision_table(name: str) -> str:
         "Signal to noise against fp64, the lowest of output and gradients, for normal inputs / with outliers (columns "
         "30 times as large); of single products, and of a whole gated layer. Losses in nats a byte, for each of "
         f"{len(plain)} seeds: a model of bytes with two layers of experts, {found['steps']} steps on Shakespeare; the "
-        f"mean of the last {found['last']} steps, and of held-out text. The losses show mistakes (the control has "
+        f"mean of the last {LAST} steps, and of held-out text. The losses show mistakes (the control has "
         f"one), not which format is fine enough. `python -m bench.expert_precision`; {where(data['environment'])}."
     )
     return "\n".join([*lines, "", caption])

@@ -225,8 +225,8 @@ def _narrower_rows(call: RecordedCall) -> Iterator[Proposal]:
         name = str(wire_dtype).removeprefix("torch.")
 
         def narrower(of: Conditions, row_bytes: int = row_bytes, other: int = other) -> Conditions:
-            sizes = {"row_bytes": row_bytes, "other_row_bytes": other, "gradient_row_bytes": other}
-            return replace(of, work=replace(of.work, **sizes))
+            work = replace(of.work, row_bytes=row_bytes, other_row_bytes=other, gradient_row_bytes=other)
+            return replace(of, work=work)
 
         yield Proposal(f"wire_dtype=torch.{name}", f"{where} are rounded", narrower, sends_less=True)
 

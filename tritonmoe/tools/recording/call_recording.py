@@ -133,8 +133,8 @@ class RecordedCall:
     def work(self) -> LayerWork:
         """What all ranks sent and computed: with a capacity the room for the rows, and the pairs that are in it."""
         rows, pairs = _matrix([of.rows for of in self.ranks]), _matrix([of.pairs for of in self.ranks])
-        sizes = {"other_row_bytes": self.other_row_bytes, "gradient_row_bytes": self.gradient_row_bytes}
-        return LayerWork(rows, pairs * self.filled, self.row_bytes, self.top_k, **sizes)
+        of_forward = self.row_bytes, self.top_k, self.other_row_bytes
+        return LayerWork(rows, pairs * self.filled, *of_forward, gradient_row_bytes=self.gradient_row_bytes)
 
     @cached_property
     def filled(self) -> Tensor:
