@@ -79,7 +79,7 @@ def simulate(model: str, size: int, kind: str, rate: float, arguments: argparse.
     expert_bytes, row_bytes, pair_s = 3 * width * inner * BYTES, width * BYTES, flops / FLOPS
     costs = CopyCosts(
         int(pair_s / 3 * 1e15 * scale), int(pair_s * 2 / 3 * 1e15 * scale), int(1e6 / rate), int(PLANNING_S * 1e15),
-        row_bytes * scale, row_bytes * scale, expert_bytes, expert_bytes,
+        row_bytes * scale, row_bytes * scale, row_bytes * scale, expert_bytes, expert_bytes,
     )  # fmt: skip
     found, planning_s = None, []
     for _ in range(PLANNINGS if is_uneven(pairs.sum(0).tolist()) else 0):

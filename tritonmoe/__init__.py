@@ -7,6 +7,7 @@ from tritonmoe import transports
 from tritonmoe.config.activations import ClampedSwiGLU, SoftcappedSwiGLU
 from tritonmoe.config.layer import MoEConfig
 from tritonmoe.config.overlap import OverlapConfig, OverlapPlan
+from tritonmoe.config.precision import ExpertPrecision
 from tritonmoe.dispatch.placement import ExpertPlacement
 from tritonmoe.errors import CapacityOverflow, CountMismatch, NonFiniteScores, TransportError
 from tritonmoe.expert_parallel.expert_parallel_mlp import expert_parallel_mlp
@@ -32,6 +33,7 @@ __all__ = [
     "CountMismatch",
     "ExpertAdapters",
     "ExpertPlacement",
+    "ExpertPrecision",
     "GroupedExperts",
     "LinkModel",
     "MoEConfig",

@@ -58,6 +58,7 @@ TABLES = {
     "bounds": kernel_tables.bounds_table,
     "decoding": kernel_tables.decoding_table,
     "moe_mlp": kernel_tables.moe_mlp_table,
+    "expert_precision": model_tables.expert_precision_table,
     "figures": figures.figures_that_matter,
     "fixed_experts": overlap_tables.fixed_experts_table,
     "rebalance": overlap_tables.rebalance_table,

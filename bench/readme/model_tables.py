@@ -1,5 +1,6 @@
 """Tables of whole models, and the README's own, of the figures that matter most."""
 
+from bench.expert_precision import LAST
 from bench.readme.kernel_tables import NUMBERS, compiled_for
 from bench.readme.overlap_tables import sure_overlap
 from bench.readme.results import RESULTS, load, load_all, spread, table_head, table_row, where
@@ -252,5 +253,35 @@ def quantized_table(name: str) -> str:
         "step in experts4bit-qlora, which decodes by bitsandbytes, over ours. Medians (quartiles of the ratio) of "
         "interleaved rounds on one thread. "
         f"`python -m bench.quantized`; {where(found['environment'])}."
+    )
+    return "\n".join([*lines, "", caption])
+
+
+def expert_precision_table(name: str) -> str:
+    """Return the noise of experts in each precision, and what a model loses, a row for each."""
+    data = load(name)
+    found = data["results"]
+    plain = found["losses"]["bf16"]
+
+    def lowest(noise: dict | None) -> str:
+        return "" if noise is None else " / ".join(f"{min(of.values()):.1f} dB" for of in noise.values())
+
+    lines = [*table_head("precision", "products", "a layer", "training loss less bf16's", "held out, less bf16's")]
+    for precision, losses in found["losses"].items():
+        gaps = [
+            ", ".join(f"{one[key] - other[key]:+.4f}" for one, other in zip(losses, plain, strict=True))
+            if precision != "bf16"
+            else ""
+            for key in ("training", "held_out")
+        ]
+        lines.append(
+            table_row(precision, lowest(found["products"].get(precision)), lowest(found["layer"].get(precision)), *gaps)
+        )
+    caption = (
+        "Signal to noise against fp64, the lowest of output and gradients, for normal inputs / with outliers (columns "
+        "30 times as large); of single products, and of a whole gated layer. Losses in nats a byte, for each of "
+        f"{len(plain)} seeds: a model of bytes with two layers of experts, {found['steps']} steps on Shakespeare; the "
+        f"mean of the last {LAST} steps, and of held-out text. The losses show mistakes (the control has "
+        f"one), not which format is fine enough. `python -m bench.expert_precision`; {where(data['environment'])}."
     )
     return "\n".join([*lines, "", caption])

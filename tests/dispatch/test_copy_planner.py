@@ -12,7 +12,7 @@ from tritonmoe.dispatch.copies import ExpertCopies, ExpertCopy
 from tritonmoe.expert_parallel.plans.copies.copy_planner import CopyCosts, is_uneven, plan_copies
 
 COPIES = ExpertCopies(2, 2, (ExpertCopy(0, 1, (0, 3)),))
-FAST = CopyCosts(1000, 2000, 1, 0, 8, 8, 100, 100)
+FAST = CopyCosts(1000, 2000, 1, 0, 8, 8, 8, 100, 100)
 """Compute takes most: a pair 3000 fs, a row's byte 1."""
 
 
@@ -89,7 +89,7 @@ def test_copies_go_where_the_tokens_are_on_a_slow_link() -> None:
     """Rows of own tokens' pairs then don't travel at all."""
     counts = torch.tensor([[40, 40, 0, 0], [400, 400, 20, 20]])
     rows = torch.tensor([[40, 0], [500, 40]])
-    costs = CopyCosts(1000, 2000, 3, 0, 1000, 1000, 1000, 1000)
+    costs = CopyCosts(1000, 2000, 3, 0, 1000, 1000, 1000, 1000, 1000)
     found = plan_copies(counts, rows, 2, 2, costs)
     assert found.copies is not None
     assert all(pairs[0] == 0 and pairs[1] > 0 for _, rank, pairs in found.copies.copies if rank == 1)

@@ -8,6 +8,7 @@ from batches import NAMES, Batch
 from torch import Tensor
 
 import tritonmoe as tm
+from tritonmoe.transports.emulated.world import EmulatedTransport
 from tritonmoe.transports.wire import WireFormat
 
 FP8 = torch.float8_e4m3fn
@@ -111,6 +112,50 @@ def test_the_error_and_the_bytes_are_reported():
         assert (exact, full, half, quarter) == (0.0, 1024, 512, 256 + 8)
         assert 2.0**-12 < bf16 < 2.0**-8
         assert 2.0**-7 < fp8 < 2.0**-4
+
+
+class Counting(EmulatedTransport):
+    """Counts the bytes of rows that a rank sends to others; of ids and weights it sends other dtypes."""
+
+    def exchange(self, rows, input_splits, output_splits, out=None):
+        if rows.dtype in (torch.uint8, torch.bfloat16):
+            self.sent[-1].append((sum(input_splits) - input_splits[self.rank]) * rows.shape[1] * rows.itemsize)
+        return super().exchange(rows, input_splits, output_splits, out)
+
+
+@pytest.mark.parametrize("form", ["fp8_block", "mxfp8"])
+def test_rows_in_a_precision_are_codes_and_scales(form):
+    def rank_call(transport):
+        transport.__class__, transport.sent = Counting, []
+        errors = []
+        for precision in (None, tm.ExpertPrecision(form)):
+            config = tm.MoEConfig(
+                hidden_size=256, intermediate_size=8, num_experts=4, top_k=2, expert_precision=precision
+            )
+            layer = tm.MoELayer(
+                config, transport, tm.OverlapConfig(1), generator=torch.Generator().manual_seed(0), dtype=torch.bfloat16
+            )
+            x = (
+                torch.randn(32, 256, generator=torch.Generator().manual_seed(transport.rank))
+                .bfloat16()
+                .requires_grad_()
+            )
+            transport.sent.append([])
+            layer(x).sum().backward()
+            errors.append(layer.last_report.wire_error)
+        report = layer.last_report
+        return transport.sent, errors, (report.row_bytes, report.gradient_row_bytes, report.other_row_bytes)
+
+    for (wide, narrow), (exact, error), row_bytes in tm.run_on_emulated_ranks(rank_call, num_ranks=2):
+        scales = 256 // tm.ExpertPrecision(form).block
+        assert row_bytes == (256 + scales, 256 + scales, 512)
+        shares = [one / other for one, other in zip(narrow, wide, strict=True)]
+        dispatch = (256 + scales) / 512
+        assert shares == [dispatch, 1, dispatch, 1]
+        assert dispatch <= 0.516
+        assert sum(narrow) / sum(wide) <= 0.758
+        assert exact == 0
+        assert 2.0**-6 < error < 2.0**-4
 
 
 def test_ranks_that_disagree_on_the_wire_are_told():

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tritonmoe.config.overlap import OverlapConfig
+from tritonmoe.config.precision import ExpertPrecision, rounded_rows
 from tritonmoe.transports.wire import BLOCK_COLUMNS, LARGEST_FINITE, WireFormat
 
 FP8 = torch.float8_e4m3fn
@@ -23,6 +24,23 @@ def over_the_wire(rows: torch.Tensor, wire_dtype: torch.dtype | None) -> torch.T
     out = torch.full_like(rows, torch.nan)
     wire.decode(received, out)
     return out
+
+
+@pytest.mark.parametrize("form", ["fp8_block", "mxfp8"])
+@pytest.mark.parametrize("shape", [(0, 5), (3, 1), (7, 300), (5, 256)])
+def test_rows_in_a_precision_keep_their_bits(form, shape):
+    precision = ExpertPrecision(form)
+    rows = rounded_rows(torch.randn(shape).exp().bfloat16(), precision)
+    rows[:1, :1] = torch.nan
+    rows = rounded_rows(rows, precision)
+    wire = WireFormat(torch.bfloat16, None, precision)
+    sent = wire.encode(rows)
+    assert sent.dtype == torch.uint8
+    assert sent.shape == wire.empty(*shape, rows.device).shape == (shape[0], wire.row_bytes(shape[1]))
+    out = torch.full_like(rows, 1.0)
+    wire.decode(sent, out)
+    assert torch.equal(out.isnan(), rows.isnan())
+    assert torch.equal(out.nan_to_num(), rows.nan_to_num())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])

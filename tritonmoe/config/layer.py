@@ -14,6 +14,7 @@ from typing_extensions import NamedTuple  # typing's is not generic before Pytho
 from tritonmoe.config.activations import Activation, check_activation
 from tritonmoe.config.formats import WeightFormat, find_format, weight_shape
 from tritonmoe.config.numbers import check_flags, is_integer, is_number
+from tritonmoe.config.precision import ExpertPrecision, check_precision
 from tritonmoe.config.scores import ScoreName, check_score
 
 __all__ = [
@@ -105,6 +106,20 @@ class Projection(NamedTuple):
     be the memory that the result is written to; of `down_grad`, that of scaled_a."""
     scales: torch.Tensor | None = None
     """Of a packed weight (formats.py); then `weight` has its values, and no kernel reads it."""
+    weight_of_gradients: torch.Tensor | None = None
+    """In an ExpertPrecision: the weight as it is rounded for the gradients of rows; `weight` is rounded too."""
+
+    @property
+    def for_gradients(self) -> "Projection":
+        """The projection by which gradients of rows are multiplied."""
+        return self if self.weight_of_gradients is None else self._replace(weight=self.weight_of_gradients)
+
+    def of_experts(self, experts: slice) -> "Projection":
+        """Return the projection of some of the experts."""
+        weights = self.weight, self.bias, self.scales, self.weight_of_gradients
+        weight, bias, scales, of_gradients = (None if one is None else one[experts] for one in weights)
+        assert weight is not None
+        return self._replace(weight=weight, bias=bias, scales=scales, weight_of_gradients=of_gradients)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -161,6 +176,8 @@ class MoEConfig:
     """Whether weights are (E, D, 2F) and (E, F, D) instead of (E, 2F, D) and (E, D, F)."""
     bias: bool = False
     """Whether experts have the parameters gate_up_proj_bias (E, 2F) and down_proj_bias (E, D)."""
+    expert_precision: ExpertPrecision | None = None
+    """How experts that train multiply, e.g. ExpertPrecision("fp8_block"); None: in the dtype of their rows."""
     weight_format: WeightFormat | None = None
     """How gate_up_proj and down_proj are packed, frozen: "mxfp4", "fp8" or "nf4" (see QuantizedWeight); None: not."""
     score_function: ScoreName = "softmax"
@@ -213,6 +230,7 @@ class MoEConfig:
             raise ValueError(f"top_k must be at most {MAX_TOP_K}, got {self.top_k}")
         check_activation(self.activation, self.gated)
         ExpertLayout(self.gated, self.interleaved, self.transposed)
+        check_precision(self.expert_precision)
         self._check_format()
         check_flags(self, "bias", "softmax_after_topk", "renormalize", "selection_bias")
         if not is_number(self.routed_scaling_factor) or self.routed_scaling_factor <= 0:
@@ -243,6 +261,11 @@ class MoEConfig:
     def _check_format(self) -> None:
         if self.weight_format is None:
             return
+        if self.expert_precision is not None:
+            raise ValueError(
+                f"expert_precision is for experts that train, and weight_format={self.weight_format!r} packs frozen "
+                "ones: leave one of them out"
+            )
         packed = find_format(self.weight_format)
         for shape in self.weight_shapes:
             packed.scales_shape((1, *shape))

@@ -11,6 +11,7 @@ from tritonmoe.config.formats import weight_shape
 from tritonmoe.config.layer import PerWeight
 from tritonmoe.config.numbers import is_integer
 from tritonmoe.config.overlap import OverlapConfig, OverlapPlan, check_overlap
+from tritonmoe.config.precision import ExpertPrecision
 from tritonmoe.dispatch.header import DTYPE_CODES
 from tritonmoe.dispatch.placement import ExpertPlacement
 from tritonmoe.expert_parallel.call import ProposedCall, listeners
@@ -105,10 +106,26 @@ def _checked_tensors(call: ProposedCall) -> tuple[CallTensors[Tensor], PerWeight
             "weights with a main_grad can't have replicas: gradients that were added to a main_grad can't be summed "
             "over the replicas any more. Use a placement without replicas, or leave main_grad to after the backward"
         )
-    check_arguments(tensors, spec.experts.layout)
+    check_arguments(tensors, spec.experts.layout, spec.experts.precision)
     check_expert_parallel(tensors.weights.gate_up_proj.shape[0], spec.num_experts, transport.size, spec.placement)
     check_dtype(tensors.x.dtype, spec.overlap)
+    if spec.experts.precision is not None:
+        _check_with_precision(spec.overlap, spec.experts.precision)
     return with_row_seeds(tensors, spec.experts.dropout), given.weights if is_added else None
+
+
+def _check_with_precision(overlap: OverlapConfig | OverlapPlan, precision: ExpertPrecision) -> None:
+    """Raise ValueError unless experts in this precision can exchange their rows so."""
+    if overlap.wire_dtype == torch.float8_e4m3fn:
+        raise ValueError(
+            f"wire_dtype=torch.float8_e4m3fn rounds rows in other blocks than {precision}, so they would be rounded "
+            "twice: leave wire_dtype out"
+        )
+    if isinstance(overlap, OverlapConfig) and overlap.memory_budget_bytes is not None:
+        raise ValueError(
+            f"memory_budget_bytes doesn't count the rounded copies of rows and weights that {precision} makes: give "
+            "num_chunks, or leave the precision out"
+        )
 
 
 def count_nonfinite_rows(tensors: CallTensors[Tensor], num_slots: int) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tritonmoe.config.activations import Activation, is_fused
 from tritonmoe.config.overlap import OverlapConfig, OverlapPlan
+from tritonmoe.config.precision import ExpertPrecision
 from tritonmoe.dispatch.placement import ExpertPlacement
 from tritonmoe.expert_parallel.call import CallSpec, ProposedCall
 from tritonmoe.expert_parallel.check import MAX_FILLERS
@@ -49,6 +50,7 @@ def expert_parallel_mlp(
     gate_up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
     adapters: ExpertAdapters | None = None,
+    precision: ExpertPrecision | None = None,
     backend: str = "auto",
     save: Literal["hidden", "input"] = "hidden",
     num_sms: int | None = None,
@@ -91,6 +93,7 @@ def expert_parallel_mlp(
             gated=gated,
             interleaved=interleaved,
             transposed=transposed,
+            precision=precision,
             backend=backend,
             save=save,
             num_sms=num_sms,

@@ -29,7 +29,7 @@ from tritonmoe.overlap.steps import StepKind, Way
 from tritonmoe.runtime.autograd import checkpointed_region, is_recomputing
 from tritonmoe.runtime.host_device import is_captured
 from tritonmoe.transports import PendingExchange
-from tritonmoe.transports.wire import WireFormat
+from tritonmoe.transports.wire import choose_wires, summed_squares
 
 __all__ = ["BackwardPass", "ForwardPass"]
 
@@ -84,10 +84,12 @@ class ForwardPass(_LayerPass[Tensor]):
     """(R, D) received rows."""
     wire_squares: Tensor | None = None
     """As in LayerReport."""
+    squares_sent: Tensor | None = None
+    """The same, where the exchange rounds rows and adds them."""
 
     def __init__(self, call: PlannedCall, tensors: CallTensors[Tensor]) -> None:
         super().__init__(call)
-        self.plan, self.tensors, self.x = call.plan, tensors, tensors.x
+        self.plan, self.tensors, self.x = call.plan, tensors, call.settings.rounded_rows(tensors.x)
         self.exchanges = RowExchanges(call.plan, call.transport, call.settings.ops.gather_sum)
 
     def _start(self) -> Execution:
@@ -100,10 +102,11 @@ class ForwardPass(_LayerPass[Tensor]):
         self.home = x.new_empty(plan.num_home, width)
         self.out = self.home if plan.is_identity else x.new_empty(x.shape[0], width)
         self.partials: dict[int, Tensor] = {}
-        self.dispatch_wire = WireFormat(x.dtype, plan.overlap.wire_dtype)
-        self.wire = self.exchanges.wire_after_dispatch(x.dtype)
-        if not self.dispatch_wire.is_exact:
-            self.wire_squares = torch.zeros(2, dtype=torch.float32, device=x.device)
+        self.wires = choose_wires(x.dtype, plan.overlap.wire_dtype, spec.precision)
+        if spec.precision is not None:  # rounded here, and the same wherever it goes
+            self.wire_squares = summed_squares(self.tensors.x, x)
+        elif not self.wires.dispatch.is_plain:
+            self.squares_sent = self.wire_squares = torch.zeros(2, dtype=torch.float32, device=x.device)
         schedule = self.experts.schedule(plan, len(self.fillers))
         return Execution(schedule, self._actions(), x.device, lambda: plan.call)
 
@@ -124,7 +127,7 @@ class ForwardPass(_LayerPass[Tensor]):
 
     def dispatch(self, chunk: int) -> PendingExchange:
         packed = self.exchanges.pack(self.x, chunk)
-        return self.exchanges.send_chunk(packed, chunk, self.rows, self.dispatch_wire, self.wire_squares)
+        return self.exchanges.send_chunk(packed, chunk, self.rows, self.wires.dispatch, self.squares_sent)
 
     def filler(self, number: int) -> None:
         self.fillers[number]()
@@ -142,7 +145,7 @@ class ForwardPass(_LayerPass[Tensor]):
         self.partials[chunk] = self.experts.forward(self.plan.segment(chunk), out=out)
 
     def combine(self, chunk: int) -> PendingExchange:
-        return self.exchanges.return_chunk(self.partials.pop(chunk), chunk, self.home, self.wire)
+        return self.exchanges.return_chunk(self.partials.pop(chunk), chunk, self.home, self.wires.sums)
 
     def reduce(self, chunk: int) -> None:
         self.exchanges.sum_at_home(self.home, chunk, self.out)
@@ -170,13 +173,15 @@ class ForwardPass(_LayerPass[Tensor]):
         return Kept(self.plan, run.grouping, graphs, self.call.report, of_kind)
 
     def _report(self, timings: PassReport) -> LayerReport:
-        plan, width = self.plan, self.x.shape[1]
+        plan = self.plan
+        row_bytes, gradient_row_bytes, other_row_bytes = self.wires.row_bytes(self.x.shape[1])
         return LayerReport(
             rank=self.call.all_ranks.rank,
             traffic_rows=plan.traffic,
             traffic_pairs=plan.traffic_pairs,
-            row_bytes=self.dispatch_wire.row_bytes(width),
-            other_row_bytes=self.wire.row_bytes(width),
+            row_bytes=row_bytes,
+            gradient_row_bytes=gradient_row_bytes,
+            other_row_bytes=other_row_bytes,
             overlap=plan.overlap,
             top_k=self.tensors.topk_ids.shape[1],
             send_offsets=plan.send_offsets,
@@ -227,7 +232,8 @@ class BackwardPass(_LayerPass[CallTensors[Tensor | None]]):
                 "a CUDA graph captures the backward of an expert-parallel call, but not its forward: a replay would "
                 "repeat the exchanges of that one call. Capture both, or neither"
             )
-        self.plan, self.dout, self.needs_weights = kept.plan, dout, needs_weights
+        self.plan, self.needs_weights = kept.plan, needs_weights
+        self.dout = call.settings.rounded_rows(dout)
         self.exchanges = RowExchanges(kept.plan, call.transport, call.settings.ops.gather_sum)
         self._state = state_of(call.all_ranks)  # not the forward's: the transport may have been rebuilt since
         header = CallHeader(
@@ -253,7 +259,7 @@ class BackwardPass(_LayerPass[CallTensors[Tensor | None]]):
         self.dweights = dout.new_zeros(plan.num_received, call.header.top_k, dtype=torch.float32)
         self.packed: dict[int, Tensor] = {}
         self.partials: dict[int, Tensor] = {}
-        self.wire = self.exchanges.wire_after_dispatch(dout.dtype)
+        self.wires = choose_wires(dout.dtype, plan.overlap.wire_dtype, call.settings.spec.precision)
         placement, sums_replicas = call.placement, False
         if placement is not None and placement.has_replicas and any(self.needs_weights):
             sums_replicas, self.replicas = True, placement
@@ -281,7 +287,7 @@ class BackwardPass(_LayerPass[CallTensors[Tensor | None]]):
 
     def combine_backward(self, chunk: int) -> PendingExchange:
         packed = self.packed.pop(chunk) if chunk in self.packed else self.exchanges.pack(self.dout, chunk)
-        return self.exchanges.send_chunk(packed, chunk, self.dout_rows, self.wire)
+        return self.exchanges.send_chunk(packed, chunk, self.dout_rows, self.wires.gradients)
 
     def experts_backward(self, chunk: int) -> None:
         plan, segment = self.plan, self.plan.segment(chunk)
@@ -302,7 +308,7 @@ class BackwardPass(_LayerPass[CallTensors[Tensor | None]]):
         _, self.dweights[stays] = self.experts.backward(segment, self.dout_rows, plan.needs_x, out=out)
 
     def dispatch_backward(self, chunk: int) -> PendingExchange:
-        return self.exchanges.return_chunk(self.partials.pop(chunk), chunk, self.home, self.wire)
+        return self.exchanges.return_chunk(self.partials.pop(chunk), chunk, self.home, self.wires.sums)
 
     def routing_backward(self) -> PendingExchange:
         plan, dweights = self.plan, self.dweights

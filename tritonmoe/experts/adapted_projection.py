@@ -55,6 +55,11 @@ class AdaptedProjection(NamedTuple):
     dropout: AdapterDropout | None = None
     """Of the down-projection; see ExpertSettings.projections()."""
 
+    def of_experts(self, experts: slice) -> "AdaptedProjection":
+        """Return the projection of some of the experts."""
+        a, b = (None if of is None else of[experts] for of in (self.factor_a, self.factor_b))
+        return self._replace(projection=self.projection.of_experts(experts), factor_a=a, factor_b=b)
+
     def _gathered(self, rows: Tensor, grouping: Grouping) -> tuple[Tensor, Grouping]:
         """Gather rows once for two products, where the operations copy them in any case, a block of pairs at a time."""
         if self.ops.MAX_BLOCK_PAIRS is None or grouping.rows_are_pairs:

@@ -6,6 +6,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from tritonmoe.config.formats import format_of, weight_shape
 from tritonmoe.config.layer import MAX_PAIRS, ExpertLayout, PerWeight
+from tritonmoe.config.precision import ExpertPrecision
 from tritonmoe.experts.quantized_weight import check_content, check_packed, weight_formats
 from tritonmoe.experts.tensors import NAMES, OPTIONAL, CallTensors
 from tritonmoe.runtime.autograd import is_autocast_on
@@ -44,14 +45,32 @@ def check_tensors(inputs: CallTensors[Tensor]) -> None:
             raise TypeError(f"{name} must be a dense tensor, got {tensor.layout}: pass {name}.to_dense()")
 
 
-def check_arguments(inputs: CallTensors[Tensor], layout: ExpertLayout) -> None:
+def check_arguments(
+    inputs: CallTensors[Tensor], layout: ExpertLayout, precision: ExpertPrecision | None = None
+) -> None:
     """Raise ValueError or TypeError, with the rule and the values, unless these tensors fit together."""
     _check_tokens(inputs)
+    if precision is not None:
+        _check_for_precision(inputs, precision)
     _check_weights(inputs.x, inputs.weights, layout)
     device = inputs.x.device
     for name, tensor in zip(NAMES, inputs.flatten(), strict=False):
         if tensor is not None and tensor.device != device:
             raise ValueError(f"{name} is on {tensor.device} and x on {device}: move them to one device")
+
+
+def _check_for_precision(inputs: CallTensors[Tensor], precision: ExpertPrecision) -> None:
+    """Raise TypeError or ValueError unless experts can multiply such tensors in this precision."""
+    x, weights = inputs.x, inputs.weights
+    if x.dtype != torch.bfloat16:
+        raise TypeError(
+            f"{precision} rounds bf16 rows and weights, and these are {x.dtype}: run the layer under "
+            "torch.autocast(device, torch.bfloat16), which keeps parameters in fp32, or cast the layer to bf16"
+        )
+    if weights.gate_up_scales is not None or weights.down_scales is not None:
+        raise ValueError(f"{precision} is for weights that train, and packed ones are frozen: leave one of them out")
+    if weights.gate_up_a is not None or weights.down_a is not None:
+        raise ValueError(f"experts with adapters don't compute in {precision}: leave one of them out")
 
 
 def _check_tokens(inputs: CallTensors[Tensor]) -> None:

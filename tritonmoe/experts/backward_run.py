@@ -48,6 +48,8 @@ class BackwardRun(ExpertsRun):
         self.activation_grads: list[Tensor | None] = [None] * len(tensors.activation_parameters)
         """Callable activations: the gradients of their parameters so far."""
         self.main_grads, self._shared_grads = main_grads, shared_grads
+        if h is not None:
+            self.directions = "backward"
         self._dh: Tensor | None = None
         self._scaled_a: Tensor | None = None
         self._adapter_rows: AdapterRowsOfBoth = (None, None)

@@ -32,7 +32,7 @@ class ForwardRun(ExpertsRun):
         h: Tensor | None = None,
     ) -> None:
         super().__init__(settings, tensors, grouping, h)
-        self.keep_hidden = keep_hidden
+        self.keep_hidden, self.directions = keep_hidden, "forward"
         self.activation_graphs: dict[int, ActivationGraph] = {}
         """Callable activations: chunk -> the graph that backward goes through."""
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from tritonmoe.config.activations import Activation, is_fused
 from tritonmoe.config.layer import NO_WEIGHTS, PerWeight
+from tritonmoe.config.precision import ExpertPrecision
 from tritonmoe.experts.adapter_dropout import DroppedRows, with_row_seeds
 from tritonmoe.experts.adapters import ExpertAdapters, with_adapters
 from tritonmoe.experts.arguments import (
@@ -78,7 +79,8 @@ class _UpHalf(torch.autograd.Function):
         ctx: Context, settings: ExpertSettings, owners: Owners, grouping: Grouping, *flat: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         tensors = CallTensors.unflatten(flat)
-        gate_up, _ = settings.projections(tensors.weights)
+        gate_up, _ = settings.projections(tensors.weights, directions="forward")
+        tensors = tensors._replace(x=settings.rounded_rows(tensors.x))
         count_products(settings.ops, tensors.x, grouping.num_pairs, lambda: gate_up.num_products)
         h = gate_up.hidden(tensors.x, grouping, _dropped(settings, tensors))
         zero_padding(h, grouping)
@@ -95,7 +97,7 @@ class _UpHalf(torch.autograd.Function):
         (mark, *flat), settings = saved, ctx.settings
         grouping, tensors, needs = kept_beside(ctx, mark), CallTensors.unflatten(flat), _needs(ctx, flat)
         dh = dh.contiguous()
-        gate_up, _ = settings.projections(tensors.weights)
+        gate_up, _ = settings.projections(tensors.weights, directions="backward")
         rows, dropped = gate_up.rows(grouping.num_pairs), _dropped(settings, tensors)
         count_products(settings.ops, dh, grouping.num_pairs, lambda: gate_up.num_grad_products(needs.x))
         dx_pairs = gate_up.up_grad(dh, tensors.x, grouping, needs_dx=needs.x, out=None, rows=rows, dropped=dropped)
@@ -116,7 +118,7 @@ class _DownHalf(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         tensors = CallTensors.unflatten(flat)
         a, topk_weights = tensors.x, tensors.topk_weights
-        _, down = settings.projections(tensors.weights, tensors.row_seeds)
+        _, down = settings.projections(tensors.weights, tensors.row_seeds, "forward")
         count_products(settings.ops, a, grouping.num_pairs, lambda: down.num_products)
         y = down.down(a, grouping)
         ctx.settings, ctx.owners = settings, owners
@@ -130,7 +132,8 @@ class _DownHalf(torch.autograd.Function):
         (mark, *flat), settings = saved, ctx.settings
         grouping, tensors, needs = kept_beside(ctx, mark), CallTensors.unflatten(flat), _needs(ctx, flat)
         a, topk_weights = tensors.x, tensors.topk_weights
-        _, down = settings.projections(tensors.weights, tensors.row_seeds)
+        _, down = settings.projections(tensors.weights, tensors.row_seeds, "backward")
+        dout = settings.rounded_rows(dout)
         rows = down.rows(grouping.num_pairs)
         count_products(settings.ops, dout, grouping.num_pairs, down.num_grad_products)
         da, scaled_a, dweights = down.down_grad(dout, a, topk_weights, grouping, None, out=(None, None), rows=rows)
@@ -210,6 +213,7 @@ def moe_mlp(
     gate_up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
     adapters: ExpertAdapters | None = None,
+    precision: ExpertPrecision | None = None,
     backend: str = "auto",
     save: Literal["hidden", "input"] = "hidden",
     num_sms: int | None = None,
@@ -236,6 +240,7 @@ def moe_mlp(
         gate_up_bias: (E, 2F) or None.
         down_bias: (E, D) or None.
         adapters: low-rank adapters on the projections, which are never multiplied out; or None.
+        precision: how experts that train multiply, e.g. ExpertPrecision("fp8_block"); None: in x.dtype.
         backend: "auto" (triton on a GPU, torch elsewhere), "triton", "torch" or "reference".
         save: "hidden" keeps h (T*K, 2F) for backward; "input" recomputes it there.
         num_sms: how many of a GPU's multiprocessors persistent kernels take: what the collectives of other ranks leave
@@ -254,6 +259,7 @@ def moe_mlp(
         gated=gated,
         interleaved=interleaved,
         transposed=transposed,
+        precision=precision,
         backend=backend,
         save=save,
         num_sms=num_sms,
@@ -270,7 +276,7 @@ def run_experts(spec: ExpertSpec, tensors: CallTensors[Tensor]) -> Tensor:
     """Check the tensors, and run the experts as an operator where something traces, otherwise eagerly."""
     check_tensors(tensors)
     given, tensors = tensors.weights, cast_for_autocast(tensors)
-    check_arguments(tensors, spec.layout)
+    check_arguments(tensors, spec.layout, spec.precision)
     tensors = with_row_seeds(tensors, spec.dropout)
     has_main_grads = find_main_grads(given) is not None
     owners: Owners = given if has_main_grads else NO_WEIGHTS  # they may be copies, for autograd alone to keep

@@ -40,12 +40,14 @@ def run_forward(
 ) -> tuple[Tensor, Tensor | None, Grouping]:
     """Return out (T, D), h where it is kept, and the grouping. h: memory for it, (T*K, 2F) or more."""
     grouping = settings.ops.group(tensors.topk_ids, tensors.weights.gate_up_proj.shape[0])
+    tensors = tensors._replace(x=settings.rounded_rows(tensors.x))
     run = ForwardRun(settings, tensors, grouping, keep_hidden, None if h is None else h[: grouping.num_pairs])
     return run.forward(0), run.h, grouping
 
 
 def run_backward(run: BackwardRun, dout: Tensor, needs: CallTensors[bool]) -> CallTensors[Tensor | None]:
     """Return the wanted gradients; None for those in main_grads too."""
+    run.rows, dout = run.settings.rounded_rows(run.rows), run.settings.rounded_rows(dout)
     dx, dweights = run.backward(0, dout, needs.x)
     dtopk_weights = dweights.to(run.topk_weights.dtype) if needs.topk_weights else None
     return CallTensors(dx, None, dtopk_weights, run.weight_grad(dout, needs.weights))

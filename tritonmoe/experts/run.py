@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tritonmoe.experts.adapted_projection import AdaptedProjection
 from tritonmoe.experts.adapter_dropout import DroppedRows, rows_of_pairs
-from tritonmoe.experts.spec import ExpertSettings
+from tritonmoe.experts.spec import Directions, ExpertSettings
 from tritonmoe.experts.tensors import CallTensors
 from tritonmoe.ops.grouping import Grouping, GroupingBlock
 from tritonmoe.runtime import cpu_memory
@@ -40,6 +40,8 @@ class ExpertsRun:
         self.settings, self.tensors, self.grouping, self.h = settings, tensors, grouping, h
         self.weights, self.rows, self.topk_weights = tensors.weights, tensors.x, tensors.topk_weights
         self.row_seeds = tensors.row_seeds
+        self.directions: Directions = "both"
+        """Which products the weights are rounded for, in an ExpertPrecision."""
         self.dropped: DroppedRows | None = None
         """The rows as the adapter of the up-projection multiplies them, where it has dropout; filled chunk by chunk."""
         self._reused: dict[str, Tensor] = {}
@@ -62,12 +64,13 @@ class ExpertsRun:
         """Return the up-projection and the down-projection of the block's experts."""
         if block.grouping.num_experts == self.weights.gate_up_proj.shape[0]:
             return self._projections
-        return self.settings.projections(self.weights.map(lambda weight: weight[block.experts]), self.row_seeds)
+        gate_up, down = self._projections
+        return gate_up.of_experts(block.experts), down.of_experts(block.experts)
 
     @cached_property
     def _projections(self) -> tuple[AdaptedProjection, AdaptedProjection]:
         """The up-projection and the down-projection of all experts."""
-        return self.settings.projections(self.weights, self.row_seeds)
+        return self.settings.projections(self.weights, self.row_seeds, self.directions)
 
     def _drop_rows(self, chunk: int, grouping: Grouping) -> None:
         """Fill `dropped` for the rows of a chunk."""

@@ -12,6 +12,7 @@ from tritonmoe.config.activations import Activation, check_activation, is_fused
 from tritonmoe.config.formats import weight_shape
 from tritonmoe.config.layer import ExpertLayout, KernelOptions, PerWeight, Projection
 from tritonmoe.config.literals import read_literal
+from tritonmoe.config.precision import ExpertPrecision, check_precision, rounded_rows, rounded_weight
 from tritonmoe.experts.adapted_projection import AdaptedProjection
 from tritonmoe.experts.adapter_dropout import AdapterDropout
 from tritonmoe.experts.adapters import ExpertAdapters
@@ -20,6 +21,7 @@ from tritonmoe.experts.quantized_weight import weight_formats
 from tritonmoe.experts.tensors import CallTensors
 from tritonmoe.ops import backends
 from tritonmoe.ops.backends.ops import CalledLayer, Operations
+from tritonmoe.ops.backends.rounded import rounded_operations
 from tritonmoe.runtime.other_ranks import has_other_ranks
 
 __all__ = [
@@ -36,6 +38,10 @@ __all__ = [
 ]
 
 
+Directions = Literal["forward", "backward", "both"]
+"""Of which products a weight is an operand: those of the forward, or those that give gradients of rows."""
+
+
 @dataclass(frozen=True)
 class ExpertSpec:
     """How experts compute, whatever they are called with: the keyword arguments of moe_mlp that are no tensors."""
@@ -45,6 +51,7 @@ class ExpertSpec:
     backend: str = "auto"
     save: Literal["hidden", "input"] = "hidden"
     options: KernelOptions = KernelOptions()
+    precision: ExpertPrecision | None = None
     dropout: float = 0.0
     """Of what adapters multiply."""
     adapters: str = ""
@@ -56,6 +63,7 @@ class ExpertSpec:
         values = {
             **{name: getattr(self.layout, name) for name in LAYOUT},
             "activation": activation_name(self.activation),
+            "expert_precision": self.precision,
         }
         values |= {name: getattr(self, name) for name in OTHERS if name not in FREE}
         return tuple(values.items())
@@ -66,6 +74,7 @@ class ExpertSpec:
         if self.save not in ("hidden", "input"):
             raise ValueError(f"save must be 'hidden' or 'input', got {self.save!r}")
         self.options.check()
+        check_precision(self.precision)
         return self
 
     @cached_property
@@ -78,7 +87,9 @@ class ExpertSpec:
         return replace(self, dropout=adapters.dropout) if adapters is not None and adapters.dropout else self
 
 
-OTHERS = tuple(one.name for one in fields(ExpertSpec) if one.name not in ("layout", "activation", "options"))
+OTHERS = tuple(
+    one.name for one in fields(ExpertSpec) if one.name not in ("layout", "activation", "options", "precision")
+)
 """The fields that are Python literals."""
 FREE = ("backend", "save")
 """Those of them in which ranks may differ; how kernels run (options) is every rank's own matter too."""
@@ -104,21 +115,40 @@ class ExpertSettings(NamedTuple):
     options: KernelOptions
     """Those of the spec, and whether exchanges run beside the kernels."""
 
+    def rounded_rows(self, rows: Tensor) -> Tensor:
+        """Return rows x or dout (T, D), before they go to experts, as the experts' products take them."""
+        return rows if self.spec.precision is None else rounded_rows(rows, self.spec.precision)
+
     def projections(
-        self, weights: PerWeight[Tensor], row_seeds: Tensor | None = None
+        self, weights: PerWeight[Tensor], row_seeds: Tensor | None = None, directions: Directions = "both"
     ) -> tuple[AdaptedProjection, AdaptedProjection]:
         """Return the up-projection and the down-projection of experts that have these weights.
 
         row_seeds: (R,), with dropout; of the up-projection, callers drop columns of the rows themselves.
+        directions: of which products, in an ExpertPrecision.
         """
         w1, b1, w2, b2, up_a, up_b, down_a, down_b, up_scales, down_scales = weights
-        up = Projection(w1, b1, self.spec.layout, scales=up_scales)
-        down = Projection(w2, b2, self.spec.layout, scales=down_scales)
+        up = self._rounded(Projection(w1, b1, self.spec.layout, scales=up_scales), directions)
+        down = self._rounded(Projection(w2, b2, self.spec.layout, scales=down_scales), directions)
         dropout = self.adapter_dropout(row_seeds)
         return (
             AdaptedProjection(self.ops, self.options, up, up_a, up_b),
             AdaptedProjection(self.ops, self.options, down, down_a, down_b, dropout),
         )
+
+    def _rounded(self, projection: Projection, directions: Directions) -> Projection:
+        """Return a projection whose weight is rounded for its products, if there is a precision."""
+        precision, weight = self.spec.precision, projection.weight
+        if precision is None or weight is None:  # a callable activation's half of the experts has one projection
+            return projection
+        out_axis, in_axis = (2, 1) if projection.layout.transposed else (1, 2)
+        if precision.is_symmetric:
+            weight = rounded_weight(weight, precision, in_axis)
+            return projection._replace(weight=weight)
+        of_gradients = None if directions == "forward" else rounded_weight(weight, precision, out_axis)
+        if directions != "backward":
+            weight = rounded_weight(weight, precision, in_axis)
+        return projection._replace(weight=weight, weight_of_gradients=of_gradients)
 
     def adapter_dropout(self, row_seeds: Tensor | None) -> AdapterDropout | None:
         """Return the dropout on what the adapters of a call with these row_seeds (R,) multiply."""
@@ -185,7 +215,7 @@ def choose_backend(spec: ExpertSpec, inputs: CallTensors[Tensor], *, beside_exch
     )
     if backends.launches_kernels(ops):
         check_strides(inputs)
-    return ExpertSettings(ops, spec, options)
+    return ExpertSettings(rounded_operations(ops, spec.precision), spec, options)
 
 
 # As a string
@@ -196,15 +226,17 @@ def to_plain(spec: ExpertSpec) -> tuple[object, ...]:
     assert is_fused(spec.activation)
     layout = tuple([getattr(spec.layout, name) for name in LAYOUT])
     activation = activations.to_plain(spec.activation)
-    return layout, activation, tuple(spec.options), *[getattr(spec, name) for name in OTHERS]
+    precision = None if spec.precision is None else (spec.precision.format, spec.precision.weight_gradients)
+    return layout, activation, tuple(spec.options), precision, *[getattr(spec, name) for name in OTHERS]
 
 
 def from_plain(plain: tuple[Any, ...]) -> ExpertSpec:
-    layout, activation, options, *others = plain
+    layout, activation, options, precision, *others = plain
     return ExpertSpec(
         layout=ExpertLayout(**dict(zip(LAYOUT, layout, strict=True))),
         activation=activations.from_plain(activation),
         options=KernelOptions(*options),
+        precision=None if precision is None else ExpertPrecision(*precision),
         **dict(zip(OTHERS, others, strict=True)),
     )
 

@@ -4,6 +4,7 @@ Dispatch, experts and combine are one overlapped call. Router, shared experts, c
 bias stay torchtitan's, and so do FSDP2, the optimizer and checkpoints. torchtitan imports this, with itself.
 """
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from torchtitan.models.common.moe import GroupedExperts, RoutedExperts
 from torchtitan.models.common.token_dispatcher import AllToAllTokenDispatcher, LocalTokenDispatcher
 
 from tritonmoe.config.overlap import OverlapConfig
+from tritonmoe.config.precision import ExpertPrecision
 from tritonmoe.expert_parallel.expert_parallel_mlp import expert_parallel_mlp
 from tritonmoe.experts.moe_mlp import moe_mlp
 from tritonmoe.transports import Transport, as_transport
@@ -115,10 +117,11 @@ class OverlappedRoutedExperts(RoutedExperts):
         """That of RoutedExperts, and how to overlap."""
 
         overlap: OverlapConfig = field(default_factory=OverlapConfig)
+        expert_precision: ExpertPrecision | None = None
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        self.overlap = config.overlap
+        self.overlap, self.precision = config.overlap, config.expert_precision
         self.num_experts: int = config.inner_experts.num_experts
         self.transport: Transport | None = None
 
@@ -158,7 +161,7 @@ class OverlappedRoutedExperts(RoutedExperts):
         assert isinstance(inner, FusedExperts)
         weights = inner.weights()
         if self.transport is None:
-            out = moe_mlp(x, ids, scores, *weights)
+            out = moe_mlp(x, ids, scores, *weights, precision=self.precision)
         else:
             out = self._over_ranks(self.transport, x, ids, scores, weights)
         return out.view(x_BLD.shape).type_as(x_BLD)
@@ -181,6 +184,7 @@ class OverlappedRoutedExperts(RoutedExperts):
                 num_experts=self.num_experts,
                 transport=transport,
                 overlap=self.overlap,
+                precision=self.precision,
             )
             if checkpoint is not None:
                 _kept_results(checkpoint).append(_KeptResult(out))
@@ -243,10 +247,13 @@ class _KeptResult:
 
 
 @override(target=RoutedExperts.Config, description="tritonmoe: dispatch, experts and combine, overlapped")
-def routed_experts(config: RoutedExperts.Config, **overlap: Any) -> OverlappedRoutedExperts.Config:
+def routed_experts(
+    config: RoutedExperts.Config, expert_precision: Mapping[str, Any] | None = None, **overlap: Any
+) -> OverlappedRoutedExperts.Config:
     """Return the configuration that runs these experts through tritonmoe.
 
     Args:
+        expert_precision: what ExpertPrecision takes, as '...routed_experts={"expert_precision": {"format": "mxfp8"}}'.
         overlap: what OverlapConfig takes, as '...routed_experts={"num_chunks": 4}' on the command line.
     Raises:
         ValueError: experts of another kind (gpt_oss, quantised, fused by another override), or a communication backend
@@ -264,7 +271,13 @@ def routed_experts(config: RoutedExperts.Config, **overlap: Any) -> OverlappedRo
             f"the model asks for {type(dispatcher).__qualname__}, and tritonmoe exchanges rows itself: take its "
             'configuration with moe_comm_backend="standard", or leave the override out'
         )
-    return derive(config, OverlappedRoutedExperts.Config, inner_experts=_fused(inner), overlap=OverlapConfig(**overlap))
+    return derive(
+        config,
+        OverlappedRoutedExperts.Config,
+        inner_experts=_fused(inner),
+        overlap=OverlapConfig(**overlap),
+        expert_precision=None if expert_precision is None else ExpertPrecision(**expert_precision),
+    )
 
 
 def _fused(inner: GroupedExperts.Config) -> FusedExperts.Config:

@@ -105,6 +105,7 @@ class GroupedExperts(nn.Module):
         self.spec = expert_spec(
             **{name: getattr(config, name) for name in LAYOUT},
             activation=config.activation,
+            precision=config.expert_precision,
             backend=backend,
             num_sms=num_sms,
             batch_invariant=batch_invariant,
@@ -231,7 +232,7 @@ class GroupedExperts(nn.Module):
     def extra_repr(self) -> str:
         config, transport = self.config, self.transport
         flags = [name for name in ("interleaved", "transposed", "bias") if getattr(config, name)]
-        flags += [] if config.weight_format is None else [config.weight_format]
+        flags += [str(one) for one in (config.weight_format, config.expert_precision) if one is not None]
         said = [
             f"hidden_size={config.hidden_size}, intermediate_size={config.intermediate_size}",
             f"num_experts={config.num_experts}, top_k={config.top_k}",

@@ -267,6 +267,8 @@ class LayerReport:
     backward: PassReport | None = None
     other_row_bytes: int | None = None
     """The bytes of one row in the other exchanges of rows; None stands for row_bytes."""
+    gradient_row_bytes: int | None = None
+    """The bytes of one row in the adjoint of combine; None stands for other_row_bytes."""
     choice: str = "as given"
     """The reason for this plan, in one sentence."""
     wire_squares: Tensor | None = None

@@ -125,11 +125,6 @@ class RowExchanges:
         arriving = packed.new_empty(sum(splits[1]), packed.shape[1])
         return self.transport.exchange(packed, *splits, arriving), arriving
 
-    def wire_after_dispatch(self, dtype: torch.dtype) -> WireFormat:
-        """Return how rows travel that are not the forward's dispatch: fp8 is too coarse for sums and gradients."""
-        wire_dtype = self.plan.overlap.wire_dtype
-        return WireFormat(dtype, None if wire_dtype == torch.float8_e4m3fn else wire_dtype)
-
     def _exchange_rows(
         self,
         rows: Tensor,
@@ -138,7 +133,7 @@ class RowExchanges:
         wire: WireFormat,
         squares: Tensor | None = None,
     ) -> PendingExchange:
-        if wire.is_exact:
+        if wire.is_plain:
             return self.transport.exchange(rows, *splits, out)
         encoded = wire.encode(rows)
         if squares is not None:

@@ -1,18 +1,23 @@
-"""How rows travel: as they are, as bf16, or as fp8 with a scale for every 128 columns of a row.
+"""How rows travel: as they are, as bf16, as fp8 with a scale for every 128 columns of a row, or in an ExpertPrecision.
 
 The fp8 format follows DeepSeek-V3's dispatch (arXiv 2412.19437): e4m3 values, one fp32 scale per row and block of 128
 columns. e4m3 has no infinity, so the code of its largest number stands for one here, and finite values use the range
 up to the number below it: NaN and both infinities arrive as what they were.
+
+Rows in an ExpertPrecision are rounded before they travel, so their codes and scales stand for the bits that they have.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from tritonmoe.config import precision as grid
+from tritonmoe.config.precision import ExpertPrecision
 from tritonmoe.transports import PendingExchange
 
-__all__ = ["DecodedExchange", "WireFormat"]
+__all__ = ["DecodedExchange", "WireFormat", "Wires", "choose_wires", "summed_squares"]
 
 BLOCK_COLUMNS = 128
 LARGEST_FINITE = 416.0
@@ -27,6 +32,7 @@ class WireFormat:
     """What rows (n, D) of `dtype` look like between ranks: (n, columns) of `wire_dtype`, bytes for fp8.
 
     wire_dtype None sends rows as they are; torch.bfloat16 is for fp32 rows, torch.float8_e4m3fn for any but fp64.
+    precision: bf16 rows travel as its codes and scales, bytes.
     Raises TypeError for another combination.
     Example:
         WireFormat(torch.float32, torch.float8_e4m3fn).row_bytes(300) is 300 + 3 * 4 = 312.
@@ -34,6 +40,7 @@ class WireFormat:
 
     dtype: torch.dtype
     wire_dtype: torch.dtype | None = None
+    precision: ExpertPrecision | None = None
 
     def __post_init__(self) -> None:
         takes = {
@@ -48,18 +55,23 @@ class WireFormat:
             )
 
     @property
-    def is_exact(self) -> bool:
-        """Whether rows arrive with the bits that they had."""
-        return self.wire_dtype is None
+    def is_plain(self) -> bool:
+        """Whether rows travel as they are."""
+        return self.wire_dtype is None and self.precision is None
 
     def row_bytes(self, width: int) -> int:
         """Return the bytes of one travelling row of `width` columns."""
+        if self.precision is not None:
+            return width + -(-width // self.precision.block)
         if self.wire_dtype == torch.float8_e4m3fn:
             return width + 4 * num_blocks(width)
         return width * (self.wire_dtype or self.dtype).itemsize
 
     def encode(self, rows: Tensor) -> Tensor:
         """Return what is sent for rows (n, D)."""
+        if self.precision is not None:
+            codes, scales = grid.encode(rows, (1, self.precision.block))
+            return torch.cat([scales, codes.view(torch.uint8)], dim=1)
         if self.wire_dtype is None:
             return rows
         if self.wire_dtype == torch.bfloat16:
@@ -71,23 +83,59 @@ class WireFormat:
         """Return (2,) fp32: the summed squares of what encoding changed in rows (n, D), and of the rows."""
         arrived = torch.empty_like(rows)
         self.decode(encoded, arrived)
-        wide = rows.to(torch.float32)
-        return torch.stack([(arrived.to(torch.float32) - wide).square().sum(), wide.square().sum()])
+        return summed_squares(rows, arrived)
 
     def empty(self, num_rows: int, width: int, device: torch.device) -> Tensor:
         """Return memory for `num_rows` received rows of `width` columns, as they travel."""
-        if self.wire_dtype == torch.float8_e4m3fn:
+        if self.precision is not None or self.wire_dtype == torch.float8_e4m3fn:
             return torch.empty(num_rows, self.row_bytes(width), dtype=torch.uint8, device=device)
         return torch.empty(num_rows, width, dtype=self.wire_dtype or self.dtype, device=device)
 
     def decode(self, received: Tensor, out: Tensor) -> None:
         """Write the rows that `received` stands for into out (n, D)."""
-        if self.wire_dtype == torch.float8_e4m3fn:
+        if self.precision is not None:
+            num_scales = received.shape[1] - out.shape[1]
+            codes = received[:, num_scales:].view(torch.float8_e4m3fn)
+            out.copy_(grid.decode(codes, received[:, :num_scales], (1, self.precision.block)))
+        elif self.wire_dtype == torch.float8_e4m3fn:
             scale_bytes = 4 * num_blocks(out.shape[1])
             scales = received[:, :scale_bytes].clone(memory_format=torch.contiguous_format).view(torch.float32)
             _dequantize(received[:, scale_bytes:].view(torch.float8_e4m3fn), scales, out)
         else:
             out.copy_(received)
+
+
+class Wires(NamedTuple):
+    """How rows travel in each of a layer's exchanges."""
+
+    dispatch: WireFormat
+    gradients: WireFormat
+    """In the adjoint of combine, whose rows are the gradients of outputs."""
+    sums: WireFormat
+    """In combine and in the adjoint of dispatch, whose rows are sums of pairs: fp8 is too coarse for these."""
+
+    def row_bytes(self, width: int) -> tuple[int, int, int]:
+        """Return the bytes of one row of `width` columns in each."""
+        return self.dispatch.row_bytes(width), self.gradients.row_bytes(width), self.sums.row_bytes(width)
+
+
+def choose_wires(dtype: torch.dtype, wire_dtype: torch.dtype | None, precision: ExpertPrecision | None) -> Wires:
+    """Return how rows of a layer travel with OverlapConfig.wire_dtype, or where experts have a precision.
+
+    Raises:
+        TypeError: wire_dtype can't carry rows of this dtype.
+    """
+    if precision is not None:
+        codes = WireFormat(dtype, None, precision)
+        return Wires(codes, codes, WireFormat(dtype))
+    sums = WireFormat(dtype, None if wire_dtype == torch.float8_e4m3fn else wire_dtype)
+    return Wires(WireFormat(dtype, wire_dtype), sums, sums)
+
+
+def summed_squares(rows: Tensor, changed: Tensor) -> Tensor:
+    """Return (2,) fp32: the summed squares of what was changed in rows (n, D), and of the rows."""
+    wide = rows.to(torch.float32)
+    return torch.stack([(changed.to(torch.float32) - wide).square().sum(), wide.square().sum()])
 
 
 class DecodedExchange(PendingExchange):

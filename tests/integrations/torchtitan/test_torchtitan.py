@@ -28,7 +28,7 @@ from torchtitan.models.gpt_oss import gptoss_configs
 from torchtitan.models.qwen3 import qwen3_configs
 
 from bench.torchtitan import MODELS, OVERRIDE, RUN, arguments
-from tritonmoe import MoEConfig, OverlapConfig, run_on_emulated_ranks
+from tritonmoe import ExpertPrecision, MoEConfig, OverlapConfig, moe_mlp, run_on_emulated_ranks
 from tritonmoe.integrations import torchtitan as integration
 from tritonmoe.integrations.torchtitan import FusedExperts, OverlappedRoutedExperts, routed_experts
 from tritonmoe.routing import TopKRouter
@@ -277,6 +277,22 @@ def test_a_second_backward_is_refused(is_first: bool) -> None:
             out.sum().backward(retain_graph=retain_graph)
 
     run_on_emulated_ranks(on_rank, 2, timeout_s=60)
+
+
+def test_experts_multiply_in_an_expert_precision() -> None:
+    precision = {"format": "mxfp8", "weight_gradients": "fp8"}
+    module = routed_experts(experts_config(), expert_precision=precision, num_chunks=2).build()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_(std=0.05)
+    x, ids, scores = torch.randn(1, 9, 256), torch.randint(8, (1, 9, 2)), torch.rand(1, 9, 2)
+    weights = module.inner_experts.weights()
+    rows = x[0].bfloat16(), ids[0], scores[0]
+    expected = moe_mlp(*rows, *weights, precision=ExpertPrecision(**precision))
+    assert torch.equal(module(x, scores, ids, torch.zeros(1))[0], expected.float())
+    assert not torch.equal(moe_mlp(*rows, *weights), expected)
+    with pytest.raises(ValueError, match="format must be one of 'fp8_block', 'mxfp8', got 'fp8'"):
+        routed_experts(experts_config(), expert_precision={"format": "fp8"})
 
 
 def test_what_cannot_run_is_refused() -> None:

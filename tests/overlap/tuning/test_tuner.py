@@ -117,6 +117,7 @@ class Report:
     """A LayerReport of two ranks whose 1000 rows of 1 kB all travel, in equal chunks."""
 
     row_bytes, other_row_bytes, top_k, backward, choice = 1000, None, 1, None, ""
+    gradient_row_bytes = None
     first_run: "Report | None" = None
     copies = None
 

@@ -7,7 +7,7 @@ from tritonmoe.integrations.transformers.model_halves import HalvedForward, two_
 from tritonmoe.integrations.transformers.packed.quantize import QuantizeReport, quantize_experts
 from tritonmoe.integrations.transformers.parallelize_model import parallelize
 from tritonmoe.integrations.transformers.peft_adapters import set_lora_B_order
-from tritonmoe.integrations.transformers.registration import PatchReport, patch, register
+from tritonmoe.integrations.transformers.registration import PatchReport, patch, register, set_expert_precision
 from tritonmoe.integrations.transformers.requirements import EXPERTS_IMPLEMENTATION, MINIMUM_TRANSFORMERS
 from tritonmoe.integrations.transformers.routed_experts import ModelStatistics, collect_statistics
 from tritonmoe.integrations.transformers.routing_replay import record_routing, replay_routing
@@ -33,6 +33,7 @@ __all__ = [
     "record_routing",
     "register",
     "replay_routing",
+    "set_expert_precision",
     "set_lora_B_order",
     "two_batches",
     "upcycle",

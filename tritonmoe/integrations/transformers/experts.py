@@ -30,10 +30,12 @@ from tritonmoe.integrations.transformers.packed.packed_experts import (
 from tritonmoe.placement.expert_shards import ExpertShards, shards_of
 from tritonmoe.runtime.autograd import is_autocast_on, without_autocast
 
-__all__ = ["experts_forward"]
+__all__ = ["PRECISION", "experts_forward"]
 
 logger = logging.getLogger(__name__)
 
+PRECISION = "expert_precision"
+"""The attribute that set_expert_precision() puts on a module of experts."""
 Run: TypeAlias = Callable[[ExpertSpec, CallTensors[Tensor]], Tensor]
 """Runs experts whose rows and weights have one dtype, on one device or over ranks, and gives (T, D)."""
 
@@ -65,6 +67,7 @@ def experts_forward(self: ExpertsModule, hidden_states: Tensor, top_k_index: Ten
             gated=getattr(self, "has_gate", True),
             interleaved=is_interleaved,
             transposed=is_transposed,
+            precision=getattr(self, PRECISION, None),
         )
         factors = noted_factors(self, dtype, range(num_experts) if shards is None else shards.expert_ids)
         if factors:

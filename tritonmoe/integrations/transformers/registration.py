@@ -3,15 +3,17 @@
 import logging
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from tritonmoe.config.overlap import OverlapConfig
+from tritonmoe.config.precision import ExpertPrecision, check_precision
+from tritonmoe.integrations.torch_distributed.parallelize import routed_experts
 from tritonmoe.integrations.transformers.accumulated_loss import watch_auxiliary_losses
 from tritonmoe.integrations.transformers.discovery import UNSUPPORTED_NAMES, experts_modules
-from tritonmoe.integrations.transformers.experts import experts_forward
+from tritonmoe.integrations.transformers.experts import PRECISION, experts_forward
 from tritonmoe.integrations.transformers.packed.packed_experts import is_packed_experts
 from tritonmoe.integrations.transformers.peft_adapters import hand_over_factors
 from tritonmoe.integrations.transformers.requirements import (
@@ -22,9 +24,9 @@ from tritonmoe.integrations.transformers.requirements import (
     quantisation_method,
     quantised_kind,
 )
-from tritonmoe.layer import MoELayer
+from tritonmoe.layer import GroupedExperts, MoELayer
 
-__all__ = ["PatchReport", "check_patchable", "patch", "register"]
+__all__ = ["PatchReport", "check_patchable", "patch", "register", "set_expert_precision"]
 
 logger = logging.getLogger(__name__)
 
@@ -171,6 +173,42 @@ def patch(model: nn.Module) -> PatchReport:
     return PatchReport(tuple(found), tuple(left))
 
 
+def set_expert_precision(model: nn.Module, precision: ExpertPrecision | None) -> tuple[str, ...]:
+    """Make the routed experts of a model multiply in an ExpertPrecision from now on, or in their own dtype with None.
+
+    `model` is a MoE model of transformers, which then runs through tritonmoe, or has MoELayers or GroupedExperts, as
+    upcycle() makes them. Parameters, state dicts and checkpoints stay; a saved model doesn't know its precision, so set
+    it again after loading.
+
+    Returns:
+        The names of the modules of experts.
+    Raises:
+        TypeError: `precision` is none. ValueError: the model has no such experts, or they are packed, or patch() would
+            refuse the model. Nothing is changed.
+    Example:
+        set_expert_precision(model, tritonmoe.ExpertPrecision("fp8_block"))
+    """
+    check_precision(precision)
+    of_transformers, own = experts_modules(model), routed_experts(model)
+    if not (of_transformers or own):
+        patch(model)  # it says what is missing
+    packed = {name: experts for name, experts in of_transformers.items() if is_packed_experts(experts)}
+    if packed and precision is not None:
+        raise ValueError(f"{precision} is for experts that train, and those of {_list(packed)} are packed and frozen")
+    layers: list[MoELayer | GroupedExperts] = [one for one in model.modules() if isinstance(one, MoELayer)]
+    layers += own.values()
+    configs = [replace(layer.config, expert_precision=precision) for layer in layers]
+    if of_transformers:
+        patch(model)
+    for experts in of_transformers.values():
+        setattr(experts, PRECISION, precision)
+    for layer, config in zip(layers, configs, strict=True):
+        layer.config = config
+    for grouped in own.values():
+        grouped.spec = replace(grouped.spec, precision=precision)
+    return (*of_transformers, *own)
+
+
 def _other_experts(model: nn.Module, found: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     """Return the outermost modules that are called experts, neither holding nor held by any that were found."""
     others: dict[str, nn.Module] = {}
@@ -241,7 +279,7 @@ def _quantised_kinds(module: nn.Module) -> set[str]:
     return {kind for kind in kinds if kind is not None}
 
 
-def _list(modules: dict[str, nn.Module]) -> str:
+def _list(modules: Mapping[str, nn.Module]) -> str:
     named = [f"{name or 'the model itself'} ({type(module).__name__})" for name, module in modules.items()]
     more = f" and {len(named) - MAX_NAMED} more" if len(named) > MAX_NAMED else ""
     return ", ".join(named[:MAX_NAMED]) + more

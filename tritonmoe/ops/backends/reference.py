@@ -157,7 +157,7 @@ def down_grad(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Carry each expert's rows through its product, and leave the activation to autograd."""
     acc = accumulation_dtype(dout.dtype)
-    _, down_bias, layout, addend, _ = projection
+    _, down_bias, layout, addend, *_ = projection
     rows = grouping.row_index.long()
     grad = dout[rows].to(acc)
     scale = topk_weights.flatten()[grouping.pair_index.long()].to(acc)[:, None]

@@ -179,7 +179,7 @@ def down_grad(
     options: KernelOptions = KernelOptions(),
 ) -> tuple[Tensor, Tensor, Tensor]:
     acc = accumulation_dtype(dout.dtype)
-    _, down_bias, layout, addend, _ = projection
+    _, down_bias, layout, addend, *_ = projection
     out_dh, out_scaled_a = out
     inner = projection.shape[1 if layout.transposed else 2]
     dh = torch.empty_like(hidden) if out_dh is None else out_dh

@@ -350,6 +350,8 @@ class LayerWork:
     other_row_bytes: int | None = None
     """The bytes of one row in the other exchanges of rows, where a wire format makes them differ from row_bytes."""
     copies: CopyWork | None = None
+    gradient_row_bytes: int | None = None
+    """The bytes of one row in the adjoint of combine, where they differ from those of the other exchanges."""
 
     @classmethod
     def of(cls, traffic_rows: Tensor, pairs_per_row: float, row_bytes: int, top_k: int) -> "LayerWork":
@@ -374,6 +376,8 @@ class LayerWork:
             return 8 * self.top_k  # int32 ids and fp32 weights
         if kind is StepKind.ROUTING_BACKWARD:
             return 4 * self.top_k
+        if kind is StepKind.COMBINE_BACKWARD and self.gradient_row_bytes is not None:
+            return self.gradient_row_bytes
         if kind is StepKind.DISPATCH or self.other_row_bytes is None:
             return self.row_bytes
         return self.other_row_bytes

@@ -1,6 +1,6 @@
 """TwoLevelWork: what a layer call on a TwoLevelTransport sends over each of its levels."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -74,7 +74,7 @@ class TwoLevelWork:
         relayed_pairs[rank, rank] = other_pairs.sum(0)
         row_bytes = work.row_bytes if inside_row_bytes is None else inside_row_bytes
         return cls(
-            LayerWork(outer_rows, outer_pairs, work.row_bytes, work.top_k, work.other_row_bytes),
+            replace(work, rows=outer_rows, pairs=outer_pairs, copies=None),
             LayerWork(torch.where(is_inside, work.rows, 0.0), own_pairs, row_bytes, work.top_k),
             LayerWork(relayed_rows, relayed_pairs, row_bytes, work.top_k),
             node_size,

@@ -29,7 +29,8 @@ def layer_work(report: LayerReport) -> LayerWork:
     """Return what all ranks did in a call, the same on every rank."""
     rows, pairs = report.traffic_rows.to(torch.float64), report.traffic_pairs.to(torch.float64)
     copies = None if report.copies is None else _copy_work(report.copies)
-    return LayerWork(rows, pairs, report.row_bytes, report.top_k, report.other_row_bytes, copies)
+    row_bytes = report.row_bytes, report.top_k, report.other_row_bytes
+    return LayerWork(rows, pairs, *row_bytes, copies, report.gradient_row_bytes)
 
 
 def _copy_work(said: CopiesReport) -> CopyWork | None:

@@ -7,7 +7,9 @@ import platform
 
 import torch
 
+from tritonmoe.config.precision import BLOCKS
 from tritonmoe.ops.backends import BACKENDS, triton_unusable_reason
+from tritonmoe.ops.backends.rounded import EMULATED
 from tritonmoe.runtime.files import Json
 from tritonmoe.tools.benchmarks.argument_types import Subparsers
 from tritonmoe.tools.benchmarks.timing import all_versions, cpu_name
@@ -32,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
 def collect() -> Json:
     """Return everything that the subcommand shows, as plain values.
 
-    A reason of None, in backends and transports, means that it can be used.
+    A reason of None, in backends and transports, means that it can be used. expert_precisions has how each computes.
     """
     has_cuda = torch.cuda.is_available()
     devices = [_cuda_device(index) for index in range(torch.cuda.device_count())] if has_cuda else []
@@ -49,6 +51,7 @@ def collect() -> Json:
         },
         "cuda": {"built_for": torch.version.cuda or torch.version.hip, "devices": devices},
         "backends": reasons,
+        "expert_precisions": dict.fromkeys(BLOCKS, EMULATED),
         "transports": {"local": None, "emulated": None, **torch_groups.available(), **mpi.available()},
     }
 
@@ -86,7 +89,8 @@ def _as_text(found: Json) -> str:
         built_for = found["cuda"]["built_for"]
         reason = "this torch was built without CUDA" if built_for is None else f"none found (torch is for {built_for})"
         lines.append(f"  {'gpu':<13} {reason}")
-    for title, key in (("Backends", "backends"), ("Transports", "transports")):
+    titles = {"Backends": "backends", "Precisions of experts": "expert_precisions", "Transports": "transports"}
+    for title, key in titles.items():
         lines += ["", title]
         lines += [f"  {name:<13} {'usable' if reason is None else reason}" for name, reason in found[key].items()]
     return "\n".join(lines)

@@ -105,7 +105,8 @@ def _costs(of: Conditions, call: RecordedCall) -> CopyCosts:
         byte_fs=round(byte_s * 1e15),
         call_fs=round(PLANNING_S * 1e15),
         row_bytes=work.row_bytes,
-        other_row_bytes=work.other_row_bytes or work.row_bytes,
+        gradient_row_bytes=work.bytes_per_row(StepKind.COMBINE_BACKWARD),
+        other_row_bytes=work.bytes_per_row(StepKind.COMBINE),
         expert_bytes=expert_bytes,
         gradient_bytes=expert_bytes if unit_s.get(StepKind.WEIGHT_GRAD) else 0,
     )
@@ -224,7 +225,8 @@ def _narrower_rows(call: RecordedCall) -> Iterator[Proposal]:
         name = str(wire_dtype).removeprefix("torch.")
 
         def narrower(of: Conditions, row_bytes: int = row_bytes, other: int = other) -> Conditions:
-            return replace(of, work=replace(of.work, row_bytes=row_bytes, other_row_bytes=other))
+            work = replace(of.work, row_bytes=row_bytes, other_row_bytes=other, gradient_row_bytes=other)
+            return replace(of, work=work)
 
         yield Proposal(f"wire_dtype=torch.{name}", f"{where} are rounded", narrower, sends_less=True)
 

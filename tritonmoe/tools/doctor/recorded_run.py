@@ -71,7 +71,8 @@ def _fitted_calls(built: RecordedGraph) -> tuple[list[RecordedCall], float]:
     calls: dict[tuple, dict[int, RecordedCall]] = defaultdict(dict)
     for of in built.passes:
         call = of.call
-        key = (*call.sizes.values(), call.row_bytes, call.other_row_bytes, call.has_backward, of.work)
+        row_bytes = call.row_bytes, call.gradient_row_bytes, call.other_row_bytes
+        key = (*call.sizes.values(), *row_bytes, call.has_backward, of.work)
         calls[key][call.sequence] = call
         seconds[key] += max(one.end for one in of.of_ranks) - min(one.entered for one in of.of_ranks)
     most = max(seconds, key=lambda key: seconds[key])

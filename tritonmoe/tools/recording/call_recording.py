@@ -122,6 +122,7 @@ class RecordedCall:
     """Which half of a batch in two_batches it is of, 1 or 2; 0 for a whole batch."""
     plan: OverlapPlan
     row_bytes: int
+    gradient_row_bytes: int
     other_row_bytes: int
     top_k: int
     sizes: Mapping[str, int]
@@ -132,7 +133,8 @@ class RecordedCall:
     def work(self) -> LayerWork:
         """What all ranks sent and computed: with a capacity the room for the rows, and the pairs that are in it."""
         rows, pairs = _matrix([of.rows for of in self.ranks]), _matrix([of.pairs for of in self.ranks])
-        return LayerWork(rows, pairs * self.filled, self.row_bytes, self.top_k, self.other_row_bytes)
+        of_forward = self.row_bytes, self.top_k, self.other_row_bytes
+        return LayerWork(rows, pairs * self.filled, *of_forward, gradient_row_bytes=self.gradient_row_bytes)
 
     @cached_property
     def filled(self) -> Tensor:
@@ -153,7 +155,7 @@ class RecordedCall:
         """The bytes of a row inside a node, where rows have no wire format."""
         if self.plan.wire_dtype is torch.bfloat16:
             return 4 * self.sizes["hidden_size"]
-        return self.row_bytes if self.plan.wire_dtype is None else self.other_row_bytes
+        return self.other_row_bytes
 
     @cached_property
     def levels(self) -> TwoLevelWork | None:

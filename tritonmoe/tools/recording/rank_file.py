@@ -382,6 +382,7 @@ def _read_call(fields: Fields, size: int, node_size: int | None, columns: StepCo
         fields.take("half", integer),
         fields.take("plan", _plan),
         fields.take("row_bytes", count),
+        fields.take("gradient_row_bytes" if "gradient_row_bytes" in fields.values else "other_row_bytes", count),
         fields.take("other_row_bytes", count),
         fields.take("top_k", count),
         tuple((name, sizes.take(name, count)) for name in names),
@@ -416,9 +417,10 @@ def _agreed(
     half: int,
     plan: OverlapPlan,
     row_bytes: int,
+    gradient_row_bytes: int,
     other_row_bytes: int,
     top_k: int,
     sizes: tuple[tuple[str, int], ...],
 ) -> Agreed:
     """Return what ranks must say alike: one object of equal ones."""
-    return layer, is_recompute, half, plan, row_bytes, other_row_bytes, top_k, dict(sizes)
+    return layer, is_recompute, half, plan, row_bytes, gradient_row_bytes, other_row_bytes, top_k, dict(sizes)

@@ -16,6 +16,8 @@ from tritonmoe.dispatch.header import CallHeader
 from tritonmoe.expert_parallel.state import state_of
 from tritonmoe.overlap.report import LayerReport, PassReport, StepTiming
 from tritonmoe.overlap.simulation.cost_model import step_units
+from tritonmoe.overlap.steps import StepKind
+from tritonmoe.overlap.tuning.measured_calls import layer_work
 from tritonmoe.runtime.files import Json
 from tritonmoe.runtime.host_device import HostCopy
 from tritonmoe.runtime.version import __version__
@@ -124,7 +126,7 @@ def _sizes(header: CallHeader) -> dict[str, int]:
 def _plain_call(held: HeldCall) -> Json:
     """Return a call as it is written; waits for the device, if it has not ended the call yet."""
     report, header = held.report, held.header
-    (offsets,) = held.pairs.wait()
+    (offsets,), work = held.pairs.wait(), layer_work(report)
     sizes = [
         [float(last - first) for first, last in pairwise(of)]
         for of in (report.send_offsets, report.return_offsets, report.pair_offsets)
@@ -139,7 +141,8 @@ def _plain_call(held: HeldCall) -> Json:
         "sizes": _sizes(header),
         "top_k": report.top_k,
         "row_bytes": report.row_bytes,
-        "other_row_bytes": report.row_bytes if report.other_row_bytes is None else report.other_row_bytes,
+        "gradient_row_bytes": work.bytes_per_row(StepKind.COMBINE_BACKWARD),
+        "other_row_bytes": work.bytes_per_row(StepKind.COMBINE),
         "load_balance_loss_weight": held.load_balance_loss_weight,
         "rows_to_nodes": report.rows_to_nodes,
         "overflowed": report.overflowed,

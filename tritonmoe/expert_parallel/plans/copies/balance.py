@@ -34,7 +34,7 @@ from tritonmoe.overlap.report import CopiesReport, LayerReport
 from tritonmoe.runtime.host_device import HostCopy
 from tritonmoe.transports import fail_peers_on_error
 from tritonmoe.transports.waiting import Doing
-from tritonmoe.transports.wire import WireFormat
+from tritonmoe.transports.wire import choose_wires
 
 __all__ = ["Copies"]
 
@@ -239,14 +239,13 @@ def _count_slots(call: ProposedCall) -> Tensor:
 
 def _costs(call: ProposedCall, plan: DispatchPlan, numbers: list[Numbers]) -> CopyCosts | None:
     x = call.tensors.x
-    wire = WireFormat(x.dtype, plan.overlap.wire_dtype)
-    after = WireFormat(x.dtype, None if plan.overlap.wire_dtype == torch.float8_e4m3fn else plan.overlap.wire_dtype)
+    wires = choose_wires(x.dtype, plan.overlap.wire_dtype, call.spec.experts.precision)
     weights = call.tensors.weights
     again = 0 if plan.keeps_copies else expert_bytes(weights)
     return agreed_costs(
         numbers,
         has_backward=plan.needs_any,
-        row_bytes=(wire.row_bytes(x.shape[1]), after.row_bytes(x.shape[1])),
+        row_bytes=wires.row_bytes(x.shape[1]),
         expert_bytes=expert_bytes(weights),
         gradient_bytes=sum(gradient_bytes(weights, plan.needs_weights, plan.has_wide_grads)) + again,
     )

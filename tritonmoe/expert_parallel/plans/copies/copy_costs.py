@@ -197,14 +197,15 @@ def agreed_costs(
     numbers: Sequence[Numbers],
     *,
     has_backward: bool,
-    row_bytes: tuple[int, int],
+    row_bytes: tuple[int, int, int],
     expert_bytes: int,
     gradient_bytes: int,
 ) -> CopyCosts | None:
     """Return what all ranks take for the costs of the next call; None where some rank has not measured enough.
 
     Args:
-        row_bytes: of a row in the forward's dispatch, and in other exchanges. The others: as in CopyCosts.
+        row_bytes: of a row in the forward's dispatch, in the adjoint of combine, and in other exchanges. The others: as
+            in CopyCosts.
     """
     if not all(of.planning_fs for of in numbers):
         return None
@@ -215,7 +216,8 @@ def agreed_costs(
         byte_fs=0,
         call_fs=max(of.planning_fs for of in numbers),
         row_bytes=row_bytes[0],
-        other_row_bytes=row_bytes[1],
+        gradient_row_bytes=row_bytes[1],
+        other_row_bytes=row_bytes[2],
         expert_bytes=expert_bytes,
         gradient_bytes=gradient_bytes,
         with_permille=with_permille,

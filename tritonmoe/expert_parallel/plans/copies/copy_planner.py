@@ -58,6 +58,8 @@ class CopyCosts(NamedTuple):
     """What a call takes longer for being planned again."""
     row_bytes: int
     """Of a row in the forward's dispatch."""
+    gradient_row_bytes: int
+    """Of a row in the adjoint of combine."""
     other_row_bytes: int
     """Of a row in other exchanges."""
     expert_bytes: int
@@ -314,7 +316,8 @@ class _Candidate:
         sent, gradients, forward_fs, backward_fs = self._without_rows
         total = _pass_fs(forward_fs, sent, rows, costs.row_bytes + costs.other_row_bytes, costs.byte_fs)
         if costs.backward_fs:
-            total += _pass_fs(backward_fs, gradients, rows, 2 * costs.other_row_bytes, costs.byte_fs)
+            row_bytes = costs.gradient_row_bytes + costs.other_row_bytes
+            total += _pass_fs(backward_fs, gradients, rows, row_bytes, costs.byte_fs)
         if self.moves:
             total += costs.call_fs
         slower = max(self.copies_in) * self.load.size + len(self.moves)
