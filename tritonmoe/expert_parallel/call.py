@@ -91,7 +91,7 @@ class ProposedCall:
     message: Message = field(default_factory=Message)
     """What this rank tells the other ranks' choosers."""
     chooser: PlanChooser | None = None
-    """None for a plan that was given."""
+    """None where the number of chunks is given."""
     reason: str = ""
     """Why this plan was taken, where the chooser was not asked and learns nothing; in one sentence."""
 

@@ -80,23 +80,27 @@ def _run_filler(filler: Callable[[], None], grad_enabled: bool, autocast: Callab
 
 def choose_plan(call: ProposedCall) -> None:
     """Note in a call the plan that it is to run: as configured, tuned, or, in a recompute, that of the forward."""
-    overlap, x = call.spec.overlap, call.tensors.x
-    if isinstance(overlap, OverlapPlan):
-        call.overlap, call.kind = overlap, (overlap, call.spec.num_experts, x.shape[1], x.dtype)
-        call.again = call.state.forward_to_recompute(call.kind) if is_recomputing() else None
-        return
-    call.kind, chooser = find_chooser(call, overlap)
-    call.chooser = chooser
+    overlap, size, widths = call.spec.overlap, call.transport.size, buffer_widths(call)
+    top_k, dtypes = call.tensors.topk_ids.shape[1], (call.tensors.x.dtype, call.tensors.topk_weights.dtype)
+    call.kind = (call.spec.num_experts, widths, top_k, dtypes, overlap)
     call.again = call.state.forward_to_recompute(call.kind) if is_recomputing() else None
+    if isinstance(overlap, OverlapPlan):
+        call.overlap = overlap
+        return
+    if overlap.is_auto:
+        call.chooser = find_chooser(call, overlap, widths)
     if call.again is not None:
         plan, call.reason = call.again.plan, "the plan of the forward that is recomputed"
-    elif call.half and chooser.is_tuned:  # times in which another half computes say nothing of a plan
-        plan = half_plan(overlap, call.transport.size)
+    elif call.chooser is None:
+        plan = fixed_plan(overlap, 0 if overlap.num_chunks == "auto" else overlap.num_chunks, size)
+        call.reason = "as configured"
+    elif call.half and call.chooser.is_tuned:  # times in which another half computes say nothing of a plan
+        plan = half_plan(overlap, size)
         call.reason = f"{plan}: of half a batch, whose exchanges the other half hides"
     else:
-        plan = chooser.plan()
+        plan = call.chooser.plan()
         if not call.is_captured:
-            call.message = chooser.message()
+            call.message = call.chooser.message()
     if (plan.wire_dtype, plan.capacity) != (overlap.wire_dtype, overlap.capacity):
         plan = replace(plan, wire_dtype=overlap.wire_dtype, capacity=overlap.capacity)
     if overlap.balance is not None:
@@ -108,13 +112,11 @@ def choose_plan(call: ProposedCall) -> None:
 def learn(call: ProposedCall, plan: DispatchPlan, report: LayerReport) -> None:
     """Return the call's report to the chooser of its plan, which picks later plans; plan: that of the first run."""
     chooser = call.chooser
-    if chooser is None:
-        return
     if call.reason:
         report.choice = call.reason
-    elif call.is_captured:  # it has no times, and no later call may read its events
+    elif chooser is not None and call.is_captured:  # it has no times, and no later call may read its events
         report.choice = chooser.choice
-    else:
+    elif chooser is not None:
         chooser.observe([Message.of(header) for header in plan.headers], report, plan.needs_any)
 
 
@@ -126,28 +128,30 @@ def half_plan(overlap: OverlapConfig, size: int) -> OverlapPlan:
     return fixed_plan(replace(overlap, local_first=size == 1 and overlap.local_first), 1, size)
 
 
-def find_chooser(call: ProposedCall, overlap: OverlapConfig) -> tuple[tuple, PlanChooser]:
-    """Return the kind of the call, and the transport's chooser for its kind."""
-    x, topk_ids, topk_weights, weights, *_ = call.tensors
-    settings = call.settings
-    widths = BufferWidths(
+def buffer_widths(call: ProposedCall) -> BufferWidths:
+    """Return the widths of the buffers of a call."""
+    x, spec = call.tensors.x, call.spec.experts
+    return BufferWidths(
         x.shape[1],
         call.intermediate_size,
-        weights.gate_up_proj.shape[0],
+        call.tensors.weights.gate_up_proj.shape[0],
         x.dtype.itemsize,
-        gated=settings.spec.layout.gated,
-        save=settings.spec.save,
+        gated=spec.layout.gated,
+        save=spec.save,
         has_backward=call.grad_enabled,
     )
-    kind = (call.spec.num_experts, widths, topk_ids.shape[1], x.dtype, topk_weights.dtype, overlap)
-    chooser = call.state.choosers.get(kind)
+
+
+def find_chooser(call: ProposedCall, overlap: OverlapConfig, widths: BufferWidths) -> PlanChooser:
+    """Return the transport's chooser for the call's kind."""
+    device, ops = call.tensors.x.device, call.settings.ops
+    chooser = call.state.choosers.get(call.kind)
     if chooser is None:
-        is_shared, can_cut_experts = call.transport.shares_link(x.device), call.transport.node_size is None
+        is_shared, can_cut_experts = call.transport.shares_link(device), call.transport.node_size is None
         chooser = PlanChooser(overlap, call.transport.size, is_shared, widths, can_cut_experts=can_cut_experts)
-        call.state.choosers[kind] = chooser
-    ops = settings.ops
-    chooser.working_set = WorkingSet(ops.MAX_BLOCK_PAIRS, num_workers(x.device), ops.copies_rows())
-    return kind, chooser
+        call.state.choosers[call.kind] = chooser
+    chooser.working_set = WorkingSet(ops.MAX_BLOCK_PAIRS, num_workers(device), ops.copies_rows())
+    return chooser
 
 
 @torch.no_grad()

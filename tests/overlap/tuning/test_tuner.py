@@ -10,6 +10,7 @@ from torch import Tensor
 
 import tritonmoe as tm
 from tritonmoe.config.overlap import FEW_CHUNKS, MAX_CHUNKS, NUM_CHUNKS, candidate_sizes, equal_sizes, ramp_sizes
+from tritonmoe.expert_parallel.state import state_of
 from tritonmoe.overlap.simulation.cost_model import LayerWork, LinkCosts, StepCosts
 from tritonmoe.overlap.simulation.memory import BufferWidths, WorkingSet, peak_bytes
 from tritonmoe.overlap.steps import Step, StepKind
@@ -34,7 +35,7 @@ from tritonmoe.overlap.tuning.tuner import (
     PlanChooser,
     TriedCall,
 )
-from tritonmoe.overlap.tuning.votes import Message, other_chunks_first, pack, unpack
+from tritonmoe.overlap.tuning.votes import other_chunks_first, pack, unpack
 from tritonmoe.tools.benchmarks import auto, overlap
 from tritonmoe.tools.planner.plan_search import OVERLAPS
 from tritonmoe.transports import LocalTransport, Transport
@@ -523,14 +524,25 @@ def test_a_budget_is_for_every_working_set() -> None:
 
 
 def test_a_given_number_is_used_as_it_is() -> None:
-    for size in (1, 4):
-        chooser = PlanChooser(tm.OverlapConfig(num_chunks=5), size)
-        assert chooser.plan().chunk_sizes == equal_sizes(5)
-        assert chooser.message() == Message()
-        assert chooser.choice == "as configured"
+    """No chooser is asked, and none is made."""
     ramp = tm.OverlapConfig(num_chunks=5, shape="ramp")
-    assert PlanChooser(ramp, 2).plan().chunk_sizes == (1, 2, 4, 2, 1)
-    assert PlanChooser(tm.OverlapConfig(shape=(3, 1)), 2).plan().chunk_sizes == (3, 1)
+    given = {
+        equal_sizes(5): tm.OverlapConfig(num_chunks=5),
+        (1, 2, 4, 2, 1): ramp,
+        (3, 1): tm.OverlapConfig(shape=(3, 1)),
+    }
+
+    def on_rank(transport: Transport) -> None:
+        experts = tm.GroupedExperts(tm.MoEConfig(8, 4, 4, 2), transport)
+        for sizes, config in given.items():
+            experts.overlap = config
+            experts(*batch(transport.rank))
+            assert experts.last_report.overlap.chunk_sizes == sizes
+            assert experts.last_report.choice == "as configured"
+        assert not state_of(transport).choosers
+
+    for size in (1, 2):
+        tm.run_on_emulated_ranks(on_rank, size, timeout_s=20)
 
 
 def test_one_rank_has_nothing_to_hide() -> None:

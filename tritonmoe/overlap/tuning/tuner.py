@@ -242,8 +242,7 @@ class PlanChooser:
         """Whether there is anything to choose."""
         config = self.config
         return (
-            config.is_auto
-            and config.memory_budget_bytes is None
+            config.memory_budget_bytes is None
             and not config.serial
             and self.size > 1
             and not torch.are_deterministic_algorithms_enabled()
@@ -288,9 +287,7 @@ class PlanChooser:
     def _untuned_plan(self) -> OverlapPlan:
         """Return the plan of the next call where no time decides, and note why."""
         config = self.config
-        if not config.is_auto:
-            num_chunks, self.choice = config.num_chunks, "as configured"
-        elif self.size == 1:
+        if self.size == 1:
             num_chunks, self.choice = 1, "one rank has no exchange to hide"
         elif config.memory_budget_bytes is not None:
             if self.widths is None:
@@ -302,7 +299,7 @@ class PlanChooser:
         else:
             num_chunks = DETERMINISTIC_NUM_CHUNKS
             self.choice = "torch.use_deterministic_algorithms: a choice that depends on no time"
-        return fixed_plan(config, 0 if num_chunks == "auto" else num_chunks, self.size)
+        return fixed_plan(config, num_chunks, self.size)
 
     def message(self) -> Message:
         """Return what this rank tells the others in the next call's header."""
