@@ -10,10 +10,9 @@ from typing import NamedTuple, SupportsIndex
 
 import torch
 
-from tritonmoe.config.layer import PerWeight
 from tritonmoe.dispatch.call_settings import NO_SETTINGS
 
-__all__ = ["DTYPE_CODES", "HEADER_SIZE", "MAGIC", "SAVES", "CallHeader", "weight_bits"]
+__all__ = ["DTYPE_CODES", "HEADER_SIZE", "MAGIC", "SAVES", "CallHeader"]
 
 MAGIC = 0x7417_0E
 SAVES = ("hidden", "input")
@@ -122,8 +121,3 @@ class CallHeader(NamedTuple):
 
 CHECKSUM = CallHeader._fields.index("checksum")
 HEADER_SIZE = len(CallHeader._fields)
-
-
-def weight_bits(needs: PerWeight[bool]) -> int:
-    """Return a bit for each kind of weight that needs a gradient."""
-    return sum(2**i for i, needed in enumerate(needs) if needed)

@@ -69,8 +69,6 @@ class ProposedCall:
     """The number of the call: how many this transport has seen before."""
     num_slots: int = field(init=False)
     """Of all ranks; slots are experts unless there is a placement."""
-    intermediate_size: int = field(init=False)
-    """F."""
     num_nonfinite_rows: Tensor = field(init=False)
     """(), how many tokens have a score, or a weight, that is not finite."""
     settings: ExpertSettings = field(init=False)

@@ -8,28 +8,27 @@ call plans it; then all ranks know every size and offset.
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from tritonmoe.config.overlap import OverlapConfig, OverlapPlan, most_copies
-from tritonmoe.dispatch.call_settings import CallSettings, plan_settings
+from tritonmoe.dispatch.call_settings import CallSettings, call_settings
 from tritonmoe.dispatch.capacity import replay_overflowed
-from tritonmoe.dispatch.header import DTYPE_CODES, SAVES, CallHeader, weight_bits
+from tritonmoe.dispatch.header import DTYPE_CODES, SAVES, CallHeader
 from tritonmoe.dispatch.header_check import NoLayerCall
-from tritonmoe.dispatch.placement import ExpertPlacement, replica_bits
+from tritonmoe.dispatch.placement import replica_bits, weight_bits
 from tritonmoe.dispatch.plan import DispatchPlan
 from tritonmoe.expert_parallel.call import ProposedCall
 from tritonmoe.expert_parallel.check import check
 from tritonmoe.expert_parallel.plans import KIND_NAMES
 from tritonmoe.expert_parallel.plans.base import PlanKind, PlannedCall, RunForward
 from tritonmoe.experts.arguments import have_wider_main_grads
-from tritonmoe.experts.quantized_weight import is_packed, weight_formats
-from tritonmoe.experts.tensors import NAMES, OPTIONAL
+from tritonmoe.experts.tensors import NAMES
 from tritonmoe.overlap.report import LayerReport
 from tritonmoe.overlap.simulation.memory import BufferWidths, WorkingSet
-from tritonmoe.overlap.tuning.search import fixed_plan
+from tritonmoe.overlap.tuning.search import fixed_plan, half_plan
 from tritonmoe.overlap.tuning.tuner import PlanChooser
 from tritonmoe.overlap.tuning.votes import Message
 from tritonmoe.runtime.autograd import caller_autocast, is_recomputing, without_autocast
@@ -120,20 +119,12 @@ def learn(call: ProposedCall, plan: DispatchPlan, report: LayerReport) -> None:
         chooser.observe([Message.of(header) for header in plan.headers], report, plan.needs_any)
 
 
-def half_plan(overlap: OverlapConfig, size: int) -> OverlapPlan:
-    """Return the plan of half a batch under num_chunks="auto".
-
-    Its products are small already: so there is one chunk, which on several ranks has the rows that stay as well.
-    """
-    return fixed_plan(replace(overlap, local_first=size == 1 and overlap.local_first), 1, size)
-
-
 def buffer_widths(call: ProposedCall) -> BufferWidths:
     """Return the widths of the buffers of a call."""
     x, spec = call.tensors.x, call.spec.experts
     return BufferWidths(
         x.shape[1],
-        call.intermediate_size,
+        call.settings.layer.intermediate_size,
         call.tensors.weights.gate_up_proj.shape[0],
         x.dtype.itemsize,
         gated=spec.layout.gated,
@@ -186,7 +177,7 @@ def call_header(call: ProposedCall, kinds: tuple[str, ...]) -> CallHeader:
         num_experts=call.num_slots,
         top_k=tensors.topk_ids.shape[1],
         hidden_size=tensors.x.shape[1],
-        intermediate_size=call.intermediate_size,
+        intermediate_size=call.settings.layer.intermediate_size,
         topk_weights_dtype=DTYPE_CODES.get(tensors.topk_weights.dtype, 0),
         grad_enabled=int(call.grad_enabled),
         needs_any=int(any(needs.flatten())),
@@ -213,35 +204,6 @@ def _settings(call: ProposedCall, kinds: tuple[str, ...]) -> CallSettings:
     ranks = [0 if of is None else of.shape[1] for of in (weights.gate_up_a, weights.down_a)]
     given = tuple([name for name, tensor in zip(NAMES, call.tensors.flatten(), strict=False) if tensor is not None])
     gradients = "sum" if call.layer is None else call.layer.expert_gradients
-    experts = call.spec.experts.agreed
-    if is_packed(weights):
-        formats = zip(("gate_up_format", "down_format"), weight_formats(weights), strict=True)
-        experts = (*experts, *((name, found) for name, found in formats if found is not None))
-    return _call_settings(experts, placement, gradients, call.tensors.x.dtype, given, tuple(ranks), kinds, call.overlap)
-
-
-@lru_cache(maxsize=1024)
-def _call_settings(
-    experts: tuple[tuple[str, object], ...],
-    placement: ExpertPlacement | None,
-    expert_gradients: str,
-    dtype: torch.dtype,
-    given: tuple[str, ...],
-    adapter_ranks: tuple[int, ...],
-    kinds: tuple[str, ...],
-    overlap: OverlapPlan,
-) -> CallSettings:
-    """Return these as settings; kept by their values, which most calls of a layer share."""
-    named: dict[str, object] = {
-        "dtype": dtype,
-        "placement": "contiguous" if placement is None else placement.experts_of_rank,
-    }
-    named |= dict(experts)
-    if placement is None or not placement.has_replicas:
-        del named["transposed"]  # gradients of replicas are summed as they lie in memory; to others it is all one
-    named |= {"expert_gradients": expert_gradients}
-    for name, rank in zip(("gate_up_rank", "down_rank"), adapter_ranks, strict=True):
-        named[name] = rank or "no adapter"
-    named |= {"copies": "none", "plan_kinds": ", ".join(kinds)}
-    named |= {name: "a tensor" if name in given else "none" for name in NAMES if name in OPTIONAL}
-    return CallSettings((*named.items(), *plan_settings(overlap)))
+    formats = zip(("gate_up_format", "down_format"), call.settings.layer.weight_formats, strict=True)
+    experts = (*call.spec.experts.agreed, *[(name, found) for name, found in formats if found is not None])
+    return call_settings(experts, placement, gradients, call.tensors.x.dtype, given, tuple(ranks), kinds, call.overlap)

@@ -103,6 +103,7 @@ class ExpertSettings(NamedTuple):
     spec: ExpertSpec
     options: KernelOptions
     """Those of the spec, and whether exchanges run beside the kernels."""
+    layer: CalledLayer
 
     def projections(
         self, weights: PerWeight[Tensor], row_seeds: Tensor | None = None
@@ -185,7 +186,7 @@ def choose_backend(spec: ExpertSpec, inputs: CallTensors[Tensor], *, beside_exch
     )
     if backends.launches_kernels(ops):
         check_strides(inputs)
-    return ExpertSettings(ops, spec, options)
+    return ExpertSettings(ops, spec, options, layer)
 
 
 # As a string

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from tritonmoe.config.layer import MoEConfig, PerWeight, check_moe_config
 from tritonmoe.config.overlap import OverlapConfig, OverlapPlan, check_overlap
-from tritonmoe.dispatch.placement import ExpertPlacement
-from tritonmoe.expert_parallel.check import check_expert_parallel
+from tritonmoe.dispatch.placement import ExpertPlacement, check_experts_of_rank
 from tritonmoe.expert_parallel.state import LayerCalls, abort_call
 from tritonmoe.experts.adapters import ExpertAdapters, names_of, noted_factors, notes_on, with_adapters
 from tritonmoe.experts.arguments import find_main_grads
@@ -150,7 +149,7 @@ class GroupedExperts(nn.Module):
             return
         transport, num_experts = as_transport(ranks), self.config.num_experts
         num_local = num_experts // transport.size if placement is None else placement.num_slots
-        check_expert_parallel(num_local, num_experts, transport.size, placement)
+        check_experts_of_rank(num_local, num_experts, transport.size, placement)
         sharding = find_sharding(ranks, transport, device)
         calls = LayerCalls(transport, expert_gradients)
         calls.load_balance_loss_weight = self._load_balance_loss_weight

@@ -32,6 +32,7 @@ __all__ = [
     "closed_form_growth",
     "closed_form_num_chunks",
     "fixed_plan",
+    "half_plan",
     "plan_of",
     "preferred",
     "search",
@@ -88,6 +89,14 @@ def fixed_plan(config: OverlapConfig, num_chunks: int, size: int) -> OverlapPlan
         sizes = (ramp_sizes if config.shape == "ramp" else equal_sizes)(num_chunks)
     local_start = LOCAL_PARTS if size == 1 else LOCAL_PARTS // 2
     return plan_of(config, sizes, local_start=local_start, serial=config.serial)
+
+
+def half_plan(overlap: OverlapConfig, size: int) -> OverlapPlan:
+    """Return the plan of half a batch under num_chunks="auto".
+
+    Its products are small already: so there is one chunk, which on several ranks has the rows that stay as well.
+    """
+    return fixed_plan(replace(overlap, local_first=size == 1 and overlap.local_first), 1, size)
 
 
 def plan_of(config: OverlapConfig, chunk_sizes: tuple[int, ...], **others: int) -> OverlapPlan:
