@@ -10,7 +10,7 @@ import tritonmoe as tm
 from tritonmoe.transports import Transport
 
 PACKAGE = f"{Path(tm.__file__).parent}/"
-MOST_FUNCTIONS = 198
+MOST_FUNCTIONS = 197
 """As many as there were when this was last counted: more need a reason, fewer a new number."""
 
 

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from tritonmoe.config.layer import PerWeight
-from tritonmoe.config.overlap import check_overlap
 from tritonmoe.dispatch.header import DTYPE_CODES
 from tritonmoe.dispatch.placement import check_experts_of_rank
 from tritonmoe.expert_parallel.call import ProposedCall, listeners
@@ -78,7 +77,6 @@ def _checked_tensors(call: ProposedCall) -> tuple[CallTensors[Tensor], PerWeight
     _ = spec.experts.checked
     if call.fillers:
         check_fillers(call.fillers)
-    check_overlap(spec.overlap)
     tensors = checked_tensors(given, spec.experts.layout)
     is_added = not call.is_compiled and find_main_grads(given.weights) is not None
     if is_added and spec.placement is not None and spec.placement.has_replicas:

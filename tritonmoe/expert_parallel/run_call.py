@@ -167,13 +167,14 @@ def call_header(call: ProposedCall, kinds: tuple[str, ...]) -> CallHeader:
     kinds: the names of the kinds of plans, in the order in which they are tried.
     """
     spec, tensors, needs, placement = call.spec, call.tensors, call.needs, call.spec.placement
+    settings = _settings(call, kinds)
     flags = () if call.is_captured else call.state.captured_flags
     is_replay_wrong = bool(flags) and replay_overflowed(call.transport, flags, tensors.x.device)
     return CallHeader(
         sequence=call.sequence,
         layer=-1 if call.layer is None else call.layer.layer,
         copy=0 if call.layer is None else call.layer.copy,
-        settings=_settings(call, kinds),
+        settings=settings,
         num_experts=call.num_slots,
         top_k=tensors.topk_ids.shape[1],
         hidden_size=tensors.x.shape[1],

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from tritonmoe.config.overlap import OverlapConfig
+from tritonmoe.config.overlap import OverlapConfig, check_overlap
 from tritonmoe.integrations.transformers.accumulated_loss import watch_auxiliary_losses
 from tritonmoe.integrations.transformers.discovery import UNSUPPORTED_NAMES, experts_modules
 from tritonmoe.integrations.transformers.experts import experts_forward
@@ -50,7 +50,7 @@ def register(overlap: OverlapConfig | None = None, *, packed: bool = False) -> N
             makes them run through tritonmoe; all other weights of such checkpoints become bf16. It needs transformers
             5.24.
     Raises:
-        ImportError: transformers is missing or older than 5.7.
+        ImportError: transformers is missing or older than 5.7. TypeError: overlap is something else.
     Example:
         register()
         model = AutoModelForCausalLM.from_pretrained(name, experts_implementation="tritonmoe")
@@ -60,6 +60,8 @@ def register(overlap: OverlapConfig | None = None, *, packed: bool = False) -> N
         model = AutoModelForCausalLM.from_pretrained(name, distributed_config=expert_parallel)
     """
     version = check_transformers()
+    if overlap is not None:
+        check_overlap(overlap)
     from transformers.integrations.moe import ExpertsInterface
 
     ExpertsInterface.register(EXPERTS_IMPLEMENTATION, experts_forward)
