@@ -66,12 +66,17 @@ class CallHeader(NamedTuple):
     nonfinite_rows: int = 0
     """How many of this rank's tokens have router scores that are not finite."""
     vote: int = 0
-    """This field and the next five are what this rank tells other ranks' tuners: Message in overlap/tuning/votes.py."""
+    """The plan, packed by overlap/tuning/votes.py, that this rank's tuner would try first, of those that it predicts to
+    be fastest; 0 where it has none. So are the next five for the tuners of the other ranks."""
     second_vote: int = 0
+    """The plan that it would try next."""
     predicted_ns: int = 0
+    """The shortest time that it predicts for any plan."""
     measured_call: int = -1
+    """The number of the tried call that took `measured_ns`; -1 for none."""
     measured_ns: int = 0
     working_set: int = 0
+    """With a memory budget: how much this rank's experts work on at a time, as WorkingSet.pack() gives it."""
     replica_grads: int = 0
     """With replicas, a bit for each kind of weight that needs a gradient: all owners must sum the same."""
     overflowed: int = 0

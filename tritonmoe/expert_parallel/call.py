@@ -22,7 +22,6 @@ from tritonmoe.experts.tensors import CallTensors
 from tritonmoe.ops.grouping import Grouping
 from tritonmoe.overlap.report import LayerReport
 from tritonmoe.overlap.tuning.tuner import PlanChooser
-from tritonmoe.overlap.tuning.votes import Message
 from tritonmoe.transports import Transport
 
 __all__ = ["CallSpec", "ProposedCall", "decode", "encode", "listeners"]
@@ -86,8 +85,8 @@ class ProposedCall:
     """What calls have in common that may take the same plan, as in TransportState.choosers."""
     again: UnderWay | None = None
     """The forward that is recomputed."""
-    message: Message = field(default_factory=Message)
-    """What this rank tells the other ranks' choosers."""
+    message: CallHeader = field(default_factory=CallHeader)
+    """What this rank tells the other ranks' choosers, and nothing else."""
     chooser: PlanChooser | None = None
     """None where the number of chunks is given."""
     reason: str = ""

@@ -30,7 +30,6 @@ from tritonmoe.overlap.report import LayerReport
 from tritonmoe.overlap.simulation.memory import BufferWidths, WorkingSet
 from tritonmoe.overlap.tuning.search import fixed_plan, half_plan
 from tritonmoe.overlap.tuning.tuner import PlanChooser
-from tritonmoe.overlap.tuning.votes import Message
 from tritonmoe.runtime.autograd import caller_autocast, is_recomputing, without_autocast
 from tritonmoe.runtime.cpu_threads import num_workers
 
@@ -116,7 +115,7 @@ def learn(call: ProposedCall, plan: DispatchPlan, report: LayerReport) -> None:
     elif chooser is not None and call.is_captured:  # it has no times, and no later call may read its events
         report.choice = chooser.choice
     elif chooser is not None:
-        chooser.observe([Message.of(header) for header in plan.headers], report, plan.needs_any)
+        chooser.observe(plan.headers, report, plan.needs_any)
 
 
 def buffer_widths(call: ProposedCall) -> BufferWidths:
@@ -170,7 +169,7 @@ def call_header(call: ProposedCall, kinds: tuple[str, ...]) -> CallHeader:
     settings = _settings(call, kinds)
     flags = () if call.is_captured else call.state.captured_flags
     is_replay_wrong = bool(flags) and replay_overflowed(call.transport, flags, tensors.x.device)
-    return CallHeader(
+    return call.message._replace(
         sequence=call.sequence,
         layer=-1 if call.layer is None else call.layer.layer,
         copy=0 if call.layer is None else call.layer.copy,
@@ -195,7 +194,6 @@ def call_header(call: ProposedCall, kinds: tuple[str, ...]) -> CallHeader:
         save=SAVES.index(spec.experts.save),
         deterministic=int(torch.are_deterministic_algorithms_enabled()),
         **call.state.history(),
-        **call.message._asdict(),
     )
 
 

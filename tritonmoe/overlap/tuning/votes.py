@@ -1,42 +1,12 @@
-"""What ranks tell each other while they choose a plan: times, and votes for plans packed as integers."""
+"""Votes: plans packed as integers, by which ranks that choose a plan tell each other which ones they would try."""
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
 
 from tritonmoe.config.overlap import OverlapConfig, OverlapPlan, ramp_sizes
-from tritonmoe.dispatch.header import CallHeader
 from tritonmoe.overlap.tuning.search import plan_of
 
-__all__ = ["Message", "other_chunks_first", "pack", "unpack"]
-
-
-class Message(NamedTuple):
-    """What a rank's count header says to the choosers of the other ranks.
-
-    They are integers that mean the same on every rank.
-    """
-
-    vote: int = 0
-    """The packed plan that this rank would try first, of those that it predicts to be fastest; 0 where it has none."""
-    second_vote: int = 0
-    """The plan that it would try next."""
-    predicted_ns: int = 0
-    """The shortest time that this rank predicts for any plan."""
-    measured_call: int = -1
-    """The number of the tried call that took `measured_ns`; -1 for none."""
-    measured_ns: int = 0
-    working_set: int = 0
-    """With a memory budget: how much this rank's experts work on at a time, as WorkingSet.pack() gives it."""
-
-    @classmethod
-    def of(cls, header: CallHeader) -> "Message":
-        return cls(*(getattr(header, name) for name in cls._fields))
-
-    @property
-    def votes(self) -> list[int]:
-        """The packed plans, the first vote first."""
-        return [vote for vote in (self.vote, self.second_vote) if vote]
+__all__ = ["other_chunks_first", "pack", "unpack"]
 
 
 def pack(plan: OverlapPlan) -> int:
