@@ -85,7 +85,7 @@ class ProposedCall:
     """What calls have in common that may take the same plan, as in TransportState.choosers."""
     again: UnderWay | None = None
     """The forward that is recomputed."""
-    message: CallHeader = field(default_factory=CallHeader)
+    message: CallHeader = field(init=False)
     """What this rank tells the other ranks' choosers, and nothing else."""
     chooser: PlanChooser | None = None
     """None where the number of chunks is given."""
