@@ -66,8 +66,8 @@ class CallHeader(NamedTuple):
     nonfinite_rows: int = 0
     """How many of this rank's tokens have router scores that are not finite."""
     vote: int = 0
-    """The plan, packed by overlap/tuning/votes.py, that this rank's tuner would try first, of those that it predicts to
-    be fastest; 0 where it has none. So are the next five for the tuners of the other ranks."""
+    """The plan that this rank's tuner would try first, as pack_plan() in overlap/tuning/search.py packs plans; 0 where
+    there is none. This field and the next five are for the tuners of the other ranks."""
     second_vote: int = 0
     """The plan that it would try next."""
     predicted_ns: int = 0

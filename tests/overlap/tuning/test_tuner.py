@@ -21,8 +21,11 @@ from tritonmoe.overlap.tuning.search import (
     budgeted_plan,
     closed_form_growth,
     closed_form_num_chunks,
+    other_chunks_first,
+    pack_plan,
     preferred,
     search,
+    unpack_plan,
 )
 from tritonmoe.overlap.tuning.tuner import (
     DETERMINISTIC_NUM_CHUNKS,
@@ -35,7 +38,6 @@ from tritonmoe.overlap.tuning.tuner import (
     PlanChooser,
     TriedCall,
 )
-from tritonmoe.overlap.tuning.votes import other_chunks_first, pack, unpack
 from tritonmoe.tools.benchmarks import auto, overlap
 from tritonmoe.tools.planner.plan_search import OVERLAPS
 from tritonmoe.transports import LocalTransport, Transport
@@ -237,8 +239,8 @@ def test_plans_travel_as_one_integer() -> None:
         for local_start, window, backward_window in ((0, 1, 32), (16, 32, 1), (5, 3, 7)):
             for chunk_by in ("tokens", "experts"):
                 plan = tm.OverlapPlan(sizes, False, local_start, window, backward_window, chunk_by=chunk_by)
-                assert unpack(pack(plan), tm.OverlapConfig(local_first=False)) == plan
-                assert 0 < pack(plan) < 2**63
+                assert unpack_plan(pack_plan(plan), tm.OverlapConfig(local_first=False)) == plan
+                assert 0 < pack_plan(plan) < 2**63
 
 
 def run_choosers(
@@ -300,7 +302,7 @@ def test_ranks_that_measure_differently_agree_at_every_call() -> None:
 
 def test_the_fastest_measured_plan_is_chosen_whatever_was_predicted() -> None:
     chosen, _ = run_choosers(30, fewer_is_slower)
-    second = sorted(set(chosen[len(MEASURED_NUM_CHUNKS) + 1 :]), key=pack)
+    second = sorted(set(chosen[len(MEASURED_NUM_CHUNKS) + 1 :]), key=pack_plan)
     for favourite in second:
 
         def total_s(call: int, rank: int, plan: tm.OverlapPlan, favourite=favourite) -> float:

@@ -39,12 +39,14 @@ from tritonmoe.overlap.tuning.measured_calls import layer_costs, layer_work, lin
 from tritonmoe.overlap.tuning.search import (
     budgeted_plan,
     fixed_plan,
+    other_chunks_first,
+    pack_plan,
     plan_of,
     preferred,
     search,
     takes_chunks_of_experts,
+    unpack_plan,
 )
-from tritonmoe.overlap.tuning.votes import other_chunks_first, pack, unpack
 
 __all__ = ["SETTLING_CALLS", "PlanChooser"]
 
@@ -343,7 +345,7 @@ class PlanChooser:
         by_tokens = [plan for plan in others if plan.chunk_by == "tokens"]
         if by_tokens and all(plan.chunk_by == "experts" for plan in tried):
             tried[-1] = by_tokens[0]
-        votes = [pack(plan) for plan in tried]
+        votes = [pack_plan(plan) for plan in tried]
         steps = one.forward
         self.sides = (
             f"experts {steps.lane_s(StepKind.EXPERTS) * 1e3:.2f} ms, "
@@ -392,7 +394,7 @@ class PlanChooser:
         slowest = max(headers, key=lambda header: header.predicted_ns)
         votes = [vote for vote in (slowest.vote, slowest.second_vote) if vote]
         one = fixed_plan(replace(self.config, num_chunks=1, shape="equal"), 1, self.size)
-        self.candidates = [one, *(unpack(vote, self.config) for vote in votes)]
+        self.candidates = [one, *(unpack_plan(vote, self.config) for vote in votes)]
         self.trials = Trials(len(self.candidates))
         self.num_unheard = 0
         self.measured.clear()
