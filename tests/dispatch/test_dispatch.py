@@ -153,11 +153,10 @@ def test_plans_of_any_routing(drawn) -> None:
         assert plan.pair_offsets[-1] == sum(owners(row, num_experts, size).count(k) for rows in ids for row in rows)
         assert plan.num_local == (traffic[k][k] if local_first else 0)
         for c in range(num_chunks):
-            assert plan.receive_splits(c) == [plans[i].send_splits(c)[k] for i in range(size)]
-            for slices, splits in (
-                (plan.home_slice(c), plan.send_splits(c)),
-                (plan.receive_slice(c), plan.receive_splits(c)),
-            ):
+            segment = plan.segment(c)
+            sent, received = plan.tokens.rows[segment], plan.receive_rows[segment]
+            assert received == [plans[i].tokens.rows[segment][k] for i in range(size)]
+            for slices, splits in ((plan.home_slice(c), sent), (plan.receive_slice(c), received)):
                 assert slices.stop - slices.start == sum(splits)
         assert plan.all_receive_splits == [plans[i].all_send_splits[k] for i in range(size)]
         sources = plan.row_sources().of_rows(torch.device("cpu")).tolist()

@@ -101,15 +101,16 @@ def test_plans_of_any_routing(drawn) -> None:
     meanings = [Meaning(rows, num_experts, rank, size, overlap) for rank, rows in enumerate(ids)]
     for k, plan in enumerate(plans):
         for c in range(overlap.num_chunks):
-            assert plan.receive_splits(c) == [plans[i].send_splits(c)[k] for i in range(size)]
-            assert plan.return_splits(c) == [plans[i].home_splits(c)[k] for i in range(size)]
+            segment = plan.segment(c)
+            assert plan.receive_rows[segment] == [plans[i].tokens.rows[segment][k] for i in range(size)]
+            assert plan.return_rows[segment] == [plans[i].tokens.return_rows[segment][k] for i in range(size)]
             for rows, splits in (
-                (plan.send_slice(c), plan.send_splits(c)),
-                (plan.receive_slice(c), plan.receive_splits(c)),
-                (plan.return_slice(c), plan.return_splits(c)),
-                (plan.home_slice(c), plan.home_splits(c)),
+                (plan.send_slice(c), plan.tokens.rows),
+                (plan.receive_slice(c), plan.receive_rows),
+                (plan.return_slice(c), plan.return_rows),
+                (plan.home_slice(c), plan.tokens.return_rows),
             ):
-                assert rows.stop - rows.start == sum(splits)
+                assert rows.stop - rows.start == sum(splits[segment])
         assert sum(map(sum, plan.return_rows)) == plan.num_received
         sent = [entry[1:] for entry in meanings[k].sent]
         assert [sent[n] for n in plan.send_order().tolist()] == sorted(sent[plan.num_local :])

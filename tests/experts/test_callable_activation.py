@@ -5,9 +5,11 @@ import torch
 from torch import Tensor, nn
 
 from tritonmoe.config.layer import ExpertLayout, KernelOptions
-from tritonmoe.experts.callable_activation import activation_parameters, run_activation
+from tritonmoe.experts.callable_activation import run_activation, with_activation_parameters
 from tritonmoe.experts.spec import ExpertSettings, ExpertSpec
+from tritonmoe.experts.tensors import NO_TENSORS
 from tritonmoe.ops.backends import reference
+from tritonmoe.ops.backends.ops import CalledLayer
 
 LAYOUT = ExpertLayout(gated=False)
 GROUPING = reference.group(torch.tensor([[0, 1], [1, -1]]), 2)
@@ -16,7 +18,8 @@ NUM_PAIRS = 3
 
 
 def settings(activation) -> ExpertSettings:
-    return ExpertSettings(reference, ExpertSpec(LAYOUT, activation), KernelOptions())
+    layer = CalledLayer(LAYOUT, None, hidden_size=1, intermediate_size=5, has_bias=False)
+    return ExpertSettings(reference, ExpertSpec(LAYOUT, activation), KernelOptions(), layer)
 
 
 def test_a_callable_never_sees_what_no_pair_wrote() -> None:
@@ -48,7 +51,8 @@ def test_gradients_of_parameters_add_up_over_chunks() -> None:
     def activation(rows: Tensor) -> Tensor:
         return rows * scale + frozen
 
-    assert activation_parameters(activation, torch.zeros(2, 5, 6), LAYOUT) == [scale]
+    tensors = with_activation_parameters(NO_TENSORS._replace(x=torch.zeros(2, 6)), settings(activation))
+    assert tensors.activation_parameters == [scale]
     grads: list[Tensor | None] = [None, None, None]
     for _ in range(2):
         a, graph = run_activation(settings(activation), h, GROUPING, keep_graph=True)

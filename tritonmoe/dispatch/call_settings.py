@@ -11,12 +11,17 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from functools import lru_cache
 
+import torch
+
 from tritonmoe.config.overlap import OverlapPlan
+from tritonmoe.dispatch.placement import ExpertPlacement
+from tritonmoe.experts.tensors import NAMES, OPTIONAL
 
 __all__ = [
     "NO_SETTINGS",
     "PLAN_NAMES",
     "CallSettings",
+    "call_settings",
     "decode_settings",
     "in_millionths",
     "plan_settings",
@@ -75,6 +80,33 @@ def plan_settings(overlap: OverlapPlan) -> tuple[tuple[str, object], ...]:
     if overlap.capacity is not None:
         values["capacity"] = in_millionths(overlap.capacity) / 1e6
     return tuple(values.items())
+
+
+@lru_cache(maxsize=1024)
+def call_settings(
+    experts: tuple[tuple[str, object], ...],
+    placement: ExpertPlacement | None,
+    expert_gradients: str,
+    dtype: torch.dtype,
+    given: tuple[str, ...],
+    adapter_ranks: tuple[int, ...],
+    kinds: tuple[str, ...],
+    overlap: OverlapPlan,
+) -> CallSettings:
+    """Return these as settings; kept by their values, which most calls of a layer share."""
+    named: dict[str, object] = {
+        "dtype": dtype,
+        "placement": "contiguous" if placement is None else placement.experts_of_rank,
+    }
+    named |= dict(experts)
+    if placement is None or not placement.has_replicas:
+        del named["transposed"]  # gradients of replicas are summed as they lie in memory; to others it is all one
+    named |= {"expert_gradients": expert_gradients}
+    for name, rank in zip(("gate_up_rank", "down_rank"), adapter_ranks, strict=True):
+        named[name] = rank or "no adapter"
+    named |= {"copies": "none", "plan_kinds": ", ".join(kinds)}
+    named |= {name: "a tensor" if name in given else "none" for name in NAMES if name in OPTIONAL}
+    return CallSettings((*named.items(), *plan_settings(overlap)))
 
 
 def in_millionths(capacity: float) -> int:

@@ -141,7 +141,7 @@ def exchange_counts(
     header: CallHeader,
     counts: Tensor,
     where: str = "before any chunk",
-    meanwhile: Callable[[], None] | None = None,
+    meanwhile: Callable[[], object] | None = None,
     extra: Tensor | None = None,
 ) -> tuple[list[CallHeader], Tensor, Tensor, CallMarks, Tensor | None]:
     """Exchange headers and counts, and raise what exchange_plan raises unless all ranks make the same call.

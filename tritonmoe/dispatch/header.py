@@ -10,10 +10,9 @@ from typing import NamedTuple, SupportsIndex
 
 import torch
 
-from tritonmoe.config.layer import PerWeight
 from tritonmoe.dispatch.call_settings import NO_SETTINGS
 
-__all__ = ["DTYPE_CODES", "HEADER_SIZE", "MAGIC", "SAVES", "CallHeader", "weight_bits"]
+__all__ = ["DTYPE_CODES", "HEADER_SIZE", "MAGIC", "SAVES", "CallHeader"]
 
 MAGIC = 0x7417_0E
 SAVES = ("hidden", "input")
@@ -67,12 +66,17 @@ class CallHeader(NamedTuple):
     nonfinite_rows: int = 0
     """How many of this rank's tokens have router scores that are not finite."""
     vote: int = 0
-    """This field and the next five are what this rank tells other ranks' tuners: Message in overlap/tuning/votes.py."""
+    """The plan that this rank's tuner would try first, as pack_plan() in overlap/tuning/search.py packs plans; 0 where
+    there is none. This field and the next five are for the tuners of the other ranks."""
     second_vote: int = 0
+    """The plan that it would try next."""
     predicted_ns: int = 0
+    """The shortest time that it predicts for any plan."""
     measured_call: int = -1
+    """The number of the tried call that took `measured_ns`; -1 for none."""
     measured_ns: int = 0
     working_set: int = 0
+    """With a memory budget: how much this rank's experts work on at a time, as WorkingSet.pack() gives it."""
     replica_grads: int = 0
     """With replicas, a bit for each kind of weight that needs a gradient: all owners must sum the same."""
     overflowed: int = 0
@@ -122,8 +126,3 @@ class CallHeader(NamedTuple):
 
 CHECKSUM = CallHeader._fields.index("checksum")
 HEADER_SIZE = len(CallHeader._fields)
-
-
-def weight_bits(needs: PerWeight[bool]) -> int:
-    """Return a bit for each kind of weight that needs a gradient."""
-    return sum(2**i for i, needed in enumerate(needs) if needed)

@@ -13,11 +13,17 @@ from torch import Tensor
 
 from tritonmoe.config.layer import PerWeight
 from tritonmoe.config.numbers import is_integer
-from tritonmoe.dispatch.header import weight_bits
 from tritonmoe.ops.backends.ops import WeightGrads, accumulation_dtype
 from tritonmoe.runtime.cpu_memory import to_device
 
-__all__ = ["ExpertPlacement", "pack_replica_grads", "replica_bits", "sum_replica_grads"]
+__all__ = [
+    "ExpertPlacement",
+    "check_experts_of_rank",
+    "pack_replica_grads",
+    "replica_bits",
+    "sum_replica_grads",
+    "weight_bits",
+]
 
 
 @dataclass(frozen=True)
@@ -187,6 +193,44 @@ def _fill(ranks: list[list[int]], replicas: list[int], slots: int) -> None:
                 break
         else:
             raise AssertionError(f"no rank can take expert {expert}")
+
+
+def check_experts_of_rank(
+    num_local_experts: int, num_experts: int, size: int, placement: ExpertPlacement | None = None
+) -> None:
+    """Raise ValueError or TypeError unless num_experts can be split over `size` ranks and this rank holds its share."""
+    if not is_integer(num_experts):
+        raise TypeError(f"num_experts must be a whole number, E over all ranks, got {num_experts!r}")
+    if placement is not None and not isinstance(placement, ExpertPlacement):
+        raise TypeError(f"placement must be an ExpertPlacement or None, got {placement!r}")
+    if placement is not None:
+        if (placement.size, placement.num_experts) != (size, num_experts):
+            raise ValueError(
+                f"placement is for {placement.num_experts} experts on {placement.size} ranks, the layer has "
+                f"{num_experts} experts on {size} ranks"
+            )
+        if num_local_experts != placement.num_slots:
+            raise ValueError(
+                f"placement gives each rank {placement.num_slots} slots, but this rank's gate_up_proj has "
+                f"{num_local_experts} experts: pass the experts of placement.experts_of_rank[rank], in that order"
+            )
+        return
+    if num_experts < 1 or num_experts % size:
+        sizes = [w for w in range(1, num_experts + 1) if num_experts % w == 0]
+        raise ValueError(
+            f"num_experts ({num_experts}) must be divisible by the number of ranks ({size}); "
+            f"choose one of {', '.join(map(str, sizes))} ranks"
+        )
+    if num_local_experts != num_experts // size:
+        raise ValueError(
+            f"each of {size} ranks holds num_experts / ranks = {num_experts // size} experts, but this rank's "
+            f"gate_up_proj has {num_local_experts}: pass only this rank's experts"
+        )
+
+
+def weight_bits(needs: PerWeight[bool]) -> int:
+    """Return a bit for each kind of weight that needs a gradient."""
+    return sum(2**i for i, needed in enumerate(needs) if needed)
 
 
 def replica_bits(placement: ExpertPlacement | None, needs_weights: PerWeight[bool]) -> int:

@@ -138,18 +138,6 @@ class DispatchPlan:
     def token_slice(self, chunk: int) -> slice:
         return slice(*self.tokens.token_bounds[chunk : chunk + 2])
 
-    def send_splits(self, chunk: int) -> list[int]:
-        return self.tokens.rows[chunk + self.overlap.num_local_slices]
-
-    def receive_splits(self, chunk: int) -> list[int]:
-        return self.receive_rows[chunk + self.overlap.num_local_slices]
-
-    def return_splits(self, chunk: int) -> list[int]:
-        return self.return_rows[chunk + self.overlap.num_local_slices]
-
-    def home_splits(self, chunk: int) -> list[int]:
-        return self.tokens.return_rows[chunk + self.overlap.num_local_slices]
-
     @cached_property
     def num_local(self) -> int:
         """How many rows are not exchanged: all buffers start with them."""

@@ -40,19 +40,17 @@ __all__ = [
 class RowOrder:
     """In what order the home rows lie: found while the counts travel, or never where copies of experts change it."""
 
+    _found: tuple[Tensor, Tensor] | None = None
+
     def __init__(self, order: Callable[[], tuple[Tensor, Tensor]]) -> None:
         self._order = order
 
-    @cached_property
-    def found(self) -> tuple[Tensor, Tensor]:
-        """home_tokens and home_index of a TokenPlan."""
-        found = self._order()
-        del self._order  # with the keys that it holds, which would live until the backward
-        return found
-
-    def find(self) -> None:
-        """Find the order now."""
-        _ = self.found
+    def find(self) -> tuple[Tensor, Tensor]:
+        """Return home_tokens and home_index of a TokenPlan, which the first call finds."""
+        if self._found is None:
+            self._found = self._order()
+            del self._order  # with the keys that it holds, which would live until the backward
+        return self._found
 
 
 @dataclass(frozen=True)
@@ -78,12 +76,12 @@ class TokenPlan:
     @cached_property
     def home_tokens(self) -> Tensor:
         """(S,) int32: the token of each home row, as they are sent."""
-        return self.order.found[0]
+        return self.order.find()[0]
 
     @cached_property
     def home_index(self) -> Tensor:
         """(T, min(W, K)) int32: the home rows of each token, as they return, in the order of ranks; -1 for no row."""
-        return self.order.found[1]
+        return self.order.find()[1]
 
     @property
     def home_ranks(self) -> Tensor:

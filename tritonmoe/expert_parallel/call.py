@@ -22,7 +22,6 @@ from tritonmoe.experts.tensors import CallTensors
 from tritonmoe.ops.grouping import Grouping
 from tritonmoe.overlap.report import LayerReport
 from tritonmoe.overlap.tuning.tuner import PlanChooser
-from tritonmoe.overlap.tuning.votes import Message
 from tritonmoe.transports import Transport
 
 __all__ = ["CallSpec", "ProposedCall", "decode", "encode", "listeners"]
@@ -69,8 +68,6 @@ class ProposedCall:
     """The number of the call: how many this transport has seen before."""
     num_slots: int = field(init=False)
     """Of all ranks; slots are experts unless there is a placement."""
-    intermediate_size: int = field(init=False)
-    """F."""
     num_nonfinite_rows: Tensor = field(init=False)
     """(), how many tokens have a score, or a weight, that is not finite."""
     settings: ExpertSettings = field(init=False)
@@ -88,10 +85,10 @@ class ProposedCall:
     """What calls have in common that may take the same plan, as in TransportState.choosers."""
     again: UnderWay | None = None
     """The forward that is recomputed."""
-    message: Message = field(default_factory=Message)
-    """What this rank tells the other ranks' choosers."""
+    message: CallHeader = field(init=False)
+    """What this rank tells the other ranks' choosers, and nothing else."""
     chooser: PlanChooser | None = None
-    """None for a plan that was given."""
+    """None where the number of chunks is given."""
     reason: str = ""
     """Why this plan was taken, where the chooser was not asked and learns nothing; in one sentence."""
 

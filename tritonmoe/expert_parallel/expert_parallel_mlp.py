@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tritonmoe.config.activations import Activation, is_fused
-from tritonmoe.config.overlap import OverlapConfig, OverlapPlan
+from tritonmoe.config.overlap import OverlapConfig, OverlapPlan, check_overlap
 from tritonmoe.config.precision import ExpertPrecision
 from tritonmoe.dispatch.placement import ExpertPlacement
 from tritonmoe.expert_parallel.call import CallSpec, ProposedCall
@@ -101,10 +101,12 @@ def expert_parallel_mlp(
         )
         weights = with_adapters(given_weights(gate_up_proj, gate_up_bias, down_proj, down_bias), adapters)
         experts = experts.with_dropout(adapters)
+        overlap = DEFAULT_OVERLAP if overlap is None else overlap
+        check_overlap(overlap)
     except Exception:
         abort_call(transport)
         raise
-    spec = CallSpec(experts, num_experts, DEFAULT_OVERLAP if overlap is None else overlap, placement)
+    spec = CallSpec(experts, num_experts, overlap, placement)
     tensors = CallTensors(x, topk_ids, topk_weights, weights)
     out = run_expert_parallel(ProposedCall(spec, transport, tensors, fillers=fillers))
     warn_of_one_based_ids(topk_ids, num_experts)

@@ -5,6 +5,7 @@ Whoever makes these, an autograd Function or an operator, saves the tensors.
 
 import time
 from abc import ABC, abstractmethod
+from functools import partial
 from typing import Generic, TypeVar
 
 import torch
@@ -113,7 +114,7 @@ class ForwardPass(_LayerPass[Tensor]):
     def _actions(self) -> Actions:
         return {
             **self.experts.actions(self),
-            StepKind.METADATA: self.metadata,
+            StepKind.METADATA: partial(self.exchanges.send_metadata, self.tensors),
             StepKind.DISPATCH: self.dispatch,
             StepKind.FILLER: self.filler,
             StepKind.GROUP: self.group,
@@ -121,9 +122,6 @@ class ForwardPass(_LayerPass[Tensor]):
             StepKind.COMBINE: self.combine,
             StepKind.REDUCE: self.reduce,
         }
-
-    def metadata(self) -> PendingExchange:
-        return self.exchanges.send_metadata(self.tensors)
 
     def dispatch(self, chunk: int) -> PendingExchange:
         packed = self.exchanges.pack(self.x, chunk)

@@ -8,30 +8,28 @@ call plans it; then all ranks know every size and offset.
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from tritonmoe.config.overlap import OverlapConfig, OverlapPlan, most_copies
-from tritonmoe.dispatch.call_settings import CallSettings, plan_settings
+from tritonmoe.dispatch.call_settings import CallSettings, call_settings
 from tritonmoe.dispatch.capacity import replay_overflowed
-from tritonmoe.dispatch.header import DTYPE_CODES, SAVES, CallHeader, weight_bits
+from tritonmoe.dispatch.header import DTYPE_CODES, SAVES, CallHeader
 from tritonmoe.dispatch.header_check import NoLayerCall
-from tritonmoe.dispatch.placement import ExpertPlacement, replica_bits
+from tritonmoe.dispatch.placement import replica_bits, weight_bits
 from tritonmoe.dispatch.plan import DispatchPlan
 from tritonmoe.expert_parallel.call import ProposedCall
 from tritonmoe.expert_parallel.check import check
 from tritonmoe.expert_parallel.plans import KIND_NAMES
 from tritonmoe.expert_parallel.plans.base import PlanKind, PlannedCall, RunForward
 from tritonmoe.experts.arguments import have_wider_main_grads
-from tritonmoe.experts.quantized_weight import is_packed, weight_formats
-from tritonmoe.experts.tensors import NAMES, OPTIONAL
+from tritonmoe.experts.tensors import NAMES
 from tritonmoe.overlap.report import LayerReport
 from tritonmoe.overlap.simulation.memory import BufferWidths, WorkingSet
-from tritonmoe.overlap.tuning.search import fixed_plan
+from tritonmoe.overlap.tuning.search import fixed_plan, half_plan
 from tritonmoe.overlap.tuning.tuner import PlanChooser
-from tritonmoe.overlap.tuning.votes import Message
 from tritonmoe.runtime.autograd import caller_autocast, is_recomputing, without_autocast
 from tritonmoe.runtime.cpu_threads import num_workers
 
@@ -80,23 +78,27 @@ def _run_filler(filler: Callable[[], None], grad_enabled: bool, autocast: Callab
 
 def choose_plan(call: ProposedCall) -> None:
     """Note in a call the plan that it is to run: as configured, tuned, or, in a recompute, that of the forward."""
-    overlap, x = call.spec.overlap, call.tensors.x
-    if isinstance(overlap, OverlapPlan):
-        call.overlap, call.kind = overlap, (overlap, call.spec.num_experts, x.shape[1], x.dtype)
-        call.again = call.state.forward_to_recompute(call.kind) if is_recomputing() else None
-        return
-    call.kind, chooser = find_chooser(call, overlap)
-    call.chooser = chooser
+    overlap, size, widths = call.spec.overlap, call.transport.size, buffer_widths(call)
+    top_k, dtypes = call.tensors.topk_ids.shape[1], (call.tensors.x.dtype, call.tensors.topk_weights.dtype)
+    call.kind, call.message = (call.spec.num_experts, widths, top_k, dtypes, overlap), CallHeader()
     call.again = call.state.forward_to_recompute(call.kind) if is_recomputing() else None
+    if isinstance(overlap, OverlapPlan):
+        call.overlap = overlap
+        return
+    if overlap.is_auto:
+        call.chooser = find_chooser(call, overlap, widths)
     if call.again is not None:
         plan, call.reason = call.again.plan, "the plan of the forward that is recomputed"
-    elif call.half and chooser.is_tuned:  # times in which another half computes say nothing of a plan
-        plan = half_plan(overlap, call.transport.size)
+    elif call.chooser is None:
+        plan = fixed_plan(overlap, 0 if overlap.num_chunks == "auto" else overlap.num_chunks, size)
+        call.reason = "as configured"
+    elif call.half and call.chooser.is_tuned:  # times in which another half computes say nothing of a plan
+        plan = half_plan(overlap, size)
         call.reason = f"{plan}: of half a batch, whose exchanges the other half hides"
     else:
-        plan = chooser.plan()
+        plan = call.chooser.plan()
         if not call.is_captured:
-            call.message = chooser.message()
+            call.message = call.chooser.message()
     if (plan.wire_dtype, plan.capacity) != (overlap.wire_dtype, overlap.capacity):
         plan = replace(plan, wire_dtype=overlap.wire_dtype, capacity=overlap.capacity)
     if overlap.balance is not None:
@@ -108,46 +110,38 @@ def choose_plan(call: ProposedCall) -> None:
 def learn(call: ProposedCall, plan: DispatchPlan, report: LayerReport) -> None:
     """Return the call's report to the chooser of its plan, which picks later plans; plan: that of the first run."""
     chooser = call.chooser
-    if chooser is None:
-        return
     if call.reason:
         report.choice = call.reason
-    elif call.is_captured:  # it has no times, and no later call may read its events
+    elif chooser is not None and call.is_captured:  # it has no times, and no later call may read its events
         report.choice = chooser.choice
-    else:
-        chooser.observe([Message.of(header) for header in plan.headers], report, plan.needs_any)
+    elif chooser is not None:
+        chooser.observe(plan.headers, report, plan.needs_any)
 
 
-def half_plan(overlap: OverlapConfig, size: int) -> OverlapPlan:
-    """Return the plan of half a batch under num_chunks="auto".
-
-    Its products are small already: so there is one chunk, which on several ranks has the rows that stay as well.
-    """
-    return fixed_plan(replace(overlap, local_first=size == 1 and overlap.local_first), 1, size)
-
-
-def find_chooser(call: ProposedCall, overlap: OverlapConfig) -> tuple[tuple, PlanChooser]:
-    """Return the kind of the call, and the transport's chooser for its kind."""
-    x, topk_ids, topk_weights, weights, *_ = call.tensors
-    settings = call.settings
-    widths = BufferWidths(
+def buffer_widths(call: ProposedCall) -> BufferWidths:
+    """Return the widths of the buffers of a call."""
+    x, spec = call.tensors.x, call.spec.experts
+    return BufferWidths(
         x.shape[1],
-        call.intermediate_size,
-        weights.gate_up_proj.shape[0],
+        call.settings.layer.intermediate_size,
+        call.tensors.weights.gate_up_proj.shape[0],
         x.dtype.itemsize,
-        gated=settings.spec.layout.gated,
-        save=settings.spec.save,
+        gated=spec.layout.gated,
+        save=spec.save,
         has_backward=call.grad_enabled,
     )
-    kind = (call.spec.num_experts, widths, topk_ids.shape[1], x.dtype, topk_weights.dtype, overlap)
-    chooser = call.state.choosers.get(kind)
+
+
+def find_chooser(call: ProposedCall, overlap: OverlapConfig, widths: BufferWidths) -> PlanChooser:
+    """Return the transport's chooser for the call's kind."""
+    device, ops = call.tensors.x.device, call.settings.ops
+    chooser = call.state.choosers.get(call.kind)
     if chooser is None:
-        is_shared, can_cut_experts = call.transport.shares_link(x.device), call.transport.node_size is None
+        is_shared, can_cut_experts = call.transport.shares_link(device), call.transport.node_size is None
         chooser = PlanChooser(overlap, call.transport.size, is_shared, widths, can_cut_experts=can_cut_experts)
-        call.state.choosers[kind] = chooser
-    ops = settings.ops
-    chooser.working_set = WorkingSet(ops.MAX_BLOCK_PAIRS, num_workers(x.device), ops.copies_rows())
-    return kind, chooser
+        call.state.choosers[call.kind] = chooser
+    chooser.working_set = WorkingSet(ops.MAX_BLOCK_PAIRS, num_workers(device), ops.copies_rows())
+    return chooser
 
 
 @torch.no_grad()
@@ -172,17 +166,18 @@ def call_header(call: ProposedCall, kinds: tuple[str, ...]) -> CallHeader:
     kinds: the names of the kinds of plans, in the order in which they are tried.
     """
     spec, tensors, needs, placement = call.spec, call.tensors, call.needs, call.spec.placement
+    settings = _settings(call, kinds)
     flags = () if call.is_captured else call.state.captured_flags
     is_replay_wrong = bool(flags) and replay_overflowed(call.transport, flags, tensors.x.device)
-    return CallHeader(
+    return call.message._replace(
         sequence=call.sequence,
         layer=-1 if call.layer is None else call.layer.layer,
         copy=0 if call.layer is None else call.layer.copy,
-        settings=_settings(call, kinds),
+        settings=settings,
         num_experts=call.num_slots,
         top_k=tensors.topk_ids.shape[1],
         hidden_size=tensors.x.shape[1],
-        intermediate_size=call.intermediate_size,
+        intermediate_size=call.settings.layer.intermediate_size,
         topk_weights_dtype=DTYPE_CODES.get(tensors.topk_weights.dtype, 0),
         grad_enabled=int(call.grad_enabled),
         needs_any=int(any(needs.flatten())),
@@ -199,7 +194,6 @@ def call_header(call: ProposedCall, kinds: tuple[str, ...]) -> CallHeader:
         save=SAVES.index(spec.experts.save),
         deterministic=int(torch.are_deterministic_algorithms_enabled()),
         **call.state.history(),
-        **call.message._asdict(),
     )
 
 
@@ -209,35 +203,6 @@ def _settings(call: ProposedCall, kinds: tuple[str, ...]) -> CallSettings:
     ranks = [0 if of is None else of.shape[1] for of in (weights.gate_up_a, weights.down_a)]
     given = tuple([name for name, tensor in zip(NAMES, call.tensors.flatten(), strict=False) if tensor is not None])
     gradients = "sum" if call.layer is None else call.layer.expert_gradients
-    experts = call.spec.experts.agreed
-    if is_packed(weights):
-        formats = zip(("gate_up_format", "down_format"), weight_formats(weights), strict=True)
-        experts = (*experts, *((name, found) for name, found in formats if found is not None))
-    return _call_settings(experts, placement, gradients, call.tensors.x.dtype, given, tuple(ranks), kinds, call.overlap)
-
-
-@lru_cache(maxsize=1024)
-def _call_settings(
-    experts: tuple[tuple[str, object], ...],
-    placement: ExpertPlacement | None,
-    expert_gradients: str,
-    dtype: torch.dtype,
-    given: tuple[str, ...],
-    adapter_ranks: tuple[int, ...],
-    kinds: tuple[str, ...],
-    overlap: OverlapPlan,
-) -> CallSettings:
-    """Return these as settings; kept by their values, which most calls of a layer share."""
-    named: dict[str, object] = {
-        "dtype": dtype,
-        "placement": "contiguous" if placement is None else placement.experts_of_rank,
-    }
-    named |= dict(experts)
-    if placement is None or not placement.has_replicas:
-        del named["transposed"]  # gradients of replicas are summed as they lie in memory; to others it is all one
-    named |= {"expert_gradients": expert_gradients}
-    for name, rank in zip(("gate_up_rank", "down_rank"), adapter_ranks, strict=True):
-        named[name] = rank or "no adapter"
-    named |= {"copies": "none", "plan_kinds": ", ".join(kinds)}
-    named |= {name: "a tensor" if name in given else "none" for name in NAMES if name in OPTIONAL}
-    return CallSettings((*named.items(), *plan_settings(overlap)))
+    formats = zip(("gate_up_format", "down_format"), call.settings.layer.weight_formats, strict=True)
+    experts = (*call.spec.experts.agreed, *[(name, found) for name, found in formats if found is not None])
+    return call_settings(experts, placement, gradients, call.tensors.x.dtype, given, tuple(ranks), kinds, call.overlap)

@@ -169,8 +169,9 @@ class LayerCalls(Handled):
     def count(self, topk_ids: Tensor) -> None:
         """Add a training call's pairs to the load of their experts; a recompute's are counted already."""
         module = None if self.counted is None else self.counted()
-        is_repeated = torch._C._current_graph_task_id() != -1 or in_dummy_forward()
-        if self.load is None or module is None or not module.training or is_repeated:
+        if self.load is None or module is None or not module.training:
+            return
+        if torch._C._current_graph_task_id() != -1 or in_dummy_forward():
             return
         num_experts = len(self.load) - 1
         ids = topk_ids.flatten().long()

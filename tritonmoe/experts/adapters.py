@@ -19,8 +19,9 @@ __all__ = [
     "Note",
     "check_hands_over",
     "factors_of",
-    "noted_adapters",
+    "names_of",
     "noted_factors",
+    "notes_on",
     "shard_adapters",
     "with_adapters",
 ]
@@ -146,28 +147,25 @@ def factors_of(module: nn.Module) -> tuple[nn.Module, list[nn.Module]] | None:
     return None if give is None else give(module)
 
 
-def noted_factors(experts: nn.Module, dtype: torch.dtype, expert_ids: Sequence[int]) -> dict[str, Tensor]:
-    """Return the factors of the adapters that are noted on a module of experts, by PerWeight's names."""
+def notes_on(experts: nn.Module) -> dict[str, Note]:
+    """Return the adapters that are noted on a module of experts, by the name of the parameter that each adapts."""
+    notes: list[Note] = experts.__dict__.get(NOTES, [])
+    # of threads that run one module all have noted the same
+    return {note.parameter_name: note for note in notes if note.experts is experts}
+
+
+def noted_factors(notes: dict[str, Note], dtype: torch.dtype, expert_ids: Sequence[int]) -> dict[str, Tensor]:
+    """Return the factors of the adapters that notes_on() found, by PerWeight's names."""
     found: dict[str, Tensor] = {}
-    for parameter_name, note in _notes(experts).items():
+    for parameter_name, note in notes.items():
         name = "down" if parameter_name == "down_proj" else "gate_up"
         found[f"{name}_a"], found[f"{name}_b"] = note.give_factors(dtype, expert_ids)
     return found
 
 
-def noted_adapters(experts: nn.Module) -> str:
-    """Return the adapters that are noted on a module of experts, by which ranks know that they run the same.
-
-    An empty string where there are none.
-    """
-    notes = _notes(experts)
+def names_of(notes: dict[str, Note]) -> str:
+    """Return the names and scales of the adapters that notes_on() found, by which ranks know that they run the same."""
     return " ".join([f"{parameter_name}:{notes[parameter_name].adapter}" for parameter_name in sorted(notes)])
-
-
-def _notes(experts: nn.Module) -> dict[str, Note]:
-    notes: list[Note] = experts.__dict__.get(NOTES, [])
-    # of threads that run one module all have noted the same
-    return {note.parameter_name: note for note in notes if note.experts is experts}
 
 
 def _scaled(factor: Tensor | None, scale: float) -> Tensor | None:

@@ -13,11 +13,10 @@ from tritonmoe.runtime.autograd import is_autocast_on
 
 __all__ = [
     "cast_for_autocast",
-    "check_arguments",
     "check_num_pairs",
     "check_plain",
     "check_strides",
-    "check_tensors",
+    "checked_tensors",
     "find_main_grads",
     "have_wider_main_grads",
 ]
@@ -26,37 +25,35 @@ __all__ = [
 MAX_OFFSET = 2**31 - 1
 
 
-def check_tensors(inputs: CallTensors[Tensor]) -> None:
-    """Raise TypeError unless all of them are dense tensors, and the biases tensors or None.
+def checked_tensors(
+    given: CallTensors[Tensor], layout: ExpertLayout, precision: ExpertPrecision | None = None
+) -> CallTensors[Tensor]:
+    """Return the tensors of a call in the dtypes of torch.autocast, if they fit together.
 
-    Also RuntimeError under torch.jit.trace, which would record where these tokens go as constants.
+    Raises:
+        ValueError, TypeError: they don't fit; the message has the rule and the values. RuntimeError: torch.jit.trace
+        would record where these tokens go as constants.
     """
     if torch.jit.is_tracing():
         raise RuntimeError(
             "torch.jit.trace can't record experts: it would send the tokens of every later call to the experts of "
             "these tokens. Use torch.export.export, or torch.compile (for ONNX torch.onnx.export with dynamo=True)"
         )
-    for name, tensor in zip(NAMES, inputs.flatten(), strict=False):
+    for name, tensor in zip(NAMES, given.flatten(), strict=False):
         if tensor is None and name in OPTIONAL:
             continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
         if tensor.layout != torch.strided:
             raise TypeError(f"{name} must be a dense tensor, got {tensor.layout}: pass {name}.to_dense()")
-
-
-def check_arguments(
-    inputs: CallTensors[Tensor], layout: ExpertLayout, precision: ExpertPrecision | None = None
-) -> None:
-    """Raise ValueError or TypeError, with the rule and the values, unless these tensors fit together."""
-    _check_tokens(inputs)
+        if tensor.device != given.x.device:
+            raise ValueError(f"{name} is on {tensor.device} and x on {given.x.device}: move them to one device")
+    tensors = cast_for_autocast(given)
+    _check_tokens(tensors)
     if precision is not None:
-        _check_for_precision(inputs, precision)
-    _check_weights(inputs.x, inputs.weights, layout)
-    device = inputs.x.device
-    for name, tensor in zip(NAMES, inputs.flatten(), strict=False):
-        if tensor is not None and tensor.device != device:
-            raise ValueError(f"{name} is on {tensor.device} and x on {device}: move them to one device")
+        _check_for_precision(tensors, precision)
+    _check_weights(tensors.x, tensors.weights, layout)
+    return tensors
 
 
 def _check_for_precision(inputs: CallTensors[Tensor], precision: ExpertPrecision) -> None:

@@ -118,10 +118,9 @@ class BackwardRun(ExpertsRun):
 
     def _begin(self) -> None:
         """Provide the memory of dh, scaled_a and adapter_rows, which all chunks fill."""
-        num_pairs, width = self.grouping.num_pairs, self._hidden_width
-        self._dh = cpu_memory.empty(num_pairs, width, like=self.rows)
-        inner = self.settings.spec.layout.intermediate_size(width)
-        self._scaled_a = cpu_memory.empty(num_pairs, inner, like=self.rows)
+        num_pairs = self.grouping.num_pairs
+        self._dh = cpu_memory.empty(num_pairs, self._hidden_width, like=self.rows)
+        self._scaled_a = cpu_memory.empty(num_pairs, self.settings.layer.intermediate_size, like=self.rows)
         gate_up, down = self._projections
         self._adapter_rows = gate_up.rows(num_pairs), down.rows(num_pairs)
 

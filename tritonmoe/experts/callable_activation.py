@@ -6,12 +6,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tritonmoe.config.activations import Activation
-from tritonmoe.config.layer import ExpertLayout
 from tritonmoe.experts.spec import ExpertSettings
+from tritonmoe.experts.tensors import CallTensors
 from tritonmoe.ops.grouping import Grouping
 
-__all__ = ["ActivationGraph", "activation_parameters", "checked_activation", "run_activation", "zero_padding"]
+__all__ = ["ActivationGraph", "checked_activation", "run_activation", "with_activation_parameters", "zero_padding"]
 
 
 class ActivationGraph(NamedTuple):
@@ -59,29 +58,26 @@ def zero_padding(values: Tensor, grouping: Grouping) -> None:
 
 def checked_activation(settings: ExpertSettings, h: Tensor) -> Tensor:
     """Call a callable activation on h (n, 2F) and check that it gives (n, F) in the same dtype."""
-    return _call_checked(settings.spec.activation, settings.spec.layout, h)
-
-
-def _call_checked(activation: Activation, layout: ExpertLayout, h: Tensor) -> Tensor:
+    activation, shape = settings.spec.activation, tuple(h.shape)
     assert callable(activation)
-    shape = tuple(h.shape)
     a = activation(h)
-    expected = (shape[0], layout.intermediate_size(shape[1]))
+    expected = (shape[0], settings.spec.layout.intermediate_size(shape[1]))
     if not isinstance(a, Tensor) or tuple(a.shape) != expected or a.dtype != h.dtype:
         got = f"{tuple(a.shape)} {a.dtype}" if isinstance(a, Tensor) else type(a).__name__
         raise ValueError(f"the activation callable must turn {shape} {h.dtype} into {expected} {h.dtype}, got {got}")
     return a.contiguous()
 
 
-def activation_parameters(activation: Activation, gate_up_proj: Tensor, layout: ExpertLayout) -> list[Tensor]:
-    """Find the parameters that a callable activation uses, by running it on no rows and walking the graph.
+def with_activation_parameters(tensors: CallTensors[Tensor], settings: ExpertSettings) -> CallTensors[Tensor]:
+    """Add the parameters of a callable activation, which are found by running it on no rows and walking the graph.
 
     Raises what checked_activation raises, so that a callable that doesn't fit is found before anything is sent.
     """
-    width = gate_up_proj.shape[2 if layout.transposed else 1]
+    layer = settings.layer
+    width = layer.intermediate_size * (2 if layer.layout.gated else 1)
     with torch.enable_grad():
-        empty = torch.zeros(0, width, dtype=gate_up_proj.dtype, device=gate_up_proj.device, requires_grad=True)
-        out = _call_checked(activation, layout, empty.clone())
+        empty = tensors.x.new_zeros(0, width).requires_grad_()
+        out = checked_activation(settings, empty.clone())
     found: dict[int, Tensor] = {}
     seen: set[object] = set()
     nodes = [] if out.grad_fn is None else [out.grad_fn]
@@ -94,4 +90,4 @@ def activation_parameters(activation: Activation, gate_up_proj: Tensor, layout: 
         if leaf is not None and leaf is not empty:
             found[id(leaf)] = leaf
         nodes.extend(upstream for upstream, _ in node.next_functions if upstream is not None)
-    return list(found.values())
+    return tensors._replace(activation_parameters=list(found.values()))

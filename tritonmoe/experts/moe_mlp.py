@@ -11,12 +11,7 @@ from tritonmoe.config.layer import NO_WEIGHTS, PerWeight
 from tritonmoe.config.precision import ExpertPrecision
 from tritonmoe.experts.adapter_dropout import DroppedRows, with_row_seeds
 from tritonmoe.experts.adapters import ExpertAdapters, with_adapters
-from tritonmoe.experts.arguments import (
-    cast_for_autocast,
-    check_arguments,
-    check_tensors,
-    find_main_grads,
-)
+from tritonmoe.experts.arguments import checked_tensors, find_main_grads
 from tritonmoe.experts.backward_run import BackwardRun
 from tritonmoe.experts.callable_activation import checked_activation, zero_padding
 from tritonmoe.experts.flops import count_products
@@ -274,10 +269,8 @@ def moe_mlp(
 
 def run_experts(spec: ExpertSpec, tensors: CallTensors[Tensor]) -> Tensor:
     """Check the tensors, and run the experts as an operator where something traces, otherwise eagerly."""
-    check_tensors(tensors)
-    given, tensors = tensors.weights, cast_for_autocast(tensors)
-    check_arguments(tensors, spec.layout, spec.precision)
-    tensors = with_row_seeds(tensors, spec.dropout)
+    given = tensors.weights
+    tensors = with_row_seeds(checked_tensors(tensors, spec.layout, spec.precision), spec.dropout)
     has_main_grads = find_main_grads(given) is not None
     owners: Owners = given if has_main_grads else NO_WEIGHTS  # they may be copies, for autograd alone to keep
     if has_main_grads and is_transformed():

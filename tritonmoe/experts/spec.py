@@ -114,6 +114,7 @@ class ExpertSettings(NamedTuple):
     spec: ExpertSpec
     options: KernelOptions
     """Those of the spec, and whether exchanges run beside the kernels."""
+    layer: CalledLayer
 
     def rounded_rows(self, rows: Tensor) -> Tensor:
         """Return rows x or dout (T, D), before they go to experts, as the experts' products take them."""
@@ -215,7 +216,7 @@ def choose_backend(spec: ExpertSpec, inputs: CallTensors[Tensor], *, beside_exch
     )
     if backends.launches_kernels(ops):
         check_strides(inputs)
-    return ExpertSettings(rounded_operations(ops, spec.precision), spec, options)
+    return ExpertSettings(rounded_operations(ops, spec.precision), spec, options, layer)
 
 
 # As a string

@@ -12,10 +12,9 @@ from torch import Tensor, nn
 
 from tritonmoe.config.layer import MoEConfig, PerWeight, check_moe_config
 from tritonmoe.config.overlap import OverlapConfig, OverlapPlan, check_overlap
-from tritonmoe.dispatch.placement import ExpertPlacement
-from tritonmoe.expert_parallel.check import check_expert_parallel
+from tritonmoe.dispatch.placement import ExpertPlacement, check_experts_of_rank
 from tritonmoe.expert_parallel.state import LayerCalls, abort_call
-from tritonmoe.experts.adapters import ExpertAdapters, noted_adapters, noted_factors, with_adapters
+from tritonmoe.experts.adapters import ExpertAdapters, names_of, noted_factors, notes_on, with_adapters
 from tritonmoe.experts.arguments import find_main_grads
 from tritonmoe.experts.moe_mlp import run_experts
 from tritonmoe.experts.packed_parameters import as_values, check_loaded
@@ -151,7 +150,7 @@ class GroupedExperts(nn.Module):
             return
         transport, num_experts = as_transport(ranks), self.config.num_experts
         num_local = num_experts // transport.size if placement is None else placement.num_slots
-        check_expert_parallel(num_local, num_experts, transport.size, placement)
+        check_experts_of_rank(num_local, num_experts, transport.size, placement)
         sharding = find_sharding(ranks, transport, device)
         calls = LayerCalls(transport, expert_gradients)
         calls.load_balance_loss_weight = self._load_balance_loss_weight
@@ -287,15 +286,6 @@ class GroupedExperts(nn.Module):
         is_spread = self.expert_shards is not None and self.expert_shards.sharding.mesh is not None
         return is_spread and self.gate_up_proj.dtype == torch.float32 and dtype in (torch.bfloat16, torch.float16)
 
-    def _adapted(self, adapters: ExpertAdapters | None) -> tuple[ExpertSpec, ExpertAdapters | None]:
-        """Return how the experts compute with these adapters, and the adapters, without dropout but in training."""
-        names = noted_adapters(self)
-        spec = replace(self.spec, adapters=names) if names else self.spec
-        if isinstance(adapters, ExpertAdapters) and adapters.dropout:  # what is none is refused with the weights
-            adapters = adapters if self.training else replace(adapters, dropout=0.0)
-            spec = spec.with_dropout(adapters)
-        return spec, adapters
-
     def forward(
         self,
         x: Tensor,
@@ -316,16 +306,14 @@ class GroupedExperts(nn.Module):
         if shards is None:
             for filler in fillers:
                 filler()
-            spec, adapters = self._adapted(adapters)
-            weights = self._call_weights(None, adapters)
+            spec, weights = self._for_call(x, adapters)
             return run_experts(spec, CallTensors(x, topk_ids, topk_weights, weights))
         try:
-            spec, adapters = self._adapted(adapters)
-            inputs = CallTensors(x, topk_ids, topk_weights, self._call_weights(x, adapters))
+            spec, weights = self._for_call(x, adapters)
         except Exception:
             abort_call(shards.transport)
             raise
-        return shards.run(spec, inputs, num_nonfinite_rows, fillers)
+        return shards.run(spec, CallTensors(x, topk_ids, topk_weights, weights), num_nonfinite_rows, fillers)
 
     def _local_weights(self, x: Tensor | None = None, adapters: ExpertAdapters | None = None) -> PerWeight[Tensor]:
         """Return this rank's experts as plain tensors, whose gradients reach the parameters, to compute with x."""
@@ -356,19 +344,28 @@ class GroupedExperts(nn.Module):
         dtype = x.dtype
         return weights.map(lambda weight: for_both_halves(weight, dtype, lambda: weight.to(dtype)))
 
-    def _call_weights(self, x: Tensor | None, adapters: ExpertAdapters | None) -> PerWeight[Tensor]:
-        """Return _local_weights() with these adapters, or with the factors that are noted of the module (PEFT's)."""
+    def _for_call(self, x: Tensor, adapters: ExpertAdapters | None) -> tuple[ExpertSpec, PerWeight[Tensor]]:
+        """Return how the experts compute with these adapters or with those noted of the module (PEFT's), and weights.
+
+        The adapters of the call have dropout in training alone.
+        """
+        spec, shards = self.spec, self.expert_shards
+        if isinstance(adapters, ExpertAdapters) and adapters.dropout:  # what is none is refused with the weights
+            adapters = adapters if self.training else replace(adapters, dropout=0.0)
+            spec = spec.with_dropout(adapters)
         weights = as_values(self, self.config.weight_format, self._local_weights(x, adapters))
-        shards = self.expert_shards
         if adapters is not None and shards is not None and shards.transport.size > 1:
             _note_factors(self.key, adapters)
-        expert_ids = range(self.config.num_experts) if shards is None else shards.expert_ids
-        factors = noted_factors(self, torch.bfloat16 if is_packed(weights) else weights.gate_up_proj.dtype, expert_ids)
-        if factors and adapters is not None:
+        notes = notes_on(self)
+        if not notes:
+            return spec, weights
+        if adapters is not None:
             raise ValueError(
                 "the call gives adapters to experts that PEFT has adapted already: leave adapters out, or don't wrap "
                 "the experts by PEFT"
             )
+        expert_ids = range(self.config.num_experts) if shards is None else shards.expert_ids
+        factors = noted_factors(notes, torch.bfloat16 if is_packed(weights) else weights.gate_up_proj.dtype, expert_ids)
         is_trained = torch.is_grad_enabled() and any(factor.requires_grad for factor in factors.values())
         if is_trained and shards is not None and shards.placement is not None and shards.placement.has_replicas:
             raise ValueError(
@@ -376,7 +373,7 @@ class GroupedExperts(nn.Module):
                 "the gradient of all of them, and an average over ranks would count it several times. Use a placement "
                 "without replicas, or freeze the adapters"
             )
-        return weights._replace(**factors)
+        return replace(spec, adapters=names_of(notes)), weights._replace(**factors)
 
 
 def _register(module: GroupedExperts) -> str:

@@ -96,16 +96,15 @@ class RowExchanges:
             received: (R, D), where the rows of the chunk arrive. wire: how they travel.
             squares: (2,) fp32, to which the squared error of the wire format and the squares of the rows are added.
         """
-        plan = self.plan
+        plan, segment = self.plan, self.plan.segment(chunk)
         out = packed if plan.is_identity else received[plan.receive_slice(chunk)]  # none travel: 0 rows
-        return self._exchange_rows(packed, (plan.send_splits(chunk), plan.receive_splits(chunk)), out, wire, squares)
+        return self._exchange_rows(packed, (plan.tokens.rows[segment], plan.receive_rows[segment]), out, wire, squares)
 
     def return_chunk(self, partial: Tensor, chunk: int, home: Tensor, wire: WireFormat) -> PendingExchange:
         """Bring the chunk's finished rows home, one per received row: combine, and the adjoint of dispatch."""
-        plan = self.plan
-        out = home[plan.home_slice(chunk)]
-        splits = plan.return_splits(chunk), plan.home_splits(chunk)
-        return self._exchange_rows(partial, splits, out, wire)
+        plan, segment = self.plan, self.plan.segment(chunk)
+        splits = plan.return_rows[segment], plan.tokens.return_rows[segment]
+        return self._exchange_rows(partial, splits, home[plan.home_slice(chunk)], wire)
 
     def sum_at_home(self, home: Tensor, chunk: int, out: Tensor) -> None:
         """Sum the rows at home (S, D) of the tokens that are whole with this chunk, in rank order, in fp32.

@@ -294,12 +294,9 @@ class _ScaledGradient(torch.autograd.Function):
     """The tensor itself; its gradient times a factor, and averaged over replicas."""
 
     @staticmethod
-    def forward(tensor: Tensor, scale: float, replicas: "DeviceMesh | None", number: int) -> Tensor:
+    def forward(ctx: Context, tensor: Tensor, scale: float, replicas: "DeviceMesh | None", number: int) -> Tensor:
+        ctx.scale, ctx.replicas, ctx.number = scale, replicas, number
         return tensor.view_as(tensor)
-
-    @staticmethod
-    def setup_context(ctx: Context, inputs: tuple[object, ...], output: Tensor) -> None:
-        _, ctx.scale, ctx.replicas, ctx.number = inputs
 
     @staticmethod
     def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, ...]:

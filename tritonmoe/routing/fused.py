@@ -30,9 +30,7 @@ def is_fused(backend: str, x: Tensor, weight: Tensor) -> bool:
     up to fp32; and nothing looks at the operations: no replay of the routing, which answers torch.topk; no dispatch
     mode (save_topk in eager code, FlopCounterMode, fake tensors); no transform of torch.func or forward-mode AD.
     """
-    if x.dtype not in DTYPES or weight.dtype not in DTYPES or is_transformed():
-        return False
-    if not _has_kernels(backend, x.device):
+    if x.dtype not in DTYPES or weight.dtype not in DTYPES or not _has_kernels(backend, x.device) or is_transformed():
         return False
     if torch.compiler.is_compiling():
         return True

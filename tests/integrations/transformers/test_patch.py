@@ -309,6 +309,7 @@ def test_a_parameter_that_all_experts_share_is_never_cut(group):
         (lambda _: upcycle("dense", 4, 2), "model must be a model of transformers, got 'dense': load it first"),
         (lambda _: parallelize(None, torch.distributed.group.WORLD), "model must be a model of transformers, got None"),
         (lambda model: parallelize(model, torch.distributed.group.WORLD, 4), "overlap must be .*got 4"),
+        (lambda _: register(4), "overlap must be .*got 4"),
         (lambda model: parallelize(model, LocalTransport()), "over a ProcessGroup or a DeviceMesh"),
         (lambda model: parallelize(model, "world"), "transport must be a Transport, a ProcessGroup or a DeviceMesh"),
     ],

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import tritonmoe as tm
 from tritonmoe.expert_parallel.state import LayerCalls
-from tritonmoe.experts.adapters import noted_factors
+from tritonmoe.experts.adapters import notes_on
 from tritonmoe.experts.shared_expert import SharedExpert
 from tritonmoe.integrations import transformers as tmt
 from tritonmoe.integrations.transformers import discovery, patch, peft_adapters, register
@@ -433,7 +433,7 @@ def test_two_calls_at_once_end_in_any_order() -> None:
     second.__enter__()
     for ended, still in ((first, True), (second, False)):
         ended.__exit__(None, None, None)
-        assert bool(noted_factors(experts, torch.float32, range(4))) == still
+        assert bool(notes_on(experts)) == still
 
 
 def test_functional_call() -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import tritonmoe as tm
 from tritonmoe.config.overlap import FEW_CHUNKS, MAX_CHUNKS, NUM_CHUNKS, candidate_sizes, equal_sizes, ramp_sizes
+from tritonmoe.expert_parallel.state import state_of
 from tritonmoe.overlap.simulation.cost_model import LayerWork, LinkCosts, StepCosts
 from tritonmoe.overlap.simulation.memory import BufferWidths, WorkingSet, peak_bytes
 from tritonmoe.overlap.steps import Step, StepKind
@@ -20,8 +21,11 @@ from tritonmoe.overlap.tuning.search import (
     budgeted_plan,
     closed_form_growth,
     closed_form_num_chunks,
+    other_chunks_first,
+    pack_plan,
     preferred,
     search,
+    unpack_plan,
 )
 from tritonmoe.overlap.tuning.tuner import (
     DETERMINISTIC_NUM_CHUNKS,
@@ -34,7 +38,6 @@ from tritonmoe.overlap.tuning.tuner import (
     PlanChooser,
     TriedCall,
 )
-from tritonmoe.overlap.tuning.votes import Message, other_chunks_first, pack, unpack
 from tritonmoe.tools.benchmarks import auto, overlap
 from tritonmoe.tools.planner.plan_search import OVERLAPS
 from tritonmoe.transports import LocalTransport, Transport
@@ -237,8 +240,8 @@ def test_plans_travel_as_one_integer() -> None:
         for local_start, window, backward_window in ((0, 1, 32), (16, 32, 1), (5, 3, 7)):
             for chunk_by in ("tokens", "experts"):
                 plan = tm.OverlapPlan(sizes, False, local_start, window, backward_window, chunk_by=chunk_by)
-                assert unpack(pack(plan), tm.OverlapConfig(local_first=False)) == plan
-                assert 0 < pack(plan) < 2**63
+                assert unpack_plan(pack_plan(plan), tm.OverlapConfig(local_first=False)) == plan
+                assert 0 < pack_plan(plan) < 2**63
 
 
 def run_choosers(
@@ -300,7 +303,7 @@ def test_ranks_that_measure_differently_agree_at_every_call() -> None:
 
 def test_the_fastest_measured_plan_is_chosen_whatever_was_predicted() -> None:
     chosen, _ = run_choosers(30, fewer_is_slower)
-    second = sorted(set(chosen[len(MEASURED_NUM_CHUNKS) + 1 :]), key=pack)
+    second = sorted(set(chosen[len(MEASURED_NUM_CHUNKS) + 1 :]), key=pack_plan)
     for favourite in second:
 
         def total_s(call: int, rank: int, plan: tm.OverlapPlan, favourite=favourite) -> float:
@@ -524,14 +527,25 @@ def test_a_budget_is_for_every_working_set() -> None:
 
 
 def test_a_given_number_is_used_as_it_is() -> None:
-    for size in (1, 4):
-        chooser = PlanChooser(tm.OverlapConfig(num_chunks=5), size)
-        assert chooser.plan().chunk_sizes == equal_sizes(5)
-        assert chooser.message() == Message()
-        assert chooser.choice == "as configured"
+    """No chooser is asked, and none is made."""
     ramp = tm.OverlapConfig(num_chunks=5, shape="ramp")
-    assert PlanChooser(ramp, 2).plan().chunk_sizes == (1, 2, 4, 2, 1)
-    assert PlanChooser(tm.OverlapConfig(shape=(3, 1)), 2).plan().chunk_sizes == (3, 1)
+    given = {
+        equal_sizes(5): tm.OverlapConfig(num_chunks=5),
+        (1, 2, 4, 2, 1): ramp,
+        (3, 1): tm.OverlapConfig(shape=(3, 1)),
+    }
+
+    def on_rank(transport: Transport) -> None:
+        experts = tm.GroupedExperts(tm.MoEConfig(8, 4, 4, 2), transport)
+        for sizes, config in given.items():
+            experts.overlap = config
+            experts(*batch(transport.rank))
+            assert experts.last_report.overlap.chunk_sizes == sizes
+            assert experts.last_report.choice == "as configured"
+        assert not state_of(transport).choosers
+
+    for size in (1, 2):
+        tm.run_on_emulated_ranks(on_rank, size, timeout_s=20)
 
 
 def test_one_rank_has_nothing_to_hide() -> None:

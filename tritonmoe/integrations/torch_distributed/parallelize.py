@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tritonmoe.config.overlap import OverlapConfig, OverlapPlan, check_overlap
-from tritonmoe.dispatch.placement import ExpertPlacement
-from tritonmoe.expert_parallel.check import check_expert_parallel
+from tritonmoe.dispatch.placement import ExpertPlacement, check_experts_of_rank
 from tritonmoe.experts.adapters import SHARDS, check_hands_over, shard_adapters
 from tritonmoe.experts.parameters import PARAMETERS
 from tritonmoe.layer import GroupedExperts, MoELayer
@@ -198,7 +197,7 @@ def check_spreadable(
         refuse_computed(name or "the module", experts, plain, "parallelize()")
         num_experts = experts.down_proj.shape[0]
         num_local = num_experts // size if placement is None else placement.num_slots
-        check_expert_parallel(num_local, num_experts, size, placement)
+        check_experts_of_rank(num_local, num_experts, size, placement)
     weights = _replaced(module, found)
     _refuse_noted(weights)
     _refuse_adapted(module, found)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tritonmoe.config.activations import Activation, is_fused
 from tritonmoe.config.layer import PerWeight
 from tritonmoe.expert_parallel.state import abort_call
-from tritonmoe.experts.adapters import noted_adapters, noted_factors
+from tritonmoe.experts.adapters import names_of, noted_factors, notes_on
 from tritonmoe.experts.arguments import check_plain
 from tritonmoe.experts.moe_mlp import run_experts
 from tritonmoe.experts.spec import ExpertSpec, expert_spec
@@ -69,9 +69,9 @@ def experts_forward(self: ExpertsModule, hidden_states: Tensor, top_k_index: Ten
             transposed=is_transposed,
             precision=getattr(self, PRECISION, None),
         )
-        factors = noted_factors(self, dtype, range(num_experts) if shards is None else shards.expert_ids)
-        if factors:
-            spec, weights = replace(spec, adapters=noted_adapters(self)), weights._replace(**factors)
+        if notes := notes_on(self):
+            factors = noted_factors(notes, dtype, range(num_experts) if shards is None else shards.expert_ids)
+            spec, weights = replace(spec, adapters=names_of(notes)), weights._replace(**factors)
         inputs = CallTensors(hidden_states.to(dtype), top_k_index, top_k_weights, weights)
     except Exception:  # whatever this rank refuses, the others wait for its word
         if shards is not None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from tritonmoe.config.overlap import OverlapConfig
+from tritonmoe.config.overlap import OverlapConfig, check_overlap
 from tritonmoe.config.precision import ExpertPrecision, check_precision
 from tritonmoe.integrations.torch_distributed.parallelize import routed_experts
 from tritonmoe.integrations.transformers.accumulated_loss import watch_auxiliary_losses
@@ -52,7 +52,7 @@ def register(overlap: OverlapConfig | None = None, *, packed: bool = False) -> N
             makes them run through tritonmoe; all other weights of such checkpoints become bf16. It needs transformers
             5.24.
     Raises:
-        ImportError: transformers is missing or older than 5.7.
+        ImportError: transformers is missing or older than 5.7. TypeError: overlap is something else.
     Example:
         register()
         model = AutoModelForCausalLM.from_pretrained(name, experts_implementation="tritonmoe")
@@ -62,6 +62,8 @@ def register(overlap: OverlapConfig | None = None, *, packed: bool = False) -> N
         model = AutoModelForCausalLM.from_pretrained(name, distributed_config=expert_parallel)
     """
     version = check_transformers()
+    if overlap is not None:
+        check_overlap(overlap)
     from transformers.integrations.moe import ExpertsInterface
 
     ExpertsInterface.register(EXPERTS_IMPLEMENTATION, experts_forward)

@@ -32,10 +32,14 @@ __all__ = [
     "closed_form_growth",
     "closed_form_num_chunks",
     "fixed_plan",
+    "half_plan",
+    "other_chunks_first",
+    "pack_plan",
     "plan_of",
     "preferred",
     "search",
     "takes_chunks_of_experts",
+    "unpack_plan",
 ]
 
 COMMUNICATION_BOUND_NUM_CHUNKS = 3
@@ -88,6 +92,14 @@ def fixed_plan(config: OverlapConfig, num_chunks: int, size: int) -> OverlapPlan
         sizes = (ramp_sizes if config.shape == "ramp" else equal_sizes)(num_chunks)
     local_start = LOCAL_PARTS if size == 1 else LOCAL_PARTS // 2
     return plan_of(config, sizes, local_start=local_start, serial=config.serial)
+
+
+def half_plan(overlap: OverlapConfig, size: int) -> OverlapPlan:
+    """Return the plan of half a batch under num_chunks="auto".
+
+    Its products are small already: so there is one chunk, which on several ranks has the rows that stay as well.
+    """
+    return fixed_plan(replace(overlap, local_first=size == 1 and overlap.local_first), 1, size)
 
 
 def plan_of(config: OverlapConfig, chunk_sizes: tuple[int, ...], **others: int) -> OverlapPlan:
@@ -230,3 +242,35 @@ def preferred(found: Sequence[tuple[float, OverlapPlan]]) -> list[tuple[float, O
         return (0.0, plan.num_chunks, seconds) if seconds <= limit_s else (seconds, 0, seconds)
 
     return sorted(found, key=key)
+
+
+def pack_plan(plan: OverlapPlan) -> int:
+    """Return one positive integer for a plan that the search found, by which ranks name the plan to each other."""
+    growth = plan.chunk_sizes[1] if plan.num_chunks > 2 else 1
+    assert plan.chunk_sizes == ramp_sizes(plan.num_chunks, growth), "unpack_plan() would make other chunks of it"
+    value = plan.num_chunks
+    for part in (growth, int(plan.chunk_by == "experts"), plan.local_start, plan.window, plan.backward_window):
+        value = value * 64 + part
+    return value
+
+
+def unpack_plan(value: int, config: OverlapConfig) -> OverlapPlan:
+    """Return the plan that pack_plan() packed; what the configuration leaves no choice about comes from `config`."""
+    parts = []
+    for _ in range(5):
+        value, part = divmod(value, 64)
+        parts.append(part)
+    backward_window, window, local_start, is_of_experts, growth = parts
+    config = replace(config, chunk_by="experts" if is_of_experts else "tokens")
+    return plan_of(
+        config, ramp_sizes(value, growth), local_start=local_start, window=window, backward_window=backward_window
+    )
+
+
+def other_chunks_first(plans: Sequence[OverlapPlan]) -> list[OverlapPlan]:
+    """Move the first plan of each choice of chunks before all others, which keep their order.
+
+    Plans with the same chunks and other windows take about as long, so trying two of them tells little.
+    """
+    firsts = {(plan.chunk_by, plan.chunk_sizes): plan for plan in reversed(plans)}
+    return sorted(plans, key=lambda plan: firsts[plan.chunk_by, plan.chunk_sizes] != plan)  # which keeps their order

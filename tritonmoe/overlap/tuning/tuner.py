@@ -17,7 +17,7 @@ share a chooser, which goes through three stages. At every call it is in the sam
 Many layers run forward before the first one runs backward, and a forward may get no backward at all: the vote waits
 for the measured calls' backwards, and times are told of whichever of the last calls are over.
 
-Everything that ranks must agree on is an integer in the count header, which every rank sees (votes.Message).
+Everything that ranks must agree on is an integer in the count header, which every rank sees (dispatch/header.py).
 """
 
 import statistics
@@ -30,6 +30,7 @@ from typing import Literal
 import torch
 
 from tritonmoe.config.overlap import OverlapConfig, OverlapPlan, equal_sizes
+from tritonmoe.dispatch.header import CallHeader
 from tritonmoe.overlap.report import LayerReport
 from tritonmoe.overlap.simulation.cost_model import LayerWork
 from tritonmoe.overlap.simulation.memory import ALL_AT_ONCE, BufferWidths, WorkingSet
@@ -38,12 +39,14 @@ from tritonmoe.overlap.tuning.measured_calls import layer_costs, layer_work, lin
 from tritonmoe.overlap.tuning.search import (
     budgeted_plan,
     fixed_plan,
+    other_chunks_first,
+    pack_plan,
     plan_of,
     preferred,
     search,
     takes_chunks_of_experts,
+    unpack_plan,
 )
-from tritonmoe.overlap.tuning.votes import Message, other_chunks_first, pack, unpack
 
 __all__ = ["SETTLING_CALLS", "PlanChooser"]
 
@@ -114,13 +117,13 @@ class Trials:
         """
         return (call + call // self.num_candidates) % self.num_candidates
 
-    def message(self) -> Message:
+    def message(self) -> CallHeader:
         """Return the time of the oldest call that is over here and that the other ranks have not heard."""
         for call in self.tried:
             nanoseconds = call.nanoseconds()
             if nanoseconds is not None:
-                return Message(measured_call=call.number, measured_ns=nanoseconds)
-        return Message()
+                return CallHeader(measured_call=call.number, measured_ns=nanoseconds)
+        return CallHeader()
 
     def add(self, report: LayerReport, has_backward: bool) -> None:
         """Take in a call that has begun."""
@@ -128,20 +131,20 @@ class Trials:
         self.tried.append(TriedCall(self.num_calls, rows, report, has_backward))
         self.num_calls += 1
 
-    def record(self, messages: Sequence[Message], *, is_chosen: bool) -> bool:
+    def record(self, headers: Sequence[CallHeader], *, is_chosen: bool) -> bool:
         """Record the time of one call, if all ranks tell their time of the same one; return whether a trial counted.
 
         Args:
             is_chosen: all calls run the chosen plan now.
         """
-        numbers = {message.measured_call for message in messages}
+        numbers = {header.measured_call for header in headers}
         place = next((place for place, call in enumerate(self.tried) if numbers == {call.number}), None)
         if place is None:
             return False
         call = self.tried[place]
         del self.tried[place]
         rows = max(1, call.rows)
-        per_row = max(message.measured_ns for message in messages) / rows
+        per_row = max(header.measured_ns for header in headers) / rows
         if is_chosen:
             if self.usual is None or abs(rows - self.usual[1]) <= SAME_SIZE * self.usual[1]:
                 self.recent.append((per_row, rows))
@@ -242,8 +245,7 @@ class PlanChooser:
         """Whether there is anything to choose."""
         config = self.config
         return (
-            config.is_auto
-            and config.memory_budget_bytes is None
+            config.memory_budget_bytes is None
             and not config.serial
             and self.size > 1
             and not torch.are_deterministic_algorithms_enabled()
@@ -288,9 +290,7 @@ class PlanChooser:
     def _untuned_plan(self) -> OverlapPlan:
         """Return the plan of the next call where no time decides, and note why."""
         config = self.config
-        if not config.is_auto:
-            num_chunks, self.choice = config.num_chunks, "as configured"
-        elif self.size == 1:
+        if self.size == 1:
             num_chunks, self.choice = 1, "one rank has no exchange to hide"
         elif config.memory_budget_bytes is not None:
             if self.widths is None:
@@ -302,14 +302,14 @@ class PlanChooser:
         else:
             num_chunks = DETERMINISTIC_NUM_CHUNKS
             self.choice = "torch.use_deterministic_algorithms: a choice that depends on no time"
-        return fixed_plan(config, 0 if num_chunks == "auto" else num_chunks, self.size)
+        return fixed_plan(config, num_chunks, self.size)
 
-    def message(self) -> Message:
-        """Return what this rank tells the others in the next call's header."""
+    def message(self) -> CallHeader:
+        """Return a header of the next call with what this rank tells the other ranks' choosers, and no more."""
         if not self.is_tuned:
-            return Message(working_set=0 if self.config.memory_budget_bytes is None else self.working_set.pack())
+            return CallHeader(working_set=0 if self.config.memory_budget_bytes is None else self.working_set.pack())
         if not self.candidates:
-            return self._vote() if self._can_vote() else Message()
+            return self._vote() if self._can_vote() else CallHeader()
         return self.trials.message()
 
     def _can_vote(self) -> bool:
@@ -319,7 +319,7 @@ class PlanChooser:
         are_whole = not self.has_backward or all(report.backward is not None for report in self.measured)
         return are_whole or self.num_unheard >= MAX_UNHEARD_CALLS
 
-    def _vote(self) -> Message:
+    def _vote(self) -> CallHeader:
         """Search in the simulator for the plans that this rank wishes to try."""
         measured = {way: [r for r in self.measured if r.overlap.chunk_by == way] for way in self.ways_to_cut}
         first_way = measured[self.ways_to_cut[0]]
@@ -345,7 +345,7 @@ class PlanChooser:
         by_tokens = [plan for plan in others if plan.chunk_by == "tokens"]
         if by_tokens and all(plan.chunk_by == "experts" for plan in tried):
             tried[-1] = by_tokens[0]
-        votes = [pack(plan) for plan in tried]
+        votes = [pack_plan(plan) for plan in tried]
         steps = one.forward
         self.sides = (
             f"experts {steps.lane_s(StepKind.EXPERTS) * 1e3:.2f} ms, "
@@ -353,7 +353,7 @@ class PlanChooser:
         )
         votes += [0] * (NUM_VOTES - len(votes))
         fastest_s = min(seconds for seconds, _ in found)
-        return Message(votes[0], votes[1], predicted_ns=max(1, int(fastest_s * 1e9)))
+        return CallHeader(vote=votes[0], second_vote=votes[1], predicted_ns=max(1, int(fastest_s * 1e9)))
 
     def _has_no_empty_chunk(self, plan: OverlapPlan) -> bool:
         """Return whether every chunk of a plan has an expert, where its chunks are of experts."""
@@ -361,13 +361,13 @@ class PlanChooser:
             return True
         return all(first < last for first, last in pairwise(plan.bounds(self.widths.num_local_experts)))
 
-    def observe(self, messages: Sequence[Message], report: LayerReport, has_backward: bool) -> None:
+    def observe(self, headers: Sequence[CallHeader], report: LayerReport, has_backward: bool) -> None:
         """Take in one call: what every rank's header said, and what this rank's report says."""
         report.choice = self.choice
         if not self.is_tuned:
             if self.config.memory_budget_bytes is not None:
                 self.last_work = most_work(report)
-                self.last_working_sets = {WorkingSet.unpack(message.working_set) for message in messages}
+                self.last_working_sets = {WorkingSet.unpack(header.working_set) for header in headers}
             return
         self.has_backward = has_backward
         if not self.candidates:
@@ -376,9 +376,9 @@ class PlanChooser:
                 self.num_unheard = 0
             else:
                 self.num_unheard += 1
-                self._count_votes(messages)
+                self._count_votes(headers)
             return
-        has_counted = self.trials.record(messages, is_chosen=self.chosen is not None)
+        has_counted = self.trials.record(headers, is_chosen=self.chosen is not None)
         self.trials.add(report, has_backward)
         self.num_unheard = 1 if has_counted else self.num_unheard + 1
         if self.chosen is None:
@@ -386,14 +386,15 @@ class PlanChooser:
         else:
             self._search_again_if_drifted()
 
-    def _count_votes(self, messages: Sequence[Message]) -> None:
+    def _count_votes(self, headers: Sequence[CallHeader]) -> None:
         """Take the votes of one rank as candidates, once all ranks have voted."""
-        if not all(message.predicted_ns for message in messages):
+        if not all(header.predicted_ns for header in headers):
             return
         # The rank that takes longest sets the pace of all; among equals the first one is taken.
-        votes = max(messages, key=lambda message: message.predicted_ns).votes
+        slowest = max(headers, key=lambda header: header.predicted_ns)
+        votes = [vote for vote in (slowest.vote, slowest.second_vote) if vote]
         one = fixed_plan(replace(self.config, num_chunks=1, shape="equal"), 1, self.size)
-        self.candidates = [one, *(unpack(vote, self.config) for vote in votes)]
+        self.candidates = [one, *(unpack_plan(vote, self.config) for vote in votes)]
         self.trials = Trials(len(self.candidates))
         self.num_unheard = 0
         self.measured.clear()

@@ -10,7 +10,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from tritonmoe.config.layer import NO_WEIGHTS, KernelOptions, PerWeight
+from tritonmoe.config.layer import NO_WEIGHTS, PerWeight
 from tritonmoe.config.overlap import OverlapPlan
 from tritonmoe.dispatch.call_settings import CallSettings, plan_settings
 from tritonmoe.dispatch.expert_chunks import RowPlaces
@@ -25,7 +25,7 @@ from tritonmoe.experts.forward_run import ForwardRun
 from tritonmoe.experts.spec import ExpertSettings, ExpertSpec
 from tritonmoe.experts.tensors import NO_TENSORS, CallTensors
 from tritonmoe.ops.backends import choose
-from tritonmoe.ops.backends.ops import WeightGrads
+from tritonmoe.ops.backends.ops import CalledLayer, WeightGrads
 from tritonmoe.overlap.report import PassReport
 from tritonmoe.transports import Transport
 
@@ -170,7 +170,8 @@ def run_passes(
     dout: Tensor | None = None,
 ) -> Passes:
     """Run a layer call with stand-ins for its experts, and with dout (T, D) its backward too."""
-    needs = int(dout is not None)
+    needs, spec = int(dout is not None), ExpertSpec()
+    layer = CalledLayer(spec.layout, "silu", x.shape[1], x.shape[1], has_bias=False)
     tokens = plan_tokens(topk_ids, num_experts, transport.rank, transport.size, overlap)
     header = CallHeader(
         settings=CallSettings(plan_settings(overlap)),
@@ -184,7 +185,7 @@ def run_passes(
     )
     call = PlannedCall(
         kind=_StandIns(make),
-        settings=ExpertSettings(choose("auto", x.device, x.dtype), ExpertSpec(), KernelOptions()),
+        settings=ExpertSettings(choose("auto", x.device, x.dtype), spec, spec.options, layer),
         all_ranks=transport,
         transport=transport,
         header=header,
