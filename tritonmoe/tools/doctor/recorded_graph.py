@@ -16,6 +16,7 @@ from tritonmoe.tools.doctor.graph import Graph, Kind, Tables, floats, indices
 from tritonmoe.tools.doctor.recorded_rows import MEETING, PLACES, Columns, RecordedRows, place_in_exchange
 from tritonmoe.tools.doctor.recorded_steps import Event, PlacedPass, placed_passes
 from tritonmoe.tools.doctor.samples import LEAST_S, far_out
+from tritonmoe.tools.doctor.walk import lane_before
 from tritonmoe.tools.recording.call_recording import Recording
 
 __all__ = ["RecordedGraph", "graph_of"]
@@ -230,7 +231,8 @@ class _Builder:
         step_of_row = steps[rows["place"]]
         programs = self._programs(rows, waits, step_of_row, first, paused, met)
         posted = self._latest(members["exchange"], posted)[members["exchange"]]
-        since = torch.maximum(posted, _ends_before(programs, members["lane"], end))
+        ends = torch.cat([end, floats([-torch.inf])])  # where none is before
+        since = torch.maximum(posted, ends[lane_before(programs, members["lane"])])
         run_step = steps[rows["place"]][run_row]
         key = torch.cat([rows["key"], names["before"][rows["place"][first]], names["between"][rows["place"][paused]]])
         tables = Tables(
@@ -346,14 +348,3 @@ def _step_times(step: Tensor, ends: Tensor, begin: float) -> Tensor:
     of_steps = torch.full((int(step.max()) + 1,), -torch.inf, dtype=torch.float64)
     of_steps = of_steps.scatter_reduce(0, step, ends, "amax").cummax(0).values
     return of_steps.diff(prepend=floats([begin]))
-
-
-def _ends_before(programs: Sequence[tuple[Tensor, Tensor]], lane: Tensor, end: Tensor) -> Tensor:
-    """Return when the exchange before each one in its lane had ended, in the order in which they are posted."""
-    before = torch.full_like(end, -torch.inf)
-    for kinds, places in programs:
-        posted = places[kinds == int(Kind.POST)]
-        order = posted[lane[posted].argsort(stable=True)]
-        follows = lane[order][1:] == lane[order][:-1]
-        before[order[1:][follows]] = end[order[:-1][follows]]
-    return before
