@@ -17,8 +17,7 @@ from torch import Tensor
 
 from tritonmoe.tools.doctor.causes import CAUSES, CauseKind, Culprits, Known
 from tritonmoe.tools.doctor.culprits import culprits_of
-from tritonmoe.tools.doctor.graph import Graph, floats, indices
-from tritonmoe.tools.doctor.link_ends import SlowLinks
+from tritonmoe.tools.doctor.graph import Graph, LinkFault, floats, indices
 from tritonmoe.tools.doctor.pattern import FEW_STEPS, Pattern
 from tritonmoe.tools.doctor.replays import Removal, Replays
 from tritonmoe.tools.doctor.usual import Usual, usual_of
@@ -145,7 +144,7 @@ def attribute(graph: Graph, known: Known | None = None) -> Verdict:
     Raises:
         ValueError: ranks wait for each other in a circle: the files contradict each other.
     """
-    usual = usual_of(graph, _linked_s(graph, known))
+    usual = usual_of(graph, graph.linked_s)
     replays = Replays(graph, usual, known)
     step_s = statistics.fmean(replays.as_it_was)
     kinds = [kind for kind in replays.excess if not replays.is_nothing(kind)]
@@ -171,7 +170,7 @@ def attribute(graph: Graph, known: Known | None = None) -> Verdict:
             others_first = [one for one in compared if one != kind] if most is hidden else []
             culprits, when = culprits_of(replays, kind, most, others_first)
             found = Finding(kind, culprits, when, cost, is_hidden, cost.low_s < LEAST_CERTAIN * step_s)
-            findings.append(_named(found, graph.slow_links, known))
+            findings.append(_named(found, graph.fault))
         else:
             others.append((kind, cost.share(step_s)))
     findings.sort(key=lambda one: (CAUSES[one.kind].is_between_calls, one.may_be_noise, -one.cost.seconds))
@@ -201,13 +200,6 @@ def attribute(graph: Graph, known: Known | None = None) -> Verdict:
         computing_s=computing_s,
         host_s=host_s,
     )
-
-
-def _linked_s(graph: Graph, known: Known | None) -> Tensor | None:
-    """Return (M,) what slow links are known to cost each exchange."""
-    if graph.slow_links is not None:
-        return floats([member.linked_s for member in graph.members])
-    return None if known is None else known.linked_s
 
 
 def _walked(
@@ -243,16 +235,10 @@ def _least_s(healthy_s: float, step_s: float, known: Known | None) -> dict[Cause
     }
 
 
-def _named(finding: Finding, slow: SlowLinks | None, known: Known | None) -> Finding:
+def _named(finding: Finding, fault: LinkFault | None) -> Finding:
     """Return a finding with its links, and which of their ends are slow, where that is known."""
-    if not CAUSES[finding.kind].is_of_links:
+    if fault is None or not CAUSES[finding.kind].is_of_links:
         return finding
-    if slow is not None:
-        own = replace(finding.culprits, ranks=slow.ranks, moves=False, links=slow.links, words=slow.words)
-        finding = replace(finding, culprits=own)
-    if known is None or known.fault is None:
-        return finding
-    fault = known.fault
     culprits = replace(finding.culprits, ranks=fault.ranks, links=fault.links, moves=not fault.ranks, words=fault.words)
     return replace(finding, kind=fault.kind, culprits=culprits)
 

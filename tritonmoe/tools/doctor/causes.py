@@ -16,7 +16,6 @@ from tritonmoe.tools.doctor.costs import Costs
 from tritonmoe.tools.doctor.graph import Graph, Key
 from tritonmoe.tools.doctor.messages import Reach
 from tritonmoe.tools.doctor.recorded_graph import RecordedGraph
-from tritonmoe.tools.doctor.recorded_links import LinkFault
 from tritonmoe.tools.doctor.samples import slope
 from tritonmoe.tools.doctor.usual import Usual
 from tritonmoe.tools.recording.call_recording import RecordedCall, Recording
@@ -70,9 +69,6 @@ class Culprits:
 class Known:
     """What a recording of this package's layers tells beyond its graph."""
 
-    linked_s: Tensor
-    """(M,): what slow links cost each exchange."""
-    fault: LinkFault | None
     step_s: float
     """What a step takes with what lies between its calls."""
     built: RecordedGraph

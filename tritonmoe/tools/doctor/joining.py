@@ -6,9 +6,9 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from tritonmoe.tools.doctor.clocks import align_clocks
-from tritonmoe.tools.doctor.graph import Graph, Item, Key, Kind, Member, Run
+from tritonmoe.tools.doctor.graph import Graph, Item, Key, Kind, Member, Run, floats
 from tritonmoe.tools.doctor.hosts import hosts_of
-from tritonmoe.tools.doctor.link_ends import group_indices, slow_links
+from tritonmoe.tools.doctor.link_ends import SlowLinks, group_indices, slow_links
 from tritonmoe.tools.doctor.matching import Matched, OfSteps, bound_ends, idle_since, matched
 from tritonmoe.tools.doctor.trace import Part, RankTrace
 
@@ -33,15 +33,16 @@ class Programs:
         of_steps: Sequence[OfSteps],
         matched: Matched,
         bounds: Sequence[Sequence[tuple[float, float]]],
+        slow: SlowLinks | None,
     ) -> None:
-        self.is_unlike = False
-        """Whether ranks do different things in a step."""
         self.graph, self.traces, self.of_steps, self.matched, self.bounds = graph, traces, of_steps, matched, bounds
+        self.slow = slow
 
     def build(self) -> None:
         keys = self._keys()
         graph = self.graph
         members: dict[int, int] = {}
+        linked_s: list[float] = []
         for exchange, parts in self.matched.items():
             own = range(len(graph.members), len(graph.members) + len(parts))
             graph.exchanges.append(list(own))
@@ -70,10 +71,13 @@ class Programs:
                         self._to_others(index, part, part.received),
                         part.num_bytes,
                         part.element_bytes,
-                        self._linked_s(index, part, end_s - since),
                         sum(part.received) // part.rows if part.received and part.rows else 0,
                     )
                 )
+                if self.slow is not None:
+                    ranks = group_indices(self.traces, index, part.group)
+                    linked_s.append(self.slow.lost_s(part, index, ranks, end_s - since))
+        graph.linked_s = None if self.slow is None else floats(linked_s)
         waits = self._waits(keys)
         graph.programs = [self._program(index, keys, members, waits[index]) for index in range(len(self.traces))]
 
@@ -88,16 +92,10 @@ class Programs:
         place = group.index(rank)
         return (*sizes[:place], 0, *sizes[place + 1 :])
 
-    def _linked_s(self, index: int, part: Part, transfer_s: float) -> float:
-        slow = self.graph.slow_links
-        if slow is None or not part.links:
-            return 0.0
-        return slow.lost_s(part, index, group_indices(self.traces, index, part.group), transfer_s)
-
     def _keys(self) -> dict[int, tuple[int, Key]]:
         """Return the step and the key of every part."""
         orders = {tuple((part.phase, _what(part)) for parts in steps for part in parts) for steps in self.of_steps}
-        self.is_unlike = len(orders) > 1
+        are_unlike = len(orders) > 1
         keys: dict[int, tuple[int, Key]] = {}
         for steps in self.of_steps:
             for step, parts in enumerate(steps):
@@ -105,7 +103,7 @@ class Programs:
                 before: Part | None = None
                 for part in parts:
                     what = _what(part)
-                    if self.is_unlike:
+                    if are_unlike:
                         what += f" after {_what(before)}{_of(before, part.phase)}" if before else " first"
                     of = (part.phase, what)
                     keys[id(part)] = (step, (*of, seen[of]))
@@ -281,8 +279,8 @@ def joined(traces: Sequence[RankTrace], ranks_per_node: int | None = None) -> tu
     graph.hosts = hosts
     routed = [trace.routed for trace in traces if trace.routed is not None]
     graph.routed = tuple(routed) if len(routed) == len(traces) else ()
-    graph.slow_links = slow_links(traces, graph.hosts)
-    Programs(graph, traces, of_steps, together, bounds).build()
+    graph.fault = slow = slow_links(traces, graph.hosts)
+    Programs(graph, traces, of_steps, together, bounds, slow).build()
     return graph, limits
 
 

@@ -8,20 +8,20 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from tritonmoe.overlap.steps import StepKind
 from tritonmoe.tools.doctor.costs import Costs
+from tritonmoe.tools.doctor.graph import LinkFault
 from tritonmoe.tools.doctor.messages import Messages, Reach, find_messages, reaches
 from tritonmoe.tools.doctor.recorded_graph import RecordedGraph
 from tritonmoe.tools.doctor.recorded_steps import events_of
 from tritonmoe.tools.doctor.samples import LEAST_S
 from tritonmoe.tools.recording.call_recording import Recording
 
-__all__ = ["LinkFault", "linked_of"]
+__all__ = ["linked_of"]
 
 SMALLEST_RATIO = 1.5
 """In a step alone a link is slow if its messages take so many times as long as in others ..."""
@@ -38,18 +38,6 @@ MOVING, MOVING_STEPS = 0.65, 3
 """A fault moves if in no larger part of so many costly steps it is the same one."""
 AMONG = 0.25
 """Of several links those count that cost so large a share of what the worst one costs."""
-
-
-@dataclass(frozen=True)
-class LinkFault:
-    """Which end of which links is slow."""
-
-    kind: Literal["slow link", "late link", "slow port"]
-    links: tuple[tuple[int, int], ...]
-    """(sender, receiver) of each, the worst first; of a port or a node none."""
-    ranks: tuple[int, ...]
-    """Of a link sender and receiver, of a port its rank, of a node all of its ranks."""
-    words: str
 
 
 @dataclass

@@ -58,11 +58,11 @@ def judge_recording(recording: Recording) -> RecordedRun:
 
 
 def known_of(recording: Recording, built: RecordedGraph) -> Known:
-    """Find what is known of a recording beside its graph."""
+    """Find what is known of a recording beside its graph, and which links are slow, which the graph gets."""
     calls, share = _fitted_calls(built)
     costs = fit_costs(calls, recording)
-    slow_s, fault = linked_of(recording, built, costs)
-    return Known(slow_s, fault, built.step_s, built, costs, tuple(calls), share)
+    built.graph.linked_s, built.graph.fault = linked_of(recording, built, costs)
+    return Known(built.step_s, built, costs, tuple(calls), share)
 
 
 def _fitted_calls(built: RecordedGraph) -> tuple[list[RecordedCall], float]:
