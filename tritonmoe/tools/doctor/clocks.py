@@ -2,7 +2,7 @@
 
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import combinations
 from typing import NamedTuple, TypeAlias
 
@@ -97,7 +97,7 @@ def _move(traces: Sequence[RankTrace], clocks: Sequence[int], together: Matched)
         if ahead_s > sum(shift.certain_s for shift in shifts):
             largest_s = max(largest_s, ahead_s)
             for shift in shifts:
-                _move_trace(trace, shift.moved)
+                trace.move(shift.moved)
     return largest_s
 
 
@@ -147,14 +147,3 @@ def _shift_of(meetings: Sequence[_Meeting]) -> _Shift:
         return _Shift(middle_s, 0.0, since_s, certain_s, max(at_s))
     begun_s = statistics.median(one - drift * at for one, at in zip(ahead_s, at_s, strict=True))
     return _Shift(begun_s, drift, since_s, certain_s, max(at_s))
-
-
-def _move_trace(trace: RankTrace, moved: Callable[[float], float]) -> None:
-    for times in (trace.busy_start_s, trace.busy_end_s):
-        for place, time_s in enumerate(times):
-            times[place] = moved(time_s)
-    for part in trace.parts:
-        part.posted_s, part.start_s = moved(part.posted_s), moved(part.start_s)
-        part.end_s = None if part.end_s is None else moved(part.end_s)
-    for step in trace.steps:
-        step.start_s, step.end_s = moved(step.start_s), moved(step.end_s)

@@ -57,23 +57,12 @@ class Programs:
                     needs = tuple(needed) or (own[[i for i, _ in parts].index(index)],)
                     since = max(parts[one - own.start][1].start_s for one in needs)
                 members[id(part)] = len(graph.members)
-                graph.members.append(
-                    Member(
-                        index,
-                        step,
-                        exchange,
-                        key,
-                        part.lane,
-                        0.0,
-                        end_s - since,
-                        needs,
-                        self._to_others(index, part, part.sent),
-                        self._to_others(index, part, part.received),
-                        part.num_bytes,
-                        part.element_bytes,
-                        sum(part.received) // part.rows if part.received and part.rows else 0,
-                    )
-                )
+                graph.members.append(Member(
+                    index, step, exchange, key, part.lane, 0.0, end_s - since, needs,
+                    self._to_others(index, part, part.sent), self._to_others(index, part, part.received),
+                    part.num_bytes, part.element_bytes,
+                    row_bytes=sum(part.received) // part.rows if part.received and part.rows else 0,
+                ))  # fmt: skip
                 if self.slow is not None:
                     ranks = group_indices(self.traces, index, part.group)
                     linked_s.append(self.slow.lost_s(part, index, ranks, end_s - since))
@@ -104,10 +93,10 @@ class Programs:
                 for part in parts:
                     what = _what(part)
                     if are_unlike:
-                        what += f" after {_what(before)}{_of(before, part.phase)}" if before else " first"
-                    of = (part.phase, what)
-                    keys[id(part)] = (step, (*of, seen[of]))
-                    seen[of] += 1
+                        of = "" if before is None or before.phase == part.phase else f" of {before.phase}"
+                        what += f" after {_what(before)}{of}" if before else " first"
+                    keys[id(part)] = (step, (part.phase, what, seen[part.phase, what]))
+                    seen[part.phase, what] += 1
                     before = part
         return keys
 
@@ -205,10 +194,6 @@ def _order(event: tuple[float, int, Part]) -> tuple[float, int]:
 
 def _what(part: Part) -> str:
     return part.way or part.kind
-
-
-def _of(part: Part, phase: str) -> str:
-    return "" if part.phase == phase else f" of {part.phase}"
 
 
 def _before(keys: dict[int, tuple[int, Key]], part: Part | None) -> Key:

@@ -4,32 +4,22 @@ from array import array
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Sequence
-from itertools import count, pairwise
+from itertools import accumulate, count, pairwise
 
 from tritonmoe.tools.doctor.exchange_names import as_run, kind_of_name
 from tritonmoe.tools.doctor.hosts import host_in_name
-from tritonmoe.tools.doctor.kineto_arguments import from_nccl, from_operator
-from tritonmoe.tools.doctor.kineto_events import KinetoEvents
+from tritonmoe.tools.doctor.kineto_events import KinetoEvents, from_nccl, from_operator
 from tritonmoe.tools.doctor.trace import Part, RankTrace, Step
 from tritonmoe.tools.doctor.trace_files import damaged
 
-__all__ = ["rank_trace", "union"]
+__all__ = ["KinetoTrace"]
 
 MOST_LANES = 1024
 FAR_S = 3600.0
 """No event is further from the steps than that."""
 
 
-def rank_trace(events: KinetoEvents) -> RankTrace:
-    """Return what a trace says of its rank.
-
-    Raises:
-        ValueError: there is nothing in it that a step could be due to; the message says what is missing.
-    """
-    return _Trace(events).trace()
-
-
-class _Trace:
+class KinetoTrace:
     """Puts a rank's trace together."""
 
     def __init__(self, events: KinetoEvents) -> None:
@@ -37,7 +27,11 @@ class _Trace:
         self._backward_starts = sorted(zip(*events.backward, strict=True))
 
     def trace(self) -> RankTrace:
-        """Return what the trace says of its rank."""
+        """Return what the trace says of its rank.
+
+        Raises:
+            ValueError: there is nothing in it that a step could be due to; the message says what is missing.
+        """
         about = self.events.top.get("distributedInfo", {})
         if not isinstance(about, dict):
             raise damaged(self.events.path, "distributedInfo is no object")
@@ -68,29 +62,26 @@ class _Trace:
             self._of_cpu(found)
         self._steps(found, is_gpu)
         if base > 0:
-            _shift(found, base / 1e9)
+            found.move(lambda moment_s: moment_s + base / 1e9)
         found.is_unix_clock = base > 0 or (len(found.steps) > 0 and found.steps[0].start_s > 1e9)
         if rank is None:
             found.limits.append("the file doesn't say which rank wrote it")
         return found
 
     def _groups(self, about: dict) -> dict[str, tuple[int, ...]]:
-        groups: dict[str, tuple[int, ...]] = {}
         config = about.get("pg_config", [])
-        for one in config if isinstance(config, list) else []:
-            if isinstance(one, dict) and isinstance(one.get("ranks"), list):
-                ranks = one["ranks"]
-                if all(type(rank) is int for rank in ranks):
-                    groups[str(one.get("pg_name"))] = tuple(ranks)
-        return groups
+        return {
+            str(one.get("pg_name")): tuple(one["ranks"])
+            for one in (config if isinstance(config, list) else [])
+            if isinstance(one, dict) and isinstance(one.get("ranks"), list)
+            if all(type(rank) is int for rank in one["ranks"])
+        }
 
     def _steps(self, found: RankTrace, is_gpu: bool) -> None:
-        steps = sorted(self.events.steps, key=lambda step: step.start_s)
-        if len({step.number for step in steps}) != len(steps):
-            by_number: dict[int, Step] = {}
-            for step in steps:
-                by_number.setdefault(step.number, step)
-            steps = list(by_number.values())
+        by_number: dict[int, Step] = {}
+        for step in sorted(self.events.steps, key=lambda step: step.start_s):
+            by_number.setdefault(step.number, step)
+        steps = list(by_number.values())
         if is_gpu and steps:
             steps = self._moved_to_gpu(steps)
         lasts = [part.end_s or part.start_s for part in found.parts]
@@ -136,14 +127,12 @@ class _Trace:
                     moved.append(Step(step.number, min(one[1] for one in of_step), max(one[2] for one in of_step)))
         return sorted(moved, key=lambda step: step.start_s) or steps
 
-    def _is_backward(self, moment_s: float) -> bool:
-        place = bisect_right(self._backward_starts, (moment_s, float("inf")))
-        return any(end >= moment_s for _, end in self._backward_starts[max(0, place - 4) : place])
-
     def _phase(self, moment_s: float | None) -> str:
         if moment_s is None or not self._backward_starts:
             return ""
-        return "backward" if self._is_backward(moment_s) else "forward"
+        place = bisect_right(self._backward_starts, (moment_s, float("inf")))
+        is_backward = any(end >= moment_s for _, end in self._backward_starts[max(0, place - 4) : place])
+        return "backward" if is_backward else "forward"
 
     def _of_gpu(self, found: RankTrace) -> None:
         found.busy_start_s, found.busy_end_s = union(self.events.kernels[0], self.events.kernels[1])
@@ -154,7 +143,7 @@ class _Trace:
                 launched[correlation] = time
         before = sorted(zip(self.events.kernels[2], self.events.kernels[1], strict=True))
         correlations = [correlation for correlation, _ in before]
-        latest = _running_maximum([end for _, end in before])
+        latest = list(accumulate((end for _, end in before), max))
         cut = False
         for kind, start_s, end_s, arguments in sorted(self.events.exchanges_on_gpu, key=lambda one: one[1]):
             correlation = arguments.get("correlation")
@@ -205,7 +194,6 @@ class _Trace:
         for kind, start_s, _, _, arguments in self.events.posts:
             part = Part(kind, start_s, start_s, None, phase=self._phase(start_s))
             from_operator(part, arguments)
-            part.start_s = start_s
             found.parts.append(part)
             waiting[as_run(kind)].append(part)
         lanes: dict[object, int] = {}
@@ -240,26 +228,6 @@ def _with_several_at_once(exchanges: Sequence[tuple[str, float, float, object]])
             found.add(thread)
         ends[thread] = max(end_s, ends.get(thread, end_s))
     return found
-
-
-def _running_maximum(values: Sequence[float]) -> list[float]:
-    found, most = [], float("-inf")
-    for value in values:
-        most = max(most, value)
-        found.append(most)
-    return found
-
-
-def _shift(found: RankTrace, by_s: float) -> None:
-    found.busy_start_s = array("d", [time + by_s for time in found.busy_start_s])
-    found.busy_end_s = array("d", [time + by_s for time in found.busy_end_s])
-    for part in found.parts:
-        part.posted_s += by_s
-        part.start_s += by_s
-        part.end_s = None if part.end_s is None else part.end_s + by_s
-    for step in found.steps:
-        step.start_s += by_s
-        step.end_s += by_s
 
 
 def union(starts: Sequence[float], ends: Sequence[float]) -> tuple[array, array]:

@@ -16,7 +16,7 @@ from tritonmoe.tools.doctor.graph import Graph
 from tritonmoe.tools.doctor.hosts import FEW_FOR_NODES, unknown_of_nodes
 from tritonmoe.tools.doctor.inspector import is_inspector_line, name_ranks, on_one_clock, read_inspector
 from tritonmoe.tools.doctor.joining import joined
-from tritonmoe.tools.doctor.kineto import rank_trace
+from tritonmoe.tools.doctor.kineto import KinetoTrace
 from tritonmoe.tools.doctor.kineto_events import KinetoEvents
 from tritonmoe.tools.doctor.matching import as_all_to_alls
 from tritonmoe.tools.doctor.trace import Part, RankTrace, Step
@@ -191,7 +191,7 @@ def _read_json(path: Path) -> _Read:
         return read_flight_record(path, of_trace.top)
     if of_trace.num_events == 0 and "traceEvents" not in of_trace.top and not _has_events(path):
         return f"{path} is JSON, but no trace"
-    return rank_trace(of_trace)
+    return KinetoTrace(of_trace).trace()
 
 
 def _has_events(path: Path) -> bool:

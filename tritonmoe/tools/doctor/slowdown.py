@@ -6,7 +6,7 @@ at the median of its kind. M_W is the part of that slowdown that is gone when th
 
 import math
 import statistics
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -18,26 +18,15 @@ __all__ = ["Slowdown", "slowdown_of"]
 SLOWEST = 0.03
 
 
-@dataclass(frozen=True)
-class Slowdown:
+class Slowdown(NamedTuple):
     """The figures of one job."""
 
-    original_s: float
-    ideal_s: float
-    without_slowest_s: float
+    slowdown: float
+    """S."""
+    share_of_slowest: float
+    """M_W."""
     slowest: tuple[int, ...]
     """Indices of the slowest workers."""
-
-    @property
-    def slowdown(self) -> float:
-        """S."""
-        return self.original_s / self.ideal_s if self.ideal_s else 0.0
-
-    @property
-    def share_of_slowest(self) -> float:
-        """M_W."""
-        lost_s = self.original_s - self.ideal_s
-        return (self.original_s - self.without_slowest_s) / lost_s if lost_s else 0.0
 
 
 def slowdown_of(graph: Graph) -> Slowdown:
@@ -63,4 +52,5 @@ def slowdown_of(graph: Graph) -> Slowdown:
         )
     )
     original, ideal, mended = map(statistics.fmean, walker.all_step_times(busy_s, transfer_s))
-    return Slowdown(original, ideal, mended, slowest)
+    lost_s = original - ideal
+    return Slowdown(original / ideal if ideal else 0.0, (original - mended) / lost_s if lost_s else 0.0, slowest)

@@ -1,6 +1,7 @@
 """What a reader gives of one rank: when its computing lane was busy, its exchanges, its steps, what the file lacks."""
 
 from array import array
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 __all__ = ["Part", "RankTrace", "Step"]
@@ -74,3 +75,13 @@ class RankTrace:
     is_unix_clock: bool = False
     limits: list[str] = field(default_factory=list)
     """What the file can't tell."""
+
+    def move(self, moved: Callable[[float], float]) -> None:
+        """Put all its times onto another clock."""
+        for times in (self.busy_start_s, self.busy_end_s):
+            times[:] = array("d", map(moved, times))
+        for part in self.parts:
+            part.posted_s, part.start_s = moved(part.posted_s), moved(part.start_s)
+            part.end_s = None if part.end_s is None else moved(part.end_s)
+        for step in self.steps:
+            step.start_s, step.end_s = moved(step.start_s), moved(step.end_s)
