@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tritonmoe.tools.doctor.attribution import Cost
-from tritonmoe.tools.doctor.conditions import Conditions, conditions_of, walk
+from tritonmoe.tools.doctor.conditions import Conditions, conditions_of, measured_s, passes_before, walk
 from tritonmoe.tools.doctor.costs import Costs, fit_costs
-from tritonmoe.tools.doctor.entries import measured_s, passes_before
 from tritonmoe.tools.doctor.proposals import Proposal, proposals
 from tritonmoe.tools.recording.call_recording import RecordedCall, Recording
 

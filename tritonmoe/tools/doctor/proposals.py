@@ -25,8 +25,7 @@ from tritonmoe.overlap.simulation.cost_model import (
 from tritonmoe.overlap.simulation.simulator import MOST_LAYERS
 from tritonmoe.overlap.steps import StepKind
 from tritonmoe.overlap.tuning.search import search
-from tritonmoe.tools.doctor.conditions import Conditions, Halves, Nodes, walk, with_plan
-from tritonmoe.tools.doctor.entries import Entry, PassesBefore
+from tritonmoe.tools.doctor.conditions import Conditions, Halves, Nodes, PassesBefore, walk, with_plan
 from tritonmoe.tools.recording.call_recording import RecordedCall, by_layer
 from tritonmoe.transports.wire import WireFormat
 
@@ -36,21 +35,105 @@ PLANNING_S = 2e-3
 """What a call takes longer for being planned again, measured beside others on a CPU."""
 
 
-def copies_offer(
-    calls: Sequence[RecordedCall], typical: Conditions
-) -> Iterator[tuple[str, str, Callable[[Conditions], Conditions]]]:
-    """Yield the words of an offer of copies, its price, and what it makes of a call; nothing where none can be made.
+@dataclass(frozen=True)
+class Proposal:
+    """Something to change in a run."""
 
-    A recording has the pairs of every expert, and those from each rank to each other, but not both at once: a rank's
-    pairs are taken to be of another's experts in the shares in which all ranks' are.
+    words: str
+    costs: str
+    """What it costs, beside the work of doing it; empty where nothing is known."""
+    change: Callable[[Conditions], Conditions]
+    sends_less: bool = False
+    """Whether it changes how long rows travel, and nothing else."""
+
+
+def proposals(calls: Sequence[RecordedCall], typical: Conditions, before: PassesBefore) -> Iterator[Proposal]:
+    """Return what could be changed; whether it helps is for the walk to say.
 
     typical: the conditions of one of the calls.
     """
-    size, slots, plan = len(calls[0].ranks), len(calls[0].ranks[0].pairs_per_expert), typical.plan
-    if not slots or any(len(of.pairs_per_expert) != slots for call in calls for of in call.ranks):
+    yield from _other_plan(typical)
+    yield from _narrower_rows(calls[0])
+    yield from _other_placement(calls)
+    yield from _copies(calls, typical)
+    yield from _other_levels(calls[0], typical)
+    yield from _fewer_ranks(typical)
+    yield from _two_batches(calls, typical, before)
+
+
+def _other_plan(typical: Conditions) -> Iterator[Proposal]:
+    """Propose the plan that the tuner's search finds for these costs."""
+    plan = typical.plan
+    config = OverlapConfig(
+        local_first=plan.local_first, wire_dtype=plan.wire_dtype, chunk_by=plan.chunk_by, capacity=plan.capacity
+    )
+    has_backward = len(typical.schedules) > 1
+    found = search(config, typical.walked_work, typical.steps, typical.walked_link, backward=has_backward)
+    best = replace(found[0][1], wire_dtype=plan.wire_dtype, capacity=plan.capacity)
+    if best != plan:
+        yield Proposal(f"run {best}", "", lambda of: with_plan(of, best))
+
+
+def _two_batches(calls: Sequence[RecordedCall], typical: Conditions, before: PassesBefore) -> Iterator[Proposal]:
+    """Propose to run two halves of a batch at once, where it is known what else the model computes."""
+    beside_s = tuple(_beside_s(calls, number, before) for number in range(len(typical.schedules)))
+    if all(seconds > 0 for seconds in beside_s):
+        num_layers = min(MOST_LAYERS, len({call.layer for call in calls}))
+        halves = Halves(tuple(seconds / 2 for seconds in beside_s), num_layers)
+        words = "tritonmoe.two_batches: each half of a batch computes during the other half's exchanges"
+        yield Proposal(words, "every rank needs two sequences or more", lambda of: replace(of, halves=halves))
+
+
+def _beside_s(calls: Sequence[RecordedCall], number: int, before: PassesBefore) -> float:
+    """Return what lies between the passes of this number of one layer and the next, 0 where they don't follow.
+
+    Of a recompute between two backwards the pass of the layer itself is left out.
+    """
+    found = []
+    for call in calls:
+        chain = [(call, number)]  # back in time
+        while (earlier := before.get((chain[-1][0].sequence, chain[-1][1]))) is not None:
+            chain.append(earlier)
+            if number == 0 or earlier[1] == 1 or not earlier[0].is_recompute:
+                break
+        last, number_of_last = chain[-1]
+        if number_of_last != number or last.layer == call.layer:
+            continue
+        for passes in zip(*(of.by_pass[which] for of, which in chain), strict=True):
+            found.append(sum(later.entered - ended.end for later, ended in pairwise(passes)))
+    return statistics.median(found) if found else 0.0
+
+
+def _narrower_rows(call: RecordedCall) -> Iterator[Proposal]:
+    """Propose the wire formats that send fewer bytes."""
+    if call.plan.wire_dtype is not None:
         return
+    width = call.sizes["hidden_size"]
+    dtype = {4: torch.float32, 2: torch.bfloat16}.get(call.row_bytes // max(1, width))
+    for wire_dtype in (torch.bfloat16, torch.float8_e4m3fn):
+        if dtype is None or wire_dtype == dtype:
+            continue
+        row_bytes = WireFormat(dtype, wire_dtype).row_bytes(width)
+        other = row_bytes if wire_dtype == torch.bfloat16 else call.other_row_bytes
+        where = "all rows" if wire_dtype == torch.bfloat16 else "dispatched rows"
+        name = str(wire_dtype).removeprefix("torch.")
+
+        def narrower(of: Conditions, row_bytes: int = row_bytes, other: int = other) -> Conditions:
+            return replace(of, work=replace(of.work, row_bytes=row_bytes, other_row_bytes=other))
+
+        yield Proposal(f"wire_dtype=torch.{name}", f"{where} are rounded", narrower, sends_less=True)
+
+
+def _copies(calls: Sequence[RecordedCall], typical: Conditions) -> Iterator[Proposal]:
+    """Propose copies of hot experts.
+
+    A recording has the pairs of every expert, and those from each rank to each other, but not both at once: a rank's
+    pairs are taken to be of another's experts in the shares in which all ranks' are.
+    """
+    size, slots, plan = len(calls[0].ranks), _slots_of(calls), typical.plan
     is_refused = plan.capacity is not None or plan.chunk_by != "tokens" or typical.nodes is not None
-    if is_refused or size == 1 or not any(is_uneven(call.work.pairs.sum(0).int().tolist()) for call in calls):
+    is_even = not any(is_uneven(call.work.pairs.sum(0).int().tolist()) for call in calls)
+    if not slots or is_refused or size == 1 or is_even:
         return
     by_work = {id(call.work): call for call in calls}
 
@@ -58,11 +141,17 @@ def copies_offer(
         call = by_work.get(id(of.work))
         return of if call is None else _with_copies(of, call)
 
-    yield (
-        'copies of hot experts for each call: OverlapConfig(balance="auto")',
-        f"each rank keeps up to {most_copies('auto', slots)} more experts of every layer in memory until the backward",
-        with_copies,
+    words = 'copies of hot experts for each call: OverlapConfig(balance="auto")'
+    price = (
+        f"each rank keeps up to {most_copies('auto', slots)} more experts of every layer in memory until the backward"
     )
+    yield Proposal(words, price, with_copies)
+
+
+def _slots_of(calls: Sequence[RecordedCall]) -> int:
+    """Return how many experts each rank holds, 0 where that differs."""
+    slots = {len(of.pairs_per_expert) for call in calls for of in call.ranks}
+    return slots.pop() if len(slots) == 1 else 0
 
 
 def _with_copies(of: Conditions, call: RecordedCall) -> Conditions:
@@ -134,105 +223,17 @@ def _work(work: LayerWork, copies: ExpertCopies, costs: CopyCosts) -> LayerWork:
 
 
 def _schedule(schedule: Schedule, plan: OverlapPlan, copies: CopyWork | None) -> Schedule:
+    """Return the schedule of a pass with copies."""
     kinds = [step.kind for step in schedule]
     if StepKind.METADATA in kinds:
         return forward_with(copies, plan, kinds.count(StepKind.FILLER))
     return backward_with(copies, plan, StepKind.DISPATCH_BACKWARD in kinds, StepKind.ROUTING_BACKWARD in kinds)
 
 
-@dataclass(frozen=True)
-class Proposal:
-    """Something to change in a run."""
-
-    words: str
-    costs: str
-    """What it costs, beside the work of doing it; empty where nothing is known."""
-    change: Callable[[Conditions], Conditions]
-    sends_less: bool = False
-    """Whether it changes how long rows travel, and nothing else."""
-
-
-def proposals(calls: Sequence[RecordedCall], typical: Conditions, before: PassesBefore) -> Iterator[Proposal]:
-    """Return what could be changed; whether it helps is for the walk to say.
-
-    typical: the conditions of one of the calls.
-    """
-    yield from _other_plan(typical)
-    yield from _narrower_rows(calls[0])
-    yield from _other_placement(calls)
-    yield from (Proposal(*offer) for offer in copies_offer(calls, typical))
-    yield from _other_levels(calls[0], typical)
-    yield from _fewer_ranks(typical)
-    yield from _two_batches(calls, typical, before)
-
-
-def _other_plan(typical: Conditions) -> Iterator[Proposal]:
-    """Propose the plan that the tuner's search finds for these costs."""
-    plan = typical.plan
-    config = OverlapConfig(
-        local_first=plan.local_first, wire_dtype=plan.wire_dtype, chunk_by=plan.chunk_by, capacity=plan.capacity
-    )
-    has_backward = len(typical.schedules) > 1
-    found = search(config, typical.walked_work, typical.steps, typical.walked_link, backward=has_backward)
-    best = replace(found[0][1], wire_dtype=plan.wire_dtype, capacity=plan.capacity)
-    if best != plan:
-        yield Proposal(f"run {best}", "", lambda of: with_plan(of, best))
-
-
-def _two_batches(calls: Sequence[RecordedCall], typical: Conditions, before: PassesBefore) -> Iterator[Proposal]:
-    """Propose to run two halves of a batch at once, where it is known what else the model computes."""
-    beside_s = tuple(_beside_s(calls, number, before) for number in range(len(typical.schedules)))
-    if all(seconds > 0 for seconds in beside_s):
-        num_layers = min(MOST_LAYERS, len({call.layer for call in calls}))
-        halves = Halves(tuple(seconds / 2 for seconds in beside_s), num_layers)
-        words = "tritonmoe.two_batches: each half of a batch computes during the other half's exchanges"
-        yield Proposal(words, "every rank needs two sequences or more", lambda of: replace(of, halves=halves))
-
-
-def _beside_s(calls: Sequence[RecordedCall], number: int, before: PassesBefore) -> float:
-    """Return what lies between the passes of this number of one layer and the next, 0 where they don't follow.
-
-    Of a recompute between two backwards the pass of the layer itself is left out.
-    """
-    found = []
-    for call in calls:
-        chain = [(call, number)]  # back in time
-        while (earlier := before.get((chain[-1][0].sequence, chain[-1][1]))) is not None:
-            chain.append(earlier)
-            if number == 0 or earlier[1] == 1 or not earlier[0].is_recompute:
-                break
-        last, number_of_last = chain[-1]
-        if number_of_last != number or last.layer == call.layer:
-            continue
-        for passes in zip(*(of.by_pass[which] for of, which in chain), strict=True):
-            found.append(sum(later.entered - ended.end for later, ended in pairwise(passes)))
-    return statistics.median(found) if found else 0.0
-
-
-def _narrower_rows(call: RecordedCall) -> Iterator[Proposal]:
-    """Propose the wire formats that send fewer bytes."""
-    if call.plan.wire_dtype is not None:
-        return
-    width = call.sizes["hidden_size"]
-    dtype = {4: torch.float32, 2: torch.bfloat16}.get(call.row_bytes // max(1, width))
-    for wire_dtype in (torch.bfloat16, torch.float8_e4m3fn):
-        if dtype is None or wire_dtype == dtype:
-            continue
-        row_bytes = WireFormat(dtype, wire_dtype).row_bytes(width)
-        other = row_bytes if wire_dtype == torch.bfloat16 else call.other_row_bytes
-        where = "all rows" if wire_dtype == torch.bfloat16 else "dispatched rows"
-        name = str(wire_dtype).removeprefix("torch.")
-
-        def narrower(of: Conditions, row_bytes: int = row_bytes, other: int = other) -> Conditions:
-            return replace(of, work=replace(of.work, row_bytes=row_bytes, other_row_bytes=other))
-
-        yield Proposal(f"wire_dtype=torch.{name}", f"{where} are rounded", narrower, sends_less=True)
-
-
 def _other_placement(calls: Sequence[RecordedCall]) -> Iterator[Proposal]:
     """Propose to spread the experts of each layer by their load, and to give hot ones replicas in one more slot."""
-    size, slots = len(calls[0].ranks), len(calls[0].ranks[0].pairs_per_expert)
-    if not slots or any(len(of.pairs_per_expert) != slots for call in calls for of in call.ranks):
+    size, slots = len(calls[0].ranks), _slots_of(calls)
+    if not slots:
         return
     loads = {
         layer: torch.tensor([[of.pairs_per_expert for of in call.ranks] for call in of_layer], device="cpu").sum(0)
@@ -353,18 +354,7 @@ def _on_half(of: Conditions, number: int) -> Conditions:
         of,
         work=replace(work, rows=rows, pairs=pairs),
         nodes=nodes,
-        entries=tuple(_entry_on(ranks, entry) for entry in of.entries),
+        entries=tuple(entry.on(ranks) for entry in of.entries),
         steps=replace(of.steps, slowness={kind: values[ranks] for kind, values in of.steps.slowness.items()}),
         link=replace(of.link, each=link),
-    )
-
-
-def _entry_on(ranks: slice, entry: Entry) -> Entry:
-    return replace(
-        entry,
-        own_s=entry.own_s[ranks],
-        passed_on_s=entry.passed_on_s[ranks],
-        before_counts_s=entry.before_counts_s[ranks],
-        counts_s=entry.counts_s[ranks],
-        before_steps_s=entry.before_steps_s[ranks],
     )

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tritonmoe.overlap.steps import StepKind, Unit, Way
+from tritonmoe.overlap.steps import StepKind, Unit
 from tritonmoe.tools.doctor.graph import Key, floats, indices
 from tritonmoe.tools.doctor.recorded_steps import COUNTS, Event, Events, PlacedPass, events_of
 from tritonmoe.tools.recording.call_recording import RecordedPass, Recording
@@ -218,9 +218,8 @@ class RecordedRows:
         call = self.passes[place].call
         if (call.sequence, kind) not in self.bytes:
             work = call.work if call.levels is None else call.levels.outer
-            rows = work.rows if kind.way is Way.TO_EXPERTS else work.rows.T
-            rows = rows.clone().fill_diagonal_(0) * work.bytes_per_row(kind)
-            self.bytes[call.sequence, kind] = rows.sum(1), rows.sum(0)
+            sent = work.rows_to_others(kind) * work.bytes_per_row(kind)
+            self.bytes[call.sequence, kind] = sent.sum(1), sent.sum(0)
         return self.bytes[call.sequence, kind]
 
     def _members_of(self, own: _Where, exchange: int, event: Event) -> Tensor:

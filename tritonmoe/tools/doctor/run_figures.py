@@ -7,8 +7,7 @@ from dataclasses import replace
 import torch
 
 from tritonmoe.runtime.files import Json
-from tritonmoe.tools.doctor.conditions import conditions_of, walk
-from tritonmoe.tools.doctor.entries import PassesBefore, measured_s, passes_before
+from tritonmoe.tools.doctor.conditions import PassesBefore, conditions_of, measured_s, passes_before, walk
 from tritonmoe.tools.doctor.messages import members
 from tritonmoe.tools.doctor.recorded_run import RecordedRun
 from tritonmoe.tools.recording.call_recording import RecordedCall, RecordedPass
