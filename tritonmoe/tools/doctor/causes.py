@@ -1,13 +1,13 @@
 """Causes: what can make steps long, each a record of its excess, its words and what to do about it.
 
-A new cause is an entry of CAUSES, and a row of the table of docs/diagnosis.md.
+A new cause is an entry of CAUSES, whose kind stands in CauseKind, and a row of the table of docs/diagnosis.md.
 """
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -22,8 +22,11 @@ from tritonmoe.tools.recording.call_recording import RecordedCall, Recording
 
 __all__ = ["CAUSES", "OF_LONG_BATCHES", "Cause", "CauseKind", "Culprits", "ExcessTime", "Known", "Words"]
 
-CauseKind: TypeAlias = str
-"""A key of CAUSES."""
+CauseKind: TypeAlias = Literal[
+    "slow rank", "late rank", "slow link", "late link", "slow port", "imbalance", "bandwidth", "latency",
+    "chunk overhead", "host overhead", "exchange contention", "pause",
+]  # fmt: skip
+"""The keys of CAUSES."""
 MOST_FACTOR = 50.0
 """Beyond that what is usual is next to nothing, and how many times as much it is says nothing."""
 LEAST_FACTOR = 1.05
@@ -130,8 +133,8 @@ class Cause:
     to_do: str
     compared: Callable[[Graph, Usual], ExcessTime] | None = None
     structural: Callable[[Known, Usual], ExcessTime] | None = None
-    found_as: CauseKind = ""
-    """The cause whose excess this one is another name of; empty: its own."""
+    found_as: CauseKind | None = None
+    """The cause whose excess this one is another name of; None: its own."""
     to_do_of_all: str = ""
     """What to do where no rank differs from the others."""
     to_do_of_layer: Callable[[Recording, int | None], str] | None = None
