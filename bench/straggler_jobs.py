@@ -8,8 +8,8 @@ import json
 from pathlib import Path
 
 from tritonmoe.tools.doctor.attribution import attribute
+from tritonmoe.tools.doctor.chrome_timeline import slowdown_of
 from tritonmoe.tools.doctor.reading import read_traces
-from tritonmoe.tools.doctor.slowdown import slowdown_of
 from tritonmoe.tools.doctor.verdict import as_text
 
 __all__ = ["main"]

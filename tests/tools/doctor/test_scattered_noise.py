@@ -10,7 +10,7 @@ from step_graphs import Exchange, graph_of
 
 from tritonmoe.tools.doctor.attribution import Verdict, attribute, gain_of_noise
 from tritonmoe.tools.doctor.graph import Graph, Kind, Member, Run
-from tritonmoe.tools.doctor.reading import ForeignRun
+from tritonmoe.tools.doctor.reading import ReadRun
 from tritonmoe.tools.doctor.replays import Replays
 from tritonmoe.tools.doctor.usual import usual_of
 from tritonmoe.tools.doctor.verdict import as_text
@@ -160,7 +160,7 @@ def hiding_run(extra_s: float, late_s: float = 0.06) -> Graph:
 
 
 def text_of(found: Verdict) -> str:
-    run = ForeignRun(Path("run"), found.graph, {"timeline": 1}, "host", [])
+    run = ReadRun(Path("run"), found.graph, {"timeline": 1}, "host", [])
     return " ".join(as_text(run, found).split())
 
 

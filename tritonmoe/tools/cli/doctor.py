@@ -88,7 +88,7 @@ def _page(found: "Sequence[_Judged]") -> Page:
 class _Judged:
     """A run, and why its steps take as long as they do."""
 
-    run: RecordedRun | traces.ForeignRun
+    run: traces.ReadRun
     found: Verdict
 
     @cached_property

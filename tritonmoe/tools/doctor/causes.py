@@ -176,15 +176,6 @@ def _latency(known: Known, usual: Usual) -> ExcessTime:
     return _of_members(torch.minimum(transfers_s, _latency_s(graph, known.costs)), graph)
 
 
-def _chunk_overhead(known: Known, usual: Usual) -> ExcessTime:
-    return _of_runs(_chunks_s(known.built, usual.busy_s - known.contended_s), known.built.graph)
-
-
-def _host_overhead(known: Known, usual: Usual) -> ExcessTime:
-    built = known.built
-    return _of_runs(built.graph.tables.overhead_s - built.pause_s, built.graph)
-
-
 def _latency_s(graph: Graph, costs: Costs) -> Tensor:
     """Return (M,) what an exchange takes however small it is."""
     tables, each = graph.tables, costs.link.each
@@ -231,28 +222,18 @@ def _beside_s(built: RecordedGraph) -> Tensor:
     found = torch.zeros_like(tables.busy_s)
     for rank in range(len(built.graph.ranks)):
         members, runs = ((of == rank).nonzero()[:, 0] for of in (tables.member_rank, tables.run_rank))
-        under_way = _UnderWay(built.since[members], built.end[members])
+        since, order = built.since[members].sort()
+        end = torch.maximum(built.end[members][order], since)
+        since = torch.maximum(since, torch.cat([since[:1], end.cummax(0).values[:-1]]))
+        end = torch.maximum(end, since)
+        sums = torch.cat([torch.zeros(1, dtype=torch.float64, device="cpu"), (end - since).cumsum(0)])
         begin = built.run_begin[runs]
-        found[runs] = (under_way.until(begin + tables.busy_s[runs]) - under_way.until(begin)).clamp(min=0)
+        until = []
+        for moment in (begin, begin + tables.busy_s[runs]):
+            at = torch.searchsorted(since, moment, right=True)
+            until.append(torch.where(at > 0, sums[at] - (end[(at - 1).clamp(min=0)] - moment).clamp(min=0), 0.0))
+        found[runs] = (until[1] - until[0]).clamp(min=0)
     return found
-
-
-class _UnderWay:
-    """When any of a rank's exchanges was under way."""
-
-    def __init__(self, since: Tensor, end: Tensor) -> None:
-        since, order = since.sort()
-        end = torch.maximum(end[order], since)
-        reached = end.cummax(0).values
-        self.since = torch.maximum(since, torch.cat([since[:1], reached[:-1]]))
-        self.end = torch.maximum(end, self.since)
-        self.sums = torch.cat([torch.zeros(1, dtype=torch.float64, device="cpu"), (self.end - self.since).cumsum(0)])
-
-    def until(self, moment: Tensor) -> Tensor:
-        """Return the seconds of it before each moment."""
-        at = torch.searchsorted(self.since, moment, right=True)
-        last = (at - 1).clamp(min=0)
-        return torch.where(at > 0, self.sums[at] - (self.end[last] - moment).clamp(min=0), 0.0)
 
 
 def _balance_of(recording: Recording, layer: int | None) -> str:
@@ -371,13 +352,17 @@ CAUSES: Mapping[CauseKind, Cause] = {
             "chunk overhead",
             lambda of: f"pay{of.s} the fixed cost of a chunk, which even the smallest chunk has, once for every chunk",
             "use fewer chunks",
-            structural=_chunk_overhead,
+            structural=lambda known, usual: _of_runs(
+                _chunks_s(known.built, usual.busy_s - known.contended_s), known.built.graph
+            ),
         ),
         Cause(
             "host overhead",
             lambda of: f"wait{of.s} for the host (Python), before the first operation of a pass and between operations",
             "use a faster host or fewer other threads; check what Python does between the steps of the layer",
-            structural=_host_overhead,
+            structural=lambda known, usual: _of_runs(
+                known.built.graph.tables.overhead_s - known.built.pause_s, known.built.graph
+            ),
         ),
         Cause(
             "exchange contention",

@@ -4,17 +4,22 @@ Each event says its step and micro-batch; names of processes and threads say whi
 is of. So every dependence is known: which transfer a forward needs, which end it meets, and which went as one.
 """
 
+import math
 import re
+import statistics
 from collections import defaultdict
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
+import torch
+
 from tritonmoe.tools.doctor.graph import Graph, Kind, Member, Run
 from tritonmoe.tools.doctor.trace_files import damaged, number
+from tritonmoe.tools.doctor.walk import walker_of
 
-__all__ = ["is_timeline", "read_timeline"]
+__all__ = ["Slowdown", "is_timeline", "read_timeline", "slowdown_of"]
 
 NAMES = {
     "forward-compute", "backward-compute", "forward-send", "forward-recv", "backward-send", "backward-recv",
@@ -26,6 +31,7 @@ BEFORE = ("params-all-gather",)
 WITH_ALL = ("optimizer-clip-main-grad",)
 ALONE = ("layernorm-grads-all-reduce",)
 """Exchanges of tensor-parallel ranks, of which one stands for all."""
+SLOWEST = 0.03
 SAME_START_US = 1.0
 """Sends and receives that started together went as one batch."""
 
@@ -165,8 +171,8 @@ class _Pipeline:
         if any(receives.values()):
             raise damaged(self.path, f"step {step}: there are receives that nobody sends to")
         together: dict[int, list[tuple[int, list[PipelineEvent]]]] = defaultdict(list)
-        for number_, batch in enumerate(batches):
-            together[root(number_)].append(batch)
+        for place, one in enumerate(batches):
+            together[root(place)].append(one)
         members: dict[int, int] = {}
         for parts in together.values():
             starts = {worker: batch[0].start_s for worker, batch in parts}
@@ -326,3 +332,46 @@ def _hashable(path: Path, count: int, value: object) -> int | str:
     if not isinstance(value, int | str):
         raise damaged(path, f"event {count} has a process or thread that is neither a number nor a text")
     return value
+
+
+class Slowdown(NamedTuple):
+    """The figures of one job, as StragglerAnalysis defines them, so that its published figures can be compared.
+
+    S is what the steps took over what they would take with every computation at the mean of its kind and every
+    transfer at the median of its kind. M_W is the part of that slowdown that is gone when the slowest workers alone,
+    3 %, are so.
+    """
+
+    slowdown: float
+    """S."""
+    share_of_slowest: float
+    """M_W."""
+    slowest: tuple[int, ...]
+    """Indices of the slowest workers."""
+
+
+def slowdown_of(graph: Graph) -> Slowdown:
+    """Return S and M_W of a timeline's graph."""
+    walker, tables = walker_of(graph), graph.tables
+    ideal_busy_s, ideal_transfer_s = torch.zeros_like(tables.busy_s), torch.zeros_like(tables.transfer_s)
+    for key in range(len(tables.keys)):
+        runs, members = tables.run_key == key, tables.member_key == key
+        if bool(runs.any()):
+            ideal_busy_s[runs] = tables.busy_s[runs].mean()
+        if bool(members.any()):
+            ideal_transfer_s[members] = statistics.median(tables.transfer_s[members].tolist())
+    excess = torch.zeros(len(graph.ranks), dtype=torch.float64, device="cpu")
+    excess.index_add_(0, tables.run_rank, tables.busy_s - ideal_busy_s)
+    count = max(1, math.floor(SLOWEST * len(graph.ranks)))
+    slowest = tuple(excess.argsort(descending=True, stable=True)[:count].tolist())
+    of_slowest = torch.tensor(slowest)
+    busy_s, transfer_s = (
+        torch.stack([was, ideal, torch.where(torch.isin(rank, of_slowest), ideal, was)])
+        for was, ideal, rank in (
+            (tables.busy_s, ideal_busy_s, tables.run_rank),
+            (tables.transfer_s, ideal_transfer_s, tables.member_rank),
+        )
+    )
+    original, ideal, mended = map(statistics.fmean, walker.all_step_times(busy_s, transfer_s))
+    lost_s = original - ideal
+    return Slowdown(original / ideal if ideal else 0.0, (original - mended) / lost_s if lost_s else 0.0, slowest)

@@ -64,7 +64,10 @@ class Entry:
 
     def on(self, ranks: slice) -> "Entry":
         """Return how only some of the ranks come."""
-        return replace(self, **{name: of[ranks] for name, of in vars(self).items() if isinstance(of, Tensor)})
+        own_s, passed_on_s, before_counts_s, counts_s, before_steps_s = (
+            of[ranks] for of in vars(self).values() if isinstance(of, Tensor)
+        )
+        return Entry(own_s, passed_on_s, self.follows, before_counts_s, counts_s, before_steps_s, self.meets)
 
 
 def passes_before(recording: Recording) -> PassesBefore:

@@ -113,13 +113,12 @@ def fit_costs(calls: Sequence[RecordedCall], recording: Recording) -> Costs:
 
 @functools.lru_cache(maxsize=KEPT_PASSES)
 def _gaps_of(call: RecordedCall, number: int) -> list[float]:
-    return [_gap_s(one) for one in call.by_pass[number]]
-
-
-def _gap_s(one: RecordedPass) -> float:
-    """Return the time between two steps of a pass."""
-    steps = _leaves(one)
-    return max(0.0, one.total_s - sum(step.wait_s + _spent_s(step) for step in steps)) / max(1, len(steps))
+    """Return the time between two steps of a pass on each rank."""
+    steps = [(one, _leaves(one)) for one in call.by_pass[number]]
+    return [
+        max(0.0, one.total_s - sum(step.wait_s + _spent_s(step) for step in own)) / max(1, len(own))
+        for one, own in steps
+    ]
 
 
 def _leaves(one: RecordedPass) -> list[RecordedStep]:

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 from tritonmoe.tools.doctor.clocks import align_clocks
 from tritonmoe.tools.doctor.graph import Graph, Item, Key, Kind, Member, Run, floats
-from tritonmoe.tools.doctor.hosts import hosts_of
 from tritonmoe.tools.doctor.link_ends import SlowLinks, group_indices, slow_links
 from tritonmoe.tools.doctor.matching import Matched, OfSteps, bound_ends, idle_since, matched
 from tritonmoe.tools.doctor.trace import Part, RankTrace
+from tritonmoe.tools.report.terminal import one_line
 
 __all__ = ["joined"]
 
@@ -244,7 +244,7 @@ def joined(traces: Sequence[RankTrace], ranks_per_node: int | None = None) -> tu
     places = {number: index for index, number in enumerate(sorted(numbers))}
     of_steps = [_by_step(trace, places) for trace in traces]
     together = matched(traces, of_steps, limits)
-    hosts = hosts_of(traces, ranks_per_node)
+    hosts = _hosts_of(traces, ranks_per_node)
     align_clocks(traces, hosts, together, limits)
     bound_ends(traces, together)
     for parts in together.values():
@@ -267,6 +267,22 @@ def joined(traces: Sequence[RankTrace], ranks_per_node: int | None = None) -> tu
     graph.fault = slow = slow_links(traces, graph.hosts)
     Programs(graph, traces, of_steps, together, bounds, slow).build()
     return graph, limits
+
+
+def _hosts_of(traces: Sequence[RankTrace], ranks_per_node: int | None) -> tuple[str, ...]:
+    """Return the host of every rank: of so many neighbours each, or as the files tell; none where they don't all.
+
+    Raises:
+        ValueError: a file doesn't say its rank, so that nobody knows its neighbours.
+    """
+    if ranks_per_node is None:
+        return tuple(one_line(trace.host) for trace in traces) if all(trace.host for trace in traces) else ()
+    found = []
+    for trace in traces:
+        if trace.rank is None:
+            raise ValueError(f"{trace.source} doesn't say which rank wrote it: leave --ranks-per-node out")
+        found.append(f"node {trace.rank // ranks_per_node}")
+    return tuple(found)
 
 
 def _span(trace: RankTrace) -> str:

@@ -1,20 +1,22 @@
 """Reader of the traces of torch.profiler (Kineto): of NVIDIA's and AMD's GPUs, and of CPUs with gloo or MPI."""
 
+import re
 from array import array
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import accumulate, count, pairwise
 
 from tritonmoe.tools.doctor.exchange_names import as_run, kind_of_name
-from tritonmoe.tools.doctor.hosts import host_in_name
 from tritonmoe.tools.doctor.kineto_events import KinetoEvents, from_nccl, from_operator
 from tritonmoe.tools.doctor.trace import Part, RankTrace, Step
 from tritonmoe.tools.doctor.trace_files import damaged
 
-__all__ = ["KinetoTrace"]
+__all__ = ["KinetoTrace", "host_in_name"]
 
 MOST_LANES = 1024
+OF_TENSORBOARD = re.compile(r"(.+)_(\d+)\.\d+\.pt\.trace\.json(?:\.gz)?")
+"""How torch.profiler.tensorboard_trace_handler calls a trace: after host and process."""
 FAR_S = 3600.0
 """No event is further from the steps than that."""
 
@@ -217,6 +219,15 @@ class KinetoTrace:
         ends_of_posts = {start_s: end_s for _, start_s, end_s, _, _ in self.events.posts}
         for part in unknown:
             part.end_s = ends_of_posts[part.posted_s]
+
+
+def host_in_name(name: str, processes: Collection[object]) -> str:
+    """Return the host that the name of a trace has; "" where the process in it is none whose events these are.
+
+    Then the name is one that somebody gave: "rank_3" is of no host.
+    """
+    found = OF_TENSORBOARD.fullmatch(name)
+    return found[1] if found is not None and found[2] in processes else ""
 
 
 def _with_several_at_once(exchanges: Sequence[tuple[str, float, float, object]]) -> set[object]:

@@ -69,7 +69,8 @@ class Messages:
             shift = APART_S * number - float(of.posted.min()) if len(of.posted) else 0.0
             moments = (moment + shift for moment in (of.posted, of.arrived, of.before))
             columns.append((*moments, of.sent_bytes, of.port_bytes, of.is_first))
-        return cls(*map(torch.cat, zip(*columns, strict=True)), any(of.are_told_apart for of in passes))
+        posted, arrived, before, sent, port, is_first = map(torch.cat, zip(*columns, strict=True))
+        return cls(posted, arrived, before, sent, port, is_first, any(of.are_told_apart for of in passes))
 
     @property
     def are_known(self) -> Tensor:

@@ -9,9 +9,10 @@ from typing import Any, Literal
 from tritonmoe.tools.doctor.advice import Advice
 from tritonmoe.tools.doctor.attribution import Verdict
 from tritonmoe.tools.doctor.lanes import DOING, Piece, Shown
+from tritonmoe.tools.doctor.reading import ReadRun
 from tritonmoe.tools.doctor.recorded_run import RecordedRun
 from tritonmoe.tools.doctor.run_figures import PASSES, timelines_of
-from tritonmoe.tools.doctor.verdict import AnyRun, about, headline, recording_of, remarks, step_words, warnings_of
+from tritonmoe.tools.doctor.verdict import about, headline, recording_of, remarks, step_words, warnings_of
 from tritonmoe.tools.doctor.words import FindingWords, count_words, describe_finding, mended_words
 from tritonmoe.tools.report.charts import (
     MOST_SPANS,
@@ -54,7 +55,7 @@ class RunPart:
     """One run's part of a page, whose JSON stands at a key of the page's."""
 
     def __init__(
-        self, run: AnyRun, found: Verdict, advice: Sequence[Advice], shown: Shown, figures: Figures, key: str
+        self, run: ReadRun, found: Verdict, advice: Sequence[Advice], shown: Shown, figures: Figures, key: str
     ) -> None:
         self.run, self.found, self.advice, self.shown = run, found, advice, shown
         self.figures, self.key = figures, key

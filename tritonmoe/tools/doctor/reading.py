@@ -13,7 +13,6 @@ from tritonmoe.tools.doctor.chrome_timeline import is_timeline, read_timeline
 from tritonmoe.tools.doctor.exchange_names import as_run
 from tritonmoe.tools.doctor.flight_recorder import is_flight_record, read_flight_record
 from tritonmoe.tools.doctor.graph import Graph
-from tritonmoe.tools.doctor.hosts import FEW_FOR_NODES, unknown_of_nodes
 from tritonmoe.tools.doctor.inspector import is_inspector_line, name_ranks, on_one_clock, read_inspector
 from tritonmoe.tools.doctor.joining import joined
 from tritonmoe.tools.doctor.kineto import KinetoTrace
@@ -23,29 +22,32 @@ from tritonmoe.tools.doctor.trace import Part, RankTrace, Step
 from tritonmoe.tools.doctor.trace_files import JsonPieces, damaged, first_bytes, open_text
 from tritonmoe.tools.report.terminal import one_line
 
-__all__ = ["ForeignRun", "read_traces"]
+__all__ = ["ReadRun", "read_traces"]
 
 NO_TRACE = (".txt", ".md", ".yaml", ".yml", ".log", ".csv", ".py", ".sh", ".html", ".png", ".err", ".out")
 REPEATED = 0.97
 """So many of the exchanges must be what was so many exchanges before."""
 MOST_EXCHANGES = 4096
+FEW_FOR_NODES = 4
+"""Fewer ranks are no two nodes of two."""
 
 
 @dataclass
-class ForeignRun:
-    """A run as others recorded it."""
+class ReadRun:
+    """A run as its files tell it."""
 
     path: Path
     graph: Graph
     kinds: dict[str, int]
     """How many files of each kind were read."""
     lanes: str
+    """Of traces what is known of the computing, see RankTrace; recording; timeline."""
     limits: list[str]
     """What the files can't tell."""
     is_timeline: bool = False
 
 
-def read_traces(path: Path, ranks_per_node: int | None = None) -> ForeignRun:
+def read_traces(path: Path, ranks_per_node: int | None = None) -> ReadRun:
     """Read a trace, or a folder of them.
 
     ranks_per_node: so many neighbours share a host; None: as the files tell.
@@ -69,7 +71,7 @@ def _no_collections() -> Iterator[None]:
             gc.enable()
 
 
-def _read_traces(path: Path, ranks_per_node: int | None) -> ForeignRun:
+def _read_traces(path: Path, ranks_per_node: int | None) -> ReadRun:
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
     if not files:
         raise ValueError(f"{path} has no files in it")
@@ -84,7 +86,7 @@ def _read_traces(path: Path, ranks_per_node: int | None) -> ForeignRun:
         if len(read) > 1:
             raise ValueError(f"{path} has a pipeline's timeline and other traces: give the files of one run at a time")
         graph, own = timelines[0]
-        return ForeignRun(path, graph, {"pipeline timeline": 1}, "timeline", [*own, *limits], True)
+        return ReadRun(path, graph, {"pipeline timeline": 1}, "timeline", [*own, *limits], True)
     traces = [one for one in read if isinstance(one, RankTrace)]
     kinds: dict[str, int] = {}
     for trace in traces:
@@ -106,7 +108,7 @@ def _read_traces(path: Path, ranks_per_node: int | None) -> ForeignRun:
         mark_steps(traces, limits)
     as_all_to_alls(traces, limits)
     graph, own = joined(traces, ranks_per_node)
-    return ForeignRun(path, graph, kinds, traces[0].lanes, [*own, *_unknown(graph), *limits])
+    return ReadRun(path, graph, kinds, traces[0].lanes, [*own, *_unknown(graph), *limits])
 
 
 def _unknown(graph: Graph) -> Iterator[str]:
@@ -122,7 +124,27 @@ def _unknown(graph: Graph) -> Iterator[str]:
         )
     whole = [member for member in rows if member.sent and len(graph.exchanges[member.exchange]) == len(member.sent)]
     if any(len(graph.exchanges[member.exchange]) >= FEW_FOR_NODES for member in whole):
-        yield from unknown_of_nodes(graph)
+        yield from _unknown_of_nodes(graph)
+
+
+def _unknown_of_nodes(graph: Graph) -> Iterator[str]:
+    """Yield what is not known of the nodes of a run whose ranks send each other rows."""
+    hosts_of = ({graph.hosts[graph.members[one].rank] for one in members} for members in graph.exchanges if members[1:])
+    if not graph.hosts:
+        yield (
+            "the files don't say which ranks share a host: what two levels would gain is not known "
+            "(--ranks-per-node COUNT says it)"
+        )
+    elif len(set(graph.hosts)) > 1 and not graph.routed:
+        yield (
+            "the files don't say how many tokens a rank has: what two levels would gain is not known "
+            "(a trace of the router's torch.topk with record_shapes=True says it)"
+        )
+    elif len(set(graph.hosts)) > 1 and not any(len(hosts) == 1 for hosts in hosts_of):
+        yield (
+            "no exchange is of the ranks of one host alone: what rows take inside a host is not known, so two levels "
+            "may gain more than is said"
+        )
 
 
 def _shortened(others: Sequence[str]) -> str:

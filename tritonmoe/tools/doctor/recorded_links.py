@@ -92,7 +92,7 @@ def linked_of(recording: Recording, built: RecordedGraph, costs: Costs) -> tuple
             seconds = (one.sent.arrived - one.begun - each.latency_s).clamp(min=0)
             took[one.step] += torch.where(known, seconds, 0.0).sum(0)
             due[one.step] += torch.where(known, one.sent.port_bytes * typical_s, 0.0).sum(0)
-    times = _times_of_bytes(took, due, costs, node_size)
+    times = _times_of_bytes(took, due, costs)
     if not bool((times > 1).any()) and not bool((costs.ratios.excess_s > 0).any()):
         return nothing, None
     held_up_s = torch.zeros(num_steps, size, size, dtype=torch.float64, device="cpu")
@@ -106,7 +106,7 @@ def linked_of(recording: Recording, built: RecordedGraph, costs: Costs) -> tuple
     return seconds, _fault_of_steps(held_up_s, is_used, costs, recording)
 
 
-def _times_of_bytes(took: Tensor, due: Tensor, costs: Costs, node_size: int | None) -> Tensor:
+def _times_of_bytes(took: Tensor, due: Tensor, costs: Costs) -> Tensor:
     """Return (S, W, W): how many times as long as usual a byte takes on each link in each step; 1 where it is usual.
 
     took, due: (S, W, W), how long each link's messages took in a step, and how long they would on a typical link.
@@ -126,7 +126,7 @@ def _times_of_bytes(took: Tensor, due: Tensor, costs: Costs, node_size: int | No
     limit = max(SMALLEST_RATIO, math.exp(FAR_OUT * noise))
     own = of_step.nanquantile(0.25, dim=0)
     at_times = is_known & (of_step > limit * own.clamp(min=usual))
-    is_slow = (ratios.of_byte(node_size) > 1) & (of_step > 1)
+    is_slow = (ratios.of_byte > 1) & (of_step > 1)
     times = torch.where(is_slow, of_step, torch.where(at_times, of_step / own.clamp(min=1.0), 1.0))
     return times.nan_to_num(nan=1.0).clamp(min=1.0)
 
@@ -218,9 +218,8 @@ def _is_whole_port(is_slow: Tensor, rank: int, is_used: Tensor, node_size: int |
     """Return whether most links out of a rank, or most into it, are slow: those inside its node, or all others."""
     if int(is_slow[rank].sum() + is_slow[:, rank].sum()) < 2:
         return False
-    is_near = torch.arange(len(is_slow), device="cpu") // (node_size or len(is_slow)) == rank // (
-        node_size or len(is_slow)
-    )
+    node_size = node_size or len(is_slow)
+    is_near = torch.arange(len(is_slow), device="cpu") // node_size == rank // node_size
     return any(
         int((slow & reach).sum()) > int((used & reach).sum()) / 2
         for slow, used in ((is_slow[rank], is_used[rank]), (is_slow[:, rank], is_used[:, rank]))
@@ -242,31 +241,19 @@ def _fault_of(held_up_s: Tensor, is_used: Tensor, costs: Costs, recording: Recor
         if float(ports[rank]) >= ONE_PORT * total and _is_whole_port(
             held_up_s >= AMONG * held_up_s.max(), rank, is_used, recording.node_size
         ):
-            ways = (
-                "out of its port"
-                if float(out[rank]) > ONE_WAY * total
-                else "into its port"
-                if float(into[rank]) > ONE_WAY * total
-                else "through its port, both ways,"
-            )
+            one_way = "out of its port" if float(out[rank]) > ONE_WAY * total else "into its port"
+            is_one_way = max(float(out[rank]), float(into[rank])) > ONE_WAY * total
+            ways = one_way if is_one_way else "through its port, both ways,"
             return LinkFault("slow port", (), (rank,), f"moves bytes {ways} more slowly than other ranks")
         node_size = recording.node_size
         if node_size is not None and recording.size > 2 * node_size:
-            nodes = ports.view(-1, node_size).sum(1) - torch.stack(
-                [
-                    held_up_s[first : first + node_size, first : first + node_size].sum()
-                    for first in range(0, size, node_size)
-                ]
-            )
+            own = [slice(first, first + node_size) for first in range(0, size, node_size)]
+            nodes = ports.view(-1, node_size).sum(1) - torch.stack([held_up_s[of, of].sum() for of in own])
             node = int(nodes.argmax())
             if float(nodes[node]) >= ONE_NODE * total:
                 ranks = tuple(range(node * node_size, (node + 1) * node_size))
-                return LinkFault(
-                    "slow port",
-                    (),
-                    ranks,
-                    "share a node that exchanges bytes with other nodes more slowly than those do",
-                )
+                words = "share a node that exchanges bytes with other nodes more slowly than those do"
+                return LinkFault("slow port", (), ranks, words)
     worst = float(held_up_s[sender, receiver])
     links = tuple((i, k) for i, k in by_cost if of_links[i][k] >= AMONG * worst)
     is_late = all(float(ratios.excess_s[i, k]) > 0 and float(ratios.link[i, k]) <= 1 for i, k in links)

@@ -37,6 +37,8 @@ class Part:
     """What a send or receive is called where the other rank is known: "send to a later rank"."""
     is_noticed: bool = False
     """Whether end_s is when the rank that had waited for it went on: it may have ended sooner."""
+    is_timed: bool = True
+    """Whether the file tells when it was, and not only how long it took."""
 
 
 @dataclass
