@@ -23,7 +23,7 @@ def main() -> None:
             run = read_traces(folder)
         except (ValueError, OSError) as error:
             parser.error(str(error))
-        if not run.is_timeline:
+        if run.lanes != "timeline":
             parser.error(f"{folder} has no pipeline's timeline: give the folder of one job")
         print(as_text(run, attribute(run.graph)))
         found = slowdown_of(run.graph)

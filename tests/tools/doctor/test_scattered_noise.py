@@ -205,7 +205,7 @@ def test_all_ranks_are_not_left_out() -> None:
         of_all = replace(one, culprits=replace(one.culprits, ranks=(), moves=False))
         words = describe_finding(of_all, found)
         assert words.title == f"{one.kind}s"
-        assert words.who == "all ranks"
+        assert words.sentence.startswith("all ranks ")
         assert "leave the machine out" not in words.to_do
         assert describe_finding(one, found).title == one.kind
 

@@ -133,17 +133,16 @@ def _shift_of(meetings: Sequence[_Meeting]) -> _Shift:
     at_s = [other_end_s - since_s for _, _, other_end_s in short]
     certain_s = statistics.median(took_s for took_s, _, _ in short)
     middle_s = statistics.median(ahead_s)
-    if len(short) < FEW_FOR_DRIFT:
-        return _Shift(middle_s, 0.0, since_s, certain_s, max(at_s))
-    some = range(0, len(short), -(-len(short) // MOST_FOR_DRIFT))
-    slopes = [
-        (ahead_s[last] - ahead_s[first]) / (at_s[last] - at_s[first])
-        for first, last in combinations(some, 2)
-        if at_s[last] != at_s[first]
-    ]
-    drift = statistics.median(slopes) if slopes else 0.0
-    apart_s = statistics.median(abs(one - middle_s) for one in ahead_s)
-    if abs(drift) * max(at_s) <= apart_s:
-        return _Shift(middle_s, 0.0, since_s, certain_s, max(at_s))
-    begun_s = statistics.median(one - drift * at for one, at in zip(ahead_s, at_s, strict=True))
+    begun_s, drift = middle_s, 0.0
+    if len(short) >= FEW_FOR_DRIFT:
+        some = range(0, len(short), -(-len(short) // MOST_FOR_DRIFT))
+        slopes = [
+            (ahead_s[last] - ahead_s[first]) / (at_s[last] - at_s[first])
+            for first, last in combinations(some, 2)
+            if at_s[last] != at_s[first]
+        ]
+        slope = statistics.median(slopes) if slopes else 0.0
+        if abs(slope) * max(at_s) > statistics.median(abs(one - middle_s) for one in ahead_s):
+            begun_s = statistics.median(one - slope * at for one, at in zip(ahead_s, at_s, strict=True))
+            drift = slope
     return _Shift(begun_s, drift, since_s, certain_s, max(at_s))

@@ -21,12 +21,8 @@ FAR_S = 3600.0
 """No event is further from the steps than that."""
 
 
-class KinetoTrace:
-    """Puts a rank's trace together."""
-
-    def __init__(self, events: KinetoEvents) -> None:
-        self.events = events
-        self._backward_starts = sorted(zip(*events.backward, strict=True))
+class KinetoTrace(KinetoEvents):
+    """Puts a rank's trace together from what stands in it."""
 
     def trace(self) -> RankTrace:
         """Return what the trace says of its rank.
@@ -34,30 +30,29 @@ class KinetoTrace:
         Raises:
             ValueError: there is nothing in it that a step could be due to; the message says what is missing.
         """
-        about = self.events.top.get("distributedInfo", {})
+        self._backward_starts = sorted(zip(*self.backward, strict=True))
+        about = self.top.get("distributedInfo", {})
         if not isinstance(about, dict):
-            raise damaged(self.events.path, "distributedInfo is no object")
+            raise damaged(self.path, "distributedInfo is no object")
         rank, world = (about.get(key) for key in ("rank", "world_size"))
         for name, value in (("rank", rank), ("world_size", world)):
             if value is not None and (type(value) is not int or not 0 <= value < 1 << 24):
-                raise damaged(self.events.path, f"{name} is {str(value)[:40]!r}")
-        is_gpu = len(self.events.kernels[0]) > 0
-        host = self.events.top.get("host_name") or host_in_name(self.events.path.name, self.events.processes)
-        found = RankTrace(
-            str(self.events.path), rank, world, "gpu" if is_gpu else "cpu", host if type(host) is str else ""
-        )
-        found.routed = self.events.routed[min(self.events.routed)] if self.events.routed else None
+                raise damaged(self.path, f"{name} is {str(value)[:40]!r}")
+        is_gpu = len(self.kernels[0]) > 0
+        host = self.top.get("host_name") or host_in_name(self.path.name, self.processes)
+        found = RankTrace(str(self.path), rank, world, "gpu" if is_gpu else "cpu", host if type(host) is str else "")
+        found.routed = self.routed[min(self.routed)] if self.routed else None
         found.groups = self._groups(about)
-        base = self.events.top.get("baseTimeNanoseconds", 0)
+        base = self.top.get("baseTimeNanoseconds", 0)
         if type(base) not in (int, float) or not abs(base) < 1e19:
-            raise damaged(self.events.path, "baseTimeNanoseconds is no time")
-        if not is_gpu and (self.events.comms or not self.events.operators) and not self.events.by_workers:
+            raise damaged(self.path, "baseTimeNanoseconds is no time")
+        if not is_gpu and (self.comms or not self.operators) and not self.by_workers:
             why = (
                 "the run used NCCL, and the file has no events of a GPU"
-                if self.events.comms
+                if self.comms
                 else "the file has no operation that computes"
             )
-            raise ValueError(f"{self.events.path} can't be judged: {why}. Record with ProfilerActivity.CPU and .CUDA")
+            raise ValueError(f"{self.path} can't be judged: {why}. Record with ProfilerActivity.CPU and .CUDA")
         if is_gpu:
             self._of_gpu(found)
         else:
@@ -81,7 +76,7 @@ class KinetoTrace:
 
     def _steps(self, found: RankTrace, is_gpu: bool) -> None:
         by_number: dict[int, Step] = {}
-        for step in sorted(self.events.steps, key=lambda step: step.start_s):
+        for step in sorted(self.steps, key=lambda step: step.start_s):
             by_number.setdefault(step.number, step)
         steps = list(by_number.values())
         if is_gpu and steps:
@@ -95,26 +90,20 @@ class KinetoTrace:
             )
             steps = [Step(0, first, last)]
         if first < steps[0].start_s - FAR_S or last > steps[-1].end_s + FAR_S:
-            raise damaged(self.events.path, "the file has events more than an hour away from its steps")
+            raise damaged(self.path, "the file has events more than an hour away from its steps")
         for before, after in pairwise(steps):
             before.end_s = after.start_s  # what stands between two steps belongs to the first
         found.steps = steps
 
     def _moved_to_gpu(self, steps: list[Step]) -> list[Step]:
         """Return steps by when their kernels ran: what the host launched within a step is of that step."""
-        by_number = {step.number: step for step in self.events.steps_on_gpu}
+        by_number = {step.number: step for step in self.steps_on_gpu}
         if len(by_number) == len(steps) and all(step.number in by_number for step in steps):
             return sorted(by_number.values(), key=lambda step: step.start_s)
-        launches = sorted(zip(*self.events.launches, strict=True))
-        exchanges = (
-            (arguments.get("correlation"), start, end) for _, start, end, arguments in self.events.exchanges_on_gpu
-        )
-        kernels = sorted(
-            [
-                *zip(self.events.kernels[2], self.events.kernels[0], self.events.kernels[1], strict=True),
-                *(one for one in exchanges if type(one[0]) is int),
-            ]
-        )
+        launches = sorted(zip(*self.launches, strict=True))
+        exchanges = ((of.get("correlation"), start, end) for _, start, end, of in self.exchanges_on_gpu)
+        own = zip(self.kernels[2], self.kernels[0], self.kernels[1], strict=True)
+        kernels = sorted([*own, *(one for one in exchanges if type(one[0]) is int)])
         if not launches or not kernels or kernels[-1][0] < 0:
             return steps
         correlations = [correlation for correlation, _, _ in kernels]
@@ -137,17 +126,14 @@ class KinetoTrace:
         return "backward" if is_backward else "forward"
 
     def _of_gpu(self, found: RankTrace) -> None:
-        found.busy_start_s, found.busy_end_s = union(self.events.kernels[0], self.events.kernels[1])
-        launched: dict[int, float] = {}
-        wanted = {arguments.get("correlation") for _, _, _, arguments in self.events.exchanges_on_gpu}
-        for time, correlation in zip(*self.events.launches, strict=True):
-            if correlation in wanted:
-                launched[correlation] = time
-        before = sorted(zip(self.events.kernels[2], self.events.kernels[1], strict=True))
+        found.busy_start_s, found.busy_end_s = union(self.kernels[0], self.kernels[1])
+        wanted = {arguments.get("correlation") for _, _, _, arguments in self.exchanges_on_gpu}
+        launched = {number: time for time, number in zip(*self.launches, strict=True) if number in wanted}
+        before = sorted(zip(self.kernels[2], self.kernels[1], strict=True))
         correlations = [correlation for correlation, _ in before]
         latest = list(accumulate((end for _, end in before), max))
         cut = False
-        for kind, start_s, end_s, arguments in sorted(self.events.exchanges_on_gpu, key=lambda one: one[1]):
+        for kind, start_s, end_s, arguments in sorted(self.exchanges_on_gpu, key=lambda one: one[1]):
             correlation = arguments.get("correlation")
             posted_s = start_s
             place = bisect_right(found.busy_start_s, start_s) - 1
@@ -172,17 +158,17 @@ class KinetoTrace:
             )
 
     def _of_cpu(self, found: RankTrace) -> None:
-        self.events.posts.sort(key=lambda post: post[1])
+        self.posts.sort(key=lambda post: post[1])
         by_thread: dict[object, list[float]] = defaultdict(list)
-        for _, start_s, _, thread, _ in self.events.posts:
+        for _, start_s, _, thread, _ in self.posts:
             by_thread[thread].append(start_s)
         holding = {thread: list(own) for thread, own in by_thread.items()}
-        for thread, start_s in self.events.waits:
+        for thread, start_s in self.waits:
             holding.setdefault(thread, []).append(start_s)
         starts, ends = array("d"), array("d")
-        waiting_threads = {*by_thread, *_with_several_at_once(self.events.by_workers)}
-        workers = {thread for _, _, _, thread in self.events.by_workers} - waiting_threads
-        for thread, (own_starts, own_ends) in self.events.operators.items():
+        waiting_threads = {*by_thread, *_with_several_at_once(self.by_workers)}
+        workers = {thread for _, _, _, thread in self.by_workers} - waiting_threads
+        for thread, (own_starts, own_ends) in self.operators.items():
             if thread in workers:
                 continue  # what they compute is a part of the exchange
             posted = sorted(holding.get(thread, []))
@@ -193,14 +179,14 @@ class KinetoTrace:
                     ends.append(end_s)
         found.busy_start_s, found.busy_end_s = union(starts, ends)
         waiting: dict[str, list[Part]] = defaultdict(list)
-        for kind, start_s, _, _, arguments in self.events.posts:
+        for kind, start_s, _, _, arguments in self.posts:
             part = Part(kind, start_s, start_s, None, phase=self._phase(start_s))
             from_operator(part, arguments)
             found.parts.append(part)
             waiting[as_run(kind)].append(part)
         lanes: dict[object, int] = {}
         alone = count(MOST_LANES)
-        for name, start_s, end_s, thread in sorted(self.events.by_workers, key=lambda one: one[1]):
+        for name, start_s, end_s, thread in sorted(self.by_workers, key=lambda one: one[1]):
             of_kind = waiting.get(as_run(kind_of_name(name) or ""), [])
             if of_kind and of_kind[0].posted_s <= start_s:
                 part = of_kind.pop(0)
@@ -216,7 +202,7 @@ class KinetoTrace:
             found.limits.append(
                 f"of {len(unknown)} of {len(found.parts)} exchanges the file doesn't say when they ended"
             )
-        ends_of_posts = {start_s: end_s for _, start_s, end_s, _, _ in self.events.posts}
+        ends_of_posts = {start_s: end_s for _, start_s, end_s, _, _ in self.posts}
         for part in unknown:
             part.end_s = ends_of_posts[part.posted_s]
 

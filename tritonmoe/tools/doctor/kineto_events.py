@@ -247,13 +247,8 @@ def from_nccl(part: Part, arguments: dict) -> bool:
     sent, sent_cut = _whole_numbers(arguments.get("In split size", ""))
     received, received_cut = _whole_numbers(arguments.get("Out split size", ""))
     is_cut = is_cut or sent_cut or received_cut
-    if (
-        sent
-        and received
-        and not (sent_cut or received_cut)
-        and type(size) is int
-        and len(sent) == len(received) == size
-    ):
+    are_whole = sent and received and not (sent_cut or received_cut)
+    if are_whole and type(size) is int and len(sent) == len(received) == size:
         part.rows = sum(received)
         row = part.num_bytes / sum(sent) if part.num_bytes and sum(sent) else 0
         if row:

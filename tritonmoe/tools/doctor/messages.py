@@ -93,14 +93,8 @@ class Messages:
         return begin
 
 
-@functools.lru_cache(maxsize=KEPT_PASSES)
-def messages_of(call: RecordedCall, number: int, reach: Reach, node_size: int | None) -> Messages:
-    """Return the messages of a pass of a call, in the order in which all ranks posted its exchanges."""
-    return find_messages(call, number, reach, node_size)
-
-
 def find_messages(call: RecordedCall, number: int, reach: Reach, node_size: int | None) -> Messages:
-    """Return the same, and keep nothing of it."""
+    """Return the messages of a pass of a call, in the order in which all ranks posted its exchanges."""
     ranks = [of.passes[number] for of in call.ranks]
     size = len(ranks)
     inside = call.levels if reach is Reach.INSIDE else None
@@ -144,6 +138,10 @@ def find_messages(call: RecordedCall, number: int, reach: Reach, node_size: int 
         torch.arange(len(steps), device="cpu") == 0,
         any(all(of) for of in zip(*tells, strict=True)),
     )
+
+
+messages_of = functools.lru_cache(maxsize=KEPT_PASSES)(find_messages)
+"""find_messages, of which the last passes are kept."""
 
 
 def _exchanges_of(passes: Sequence[PassSteps]) -> tuple[list[Step], list[list[int]]]:

@@ -39,6 +39,12 @@ class Part:
     """Whether end_s is when the rank that had waited for it went on: it may have ended sooner."""
     is_timed: bool = True
     """Whether the file tells when it was, and not only how long it took."""
+    key: tuple = ()
+    """What it is compared by, once ranks' traces are joined."""
+    member: int = -1
+    """Then, its place in the graph."""
+    idle_since_s: float | None = None
+    """Then, since when its rank's computing lane stood still for it; None where it didn't."""
 
 
 @dataclass

@@ -116,20 +116,19 @@ class JsonPieces:
 
     def _members(self) -> Iterator[Member]:
         members: dict[str, object] = {}
-        self._skip_blank()
         if self._peek() == "}":
             self._at += 1
             return
         while True:
-            self._skip_blank()
+            self._peek()
             key = self._value("a name")
             if not isinstance(key, str):
                 raise damaged(self.path, f"a {type(key).__name__} stands where a name should")
             if self._next() != ":":
                 raise damaged(self.path, f"there is no colon after {key[:40]!r}")
-            self._skip_blank()
+            following = self._peek()
             if key == self.long_key:
-                if self._peek() != "[":
+                if following != "[":
                     raise damaged(self.path, f"{key} is no list")
                 self._at += 1
                 yield from self._elements(key)
@@ -145,7 +144,6 @@ class JsonPieces:
                 raise damaged(self.path, f"there is no comma after {key[:40]!r}")
 
     def _elements(self, key: str) -> Iterator[Member]:
-        self._skip_blank()
         if self._peek() == "]":
             self._at += 1
             return
@@ -168,7 +166,7 @@ class JsonPieces:
                 return
             if separator != ",":
                 raise damaged(self.path, f"there is no comma after element {self.num_elements - 1} of {key}")
-            self._skip_blank()
+            self._peek()
 
     def _value(self, what: str) -> object:
         grown = BLOCK
@@ -196,18 +194,15 @@ class JsonPieces:
         if not block:
             self._is_whole = True
 
-    def _skip_blank(self) -> None:
+    def _peek(self) -> str:
+        """Return the next character that is not blank, which is the next one then; "" at the end."""
         while True:
             self._at = BLANK.match(self._text, self._at).end()  # type: ignore[union-attr]
             if self._at < len(self._text) or self._is_whole:
-                return
+                return self._text[self._at : self._at + 1]
             self._fill()
 
-    def _peek(self) -> str:
-        return self._text[self._at : self._at + 1]
-
     def _next(self, allow_end: bool = False) -> str:
-        self._skip_blank()
         found = self._peek()
         if not found and not allow_end:
             raise damaged(self.path, f"it ends too soon, after {self.num_elements} elements")

@@ -137,7 +137,7 @@ def remarks(run: ReadRun, found: Verdict) -> list[str]:
     small = [f"{kind} {share:.0%}" for kind, share in found.others if share >= 0.005]
     if small:
         lines.append("other causes, too small, not certain, or part of a finding: " + ", ".join(small))
-    if run.is_timeline:
+    if run.lanes == "timeline":
         jobs = slowdown_of(found.graph)
         lines.append(
             f"StragglerAnalysis' figures, from means: S {jobs.slowdown:.3f}, M_W {jobs.share_of_slowest:.3f} of "
@@ -164,7 +164,7 @@ def remarks(run: ReadRun, found: Verdict) -> list[str]:
 def as_json(run: ReadRun, found: Verdict, advice: Sequence[Advice] = (), shown: Shown | None = None) -> Json:
     """Return the verdict with all its figures, as plain values; shown: where it is known already."""
     graph = found.graph
-    jobs = slowdown_of(graph) if run.is_timeline else None
+    jobs = slowdown_of(graph) if run.lanes == "timeline" else None
     shown = shown_of(found) if shown is None else shown
     return {
         "recording": str(run.path),
