@@ -82,7 +82,7 @@ class Programs:
         return (*sizes[:place], 0, *sizes[place + 1 :])
 
     def _name_parts(self) -> None:
-        """Give every part its key."""
+        """Set the key of every part."""
         orders = {tuple((part.phase, _what(part)) for parts in steps for part in parts) for steps in self.of_steps}
         for parts in chain.from_iterable(self.of_steps):
             seen: dict[tuple, int] = defaultdict(int)

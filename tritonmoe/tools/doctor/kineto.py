@@ -102,8 +102,8 @@ class KinetoTrace(KinetoEvents):
             return sorted(by_number.values(), key=lambda step: step.start_s)
         launches = sorted(zip(*self.launches, strict=True))
         exchanges = ((of.get("correlation"), start, end) for _, start, end, of in self.exchanges_on_gpu)
-        own = zip(self.kernels[2], self.kernels[0], self.kernels[1], strict=True)
-        kernels = sorted([*own, *(one for one in exchanges if type(one[0]) is int)])
+        others = zip(self.kernels[2], self.kernels[0], self.kernels[1], strict=True)
+        kernels = sorted([*others, *(one for one in exchanges if type(one[0]) is int)])
         if not launches or not kernels or kernels[-1][0] < 0:
             return steps
         correlations = [correlation for correlation, _, _ in kernels]

@@ -278,11 +278,11 @@ class LinkFit:
         begun, ended = self._begun(), self.sent.arrived - self._latencies_s
         outwards = busy_times(self.sent, begun, ended, counts & (is_out | ~is_in), 2, self.port_out > 1)
         inwards = busy_times(self.sent, begun, ended, counts & (is_in | ~is_out), 1, self.port_in > 1)
-        return self._with_latency(outwards), self._with_latency(inwards)
-
-    def _with_latency(self, times: list[list[tuple[float, float]]]) -> list[list[tuple[float, float]]]:
-        """Return bytes and seconds of busy times, with one latency each."""
-        return [[(size, max(SHORTEST_S, seconds + self.latency_s)) for size, seconds in of] for of in times]
+        outwards, inwards = (  # with one latency each
+            [[(size, max(SHORTEST_S, seconds + self.latency_s)) for size, seconds in of] for of in times]
+            for times in (outwards, inwards)
+        )
+        return outwards, inwards
 
     def _line(self, points: Sequence[tuple[float, float]]) -> tuple[float, float]:
         """Return latency, by small messages, and seconds of a byte, by busy times with many bytes."""

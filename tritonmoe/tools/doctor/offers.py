@@ -17,7 +17,7 @@ from tritonmoe.overlap.simulation.simulator import simulate
 from tritonmoe.overlap.steps import StepKind
 from tritonmoe.tools.doctor.advice import Advice
 from tritonmoe.tools.doctor.attribution import Cost
-from tritonmoe.tools.doctor.graph import Graph, Key, Kind, Member, floats, indices
+from tritonmoe.tools.doctor.graph import Graph, Key, Kind, Member, indices
 from tritonmoe.tools.doctor.replays import Replays
 from tritonmoe.tools.doctor.samples import fit_relative_line
 from tritonmoe.tools.doctor.usual import usual_of
@@ -328,30 +328,22 @@ class Offers:
 
     def _narrower(self) -> Iterator[Advice | None]:
         """Offer rows of fewer bytes, where it is known how wide their numbers are."""
-        members = self.graph.members
-        widths = {members[one].element_bytes for layer in self.layers for one in (*layer.there, *layer.back)}
+        rows = [one for layer in self.layers for one in (*layer.there, *layer.back)]
+        dispatched = [one for layer in self.layers if layer.phase == "forward" for one in layer.there]
+        widths = {self.graph.members[one].element_bytes for one in rows}
         if widths == {4}:
-            rows = [(one, 0.5) for layer in self.layers for one in (*layer.there, *layer.back)]
-            yield self._with_bytes("rows sent as bfloat16", rows, "all rows are rounded")
-        if widths in ({2}, {4}):
-            (width,) = widths
-            rows = [
-                (one, FP8_SCALES / (width or 1))
-                for layer in self.layers
-                if layer.phase == "forward"
-                for one in layer.there
-            ]
-            if rows:
-                yield self._with_bytes("dispatched rows sent as fp8, in forward", rows, "dispatched rows are rounded")
+            yield self._with_bytes("rows sent as bfloat16", rows, 0.5, "all rows are rounded")
+        if widths in ({2}, {4}) and dispatched:
+            ratio = FP8_SCALES / (2 if widths == {2} else 4)
+            words = "dispatched rows sent as fp8, in forward"
+            yield self._with_bytes(words, dispatched, ratio, "dispatched rows are rounded")
 
-    def _with_bytes(self, words: str, rows: Sequence[tuple[int, float]], price: str) -> Advice:
+    def _with_bytes(self, words: str, rows: Sequence[int], ratio: float, price: str) -> Advice:
         transfer_s = self.transfer_s.clone()
-        members = indices([member for member, _ in rows])
-        ratios = floats([ratio for _, ratio in rows])
-        transfer_s[members] -= (1 - ratios) * (transfer_s[members] - self.latency_s).clamp(min=0)
-        return Advice(
-            words, f"{price}; the gain doesn't include the time to convert them", Cost.of(self._gained(transfer_s))
-        )
+        members = indices(rows)
+        transfer_s[members] -= (1 - ratio) * (transfer_s[members] - self.latency_s).clamp(min=0)
+        price = f"{price}; the gain doesn't include the time to convert them"
+        return Advice(words, price, Cost.of(self._gained(transfer_s)))
 
     def _chunks(self) -> Advice | None:
         """Offer chunks of which one travels while another is computed, as this package's layers run them."""
@@ -420,7 +412,7 @@ class Offers:
             compute_s = statistics.median(seconds for _, seconds in of)
             sizes = sorted(size for size, _ in of)
             is_known = sizes[0] > 0 and sizes[-1] >= UNLIKE_ROWS * sizes[0]
-            shares = (CHUNK_SHARE[0] * compute_s, CHUNK_SHARE[1] * compute_s, CHUNK_SHARE[2] * compute_s)
+            shares = CHUNK_SHARE[0] * compute_s, CHUNK_SHARE[1] * compute_s, CHUNK_SHARE[2] * compute_s
             fitted = min(fit_relative_line(of)[0], shares[WORST])  # ranks of other speeds make it anything
             found[key] = (min(shares[EXPECTED], fitted), fitted, max(shares[EXPECTED], fitted)) if is_known else shares
         return found

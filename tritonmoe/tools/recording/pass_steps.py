@@ -146,8 +146,8 @@ class PassSteps(Sequence[RecordedStep]):
         return len(self.layout.steps)
 
     def __iter__(self) -> Iterator[RecordedStep]:
-        for step, (*times, units) in zip(self.layout.steps, self.times.tolist(), strict=True):
-            yield RecordedStep(step, *times, units=units)
+        for step, (start_s, end_s, wait_s, post_s, units) in zip(self.layout.steps, self.times.tolist(), strict=True):
+            yield RecordedStep(step, start_s, end_s, wait_s, post_s, units=units)
 
     @overload
     def __getitem__(self, place: int) -> RecordedStep: ...
