@@ -166,14 +166,11 @@ def _of_members(member_s: Tensor, graph: Graph) -> ExcessTime:
     return ExcessTime(torch.zeros_like(graph.tables.busy_s), member_s)
 
 
-def _bandwidth(known: Known, usual: Usual) -> ExcessTime:
-    transfers_s = (usual.transfer_s - usual.of_bytes_s).clamp(min=0)
-    return _of_members(transfers_s - _latency(known, usual).member_s, known.built.graph)
-
-
-def _latency(known: Known, usual: Usual) -> ExcessTime:
+def _of_transfers(known: Known, usual: Usual, is_latency: bool) -> ExcessTime:
+    """Return what exchanges take however small they are, or what they take beyond that."""
     transfers_s, graph = (usual.transfer_s - usual.of_bytes_s).clamp(min=0), known.built.graph
-    return _of_members(torch.minimum(transfers_s, _latency_s(graph, known.costs)), graph)
+    latency_s = torch.minimum(transfers_s, _latency_s(graph, known.costs))
+    return _of_members(latency_s if is_latency else transfers_s - latency_s, graph)
 
 
 def _latency_s(graph: Graph, costs: Costs) -> Tensor:
@@ -340,13 +337,13 @@ CAUSES: Mapping[CauseKind, Cause] = {
             "bandwidth",
             lambda of: f"wait{of.s} for the bytes of exchanges, at the links' usual rate",
             "send fewer bytes (a narrower wire_dtype, two levels), or hide exchanges behind compute (chunks)",
-            structural=_bandwidth,
+            structural=lambda known, usual: _of_transfers(known, usual, is_latency=False),
         ),
         Cause(
             "latency",
             lambda of: f"wait{of.s} for the fixed time of exchanges, which even the smallest exchange takes",
             "make fewer and larger exchanges (fewer chunks), or use a network with less delay",
-            structural=_latency,
+            structural=lambda known, usual: _of_transfers(known, usual, is_latency=True),
         ),
         Cause(
             "chunk overhead",

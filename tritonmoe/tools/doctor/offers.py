@@ -4,7 +4,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, pairwise
 from typing import NamedTuple
 
 import torch
@@ -98,10 +98,8 @@ def layers_of(graph: Graph) -> list[LayerPass]:
     following: dict[int, int] = {}
     visits: dict[int, _Visit] = {}
     for of_rank in by_rank:
-        for place, visit in enumerate(of_rank):
-            visits[visit.member] = visit
-            if place + 1 < len(of_rank):
-                following[visit.member] = of_rank[place + 1].member
+        visits |= {visit.member: visit for visit in of_rank}
+        following |= {visit.member: after.member for visit, after in pairwise(of_rank)}
     found = []
     taken: set[int] = set()
     for members in _in_order(graph, by_rank):
@@ -172,17 +170,12 @@ def _visits(graph: Graph, rank: int, known: set[int]) -> Iterator[_Visit]:
 
 
 def _in_order(graph: Graph, by_rank: Sequence[Sequence[_Visit]]) -> Iterator[list[int]]:
-    """Return the members of each exchange of rows, in the order in which the first of its ranks comes to them."""
+    """Yield the members of each exchange of rows, in the order in which the first of its ranks comes to them."""
     seen: set[int] = set()
-    places: dict[int, list[int]] = defaultdict(list)
-    for rank, of_rank in enumerate(by_rank):
-        for visit in of_rank:
-            exchange = graph.members[visit.member].exchange
-            if exchange not in seen:
-                seen.add(exchange)
-                places[rank].append(exchange)
-    for exchanges in places.values():
-        for exchange in exchanges:
+    for visit in chain.from_iterable(by_rank):
+        exchange = graph.members[visit.member].exchange
+        if exchange not in seen:
+            seen.add(exchange)
             yield sorted(graph.exchanges[exchange], key=lambda one: graph.members[one].rank)
 
 

@@ -48,12 +48,8 @@ def first_bytes(path: Path) -> bytes:
         ValueError: it is no file, or packed and damaged. OSError: it can't be read.
     """
     check_regular(path)
-    with path.open("rb") as file:
-        begin = file.read(FIRST_BYTES)
-    if begin[:2] != GZIP:
-        return begin
     try:
-        with Unpacked(path) as file:
+        with Unpacked(path) if _is_packed(path) else path.open("rb") as file:
             return file.read(FIRST_BYTES)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise damaged(path, f"it is packed, and can't be unpacked: {error}") from None
@@ -61,11 +57,12 @@ def first_bytes(path: Path) -> bytes:
 
 def open_text(path: Path) -> io.TextIOBase:
     """Open a file of text, packed or not."""
+    return io.TextIOWrapper(Unpacked(path), encoding="utf-8") if _is_packed(path) else path.open(encoding="utf-8")
+
+
+def _is_packed(path: Path) -> bool:
     with path.open("rb") as file:
-        is_packed = file.read(2) == GZIP
-    if is_packed:
-        return io.TextIOWrapper(Unpacked(path), encoding="utf-8")
-    return path.open(encoding="utf-8")
+        return file.read(2) == GZIP
 
 
 def _no_constant(name: str) -> NoReturn:
