@@ -164,24 +164,16 @@ def graph_of(recording: Recording) -> RecordedGraph:
         raise ValueError(f"{recording.path}: there is no call that all ranks have recorded")
     passes, notes = placed_passes(recording)
     made = RecordedRows(recording, passes)
-    rows = made.rows.joined()
     has_halves = any(of.call.half for of in passes)
-    order = torch.arange(made.num_rows)
-    for column in ("number", "start" if has_halves else "place", "rank"):
-        order = order[rows[column][order].argsort(stable=True)]
-    for name, values in rows.items():
-        rows[name] = values[order]
+    rows, waits = _in_order(made, has_halves)
     usual_s, meeting_places = _add_between(rows, passes, made.size, has_halves)
     meeting = torch.full((len(passes),), -1, dtype=torch.int64)
     for place in meeting_places:
         meeting[place] = made.add_exchange(place, MEETING)
-    members, ends, waits = made.members.joined(), made.ends.joined(), made.waits.joined()
+    members, ends = made.members.joined(), made.ends.joined()
     for name in ("end", "posted", "out", "into"):
         members[name] = torch.full((made.num_members,), torch.nan, dtype=torch.float64, device="cpu")
         members[name][ends["member"]] = ends[name]
-    row_at = torch.empty_like(order)
-    row_at[order] = torch.arange(made.num_rows)
-    waits["row"] = row_at[waits["row"]]
     # Runs: of every event, and what lies before those that begin a pass.
     first = rows["is_first"].nonzero()[:, 0]
     paused = first[rows["pause"][first] > 0]
@@ -238,6 +230,19 @@ def graph_of(recording: Recording) -> RecordedGraph:
         first_member=made.first_member, since=since, posted=posted, end=end,
         step_s=float(whole.mean()), node_size=made.node_size,
     )  # fmt: skip
+
+
+def _in_order(made: RecordedRows, has_halves: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the rows of events in the order of ranks and their times, and those of waits, which name theirs."""
+    rows, waits, order = made.rows.joined(), made.waits.joined(), torch.arange(made.num_rows)
+    for column in ("number", "start" if has_halves else "place", "rank"):
+        order = order[rows[column][order].argsort(stable=True)]
+    row_at = torch.empty_like(order)
+    row_at[order] = torch.arange(made.num_rows)
+    waits["row"] = row_at[waits["row"]]
+    for name, values in rows.items():  # one after the other: both copies of all of them would be too much
+        rows[name] = values[order]
+    return rows, waits
 
 
 def _programs(
