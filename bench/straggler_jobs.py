@@ -8,8 +8,8 @@ import json
 from pathlib import Path
 
 from tritonmoe.tools.doctor.attribution import attribute
+from tritonmoe.tools.doctor.chrome_timeline import slowdown_of
 from tritonmoe.tools.doctor.reading import read_traces
-from tritonmoe.tools.doctor.slowdown import slowdown_of
 from tritonmoe.tools.doctor.verdict import as_text
 
 __all__ = ["main"]
@@ -23,7 +23,7 @@ def main() -> None:
             run = read_traces(folder)
         except (ValueError, OSError) as error:
             parser.error(str(error))
-        if not run.is_timeline:
+        if run.lanes != "timeline":
             parser.error(f"{folder} has no pipeline's timeline: give the folder of one job")
         print(as_text(run, attribute(run.graph)))
         found = slowdown_of(run.graph)

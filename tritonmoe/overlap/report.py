@@ -77,6 +77,11 @@ class StepTiming:
     is_end_known: bool = True
     """False for an exchange of which it is only known that it had ended when it was waited for (NCCL)."""
 
+    @property
+    def held_s(self) -> float:
+        """How long the step held the compute lane, but for a wait: an exchange while it was packed and posted."""
+        return self.post_s if self.step.lane == "comm" else self.end_s - self.start_s
+
     def shifted(self, offset_s: float) -> "StepTiming":
         """Return it so much later."""
         arrivals = self.arrivals_s and tuple(None if at is None else at + offset_s for at in self.arrivals_s)

@@ -11,8 +11,8 @@ from bench.foreign_scenarios import Scenario, draw
 from bench.synthetic_traces import write_traces
 from tritonmoe.tools.cli import main
 from tritonmoe.tools.doctor.attribution import Verdict, attribute
+from tritonmoe.tools.doctor.chrome_timeline import slowdown_of
 from tritonmoe.tools.doctor.reading import read_traces
-from tritonmoe.tools.doctor.slowdown import slowdown_of
 
 AR = Path(__file__).parent / "data" / "straggler_ar_two_steps.json.gz"
 

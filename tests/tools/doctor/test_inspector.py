@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tritonmoe.tools.doctor.attribution import Finding, attribute
+from tritonmoe.tools.doctor.link_ends import SlowLinks
 from tritonmoe.tools.doctor.reading import read_traces
 
 WRITTEN = Path(__file__).parent / "data" / "inspector_slow_link"
@@ -115,8 +116,8 @@ def test_without_times_a_send_and_its_receive_tell_who_came_late(tmp_path: Path)
     assert any("wrote how long exchanges took, not when" in words for words in run.limits)
     found = attribute(run.graph)
     assert (found.findings[0].kind, found.findings[0].culprits.links) == ("slow link", ((1, 2),))
-    first = [run.graph.members[one] for one in run.graph.exchanges[0]]
-    assert [one.linked_s for one in first] == pytest.approx([0.0, 0.002, 0.002, 0.0])
+    assert run.graph.linked_s is not None
+    assert run.graph.linked_s[run.graph.exchanges[0]].tolist() == pytest.approx([0.0, 0.002, 0.002, 0.0])
 
 
 def test_the_wire_tells_more_than_times_in_which_ranks_wait(tmp_path: Path) -> None:
@@ -132,8 +133,8 @@ def test_the_wire_tells_more_than_times_in_which_ranks_wait(tmp_path: Path) -> N
         ]  # fmt: skip
         lines[0]["dump_stats"]["proxy_records"] = len(proxies)
         file.write_text("\n".join(json.dumps(line) for line in [*lines, *proxies]))
-    slow = read_traces(tmp_path / "run").graph.slow_links
-    assert slow is not None
+    slow = read_traces(tmp_path / "run").graph.fault
+    assert isinstance(slow, SlowLinks)
     assert (set(slow.links), slow.ranks) == ({(1, 0), (1, 2), (1, 3)}, (1,))
     assert slow.of_byte_s[1, 0] == pytest.approx(6 * slow.usual_s[1, 0])
 

@@ -13,8 +13,7 @@ from bench.synthetic_traces import ROW_S, WIDTH, write_traces
 from tritonmoe.config.overlap import OverlapPlan
 from tritonmoe.tools.benchmarks.stand_ins import FixedExperts, run_passes
 from tritonmoe.tools.doctor.graph import Graph, Kind, Member, Run
-from tritonmoe.tools.doctor.moe_layers import layers_of
-from tritonmoe.tools.doctor.offers import Offers, offers_of
+from tritonmoe.tools.doctor.offers import Offers, layers_of, offers_of
 from tritonmoe.tools.doctor.reading import read_traces
 from tritonmoe.transports import LinkModel, Transport
 from tritonmoe.transports.emulated.emulated_ranks import run_on_emulated_ranks

@@ -3,6 +3,7 @@
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import tritonmoe as tm
 from bench.synthetic_runs import Run, healthy, write_run
 from tritonmoe.config.overlap import OverlapPlan
 from tritonmoe.overlap.simulation.simulator import simulate_two_batches
+from tritonmoe.tools.doctor import causes
 from tritonmoe.tools.doctor.advice import advice_on
 from tritonmoe.tools.doctor.conditions import conditions_of
 from tritonmoe.tools.doctor.costs import fit_costs
@@ -344,3 +346,10 @@ def test_a_replay_that_is_off_explains_nothing(tmp_path: Path) -> None:
     assert not found.found.is_explained
     assert not found.found.is_healthy
     assert "UNEXPLAINED" in as_text(found, found.found)
+
+
+def test_every_kind_of_cause_has_an_entry() -> None:
+    """So that a mistyped kind is an error of types."""
+    assert tuple(causes.CAUSES) == get_args(causes.CauseKind)
+    named = [one for cause in causes.CAUSES.values() for one in (*cause.explains, cause.excess_kind)]
+    assert set(named) <= set(causes.CAUSES)

@@ -10,7 +10,7 @@ from step_graphs import Exchange, graph_of
 
 from tritonmoe.tools.doctor.attribution import Verdict, attribute, gain_of_noise
 from tritonmoe.tools.doctor.graph import Graph, Kind, Member, Run
-from tritonmoe.tools.doctor.reading import ForeignRun
+from tritonmoe.tools.doctor.reading import ReadRun
 from tritonmoe.tools.doctor.replays import Replays
 from tritonmoe.tools.doctor.usual import usual_of
 from tritonmoe.tools.doctor.verdict import as_text
@@ -160,7 +160,7 @@ def hiding_run(extra_s: float, late_s: float = 0.06) -> Graph:
 
 
 def text_of(found: Verdict) -> str:
-    run = ForeignRun(Path("run"), found.graph, {"timeline": 1}, "host", [])
+    run = ReadRun(Path("run"), found.graph, {"timeline": 1}, "host", [])
     return " ".join(as_text(run, found).split())
 
 
@@ -205,7 +205,7 @@ def test_all_ranks_are_not_left_out() -> None:
         of_all = replace(one, culprits=replace(one.culprits, ranks=(), moves=False))
         words = describe_finding(of_all, found)
         assert words.title == f"{one.kind}s"
-        assert words.who == "all ranks"
+        assert words.sentence.startswith("all ranks ")
         assert "leave the machine out" not in words.to_do
         assert describe_finding(one, found).title == one.kind
 

@@ -125,9 +125,8 @@ def test_64_ranks_fit(slow: RecordedRun, tmp_path: Path) -> None:
     """As many ranks as can be drawn. Of more calls only medians and sums are shown."""
     run = Run(size=64, slow_rank=(63, 1.5), rows=20.0)
     recording = read_recording(write_run(tmp_path, [run] * 2))
-    ratios = LinkRatios(
-        ones(64), ones(64), ones(64, 64).index_fill(0, torch.tensor([63]), 1.2345), True, 0 * ones(64, 64)
-    )
+    of_byte = ones(64, 64).index_fill(0, torch.tensor([63]), 1.2345)
+    ratios = LinkRatios(of_byte, of_byte, 0 * of_byte, True)
     costs = replace(slow.costs, steps=run.steps(), link=run.link(), ratios=ratios, slowness=(1.0,) * 63 + (1.5,))
     finding = replace(slow.found.findings[0], culprits=replace(slow.found.findings[0].culprits, ranks=(63,)))
     built = graph_of(recording)

@@ -382,6 +382,11 @@ class LayerWork:
             return self.row_bytes
         return self.other_row_bytes
 
+    def rows_to_others(self, kind: StepKind) -> Tensor:
+        """Return (W, W) the rows from rank i to each other rank k in all steps of a kind."""
+        rows = self.rows if kind.way is Way.TO_EXPERTS else self.rows.T
+        return rows.clone().fill_diagonal_(0)
+
     def segments(self, plan: OverlapPlan) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Return rows sent, rows returned and pairs (W,) of every segment, as if each chunk had exactly its share."""
         own_rows, own_pairs = self.rows.diagonal(), self.pairs.diagonal()

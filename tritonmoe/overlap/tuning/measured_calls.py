@@ -80,8 +80,7 @@ def median_steps(reports: Sequence[LayerReport]) -> list[tuple[StepKind, float, 
         for timing in timings:
             step = timing.step
             units = step_units(step, report.overlap.num_local_slices, *sizes, copies=copy_units(report))
-            elapsed = timing.post_s if step.lane == "comm" else timing.end_s - timing.start_s
-            seconds.setdefault((report.overlap, step, units), []).append(elapsed)
+            seconds.setdefault((report.overlap, step, units), []).append(timing.held_s)
     return [(step.kind, units, statistics.median_low(times)) for (_, step, units), times in seconds.items()]
 
 

@@ -24,7 +24,7 @@ from tritonmoe.tools.doctor.advice import Advice
 from tritonmoe.tools.doctor.attribution import Verdict, attribute
 from tritonmoe.tools.doctor.lanes import Shown, shown_of
 from tritonmoe.tools.doctor.offers import offers_of
-from tritonmoe.tools.doctor.page import Part, RecordedPart, RunPart, runs_page
+from tritonmoe.tools.doctor.page import RecordedPart, RunPart, runs_page
 from tritonmoe.tools.doctor.probe_pairs import probe_pairs
 from tritonmoe.tools.doctor.recorded_run import RecordedRun, judge_recording
 from tritonmoe.tools.doctor.run_figures import figures_of
@@ -88,7 +88,7 @@ def _page(found: "Sequence[_Judged]") -> Page:
 class _Judged:
     """A run, and why its steps take as long as they do."""
 
-    run: RecordedRun | traces.ForeignRun
+    run: traces.ReadRun
     found: Verdict
 
     @cached_property
@@ -106,7 +106,7 @@ class _Judged:
         figures = figures_of(self.run) if isinstance(self.run, RecordedRun) else {}
         return {**as_json(self.run, self.found, self.advice, self.shown), **figures}
 
-    def part(self, figures: Figures, key: str) -> Part:
+    def part(self, figures: Figures, key: str) -> RunPart:
         if isinstance(self.run, RecordedRun):
             return RecordedPart(self.run, self.shown, figures, key)
         return RunPart(self.run, self.found, self.advice, self.shown, figures, key)

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from tritonmoe.tools.doctor.causes import CAUSES, CauseKind, Culprits, Known
 from tritonmoe.tools.doctor.culprits import culprits_of
-from tritonmoe.tools.doctor.graph import Graph, floats, indices
-from tritonmoe.tools.doctor.link_ends import SlowLinks
+from tritonmoe.tools.doctor.graph import Graph, LinkFault, floats, indices
 from tritonmoe.tools.doctor.pattern import FEW_STEPS, Pattern
 from tritonmoe.tools.doctor.replays import Removal, Replays
 from tritonmoe.tools.doctor.usual import Usual, usual_of
@@ -145,37 +144,45 @@ def attribute(graph: Graph, known: Known | None = None) -> Verdict:
     Raises:
         ValueError: ranks wait for each other in a circle: the files contradict each other.
     """
-    usual = usual_of(graph, _linked_s(graph, known))
+    usual = usual_of(graph, graph.linked_s)
     replays = Replays(graph, usual, known)
     step_s = statistics.fmean(replays.as_it_was)
     kinds = [kind for kind in replays.excess if not replays.is_nothing(kind)]
     compared: Removal = dict.fromkeys(kind for kind in kinds if CAUSES[kind].compared)
-    healthy, alone_s, others_s = _walked(replays, kinds, compared)
+    alone: list[Removal] = [{kind: None} for kind in kinds]
+    # A kind that is compared is left as it was, and the others of these are not; another kind goes too.
+    others: list[Removal] = [
+        {one: None for one in compared if one != kind} if kind in compared else {**compared, kind: None}
+        for kind in kinds
+    ]
+    healthy, *walked = replays.without([compared, *alone, *others])
+    alone_s, others_s = walked[: len(kinds)], walked[len(kinds) :]
     all_gained_s = statistics.fmean(_less(replays.as_it_was, healthy))
     healthy_s = _healthy_s(replays, step_s, all_gained_s)
     is_ill = all_gained_s >= healthy_s
-    least_s = _least_s(healthy_s, step_s, known)
     findings: list[Finding] = []
-    others: list[tuple[CauseKind, float]] = [(kind, 0.0) for kind in replays.excess if kind not in kinds]
+    small: list[tuple[CauseKind, float]] = [(kind, 0.0) for kind in replays.excess if kind not in kinds]
     for kind, only, other in zip(kinds, alone_s, others_s, strict=True):
-        alone = _less(replays.as_it_was, only)
+        gained = _less(replays.as_it_was, only)
         hidden = _less(other, healthy) if kind in compared else _less(healthy, other)
         if (kind in compared and not is_ill) or CAUSES[kind].ignores_others:
-            hidden = alone  # without slow links less would be beside exchanges
-        most = max(alone, hidden, key=statistics.fmean)
+            hidden = gained  # without slow links less would be beside exchanges
+        most = max(gained, hidden, key=statistics.fmean)
         at_most = Cost.of(most)
-        is_hidden = statistics.fmean(alone) < HIDDEN * at_most.seconds
-        cost = at_most if is_hidden else Cost.of(alone)
+        is_hidden = statistics.fmean(gained) < HIDDEN * at_most.seconds
+        cost = at_most if is_hidden else Cost.of(gained)
         is_asked = is_ill or kind not in compared
-        if is_asked and at_most.seconds >= least_s[kind] and at_most.low_s > 0:
+        whole_s = step_s if known is None or not CAUSES[kind].is_between_calls else known.step_s
+        least_s = healthy_s if kind in compared else CAUSES[kind].least_share * whole_s
+        if is_asked and at_most.seconds >= least_s and at_most.low_s > 0:
             others_first = [one for one in compared if one != kind] if most is hidden else []
             culprits, when = culprits_of(replays, kind, most, others_first)
             found = Finding(kind, culprits, when, cost, is_hidden, cost.low_s < LEAST_CERTAIN * step_s)
-            findings.append(_named(found, graph.slow_links, known))
+            findings.append(_named(found, graph.fault))
         else:
-            others.append((kind, cost.share(step_s)))
+            small.append((kind, cost.share(step_s)))
     findings.sort(key=lambda one: (CAUSES[one.kind].is_between_calls, one.may_be_noise, -one.cost.seconds))
-    findings = _of_one_thing(findings, others, step_s)
+    findings = _of_one_thing(findings, small, step_s)
     found_kinds: Removal = {
         kind: None for kind in kinds if any(CAUSES[one.kind].excess_kind == kind for one in findings)
     }
@@ -191,7 +198,7 @@ def attribute(graph: Graph, known: Known | None = None) -> Verdict:
         measured_s=statistics.fmean(graph.measured_s),
         replayed_s=step_s,
         findings=tuple(findings),
-        others=tuple(others),
+        others=tuple(small),
         together=Cost.of(together),
         mended=Cost.of(mended),
         healthy_s=healthy_s,
@@ -203,29 +210,6 @@ def attribute(graph: Graph, known: Known | None = None) -> Verdict:
     )
 
 
-def _linked_s(graph: Graph, known: Known | None) -> Tensor | None:
-    """Return (M,) what slow links are known to cost each exchange."""
-    if graph.slow_links is not None:
-        return floats([member.linked_s for member in graph.members])
-    return None if known is None else known.linked_s
-
-
-def _walked(
-    replays: Replays, kinds: Sequence[CauseKind], compared: Removal
-) -> tuple[list[float], list[list[float]], list[list[float]]]:
-    """Return how long each step takes without all that is compared; by kind, without it alone; by kind, beside others.
-
-    Beside others: a kind that is compared is left as it was, and the others of these are not; another kind goes too.
-    """
-    alone: list[Removal] = [{kind: None} for kind in kinds]
-    others: list[Removal] = [
-        {one: None for one in compared if one != kind} if kind in compared else {**compared, kind: None}
-        for kind in kinds
-    ]
-    healthy, *walked = replays.without([compared, *alone, *others])
-    return healthy, walked[: len(kinds)], walked[len(kinds) :]
-
-
 def _healthy_s(replays: Replays, step_s: float, all_gained_s: float) -> float:
     """Return what a healthy run may gain without what is compared: a share of a step, or what noise alone gains."""
     healthy_s = SMALLEST_SHARE * step_s
@@ -234,25 +218,10 @@ def _healthy_s(replays: Replays, step_s: float, all_gained_s: float) -> float:
     return max(healthy_s, gain_of_noise(replays.graph, replays.usual, replays.walker))
 
 
-def _least_s(healthy_s: float, step_s: float, known: Known | None) -> dict[CauseKind, float]:
-    """Return how much each kind of cause must cost to be spoken of."""
-    whole_s = step_s if known is None else known.step_s
-    return {
-        kind: healthy_s if cause.compared else cause.least_share * (whole_s if cause.is_between_calls else step_s)
-        for kind, cause in CAUSES.items()
-    }
-
-
-def _named(finding: Finding, slow: SlowLinks | None, known: Known | None) -> Finding:
+def _named(finding: Finding, fault: LinkFault | None) -> Finding:
     """Return a finding with its links, and which of their ends are slow, where that is known."""
-    if not CAUSES[finding.kind].is_of_links:
+    if fault is None or not CAUSES[finding.kind].is_of_links:
         return finding
-    if slow is not None:
-        own = replace(finding.culprits, ranks=slow.ranks, moves=False, links=slow.links, words=slow.words)
-        finding = replace(finding, culprits=own)
-    if known is None or known.fault is None:
-        return finding
-    fault = known.fault
     culprits = replace(finding.culprits, ranks=fault.ranks, links=fault.links, moves=not fault.ranks, words=fault.words)
     return replace(finding, kind=fault.kind, culprits=culprits)
 

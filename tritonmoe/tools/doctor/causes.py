@@ -1,13 +1,13 @@
 """Causes: what can make steps long, each a record of its excess, its words and what to do about it.
 
-A new cause is an entry of CAUSES, and a row of the table of docs/diagnosis.md.
+A new cause is an entry of CAUSES, whose kind stands in CauseKind, and a row of the table of docs/diagnosis.md.
 """
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,15 +16,17 @@ from tritonmoe.tools.doctor.costs import Costs
 from tritonmoe.tools.doctor.graph import Graph, Key
 from tritonmoe.tools.doctor.messages import Reach
 from tritonmoe.tools.doctor.recorded_graph import RecordedGraph
-from tritonmoe.tools.doctor.recorded_links import LinkFault
 from tritonmoe.tools.doctor.samples import slope
 from tritonmoe.tools.doctor.usual import Usual
 from tritonmoe.tools.recording.call_recording import RecordedCall, Recording
 
 __all__ = ["CAUSES", "OF_LONG_BATCHES", "Cause", "CauseKind", "Culprits", "ExcessTime", "Known", "Words"]
 
-CauseKind: TypeAlias = str
-"""A key of CAUSES."""
+CauseKind: TypeAlias = Literal[
+    "slow rank", "late rank", "slow link", "late link", "slow port", "imbalance", "bandwidth", "latency",
+    "chunk overhead", "host overhead", "exchange contention", "pause",
+]  # fmt: skip
+"""The keys of CAUSES."""
 MOST_FACTOR = 50.0
 """Beyond that what is usual is next to nothing, and how many times as much it is says nothing."""
 LEAST_FACTOR = 1.05
@@ -70,9 +72,6 @@ class Culprits:
 class Known:
     """What a recording of this package's layers tells beyond its graph."""
 
-    linked_s: Tensor
-    """(M,): what slow links cost each exchange."""
-    fault: LinkFault | None
     step_s: float
     """What a step takes with what lies between its calls."""
     built: RecordedGraph
@@ -134,8 +133,8 @@ class Cause:
     to_do: str
     compared: Callable[[Graph, Usual], ExcessTime] | None = None
     structural: Callable[[Known, Usual], ExcessTime] | None = None
-    found_as: CauseKind = ""
-    """The cause whose excess this one is another name of; empty: its own."""
+    found_as: CauseKind | None = None
+    """The cause whose excess this one is another name of; None: its own."""
     to_do_of_all: str = ""
     """What to do where no rank differs from the others."""
     to_do_of_layer: Callable[[Recording, int | None], str] | None = None
@@ -167,23 +166,11 @@ def _of_members(member_s: Tensor, graph: Graph) -> ExcessTime:
     return ExcessTime(torch.zeros_like(graph.tables.busy_s), member_s)
 
 
-def _bandwidth(known: Known, usual: Usual) -> ExcessTime:
-    transfers_s = (usual.transfer_s - usual.of_bytes_s).clamp(min=0)
-    return _of_members(transfers_s - _latency(known, usual).member_s, known.built.graph)
-
-
-def _latency(known: Known, usual: Usual) -> ExcessTime:
+def _of_transfers(known: Known, usual: Usual, is_latency: bool) -> ExcessTime:
+    """Return what exchanges take however small they are, or what they take beyond that."""
     transfers_s, graph = (usual.transfer_s - usual.of_bytes_s).clamp(min=0), known.built.graph
-    return _of_members(torch.minimum(transfers_s, _latency_s(graph, known.costs)), graph)
-
-
-def _chunk_overhead(known: Known, usual: Usual) -> ExcessTime:
-    return _of_runs(_chunks_s(known.built, usual.busy_s - known.contended_s), known.built.graph)
-
-
-def _host_overhead(known: Known, usual: Usual) -> ExcessTime:
-    built = known.built
-    return _of_runs(built.graph.tables.overhead_s - built.pause_s, built.graph)
+    latency_s = torch.minimum(transfers_s, _latency_s(graph, known.costs))
+    return _of_members(latency_s if is_latency else transfers_s - latency_s, graph)
 
 
 def _latency_s(graph: Graph, costs: Costs) -> Tensor:
@@ -232,28 +219,18 @@ def _beside_s(built: RecordedGraph) -> Tensor:
     found = torch.zeros_like(tables.busy_s)
     for rank in range(len(built.graph.ranks)):
         members, runs = ((of == rank).nonzero()[:, 0] for of in (tables.member_rank, tables.run_rank))
-        under_way = _UnderWay(built.since[members], built.end[members])
+        since, order = built.since[members].sort()
+        end = torch.maximum(built.end[members][order], since)
+        since = torch.maximum(since, torch.cat([since[:1], end.cummax(0).values[:-1]]))
+        end = torch.maximum(end, since)
+        sums = torch.cat([torch.zeros(1, dtype=torch.float64, device="cpu"), (end - since).cumsum(0)])
         begin = built.run_begin[runs]
-        found[runs] = (under_way.until(begin + tables.busy_s[runs]) - under_way.until(begin)).clamp(min=0)
+        until = []
+        for moment in (begin, begin + tables.busy_s[runs]):
+            at = torch.searchsorted(since, moment, right=True)
+            until.append(torch.where(at > 0, sums[at] - (end[(at - 1).clamp(min=0)] - moment).clamp(min=0), 0.0))
+        found[runs] = (until[1] - until[0]).clamp(min=0)
     return found
-
-
-class _UnderWay:
-    """When any of a rank's exchanges was under way."""
-
-    def __init__(self, since: Tensor, end: Tensor) -> None:
-        since, order = since.sort()
-        end = torch.maximum(end[order], since)
-        reached = end.cummax(0).values
-        self.since = torch.maximum(since, torch.cat([since[:1], reached[:-1]]))
-        self.end = torch.maximum(end, self.since)
-        self.sums = torch.cat([torch.zeros(1, dtype=torch.float64, device="cpu"), (self.end - self.since).cumsum(0)])
-
-    def until(self, moment: Tensor) -> Tensor:
-        """Return the seconds of it before each moment."""
-        at = torch.searchsorted(self.since, moment, right=True)
-        last = (at - 1).clamp(min=0)
-        return torch.where(at > 0, self.sums[at] - (self.end[last] - moment).clamp(min=0), 0.0)
 
 
 def _balance_of(recording: Recording, layer: int | None) -> str:
@@ -360,25 +337,29 @@ CAUSES: Mapping[CauseKind, Cause] = {
             "bandwidth",
             lambda of: f"wait{of.s} for the bytes of exchanges, at the links' usual rate",
             "send fewer bytes (a narrower wire_dtype, two levels), or hide exchanges behind compute (chunks)",
-            structural=_bandwidth,
+            structural=lambda known, usual: _of_transfers(known, usual, is_latency=False),
         ),
         Cause(
             "latency",
             lambda of: f"wait{of.s} for the fixed time of exchanges, which even the smallest exchange takes",
             "make fewer and larger exchanges (fewer chunks), or use a network with less delay",
-            structural=_latency,
+            structural=lambda known, usual: _of_transfers(known, usual, is_latency=True),
         ),
         Cause(
             "chunk overhead",
             lambda of: f"pay{of.s} the fixed cost of a chunk, which even the smallest chunk has, once for every chunk",
             "use fewer chunks",
-            structural=_chunk_overhead,
+            structural=lambda known, usual: _of_runs(
+                _chunks_s(known.built, usual.busy_s - known.contended_s), known.built.graph
+            ),
         ),
         Cause(
             "host overhead",
             lambda of: f"wait{of.s} for the host (Python), before the first operation of a pass and between operations",
             "use a faster host or fewer other threads; check what Python does between the steps of the layer",
-            structural=_host_overhead,
+            structural=lambda known, usual: _of_runs(
+                known.built.graph.tables.overhead_s - known.built.pause_s, known.built.graph
+            ),
         ),
         Cause(
             "exchange contention",

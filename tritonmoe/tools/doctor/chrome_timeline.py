@@ -4,16 +4,22 @@ Each event says its step and micro-batch; names of processes and threads say whi
 is of. So every dependence is known: which transfer a forward needs, which end it meets, and which went as one.
 """
 
+import math
 import re
+import statistics
 from collections import defaultdict
 from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
+
+import torch
 
 from tritonmoe.tools.doctor.graph import Graph, Kind, Member, Run
 from tritonmoe.tools.doctor.trace_files import damaged, number
+from tritonmoe.tools.doctor.walk import walker_of
 
-__all__ = ["is_timeline", "read_timeline"]
+__all__ = ["Slowdown", "is_timeline", "read_timeline", "slowdown_of"]
 
 NAMES = {
     "forward-compute", "backward-compute", "forward-send", "forward-recv", "backward-send", "backward-recv",
@@ -25,41 +31,30 @@ BEFORE = ("params-all-gather",)
 WITH_ALL = ("optimizer-clip-main-grad",)
 ALONE = ("layernorm-grads-all-reduce",)
 """Exchanges of tensor-parallel ranks, of which one stands for all."""
+SLOWEST = 0.03
 SAME_START_US = 1.0
 """Sends and receives that started together went as one batch."""
 
 
-class PipelineEvent:
+class PipelineEvent(NamedTuple):
     """One operation; times in seconds."""
 
-    __slots__ = ("chunk", "end_s", "name", "sequence", "start_s", "worker")
-
-    def __init__(self, name: str, worker: int, start_s: float, end_s: float, sequence: int, chunk: int) -> None:
-        self.name, self.worker, self.start_s, self.end_s = name, worker, start_s, end_s
-        self.sequence, self.chunk = sequence, chunk
+    name: str
+    worker: int
+    start_s: float
+    end_s: float
+    chunk: int
 
 
 _OfLinks: TypeAlias = dict[tuple[int, int, str], list[PipelineEvent]]
 """By sender, receiver and way."""
 
 
-def pipeline_graph(
-    path: Path, workers: list[tuple[int, int]], steps: dict[int, list[PipelineEvent]]
-) -> tuple[Graph, list[str]]:
-    """Return the graph of a timeline, and what the file can't tell.
-
-    Args:
-        workers: data- and pipeline-parallel rank of each. steps: the events of every step.
-    Raises:
-        ValueError: sends and receives don't fit each other.
-    """
-    return _Pipeline(path, workers, steps).graph()
-
-
 class _Pipeline:
     """Builds the graph of a timeline."""
 
     def __init__(self, path: Path, workers: list[tuple[int, int]], steps: dict[int, list[PipelineEvent]]) -> None:
+        """workers: data- and pipeline-parallel rank of each. steps: the events of every step."""
         self.path, self.workers, self.steps = path, workers, steps
         self.stages = 1 + max(stage for _, stage in workers)
         self.graph_ = Graph(list(range(len(workers))), list(steps))
@@ -67,8 +62,15 @@ class _Pipeline:
         self.graph_.begin_s = [0.0] * len(workers)
         self.graph_.names = {index: f"dp {data} pp {stage}" for index, (data, stage) in enumerate(workers)}
         self.worker_at = {place: index for index, place in enumerate(workers)}
+        chunks = [of.chunk for events in steps.values() for of in events if of.name == "forward-compute"]
+        self.last_chunk = max(chunks, default=-1)
 
     def graph(self) -> tuple[Graph, list[str]]:
+        """Return the graph, and what the file can't tell.
+
+        Raises:
+            ValueError: sends and receives don't fit each other.
+        """
         for index, (step, events) in enumerate(self.steps.items()):
             self._step(index, step, events)
         limits = [
@@ -142,8 +144,16 @@ class _Pipeline:
         self, index: int, step: int, by_worker: dict[int, list[PipelineEvent]]
     ) -> dict[int, list[tuple[list[PipelineEvent], int]]]:
         """Match sends with receives; give each worker's batches of them, in order, with their members."""
-        sends, receives = self._by_link(by_worker)
-        parent: dict[int, int] = {}
+        batches: list[tuple[int, list[PipelineEvent]]] = []
+        batch_of: dict[int, int] = {}
+        for worker, own in by_worker.items():
+            for event in (event for event in own if event.name.endswith(("send", "recv"))):
+                last = batches[-1] if batches else None
+                if not last or last[0] != worker or event.start_s - last[1][-1].start_s >= SAME_START_US / 1e6:
+                    batches.append((worker, []))
+                batches[-1][1].append(event)
+                batch_of[id(event)] = len(batches) - 1
+        parent = list(range(len(batches)))
 
         def root(one: int) -> int:
             while parent[one] != one:
@@ -151,44 +161,31 @@ class _Pipeline:
                 one = parent[one]
             return one
 
-        every = {id(event): event for lists in (*sends.values(), *receives.values()) for event in lists}
-        parent.update({one: one for one in every})
+        sends, receives = self._by_link(by_worker)
         for link, sent in sends.items():
             received = receives.pop(link, [])
             if len(sent) != len(received):
                 raise damaged(self.path, f"step {step}: {len(sent)} sends meet {len(received)} receives")
             for source, target in zip(sent, received, strict=True):
-                parent[root(id(source))] = root(id(target))
+                parent[root(batch_of[id(source)])] = root(batch_of[id(target)])
         if any(receives.values()):
             raise damaged(self.path, f"step {step}: there are receives that nobody sends to")
-        batches: dict[int, list[list[PipelineEvent]]] = {worker: [] for worker in by_worker}
-        for worker, own in by_worker.items():
-            for event in own:
-                if id(event) not in every:
-                    continue
-                last = batches[worker][-1][-1] if batches[worker] else None
-                if last is not None and event.start_s - last.start_s < SAME_START_US / 1e6:
-                    batches[worker][-1].append(event)
-                    parent[root(id(event))] = root(id(last))
-                else:
-                    batches[worker].append([event])
-        together: dict[int, list[tuple[int, int]]] = defaultdict(list)
-        for worker, of_worker in batches.items():
-            for number_, batch in enumerate(of_worker):
-                together[root(id(batch[0]))].append((worker, number_))
-        members: dict[tuple[int, int], int] = {}
-        for places in together.values():
-            starts = {worker: batches[worker][at][0].start_s for worker, at in places}
-            if len(starts) != len(places):
+        together: dict[int, list[tuple[int, list[PipelineEvent]]]] = defaultdict(list)
+        for place, one in enumerate(batches):
+            together[root(place)].append(one)
+        members: dict[int, int] = {}
+        for parts in together.values():
+            starts = {worker: batch[0].start_s for worker, batch in parts}
+            if len(starts) != len(parts):
                 raise damaged(self.path, f"step {step}: a worker takes part in one transfer twice")
-            ends = {worker: max(event.end_s for event in batches[worker][at]) for worker, at in places}
-            names = tuple(sorted({event.name for worker, at in places for event in batches[worker][at]}))
+            ends = {worker: max(event.end_s for event in batch) for worker, batch in parts}
+            names = sorted({event.name for _, batch in parts for event in batch})
             found = self._exchange(index, starts, ends, ("transfer", *names), 1)
-            members |= {(worker, at): found[worker] for worker, at in places}
-        return {
-            worker: [(batch, members[worker, at]) for at, batch in enumerate(of_worker)]
-            for worker, of_worker in batches.items()
-        }
+            members |= {id(batch): found[worker] for worker, batch in parts}
+        of_workers: dict[int, list[tuple[list[PipelineEvent], int]]] = {worker: [] for worker in by_worker}
+        for worker, batch in batches:
+            of_workers[worker].append((batch, members[id(batch)]))
+        return of_workers
 
     def _by_link(self, by_worker: dict[int, list[PipelineEvent]]) -> tuple[_OfLinks, _OfLinks]:
         """Return the sends, and the receives, in the order of their events, by the link that they use."""
@@ -244,39 +241,32 @@ class _Pipeline:
                     needed[event.name].append(member)
             after[place].append(member)
         waits = {name: iter(of_name) for name, of_name in needed.items()}
-        for event in own:
-            if id(event) in shared and event.name in BEFORE:
-                program += [(Kind.POST, shared[id(event)]), (Kind.WAIT, shared[id(event)])]
+
+        def exchange(events: Iterable[PipelineEvent]) -> None:
+            for event in events:
+                program.extend([(Kind.POST, shared[id(event)]), (Kind.WAIT, shared[id(event)])])
+
+        exchange(event for event in own if id(event) in shared and event.name in BEFORE)
         program += [(Kind.POST, member) for member in after[-1]]
         rest = [event for event in own if id(event) in shared and event.name not in BEFORE]
         for count, event in enumerate(computes):
             if event.name == "optimizer":
-                for one in rest:
-                    program += [(Kind.POST, shared[id(one)]), (Kind.WAIT, shared[id(one)])]
+                exchange(rest)
                 rest = []
-            if event.name == "forward-compute" and not self._is_first(stage, event):
-                program += [(Kind.WAIT, member) for member in [next(waits["forward-recv"], None)] if member is not None]
-            elif event.name == "backward-compute" and not self._is_last(stage, event):
-                program += [
-                    (Kind.WAIT, member) for member in [next(waits["backward-recv"], None)] if member is not None
-                ]
+            way, _, what = event.name.partition("-")
+            is_end = self._is_first if way == "forward" else self._is_last
+            if what == "compute" and not is_end(stage, event):
+                program += [(Kind.WAIT, member) for member in islice(waits[f"{way}-recv"], 1)]
             graph.runs.append(Run(worker, index, (event.name,), event.end_s - event.start_s))
             program.append((Kind.RUN, len(graph.runs) - 1))
             program += [(Kind.POST, member) for member in after[count]]
-        for one in rest:
-            program += [(Kind.POST, shared[id(one)]), (Kind.WAIT, shared[id(one)])]
+        exchange(rest)
 
     def _is_first(self, stage: int, event: PipelineEvent) -> bool:
         return stage == 0 and event.chunk <= 0
 
     def _is_last(self, stage: int, event: PipelineEvent) -> bool:
-        return stage == self.stages - 1 and event.chunk == self._last_chunk
-
-    @property
-    def _last_chunk(self) -> int:
-        if not hasattr(self, "_chunks"):
-            self._chunks = max(e.chunk for of in self.steps.values() for e in of if e.name == "forward-compute")
-        return self._chunks
+        return stage == self.stages - 1 and event.chunk == self.last_chunk
 
 
 def is_timeline(event: object) -> bool:
@@ -330,15 +320,58 @@ def read_timeline(path: Path, events: Iterable[object]) -> tuple[Graph, list[str
         start_s, seconds = (number(path, f"event {count}", event, key) / 1e6 for key in ("ts", "dur"))
         if seconds < 0:
             raise damaged(path, f"event {count} ends before it starts")
-        step, sequence, chunk = (
+        step, _, chunk = (
             int(number(path, f"event {count}", arguments, key, default))
             for key, default in (("step", None), ("seq_id", None), ("model_chunk", -1))
         )
-        steps[step].append(PipelineEvent(event["name"], worker, start_s, start_s + seconds, sequence, chunk))
-    return pipeline_graph(path, list(workers), dict(sorted(steps.items())))
+        steps[step].append(PipelineEvent(event["name"], worker, start_s, start_s + seconds, chunk))
+    return _Pipeline(path, list(workers), dict(sorted(steps.items()))).graph()
 
 
 def _hashable(path: Path, count: int, value: object) -> int | str:
     if not isinstance(value, int | str):
         raise damaged(path, f"event {count} has a process or thread that is neither a number nor a text")
     return value
+
+
+class Slowdown(NamedTuple):
+    """The figures of one job, as StragglerAnalysis defines them, so that its published figures can be compared.
+
+    S is what the steps took over what they would take with every computation at the mean of its kind and every
+    transfer at the median of its kind. M_W is the part of that slowdown that is gone when the slowest workers alone,
+    3 %, are so.
+    """
+
+    slowdown: float
+    """S."""
+    share_of_slowest: float
+    """M_W."""
+    slowest: tuple[int, ...]
+    """Indices of the slowest workers."""
+
+
+def slowdown_of(graph: Graph) -> Slowdown:
+    """Return S and M_W of a timeline's graph."""
+    walker, tables = walker_of(graph), graph.tables
+    ideal_busy_s, ideal_transfer_s = torch.zeros_like(tables.busy_s), torch.zeros_like(tables.transfer_s)
+    for key in range(len(tables.keys)):
+        runs, members = tables.run_key == key, tables.member_key == key
+        if bool(runs.any()):
+            ideal_busy_s[runs] = tables.busy_s[runs].mean()
+        if bool(members.any()):
+            ideal_transfer_s[members] = statistics.median(tables.transfer_s[members].tolist())
+    excess = torch.zeros(len(graph.ranks), dtype=torch.float64, device="cpu")
+    excess.index_add_(0, tables.run_rank, tables.busy_s - ideal_busy_s)
+    count = max(1, math.floor(SLOWEST * len(graph.ranks)))
+    slowest = tuple(excess.argsort(descending=True, stable=True)[:count].tolist())
+    of_slowest = torch.tensor(slowest)
+    busy_s, transfer_s = (
+        torch.stack([was, ideal, torch.where(torch.isin(rank, of_slowest), ideal, was)])
+        for was, ideal, rank in (
+            (tables.busy_s, ideal_busy_s, tables.run_rank),
+            (tables.transfer_s, ideal_transfer_s, tables.member_rank),
+        )
+    )
+    original, ideal, mended = map(statistics.fmean, walker.all_step_times(busy_s, transfer_s))
+    lost_s = original - ideal
+    return Slowdown(original / ideal if ideal else 0.0, (original - mended) / lost_s if lost_s else 0.0, slowest)

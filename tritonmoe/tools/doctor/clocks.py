@@ -2,7 +2,7 @@
 
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import combinations
 from typing import NamedTuple, TypeAlias
 
@@ -97,7 +97,7 @@ def _move(traces: Sequence[RankTrace], clocks: Sequence[int], together: Matched)
         if ahead_s > sum(shift.certain_s for shift in shifts):
             largest_s = max(largest_s, ahead_s)
             for shift in shifts:
-                _move_trace(trace, shift.moved)
+                trace.move(shift.moved)
     return largest_s
 
 
@@ -133,28 +133,16 @@ def _shift_of(meetings: Sequence[_Meeting]) -> _Shift:
     at_s = [other_end_s - since_s for _, _, other_end_s in short]
     certain_s = statistics.median(took_s for took_s, _, _ in short)
     middle_s = statistics.median(ahead_s)
-    if len(short) < FEW_FOR_DRIFT:
-        return _Shift(middle_s, 0.0, since_s, certain_s, max(at_s))
-    some = range(0, len(short), -(-len(short) // MOST_FOR_DRIFT))
-    slopes = [
-        (ahead_s[last] - ahead_s[first]) / (at_s[last] - at_s[first])
-        for first, last in combinations(some, 2)
-        if at_s[last] != at_s[first]
-    ]
-    drift = statistics.median(slopes) if slopes else 0.0
-    apart_s = statistics.median(abs(one - middle_s) for one in ahead_s)
-    if abs(drift) * max(at_s) <= apart_s:
-        return _Shift(middle_s, 0.0, since_s, certain_s, max(at_s))
-    begun_s = statistics.median(one - drift * at for one, at in zip(ahead_s, at_s, strict=True))
+    begun_s, drift = middle_s, 0.0
+    if len(short) >= FEW_FOR_DRIFT:
+        some = range(0, len(short), -(-len(short) // MOST_FOR_DRIFT))
+        slopes = [
+            (ahead_s[last] - ahead_s[first]) / (at_s[last] - at_s[first])
+            for first, last in combinations(some, 2)
+            if at_s[last] != at_s[first]
+        ]
+        slope = statistics.median(slopes) if slopes else 0.0
+        if abs(slope) * max(at_s) > statistics.median(abs(one - middle_s) for one in ahead_s):
+            begun_s = statistics.median(one - slope * at for one, at in zip(ahead_s, at_s, strict=True))
+            drift = slope
     return _Shift(begun_s, drift, since_s, certain_s, max(at_s))
-
-
-def _move_trace(trace: RankTrace, moved: Callable[[float], float]) -> None:
-    for times in (trace.busy_start_s, trace.busy_end_s):
-        for place, time_s in enumerate(times):
-            times[place] = moved(time_s)
-    for part in trace.parts:
-        part.posted_s, part.start_s = moved(part.posted_s), moved(part.start_s)
-        part.end_s = None if part.end_s is None else moved(part.end_s)
-    for step in trace.steps:
-        step.start_s, step.end_s = moved(step.start_s), moved(step.end_s)

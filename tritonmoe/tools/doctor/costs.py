@@ -6,9 +6,9 @@ A step takes `slowness of its rank * (fixed + unit * units)`, and longer where i
 import functools
 import math
 import statistics
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
 
 import torch
 
@@ -72,27 +72,23 @@ class _Sample:
     def by(self, slowness: Sequence[float], contention: float) -> tuple[float, float]:
         """Return the units, and what they would take on a rank like the others, with no exchange beside them."""
         seconds = self.seconds - contention * self.beside_s
-        return self.units, seconds / (slowness[self.rank] if self.is_of_pairs else 1.0)
-
-    @property
-    def is_of_pairs(self) -> bool:
-        return self.kind.unit is Unit.PAIRS
+        return self.units, seconds / (slowness[self.rank] if self.kind.unit is Unit.PAIRS else 1.0)
 
 
 def fit_costs(calls: Sequence[RecordedCall], recording: Recording) -> Costs:
     """Find what steps and exchanges cost, by some of the recording's calls, whose layers have the same sizes."""
     notes: list[str] = []
     size = len(calls[0].ranks)
-    by_kind = {
-        kind: list(of)
-        for kind, of in groupby(sorted(_samples(calls), key=lambda s: (str(s.kind), s.rank)), key=lambda s: s.kind)
-    }
-    slowness = _slowness(by_kind, size)
+    by_kind: dict[StepKind, list[_Sample]] = defaultdict(list)
+    for sample in sorted(_samples(calls), key=lambda s: (str(s.kind), s.rank)):
+        by_kind[sample.kind].append(sample)
+    of_pairs = {kind: of for kind, of in by_kind.items() if kind.unit is Unit.PAIRS}
+    slowness = _slowness(of_pairs, size)
     link, ratios, link_notes = fit_links(calls, recording)
     # Where it is not known when rows arrived, exchanges seem to last as long as the compute that hides them.
-    contention = _contention(by_kind, slowness) if ratios.are_told_apart else 0.0
+    contention = _contention(of_pairs, slowness) if ratios.are_told_apart else 0.0
     if contention:
-        slowness = _slowness(by_kind, size, contention)
+        slowness = _slowness(of_pairs, size, contention)
     lines = _lines(by_kind, slowness, contention)
     sizes = [s.units for s in by_kind.get(StepKind.EXPERTS, [])]
     if sizes and max(sizes) < ALIKE * min(sizes):
@@ -113,13 +109,11 @@ def fit_costs(calls: Sequence[RecordedCall], recording: Recording) -> Costs:
 
 @functools.lru_cache(maxsize=KEPT_PASSES)
 def _gaps_of(call: RecordedCall, number: int) -> list[float]:
-    return [_gap_s(one) for one in call.by_pass[number]]
-
-
-def _gap_s(one: RecordedPass) -> float:
-    """Return the time between two steps of a pass."""
-    steps = _leaves(one)
-    return max(0.0, one.total_s - sum(step.wait_s + _spent_s(step) for step in steps)) / max(1, len(steps))
+    """Return the time between two steps of a pass on each rank."""
+    steps = [(one, _leaves(one)) for one in call.by_pass[number]]
+    return [
+        max(0.0, one.total_s - sum(step.wait_s + step.held_s for step in own)) / max(1, len(own)) for one, own in steps
+    ]
 
 
 def _leaves(one: RecordedPass) -> list[RecordedStep]:
@@ -128,11 +122,6 @@ def _leaves(one: RecordedPass) -> list[RecordedStep]:
         return list(one.steps)
     outer = {(step.step.kind, step.step.chunk) for step in one.steps_inside if not step.step.kind.is_inside_node}
     return [step for step in one.steps if (step.step.kind, step.step.chunk) not in outer] + list(one.steps_inside)
-
-
-def _spent_s(step: RecordedStep) -> float:
-    """Return for how long a step held the compute lane."""
-    return step.post_s if step.step.lane == "comm" else step.end_s - step.start_s
 
 
 def _samples(calls: Sequence[RecordedCall]) -> list[_Sample]:
@@ -186,7 +175,7 @@ def _steps_of(call: RecordedCall, number: int) -> list[tuple[tuple, tuple[float,
                 is_computed = step.step.lane == "compute"
                 beside_s = covered_s(under_way, step.start_s, step.end_s) if is_computed else 0.0
                 key = (step.step.kind.twin.value, step.step.chunk, rank, round(8 * math.log2(step.units)))
-                found.append((key, (step.units, _spent_s(step), beside_s)))
+                found.append((key, (step.units, step.held_s, beside_s)))
     return found
 
 
@@ -213,13 +202,12 @@ def _of_same_sum(line: tuple[float, float], points: Sequence[tuple[float, float]
     return fixed * share, unit * share
 
 
-def _slowness(by_kind: _ByKind, size: int, contention: float = 0.0) -> tuple[float, ...]:
+def _slowness(of_pairs: _ByKind, size: int, contention: float = 0.0) -> tuple[float, ...]:
     """Return how many times as long as the others each rank takes.
 
     Only steps that compute pairs tell it: what packing and summing cost is small, and noisy.
     """
     slowness = [1.0] * size
-    of_pairs = {kind: of for kind, of in by_kind.items() if kind.unit is Unit.PAIRS}
     for _ in range(ROUNDS):
         ratios: list[list[tuple[float, float]]] = [[] for _ in range(size)]
         for kind, (fixed, unit) in _lines(of_pairs, slowness, contention).items():
@@ -233,9 +221,8 @@ def _slowness(by_kind: _ByKind, size: int, contention: float = 0.0) -> tuple[flo
     return tuple(value if value > SMALLEST_SLOWNESS else 1.0 for value in slowness)
 
 
-def _contention(by_kind: _ByKind, slowness: Sequence[float]) -> float:
+def _contention(of_pairs: _ByKind, slowness: Sequence[float]) -> float:
     """Return the share of its speed that compute loses beside an exchange, 0 unless that explains what steps take."""
-    of_pairs = {kind: of for kind, of in by_kind.items() if kind.unit is Unit.PAIRS}
 
     def error(contention: float) -> float:
         total = 0.0

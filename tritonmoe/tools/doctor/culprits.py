@@ -2,7 +2,8 @@
 
 import statistics
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -14,13 +15,14 @@ from tritonmoe.tools.doctor.replays import Removal, Replays
 
 __all__ = ["culprits_of", "phase_of"]
 
+_Name = TypeVar("_Name", Key, int, str)
 EXPLAINED = 0.8
 """Ranks are at fault when without their excess so much of the whole gain is there."""
 ALONE = 2.0
 """In a step one rank is at fault alone if its excess is so many times the next one's."""
 MOVING = 0.65
 """A cause moves if no rank is at fault in a larger part of the costly steps."""
-ONE_PLACE = 0.7
+ONE_PLACE, ONE_PHASE = 0.7, 0.85
 ALIKE = 0.7
 """A rank has as much as another if it has at least that part of it."""
 OF_FEW = 0.5
@@ -67,34 +69,28 @@ def culprits_of(
         sums = torch.zeros(len(tables.keys), dtype=torch.float64).index_add(0, of_key[counts], excess_of[counts])
         for key in sums.nonzero()[:, 0].tolist():
             where[tables.keys[key]] += float(sums[key])
-    total = sum(where.values())
-    phases: dict[str, float] = defaultdict(float)
-    for key, seconds in where.items():
-        phases[phase_of(key)] += seconds
-    phase = max(phases, key=lambda name: phases[name], default="")
-    phase = phase if total > 0 and phases[phase] >= 0.85 * total else ""
-    place = max(where, key=lambda key: where[key], default=None)
-    is_one = place is not None and len(known) > 2 and where[place] >= ONE_PLACE * total
-    layer = _layer_of(where, known)
-    place = place if is_one and not _is_of_layer(place) else None
+    place = _most(where, lambda key: key, ONE_PLACE) if len(known) > 2 else None
+    place = None if _layer_of(place) is not None else place
+    layer = _most(where, _layer_of, ONE_PLACE) if len({_layer_of(key) for key in known} - {None}) > 1 else None
     factor = 1 + excess_s / usual_s if usual_s > 0 else 0.0
+    phase = _most(where, phase_of, ONE_PHASE) or ""
     return Culprits(ranks, moves, phase, place, factor, layer), pattern_of(gained)
 
 
-def _is_of_layer(key: Key | None) -> bool:
-    """Whether a key is one of a recording of layers: (phase, layer, name, chunk, work)."""
-    return key is not None and len(key) == 5 and isinstance(key[1], int)
-
-
-def _layer_of(where: Mapping[Key, float], known: Collection[Key]) -> int | None:
-    """Return the layer that has most of what keys cost, where there are several."""
-    layers: dict[int, float] = defaultdict(float)
+def _most(where: Mapping[Key, float], name_of: Callable[[Key], _Name | None], least: float) -> _Name | None:
+    """Return the name whose keys have so large a part of the seconds of all keys; None where none has."""
+    sums: dict[_Name, float] = defaultdict(float)
     for key, seconds in where.items():
-        if _is_of_layer(key):
-            layers[key[1]] += seconds
-    most = max(layers, key=lambda layer: layers[layer], default=None)
-    has_several = len({key[1] for key in known if _is_of_layer(key)}) > 1
-    return most if most is not None and has_several and layers[most] >= ONE_PLACE * sum(where.values()) else None
+        name = name_of(key)
+        if name is not None:
+            sums[name] += seconds
+    most = max(sums, key=lambda name: sums[name], default=None)
+    return most if most is not None and sums[most] >= least * sum(where.values()) else None
+
+
+def _layer_of(key: Key | None) -> int | None:
+    """Return the layer of a key of a recording of layers, (phase, layer, name, chunk, work); None of others."""
+    return key[1] if key is not None and len(key) == 5 and isinstance(key[1], int) else None
 
 
 def phase_of(key: Key) -> str:

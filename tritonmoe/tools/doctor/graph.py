@@ -9,14 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import cached_property
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from tritonmoe.tools.doctor.link_ends import SlowLinks
-
-__all__ = ["Graph", "Item", "Key", "Kind", "Member", "Run", "Tables", "floats", "indices"]
+__all__ = ["Graph", "Item", "Key", "Kind", "LinkFault", "Member", "Run", "Tables", "floats", "indices"]
 
 Key: TypeAlias = tuple
 """What operations are compared by: those with the same key do the same work."""
@@ -76,8 +74,6 @@ class Member:
     num_bytes: int | None = None
     element_bytes: int | None = None
     """How wide its numbers are."""
-    linked_s: float = 0.0
-    """What of transfer_s is due to slow links, where that is known."""
     row_bytes: int = 0
     """Of an all-to-all whose splits are known, and which brings this rank any rows."""
 
@@ -122,6 +118,18 @@ class Tables:
         return self.busy_s + self.idle_s + self.overhead_s
 
 
+@dataclass(frozen=True)
+class LinkFault:
+    """Which end of which links is slow."""
+
+    kind: Literal["slow link", "late link", "slow port"]
+    links: tuple[tuple[int, int], ...]
+    """Sender and receiver of each, as indices of ranks, the worst first; of a port or a node none."""
+    ranks: tuple[int, ...]
+    """Of a link sender and receiver, of a port its rank, of a node all of its ranks; none where they change."""
+    words: str
+
+
 @dataclass(eq=False)
 class Graph:
     """All steps of a run."""
@@ -144,8 +152,10 @@ class Graph:
     is_queued_at_start: bool = True
     """Whether an exchange starts on a rank when the one before it in its lane has ended there; else all of a rank's may
     be under way, and only their ends follow each other."""
-    slow_links: SlowLinks | None = None
-    """Which links are slow, and which end of them, where the files have times for every peer."""
+    fault: LinkFault | None = None
+    """Which links are slow, where it is known how long rows of every rank travelled, and any are."""
+    linked_s: Tensor | None = None
+    """(M,): what of each exchange's time is due to slow links, where that is known."""
     hosts: tuple[str, ...] = ()
     """The host of every rank; empty where the files don't tell."""
     routed: tuple[tuple[int, int], ...] = ()
@@ -185,10 +195,8 @@ def _tables_of(graph: Graph) -> Tables:
         place = (run.rank, run.stretch) if run.stretch >= 0 else (-1, index)
         return stretches.setdefault(place, len(stretches))
 
-    def total(sizes: tuple[int, ...] | None) -> float:
-        return float("nan") if sizes is None else float(sum(sizes))
-
-    bytes_out, bytes_in = (floats([total(of) for of in way]) for way in (_sent(graph), _received(graph)))
+    known = [(of.sent, of.received) if of.sent is not None and of.received is not None else None for of in members]
+    bytes_out, bytes_in = (floats([torch.nan if of is None else float(sum(of[way])) for of in known]) for way in (0, 1))
     both = torch.maximum(bytes_out, bytes_in)
     alone = floats([float(member.num_bytes or 0) for member in members])
     return Tables(
@@ -217,11 +225,3 @@ def _tables_of(graph: Graph) -> Tables:
         ],
         keys=list(keys),
     )
-
-
-def _sent(graph: Graph) -> list[tuple[int, ...] | None]:
-    return [member.sent if member.received is not None else None for member in graph.members]
-
-
-def _received(graph: Graph) -> list[tuple[int, ...] | None]:
-    return [member.received if member.sent is not None else None for member in graph.members]

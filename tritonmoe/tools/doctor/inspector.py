@@ -39,13 +39,13 @@ class Pair:
     sequence: int
 
 
-def as_exchanges(pairs: Sequence[Pair], group: str, rank: int, size: int) -> list[tuple[Part, bool]]:
-    """Return the exchanges of one communicator, and of each whether it is known when it was.
+def as_exchanges(pairs: Sequence[Pair], group: str, rank: int, size: int) -> list[Part]:
+    """Return the exchanges of one communicator.
 
     A group of them goes on until the same peer comes again in the same direction; with several peers it is an
     all-to-all.
     """
-    found: list[tuple[Part, bool]] = []
+    found: list[Part] = []
     own: list[Pair] = []
     seen: set[tuple[str, int]] = set()
     for pair in sorted(pairs, key=lambda pair: pair.sequence):
@@ -57,29 +57,30 @@ def as_exchanges(pairs: Sequence[Pair], group: str, rank: int, size: int) -> lis
     return found + _as_parts(own, len(found) + 1, group, rank, size)
 
 
-def _as_parts(own: Sequence[Pair], sequence: int, group: str, rank: int, size: int) -> list[tuple[Part, bool]]:
+def _as_parts(own: Sequence[Pair], sequence: int, group: str, rank: int, size: int) -> list[Part]:
     if len({pair.peer for pair in own}) < 2 and size > 2:
         return [_part(pair.way, [pair], sequence + count, group) for count, pair in enumerate(own)]
-    part, is_timed = _part("all_to_all", own, sequence, group)
+    part = _part("all_to_all", own, sequence, group)
     sums = {"send": [0] * size, "recv": [0] * size}
     for pair in own:
         if 0 <= pair.peer < size and pair.peer != rank:
             sums[pair.way][pair.peer] += pair.num_bytes
     part.sent, part.received = tuple(sums["send"]), tuple(sums["recv"])
-    return [(part, is_timed)]
+    return [part]
 
 
-def _part(kind: str, pairs: Sequence[Pair], sequence: int, group: str) -> tuple[Part, bool]:
+def _part(kind: str, pairs: Sequence[Pair], sequence: int, group: str) -> Part:
     seconds = max(pair.seconds for pair in pairs)
     starts = [pair.start_s for pair in pairs if pair.start_s is not None]
     part = Part(kind, 0.0, 0.0, seconds, group=group, sequence=sequence)
     part.num_bytes = sum(pair.num_bytes for pair in pairs if pair.way == "send") or pairs[0].num_bytes
     part.peer = pairs[0].peer if len(pairs) == 1 else None
     part.links = tuple((pair.way, pair.peer, pair.num_bytes, pair.seconds) for pair in pairs)
-    if len(starts) == len(pairs):
+    part.is_timed = len(starts) == len(pairs)
+    if part.is_timed:
         part.posted_s = part.start_s = min(starts)
         part.end_s = max(pair.start_s + pair.seconds for pair in pairs if pair.start_s is not None)
-    return part, len(starts) == len(pairs)
+    return part
 
 
 def is_inspector_line(begin: bytes) -> bool:
@@ -100,7 +101,7 @@ class _File:
         self.dropped = self.missing = self.num_records = 0
         self.still = 0
         """Records that this dump should still have."""
-        self.parts: list[tuple[Part, bool]] = []
+        self.parts: list[Part] = []
         self.pairs: dict[str, list[Pair]] = defaultdict(list)
         self.wires: dict[tuple[str, str, int], list[float]] = defaultdict(lambda: [0.0, 0.0])
         """Bytes and seconds on the wire by the network's proxy, of (communicator, send or recv, peer)."""
@@ -170,9 +171,8 @@ def read_inspector(path: Path) -> RankTrace:
     for name, pairs in found.pairs.items():
         found.parts += as_exchanges(pairs, name, *found.communicators[name])
     trace.wires = [(*of, num_bytes, seconds) for of, (num_bytes, seconds) in found.wires.items()]
-    trace.parts = [part for part, _ in found.parts]
-    trace.is_unix_clock = all(is_timed for _, is_timed in found.parts)
-    trace.parts.sort(key=lambda part: part.posted_s)
+    trace.parts = sorted(found.parts, key=lambda part: part.posted_s)
+    trace.is_unix_clock = all(part.is_timed for part in trace.parts)
     if found.dropped:
         trace.limits.append(
             f"the Inspector dropped {found.dropped} records: set NCCL_INSPECTOR_DUMP_COLL_RING_SIZE higher, and "
@@ -227,15 +227,16 @@ def _times(path: Path, where: str, content: Json, prefix: str) -> tuple[float, f
     return seconds, min(number(path, where, one, "kernel_start_ts") for one in kernels) / 1e6
 
 
-def _collective(path: Path, where: str, content: Json, group: str) -> tuple[Part, bool]:
+def _collective(path: Path, where: str, content: Json, group: str) -> Part:
     seconds, start_s = _times(path, where, content, "coll")
     part = Part(kind_of_name(str(content.get("coll", ""))) or "exchange", 0.0, 0.0, seconds, group=group)
+    part.is_timed = start_s is not None
     if start_s is not None:
         part.posted_s = part.start_s = start_s
         part.end_s = start_s + seconds
     part.sequence = int(number(path, where, content, "coll_sn"))
     part.num_bytes = int(number(path, where, content, "coll_msg_size_bytes", 0))
-    return part, start_s is not None
+    return part
 
 
 def _pair(path: Path, where: str, content: Json) -> Pair:

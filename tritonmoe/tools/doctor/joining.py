@@ -4,13 +4,14 @@ import statistics
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import chain
 
 from tritonmoe.tools.doctor.clocks import align_clocks
-from tritonmoe.tools.doctor.graph import Graph, Item, Key, Kind, Member, Run
-from tritonmoe.tools.doctor.hosts import hosts_of
-from tritonmoe.tools.doctor.link_ends import group_indices, slow_links
+from tritonmoe.tools.doctor.graph import Graph, Item, Key, Kind, Member, Run, floats
+from tritonmoe.tools.doctor.link_ends import SlowLinks, group_indices, slow_links
 from tritonmoe.tools.doctor.matching import Matched, OfSteps, bound_ends, idle_since, matched
 from tritonmoe.tools.doctor.trace import Part, RankTrace
+from tritonmoe.tools.report.terminal import one_line
 
 __all__ = ["joined"]
 
@@ -33,49 +34,41 @@ class Programs:
         of_steps: Sequence[OfSteps],
         matched: Matched,
         bounds: Sequence[Sequence[tuple[float, float]]],
+        slow: SlowLinks | None,
     ) -> None:
-        self.is_unlike = False
-        """Whether ranks do different things in a step."""
         self.graph, self.traces, self.of_steps, self.matched, self.bounds = graph, traces, of_steps, matched, bounds
+        self.slow = slow
 
     def build(self) -> None:
-        keys = self._keys()
+        """Add all exchanges and programs to the graph."""
+        self._name_parts()
         graph = self.graph
-        members: dict[int, int] = {}
+        linked_s: list[float] = []
+        step_of = {id(part): step for steps in self.of_steps for step, parts in enumerate(steps) for part in parts}
         for exchange, parts in self.matched.items():
             own = range(len(graph.members), len(graph.members) + len(parts))
             graph.exchanges.append(list(own))
-            ends = [part.end_s or part.start_s for _, part in parts]
             latest = max(part.start_s for _, part in parts)
-            for (index, part), end_s in zip(parts, ends, strict=True):
-                step, key = keys[id(part)]
-                needs = None
-                since = latest
+            for part_member, (index, part) in zip(own, parts, strict=True):
+                end_s = part.end_s or part.start_s
+                needs, since = None, latest
                 if end_s < latest:
                     needed = [one for one, (_, other) in zip(own, parts, strict=True) if other.start_s <= end_s]
                     needs = tuple(needed) or (own[[i for i, _ in parts].index(index)],)
                     since = max(parts[one - own.start][1].start_s for one in needs)
-                members[id(part)] = len(graph.members)
-                graph.members.append(
-                    Member(
-                        index,
-                        step,
-                        exchange,
-                        key,
-                        part.lane,
-                        0.0,
-                        end_s - since,
-                        needs,
-                        self._to_others(index, part, part.sent),
-                        self._to_others(index, part, part.received),
-                        part.num_bytes,
-                        part.element_bytes,
-                        self._linked_s(index, part, end_s - since),
-                        sum(part.received) // part.rows if part.received and part.rows else 0,
-                    )
-                )
-        waits = self._waits(keys)
-        graph.programs = [self._program(index, keys, members, waits[index]) for index in range(len(self.traces))]
+                part.member = part_member
+                graph.members.append(Member(
+                    index, step_of[id(part)], exchange, part.key, part.lane, 0.0, end_s - since, needs,
+                    self._to_others(index, part, part.sent), self._to_others(index, part, part.received),
+                    part.num_bytes, part.element_bytes,
+                    row_bytes=sum(part.received) // part.rows if part.received and part.rows else 0,
+                ))  # fmt: skip
+                if self.slow is not None:
+                    ranks = group_indices(self.traces, index, part.group)
+                    linked_s.append(self.slow.lost_s(part, index, ranks, end_s - since))
+        graph.linked_s = None if self.slow is None else floats(linked_s)
+        self._find_waits()
+        graph.programs = [self._program(index) for index in range(len(self.traces))]
 
     def _to_others(self, index: int, part: Part, sizes: tuple[int, ...] | None) -> tuple[int, ...] | None:
         """Return the bytes for each rank of the group without those that stay on this one, where it is known which."""
@@ -88,66 +81,44 @@ class Programs:
         place = group.index(rank)
         return (*sizes[:place], 0, *sizes[place + 1 :])
 
-    def _linked_s(self, index: int, part: Part, transfer_s: float) -> float:
-        slow = self.graph.slow_links
-        if slow is None or not part.links:
-            return 0.0
-        return slow.lost_s(part, index, group_indices(self.traces, index, part.group), transfer_s)
-
-    def _keys(self) -> dict[int, tuple[int, Key]]:
-        """Return the step and the key of every part."""
+    def _name_parts(self) -> None:
+        """Set the key of every part."""
         orders = {tuple((part.phase, _what(part)) for parts in steps for part in parts) for steps in self.of_steps}
-        self.is_unlike = len(orders) > 1
-        keys: dict[int, tuple[int, Key]] = {}
-        for steps in self.of_steps:
-            for step, parts in enumerate(steps):
-                seen: dict[tuple, int] = defaultdict(int)
-                before: Part | None = None
-                for part in parts:
-                    what = _what(part)
-                    if self.is_unlike:
-                        what += f" after {_what(before)}{_of(before, part.phase)}" if before else " first"
-                    of = (part.phase, what)
-                    keys[id(part)] = (step, (*of, seen[of]))
-                    seen[of] += 1
-                    before = part
-        return keys
+        for parts in chain.from_iterable(self.of_steps):
+            seen: dict[tuple, int] = defaultdict(int)
+            before: Part | None = None
+            for part in parts:
+                what = _what(part)
+                if len(orders) > 1:
+                    of = "" if before is None or before.phase == part.phase else f" of {before.phase}"
+                    what += f" after {_what(before)}{of}" if before else " first"
+                part.key = (part.phase, what, seen[part.phase, what])
+                seen[part.phase, what] += 1
+                before = part
 
-    def _waits(self, keys: dict[int, tuple[int, Key]]) -> list[dict[int, float]]:
-        """Find which exchanges the computing lane stood still for, and since when: by id of the part, for each rank."""
-        found: list[dict[int, float]] = []
+    def _find_waits(self) -> None:
+        """Find which exchanges the computing lane stood still for, and since when."""
         shares: dict[Key, list[float]] = defaultdict(list)
-        for index, trace in enumerate(self.traces):
-            own: dict[int, float] = {}
-            for parts in self.of_steps[index]:
-                for part in parts:
-                    if part.end_s is None:
-                        continue
-                    since = max(idle_since(trace, part.end_s), part.posted_s)
-                    wait_s = part.end_s - since
-                    flight_s = part.end_s - part.posted_s
-                    if wait_s > 0:
-                        own[id(part)] = since
-                    shares[keys[id(part)][1]].append(max(0.0, wait_s) / flight_s if flight_s > 0 else 1.0)
-            found.append(own)
+        waits: list[tuple[Part, float, float]] = []
+        for trace, steps in zip(self.traces, self.of_steps, strict=True):
+            for part in chain.from_iterable(steps):
+                if part.end_s is None:
+                    continue
+                since = max(idle_since(trace, part.end_s), part.posted_s)
+                wait_s = part.end_s - since
+                flight_s = part.end_s - part.posted_s
+                if wait_s > 0:
+                    part.idle_since_s = since
+                    waits.append((part, wait_s, max(4 * SHORT_WAIT_S[trace.lanes], 0.2 * flight_s)))
+                shares[part.key].append(max(0.0, wait_s) / flight_s if flight_s > 0 else 1.0)
         usually = {key: statistics.median(values) >= 0.5 for key, values in shares.items()}
-        for index, trace in enumerate(self.traces):
-            for parts in self.of_steps[index]:
-                for part in parts:
-                    since_s = found[index].get(id(part))
-                    if since_s is None or part.end_s is None or usually[keys[id(part)][1]]:
-                        continue
-                    wait_s = part.end_s - since_s
-                    if wait_s < max(4 * SHORT_WAIT_S[trace.lanes], 0.2 * (part.end_s - part.posted_s)):
-                        del found[index][id(part)]
-        return found
+        for part, wait_s, least_s in waits:
+            if wait_s < least_s and not usually[part.key]:
+                part.idle_since_s = None
 
-    def _program(
-        self, index: int, keys: dict[int, tuple[int, Key]], members: dict[int, int], waits: dict[int, float]
-    ) -> list[Item]:
-        trace, graph = self.traces[index], self.graph
+    def _program(self, index: int) -> list[Item]:
+        graph, busy = self.graph, _Busy(self.traces[index])
         program: list[Item] = []
-        busy = _Busy(trace)
         now_s = self.bounds[index][0][0]
         lane_ends: dict[int, float] = {}
         rows: int | None = None
@@ -164,37 +135,33 @@ class Programs:
                 now_s = moment_s
 
         for step, parts in enumerate(self.of_steps[index]):
-            events: list[tuple[float, int, Part]] = []
-            for part in parts:
-                events.append((part.posted_s, 0, part))
-                if id(part) in waits:
-                    events.append((part.end_s or 0.0, 1, part))
+            events = [(part.posted_s, 0, part) for part in parts]
+            events += [(part.end_s or 0.0, 1, part) for part in parts if part.idle_since_s is not None]
             events.sort(key=_order)
-            posts = iter([part for part in parts if id(part) in members])
-            key: Key = _before(keys, next(posts, None))
+            posts = iter(parts)
+            key = _before(next(posts, None))
             stretch = len(graph.runs)
             pending: list[Part] = []
             for moment_s, is_wait, part in events:
-                member = members[id(part)]
                 if is_wait:
-                    run_until(max(now_s, waits[id(part)]), key, ends_stretch=False)
-                    program.append((Kind.WAIT, member))
+                    run_until(max(now_s, part.idle_since_s or 0.0), key, ends_stretch=False)
+                    program.append((Kind.WAIT, part.member))
                     now_s = max(now_s, moment_s)
                     pending = [other for other in pending if other is not part]
                     if part.rows is not None:
                         rows = part.rows
                 else:
                     run_until(moment_s, key)
-                    program.append((Kind.POST, member))
+                    program.append((Kind.POST, part.member))
                     since = max(part.posted_s, lane_ends.get(part.lane, 0.0))
-                    graph.members[member].delay_s = max(0.0, part.start_s - since)
+                    graph.members[part.member].delay_s = max(0.0, part.start_s - since)
                     lane_ends[part.lane] = max(lane_ends.get(part.lane, 0.0), part.end_s or part.start_s)
-                    key = _before(keys, next(posts, None))
+                    key = _before(next(posts, None))
                     stretch = len(graph.runs)
                     pending.append(part)
             end_s = self.bounds[index][step][1]
             run_until(end_s, key)
-            program += [(Kind.WAIT, members[id(part)]) for part in pending if (part.end_s or 0.0) <= end_s]
+            program += [(Kind.WAIT, part.member) for part in pending if (part.end_s or 0.0) <= end_s]
             program.append((Kind.STEP, step))
         return program
 
@@ -209,16 +176,9 @@ def _what(part: Part) -> str:
     return part.way or part.kind
 
 
-def _of(part: Part, phase: str) -> str:
-    return "" if part.phase == phase else f" of {part.phase}"
-
-
-def _before(keys: dict[int, tuple[int, Key]], part: Part | None) -> Key:
+def _before(part: Part | None) -> Key:
     """Return the key of the work before this exchange is handed over; None: of the rest of a step."""
-    if part is None:
-        return ("end of the step",)
-    phase, kind, count = keys[id(part)][1]
-    return (phase, "before", kind, count)
+    return ("end of the step",) if part is None else (part.key[0], "before", *part.key[1:])
 
 
 class _Busy:
@@ -261,7 +221,7 @@ def joined(traces: Sequence[RankTrace], ranks_per_node: int | None = None) -> tu
     places = {number: index for index, number in enumerate(sorted(numbers))}
     of_steps = [_by_step(trace, places) for trace in traces]
     together = matched(traces, of_steps, limits)
-    hosts = hosts_of(traces, ranks_per_node)
+    hosts = _hosts_of(traces, ranks_per_node)
     align_clocks(traces, hosts, together, limits)
     bound_ends(traces, together)
     for parts in together.values():
@@ -281,9 +241,25 @@ def joined(traces: Sequence[RankTrace], ranks_per_node: int | None = None) -> tu
     graph.hosts = hosts
     routed = [trace.routed for trace in traces if trace.routed is not None]
     graph.routed = tuple(routed) if len(routed) == len(traces) else ()
-    graph.slow_links = slow_links(traces, graph.hosts)
-    Programs(graph, traces, of_steps, together, bounds).build()
+    graph.fault = slow = slow_links(traces, graph.hosts)
+    Programs(graph, traces, of_steps, together, bounds, slow).build()
     return graph, limits
+
+
+def _hosts_of(traces: Sequence[RankTrace], ranks_per_node: int | None) -> tuple[str, ...]:
+    """Return the host of every rank: of so many neighbours each, or as the files tell; none where they don't all.
+
+    Raises:
+        ValueError: a file doesn't say its rank, so that nobody knows its neighbours.
+    """
+    if ranks_per_node is None:
+        return tuple(one_line(trace.host) for trace in traces) if all(trace.host for trace in traces) else ()
+    found = []
+    for trace in traces:
+        if trace.rank is None:
+            raise ValueError(f"{trace.source} doesn't say which rank wrote it: leave --ranks-per-node out")
+        found.append(f"node {trace.rank // ranks_per_node}")
+    return tuple(found)
 
 
 def _span(trace: RankTrace) -> str:

@@ -1,96 +1,84 @@
 """Reader of the traces of torch.profiler (Kineto): of NVIDIA's and AMD's GPUs, and of CPUs with gloo or MPI."""
 
+import re
 from array import array
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
-from collections.abc import Sequence
-from itertools import count, pairwise
+from collections.abc import Collection, Sequence
+from itertools import accumulate, count, pairwise
 
 from tritonmoe.tools.doctor.exchange_names import as_run, kind_of_name
-from tritonmoe.tools.doctor.hosts import host_in_name
-from tritonmoe.tools.doctor.kineto_arguments import from_nccl, from_operator
-from tritonmoe.tools.doctor.kineto_events import KinetoEvents
+from tritonmoe.tools.doctor.kineto_events import KinetoEvents, from_nccl, from_operator
 from tritonmoe.tools.doctor.trace import Part, RankTrace, Step
 from tritonmoe.tools.doctor.trace_files import damaged
 
-__all__ = ["rank_trace", "union"]
+__all__ = ["KinetoTrace", "host_in_name"]
 
 MOST_LANES = 1024
+OF_TENSORBOARD = re.compile(r"(.+)_(\d+)\.\d+\.pt\.trace\.json(?:\.gz)?")
+"""How torch.profiler.tensorboard_trace_handler calls a trace: after host and process."""
 FAR_S = 3600.0
 """No event is further from the steps than that."""
 
 
-def rank_trace(events: KinetoEvents) -> RankTrace:
-    """Return what a trace says of its rank.
-
-    Raises:
-        ValueError: there is nothing in it that a step could be due to; the message says what is missing.
-    """
-    return _Trace(events).trace()
-
-
-class _Trace:
-    """Puts a rank's trace together."""
-
-    def __init__(self, events: KinetoEvents) -> None:
-        self.events = events
-        self._backward_starts = sorted(zip(*events.backward, strict=True))
+class KinetoTrace(KinetoEvents):
+    """Puts a rank's trace together from what stands in it."""
 
     def trace(self) -> RankTrace:
-        """Return what the trace says of its rank."""
-        about = self.events.top.get("distributedInfo", {})
+        """Return what the trace says of its rank.
+
+        Raises:
+            ValueError: there is nothing in it that a step could be due to; the message says what is missing.
+        """
+        self._backward_starts = sorted(zip(*self.backward, strict=True))
+        about = self.top.get("distributedInfo", {})
         if not isinstance(about, dict):
-            raise damaged(self.events.path, "distributedInfo is no object")
+            raise damaged(self.path, "distributedInfo is no object")
         rank, world = (about.get(key) for key in ("rank", "world_size"))
         for name, value in (("rank", rank), ("world_size", world)):
             if value is not None and (type(value) is not int or not 0 <= value < 1 << 24):
-                raise damaged(self.events.path, f"{name} is {str(value)[:40]!r}")
-        is_gpu = len(self.events.kernels[0]) > 0
-        host = self.events.top.get("host_name") or host_in_name(self.events.path.name, self.events.processes)
-        found = RankTrace(
-            str(self.events.path), rank, world, "gpu" if is_gpu else "cpu", host if type(host) is str else ""
-        )
-        found.routed = self.events.routed[min(self.events.routed)] if self.events.routed else None
+                raise damaged(self.path, f"{name} is {str(value)[:40]!r}")
+        is_gpu = len(self.kernels[0]) > 0
+        host = self.top.get("host_name") or host_in_name(self.path.name, self.processes)
+        found = RankTrace(str(self.path), rank, world, "gpu" if is_gpu else "cpu", host if type(host) is str else "")
+        found.routed = self.routed[min(self.routed)] if self.routed else None
         found.groups = self._groups(about)
-        base = self.events.top.get("baseTimeNanoseconds", 0)
+        base = self.top.get("baseTimeNanoseconds", 0)
         if type(base) not in (int, float) or not abs(base) < 1e19:
-            raise damaged(self.events.path, "baseTimeNanoseconds is no time")
-        if not is_gpu and (self.events.comms or not self.events.operators) and not self.events.by_workers:
+            raise damaged(self.path, "baseTimeNanoseconds is no time")
+        if not is_gpu and (self.comms or not self.operators) and not self.by_workers:
             why = (
                 "the run used NCCL, and the file has no events of a GPU"
-                if self.events.comms
+                if self.comms
                 else "the file has no operation that computes"
             )
-            raise ValueError(f"{self.events.path} can't be judged: {why}. Record with ProfilerActivity.CPU and .CUDA")
+            raise ValueError(f"{self.path} can't be judged: {why}. Record with ProfilerActivity.CPU and .CUDA")
         if is_gpu:
             self._of_gpu(found)
         else:
             self._of_cpu(found)
         self._steps(found, is_gpu)
         if base > 0:
-            _shift(found, base / 1e9)
+            found.move(lambda moment_s: moment_s + base / 1e9)
         found.is_unix_clock = base > 0 or (len(found.steps) > 0 and found.steps[0].start_s > 1e9)
         if rank is None:
             found.limits.append("the file doesn't say which rank wrote it")
         return found
 
     def _groups(self, about: dict) -> dict[str, tuple[int, ...]]:
-        groups: dict[str, tuple[int, ...]] = {}
         config = about.get("pg_config", [])
-        for one in config if isinstance(config, list) else []:
-            if isinstance(one, dict) and isinstance(one.get("ranks"), list):
-                ranks = one["ranks"]
-                if all(type(rank) is int for rank in ranks):
-                    groups[str(one.get("pg_name"))] = tuple(ranks)
-        return groups
+        return {
+            str(one.get("pg_name")): tuple(one["ranks"])
+            for one in (config if isinstance(config, list) else [])
+            if isinstance(one, dict) and isinstance(one.get("ranks"), list)
+            if all(type(rank) is int for rank in one["ranks"])
+        }
 
     def _steps(self, found: RankTrace, is_gpu: bool) -> None:
-        steps = sorted(self.events.steps, key=lambda step: step.start_s)
-        if len({step.number for step in steps}) != len(steps):
-            by_number: dict[int, Step] = {}
-            for step in steps:
-                by_number.setdefault(step.number, step)
-            steps = list(by_number.values())
+        by_number: dict[int, Step] = {}
+        for step in sorted(self.steps, key=lambda step: step.start_s):
+            by_number.setdefault(step.number, step)
+        steps = list(by_number.values())
         if is_gpu and steps:
             steps = self._moved_to_gpu(steps)
         lasts = [part.end_s or part.start_s for part in found.parts]
@@ -102,26 +90,20 @@ class _Trace:
             )
             steps = [Step(0, first, last)]
         if first < steps[0].start_s - FAR_S or last > steps[-1].end_s + FAR_S:
-            raise damaged(self.events.path, "the file has events more than an hour away from its steps")
+            raise damaged(self.path, "the file has events more than an hour away from its steps")
         for before, after in pairwise(steps):
             before.end_s = after.start_s  # what stands between two steps belongs to the first
         found.steps = steps
 
     def _moved_to_gpu(self, steps: list[Step]) -> list[Step]:
         """Return steps by when their kernels ran: what the host launched within a step is of that step."""
-        by_number = {step.number: step for step in self.events.steps_on_gpu}
+        by_number = {step.number: step for step in self.steps_on_gpu}
         if len(by_number) == len(steps) and all(step.number in by_number for step in steps):
             return sorted(by_number.values(), key=lambda step: step.start_s)
-        launches = sorted(zip(*self.events.launches, strict=True))
-        exchanges = (
-            (arguments.get("correlation"), start, end) for _, start, end, arguments in self.events.exchanges_on_gpu
-        )
-        kernels = sorted(
-            [
-                *zip(self.events.kernels[2], self.events.kernels[0], self.events.kernels[1], strict=True),
-                *(one for one in exchanges if type(one[0]) is int),
-            ]
-        )
+        launches = sorted(zip(*self.launches, strict=True))
+        exchanges = ((of.get("correlation"), start, end) for _, start, end, of in self.exchanges_on_gpu)
+        others = zip(self.kernels[2], self.kernels[0], self.kernels[1], strict=True)
+        kernels = sorted([*others, *(one for one in exchanges if type(one[0]) is int)])
         if not launches or not kernels or kernels[-1][0] < 0:
             return steps
         correlations = [correlation for correlation, _, _ in kernels]
@@ -136,27 +118,22 @@ class _Trace:
                     moved.append(Step(step.number, min(one[1] for one in of_step), max(one[2] for one in of_step)))
         return sorted(moved, key=lambda step: step.start_s) or steps
 
-    def _is_backward(self, moment_s: float) -> bool:
-        place = bisect_right(self._backward_starts, (moment_s, float("inf")))
-        return any(end >= moment_s for _, end in self._backward_starts[max(0, place - 4) : place])
-
     def _phase(self, moment_s: float | None) -> str:
         if moment_s is None or not self._backward_starts:
             return ""
-        return "backward" if self._is_backward(moment_s) else "forward"
+        place = bisect_right(self._backward_starts, (moment_s, float("inf")))
+        is_backward = any(end >= moment_s for _, end in self._backward_starts[max(0, place - 4) : place])
+        return "backward" if is_backward else "forward"
 
     def _of_gpu(self, found: RankTrace) -> None:
-        found.busy_start_s, found.busy_end_s = union(self.events.kernels[0], self.events.kernels[1])
-        launched: dict[int, float] = {}
-        wanted = {arguments.get("correlation") for _, _, _, arguments in self.events.exchanges_on_gpu}
-        for time, correlation in zip(*self.events.launches, strict=True):
-            if correlation in wanted:
-                launched[correlation] = time
-        before = sorted(zip(self.events.kernels[2], self.events.kernels[1], strict=True))
+        found.busy_start_s, found.busy_end_s = union(self.kernels[0], self.kernels[1])
+        wanted = {arguments.get("correlation") for _, _, _, arguments in self.exchanges_on_gpu}
+        launched = {number: time for time, number in zip(*self.launches, strict=True) if number in wanted}
+        before = sorted(zip(self.kernels[2], self.kernels[1], strict=True))
         correlations = [correlation for correlation, _ in before]
-        latest = _running_maximum([end for _, end in before])
+        latest = list(accumulate((end for _, end in before), max))
         cut = False
-        for kind, start_s, end_s, arguments in sorted(self.events.exchanges_on_gpu, key=lambda one: one[1]):
+        for kind, start_s, end_s, arguments in sorted(self.exchanges_on_gpu, key=lambda one: one[1]):
             correlation = arguments.get("correlation")
             posted_s = start_s
             place = bisect_right(found.busy_start_s, start_s) - 1
@@ -181,17 +158,17 @@ class _Trace:
             )
 
     def _of_cpu(self, found: RankTrace) -> None:
-        self.events.posts.sort(key=lambda post: post[1])
+        self.posts.sort(key=lambda post: post[1])
         by_thread: dict[object, list[float]] = defaultdict(list)
-        for _, start_s, _, thread, _ in self.events.posts:
+        for _, start_s, _, thread, _ in self.posts:
             by_thread[thread].append(start_s)
         holding = {thread: list(own) for thread, own in by_thread.items()}
-        for thread, start_s in self.events.waits:
+        for thread, start_s in self.waits:
             holding.setdefault(thread, []).append(start_s)
         starts, ends = array("d"), array("d")
-        waiting_threads = {*by_thread, *_with_several_at_once(self.events.by_workers)}
-        workers = {thread for _, _, _, thread in self.events.by_workers} - waiting_threads
-        for thread, (own_starts, own_ends) in self.events.operators.items():
+        waiting_threads = {*by_thread, *_with_several_at_once(self.by_workers)}
+        workers = {thread for _, _, _, thread in self.by_workers} - waiting_threads
+        for thread, (own_starts, own_ends) in self.operators.items():
             if thread in workers:
                 continue  # what they compute is a part of the exchange
             posted = sorted(holding.get(thread, []))
@@ -202,15 +179,14 @@ class _Trace:
                     ends.append(end_s)
         found.busy_start_s, found.busy_end_s = union(starts, ends)
         waiting: dict[str, list[Part]] = defaultdict(list)
-        for kind, start_s, _, _, arguments in self.events.posts:
+        for kind, start_s, _, _, arguments in self.posts:
             part = Part(kind, start_s, start_s, None, phase=self._phase(start_s))
             from_operator(part, arguments)
-            part.start_s = start_s
             found.parts.append(part)
             waiting[as_run(kind)].append(part)
         lanes: dict[object, int] = {}
         alone = count(MOST_LANES)
-        for name, start_s, end_s, thread in sorted(self.events.by_workers, key=lambda one: one[1]):
+        for name, start_s, end_s, thread in sorted(self.by_workers, key=lambda one: one[1]):
             of_kind = waiting.get(as_run(kind_of_name(name) or ""), [])
             if of_kind and of_kind[0].posted_s <= start_s:
                 part = of_kind.pop(0)
@@ -226,9 +202,18 @@ class _Trace:
             found.limits.append(
                 f"of {len(unknown)} of {len(found.parts)} exchanges the file doesn't say when they ended"
             )
-        ends_of_posts = {start_s: end_s for _, start_s, end_s, _, _ in self.events.posts}
+        ends_of_posts = {start_s: end_s for _, start_s, end_s, _, _ in self.posts}
         for part in unknown:
             part.end_s = ends_of_posts[part.posted_s]
+
+
+def host_in_name(name: str, processes: Collection[object]) -> str:
+    """Return the host that the name of a trace has; "" where the process in it is none whose events these are.
+
+    Then the name is one that somebody gave: "rank_3" is of no host.
+    """
+    found = OF_TENSORBOARD.fullmatch(name)
+    return found[1] if found is not None and found[2] in processes else ""
 
 
 def _with_several_at_once(exchanges: Sequence[tuple[str, float, float, object]]) -> set[object]:
@@ -240,26 +225,6 @@ def _with_several_at_once(exchanges: Sequence[tuple[str, float, float, object]])
             found.add(thread)
         ends[thread] = max(end_s, ends.get(thread, end_s))
     return found
-
-
-def _running_maximum(values: Sequence[float]) -> list[float]:
-    found, most = [], float("-inf")
-    for value in values:
-        most = max(most, value)
-        found.append(most)
-    return found
-
-
-def _shift(found: RankTrace, by_s: float) -> None:
-    found.busy_start_s = array("d", [time + by_s for time in found.busy_start_s])
-    found.busy_end_s = array("d", [time + by_s for time in found.busy_end_s])
-    for part in found.parts:
-        part.posted_s += by_s
-        part.start_s += by_s
-        part.end_s = None if part.end_s is None else part.end_s + by_s
-    for step in found.steps:
-        step.start_s += by_s
-        step.end_s += by_s
 
 
 def union(starts: Sequence[float], ends: Sequence[float]) -> tuple[array, array]:

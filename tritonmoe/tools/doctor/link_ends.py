@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+from tritonmoe.tools.doctor.graph import LinkFault
 from tritonmoe.tools.doctor.trace import Part, RankTrace
 
 __all__ = ["SlowLinks", "group_indices", "slow_links"]
@@ -18,14 +19,9 @@ NO_WAIT = 0.1
 
 
 @dataclass(frozen=True)
-class SlowLinks:
-    """What is slow."""
+class SlowLinks(LinkFault):
+    """Links that are slow, and how long a byte takes on all of them."""
 
-    links: tuple[tuple[int, int], ...]
-    """Sender and receiver, by their indices among the traces, the worst first."""
-    ranks: tuple[int, ...]
-    """Whose end it is; of what lies between two ranks both."""
-    words: str
     of_byte_s: dict[tuple[int, int], float]
     """Seconds of a byte, of every link."""
     usual_s: dict[tuple[int, int], float]
@@ -88,7 +84,7 @@ def slow_links(traces: Sequence[RankTrace], hosts: Sequence[str] = ()) -> SlowLi
         return None
     ranks, words = _ends(slow, of_byte, [trace.rank for trace in traces])
     times = statistics.median(of_byte[link] / usual[link] for link in slow)
-    return SlowLinks(slow, ranks, words.format(f"{times:.1f} times as long"), of_byte, usual)
+    return SlowLinks("slow link", slow, ranks, words.format(f"{times:.1f} times as long"), of_byte, usual)
 
 
 def _ends(

@@ -97,28 +97,16 @@ def typical_times(points: Sequence[tuple[float, float]]) -> list[tuple[float, fl
 
 @dataclass(frozen=True)
 class LinkRatios:
-    """How many times as long as on the others a byte takes, on ports and on links beside their ports."""
+    """How links differ from the typical one: (W, W), from rank i to rank k."""
 
-    port_out: Tensor
-    """(W,)."""
-    port_in: Tensor
+    of_byte: Tensor
+    """How many times as long as on like links a byte takes, ports included."""
     link: Tensor
-    """(W, W)."""
+    """The same of links beside their ports."""
+    excess_s: Tensor
+    """By how much each message takes longer than others, however small; mostly 0."""
     are_told_apart: bool
     """Whether it is known when each rank's rows arrived; if not, all ratios are 1."""
-    excess_s: Tensor
-    """(W, W): by how much each message from rank i to rank k takes longer than others, however small; mostly 0."""
-    inside_out: Tensor | None = None
-    """(W,): of ports inside the own node, where nodes are known; port_out and port_in are those to others."""
-    inside_in: Tensor | None = None
-
-    def of_byte(self, node_size: int | None) -> Tensor:
-        """Return (W, W): how many times as long as on like links a byte takes from rank i to rank k, ports included."""
-        ratio = torch.maximum(self.port_out[:, None], self.port_in) * self.link
-        if self.inside_out is None or self.inside_in is None:
-            return ratio
-        is_inside = Reach.INSIDE.pairs(len(ratio), node_size)
-        return torch.where(is_inside, torch.maximum(self.inside_out[:, None], self.inside_in) * self.link, ratio)
 
 
 class LinkFit:
@@ -290,11 +278,11 @@ class LinkFit:
         begun, ended = self._begun(), self.sent.arrived - self._latencies_s
         outwards = busy_times(self.sent, begun, ended, counts & (is_out | ~is_in), 2, self.port_out > 1)
         inwards = busy_times(self.sent, begun, ended, counts & (is_in | ~is_out), 1, self.port_in > 1)
-        return self._with_latency(outwards), self._with_latency(inwards)
-
-    def _with_latency(self, times: list[list[tuple[float, float]]]) -> list[list[tuple[float, float]]]:
-        """Return bytes and seconds of busy times, with one latency each."""
-        return [[(size, max(SHORTEST_S, seconds + self.latency_s)) for size, seconds in of] for of in times]
+        outwards, inwards = (  # with one latency each
+            [[(size, max(SHORTEST_S, seconds + self.latency_s)) for size, seconds in of] for of in times]
+            for times in (outwards, inwards)
+        )
+        return outwards, inwards
 
     def _line(self, points: Sequence[tuple[float, float]]) -> tuple[float, float]:
         """Return latency, by small messages, and seconds of a byte, by busy times with many bytes."""
@@ -331,7 +319,8 @@ class LinkFit:
         # A slow link's own time is that of its messages beside the port, whose bytes are of all peers.
         link_s = torch.where(self.link > 1, self.link * torch.maximum(out_s[:, None], in_s), 0.0)
         each = EachLink(out_s, in_s, link_s * self.port_share, self._latencies_s)
-        return each, LinkRatios(self.port_out, self.port_in, self.link, self.sent.are_told_apart, self.excess_s)
+        of_byte = torch.maximum(self.port_out[:, None], self.port_in) * self.link
+        return each, LinkRatios(of_byte, self.link, self.excess_s, self.sent.are_told_apart)
 
 
 def fit_links(calls: Sequence[RecordedCall], recording: Recording) -> tuple[LinkCosts, LinkRatios, tuple[str, ...]]:
@@ -349,7 +338,8 @@ def fit_links(calls: Sequence[RecordedCall], recording: Recording) -> tuple[Link
         notes.append("no exchange carried rows from rank to rank")
     elif not any(fit.sent.are_told_apart for fit in fits.values()):
         notes.append("NCCL doesn't tell when each rank's rows arrived: which link or port is slow is not known")
-    each, ratios = next(iter(fits.values())).found()
+    far = fits[reaches(node_size)[0]]
+    each, ratios = far.found()
     if node_size is not None:
         near, near_ratios = fits[Reach.INSIDE].found()
         is_near = Reach.INSIDE.pairs(size, node_size)
@@ -361,13 +351,11 @@ def fit_links(calls: Sequence[RecordedCall], recording: Recording) -> tuple[Link
             InsidePorts(node_size, near.port_out_s, near.port_in_s),
         )
         ratios = LinkRatios(
-            *(ratios.port_out, ratios.port_in, torch.where(is_near, near_ratios.link, ratios.link)),
-            ratios.are_told_apart or near_ratios.are_told_apart,
+            torch.where(is_near, near_ratios.of_byte, ratios.of_byte),
+            torch.where(is_near, near_ratios.link, ratios.link),
             torch.where(is_near, near_ratios.excess_s, ratios.excess_s),
-            near_ratios.port_out,
-            near_ratios.port_in,
+            ratios.are_told_apart or near_ratios.are_told_apart,
         )
-    far = next(iter(fits.values()))
     link = LinkCosts(
         *(far.latency_s, 1 / max(far.byte_s, LEAST_BYTE_S), recording.shares_link),
         each=each,

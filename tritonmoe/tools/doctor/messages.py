@@ -8,8 +8,7 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from tritonmoe.overlap.simulation.cost_model import LayerWork
-from tritonmoe.overlap.steps import Step, StepKind, Way
+from tritonmoe.overlap.steps import Step, StepKind
 from tritonmoe.tools.doctor.graph import floats
 from tritonmoe.tools.recording.call_recording import RecordedCall
 from tritonmoe.tools.recording.pass_steps import PassSteps, arrivals_of, places_of, times_of
@@ -65,17 +64,13 @@ class Messages:
     @classmethod
     def joined(cls, passes: "Sequence[Messages]") -> "Messages":
         """Put passes one behind the other, far apart: a selection of calls may have the same one twice."""
-        shifts = [APART_S * n - float(of.posted.min()) if len(of.posted) else 0.0 for n, of in enumerate(passes)]
-        shifted = list(zip(passes, shifts, strict=True))
-        return cls(
-            torch.cat([of.posted + shift for of, shift in shifted]),
-            torch.cat([of.arrived + shift for of, shift in shifted]),
-            torch.cat([of.before + shift for of, shift in shifted]),
-            torch.cat([of.sent_bytes for of in passes]),
-            torch.cat([of.port_bytes for of in passes]),
-            torch.cat([of.is_first for of in passes]),
-            any(of.are_told_apart for of in passes),
-        )
+        columns = []
+        for number, of in enumerate(passes):
+            shift = APART_S * number - float(of.posted.min()) if len(of.posted) else 0.0
+            moments = (moment + shift for moment in (of.posted, of.arrived, of.before))
+            columns.append((*moments, of.sent_bytes, of.port_bytes, of.is_first))
+        posted, arrived, before, sent, port, is_first = map(torch.cat, zip(*columns, strict=True))
+        return cls(posted, arrived, before, sent, port, is_first, any(of.are_told_apart for of in passes))
 
     @property
     def are_known(self) -> Tensor:
@@ -98,14 +93,8 @@ class Messages:
         return begin
 
 
-@functools.lru_cache(maxsize=KEPT_PASSES)
-def messages_of(call: RecordedCall, number: int, reach: Reach, node_size: int | None) -> Messages:
-    """Return the messages of a pass of a call, in the order in which all ranks posted its exchanges."""
-    return find_messages(call, number, reach, node_size)
-
-
 def find_messages(call: RecordedCall, number: int, reach: Reach, node_size: int | None) -> Messages:
-    """Return the same, and keep nothing of it."""
+    """Return the messages of a pass of a call, in the order in which all ranks posted its exchanges."""
     ranks = [of.passes[number] for of in call.ranks]
     size = len(ranks)
     inside = call.levels if reach is Reach.INSIDE else None
@@ -118,7 +107,11 @@ def find_messages(call: RecordedCall, number: int, reach: Reach, node_size: int 
     is_sent = reach.pairs(size, node_size)
     times = times_of(passes, places)
     if inside is not None:
-        sent = [_bytes_inside(inside.inside(call.plan, step.chunk), step.kind) for step in steps]
+        works = [inside.inside(call.plan, step.chunk) for step in steps]
+        sent = [
+            work.rows_to_others(step.kind) * work.bytes_per_row(step.kind.twin)
+            for work, step in zip(works, steps, strict=True)
+        ]
     else:
         travelling = functools.cache(lambda kind: _travelling(call, kind))
         sent = [_sent_bytes(call, step, times[:, n, 4], travelling) for n, step in enumerate(steps)]
@@ -147,6 +140,10 @@ def find_messages(call: RecordedCall, number: int, reach: Reach, node_size: int 
     )
 
 
+messages_of = functools.lru_cache(maxsize=KEPT_PASSES)(find_messages)
+"""find_messages, of which the last passes are kept."""
+
+
 def _exchanges_of(passes: Sequence[PassSteps]) -> tuple[list[Step], list[list[int]]]:
     """Return the exchanges of rows of a pass, and the places of these steps on every rank."""
     first = passes[0].layout
@@ -170,17 +167,10 @@ def members(call: RecordedCall, rank: int, is_inside: bool) -> range:
 def _sent_bytes(call: RecordedCall, step: Step, units: Tensor, travelling: Callable[[StepKind], Tensor]) -> Tensor:
     """Return the bytes (W, W) from rank i to rank k: of all that i sends there its share in this step."""
     work = call.work if call.levels is None else call.levels.outer
-    rows = work.rows if step.kind.way is Way.TO_EXPERTS else work.rows.T
-    rows = rows.clone().fill_diagonal_(0)
+    rows = work.rows_to_others(step.kind)
     if step.chunk is not None:
         rows = rows * (units / travelling(step.kind).clamp(min=1))[:, None]
     return rows * work.bytes_per_row(step.kind)
-
-
-def _bytes_inside(work: LayerWork, kind: StepKind) -> Tensor:
-    """Return the bytes (W, W) from rank i to rank k of its node in a step, by the work of its chunk there."""
-    rows = work.rows if kind.way is Way.TO_EXPERTS else work.rows.T
-    return rows.clone().fill_diagonal_(0) * work.bytes_per_row(kind.twin)
 
 
 def _travelling(call: RecordedCall, kind: StepKind) -> Tensor:

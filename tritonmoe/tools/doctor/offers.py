@@ -3,6 +3,8 @@
 import statistics
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain, pairwise
 from typing import NamedTuple
 
 import torch
@@ -15,15 +17,14 @@ from tritonmoe.overlap.simulation.simulator import simulate
 from tritonmoe.overlap.steps import StepKind
 from tritonmoe.tools.doctor.advice import Advice
 from tritonmoe.tools.doctor.attribution import Cost
-from tritonmoe.tools.doctor.graph import Graph, Key, Member, floats, indices
-from tritonmoe.tools.doctor.moe_layers import LayerPass, layers_of
+from tritonmoe.tools.doctor.graph import Graph, Key, Kind, Member, indices
 from tritonmoe.tools.doctor.replays import Replays
 from tritonmoe.tools.doctor.samples import fit_relative_line
 from tritonmoe.tools.doctor.usual import usual_of
 from tritonmoe.tools.doctor.walk import walker_of
 from tritonmoe.tools.recording.call_recording import node_size_of
 
-__all__ = ["Offers", "node_bytes", "offers_of"]
+__all__ = ["LayerPass", "Offers", "layers_of", "node_bytes", "offers_of"]
 
 LEAST_SHARE = 0.01
 """A smaller gain is not spoken of."""
@@ -43,6 +44,150 @@ EARLY = 0.1
 """Of the times that bound what a byte takes, all but this part are longer."""
 MOVING_ALL = ("all_reduce", "all_gather", "reduce_scatter")
 """Exchanges in which every rank moves at least the bytes that a file gives it, but for its own share."""
+ALIKE = 0.02
+"""What comes home is what was sent, up to so small a share."""
+LEAST_RATIO, MOST_RATIO = 0.24, 4.1
+"""Rows may travel home in another format, but ids that go to the same ranks are no rows."""
+HIDDEN = 0.2
+"""An exchange beside which so large a share of its time is computed is overlapped already."""
+
+
+@dataclass(frozen=True)
+class LayerPass:
+    """One pass of one layer in one step: an all-to-all, what ranks compute with its rows, and the all-to-all back."""
+
+    key: Key
+    """Of the first exchange."""
+    step: int
+    there: tuple[int, ...]
+    """Members of the exchange that brings rows to the experts, by their ranks in the group."""
+    back: tuple[int, ...]
+    compute_s: tuple[float, ...]
+    """What each rank computes between them."""
+    sent: tuple[tuple[int, ...], ...]
+    """Bytes from rank i of the group to rank k."""
+    is_overlapped: bool
+    """Whether something is computed beside the exchanges already."""
+
+    @property
+    def phase(self) -> str:
+        return str(self.key[0])
+
+
+@dataclass
+class _Visit:
+    """An exchange as one rank goes through it."""
+
+    member: int
+    beside_s: float
+    """What the rank computes between handing it over and waiting for it."""
+    after_s: float = 0.0
+    """What it computes from when the rows are there until the next exchange of rows."""
+    is_waited_for: bool = False
+    is_last: bool = False
+    """Whether it waits for something else before it hands over the next exchange of rows."""
+
+
+def layers_of(graph: Graph) -> list[LayerPass]:
+    """Return the passes of layers of which all ranks and all splits are known; none where that is not so."""
+    rows = [index for index, member in enumerate(graph.members) if _has_rows(graph, index) and member.sent]
+    if not rows:
+        return []
+    known = set(rows)
+    by_rank = [list(_visits(graph, rank, known)) for rank in range(len(graph.ranks))]
+    following: dict[int, int] = {}
+    visits: dict[int, _Visit] = {}
+    for of_rank in by_rank:
+        visits |= {visit.member: visit for visit in of_rank}
+        following |= {visit.member: after.member for visit, after in pairwise(of_rank)}
+    found = []
+    taken: set[int] = set()
+    for members in _in_order(graph, by_rank):
+        exchange = graph.members[members[0]].exchange
+        if exchange in taken:
+            continue
+        back = [following.get(one, -1) for one in members]
+        if min(back) < 0 or len({graph.members[one].exchange for one in back}) > 1:
+            continue
+        if not _comes_home(graph, members, back) or any(visits[one].is_last for one in members):
+            continue
+        if not all(visits[one].is_waited_for for one in members):
+            continue
+        taken |= {exchange, graph.members[back[0]].exchange}
+        beside_s = sum(visits[one].beside_s for one in (*members, *back))
+        transfers_s = sum(graph.members[one].transfer_s for one in (*members, *back))
+        first = graph.members[members[0]]
+        compute_s = tuple(visits[one].after_s for one in members)
+        sent = tuple(graph.members[one].sent or () for one in members)
+        is_overlapped = beside_s > HIDDEN * transfers_s
+        found.append(LayerPass(first.key, first.step, tuple(members), tuple(back), compute_s, sent, is_overlapped))
+    return found
+
+
+def _has_rows(graph: Graph, index: int) -> bool:
+    """Return whether this is an all-to-all of a group whose ranks are all there, with all splits."""
+    member = graph.members[index]
+    members = graph.exchanges[member.exchange]
+    return (
+        "all_to_all" in member.key
+        and member.sent is not None
+        and member.received is not None
+        and len(members) == len(member.sent)
+        and len(members) > 1
+        and all(graph.members[one].sent is not None for one in members)
+        and sum(member.sent) + sum(member.received) > 0
+    )
+
+
+def _visits(graph: Graph, rank: int, known: set[int]) -> Iterator[_Visit]:
+    """Go through a rank's program; give its exchanges of rows in order."""
+    open_visits: dict[int, _Visit] = {}
+    last: _Visit | None = None
+    computed_s = 0.0
+    for kind, index in graph.programs[rank]:
+        if kind == Kind.RUN:
+            run = graph.runs[index]
+            computed_s += run.busy_s + run.idle_s
+            if last is not None and last.is_waited_for:
+                last.after_s += run.busy_s + run.idle_s
+        elif kind == Kind.POST and index in known:
+            if last is not None:
+                yield last
+            last = open_visits[index] = _Visit(index, -computed_s)
+        elif kind == Kind.WAIT:
+            if index in open_visits:
+                visit = open_visits.pop(index)
+                visit.beside_s += computed_s
+                visit.is_waited_for = True
+            elif last is not None and last.is_waited_for:
+                last.is_last = True
+        elif kind == Kind.STEP and last is not None:
+            last.is_last = True
+    for visit in open_visits.values():
+        visit.beside_s += computed_s
+    if last is not None:
+        yield last
+
+
+def _in_order(graph: Graph, by_rank: Sequence[Sequence[_Visit]]) -> Iterator[list[int]]:
+    """Yield the members of each exchange of rows, in the order in which the first of its ranks comes to them."""
+    seen: set[int] = set()
+    for visit in chain.from_iterable(by_rank):
+        exchange = graph.members[visit.member].exchange
+        if exchange not in seen:
+            seen.add(exchange)
+            yield sorted(graph.exchanges[exchange], key=lambda one: graph.members[one].rank)
+
+
+def _comes_home(graph: Graph, there: Sequence[int], back: Sequence[int]) -> bool:
+    """Return whether each rank sends back what it has received, in this or another format."""
+    received = [graph.members[one].received or () for one in there]
+    sent = [graph.members[one].sent or () for one in back]
+    total, total_back = (sum(map(sum, of)) for of in (received, sent))
+    if not total or not LEAST_RATIO <= total_back / total <= MOST_RATIO:
+        return False
+    pairs = zip(chain.from_iterable(sent), chain.from_iterable(received), strict=True)
+    return sum(abs(own - total_back / total * of) for own, of in pairs) <= ALIKE * total_back
 
 
 class NodeBytes(NamedTuple):
@@ -176,30 +321,22 @@ class Offers:
 
     def _narrower(self) -> Iterator[Advice | None]:
         """Offer rows of fewer bytes, where it is known how wide their numbers are."""
-        members = self.graph.members
-        widths = {members[one].element_bytes for layer in self.layers for one in (*layer.there, *layer.back)}
+        rows = [one for layer in self.layers for one in (*layer.there, *layer.back)]
+        dispatched = [one for layer in self.layers if layer.phase == "forward" for one in layer.there]
+        widths = {self.graph.members[one].element_bytes for one in rows}
         if widths == {4}:
-            rows = [(one, 0.5) for layer in self.layers for one in (*layer.there, *layer.back)]
-            yield self._with_bytes("rows sent as bfloat16", rows, "all rows are rounded")
-        if widths in ({2}, {4}):
-            (width,) = widths
-            rows = [
-                (one, FP8_SCALES / (width or 1))
-                for layer in self.layers
-                if layer.phase == "forward"
-                for one in layer.there
-            ]
-            if rows:
-                yield self._with_bytes("dispatched rows sent as fp8, in forward", rows, "dispatched rows are rounded")
+            yield self._with_bytes("rows sent as bfloat16", rows, 0.5, "all rows are rounded")
+        if widths in ({2}, {4}) and dispatched:
+            ratio = FP8_SCALES / (2 if widths == {2} else 4)
+            words = "dispatched rows sent as fp8, in forward"
+            yield self._with_bytes(words, dispatched, ratio, "dispatched rows are rounded")
 
-    def _with_bytes(self, words: str, rows: Sequence[tuple[int, float]], price: str) -> Advice:
+    def _with_bytes(self, words: str, rows: Sequence[int], ratio: float, price: str) -> Advice:
         transfer_s = self.transfer_s.clone()
-        members = indices([member for member, _ in rows])
-        ratios = floats([ratio for _, ratio in rows])
-        transfer_s[members] -= (1 - ratios) * (transfer_s[members] - self.latency_s).clamp(min=0)
-        return Advice(
-            words, f"{price}; the gain doesn't include the time to convert them", Cost.of(self._gained(transfer_s))
-        )
+        members = indices(rows)
+        transfer_s[members] -= (1 - ratio) * (transfer_s[members] - self.latency_s).clamp(min=0)
+        price = f"{price}; the gain doesn't include the time to convert them"
+        return Advice(words, price, Cost.of(self._gained(transfer_s)))
 
     def _chunks(self) -> Advice | None:
         """Offer chunks of which one travels while another is computed, as this package's layers run them."""
@@ -268,7 +405,7 @@ class Offers:
             compute_s = statistics.median(seconds for _, seconds in of)
             sizes = sorted(size for size, _ in of)
             is_known = sizes[0] > 0 and sizes[-1] >= UNLIKE_ROWS * sizes[0]
-            shares = (CHUNK_SHARE[0] * compute_s, CHUNK_SHARE[1] * compute_s, CHUNK_SHARE[2] * compute_s)
+            shares = CHUNK_SHARE[0] * compute_s, CHUNK_SHARE[1] * compute_s, CHUNK_SHARE[2] * compute_s
             fitted = min(fit_relative_line(of)[0], shares[WORST])  # ranks of other speeds make it anything
             found[key] = (min(shares[EXPECTED], fitted), fitted, max(shares[EXPECTED], fitted)) if is_known else shares
         return found

@@ -3,15 +3,16 @@
 The part of a recording has its median call, rows, links, experts and costs beside these.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Any, Literal, Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 from tritonmoe.tools.doctor.advice import Advice
 from tritonmoe.tools.doctor.attribution import Verdict
 from tritonmoe.tools.doctor.lanes import DOING, Piece, Shown
+from tritonmoe.tools.doctor.reading import ReadRun
 from tritonmoe.tools.doctor.recorded_run import RecordedRun
 from tritonmoe.tools.doctor.run_figures import PASSES, timelines_of
-from tritonmoe.tools.doctor.verdict import AnyRun, about, headline, recording_of, remarks, step_words, warnings_of
+from tritonmoe.tools.doctor.verdict import about, headline, recording_of, remarks, step_words, warnings_of
 from tritonmoe.tools.doctor.words import FindingWords, count_words, describe_finding, mended_words
 from tritonmoe.tools.report.charts import (
     MOST_SPANS,
@@ -29,7 +30,7 @@ from tritonmoe.tools.report.html import Banner, Block, Page, Section
 from tritonmoe.tools.report.perfetto import chrome_trace
 from tritonmoe.tools.report.timeline import Timeline
 
-__all__ = ["Part", "RecordedPart", "RunPart", "runs_page"]
+__all__ = ["RecordedPart", "RunPart", "runs_page"]
 
 MOST_RANKS = 64
 """Charts and tables show so many, those at fault first."""
@@ -50,35 +51,11 @@ MARKS = {
 }
 
 
-class Part(Protocol):
-    """One run's part of a page."""
-
-    timelines: dict[str, list[Timeline]]
-    """Lanes that the page offers as a trace; empty where there are none."""
-
-    def banner(self, name: str) -> Banner: ...
-
-    def sections(self) -> Iterator[tuple[str, list[Block]]]: ...
-
-
-def runs_page(parts: dict[str, Part], figures: Figures) -> Page:
-    """Return the page of these runs, by their names, one after the other."""
-    banners, sections = [], []
-    lanes: dict[str, list[Timeline]] = {}
-    for path, part in parts.items():
-        name = f"{path}: " if len(parts) > 1 else ""
-        banners.append(part.banner(path if len(parts) > 1 else ""))
-        sections += [Section(name + title, blocks) for title, blocks in part.sections() if blocks]
-        lanes |= {name + which: timelines for which, timelines in part.timelines.items()}
-    trace = chrome_trace(lanes) if lanes else None
-    return Page(f"Why is the step slow? {', '.join(parts)}", [], sections, figures.data, trace, banners)
-
-
 class RunPart:
     """One run's part of a page, whose JSON stands at a key of the page's."""
 
     def __init__(
-        self, run: AnyRun, found: Verdict, advice: Sequence[Advice], shown: Shown, figures: Figures, key: str
+        self, run: ReadRun, found: Verdict, advice: Sequence[Advice], shown: Shown, figures: Figures, key: str
     ) -> None:
         self.run, self.found, self.advice, self.shown = run, found, advice, shown
         self.figures, self.key = figures, key
@@ -92,10 +69,12 @@ class RunPart:
         self.ranks = sorted(self.conspicuous[:MOST_RANKS])
         """Those that are shown."""
 
+    def at(self, key: str) -> Any:
+        return self.figures.at(f"{self.key}/{key}")
+
     def number(self, key: str, unit: str) -> Cell:
         """Return the number at a key, "not known" where the JSON has null."""
-        key = f"{self.key}/{key}"
-        return "not known" if self.figures.at(key) is None else self.figures(key, unit)
+        return "not known" if self.at(key) is None else self.figures(f"{self.key}/{key}", unit)
 
     def name(self, index: int) -> str:
         return self.found.graph.names.get(index, str(self.found.graph.ranks[index]))
@@ -150,12 +129,12 @@ class RunPart:
             return
         if len(keys) > 1:
             keys.append(("findings_together", None))
-        top = max([found.replayed_s, *(self.figures.at(f"{self.key}/{key}/high_s") for key, _ in keys)]) or 1.0
+        top = max([found.replayed_s, *(self.at(f"{key}/high_s") for key, _ in keys)]) or 1.0
         strips: list[Strip] = []
         rows: list[Sequence[Cell | Line]] = []
         for n, (key, words) in enumerate(keys):
             name = "all together" if words is None else f"{n + 1}. {found.findings[n].kind}"
-            at = [max(0.0, self.figures.at(f"{self.key}/{key}/{end}")) / top for end in ("cost_s", "low_s", "high_s")]
+            at = [max(0.0, self.at(f"{key}/{end}")) / top for end in ("cost_s", "low_s", "high_s")]
             share = self.number(f"{key}/share", "share")
             color = "c5" if words is None else "c6"
             strips.append(Strip(name, [Segment(0, at[0], color)], share, (at[1], at[2])))
@@ -250,16 +229,17 @@ class RunPart:
         if len(self.found.graph.ranks) < 2:
             yield Words(["There is one rank only: what this rank waits for is not known."])
             return
-        ranks = self.ranks
-        waits_s = self.figures.at(f"{self.key}/waits_for_ranks_s")
-        values: list[list[float | None]] = [[None if i == k else waits_s[i][k] for k in ranks] for i in ranks]
+        title = "How long a rank waited in exchanges for another rank to come, for each step"
+        yield from self._matrix("waits_for_ranks_s", title, "s", "waiting rank", "rank that it waits for")
+
+    def _matrix(self, name: str, title: str, unit: str, row: str, column: str, base: float = 0.0) -> Iterator[Block]:
+        values, ranks = self.at(name), self.ranks
+        if values is None:
+            yield Words(["The transport doesn't tell when each rank's rows arrived."])
+            return
+        shown: list[list[float | None]] = [[None if i == k else values[i][k] for k in ranks] for i in ranks]
         names = [self.name(index) for index in ranks]
-        title, key = (
-            "How long a rank waited in exchanges for another rank to come, for each step",
-            f"{self.key}/waits_for_ranks_s",
-        )
-        axes = "waiting rank", "rank that it waits for"
-        yield Heat(title, key, values, "s", *axes, names, names, (ranks, ranks))
+        yield Heat(title, f"{self.key}/{name}", shown, unit, row, column, names, names, (ranks, ranks), base)
         yield from self._left_out()
 
     def _loads(self) -> Iterator[Block]:
@@ -319,9 +299,6 @@ class RecordedPart(RunPart):
         self.lane_ranks = ranks_within(whole, MOST_SPANS, self.conspicuous)
         self.timelines = {name: [of[rank] for rank in self.lane_ranks] for name, of in whole.items()}
 
-    def at(self, key: str) -> Any:
-        return self.figures.at(f"{self.key}/{key}")
-
     def sections(self) -> Iterator[tuple[str, list[Block]]]:
         *common, grounds = super().sections()
         yield from common
@@ -355,16 +332,6 @@ class RecordedPart(RunPart):
             yield Words(
                 [f"{len(self.lane_ranks)} of {self.recorded.recording.size} ranks are drawn, and are in the trace."]
             )
-
-    def _matrix(self, name: str, title: str, unit: str, row: str, column: str, base: float = 0.0) -> Iterator[Block]:
-        values, ranks = self.at(name), self.ranks
-        if values is None:
-            yield Words(["The transport doesn't tell when each rank's rows arrived."])
-            return
-        shown: list[list[float | None]] = [[None if i == k else values[i][k] for k in ranks] for i in ranks]
-        names = [str(rank) for rank in ranks]
-        yield Heat(title, f"{self.key}/{name}", shown, unit, row, column, names, names, (ranks, ranks), base)
-        yield from self._left_out()
 
     def _rows(self) -> Iterator[Block]:
         title = "How long a rank waited for another rank's rows in a call, median of all calls"
@@ -433,3 +400,16 @@ class RecordedPart(RunPart):
             + (f" with {versions}." if versions else "."),
         ]
         yield Words(lines)
+
+
+def runs_page(parts: Mapping[str, RunPart], figures: Figures) -> Page:
+    """Return the page of these runs, by their names, one after the other."""
+    banners, sections = [], []
+    lanes: dict[str, list[Timeline]] = {}
+    for path, part in parts.items():
+        name = f"{path}: " if len(parts) > 1 else ""
+        banners.append(part.banner(path if len(parts) > 1 else ""))
+        sections += [Section(name + title, blocks) for title, blocks in part.sections() if blocks]
+        lanes |= {name + which: timelines for which, timelines in part.timelines.items()}
+    trace = chrome_trace(lanes) if lanes else None
+    return Page(f"Why is the step slow? {', '.join(parts)}", [], sections, figures.data, trace, banners)

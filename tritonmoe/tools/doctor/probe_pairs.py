@@ -4,6 +4,7 @@ import math
 import statistics
 import time
 from dataclasses import dataclass
+from itertools import permutations
 
 import torch
 
@@ -30,7 +31,7 @@ class PairTimes:
     def slow(self) -> list[tuple[int, int, float]]:
         """Return (i, k, how many times as long as on the typical link a byte takes) of slow pairs, the worst first."""
         size = len(self.byte_s)
-        links = [(i, k) for i in range(size) for k in range(size) if i != k]
+        links = list(permutations(range(size), 2))
         typical = statistics.median_low([self.byte_s[i][k] for i, k in links])
         found = [(i, k, self.byte_s[i][k] / typical) for i, k in links if typical > 0]
         return sorted((one for one in found if one[2] > SMALLEST_RATIO), key=lambda one: -one[2])
@@ -64,11 +65,9 @@ def probe_pairs(transport: Transport, device: torch.device | str = "cpu") -> Pai
     told = transport.exchange_counts(seconds[:, :, own].flatten().expand(size, -1).contiguous())
     everybody = told.view(size, len(PAIR_BYTES), size).permute(1, 2, 0).to(torch.float64) / 1e9  # (sizes, W, W)
     latency, byte = [[0.0] * size for _ in range(size)], [[0.0] * size for _ in range(size)]
-    for i in range(size):
-        for k in range(size):
-            if i != k:
-                points = zip(map(float, PAIR_BYTES), everybody[:, i, k].tolist(), strict=True)
-                latency[i][k], byte[i][k] = fit_line(list(points))
+    for i, k in permutations(range(size), 2):
+        points = zip(map(float, PAIR_BYTES), everybody[:, i, k].tolist(), strict=True)
+        latency[i][k], byte[i][k] = fit_line(list(points))
     return PairTimes(latency, byte)
 
 

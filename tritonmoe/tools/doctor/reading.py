@@ -1,6 +1,7 @@
 """read_traces: a folder of traces of any kind, or a file, as one graph; files are known by what stands in them."""
 
 import gc
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,39 +14,40 @@ from tritonmoe.tools.doctor.chrome_timeline import is_timeline, read_timeline
 from tritonmoe.tools.doctor.exchange_names import as_run
 from tritonmoe.tools.doctor.flight_recorder import is_flight_record, read_flight_record
 from tritonmoe.tools.doctor.graph import Graph
-from tritonmoe.tools.doctor.hosts import FEW_FOR_NODES, unknown_of_nodes
 from tritonmoe.tools.doctor.inspector import is_inspector_line, name_ranks, on_one_clock, read_inspector
 from tritonmoe.tools.doctor.joining import joined
-from tritonmoe.tools.doctor.kineto import rank_trace
-from tritonmoe.tools.doctor.kineto_events import KinetoEvents
+from tritonmoe.tools.doctor.kineto import KinetoTrace
 from tritonmoe.tools.doctor.matching import as_all_to_alls
 from tritonmoe.tools.doctor.trace import Part, RankTrace, Step
 from tritonmoe.tools.doctor.trace_files import JsonPieces, damaged, first_bytes, open_text
 from tritonmoe.tools.report.terminal import one_line
 
-__all__ = ["ForeignRun", "read_traces"]
+__all__ = ["ReadRun", "read_traces"]
 
+KINDS = {"gpu": "Kineto (GPU)", "cpu": "Kineto (CPU)", "inspector": "NCCL Inspector", "none": "flight recorder"}
 NO_TRACE = (".txt", ".md", ".yaml", ".yml", ".log", ".csv", ".py", ".sh", ".html", ".png", ".err", ".out")
 REPEATED = 0.97
 """So many of the exchanges must be what was so many exchanges before."""
 MOST_EXCHANGES = 4096
+FEW_FOR_NODES = 4
+"""Fewer ranks are no two nodes of two."""
 
 
 @dataclass
-class ForeignRun:
-    """A run as others recorded it."""
+class ReadRun:
+    """A run as its files tell it."""
 
     path: Path
     graph: Graph
     kinds: dict[str, int]
     """How many files of each kind were read."""
     lanes: str
+    """Of traces what is known of the computing, see RankTrace; recording; timeline."""
     limits: list[str]
     """What the files can't tell."""
-    is_timeline: bool = False
 
 
-def read_traces(path: Path, ranks_per_node: int | None = None) -> ForeignRun:
+def read_traces(path: Path, ranks_per_node: int | None = None) -> ReadRun:
     """Read a trace, or a folder of them.
 
     ranks_per_node: so many neighbours share a host; None: as the files tell.
@@ -69,7 +71,7 @@ def _no_collections() -> Iterator[None]:
             gc.enable()
 
 
-def _read_traces(path: Path, ranks_per_node: int | None) -> ForeignRun:
+def _read_traces(path: Path, ranks_per_node: int | None) -> ReadRun:
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
     if not files:
         raise ValueError(f"{path} has no files in it")
@@ -84,16 +86,11 @@ def _read_traces(path: Path, ranks_per_node: int | None) -> ForeignRun:
         if len(read) > 1:
             raise ValueError(f"{path} has a pipeline's timeline and other traces: give the files of one run at a time")
         graph, own = timelines[0]
-        return ForeignRun(path, graph, {"pipeline timeline": 1}, "timeline", [*own, *limits], True)
+        return ReadRun(path, graph, {"pipeline timeline": 1}, "timeline", [*own, *limits])
     traces = [one for one in read if isinstance(one, RankTrace)]
-    kinds: dict[str, int] = {}
-    for trace in traces:
-        name = {"gpu": "Kineto (GPU)", "cpu": "Kineto (CPU)", "inspector": "NCCL Inspector"}.get(
-            trace.lanes, "flight recorder"
-        )
-        kinds[name] = kinds.get(name, 0) + 1
+    kinds = Counter(KINDS[trace.lanes] for trace in traces)
     name_ranks(traces)
-    traces = _merged(traces, limits)
+    traces = _merged(traces)
     unmarked = [trace for trace in traces if not trace.steps]
     if unmarked and len(unmarked) < len(traces):
         missing = ", ".join(str(trace.rank) for trace in unmarked[:5])
@@ -106,7 +103,7 @@ def _read_traces(path: Path, ranks_per_node: int | None) -> ForeignRun:
         mark_steps(traces, limits)
     as_all_to_alls(traces, limits)
     graph, own = joined(traces, ranks_per_node)
-    return ForeignRun(path, graph, kinds, traces[0].lanes, [*own, *_unknown(graph), *limits])
+    return ReadRun(path, graph, kinds, traces[0].lanes, [*own, *_unknown(graph), *limits])
 
 
 def _unknown(graph: Graph) -> Iterator[str]:
@@ -122,7 +119,27 @@ def _unknown(graph: Graph) -> Iterator[str]:
         )
     whole = [member for member in rows if member.sent and len(graph.exchanges[member.exchange]) == len(member.sent)]
     if any(len(graph.exchanges[member.exchange]) >= FEW_FOR_NODES for member in whole):
-        yield from unknown_of_nodes(graph)
+        yield from _unknown_of_nodes(graph)
+
+
+def _unknown_of_nodes(graph: Graph) -> Iterator[str]:
+    """Yield what is not known of the nodes of a run whose ranks send each other rows."""
+    hosts_of = ({graph.hosts[graph.members[one].rank] for one in members} for members in graph.exchanges if members[1:])
+    if not graph.hosts:
+        yield (
+            "the files don't say which ranks share a host: what two levels would gain is not known "
+            "(--ranks-per-node COUNT says it)"
+        )
+    elif len(set(graph.hosts)) > 1 and not graph.routed:
+        yield (
+            "the files don't say how many tokens a rank has: what two levels would gain is not known "
+            "(a trace of the router's torch.topk with record_shapes=True says it)"
+        )
+    elif len(set(graph.hosts)) > 1 and not any(len(hosts) == 1 for hosts in hosts_of):
+        yield (
+            "no exchange is of the ranks of one host alone: what rows take inside a host is not known, so two levels "
+            "may gain more than is said"
+        )
 
 
 def _shortened(others: Sequence[str]) -> str:
@@ -173,7 +190,7 @@ def _read_pickle(path: Path) -> _Read:
 
 
 def _read_json(path: Path) -> _Read:
-    of_trace = KinetoEvents(path)
+    of_trace = KinetoTrace(path)
     events: list[object] | None = None
     pieces = JsonPieces(path, "traceEvents")
     pieces.scan = of_trace.scan
@@ -191,7 +208,7 @@ def _read_json(path: Path) -> _Read:
         return read_flight_record(path, of_trace.top)
     if of_trace.num_events == 0 and "traceEvents" not in of_trace.top and not _has_events(path):
         return f"{path} is JSON, but no trace"
-    return rank_trace(of_trace)
+    return of_trace.trace()
 
 
 def _has_events(path: Path) -> bool:
@@ -199,21 +216,15 @@ def _has_events(path: Path) -> bool:
         return '"traceEvents"' in file.read(1 << 16)
 
 
-def _merged(traces: Sequence[RankTrace], limits: list[str]) -> list[RankTrace]:
+def _merged(traces: Sequence[RankTrace]) -> list[RankTrace]:
     """Return a trace for each rank, its exchanges with the groups and numbers of its flight record where it has one."""
     whole = [trace for trace in traces if trace.lanes in ("gpu", "cpu")]
-    records = [trace for trace in traces if trace.lanes not in ("gpu", "cpu")]
-    if not whole:
-        return list(traces)
     by_rank = {trace.rank: trace for trace in whole}
-    left_over = []
+    records = [trace for trace in traces if trace.lanes not in ("gpu", "cpu")]
     for record in records:
-        trace = by_rank.get(record.rank)
-        if trace is None:
-            left_over.append(record)
-            continue
-        _number(trace, record)
-    return [*whole, *left_over]
+        if record.rank in by_rank:
+            _number(by_rank[record.rank], record)
+    return [*whole, *(record for record in records if record.rank not in by_rank)]
 
 
 def _number(trace: RankTrace, record: RankTrace) -> None:

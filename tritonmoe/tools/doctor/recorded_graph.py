@@ -16,6 +16,7 @@ from tritonmoe.tools.doctor.graph import Graph, Kind, Tables, floats, indices
 from tritonmoe.tools.doctor.recorded_rows import MEETING, PLACES, Columns, RecordedRows, place_in_exchange
 from tritonmoe.tools.doctor.recorded_steps import Event, PlacedPass, placed_passes
 from tritonmoe.tools.doctor.samples import LEAST_S, far_out
+from tritonmoe.tools.doctor.walk import lane_before
 from tritonmoe.tools.recording.call_recording import Recording
 
 __all__ = ["RecordedGraph", "graph_of"]
@@ -25,38 +26,26 @@ MET = 0.8
 lateness later."""
 
 
-@dataclass
-class Between:
-    """Of every event (R,), in the order of ranks and their times."""
+def _add_between(
+    rows: dict[str, Tensor], passes: Sequence[PlacedPass], size: int, has_halves: bool
+) -> tuple[Tensor, list[int]]:
+    """Find what lies between events (R,), which are in the order of ranks and their times, and add it to their rows.
 
-    begin: float
-    """When the first rank enters the first pass."""
-    start: Tensor
-    body_s: Tensor
-    """What it takes; where a device is behind the host, what is left when the device has ended the one before."""
-    ended: Tensor
-    """When the one before it had ended."""
-    gap_s: Tensor
-    """From there to its start, or where rows are waited for, to the wait; where they are there already all of it."""
-    is_bound: Tensor
-    """Whether rows are waited for."""
-    is_first: Tensor
-    """Whether the one before it is of another pass."""
-    late_s: Tensor
-    """Of a first one: by how much the rank comes later than the others, by what it did itself."""
-    common_s: Tensor
-    """Of a first one between the pieces of two halves: what all ranks do there, while exchanges of the other half go
-    on."""
-    pause_s: Tensor
-    """Of a first one: what all ranks did together, beyond what is usual."""
-    usual_s: Tensor
-    """(P,): what all ranks usually do together before a pass, which is of no interest here."""
-    meeting_places: list[int]
-    """The passes before which ranks wait for each other, in an exchange that is not recorded."""
+    began, took: as start and body; where a device is behind the host, what is left when the device has ended the one
+        before.
+    ended: when the one before it had ended. gap: from there to its start, or where rows are waited for (is_bound), to
+        the wait; where they are there already all of it.
+    is_first: whether the one before it is of another pass. Of such a one:
+        late: by how much the rank comes later than the others, by what it did itself.
+        common: between the pieces of two halves what all ranks do there, while exchanges of the other half go on.
+        pause: what all ranks did together, beyond what is usual.
 
-
-def between_of(rows: Mapping[str, Tensor], passes: Sequence[PlacedPass], size: int, has_halves: bool) -> Between:
-    """Find what lies between events; has_halves: whether those of two passes take turns."""
+    Args:
+        has_halves: whether events of two passes take turns.
+    Returns:
+        What all ranks usually do together before a pass (P,), which is of no interest here. The passes before which
+        ranks wait for each other, in an exchange that is not recorded.
+    """
     begin = float(rows["start"].min())
     start, body_s = rows["start"].clone(), rows["body"].clone()
     ended, is_first = torch.full_like(start, begin), torch.ones_like(start, dtype=torch.bool)
@@ -76,46 +65,42 @@ def between_of(rows: Mapping[str, Tensor], passes: Sequence[PlacedPass], size: i
             end = torch.maximum(end, start[own])
         ended[own[1:]] = end[:-1]
     began_wait = torch.maximum(start - rows["waited"], ended)
-    is_bound = rows["arrived"] > began_wait
-    gap_s = (torch.where(is_bound, began_wait, start) - ended).clamp(min=0)
-    found = Between(
-        begin, start, body_s, ended, gap_s, is_bound, is_first, torch.zeros_like(start),
-        torch.zeros_like(start), torch.zeros_like(start), torch.zeros(len(passes), dtype=torch.float64), [],
-    )  # fmt: skip
-    _tell_apart(found, rows, passes, size, has_halves)
-    return found
+    rows["began"], rows["took"], rows["ended"], rows["is_first"] = start, body_s, ended, is_first
+    rows["is_bound"] = rows["arrived"] > began_wait
+    rows["gap"] = (torch.where(rows["is_bound"], began_wait, start) - ended).clamp(min=0)
+    return _tell_apart(rows, passes, size, has_halves)
 
 
 def _tell_apart(
-    found: Between, rows: Mapping[str, Tensor], passes: Sequence[PlacedPass], size: int, has_halves: bool
-) -> None:
+    rows: dict[str, Tensor], passes: Sequence[PlacedPass], size: int, has_halves: bool
+) -> tuple[Tensor, list[int]]:
     """Part what lies before passes into what all ranks do, and by how much each comes later."""
-    first = found.is_first.nonzero()[:, 0]
+    first = rows["is_first"].nonzero()[:, 0]
     is_entry = rows["number"][first] == 0
     place, rank = rows["place"][first], rows["rank"][first]
-    shape = len(passes), size
-    ended, entered = (torch.full(shape, torch.nan, dtype=torch.float64) for _ in range(2))
-    ended[place[is_entry], rank[is_entry]] = found.ended[first[is_entry]]
-    entered[place[is_entry], rank[is_entry]] = found.start[first[is_entry]]
+    ended, entered = (torch.full((len(passes), size), torch.nan, dtype=torch.float64) for _ in range(2))
+    ended[place[is_entry], rank[is_entry]] = rows["ended"][first[is_entry]]
+    entered[place[is_entry], rank[is_entry]] = rows["began"][first[is_entry]]
     meets = torch.zeros(len(passes), dtype=torch.bool) if has_halves else _meets(ended, entered, passes)
-    found.meeting_places = meets.nonzero()[:, 0].tolist()
     waited_for = torch.where(meets, ended.amax(1), torch.nan)[:, None]
     own_s = torch.where(meets[:, None], entered - waited_for, (entered - ended).clamp(min=0))
     common_s = own_s.amin(1)
     late = (own_s - common_s[:, None])[place, rank]
     group = place * (int(rows["number"].max()) + 1) + rows["number"][first]
     least = torch.full((int(group.max()) + 1,), torch.inf, dtype=torch.float64)
-    least = least.scatter_reduce(0, group, found.gap_s[first], "amin")[group]
-    found.late_s[first] = torch.where(is_entry, late, found.gap_s[first] - least)
-    found.common_s[first] = torch.where(is_entry, 0.0, least)
+    least = least.scatter_reduce(0, group, rows["gap"][first], "amin")[group]
     by_work: dict[tuple, list[int]] = defaultdict(list)
     for number, of in enumerate(passes):
         by_work[of.phase, of.layer, of.work, of.call.half].append(number)
     pause_s = torch.zeros(len(passes), dtype=torch.float64)
     for own in by_work.values():
         pause_s[own] = far_out(common_s[own])
-    found.usual_s += common_s - pause_s
-    found.pause_s[first] = torch.where(is_entry, pause_s[place], 0.0)
+    for name, entering, between in (
+        ("late", late, rows["gap"][first] - least), ("common", 0.0, least), ("pause", pause_s[place], 0.0),
+    ):  # fmt: skip
+        rows[name] = torch.zeros_like(rows["start"])
+        rows[name][first] = torch.where(is_entry, entering, between)
+    return common_s - pause_s, meets.nonzero()[:, 0].tolist()
 
 
 def _meets(ended: Tensor, entered: Tensor, passes: Sequence[PlacedPass]) -> Tensor:
@@ -178,167 +163,132 @@ def graph_of(recording: Recording) -> RecordedGraph:
     if not recording.calls:
         raise ValueError(f"{recording.path}: there is no call that all ranks have recorded")
     passes, notes = placed_passes(recording)
-    return _Builder(RecordedRows(recording, passes), notes).build()
+    made = RecordedRows(recording, passes)
+    has_halves = any(of.call.half for of in passes)
+    rows, waits = _in_order(made, has_halves)
+    usual_s, meeting_places = _add_between(rows, passes, made.size, has_halves)
+    meeting = torch.full((len(passes),), -1, dtype=torch.int64)
+    for place in meeting_places:
+        meeting[place] = made.add_exchange(place, MEETING)
+    members, ends = made.members.joined(), made.ends.joined()
+    for name in ("end", "posted", "out", "into"):
+        members[name] = torch.full((made.num_members,), torch.nan, dtype=torch.float64, device="cpu")
+        members[name][ends["member"]] = ends[name]
+    # Runs: of every event, and what lies before those that begin a pass.
+    first = rows["is_first"].nonzero()[:, 0]
+    paused = first[rows["pause"][first] > 0]
+    run_row = torch.cat([torch.arange(made.num_rows), first, paused])
+
+    def latest(own: Tensor, moments: Tensor) -> Tensor:
+        """Return the latest of the moments of each exchange that these members are of."""
+        none = torch.full((made.num_exchanges,), -torch.inf, dtype=torch.float64)
+        return none.scatter_reduce(0, members["exchange"][own], moments, "amax")[members["exchange"][own]]
+
+    met = first[meeting[rows["place"][first]] >= 0]
+    of_meeting = meeting[rows["place"][met]] + rows["rank"][met]
+    members["posted"][of_meeting] = rows["ended"][met]
+    members["end"][of_meeting] = latest(of_meeting, rows["ended"][met])
+    steps = indices([of.step for of in passes])
+    step_of_row = steps[rows["place"]]
+    programs = _programs(made, rows, waits, step_of_row, first, paused, (met, of_meeting))
+    end, posted = members["end"], latest(torch.arange(made.num_members), members["posted"])
+    ends_before = torch.cat([end, floats([-torch.inf])])  # where none is before
+    since = torch.maximum(posted, ends_before[lane_before(programs, members["lane"])])
+    overhead_s = _overhead_s(rows)
+    nothing, no_pause = (torch.zeros(len(of), dtype=torch.float64) for of in (first, paused))
+    before, between = (indices([made.key(of, name) for of in passes]) for name in ("before", "between"))
+    tables = Tables(
+        keys=list(made.keys),
+        run_rank=rows["rank"][run_row],
+        run_step=step_of_row[run_row],
+        run_key=torch.cat([rows["key"], before[rows["place"][first]], between[rows["place"][paused]]]),
+        run_stretch=torch.arange(len(run_row)),
+        busy_s=torch.cat([torch.where(rows["is_step"] > 0, rows["took"], 0.0), nothing, no_pause]),
+        idle_s=torch.cat([0 * overhead_s, rows["late"][first], no_pause]),
+        overhead_s=torch.cat([overhead_s, rows["common"][first], rows["pause"][paused]]),
+        rows=torch.cat([rows["units"], nothing, no_pause]),
+        member_rank=members["rank"],
+        member_step=members["step"],
+        member_key=members["key"],
+        member_exchange=members["exchange"],
+        member_lane=members["lane"],
+        delay_s=torch.zeros_like(end),
+        transfer_s=end - since,
+        bytes_out=members["out"],
+        bytes_in=members["into"],
+        num_bytes=torch.maximum(members["out"], members["into"]).nan_to_num(nan=0.0),
+        programs=programs,
+    )
+    whole = _step_times(step_of_row, rows["start"] + rows["body"], float(rows["start"].min()))
+    measured_s = (whole - torch.zeros_like(whole).index_add(0, steps, usual_s)).clamp(min=0)
+    graph = Graph(list(range(made.size)), list(range(len(whole))), is_queued_at_start=False)
+    graph.begin_s, graph.tables, graph.measured_s = [0.0] * made.size, tables, measured_s.tolist()
+    return RecordedGraph(
+        graph, passes, notes, run_begin=rows["began"][run_row],
+        kind_in_pass=torch.cat([rows["kind_in_pass"], torch.full((len(first) + len(paused),), -1)]),
+        pause_s=torch.cat([0 * overhead_s, nothing, rows["pause"][paused]]),
+        first_member=made.first_member, since=since, posted=posted, end=end,
+        step_s=float(whole.mean()), node_size=made.node_size,
+    )  # fmt: skip
 
 
-class _Builder:
-    """Puts the graph together: what every row is in its rank's program."""
-
-    def __init__(self, made: RecordedRows, notes: list[str]) -> None:
-        self.made, self.notes = made, notes
-
-    def build(self) -> RecordedGraph:
-        rows = self.made.rows.joined()
-        has_halves = any(of.call.half for of in self.made.passes)
-        order = torch.arange(self.made.num_rows)
-        for column in ("number", "start" if has_halves else "place", "rank"):
-            order = order[rows[column][order].argsort(stable=True)]
-        for name, values in rows.items():
-            rows[name] = values[order]
-        between = between_of(rows, self.made.passes, self.made.size, has_halves)
-        meeting = {place: self.made.add_exchange(place, MEETING) for place in between.meeting_places}
-        members, ends, waits = self.made.members.joined(), self.made.ends.joined(), self.made.waits.joined()
-        for name in ("end", "posted", "out", "into"):
-            members[name] = torch.full((self.made.num_members,), torch.nan, dtype=torch.float64, device="cpu")
-            members[name][ends["member"]] = ends[name]
-        row_at = torch.empty_like(order)
-        row_at[order] = torch.arange(self.made.num_rows)
-        waits["row"] = row_at[waits["row"]]
-        return self._assembled(rows, members, waits, between, meeting)
-
-    def _assembled(
-        self,
-        rows: dict[str, Tensor],
-        members: dict[str, Tensor],
-        waits: dict[str, Tensor],
-        between: Between,
-        meeting: dict[int, int],
-    ) -> RecordedGraph:
-        end, posted = members["end"], members["posted"]
-        steps = indices([of.step for of in self.made.passes])
-        num_steps = int(steps.max()) + 1
-        # Runs: of every event, and what lies before those that begin a pass.
-        first = between.is_first.nonzero()[:, 0]
-        paused = first[between.pause_s[first] > 0]
-        every = torch.arange(self.made.num_rows)
-        run_row = torch.cat([every, first, paused])
-        is_step = rows["is_step"] > 0
-        overhead_s = _overhead_s(rows, between)
-        nothing, no_pause = torch.zeros(len(first), dtype=torch.float64), torch.zeros(len(paused), dtype=torch.float64)
-        names = {name: indices([self.made.key(of, name) for of in self.made.passes]) for name in ("before", "between")}
-        met = self._meet(rows, members, between, meeting, first)
-        step_of_row = steps[rows["place"]]
-        programs = self._programs(rows, waits, step_of_row, first, paused, met)
-        posted = self._latest(members["exchange"], posted)[members["exchange"]]
-        since = torch.maximum(posted, _ends_before(programs, members["lane"], end))
-        run_step = steps[rows["place"]][run_row]
-        key = torch.cat([rows["key"], names["before"][rows["place"][first]], names["between"][rows["place"][paused]]])
-        tables = Tables(
-            keys=list(self.made.keys),
-            run_rank=rows["rank"][run_row],
-            run_step=run_step,
-            run_key=key,
-            run_stretch=torch.arange(len(run_row)),
-            busy_s=torch.cat([torch.where(is_step, between.body_s, 0.0), nothing, no_pause]),
-            idle_s=torch.cat([0 * overhead_s, between.late_s[first], no_pause]),
-            overhead_s=torch.cat([overhead_s, between.common_s[first], between.pause_s[paused]]),
-            rows=torch.cat([rows["units"], nothing, no_pause]),
-            member_rank=members["rank"],
-            member_step=members["step"],
-            member_key=members["key"],
-            member_exchange=members["exchange"],
-            member_lane=members["lane"],
-            delay_s=torch.zeros_like(end),
-            transfer_s=end - since,
-            bytes_out=members["out"],
-            bytes_in=members["into"],
-            num_bytes=torch.maximum(members["out"], members["into"]).nan_to_num(nan=0.0),
-            programs=programs,
-        )
-        whole = _step_times(step_of_row, rows["start"] + rows["body"], between.begin)
-        usual_s = torch.zeros(num_steps, dtype=torch.float64).index_add(0, steps, between.usual_s)
-        return RecordedGraph(
-            _graph(self.made.size, tables, (whole - usual_s).clamp(min=0)), self.made.passes, self.notes,
-            run_begin=between.start[run_row],
-            kind_in_pass=torch.cat([rows["kind_in_pass"], torch.full((len(first) + len(paused),), -1)]),
-            pause_s=torch.cat([0 * overhead_s, nothing, between.pause_s[paused]]),
-            first_member=self.made.first_member, since=since, posted=posted, end=end,
-            step_s=float(whole.mean()), node_size=self.made.node_size,
-        )  # fmt: skip
-
-    def _meet(
-        self,
-        rows: dict[str, Tensor],
-        members: dict[str, Tensor],
-        between: Between,
-        meeting: dict[int, int],
-        first: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """Find when ranks came to meetings, and when these ended; return the rows behind them, and their members."""
-        meeting_of = torch.full((len(self.made.passes),), -1, dtype=torch.int64)
-        for place, member in meeting.items():
-            meeting_of[place] = member
-        met = first[meeting_of[rows["place"][first]] >= 0]
-        own = meeting_of[rows["place"][met]] + rows["rank"][met]
-        of_meeting = self._latest(members["exchange"][own], between.ended[met])
-        members["posted"][own], members["end"][own] = between.ended[met], of_meeting[members["exchange"][own]]
-        return met, own
-
-    def _latest(self, exchange: Tensor, moments: Tensor) -> Tensor:
-        """Return the latest of the moments of each exchange."""
-        none = torch.full((self.made.num_exchanges,), -torch.inf, dtype=torch.float64)
-        return none.scatter_reduce(0, exchange, moments, "amax")
-
-    def _programs(
-        self,
-        rows: dict[str, Tensor],
-        waits: dict[str, Tensor],
-        step_of_row: Tensor,
-        first: Tensor,
-        paused: Tensor,
-        met: tuple[Tensor, Tensor],
-    ) -> list[tuple[Tensor, Tensor]]:
-        """Return every rank's program: the kinds of its items, and which Run, member or step each of them is.
-
-        Args:
-            first, paused: the rows that begin a pass, and those of them before which there is a pause; their Runs
-                follow those of the rows. met: what _meet() gave.
-        """
-        items, every, num_first = Columns(), torch.arange(self.made.num_rows), len(first)
-
-        def add(row: Tensor, sub: int, kind: Kind, index: Tensor) -> None:
-            items.add(at=row * PLACES + sub, rank=rows["rank"][row], kind=torch.full_like(row, int(kind)), index=index)
-
-        add(met[0], 0, Kind.POST, met[1])
-        add(met[0], 1, Kind.WAIT, met[1])
-        add(paused, 2, Kind.RUN, self.made.num_rows + num_first + torch.arange(len(paused)))
-        add(first, 3, Kind.RUN, self.made.num_rows + torch.arange(num_first))
-        add(waits["row"], 4, Kind.WAIT, waits["member"])
-        add(every, 5, Kind.RUN, every)
-        posting = every[rows["posts"] >= 0]
-        add(posting, 6, Kind.POST, rows["posts"][posting])
-        each_step = torch.arange(int(step_of_row.max()) + 1)
-        for of_rank in every.split(rows["rank"].bincount(minlength=self.made.size).tolist()):
-            reached = step_of_row[of_rank].cummax(0).values
-            last = torch.searchsorted(reached, each_step, right=True) - 1
-            add(of_rank[last], 7, Kind.STEP, each_step)
-        joined = items.joined()
-        order = joined["at"].argsort(stable=True)
-        counts = joined["rank"].bincount(minlength=self.made.size).tolist()
-        return list(zip(joined["kind"][order].split(counts), joined["index"][order].split(counts), strict=True))
+def _in_order(made: RecordedRows, has_halves: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the rows of events in the order of ranks and their times, and those of waits, which name theirs."""
+    rows, waits, order = made.rows.joined(), made.waits.joined(), torch.arange(made.num_rows)
+    for column in ("number", "start" if has_halves else "place", "rank"):
+        order = order[rows[column][order].argsort(stable=True)]
+    row_at = torch.empty_like(order)
+    row_at[order] = torch.arange(made.num_rows)
+    waits["row"] = row_at[waits["row"]]
+    for name, values in rows.items():  # one after the other: both copies of all of them would be too much
+        rows[name] = values[order]
+    return rows, waits
 
 
-def _graph(size: int, tables: Tables, measured_s: Tensor) -> Graph:
-    graph = Graph(list(range(size)), list(range(len(measured_s))), is_queued_at_start=False)
-    graph.begin_s, graph.tables, graph.measured_s = [0.0] * size, tables, measured_s.tolist()
-    return graph
+def _programs(
+    made: RecordedRows,
+    rows: Mapping[str, Tensor],
+    waits: Mapping[str, Tensor],
+    step_of_row: Tensor,
+    first: Tensor,
+    paused: Tensor,
+    met: tuple[Tensor, Tensor],
+) -> list[tuple[Tensor, Tensor]]:
+    """Return every rank's program: the kinds of its items, and which Run, member or step each of them is.
+
+    Args:
+        first, paused: the rows that begin a pass, and those of them before which there is a pause; their Runs follow
+            those of the rows. met: the rows behind meetings, and their members there.
+    """
+    items, every, num_first = Columns(), torch.arange(made.num_rows), len(first)
+
+    def add(row: Tensor, sub: int, kind: Kind, index: Tensor) -> None:
+        items.add(at=row * PLACES + sub, rank=rows["rank"][row], kind=torch.full_like(row, int(kind)), index=index)
+
+    add(met[0], 0, Kind.POST, met[1])
+    add(met[0], 1, Kind.WAIT, met[1])
+    add(paused, 2, Kind.RUN, made.num_rows + num_first + torch.arange(len(paused)))
+    add(first, 3, Kind.RUN, made.num_rows + torch.arange(num_first))
+    add(waits["row"], 4, Kind.WAIT, waits["member"])
+    add(every, 5, Kind.RUN, every)
+    posting = every[rows["posts"] >= 0]
+    add(posting, 6, Kind.POST, rows["posts"][posting])
+    each_step = torch.arange(int(step_of_row.max()) + 1)
+    for of_rank in every.split(rows["rank"].bincount(minlength=made.size).tolist()):
+        reached = step_of_row[of_rank].cummax(0).values
+        last = torch.searchsorted(reached, each_step, right=True) - 1
+        add(of_rank[last], 7, Kind.STEP, each_step)
+    joined = items.joined()
+    order = joined["at"].argsort(stable=True)
+    counts = joined["rank"].bincount(minlength=made.size).tolist()
+    return list(zip(joined["kind"][order].split(counts), joined["index"][order].split(counts), strict=True))
 
 
-def _overhead_s(rows: dict[str, Tensor], between: Between) -> Tensor:
+def _overhead_s(rows: Mapping[str, Tensor]) -> Tensor:
     """Return what lies between each event and what it waits for, or the event before, and what is no step itself."""
-    waiting_s = torch.where(between.is_first, 0.0, between.gap_s)
-    overhead_s = torch.where(between.is_bound, rows["start"] - rows["arrived"], waiting_s)
-    return overhead_s + torch.where(rows["is_step"] > 0, 0.0, between.body_s)
+    waiting_s = torch.where(rows["is_first"], 0.0, rows["gap"])
+    overhead_s = torch.where(rows["is_bound"], rows["start"] - rows["arrived"], waiting_s)
+    return overhead_s + torch.where(rows["is_step"] > 0, 0.0, rows["took"])
 
 
 def _step_times(step: Tensor, ends: Tensor, begin: float) -> Tensor:
@@ -346,14 +296,3 @@ def _step_times(step: Tensor, ends: Tensor, begin: float) -> Tensor:
     of_steps = torch.full((int(step.max()) + 1,), -torch.inf, dtype=torch.float64)
     of_steps = of_steps.scatter_reduce(0, step, ends, "amax").cummax(0).values
     return of_steps.diff(prepend=floats([begin]))
-
-
-def _ends_before(programs: Sequence[tuple[Tensor, Tensor]], lane: Tensor, end: Tensor) -> Tensor:
-    """Return when the exchange before each one in its lane had ended, in the order in which they are posted."""
-    before = torch.full_like(end, -torch.inf)
-    for kinds, places in programs:
-        posted = places[kinds == int(Kind.POST)]
-        order = posted[lane[posted].argsort(stable=True)]
-        follows = lane[order][1:] == lane[order][:-1]
-        before[order[1:][follows]] = end[order[:-1][follows]]
-    return before

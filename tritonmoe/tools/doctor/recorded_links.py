@@ -8,20 +8,20 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from tritonmoe.overlap.steps import StepKind
 from tritonmoe.tools.doctor.costs import Costs
+from tritonmoe.tools.doctor.graph import LinkFault
 from tritonmoe.tools.doctor.messages import Messages, Reach, find_messages, reaches
 from tritonmoe.tools.doctor.recorded_graph import RecordedGraph
 from tritonmoe.tools.doctor.recorded_steps import events_of
 from tritonmoe.tools.doctor.samples import LEAST_S
 from tritonmoe.tools.recording.call_recording import Recording
 
-__all__ = ["LinkFault", "linked_of"]
+__all__ = ["linked_of"]
 
 SMALLEST_RATIO = 1.5
 """In a step alone a link is slow if its messages take so many times as long as in others ..."""
@@ -38,18 +38,6 @@ MOVING, MOVING_STEPS = 0.65, 3
 """A fault moves if in no larger part of so many costly steps it is the same one."""
 AMONG = 0.25
 """Of several links those count that cost so large a share of what the worst one costs."""
-
-
-@dataclass(frozen=True)
-class LinkFault:
-    """Which end of which links is slow."""
-
-    kind: Literal["slow link", "late link", "slow port"]
-    links: tuple[tuple[int, int], ...]
-    """(sender, receiver) of each, the worst first; of a port or a node none."""
-    ranks: tuple[int, ...]
-    """Of a link sender and receiver, of a port its rank, of a node all of its ranks."""
-    words: str
 
 
 @dataclass
@@ -104,7 +92,7 @@ def linked_of(recording: Recording, built: RecordedGraph, costs: Costs) -> tuple
             seconds = (one.sent.arrived - one.begun - each.latency_s).clamp(min=0)
             took[one.step] += torch.where(known, seconds, 0.0).sum(0)
             due[one.step] += torch.where(known, one.sent.port_bytes * typical_s, 0.0).sum(0)
-    times = _times_of_bytes(took, due, costs, node_size)
+    times = _times_of_bytes(took, due, costs)
     if not bool((times > 1).any()) and not bool((costs.ratios.excess_s > 0).any()):
         return nothing, None
     held_up_s = torch.zeros(num_steps, size, size, dtype=torch.float64, device="cpu")
@@ -118,7 +106,7 @@ def linked_of(recording: Recording, built: RecordedGraph, costs: Costs) -> tuple
     return seconds, _fault_of_steps(held_up_s, is_used, costs, recording)
 
 
-def _times_of_bytes(took: Tensor, due: Tensor, costs: Costs, node_size: int | None) -> Tensor:
+def _times_of_bytes(took: Tensor, due: Tensor, costs: Costs) -> Tensor:
     """Return (S, W, W): how many times as long as usual a byte takes on each link in each step; 1 where it is usual.
 
     took, due: (S, W, W), how long each link's messages took in a step, and how long they would on a typical link.
@@ -138,7 +126,7 @@ def _times_of_bytes(took: Tensor, due: Tensor, costs: Costs, node_size: int | No
     limit = max(SMALLEST_RATIO, math.exp(FAR_OUT * noise))
     own = of_step.nanquantile(0.25, dim=0)
     at_times = is_known & (of_step > limit * own.clamp(min=usual))
-    is_slow = (ratios.of_byte(node_size) > 1) & (of_step > 1)
+    is_slow = (ratios.of_byte > 1) & (of_step > 1)
     times = torch.where(is_slow, of_step, torch.where(at_times, of_step / own.clamp(min=1.0), 1.0))
     return times.nan_to_num(nan=1.0).clamp(min=1.0)
 
@@ -230,9 +218,8 @@ def _is_whole_port(is_slow: Tensor, rank: int, is_used: Tensor, node_size: int |
     """Return whether most links out of a rank, or most into it, are slow: those inside its node, or all others."""
     if int(is_slow[rank].sum() + is_slow[:, rank].sum()) < 2:
         return False
-    is_near = torch.arange(len(is_slow), device="cpu") // (node_size or len(is_slow)) == rank // (
-        node_size or len(is_slow)
-    )
+    node_size = node_size or len(is_slow)
+    is_near = torch.arange(len(is_slow), device="cpu") // node_size == rank // node_size
     return any(
         int((slow & reach).sum()) > int((used & reach).sum()) / 2
         for slow, used in ((is_slow[rank], is_used[rank]), (is_slow[:, rank], is_used[:, rank]))
@@ -254,31 +241,19 @@ def _fault_of(held_up_s: Tensor, is_used: Tensor, costs: Costs, recording: Recor
         if float(ports[rank]) >= ONE_PORT * total and _is_whole_port(
             held_up_s >= AMONG * held_up_s.max(), rank, is_used, recording.node_size
         ):
-            ways = (
-                "out of its port"
-                if float(out[rank]) > ONE_WAY * total
-                else "into its port"
-                if float(into[rank]) > ONE_WAY * total
-                else "through its port, both ways,"
-            )
+            one_way = "out of its port" if float(out[rank]) > ONE_WAY * total else "into its port"
+            is_one_way = max(float(out[rank]), float(into[rank])) > ONE_WAY * total
+            ways = one_way if is_one_way else "through its port, both ways,"
             return LinkFault("slow port", (), (rank,), f"moves bytes {ways} more slowly than other ranks")
         node_size = recording.node_size
         if node_size is not None and recording.size > 2 * node_size:
-            nodes = ports.view(-1, node_size).sum(1) - torch.stack(
-                [
-                    held_up_s[first : first + node_size, first : first + node_size].sum()
-                    for first in range(0, size, node_size)
-                ]
-            )
+            own = [slice(first, first + node_size) for first in range(0, size, node_size)]
+            nodes = ports.view(-1, node_size).sum(1) - torch.stack([held_up_s[of, of].sum() for of in own])
             node = int(nodes.argmax())
             if float(nodes[node]) >= ONE_NODE * total:
                 ranks = tuple(range(node * node_size, (node + 1) * node_size))
-                return LinkFault(
-                    "slow port",
-                    (),
-                    ranks,
-                    "share a node that exchanges bytes with other nodes more slowly than those do",
-                )
+                words = "share a node that exchanges bytes with other nodes more slowly than those do"
+                return LinkFault("slow port", (), ranks, words)
     worst = float(held_up_s[sender, receiver])
     links = tuple((i, k) for i, k in by_cost if of_links[i][k] >= AMONG * worst)
     is_late = all(float(ratios.excess_s[i, k]) > 0 and float(ratios.link[i, k]) <= 1 for i, k in links)

@@ -1,5 +1,6 @@
 """RecordedRows: all that ranks did in all calls of a recording, as rows of tables: events, exchanges and waits."""
 
+import functools
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -7,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tritonmoe.overlap.steps import StepKind, Unit, Way
+from tritonmoe.overlap.steps import StepKind, Unit
 from tritonmoe.tools.doctor.graph import Key, floats, indices
 from tritonmoe.tools.doctor.recorded_steps import COUNTS, Event, Events, PlacedPass, events_of
 from tritonmoe.tools.recording.call_recording import RecordedPass, Recording
@@ -70,6 +71,21 @@ def place_in_exchange(name: str, is_inside: bool, rank: Tensor, size: int, node_
     return (rank % node_size) * (size // node_size) + rank // node_size
 
 
+@functools.cache
+def _order_of(level: int, size: int, node_size: int | None) -> tuple[Tensor, Tensor, int]:
+    """Return the ranks in the order of an exchange's members, the group of each, and how many groups there are.
+
+    level: 0 of an exchange between nodes, 1 inside of them; 2 and more of all ranks.
+    """
+    rank = torch.arange(size)
+    if node_size is None or level > 1:
+        return rank, torch.zeros_like(rank), 1
+    if level == 1:
+        return rank, rank // node_size, size // node_size
+    order = place_in_exchange("", False, rank, size, node_size).argsort()  # those at one place of every node
+    return order, order % node_size, node_size
+
+
 class Columns:
     """Columns of a table that grows at its end."""
 
@@ -102,16 +118,10 @@ class RecordedRows:
         self.passes = passes
         self.size, self.node_size = recording.size, recording.node_size if recording.has_two_levels else None
         self.keys: dict[Key, int] = {}
-        self.orders: dict[int, tuple[Tensor, Tensor, int]] = {}
-        """By the level of an exchange's lane."""
         self.num_exchanges, self.num_members, self.num_rows = 0, 0, 0
         self.first_member: dict[tuple[int, int], int] = {}
         self.bytes: dict[tuple[int, StepKind], tuple[Tensor, Tensor]] = {}
         self.members, self.rows, self.waits, self.ends = Columns(), Columns(), Columns(), Columns()
-
-        self._add_passes()
-
-    def _add_passes(self) -> None:
         by_events: dict[Events, list[tuple[int, int]]] = defaultdict(list)
         for place, of in enumerate(self.passes):
             by_shape: dict[tuple, list[int]] = defaultdict(list)
@@ -131,16 +141,11 @@ class RecordedRows:
     def key(self, of: PlacedPass, name: str, chunk: int | None = None) -> int:
         return self.keys.setdefault((of.phase, of.layer, name, chunk, of.work), len(self.keys))
 
-    def _place_in_exchange(self, name: str, is_inside: bool, rank: Tensor) -> Tensor:
-        return place_in_exchange(name, is_inside, rank, self.size, self.node_size)
-
     def add_exchange(self, place: int, name: str, chunk: int | None = None, is_inside: bool = False) -> int:
         """Note the members of an exchange of a pass, one group of ranks behind the other; give the first one."""
         of = self.passes[place]
         level = {COUNTS: 2, MEETING: 3}.get(name, int(is_inside))
-        if level not in self.orders:
-            self.orders[level] = self._order_of(name, is_inside)
-        rank, groups, count = self.orders[level]
+        rank, groups, count = _order_of(level, self.size, self.node_size)
         same = torch.ones_like(rank)
         self.members.add(
             rank=rank, exchange=self.num_exchanges + groups, step=of.step * same,
@@ -149,17 +154,6 @@ class RecordedRows:
         self.num_members += self.size
         self.num_exchanges += count
         return self.num_members - self.size
-
-    def _order_of(self, name: str, is_inside: bool) -> tuple[Tensor, Tensor, int]:
-        """Return the ranks in the order of an exchange's members, the group of each, and how many groups there are."""
-        rank = torch.arange(self.size)
-        groups, count = torch.zeros_like(rank), 1
-        if self.node_size is not None and is_inside:
-            groups, count = rank // self.node_size, self.size // self.node_size
-        elif self.node_size is not None and name not in (COUNTS, MEETING):
-            groups, count = rank % self.node_size, self.node_size  # those at one place of every node
-        order = self._place_in_exchange(name, is_inside, rank).argsort()
-        return rank[order], groups[order], count
 
     def _add_events(self, events: Events, where: Sequence[tuple[int, int]]) -> None:
         """Add all events of passes that consist of the same ones: (place of the pass, rank) of each."""
@@ -218,14 +212,13 @@ class RecordedRows:
         call = self.passes[place].call
         if (call.sequence, kind) not in self.bytes:
             work = call.work if call.levels is None else call.levels.outer
-            rows = work.rows if kind.way is Way.TO_EXPERTS else work.rows.T
-            rows = rows.clone().fill_diagonal_(0) * work.bytes_per_row(kind)
-            self.bytes[call.sequence, kind] = rows.sum(1), rows.sum(0)
+            sent = work.rows_to_others(kind) * work.bytes_per_row(kind)
+            self.bytes[call.sequence, kind] = sent.sum(1), sent.sum(0)
         return self.bytes[call.sequence, kind]
 
     def _members_of(self, own: _Where, exchange: int, event: Event) -> Tensor:
         first = indices([self.first_member[one, exchange] for one in own.places])[own.place]
-        return first + self._place_in_exchange(event.name, event.is_inside, own.rank)
+        return first + place_in_exchange(event.name, event.is_inside, own.rank, self.size, self.node_size)
 
     def _filled(self, own: _Where) -> Tensor:
         """Return (Q,) the share of its pairs that a rank computes: with a capacity the rest is room."""

@@ -2,12 +2,12 @@
 
 from collections import defaultdict
 from dataclasses import dataclass
-from pathlib import Path
 
 from tritonmoe.tools.doctor.advice import Advice, advice_on
 from tritonmoe.tools.doctor.attribution import Verdict, attribute
 from tritonmoe.tools.doctor.causes import Known
 from tritonmoe.tools.doctor.costs import Costs, fit_costs
+from tritonmoe.tools.doctor.reading import ReadRun
 from tritonmoe.tools.doctor.recorded_graph import RecordedGraph, graph_of
 from tritonmoe.tools.doctor.recorded_links import linked_of
 from tritonmoe.tools.recording.call_recording import RecordedCall, Recording
@@ -18,8 +18,8 @@ MOST_FITTED = 24
 """Costs are fitted to so many calls, spread over the recording."""
 
 
-@dataclass(frozen=True)
-class RecordedRun:
+@dataclass(kw_only=True)
+class RecordedRun(ReadRun):
     """A recording, and why its steps take as long as they do."""
 
     recording: Recording
@@ -28,19 +28,8 @@ class RecordedRun:
     """What steps and exchanges cost, by the calls below."""
     calls: tuple[RecordedCall, ...]
     found: Verdict
-    advice: tuple[Advice, ...]
+    advice: list[Advice]
     """What would help, by its gain."""
-    limits: tuple[str, ...]
-    """What it can't tell."""
-    is_timeline: bool = False
-
-    @property
-    def path(self) -> Path:
-        return self.recording.path
-
-    @property
-    def kinds(self) -> dict[str, int]:
-        return {"recording": self.recording.size}
 
 
 def judge_recording(recording: Recording) -> RecordedRun:
@@ -53,16 +42,19 @@ def judge_recording(recording: Recording) -> RecordedRun:
     known = known_of(recording, built)
     found = attribute(built.graph, known)
     advice = advice_on(recording, known.calls, known.costs, known.share * found.replayed_s, found.exposed_s)
-    limits = (*built.notes, *recording.notes, *known.costs.notes)
-    return RecordedRun(recording, built, known.costs, known.calls, found, tuple(advice), limits)
+    return RecordedRun(
+        recording.path, built.graph, {"recording": recording.size}, "recording",
+        [*built.notes, *recording.notes, *known.costs.notes],
+        recording=recording, built=built, costs=known.costs, calls=known.calls, found=found, advice=advice,
+    )  # fmt: skip
 
 
 def known_of(recording: Recording, built: RecordedGraph) -> Known:
-    """Find what is known of a recording beside its graph."""
+    """Find what is known of a recording beside its graph, and which links are slow, which the graph gets."""
     calls, share = _fitted_calls(built)
     costs = fit_costs(calls, recording)
-    slow_s, fault = linked_of(recording, built, costs)
-    return Known(slow_s, fault, built.step_s, built, costs, tuple(calls), share)
+    built.graph.linked_s, built.graph.fault = linked_of(recording, built, costs)
+    return Known(built.step_s, built, costs, tuple(calls), share)
 
 
 def _fitted_calls(built: RecordedGraph) -> tuple[list[RecordedCall], float]:

@@ -7,8 +7,7 @@ from dataclasses import replace
 import torch
 
 from tritonmoe.runtime.files import Json
-from tritonmoe.tools.doctor.conditions import conditions_of, walk
-from tritonmoe.tools.doctor.entries import PassesBefore, measured_s, passes_before
+from tritonmoe.tools.doctor.conditions import PassesBefore, conditions_of, measured_s, passes_before, walk
 from tritonmoe.tools.doctor.messages import members
 from tritonmoe.tools.doctor.recorded_run import RecordedRun
 from tritonmoe.tools.recording.call_recording import RecordedCall, RecordedPass
@@ -42,9 +41,7 @@ def figures_of(run: RecordedRun) -> Json:
         how many times the mean that is.
     """
     (call, before), ratios, steps = _median_call(run), run.costs.ratios, run.costs.steps
-    of_byte = [
-        [_at_most(ratio, MOST_RATIO) for ratio in row] for row in ratios.of_byte(run.recording.node_size).tolist()
-    ]
+    of_byte = [[ratio if ratio < MOST_RATIO else None for ratio in row] for row in ratios.of_byte.tolist()]
     link, call_of = run.costs.link, {of.call.sequence: of.call for of in run.built.passes}
     return {
         "transport": run.recording.transport,
@@ -73,11 +70,6 @@ def figures_of(run: RecordedRun) -> Json:
         "step_costs": {"fixed_s": dict(steps.fixed_s), "unit_s": dict(steps.unit_s)},
         "gap_s": run.costs.gap_s,
     }
-
-
-def _at_most(value: float, most: float) -> float | None:
-    """Return a value, or None for not known where it is beyond what can be."""
-    return value if value < most else None
 
 
 def _typical_entry(passes: Sequence[RecordedPass]) -> float:

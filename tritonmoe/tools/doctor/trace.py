@@ -1,6 +1,7 @@
 """What a reader gives of one rank: when its computing lane was busy, its exchanges, its steps, what the file lacks."""
 
 from array import array
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 __all__ = ["Part", "RankTrace", "Step"]
@@ -36,6 +37,14 @@ class Part:
     """What a send or receive is called where the other rank is known: "send to a later rank"."""
     is_noticed: bool = False
     """Whether end_s is when the rank that had waited for it went on: it may have ended sooner."""
+    is_timed: bool = True
+    """Whether the file tells when it was, and not only how long it took."""
+    key: tuple = ()
+    """What it is compared by, once ranks' traces are joined."""
+    member: int = -1
+    """Then, its place in the graph."""
+    idle_since_s: float | None = None
+    """Then, since when its rank's computing lane stood still for it; None where it didn't."""
 
 
 @dataclass
@@ -74,3 +83,13 @@ class RankTrace:
     is_unix_clock: bool = False
     limits: list[str] = field(default_factory=list)
     """What the file can't tell."""
+
+    def move(self, moved: Callable[[float], float]) -> None:
+        """Put all its times onto another clock."""
+        for times in (self.busy_start_s, self.busy_end_s):
+            times[:] = array("d", map(moved, times))
+        for part in self.parts:
+            part.posted_s, part.start_s = moved(part.posted_s), moved(part.start_s)
+            part.end_s = None if part.end_s is None else moved(part.end_s)
+        for step in self.steps:
+            step.start_s, step.end_s = moved(step.start_s), moved(step.end_s)

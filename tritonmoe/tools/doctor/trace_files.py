@@ -48,12 +48,8 @@ def first_bytes(path: Path) -> bytes:
         ValueError: it is no file, or packed and damaged. OSError: it can't be read.
     """
     check_regular(path)
-    with path.open("rb") as file:
-        begin = file.read(FIRST_BYTES)
-    if begin[:2] != GZIP:
-        return begin
     try:
-        with Unpacked(path) as file:
+        with Unpacked(path) if _is_packed(path) else path.open("rb") as file:
             return file.read(FIRST_BYTES)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise damaged(path, f"it is packed, and can't be unpacked: {error}") from None
@@ -61,11 +57,12 @@ def first_bytes(path: Path) -> bytes:
 
 def open_text(path: Path) -> io.TextIOBase:
     """Open a file of text, packed or not."""
+    return io.TextIOWrapper(Unpacked(path), encoding="utf-8") if _is_packed(path) else path.open(encoding="utf-8")
+
+
+def _is_packed(path: Path) -> bool:
     with path.open("rb") as file:
-        is_packed = file.read(2) == GZIP
-    if is_packed:
-        return io.TextIOWrapper(Unpacked(path), encoding="utf-8")
-    return path.open(encoding="utf-8")
+        return file.read(2) == GZIP
 
 
 def _no_constant(name: str) -> NoReturn:
@@ -116,20 +113,19 @@ class JsonPieces:
 
     def _members(self) -> Iterator[Member]:
         members: dict[str, object] = {}
-        self._skip_blank()
         if self._peek() == "}":
             self._at += 1
             return
         while True:
-            self._skip_blank()
+            self._peek()
             key = self._value("a name")
             if not isinstance(key, str):
                 raise damaged(self.path, f"a {type(key).__name__} stands where a name should")
             if self._next() != ":":
                 raise damaged(self.path, f"there is no colon after {key[:40]!r}")
-            self._skip_blank()
+            following = self._peek()
             if key == self.long_key:
-                if self._peek() != "[":
+                if following != "[":
                     raise damaged(self.path, f"{key} is no list")
                 self._at += 1
                 yield from self._elements(key)
@@ -145,7 +141,6 @@ class JsonPieces:
                 raise damaged(self.path, f"there is no comma after {key[:40]!r}")
 
     def _elements(self, key: str) -> Iterator[Member]:
-        self._skip_blank()
         if self._peek() == "]":
             self._at += 1
             return
@@ -168,7 +163,7 @@ class JsonPieces:
                 return
             if separator != ",":
                 raise damaged(self.path, f"there is no comma after element {self.num_elements - 1} of {key}")
-            self._skip_blank()
+            self._peek()
 
     def _value(self, what: str) -> object:
         grown = BLOCK
@@ -196,18 +191,15 @@ class JsonPieces:
         if not block:
             self._is_whole = True
 
-    def _skip_blank(self) -> None:
+    def _peek(self) -> str:
+        """Return the next character that is not blank, which is the next one then; "" at the end."""
         while True:
             self._at = BLANK.match(self._text, self._at).end()  # type: ignore[union-attr]
             if self._at < len(self._text) or self._is_whole:
-                return
+                return self._text[self._at : self._at + 1]
             self._fill()
 
-    def _peek(self) -> str:
-        return self._text[self._at : self._at + 1]
-
     def _next(self, allow_end: bool = False) -> str:
-        self._skip_blank()
         found = self._peek()
         if not found and not allow_end:
             raise damaged(self.path, f"it ends too soon, after {self.num_elements} elements")

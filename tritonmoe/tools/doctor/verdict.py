@@ -1,15 +1,14 @@
 """The doctor's verdict on a run, ours or of others: in words for a terminal, and as JSON."""
 
 from collections.abc import Sequence
-from typing import TypeAlias
 
 from tritonmoe.runtime.files import Json
 from tritonmoe.tools.doctor.advice import Advice
 from tritonmoe.tools.doctor.attribution import Cost, Finding, Verdict
+from tritonmoe.tools.doctor.chrome_timeline import slowdown_of
 from tritonmoe.tools.doctor.lanes import Shown, shown_of
-from tritonmoe.tools.doctor.reading import ForeignRun
+from tritonmoe.tools.doctor.reading import ReadRun
 from tritonmoe.tools.doctor.recorded_run import RecordedRun
-from tritonmoe.tools.doctor.slowdown import slowdown_of
 from tritonmoe.tools.doctor.words import (
     cost_words,
     count_words,
@@ -22,7 +21,6 @@ from tritonmoe.tools.recording.call_recording import Recording
 from tritonmoe.tools.report.terminal import one_line
 
 __all__ = [
-    "AnyRun",
     "about",
     "as_json",
     "as_text",
@@ -33,7 +31,6 @@ __all__ = [
     "warnings_of",
 ]
 
-AnyRun: TypeAlias = ForeignRun | RecordedRun
 MOST_LIMITS = 4
 MOST_ADVICE = 4
 DECIMALS = 7
@@ -45,12 +42,12 @@ MUCH_HOST = 0.3
 """A step of which the host has so large a share is spoken of."""
 
 
-def recording_of(run: AnyRun) -> Recording | None:
+def recording_of(run: ReadRun) -> Recording | None:
     """Return the recording that a run was read from; None of traces."""
     return run.recording if isinstance(run, RecordedRun) else None
 
 
-def as_text(run: AnyRun, found: Verdict, advice: Sequence[Advice] = ()) -> str:
+def as_text(run: ReadRun, found: Verdict, advice: Sequence[Advice] = ()) -> str:
     """Return the verdict in about 20 lines: what the files can't tell first."""
     lines = [about(run, found)]
     if run.limits:
@@ -71,7 +68,7 @@ def as_text(run: AnyRun, found: Verdict, advice: Sequence[Advice] = ()) -> str:
     return "\n".join([*lines, *remarks(run, found)])
 
 
-def about(run: AnyRun, found: Verdict) -> str:
+def about(run: ReadRun, found: Verdict) -> str:
     """Return what was read, in words."""
     graph = found.graph
     kinds = ", ".join(f"{count} of {kind}" for kind, count in run.kinds.items())
@@ -134,13 +131,13 @@ def warnings_of(found: Verdict) -> list[str]:
     return lines
 
 
-def remarks(run: AnyRun, found: Verdict) -> list[str]:
+def remarks(run: ReadRun, found: Verdict) -> list[str]:
     """Return what is worth knowing beside the findings."""
     lines = []
     small = [f"{kind} {share:.0%}" for kind, share in found.others if share >= 0.005]
     if small:
         lines.append("other causes, too small, not certain, or part of a finding: " + ", ".join(small))
-    if run.is_timeline:
+    if run.lanes == "timeline":
         jobs = slowdown_of(found.graph)
         lines.append(
             f"StragglerAnalysis' figures, from means: S {jobs.slowdown:.3f}, M_W {jobs.share_of_slowest:.3f} of "
@@ -164,10 +161,10 @@ def remarks(run: AnyRun, found: Verdict) -> list[str]:
     return lines
 
 
-def as_json(run: AnyRun, found: Verdict, advice: Sequence[Advice] = (), shown: Shown | None = None) -> Json:
+def as_json(run: ReadRun, found: Verdict, advice: Sequence[Advice] = (), shown: Shown | None = None) -> Json:
     """Return the verdict with all its figures, as plain values; shown: where it is known already."""
     graph = found.graph
-    jobs = slowdown_of(graph) if run.is_timeline else None
+    jobs = slowdown_of(graph) if run.lanes == "timeline" else None
     shown = shown_of(found) if shown is None else shown
     return {
         "recording": str(run.path),
@@ -212,7 +209,7 @@ def as_json(run: AnyRun, found: Verdict, advice: Sequence[Advice] = (), shown: S
     }
 
 
-def _plain_finding(finding: Finding, run: AnyRun, found: Verdict) -> Json:
+def _plain_finding(finding: Finding, run: ReadRun, found: Verdict) -> Json:
     culprits, words = finding.culprits, describe_finding(finding, found, recording_of(run))
     return {
         "kind": finding.kind,

@@ -1,7 +1,7 @@
 """A finding in words: what is wrong, who it is, where, when, and what to do about it; numbers as a reader sees them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from tritonmoe.tools.doctor.attribution import Cost, Finding, Verdict
 from tritonmoe.tools.doctor.causes import CAUSES, Words
@@ -15,25 +15,13 @@ ADDS_UP = 0.05
 """Costs add up to what mending all gains if they differ from that by a smaller part of it."""
 
 
-@dataclass(frozen=True)
-class FindingWords:
-    """The parts of a sentence about a finding."""
+class FindingWords(NamedTuple):
+    """A finding in words."""
 
-    what: str
-    who: str
-    where: str
-    """Empty where it is everywhere."""
-    when: str
-    to_do: str
     title: str
     """The kind of the cause, in the plural where it is that of all ranks."""
-    hidden: str
-    """What is added where another cause hides it; else empty."""
-
-    @property
-    def sentence(self) -> str:
-        where = f", {self.where}" if self.where else ""
-        return f"{self.who} {self.what}{where}, {self.when}{self.hidden}"
+    sentence: str
+    to_do: str
 
 
 def describe_finding(one: Finding, found: Verdict, recording: Recording | None = None) -> FindingWords:
@@ -65,7 +53,7 @@ def describe_finding(one: Finding, found: Verdict, recording: Recording | None =
     if one.may_be_noise:
         to_do = f"record again first, since 0 is in the interval and this may be noise; then {to_do}"
     what = cause.what(Words(culprits, len(graph.ranks), several))
-    return FindingWords(what, who, ", ".join(where), str(one.when), to_do, title, hidden)
+    return FindingWords(title, f"{', '.join([f'{who} {what}', *where, str(one.when)])}{hidden}", to_do)
 
 
 def mended_words(found: Verdict) -> str:

@@ -57,7 +57,7 @@ def probe_cluster(
 
     gpu = _probe_gpu(job, base, device, slowest_of, say)
     cluster = replace(base, gpu=gpu)
-    host = _probe_host(job, cluster, ranks, device, slowest_of)
+    host = _probe_host(cluster, ranks, device, slowest_of)
     say(f"host: {host.us_per_layer.value:.0f} us a layer, {host.us_per_chunk.value:.0f} us a chunk")
     cluster = replace(cluster, host=host)
     if transport is None:
@@ -209,7 +209,7 @@ def _attention(job: Job, random: Callable[..., torch.Tensor], device: torch.devi
 
 
 def _probe_host(
-    job: Job, cluster: Cluster, transport: Transport, device: torch.device, slowest_of: Callable[[float], float]
+    cluster: Cluster, transport: Transport, device: torch.device, slowest_of: Callable[[float], float]
 ) -> Host:
     """Measure a layer so small that only launching it takes time, in one chunk and in several."""
     experts = max(transport.size, 1) * 2

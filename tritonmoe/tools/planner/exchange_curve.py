@@ -17,7 +17,7 @@ from tritonmoe.overlap.steps import StepKind
 from tritonmoe.tools.planner.cluster import Cluster
 from tritonmoe.tools.planner.job import Job
 from tritonmoe.tools.planner.layer_exchange import ExchangeTime, LayerExchange, iter_leaf_steps
-from tritonmoe.tools.planner.operation_costs import Parts, layer_parts
+from tritonmoe.tools.planner.operation_costs import Parts, exchanges_s, layer_parts
 from tritonmoe.tools.planner.step import BESIDE, exchange_time, in_turn, layer_exchange
 
 __all__ = ["SERIAL", "ExchangeCurve", "Lanes"]
@@ -191,10 +191,7 @@ class _Units:
                 kind: number * exchange.costs.fixed_s.get(kind, 0.0) + units * exchange.costs.unit_s.get(kind, 0.0)
                 for kind, (number, units) in kinds.items()
             }
-            moving = sum(
-                number * link.latency_s + num_bytes / (link.bytes_per_s * link.alone_share)
-                for link, (number, num_bytes) in zip(links, sent, strict=False)
-            )
+            moving = sum(exchanges_s(link, *of) for link, of in zip(links, sent, strict=False))
             packing = sum(of for kind, of in seconds.items() if kind.lane == "comm")
             found.append(Lanes(sum(seconds.values()), moving, packing))
         return found[0], found[1]

@@ -15,6 +15,7 @@ __all__ = [
     "Parts",
     "copy_s",
     "exchange_s",
+    "exchanges_s",
     "layer_parts",
     "link_costs",
     "link_like",
@@ -88,8 +89,12 @@ def link_like(link: Link, cluster: Cluster, fixed_s: float, bytes_per_s: float) 
 
 def exchange_s(cluster: Cluster, num_ranks: int, inside_bytes: float, cross_bytes: float) -> float:
     """Return the seconds of one exchange alone."""
-    link = link_costs(cluster, num_ranks, inside_bytes, cross_bytes)
-    return link.latency_s + (inside_bytes + cross_bytes) / link.bytes_per_s / link.alone_share
+    return exchanges_s(link_costs(cluster, num_ranks, inside_bytes, cross_bytes), 1, inside_bytes + cross_bytes)
+
+
+def exchanges_s(link: LinkCosts, count: float, num_bytes: float) -> float:
+    """Return the seconds of so many exchanges, each of them alone, that have so many bytes together."""
+    return count * link.latency_s + num_bytes / (link.bytes_per_s * link.alone_share)
 
 
 Parts = Mapping[str, tuple[float, float]]

@@ -4,6 +4,7 @@ from bisect import insort
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
+from operator import itemgetter
 from typing import get_args
 
 from tritonmoe.config.overlap import OverlapPlan, candidate_sizes
@@ -97,7 +98,7 @@ def search(
     tried = ways(job, cluster, degrees, free)
     schedules = _Schedules()
     found: list[Spread] = []
-    for least, way in sorted(((schedules.least_s_per_token(way), way) for way in tried if way.fits), key=_first):
+    for least, way in sorted(((schedules.least_s_per_token(way), way) for way in tried if way.fits), key=itemgetter(0)):
         if len(found) >= most and least >= found[most - 1].s_per_token:
             break
         insort(found, schedules.fastest(way), key=lambda one: one.s_per_token)
@@ -111,10 +112,6 @@ def with_cluster(spread: Spread, cluster: Cluster) -> Spread:
     schedules = _Schedules()
     ways = [Way(spread.job, cluster, levels, spread.memory_gb) for levels in sorted({1, spread.num_levels})]
     return min(map(schedules.fastest, ways), key=lambda one: one.s_per_token)
-
-
-def _first(pair: tuple[float, Way]) -> float:
-    return pair[0]
 
 
 def ways(job: Job, cluster: Cluster, degrees: Sequence[int] = (), free: Free | None = None) -> list[Way]:

@@ -11,6 +11,7 @@ from typing import TypeAlias, overload
 import torch
 from torch import Tensor
 
+from tritonmoe.overlap.report import StepTiming
 from tritonmoe.overlap.steps import Step, StepKind
 
 __all__ = [
@@ -31,15 +32,10 @@ Moments: TypeAlias = Sequence[float | None]
 
 
 @dataclass(frozen=True)
-class RecordedStep:
-    """One step of a pass on one rank, in seconds from the origin of the pass: see StepTiming."""
+class RecordedStep(StepTiming):
+    """One step of a pass on one rank, in seconds from the origin of the pass."""
 
-    step: Step
-    start_s: float
-    end_s: float
-    wait_s: float
-    post_s: float
-    units: float
+    units: float = 0.0
     """How many of its kind's units it has (steps.Unit); with a capacity those of the room."""
 
 
@@ -150,8 +146,8 @@ class PassSteps(Sequence[RecordedStep]):
         return len(self.layout.steps)
 
     def __iter__(self) -> Iterator[RecordedStep]:
-        for step, times in zip(self.layout.steps, self.times.tolist(), strict=True):
-            yield RecordedStep(step, *times)
+        for step, (start_s, end_s, wait_s, post_s, units) in zip(self.layout.steps, self.times.tolist(), strict=True):
+            yield RecordedStep(step, start_s, end_s, wait_s, post_s, units=units)
 
     @overload
     def __getitem__(self, place: int) -> RecordedStep: ...

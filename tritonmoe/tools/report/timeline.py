@@ -2,11 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 from tritonmoe.overlap.report import LayerReport, PassReport, StepTiming
 from tritonmoe.overlap.simulation.simulator import SimulatedStep, Simulation
-from tritonmoe.overlap.steps import Step
 from tritonmoe.runtime.files import Json
 
 __all__ = [
@@ -103,17 +101,6 @@ def pass_timeline(report: PassReport) -> PassTimeline:
     return PassTimeline(spans_of(report.steps, report.steps_inside), report.total_s)
 
 
-class Timed(Protocol):
-    """What is drawn of a step: StepTiming has it, and what was recorded of one."""
-
-    @property
-    def step(self) -> Step: ...
-    @property
-    def start_s(self) -> float: ...
-    @property
-    def end_s(self) -> float: ...
-
-
 def _halves_timeline(reports: Sequence[PassReport]) -> PassTimeline:
     """Return the steps of both halves' passes, the first half's first, on one time line."""
     first, second = reports
@@ -140,7 +127,7 @@ def _without_overlaps(spans: Sequence[Span]) -> tuple[Span, ...]:
     return tuple(placed)
 
 
-def spans_of(steps: Sequence[Timed], inside: Sequence[Timed]) -> tuple[Span, ...]:
+def spans_of(steps: Sequence[StepTiming], inside: Sequence[StepTiming]) -> tuple[Span, ...]:
     """Return the spans of steps, lane by lane; inside: of those that they do inside the node."""
     lanes = [*((timing.step.lane, timing) for timing in steps), *((NODE, timing) for timing in inside)]
     return _without_overlaps(
