@@ -326,7 +326,7 @@ def test_halves_of_a_batch_are_told_and_replayed(tmp_path: Path) -> None:
     found = judge_recording(recording)
     assert found.found.error == pytest.approx(0, abs=0.02)
     assert len(found.found.graph.steps) == 1
-    assert found.advice == ()
+    assert found.advice == []
 
 
 @pytest.mark.thorough
