@@ -36,6 +36,9 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    # Where it is set, each worker and each of the hundreds of processes of the tests compiles all modules again.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    sys.dont_write_bytecode = False
     if table := config.getoption("--cpu-seconds"):
         config.pluginmanager.register(cpu_seconds.CpuSeconds(table), "cpu_seconds")
     if not torch.cuda.is_available() and not config.getoption("--virtual-gpu"):
@@ -49,8 +52,8 @@ def pytest_configure(config):
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     """Mark what the first tier leaves out of sweeps, before pytest looks at marks; begin with what takes longest."""
-    for item in tiers.left_out(items):
-        item.add_marker(pytest.mark.thorough)
+    for item, tier in tiers.left_out(items):
+        item.add_marker(tier)
     items.sort(key=tiers.place)
 
 
