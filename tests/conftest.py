@@ -36,6 +36,10 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    # Where it is set, each worker and each of the hundreds of processes of the tests compiles all modules again.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    sys.dont_write_bytecode = False
+    gc.disable()  # until everything is collected: what is imported stays
     if table := config.getoption("--cpu-seconds"):
         config.pluginmanager.register(cpu_seconds.CpuSeconds(table), "cpu_seconds")
     if not torch.cuda.is_available() and not config.getoption("--virtual-gpu"):
@@ -49,13 +53,14 @@ def pytest_configure(config):
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     """Mark what the first tier leaves out of sweeps, before pytest looks at marks; begin with what takes longest."""
-    for item in tiers.left_out(items):
-        item.add_marker(pytest.mark.thorough)
+    for item, tier in tiers.left_out(items):
+        item.add_marker(tier)
     items.sort(key=tiers.place)
 
 
 def pytest_collection_finish():
     """Keep the garbage collector out of what collection has made: looking through it takes half a second."""
+    gc.enable()
     gc.collect()
     gc.freeze()
 
@@ -80,6 +85,13 @@ def pytest_runtest_protocol(item):
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node):
     turns.remove(node.workerinput["testrunuid"])
+
+
+@pytest.fixture(scope="module")
+def few_objects():
+    """Freeze what tests before have left: each look for what lives goes through all objects that are not frozen."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

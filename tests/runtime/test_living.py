@@ -10,6 +10,8 @@ from torch import nn
 
 from tritonmoe.runtime.living import live_instances, modules_with, owners_of_memory
 
+pytestmark = pytest.mark.usefixtures("few_objects")
+
 
 class Below(torch.optim.SGD):
     pass

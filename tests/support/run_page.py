@@ -15,18 +15,23 @@ import argparse
 import contextlib
 import io
 import itertools
+import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+import forks
 
 BLOCK = re.compile(
     r'^(?P<varies><!-- varies -->\n)?```(?P<kind>python|console)(?: title="(?P<title>[\w.]+)")?\n(?P<text>.*?)^```$'
     r"(?:\n\n```output\n(?P<shown>.*?)^```$)?",
     re.DOTALL | re.MULTILINE,
 )
+TORCHRUN = re.compile(r"torchrun --standalone --nproc-per-node (\d+) (.*)")
 NUMBER = re.compile(r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)")
 MINUTES = re.compile(r" \(\d+:\d\d:\d\d\)")
 """pytest adds it to seconds where these are more than a minute's."""
@@ -56,11 +61,45 @@ def _lines_are_alike(shown: str, printed: str) -> bool:
     return True
 
 
+class Torchrun:
+    """Starts what torchrun starts as forks of a process that has imported what they need, and has run nothing."""
+
+    def __init__(self) -> None:
+        (asked, ask), (answer, answered) = os.pipe(), os.pipe()
+        sys.stdout.flush()
+        self.forks = os.fork()
+        if self.forks == 0:
+            os.dup2(asked, 0)
+            os.dup2(answered, 1)
+            os.closerange(min(asked, ask, answer, answered), max(asked, ask, answer, answered) + 1)
+            forks.serve()
+            sys.exit()
+        os.close(asked)
+        os.close(answered)
+        self.ask, self.answer = os.fdopen(ask, "w"), os.fdopen(answer)
+
+    def end(self) -> None:
+        self.ask.close()
+        os.waitpid(self.forks, 0)
+
+    def run(self, size: int, script: list[str]) -> tuple[int, str]:
+        """Return whether a rank failed, and what they print, one after the other: else their lines mix."""
+        with tempfile.TemporaryDirectory() as folder:
+            request = {"scripts": [script] * size, "folder": folder, "cwd": os.getcwd()}
+            print(json.dumps(request | {"timeout_s": 200.0, "is_group": True}), file=self.ask, flush=True)
+            failed = any(json.loads(self.answer.readline()))
+            kinds = ("output", "errors") if failed else ("output",)
+            return int(failed), "".join(
+                (Path(folder) / f"{rank}.{kind}").read_text() for rank in range(size) for kind in kinds
+            )
+
+
 class Page:
     """A page that runs, what it says is printed, and what is."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.torchrun = Torchrun()
         self.namespace: dict[str, object] = {"__name__": "__main__"}
         self.differences: list[str] = []
         self.environment = {
@@ -72,7 +111,9 @@ class Page:
 
     def run(self) -> str:
         """Run every block, and return the page with what was printed."""
-        return BLOCK.sub(self._run_block, self.path.read_text())
+        text = BLOCK.sub(self._run_block, self.path.read_text())
+        self.torchrun.end()
+        return text
 
     def _run_block(self, match: re.Match) -> str:
         kind, title, text = match["kind"], match["title"], match["text"]
@@ -102,12 +143,11 @@ class Page:
         return "".join(pieces)
 
     def _run_command(self, command: str) -> tuple[int, str]:
-        """Return a command's status and what it prints, torchrun's ranks one after the other: else their lines mix."""
-        with tempfile.TemporaryDirectory() as folder:
-            environment = {**self.environment, "PET_REDIRECTS": "1", "PET_LOG_DIR": folder}
-            ended = subprocess.run(command, shell=True, stdout=subprocess.PIPE, text=True, env=environment)
-            of_ranks = [file.read_text() for file in sorted(Path(folder).rglob("stdout.log"))]
-        return ended.returncode, "".join([ended.stdout, *of_ranks])
+        """Return a command's status and what it prints."""
+        if by_torchrun := TORCHRUN.fullmatch(command):
+            return self.torchrun.run(int(by_torchrun[1]), shlex.split(by_torchrun[2]))
+        ended = subprocess.run(command, shell=True, stdout=subprocess.PIPE, text=True, env=self.environment)
+        return ended.returncode, ended.stdout
 
     def _compare(self, where: str, shown: str, printed: str, varies: bool) -> str:
         printed = "".join(f"{line.rstrip()}\n" for line in printed.strip("\n").splitlines())

@@ -1,7 +1,8 @@
-"""The first tier of a sweep: few of its cases, in which every value, or every pair of values, still occurs.
+"""The tiers of a sweep: few of its cases, in which every value, or every pair of values, still occurs.
 
 `@pytest.mark.sweep(2)` on a test with several parameters leaves the cases in the first tier in which each pair of
-values of two parameters occurs for the first time; `sweep(1)` those with each value. The others are marked `thorough`.
+values of two parameters occurs for the first time; `sweep(1)` those with each value. The second tier has the cases,
+marked `thorough`, in which each combination of one parameter more occurs: triples, or pairs. The others are `slow`.
 """
 
 import itertools
@@ -36,12 +37,8 @@ COSTLY_FILES = {
     "tests/experts/test_experts.py": "every layout, activation, dtype and routing by every backend",
     "tests/integrations/transformers/test_transformers_expert_parallel.py": "two processes that import transformers",
     "tests/integrations/transformers/test_upcycle.py": "a small model of every architecture",
-    "tests/layer/rebalancing/test_rebalance.py": "trains on ranks before and after experts move, in most of its tests",
-    "tests/ops/kernels/test_group.py": "kernels in the interpreter",
     "tests/ops/kernels/test_packed_tiles.py": "kernels in the interpreter, which decode every weight",
     "tests/ops/kernels/test_triton_backend.py": "kernels in the interpreter: each operation and its gradients",
-    "tests/ops/kernels/test_weight_grad.py": "kernels in the interpreter, over several programs for each expert",
-    "tests/runtime/test_living.py": "looks through all objects of a process, which tests before it have filled",
     "tests/test_import.py": "each test starts a process that imports the package",
     "tests/test_pytorch.py": "what PyTorch has around layers, compiled graphs among them",
     "tests/transports/test_agreement.py": "starts processes, in which ranks disagree in every way",
@@ -58,8 +55,8 @@ def place(item: pytest.Item) -> tuple[bool, bool]:
     return item.path.name not in ALONE_FILES, item.path.name not in LONGEST_FILES
 
 
-def left_out(items: list[pytest.Item]) -> Iterator[pytest.Item]:
-    """Return the cases of all sweeps that show no new combination."""
+def left_out(items: list[pytest.Item]) -> Iterator[tuple[pytest.Item, str]]:
+    """Return the cases of all sweeps that the first tier leaves out, each with the mark of its own tier."""
     cases: dict[object, list[pytest.Item]] = defaultdict(list)
     for item in items:
         if item.get_closest_marker("sweep"):
@@ -68,8 +65,12 @@ def left_out(items: list[pytest.Item]) -> Iterator[pytest.Item]:
         (strength,) = of_test[0].get_closest_marker("sweep").args
         # All cases of a test have the same objects as values.
         values = [tuple((name, id(value)) for name, value in item.callspec.params.items()) for item in of_test]
-        kept = covering(values, strength)
-        yield from (item for number, item in enumerate(of_test) if number not in kept)
+        first = covering(values, strength)
+        faster = [number for number, item in enumerate(of_test) if not item.get_closest_marker("slow")]
+        second = {faster[number] for number in covering([values[number] for number in faster], strength + 1)}
+        for number, item in enumerate(of_test):
+            if number not in first:
+                yield item, "thorough" if number in second else "slow"
 
 
 def covering(cases: list[tuple[tuple[str, int], ...]], strength: int) -> set[int]:

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.fsdp  # a layer on a process group imports it, which takes seconds on a busy machine
+import torch._dynamo  # a layer on a process group imports these, which takes seconds on a busy machine
+import torch.distributed.fsdp
 import torch.distributed.tensor
 from fault_cases import (
     CASES,

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import run_forks
 from torch import Tensor
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
@@ -19,12 +20,22 @@ STEPS = 7
 pytestmark = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the ranks' processes in /proc")
 
 
-def train(checkpoints: Path, num_ranks: int, kill_at_step: int | None = None) -> str:
-    """Run the example, killing one of its ranks once a step has been printed; give what it printed."""
+def script(checkpoints: Path) -> list[str]:
+    return [str(EXAMPLE), "--tokens", "331", "--steps", str(STEPS), "--checkpoints", str(checkpoints)]
+
+
+def train(checkpoints: Path, num_ranks: int) -> str:
+    """Run the example; give what it printed."""
+    _, ended = run_forks([script(checkpoints)] * num_ranks, 120.0, is_group=True)
+    assert not any(ended.statuses), ended.output
+    return ended.output
+
+
+def train_killed(checkpoints: Path, num_ranks: int, kill_at_step: int | None) -> str:
+    """Run the example by torchrun, killing one of its ranks once a step has been printed; give what it printed."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
-    options = ["--tokens", "331", "--steps", str(STEPS), "--checkpoints", str(checkpoints)]
     process = subprocess.Popen(
-        [*command, "--max-restarts", "1", str(EXAMPLE), *options],
+        [*command, "--max-restarts", "1", *script(checkpoints)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -65,7 +76,7 @@ def last_loss(output: str) -> float:
 def check(tmp_path: Path, num_ranks: int, num_fewer: int) -> None:
     kill_at_step = random.Random(num_ranks).randrange(3, STEPS)
     undisturbed = train(tmp_path / "undisturbed", num_ranks)
-    killed = train(tmp_path / "killed", num_ranks, kill_at_step)
+    killed = train_killed(tmp_path / "killed", num_ranks, kill_at_step)
     assert "goes on from" in killed
     assert "goes on from" not in undisturbed
     assert last_loss(killed) == last_loss(undisturbed)

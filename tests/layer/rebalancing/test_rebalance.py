@@ -18,6 +18,7 @@ from tritonmoe.layer.rebalancing import better_placement
 from tritonmoe.runtime.other_ranks import dummy_forwards
 from tritonmoe.transports import Transport
 
+pytestmark = pytest.mark.usefixtures("few_objects")
 CONFIG = tm.MoEConfig(hidden_size=8, intermediate_size=6, num_experts=8, top_k=2, bias=True)
 ADAMW = functools.partial(torch.optim.AdamW, lr=0.01, eps=1e-4)
 SGD = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9)

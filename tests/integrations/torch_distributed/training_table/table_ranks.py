@@ -4,6 +4,7 @@ The processes of a size are forks of one that has imported everything. A cell th
 under way would meet the next one's, and the cells after it run in new ones. Without FOLDER the table is printed.
 """
 
+import gc
 import json
 import os
 import re
@@ -167,6 +168,8 @@ def run_rank(cells: list[Cell], rank: int, size: int, folder: Path, number: int)
 
 def run_processes(cells: list[Cell], size: int, folder: Path, number: int) -> list[list[str]]:
     """Return for every rank the outcomes that it came to."""
+    gc.collect()
+    gc.freeze()  # each look for what else holds a tensor goes through all objects but those that are frozen
     pids = []
     for rank in range(size):
         pid = os.fork()
