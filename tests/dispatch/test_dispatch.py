@@ -310,7 +310,7 @@ def test_the_words_of_activations() -> None:
 def test_what_of_a_spec_ranks_must_say_alike() -> None:
     """All of it that a field doesn't exclude, so that a new one is compared too."""
     names = [name for name, _ in ExpertSpec().agreed]
-    assert names == ["gated", "interleaved", "transposed", "activation", "dropout", "adapters"]
+    assert names == ["gated", "interleaved", "transposed", "activation", "expert_precision", "dropout", "adapters"]
 
 
 def test_headers_of_other_calls() -> None:

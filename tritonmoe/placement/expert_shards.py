@@ -22,6 +22,7 @@ from tritonmoe.placement.placed_rows import ExpertsOfRank, is_in_model_order
 from tritonmoe.placement.watched_collectives import watched_on
 from tritonmoe.runtime.autograd import Context
 from tritonmoe.runtime.halves import for_both_halves
+from tritonmoe.runtime.transforms import NOT_EXPERT_PARALLEL
 from tritonmoe.transports import EXPERT, Ranks, Transport, as_transport, is_mesh
 
 if TYPE_CHECKING:
@@ -240,6 +241,8 @@ class ExpertShards:
             replicas = None
         if scale == 1.0 and replicas is None:
             return local
+        if torch._C._are_functorch_transforms_active():  # which would say of the Function that it has no setup_context
+            raise RuntimeError(NOT_EXPERT_PARALLEL)
         number = PARAMETERS_OF_A_LAYER * self.calls.number + self.first_number + position
         return _ScaledGradient.apply(local, scale, replicas, number)
 

@@ -19,7 +19,7 @@ from tritonmoe.transports import Transport
 
 WITHOUT = 500, 10**8, 500, 3 * 10**8, 4
 NUMBERS = Numbers(1000, 10**9, 1000, 2 * 10**9, 5, *WITHOUT, 7, 0, 0, 400, 600)
-SIZES = {"has_backward": True, "row_bytes": (64, 64), "expert_bytes": 100, "gradient_bytes": 50}
+SIZES = {"has_backward": True, "row_bytes": (64, 64, 64), "expert_bytes": 100, "gradient_bytes": 50}
 
 
 def test_costs_are_agreed_from_all_ranks() -> None:

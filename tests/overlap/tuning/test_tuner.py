@@ -1,7 +1,7 @@
 """num_chunks="auto": the closed form, the search, the trials, and ranks that agree on all of it."""
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -11,6 +11,7 @@ from torch import Tensor
 import tritonmoe as tm
 from tritonmoe.config.overlap import FEW_CHUNKS, MAX_CHUNKS, NUM_CHUNKS, candidate_sizes, equal_sizes, ramp_sizes
 from tritonmoe.expert_parallel.state import state_of
+from tritonmoe.overlap.report import StepTiming
 from tritonmoe.overlap.simulation.cost_model import LayerWork, LinkCosts, StepCosts
 from tritonmoe.overlap.simulation.memory import BufferWidths, WorkingSet, peak_bytes
 from tritonmoe.overlap.steps import Step, StepKind
@@ -90,15 +91,6 @@ def test_closed_form_stays_within_the_limit() -> None:
                 assert 1 <= closed_form_num_chunks(experts_s, experts_s * ratio, eps_s) <= MAX_CHUNKS
 
 
-@dataclass
-class Timing:
-    step: Step
-    start_s: float
-    end_s: float
-    post_s: float = 0.0
-    is_end_known: bool = True
-
-
 class Pass:
     """A PassReport with chosen times: exchanges one after the other, then the experts."""
 
@@ -109,8 +101,10 @@ class Pass:
         self.steps = []
         for n in range(num_chunks):
             first, last = (dispatch_s * part / num_chunks for part in (n, n + 1))
-            self.steps.append(Timing(Step(StepKind.DISPATCH, n), 0.0, last))
-            self.steps.append(Timing(Step(StepKind.EXPERTS, n), first, first + experts_s / num_chunks + chunk_s))
+            self.steps.append(StepTiming(Step(StepKind.DISPATCH, n), 0.0, last, 0.0))
+            self.steps.append(
+                StepTiming(Step(StepKind.EXPERTS, n), first, first + experts_s / num_chunks + chunk_s, 0.0)
+            )
 
     def lane_s(self, *kinds: str) -> float:
         return sum(t.end_s - t.start_s for t in self.steps if t.step.kind in kinds)
