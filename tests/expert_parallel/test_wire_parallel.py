@@ -1,11 +1,13 @@
 """Expert parallelism over a narrower wire: what it changes is what the format says, forward and backward."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from batches import NAMES, Batch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 import tritonmoe as tm
 from tritonmoe.transports.emulated.world import EmulatedTransport
@@ -123,6 +125,11 @@ class Counting(EmulatedTransport):
         return super().exchange(rows, input_splits, output_splits, out)
 
 
+def note(kept: list[tuple], tensor: Tensor) -> Tensor:
+    kept.append((tensor.dtype, tensor.shape))
+    return tensor
+
+
 @pytest.mark.parametrize("form", ["fp8_block", "mxfp8"])
 def test_rows_in_a_precision_are_codes_and_scales(form):
     def rank_call(transport):
@@ -141,7 +148,13 @@ def test_rows_in_a_precision_are_codes_and_scales(form):
                 .requires_grad_()
             )
             transport.sent.append([])
-            layer(x).sum().backward()
+            kept: list[tuple] = []
+            with saved_tensors_hooks(partial(note, kept), lambda tensor: tensor):
+                y = layer(x)
+            y.sum().backward()
+            num_rows = int(layer.last_report.traffic_rows[:, transport.rank].sum())
+            width = layer.last_report.row_bytes // (1 if precision else 2)
+            assert (torch.uint8 if precision else torch.bfloat16, (num_rows, width)) in kept
             errors.append(layer.last_report.wire_error)
         report = layer.last_report
         return transport.sent, errors, (report.row_bytes, report.gradient_row_bytes, report.other_row_bytes)

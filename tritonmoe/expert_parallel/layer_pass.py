@@ -249,6 +249,12 @@ class BackwardPass(_LayerPass[CallTensors[Tensor | None]]):
 
     def _start(self) -> Execution:
         call, plan, dout, width = self.call, self.plan, self.dout, self.dout.shape[1]
+        self.wires = choose_wires(dout.dtype, plan.overlap.wire_dtype, call.settings.spec.precision)
+        received = self.kept.received
+        if received.x.dtype == torch.uint8:
+            rows = dout.new_empty(received.x.shape[0], width)
+            self.wires.dispatch.decode(received.x, rows)
+            self.kept = self.kept._replace(received=received._replace(x=rows))
         self.experts = call.kind.backward_experts(call, self.kept)
         self.dout_rows = dout if plan.is_identity else dout.new_empty(plan.num_received, width)
         self.home = dout.new_empty(plan.num_home, width)
@@ -257,7 +263,6 @@ class BackwardPass(_LayerPass[CallTensors[Tensor | None]]):
         self.dweights = dout.new_zeros(plan.num_received, call.header.top_k, dtype=torch.float32)
         self.packed: dict[int, Tensor] = {}
         self.partials: dict[int, Tensor] = {}
-        self.wires = choose_wires(dout.dtype, plan.overlap.wire_dtype, call.settings.spec.precision)
         placement, sums_replicas = call.placement, False
         if placement is not None and placement.has_replicas and any(self.needs_weights):
             sums_replicas, self.replicas = True, placement

@@ -64,6 +64,8 @@ def save_forward(ctx: Context, forward: ForwardPass, needs: CallTensors[bool]) -
     computes_h = is_fused(run.settings.spec.activation) and run.h is None
     needs_gate_up = needs.weights.gate_up_proj or forward.experts.needs_rows
     rows = rows_to_save(run.rows, run.weights, needs_gate_up, computes_h=computes_h)
+    if rows is run.rows and run.settings.spec.precision is not None:  # rounded: codes and scales have all of their bits
+        rows = forward.wires.dispatch.encode(rows)
     _, kind_tensors = forward.experts.kept()
     mark = keep_beside(ctx, forward.kept)
     ctx.save_for_backward(mark, run.h, *kind_tensors, *run.tensors._replace(x=rows).flatten())
