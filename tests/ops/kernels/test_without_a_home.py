@@ -26,7 +26,7 @@ def test_the_first_call(home: str, user: str, tmp_path: Path, monkeypatch: pytes
     (tmp_path / "here").mkdir()
     (tmp_path / "here").chmod(0o777)
     monkeypatch.chdir(tmp_path / "here")
-    ended = run_processes(1, "gloo", str(WORKER), home, user)
+    ended = run_processes(1, "gloo", str(WORKER), home, user, timeout_s=170)
     assert ended.statuses == [0], ended.output[-3000:]
     (said,) = (line for line in ended.output.splitlines() if line.startswith("cache "))
     assert said.startswith("cache True True ")
