@@ -251,7 +251,7 @@ class BackwardPass(_LayerPass[CallTensors[Tensor | None]]):
         call, plan, dout, width = self.call, self.plan, self.dout, self.dout.shape[1]
         self.wires = choose_wires(dout.dtype, plan.overlap.wire_dtype, call.settings.spec.precision)
         received = self.kept.received
-        if received.x.dtype == torch.uint8:
+        if received.x is not None and received.x.dtype == torch.uint8:
             rows = dout.new_empty(received.x.shape[0], width)
             self.wires.dispatch.decode(received.x, rows)
             self.kept = self.kept._replace(received=received._replace(x=rows))
