@@ -164,8 +164,8 @@ def _rounded(blocks: Tensor) -> tuple[Tensor, Tensor]:
         blocks = blocks * down
         torch.bitwise_and(blocks.view(torch.int16), 0x7FFF, out=magnitudes)
         smallest = torch.where(is_large, smallest - 16, smallest)
-    # A number whose leading bit is 2**e, or 2**-6 of the scale if that is larger, becomes a multiple of 2**(e - 3), ties
-    # to even: bf16 numbers next to 1.5 * 2**(e + 4) are just these multiples.
+    # A number whose leading bit is 2**e, or 2**-6 of the scale if that is larger, becomes a multiple of 2**(e - 3),
+    # ties to even: bf16 numbers next to 1.5 * 2**(e + 4) are just these multiples.
     shift = magnitudes.bitwise_and_(0x7F80)
     torch.maximum(shift, (smallest << 7).to(torch.int16), out=shift)
     shift = shift.add_((4 << 7) + 0x40).view(torch.bfloat16)
