@@ -111,11 +111,15 @@ def decode(codes: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor:
     return (codes.float() * _powers(of_each.int())).to(torch.bfloat16)
 
 
-def rounded(matrix: Tensor, block: tuple[int, int]) -> Tensor:
-    """Return decode() of encode() of a matrix (A, B) bf16, without making codes."""
-    out = torch.empty_like(matrix, memory_format=torch.contiguous_format)
+def rounded(matrix: Tensor, block: tuple[int, int], out: Tensor | None = None) -> Tensor:
+    """Return decode() of encode() of a matrix (A, B) bf16, without making codes, in `out` (contiguous) or new memory."""
+    if out is None:
+        out = torch.empty_like(matrix, memory_format=torch.contiguous_format)
     for rows, blocks in _pieces(matrix, block):
-        out[rows] = _joined(_rounded(blocks)[0], rows, matrix)
+        if blocks.numel() == out[rows].numel():
+            _rounded(blocks, _in_blocks(out[rows], block))
+        else:
+            out[rows] = _joined(_rounded(blocks)[0], rows, matrix)
     return out
 
 
@@ -127,7 +131,10 @@ def rounded_rows(rows: Tensor, precision: ExpertPrecision) -> Tensor:
 def rounded_weight(weight: Tensor, precision: ExpertPrecision, depth: int) -> Tensor:
     """Return a weight (E, A, B) bf16, rounded for a product that sums over the axis `depth`, 1 or 2."""
     block = (precision.block_rows, precision.block)
-    return torch.stack([rounded(matrix, block if depth == 2 else block[::-1]) for matrix in weight])
+    out = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    for matrix, of_expert in zip(weight, out, strict=True):
+        rounded(matrix, block if depth == 2 else block[::-1], of_expert)
+    return out
 
 
 def _pieces(matrix: Tensor, block: tuple[int, int]) -> Iterator[tuple[slice, Tensor]]:
@@ -140,7 +147,11 @@ def _pieces(matrix: Tensor, block: tuple[int, int]) -> Iterator[tuple[slice, Ten
         padding = (0, -columns % width, 0, -piece.shape[0] % height)
         if any(padding):
             piece = F.pad(piece, padding)
-        yield slice(first, min(first + step, num_rows)), piece.unflatten(1, (-1, width)).unflatten(0, (-1, height))
+        yield slice(first, min(first + step, num_rows)), _in_blocks(piece, block)
+
+
+def _in_blocks(matrix: Tensor, block: tuple[int, int]) -> Tensor:
+    return matrix.unflatten(1, (-1, block[1])).unflatten(0, (-1, block[0]))
 
 
 def _joined(blocks: Tensor, rows: slice, matrix: Tensor) -> Tensor:
@@ -148,8 +159,8 @@ def _joined(blocks: Tensor, rows: slice, matrix: Tensor) -> Tensor:
     return blocks.flatten(2).flatten(0, 1)[: rows.stop - rows.start, : matrix.shape[1]]
 
 
-def _rounded(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the numbers of blocks rounded, bf16 in new memory, and scales (int32, 1 along a block's axes)."""
+def _rounded(blocks: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return the numbers of blocks rounded, bf16 in `out` or new memory, and scales (int32, 1 along a block's axes)."""
     magnitudes = blocks.view(torch.int16) & 0x7FFF
     largest = magnitudes.amax((1, 3), keepdim=True).int()
     scales = ((largest + 0x1F) >> 7) - 8  # one more where the mantissa is past that of 448 = 1.75 * 2**8
@@ -169,7 +180,7 @@ def _rounded(blocks: Tensor) -> tuple[Tensor, Tensor]:
     shift = magnitudes.bitwise_and_(0x7F80)
     torch.maximum(shift, (smallest << 7).to(torch.int16), out=shift)
     shift = shift.add_((4 << 7) + 0x40).view(torch.bfloat16)
-    numbers = (blocks + shift).sub_(shift)
+    numbers = torch.add(blocks, shift, out=out).sub_(shift)
     if up is not None:
         numbers *= up
     return numbers, scales.masked_fill_(is_too_small, 0).masked_fill_(is_too_large, NOT_FINITE)
