@@ -1,15 +1,17 @@
-"""`python -m bench.expert_precision`: the noise of experts in an ExpertPrecision, and what a small model learns.
+"""`python -m bench.expert_precision`: the noise of experts in an ExpertPrecision, what they cost, what a model learns.
 
-Signal to noise of single products and of a layer, in decibels against fp64; and the losses of a small model of bytes
-on bundled text, for several seeds, beside a control whose numbers are rounded to e4m3 without scales. A loss shows
-mistakes, not formats that are too coarse: decibels are the measure.
+Signal to noise of single products and of a layer, in decibels against fp64; what emulation takes beside bf16, by steps
+that take turns; and the losses of a small model of bytes on bundled text, for several seeds, beside a control whose
+numbers are rounded to e4m3 without scales. A loss shows mistakes, not formats that are too coarse: decibels are the
+measure.
 """
 
 import argparse
 import multiprocessing
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from statistics import fmean
+from functools import partial
+from statistics import fmean, median, quantiles
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ from tritonmoe.config import precision as grid
 from tritonmoe.ops.backends import rounded as operations
 from tritonmoe.runtime.files import Json
 from tritonmoe.tools.benchmarks.argument_types import output_file, positive
-from tritonmoe.tools.benchmarks.timing import write_json
+from tritonmoe.tools.benchmarks.timing import interleave, write_json
 from tritonmoe.tools.demo import load_shakespeare
 
 PRECISIONS = {
@@ -30,6 +32,7 @@ PRECISIONS = {
     for weights in ("bf16", "fp8")
 }
 CONTROL = "control: e4m3 without scales"
+COST_SHAPES = ((4096, 256, 512, 8, 2), (1024, 512, 1024, 8, 2), (2048, 1024, 512, 16, 4))
 WIDTH, INNER, BYTES, BATCH, LAST = 64, 64, 8, 1024, 50
 
 
@@ -115,9 +118,41 @@ class Model(nn.Module):
         return F.cross_entropy(self.head(x).float(), text[:, BYTES])
 
 
-def without_scales(matrix: Tensor, block: tuple[int, int]) -> Tensor:
+def without_scales(matrix: Tensor, block: tuple[int, int], out: Tensor | None = None) -> Tensor:
     """Return a matrix rounded to e4m3 as it is."""
-    return matrix.float().clamp(-448, 448).to(torch.float8_e4m3fn).to(matrix.dtype)
+    codes = matrix.float().clamp(-448, 448).to(torch.float8_e4m3fn)
+    return codes.to(matrix.dtype) if out is None else out.copy_(codes)
+
+
+def cost(rounds: int) -> Json:
+    """Return what a layer's forward and backward take in each precision over what they take in bf16, taking turns."""
+    found: Json = {}
+    for num_tokens, width, inner, num_experts, top_k in COST_SHAPES:
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(num_tokens, width, generator=generator).bfloat16().requires_grad_()
+        ids = torch.rand(num_tokens, num_experts, generator=generator).topk(top_k).indices
+        weights = torch.rand(num_tokens, top_k, generator=generator)
+        parameters = [
+            (torch.randn(num_experts, *shape, generator=generator) / 32).bfloat16().requires_grad_()
+            for shape in ((2 * inner, width), (width, inner))
+        ]
+
+        def step(precision: tm.ExpertPrecision | None, x: Tensor = x, of: tuple = (ids, weights, *parameters)) -> None:
+            y = tm.moe_mlp(x, *of, precision=precision)
+            torch.autograd.grad(y, (x, *of[2:]), y.detach())
+
+        runs = {name: partial(step, one) for name, one in {"bf16": None, **PRECISIONS}.items()}
+        seconds = interleave(runs, rounds)
+        ratios = {
+            name: quantiles([one / plain for one, plain in zip(of, seconds["bf16"], strict=False)], n=4)
+            for name, of in seconds.items()
+            if name != "bf16"
+        }
+        found[f"T={num_tokens}, D={width}, F={inner}, E={num_experts}, K={top_k}"] = {
+            "bf16_ms": 1e3 * median(seconds["bf16"]),
+            "over_bf16": ratios,
+        }
+    return found
 
 
 def train(name: str, seed: int, num_steps: int) -> dict[str, float]:
@@ -170,9 +205,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.expert_precision", description=__doc__)
     parser.add_argument("--seeds", type=positive, default=3, help="trainings of each kind (default 3)")
     parser.add_argument("--steps", type=positive, default=300, help="of each training (default 300)")
+    parser.add_argument("--rounds", type=positive, default=15, help="of steps that take turns (default 15)")
     parser.add_argument("--json", type=output_file, help="also write all figures to this file")
     arguments = parser.parse_args()
-    found = measure(arguments.seeds, arguments.steps)
+    found = {"cost": cost(arguments.rounds), **measure(arguments.seeds, arguments.steps)}
+    for shape, times in found["cost"].items():
+        for name, (low, middle, high) in times["over_bf16"].items():
+            print(
+                f"cost, {shape}: {name} {middle:.2f} ({low:.2f} to {high:.2f}) times bf16's {times['bf16_ms']:.0f} ms"
+            )
     for part in ("products", "layer"):
         for name, of in found[part].items():
             for kind, values in of.items():

@@ -112,7 +112,7 @@ def decode(codes: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor:
 
 
 def rounded(matrix: Tensor, block: tuple[int, int], out: Tensor | None = None) -> Tensor:
-    """Return decode() of encode() of a matrix (A, B) bf16, without making codes, in `out` (contiguous) or new memory."""
+    """Return decode() of encode() of a matrix (A, B) bf16, without making codes; out: contiguous memory for that."""
     if out is None:
         out = torch.empty_like(matrix, memory_format=torch.contiguous_format)
     for rows, blocks in _pieces(matrix, block):
