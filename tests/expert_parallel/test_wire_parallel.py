@@ -116,6 +116,23 @@ def test_the_error_and_the_bytes_are_reported():
         assert 2.0**-7 < fp8 < 2.0**-4
 
 
+@pytest.mark.parametrize("form", ["fp8_block", "mxfp8"])
+def test_numbers_that_became_zeros_or_nan_are_reported(form):
+    precision = tm.ExpertPrecision(form)
+    config = tm.MoEConfig(hidden_size=256, intermediate_size=8, num_experts=4, top_k=2, expert_precision=precision)
+
+    def rank_call(transport):
+        layer = tm.MoELayer(config, transport, dtype=torch.bfloat16)
+        x = torch.ones(32, 256, dtype=torch.bfloat16)
+        x[0, :4] = torch.tensor([1000, 1e-3, -1e-3, 0])  # two numbers of these too small beside the first
+        x[20, 0] = 3.2e38  # past the largest scale: all numbers of its block become NaN
+        layer(x)
+        report = layer.last_report
+        return report.wire_zeroed * x.numel(), report.wire_overflowed * x.numel()
+
+    assert tm.run_on_emulated_ranks(rank_call, num_ranks=2) == [(2, precision.block)] * 2
+
+
 class Counting(EmulatedTransport):
     """Counts the bytes of rows that a rank sends to others; of ids and weights it sends other dtypes."""
 

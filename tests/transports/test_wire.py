@@ -118,3 +118,15 @@ def test_formats_that_do_not_fit_are_refused():
         WireFormat(torch.float64, FP8)
     with pytest.raises(ValueError, match="wire_dtype must be one of"):
         OverlapConfig(wire_dtype=torch.int8)
+
+
+def test_what_rounding_did_is_counted():
+    rows = torch.ones(2, 4)
+    rows[0] = torch.tensor([1000, 1e-3, 0, 3e38])
+    wire = WireFormat(torch.float32, torch.bfloat16)
+    assert wire.rounding_sums(rows, wire.encode(rows))[2:].tolist() == [0, 0, 8]
+    rows[0, 3] = 3.4e38  # bf16 rounds it up
+    assert wire.rounding_sums(rows, wire.encode(rows))[2:].tolist() == [0, 1, 8]
+    wire = WireFormat(torch.float32, FP8)
+    rows[0, 3] = 1
+    assert wire.rounding_sums(rows, wire.encode(rows))[2:].tolist() == [1, 0, 8]

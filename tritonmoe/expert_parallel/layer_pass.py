@@ -30,7 +30,7 @@ from tritonmoe.overlap.steps import StepKind, Way
 from tritonmoe.runtime.autograd import checkpointed_region, is_recomputing
 from tritonmoe.runtime.host_device import is_captured
 from tritonmoe.transports import PendingExchange
-from tritonmoe.transports.wire import choose_wires, summed_squares
+from tritonmoe.transports.wire import NUM_ROUNDING_SUMS, choose_wires, rounding_sums
 
 __all__ = ["BackwardPass", "ForwardPass"]
 
@@ -83,9 +83,9 @@ class ForwardPass(_LayerPass[Tensor]):
     """What computes the received rows."""
     rows: Tensor
     """(R, D) received rows."""
-    wire_squares: Tensor | None = None
+    wire_sums: Tensor | None = None
     """As in LayerReport."""
-    squares_sent: Tensor | None = None
+    sums_sent: Tensor | None = None
     """The same, where the exchange rounds rows and adds them."""
 
     def __init__(self, call: PlannedCall, tensors: CallTensors[Tensor]) -> None:
@@ -105,9 +105,9 @@ class ForwardPass(_LayerPass[Tensor]):
         self.partials: dict[int, Tensor] = {}
         self.wires = choose_wires(x.dtype, plan.overlap.wire_dtype, spec.precision)
         if spec.precision is not None:  # rounded here, and the same wherever it goes
-            self.wire_squares = summed_squares(self.tensors.x, x)
+            self.wire_sums = rounding_sums(self.tensors.x, x)
         elif not self.wires.dispatch.is_plain:
-            self.squares_sent = self.wire_squares = torch.zeros(2, dtype=torch.float32, device=x.device)
+            self.sums_sent = self.wire_sums = x.new_zeros(NUM_ROUNDING_SUMS, dtype=torch.float32)
         schedule = self.experts.schedule(plan, len(self.fillers))
         return Execution(schedule, self._actions(), x.device, lambda: plan.call)
 
@@ -125,7 +125,7 @@ class ForwardPass(_LayerPass[Tensor]):
 
     def dispatch(self, chunk: int) -> PendingExchange:
         packed = self.exchanges.pack(self.x, chunk)
-        return self.exchanges.send_chunk(packed, chunk, self.rows, self.wires.dispatch, self.squares_sent)
+        return self.exchanges.send_chunk(packed, chunk, self.rows, self.wires.dispatch, self.sums_sent)
 
     def filler(self, number: int) -> None:
         self.fillers[number]()
@@ -186,7 +186,7 @@ class ForwardPass(_LayerPass[Tensor]):
             return_offsets=plan.return_offsets,
             pair_offsets=plan.pair_offsets,
             forward=timings,
-            wire_squares=self.wire_squares,
+            wire_sums=self.wire_sums,
             first_run=self.call.first_run,
         )
 

@@ -276,8 +276,8 @@ class LayerReport:
     """The bytes of one row in the adjoint of combine; None stands for other_row_bytes."""
     choice: str = "as given"
     """The reason for this plan, in one sentence."""
-    wire_squares: Tensor | None = None
-    """(2,) fp32: the summed squares of what the wire format changed in the dispatched rows, and those of the rows."""
+    wire_sums: Tensor | None = None
+    """What the wire format changed in the dispatched rows: rounding_sums() of transports/wire.py."""
     first_run: "LayerReport | None" = None
     """The report of the first run, where rows didn't fit into the capacity; all else is of the second, without one."""
     rows_to_nodes: tuple[int, ...] | None = None
@@ -325,10 +325,26 @@ class LayerReport:
 
         Reads the device.
         """
-        if self.wire_squares is None:
+        if self.wire_sums is None:
             return 0.0
-        changed, total = self.wire_squares.tolist()
+        changed, total, *_ = self.wire_sums.tolist()
         return (changed / total) ** 0.5 if total else 0.0
+
+    @property
+    def wire_zeroed(self) -> float:
+        """Return the share of the dispatched rows' numbers that the wire format made zeros. Reads the device."""
+        return self._wire_share(2)
+
+    @property
+    def wire_overflowed(self) -> float:
+        """Return the share that was finite and became infinite or NaN, being too large. Reads the device."""
+        return self._wire_share(3)
+
+    def _wire_share(self, index: int) -> float:
+        if self.wire_sums is None:
+            return 0.0
+        *sums, count = self.wire_sums.tolist()
+        return sums[index] / count if count else 0.0
 
     @property
     def num_chunks(self) -> int:

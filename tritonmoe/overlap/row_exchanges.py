@@ -88,17 +88,17 @@ class RowExchanges:
         return values.index_select(0, self.plan.tokens.home_tokens[self.plan.send_slice(chunk)])
 
     def send_chunk(
-        self, packed: Tensor, chunk: int, received: Tensor, wire: WireFormat, squares: Tensor | None = None
+        self, packed: Tensor, chunk: int, received: Tensor, wire: WireFormat, sums: Tensor | None = None
     ) -> PendingExchange:
         """Send the packed rows of a chunk to every rank that needs them: dispatch, and the adjoint of combine.
 
         Args:
             received: (R, D), where the rows of the chunk arrive. wire: how they travel.
-            squares: (2,) fp32, to which the squared error of the wire format and the squares of the rows are added.
+            sums: to which what the wire format did to the rows is added (rounding_sums() of transports/wire.py).
         """
         plan, segment = self.plan, self.plan.segment(chunk)
         out = packed if plan.is_identity else received[plan.receive_slice(chunk)]  # none travel: 0 rows
-        return self._exchange_rows(packed, (plan.tokens.rows[segment], plan.receive_rows[segment]), out, wire, squares)
+        return self._exchange_rows(packed, (plan.tokens.rows[segment], plan.receive_rows[segment]), out, wire, sums)
 
     def return_chunk(self, partial: Tensor, chunk: int, home: Tensor, wire: WireFormat) -> PendingExchange:
         """Bring the chunk's finished rows home, one per received row: combine, and the adjoint of dispatch."""
@@ -130,12 +130,12 @@ class RowExchanges:
         splits: tuple[list[int], list[int]],
         out: Tensor,
         wire: WireFormat,
-        squares: Tensor | None = None,
+        sums: Tensor | None = None,
     ) -> PendingExchange:
         if wire.is_plain:
             return self.transport.exchange(rows, *splits, out)
         encoded = wire.encode(rows)
-        if squares is not None:
-            squares += wire.squares(rows, encoded)
+        if sums is not None:
+            sums += wire.rounding_sums(rows, encoded)
         arriving = wire.empty(out.shape[0], out.shape[1], out.device)
         return DecodedExchange(self.transport.exchange(encoded, *splits, arriving), wire, out)

@@ -17,8 +17,9 @@ from tritonmoe.config import precision as grid
 from tritonmoe.config.precision import ExpertPrecision
 from tritonmoe.transports import PendingExchange
 
-__all__ = ["DecodedExchange", "WireFormat", "Wires", "choose_wires", "summed_squares"]
+__all__ = ["NUM_ROUNDING_SUMS", "DecodedExchange", "WireFormat", "Wires", "choose_wires", "rounding_sums"]
 
+NUM_ROUNDING_SUMS = 5
 BLOCK_COLUMNS = 128
 LARGEST_FINITE = 416.0
 """The number below 448, e4m3's largest, whose code means infinity here."""
@@ -79,11 +80,11 @@ class WireFormat:
         values, scales = _quantize(rows)
         return torch.cat([scales.view(torch.uint8), values.view(torch.uint8)], dim=1)
 
-    def squares(self, rows: Tensor, encoded: Tensor) -> Tensor:
-        """Return (2,) fp32: the summed squares of what encoding changed in rows (n, D), and of the rows."""
+    def rounding_sums(self, rows: Tensor, encoded: Tensor) -> Tensor:
+        """Return rounding_sums() of rows (n, D) and what arrives for them."""
         arrived = torch.empty_like(rows)
         self.decode(encoded, arrived)
-        return summed_squares(rows, arrived)
+        return rounding_sums(rows, arrived)
 
     def empty(self, num_rows: int, width: int, device: torch.device) -> Tensor:
         """Return memory for `num_rows` received rows of `width` columns, as they travel."""
@@ -132,10 +133,15 @@ def choose_wires(dtype: torch.dtype, wire_dtype: torch.dtype | None, precision: 
     return Wires(WireFormat(dtype, wire_dtype), sums, sums)
 
 
-def summed_squares(rows: Tensor, changed: Tensor) -> Tensor:
-    """Return (2,) fp32: the summed squares of what was changed in rows (n, D), and of the rows."""
-    wide = rows.to(torch.float32)
-    return torch.stack([(changed.to(torch.float32) - wide).square().sum(), wide.square().sum()])
+def rounding_sums(rows: Tensor, changed: Tensor) -> Tensor:
+    """Return what rounding did to rows (n, D): fp32 (NUM_ROUNDING_SUMS,), sums that add up over chunks.
+
+    The squares of the changes, those of the rows, and how many numbers became zeros, became infinite or NaN, and are.
+    """
+    wide, rounded = rows.to(torch.float32), changed.to(torch.float32)
+    zeroed, overflowed = (rounded == 0) & (wide != 0), wide.isfinite() & ~rounded.isfinite()
+    count = wide.new_full((), wide.numel())
+    return torch.stack([(rounded - wide).square().sum(), wide.square().sum(), zeroed.sum(), overflowed.sum(), count])
 
 
 class DecodedExchange(PendingExchange):
