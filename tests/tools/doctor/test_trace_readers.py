@@ -98,6 +98,23 @@ def test_what_files_cannot_tell_is_said(tmp_path: Path) -> None:
     assert not attribute(run.graph).is_healthy
 
 
+@pytest.mark.parametrize(("us", "share", "refusal"), [(-3, 0.001, ""), (-3, 0.5, "events end"), (-2e3, 0.001, "times")])
+def test_events_that_end_before_they_begin(us: float, share: float, refusal: str, tmp_path: Path) -> None:
+    """A few of microseconds count as instants, and a line says so; many or long ones are damage."""
+    for rank in range(2):
+        trace = gpu_trace(rank, 2, (NEW, NEW), 2, True)
+        trace["traceEvents"] += [
+            event("cuda_runtime", "cudaEventQuery", 1e6 + number, us if number < 1000 * share else 1, 1, correlation=0)
+            for number in range(1000)
+        ]
+        (tmp_path / f"worker{rank}.json").write_text(json.dumps(trace))
+    if refusal:
+        with pytest.raises(ValueError, match=refusal):
+            read_traces(tmp_path)
+    else:
+        assert "1 of 1054 events end before they begin" in " ".join(read_traces(tmp_path).limits)
+
+
 def test_two_runs_in_one_folder_are_refused(tmp_path: Path) -> None:
     write_traces(Scenario("", 2), tmp_path / "one")
     write_traces(Scenario("", 2), tmp_path / "other")

@@ -17,6 +17,8 @@ __all__ = ["KinetoTrace", "host_in_name"]
 MOST_LANES = 1024
 OF_TENSORBOARD = re.compile(r"(.+)_(\d+)\.\d+\.pt\.trace\.json(?:\.gz)?")
 """How torch.profiler.tensorboard_trace_handler calls a trace: after host and process."""
+MOST_BACKWARD = 0.01
+"""Of a file's events at most this share may end before they begin."""
 FAR_S = 3600.0
 """No event is further from the steps than that."""
 
@@ -63,6 +65,12 @@ class KinetoTrace(KinetoEvents):
         found.is_unix_clock = base > 0 or (len(found.steps) > 0 and found.steps[0].start_s > 1e9)
         if rank is None:
             found.limits.append("the file doesn't say which rank wrote it")
+        if self.num_backward > MOST_BACKWARD * self.num_events:
+            raise damaged(self.path, f"{self.num_backward} of {self.num_events} events end before they begin")
+        if self.num_backward:
+            found.limits.append(
+                f"{self.num_backward} of {self.num_events} events end before they begin: their durations count as 0"
+            )
         return found
 
     def _groups(self, about: dict) -> dict[str, tuple[int, ...]]:

@@ -38,6 +38,8 @@ COMMON = re.compile(
 )
 """What most events of a trace are, as Kineto itself writes them: taken from the text, five times as fast as JSON."""
 LAST_S = 1e12
+LONGEST_BACKWARD_US = 1e3
+"""An event may end so long before it begins: the clocks of a GPU and of its host differ."""
 BACKWARD = "autograd::engine::evaluate_function"
 
 
@@ -65,6 +67,8 @@ class KinetoEvents:
         """Of record_param_comms, with which NCCL's exchanges are handed over."""
         self.routed: dict[int, tuple[int, int]] = {}
         """The most rows, and choices of each, of operators that choose, by the dimensions of what they choose from."""
+        self.num_backward = 0
+        """How many events end before they begin; their durations count as 0."""
         self.processes: set[object] = set()
         """Whose operators these are."""
         self.steps: list[Step] = []
@@ -143,8 +147,11 @@ class KinetoEvents:
             raise self._wrong("has no name or category")
         if not _is_number(start) or not _is_number(seconds):
             raise self._wrong(f"({name[:40]}) has no times")
-        if not -1e18 < start < 1e19 or not 0 <= seconds < 1e15:
+        if not -1e18 < start < 1e19 or not -LONGEST_BACKWARD_US <= seconds < 1e15:
             raise self._wrong(f"({name[:40]}) has impossible times")
+        if seconds < 0:
+            self.num_backward += 1
+            seconds = 0
         category = category.lower()
         start_s = start / 1e6
         end_s = (start + seconds) / 1e6
