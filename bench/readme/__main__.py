@@ -59,6 +59,7 @@ TABLES = {
     "decoding": kernel_tables.decoding_table,
     "moe_mlp": kernel_tables.moe_mlp_table,
     "expert_precision": model_tables.expert_precision_table,
+    "expert_precision_cost": model_tables.expert_precision_cost_table,
     "figures": figures.figures_that_matter,
     "fixed_experts": overlap_tables.fixed_experts_table,
     "rebalance": overlap_tables.rebalance_table,

@@ -257,6 +257,28 @@ def quantized_table(name: str) -> str:
     return "\n".join([*lines, "", caption])
 
 
+def expert_precision_cost_table(name: str) -> str:
+    """Return what emulation takes beside bf16, a row for each shape."""
+    data = load(name)
+    cost = data["results"]["cost"]
+    precisions = list(next(iter(cost.values()))["over_bf16"])
+    lines = [*table_head("shape", "bf16, ms", *precisions)]
+    for shape, times in cost.items():
+        ratios = (times["over_bf16"][one] for one in precisions)
+        lines.append(
+            table_row(
+                shape,
+                f"{times['bf16_ms']:.0f}",
+                *(f"{middle:.2f} ({low:.2f} to {high:.2f})" for low, middle, high in ratios),
+            )
+        )
+    caption = (
+        "Forward and backward of `moe_mlp` on a CPU, emulated, over the same in bf16: median and quartiles of rounds "
+        f"in which all take turns. `python -m bench.expert_precision`; {where(data['environment'])}."
+    )
+    return "\n".join([*lines, "", caption])
+
+
 def expert_precision_table(name: str) -> str:
     """Return the noise of experts in each precision, and what a model loses, a row for each."""
     data = load(name)
