@@ -10,6 +10,9 @@ from torch import Tensor
 
 import tritonmoe as tm
 from tritonmoe.config.precision import decode, encode, rounded, rounded_rows, rounded_weight
+from tritonmoe.expert_parallel import operator, whole_call
+from tritonmoe.expert_parallel.layer_pass import BackwardPass
+from tritonmoe.expert_parallel.state import state_of
 from tritonmoe.ops.backends import rounded as rounded_module
 from tritonmoe.transports import LocalTransport, Transport
 
@@ -56,6 +59,17 @@ def test_numbers_that_are_not_finite_and_small_blocks():
     assert (values.float().abs() >= torch.finfo(torch.float32).tiny).equal(is_finite & ~is_small)
     block = torch.tensor([[1.0, float("nan"), 2.0, 3.0]]).bfloat16()
     assert rounded(block, (1, 2)).isnan().tolist() == [[True, True, False, False]]
+
+
+def test_the_default_dtype_changes_nothing():
+    expected = encode(ALL_BF16.unsqueeze(1), (1, 1))
+    torch.set_default_dtype(torch.float16)
+    try:
+        found = encode(ALL_BF16.unsqueeze(1), (1, 1))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one.view(torch.uint8), other.view(torch.uint8))
 
 
 @settings(deadline=None, max_examples=30)
@@ -267,6 +281,32 @@ def test_ranks_and_chunks_change_what_they_change_in_bf16(precision, num_ranks, 
         assert sqnr(found[0], out) > 40
 
 
+@pytest.mark.parametrize("backend", [None, "aot_eager"])
+def test_received_rows_are_kept_as_codes(backend, monkeypatch):
+    kept = []
+
+    class Watched(BackwardPass):
+        def __init__(self, call, of_call, *others):
+            kept.append(of_call.received.x.dtype)
+            super().__init__(call, of_call, *others)
+
+    for module in (operator, whole_call):
+        monkeypatch.setattr(module, "BackwardPass", Watched)
+    config = tm.MoEConfig(64, 32, 4, 2, expert_precision=PRECISIONS[2])
+    layer = tm.MoELayer(config, LocalTransport(), dtype=torch.bfloat16)
+    run_layer = layer if backend is None else torch.compile(layer, backend=backend)
+    run_layer(torch.randn(20, 64).bfloat16()).sum().backward()
+    assert kept == [torch.uint8]
+
+
+def test_layers_in_two_precisions_are_tuned_apart():
+    transport = LocalTransport()
+    for precision in (None, *PRECISIONS[:2]):
+        config = tm.MoEConfig(64, 32, 4, 2, expert_precision=precision)
+        tm.MoELayer(config, transport, dtype=torch.bfloat16)(torch.randn(20, 64).bfloat16())
+    assert len(state_of(transport).choosers) == 3
+
+
 def test_parameters_stay_in_fp32_under_autocast():
     config = tm.MoEConfig(64, 32, 4, 2, expert_precision=tm.ExpertPrecision("fp8_block"))
     layer = tm.MoELayer(config)
@@ -294,6 +334,8 @@ def test_refusals():
         tm.moe_mlp(topk_ids=ids, precision=precision, adapters=tm.ExpertAdapters(a, b), **tensors)
     with pytest.raises(ValueError, match="format must be one of 'fp8_block', 'mxfp8', got 'fp4'"):
         tm.ExpertPrecision("fp4")
+    with pytest.raises(ValueError, match=r"format must be one of 'fp8_block', 'mxfp8', got \[\]"):
+        tm.ExpertPrecision([])
     with pytest.raises(ValueError, match="weight_gradients must be 'bf16' or 'fp8', got 'int8'"):
         tm.ExpertPrecision("mxfp8", "int8")
     with pytest.raises(TypeError, match="expert_precision must be an ExpertPrecision or None, got 'mxfp8'"):

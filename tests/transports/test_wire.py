@@ -130,3 +130,12 @@ def test_what_rounding_did_is_counted():
     wire = WireFormat(torch.float32, FP8)
     rows[0, 3] = 1
     assert wire.rounding_sums(rows, wire.encode(rows))[2:].tolist() == [1, 0, 8]
+
+
+def test_the_error_is_of_what_stayed_finite():
+    rows = torch.tensor([[1e25, -1e25, 3.4e38, torch.nan, 1.0]])
+    wire = WireFormat(torch.float32, torch.bfloat16)
+    changed, total, *others = wire.rounding_sums(rows, wire.encode(rows)).tolist()
+    assert total == pytest.approx(2e50)
+    assert 0 < (changed / total) ** 0.5 < 2**-8
+    assert others == [0, 1, 5]

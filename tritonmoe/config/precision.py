@@ -50,7 +50,7 @@ class ExpertPrecision:
     "fp8": both operands are rounded along the tokens too, in blocks that begin anew with each expert."""
 
     def __post_init__(self) -> None:
-        if self.format not in BLOCKS:
+        if self.format not in tuple(BLOCKS):
             raise ValueError(f"format must be one of {', '.join(map(repr, BLOCKS))}, got {self.format!r}")
         if self.weight_gradients not in ("bf16", "fp8"):
             raise ValueError(f"weight_gradients must be 'bf16' or 'fp8', got {self.weight_gradients!r}")
@@ -116,7 +116,7 @@ def rounded(matrix: Tensor, block: tuple[int, int], out: Tensor | None = None) -
     if out is None:
         out = torch.empty_like(matrix, memory_format=torch.contiguous_format)
     for rows, blocks in _pieces(matrix, block):
-        if blocks.numel() == out[rows].numel():
+        if (rows.stop - rows.start) % block[0] == out.shape[1] % block[1] == 0:
             _rounded(blocks, _in_blocks(out[rows], block))
         else:
             out[rows] = _joined(_rounded(blocks)[0], rows, matrix)
@@ -170,8 +170,9 @@ def _rounded(blocks: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]
     smallest, up = scales - 6, None
     if not are_usual:
         is_large = scales > MIDDLE_SCALE
-        down = torch.where(is_large, 2.0**-16, 1.0).masked_fill_(is_too_small, 0.0).bfloat16()
-        up = torch.where(is_large, 2.0**16, 1.0).masked_fill_(is_too_large, float("nan")).bfloat16()
+        ones = torch.ones_like(scales, dtype=torch.bfloat16)
+        down = ones.masked_fill(is_large, 2.0**-16).masked_fill_(is_too_small, 0.0)
+        up = ones.masked_fill(is_large, 2.0**16).masked_fill_(is_too_large, float("nan"))
         blocks = blocks * down
         torch.bitwise_and(blocks.view(torch.int16), 0x7FFF, out=magnitudes)
         smallest = torch.where(is_large, smallest - 16, smallest)

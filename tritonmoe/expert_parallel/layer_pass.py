@@ -21,7 +21,7 @@ from tritonmoe.expert_parallel.plans.base import BackwardExperts, ForwardExperts
 from tritonmoe.expert_parallel.state import state_of
 from tritonmoe.experts.arguments import find_main_grads
 from tritonmoe.experts.tensors import CallTensors
-from tritonmoe.experts.weight_gradients import SharedWeightGrads
+from tritonmoe.experts.weight_gradients import SharedWeightGrads, rows_to_save
 from tritonmoe.ops.backends.ops import WeightGrads
 from tritonmoe.overlap.executor import Actions, Execution
 from tritonmoe.overlap.report import LayerReport, PassReport
@@ -107,9 +107,21 @@ class ForwardPass(_LayerPass[Tensor]):
         if spec.precision is not None:  # rounded here, and the same wherever it goes
             self.wire_sums = rounding_sums(self.tensors.x, x)
         elif not self.wires.dispatch.is_plain:
-            self.sums_sent = self.wire_sums = x.new_zeros(NUM_ROUNDING_SUMS, dtype=torch.float32)
+            self.sums_sent = self.wire_sums = x.new_zeros(NUM_ROUNDING_SUMS, dtype=torch.float64)
         schedule = self.experts.schedule(plan, len(self.fillers))
         return Execution(schedule, self._actions(), x.device, lambda: plan.call)
+
+    def rows_to_keep(self, needs_weights: PerWeight[bool]) -> Tensor:
+        """Return the received rows as the backward keeps them, which reads them for some gradients alone."""
+        run = self.experts.own
+        computes_h = is_fused(run.settings.spec.activation) and run.h is None
+        needs_gate_up = needs_weights.gate_up_proj or self.experts.needs_rows
+        rows = rows_to_save(run.rows, run.weights, needs_gate_up, computes_h=computes_h)
+        if (
+            rows is run.rows and run.settings.spec.precision is not None
+        ):  # rounded: codes and scales have all their bits
+            return self.wires.dispatch.encode(rows)
+        return rows
 
     def _actions(self) -> Actions:
         return {

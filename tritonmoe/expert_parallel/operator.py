@@ -72,7 +72,8 @@ def _expert_parallel_mlp(turn: Tensor, layer: Tensor | None, *arguments: Any) ->
         out, experts = forward.run(), forward.experts
         if call.plan.needs_any:
             run, (_, kind_tensors) = experts.own, experts.kept()
-            rows = tensors.x.clone() if run.rows is tensors.x else run.rows  # the graph may write over its x
+            rows = forward.rows_to_keep(CallTensors.unflatten(needs).weights)
+            rows = rows.clone() if rows is tensors.x else rows  # the graph may write over its x
             received = run.tensors.only(*OF_ROWS)._replace(x=rows)
             of_call = forward.kept._replace(received=received, h=run.h, kind_tensors=kind_tensors)
             kept = hold((call, of_call))

@@ -80,7 +80,8 @@ def choose_plan(call: ProposedCall) -> None:
     """Note in a call the plan that it is to run: as configured, tuned, or, in a recompute, that of the forward."""
     overlap, size, widths = call.spec.overlap, call.transport.size, buffer_widths(call)
     top_k, dtypes = call.tensors.topk_ids.shape[1], (call.tensors.x.dtype, call.tensors.topk_weights.dtype)
-    call.kind, call.message = (call.spec.num_experts, widths, top_k, dtypes, overlap), CallHeader()
+    precision = call.spec.experts.precision
+    call.kind, call.message = (call.spec.num_experts, widths, top_k, dtypes, precision, overlap), CallHeader()
     call.again = call.state.forward_to_recompute(call.kind) if is_recomputing() else None
     if isinstance(overlap, OverlapPlan):
         call.overlap = overlap

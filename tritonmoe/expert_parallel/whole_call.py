@@ -8,11 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tritonmoe.config.activations import is_fused
 from tritonmoe.expert_parallel.layer_pass import BackwardPass, ForwardPass
 from tritonmoe.expert_parallel.plans.base import NUM_KIND_TENSORS, Kept, PlannedCall
 from tritonmoe.experts.tensors import CallTensors
-from tritonmoe.experts.weight_gradients import rows_to_save
 from tritonmoe.runtime.autograd import Context, keep_beside, kept_beside, once_differentiable
 
 __all__ = ["anchor_of", "gradients_of_inputs", "needs_of", "run_whole_call", "save_forward", "saved_forward"]
@@ -60,12 +58,7 @@ def save_forward(ctx: Context, forward: ForwardPass, needs: CallTensors[bool]) -
     """Save what the backward of a call needs, and return the mark of keep_beside(); None where no rank needs any."""
     if not forward.call.plan.needs_any:
         return None
-    run = forward.experts.own
-    computes_h = is_fused(run.settings.spec.activation) and run.h is None
-    needs_gate_up = needs.weights.gate_up_proj or forward.experts.needs_rows
-    rows = rows_to_save(run.rows, run.weights, needs_gate_up, computes_h=computes_h)
-    if rows is run.rows and run.settings.spec.precision is not None:  # rounded: codes and scales have all of their bits
-        rows = forward.wires.dispatch.encode(rows)
+    run, rows = forward.experts.own, forward.rows_to_keep(needs.weights)
     _, kind_tensors = forward.experts.kept()
     mark = keep_beside(ctx, forward.kept)
     ctx.save_for_backward(mark, run.h, *kind_tensors, *run.tensors._replace(x=rows).flatten())

@@ -259,6 +259,11 @@ def routed_experts(
         ValueError: experts of another kind (gpt_oss, quantised, fused by another override), or a communication backend
             that the model asks for.
     """
+    if expert_precision is not None and not isinstance(expert_precision, Mapping):
+        raise TypeError(
+            f"expert_precision must be a mapping of what ExpertPrecision takes, got {expert_precision!r}: write "
+            '{"format": "mxfp8"}'
+        )
     inner, dispatcher = config.inner_experts, config.token_dispatcher
     if type(config) is not RoutedExperts.Config or type(inner) is not GroupedExperts.Config:
         kind = type(inner if type(config) is RoutedExperts.Config else config).__qualname__

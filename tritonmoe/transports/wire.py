@@ -134,14 +134,18 @@ def choose_wires(dtype: torch.dtype, wire_dtype: torch.dtype | None, precision: 
 
 
 def rounding_sums(rows: Tensor, changed: Tensor) -> Tensor:
-    """Return what rounding did to rows (n, D): fp32 (NUM_ROUNDING_SUMS,), sums that add up over chunks.
+    """Return what rounding did to rows (n, D): fp64 (NUM_ROUNDING_SUMS,), sums that add up over chunks.
 
-    The squares of the changes, those of the rows, and how many numbers became zeros, became infinite or NaN, and are.
+    The squares of the changes of numbers that stayed finite, those of the numbers, how many numbers became zeros, how
+    many became infinite or NaN, and how many numbers there are.
     """
     wide, rounded = rows.to(torch.float32), changed.to(torch.float32)
-    zeroed, overflowed = (rounded == 0) & (wide != 0), wide.isfinite() & ~rounded.isfinite()
+    was_finite, is_finite = wide.isfinite(), rounded.isfinite()
+    zeroed, overflowed = (rounded == 0) & (wide != 0), was_finite & ~is_finite
+    change = torch.where(was_finite & is_finite, rounded - wide, 0)
+    lengths = (torch.linalg.vector_norm(one, dtype=torch.float64) for one in (change, torch.where(is_finite, wide, 0)))
     count = wide.new_full((), wide.numel())
-    return torch.stack([(rounded - wide).square().sum(), wide.square().sum(), zeroed.sum(), overflowed.sum(), count])
+    return torch.stack([*(length.square() for length in lengths), zeroed.sum(), overflowed.sum(), count])
 
 
 class DecodedExchange(PendingExchange):

@@ -84,6 +84,16 @@ def test_refusals_change_nothing():
     tmt.quantize_experts(layer, "mxfp4")
     with pytest.raises(ValueError, match="leave one of them out"):
         tmt.set_expert_precision(layer, PRECISION)
+    layer = tm.MoELayer(tm.MoEConfig(64, 96, 4, 2, expert_precision=PRECISION), dtype=torch.bfloat16)
+    model = mixtral()
+    tmt.set_expert_precision(model, PRECISION)
+    for one in (layer, model):
+        before = {name: tensor.clone() for name, tensor in one.state_dict().items()}
+        with pytest.raises(
+            ValueError, match=r"for experts that train, .* call set_expert_precision\(model, None\) first"
+        ):
+            tmt.quantize_experts(one, "mxfp4")
+        assert all(torch.equal(before[name], tensor) for name, tensor in one.state_dict().items())
     adapted = get_peft_model(
         mixtral(), LoraConfig(r=2, target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"])
     )

@@ -11,6 +11,7 @@ from tritonmoe.experts.packed_parameters import to_bytes
 from tritonmoe.experts.quantized_weight import QuantizedWeight
 from tritonmoe.integrations.torch_distributed.parallelize import routed_experts
 from tritonmoe.integrations.transformers.discovery import experts_modules
+from tritonmoe.integrations.transformers.experts import PRECISION
 from tritonmoe.integrations.transformers.packed.packed_experts import (
     PackedLayout,
     is_packed_experts,
@@ -106,6 +107,12 @@ def _check(name: str, experts: nn.Module, weight_format: Literal["nf4", "mxfp4"]
     is_packed = experts.config.weight_format if isinstance(experts, GroupedExperts) else is_packed_experts(experts)
     if is_packed:
         raise ValueError(f"the experts of {where} are packed already")
+    precision = experts.spec.precision if isinstance(experts, GroupedExperts) else getattr(experts, PRECISION, None)
+    if precision is not None:
+        raise ValueError(
+            f"{precision} of {where} is for experts that train, and packed ones are frozen: call "
+            "set_expert_precision(model, None) first"
+        )
     for weight in _weight_names(experts):
         parameter = experts._parameters.get(weight)
         if parameter is None or hasattr(parameter, "to_local") or not parameter.is_floating_point():
