@@ -53,19 +53,9 @@ def take_launches(folder: Path) -> ctypes.c_ulonglong:
             self.get_current_device = lambda: 0
             self.set_current_device = lambda device: None
 
-    class OneDevice:
-        """What torch.cuda.device does where the device is the current one."""
-
-        def __init__(self, device: Any) -> None:
-            self.device = device
-
-        def __enter__(self) -> None: ...
-
-        def __exit__(self, *_: object) -> None: ...
-
     driver.set_active(StandIn())
     replaced: list[tuple[Any, str, Any]] = [
-        (torch.cuda, "device", OneDevice),
+        (torch.cuda, "current_device", lambda: None),  # as the index of a tensor on the CPU is
         (launch, "target_of", lambda device: aot.TARGETS["sm_90"]),
         (backend_choice, "_triton_unusable_reason", lambda *_: None),
     ]

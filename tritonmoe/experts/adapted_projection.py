@@ -203,8 +203,6 @@ def adapter_gradients(
         operands: those of the weights' gradients. rows: what up_grad() and down_grad() filled, of all chunks.
     """
     of_up, of_down = rows
-    if of_up is None and of_down is None:
-        return {}
     x, dh, dout, scaled_a, _ = operands
     pairs = grouping.by_pair
 

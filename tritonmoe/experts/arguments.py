@@ -39,6 +39,7 @@ def checked_tensors(
             "torch.jit.trace can't record experts: it would send the tokens of every later call to the experts of "
             "these tokens. Use torch.export.export, or torch.compile (for ONNX torch.onnx.export with dynamo=True)"
         )
+    device = getattr(given.x, "device", None)
     for name, tensor in zip(NAMES, given.flatten(), strict=False):
         if tensor is None and name in OPTIONAL:
             continue
@@ -46,8 +47,8 @@ def checked_tensors(
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
         if tensor.layout != torch.strided:
             raise TypeError(f"{name} must be a dense tensor, got {tensor.layout}: pass {name}.to_dense()")
-        if tensor.device != given.x.device:
-            raise ValueError(f"{name} is on {tensor.device} and x on {given.x.device}: move them to one device")
+        if tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device} and x on {device}: move them to one device")
     tensors = cast_for_autocast(given)
     _check_tokens(tensors)
     if precision is not None:
@@ -181,15 +182,15 @@ def check_strides(inputs: CallTensors[Tensor]) -> None:
 
     Along the first axis they compute in int64; rows of x that aren't contiguous they copy.
     """
-    weights, tensors = inputs.weights, inputs.flatten()
+    x, weights, tensors = inputs.x, inputs.weights, inputs.flatten()
     for tensor in tensors:
-        if tensor is not None and not tensor.is_contiguous() and tensor is not inputs.x:
+        if tensor is not None and tensor is not x and not tensor.is_contiguous():
             break
     else:
         if max(weights.gate_up_proj.stride(0), weights.down_proj.stride(0)) <= MAX_OFFSET:
             return
     for name, tensor in zip(NAMES, tensors, strict=False):
-        if tensor is None or tensor is inputs.x:
+        if tensor is None or tensor is x:
             continue
         for axis, (size, stride) in enumerate(zip(tensor.shape[1:], tensor.stride()[1:], strict=True), 1):
             if (size - 1) * stride > MAX_OFFSET:

@@ -1,7 +1,7 @@
 """moe_mlp(): the experts on one device, eager or traced."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +54,8 @@ class _MoEMLP(torch.autograd.Function):
         ctx.settings, ctx.owners = settings, owners
         x = rows_to_save(tensors.x, tensors.weights, _needs(ctx, flat).weights.gate_up_proj, computes_h=h is None)
         mark = keep_beside(ctx, grouping)
-        ctx.save_for_backward(mark, h, *tensors._replace(x=x).without("topk_ids").flatten())
+        saved: CallTensors[Any] = tensors
+        ctx.save_for_backward(mark, h, *saved._replace(x=x, topk_ids=None).flatten())
         return out, mark
 
     @staticmethod
@@ -276,7 +277,7 @@ def run_experts(spec: ExpertSpec, tensors: CallTensors[Tensor]) -> Tensor:
     if has_main_grads and is_transformed():
         raise RuntimeError(MAIN_GRAD)
     with without_autocast(tensors.x.device):
-        if is_fused(spec.activation) and not has_main_grads and not is_transformed() and _is_traced(tensors.x):
+        if is_fused(spec.activation) and not has_main_grads and _is_traced(tensors.x) and not is_transformed():
             return moe_mlp_operator(spec.check(), tensors, spec.save == "hidden" and tensors.needs_any())
         if torch.compiler.is_compiling():
             return _run_callable_or_main_grad(spec.check(), owners, tensors)

@@ -40,7 +40,8 @@ def run_forward(
 ) -> tuple[Tensor, Tensor | None, Grouping]:
     """Return out (T, D), h where it is kept, and the grouping. h: memory for it, (T*K, 2F) or more."""
     grouping = settings.ops.group(tensors.topk_ids, tensors.weights.gate_up_proj.shape[0])
-    tensors = tensors._replace(x=settings.rounded_rows(tensors.x))
+    if settings.spec.precision is not None:
+        tensors = tensors._replace(x=settings.rounded_rows(tensors.x))
     run = ForwardRun(settings, tensors, grouping, keep_hidden, None if h is None else h[: grouping.num_pairs])
     return run.forward(0), run.h, grouping
 

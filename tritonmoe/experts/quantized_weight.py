@@ -116,10 +116,14 @@ def given_weights(
     gate_up_proj: Weight, gate_up_bias: Tensor | None, down_proj: Weight, down_bias: Tensor | None
 ) -> PerWeight[Tensor]:
     """Return the weights of a call as tensors, with the scales of those that are packed."""
-    packed = [weight if isinstance(weight, QuantizedWeight) else None for weight in (gate_up_proj, down_proj)]
-    scales = [None if weight is None else weight.scales for weight in packed]
-    tensors = [weight.values if isinstance(weight, QuantizedWeight) else weight for weight in (gate_up_proj, down_proj)]
-    return PerWeight(tensors[0], gate_up_bias, tensors[1], down_bias, gate_up_scales=scales[0], down_scales=scales[1])
+    up_scales = down_scales = None
+    if isinstance(gate_up_proj, QuantizedWeight):
+        up_scales, gate_up_proj = gate_up_proj.scales, gate_up_proj.values
+    if isinstance(down_proj, QuantizedWeight):
+        down_scales, down_proj = down_proj.scales, down_proj.values
+    return PerWeight(
+        gate_up_proj, gate_up_bias, down_proj, down_bias, gate_up_scales=up_scales, down_scales=down_scales
+    )
 
 
 def is_packed(weights: PerWeight[Tensor]) -> bool:

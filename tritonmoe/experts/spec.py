@@ -129,31 +129,34 @@ class ExpertSettings(NamedTuple):
         directions: of which products, in an ExpertPrecision.
         """
         w1, b1, w2, b2, up_a, up_b, down_a, down_b, up_scales, down_scales = weights
-        up = self._rounded(Projection(w1, b1, self.spec.layout, scales=up_scales), directions)
-        down = self._rounded(Projection(w2, b2, self.spec.layout, scales=down_scales), directions)
+        up = Projection(w1, b1, self.spec.layout, scales=up_scales)
+        down = Projection(w2, b2, self.spec.layout, scales=down_scales)
+        if self.spec.precision is not None:
+            up, down = (_rounded(of, self.spec.precision, directions) for of in (up, down))
         dropout = self.adapter_dropout(row_seeds)
         return (
             AdaptedProjection(self.ops, self.options, up, up_a, up_b),
             AdaptedProjection(self.ops, self.options, down, down_a, down_b, dropout),
         )
 
-    def _rounded(self, projection: Projection, directions: Directions) -> Projection:
-        """Return a projection whose weight is rounded for its products, if there is a precision."""
-        precision, weight = self.spec.precision, projection.weight
-        if precision is None or weight is None:  # a callable activation's half of the experts has one projection
-            return projection
-        out_axis, in_axis = (2, 1) if projection.layout.transposed else (1, 2)
-        if precision.is_symmetric:
-            weight = rounded_weight(weight, precision, in_axis)
-            return projection._replace(weight=weight)
-        of_gradients = None if directions == "forward" else rounded_weight(weight, precision, out_axis)
-        if directions != "backward":
-            weight = rounded_weight(weight, precision, in_axis)
-        return projection._replace(weight=weight, weight_of_gradients=of_gradients)
-
     def adapter_dropout(self, row_seeds: Tensor | None) -> AdapterDropout | None:
         """Return the dropout on what the adapters of a call with these row_seeds (R,) multiply."""
         return None if row_seeds is None else AdapterDropout(self.spec.dropout, row_seeds)
+
+
+def _rounded(projection: Projection, precision: ExpertPrecision, directions: Directions) -> Projection:
+    """Return a projection whose weight is rounded for its products."""
+    weight = projection.weight
+    if weight is None:  # a callable activation's half of the experts has one projection
+        return projection
+    out_axis, in_axis = (2, 1) if projection.layout.transposed else (1, 2)
+    if precision.is_symmetric:
+        weight = rounded_weight(weight, precision, in_axis)
+        return projection._replace(weight=weight)
+    of_gradients = None if directions == "forward" else rounded_weight(weight, precision, out_axis)
+    if directions != "backward":
+        weight = rounded_weight(weight, precision, in_axis)
+    return projection._replace(weight=weight, weight_of_gradients=of_gradients)
 
 
 def expert_spec(**settings: Any) -> ExpertSpec:
@@ -196,12 +199,12 @@ def choose_backend(spec: ExpertSpec, inputs: CallTensors[Tensor], *, beside_exch
     if beside_exchanges or has_other_ranks():
         options = options._replace(beside_exchanges=True)
     x, weights, top_k = inputs.x, inputs.weights, inputs.topk_ids.shape[1]
-    num_experts, *sizes = weight_shape(weights.gate_up_proj, weights.gate_up_scales)
+    shape = weight_shape(weights.gate_up_proj, weights.gate_up_scales)
     layer = CalledLayer(
         spec.layout,
         spec.activation if is_fused(spec.activation) else None,
         x.shape[1],
-        spec.layout.intermediate_size(sizes[1 if spec.layout.transposed else 0]),
+        spec.layout.intermediate_size(shape[2 if spec.layout.transposed else 1]),
         weights.gate_up_bias is not None,
         weight_formats(weights),
     )
@@ -210,7 +213,7 @@ def choose_backend(spec: ExpertSpec, inputs: CallTensors[Tensor], *, beside_exch
         x.device,
         x.dtype,
         options,
-        num_experts=num_experts,
+        num_experts=shape[0],
         top_k=top_k,
         layer=layer,
     )

@@ -70,8 +70,10 @@ class CallTensors(NamedTuple, Generic[Value]):
 
     def needs_any(self) -> bool:
         """Return whether a gradient of one of the tensors is wanted, in the grad mode that is on."""
+        if not torch.is_grad_enabled():
+            return False
         values: list[Any] = self.flatten()
-        return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in values)
+        return any(tensor is not None and tensor.requires_grad for tensor in values)
 
 
 NO_TENSORS: CallTensors[Any] = CallTensors(None, None, None, NO_WEIGHTS)

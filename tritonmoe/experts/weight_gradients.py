@@ -86,7 +86,8 @@ def weight_gradients(
     grads: PerWeight[Tensor | None] = ops.weight_grad(
         grouping, settings.spec.layout, operands, needs, accumulate=sums, options=options
     )
-    grads = grads._replace(**adapter_gradients(ops, options, grouping, needs, operands, adapter_rows))
+    if adapter_rows != (None, None):
+        grads = grads._replace(**adapter_gradients(ops, options, grouping, needs, operands, adapter_rows))
     if sums is NO_WEIGHTS:
         return grads
     others = [name for name in PerWeight._fields if name not in ("gate_up_proj", "down_proj")]

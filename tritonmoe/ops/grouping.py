@@ -15,7 +15,7 @@ A chunk has a range of rows, or from `first_expert_chunk` on a range of experts.
 chunks. It belongs to the last of them, and its sum takes results from all chunks of experts so far.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import NamedTuple
@@ -84,19 +84,17 @@ class Grouping:
     row_tiles: torch.Tensor | None = None
     """(C, slots, 4, 4) int32: the tiles of each chunk's products, see ops/kernels/row_tiles.py; None where none are
     listed yet, or ever."""
+    num_experts: int = field(init=False)
+    num_pairs: int = field(init=False)
+    """N, padding included."""
+    top_k: int = field(init=False)
 
-    @property
-    def num_experts(self) -> int:
-        return self.expert_offsets.shape[0] - 1
-
-    @property
-    def num_pairs(self) -> int:
-        """N, padding included."""
-        return self.pair_index.shape[0]
-
-    @property
-    def top_k(self) -> int:
-        return self.inverse.shape[1]
+    def __post_init__(self) -> None:
+        vars(self).update(  # every launch asks, and a tensor tells its shape slowly
+            num_experts=self.expert_offsets.shape[0] - 1,
+            num_pairs=self.pair_index.shape[0],
+            top_k=self.inverse.shape[1],
+        )
 
     @property
     def num_layer_rows(self) -> int:

@@ -36,6 +36,7 @@ def reading(*, by_tma=True):
     with pytest.MonkeyPatch.context() as patch:
         found = []
         patch.setattr(tile_choice, "_why_no_tma", lambda target: "" if by_tma else OFF)
+        patch.setattr(tile_choice, "_config", tile_choice._config.__wrapped__)  # nothing chosen before
         patch.setattr(measured_tiles, "note", note)
         yield found
 

@@ -116,4 +116,4 @@ def weight_grad(
         dw2 = outer_sums(scaled_a, dout, grouping, pairs, layout.transposed, accumulate.down_proj, options)
     if needs.down_bias:
         db2 = bias_grad(required(operands.dout), grouping, pairs, required(operands.topk_weights))
-    return WeightGrads(dw1, db1, dw2, db2)
+    return PerWeight(dw1, db1, dw2, db2)

@@ -53,7 +53,8 @@ class CompiledKernels:
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
         self.unspecialised = {place for place, parameter in enumerate(kernel.params) if parameter.do_not_specialize}
-        self.found: dict[Key, Any] = {}
+        self.found: dict[Key, tuple[Any, list[Any]]] = {}
+        """What was compiled, and its constexprs in the order of the signature."""
         self.compile_anyway = kernel._do_compile
         kernel._do_compile = self._compile_once
         kernel.device_caches = _MadeOnce(kernel.create_binder, kernel.device_caches)
@@ -76,29 +77,39 @@ class CompiledKernels:
         Args:
             args: tensors, descriptors, numbers and None. constexprs: what follows them in the signature, by name.
         """
-        values = self.in_order(args, constexprs)
-        key = self.key(device_index, args, values, options)
-        compiled = self.found.get(key)
-        if compiled is None:
-            self.found[key] = self.kernel[grid](*args, **constexprs, **options)
+        key = self.key(device_index, args, constexprs, options)
+        found = self.found.get(key)
+        if found is None:
+            compiled = self.kernel[grid](*args, **constexprs, **options)
+            self.found[key] = compiled, [constexprs[name] for name in self.kernel.arg_names[len(args) :]]
         else:
-            compiled[grid + (1,) * (3 - len(grid))](*args, *values)
+            compiled, values = found
+            # As Triton's own `run` does behind its binder; what indexing gives passes all arguments on twice more.
+            whole_grid, hooks = grid + (1,) * (3 - len(grid)), triton.knobs.runtime
+            stream = triton.runtime.driver.active.get_current_stream(device_index)
+            compiled.run(
+                *whole_grid,
+                stream,
+                compiled.function,
+                compiled.packed_metadata,
+                compiled.launch_metadata(whole_grid, stream),
+                hooks.launch_enter_hook,
+                hooks.launch_exit_hook,
+                *args,
+                *values,
+            )
 
-    def in_order(self, args: Sequence[Any], constexprs: dict[str, Any]) -> list[Any]:
-        """Return the constexprs as they follow `args` in the signature."""
-        return list(map(constexprs.__getitem__, self.kernel.arg_names[len(args) :]))
-
-    def key(self, device_index: int | None, args: Sequence[Any], values: Sequence[Any], options: dict[str, Any]) -> Key:
-        """Return what decides which compiled kernel a launch takes. values: the constexprs in order."""
-        return device_index, *values, *options.values(), *self._specialised(args)
-
-    def _specialised(self, args: Sequence[Any]) -> list[Any]:
-        """Return what of these arguments Triton compiles in, and perhaps more."""
+    def key(
+        self, device_index: int | None, args: Sequence[Any], constexprs: dict[str, Any], options: dict[str, Any]
+    ) -> Key:
+        """Return what decides which compiled kernel a launch takes: all that Triton compiles in, and perhaps more."""
         parts = [  # every launch waits for this: no call for most arguments, no loop of statements
             arg
             if arg is None or type(arg) is int  # of which it is no more than 1, a multiple of 16, and the width
             else (arg.dtype, arg.data_ptr() % 16)
             if isinstance(arg, Tensor)
+            else float
+            if type(arg) is float
             else _kind(arg)
             for arg in args
         ]
@@ -106,13 +117,11 @@ class CompiledKernels:
             parts[place] = -(2**31) <= args[place] < 2**31
         if HAS_32_BIT_OFFSETS:
             parts += [arg.untyped_storage().size() < 2**31 for arg in args if isinstance(arg, Tensor)]
-        return parts
+        return device_index, *constexprs, *constexprs.values(), *options.values(), *parts
 
 
 def _kind(arg: Any) -> Any:
-    """Return what Triton compiles in of a rarer kind of argument."""
-    if isinstance(arg, float):
-        return float
+    """Return what Triton compiles in of a descriptor."""
     assert isinstance(arg, TensorDescriptor), f"an argument of a kernel is a {type(arg).__name__}"
     return TensorDescriptor, arg.base.dtype, *arg.block_shape
 

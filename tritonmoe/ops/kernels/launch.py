@@ -120,14 +120,15 @@ def compiled_for(semantic: Any) -> Architecture:
 
 
 @functools.cache
-def _pinned_options() -> dict[str, Any]:
-    """Return options that every launch fixes: Triton's default for FP fusion changes between versions."""
-    try:
+def _options(num_warps: int, num_stages: int, max_registers: int | None) -> dict[str, Any]:
+    """Return the options of a launch, with what every launch fixes: Triton's default for FP fusion changes."""
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    with contextlib.suppress(ImportError):
         from triton.backends.nvidia.compiler import CUDAOptions
-    except ImportError:
-        return {}
-    fields = {field.name for field in dataclasses.fields(CUDAOptions)}
-    return {"enable_fp_fusion": True} if "enable_fp_fusion" in fields else {}
+
+        if any(field.name == "enable_fp_fusion" for field in dataclasses.fields(CUDAOptions)):
+            options["enable_fp_fusion"] = True
+    return options if max_registers is None else {**options, "maxnreg": max_registers}
 
 
 def launch(
@@ -148,11 +149,8 @@ def launch(
     """
     if 0 in grid:
         return
-    options = {"num_warps": num_warps, "num_stages": num_stages, **_pinned_options()}
-    if max_registers is not None:
-        on_nvidia = torch.version.hip is None if _recording is None else _recording.target.backend == "cuda"
-        if on_nvidia:
-            options["maxnreg"] = max_registers
+    on_nvidia = torch.version.hip is None if _recording is None else _recording.target.backend == "cuda"
+    options = _options(num_warps, num_stages, max_registers if on_nvidia else None)
     if _recording is not None:
         caught = Launch(kernel, grid, args, constexprs, options)
         _recording.launches.append(caught)
@@ -163,9 +161,12 @@ def launch(
             kernel[grid](*args, **constexprs)
     else:
         first = args[0]
-        device = (first if isinstance(first, Tensor) else first.base).device
-        with torch.cuda.device(device):
-            compiled_kernels(kernel).launch(device.index, grid, args, constexprs, options)
+        index = (first if isinstance(first, Tensor) else first.base).device.index
+        if index != torch.cuda.current_device():  # to ask costs less than to enter the device
+            with torch.cuda.device(index):
+                compiled_kernels(kernel).launch(index, grid, args, constexprs, options)
+        else:
+            compiled_kernels(kernel).launch(index, grid, args, constexprs, options)
 
 
 def cdiv(dividend: int, divisor: int) -> int:

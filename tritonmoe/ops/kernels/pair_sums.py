@@ -78,10 +78,8 @@ def sum_partials(
         grouping.top_k,
         num_pairs,
         partial_sums.shape[0],
-        dout.stride(0),
-        dout.stride(1),
-        0 if down_bias is None else down_bias.stride(0),
-        0 if down_bias is None else down_bias.stride(1),
+        *dout.stride(),
+        *((0, 0) if down_bias is None else down_bias.stride()),
         BLOCK_M=block_m,
         BLOCK_K=min(128, next_power_of_2(depth)),
     )

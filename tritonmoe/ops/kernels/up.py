@@ -220,7 +220,7 @@ def _operands(
     if not config.by_tma("weight"):
         return rows, weight
     if layout.gated and not layout.interleaved:
-        return rows, tma.describe(tma.halves(weight, out_axis), (1, 2, config.block_n, config.block_k))
+        return rows, tma.describe(weight, (1, 2, config.block_n, config.block_k), *tma.halves(weight, out_axis))
     tile_width = config.block_n * (2 if layout.gated else 1)
     return rows, tma.describe_weight(weight, in_axis, config.block_k, tile_width)
 
@@ -277,15 +277,13 @@ def up(
         num_slots,
         num_column_tiles,
         programs_at_once,
-        x.stride(0),
-        x.stride(1),
+        *x.stride(),
         weight.stride(0),
         weight.stride(out_axis),
         weight.stride(in_axis),
         stored.stride_scales_expert,
         stored.stride_scales_row,
-        0 if bias is None else bias.stride(0),
-        0 if bias is None else bias.stride(1),
+        *((0, 0) if bias is None else bias.stride()),
         0 if addend is None else addend.stride(0),
         0 if h is None else h.stride(0),
         0 if a is None else a.stride(0),

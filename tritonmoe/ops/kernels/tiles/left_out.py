@@ -28,7 +28,6 @@ def leaving_out_refused_tiles(operation: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(operation)
     def run(*args: P.args, **keywords: P.kwargs) -> R:
-        measured_tiles.forget_last()
         try:
             return operation(*args, **keywords)
         except Exception as error:

@@ -30,7 +30,6 @@ __all__ = [
     "asked",
     "cache_file",
     "fields_of",
-    "forget_last",
     "has_gather",
     "kept",
     "leave_out_last",
@@ -73,23 +72,22 @@ def tile_key(architecture: str, dtype: torch.dtype, operation: str, width: int, 
 
 
 def fields_of(key: str) -> tuple[tuple[str, int | str], ...]:
-    """Return the fields that an entry for `key` replaces, with their values; none where there is no entry."""
+    """Return the fields that an entry for `key` replaces, with their values; none where there is no entry.
+
+    With it a product begins, for `leave_out_last`.
+    """
     entries = kept() if _replacement is None else _replacement
     fields = entries.get(key, SHIPPED.get(key, {}))
     if not fields or key in _left_out:
+        _of_thread.last = None
         return ()
     _of_thread.last = key
     return tuple(fields.items())
 
 
-def forget_last() -> None:
-    """Begin a product, for `leave_out_last`."""
-    _of_thread.last = None
-
-
 def leave_out_last(error: Exception) -> bool:
     """Take no more the entry that this thread's product took, and warn; False where it took none, or inside `using`."""
-    key = _of_thread.last
+    key = getattr(_of_thread, "last", None)
     if key is None or _replacement is not None:
         return False
     _left_out.add(key)

@@ -65,7 +65,7 @@ def measured_class(operation: str, rows: int | None, grouping: Grouping) -> int 
     return next((pairs for pairs in LONG_SUMS if grouping.pairs_per_expert < 1.5 * pairs), LONG_SUMS[-1])
 
 
-def tile_height(operation: str, rows: int | None, grouping: Grouping) -> int:
+def tile_height(operation: str, rows: int | None, num_experts: int, top_k: int) -> int:
     """Return the most rows that a tile may have: 16, 32, 64 or 128.
 
     A tile of weight_grad has columns of an operand for its rows: their number doesn't depend on the pairs. Where the
@@ -75,7 +75,7 @@ def tile_height(operation: str, rows: int | None, grouping: Grouping) -> int:
     if operation == "weight_grad":
         return 128
     if rows is None:
-        return 64 if grouping.num_experts > 16 * grouping.top_k else 128
+        return 64 if num_experts > 16 * top_k else 128
     return max(16, rows)
 
 
@@ -101,24 +101,26 @@ def grouped_matmul_config(
             of a kernel that may store it by TMA.
         may_be_persistent: False where the kernel would spill.
     """
-    gpu, operation = launch.gpu_of(like.device), product.partition(" ")[0]
-    rows = row_class(grouping, options)
-    measured_rows = measured_class(operation, rows, grouping)
+    gpu, rows = launch.gpu_of(like.device), row_class(grouping, options)
+    measured_rows = measured_class(product, rows, grouping)
     key = measured_tiles.tile_key(gpu.name, like.dtype, product, width, depth, measured_rows)
     measured = measured_tiles.fields_of(key)
-    abilities = _why_no_tma(gpu), lacks_fences(gpu), launch.dot_precision(like)
-    of_all_rows = _Product(operation, gpu, *abilities, like.dtype, width, depth)
-    gather = dict(measured).get("gather")
-    why_one_tile = "" if may_be_persistent else "it would spill registers"
+    gather = dict(measured).get("gather") if measured else None
     config, clipped = _config(
-        of_all_rows,
+        product,
+        gpu,
+        launch.TRITON_VERSION,
+        launch.dot_precision(like),
+        like.dtype,
+        width,
+        depth,
         rows,
-        tile_height(operation, rows, grouping),
-        min(grouping.top_k, grouping.num_experts),
+        grouping.num_experts,
+        grouping.top_k,
         measured,
         tuple(refusals.items()),
         _why_no_gather(gpu, gather, like, grouping.num_pairs) if gather in ("tma", "copy") else "",
-        why_one_tile,
+        may_be_persistent,
     )
     measured_tiles.note(key, config)
     return clipped
@@ -139,26 +141,34 @@ class _Product(NamedTuple):
 
 @functools.lru_cache(maxsize=4096)
 def _config(
-    product: _Product,
+    product_name: str,
+    gpu: Architecture,
+    _triton_version: tuple[int, ...],  # for the cache: `gpu` is judged by it
+    precision: str,
+    dtype: torch.dtype,
+    width: int,
+    depth: int,
     rows: int | None,
-    height: int,
-    num_slots: int,
+    num_experts: int,
+    top_k: int,
     measured: tuple[tuple[str, Any], ...],
     refusals: tuple[tuple[str, str], ...],
     gather_refusal: str,
-    why_one_tile: str,
+    may_be_persistent: bool,
 ) -> tuple[TileConfig, TileConfig]:
     """Choose the tile, and shrink it to the product; every launch asks.
 
     Args:
-        rows: the row class. height: the most rows of a tile. num_slots: the row tiles that one token has at least.
+        rows: the row class.
         measured: the fields that a measured entry replaces. gather_refusal: why x can't be gathered as it says.
-        why_one_tile: why a program may not walk over several tiles; empty where it may.
     """
-    operation, gpu, why_no_tma, _, _, dtype, width, depth = product
+    operation, why_no_tma = product_name.partition(" ")[0], _why_no_tma(gpu)
+    product = _Product(operation, gpu, why_no_tma, lacks_fences(gpu), precision, dtype, width, depth)
+    why_one_tile = "" if may_be_persistent else "it would spill registers"
+    height = tile_height(operation, rows, num_experts, top_k)
     config = table.tile_of(gpu.tiles, table.elements_of(dtype, width, depth), operation, height)
     if rows == 8 and operation != "weight_grad":
-        config = _narrowed(config, width, num_slots)
+        config = _narrowed(config, width, min(top_k, num_experts))  # the row tiles that one token has at least
     gathers = operation in ("up", "up_ungated")
     config = replace(config, tma=not why_no_tma, gather="pointers" if gathers else "")
     config = replace(config, **dict(measured))

@@ -61,7 +61,7 @@ def refusal_of_weight(weight: Tensor) -> str:
 
 def refusal_of_halves(weight: Tensor, out_axis: int) -> str:
     """Say why TMA can't read a tile's gate and up columns at once."""
-    shape, strides = _layout_of_halves(weight, out_axis)
+    shape, strides = halves(weight, out_axis)
     if strides[2] == 1 != strides[3]:
         return "a tile's gate and up columns are two pieces of its contiguous axis"
     if 0 in shape:
@@ -106,15 +106,14 @@ def innermost_last(weight: Tensor) -> Tensor:
     return weight.mT if weight.stride(1) == 1 and weight.stride(2) != 1 else weight
 
 
-def halves(weight: Tensor, out_axis: int) -> Tensor:
-    """View gate_up_proj, whose `out_axis` has 2F columns, gate before up, as (E, 2, F, D)."""
-    return weight.as_strided(*_layout_of_halves(weight, out_axis))
-
-
-def _layout_of_halves(weight: Tensor, out_axis: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    num_experts, num_units, depth = weight.shape[0], weight.shape[out_axis] // 2, weight.shape[3 - out_axis]
-    of_expert, of_unit, of_depth = weight.stride(0), weight.stride(out_axis), weight.stride(3 - out_axis)
-    return (num_experts, 2, num_units, depth), (of_expert, num_units * of_unit, of_unit, of_depth)
+def halves(weight: Tensor, out_axis: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return gate_up_proj's shape and strides as (E, 2, F, D); its `out_axis` has 2F columns, gate before up."""
+    shape, strides = weight.shape, weight.stride()
+    num_units, of_unit = shape[out_axis] // 2, strides[out_axis]
+    return (
+        (shape[0], 2, num_units, shape[3 - out_axis]),
+        (strides[0], num_units * of_unit, of_unit, strides[3 - out_axis]),
+    )
 
 
 def describe_weight(weight: Tensor, in_axis: int, block_k: int, block_n: int) -> TensorDescriptor:
