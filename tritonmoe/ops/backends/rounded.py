@@ -17,6 +17,7 @@ from tritonmoe.config.layer import NO_WEIGHTS, ExpertLayout, KernelOptions, PerW
 from tritonmoe.config.precision import ExpertPrecision, rounded, rounded_rows
 from tritonmoe.ops.backends.ops import GradientOperands, Operations, WeightGrads, required
 from tritonmoe.ops.grouping import Grouping
+from tritonmoe.runtime.host_device import is_captured
 
 __all__ = ["EMULATED", "RoundedOperations", "rounded_operations"]
 
@@ -79,28 +80,36 @@ class RoundedOperations:
         """Round both operands of the products along the tokens, where the precision says so; biases are only sums."""
         if self._precision.weight_gradients == "bf16":
             return self._ops.weight_grad(grouping, layout, operands, needs, accumulate=accumulate, options=options)
+        device = grouping.pair_index.device
+        if is_captured(device):
+            raise ValueError(
+                f"a CUDA graph can't capture a backward in {self._precision}, which waits for the number of pairs of "
+                "each expert: take weight_gradients='bf16'"
+            )
         biases = needs._replace(gate_up_proj=False, down_proj=False)
         grads = self._ops.weight_grad(grouping, layout, operands, biases, options=options)
         wanted = needs._replace(gate_up_bias=False, down_bias=False)
         pairs, rows = grouping.by_pair, grouping.row_index
         of_pairs = GradientOperands()
         if wanted.gate_up_proj:
-            x = required(operands.x).index_select(0, rows)
-            of_pairs = of_pairs._replace(x=self._tokens(x, grouping), dh=self._tokens(operands.dh, grouping))
+            of_pairs = of_pairs._replace(
+                x=self._tokens(operands.x, grouping, rows), dh=self._tokens(operands.dh, grouping)
+            )
         if wanted.down_proj:
-            dout = required(operands.dout).index_select(0, rows)
-            scaled_a = self._tokens(operands.scaled_a, grouping)
-            of_pairs = of_pairs._replace(dout=self._tokens(dout, grouping), scaled_a=scaled_a)
+            dout, scaled_a = self._tokens(operands.dout, grouping, rows), self._tokens(operands.scaled_a, grouping)
+            of_pairs = of_pairs._replace(dout=dout, scaled_a=scaled_a)
         products = self._ops.weight_grad(pairs, layout, of_pairs, wanted, accumulate=accumulate, options=options)
         return grads._replace(gate_up_proj=products.gate_up_proj, down_proj=products.down_proj)
 
-    def _tokens(self, values: Tensor | None, grouping: Grouping) -> Tensor:
-        """Return values (N, columns) of pairs in storage order, rounded along each expert's pairs in source order."""
-        values = required(values)
-        order = grouping.source_order
-        sorted_values = values if order is None else values.index_select(0, order)
-        block = (self._precision.block, 1)
-        out = torch.empty_like(sorted_values)
-        for first, last in pairwise(grouping.host_expert_offsets):
-            out[first:last] = rounded(sorted_values[first:last], block)
-        return out if order is None else torch.empty_like(out).index_copy_(0, order.long(), out)
+    def _tokens(self, values: Tensor | None, grouping: Grouping, rows: Tensor | None = None) -> Tensor:
+        """Return values (N, columns) of pairs in storage order, rounded along each expert's pairs in source order.
+
+        rows: (N,), which of the values each pair has; None: the one in its place. Behind the last pair, where kernels'
+        groupings have room that nobody reads, stand zeros.
+        """
+        values, order, offsets = required(values), grouping.source_order, grouping.host_expert_offsets
+        places = torch.arange(offsets[-1], device=values.device) if order is None else order[: offsets[-1]].long()
+        sorted_values = values.index_select(0, places if rows is None else rows.index_select(0, places))
+        for first, last in pairwise(offsets):
+            sorted_values[first:last] = rounded(sorted_values[first:last], (self._precision.block, 1))
+        return values.new_zeros(grouping.num_pairs, values.shape[1]).index_copy_(0, places, sorted_values)
