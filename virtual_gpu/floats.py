@@ -6,8 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 __all__ = [
-    *("flushed", "from_e8m0", "from_fp8", "fused", "fused64", "larger", "saturated", "smaller", "to_fp8", "unordered"),
-    *("with_nan",),
+    *("flushed", "from_e2m1", "from_e8m0", "from_fp8", "fused", "fused64", "larger", "saturated", "smaller", "to_fp8"),
+    *("unordered", "with_nan"),
 ]
 
 Array = NDArray
@@ -45,6 +45,13 @@ _VALUES = {kind: _fp8_values(kind) for kind in _FP8}
 def from_fp8(codes: Array, kind: str) -> Array:
     """Return the float32 values of codes (integers below 256) of `kind`."""
     return _VALUES[kind][codes]
+
+
+def from_e2m1(codes: Array) -> Array:
+    """Return the float32 values of numbers of 4 bits: two for each byte of the last axis, its low half first."""
+    halves = (codes[..., None] >> np.array([0, 4], np.uint8)).reshape(*codes.shape[:-1], -1)
+    size = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)[halves & 7]
+    return np.where(halves & 8, -size, size)
 
 
 def from_e8m0(codes: Array) -> Array:

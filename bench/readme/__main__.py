@@ -68,6 +68,7 @@ TABLES = {
     "codegen_epilogues": kernel_tables.codegen_epilogues_table,
     "codegen_packed": kernel_tables.codegen_packed_table,
     "codegen_steps": kernel_tables.codegen_steps_table,
+    "conformance": kernel_tables.conformance_table,
     "gpu": gpu_tables.gpu_table,
     "gpu_memory": gpu_tables.gpu_memory_table,
     "gpu_training": gpu_tables.gpu_training_table,

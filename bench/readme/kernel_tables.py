@@ -1,6 +1,8 @@
 """Tables of kernels and of moe_mlp: compiled code, times on a CPU, bounds."""
 
 import itertools
+import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -22,6 +24,7 @@ __all__ = [
     "codegen_steps_table",
     "codegen_table",
     "compiled_for",
+    "conformance_table",
     "decoding_table",
     "launch_table",
     "missing_waits_table",
@@ -241,6 +244,56 @@ def missing_waits_table(name: str) -> str:
         noticed = sum("noticed" in row for row in of_target)
         lines.append(table_row(subject, len(of_target), noticed, *numbers))
     return "\n".join(lines)
+
+
+def conformance_table(name: str) -> str:
+    """Return how many cases are exact with each Triton on each card, those that are not, and what some of them cost."""
+    data = load(name)
+    versions = data["triton_versions"]
+    run = [row for row in data["results"] if "registers" not in row["outcomes"][versions[0]]]
+    counts: dict[tuple[str, str], Counter[str]] = {}
+    others: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for row in run:
+        for version in versions:
+            counts.setdefault((row["card"], version), Counter())[row["outcomes"][version]["outcome"]] += 1
+        cells = tuple(_outcome_cell(row["outcomes"][version]) for version in versions)
+        if set(cells) != {"exact"}:
+            others.setdefault((row["case"], cells), []).append(row["card"])
+    lines = [
+        f"`python -m bench.conformance`, {len({row['case'] for row in run})} cases. *Exact*: every number equals "
+        "float64's. *Fault*: the order of memory or an address is not what the card asks for. *Not known*: the virtual "
+        "GPU doesn't know an instruction, so nothing is said of the card.",
+        "",
+        *table_head("card", *(f"Triton {version}" for version in versions)),
+    ]
+    for card in dict.fromkeys(row["card"] for row in run):
+        found = (sorted(counts[card, version].items()) for version in versions)
+        lines.append(table_row(card, *(", ".join(f"{number} {outcome}" for outcome, number in one) for one in found)))
+    lines += ["", "The cases that are not exact with all of them:", "", *table_head("case", "card", *versions)]
+    lines += [table_row(case, ", ".join(cards), *cells) for (case, cells), cards in others.items()]
+    lines += [
+        "",
+        "Of two cases only the machine code is read. Cells: registers of a thread, what it spills (bytes on NVIDIA, "
+        "registers on AMD), instructions of the loop.",
+        "",
+        *table_head("case", "card", *versions),
+    ]
+    for row in data["results"]:
+        if row not in run:
+            costs = (
+                [row["outcomes"][version][what] for what in ("registers", "spills", "loop")] for version in versions
+            )
+            lines.append(table_row(row["case"], row["card"], *(", ".join(map(str, one)) for one in costs)))
+    return "\n".join(lines)
+
+
+def _outcome_cell(found: dict) -> str:
+    """Return an outcome, what is wrong, and the instruction that is not known."""
+    outcome, detail = found["outcome"], found.get("detail", "")
+    if outcome == "not known":
+        instruction = re.search(r"doesn't know ([\w.:]+)", detail)
+        return f"not known: `{instruction[1]}`" if instruction else "not known"
+    return f"{outcome}: {detail.rpartition(': ')[2]}" if outcome in ("wrong", "fault") else outcome
 
 
 H100 = CLUSTERS["H100"].gpu

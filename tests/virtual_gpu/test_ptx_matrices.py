@@ -112,6 +112,45 @@ def test_mma_of_8_bits_with_scales(a_byte, a_pair, b_byte, b_member):
         assert (found[:, index].reshape(2, 32) == expected).all()
 
 
+def test_mma_of_4_bits_with_scales():
+    """Two bytes of a thread have the scales of both halves of the depth; a byte of a fragment has two depths."""
+    generator = np.random.default_rng(7)
+    values = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    values = np.concatenate([values, -values])
+    a, b = (generator.integers(0, 16, shape) for shape in ((16, 64), (64, 8)))
+    words = generator.integers(0, 1 << 32, (64, 8), dtype=np.uint32)
+    words[:, :6] = 0
+    group, member = LANES // 4, LANES % 4
+    for index in range(32):
+        codes = a[group + 8 * (index // 8 % 2), 8 * member + index % 8 + 32 * (index // 16)]
+        words[:, index // 8] |= np.tile(codes, 2).astype(np.uint32) << 4 * (index % 8)
+    for index in range(16):
+        codes = b[8 * member + index % 8 + 32 * (index // 8), group]
+        words[:, 4 + index // 8] |= np.tile(codes, 2).astype(np.uint32) << 4 * (index % 8)
+    words[:, 6:] = words[:, 6:] & 0x03030303 | 0x7C7C7C7C
+    words[32:] = words[:32]
+    row, column = np.arange(16), np.arange(8)
+    a_words, b_words = words[row % 8 * 4 + 2 + row // 8, 6], words[column * 4 + 3, 7]
+    depth = np.arange(64)
+    a_scales = 2.0 ** ((a_words[:, None] >> 8 * (depth // 32) & 255).astype(float) - 127)
+    b_scales = 2.0 ** ((b_words >> 8 * (2 + depth[:, None] // 32) & 255).astype(float) - 127)
+    loads = "\n".join(f"ld.global.b32 %r{20 + word}, [%rd5+{4 * word}];" for word in range(8))
+    found = run_on(
+        f"mul.wide.u32 %rd4, %r1, 32;\nadd.s64 %rd5, %rd1, %rd4;\n{loads}\nmov.b32 %r29, 0;\n"
+        "mma.sync.aligned.m16n8k64.row.col.kind::mxf4nvf4.block_scale.scale_vec::2X.f32.e2m1.e2m1.f32.ue8m0 "
+        "{%r100, %r101, %r102, %r103}, {%r20, %r21, %r22, %r23}, {%r24, %r25}, {%r29, %r29, %r29, %r29}, "
+        "%r26, {0, 1}, %r27, {2, 3};\n" + stores(4),
+        words.view(np.uint8).reshape(-1),
+        4,
+        0,
+        64,
+    ).view(np.float32)
+    wanted = (values[a] * a_scales) @ (values[b] * b_scales)
+    for index in range(4):
+        expected = wanted[group + 8 * (index // 2), 2 * member + index % 2]
+        assert (found[:, index].reshape(2, 32) == expected).all()
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("matrices", [1, 2, 4])
 def test_ldmatrix_and_stmatrix(matrices, transposed):

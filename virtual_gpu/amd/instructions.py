@@ -29,6 +29,7 @@ _VECTOR = """
 v_mov_b32            u4 u4        {0}
 v_accvgpr_read_b32   u4 u4        {0}
 v_accvgpr_write_b32  u4 u4        {0}
+v_accvgpr_mov_b32    u4 u4        {0}
 v_mov_b64            u8 u8        {0}
 v_add_u32            u4 u4,u4     {0} + {1}
 v_sub_u32            u4 u4,u4     {0} - {1}
@@ -41,6 +42,7 @@ v_mul_i32_i24        i4 i4,i4     (({0} << 8) >> 8) * (({1} << 8) >> 8)
 v_mad_i32_i24        i4 i4,i4,i4  (({0} << 8) >> 8) * (({1} << 8) >> 8) + {2}
 v_min_i32            i4 i4,i4     np.minimum({0}, {1})
 v_max_i32            i4 i4,i4     np.maximum({0}, {1})
+v_max_u32            u4 u4,u4     np.maximum({0}, {1})
 v_min3_u32           u4 u4,u4,u4  np.minimum(np.minimum({0}, {1}), {2})
 v_min3_i32           i4 i4,i4,i4  np.minimum(np.minimum({0}, {1}), {2})
 v_max3_u32           u4 u4,u4,u4  np.maximum(np.maximum({0}, {1}), {2})
@@ -52,7 +54,9 @@ v_not_b32            u4 u4        ~{0}
 v_lshlrev_b32        u4 u4,u4     {1} << ({0} & 31)
 v_lshrrev_b32        u4 u4,u4     {1} >> ({0} & 31)
 v_ashrrev_i32        i4 i4,i4     {1} >> ({0} & 31)
+v_add_u16            u4 u4,u4     ({0} + {1}) & 0xFFFF
 v_sub_u16            u4 u4,u4     ({0} - {1}) & 0xFFFF
+v_max_u16            u4 u4,u4     np.maximum({0} & 0xFFFF, {1} & 0xFFFF)
 v_lshrrev_b16        u4 u4,u4     ({1} & 0xFFFF) >> ({0} & 15)
 v_ashrrev_i16        u4 u4,u4     (({1} << 16).view('i4') >> (16 + ({0} & 15)).astype('i4')).view('u4') & 0xFFFF
 v_lshlrev_b16        u4 u4,u4     ({1} << ({0} & 15)) & 0xFFFF

@@ -219,6 +219,7 @@ mma                mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32
 mma                mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32
 mma                mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32
 mma                mma.sync.aligned.m16n8k32.row.col.kind::mxf8f6f4.block_scale.scale_vec::1X.f32.e4m3.e4m3.f32.ue8m0
+mma                mma.sync.aligned.m16n8k64.row.col.kind::mxf4nvf4.block_scale.scale_vec::2X.f32.e2m1.e2m1.f32.ue8m0
 wgmma              wgmma.mma_async.sync.aligned.{"|".join(f"m64n{n}k16" for n in range(8, 257, 8))}.f32.bf16.bf16
 wgmma              wgmma.mma_async.sync.aligned.{"|".join(f"m64n{n}k16" for n in range(8, 257, 8))}.f32.f16.f16
 wgmma              wgmma.mma_async.sync.aligned.{"|".join(f"m64n{n}k32" for n in range(8, 257, 8))}.f32.e4m3.e4m3
@@ -230,7 +231,7 @@ tcgen05_allocate   tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32
 tcgen05_allocate   tcgen05.dealloc.cta_group::1.sync.aligned.b32
 tcgen05_product    tcgen05.mma.cta_group::1.kind::f16|kind::f8f6f4
 tcgen05_product    tcgen05.mma.cta_group::1.kind::mxf8f6f4.block_scale.block32|scale_vec::1X
-tcgen05_commit     tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster.b64
+tcgen05_commit     tcgen05.commit.cta_group::1.mbarrier::arrive::one.[shared::cluster].b64
 """
 CALLS = {
     name: method

@@ -242,7 +242,7 @@ class Machine:
             raise NotImplementedError(f"{'.'.join(parts)} at {len(coordinates)} coordinates")
         for thread in map(int, np.nonzero(mask)[0]):
             tensor_map, start = self.box_of(maps, coordinates, thread)
-            places = tensor_map.places(int(targets[thread]))
+            places = tensor_map.places(int(targets[thread]), 4 if gathers else 1)
             values = tensor_map.read(self.memory, self.program_number, start, gathers)
             warp = np.array(self.warps[thread])
             self.shared.begin_bulk_copy(places, warp)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from virtual_gpu.arithmetic import from_bfloat16
 from virtual_gpu.faults import MemoryFault
-from virtual_gpu.floats import from_e8m0, from_fp8
+from virtual_gpu.floats import from_e2m1, from_e8m0, from_fp8
 from virtual_gpu.nvidia import fragments
 from virtual_gpu.nvidia.tensor_memory import TensorMemory
 from virtual_gpu.shared_memory import SEVERAL, Pieces
@@ -81,7 +81,8 @@ class MatrixUnit:
         self._fenced = dict(self._machine.registers)
 
     def _require_fenced(self, registers: Sequence[str]) -> None:
-        if any(self._machine.registers[register] is not self._fenced.get(register) for register in registers):
+        written = self._machine.registers.get  # None of what nobody wrote, as of sums that begin without a value
+        if any(written(register) is not self._fenced.get(register) for register in registers):
             raise MemoryFault("wgmma uses registers that threads wrote, with no wgmma.fence since")
 
     def _load_matrix(self, parts: tuple[str, ...], operands: tuple[Any, ...], mask: NDArray[np.bool_]) -> None:
@@ -122,16 +123,17 @@ class MatrixUnit:
             _decode(parts[-4 if scaling else -3])(bits)
             for bits in fragments.mma_operands(self._words(a), self._words(b))
         )
-        if scaling:  # a byte of one thread for each row of A, and for each column of B
+        if scaling:  # one or two bytes of one thread for each row of A, and for each column of B
             scaled = []
+            bytes_of_scales = np.arange(1 + ("scale_vec::2X" in parts))
             a_words, (a_byte, a_pair), b_words, (b_byte, b_member) = scaling
             row, column = np.arange(16), np.arange(8)
             for matrix, words, lanes, byte in (
                 (left, a_words, row % 8 * 4 + 2 * int(a_pair) + row // 8, a_byte),
                 (right, b_words, column * 4 + int(b_member), b_byte),
             ):
-                codes = words.reshape(-1, 32)[:, lanes] >> 8 * int(byte) & 0xFF
-                scaled.append(matrix * from_e8m0(codes)[:, :, None])
+                codes = words.reshape(-1, 32)[:, lanes, None] >> 8 * (int(byte) + bytes_of_scales) & 0xFF
+                scaled.append(matrix * from_e8m0(codes).repeat(matrix.shape[2] // codes.shape[2], 2))
             left, right = scaled
         rows, columns = fragments.accumulator_rows_and_columns(4)
         sums = fragments.product(left, right.transpose(0, 2, 1))[:, rows, columns] + self._words(c).view(np.float32)
@@ -290,4 +292,6 @@ def _decode(kind: str) -> Callable[[NDArray[np.uint16]], NDArray[np.float32]]:
         return lambda bits: np.ascontiguousarray(bits).view(np.float16).astype(np.float32)
     if kind == "e4m3":  # two elements in 16 bits, where the depth is last
         return lambda bits: from_fp8(np.ascontiguousarray(bits).view(np.uint8), kind)
+    if kind == "e2m1":
+        return lambda bits: from_e2m1(np.ascontiguousarray(bits).view(np.uint8))
     raise NotImplementedError(f"matrix products of {kind}")

@@ -96,7 +96,7 @@ class OperandWriter:
         if kind == "bf16x2":
             return f"from_bfloat16({text}.view('u2'))"
         if kind == "e4m3x2":
-            return f"from_fp8({text}.view('u1'), 'e4m3')"
+            return f"from_fp8(np.ascontiguousarray({text}).view('u1'), 'e4m3')"
         if kind in PACKED:
             return f"{text}.view('{PACKED[kind]}')"
         if kind in FLOATS:

@@ -42,9 +42,9 @@ class TensorMap:
         if self.swizzle_bytes and self.box[-1] * self.element_bytes > self.swizzle_bytes:
             raise MemoryFault(f"a box {self.box} is wider than its swizzle of {self.swizzle_bytes} bytes")
 
-    def places(self, address: int) -> Pieces:
-        """Return the pieces of shared memory in which a box lies at `address`."""
-        num_bytes = math.prod(self.box) * self.element_bytes
+    def places(self, address: int, num_boxes: int = 1) -> Pieces:
+        """Return the pieces of shared memory in which boxes, one behind the other, lie at `address`."""
+        num_bytes = num_boxes * math.prod(self.box) * self.element_bytes
         if address % 128:
             raise MemoryFault(f"TMA needs a multiple of 128 bytes in shared memory, not {address}")
         if num_bytes % 16:
