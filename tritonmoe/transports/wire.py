@@ -140,12 +140,23 @@ def rounding_sums(rows: Tensor, changed: Tensor) -> Tensor:
     many became infinite or NaN, and how many numbers there are.
     """
     wide, rounded = rows.to(torch.float32), changed.to(torch.float32)
-    was_finite, is_finite = wide.isfinite(), rounded.isfinite()
-    zeroed, overflowed = (rounded == 0) & (wide != 0), was_finite & ~is_finite
-    change = torch.where(was_finite & is_finite, rounded - wide, 0)
-    lengths = (torch.linalg.vector_norm(one, dtype=torch.float64) for one in (change, torch.where(is_finite, wide, 0)))
-    count = wide.new_full((), wide.numel())
-    return torch.stack([*(length.square() for length in lengths), zeroed.sum(), overflowed.sum(), count])
+    change, zeroed = rounded - wide, wide.count_nonzero() - rounded.count_nonzero()
+    overflowed = zeroed.new_zeros(())
+    squares = [torch.dot(one.flatten(), one.flatten()).double() for one in (change, wide)]
+    # Where these are finite, so are all numbers. A GPU is not asked: the host would wait for the answer.
+    if not (wide.is_cpu and all(map(torch.isfinite, squares))):
+        stayed = rounded.isfinite()
+        overflowed = (wide.isfinite() & ~stayed).sum()
+        squares = [_square_sum(change.nan_to_num_(0, 0, 0)), _square_sum(wide.where(stayed, 0))]
+    return torch.stack([*squares, zeroed, overflowed, zeroed.new_full((), wide.numel())])
+
+
+def _square_sum(values: Tensor) -> Tensor:
+    """Return the sum of the squares of finite fp32 numbers, perhaps past fp32, as fp64; `values` is overwritten."""
+    if values.numel() == 0:
+        return values.new_zeros((), dtype=torch.float64)
+    size = values.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
+    return (torch.linalg.vector_norm(values.div_(size)).double() * size).square()
 
 
 class DecodedExchange(PendingExchange):

@@ -89,8 +89,8 @@ class BufferWidths:
 
 INDEX_BYTES = 4
 """Of one id, position or fp32 weight of a pair."""
-SQUARES_BYTES = 3 * 4
-"""Three fp32 numbers for each element that a wire format sends, while the error that it makes is measured."""
+SQUARES_BYTES = 2 * 4
+"""Two fp32 numbers for each element that a wire format sends, while the error that it makes is measured."""
 
 Held = Step | str | tuple[str, int]
 """What holds bytes: an exchange, until it is waited for; a named buffer; or what is of one segment or part."""
