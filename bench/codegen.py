@@ -29,7 +29,9 @@ __all__ = [
     "STEPS",
     "STEP_KERNELS",
     "main",
+    "overlay_environment",
     "source_hash",
+    "table_text",
     "worst_of_kernels",
 ]
 
@@ -109,18 +111,18 @@ def main(argv: list[str] | None = None) -> int:
         "date": time.strftime("%Y-%m-%d"),
     }
     if arguments.rows:
-        write_whole(arguments.rows, _text(table, [_without_zeros(row) for row in rows]), "rows")
+        write_whole(arguments.rows, table_text(table, [_without_zeros(row) for row in rows]), "rows")
     file = arguments.json or (STEPS if arguments.steps else RESULT)
     if arguments.steps:
-        text = _text(table, [_step_of(row) for row in rows])
+        text = table_text(table, [_step_of(row) for row in rows])
     else:
-        text = _text(table | _counts(rows), worst_of_kernels(rows))
+        text = table_text(table | _counts(rows), worst_of_kernels(rows))
     write_whole(file, text, "table")
     print(f"wrote {file} in {time.perf_counter() - started:.0f} s")
     return 1 if problems else 0
 
 
-def _text(table: dict[str, Any], results: list[dict[str, Any]]) -> str:
+def table_text(table: dict[str, Any], results: list[dict[str, Any]]) -> str:
     """Return a table as JSON, one result a line: a readable difference when a kernel changes."""
     lines = map(json.dumps, results)
     return json.dumps(table, indent=1)[:-2] + ',\n "results": [\n  ' + ",\n  ".join(lines) + "\n ]\n}\n"
@@ -193,6 +195,14 @@ def _overlay(version: str, folder: Path) -> Path:
     return overlay
 
 
+def overlay_environment(overlay: Path | None) -> dict[str, str]:
+    """Return the environment of a process that compiles with the Triton of a folder; None: the installed one."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    paths = [str(overlay)] if overlay else []
+    paths += [str(ROOT.parent), *filter(None, [environment.get("PYTHONPATH")])]
+    return environment | {"PYTHONPATH": os.pathsep.join(paths)}
+
+
 def _compile(overlay: Path | None, arguments: argparse.Namespace) -> list[dict[str, Any]] | None:
     """Return the rows of one Triton; None where it can't compile."""
     command = [sys.executable, "-m", "tritonmoe.ops.aot", "--json", "--workers", str(arguments.workers)]
@@ -202,11 +212,7 @@ def _compile(overlay: Path | None, arguments: argparse.Namespace) -> list[dict[s
     else:
         command += ["--variants", *arguments.variants] if arguments.variants else ["--all"]
     command += ["--targets", *arguments.targets] if arguments.targets else []
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    paths = [str(overlay)] if overlay else []
-    paths += [str(ROOT.parent), *filter(None, [environment.get("PYTHONPATH")])]
-    environment["PYTHONPATH"] = os.pathsep.join(paths)
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(command, env=overlay_environment(overlay), stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout) if done.returncode in (0, 1) and done.stdout else None
 
 

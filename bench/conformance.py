@@ -8,7 +8,6 @@ import argparse
 import concurrent.futures
 import importlib.metadata
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from bench.codegen import overlay_environment, table_text
 from tritonmoe.runtime.files import write_whole
 from tritonmoe.tools.benchmarks.argument_types import output_file, positive
 from tritonmoe.tools.benchmarks.kept_results import hash_of
@@ -69,8 +69,7 @@ def main(argv: list[str] | None = None) -> int:
         "torch": importlib.metadata.version("torch"),
         "date": time.strftime("%Y-%m-%d"),
     }
-    lines = ",\n  ".join(map(json.dumps, results))
-    write_whole(arguments.json, json.dumps(table, indent=1)[:-2] + f',\n "results": [\n  {lines}\n ]\n}}\n', "table")
+    write_whole(arguments.json, table_text(table, results), "table")
     print(f"wrote {arguments.json} in {time.perf_counter() - started:.0f} s")
     return 0
 
@@ -79,9 +78,9 @@ def _print_outcomes(first: int) -> None:
     """Print the outcome of each case on each of its cards, from the one at this place on, one line of JSON each."""
     from bench.conformance_cases import CASES, outcome_of
 
-    pairs = [(case, card) for case in CASES for card in case.cards]
-    for case, card in pairs[first:]:
-        print(json.dumps({"case": case.name, "card": card, **outcome_of(case, card)}), flush=True)
+    by_name = {case.name: case for case in CASES}
+    for place in cases_and_cards()[first:]:
+        print(json.dumps(place | outcome_of(by_name[place["case"]], place["card"])), flush=True)
 
 
 def _outcomes(overlay: Path | None) -> list[dict[str, Any]]:
@@ -90,10 +89,7 @@ def _outcomes(overlay: Path | None) -> list[dict[str, Any]]:
     Raises:
         RuntimeError: where the process fails in another way, with the end of what it said.
     """
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    paths = [str(overlay)] if overlay else []
-    paths += [str(ROOT), *filter(None, [environment.get("PYTHONPATH")])]
-    environment |= {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    environment = overlay_environment(overlay) | {"OMP_NUM_THREADS": "1"}
     places = cases_and_cards()
     found: list[dict[str, Any]] = []
     while len(found) < len(places):

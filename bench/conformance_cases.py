@@ -21,7 +21,7 @@ from tritonmoe.ops.kernels.launch import Launch
 from virtual_gpu.faults import Deadlock, MemoryFault
 from virtual_gpu.launcher import run_launch
 
-__all__ = ["CASES", "Case", "outcome_of"]
+__all__ = ["CASES", "Case", "e4m3_of", "exact_operands", "factors_of", "outcome_of", "random_scales"]
 
 NVIDIA = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120")
 CARDS = (*NVIDIA, "gfx942", "gfx950")
@@ -187,10 +187,13 @@ def _transposition(
 PRODUCT, BATCHED, TRANSPOSITION = map(triton.JITFunction, (_product, _batched, _transposition))
 
 
+def e4m3_of(card: str) -> torch.dtype:
+    """Return the e4m3 that a card's products take."""
+    return torch.float8_e4m3fnuz if card == "gfx942" else torch.float8_e4m3fn
+
+
 def _dtype(name: str, card: str) -> torch.dtype:
-    if name == "e4m3":
-        return torch.float8_e4m3fnuz if card == "gfx942" else torch.float8_e4m3fn
-    return {"fp16": torch.float16, "bf16": torch.bfloat16}[name]
+    return e4m3_of(card) if name == "e4m3" else {"fp16": torch.float16, "bf16": torch.bfloat16}[name]
 
 
 def _numbers(generator: torch.Generator, *shape: int) -> Tensor:
@@ -205,17 +208,24 @@ def _codes(dtype: torch.dtype) -> Tensor:
 
 
 def _operands(case: Case, card: str, depth: int) -> tuple[Tensor, Tensor]:
-    """Return x and w: of even depths columns choose one number of 8 bits each, of odd ones they add small numbers.
-
-    The last row of x holds a NaN.
-    """
     rows, columns, _ = case.tile
-    generator = torch.Generator().manual_seed(0)
     card = "" if case.operation == "dot_scaled" else card  # which takes one e4m3 on every card
-    dtype, every = _dtype(case.format, card), _codes(_dtype("e4m3", card))
-    x, w = _numbers(generator, rows, depth), _numbers(generator, columns, depth)
+    dtype = _dtype(case.format, card)
     if case.scales == "scale byte 0":  # what is exact even where 2^-127 makes it a subnormal number of bf16
+        generator = torch.Generator().manual_seed(0)
+        x, w = _numbers(generator, rows, depth), _numbers(generator, columns, depth)
         return x.sign().to(dtype), w.to(dtype)
+    return exact_operands(rows, columns, depth, dtype, _codes(e4m3_of(card)))
+
+
+def exact_operands(rows: int, columns: int, depth: int, dtype: torch.dtype, every: Tensor) -> tuple[Tensor, Tensor]:
+    """Return x and w whose sums are exact in fp32.
+
+    Of even depths columns choose one number of `every` each, of odd ones they add small numbers. The last row of x
+    holds a NaN.
+    """
+    generator = torch.Generator().manual_seed(0)
+    x, w = _numbers(generator, rows, depth), _numbers(generator, columns, depth)
     x[:, ::2] = every[torch.randint(0, len(every), (rows, (depth + 1) // 2), generator=generator)]
     w[:, ::2] = 0
     w[::2] = 0
@@ -231,11 +241,12 @@ def _packed(codes: Tensor, dim: int) -> Tensor:
     return (low | high << 4).contiguous()
 
 
-def _scales(generator: torch.Generator, *shape: int) -> Tensor:
+def random_scales(generator: torch.Generator, *shape: int) -> Tensor:
+    """Return bytes of e8m0 that stand for 0.25 to 2."""
     return torch.randint(125, 129, shape, generator=generator, dtype=torch.uint8)
 
 
-def _factors(scales: Tensor) -> Tensor:
+def factors_of(scales: Tensor) -> Tensor:
     """Return what bytes of e8m0 stand for, once for each of the 32 numbers of a block."""
     return torch.where(scales == 255, torch.nan, torch.exp2(scales.double() - 127)).repeat_interleave(32, -1)
 
@@ -279,14 +290,12 @@ def _product_launch(case: Case, card: str) -> tuple[Launch, list[tuple[Tensor, T
             w = w.T.contiguous().T
     xs = ws = None
     if case.operation == "dot_scaled":
-        xs, ws = (
-            torch.randint(125, 129, (n, depth // 32), generator=generator, dtype=torch.uint8) for n in (rows, columns)
-        )
+        xs, ws = (random_scales(generator, n, depth // 32) for n in (rows, columns))
         if case.scales == "scale byte 0":
             xs, ws = torch.zeros_like(xs), ws + 126  # at most 254: the product of both is an ordinary number
         if case.scales == "scale byte 255":
             ws[columns - 1, 1] = 255
-        left, right = left * _factors(xs), right * _factors(ws)
+        left, right = left * factors_of(xs), right * factors_of(ws)
     if case.operation == "dot, scaled blocks":
         xs, ws = (2.0 ** torch.randint(-2, 2, (n, depth // step), generator=generator) for n in (rows, columns))
         left = left * xs.double().repeat_interleave(step, 1)
@@ -309,10 +318,8 @@ def _batched_launch(case: Case, card: str) -> tuple[Launch, list[tuple[Tensor, T
     rows, columns, depth = case.tile
     generator = torch.Generator().manual_seed(3)
     x, w = (_numbers(generator, 2, n, depth).to(torch.float8_e4m3fn) for n in (rows, columns))
-    xs, ws = (
-        torch.randint(125, 129, (2, n, depth // 32), generator=generator, dtype=torch.uint8) for n in (rows, columns)
-    )
-    left, right = (one.double() * _factors(scales) for one, scales in ((x, xs), (w, ws)))
+    xs, ws = (random_scales(generator, 2, n, depth // 32) for n in (rows, columns))
+    left, right = (one.double() * factors_of(scales) for one, scales in ((x, xs), (w, ws)))
     out = torch.full((2, rows, columns), UNSEEN)
     constants = {"ROWS": rows, "COLUMNS": columns, "DEPTH": depth}
     launch = Launch(BATCHED, (1,), (x, xs, w, ws, out), constants, _options(case))
@@ -323,7 +330,7 @@ def _transposition_launch(case: Case, card: str) -> tuple[Launch, list[tuple[Ten
     rows, columns, _ = case.tile
     dtype = _dtype(case.format, card)
     generator = torch.Generator().manual_seed(2)
-    every, quantise = _codes(_dtype("e4m3", card)), case.operation == "quantise, trans"
+    every, quantise = _codes(e4m3_of(card)), case.operation == "quantise, trans"
     limit = float(every.max())
     x = every[torch.randint(0, len(every), (rows, columns), generator=generator)]
     x[0, 1], x[1, 0] = (torch.nan, 2 * limit) if quantise else (x[0, 1], x[1, 0])
@@ -336,8 +343,12 @@ def _transposition_launch(case: Case, card: str) -> tuple[Launch, list[tuple[Ten
     return launch, [(out, wanted), (transposed, wanted.T)]
 
 
-LAUNCHES = {"trans": _transposition_launch, "quantise, trans": _transposition_launch}
-LAUNCHES |= {"dot_scaled of a batch": _batched_launch}
+LAUNCHES = {
+    "dot_scaled of a batch": _batched_launch,
+    "trans": _transposition_launch,
+    "quantise, trans": _transposition_launch,
+}
+"""By operation; _product_launch makes the others."""
 
 
 def _matrix_instruction(assembly: str) -> str:
@@ -360,12 +371,7 @@ def outcome_of(case: Case, card: str) -> dict[str, Any]:
     "fault" (an order or an address that it refuses), and "detail" says more. Of a case's cost: compiles, with its
     registers, spills and the instructions of its loop.
     """
-    make = {
-        "dot_scaled of a batch": _batched_launch,
-        "trans": _transposition_launch,
-        "quantise, trans": _transposition_launch,
-    }
-    launch, results = make.get(case.operation, _product_launch)(case, card)
+    launch, results = LAUNCHES.get(case.operation, _product_launch)(case, card)
     texts: list[str] = []
 
     def keep(assembly: str) -> str:

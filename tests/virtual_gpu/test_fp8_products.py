@@ -9,6 +9,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from bench.conformance_cases import e4m3_of, exact_operands, factors_of, random_scales
 from tritonmoe.ops.kernels.gpus import ARCHITECTURES
 from tritonmoe.ops.kernels.launch import Launch
 from virtual_gpu.launcher import run_launch
@@ -54,31 +55,10 @@ def conversions(x, codes, back, SIZE: tl.constexpr):
 PRODUCTS, CONVERSIONS = triton.JITFunction(products), triton.JITFunction(conversions)
 
 
-def e4m3_of(gpu):
-    return torch.float8_e4m3fnuz if gpu == "gfx942" else torch.float8_e4m3fn
-
-
 def operands(gpu, rows, columns, depth):
-    """Return operands whose sums are exact in fp32: of even depths columns choose one code each, of odd ones numbers.
-
-    The last row of x holds a NaN.
-    """
-    generator, dtype = torch.Generator().manual_seed(0), e4m3_of(gpu)
+    dtype = e4m3_of(gpu)
     every = torch.arange(256, dtype=torch.uint8).view(dtype).float()
-    every = every[every.isfinite()]
-
-    def numbers(*shape):
-        size = torch.randint(8, 16, shape, generator=generator) / 8 * 2.0 ** torch.randint(-1, 1, shape)
-        return size * (1 - 2 * torch.randint(0, 2, shape, generator=generator))
-
-    x, w = numbers(rows, depth), numbers(columns, depth)
-    x[:, ::2] = every[torch.randint(0, len(every), (rows, depth // 2), generator=generator)]
-    w[:, ::2] = 0
-    w[::2] = 0
-    chosen = torch.arange(0, columns, 2)
-    w[chosen, (37 * chosen * 2) % depth // 2 * 2] = 0.5
-    x[-1, depth // 3] = torch.nan
-    return x.to(dtype), w.to(dtype)
+    return exact_operands(rows, columns, depth, dtype, every[every.isfinite()])
 
 
 def laid_out(matrix, depth_last):
@@ -109,7 +89,7 @@ def run(gpu, tile, warps, layout, scaled):
     depth = 2 * block
     x, w = (laid_out(one, layout != "columns") for one in operands(gpu, rows, columns, depth))
     generator = torch.Generator().manual_seed(1)
-    scales = [torch.randint(125, 129, (n, depth // 32), generator=generator, dtype=torch.uint8) for n in tile[:2]]
+    scales = [random_scales(generator, n, depth // 32) for n in tile[:2]]
     scales[1][columns - 1, 1] = 255
     out = torch.empty(rows, columns)
     sources = [x, w]
@@ -129,10 +109,7 @@ def run(gpu, tile, warps, layout, scaled):
     run_launch(Launch(PRODUCTS, (1,), args, constants, options), GPUS[gpu], keep)
     left, right = x.double(), w.double()
     if scaled:
-        factors = [torch.where(one == 255, torch.nan, torch.exp2(one.double() - 127)) for one in scales]
-        left, right = (
-            one * factor.repeat_interleave(32, 1) for one, factor in zip((left, right), factors, strict=True)
-        )
+        left, right = (one * factors_of(bytes_) for one, bytes_ in zip((left, right), scales, strict=True))
     wanted = left @ right.T
     assert torch.equal(out.double().nan_to_num(1e9), wanted.nan_to_num(1e9))
     assert wanted.isnan().sum() == (columns + rows - 1 if scaled else columns)
