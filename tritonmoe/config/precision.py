@@ -165,11 +165,9 @@ def _rounded(blocks: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]
     largest = magnitudes.amax((1, 3), keepdim=True).int()
     scales = ((largest + 0x1F) >> 7) - 8  # one more where the mantissa is past that of 448 = 1.75 * 2**8
     is_too_small, is_too_large = scales < SMALLEST_SCALE, scales > LARGEST_SCALE
+    is_large, smallest, up = scales > MIDDLE_SCALE, scales - 6, None
     # A GPU is not asked: the host would wait for the answer.
-    are_usual = blocks.is_cpu and not bool((is_too_small & (largest > 0) | (scales > MIDDLE_SCALE)).any())
-    smallest, up = scales - 6, None
-    if not are_usual:
-        is_large = scales > MIDDLE_SCALE
+    if not blocks.is_cpu or bool((is_too_small & (largest > 0) | is_large).any()):
         ones = torch.ones_like(scales, dtype=torch.bfloat16)
         down = ones.masked_fill(is_large, 2.0**-16).masked_fill_(is_too_small, 0.0)
         up = ones.masked_fill(is_large, 2.0**16).masked_fill_(is_too_large, float("nan"))

@@ -117,11 +117,8 @@ class ForwardPass(_LayerPass[Tensor]):
         computes_h = is_fused(run.settings.spec.activation) and run.h is None
         needs_gate_up = needs_weights.gate_up_proj or self.experts.needs_rows
         rows = rows_to_save(run.rows, run.weights, needs_gate_up, computes_h=computes_h)
-        if (
-            rows is run.rows and run.settings.spec.precision is not None
-        ):  # rounded: codes and scales have all their bits
-            return self.wires.dispatch.encode(rows)
-        return rows
+        is_rounded = run.settings.spec.precision is not None  # then codes and scales have all bits of the rows
+        return self.wires.dispatch.encode(rows) if is_rounded and rows is run.rows else rows
 
     def _actions(self) -> Actions:
         return {

@@ -293,6 +293,8 @@ def test_experts_multiply_in_an_expert_precision() -> None:
     assert not torch.equal(moe_mlp(*rows, *weights), expected)
     with pytest.raises(ValueError, match="format must be one of 'fp8_block', 'mxfp8', got 'fp8'"):
         routed_experts(experts_config(), expert_precision={"format": "fp8"})
+    with pytest.raises(TypeError, match=r"must be a mapping of what ExpertPrecision takes, got 'mxfp8': write"):
+        routed_experts(experts_config(), expert_precision="mxfp8")
 
 
 def test_what_cannot_run_is_refused() -> None:

@@ -80,8 +80,7 @@ class RoundedOperations:
         """Round both operands of the products along the tokens, where the precision says so; biases are only sums."""
         if self._precision.weight_gradients == "bf16":
             return self._ops.weight_grad(grouping, layout, operands, needs, accumulate=accumulate, options=options)
-        device = grouping.pair_index.device
-        if is_captured(device):
+        if is_captured(grouping.pair_index.device):
             raise ValueError(
                 f"a CUDA graph can't capture a backward in {self._precision}, which waits for the number of pairs of "
                 "each expert: take weight_gradients='bf16'"
@@ -108,8 +107,9 @@ class RoundedOperations:
         groupings have room that nobody reads, stand zeros.
         """
         values, order, offsets = required(values), grouping.source_order, grouping.host_expert_offsets
-        places = torch.arange(offsets[-1], device=values.device) if order is None else order[: offsets[-1]].long()
-        sorted_values = values.index_select(0, places if rows is None else rows.index_select(0, places))
+        sources = slice(offsets[-1]) if order is None else order[: offsets[-1]].long()
+        sorted_values = values[sources] if rows is None else values.index_select(0, rows[sources])
+        out = values.new_zeros(grouping.num_pairs, values.shape[1])
         for first, last in pairwise(offsets):
-            sorted_values[first:last] = rounded(sorted_values[first:last], (self._precision.block, 1))
-        return values.new_zeros(grouping.num_pairs, values.shape[1]).index_copy_(0, places, sorted_values)
+            rounded(sorted_values[first:last], (self._precision.block, 1), out[first:last])
+        return out if order is None else torch.zeros_like(out).index_copy_(0, sources, out[: offsets[-1]])
