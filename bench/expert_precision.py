@@ -11,7 +11,7 @@ import multiprocessing
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from statistics import fmean, median, quantiles
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from tritonmoe.config import precision as grid
 from tritonmoe.ops.backends import rounded as operations
 from tritonmoe.runtime.files import Json
 from tritonmoe.tools.benchmarks.argument_types import output_file, positive
-from tritonmoe.tools.benchmarks.timing import interleave, write_json
+from tritonmoe.tools.benchmarks.timing import interleave, ratio, summarize, write_json
 from tritonmoe.tools.demo import load_shakespeare
 
 PRECISIONS = {
@@ -124,35 +124,23 @@ def without_scales(matrix: Tensor, block: tuple[int, int], out: Tensor | None = 
     return codes.to(matrix.dtype) if out is None else out.copy_(codes)
 
 
-def cost(rounds: int) -> Json:
-    """Return what a layer's forward and backward take in each precision over what they take in bf16, taking turns."""
-    found: Json = {}
-    for num_tokens, width, inner, num_experts, top_k in COST_SHAPES:
-        generator = torch.Generator().manual_seed(0)
-        x = torch.randn(num_tokens, width, generator=generator).bfloat16().requires_grad_()
-        ids = torch.rand(num_tokens, num_experts, generator=generator).topk(top_k).indices
-        weights = torch.rand(num_tokens, top_k, generator=generator)
-        parameters = [
-            (torch.randn(num_experts, *shape, generator=generator) / 32).bfloat16().requires_grad_()
-            for shape in ((2 * inner, width), (width, inner))
-        ]
+def cost(shape: tuple[int, ...], rounds: int) -> Json:
+    """Return what a layer's forward and backward take in bf16 and in each precision, by steps that take turns."""
+    num_tokens, width, inner, num_experts, top_k = shape
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.rand(num_tokens, num_experts, generator=generator).topk(top_k).indices
+    weights = torch.rand(num_tokens, top_k, generator=generator)
+    x, *parameters = (
+        (torch.randn(*size, generator=generator) / 32).bfloat16().requires_grad_()
+        for size in ((num_tokens, width), (num_experts, 2 * inner, width), (num_experts, width, inner))
+    )
 
-        def step(precision: tm.ExpertPrecision | None, x: Tensor = x, of: tuple = (ids, weights, *parameters)) -> None:
-            y = tm.moe_mlp(x, *of, precision=precision)
-            torch.autograd.grad(y, (x, *of[2:]), y.detach())
+    def step(precision: tm.ExpertPrecision | None) -> None:
+        y = tm.moe_mlp(x, ids, weights, *parameters, precision=precision)
+        torch.autograd.grad(y, (x, *parameters), y.detach())
 
-        runs = {name: partial(step, one) for name, one in {"bf16": None, **PRECISIONS}.items()}
-        seconds = interleave(runs, rounds)
-        ratios = {
-            name: quantiles([one / plain for one, plain in zip(of, seconds["bf16"], strict=False)], n=4)
-            for name, of in seconds.items()
-            if name != "bf16"
-        }
-        found[f"T={num_tokens}, D={width}, F={inner}, E={num_experts}, K={top_k}"] = {
-            "bf16_ms": 1e3 * median(seconds["bf16"]),
-            "over_bf16": ratios,
-        }
-    return found
+    runs = {name: partial(step, precision) for name, precision in {"bf16": None, **PRECISIONS}.items()}
+    return {name: summarize(seconds) for name, seconds in interleave(runs, rounds).items()}
 
 
 def train(name: str, seed: int, num_steps: int) -> dict[str, float]:
@@ -208,12 +196,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=positive, default=15, help="of steps that take turns (default 15)")
     parser.add_argument("--json", type=output_file, help="also write all figures to this file")
     arguments = parser.parse_args()
-    found = {"cost": cost(arguments.rounds), **measure(arguments.seeds, arguments.steps)}
-    for shape, times in found["cost"].items():
-        for name, (low, middle, high) in times["over_bf16"].items():
-            print(
-                f"cost, {shape}: {name} {middle:.2f} ({low:.2f} to {high:.2f}) times bf16's {times['bf16_ms']:.0f} ms"
-            )
+    costs = {"T={}, D={}, F={}, E={}, K={}".format(*shape): cost(shape, arguments.rounds) for shape in COST_SHAPES}
+    found = {"cost": costs, **measure(arguments.seeds, arguments.steps)}
+    for shape, times in costs.items():
+        for name, one in times.items():
+            print(f"cost, {shape}: {name} {one['median_ms']:.0f} ms, {ratio(one, times['bf16'], 2)} times bf16's")
     for part in ("products", "layer"):
         for name, of in found[part].items():
             for kind, values in of.items():

@@ -4,6 +4,7 @@ from bench.expert_precision import LAST
 from bench.readme.kernel_tables import NUMBERS, compiled_for
 from bench.readme.overlap_tables import sure_overlap
 from bench.readme.results import RESULTS, load, load_all, spread, table_head, table_row, where
+from tritonmoe.tools.benchmarks.timing import ratio
 
 __all__ = [
     "adapters_table",
@@ -261,20 +262,18 @@ def expert_precision_cost_table(name: str) -> str:
     """Return what emulation takes beside bf16, a row for each shape."""
     data = load(name)
     cost = data["results"]["cost"]
-    precisions = list(next(iter(cost.values()))["over_bf16"])
-    lines = [*table_head("shape", "bf16, ms", *precisions)]
+    lines = [*table_head("shape", *next(iter(cost.values())))]
     for shape, times in cost.items():
-        ratios = (times["over_bf16"][one] for one in precisions)
-        lines.append(
-            table_row(
-                shape,
-                f"{times['bf16_ms']:.0f}",
-                *(f"{middle:.2f} ({low:.2f} to {high:.2f})" for low, middle, high in ratios),
-            )
+        cells = (
+            f"{spread(one)} ms" + ("" if which == "bf16" else f", {ratio(one, times['bf16'], 2)} times bf16's")
+            for which, one in times.items()
         )
+        lines.append(table_row(shape, *cells))
+    samples = [one["samples"] for times in cost.values() for one in times.values()]
     caption = (
-        "Forward and backward of `moe_mlp` on a CPU, emulated, over the same in bf16: median and quartiles of rounds "
-        f"in which all take turns. `python -m bench.expert_precision`; {where(data['environment'])}."
+        "Forward and backward of `moe_mlp` on a CPU, emulated: medians and quartiles of rounds in which all take "
+        f"turns, {max(samples)} of them, or {min(samples)} of what takes more than twice as long as the fastest. "
+        f"`python -m bench.expert_precision`; {where(data['environment'])}."
     )
     return "\n".join([*lines, "", caption])
 
