@@ -106,10 +106,11 @@ class RoundedOperations:
         rows: (N,), which of the values each pair has; None: the one in its place. Behind the last pair, where kernels'
         groupings have room that nobody reads, stand zeros.
         """
-        values, order, offsets = required(values), grouping.source_order, grouping.host_expert_offsets
-        sources = slice(offsets[-1]) if order is None else order[: offsets[-1]].long()
+        values, offsets, order = required(values), grouping.host_expert_offsets, grouping.source_order
+        places = None if order is None else order[: offsets[-1]].long()
+        sources = slice(offsets[-1]) if places is None else places
         sorted_values = values[sources] if rows is None else values.index_select(0, rows[sources])
         out = values.new_zeros(grouping.num_pairs, values.shape[1])
         for first, last in pairwise(offsets):
             rounded(sorted_values[first:last], (self._precision.block, 1), out[first:last])
-        return out if order is None else torch.zeros_like(out).index_copy_(0, sources, out[: offsets[-1]])
+        return out if places is None else torch.zeros_like(out).index_copy_(0, places, out[: offsets[-1]])
