@@ -20,6 +20,8 @@ patch_lang = interpreter._patch_lang
 unwrap_any = core._unwrap_if_constexpr
 patched: set[Any] = set()
 """The modules of the language that are patched while a kernel runs; launches come one after the other."""
+scopes: list[Any] = []
+"""What a launch has patched: Triton forgets what a device function patches, and no kernel could be compiled then."""
 
 
 scalar_dtype = functools.cache(interpreter._get_np_dtype)
@@ -47,14 +49,16 @@ def patch_lang_once(function: Callable) -> Any:
         return interpreter._LangPatchScope()
     patched.update(languages_of(function))
     scope = patch_lang(function)
-    restore = scope.restore
-
-    def restore_all() -> None:
-        restore()
-        patched.clear()
-
+    scopes.append(scope)
     scope.restore = restore_all
     return scope
+
+
+def restore_all() -> None:
+    """Restore the language when a launch ends: Triton calls this of the kernel's own scope alone."""
+    while scopes:
+        interpreter._LangPatchScope.restore(scopes.pop())
+    patched.clear()
 
 
 def unwrap(value: Any) -> Any:

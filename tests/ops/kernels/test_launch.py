@@ -197,3 +197,17 @@ def test_what_has_one_key_is_one_kernel_in_triton_too(varied, target, compiled, 
 
 
 NAMES = ("BLOCK", "ORDER", "num_warps", "maxnreg")
+
+
+@triton.jit
+def _sum_kernel(x, out, SIZE: tl.constexpr):
+    tl.store(out, tl.sum(tl.load(x + tl.arange(0, SIZE)), 0))
+
+
+@pytest.mark.skipif(not launch.INTERPRETED, reason="kernels are compiled here")
+def test_the_interpreter_leaves_the_language_as_it_was():
+    """A kernel could be compiled behind it: sums stand in a module of the language of their own."""
+    before, x, out = dict(vars(tl.core)), torch.arange(16.0), torch.empty(1)
+    launch.launch(_sum_kernel, (1,), x, out, SIZE=16)
+    assert out == 120
+    assert [name for name, value in vars(tl.core).items() if value is not before[name]] == []
