@@ -9,8 +9,6 @@ with plain weights and with packed ones: minutes instead of two hours.
 """
 
 import argparse
-import ast
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -22,6 +20,7 @@ from typing import Any
 
 from tritonmoe.runtime.files import write_whole
 from tritonmoe.tools.benchmarks.argument_types import output_file, positive
+from tritonmoe.tools.benchmarks.kept_results import hash_of
 
 __all__ = [
     "FIGURES",
@@ -58,27 +57,12 @@ FIGURES = {"registers": max, "spills": max, "shared_bytes": max, "occupancy": mi
 def source_hash() -> str:
     """Return a hash of everything that the kernels' machine code depends on, this side of Triton.
 
-    These are the files of kernels/, the list of what aot/ compiles, and the backend that launches them, without their
-    docstrings and lines of comments.
+    These are the files of kernels/, the list of what aot/ compiles, and the backend that launches them.
     """
     kernels = ROOT / "ops" / "kernels"
     compiled = [ROOT / "ops" / one for one in ("aot/launches.py", "aot/variants.py", "backends/triton.py")]
-    digest = hashlib.sha256()
-    for path in [*sorted(kernels.rglob("*.py")), *compiled]:
-        digest.update(f"{path.relative_to(ROOT).as_posix()}\0{_without_prose(path.read_text())}\0".encode())
-    return digest.hexdigest()
-
-
-def _without_prose(source: str) -> str:
-    """Return the lines of a Python file that are code: those of no docstring, of no comment, and not empty."""
-    prose = {
-        line
-        for node in ast.walk(ast.parse(source))
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
-        for line in range(node.lineno, (node.end_lineno or node.lineno) + 1)
-    }
-    lines = enumerate(source.splitlines(), 1)
-    return "\n".join(text for line, text in lines if line not in prose and text.strip() and text.strip()[0] != "#")
+    files = [*sorted(kernels.rglob("*.py")), *compiled]
+    return hash_of((ROOT, path) for path in files)
 
 
 def main(argv: list[str] | None = None) -> int:

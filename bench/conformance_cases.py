@@ -53,7 +53,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """Say what it is, in a line of a table."""
+        """Return the case's name, for a line of a table."""
         sizes = self.tile[:2] if "trans" in self.operation else self.tile
         size = f"{'x'.join(map(str, sizes))}, {self.warps} warps"
         parts = [f"{self.operation} of {self.format}", self.layout, self.scales, size]

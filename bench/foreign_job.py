@@ -106,7 +106,7 @@ class Job:
         return found
 
     def work(self, x: Tensor, layer: int, seconds: float) -> Tensor:
-        """Do work that takes so long where nothing is wrong."""
+        """Compute as long as asked, where nothing is wrong."""
         seconds *= 1 + layer if self.scenario.is_unlike else 1
         seconds /= self.parts
         forward, backward = (

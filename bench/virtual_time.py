@@ -63,7 +63,7 @@ class VirtualTime:
             yield
 
     def run(self, number: int, work: Callable[[], Result]) -> Result:
-        """Do the work of the thread of this number, as one of those that run at the start."""
+        """Run the thread of this number, as one of those that run at the start."""
         turn = self._own.turn = _Turn()
         with self._lock:
             heapq.heappush(self._timers, (self._now, number - 1000, turn, 0))

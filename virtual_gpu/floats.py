@@ -66,7 +66,7 @@ def flushed(values: Array) -> Array:
 
 
 def unordered(left: Array, right: Array) -> Array:
-    """Say where either is NaN."""
+    """Return where either is NaN."""
     return np.isnan(left) | np.isnan(right)
 
 

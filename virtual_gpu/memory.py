@@ -71,7 +71,7 @@ class _Region:
                 np.lib.stride_tricks.as_strided(begin, (*view.shape, view.element_bytes), strides)[...] = True
 
     def check(self, owners: NDArray[np.int32], known: set[int], numbers: Numbers, unit: int, program: int) -> bool:
-        """Say whether another program is among the `owners` of some pieces; `known` are all that own any."""
+        """Return whether another program is among the `owners` of some pieces; `known` are all that own any."""
         if known <= {program}:
             return False
         found = owners.reshape(-1, unit)[numbers]

@@ -128,7 +128,7 @@ class SharedMemory:
         return pieces.numbers
 
     def begin_bulk_copy(self, pieces: Pieces, warp: NDArray[np.intp]) -> None:
-        """Let a copy of the asynchronous proxy that a thread of a warp started own these pieces until it lands."""
+        """Make a copy of the asynchronous proxy, started by a thread of a warp, own these pieces until it lands."""
         self._inside(pieces)
         for did, what in ((WRITTEN, "wrote"), (READ, "read")):
             if self.checks_fences and (_rows(self._since_fence, pieces)[pieces.numbers] == did).any():
@@ -136,7 +136,7 @@ class SharedMemory:
         self.begin_copy(pieces, warp)
 
     def begin_copy(self, pieces: Pieces, warps: NDArray[np.intp]) -> None:
-        """Let an asynchronous copy that threads of `warps` started own these pieces until it lands."""
+        """Make an asynchronous copy, started by threads of `warps`, own these pieces until it lands."""
         self._inside(pieces)
         self._check_write(pieces, warps)
         _rows(self._in_flight, pieces)[pieces.numbers] = True
@@ -163,7 +163,7 @@ class SharedMemory:
         self._num_copies -= 1
 
     def begin_matrix_read(self, pieces: Pieces) -> None:
-        """Let a matrix instruction read pieces, all different, until `end_matrix_read`."""
+        """Begin a matrix instruction's reading of pieces, all different, until `end_matrix_read`."""
         self._inside(pieces)
         self._check_no_copy(pieces, "a matrix instruction reads shared memory that an asynchronous copy still writes")
         if (_rows(self._written, pieces)[pieces.numbers] >= self.epoch * 64).any():
@@ -174,7 +174,7 @@ class SharedMemory:
         self._num_products += 1
 
     def begin_bulk_read(self, pieces: Pieces, warp: int) -> None:
-        """Let a bulk store that a thread of a warp started read pieces, all different, until `end_matrix_read`."""
+        """Begin the reading of pieces, all different, by a thread's bulk store, until `end_matrix_read`."""
         self._inside(pieces)
         self._check_no_copy(pieces, "a bulk store reads shared memory that an asynchronous copy still writes")
         written, now = _rows(self._written, pieces)[pieces.numbers], self.epoch * 64

@@ -97,7 +97,7 @@ def refuse_call(transport: Transport, sequence: int) -> bool:
 
 
 class BackwardAgreement:
-    """Tells every rank which backward this one runs, and hears the same of them; posted here, under way until wait().
+    """The exchange in which ranks compare which backward they run: posted at construction, under way until wait().
 
     Rows may be posted behind wait() only: where ranks run different backwards, rows of different sizes would meet, for
     which gloo aborts the process.

@@ -78,7 +78,7 @@ def _sizes(shapes: CallTensors[Shape]) -> tuple[tuple[int, int, int], tuple[int,
 
 @torch.library.custom_op("tritonmoe::grouped_products", mutates_args=())
 def _grouped_products(like: Tensor, flops: int) -> None:
-    """Do nothing: stands for kernels that somebody counts. like: a tensor on their device."""
+    """Stand for kernels whose FLOPs are counted; compute nothing. like: a tensor on their device."""
 
 
 def _given_flops(like: Shape, flops: int, *_: object, **__: object) -> int:

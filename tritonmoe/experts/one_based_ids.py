@@ -1,4 +1,4 @@
-"""Says once where the first calls with so many experts look as if ids were counted from 1."""
+"""A warning, once, where the first calls with so many experts look as if ids were counted from 1."""
 
 import logging
 

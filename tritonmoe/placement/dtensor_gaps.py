@@ -148,7 +148,7 @@ def _is_in_optimizer_step() -> bool:
 
 
 def _put_where_masked(operation: "OpOverload", arguments: Arguments, keywords: Keywords) -> object:
-    """Do tensor[mask] = number on this rank's parts where both lie alike, for which DTensor has no rule."""
+    """Set tensor[mask] = number on this rank's parts where both lie alike, for which DTensor has no rule."""
     tensor, indices, value, *others = arguments
     mask = indices[0]
     lies_alike = (

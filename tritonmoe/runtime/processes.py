@@ -27,7 +27,7 @@ def dies_with_its_parent() -> None:
 
 
 def ends_with_its_parent() -> None:
-    """Do the same for a process of multiprocessing, and end it at once where its parent has ended already."""
+    """Make a process of multiprocessing end with its parent, and end it at once where its parent has ended already."""
     dies_with_its_parent()
     parent = multiprocessing.parent_process()
     if parent is not None and not parent.is_alive():

@@ -15,7 +15,7 @@ def say(message: str) -> None:
 
 
 class Progress:
-    """Says how much of a work is done; the time that the rest needs is that of what is done.
+    """A line that shows how much of a work is done, and the time that the rest needs at the pace so far.
 
     Args:
         what: says what is done.

@@ -9,7 +9,7 @@ __all__ = ["DeviceClock", "Moment"]
 
 
 class DeviceClock:
-    """Tells when a stream of a device came to a point, as time.perf_counter(), whenever it is asked."""
+    """A clock of a device's stream: when the stream came to a point, as time.perf_counter()."""
 
     def __init__(self, device: torch.device) -> None:
         # Always empty, and of high priority: a stream of the ordinary pool might be one that computes.

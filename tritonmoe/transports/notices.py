@@ -240,7 +240,7 @@ class Notices:
             return b""
 
     def _ask(self, question: Callable[[], Result], within_s: float = STORE_S) -> Result:
-        """Do something with the store, in a thread of its own, since nobody knows how long that takes.
+        """Run a request to the store in a thread of its own, since nobody knows how long a request takes.
 
         Raises:
             TransportError: the store can't be reached.

@@ -90,7 +90,7 @@ class ThreadedExchange(PendingExchange, Generic[Request]):
         """Raise TransportError."""
 
     def missing(self) -> tuple[str, list[int]]:
-        """Say, behind "rank k", what has not come in time, and give the ranks that it takes for that."""
+        """Return what has not come in time, to stand behind "rank k", and the ranks that are taken for the cause."""
         messages = list(self.messages)
         ranks = sorted({message.peer for message in messages if message.is_received})
         if ranks:

@@ -65,7 +65,7 @@ class LongWait:
         """How many seconds will have passed when it has something to do again."""
 
     def look(self, waited_s: float) -> None:
-        """Say, so many seconds after the wait began, what there is to say."""
+        """Log what is known so many seconds after the wait began."""
         if waited_s < self.next_s:
             return
         what = ", ".join(words() for words in self._doing) or self._what

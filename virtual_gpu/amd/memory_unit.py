@@ -68,7 +68,7 @@ class MemoryUnit:
         queue.append(_Pending(waves, registers, values, lanes, **more))
 
     def wait(self, vector_count: int, local_count: int, active: Any) -> None:
-        """Let memory instructions end, the oldest first, until no more than these counts are left of either kind."""
+        """End memory instructions, the oldest first, until no more than these counts are left of either kind."""
         self._wait(self._vector_memory, vector_count, active)
         self._wait(self._local_memory, local_count, active)
 

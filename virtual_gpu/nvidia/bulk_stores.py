@@ -48,7 +48,7 @@ class BulkStores:
         """By the names that `instruction_set.CALLS` gives them."""
 
     def end(self) -> None:
-        """Let what was stored arrive: the program ends."""
+        """Make all stores arrive: the program ends."""
         for groups in self._groups.values():
             for store in itertools.chain.from_iterable(groups):
                 if store.values is None:

@@ -77,7 +77,7 @@ class MatrixUnit:
         return any(self._products) or self._tensor_memory.in_use
 
     def fence_registers(self) -> None:
-        """Let wgmma use what threads wrote to registers."""
+        """Allow wgmma to use what threads wrote to registers."""
         self._fenced = dict(self._machine.registers)
 
     def _require_fenced(self, registers: Sequence[str]) -> None:
@@ -178,7 +178,7 @@ class MatrixUnit:
                 self._finish(product)
 
     def _finish(self, product: _Product) -> None:
-        """Let a product be done. Each warp has waited for its own part of it: of the others' it knows nothing."""
+        """End a product. Each warp has waited for its own part of it: of the others' it knows nothing."""
         registers = self._machine.registers
         left, right = (
             self._matrices_of(places, outer, not transposed) if isinstance(places, list) else self._still_held(places)

@@ -30,7 +30,7 @@ def type_of(register: str) -> str:
 
 
 def is_float(kind: str) -> bool:
-    """Say whether a type's values are floating-point numbers: its bits can't be cut or extended."""
+    """Return whether a type's values are floating-point numbers: its bits can't be cut or extended."""
     return kind[0] in "ef" or kind.startswith("bf")
 
 

@@ -124,11 +124,11 @@ class TensorMemory:
         self._words[places] = words
 
     def wait_for_loads(self) -> None:
-        """Let all loads be done."""
+        """End all loads."""
         self._unread[:] = False
 
     def wait_for_stores(self) -> None:
-        """Let all stores be done."""
+        """End all stores."""
         self._unwritten[:] = False
 
     def start(
@@ -142,7 +142,7 @@ class TensorMemory:
         kind: str = "kind::f16",
         scales: Sequence[int] = (),
     ) -> None:
-        """Let a thread of `warp` start a product of matrices in shared memory, from tcgen05.mma's descriptors.
+        """Start a product, by a thread of `warp`, of matrices in shared memory, from tcgen05.mma's descriptors.
 
         scales: the addresses of A's and B's in this memory, of kind::mxf8f6f4.
         """
@@ -204,7 +204,7 @@ class TensorMemory:
         return copies[0]
 
     def finish(self, count: int, waiter: int | None) -> None:
-        """Let the first `count` products of all started so far be done; `waiter` is as for `end_matrix_read`."""
+        """End the first `count` products of all started so far; `waiter` is as for `end_matrix_read`."""
         if waiter is not None and self._num_done < count:
             raise NotImplementedError("some warps alone wait for a product into tensor memory")
         while self._num_done < count:

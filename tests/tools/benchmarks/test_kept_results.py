@@ -108,3 +108,15 @@ def test_hash_of_sources(tmp_path):
     changed = source_hash(tmp_path)
     (tmp_path / "a" / "x.py").rename(tmp_path / "a" / "y.py")
     assert len({before, changed, source_hash(tmp_path)}) == 3
+
+
+def test_the_hash_does_not_follow_docstrings_and_comments(tmp_path):
+    hashes = []
+    for file in (
+        'def up():\n    """Return h.\n\n    Longer."""\n    # as in the paper\n    return "h"\n',
+        '"""Products."""\n\n\ndef up():\n    """Return the hidden rows."""\n    return "h"\n',
+        'def up():\n    return "a"\n',
+    ):
+        (tmp_path / "up.py").write_text(file)
+        hashes.append(source_hash(tmp_path))
+    assert hashes[0] == hashes[1] != hashes[2]

@@ -66,7 +66,7 @@ class Compiled:
 
     @property
     def problem(self) -> str:
-        """Say what is wrong; empty when the kernel is fit to run."""
+        """What is wrong with the kernel; empty when the kernel is fit to run."""
         architecture = architecture_named(self.target)
         limit = architecture.shared_bytes_per_program
         if self.error:
@@ -114,7 +114,7 @@ def _step(code: MachineCode, tile: tuple[int, int, int] | None, target_name: str
 
 
 def doubt_of(ptx: str, ptxas: str) -> str:
-    """Say why ptxas of this version, as "12.9", may make wrong code of a kernel; empty where no such mistake is known.
+    """Return why ptxas of this version, as "12.9", may make wrong code of a kernel; empty where it makes none.
 
     It used registers of a wgmma's left operand again before the product had read them (triton-lang/triton#11781).
     """

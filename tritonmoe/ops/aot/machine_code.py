@@ -156,7 +156,7 @@ def _loops(code: list[_Instruction]) -> Iterator[tuple[int, int]]:
 
 
 def _is_entered_inside(code: list[_Instruction], first: int, last: int) -> bool:
-    """Say whether nothing but the loop itself comes to its first place: it begins in its middle, as LLVM turns some."""
+    """Return whether nothing but the loop itself comes to its first place: LLVM makes some begin in the middle."""
     label, before = code[first].label, code[first - 1]
     comes_from = [place for place, item in enumerate(code) if item.name and item.label == label]
     return before.always and all(first <= place <= last for place in comes_from)
@@ -186,7 +186,7 @@ def _next_places(item: _Instruction, place: int, labels: Mapping[str, int]) -> l
 
 
 def _reaches(code: list[_Instruction], labels: Mapping[str, int], last: int, around: int) -> bool:
-    """Say whether a kernel can get from its beginning to `last` without passing `around`."""
+    """Return whether a kernel can get from its beginning to `last` without passing `around`."""
     seen, waiting = {around, len(code)}, [0]
     while waiting:
         place = waiting.pop()

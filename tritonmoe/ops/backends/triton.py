@@ -38,7 +38,7 @@ MAX_BLOCK_PAIRS: int | None = None
 
 
 def copies_rows() -> bool:
-    """Say whether `up` may copy the rows of its pairs first: a measured entry says so, for some product."""
+    """Return whether `up` may copy the rows of its pairs first: a measured entry says so, for some product."""
     return measured_tiles.has_gather("copy")
 
 

@@ -140,7 +140,7 @@ def cache_refusal() -> str | None:
 
 @functools.cache
 def settle_cache() -> None:
-    """Let Triton keep what it compiles in a folder of this process, where its own default can't be; warn of that.
+    """Make Triton keep what it compiles in a folder of this process, where its own default can't be; warn of that.
 
     The folder is new, has a name that nobody can guess, and nobody else can read or write it: Triton loads and runs
     what lies there. A folder that TRITON_CACHE_DIR names is left as it is, and Triton raises where it can't write.

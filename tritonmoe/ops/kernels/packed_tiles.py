@@ -46,13 +46,13 @@ class StoredWeight(NamedTuple):
         return "" if self.packed is None else "it is packed"
 
     def depth_last(self, depth_axis: int) -> bool:
-        """Say whether the axis that is summed over is the contiguous one; of a packed weight, the last one."""
+        """Whether the axis that is summed over is the contiguous one; of a packed weight, the last one."""
         if self.scales is not None:
             return depth_axis == 2
         return (tma.innermost_last(self.values) is self.values) == (depth_axis == 2)
 
     def columns_last(self, column_axis: int) -> bool:
-        """Say whether a row's columns lie side by side."""
+        """Whether a row's columns lie side by side."""
         return column_axis == 2 if self.scales is not None else self.values.stride(column_axis) == 1
 
     def decoding(

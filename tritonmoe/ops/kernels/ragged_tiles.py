@@ -23,7 +23,7 @@ LAST = 2**31 - 2**16
 
 
 def refusal(values: Tensor) -> str:
-    """Say why TMA can't read or store tiles of the rows of `values` (N, width); empty where it can."""
+    """Return why TMA can't read or store tiles of the rows of `values` (N, width); empty where it can."""
     if len(values) > BOUND:
         return f"{len(values)} rows are more than 2^30"
     return tma.refusal(values)

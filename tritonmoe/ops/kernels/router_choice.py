@@ -45,7 +45,7 @@ def _is_eligible(
     BLOCK_E: tl.constexpr,
     BLOCK_G: tl.constexpr,
 ):
-    """Say which experts are in the TOP_GROUPS groups with the largest sum of their two best."""
+    """Return which experts are in the TOP_GROUPS groups with the largest sum of their two best."""
     experts = tl.arange(0, BLOCK_E)
     group_columns = tl.arange(0, BLOCK_G)
     keys = tl.full((BLOCK_T, BLOCK_G), _TAKEN, tl.int32)

@@ -140,7 +140,7 @@ def _max_registers(tile_size: int, num_warps: int) -> int:
 
 
 def _refusal(pair_values: Tensor, grouping: Grouping) -> str:
-    """Say why TMA can't read tiles of the pairs' values; empty where it can."""
+    """Return why TMA can't read tiles of the pairs' values; empty where it can."""
     if grouping.source_order is not None:
         return "the pairs of a tile lie in several chunks"
     if pair_values.dtype == torch.float32:

@@ -4,6 +4,7 @@ Every line belongs to a run: a card, a driver, versions and sources, whose lines
 line that a kill tore is the last one, and is dropped when the file is opened again.
 """
 
+import ast
 import contextlib
 import functools
 import hashlib
@@ -58,11 +59,26 @@ WAY_OUT = "move the file of results away, and measure into a new one"
 
 
 def hash_of(files: Iterable[tuple[Path, Path]]) -> str:
-    """Return a hash of files, each with the folder from which its name counts: 64 hexadecimal digits."""
+    """Return a hash of Python files, without their docstrings and lines of comments: 64 hexadecimal digits.
+
+    files: each with the folder from which its name counts.
+    """
     digest = hashlib.sha256()
     for root, path in files:
-        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+        digest.update(f"{path.relative_to(root).as_posix()}\0{_without_prose(path.read_text())}\0".encode())
     return digest.hexdigest()
+
+
+def _without_prose(source: str) -> str:
+    """Return the lines of a Python file that are code: those of no docstring, of no comment, and not empty."""
+    prose = {
+        line
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+        for line in range(node.lineno, (node.end_lineno or node.lineno) + 1)
+    }
+    lines = enumerate(source.splitlines(), 1)
+    return "\n".join(text for line, text in lines if line not in prose and text.strip() and text.strip()[0] != "#")
 
 
 def source_hash(*roots: Path) -> str:

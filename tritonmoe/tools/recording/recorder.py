@@ -88,7 +88,7 @@ def _leave(recorder: "_Recorder") -> None:
 
 
 class _Dropped(NamedTuple):
-    """Says that a call's graph is gone, so that its backward can't come any more."""
+    """A message that a call's graph is gone, so that its backward can't come any more."""
 
     key: tuple[int, int]
     """As in _Recorder._held."""

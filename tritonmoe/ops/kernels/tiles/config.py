@@ -31,7 +31,7 @@ def _is_power_of_two(value: object) -> TypeGuard[int]:
 
 
 def refusal(name: str, value: object) -> str:
-    """Say why field `name` of a TileConfig can't be `value`; empty where it can."""
+    """Return why field `name` of a TileConfig can't be `value`; empty where it can."""
     if name in ("block_m", "block_n", "block_k"):
         fits = _is_power_of_two(value) and 16 <= value <= MAX_BLOCK
         rule = f"a power of two from 16 on, up to {MAX_BLOCK}: Triton has no other tiles"
@@ -110,7 +110,7 @@ class TileConfig:
         )
 
     def by_tma(self, operand: str) -> bool:
-        """Say whether tiles of `operand` are read by TMA, or those of "out" stored."""
+        """Return whether tiles of `operand` are read by TMA, or those of "out" stored."""
         return (operand, tma.BY_TMA) in self.reads
 
     @property

@@ -19,12 +19,12 @@ R = TypeVar("R")
 
 
 def is_refusal(error: BaseException) -> bool:
-    """Say whether Triton raised it before anything ran: a compiler's error, or resources that a launch hasn't."""
+    """Return whether Triton raised before anything ran: a compiler's error, or resources that a launch hasn't."""
     return isinstance(error, TritonError) or (isinstance(error, RuntimeError) and "PassManager::run" in str(error))
 
 
 def leaving_out_refused_tiles(operation: Callable[P, R]) -> Callable[P, R]:
-    """Let an operation that launches one grouped product run again without the measured tile with which it can't."""
+    """Wrap an operation that launches one grouped product: it runs again without a measured tile that was refused."""
 
     @functools.wraps(operation)
     def run(*args: P.args, **keywords: P.kwargs) -> R:

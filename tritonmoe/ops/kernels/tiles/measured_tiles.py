@@ -97,13 +97,13 @@ def leave_out_last(error: Exception) -> bool:
 
 
 def has_gather(way: str) -> bool:
-    """Say whether an entry, of any product, gets rows this way."""
+    """Return whether an entry, of any product, gets rows this way."""
     entries = {**SHIPPED, **(kept() if _replacement is None else _replacement)}
     return any(fields.get("gather") == way for fields in entries.values())
 
 
 def note(key: str, config: TileConfig) -> None:
-    """Tell `asked` which TileConfig the product of this key got."""
+    """Add the TileConfig that the product of this key got to `asked`."""
     if _asked is not None:
         _asked[key] = config
 

@@ -200,7 +200,7 @@ def _config(
 
 
 def _may_be_stored_by_tma(product: _Product, config: TileConfig) -> bool:
-    """Say whether TMA stores the tiles of a product that could be stored so: those for which instructions were counted.
+    """Return whether TMA stores a product's tiles: of those that it could store, the ones for which it was counted.
 
     These are tall ones in half precision, all of whose operands TMA reads, where there are 227 KB of shared memory.
     """
@@ -230,7 +230,7 @@ def _narrowed(config: TileConfig, width: int, num_slots: int) -> TileConfig:
 
 
 def _may_walk(reads: tuple[tuple[str, str], ...]) -> bool:
-    """Say whether a program may load its next tile while it stores one.
+    """Return whether a program may load its next tile while it stores one.
 
     Addresses of operands that come through pointers take the registers that the next tile needs.
     """
@@ -252,7 +252,7 @@ def _clipped_weight_grad(config: TileConfig, product: _Product) -> TileConfig:
 
 
 def lacks_fences(gpu: Architecture) -> bool:
-    """Say whether asynchronous copies through pointers are not safe: with one stage there are none.
+    """Return whether asynchronous copies through pointers are not safe: with one stage there are none.
 
     tcgen05 reads shared memory through another proxy than cp.async writes it through, and before 3.7.1 Triton puts no
     fence between the two. Results were seen to differ on Blackwell (pytorch/pytorch#181248). wgmma of Hopper should
@@ -262,19 +262,19 @@ def lacks_fences(gpu: Architecture) -> bool:
 
 
 def _needs_missing_fences(product: _Product, config: TileConfig) -> bool:
-    """Say whether tcgen05 multiplies what comes through pointers, and no fence stands between the two."""
+    """Return whether tcgen05 multiplies what comes through pointers, and no fence stands between the two."""
     by_tcgen05 = config.block_m >= 64 and (product.dtype.itemsize == 2 or product.precision == "tf32")
     return by_tcgen05 and product.lacks_fences and not _reads_all_by_tma(product.operation, config)
 
 
 def _reads_all_by_tma(operation: str, config: TileConfig) -> bool:
-    """Say whether no operand of a product comes through pointers."""
+    """Return whether no operand of a product comes through pointers."""
     gathered = operation in ("down_grad", "weight_grad") or config.gather == "pointers"
     return not gathered and bool(config.reads) and all(way == tma.BY_TMA for _, way in config.reads)
 
 
 def _why_no_tma(gpu: Architecture) -> str:
-    """Say why tiles can't be read by TMA; empty where they can: in the interpreter as on Hopper."""
+    """Return why tiles can't be read by TMA; empty where they can: in the interpreter as on Hopper."""
     if gpu.tma_since is None:
         return f"{gpu.name} has no TMA"
     if gpu.tma_since > launch.TRITON_VERSION:
@@ -283,7 +283,7 @@ def _why_no_tma(gpu: Architecture) -> str:
 
 
 def _why_no_gather(gpu: Architecture, gather: str, rows: Tensor, num_pairs: int) -> str:
-    """Say why TMA can't gather `rows`, or read their copy in boxes; empty where it can."""
+    """Return why TMA can't gather `rows`, or read their copy in boxes; empty where it can."""
     if unusable := _why_no_tma(gpu):
         return unusable
     if gather == "copy":

@@ -28,7 +28,7 @@ BY_TMA = "TMA"
 
 
 def refusal(tensor: Tensor) -> str:
-    """Say why TMA can't read boxes of `tensor`, axes from the outermost to the innermost; empty where it can.
+    """Return why TMA can't read boxes of `tensor`, axes from the outermost to the innermost; empty where it can.
 
     The rules are those of cuTensorMapEncodeTiled in the manual of the CUDA driver.
     """
@@ -40,7 +40,7 @@ def refusal(tensor: Tensor) -> str:
 
 @functools.lru_cache(maxsize=4096)
 def _refusal(inner_shape: tuple[int, ...], strides: tuple[int, ...], is_aligned: bool, element_size: int) -> str:
-    """Say it of a tensor with these strides whose axes after the first have this shape; every launch asks."""
+    """Return the same for a tensor with these strides whose axes after the first have this shape; every launch asks."""
     if strides[-1] != 1:
         return f"no axis of a tile is contiguous, strides are {strides}"
     if not is_aligned:
@@ -55,12 +55,12 @@ def _refusal(inner_shape: tuple[int, ...], strides: tuple[int, ...], is_aligned:
 
 
 def refusal_of_weight(weight: Tensor) -> str:
-    """Say why TMA can't read tiles of a weight (E, rows, columns), whichever axis is contiguous."""
+    """Return why TMA can't read tiles of a weight (E, rows, columns), whichever axis is contiguous."""
     return refusal(innermost_last(weight))
 
 
 def refusal_of_halves(weight: Tensor, out_axis: int) -> str:
-    """Say why TMA can't read a tile's gate and up columns at once."""
+    """Return why TMA can't read a tile's gate and up columns at once."""
     shape, strides = halves(weight, out_axis)
     if strides[2] == 1 != strides[3]:
         return "a tile's gate and up columns are two pieces of its contiguous axis"
@@ -70,7 +70,7 @@ def refusal_of_halves(weight: Tensor, out_axis: int) -> str:
 
 
 def refusal_of_copied_rows(tensor: Tensor, num_rows: int) -> str:
-    """Say why TMA couldn't read boxes of `num_rows` rows of `tensor`, copied one behind the other."""
+    """Return why TMA couldn't read boxes of `num_rows` rows of `tensor`, copied one behind the other."""
     width = tensor.shape[1]
     if num_rows == 0 or width == 0:
         return f"shape {(num_rows, width)} is empty"
