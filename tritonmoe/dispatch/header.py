@@ -77,6 +77,8 @@ class CallHeader(NamedTuple):
     measured_ns: int = 0
     working_set: int = 0
     """With a memory budget: how much this rank's experts work on at a time, as WorkingSet.pack() gives it."""
+    kept_bytes: int = 0
+    """With a memory budget: how many bytes this rank keeps for the backwards of earlier calls on the transport."""
     replica_grads: int = 0
     """With replicas, a bit for each kind of weight that needs a gradient: all owners must sum the same."""
     overflowed: int = 0

@@ -21,10 +21,11 @@ from tritonmoe.experts.spec import ExpertSettings, ExpertSpec, from_plain, liter
 from tritonmoe.experts.tensors import CallTensors
 from tritonmoe.ops.grouping import Grouping
 from tritonmoe.overlap.report import LayerReport
+from tritonmoe.overlap.simulation.memory import BufferWidths
 from tritonmoe.overlap.tuning.tuner import PlanChooser
 from tritonmoe.transports import Transport
 
-__all__ = ["CallSpec", "ProposedCall", "decode", "encode", "listeners"]
+__all__ = ["CallSpec", "ProposedCall", "buffer_widths", "decode", "encode", "listeners"]
 
 PLAN_FIELDS, CONFIG_FIELDS = (tuple(field.name for field in fields(kind)) for kind in (OverlapPlan, OverlapConfig))
 
@@ -91,6 +92,20 @@ class ProposedCall:
     """None where the number of chunks is given."""
     reason: str = ""
     """Why this plan was taken, where the chooser was not asked and learns nothing; in one sentence."""
+
+
+def buffer_widths(call: ProposedCall) -> BufferWidths:
+    """Return the widths of the buffers of a call."""
+    x, spec = call.tensors.x, call.spec.experts
+    return BufferWidths(
+        x.shape[1],
+        call.settings.layer.intermediate_size,
+        call.tensors.weights.gate_up_proj.shape[0],
+        x.dtype.itemsize,
+        gated=spec.layout.gated,
+        save=spec.save,
+        has_backward=call.grad_enabled,
+    )
 
 
 # As a string

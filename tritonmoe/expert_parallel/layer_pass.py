@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tritonmoe.config.activations import is_fused
 from tritonmoe.config.layer import PerWeight
-from tritonmoe.dispatch.count_exchange import post_backward
+from tritonmoe.dispatch.count_exchange import BackwardAgreement, post_backward
 from tritonmoe.dispatch.header import CallHeader
 from tritonmoe.dispatch.placement import ExpertPlacement, pack_replica_grads, replica_bits, sum_replica_grads
 from tritonmoe.expert_parallel.call import listeners
@@ -26,13 +26,14 @@ from tritonmoe.ops.backends.ops import WeightGrads
 from tritonmoe.overlap.executor import Actions, Execution
 from tritonmoe.overlap.report import LayerReport, PassReport
 from tritonmoe.overlap.row_exchanges import RowExchanges
+from tritonmoe.overlap.schedule import build_fetch
 from tritonmoe.overlap.steps import StepKind, Way
 from tritonmoe.runtime.autograd import checkpointed_region, is_recomputing
 from tritonmoe.runtime.host_device import is_captured
 from tritonmoe.transports import PendingExchange
 from tritonmoe.transports.wire import NUM_ROUNDING_SUMS, choose_wires, rounding_sums
 
-__all__ = ["BackwardPass", "ForwardPass"]
+__all__ = ["BackwardPass", "ForwardPass", "post_agreement"]
 
 Result = TypeVar("Result")
 
@@ -93,17 +94,37 @@ class ForwardPass(_LayerPass[Tensor]):
         self.plan, self.tensors, self.x = call.plan, tensors, call.settings.rounded_rows(tensors.x)
         self.exchanges = RowExchanges(call.plan, call.transport, call.settings.ops.gather_sum)
 
+    def begin_fetch(self) -> None:
+        """Post the exchanges that bring the received rows once more, of which the forward has kept none."""
+        with self.call.in_the_middle():
+            self._receive(keep_hidden=False)
+            schedule, device = build_fetch(self.plan.overlap), self.x.device
+            self._execution = Execution(schedule, self._actions(), device, lambda: self.plan.call)
+            self._execution.begin()
+
+    def end_fetch(self) -> Kept:
+        """Wait for these, and return what a backward needs."""
+        with self.call.in_the_middle():
+            self._execution.end()
+        run = self.experts.own
+        return Kept(self.plan, run.grouping, {}, self.call.report, received=run.tensors._replace(x=run.rows))
+
+    def _receive(self, keep_hidden: bool) -> None:
+        """Make what receives rows, and what computes them."""
+        call, plan, x = self.call, self.plan, self.x
+        self.experts = call.kind.forward_experts(call, self.tensors, keep_hidden)
+        self.rows = x if plan.is_identity else x.new_empty(plan.num_received, x.shape[1])
+        self.wires = choose_wires(x.dtype, plan.overlap.wire_dtype, call.settings.spec.precision)
+
     def _start(self) -> Execution:
         call, plan, x, width = self.call, self.plan, self.x, self.x.shape[1]
         spec = call.settings.spec
-        keep_hidden = plan.needs_any and (spec.save == "hidden" or not is_fused(spec.activation))
-        self.experts = call.kind.forward_experts(call, self.tensors, keep_hidden)
+        saves_hidden = spec.save == "hidden" and call.keeps == "hidden"
+        self._receive(keep_hidden=plan.needs_any and (saves_hidden or not is_fused(spec.activation)))
         self.fillers, call.fillers = call.fillers, ()  # what they hold is for autograd alone to keep
-        self.rows = x if plan.is_identity else x.new_empty(plan.num_received, width)
         self.home = x.new_empty(plan.num_home, width)
         self.out = self.home if plan.is_identity else x.new_empty(x.shape[0], width)
         self.partials: dict[int, Tensor] = {}
-        self.wires = choose_wires(x.dtype, plan.overlap.wire_dtype, spec.precision)
         if spec.precision is not None:  # rounded here, and the same wherever it goes
             self.wire_sums = rounding_sums(self.tensors.x, x)
         elif not self.wires.dispatch.is_plain:
@@ -197,7 +218,23 @@ class ForwardPass(_LayerPass[Tensor]):
             forward=timings,
             wire_sums=self.wire_sums,
             first_run=self.call.first_run,
+            keeps=self.call.keeps,
         )
+
+
+def post_agreement(call: PlannedCall, needs_weights: PerWeight[bool]) -> BackwardAgreement | None:
+    """Tell the other ranks which backward this one runs, before any row of it moves; None on one rank."""
+    header = CallHeader(
+        sequence=call.header.sequence,
+        layer=call.header.layer,
+        copy=call.header.copy,
+        is_backward=1,
+        settings=call.header.settings,
+        replica_grads=replica_bits(call.placement, needs_weights),
+        # not the forward's state: the transport may have been rebuilt since
+        **state_of(call.all_ranks).history(),
+    )
+    return post_backward(call.all_ranks, header, time.perf_counter())
 
 
 class BackwardPass(_LayerPass[CallTensors[Tensor | None]]):
@@ -207,7 +244,8 @@ class BackwardPass(_LayerPass[CallTensors[Tensor | None]]):
 
     Args:
         dout: (T, D), the gradient of the call's result. needs_weights: which weights need a gradient.
-        shared_grads: as in BackwardRun.
+        shared_grads: as in BackwardRun. sums: where the gradients of weights are added, instead of a main_grad of each.
+        agreement: post_agreement() of this backward; None to post it here.
     Raises:
         CountMismatch: the ranks don't all run this backward. TransportError: an exchange failed or timed out.
         ValueError: a CUDA graph captures the backward and has not captured the forward.
@@ -231,9 +269,10 @@ class BackwardPass(_LayerPass[CallTensors[Tensor | None]]):
         dout: Tensor,
         needs_weights: PerWeight[bool],
         shared_grads: SharedWeightGrads | None = None,
+        sums: PerWeight[Tensor | None] | None = None,
+        agreement: BackwardAgreement | None = None,
     ) -> None:
         super().__init__(call)
-        entered_at = time.perf_counter()
         if is_captured(dout.device) and not call.header.captured:
             raise ValueError(
                 "a CUDA graph captures the backward of an expert-parallel call, but not its forward: a replay would "
@@ -242,19 +281,10 @@ class BackwardPass(_LayerPass[CallTensors[Tensor | None]]):
         self.plan, self.needs_weights = kept.plan, needs_weights
         self.dout = call.settings.rounded_rows(dout)
         self.exchanges = RowExchanges(kept.plan, call.transport, call.settings.ops.gather_sum)
-        self._state = state_of(call.all_ranks)  # not the forward's: the transport may have been rebuilt since
-        header = CallHeader(
-            sequence=call.header.sequence,
-            layer=call.header.layer,
-            copy=call.header.copy,
-            is_backward=1,
-            settings=call.header.settings,
-            replica_grads=replica_bits(call.placement, needs_weights),
-            **self._state.history(),
-        )
-        self._agreement = post_backward(call.all_ranks, header, entered_at)
-        main_grads = None if call.owners is None else find_main_grads(call.owners)
-        self.kept = kept._replace(main_grads=main_grads, shared_grads=shared_grads)
+        self._agreement = post_agreement(call, needs_weights) if agreement is None else agreement
+        if sums is None and call.owners is not None:
+            sums = find_main_grads(call.owners)
+        self.kept = kept._replace(main_grads=sums, shared_grads=shared_grads)
 
     def _start(self) -> Execution:
         call, plan, dout, width = self.call, self.plan, self.dout, self.dout.shape[1]
@@ -280,7 +310,8 @@ class BackwardPass(_LayerPass[CallTensors[Tensor | None]]):
             # It is under way while buffers are made and the first rows packed, and ends before any row is posted.
             if schedule[0].kind is StepKind.COMBINE_BACKWARD:
                 self.packed[0] = self.exchanges.pack(dout, 0)
-            self._agreement.wait()
+            if self._agreement.marks is None:
+                self._agreement.wait()
         return Execution(schedule, self._actions(), dout.device, lambda: plan.call)
 
     def _actions(self) -> Actions:
@@ -352,7 +383,7 @@ class BackwardPass(_LayerPass[CallTensors[Tensor | None]]):
 
     def _finish(self, timings: PassReport) -> CallTensors[Tensor | None]:
         call, kept = self.call, self.kept
-        self._state.note_backward(call.header.sequence)
+        state_of(call.all_ranks).note_backward(call.header.sequence)
         timings.marks = None if self._agreement is None else self._agreement.marks
         grads = self.experts.end(self.grads, timings)
         kept.report.backward = timings

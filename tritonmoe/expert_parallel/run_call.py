@@ -20,7 +20,7 @@ from tritonmoe.dispatch.header import DTYPE_CODES, SAVES, CallHeader
 from tritonmoe.dispatch.header_check import NoLayerCall
 from tritonmoe.dispatch.placement import replica_bits, weight_bits
 from tritonmoe.dispatch.plan import DispatchPlan
-from tritonmoe.expert_parallel.call import ProposedCall
+from tritonmoe.expert_parallel.call import ProposedCall, buffer_widths
 from tritonmoe.expert_parallel.check import check
 from tritonmoe.expert_parallel.plans import KIND_NAMES
 from tritonmoe.expert_parallel.plans.base import PlanKind, PlannedCall, RunForward
@@ -119,20 +119,6 @@ def learn(call: ProposedCall, plan: DispatchPlan, report: LayerReport) -> None:
         chooser.observe(plan.headers, report, plan.needs_any)
 
 
-def buffer_widths(call: ProposedCall) -> BufferWidths:
-    """Return the widths of the buffers of a call."""
-    x, spec = call.tensors.x, call.spec.experts
-    return BufferWidths(
-        x.shape[1],
-        call.settings.layer.intermediate_size,
-        call.tensors.weights.gate_up_proj.shape[0],
-        x.dtype.itemsize,
-        gated=spec.layout.gated,
-        save=spec.save,
-        has_backward=call.grad_enabled,
-    )
-
-
 def find_chooser(call: ProposedCall, overlap: OverlapConfig, widths: BufferWidths) -> PlanChooser:
     """Return the transport's chooser for the call's kind."""
     device, ops = call.tensors.x.device, call.settings.ops
@@ -194,6 +180,7 @@ def call_header(call: ProposedCall, kinds: tuple[str, ...]) -> CallHeader:
         auto=int(isinstance(spec.overlap, OverlapConfig) and spec.overlap.is_auto),
         save=SAVES.index(spec.experts.save),
         deterministic=int(torch.are_deterministic_algorithms_enabled()),
+        kept_bytes=sum(call.state.kept_bytes.values()),
         **call.state.history(),
     )
 

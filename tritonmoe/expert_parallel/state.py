@@ -60,6 +60,8 @@ class TransportState:
     """Of calls with a capacity that CUDA graphs have captured: (1,) bool on the host, set by a replay that gave NaN."""
     under_way: dict[int, UnderWay] = field(default_factory=dict)
     """By number of the call."""
+    kept_bytes: dict[int, int] = field(default_factory=dict)
+    """With a memory budget: what calls keep for their backwards, by number of the call, as predicted."""
     recompute: tuple["ref[object] | None", int, int] = (None, -1, 0)
     """The region and backward of the latest recomputed call, and how many calls of the region came before it."""
 
@@ -84,10 +86,15 @@ class TransportState:
 
     def note_backward(self, sequence: int) -> None:
         """Remember that a call's backward has run."""
-        self.under_way.pop(sequence, None)
+        self.forget(sequence)
         self.num_backwards += 1
         self.last_backward = sequence
         self.backwards = zlib.crc32(sequence.to_bytes(8, "little"), self.backwards)
+
+    def forget(self, sequence: int) -> None:
+        """Forget what was noted of a call for its backward."""
+        self.under_way.pop(sequence, None)
+        self.kept_bytes.pop(sequence, None)
 
     def begin_generation(self, generation: int) -> None:
         """Forget what ranks have counted and learnt differently before the transport was rebuilt."""

@@ -1,11 +1,12 @@
 """What a layer call did: the time of every step of a pass, what travelled, and the plan that ran."""
 
+import copy
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -129,6 +130,13 @@ class PassReport:
             return "PassReport(not timed)"
         total, compute, communication, exposed = (f"{1e3 * seconds:.2f} ms" for seconds in times)
         return f"PassReport({total}: {compute} of compute, {communication} of exchanges, {exposed} of them exposed)"
+
+    @classmethod
+    def joined(cls, passes: "Sequence[PassReport]") -> "PassReport":
+        """Return one report of passes that ran on one device, the earliest first."""
+        report = copy.copy(passes[0])
+        report.ran, report._steps, report._end = [marks for of in passes for marks in of.ran], None, passes[-1]._end
+        return report
 
     def end(self) -> None:
         """Note that the pass ends now."""
@@ -289,6 +297,15 @@ class LayerReport:
     what the other half did in between."""
     first_half: "LayerReport | None" = None
     """For a second half: the report of the first half's call of this layer."""
+    keeps: Literal["hidden", "rows", "nothing"] = "hidden"
+    """With OverlapConfig.memory_budget_bytes: what stayed from the forward to the backward. "hidden": the received rows
+    and h, with save="input" the rows. "rows": the rows, and the backward computes h again. "nothing": the backward also
+    sends the rows once more."""
+    parts: "tuple[LayerReport, ...]" = ()
+    """With a memory budget: the reports of the parts of the tokens that ran one after the other, each by its own plan;
+    () where the call ran as a whole. `forward` and `backward` have the steps of all parts."""
+    memory: str = ""
+    """With a memory budget: why the call was cut into so many parts, and kept so much, in one sentence."""
 
     @property
     def rows_between_nodes(self) -> int | None:

@@ -25,7 +25,7 @@ from functools import lru_cache
 from tritonmoe.config.overlap import LOCAL_PARTS, OverlapPlan
 from tritonmoe.overlap.steps import LOCAL_END, LOCAL_START, Step, StepKind
 
-__all__ = ["Schedule", "build_backward", "build_forward", "build_inside", "check_schedule", "phase_ends"]
+__all__ = ["Schedule", "build_backward", "build_fetch", "build_forward", "build_inside", "check_schedule", "phase_ends"]
 
 Schedule = tuple[Step, ...]
 
@@ -109,6 +109,16 @@ def build_forward(
         local = _add_copies_of_local(builder, StepKind.COPY_EXPERTS, local, copies) if has_copies else local
         for c, combine in enumerate(combines):
             builder.add(StepKind.REDUCE, c, combine, *local)
+    return builder.build()
+
+
+@lru_cache(maxsize=KEPT_SCHEDULES)
+def build_fetch(plan: OverlapPlan) -> Schedule:
+    """Return the steps that bring the received rows once more, before a backward whose forward kept none."""
+    builder = _Builder()
+    metadata = builder.add(StepKind.METADATA, None)
+    dispatches = [builder.add(StepKind.DISPATCH, c) for c in range(plan.num_chunks)]
+    builder.add(StepKind.GROUP, None, metadata, *dispatches)
     return builder.build()
 
 

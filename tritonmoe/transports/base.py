@@ -29,7 +29,7 @@ __all__ = ["PendingExchange", "Transport", "fail_peers_on_error", "run_outside_g
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
-MAX_HEADER = 40
+MAX_HEADER = 41
 """The most integers with which one rank describes a layer call or a collective to the others."""
 MAX_SEGMENTS = MAX_CHUNKS + 2
 """The most segments that a layer call has: its chunks, and the two local slices before them."""

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple, Protocol
+from typing import ClassVar, Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -237,6 +237,9 @@ class PlannedCall:
     placement: ExpertPlacement | None = None
     owners: PerWeight[Tensor] | None = None
     """The weights as the user holds them, where a main_grad hangs; None where there is none."""
+    keeps: Literal["hidden", "rows", "nothing"] = "hidden"
+    """What stays from the forward to the backward: the received rows and h (with save="input" the rows), the rows
+    alone, or neither: then the rows are sent once more. Only a memory budget makes this differ from "hidden"."""
     slots: Tensor | None = None
     """(T, K) the slots of this rank's pairs where the kind has renumbered them, until the forward takes them."""
     fillers: Sequence[Callable[[], None]] = ()

@@ -15,7 +15,7 @@ from tritonmoe.overlap.schedule import Schedule
 from tritonmoe.overlap.simulation.cost_model import LayerWork, backward_with, forward_with
 from tritonmoe.overlap.steps import Step, StepKind, Way
 
-__all__ = ["ALL_AT_ONCE", "BufferWidths", "PeakBytes", "WorkingSet", "peak_bytes"]
+__all__ = ["ALL_AT_ONCE", "BufferWidths", "BytesOfRanks", "PeakBytes", "WorkingSet", "bytes_of_ranks", "peak_bytes"]
 
 
 class WorkingSet(NamedTuple):
@@ -83,6 +83,12 @@ class BufferWidths:
         return self.intermediate_size * max(4, self.dtype_bytes)
 
     @property
+    def wide_gradient_bytes(self) -> int:
+        """Of fp32 sums of all gradients of the two projections, where these are narrower themselves."""
+        columns = self.intermediate_size * (3 if self.gated else 2)
+        return self.num_local_experts * self.hidden_size * columns * 4 * (self.dtype_bytes < 4)
+
+    @property
     def keeps_hidden(self) -> bool:
         return self.has_backward and self.save == "hidden"
 
@@ -114,8 +120,8 @@ class _PassWalk:
         self.held: dict[Held, Tensor] = {}
         self.now = self.peak = torch.zeros(work.size, dtype=torch.float64, device="cpu")
 
-    def walk(self, schedule: Schedule, actions: Mapping[StepKind, Callable[[Step], None]]) -> int:
-        """Return the most bytes that are held at any time, on the rank that holds most.
+    def walk(self, schedule: Schedule, actions: Mapping[StepKind, Callable[[Step], None]]) -> Tensor:
+        """Return the most bytes that each rank holds at any time.
 
         A step starts once what it waits for is freed; what is held when it has run counts.
         """
@@ -126,7 +132,7 @@ class _PassWalk:
             if step.kind in actions:
                 actions[step.kind](step)
             self.count(torch.zeros_like(self.peak))
-        return int(self.peak.max().ceil())
+        return self.peak
 
     def count(self, meanwhile: Tensor) -> None:
         """Take into the peak that for a moment so many bytes are there on top of what is held."""
@@ -301,13 +307,29 @@ def peak_bytes(plan: OverlapPlan, work: LayerWork, widths: BufferWidths) -> Peak
     pairs that are there, so the result is the most that they may hold. A call that overflows frees the buffers of its
     first run, and then holds what its rows need without a capacity.
     """
+    return PeakBytes(*(int(of_rank.max().ceil()) for of_rank in bytes_of_ranks(plan, work, widths)[:2]))
+
+
+class BytesOfRanks(NamedTuple):
+    """The same of every rank, (W,) float64 each."""
+
+    forward: Tensor
+    backward: Tensor
+    kept: Tensor
+    """What stays from the forward to the backward; forward and backward hold it too."""
+
+
+def bytes_of_ranks(plan: OverlapPlan, work: LayerWork, widths: BufferWidths) -> BytesOfRanks:
+    """Return the peaks of peak_bytes(), and what is kept between the passes, of every rank."""
     forward = _ForwardWalk(plan, work, widths).peak_bytes()
-    backward = _BackwardWalk(plan, work, widths).peak_bytes() if widths.has_backward else 0
-    return PeakBytes(forward, backward)
+    if not widths.has_backward:
+        return BytesOfRanks(forward, torch.zeros_like(forward), torch.zeros_like(forward))
+    backward = _BackwardWalk(plan, work, widths)
+    return BytesOfRanks(forward, backward.peak_bytes(), backward.kept_bytes())
 
 
 class _ForwardWalk(_PassWalk):
-    def peak_bytes(self) -> int:
+    def peak_bytes(self) -> Tensor:
         self.hold("rows", self.num_received * self.widths.row_bytes)
         self.hold("home", self.num_sent * self.widths.row_bytes)
         actions = {
@@ -349,13 +371,16 @@ class _ForwardWalk(_PassWalk):
 
 
 class _BackwardWalk(_PassWalk):
-    def peak_bytes(self) -> int:
+    def kept_bytes(self) -> Tensor:
+        """Return what the forward has left, without the weights of copies."""
         widths = self.widths
-        row_and_weights = widths.row_bytes + self.weights_bytes
-        self.hold("saved", self.num_received * row_and_weights + self.grouping_bytes())
-        if widths.keeps_hidden:
-            self.hold("h", self.num_pairs * widths.hidden_bytes)
-        self.hold("dout", self.num_received * row_and_weights)
+        rows = self.num_received * (widths.row_bytes + self.weights_bytes) + self.grouping_bytes()
+        return rows + widths.keeps_hidden * self.num_pairs * widths.hidden_bytes
+
+    def peak_bytes(self) -> Tensor:
+        widths = self.widths
+        self.hold("saved", self.kept_bytes())
+        self.hold("dout", self.num_received * (widths.row_bytes + self.weights_bytes))
         self.hold("home", self.num_sent * widths.row_bytes)
         actions = {
             StepKind.COMBINE_BACKWARD: self.send_rows,

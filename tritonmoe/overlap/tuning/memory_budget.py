@@ -1,0 +1,141 @@
+"""choose_parts(): what a call with a memory budget keeps for its backward, and into how many parts its tokens are cut.
+
+Every rank finds the same, from the counts of all ranks and from what each of them keeps for earlier calls.
+"""
+
+import math
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tritonmoe.config.overlap import OverlapPlan
+from tritonmoe.overlap.simulation.cost_model import LayerWork
+from tritonmoe.overlap.simulation.memory import BufferWidths, BytesOfRanks, bytes_of_ranks
+
+__all__ = ["Keeps", "Parts", "choose_parts"]
+
+Keeps = Literal["hidden", "rows", "nothing"]
+NUM_PARTS = (1, 2, 4, 8, 16, 32, 64)
+
+
+class Parts(NamedTuple):
+    """How a call runs: in so many parts, of which each keeps the same for its backward."""
+
+    number: int
+    keeps: Keeps
+    """As in LayerReport."""
+    kept_bytes: tuple[int, ...]
+    """What every rank keeps of all parts."""
+    room_bytes: tuple[float, ...]
+    """What every rank may hold of one part beside what is kept; infinite where nothing fits into the budget."""
+    reason: str
+
+    @property
+    def are_several(self) -> bool:
+        """Whether the call runs part by part; a call that keeps nothing does, in one part too."""
+        return self.number > 1 or self.keeps == "nothing"
+
+    def have_room_for(self, plan: OverlapPlan, work: LayerWork, widths: Sequence[BufferWidths]) -> bool:
+        """Return whether every rank has room for a part of this work."""
+        working = _working(self.keeps, _bytes_of_ranks(plan, work, self.keeps, widths))
+        return bool((working <= torch.tensor(self.room_bytes, dtype=torch.float64, device="cpu")).all())
+
+
+def choose_parts(
+    budget: int,
+    plan: OverlapPlan,
+    work: LayerWork,
+    widths: Sequence[BufferWidths],
+    held: Tensor,
+    *,
+    plan_of_part: OverlapPlan,
+    can_be_cut: bool,
+    can_drop_hidden: bool,
+) -> Parts:
+    """Return the fewest parts that keep the most and hold no more bytes than the budget on any rank.
+
+    To compute h again costs more than another cut, and to send rows again costs more than both: so this goes through
+    the numbers of parts first. Room is left for a call of this size that keeps nothing, which may come next.
+
+    Args:
+        plan: of the whole call. work: what all ranks send and compute. widths: of every rank's buffers.
+        held: (W,) what every rank keeps for the backwards of earlier calls, in bytes.
+        can_be_cut: whether the call may run in parts. can_drop_hidden: whether a backward can compute h again.
+    """
+    modes: list[Keeps] = ["hidden"]
+    if widths[0].has_backward and can_drop_hidden:
+        modes += ["rows"] * (widths[0].save == "hidden") + ["nothing"] * can_be_cut
+    numbers = NUM_PARTS if can_be_cut else NUM_PARTS[:1]
+
+    def candidate(number: int, keeps: Keeps) -> _Candidate:
+        is_whole = number == 1 and keeps != "nothing"
+        return _candidate(number, keeps, plan if is_whole else plan_of_part, work, widths)
+
+    least = candidate(numbers[-1], modes[-1])
+
+    def most(found: _Candidate) -> int:
+        """Return the most bytes on any rank, those of a call that keeps least behind this one included."""
+        beside = torch.maximum(found.working + found.beside, least.working + least.beside)
+        return int((held + found.kept + beside).max().ceil())
+
+    for keeps in modes:
+        if most(candidate(1, keeps)) <= budget:  # asked first: most calls fit as they are
+            found = candidate(1, keeps)
+        else:
+            index = bisect_left(numbers, True, key=lambda number, keeps=keeps: most(candidate(number, keeps)) <= budget)
+            if index == len(numbers):
+                continue
+            found = candidate(numbers[index], keeps)
+        words = f"the most that fits into memory_budget_bytes = {budget}, with at most {most(found)} bytes on a rank"
+        return _parts(found, budget - held - found.kept - found.beside, words)
+    words = f"takes least, and with {most(least)} bytes still more than memory_budget_bytes = {budget}"
+    return _parts(least, torch.full_like(held, math.inf), words)
+
+
+class _Candidate(NamedTuple):
+    """One way to run a call, and the bytes (W,) of every rank."""
+
+    number: int
+    keeps: Keeps
+    kept: Tensor
+    """By all parts."""
+    working: Tensor
+    """What one part holds at its peak beside what is kept."""
+    beside: Tensor
+    """What there is beside it: the rows of the next part, and sums of the weights' gradients."""
+
+
+def _candidate(
+    number: int, keeps: Keeps, plan: OverlapPlan, work: LayerWork, widths: Sequence[BufferWidths]
+) -> _Candidate:
+    part = work.scaled(1 / number)
+    found = _bytes_of_ranks(plan, part, keeps, widths)
+    kept = torch.zeros_like(found.kept) if keeps == "nothing" else number * found.kept
+    beside = torch.zeros_like(kept)
+    if number > 1:
+        rows = part.rows.sum(0) + 2 * part.rows.sum(1)  # received, and at home and packed
+        beside = beside + rows * widths[0].row_bytes * (2 if keeps == "nothing" and widths[0].has_backward else 1)
+    if widths[0].has_backward and (number > 1 or keeps == "nothing"):
+        beside = beside + widths[0].wide_gradient_bytes
+    return _Candidate(number, keeps, kept, _working(keeps, found), beside)
+
+
+def _bytes_of_ranks(plan: OverlapPlan, work: LayerWork, keeps: Keeps, widths: Sequence[BufferWidths]) -> BytesOfRanks:
+    """Return the bytes of every rank by its own widths."""
+    saves = [one if keeps == "hidden" else replace(one, save="input") for one in widths]
+    by_widths = {one: bytes_of_ranks(plan, work, one) for one in set(saves)}
+    each = [[of[rank] for of in by_widths[one]] for rank, one in enumerate(saves)]
+    return BytesOfRanks(*(torch.stack(of) for of in zip(*each, strict=True)))
+
+
+def _working(keeps: Keeps, found: BytesOfRanks) -> Tensor:
+    most = torch.maximum(found.forward, found.backward)
+    return most if keeps == "nothing" else most - found.kept
+
+
+def _parts(found: _Candidate, room: Tensor, words: str) -> Parts:
+    return Parts(found.number, found.keeps, tuple(map(int, found.kept.tolist())), tuple(room.tolist()), words)
