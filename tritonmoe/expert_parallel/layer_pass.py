@@ -65,8 +65,14 @@ class _LayerPass(ABC, Generic[Result]):
     def end(self) -> Result:
         """Sum what these bring, and give the result."""
         with self.call.in_the_middle():
-            timings = self._execution.end()
+            timings = self._ended()
         return self._finish(timings)
+
+    def _ended(self) -> PassReport:
+        """Run the last steps; the pass lets go of them, which hold its methods, and so all of its buffers."""
+        execution = self._execution
+        del self._execution
+        return execution.end()
 
     @abstractmethod
     def _start(self) -> Execution:
@@ -105,7 +111,7 @@ class ForwardPass(_LayerPass[Tensor]):
     def end_fetch(self) -> Kept:
         """Wait for these, and return what a backward needs."""
         with self.call.in_the_middle():
-            self._execution.end()
+            self._ended()
         run = self.experts.own
         return Kept(self.plan, run.grouping, {}, self.call.report, received=run.tensors._replace(x=run.rows))
 
@@ -223,7 +229,7 @@ class ForwardPass(_LayerPass[Tensor]):
 
 
 def post_agreement(call: PlannedCall, needs_weights: PerWeight[bool]) -> BackwardAgreement | None:
-    """Tell the other ranks which backward this one runs, before any row of it moves; None on one rank."""
+    """Post the exchange in which ranks compare their backwards, before any row of them moves; None on one rank."""
     header = CallHeader(
         sequence=call.header.sequence,
         layer=call.header.layer,

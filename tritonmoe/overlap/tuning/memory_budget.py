@@ -7,6 +7,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Literal, NamedTuple
 
 import torch
@@ -20,6 +21,8 @@ __all__ = ["Keeps", "Parts", "choose_parts"]
 
 Keeps = Literal["hidden", "rows", "nothing"]
 NUM_PARTS = (1, 2, 4, 8, 16, 32, 64)
+FEW_PARTS = NUM_PARTS[: NUM_PARTS.index(8) + 1]
+"""A call is cut into more only if it keeps the least: many small parts take longer than to compute h again."""
 
 
 class Parts(NamedTuple):
@@ -58,7 +61,7 @@ def choose_parts(
 ) -> Parts:
     """Return the fewest parts that keep the most and hold no more bytes than the budget on any rank.
 
-    To compute h again costs more than another cut, and to send rows again costs more than both: so this goes through
+    To compute h again costs more than a few cuts, and to send rows again costs more than both: so this goes through
     the numbers of parts first. Room is left for a call of this size that keeps nothing, which may come next.
 
     Args:
@@ -71,27 +74,31 @@ def choose_parts(
         modes += ["rows"] * (widths[0].save == "hidden") + ["nothing"] * can_be_cut
     numbers = NUM_PARTS if can_be_cut else NUM_PARTS[:1]
 
+    @cache
     def candidate(number: int, keeps: Keeps) -> _Candidate:
         is_whole = number == 1 and keeps != "nothing"
         return _candidate(number, keeps, plan if is_whole else plan_of_part, work, widths)
 
-    least = candidate(numbers[-1], modes[-1])
-
     def most(found: _Candidate) -> int:
         """Return the most bytes on any rank, those of a call that keeps least behind this one included."""
-        beside = torch.maximum(found.working + found.beside, least.working + least.beside)
+        beside = found.beside
+        if found.number > 1:  # a whole call needs more than the least one
+            least = candidate(numbers[-1], modes[-1]).beside
+            beside = torch.maximum(beside, least)
         return int((held + found.kept + beside).max().ceil())
 
     for keeps in modes:
         if most(candidate(1, keeps)) <= budget:  # asked first: most calls fit as they are
             found = candidate(1, keeps)
         else:
-            index = bisect_left(numbers, True, key=lambda number, keeps=keeps: most(candidate(number, keeps)) <= budget)
-            if index == len(numbers):
+            tried = numbers if keeps == modes[-1] else numbers[: len(FEW_PARTS)]
+            index = bisect_left(tried, True, key=lambda number, keeps=keeps: most(candidate(number, keeps)) <= budget)
+            if index == len(tried):
                 continue
-            found = candidate(numbers[index], keeps)
+            found = candidate(tried[index], keeps)
         words = f"the most that fits into memory_budget_bytes = {budget}, with at most {most(found)} bytes on a rank"
-        return _parts(found, budget - held - found.kept - found.beside, words)
+        return _parts(found, budget - held - found.kept - found.of_others, words)
+    least = candidate(numbers[-1], modes[-1])
     words = f"takes least, and with {most(least)} bytes still more than memory_budget_bytes = {budget}"
     return _parts(least, torch.full_like(held, math.inf), words)
 
@@ -103,10 +110,15 @@ class _Candidate(NamedTuple):
     keeps: Keeps
     kept: Tensor
     """By all parts."""
-    working: Tensor
+    of_part: Tensor
     """What one part holds at its peak beside what is kept."""
-    beside: Tensor
-    """What there is beside it: the rows of the next part, and sums of the weights' gradients."""
+    of_others: Tensor
+    """What there is meanwhile: the rows of the next part, and sums of the weights' gradients."""
+
+    @property
+    def beside(self) -> Tensor:
+        """What is held beside what is kept."""
+        return self.of_part + self.of_others
 
 
 def _candidate(
@@ -115,18 +127,18 @@ def _candidate(
     part = work.scaled(1 / number)
     found = _bytes_of_ranks(plan, part, keeps, widths)
     kept = torch.zeros_like(found.kept) if keeps == "nothing" else number * found.kept
-    beside = torch.zeros_like(kept)
+    of_others = torch.zeros_like(kept)
     if number > 1:
         rows = part.rows.sum(0) + 2 * part.rows.sum(1)  # received, and at home and packed
-        beside = beside + rows * widths[0].row_bytes * (2 if keeps == "nothing" and widths[0].has_backward else 1)
+        of_others = of_others + rows * widths[0].row_bytes * (2 if keeps == "nothing" and widths[0].has_backward else 1)
     if widths[0].has_backward and (number > 1 or keeps == "nothing"):
-        beside = beside + widths[0].wide_gradient_bytes
-    return _Candidate(number, keeps, kept, _working(keeps, found), beside)
+        of_others = of_others + widths[0].wide_gradient_bytes
+    return _Candidate(number, keeps, kept, _working(keeps, found), of_others)
 
 
 def _bytes_of_ranks(plan: OverlapPlan, work: LayerWork, keeps: Keeps, widths: Sequence[BufferWidths]) -> BytesOfRanks:
-    """Return the bytes of every rank by its own widths."""
-    saves = [one if keeps == "hidden" else replace(one, save="input") for one in widths]
+    """Return the bytes of every rank by its own widths, where one expert has all of a rank's pairs."""
+    saves = [replace(one, save=one.save if keeps == "hidden" else "input", num_local_experts=1) for one in widths]
     by_widths = {one: bytes_of_ranks(plan, work, one) for one in set(saves)}
     each = [[of[rank] for of in by_widths[one]] for rank, one in enumerate(saves)]
     return BytesOfRanks(*(torch.stack(of) for of in zip(*each, strict=True)))
