@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from tritonmoe.config.layer import NO_WEIGHTS, PerWeight
 from tritonmoe.config.overlap import OverlapConfig, equal_sizes
 from tritonmoe.dispatch.header import CallHeader
 from tritonmoe.dispatch.plan import DispatchPlan
-from tritonmoe.expert_parallel.call import ProposedCall, buffer_widths, listeners
+from tritonmoe.expert_parallel.call import ProposedCall, buffer_widths
 from tritonmoe.expert_parallel.layer_pass import BackwardPass, ForwardPass, post_agreement
 from tritonmoe.expert_parallel.plans.base import (
     BackwardExperts,
@@ -165,10 +165,7 @@ class _Cut:
             if among < MOST_PARTS and not self.parts.have_room_for(planned.plan.overlap, work, widths):
                 waiting += [(2 * place + 1, 2 * among), (2 * place, 2 * among)]
                 continue
-            if self.ran:
-                for listener in listeners:
-                    listener.before_forward(proposed.transport, tensors.x.device)
-            else:
+            if not self.ran:
                 planned.fillers, self.call.fillers = self.call.fillers, ()
             part = _Part(planned, tokens)
             self.ran.append(part)
@@ -208,16 +205,17 @@ class _CallInParts(torch.autograd.Function):
     def forward(ctx: Context, cut: _Cut, anchor: Tensor | None, *flat: Tensor | None) -> tuple[Tensor, Tensor | None]:
         tensors: CallTensors[Tensor] = CallTensors.unflatten(flat)
         out, needs_weights = tensors.x.new_empty(tensors.x.shape), needs_of(ctx).weights
-        keeps_rows = cut.call.plan.needs_any and cut.parts.keeps != "nothing"
+        needs_any, keeps_rows = cut.call.plan.needs_any, cut.parts.keeps != "nothing"
         kept: list[Kept] = []
         saved: list[Tensor | None] = []
 
         def finish(part: _Part, forward: ForwardPass) -> None:
             forward.compute()
             out[part.tokens] = forward.end()
-            if keeps_rows:
-                run, rows = forward.experts.own, forward.rows_to_keep(needs_weights)
+            if needs_any:
                 kept.append(forward.kept)
+            if needs_any and keeps_rows:
+                run, rows = forward.experts.own, forward.rows_to_keep(needs_weights)
                 saved.extend([run.h, *run.tensors._replace(x=rows).flatten()])
 
         under_way: tuple[_Part, ForwardPass] | None = None
@@ -230,7 +228,7 @@ class _CallInParts(torch.autograd.Function):
         assert under_way is not None
         finish(*under_way)
         cut.report()
-        if not cut.call.plan.needs_any:
+        if not needs_any:
             return out, None
         ctx.call, ctx.weights_dtype = cut.call, tensors.topk_weights.dtype
         mark = keep_beside(ctx, (cut, kept))
@@ -252,7 +250,7 @@ class _CallInParts(torch.autograd.Function):
         def finish(part: _Part, backward: BackwardPass) -> None:
             backward.compute()
             grads = backward.end()
-            if dx is not None:
+            if dx is not None and grads.x is not None:
                 dx[part.tokens] = grads.x
             if grads.topk_weights is not None:
                 dtopk_weights[part.tokens] = grads.topk_weights
@@ -260,7 +258,7 @@ class _CallInParts(torch.autograd.Function):
         under_way: tuple[_Part, BackwardPass] | None = None
         for number, part in enumerate(cut.ran):
             backward = partial(BackwardPass, part.call, dout=dout[part.tokens], needs_weights=needs_weights, sums=sums)
-            if kept:
+            if cut.parts.keeps != "nothing":
                 begun = backward(_with_saved(kept[number], others, number))
                 begun.begin()
                 if under_way is not None:
@@ -280,10 +278,11 @@ class _CallInParts(torch.autograd.Function):
         finish(*under_way)
         for call in (ctx.call, cut.call):  # of a checkpoint's first forward, and of its recompute
             cut.state.forget(call.header.sequence)
-        ctx.call.report.backward = PassReport.joined([part.call.report.backward for part in cut.ran])
-        weight_grads = PerWeight(
+        passes = [part.call.report.backward for part in cut.ran]
+        ctx.call.report.backward = PassReport.joined([one for one in passes if one is not None])
+        weight_grads: PerWeight[Tensor | None] = PerWeight(
             *(
-                None if total is None or main is not None else total.to(weight.dtype)
+                None if total is None or weight is None or main is not None else total.to(weight.dtype)
                 for total, main, weight in zip(sums, mains, tensors.weights, strict=True)
             )
         )
@@ -293,8 +292,9 @@ class _CallInParts(torch.autograd.Function):
 
 def _rows(tensors: CallTensors[Tensor], tokens: slice) -> CallTensors[Tensor]:
     """Return the tensors of a range of the tokens."""
-    of_rows = {name: getattr(tensors, name) for name in ("x", *OF_ROWS)}
-    return tensors._replace(**{name: None if of is None else of[tokens] for name, of in of_rows.items()})
+    of_rows: dict[str, Any] = {name: getattr(tensors, name) for name in ("x", *OF_ROWS)}
+    of_rows = {name: None if of is None else of[tokens] for name, of in of_rows.items()}
+    return tensors._replace(**of_rows)
 
 
 def _with_saved(kept: Kept, saved: Sequence[Tensor], number: int) -> Kept:
@@ -314,7 +314,7 @@ def _sums(
     mains: PerWeight[Tensor | None] = NO_WEIGHTS if owners is None else find_main_grads(owners) or NO_WEIGHTS
     sums = [
         torch.zeros(weight.shape, dtype=accumulation_dtype(weight.dtype), device=weight.device)
-        if is_needed and main is None
+        if is_needed and main is None and weight is not None
         else main
         for is_needed, main, weight in zip(needs, mains, weights, strict=True)
     ]

@@ -317,15 +317,18 @@ class BytesOfRanks(NamedTuple):
     backward: Tensor
     kept: Tensor
     """What stays from the forward to the backward; forward and backward hold it too."""
+    kept_places: Tensor
+    """Of that, where the pairs are grouped."""
 
 
 def bytes_of_ranks(plan: OverlapPlan, work: LayerWork, widths: BufferWidths) -> BytesOfRanks:
     """Return the peaks of peak_bytes(), and what is kept between the passes, of every rank."""
     forward = _ForwardWalk(plan, work, widths).peak_bytes()
     if not widths.has_backward:
-        return BytesOfRanks(forward, torch.zeros_like(forward), torch.zeros_like(forward))
+        nothing = torch.zeros_like(forward)
+        return BytesOfRanks(forward, nothing, nothing, nothing)
     backward = _BackwardWalk(plan, work, widths)
-    return BytesOfRanks(forward, backward.peak_bytes(), backward.kept_bytes())
+    return BytesOfRanks(forward, backward.peak_bytes(), backward.kept_bytes(), backward.grouping_bytes())
 
 
 class _ForwardWalk(_PassWalk):

@@ -7,7 +7,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -71,7 +71,8 @@ def choose_parts(
     """
     modes: list[Keeps] = ["hidden"]
     if widths[0].has_backward and can_drop_hidden:
-        modes += ["rows"] * (widths[0].save == "hidden") + ["nothing"] * can_be_cut
+        kept_rows: tuple[Keeps, ...] = ("rows",) if widths[0].save == "hidden" else ()
+        modes += (*kept_rows, "nothing") if can_be_cut else kept_rows
     numbers = NUM_PARTS if can_be_cut else NUM_PARTS[:1]
 
     @cache
@@ -87,17 +88,19 @@ def choose_parts(
             beside = torch.maximum(beside, least)
         return int((held + found.kept + beside).max().ceil())
 
+    def fits(number: int, keeps: Keeps) -> bool:
+        return most(candidate(number, keeps)) <= budget
+
     for keeps in modes:
-        if most(candidate(1, keeps)) <= budget:  # asked first: most calls fit as they are
-            found = candidate(1, keeps)
-        else:
-            tried = numbers if keeps == modes[-1] else numbers[: len(FEW_PARTS)]
-            index = bisect_left(tried, True, key=lambda number, keeps=keeps: most(candidate(number, keeps)) <= budget)
-            if index == len(tried):
-                continue
+        tried = numbers if keeps == modes[-1] else numbers[: len(FEW_PARTS)]
+        # One part is asked first: most calls fit as they are.
+        index = 0 if fits(1, keeps) else bisect_left(tried, True, key=partial(fits, keeps=keeps))
+        if index < len(tried):
             found = candidate(tried[index], keeps)
-        words = f"the most that fits into memory_budget_bytes = {budget}, with at most {most(found)} bytes on a rank"
-        return _parts(found, budget - held - found.kept - found.of_others, words)
+            words = (
+                f"the most that fits into memory_budget_bytes = {budget}, with at most {most(found)} bytes on a rank"
+            )
+            return _parts(found, budget - held - found.kept - found.of_others, words)
     least = candidate(numbers[-1], modes[-1])
     words = f"takes least, and with {most(least)} bytes still more than memory_budget_bytes = {budget}"
     return _parts(least, torch.full_like(held, math.inf), words)
@@ -126,7 +129,7 @@ def _candidate(
 ) -> _Candidate:
     part = work.scaled(1 / number)
     found = _bytes_of_ranks(plan, part, keeps, widths)
-    kept = torch.zeros_like(found.kept) if keeps == "nothing" else number * found.kept
+    kept = number * (found.kept_places if keeps == "nothing" else found.kept)
     of_others = torch.zeros_like(kept)
     if number > 1:
         rows = part.rows.sum(0) + 2 * part.rows.sum(1)  # received, and at home and packed
