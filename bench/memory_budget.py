@@ -182,7 +182,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(_run_rank, (arguments, folder), nprocs=arguments.ranks)
         results = json.loads((Path(folder) / "results.json").read_text())
-    write_json(arguments.json, "memory_budget", results)
+    given = {name: value for name, value in vars(arguments).items() if name not in ("json", "routings")}
+    write_json(arguments.json, "memory_budget", {**given, "routings": results})
 
 
 if __name__ == "__main__":

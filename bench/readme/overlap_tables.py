@@ -9,6 +9,7 @@ __all__ = [
     "auto_table",
     "expert_parallel_table",
     "fixed_experts_table",
+    "memory_budget_table",
     "one_rank_in_halves",
     "overlap_table",
     "rebalance_table",
@@ -288,3 +289,29 @@ def one_rank_in_halves(name: str) -> str:
         f"{rate['beside_one_by_one']:.2f} times as long. As one batch it takes "
         f"{times['one batch']} ms: smaller products cost the rest."
     )
+
+
+def memory_budget_table(name: str) -> str:
+    """Return what a rank holds with a memory budget and without, a row for each routing."""
+    found = load(name)
+    budget_mb = found["results"]["budget_mb"]
+    lines = [*table_head("routing", "without a budget", f"with {budget_mb:.0f} MB", "time, with over without")]
+    for result in found["results"]["routings"]:
+        low, high = result["ratios"]
+        lines.append(
+            table_row(
+                result["routing"],
+                *(f"{result[f'{variant}_mb']:.0f} MB" for variant in ("without", "with")),
+                f"{result['ratio']:.2f} ({low:.2f} to {high:.2f})",
+            )
+        )
+    of = found["results"]
+    caption = (
+        "The most that a rank holds above what it held before the step, as Linux counts it; "
+        f"{of['ranks']} gloo processes, {of['layers']} layers, T={of['tokens']} a rank, D={of['hidden']}, "
+        f"F={of['intermediate']}, E={of['experts']}, K={of['top_k']}, fp32; forward and backward, the peak of the "
+        f"busiest rank in {of['rounds']} steps, and the median and range of the ratios of steps that follow each "
+        "other. Without a budget a call has four chunks. "
+        f"`python -m bench.memory_budget`; {where(found['environment'])}."
+    )
+    return "\n".join([*lines, "", caption])

@@ -24,12 +24,14 @@ DELETED = {
         ["Halves", "HalvedForward", "two_batches"],
     ),
     "copies": (["expert_parallel/plans/copies"], ["Copies"]),
+    "bounded": (["expert_parallel/plans/bounded.py"], ["Bounded"]),
 }
 NAMING = ("__init__.py", "expert_parallel/plans/__init__.py", "integrations/transformers/__init__.py")
 """The files that name a kind beside its own, and are read when the package is imported."""
 OTHERS = {
     "halves": ("ranks 2 C3", "ranks 2 copies", "levels C3", "recompute capacity", "replicas C3"),
     "copies": ("ranks 2 C3", "halves C3", "levels C3", "recompute capacity", "replicas C3"),
+    "bounded": ("ranks 2 C3", "ranks 2 copies", "halves C3", "recompute capacity", "replicas C3"),
 }
 
 

@@ -76,10 +76,13 @@ class OverlapConfig:
     backend="triton" a CUDA graph can capture a call: see docs/decisions.md, "Capacity"."""
 
     memory_budget_bytes: int | None = None
-    """With num_chunks="auto": choose the fewest equal chunks with which the buffers of a call fit into this number of
-    bytes on every rank, with two exchanges of a kind under way. simulation.memory.peak_bytes predicts the bytes from
-    the rows of the last call. The speed is not tuned then. If no number of chunks fits, last_report.choice says how
-    many bytes are needed at least. Refused with chunks of experts and with a TwoLevelTransport."""
+    """With num_chunks="auto": what all layers on a transport may hold on any rank, in bytes: the buffers of a call, and
+    what calls keep for their backwards. Once the counts of a call are known, all ranks predict the bytes from these. A
+    call that would hold more keeps less until its backward (last_report.keeps), and runs in parts of its tokens, one
+    after the other (last_report.parts). Weight gradients are then summed in fp32, part by part. The speed is not tuned:
+    a call, or a part, has the fewest equal chunks that fit. Halves of a batch, calls in compiled graphs, callable
+    activations and placements with replicas run as a whole, and with a capacity the budget chooses the number of chunks
+    alone. last_report.memory says whether it fits. Refused with chunks of experts and with a TwoLevelTransport."""
 
     balance: Literal["auto", "always"] | None = None
     """Copies of hot experts for one call: their weights travel to ranks that have less to do. These ranks compute a

@@ -39,6 +39,7 @@ from tritonmoe.overlap.report import LayerReport, PassReport
 from tritonmoe.overlap.simulation.cost_model import LayerWork
 from tritonmoe.overlap.simulation.memory import BufferWidths, WorkingSet
 from tritonmoe.overlap.tuning.memory_budget import Parts, choose_parts
+from tritonmoe.runtime import cpu_memory
 from tritonmoe.runtime.autograd import (
     Context,
     checkpointed_region,
@@ -203,6 +204,7 @@ class _CallInParts(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Context, cut: _Cut, anchor: Tensor | None, *flat: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        cpu_memory.recycled.clear()  # blocks of other sizes than those of parts
         tensors: CallTensors[Tensor] = CallTensors.unflatten(flat)
         out, needs_weights = tensors.x.new_empty(tensors.x.shape), needs_of(ctx).weights
         needs_any, keeps_rows = cut.call.plan.needs_any, cut.parts.keeps != "nothing"
@@ -238,6 +240,7 @@ class _CallInParts(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Context, saved: Sequence[Tensor], dout: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        cpu_memory.recycled.clear()
         mark, *others = saved
         cut: _Cut
         cut, kept = kept_beside(ctx, mark)
