@@ -183,6 +183,16 @@ def test_ranks_that_run_another_backward_are_told() -> None:
         tm.run_on_emulated_ranks(on_rank, 2, timeout_s=20)
 
 
+def test_ranks_with_other_budgets_are_told() -> None:
+    def on_rank(transport: Transport) -> None:
+        budget = tm.OverlapConfig(memory_budget_bytes=10**9 + transport.rank)
+        with pytest.raises(tm.CountMismatch, match=r"memory_budget_bytes.*1000000000.*1000000001"):
+            batch.call(transport, batch.of_rank(transport.rank), budget)
+
+    batch = Batch(2, 6, 2)
+    tm.run_on_emulated_ranks(on_rank, 2, timeout_s=20)
+
+
 def test_fillers_and_reports_of_parts() -> None:
     """A shared expert runs once, and times of all parts are in the report of the call."""
 

@@ -193,4 +193,6 @@ def _settings(call: ProposedCall, kinds: tuple[str, ...]) -> CallSettings:
     gradients = "sum" if call.layer is None else call.layer.expert_gradients
     formats = zip(("gate_up_format", "down_format"), call.settings.layer.weight_formats, strict=True)
     experts = (*call.spec.experts.agreed, *[(name, found) for name, found in formats if found is not None])
+    if isinstance(call.spec.overlap, OverlapConfig) and call.spec.overlap.memory_budget_bytes is not None:
+        experts = (*experts, ("memory_budget_bytes", call.spec.overlap.memory_budget_bytes))
     return call_settings(experts, placement, gradients, call.tensors.x.dtype, given, tuple(ranks), kinds, call.overlap)

@@ -82,7 +82,7 @@ class Bounded(PlanKind):
         is_kept = planned.plan.needs_any and (is_recomputing() or checkpointed_region() is None)
         if is_kept:
             call.state.kept_bytes[call.sequence] = parts.kept_bytes[call.transport.rank]
-            weakref.finalize(planned, call.state.kept_bytes.pop, call.sequence, None)
+            weakref.finalize(planned, call.state.kept_bytes.pop, call.sequence, None).atexit = False
         return planned
 
     def forward_experts(self, call: PlannedCall, tensors: CallTensors[Tensor], keep_hidden: bool) -> ForwardExperts:
