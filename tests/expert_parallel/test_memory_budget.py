@@ -37,6 +37,7 @@ def forced(number: int, keeps: Keeps, room: float = math.inf) -> mock._patch:
     return mock.patch.object(bounded, "choose_parts", choose)
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize(("number", "keeps"), WAYS)
 @pytest.mark.parametrize("num_ranks", [1, 2, 4], ids="W{}".format)
 def test_parts_equal_one_device(num_ranks: int, number: int, keeps: Keeps) -> None:
@@ -46,7 +47,7 @@ def test_parts_equal_one_device(num_ranks: int, number: int, keeps: Keeps) -> No
         assert_equals_one_device(batch.in_parallel(ANY_BUDGET), batch.on_one_device())
 
 
-@pytest.mark.parametrize("keeps", KEEPS)
+@pytest.mark.parametrize("keeps", [pytest.param("rows", marks=pytest.mark.thorough), "nothing"])
 def test_bits_of_the_kernels_do_not_depend_on_parts(keeps: Keeps) -> None:
     """But those of the weights' gradients, which are added part by part."""
     batch = Batch(2, 4, 2, torch.float32, device=KERNEL_DEVICE)
@@ -58,6 +59,7 @@ def test_bits_of_the_kernels_do_not_depend_on_parts(keeps: Keeps) -> None:
     assert_same_bits({name: parts[name] for name in names}, {name: whole[name] for name in names})
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("keeps", ["rows", "nothing"])
 def test_parts_of_other_layers(options: str, keeps: Keeps) -> None:
@@ -310,7 +312,7 @@ def measure(overlap: tm.OverlapConfig, num_hot: int, num_layers: int = 2) -> tup
     return max(tm.run_on_emulated_ranks(on_rank, 2, timeout_s=60))
 
 
-@pytest.mark.parametrize("routing", HOT)
+@pytest.mark.parametrize("routing", [pytest.param("uniform", marks=pytest.mark.thorough), *list(HOT)[1:]])
 def test_layers_stay_within_one_budget(routing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What uniform routing needs is enough for every other one, in the first step too."""
     monkeypatch.setattr(cpu_memory, "SMALLEST_RECYCLED_BYTES", 2**60)  # HeldStorages sees torch's allocator alone
@@ -361,3 +363,35 @@ def test_calls_that_cannot_be_cut_keep_less() -> None:
     assert chosen(1, work(4.0), can_be_cut=False)[:2] == (1, "rows")
     assert chosen(1, work(4.0), can_be_cut=False, can_drop_hidden=False)[:2] == (1, "hidden")
     assert chosen(1, work(4.0), can_drop_hidden=False)[:2] == (64, "hidden")
+
+
+def test_packed_experts_in_parts() -> None:
+    """They have the bits of the same experts decoded, of which adapters train."""
+
+    def on_rank(transport: Transport, decoded: bool) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        shapes = (4, 64, 32), (4, 32, 32)
+        own = slice(2 * transport.rank, 2 * transport.rank + 2)
+        packed = [tm.QuantizedWeight.pack(torch.randn(s, generator=generator)[own], "nf4") for s in shapes]
+        factors = [torch.randn(2, *s, generator=generator).requires_grad_() for s in ((3, 32), (64, 3))]
+        x = torch.randn(20, 32, generator=generator).bfloat16().requires_grad_()
+        ids = torch.randint(4, (20, 2), generator=generator)
+        y = tm.expert_parallel_mlp(
+            x,
+            ids,
+            torch.ones(20, 2),
+            *(weight.decode() if decoded else weight for weight in packed),
+            num_experts=4,
+            transport=transport,
+            overlap=ANY_BUDGET,
+            adapters=tm.ExpertAdapters(*(factor.bfloat16() for factor in factors)),
+        )
+        y.float().square().sum().backward()
+        return [y.detach(), x.grad, *(factor.grad for factor in factors)]
+
+    with forced(3, "nothing"):
+        packed, decoded = (
+            tm.run_on_emulated_ranks(lambda t, d=d: on_rank(t, d), 2, timeout_s=30) for d in (False, True)
+        )
+    for mine, other in zip(packed, decoded, strict=True):
+        assert_same_bits(mine, other)
