@@ -133,8 +133,14 @@ class Verdict:
         return not self.findings and self.together.seconds >= self.healthy_s
 
     @property
+    def is_untold(self) -> bool:
+        """Whether ranks wait for others that the files don't name: for which ones is not known then."""
+        return self.graph.alone_s >= SMALLEST_SHARE * self.replayed_s > 0
+
+    @property
     def is_healthy(self) -> bool:
-        return self.can_compare and self.is_explained and not self.findings and not self.is_uncertain
+        is_certain = self.can_compare and self.is_explained and not self.is_untold
+        return is_certain and not self.findings and not self.is_uncertain
 
 
 def attribute(graph: Graph, known: Known | None = None) -> Verdict:
