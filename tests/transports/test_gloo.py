@@ -21,6 +21,7 @@ class PostedMessages:
     def __init__(self) -> None:
         self.posted: list[tuple[str, int, list[float]]] = []
         self.tags: list[int] = []
+        self.group = "0/0", range(4)
 
     def receive(self, part: torch.Tensor, peer: int, tag: int) -> object:
         return self._post("receive", part, peer, tag)

@@ -77,11 +77,15 @@ class PointToPoint(Protocol):
 class GlooLinks:
     """This rank's connections to all others, in one generation of a transport; all ranks make theirs together.
 
-    Raises RuntimeError where that takes longer than timeout_s.
+    group: see ThreadedExchange. Raises RuntimeError where connecting takes longer than timeout_s.
     """
 
-    def __init__(self, store: "Store", rank: int, size: int, timeout_s: float) -> None:
+    def __init__(
+        self, store: "Store", rank: int, size: int, timeout_s: float, group: tuple[str, Sequence[int]]
+    ) -> None:
         import torch.distributed as dist
+
+        self.group = group
 
         self._peers = [peer for peer in range(size) if peer != rank]
         self._gloo = cast(PointToPoint, dist.ProcessGroupGloo(store, rank, size, timedelta(seconds=timeout_s)))
@@ -133,7 +137,7 @@ class GlooExchange(ThreadedExchange["Work"]):
         self, links: GlooLinks, breakdown: Breakdown, rows: Tensor, out: Tensor, what: str, timeout_s: float
     ) -> None:
         super().__init__(rows, out, what, timeout_s)
-        self._links, self._breakdown, self._number = links, breakdown, 0
+        self._links, self._breakdown, self.group = links, breakdown, links.group
         self._receipts: dict[int, Receipt[Work]] = {}
 
     def watch(self, progress: ProgressThread) -> None:
@@ -160,7 +164,7 @@ class GlooExchange(ThreadedExchange["Work"]):
             TransportError: a peer's connection is closed.
         """
 
-        self._number = number
+        self.number = number
 
         def tag(part: Tensor) -> int:
             # Ends that disagree on exchange, size or dtype never meet: gloo aborts a process that gets too many bytes.
@@ -208,10 +212,10 @@ class GlooExchange(ThreadedExchange["Work"]):
             self._links.cut()
 
     def waited_for(self) -> str:
-        return self._breakdown.whom(self.missing()[1], self._number)
+        return self._breakdown.whom(self.missing()[1], self.number)
 
     def show(self, words: str) -> None:
-        self._breakdown.show_wait(self._number, words)
+        self._breakdown.show_wait(self.number, words)
 
     def fail(self, reason: str) -> NoReturn:
         if self.failure is None and self._breakdown.claim():  # it takes too long

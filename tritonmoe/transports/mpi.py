@@ -57,7 +57,7 @@ class MPIExchange(ThreadedExchange["MPI.Request"]):
 
     def __init__(self, transport: "MPITransport", number: int, rows: Tensor, out: Tensor, what: str) -> None:
         super().__init__(rows, out, what, transport.timeout_s)
-        self.number = number
+        self.number, self.group = number, transport.label
         self.expectations: list[tuple[int, int, MPI.Datatype]] = []
         """For every message that is received: the peer, its number of rows and their type."""
         self._transport = transport
@@ -129,6 +129,7 @@ class MPITransport(Transport):
         self._comm = comm.Dup()
         self.rank, self.size = self._comm.Get_rank(), self._comm.Get_size()
         self.timeout_s = timeout_s
+        self.label = "mpi", self.job_ranks or range(self.size)
         self._pid = os.getpid()
         self._num_posted = 0
         self._row_types: dict[int, MPI.Datatype] = {}

@@ -243,8 +243,10 @@ class ProcessGroupTransport(Transport):
         """Make the gloo connections of a generation to ranks that have met for it."""
         import torch.distributed as dist
 
-        store = dist.PrefixStore(f"{self._notices.number}/{generation}", self._store)
-        return GlooLinks(store, self.rank, self.size, max(1.0, timeout_s))
+        name = f"{self._notices.number}/{generation}"
+        store = dist.PrefixStore(name, self._store)
+        ranks = dist.get_process_group_ranks(self._group)
+        return GlooLinks(store, self.rank, self.size, max(1.0, timeout_s), (name, ranks))
 
     def _keep_links(self, links: GlooLinks) -> GlooLinks:
         """Make exchanges use these connections from now on, and return them."""

@@ -1,5 +1,6 @@
 """ProgressThread: it waits inside gloo or MPI for as long as messages of its transport are under way."""
 
+import math
 import queue
 import threading
 import time
@@ -8,12 +9,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, NoReturn, TypeVar
 
+import torch
 from torch import Tensor
 
 from tritonmoe.transports.base import PendingExchange
 from tritonmoe.transports.waiting import LongWait, wait_aloud
 
-__all__ = ["Message", "ProgressThread", "Receipt", "ThreadedExchange"]
+__all__ = ["LABEL", "Message", "ProgressThread", "Receipt", "ThreadedExchange"]
+
+LABEL = "tritonmoe:all_to_all"
+"""How the label of an exchange begins in a trace of torch.profiler, which has its messages without their peers."""
 
 SECONDS_TO_STOP = 2.0
 """How long a process that ends waits for exchanges that nobody waited for."""
@@ -51,6 +56,10 @@ class ThreadedExchange(PendingExchange, Generic[Request]):
         self._out = out
         self._timeout_s = timeout_s
         self._rank, self._size = 0, 0  # as posted
+        self.number = 0
+        """Of the exchange among those of its group, the same on all ranks."""
+        self.group: tuple[str, Sequence[int]] = "", ()
+        """What its transport's generation is called on all ranks, and the numbers of these ranks in the job."""
         self.posted_at = time.perf_counter()
 
     def post(
@@ -70,6 +79,20 @@ class ThreadedExchange(PendingExchange, Generic[Request]):
             receive, send: post a message, given the rows and the peer, and give the library's request.
         """
         self._rank, self._size = rank, len(sent)
+        if torch.autograd._profiler_enabled():
+            with torch.profiler.record_function(_label(self, sent, received)):
+                self._post(rank, sent, received, receive, send)
+        else:
+            self._post(rank, sent, received, receive, send)
+
+    def _post(
+        self,
+        rank: int,
+        sent: Sequence[Tensor],
+        received: Sequence[Tensor],
+        receive: Callable[[Tensor, int], Request],
+        send: Callable[[Tensor, int], Request],
+    ) -> None:
         size = self._size
         for step in range(1, size):
             peer = (rank - step) % size
@@ -124,6 +147,21 @@ class ThreadedExchange(PendingExchange, Generic[Request]):
 
     def arrivals(self) -> tuple[float | None, ...] | None:
         return tuple(map(self.arrived.get, range(self._size))) if self.has_ended.is_set() else None
+
+
+def _label(exchange: ThreadedExchange, sent: Sequence[Tensor], received: Sequence[Tensor]) -> str:
+    """Return what a trace is to tell of an exchange: its group, its number there, and the rows for and from each rank.
+
+    For example "tritonmoe:all_to_all group 0/0 ranks 0,1 number 7 row_bytes 64 element_bytes 4 sent 3,5 received 3,2".
+    """
+    name, ranks = exchange.group
+    row_bytes = math.prod(sent[0].shape[1:]) * sent[0].element_size()
+    numbers = (ranks, map(len, sent), map(len, received))
+    of_ranks, of_sent, of_received = (",".join(map(str, of)) for of in numbers)
+    return (
+        f"{LABEL} group {name} ranks {of_ranks} number {exchange.number} row_bytes {row_bytes} "
+        f"element_bytes {sent[0].element_size()} sent {of_sent} received {of_received}"
+    )
 
 
 class Receipt(Generic[Request]):

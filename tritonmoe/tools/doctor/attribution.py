@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tritonmoe.tools.doctor.causes import CAUSES, CauseKind, Culprits, Known
-from tritonmoe.tools.doctor.culprits import culprits_of
+from tritonmoe.tools.doctor.culprits import Share, culprits_of
 from tritonmoe.tools.doctor.graph import Graph, LinkFault, floats, indices
 from tritonmoe.tools.doctor.pattern import FEW_STEPS, Pattern
 from tritonmoe.tools.doctor.replays import Removal, Replays
@@ -133,8 +133,14 @@ class Verdict:
         return not self.findings and self.together.seconds >= self.healthy_s
 
     @property
+    def is_untold(self) -> bool:
+        """Whether ranks wait for others that the files don't name: for which ones is not known then."""
+        return self.graph.alone_s >= SMALLEST_SHARE * self.replayed_s > 0
+
+    @property
     def is_healthy(self) -> bool:
-        return self.can_compare and self.is_explained and not self.findings and not self.is_uncertain
+        is_certain = self.can_compare and self.is_explained and not self.is_untold
+        return is_certain and not self.findings and not self.is_uncertain
 
 
 def attribute(graph: Graph, known: Known | None = None) -> Verdict:
@@ -176,12 +182,16 @@ def attribute(graph: Graph, known: Known | None = None) -> Verdict:
         least_s = healthy_s if kind in compared else CAUSES[kind].least_share * whole_s
         if is_asked and at_most.seconds >= least_s and at_most.low_s > 0:
             others_first = [one for one in compared if one != kind] if most is hidden else []
-            culprits, when = culprits_of(replays, kind, most, others_first)
-            found = Finding(kind, culprits, when, cost, is_hidden, cost.low_s < LEAST_CERTAIN * step_s)
-            findings.append(_named(found, graph.fault))
+            shares = culprits_of(replays, kind, most, others_first)
+            if len(shares) == 1 or (CAUSES[kind].is_of_links and graph.fault is not None):
+                culprits, when, _, _ = shares[0]
+                found = Finding(kind, culprits, when, cost, is_hidden, cost.low_s < LEAST_CERTAIN * step_s)
+                findings.append(_named(found, graph.fault))
+            else:
+                findings += _split(replays, kind, shares, SMALLEST_SHARE * step_s)
         else:
             small.append((kind, cost.share(step_s)))
-    findings.sort(key=lambda one: (CAUSES[one.kind].is_between_calls, one.may_be_noise, -one.cost.seconds))
+    findings.sort(key=_place_of)
     findings = _of_one_thing(findings, small, step_s)
     found_kinds: Removal = {
         kind: None for kind in kinds if any(CAUSES[one.kind].excess_kind == kind for one in findings)
@@ -210,12 +220,39 @@ def attribute(graph: Graph, known: Known | None = None) -> Verdict:
     )
 
 
+def _place_of(one: Finding) -> tuple:
+    """Return what findings are sorted by: what all ranks have by accident stands behind what some of them have.
+
+    So does what costs all ranks something without being a fault.
+    """
+    cause, of = CAUSES[one.kind], one.culprits
+    is_accident = cause.structural is None and not (of.ranks or of.moves or of.links)
+    is_structural = cause.structural is not None
+    return cause.is_between_calls, one.may_be_noise, is_structural, is_accident, -one.cost.seconds
+
+
 def _healthy_s(replays: Replays, step_s: float, all_gained_s: float) -> float:
     """Return what a healthy run may gain without what is compared: a share of a step, or what noise alone gains."""
     healthy_s = SMALLEST_SHARE * step_s
     if not healthy_s <= all_gained_s < LARGE_SHARE * step_s:
         return healthy_s
     return max(healthy_s, gain_of_noise(replays.graph, replays.usual, replays.walker))
+
+
+def _split(replays: Replays, kind: CauseKind, shares: Sequence[Share], least_s: float) -> list[Finding]:
+    """Return a finding of each part of a kind's cost that is worth a word, at least of the largest one."""
+    step_s = statistics.fmean(replays.as_it_was)
+    ordered = sorted(shares, key=lambda share: -statistics.fmean(share.gained))
+    found = []
+    for place, share in enumerate(ordered):
+        (now,) = replays.without([{kind: share.removal}])
+        alone, behind = Cost.of(_less(replays.as_it_was, now)), Cost.of(share.gained)
+        is_hidden = alone.seconds < HIDDEN * behind.seconds
+        cost = behind if is_hidden else alone
+        if place == 0 or (cost.seconds >= least_s and cost.low_s > 0):
+            is_noise = cost.low_s < LEAST_CERTAIN * step_s
+            found.append(Finding(kind, share.culprits, share.when, cost, is_hidden, is_noise))
+    return found
 
 
 def _named(finding: Finding, fault: LinkFault | None) -> Finding:

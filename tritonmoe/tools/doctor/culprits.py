@@ -1,9 +1,9 @@
 """Who is at fault and where: the fewest ranks whose excess explains what a kind of cause costs."""
 
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from tritonmoe.tools.doctor.graph import Key
 from tritonmoe.tools.doctor.pattern import FEW_STEPS, Pattern, costly_steps, pattern_of
 from tritonmoe.tools.doctor.replays import Removal, Replays
 
-__all__ = ["culprits_of", "phase_of"]
+__all__ = ["Share", "culprits_of", "phase_of"]
 
 _Name = TypeVar("_Name", Key, int, str)
 EXPLAINED = 0.8
@@ -21,37 +21,128 @@ EXPLAINED = 0.8
 ALONE = 2.0
 """In a step one rank is at fault alone if its excess is so many times the next one's."""
 MOVING = 0.65
-"""A cause moves if no rank is at fault in a larger part of the costly steps."""
+"""Ranks take turns if none of them is at fault in a larger part of the costly steps."""
+FEW_OF = 1 / 3
+"""If at most such a part of the ranks take turns, they are named."""
 ONE_PLACE, ONE_PHASE = 0.7, 0.85
 ALIKE = 0.7
 """A rank has as much as another if it has at least that part of it."""
+ENOUGH_STEPS = 6
+LEAST_STEADY = 0.03
+"""What a rank has in nearly every step is its own from such a share of a step on, however much others have in few."""
 OF_FEW = 0.5
 """All ranks are at fault if what each of them has in the same step costs more than that part of the gain."""
 
 
+class Share(NamedTuple):
+    """A part of what a kind of cause costs: of some ranks, in some steps."""
+
+    culprits: Culprits
+    when: Pattern
+    gained: Sequence[float]
+    """What mending it gains in each step, once what hides it is mended."""
+    removal: Tensor | None
+    """(W, S): what mending it takes out of each rank's excess; None: all."""
+
+
 def culprits_of(
     replays: Replays, kind: CauseKind, gained: Sequence[float], without: Sequence[CauseKind]
-) -> tuple[Culprits, Pattern]:
-    """Find who is at fault for a kind of cause, where and when; without: other kinds that hide it, taken out first."""
+) -> list[Share]:
+    """Find who is at fault for a kind of cause, where and when; without: other kinds that hide it, taken out first.
+
+    Ranks whose faults are of other passes or other steps are told apart, and so is what all ranks have in few steps
+    from what some have in many.
+    """
     graph = replays.graph
     excess = replays.by_rank_and_step(kind)
-    ranks: tuple[int, ...] = ()
-    moves = False
-    if len(graph.ranks) > 1:
-        costly = costly_steps(gained)
-        worst = []
-        for step in costly:
-            ordered = sorted(range(len(graph.ranks)), key=lambda rank, step=step: -excess[rank][step])  # type: ignore[misc]
-            first, second = (excess[rank][step] for rank in ordered[:2])
-            if first > ALONE * max(second, 0.0):
-                worst.append(ordered[0])
-        if len(worst) >= max(3, ONE_PLACE * len(costly)):
-            most = max(worst.count(rank) for rank in set(worst))
-            moves = most <= MOVING * len(worst)
-        if not moves:
-            ranks, gained = _at_fault(
-                replays, kind, torch.tensor(excess, dtype=torch.float64, device="cpu").clamp(min=0), gained, without
-            )
+    if len(graph.ranks) == 1:
+        return [_share(replays, kind, (), gained)]
+    takers = _taking_turns(excess, gained)
+    if len(takers) > max(1.0, FEW_OF * len(graph.ranks)):
+        return [_share(replays, kind, (), gained, moves=True)]
+    excess_s = torch.tensor(excess, dtype=torch.float64, device="cpu").clamp(min=0)
+    ranks, own_gained, gone = _at_fault(replays, kind, excess_s, gained, without)
+    if not ranks and takers:
+        ranks, own_gained, gone = takers, gained, torch.zeros_like(excess_s)
+    shares = [
+        _share(replays, kind, own, _gained_by(replays, kind, own, gone, without), removal=_only(own, gone))
+        for own in _apart(replays, kind, ranks, excess_s, gone)
+    ]
+    if len(shares) < 2:
+        shares = [_share(replays, kind, ranks, own_gained, removal=_only(ranks, gone) if ranks else None)]
+    crowded = [all_of - own for all_of, own in zip(gained, own_gained, strict=True)]
+    if ranks and statistics.fmean(crowded) > LEAST_STEADY * statistics.fmean(replays.as_it_was):
+        shares.append(_share(replays, kind, (), crowded, removal=gone))
+    return shares
+
+
+def _taking_turns(excess: Sequence[Sequence[float]], gained: Sequence[float]) -> tuple[int, ...]:
+    """Return the ranks that are at fault one after the other, each alone in a step; none where one rank mostly is."""
+    costly = costly_steps(gained)
+    worst = []
+    for step in costly:
+        ordered = sorted(range(len(excess)), key=lambda rank, step=step: -excess[rank][step])  # type: ignore[misc]
+        first, second = (excess[rank][step] for rank in ordered[:2])
+        if first > ALONE * max(second, 0.0):
+            worst.append(ordered[0])
+    if len(worst) < max(FEW_STEPS, ONE_PLACE * len(costly)):
+        return ()
+    counts = Counter(worst)
+    return tuple(counts) if max(counts.values()) <= MOVING * len(worst) else ()
+
+
+def _only(ranks: Sequence[int], gone: Tensor) -> Tensor:
+    """Return (W, S) all that these ranks have beside what is gone already."""
+    parts = torch.zeros_like(gone)
+    parts[list(ranks)] = 1 - gone[list(ranks)]
+    return parts
+
+
+def _gained_by(
+    replays: Replays, kind: CauseKind, ranks: Sequence[int], gone: Tensor, without: Sequence[CauseKind]
+) -> list[float]:
+    """Return what mending these ranks gains in each step, behind all others of this kind."""
+    others = torch.ones_like(gone)
+    others[list(ranks)] = gone[list(ranks)]
+    before, after = replays.without([{**dict.fromkeys(without), kind: of} for of in (others, torch.ones_like(gone))])
+    return [was - then for was, then in zip(before, after, strict=True)]
+
+
+def _apart(
+    replays: Replays, kind: CauseKind, ranks: Sequence[int], excess_s: Tensor, gone: Tensor
+) -> list[tuple[int, ...]]:
+    """Return ranks in groups: those with faults of one pass, and of the same steps where these are a stretch."""
+    groups: dict[tuple, list[int]] = defaultdict(list)
+    own_s = excess_s * (1 - gone)
+    for rank in ranks:
+        when = pattern_of(own_s[rank].tolist(), range(excess_s.shape[1]))
+        phase = _where(replays, kind, (rank,))[0]
+        near = [of for of in groups if of[0] == phase and _is_near(of[1], when.since) and _is_near(of[2], when.until)]
+        groups[near[0] if near else (phase, when.since, when.until)].append(rank)
+    is_apart = {"forward", "backward"} <= {phase for phase, _, _ in groups} or len({of[1:] for of in groups}) > 1
+    return [tuple(own) for own in groups.values()] if is_apart else [tuple(ranks)]
+
+
+def _is_near(one: int | None, other: int | None) -> bool:
+    return one == other or (one is not None and other is not None and abs(one - other) <= 1)
+
+
+def _share(
+    replays: Replays,
+    kind: CauseKind,
+    ranks: tuple[int, ...],
+    gained: Sequence[float],
+    moves: bool = False,
+    removal: Tensor | None = None,
+) -> Share:
+    phase, place, layer, factor = _where(replays, kind, ranks)
+    ranks = tuple(sorted(ranks))
+    culprits = Culprits(ranks, moves, phase, place, factor, layer)
+    return Share(culprits, pattern_of(gained, replays.graph.steps), gained, removal)
+
+
+def _where(replays: Replays, kind: CauseKind, ranks: Sequence[int]) -> tuple[str, Key | None, int | None, float]:
+    """Return the pass, the place and the layer that have most of these ranks' excess, and how much it is; all: none."""
     tables, of_kind = replays.tables, replays.excess[kind]
     where: dict[Key, float] = defaultdict(float)
     usual_s, excess_s = 0.0, 0.0
@@ -73,8 +164,7 @@ def culprits_of(
     place = None if _layer_of(place) is not None else place
     layer = _most(where, _layer_of, ONE_PLACE) if len({_layer_of(key) for key in known} - {None}) > 1 else None
     factor = 1 + excess_s / usual_s if usual_s > 0 else 0.0
-    phase = _most(where, phase_of, ONE_PHASE) or ""
-    return Culprits(ranks, moves, phase, place, factor, layer), pattern_of(gained)
+    return _most(where, phase_of, ONE_PHASE) or "", place, layer, factor
 
 
 def _most(where: Mapping[Key, float], name_of: Callable[[Key], _Name | None], least: float) -> _Name | None:
@@ -101,23 +191,42 @@ def phase_of(key: Key) -> str:
 
 def _at_fault(
     replays: Replays, kind: CauseKind, excess_s: Tensor, gained: Sequence[float], without: Sequence[CauseKind]
-) -> tuple[tuple[int, ...], Sequence[float]]:
+) -> tuple[tuple[int, ...], Sequence[float], Tensor]:
     """Return the fewest ranks whose excess (W, S) explains the gain, none where it is all; and each step's gain.
 
-    What every rank has in the same step, as where a machine has too few cores, is nobody's own: it is taken out first,
-    and ranks that have more than that again and again are at fault. Where none has, all of the gain is asked for.
+    What every rank has in the same step, as where a machine has too few cores, is nobody's own: it is taken out first
+    (W, S), and ranks that have more than that again and again are at fault. Where none has, all of the gain is asked
+    for; of ranks that have some in nearly every step, and others not, what they have in nearly every step.
     """
-    none = torch.zeros_like(excess_s)
-    common_s = excess_s.amin(0)
-    if excess_s.shape[1] >= FEW_STEPS and bool(common_s.any()):
+    none, common_s = torch.zeros_like(excess_s), excess_s.amin(0)
+    ranks: tuple[int, ...] = ()
+    own_gained: Sequence[float] = gained
+    is_common = excess_s.shape[1] >= FEW_STEPS and bool(common_s.any())
+    if is_common:
         common = torch.where(excess_s > 0, common_s / excess_s, 0.0)
         own_s = excess_s - common_s
         ranks, own_gained = _fewest(replays, kind, own_s, common, without)
-        if sum(own_gained) < OF_FEW * sum(gained):
-            return (), gained
-        if ranks and all(len(costly_steps(own_s[rank].tolist())) >= FEW_STEPS for rank in ranks):
-            return ranks, own_gained
-    return _fewest(replays, kind, excess_s, none, without)[0], gained
+        is_of_few = sum(own_gained) >= OF_FEW * sum(gained)
+        if is_of_few and ranks and all(len(costly_steps(own_s[rank].tolist())) >= FEW_STEPS for rank in ranks):
+            return ranks, own_gained, common
+        ranks, own_gained = ((), gained) if not is_of_few else _fewest(replays, kind, excess_s, none, without)
+    else:
+        ranks, own_gained = _fewest(replays, kind, excess_s, none, without)
+    steady, steady_s = _steady(excess_s, statistics.fmean(replays.as_it_was))
+    if not steady or set(ranks) == set(steady):
+        return ranks, own_gained if ranks else gained, none
+    gone = torch.where(excess_s > 0, 1 - steady_s / excess_s, 1.0)
+    return steady, _gained_by(replays, kind, steady, gone, without), gone
+
+
+def _steady(excess_s: Tensor, step_s: float) -> tuple[tuple[int, ...], Tensor]:
+    """Return the ranks that have some excess in nearly every step, where most have not, and that excess (W, S)."""
+    count = excess_s.shape[1]
+    floors = excess_s.sort(1).values[:, count // 5] if count >= ENOUGH_STEPS else torch.zeros(len(excess_s)).double()
+    own = (floors >= max(float(floors.amax()) / 2, LEAST_STEADY * step_s)).nonzero()[:, 0].tolist()
+    if len(own) * 2 > len(excess_s):
+        own = []
+    return tuple(own), torch.minimum(excess_s, floors[:, None])
 
 
 def _fewest(

@@ -161,6 +161,8 @@ class Graph:
     routed: tuple[tuple[int, int], ...] = ()
     """How many tokens a router of each rank had at most, and how many experts it gave each; empty where that is not
     known of all."""
+    alone_s: float = 0.0
+    """How long a rank waits in a step for exchanges of which the files don't tell the other ranks, the mean of all."""
 
     @cached_property
     def tables(self) -> Tables:

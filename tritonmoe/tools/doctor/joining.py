@@ -243,6 +243,13 @@ def joined(traces: Sequence[RankTrace], ranks_per_node: int | None = None) -> tu
     graph.routed = tuple(routed) if len(routed) == len(traces) else ()
     graph.fault = slow = slow_links(traces, graph.hosts)
     Programs(graph, traces, of_steps, together, bounds, slow).build()
+    alone_s = sum(
+        part.end_s - part.idle_since_s
+        for parts in together.values()
+        for _, part in parts
+        if len(parts) == 1 and len(traces) > 1 and part.idle_since_s is not None and part.end_s is not None
+    )
+    graph.alone_s = alone_s / (len(traces) * len(places))
     return graph, limits
 
 

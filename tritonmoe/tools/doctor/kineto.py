@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 from itertools import accumulate, count, pairwise
 
 from tritonmoe.tools.doctor.exchange_names import as_run, kind_of_name
-from tritonmoe.tools.doctor.kineto_events import KinetoEvents, from_nccl, from_operator
+from tritonmoe.tools.doctor.kineto_events import KinetoEvents, from_label, from_nccl, from_operator
 from tritonmoe.tools.doctor.trace import Part, RankTrace, Step
 from tritonmoe.tools.doctor.trace_files import damaged
 
@@ -170,11 +170,14 @@ class KinetoTrace(KinetoEvents):
         by_thread: dict[object, list[float]] = defaultdict(list)
         for _, start_s, _, thread, _ in self.posts:
             by_thread[thread].append(start_s)
+        labelled = self._labelled()
         holding = {thread: list(own) for thread, own in by_thread.items()}
+        for _, start_s, _, thread in self.labels:
+            holding.setdefault(thread, []).append(start_s)
         for thread, start_s in self.waits:
             holding.setdefault(thread, []).append(start_s)
         starts, ends = array("d"), array("d")
-        waiting_threads = {*by_thread, *_with_several_at_once(self.by_workers)}
+        waiting_threads = {*by_thread, *(thread for *_, thread in self.labels), *_with_several_at_once(self.by_workers)}
         workers = {thread for _, _, _, thread in self.by_workers} - waiting_threads
         for thread, (own_starts, own_ends) in self.operators.items():
             if thread in workers:
@@ -194,6 +197,9 @@ class KinetoTrace(KinetoEvents):
             waiting[as_run(kind)].append(part)
         lanes: dict[object, int] = {}
         alone = count(MOST_LANES)
+        for part in labelled:
+            part.lane = next(alone)
+            found.parts.append(part)
         for name, start_s, end_s, thread in sorted(self.by_workers, key=lambda one: one[1]):
             of_kind = waiting.get(as_run(kind_of_name(name) or ""), [])
             if of_kind and of_kind[0].posted_s <= start_s:
@@ -212,7 +218,27 @@ class KinetoTrace(KinetoEvents):
             )
         ends_of_posts = {start_s: end_s for _, start_s, end_s, _, _ in self.posts}
         for part in unknown:
-            part.end_s = ends_of_posts[part.posted_s]
+            part.end_s = ends_of_posts.get(part.posted_s, part.posted_s)
+
+    def _labelled(self) -> list[Part]:
+        """Return this package's exchanges, each of the messages that were posted under its label, and take them out."""
+        self.by_workers.sort(key=lambda one: one[1])
+        starts = [start_s for _, start_s, _, _ in self.by_workers]
+        taken: set[int] = set()
+        found = []
+        for label, start_s, end_s, thread in self.labels:
+            places = range(bisect_left(starts, start_s), bisect_right(starts, end_s))
+            own = [place for place in places if self.by_workers[place][3] == thread]
+            taken.update(own)
+            ends = [self.by_workers[place][2] for place in own]
+            part = Part("all_to_all", end_s, end_s, None, phase=self._phase(start_s))
+            part.is_noticed = True
+            from_label(part, label)
+            if ends or not any((*(part.sent or ()), *(part.received or ()))):
+                part.end_s = max(ends, default=end_s)
+            found.append(part)
+        self.by_workers = [one for place, one in enumerate(self.by_workers) if place not in taken]
+        return found
 
 
 def host_in_name(name: str, processes: Collection[object]) -> str:

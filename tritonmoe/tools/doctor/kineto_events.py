@@ -15,8 +15,9 @@ from tritonmoe.runtime.files import Json, num_elements
 from tritonmoe.tools.doctor.exchange_names import ELEMENT_BYTES, kind_of_kernel, kind_of_name, kind_of_operator
 from tritonmoe.tools.doctor.trace import Part, Step
 from tritonmoe.tools.doctor.trace_files import damaged
+from tritonmoe.transports.progress_thread import LABEL
 
-__all__ = ["KinetoEvents", "from_nccl", "from_operator"]
+__all__ = ["KinetoEvents", "from_label", "from_nccl", "from_operator"]
 
 ON_GPU = {"kernel", "gpu_memcpy", "gpu_memset", "memcpy", "memset"}
 OPERATORS = {"cpu_op", "operator"}
@@ -63,6 +64,8 @@ class KinetoEvents:
         self.waits: list[tuple[object, float]] = []
         """Threads that wait for an exchange, and since when."""
         self.by_workers: list[tuple[str, float, float, object]] = []
+        self.labels: list[tuple[str, float, float, object]] = []
+        """Of this package's exchanges, beside the messages that each consists of."""
         self.comms: list[tuple[float, dict]] = []
         """Of record_param_comms, with which NCCL's exchanges are handed over."""
         self.routed: dict[int, tuple[int, int]] = {}
@@ -173,6 +176,8 @@ class KinetoEvents:
                 of.append(Step(int(found[1][:15]), start_s, end_s))
             elif name.startswith(WORKERS) and category == "user_annotation":
                 self.by_workers.append((name, start_s, end_s, value.get("tid")))
+            elif name.startswith(LABEL) and category == "user_annotation":
+                self.labels.append((name, start_s, end_s, value.get("tid")))
 
     def _wrong(self, what: str) -> ValueError:
         return damaged(self.path, f"event {self.num_events - 1} {what}")
@@ -262,6 +267,21 @@ def from_nccl(part: Part, arguments: dict) -> bool:
             part.sent = tuple(int(one * row) for one in sent)
             part.received = tuple(int(one * row) for one in received)
     return is_cut
+
+
+def from_label(part: Part, label: str) -> None:
+    """Add what the label of this package's exchange says: its group, its number there, and who sent how much."""
+    words = label.split()
+    said = dict(zip(words[1::2], words[2::2], strict=False))
+    part.group = f"{LABEL} {said.get('group')}"
+    ranks, sent, received, (number, *_), (row, *_), (element, *_) = (
+        _whole_numbers(said.get(name, "0"))[0]
+        for name in ("ranks", "sent", "received", "number", "row_bytes", "element_bytes")
+    )
+    if len(ranks) == len(sent) == len(received):
+        part.group_ranks, part.sequence, part.rows, part.element_bytes = ranks, number, sum(received), element
+        part.sent, part.received = tuple(row * one for one in sent), tuple(row * one for one in received)
+        part.num_bytes = sum(part.sent)
 
 
 def from_operator(part: Part, arguments: dict) -> None:

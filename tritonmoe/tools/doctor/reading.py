@@ -240,7 +240,7 @@ def _number(trace: RankTrace, record: RankTrace) -> None:
                 continue
             if other.posted_s > max(part.posted_s + 0.05, part.start_s + 0.05):
                 break
-            if as_run(other.kind) == as_run(part.kind):
+            if as_run(other.kind) == as_run(part.kind) and part.group_ranks is None:
                 part.group, part.sequence, place = other.group, other.sequence, at + 1
                 part.group_ranks = trace.groups.get(part.group or "") or other.group_ranks
                 break

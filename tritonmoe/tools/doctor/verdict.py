@@ -100,6 +100,12 @@ def headline(found: Verdict) -> list[str]:
             f"NO VERDICT: there is nothing to compare {steps} of one rank with{differ}. Record at least 3 steps, and "
             "all ranks"
         )
+    if found.is_untold:
+        lines.append(
+            f"NOT CERTAIN: for {share_words(found.graph.alone_s, found)} of a step a rank waits in exchanges whose "
+            "other ranks the files don't tell, so nobody knows from them which rank is at fault: record all ranks with "
+            "tritonmoe.tools.recording.on_trace_ready and record_shapes=True, or layers of this package with record"
+        )
     if found.can_compare and found.is_uncertain:
         lines.append(
             f"NOT CERTAIN: if every operation took its usual time, a step would take "
