@@ -80,7 +80,10 @@ def is_packed_experts(experts: nn.Module) -> bool:
 
 def is_packed_weight(experts: nn.Module, name: str) -> bool:
     """Return whether this weight of a module is packed in a way that is read here."""
-    return hasattr(experts, PACKED) or f"{name}_scale_inv" in experts._parameters or _is_foreign(experts, name)
+    own = f"{name}_scale_inv"  # offloaded, it is no parameter any more
+    return (
+        hasattr(experts, PACKED) or own in experts._parameters or own in experts.__dict__ or _is_foreign(experts, name)
+    )
 
 
 def up_name(experts: nn.Module) -> str:
@@ -103,7 +106,7 @@ def weight_names(experts: nn.Module) -> tuple[str, ...]:
 def num_experts_of(experts: nn.Module) -> int:
     """Return how many experts the weights of a module have here, without reading one."""
     if hasattr(experts, PACKED):
-        return len(experts.get_parameter("down_proj_blocks"))
+        return int(cast(Tensor, experts.down_proj_blocks).shape[0])
     if _is_foreign(experts, "down_proj"):
         return int(_foreign_state(experts, "down_proj").shape[0])
     weight = cast(Tensor, experts.down_proj)  # whatever a parametrization makes of it
