@@ -83,7 +83,9 @@ def _to_offload(name: str, experts: GroupedExperts) -> ExpertsToOffload:
         raise ValueError(
             f"offloaded experts are computed by the backend 'torch', and {name} has {experts.spec.backend!r}"
         )
+    if experts.gate_up_proj.is_meta:
+        raise ValueError(f"the experts of {name} are on the meta device, and have no values yet: load them first")
     weights = as_values(experts, experts.config.weight_format, experts._local_weights())
     found = {key: weight for key, weight in weights._asdict().items() if key in OF_WEIGHTS and weight is not None}
     names = tuple(own for own in PARAMETERS if getattr(experts, own) is not None and not own.endswith("_bias"))
-    return ExpertsToOffload(experts, found, names, experts.config.transposed)
+    return ExpertsToOffload(experts, lambda: found, names, experts.config.transposed)

@@ -2,7 +2,7 @@
 
 import re
 import shutil
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import SupportsIndex
@@ -84,12 +84,19 @@ class ExpertsToOffload:
     """One module of experts, as its calls take its weights."""
 
     module: nn.Module
-    weights: Mapping[str, Tensor]
-    """Those that go into a file, by PerWeight's names: gate_up_proj, down_proj, and their scales where they are packed.
+    load: Callable[[], Mapping[str, Tensor]]
+    """Returns what goes into a file, by PerWeight's names: gate_up_proj, down_proj, and scales where they are packed.
     """
     parameter_names: tuple[str, ...]
     """What they are called in the module."""
     is_transposed: bool = False
+    is_elsewhere: bool = False
+    """Whether somebody else keeps the values, whose parameters are on the meta device."""
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters that stand-ins will replace, by name."""
+        return {name: self.module.get_parameter(name) for name in self.parameter_names}
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,19 +153,16 @@ def offload_modules(found: Mapping[str, ExpertsToOffload], to: Path, resident_by
     to.mkdir(parents=True, exist_ok=True)
     names = {name: _file_name(name, experts.module) for name, experts in found.items()}
     _check_room(to, found, names)
-    written: dict[str, dict[str, int]] = {}
-    for name, experts in found.items():
-        written[name] = write_weights(to / names[name], dict(experts.weights))
     streamed: dict[str, dict[str, StreamedWeight]] = {}
     for name, experts in found.items():
-        file, shards = WeightFile(to / names[name]), shards_of(experts.module)
-        ids = () if shards is None else shards.expert_ids
+        weights, shards = dict(experts.load()), shards_of(experts.module)
+        offsets = write_weights(to / names[name], weights)
+        file, ids = WeightFile(to / names[name]), () if shards is None else shards.expert_ids
         streamed[name] = {
-            key: StreamedWeight(
-                f"{name}.{key}".lstrip("."), file, written[name][key], weight.dtype, tuple(weight.shape), ids
-            )
-            for key, weight in experts.weights.items()
+            key: StreamedWeight(f"{name}.{key}".lstrip("."), file, offsets[key], weight.dtype, tuple(weight.shape), ids)
+            for key, weight in weights.items()
         }
+        del weights  # before the next ones come
     reader = ExpertReader([weight for by_key in streamed.values() for weight in by_key.values()], resident_bytes)
     for name, experts in found.items():
         handles = {key: make_handle(weight) for key, weight in streamed[name].items()}
@@ -205,7 +209,7 @@ def _file_name(name: str, module: nn.Module) -> str:
 
 def _check_room(to: Path, found: Mapping[str, ExpertsToOffload], names: Mapping[str, str]) -> None:
     """Raise OSError where the files don't fit on the disk."""
-    wanted = sum(weight.numel() * weight.itemsize for one in found.values() for weight in one.weights.values())
+    wanted = sum(weight.numel() * weight.itemsize for one in found.values() for weight in one.parameters.values())
     usage = shutil.disk_usage(to)
     there = sum((to / name).stat().st_size for name in names.values() if (to / name).exists())
     if wanted > usage.free + there - FREE_SHARE * usage.total:
@@ -237,19 +241,19 @@ def check_offloadable(found: Mapping[str, ExpertsToOffload]) -> None:
     """Raise ValueError where experts can't be offloaded; nothing is changed then."""
     own: dict[int, str] = {}
     for name, experts in found.items():
-        for parameter_name in experts.parameter_names:
-            parameter = experts.module._parameters[parameter_name]
-            assert parameter is not None
+        for parameter_name, parameter in experts.parameters.items():
             own[id(parameter)] = f"{name}.{parameter_name}".lstrip(".")
             if parameter.grad is not None:
                 raise ValueError(
                     f"{own[id(parameter)]} has a gradient, and offloaded experts are frozen: call zero_grad() first"
                 )
-    for weight in (weight for experts in found.values() for weight in experts.weights.values()):
-        if weight.is_meta:
-            raise ValueError("the experts are on the meta device, and have no values yet: load them first")
-        if weight.device.type != "cpu":
-            raise ValueError(f"the experts are on {weight.device}, and are offloaded from a CPU: model.to('cpu') first")
+            if parameter.is_meta and not experts.is_elsewhere:
+                raise ValueError(f"{own[id(parameter)]} is on the meta device, and has no values yet: load it first")
+            if parameter.device.type not in ("cpu", "meta"):
+                raise ValueError(
+                    f"{own[id(parameter)]} is on {parameter.device}, and experts are offloaded from a CPU, which "
+                    "computes with them: model.to('cpu') first"
+                )
     for optimizer in live_instances(torch.optim.Optimizer):
         for group in getattr(optimizer, "param_groups", ()):
             for parameter in group["params"]:

@@ -136,3 +136,28 @@ def test_refusals(tmp_path: Path) -> None:
         tmt.offload_experts(nn.Linear(2, 2), tmp_path)
     with pytest.raises(ValueError, match=r"transformers\.offload_experts"):
         tm.offload_experts(make_model(), tmp_path)
+
+
+def test_experts_that_loading_has_left_on_the_disk(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    make_model().save_pretrained(tmp_path / "checkpoint")  # type: ignore[operator]
+    model = MixtralForCausalLM.from_pretrained(tmp_path / "checkpoint", dtype=torch.bfloat16)
+    with torch.device("meta"):
+        skeleton = MixtralForCausalLM(MixtralConfig.from_pretrained(tmp_path / "checkpoint"))
+    device_map = {
+        name: "disk" if name.endswith("experts") else "cpu"
+        for name, module in skeleton.named_modules()
+        if module._parameters or module._buffers
+    }
+    loaded = MixtralForCausalLM.from_pretrained(
+        tmp_path / "checkpoint", dtype=torch.bfloat16, device_map=device_map, offload_folder=tmp_path / "left"
+    )
+    assert loaded.model.layers[0].mlp.experts.down_proj.is_meta
+    tmt.offload_experts(loaded, tmp_path / "experts")
+    tmt.patch(model)
+    assert torch.equal(model(input_ids=IDS).logits, loaded(input_ids=IDS).logits)
+    model.requires_grad_(False)
+    loaded.requires_grad_(False)
+    whole = train(with_adapters(model))
+    for name, value in train(with_adapters(loaded)).items():
+        assert torch.equal(value, whole[name]), name

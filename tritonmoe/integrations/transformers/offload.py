@@ -1,9 +1,11 @@
 """offload_experts(): the frozen experts of a transformers model stay in files, from which its calls read them."""
 
+import importlib
 import os
+from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tritonmoe.integrations.transformers.discovery import ExpertsModule, experts_modules
 from tritonmoe.integrations.transformers.experts import PRECISION, weights_of
@@ -35,6 +37,9 @@ def offload_experts(model: nn.Module, to: str | os.PathLike[str], *, resident_by
     As tritonmoe.offload_experts(), for models of transformers and for layers of tritonmoe in them. Adapters of PEFT
     (LoraConfig(target_parameters=...)) may be put on the experts before or after; they train, and generate() runs.
 
+    Experts that from_pretrained(device_map=...) has left on the disk are taken from there, one module at a time, so
+    that the model never is in memory whole.
+
     Args:
         to, resident_bytes: as in tritonmoe.offload_experts().
     Raises:
@@ -57,6 +62,9 @@ def offload_experts(model: nn.Module, to: str | os.PathLike[str], *, resident_by
     if of_transformers:
         patch(model)
     done = offload_modules(found, path, resident_bytes)
+    for experts in of_transformers.values():
+        if hasattr(experts, "_hf_hook"):  # it would bring back the parameters that are gone
+            importlib.import_module("accelerate.hooks").remove_hook_from_module(experts)
     from transformers import PreTrainedModel
 
     for module in model.modules():
@@ -93,7 +101,21 @@ def _check(name: str, experts: ExpertsModule) -> None:
 @torch.no_grad()
 def _to_offload(experts: ExpertsModule) -> ExpertsToOffload:
     names = tuple(name for name in weight_names(experts) if not name.endswith("_bias"))
+    on_disk = _disk_of(experts)
+    if on_disk is not None:
+        own = {"gate_up_proj": up_name(experts), "down_proj": "down_proj"}
+        swapped = bool(getattr(experts, "is_transposed", False))
+        return ExpertsToOffload(
+            experts, lambda: {key: on_disk[name] for key, name in own.items()}, names, swapped, True
+        )
     dtype = torch.bfloat16 if is_packed_experts(experts) else experts.get_parameter(up_name(experts)).dtype
     weights, is_transposed = weights_of(experts, dtype, shards_of(experts))
     found = {key: weight for key, weight in weights._asdict().items() if key in OF_WEIGHTS and weight is not None}
-    return ExpertsToOffload(experts, found, names, is_transposed)
+    return ExpertsToOffload(experts, lambda: found, names, is_transposed)
+
+
+def _disk_of(experts: ExpertsModule) -> Mapping[str, Tensor] | None:
+    """Return where accelerate keeps the weights of a module that from_pretrained(device_map) has left on a disk."""
+    found = getattr(getattr(experts, "_hf_hook", None), "weights_map", None)
+    is_meta = experts.get_parameter("down_proj").is_meta if "down_proj" in experts._parameters else False
+    return found if is_meta and not is_packed_experts(experts) else None
