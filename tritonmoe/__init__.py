@@ -9,7 +9,7 @@ from tritonmoe.config.layer import MoEConfig
 from tritonmoe.config.overlap import OverlapConfig, OverlapPlan
 from tritonmoe.config.precision import ExpertPrecision
 from tritonmoe.dispatch.placement import ExpertPlacement
-from tritonmoe.errors import CapacityOverflow, CountMismatch, NonFiniteScores, TransportError
+from tritonmoe.errors import CapacityOverflow, CountMismatch, NonFiniteScores, OffloadError, TransportError
 from tritonmoe.expert_parallel.expert_parallel_mlp import expert_parallel_mlp
 from tritonmoe.expert_parallel.plans.halves import two_batches
 from tritonmoe.experts.adapters import ExpertAdapters
@@ -20,6 +20,7 @@ from tritonmoe.integrations.torch_distributed.parallelize import expert_paramete
 from tritonmoe.integrations.weight_sync.export_weights import export_weights
 from tritonmoe.integrations.weight_sync.load_weights import load_weights
 from tritonmoe.layer import GroupedExperts, MoELayer
+from tritonmoe.layer.offloading import offload_experts
 from tritonmoe.layer.rebalancing.rebalance import Rebalancer, rebalance
 from tritonmoe.layer.rebalancing.rebalanced import Rebalanced
 from tritonmoe.routing import TopKRouter
@@ -39,6 +40,7 @@ __all__ = [
     "MoEConfig",
     "MoELayer",
     "NonFiniteScores",
+    "OffloadError",
     "OverlapConfig",
     "OverlapPlan",
     "QuantizedWeight",
@@ -54,6 +56,7 @@ __all__ = [
     "gather_state_dicts",
     "load_weights",
     "moe_mlp",
+    "offload_experts",
     "parallelize",
     "rebalance",
     "run_on_emulated_ranks",

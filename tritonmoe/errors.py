@@ -1,6 +1,6 @@
 """The failures that have a name of their own; bad arguments are plain ValueError and TypeError."""
 
-__all__ = ["CapacityOverflow", "CountMismatch", "NonFiniteScores", "TransportError"]
+__all__ = ["CapacityOverflow", "CountMismatch", "NonFiniteScores", "OffloadError", "TransportError"]
 
 
 class TransportError(RuntimeError):
@@ -21,3 +21,7 @@ class CapacityOverflow(RuntimeError):
 
 class NonFiniteScores(RuntimeError):
     """Router scores were NaN or infinite; the message says on which rank and for how many tokens."""
+
+
+class OffloadError(RuntimeError):
+    """An expert that offload_experts() has put into a file could not be read; the message names it and the file."""

@@ -10,6 +10,7 @@ from tritonmoe.config.precision import ExpertPrecision
 from tritonmoe.experts.quantized_weight import check_content, check_packed, weight_formats
 from tritonmoe.experts.tensors import NAMES, OPTIONAL, CallTensors
 from tritonmoe.runtime.autograd import is_autocast_on
+from tritonmoe.runtime.streamed import find_streamed
 
 __all__ = [
     "cast_for_autocast",
@@ -67,6 +68,8 @@ def _check_for_precision(inputs: CallTensors[Tensor], precision: ExpertPrecision
         )
     if weights.gate_up_scales is not None or weights.down_scales is not None:
         raise ValueError(f"{precision} is for weights that train, and packed ones are frozen: leave one of them out")
+    if find_streamed(weights.gate_up_proj) is not None:
+        raise ValueError(f"{precision} is for weights that train, and offloaded ones are frozen: leave one of them out")
     if weights.gate_up_a is not None or weights.down_a is not None:
         raise ValueError(f"experts with adapters don't compute in {precision}: leave one of them out")
 
@@ -233,6 +236,11 @@ def cast_for_autocast(inputs: CallTensors[Tensor]) -> CallTensors[Tensor]:
     for name, weight in weights._asdict().items():
         if weight is not None and name not in kept:
             check_plain(name, weight)
+            if weight.dtype != dtype and find_streamed(weight) is not None:
+                raise TypeError(
+                    f"{name} stays in a file as {weight.dtype}, and torch.autocast would cast all of it to {dtype}: "
+                    f"call model.to({dtype}) before offload_experts(), or leave autocast off"
+                )
             cast[name] = _cast_unless_fp64(weight, dtype)
     cast_weights = weights._replace(**cast)
     topk_weights = _cast_unless_fp64(topk_weights, torch.float32)

@@ -11,6 +11,7 @@ from tritonmoe.config.layer import NO_WEIGHTS, PerWeight
 from tritonmoe.experts.adapted_projection import AdapterRowsOfBoth
 from tritonmoe.experts.callable_activation import ActivationGraph, zero_padding
 from tritonmoe.experts.flops import count_products
+from tritonmoe.experts.reading_ahead import Side, has_streamed
 from tritonmoe.experts.run import ExpertsRun, part_at
 from tritonmoe.experts.spec import ExpertSettings
 from tritonmoe.experts.tensors import CallTensors
@@ -50,6 +51,7 @@ class BackwardRun(ExpertsRun):
         self.main_grads, self._shared_grads = main_grads, shared_grads
         if h is not None:
             self.directions = "backward"
+        self._is_reversed = has_streamed(tensors.weights)
         self._dh: Tensor | None = None
         self._scaled_a: Tensor | None = None
         self._adapter_rows: AdapterRowsOfBoth = (None, None)
@@ -64,6 +66,14 @@ class BackwardRun(ExpertsRun):
 
         Both of the rows that the chunk finishes. dout: (R, D) of all chunks.
         """
+        computes_h = is_fused(self.settings.spec.activation) and self.h is None
+        sides: tuple[Side, ...] = (*(("up",) if computes_h else ()), "down", *(("up",) if needs_dx else ()))
+        if (reading := self._reading(*sides)) is None:
+            return self._backward(chunk, dout, needs_dx, out)
+        with reading:
+            return self._backward(chunk, dout, needs_dx, out)
+
+    def _backward(self, chunk: int, dout: Tensor, needs_dx: bool, out: Tensor | None) -> tuple[Tensor | None, Tensor]:
         ops, activation = self.settings.ops, self.settings.spec.activation
         grouping = self.grouping.chunk(chunk)
         pairs = self._pairs(chunk)

@@ -38,6 +38,12 @@ class ForwardRun(ExpertsRun):
 
     def forward(self, chunk: int, out: Tensor | None = None) -> Tensor:
         """Compute chunk `chunk` and give the weighted partial sums of the rows that it finishes, (R_c, D)."""
+        if (reading := self._reading("up", "down")) is None:
+            return self._forward(chunk, out)
+        with reading:
+            return self._forward(chunk, out)
+
+    def _forward(self, chunk: int, out: Tensor | None) -> Tensor:
         ops, activation = self.settings.ops, self.settings.spec.activation
         grouping = self.grouping.chunk(chunk)
         if grouping.num_pairs == 0 and self.grouping.num_chunks > 1:

@@ -9,6 +9,7 @@ from tritonmoe.config.formats import WeightFormat, check_packable, find_format, 
 from tritonmoe.config.layer import PerWeight
 from tritonmoe.ops.backends.decoding import decoded
 from tritonmoe.runtime.host_device import is_captured
+from tritonmoe.runtime.streamed import find_streamed
 
 __all__ = [
     "QuantizedWeight",
@@ -170,6 +171,8 @@ def check_content(values: Tensor, scales: Tensor, noted_on: Tensor | None = None
     noted_on: what lives on where `scales` is made anew for every call; None for themselves.
     """
     if torch.compiler.is_compiling() or scales.is_meta or type(scales) not in (Tensor, torch.nn.Parameter):
+        return
+    if find_streamed(scales) is not None:  # it was checked before it went into a file
         return
     noted_on = scales if noted_on is None else noted_on
     versions = tuple([-1 if tensor.is_inference() else tensor._version for tensor in (values, scales)])

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tritonmoe.experts.adapted_projection import AdaptedProjection
 from tritonmoe.experts.adapter_dropout import DroppedRows, rows_of_pairs
+from tritonmoe.experts.reading_ahead import ReadingAhead, Side, begin_reading, has_streamed
 from tritonmoe.experts.spec import Directions, ExpertSettings
 from tritonmoe.experts.tensors import CallTensors
 from tritonmoe.ops.grouping import Grouping, GroupingBlock
@@ -40,16 +41,33 @@ class ExpertsRun:
         self.settings, self.tensors, self.grouping, self.h = settings, tensors, grouping, h
         self.weights, self.rows, self.topk_weights = tensors.weights, tensors.x, tensors.topk_weights
         self.row_seeds = tensors.row_seeds
+        self._is_reversed = False
+        """Whether the last blocks are computed first: the last experts of the forward may be in memory still."""
         self.directions: Directions = "both"
         """Which products the weights are rounded for, in an ExpertPrecision."""
         self.dropped: DroppedRows | None = None
         """The rows as the adapter of the up-projection multiplies them, where it has dropout; filled chunk by chunk."""
         self._reused: dict[str, Tensor] = {}
         """Memory that every chunk uses again."""
+        self._is_reading = False
+        """Whether it is known if the pass reads its experts from a file, and then in which order."""
+        self._reading_ahead: ReadingAhead | None = None
 
     def _no_sums(self, grouping: Grouping) -> Tensor:
         """Return the sums of rows without a pair, which are a capacity's padding."""
         return self.rows.new_zeros(grouping.inverse.shape[0], self.rows.shape[1])
+
+    def _reading(self, *sides: Side) -> ReadingAhead | None:
+        """Return a context for a part of this pass over experts that are in a file; None where they are in memory.
+
+        sides: those of the projections by which a block of pairs is multiplied, in their order.
+        """
+        if not self._is_reading:
+            self._is_reading = True
+            if has_streamed(self.weights):
+                chunks = (self._blocks(self.grouping.chunk(chunk)) for chunk in range(self.grouping.num_chunks))
+                self._reading_ahead = begin_reading(self.weights, chunks, sides)
+        return self._reading_ahead
 
     def _blocks(self, grouping: Grouping) -> list[GroupingBlock]:
         """Cut a chunk's pairs into what the backend computes at a time, so that every worker of a CPU has its share."""
@@ -58,7 +76,8 @@ class ExpertsRun:
             workers = num_workers(self.rows.device)
             if workers > 1:
                 most = min(most, max(SMALLEST_BLOCK_PAIRS, -(-num_pairs // (2 * workers))))
-        return grouping.blocks(most)
+        blocks = grouping.blocks(most)
+        return blocks[::-1] if self._is_reversed else blocks
 
     def _block_projections(self, block: GroupingBlock) -> tuple[AdaptedProjection, AdaptedProjection]:
         """Return the up-projection and the down-projection of the block's experts."""

@@ -18,6 +18,7 @@ from tritonmoe.experts.adapter_dropout import AdapterDropout
 from tritonmoe.experts.adapters import ExpertAdapters
 from tritonmoe.experts.arguments import check_strides
 from tritonmoe.experts.quantized_weight import weight_formats
+from tritonmoe.experts.reading_ahead import has_streamed
 from tritonmoe.experts.tensors import CallTensors
 from tritonmoe.ops import backends
 from tritonmoe.ops.backends.ops import CalledLayer, Operations
@@ -217,6 +218,11 @@ def choose_backend(spec: ExpertSpec, inputs: CallTensors[Tensor], *, beside_exch
         top_k=top_k,
         layer=layer,
     )
+    if not backends.fetches_experts(ops) and has_streamed(weights):
+        raise ValueError(
+            f"offloaded experts are computed by the backend 'torch', and this call would be by {ops.__name__}: use "
+            "backend='torch'"
+        )
     if backends.launches_kernels(ops):
         check_strides(inputs)
     return ExpertSettings(rounded_operations(ops, spec.precision), spec, options, layer)

@@ -27,6 +27,7 @@ from tritonmoe.overlap.report import LayerReport
 from tritonmoe.placement.data_parallel import is_averaged_by_ddp
 from tritonmoe.placement.expert_shards import ATTRIBUTE, ExpertShards, find_sharding
 from tritonmoe.placement.grad_scaling import agree_on_overflow
+from tritonmoe.placement.offloaded import offloaded_of
 from tritonmoe.placement.sharded_parameters import (
     check_expert_gradients,
     check_replicas,
@@ -325,6 +326,10 @@ class GroupedExperts(nn.Module):
             gate_up_scales=self.gate_up_proj_scales,
             down_scales=self.down_proj_scales,
         )
+        if (offloaded := offloaded_of(self)) is not None:
+            if x is not None:
+                offloaded.check_rows(x)
+            own = offloaded.weights(own)
         parameters = with_adapters(own, adapters)
         shards = self.expert_shards
         if shards is None:
@@ -339,7 +344,7 @@ class GroupedExperts(nn.Module):
             )
         local = [None if p is None else shards.local(self, p, position) for position, p in enumerate(parameters)]
         weights: PerWeight[Tensor] = PerWeight(*local)  # type: ignore[arg-type]  # None stands where PerWeight has None
-        if x is None or not self.narrows_to(x.dtype) or find_main_grads(weights) is not None:
+        if x is None or offloaded is not None or not self.narrows_to(x.dtype) or find_main_grads(weights) is not None:
             return weights
         dtype = x.dtype
         return weights.map(lambda weight: for_both_halves(weight, dtype, lambda: weight.to(dtype)))
@@ -353,7 +358,9 @@ class GroupedExperts(nn.Module):
         if isinstance(adapters, ExpertAdapters) and adapters.dropout:  # what is none is refused with the weights
             adapters = adapters if self.training else replace(adapters, dropout=0.0)
             spec = spec.with_dropout(adapters)
-        weights = as_values(self, self.config.weight_format, self._local_weights(x, adapters))
+        weights = self._local_weights(x, adapters)
+        if offloaded_of(self) is None:
+            weights = as_values(self, self.config.weight_format, weights)
         if adapters is not None and shards is not None and shards.transport.size > 1:
             _note_factors(self.key, adapters)
         notes = notes_on(self)

@@ -5,6 +5,8 @@ from typing import Any
 
 from torch import nn
 
+from tritonmoe.runtime.stand_in import StandIn
+
 __all__ = ["COPIES", "INSIDE", "innermost", "inside_wrapper", "refuse_computed"]
 
 INSIDE = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_layer")
@@ -34,6 +36,8 @@ def refuse_computed(owner: str, module: nn.Module, names: Iterable[str], before:
         owner: the module's name, for the error. names: of the weights. before: what has to wait.
     """
     for name in names:
+        if isinstance(stand_in := module.__dict__.get(name), StandIn):
+            raise ValueError(f"{name} of {owner} has no values for {before}: {stand_in.why}")
         if name not in module._parameters and (name in module.__dict__ or hasattr(type(module), name)):
             raise ValueError(
                 f"{name} of {owner} is computed from other parameters (a parametrization, pruning or weight_norm), and "

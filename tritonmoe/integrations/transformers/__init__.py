@@ -4,6 +4,7 @@ Importing this package imports no transformers; register() does.
 """
 
 from tritonmoe.integrations.transformers.model_halves import HalvedForward, two_batches
+from tritonmoe.integrations.transformers.offload import offload_experts
 from tritonmoe.integrations.transformers.packed.quantize import QuantizeReport, quantize_experts
 from tritonmoe.integrations.transformers.parallelize_model import parallelize
 from tritonmoe.integrations.transformers.peft_adapters import set_lora_B_order
@@ -27,6 +28,7 @@ __all__ = [
     "aux_loss",
     "collect_statistics",
     "load_upcycled",
+    "offload_experts",
     "parallelize",
     "patch",
     "quantize_experts",

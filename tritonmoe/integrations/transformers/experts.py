@@ -28,9 +28,10 @@ from tritonmoe.integrations.transformers.packed.packed_experts import (
     up_name,
 )
 from tritonmoe.placement.expert_shards import ExpertShards, shards_of
+from tritonmoe.placement.offloaded import OffloadedExperts, offloaded_of
 from tritonmoe.runtime.autograd import is_autocast_on, without_autocast
 
-__all__ = ["PRECISION", "experts_forward"]
+__all__ = ["PRECISION", "experts_forward", "weights_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +59,9 @@ def experts_forward(self: ExpertsModule, hidden_states: Tensor, top_k_index: Ten
     num_experts = num_experts_of(self) if shards is None else shards.num_experts
     try:
         dtype = _computing_dtype(self, hidden_states)
-        weights, is_transposed = _weights(self, dtype, shards)
+        if (offloaded := offloaded_of(self)) is not None:
+            offloaded.check_rows(hidden_states)
+        weights, is_transposed = weights_of(self, dtype, shards)
         activation, is_interleaved = choose_activation(self)
         if not is_fused(activation):
             activation = _keep_dtype(activation)
@@ -107,8 +110,12 @@ def _say_rounded(dtype: torch.dtype) -> None:
     )
 
 
-def _weights(experts: ExpertsModule, dtype: torch.dtype, shards: ExpertShards | None) -> tuple[PerWeight[Tensor], bool]:
+def weights_of(
+    experts: ExpertsModule, dtype: torch.dtype, shards: ExpertShards | None
+) -> tuple[PerWeight[Tensor], bool]:
     """Return the weights to compute with, in this dtype where they are not packed, and whether they are transposed."""
+    if (offloaded := offloaded_of(experts)) is not None:
+        return _with_offloaded(experts, offloaded, dtype), offloaded.is_transposed
 
     def take(name: str) -> Tensor:
         return getattr(experts, name) if shards is None else shards.local_parameter(experts, name)
@@ -133,6 +140,25 @@ def _weights(experts: ExpertsModule, dtype: torch.dtype, shards: ExpertShards | 
         down_scales=down_scales,
     )
     return weights, is_transposed
+
+
+def _with_offloaded(experts: ExpertsModule, offloaded: OffloadedExperts, dtype: torch.dtype) -> PerWeight[Tensor]:
+    """Return the weights of a call whose projections stay in a file, and whose biases are here."""
+    up, shards = up_name(experts), shards_of(experts)
+    biases: list[Tensor | None] = [None, None]
+    if getattr(experts, "has_bias", False):
+        names = f"{up}_bias", "down_proj_bias"
+        taken = (getattr(experts, name) if shards is None else shards.local_parameter(experts, name) for name in names)
+        biases = [bias.to(dtype) for bias in taken]
+    handles = offloaded.handles
+    return PerWeight(
+        handles["gate_up_proj"],
+        biases[0],
+        handles["down_proj"],
+        biases[1],
+        gate_up_scales=handles.get("gate_up_scales"),
+        down_scales=handles.get("down_scales"),
+    )
 
 
 def _keep_dtype(activation: Activation) -> Callable[[Tensor], Tensor]:

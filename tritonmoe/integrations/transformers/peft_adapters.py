@@ -39,6 +39,8 @@ from tritonmoe.integrations.transformers.requirements import EXPERTS_IMPLEMENTAT
 from tritonmoe.integrations.transformers.sharded_model import save_adapters
 from tritonmoe.layer import GroupedExperts
 from tritonmoe.placement.expert_shards import sharded_modules, shards_of
+from tritonmoe.placement.offloaded import offloaded_of
+from tritonmoe.runtime.stand_in import StandIn
 
 if TYPE_CHECKING:
     from peft.tuners.lora.layer import ParamWrapper
@@ -150,6 +152,11 @@ def _check_merge(wrapper: "ParamWrapper", safe_merge: bool, adapter_names: list[
             "dequantize=True in its quantization_config) and merge it there: weights that were never packed give other "
             "results"
         )
+    if names and (offloaded := offloaded_of(experts)) is not None:
+        raise ValueError(
+            f"{wrapper.parameter_name} of {type(experts).__name__} stays in {offloaded.path}, and nothing was merged: "
+            "save the adapter (save_pretrained), load the model without offload_experts(), and merge there"
+        )
     if not names or not _is_spread(wrapper):
         return
     for name in names:
@@ -182,10 +189,12 @@ def _activate(self: "ParamWrapper", active_adapters: list[str]) -> AbstractConte
         return _Noted(self, adapter)
     experts = self.get_base_layer()
     shards, is_packed = shards_of(experts), _is_packed_parameter(experts, self.parameter_name)
-    if reason and (is_packed or shards is not None):
+    is_offloaded = offloaded_of(experts) is not None
+    if reason and (is_packed or is_offloaded or shards is not None):
         if shards is not None:
             abort_call(shards.transport)
         what = "weight is packed" if is_packed else "experts are spread over ranks"
+        what = "weight stays in a file" if is_offloaded else what
         raise ValueError(
             f"PEFT can't run its adapter of {self.parameter_name} of {type(experts).__name__}, whose {what}, since "
             f"{reason}"
@@ -433,19 +442,25 @@ def _is_packed_parameter(experts: nn.Module, name: str) -> bool:
     return name in (up_name(experts), "down_proj") and is_packed_weight(experts, name)
 
 
+def _has_no_values(experts: nn.Module, name: str) -> bool:
+    """Return whether a module of experts has this weight packed, or in a file."""
+    return _is_packed_parameter(experts, name) or isinstance(experts.__dict__.get(name), StandIn)
+
+
 def _stand_in(experts: nn.Module, name: str) -> Tensor:
-    """Return a tensor of the weight's shape, in bf16 and without memory, on the experts' device."""
+    """Return a tensor of the weight's shape, in the dtype of products and without memory, on the experts' device."""
     if isinstance(experts, GroupedExperts):
         shape: tuple[int, ...] = experts.config.num_experts, *experts.config.weight_shapes[name == "down_proj"]
     else:
         shape = logical_shape_of(experts, name)
-    device = next(experts.parameters()).device
-    return torch.empty(1, dtype=torch.bfloat16, device=device).expand(shape)
+    device = next((parameter.device for parameter in experts.parameters()), torch.device("cpu"))
+    dtype = torch.bfloat16 if _is_packed_parameter(experts, name) else experts.__dict__[name].dtype
+    return torch.empty(1, dtype=dtype, device=device).expand(shape)
 
 
 def _parameter_or_stand_in(get_param: Callable[..., Tensor], wrapper: "ParamWrapper") -> Tensor:
     experts = wrapper.get_base_layer()
-    if _is_packed_parameter(experts, wrapper.parameter_name):
+    if _has_no_values(experts, wrapper.parameter_name):
         return _stand_in(experts, wrapper.parameter_name)
     return get_param(wrapper)
 
@@ -469,7 +484,8 @@ def _named(model: nn.Module) -> Iterator[None]:
     packed = [
         module
         for module in model.modules()
-        if not isinstance(module, GroupedExperts) and hasattr(module, "num_experts") and is_packed_experts(module)
+        if offloaded_of(module) is not None
+        or (not isinstance(module, GroupedExperts) and hasattr(module, "num_experts") and is_packed_experts(module))
     ]
     kept: list[tuple[nn.Module, dict[str, object], nn.Module | None]] = []
     for experts in packed:

@@ -17,7 +17,7 @@ from tritonmoe.config.layer import MAX_EXPERTS, MAX_TOP_K, KernelOptions
 from tritonmoe.ops.backends.ops import CalledLayer, Operations, Unchecked
 from tritonmoe.ops.kernels.gpus import architecture_like
 
-__all__ = ["BACKENDS", "check_name", "choose", "launches_kernels", "triton_unusable_reason"]
+__all__ = ["BACKENDS", "check_name", "choose", "fetches_experts", "launches_kernels", "triton_unusable_reason"]
 
 BACKENDS = ("triton", "torch", "reference")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -203,3 +203,8 @@ def _are_experts_right(
 def launches_kernels(ops: Operations) -> bool:
     """Return whether these operations are kernels of this package, which PyTorch's modes don't see."""
     return ops.__name__ == f"{__package__}.triton"
+
+
+def fetches_experts(ops: Operations) -> bool:
+    """Return whether these operations take one expert at a time, which may come from a file."""
+    return ops.__name__ == f"{__package__}.torch"

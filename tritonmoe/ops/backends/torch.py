@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tritonmoe.config.activations import FusedActivation, find_activation, find_pointwise
 from tritonmoe.config.layer import NO_WEIGHTS, ExpertLayout, KernelOptions, PerWeight, Projection
+from tritonmoe.ops.backends.fetched_matrices import fetched_matrices
 from tritonmoe.ops.backends.ops import (
     GradientOperands,
     WeightGrads,
@@ -23,7 +24,6 @@ from tritonmoe.ops.backends.ops import (
     required,
     split_gate,
 )
-from tritonmoe.ops.backends.packed_matrices import PackedMatrices
 from tritonmoe.ops.backends.torch_products import Matrices, expert_slices, outer_sums, pair_products
 from tritonmoe.ops.grouping import Grouping, RowSources
 
@@ -53,8 +53,9 @@ def _out_in(projection: Projection) -> Matrices:
 
 
 def _matrices(projection: Projection, is_swapped: bool) -> Matrices:
-    if projection.scales is not None:
-        return PackedMatrices(projection.weight, projection.scales, is_swapped)
+    fetched = fetched_matrices(projection.weight, projection.scales, is_swapped)
+    if fetched is not None:
+        return fetched
     return projection.weight.mT if is_swapped else projection.weight
 
 

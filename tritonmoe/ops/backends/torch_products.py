@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tritonmoe.ops.backends.fetched_matrices import FetchedMatrices
 from tritonmoe.ops.backends.ops import accumulation_dtype
-from tritonmoe.ops.backends.packed_matrices import PackedMatrices
 from tritonmoe.ops.grouping import Grouping
 from tritonmoe.runtime import cpu_memory
 from tritonmoe.runtime.cpu_threads import for_each, num_workers
@@ -36,7 +36,7 @@ ROWS_MULTIPLE, FEWEST_ROUNDED = 8, 33
 """On a CPU, products in narrow dtypes have a multiple of ROWS_MULTIPLE rows, from FEWEST_ROUNDED on: see _padding."""
 
 
-Matrices = Tensor | PackedMatrices
+Matrices = Tensor | FetchedMatrices
 """What pairs are multiplied by: (E, in, out), of which a product takes one expert's."""
 
 

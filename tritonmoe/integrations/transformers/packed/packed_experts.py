@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tritonmoe.config.formats import WeightFormat, find_format
 from tritonmoe.experts.packed_parameters import from_bytes
 from tritonmoe.experts.quantized_weight import check_content
+from tritonmoe.runtime.stand_in import make_stand_in
 
 __all__ = [
     "PACKED",
@@ -52,45 +53,10 @@ class _QuantState(Protocol):
     """The weight's own."""
 
 
-class _Shape(Tensor):
-    """The shape of a weight that is packed, on the meta device; computing with it raises ValueError."""
-
-    def __deepcopy__(self, _: object) -> "_Shape":
-        return self
-
-    @classmethod
-    def __torch_function__(
-        cls,
-        func: Callable[..., object],
-        types: object,
-        args: tuple[object, ...] = (),
-        kwargs: dict[str, object] | None = None,
-    ) -> object:
-        name = getattr(func, "__name__", "")
-        if name in INITIALISES:
-            return args[0] if args else (kwargs or {}).get("tensor")
-        if name not in DESCRIBES:
-            raise ValueError(
-                f"{name or func} is called with a packed weight of experts, of which it can't see the values: call "
-                'model.set_experts_implementation("tritonmoe"), or load the model without register(packed=True)'
-            )
-        return super().__torch_function__(func, types, args, kwargs or {})
-
-
-DESCRIBES = (
-    "__get__",
-    "dim",
-    "size",
-    "numel",
-    "__repr__",
-    "__deepcopy__",
-    "is_floating_point",
-    "__reduce_ex__",
-    "detach",
+WHY = (
+    'it is a packed weight of experts: call model.set_experts_implementation("tritonmoe"), or load the model without '
+    "register(packed=True)"
 )
-"""Operations that describe or copy a tensor, and read no value."""
-INITIALISES = ("normal_", "zero_", "uniform_", "fill_", "trunc_normal_")
-"""Operations by which transformers initialises weights that a checkpoint lacks."""
 
 
 def set_packed(
@@ -101,7 +67,7 @@ def set_packed(
     Under its name stays a tensor that has its shape, and is no parameter.
     """
     experts._parameters.pop(name, None)
-    experts.__dict__[name] = torch.empty(shape, dtype=torch.bfloat16, device="meta").as_subclass(_Shape)
+    experts.__dict__[name] = make_stand_in(shape, torch.bfloat16, WHY)
     for suffix, part in zip(("blocks", "scales"), parts, strict=True):
         experts.register_parameter(f"{name}_{suffix}", nn.Parameter(part, requires_grad=False))
     setattr(experts, PACKED, layout)
@@ -114,7 +80,10 @@ def is_packed_experts(experts: nn.Module) -> bool:
 
 def is_packed_weight(experts: nn.Module, name: str) -> bool:
     """Return whether this weight of a module is packed in a way that is read here."""
-    return hasattr(experts, PACKED) or f"{name}_scale_inv" in experts._parameters or _is_foreign(experts, name)
+    own = f"{name}_scale_inv"  # offloaded, it is no parameter any more
+    return (
+        hasattr(experts, PACKED) or own in experts._parameters or own in experts.__dict__ or _is_foreign(experts, name)
+    )
 
 
 def up_name(experts: nn.Module) -> str:
@@ -137,7 +106,7 @@ def weight_names(experts: nn.Module) -> tuple[str, ...]:
 def num_experts_of(experts: nn.Module) -> int:
     """Return how many experts the weights of a module have here, without reading one."""
     if hasattr(experts, PACKED):
-        return len(experts.get_parameter("down_proj_blocks"))
+        return int(cast(Tensor, experts.down_proj_blocks).shape[0])
     if _is_foreign(experts, "down_proj"):
         return int(_foreign_state(experts, "down_proj").shape[0])
     weight = cast(Tensor, experts.down_proj)  # whatever a parametrization makes of it

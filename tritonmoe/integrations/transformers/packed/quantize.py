@@ -21,6 +21,7 @@ from tritonmoe.integrations.transformers.packed.packed_experts import (
 )
 from tritonmoe.integrations.transformers.registration import check_patchable, patch
 from tritonmoe.layer import GroupedExperts
+from tritonmoe.placement.offloaded import offloaded_of
 
 __all__ = ["QuantizeReport", "QuantizedLayer", "quantize_experts"]
 
@@ -104,6 +105,11 @@ def _weight_names(experts: nn.Module) -> tuple[str, str]:
 
 def _check(name: str, experts: nn.Module, weight_format: Literal["nf4", "mxfp4"]) -> None:
     where = name or "the module"
+    if (offloaded := offloaded_of(experts)) is not None:
+        raise ValueError(
+            f"the experts of {where} stay in {offloaded.path} since offload_experts(): load the model again, and call "
+            "quantize_experts() first"
+        )
     is_packed = experts.config.weight_format if isinstance(experts, GroupedExperts) else is_packed_experts(experts)
     if is_packed:
         raise ValueError(f"the experts of {where} are packed already")

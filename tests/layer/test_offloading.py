@@ -1,0 +1,180 @@
+"""Experts in files: the bits of experts in memory, on one device and over ranks, and what users put around layers."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import tritonmoe as tm
+from tritonmoe.config.formats import WeightFormat
+from tritonmoe.transports import Transport
+
+HIDDEN, INTERMEDIATE, NUM_EXPERTS, TOP_K, RANK = 64, 128, 12, 3, 2
+FORMATS: list[tuple[WeightFormat | None, torch.dtype]] = [
+    (None, torch.float32),
+    (None, torch.bfloat16),
+    ("mxfp4", torch.bfloat16),
+    ("fp8", torch.bfloat16),
+    ("nf4", torch.bfloat16),
+]
+
+
+def make_layer(
+    weight_format: WeightFormat | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    ranks: Transport | None = None,
+    **options: object,
+) -> tm.GroupedExperts:
+    overlap = options.pop("overlap", None)
+    config = tm.MoEConfig(
+        hidden_size=HIDDEN,
+        intermediate_size=INTERMEDIATE,
+        top_k=TOP_K,
+        weight_format=weight_format,
+        **{"num_experts": NUM_EXPERTS, **options},  # type: ignore[arg-type]
+    )
+    generator = torch.Generator().manual_seed(0)
+    experts = tm.GroupedExperts(config, ranks, overlap, dtype=dtype, generator=generator)  # type: ignore[arg-type]
+    for name, parameter in experts.named_parameters():
+        parameter.requires_grad_(name.endswith("bias"))
+    return experts
+
+
+def step(
+    experts: tm.GroupedExperts, dtype: torch.dtype, num_tokens: int = 40, *, adapted: bool = True, seed: int = 0
+) -> dict[str, Tensor]:
+    """Return the output and every gradient of a call with random tokens, one of whose experts has no pair."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(*shape, generator=generator) * scale).to(dtype).requires_grad_()
+
+    leaves = {"x": draw(num_tokens, HIDDEN)}
+    ids = torch.randint(-1, NUM_EXPERTS - 1, (num_tokens, TOP_K), generator=generator)
+    leaves["topk_weights"] = torch.rand(num_tokens, TOP_K, generator=generator).requires_grad_()
+    num_local, adapters = len(experts.expert_ids), None
+    if adapted:
+        factors = {
+            "gate_up_a": draw(NUM_EXPERTS, RANK, HIDDEN, scale=0.1),
+            "gate_up_b": draw(NUM_EXPERTS, 2 * INTERMEDIATE, RANK, scale=0.1),
+            "down_a": draw(NUM_EXPERTS, RANK, INTERMEDIATE, scale=0.1),
+            "down_b": draw(NUM_EXPERTS, HIDDEN, RANK, scale=0.1),
+        }
+        leaves |= factors
+        own = {name: factor[list(experts.expert_ids)] for name, factor in factors.items()}
+        assert all(len(factor) == num_local for factor in own.values())
+        adapters = tm.ExpertAdapters(**own)
+    y = experts(leaves["x"], ids, leaves["topk_weights"], adapters=adapters)
+    y.backward(torch.randn(y.shape, generator=generator).to(dtype))
+    grads = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+    own_grads = {name: parameter.grad for name, parameter in experts.named_parameters() if parameter.grad is not None}
+    experts.zero_grad()
+    return {"y": y.detach(), **grads, **own_grads}
+
+
+def compare(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert torch.equal(value, other[name]), name
+
+
+@pytest.mark.parametrize("num_tokens", [1, 40, 900])
+@pytest.mark.parametrize("case", FORMATS, ids=str)
+def test_bits_are_those_of_experts_in_memory(
+    case: tuple[WeightFormat | None, torch.dtype], num_tokens: int, tmp_path: Path
+) -> None:
+    resident = make_layer(*case, bias=True)
+    offloaded = copy.deepcopy(resident)
+    done = tm.offload_experts(offloaded, tmp_path)
+    for seed in range(2):
+        compare(step(resident, case[1], num_tokens, seed=seed), step(offloaded, case[1], num_tokens, seed=seed))
+    assert done.reader._allocated <= done.reader.limit_bytes
+    assert done.reader.figures.num_bytes > 0
+    assert [name for name, _ in offloaded.named_parameters()] == ["gate_up_proj_bias", "down_proj_bias"]
+
+
+@pytest.mark.parametrize("options", [{"transposed": True}, {"gated": True, "interleaved": True}], ids=str)
+def test_bits_in_other_layouts(options: dict[str, object], tmp_path: Path) -> None:
+    resident = make_layer(dtype=torch.float32, **options)
+    offloaded = copy.deepcopy(resident)
+    tm.offload_experts(offloaded, tmp_path, resident_bytes=200_000)
+    compare(step(resident, torch.float32), step(offloaded, torch.float32))
+
+
+@pytest.mark.parametrize("save", ["input", "callable", "inference"])
+def test_bits_in_other_calls(save: str, tmp_path: Path) -> None:
+    activation = (lambda h: h[:, :INTERMEDIATE] * h[:, INTERMEDIATE:].sigmoid()) if save == "callable" else "silu"
+    resident = make_layer(dtype=torch.float32, activation=activation)
+    if save == "input":
+        object.__setattr__(resident, "spec", copy.copy(resident.spec))
+        object.__setattr__(resident.spec, "save", "input")
+    offloaded = copy.deepcopy(resident)
+    tm.offload_experts(offloaded, tmp_path)
+    if save == "inference":
+        x, ids, weights = torch.randn(50, HIDDEN), torch.randint(0, NUM_EXPERTS, (50, TOP_K)), torch.rand(50, TOP_K)
+        with torch.inference_mode():
+            assert torch.equal(resident(x, ids, weights), offloaded(x, ids, weights))
+        x.requires_grad_()
+        offloaded(x, ids, weights).sum().backward()  # what was read in inference mode is no hindrance
+        return
+    compare(step(resident, torch.float32), step(offloaded, torch.float32))
+
+
+CHUNKS = [
+    tm.OverlapConfig(num_chunks=1),
+    tm.OverlapConfig(num_chunks=3, chunk_by="tokens"),
+    tm.OverlapConfig(num_chunks=2, chunk_by="experts"),
+]
+
+
+@pytest.mark.parametrize("overlap", CHUNKS, ids=lambda of: f"{of.num_chunks}-{of.chunk_by}")
+@pytest.mark.parametrize("case", FORMATS[1:3], ids=str)
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_bits_over_ranks(
+    num_ranks: int, case: tuple[WeightFormat | None, torch.dtype], overlap: tm.OverlapConfig, tmp_path: Path
+) -> None:
+    def on_rank(transport: Transport) -> None:
+        torch.manual_seed(0)
+        resident = make_layer(*case, ranks=transport, overlap=overlap, bias=True)
+        offloaded = make_layer(*case, ranks=transport, overlap=overlap, bias=True)
+        tm.offload_experts(offloaded, tmp_path)
+        for seed in range(2):
+            own = 10 * seed + transport.rank
+            compare(step(resident, case[1], seed=own), step(offloaded, case[1], seed=own))
+
+    tm.run_on_emulated_ranks(on_rank, num_ranks)
+    assert len(list(tmp_path.iterdir())) == num_ranks
+
+
+@pytest.mark.parametrize("when", ["forward", "backward"])
+def test_a_file_that_is_cut_raises_on_every_rank(when: str, tmp_path: Path) -> None:
+    messages: dict[int, str] = {}
+
+    def on_rank(transport: Transport) -> None:
+        experts = make_layer(ranks=transport, num_experts=32)
+        tm.offload_experts(experts, tmp_path)
+        x = torch.randn(200, HIDDEN, dtype=torch.bfloat16, requires_grad=True)
+        ids, weights = torch.randint(0, 32, (200, TOP_K)), torch.rand(200, TOP_K)
+        if when == "backward":
+            y = experts(x, ids, weights)
+        transport.barrier()
+        if transport.rank == 1:
+            file = tmp_path / "experts.rank-1-of-2.safetensors"
+            with file.open("r+b") as opened:
+                opened.truncate(file.stat().st_size - 1)
+        transport.barrier()
+        try:
+            if when == "forward":
+                experts(x, ids, weights)
+            else:
+                y.sum().backward()
+        except RuntimeError as error:
+            messages[transport.rank] = f"{type(error).__name__}: {error}"
+        assert x.grad is None
+
+    tm.run_on_emulated_ranks(on_rank, 2)
+    assert "OffloadError: expert " in messages[1]
+    assert "expert " in messages[0]
+    assert "could not be read" in messages[0]

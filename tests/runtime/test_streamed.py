@@ -1,0 +1,179 @@
+"""Weights of experts in files: what is read when, what stays in memory, how much memory that is, and what can fail."""
+
+import os
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tritonmoe.errors import OffloadError
+from tritonmoe.runtime.streamed import (
+    ExpertReader,
+    StreamedWeight,
+    Unit,
+    WeightFile,
+    find_streamed,
+    make_handle,
+    write_weights,
+)
+
+NUM_EXPERTS, SIZE = 12, 4096
+
+
+class Reading:
+    """A file of one weight, and what is read of it."""
+
+    def __init__(self, path: Path, resident: int = 0) -> None:
+        self.values = torch.arange(NUM_EXPERTS * SIZE, dtype=torch.float32).view(NUM_EXPERTS, SIZE // 64, 64)
+        self.path = path / "layer.safetensors"
+        offset = write_weights(self.path, {"up": self.values})["up"]
+        file = WeightFile(self.path)
+        self.weight = StreamedWeight("layer.up", file, offset, torch.float32, tuple(self.values.shape))
+        self.reader = ExpertReader([self.weight], resident * self.weight.expert_bytes)
+        self.order: list[int] = []
+        read = file.read
+
+        def note(memory: memoryview, offset_here: int) -> None:
+            self.order.append((offset_here - offset) // self.weight.expert_bytes)
+            read(memory, offset_here)
+
+        file.read = note  # type: ignore[method-assign]
+
+    def take(self, expert: int) -> Tensor:
+        return self.reader.take(Unit(self.weight, expert))
+
+    def run(self, experts: list[int], key: object = "forward") -> None:
+        """Run a pass that uses these experts, and compare what it takes."""
+        self.reader.expect(key, [Unit(self.weight, expert) for expert in experts])
+        for expert in experts:
+            assert torch.equal(self.take(expert), self.values[expert])
+
+    def settle(self) -> None:
+        """Wait until nothing more is read ahead."""
+        self.reader._executor.submit(lambda: None).result()
+
+
+@pytest.fixture
+def reading(tmp_path: Path) -> Reading:
+    return Reading(tmp_path)
+
+
+def test_a_file_is_one_of_safetensors(reading: Reading) -> None:
+    safetensors = pytest.importorskip("safetensors.torch")
+    assert torch.equal(safetensors.load_file(reading.path)["up"], reading.values)
+
+
+def test_memory_is_bounded_whatever_is_used(reading: Reading) -> None:
+    reader = reading.reader
+    for experts in ([*range(NUM_EXPERTS)], [*reversed(range(NUM_EXPERTS))], [3, 3, 3, 1, 1], [5]):
+        reading.run(experts)
+        assert reader._allocated <= reader.limit_bytes
+    reading.settle()
+    assert reader.limit_bytes < reading.weight.nbytes
+
+
+def test_a_pass_reads_an_expert_once_and_ahead(reading: Reading) -> None:
+    reading.reader.expect("forward", [Unit(reading.weight, expert) for expert in (4, 4, 7, 1)])
+    reading.settle()
+    assert reading.order == [4, 7, 1]
+    for expert in (4, 4, 7, 1):
+        reading.take(expert)
+    assert reading.order[:3] == [4, 7, 1]
+    assert reading.reader.figures.wait_s < 0.5
+
+
+def test_a_backward_begins_with_what_the_forward_used_last(reading: Reading) -> None:
+    everything = [*range(NUM_EXPERTS)]
+    reading.run(everything)
+    reading.settle()
+    num_read = len(reading.order)
+    reading.reader.expect("backward", [Unit(reading.weight, expert) for expert in reversed(everything)])
+    reading.settle()
+    held = {unit.expert for unit in reading.reader._window}
+    assert NUM_EXPERTS - 1 in held
+    assert NUM_EXPERTS - 1 not in reading.order[num_read:]
+
+
+def test_the_pass_that_follows_is_read_ahead(reading: Reading) -> None:
+    everything = [*range(NUM_EXPERTS)]
+    for _ in range(2):
+        reading.run(everything, "forward")
+        reading.run(everything[::-1], "backward")
+    reading.settle()
+    held = [unit.expert for unit in reading.reader._window]
+    assert {0, 1, 2} <= set(held), "the next step's forward begins with them"
+
+
+def test_the_most_used_experts_stay(tmp_path: Path) -> None:
+    reading = Reading(tmp_path, resident=3)
+    for _ in range(3):
+        reading.run([9, 10, 11])
+    reading.run([*range(NUM_EXPERTS)])
+    reading.run([*range(8)])
+    reading.settle()
+    before = len(reading.order)
+    reading.run([9, 10, 11])
+    assert len(reading.order) == before
+
+
+def test_threads_take_what_they_like(reading: Reading) -> None:
+    failures: list[object] = []
+
+    def take(seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        try:
+            for expert in torch.randint(0, NUM_EXPERTS, (60,), generator=generator).tolist():
+                assert torch.equal(reading.take(expert), reading.values[expert])
+        except BaseException as error:
+            failures.append(error)
+
+    reading.reader.expect("forward", [Unit(reading.weight, expert) for expert in range(NUM_EXPERTS)])
+    threads = [threading.Thread(target=take, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+@pytest.mark.parametrize("how", ["cut", "written", "unreadable"])
+def test_an_error_names_the_expert(reading: Reading, how: str) -> None:
+    reading.run([0])
+    if how == "cut":
+        os.truncate(reading.path, reading.path.stat().st_size - 1)
+    elif how == "written":
+        with reading.path.open("r+b") as file:
+            file.seek(reading.path.stat().st_size - 4)
+            file.write(b"\0\0\0\0")
+        os.utime(reading.path, ns=(1, 1))
+    else:
+        os.dup2(os.open(reading.path.parent, os.O_RDONLY), reading.weight.file._descriptor)
+    with pytest.raises(OffloadError, match=r"expert 11 of layer\.up could not be read from .*layer\.safetensors"):
+        reading.take(11)
+    reading.reader.expect("forward", [Unit(reading.weight, 10)])  # read ahead, by the other thread
+    reading.settle()
+    with pytest.raises(OffloadError, match=r"expert 10 of layer\.up"):
+        reading.take(10)
+
+
+def test_a_handle_is_known_by_its_views(reading: Reading) -> None:
+    handle = make_handle(reading.weight)
+    assert handle.shape == reading.values.shape
+    assert handle.isnan().all()
+    assert find_streamed(handle[3:7]) == (reading.weight, 3)
+    assert find_streamed(handle.view_as(handle).detach()) == (reading.weight, 0)
+    assert find_streamed(handle.clone()) is None
+    assert find_streamed(reading.values) is None
+    assert find_streamed(torch.ones(2, 1).expand(2, 3)) is None
+
+
+def test_nothing_is_left_of_a_file_that_could_not_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_weights(tmp_path / "one", {"up": torch.ones(2, 3)})
+    assert not list(tmp_path.iterdir())

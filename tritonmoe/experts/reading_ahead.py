@@ -1,0 +1,77 @@
+"""ReadingAhead: in which order a pass uses experts that stay in a file, said as it begins, and how long it takes."""
+
+import time
+from collections.abc import Iterable, Sequence
+from itertools import chain, zip_longest
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tritonmoe.config.layer import PerWeight
+from tritonmoe.ops.grouping import GroupingBlock
+from tritonmoe.runtime.cpu_threads import num_workers
+from tritonmoe.runtime.streamed import ExpertReader, StreamedWeight, Unit, find_streamed
+
+__all__ = ["ReadingAhead", "begin_reading", "has_streamed"]
+
+Side = Literal["up", "down"]
+Streamed = list[tuple[StreamedWeight, int]]
+"""Weights, and the first of their experts that the pass has."""
+
+
+def has_streamed(weights: PerWeight[Tensor]) -> bool:
+    """Return whether a weight of a call stays in a file."""
+    return any(_streamed(weights, side) for side in ("up", "down"))
+
+
+def _streamed(weights: PerWeight[Tensor], side: Side) -> Streamed:
+    own = (weights.gate_up_proj, weights.gate_up_scales) if side == "up" else (weights.down_proj, weights.down_scales)
+    found = (None if tensor is None else find_streamed(tensor) for tensor in own)
+    return [one for one in found if one is not None]
+
+
+class ReadingAhead:
+    """One pass over experts that are in a file, as a context in which its time counts."""
+
+    def __init__(self, reader: ExpertReader) -> None:
+        self._figures = reader.figures
+        self._figures.num_passes += 1
+
+    def __enter__(self) -> None:
+        self._entered_at = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self._figures.pass_s += time.perf_counter() - self._entered_at
+
+
+def begin_reading(
+    weights: PerWeight[Tensor], chunks: Iterable[Sequence[GroupingBlock]], sides: Sequence[Side]
+) -> ReadingAhead | None:
+    """Note in which order a pass uses experts, where they are in a file, else return None.
+
+    Args:
+        chunks: the blocks of each chunk, in the order in which they are computed.
+        sides: of a block's products, in their order.
+    """
+    by_side = {side: _streamed(weights, side) for side in dict.fromkeys(sides)}
+    reader = next((weight.reader for found in by_side.values() for weight, _ in found), None)
+    if reader is None:
+        return None
+    at_a_time = num_workers(torch.device("cpu"))
+    uses: list[Unit] = []
+    for blocks in chunks:
+        orders = [_uses(block, [by_side[side] for side in sides]) for block in blocks]
+        for first in range(0, len(orders), at_a_time):  # workers take one block each
+            together = zip_longest(*orders[first : first + at_a_time])
+            uses += [unit for unit in chain.from_iterable(together) if unit is not None]
+    key = (*(weight for found in by_side.values() for weight, _ in found), *sides)
+    reader.expect(key, uses)
+    return ReadingAhead(reader)
+
+
+def _uses(block: GroupingBlock, of_products: Iterable[Streamed]) -> list[Unit]:
+    experts = [block.experts.start + expert for expert in block.grouping.host_counts[0]]
+    return [
+        Unit(weight, first + expert) for streamed in of_products for expert in experts for weight, first in streamed
+    ]

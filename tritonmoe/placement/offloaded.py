@@ -1,0 +1,264 @@
+"""OffloadedExperts: which weights of a module of experts stay in a file; put there, noted once on any such module."""
+
+import re
+import shutil
+from collections.abc import Callable, Mapping, MutableMapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import SupportsIndex
+
+import torch
+from torch import Tensor, nn
+
+from tritonmoe.config.layer import PerWeight
+from tritonmoe.placement.expert_shards import shards_of
+from tritonmoe.runtime.living import live_instances
+from tritonmoe.runtime.stand_in import make_stand_in
+from tritonmoe.runtime.streamed import ExpertReader, StreamedWeight, WeightFile, make_handle, write_weights
+
+__all__ = [
+    "ExpertsToOffload",
+    "Offload",
+    "OffloadedExperts",
+    "check_offloadable",
+    "check_to",
+    "offload_modules",
+    "offloaded_of",
+]
+
+ATTRIBUTE = "_tritonmoe_offloaded"
+"""Of a module of experts: its OffloadedExperts."""
+FREE_SHARE = 0.02
+"""Of a disk, that is left free."""
+
+
+@dataclass(frozen=True, eq=False)
+class OffloadedExperts:
+    """The weights of one module of experts that stay in a file."""
+
+    name: str
+    path: Path
+    handles: Mapping[str, Tensor]
+    """What a call has in their places, by PerWeight's names."""
+    reader: ExpertReader
+    is_transposed: bool
+
+    def __deepcopy__(self, _: object) -> "OffloadedExperts":
+        return self  # copies of a model read the same file
+
+    def __reduce_ex__(self, _: SupportsIndex) -> str:
+        raise ValueError(
+            f"the experts of {self.name} stay in {self.path}, and pickle (torch.save of a whole module, a spawned "
+            "process) would keep no values of them: save state_dict(), which has all but these, and call "
+            "offload_experts() again where the model is built anew"
+        )
+
+    def check_rows(self, x: Tensor) -> None:
+        """Raise ValueError or TypeError unless rows x can be multiplied by these experts."""
+        if x.device.type not in ("cpu", "meta"):
+            raise ValueError(
+                f"the experts of {self.name} stay in {self.path} and are computed on a CPU, but their rows are on "
+                f"{x.device}: leave the model on the CPU, or, on a GPU, pack its experts (quantize_experts) or spread "
+                "them over ranks (parallelize)"
+            )
+        dtype = self.handles["gate_up_proj"].dtype
+        if "gate_up_scales" not in self.handles and x.dtype != dtype and not torch.is_autocast_enabled("cpu"):
+            raise TypeError(
+                f"the experts of {self.name} stay in {self.path} as {dtype}, and their rows are {x.dtype}: cast the "
+                "model before offload_experts(), not after it"
+            )
+
+    def weights(self, others: PerWeight[Tensor]) -> PerWeight[Tensor]:
+        """Return the weights of a call: these, and of `others` those that are in memory."""
+        return others._replace(**self.handles)
+
+
+def offloaded_of(module: nn.Module) -> OffloadedExperts | None:
+    """Return which weights of a module of experts stay in a file; None where all of them are in memory."""
+    found = module.__dict__.get(ATTRIBUTE)
+    return found if isinstance(found, OffloadedExperts) else None
+
+
+@dataclass(frozen=True)
+class ExpertsToOffload:
+    """One module of experts, as its calls take its weights."""
+
+    module: nn.Module
+    load: Callable[[], Mapping[str, Tensor]]
+    """Returns what goes into a file, by PerWeight's names: gate_up_proj, down_proj, and scales where they are packed.
+    """
+    parameter_names: tuple[str, ...]
+    """What they are called in the module."""
+    is_transposed: bool = False
+    is_elsewhere: bool = False
+    """Whether somebody else keeps the values, whose parameters are on the meta device."""
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters that stand-ins will replace, by name."""
+        return {name: self.module.get_parameter(name) for name in self.parameter_names}
+
+
+@dataclass(frozen=True, eq=False)
+class Offload:
+    """What offload_experts() has done, and what reading has cost since."""
+
+    path: Path
+    reader: ExpertReader
+    num_layers: int
+
+    def __str__(self) -> str:
+        reader = self.reader
+        total = sum(weight.nbytes for weight in reader.weights)
+        lines = [
+            f"experts of {self.num_layers} layers stay in {self.path}, {total / 1e6:,.1f} MB; in memory are at most "
+            f"{reader.limit_bytes / 1e6:,.1f} MB: {reader.resident_bytes / 1e6:,.1f} of the most used experts, and two "
+            f"groups of {reader.group_bytes / 1e6:,.1f}"
+        ]
+        figures = reader.figures
+        if figures.num_passes:
+            rate = figures.num_bytes / max(figures.read_s, 1e-9) / 1e9
+            lines.append(
+                f"{figures.num_passes} forwards and backwards of experts took {figures.pass_s:.3f} s and read "
+                f"{figures.num_bytes / 1e6:,.1f} MB ({rate:.2f} GB/s); they {self.advice}"
+            )
+        return "\n".join(lines)
+
+    @property
+    def waiting_share(self) -> float:
+        """How much of the time of forwards and backwards of these experts went by waiting for reads, 0 to 1."""
+        figures = self.reader.figures
+        return min(1.0, figures.wait_s / figures.pass_s) if figures.pass_s else 0.0
+
+    @property
+    def advice(self) -> str:
+        """The share of waits in words, and what makes it smaller."""
+        share = self.waiting_share
+        said = f"waited {share:.0%} of it for reads"
+        if share < 0.1:
+            return said
+        return f"{said}: more tokens a step, fewer bits (quantize_experts), or more resident_bytes make it less"
+
+    def reset(self) -> None:
+        """Count from now on."""
+        self.reader.figures.__init__()  # type: ignore[misc]  # readers keep the object
+
+
+def offload_modules(found: Mapping[str, ExpertsToOffload], to: Path, resident_bytes: int) -> Offload:
+    """Write the experts of modules into files, one a module, and let the modules read them from there.
+
+    Raises:
+        OSError: a file could not be written; then no module is changed.
+    """
+    to.mkdir(parents=True, exist_ok=True)
+    names = {name: _file_name(name, experts.module) for name, experts in found.items()}
+    _check_room(to, found, names)
+    streamed: dict[str, dict[str, StreamedWeight]] = {}
+    for name, experts in found.items():
+        weights, shards = dict(experts.load()), shards_of(experts.module)
+        offsets = write_weights(to / names[name], weights)
+        file, ids = WeightFile(to / names[name]), () if shards is None else shards.expert_ids
+        streamed[name] = {
+            key: StreamedWeight(f"{name}.{key}".lstrip("."), file, offsets[key], weight.dtype, tuple(weight.shape), ids)
+            for key, weight in weights.items()
+        }
+        del weights  # before the next ones come
+    reader = ExpertReader([weight for by_key in streamed.values() for weight in by_key.values()], resident_bytes)
+    for name, experts in found.items():
+        handles = {key: make_handle(weight) for key, weight in streamed[name].items()}
+        record = OffloadedExperts(name or "the module", to / names[name], handles, reader, experts.is_transposed)
+        _put(experts.module, experts.parameter_names, record)
+    return Offload(to, reader, len(found))
+
+
+def _put(module: nn.Module, names: tuple[str, ...], record: OffloadedExperts) -> None:
+    """Replace parameters of a module by what stands for them."""
+    why = (
+        f"the experts of {record.name} stay in {record.path}, and only tritonmoe reads them there. Do it before "
+        "offload_experts(), or load the model again"
+    )
+    for name in names:
+        parameter = module._parameters.pop(name)
+        assert parameter is not None
+        module.__dict__[name] = make_stand_in(tuple(parameter.shape), parameter.dtype, why)
+    shards = shards_of(module)
+    if shards is not None:
+        shards.names = tuple([name for name in shards.names if name not in names])
+    module.__dict__[ATTRIBUTE] = record
+    module.register_load_state_dict_pre_hook(_refuse_loaded)
+
+
+def _refuse_loaded(module: nn.Module, state_dict: MutableMapping[str, object], prefix: str, *_: object) -> None:
+    """Raise ValueError where a state dict has weights that stay in a file."""
+    record = offloaded_of(module)
+    names = () if record is None else [name for name in module.__dict__ if prefix + name in state_dict]
+    if record is not None and names:
+        raise ValueError(
+            f"the state dict has {prefix}{names[0]}, which stays in {record.path} since offload_experts(): load it "
+            "before that call, or leave these names out; a state dict of this model has none of them"
+        )
+
+
+def _file_name(name: str, module: nn.Module) -> str:
+    shards = shards_of(module)
+    rank = ""
+    if shards is not None and shards.transport.size > 1:
+        rank = f".rank-{shards.transport.rank}-of-{shards.transport.size}"
+    return f"{re.sub(r'[^A-Za-z0-9_.-]', '_', name) or 'experts'}{rank}.safetensors"
+
+
+def _check_room(to: Path, found: Mapping[str, ExpertsToOffload], names: Mapping[str, str]) -> None:
+    """Raise OSError where the files don't fit on the disk."""
+    wanted = sum(weight.numel() * weight.itemsize for one in found.values() for weight in one.parameters.values())
+    usage = shutil.disk_usage(to)
+    there = sum((to / name).stat().st_size for name in names.values() if (to / name).exists())
+    if wanted > usage.free + there - FREE_SHARE * usage.total:
+        raise OSError(
+            f"the experts are {wanted / 1e9:.1f} GB, and {to} has {usage.free / 1e9:.1f} GB free: give a folder on a "
+            "larger disk, or pack the experts first (quantize_experts)"
+        )
+
+
+def check_to(to: object, resident_bytes: object) -> Path:
+    """Return the folder of offload_experts(to=...).
+
+    Raises:
+        ValueError, TypeError: it is none, or resident_bytes is no number of bytes.
+    """
+    if isinstance(to, str) and to in ("cpu", "cuda"):
+        raise ValueError(
+            f"offload_experts(to={to!r}) has nothing to do: experts on a CPU are in host memory already, and from a "
+            "GPU to host memory they can't be offloaded yet. Give a folder, on a disk that reads fast"
+        )
+    if not isinstance(to, str | Path):
+        raise TypeError(f"`to` must be the path of a folder, got {type(to).__name__}")
+    if not isinstance(resident_bytes, int) or isinstance(resident_bytes, bool) or resident_bytes < 0:
+        raise ValueError(f"resident_bytes must be an integer of at least 0, got {resident_bytes!r}")
+    return Path(to)
+
+
+def check_offloadable(found: Mapping[str, ExpertsToOffload]) -> None:
+    """Raise ValueError where experts can't be offloaded; nothing is changed then."""
+    own: dict[int, str] = {}
+    for name, experts in found.items():
+        for parameter_name, parameter in experts.parameters.items():
+            own[id(parameter)] = f"{name}.{parameter_name}".lstrip(".")
+            if parameter.grad is not None:
+                raise ValueError(
+                    f"{own[id(parameter)]} has a gradient, and offloaded experts are frozen: call zero_grad() first"
+                )
+            if parameter.is_meta and not experts.is_elsewhere:
+                raise ValueError(f"{own[id(parameter)]} is on the meta device, and has no values yet: load it first")
+            if parameter.device.type not in ("cpu", "meta"):
+                raise ValueError(
+                    f"{own[id(parameter)]} is on {parameter.device}, and experts are offloaded from a CPU, which "
+                    "computes with them: model.to('cpu') first"
+                )
+    for optimizer in live_instances(torch.optim.Optimizer):
+        for group in getattr(optimizer, "param_groups", ()):
+            for parameter in group["params"]:
+                if id(parameter) in own:
+                    raise ValueError(
+                        f"{type(optimizer).__name__} was made with {own[id(parameter)]}, and offloaded experts are "
+                        "frozen: call offload_experts() first, and make the optimizer of what is left to train"
+                    )
