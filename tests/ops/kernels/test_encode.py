@@ -8,6 +8,7 @@ from uninitialised import nan_filled_memory
 from tritonmoe.config import precision as grid
 from tritonmoe.config.precision import ExpertPrecision
 from tritonmoe.ops.backends import triton as kernels
+from tritonmoe.ops.grouping import RowSources
 from tritonmoe.ops.kernels.encode import encode_rows, encode_weight, round_rows
 
 FORMATS = tuple(grid.BLOCKS)
@@ -72,17 +73,21 @@ def test_weights(name, depth):
         same_bytes(grid.Encoded(found.codes[e], found.scales[e]), codes, scales)
 
 
-def test_only_rows_of_pairs_are_read():
+def test_rows_of_a_chunk():
     precision = ExpertPrecision("mxfp8")
-    ids = random_ids(33, 2, 4)
-    ids[5:9] = -1
-    grouping = kernels.group(ids, 4)
     rows = numbers(33, 40)
     with nan_filled_memory():
-        found = encode_rows(rows, precision, grouping)
-    used = (grouping.inverse >= 0).any(1)
-    assert 0 < used.sum() < 33
+        found = encode_rows(rows, precision, (5, 29))
     codes, scales = grid.encode(rows, (1, 32))
-    assert torch.equal(found.codes[used, :40].view(torch.uint8), codes[used].view(torch.uint8))
-    assert torch.equal(found.scales[used, :2], scales[used])
-    assert (found.scales[~used] == found.scales[~used][0, 0]).all()  # nobody has written there
+    used = slice(5, 29)
+    same_bytes(grid.Encoded(found.codes[used], found.scales[used]), codes[used], scales[used])
+    assert (found.scales[[*range(5), *range(29, 33)]] == found.scales[0, 0]).all()  # nobody has written there
+    chunks = kernels.group(
+        random_ids(33, 2, 4),
+        4,
+        chunk_row_offsets=(0, 5, 33),
+        chunk_pair_offsets=(0, 10, 66),
+        row_sources=RowSources((0,), torch.tensor([[5], [28]])),
+    )
+    assert [chunks.chunk(c).gathered_rows for c in range(2)] == [(0, 5), (5, 33)]
+    assert chunks.chunk(1).by_pair.gathered_rows is None

@@ -17,7 +17,6 @@ from tritonmoe.ops.backends.encoded import EncodedOperations
 from tritonmoe.ops.backends.ops import NO_GRADIENTS, GradientOperands, Operations
 from tritonmoe.ops.grouping import Grouping, RowSources
 from tritonmoe.ops.kernels import launch
-from tritonmoe.ops.kernels.encode import encode_rows
 from tritonmoe.ops.kernels.gpus import architecture_like
 from tritonmoe.ops.kernels.router_kernels import route, route_grad
 from tritonmoe.ops.kernels.tiles import measured_tiles
@@ -121,8 +120,6 @@ class _RecordedStep:
         """Run what makes codes, and the products of codes."""
         encoded.round_rows(self.x)
         self._name("rounded rows", reads_weight=True)
-        encode_rows(self.x, encoded.precision, grouping)
-        self._name("rows of a chunk", reads_weight=True)
         for directions in ("forward", "backward"):
             encoded.projection(self.gate_up, directions)
             self._name(f"gate_up_proj {directions}", reads_weight=True)

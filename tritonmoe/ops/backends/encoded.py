@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tritonmoe.config.activations import FusedActivation
 from tritonmoe.config.layer import Projection
-from tritonmoe.config.precision import Encoded, ExpertPrecision
+from tritonmoe.config.precision import ExpertPrecision
 from tritonmoe.ops.backends import triton as kernels
 from tritonmoe.ops.backends.ops import Operations
 from tritonmoe.ops.backends.rounded import Directions, RoundedOperations
@@ -45,13 +45,8 @@ class EncodedOperations(RoundedOperations):
         codes, scales = encode_weight(weight, precision, out_axis)
         return forward._replace(weight_of_gradients=codes, scales_of_gradients=scales)
 
-    def _rows_of_pairs(self, rows: Tensor, grouping: Grouping) -> Encoded:
-        """Return the codes of rows of all chunks, of which one chunk's are there."""
-        is_whole_layer = grouping.chunk_row_offsets == (0, rows.shape[0])
-        return encode_rows(rows, self.precision, None if is_whole_layer else grouping)
-
     def _up(self, x: Tensor, projection: Projection, grouping: Grouping, *others: Any, **more: Any) -> Any:
-        codes = self._rows_of_pairs(x, grouping)
+        codes = encode_rows(x, self.precision, grouping.gathered_rows)
         return kernels.up(x, projection, grouping, *others, codes=codes, **more)
 
     def down(self, a: Tensor, projection: Projection, grouping: Grouping, **others: Any) -> Tensor:
@@ -67,7 +62,7 @@ class EncodedOperations(RoundedOperations):
         activation: FusedActivation | None,
         **others: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        weight, codes = projection.for_gradients, self._rows_of_pairs(dout, grouping)
+        weight, codes = projection.for_gradients, encode_rows(dout, self.precision, grouping.gathered_rows)
         return kernels.down_grad(dout, weight, hidden, topk_weights, grouping, activation, codes=codes, **others)
 
     def up_grad(self, dh: Tensor, projection: Projection, grouping: Grouping, **others: Any) -> Tensor:

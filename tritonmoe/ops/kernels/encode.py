@@ -10,10 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from tritonmoe.config.precision import LARGEST_SCALE, NOT_FINITE, SMALLEST_SCALE, Encoded, ExpertPrecision
-from tritonmoe.ops.grouping import Grouping
 from tritonmoe.ops.kernels.arithmetic import round_to
 from tritonmoe.ops.kernels.launch import INTERPRETED, cdiv, launch
-from tritonmoe.ops.kernels.row_tiles import row_of
 
 __all__ = ["encode_rows", "encode_weight", "round_rows"]
 
@@ -41,39 +39,29 @@ def _code_of(value):
     return tl.where(code == 0x80, 0, code).to(tl.uint8)
 
 
-@triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=["pair_index"])
+@triton.jit(do_not_specialize=["N"])
 def _encode_kernel(
     matrix,  # (E, N, D) bf16 in any layout, through its strides
-    pair_index,  # (N,) int32: the pairs whose rows are encoded; None: all rows
-    expert_offsets,  # (E+1,) int32: the last one says how many pairs there are; None without pair_index
-    codes,  # (E, rows, padded) e4m3, or None
-    scales,  # (E, rows / ROWS_OF_SCALE, padded / DEPTH_OF_SCALE) uint8, or None
-    rounded,  # (E, rows, D) bf16, or None
+    codes,  # (E, N, padded) e4m3, or None
+    scales,  # (E, N / ROWS_OF_SCALE, padded / DEPTH_OF_SCALE) uint8, or None
+    rounded,  # (E, N, D) bf16, or None
     N,
     D,
     padded,
-    num_pair_experts,
     stride_expert,
     stride_row,
     stride_depth,
     stride_codes_expert,
     stride_scales_expert,
-    K: tl.constexpr,
     ROWS_OF_SCALE: tl.constexpr,
     DEPTH_OF_SCALE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_DEPTH: tl.constexpr,
 ):
     expert = tl.program_id(2).to(tl.int64)
-    places = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    valid = rows < N
     depth = tl.program_id(1) * BLOCK_DEPTH + tl.arange(0, BLOCK_DEPTH)
-    if pair_index is None:
-        valid, rows = places < N, places
-    else:
-        # Pairs of one row write the same bytes.
-        valid = places < tl.load(expert_offsets + num_pair_experts)
-        rows = row_of(tl.load(pair_index + places, mask=valid, other=0), K)
-    rows = rows.to(tl.int64)
     inside = valid[:, None] & (depth < D)[None, :]
     pointers = matrix + expert * stride_expert + rows[:, None] * stride_row + depth[None, :].to(tl.int64) * stride_depth
     numbers = tl.load(pointers, mask=inside, other=0.0)
@@ -95,8 +83,6 @@ def _encode_kernel(
         tl.store(code_pointers, code.to(tl.float8e4nv, bitcast=True), mask=valid[:, None])
         groups = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
         group_mask = groups * ROWS_OF_SCALE < N
-        if ROWS_OF_SCALE == 1:
-            groups, group_mask = rows, valid
         pieces = tl.program_id(1) * PIECES + tl.arange(0, PIECES)
         of_expert = scales + expert * stride_scales_expert
         scale_pointers = of_expert + groups[:, None] * (padded // DEPTH_OF_SCALE) + pieces[None, :]
@@ -118,31 +104,25 @@ def _launch(
     block: tuple[int, int],
     encoded: Encoded | None,
     rounded: Tensor | None,
-    pairs: Grouping | None = None,
 ) -> None:
     num_experts, num_rows, depth = shape
     padded = cdiv(depth, DEPTH) * DEPTH
     codes, scales = (None, None) if encoded is None else encoded
     block_rows = ROWS_OF_WEIGHTS if block[0] > 1 else ROWS_OF_ROWS
-    num_places = num_rows if pairs is None else pairs.num_pairs
     launch(
         _encode_kernel,
-        (cdiv(num_places, block_rows), padded // DEPTH, num_experts),
+        (cdiv(num_rows, block_rows), padded // DEPTH, num_experts),
         matrix,
-        None if pairs is None else pairs.pair_index,
-        None if pairs is None else pairs.expert_offsets,
         codes,
         scales,
         rounded,
         num_rows,
         depth,
         padded,
-        0 if pairs is None else pairs.num_experts,
         *strides,
         0 if codes is None else codes.stride(0),
         0 if scales is None else scales.stride(0),
         num_warps=8 if block[0] > 1 else 4,
-        K=1 if pairs is None else pairs.top_k,
         ROWS_OF_SCALE=block[0],
         DEPTH_OF_SCALE=block[1],
         BLOCK_ROWS=block_rows,
@@ -158,14 +138,16 @@ def _empty(like: Tensor, shape: tuple[int, int, int], block: tuple[int, int]) ->
     return Encoded(codes, scales)
 
 
-def encode_rows(rows: Tensor, precision: ExpertPrecision, pairs: Grouping | None = None) -> Encoded:
+def encode_rows(rows: Tensor, precision: ExpertPrecision, among: tuple[int, int] | None = None) -> Encoded:
     """Return rows (N, depth) bf16 as codes (N, padded) and scales (N, padded / block), for a sum over the depth.
 
-    pairs: one chunk; then only the rows of its pairs are read and encoded, and the others are anything.
+    among: the first row that is read and encoded, and where they end; the others are anything. None: all.
     """
-    shape, block = (1, rows.shape[0], rows.shape[1]), (1, precision.block)
-    encoded = _empty(rows, shape, block)
-    _launch(rows, (0, rows.stride(0), rows.stride(1)), shape, block, encoded, None, pairs)
+    (num_rows, depth), block = rows.shape, (1, precision.block)
+    encoded = _empty(rows, (1, num_rows, depth), block)
+    wanted = slice(*(among or (0, num_rows)))
+    part, of_part = rows[wanted], Encoded(encoded.codes[:, wanted], encoded.scales[:, wanted])
+    _launch(part, (0, rows.stride(0), rows.stride(1)), (1, part.shape[0], depth), block, of_part, None)
     return Encoded(encoded.codes[0], encoded.scales[0])
 
 
