@@ -39,7 +39,7 @@ def _code_of(value):
     return tl.where(code == 0x80, 0, code).to(tl.uint8)
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=["scales"])
 def _encode_kernel(
     matrix,  # (E, N, D) bf16 in any layout, through its strides
     codes,  # (E, N, padded) e4m3, or None
@@ -51,7 +51,7 @@ def _encode_kernel(
     stride_expert,
     stride_row,
     stride_depth,
-    stride_codes_expert,
+    stride_codes_expert,  # 0 of one expert, or Triton would compile anew where N changes
     stride_scales_expert,
     ROWS_OF_SCALE: tl.constexpr,
     DEPTH_OF_SCALE: tl.constexpr,
@@ -120,8 +120,8 @@ def _launch(
         depth,
         padded,
         *strides,
-        0 if codes is None else codes.stride(0),
-        0 if scales is None else scales.stride(0),
+        0 if codes is None or num_experts == 1 else codes.stride(0),
+        0 if scales is None or num_experts == 1 else scales.stride(0),
         num_warps=8 if block[0] > 1 else 4,
         ROWS_OF_SCALE=block[0],
         DEPTH_OF_SCALE=block[1],
