@@ -4,16 +4,25 @@ from itertools import pairwise
 
 import pytest
 import torch
-from kernel_cases import LAYOUTS, Layer, random_ids
+from kernel_cases import DEVICE, LAYOUTS, Layer, random_ids
 from uninitialised import nan_filled_memory
 
 from tritonmoe.config.layer import ExpertLayout, KernelOptions
 from tritonmoe.config.precision import BLOCKS, ExpertPrecision, rounded_rows, rounded_weight
 from tritonmoe.ops.backends.encoded import EncodedOperations
+from tritonmoe.ops.kernels.launch import gpu_of
 from tritonmoe.ops.kernels.tiles import measured_tiles
 
 SIZES = [(51, 40), *(pytest.param(sizes, marks=pytest.mark.thorough) for sizes in ((160, 96), (256, 129)))]
 """D and F: ending inside a block, and of odd lengths."""
+
+
+@pytest.fixture(autouse=True)
+def instruction(request):
+    """Skip where a GPU, or a virtual one, has no instruction for the format."""
+    gpu = gpu_of(torch.device(DEVICE))
+    if request.node.callspec.params["name"] not in gpu.precisions:
+        pytest.skip(f"{gpu.name} has no such instruction")
 
 
 def decibels(value, exact):
