@@ -13,7 +13,7 @@ from tritonmoe.config.precision import decode, encode, rounded, rounded_rows, ro
 from tritonmoe.expert_parallel import operator, whole_call
 from tritonmoe.expert_parallel.layer_pass import BackwardPass
 from tritonmoe.expert_parallel.state import state_of
-from tritonmoe.ops.backends import rounded as rounded_module
+from tritonmoe.ops.backends import precision_choice
 from tritonmoe.transports import LocalTransport, Transport
 
 PRECISIONS = [tm.ExpertPrecision(form, gradients) for form in ("fp8_block", "mxfp8") for gradients in ("bf16", "fp8")]
@@ -388,7 +388,7 @@ def test_refusals():
 
 
 def test_what_is_emulated_is_said_once(caplog):
-    rounded_module._say_emulated.cache_clear()
+    precision_choice._say_emulated.cache_clear()
     for _ in range(2):
         run(PRECISIONS[2])
     (record,) = caplog.records

@@ -186,6 +186,7 @@ REFERENCE = {
     "v_cvt_scalef32_pk_f32_fp8": lambda a, scale: bits_of(values_of(a, "e4m3"), "f32"),
     "v_cvt_scalef32_pk_bf16_fp8": lambda a, scale: bits_of(values_of(a, "e4m3"), "bf16"),
     "v_pk_add_u16": lambda a, b: (a + b & 0xFFFF) | ((a >> 16) + (b >> 16) << 16 & WORD),
+    "v_pk_max_u16": lambda a, b: max(a & 0xFFFF, b & 0xFFFF) | max(a >> 16, b >> 16) << 16,
     "v_pack_b32_f16": lambda a, b: a & 0xFFFF | (b & 0xFFFF) << 16,
 }
 APPROXIMATE = {"v_exp_f32", "v_log_f32", "v_sqrt_f32"}

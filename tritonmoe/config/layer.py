@@ -5,8 +5,8 @@ rank, K experts per token, W ranks, C chunks, N = T*K routed pairs, R received r
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Generic, Literal, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from typing_extensions import NamedTuple  # typing's is not generic before Python 3.11
@@ -105,26 +105,42 @@ class Projection(NamedTuple):
     forward, to g or dx in backward; before the product is rounded, but for some products of the torch backend. It may
     be the memory that the result is written to; of `down_grad`, that of scaled_a."""
     scales: torch.Tensor | None = None
-    """Of a packed weight (formats.py); then `weight` has its values, and no kernel reads it."""
+    """Of a packed weight (formats.py); then `weight` has its values, and no kernel reads it. uint8 beside the codes of
+    an ExpertPrecision, whose last axis is the one that a product sums over, padded to a multiple of 128."""
     weight_of_gradients: torch.Tensor | None = None
     """In an ExpertPrecision: the weight as it is rounded for the gradients of rows; `weight` is rounded too."""
+    scales_of_gradients: torch.Tensor | None = None
+    """Those of a weight_of_gradients that is codes."""
 
     @property
     def for_gradients(self) -> "Projection":
         """The projection by which gradients of rows are multiplied."""
-        return self if self.weight_of_gradients is None else self._replace(weight=self.weight_of_gradients)
+        weight, scales = self.weight_of_gradients, self.scales_of_gradients
+        if weight is None:
+            return self
+        layout = self.layout if scales is None else replace(self.layout, transposed=True)
+        return self._replace(
+            weight=weight, scales=scales, layout=layout, weight_of_gradients=None, scales_of_gradients=None
+        )
 
     def of_experts(self, experts: slice) -> "Projection":
         """Return the projection of some of the experts."""
-        weights = self.weight, self.bias, self.scales, self.weight_of_gradients
-        weight, bias, scales, of_gradients = (None if one is None else one[experts] for one in weights)
-        assert weight is not None
-        return self._replace(weight=weight, bias=bias, scales=scales, weight_of_gradients=of_gradients)
+        names = "weight", "bias", "scales", "weight_of_gradients", "scales_of_gradients"
+        weights = {name: getattr(self, name) for name in names}
+        parts: dict[str, Any] = {name: None if one is None else one[experts] for name, one in weights.items()}
+        return self._replace(**parts)
+
+    @property
+    def is_encoded(self) -> bool:
+        """Whether the weight is codes of an ExpertPrecision."""
+        scales = self.scales
+        is_e4m3 = self.weight.dtype == torch.float8_e4m3fn
+        return is_e4m3 and scales is not None and scales.dtype == torch.uint8
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of the weight itself, packed or not."""
-        return weight_shape(self.weight, self.scales)
+        """The shape of the weight itself, packed or not; of codes theirs."""
+        return tuple(self.weight.shape) if self.is_encoded else weight_shape(self.weight, self.scales)
 
 
 class KernelOptions(NamedTuple):

@@ -16,13 +16,22 @@ the OCP specification of microscaling formats (version 1.0) for blocks of 32.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["ExpertPrecision", "check_precision", "decode", "encode", "rounded", "rounded_rows", "rounded_weight"]
+__all__ = [
+    "Encoded",
+    "ExpertPrecision",
+    "check_precision",
+    "decode",
+    "encode",
+    "rounded",
+    "rounded_rows",
+    "rounded_weight",
+]
 
 BLOCKS = {"fp8_block": 128, "mxfp8": 32}
 SMALLEST_SCALE, LARGEST_SCALE = 10, 246
@@ -69,6 +78,15 @@ class ExpertPrecision:
     def block_rows(self) -> int:
         """How many rows of a weight have one scale."""
         return self.block if self.format == "fp8_block" else 1
+
+
+class Encoded(NamedTuple):
+    """Rows or a weight as codes and scales, with what a product sums over as the last axis."""
+
+    codes: Tensor
+    """float8_e4m3fn."""
+    scales: Tensor
+    """uint8, one for each block of codes."""
 
 
 def check_precision(precision: object) -> None:

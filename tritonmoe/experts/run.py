@@ -108,7 +108,8 @@ class ExpertsRun:
     @property
     def _hidden_width(self) -> int:
         """2F, or F when ungated."""
-        return self._projections[0].projection.shape[2 if self.settings.spec.layout.transposed else 1]
+        num_units = self.settings.layer.intermediate_size
+        return 2 * num_units if self.settings.spec.layout.gated else num_units
 
     def _chunk_scratch(self, name: str, num_pairs: int, width: int) -> Tensor:
         """Return (num_pairs, width) of memory that is not needed after this chunk."""

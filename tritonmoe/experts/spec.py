@@ -12,7 +12,7 @@ from tritonmoe.config.activations import Activation, check_activation, is_fused
 from tritonmoe.config.formats import weight_shape
 from tritonmoe.config.layer import ExpertLayout, KernelOptions, PerWeight, Projection
 from tritonmoe.config.literals import read_literal
-from tritonmoe.config.precision import ExpertPrecision, check_precision, rounded_rows, rounded_weight
+from tritonmoe.config.precision import ExpertPrecision, check_precision
 from tritonmoe.experts.adapted_projection import AdaptedProjection
 from tritonmoe.experts.adapter_dropout import AdapterDropout
 from tritonmoe.experts.adapters import ExpertAdapters
@@ -22,7 +22,8 @@ from tritonmoe.experts.reading_ahead import has_streamed
 from tritonmoe.experts.tensors import CallTensors
 from tritonmoe.ops import backends
 from tritonmoe.ops.backends.ops import CalledLayer, Operations
-from tritonmoe.ops.backends.rounded import rounded_operations
+from tritonmoe.ops.backends.precision_choice import operations_in
+from tritonmoe.ops.backends.rounded import Directions, RoundedOperations
 from tritonmoe.runtime.other_ranks import has_other_ranks
 
 __all__ = [
@@ -37,10 +38,6 @@ __all__ = [
     "literal",
     "to_plain",
 ]
-
-
-Directions = Literal["forward", "backward", "both"]
-"""Of which products a weight is an operand: those of the forward, or those that give gradients of rows."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +116,7 @@ class ExpertSettings(NamedTuple):
 
     def rounded_rows(self, rows: Tensor) -> Tensor:
         """Return rows x or dout (T, D), before they go to experts, as the experts' products take them."""
-        return rows if self.spec.precision is None else rounded_rows(rows, self.spec.precision)
+        return self.ops.round_rows(rows) if isinstance(self.ops, RoundedOperations) else rows
 
     def projections(
         self, weights: PerWeight[Tensor], row_seeds: Tensor | None = None, directions: Directions = "both"
@@ -132,8 +129,9 @@ class ExpertSettings(NamedTuple):
         w1, b1, w2, b2, up_a, up_b, down_a, down_b, up_scales, down_scales = weights
         up = Projection(w1, b1, self.spec.layout, scales=up_scales)
         down = Projection(w2, b2, self.spec.layout, scales=down_scales)
-        if self.spec.precision is not None:
-            up, down = (_rounded(of, self.spec.precision, directions) for of in (up, down))
+        if isinstance(self.ops, RoundedOperations):
+            # A callable activation's half of the experts has one projection.
+            up, down = (of if of.weight is None else self.ops.projection(of, directions) for of in (up, down))
         dropout = self.adapter_dropout(row_seeds)
         return (
             AdaptedProjection(self.ops, self.options, up, up_a, up_b),
@@ -143,21 +141,6 @@ class ExpertSettings(NamedTuple):
     def adapter_dropout(self, row_seeds: Tensor | None) -> AdapterDropout | None:
         """Return the dropout on what the adapters of a call with these row_seeds (R,) multiply."""
         return None if row_seeds is None else AdapterDropout(self.spec.dropout, row_seeds)
-
-
-def _rounded(projection: Projection, precision: ExpertPrecision, directions: Directions) -> Projection:
-    """Return a projection whose weight is rounded for its products."""
-    weight = projection.weight
-    if weight is None:  # a callable activation's half of the experts has one projection
-        return projection
-    out_axis, in_axis = (2, 1) if projection.layout.transposed else (1, 2)
-    if precision.is_symmetric:
-        weight = rounded_weight(weight, precision, in_axis)
-        return projection._replace(weight=weight)
-    of_gradients = None if directions == "forward" else rounded_weight(weight, precision, out_axis)
-    if directions != "backward":
-        weight = rounded_weight(weight, precision, in_axis)
-    return projection._replace(weight=weight, weight_of_gradients=of_gradients)
 
 
 def expert_spec(**settings: Any) -> ExpertSpec:
@@ -225,7 +208,9 @@ def choose_backend(spec: ExpertSpec, inputs: CallTensors[Tensor], *, beside_exch
         )
     if backends.launches_kernels(ops):
         check_strides(inputs)
-    return ExpertSettings(rounded_operations(ops, spec.precision), spec, options, layer)
+    if spec.precision is not None:
+        ops = operations_in(ops, spec.precision, spec.backend, x.device, options, shape[0], top_k, layer)
+    return ExpertSettings(ops, spec, options, layer)
 
 
 # As a string

@@ -84,6 +84,8 @@ class Grouping:
     row_tiles: torch.Tensor | None = None
     """(C, slots, 4, 4) int32: the tiles of each chunk's products, see ops/kernels/row_tiles.py; None where none are
     listed yet, or ever."""
+    gathered_rows: tuple[int, int] | None = None
+    """The first of the rows that this chunk's pairs take, and where these end; None where they may be any."""
     num_experts: int = field(init=False)
     num_pairs: int = field(init=False)
     """N, padding included."""
@@ -154,6 +156,7 @@ class Grouping:
             first_expert_chunk=None,
             returned_rows=None,
             rows_are_pairs=True,
+            gathered_rows=None,
         )
         known = {"host_expert_offsets", "host_counts", "padded_pairs"} & vars(self).keys()
         vars(by_pair).update({name: vars(self)[name] for name in known})
@@ -168,6 +171,7 @@ class Grouping:
             return self
         first_row, last_row = self.chunk_row_offsets[index : index + 2]
         first_pair, last_pair = self.chunk_pair_offsets[index : index + 2]
+        is_of_experts = self.first_expert_chunk is not None and index >= self.first_expert_chunk
         return Grouping(
             pair_index=self.pair_index[first_pair:last_pair],
             expert_offsets=self.chunk_expert_offsets[index],
@@ -178,6 +182,7 @@ class Grouping:
             chunk_pair_offsets=(0, last_pair - first_pair),
             layer_rows=self.chunk_row_offsets[-1],
             row_tiles=None if self.row_tiles is None else self.row_tiles[index : index + 1],
+            gathered_rows=None if is_of_experts else (first_row, last_row),
         )
 
     def among_empty_chunks(

@@ -118,6 +118,7 @@ v_cvt_scalef32_pk_fp8_bf16  u4 u4,f4     fp8_pair(({0} << 16).view('f4'), ({0} &
 v_cvt_scalef32_pk_f32_fp8   u8 u4,f4     floats_of_fp8({0}, {fp8}, {1})
 v_cvt_scalef32_pk_bf16_fp8  u4 u4,f4     bf16_of_fp8({0}, {fp8}, {1})
 v_pk_add_u16         u4 u4,u4     add_halves({0}, {1})
+v_pk_max_u16         u4 u4,u4     largest_halves({0}, {1})
 v_pack_b32_f16       u4 u4,u4     ({0} & 0xFFFF) | ({1} << 16)
 """
 VECTOR = {

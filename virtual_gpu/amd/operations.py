@@ -27,6 +27,7 @@ __all__ = [
     "high",
     "is_of_class",
     "larger",
+    "largest_halves",
     "mask_of_bits",
     "overflows",
     "pair",
@@ -142,6 +143,12 @@ def add_halves(left: Array, right: Array) -> Array:
     """Add unsigned integers of 16 bits, two in each word."""
     upper = np.uint32(0xFFFF0000)
     return ((left & upper) + (right & upper)) | ((left + right) & ~upper)
+
+
+def largest_halves(left: Array, right: Array) -> Array:
+    """Return the larger of unsigned integers of 16 bits, two in each word."""
+    upper, lower = np.uint32(0xFFFF0000), np.uint32(0xFFFF)
+    return np.maximum(left & upper, right & upper) | np.maximum(left & lower, right & lower)
 
 
 def halves(values: Array, half: int) -> Array:

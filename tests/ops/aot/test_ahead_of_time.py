@@ -162,6 +162,27 @@ def test_kernels_compile_and_fit(targets, tmp_path):
             assert copies is (variant == "bf16 rows copied" and target in made_for)
 
 
+@pytest.mark.slow
+def test_codes_are_multiplied_by_8_bit_instructions(tmp_path):
+    """In tiles of 64 rows and more; nothing spills, and shared memory has the tiles as they are."""
+    precisions = {name: gpu.precisions for name, gpu in (ARCHITECTURES | OTHER_ARCHITECTURES).items() if gpu.precisions}
+    assert precisions.keys() == {"sm_89", "sm_90", "sm_100", "sm_120", "gfx950"}
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    command = [*MODULE, "--json", "--variants", "fp8_block", "mxfp8", "--targets", *precisions]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    assert result.returncode == 0, result.stderr
+    products = [item for item in json.loads(result.stdout) if item["expected_matrix"]]
+    assert {(item["variant"], item["target"]) for item in products} == {
+        (name, target) for target, names in precisions.items() for name in names
+    }
+    for item in products:
+        assert item["matrix"] == item["expected_matrix"], item
+        assert item["matrix"].endswith(" e4m3")
+        assert item["spills"] == 0
+    assert {item["kernel"].split()[-1] for item in products} == {"up", "grouped_matmul", "down_grad"}
+
+
 @pytest.mark.thorough
 def test_packed_weights_are_decoded_to_shared_memory(tmp_path):
     """Their bytes come asynchronously, and what they become is stored where the matrix instruction reads it."""

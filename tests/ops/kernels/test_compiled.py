@@ -21,6 +21,7 @@ def run(gpu, tmp_path, *arguments, tests=TESTS):
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=3000)
 
 
+SLOW_GPUS_WITH_CODES = [pytest.param(gpu, marks=pytest.mark.slow) for gpu in ("sm_100", "sm_120", "gfx950")]
 ONE_OF_EACH_MAKER = ("sm_90", "gfx942")
 
 
@@ -50,6 +51,16 @@ def test_packed_weights(gpu, tmp_path):
     result = run(gpu, tmp_path, *chosen, tests=("test_packed_tiles.py",))
     assert result.returncode == 0, result.stdout[-3000:]
     assert re.search(r"\b8 passed", result.stdout), result.stdout[-3000:]
+
+
+@pytest.mark.parametrize("gpu", [pytest.param("sm_90", marks=pytest.mark.thorough), *SLOW_GPUS_WITH_CODES])
+def test_products_of_codes(gpu, tmp_path):
+    """Every number's code, and sums of all four products with scales as different as they can be."""
+    chosen = "-m", "not slow", "-k", "(every_number or rows or weights or sums or different or finite) and not layouts"
+    result = run(gpu, tmp_path, *chosen, tests=("test_encode.py", "test_scaled_products.py"))
+    assert result.returncode == 0, result.stdout[-3000:]
+    num_tests = 9 + 5 if gpu == "sm_90" else 9 + 10  # sm_90 has no instruction for mxfp8
+    assert re.search(rf"\b{num_tests} passed", result.stdout), result.stdout[-3000:]
 
 
 @pytest.mark.slow

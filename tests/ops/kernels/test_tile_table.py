@@ -14,6 +14,7 @@ from tritonmoe.ops.kernels.tiles.table import tile_of
 PINNED = Path(__file__).with_name("tiles_by_rules.txt")
 FAMILIES = ("interpreter", "amd", "sm_80", "sm_90", "sm_100", "nvidia")
 ELEMENTS = ("half", "fp32", "odd_half", "odd_fp32")
+CODES = "e4m3"
 OPERATIONS = ("up", "up_ungated", "down", "down_grad", "weight_grad")
 HEIGHTS = (16, 32, 64, 128)
 
@@ -27,11 +28,13 @@ def as_text(tile):
 def test_every_tile_is_the_pinned_one():
     """Tiles decide the bits of sums: whoever changes one changes this file with it."""
     pinned = [(family, "half") for family in FAMILIES] + [("sm_90", elements) for elements in ELEMENTS[1:]]
+    pinned += [(family, CODES) for family in ("interpreter", "amd", "sm_90")]
     lines = [
         f"{family} {elements} {operation} {height}: {as_text(tile_of(family, elements, operation, height))}"
         for family, elements in pinned
         for operation in OPERATIONS
         for height in HEIGHTS
+        if (elements, operation) != (CODES, "weight_grad")  # its operands are rows
     ]
     assert lines == PINNED.read_text().splitlines()
 
@@ -45,6 +48,16 @@ def test_other_elements_have_the_same_tiles_on_every_gpu(family, elements):
             assert tile_of(family, elements, operation, height) == tile_of(*same_as, operation, height)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_steps_of_codes_are_as_deep_as_both_formats_allow(family):
+    """At least one block of "mxfp8", at most one of "fp8_block"."""
+    for operation in OPERATIONS[:-1]:
+        for height in HEIGHTS:
+            tile = tile_of(family, CODES, operation, height)
+            assert tile == tile_of(family if family in ("interpreter", "amd") else "sm_90", CODES, operation, height)
+            assert 32 <= tile.block_k <= 128
+
+
 def test_every_row_is_some_products_first():
     def first_row(*wanted):
         return next(
@@ -56,7 +69,7 @@ def test_every_row_is_some_products_first():
     reached = {
         first_row(family, elements, operation, str(height))
         for family in FAMILIES
-        for elements in ELEMENTS
+        for elements in (*ELEMENTS, CODES)
         for operation in OPERATIONS
         for height in HEIGHTS
     }

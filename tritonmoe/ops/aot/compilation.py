@@ -6,6 +6,7 @@ import multiprocessing
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -17,14 +18,16 @@ from tritonmoe.ops.aot.machine_code import MachineCode, read_amd, read_nvidia
 from tritonmoe.ops.aot.variants import VARIANTS
 from tritonmoe.ops.kernels import launch
 from tritonmoe.ops.kernels.compiled import settle_cache
-from tritonmoe.ops.kernels.gpus import SCHEDULERS, architecture_named
+from tritonmoe.ops.kernels.gpus import SCHEDULERS, Architecture, architecture_named
 from tritonmoe.ops.kernels.tiles import measured_tiles
 from tritonmoe.runtime.processes import ends_with_its_parent
 
 __all__ = ["Compiled", "compile_all", "compile_one", "compile_unchecked"]
 
-HALF_BYTES = 2
-"""Bytes of an element of fp16 and bf16."""
+BYTES = {"bf16": 2, "f16": 2, "f8E4M3FN": 1}
+"""Bytes of an element of a product's operands, by its type in Triton's IR."""
+E4M3 = " e4m3"
+"""Behind the name of a matrix instruction that multiplies codes."""
 FIRST_RIGHT_PTXAS = (13, 3)
 """The release that keeps the registers of wgmma's operands until it has read them."""
 FEW_BYTES = 16
@@ -49,17 +52,17 @@ class Compiled:
     occupancy: int = 0
     """Programs that fit side by side on a multiprocessor (AMD: a compute unit)."""
     matrix: str = ""
-    """The matrix instruction in the loop."""
+    """The matrix instruction in the loop, and "e4m3" behind it where it multiplies codes."""
     expected_matrix: str = ""
-    """The matrix instruction that must be there; empty where the kernel has no product in half precision."""
+    """The matrix instruction that must be there; empty where the kernel has no product of codes or in fp16 or bf16."""
     tma_operands: int = 0
     """Operands that the launch hands over as descriptors, to be read by TMA; results, stored by TMA, don't count."""
     loop: dict[str, int] = field(default_factory=dict)
     """Instructions by kind in the innermost loop around the matrix instruction (no such loop: in the whole kernel)."""
     step: dict[str, int] = field(default_factory=dict)
-    """Of a step of a product in fp16 or bf16: the tile's rows, columns and depth, what `MachineCode.step` has, the
-    bytes of its operands' tiles ("l2_bytes"), the cycles of its products ("matrix_cycles"), and on NVIDIA those in
-    which one scheduler issues its instructions ("issue_slots")."""
+    """Of a step of a product of codes or in fp16 or bf16: the tile's rows, columns and depth, what `MachineCode.step`
+    has, the bytes of its operands' tiles ("l2_bytes"), the cycles of its products ("matrix_cycles"), and on NVIDIA
+    those in which one scheduler issues its instructions ("issue_slots")."""
     doubt: str = ""
     """Why the assembler isn't trusted with it; empty where it is."""
     error: str = ""
@@ -91,23 +94,47 @@ class Compiled:
         return ""
 
 
-def _product_tile(ttir: str) -> tuple[int, int, int] | None:
-    """Return rows, columns and depth of a kernel's tiles in fp16 or bf16 products; None where there are none."""
+class _ProductTile(NamedTuple):
+    rows: int
+    columns: int
+    depth: int
+    element_bytes: int
+
+
+def _product_tile(ttir: str) -> _ProductTile | None:
+    """Return a kernel's tiles in products of codes or in fp16 or bf16; None where there are none."""
     tiles = [
-        (int(match[3]), int(match[4]), int(match[1]))
-        for match in re.finditer(r"tt\.dot .*?tensor<\d+x(\d+)x(bf16|f16)\S*> \* .*-> tensor<(\d+)x(\d+)x", ttir)
+        _ProductTile(int(match[3]), int(match[4]), int(match[1]), BYTES[match[2]])
+        for match in re.finditer(
+            r"tt\.dot(?:_scaled)? .*?tensor<\d+x(\d+)x(bf16|f16|f8E4M3FN)\S*>.* \* .*-> tensor<(\d+)x(\d+)x", ttir
+        )
     ]
     return max(tiles, default=None)
 
 
-def _step(code: MachineCode, tile: tuple[int, int, int] | None, target_name: str) -> dict[str, int]:
+def _multiplies_codes(assembly: Mapping[str, object]) -> bool:
+    """Return whether matrix instructions of 8-bit operands are there."""
+    if "ptx" in assembly:
+        return bool(re.search(r"(wgmma|mma\.sync|tcgen05\.mma)\S*(e4m3|f8f6f4)", str(assembly["ptx"])))
+    return bool(re.search(r"v_mfma\S*(fp8_fp8|f8f6f4)", str(assembly["amdgcn"])))
+
+
+def _expected_matrix(tile: _ProductTile | None, architecture: Architecture) -> str:
+    if tile is None:
+        return ""
+    if architecture.multiplies_shared_memory and tile.rows < 64:
+        return "mma.sync"  # wgmma and tcgen05 multiply 64 rows at least; Triton widens codes
+    return architecture.matrix_instruction + (E4M3 if tile.element_bytes == 1 else "")
+
+
+def _step(code: MachineCode, tile: _ProductTile | None, target_name: str) -> dict[str, int]:
     """Put what a step of a product costs beside what the tile asks for; empty where no matrix instruction loops."""
     if tile is None or not code.step:
         return {}
-    architecture, (rows, columns, depth) = architecture_named(target_name), tile
+    architecture, (rows, columns, depth, element_bytes) = architecture_named(target_name), tile
     step = {"rows": rows, "columns": columns, "depth": depth, **code.step}
-    step["l2_bytes"] = (rows + columns) * depth * HALF_BYTES
-    step["matrix_cycles"] = 2 * rows * columns * depth // architecture.matrix_flops
+    step["l2_bytes"] = (rows + columns) * depth * element_bytes
+    step["matrix_cycles"] = rows * columns * depth * element_bytes // architecture.matrix_flops
     if architecture.target.backend == "cuda":  # AMD's take a vector instruction in four cycles, and others beside it
         step["issue_slots"] = code.step["instructions"] * code.num_warps // SCHEDULERS
     return step
@@ -150,12 +177,6 @@ def compile_one(variant: str, kernel: str, item: launch.Launch, target_name: str
     except Exception as error:
         return Compiled(variant, kernel, target_name, error=f"{type(error).__name__}: {error}"[:2000])
     tile = _product_tile(assembly["ttir"])
-    if tile is None:
-        expected = ""
-    elif architecture.target.backend == "cuda" and tile[0] < 64:
-        expected = "mma.sync"  # wgmma and tcgen05 multiply 64 rows at least
-    else:
-        expected = architecture.matrix_instruction
     shared = compiled.metadata.shared
     tensor_memory = getattr(compiled.metadata, "tmem_size", 0)
     num_stored = len(set(re.findall(r"tt\.descriptor_store (%\w+)", assembly["ttir"])))
@@ -169,8 +190,8 @@ def compile_one(variant: str, kernel: str, item: launch.Launch, target_name: str
         shared_bytes=shared,
         num_warps=code.num_warps,
         occupancy=architecture.occupancy(code.registers, shared, code.num_warps, tensor_memory),
-        matrix=code.matrix,
-        expected_matrix=expected,
+        matrix=code.matrix + (E4M3 if code.matrix and _multiplies_codes(assembly) else ""),
+        expected_matrix=_expected_matrix(tile, architecture),
         tma_operands=sum(isinstance(argument, TensorDescriptor) for argument in item.args) - num_stored,
         loop=code.loop,
         step=_step(code, tile, target_name),

@@ -13,9 +13,11 @@ from tritonmoe.config.formats import find_format
 from tritonmoe.config.layer import NO_WEIGHTS, ExpertLayout, PerWeight, Projection
 from tritonmoe.ops.aot.variants import Variant
 from tritonmoe.ops.backends import triton as triton_backend
+from tritonmoe.ops.backends.encoded import EncodedOperations
 from tritonmoe.ops.backends.ops import NO_GRADIENTS, GradientOperands, Operations
 from tritonmoe.ops.grouping import Grouping, RowSources
 from tritonmoe.ops.kernels import launch
+from tritonmoe.ops.kernels.gpus import architecture_like
 from tritonmoe.ops.kernels.router_kernels import route, route_grad
 from tritonmoe.ops.kernels.tiles import measured_tiles
 
@@ -32,6 +34,9 @@ def record_launches(variant: Variant, target: GPUTarget) -> dict[str, launch.Lau
             record_launches(heuristic, target)
         with measured_tiles.using(dict.fromkeys(asked, variant.tiles)):
             return record_launches(heuristic, target)
+    gpu, precision = architecture_like(launch.architecture_of(target)), variant.precision
+    if precision is not None and precision.format not in gpu.precisions:
+        return {}
     with launch.recording(target) as launches:
         step = _RecordedStep(variant, launches)
         step.run()
@@ -43,7 +48,7 @@ class _RecordedStep:
 
     def __init__(self, variant: Variant, launches: list[launch.Launch]) -> None:
         v, rows = variant, variant.num_rows
-        self.variant, self.launches = variant, launches
+        self.variant, self.launches, self.operations = variant, launches, operations
         self.found: dict[str, launch.Launch] = {}
         """By operation and kernel."""
         width = 2 * v.intermediate_size if v.layout.gated else v.intermediate_size
@@ -70,8 +75,10 @@ class _RecordedStep:
 
     def _name(self, operation: str, *, reads_weight: bool = False) -> None:
         """Keep what was launched since the last call as the launches of `operation`, and of the weight's format."""
-        if reads_weight and self.variant.weight_format is not None:
-            operation = f"{operation} of {self.variant.weight_format}"
+        precision = self.variant.precision
+        stored_as = self.variant.weight_format if precision is None else precision.format
+        if reads_weight and stored_as is not None:
+            operation = f"{operation} of {stored_as}"
         for item in self.launches:
             key = f"{operation} {item.kernel.__name__.strip('_').removesuffix('_kernel')}"
             assert key not in self.found, key
@@ -81,6 +88,11 @@ class _RecordedStep:
     def run(self) -> None:
         """Run the router and every operation, forward and backward, on one device or as one of several ranks does."""
         v, is_rank = self.variant, self.variant.num_ranks > 1
+        if v.precision is not None:
+            grouping = operations.group(self.ids, v.num_experts)
+            self.launches.clear()
+            self._products_of_codes(EncodedOperations(v.precision), grouping)
+            return
         self._router()
         grouping = layer = operations.group(self.ids, v.num_experts)
         self._name("group")
@@ -103,6 +115,21 @@ class _RecordedStep:
             self._name("gather_sum at home")
             operations.gather_sum(self.topk_weights, home_index)
             self._name("gather_sum weights' gradients at home")
+
+    def _products_of_codes(self, encoded: EncodedOperations, grouping: Grouping) -> None:
+        """Run what makes codes, and the products of codes."""
+        encoded.round_rows(self.x)
+        self._name("rounded rows", reads_weight=True)
+        for directions in ("forward", "backward"):
+            encoded.projection(self.gate_up, directions)
+            self._name(f"gate_up_proj {directions}", reads_weight=True)
+            encoded.projection(self.down, directions)
+            self._name(f"down_proj {directions}", reads_weight=True)
+        self.gate_up, self.down = (encoded.projection(of, "both") for of in (self.gate_up, self.down))
+        self.launches.clear()
+        self.operations = cast(Operations, encoded)
+        h, y = self._forward(grouping)
+        self._backward(grouping, h, y)
 
     def _router(self) -> None:
         """Run the router of all ranks' experts, and its backward without losses of its own and with both."""
@@ -137,28 +164,28 @@ class _RecordedStep:
         """Return h and y."""
         activation, options = self.variant.activation, self.variant.options
         arguments = self.x, self.gate_up, grouping
-        operations.up(*arguments, activation, needs_h=False, options=options)
+        self.operations.up(*arguments, activation, needs_h=False, options=options)
         self._name("up inference", reads_weight=True)
-        h, a = operations.up(*arguments, activation, options=options)
+        h, a = self.operations.up(*arguments, activation, options=options)
         self._name("up", reads_weight=True)
-        y = operations.down(a, self.down, grouping, options=options)
+        y = self.operations.down(a, self.down, grouping, options=options)
         self._name("down", reads_weight=True)
-        operations.gather_sum(y, grouping.inverse, self.topk_weights)
+        self.operations.gather_sum(y, grouping.inverse, self.topk_weights)
         self._name("gather_sum")
-        operations.up(*arguments, None, options=options)
+        self.operations.up(*arguments, None, options=options)
         self._name("up for h alone", reads_weight=True)
         return h, y
 
     def _backward(self, grouping: Grouping, h: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Return dh and s*a."""
         activation, options = self.variant.activation, self.variant.options
-        dh, scaled_a, _ = operations.down_grad(
+        dh, scaled_a, _ = self.operations.down_grad(
             self.dout, self.down, h, self.topk_weights, grouping, activation, options=options
         )
         self._name("down_grad", reads_weight=True)
-        operations.up_grad(dh, self.gate_up, grouping, options=options)
+        self.operations.up_grad(dh, self.gate_up, grouping, options=options)
         self._name("up_grad", reads_weight=True)
-        operations.gather_sum(y, grouping.inverse)
+        self.operations.gather_sum(y, grouping.inverse)
         self._name("gather_sum without weights")
         return dh, scaled_a
 

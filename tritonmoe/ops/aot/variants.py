@@ -9,6 +9,7 @@ import torch
 from tritonmoe.config.activations import ClampedSwiGLU, FusedActivation
 from tritonmoe.config.formats import WeightFormat
 from tritonmoe.config.layer import ExpertLayout, KernelOptions
+from tritonmoe.config.precision import ExpertPrecision
 from tritonmoe.config.routing import RoutingRule
 
 __all__ = ["DEFAULT_VARIANTS", "VARIANTS", "Variant"]
@@ -28,6 +29,8 @@ class Variant:
     bias: bool = True
     weight_format: WeightFormat | None = None
     """Of packed weights, which have no gradients; None for plain ones."""
+    precision: ExpertPrecision | None = None
+    """With one, only the products of codes and what makes these, on cards that have the instruction."""
     adapter_rank: int = 0
     """R of low-rank adapters on both projections; 0 for none."""
     routing: RoutingRule = field(default_factory=lambda: RoutingRule(0))
@@ -108,10 +111,18 @@ VARIANTS = {
     "nf4 of odd halves": Variant(
         layout=ExpertLayout(transposed=True), hidden_size=1024, intermediate_size=333, weight_format="nf4"
     ),
+    # Products of codes: Qwen3-30B-A3B's, and where a tile has few rows.
+    "fp8_block": Variant(precision=ExpertPrecision("fp8_block")),
+    "fp8_block 128 tokens": Variant(precision=ExpertPrecision("fp8_block"), num_rows=128),
+    "mxfp8": Variant(precision=ExpertPrecision("mxfp8")),
+    "mxfp8 128 tokens": Variant(precision=ExpertPrecision("mxfp8"), num_rows=128),
     "bf16 persistent": Variant(tiles={"persistent": True}),
     "bf16 one tile a program": Variant(tiles={"persistent": False}),
     "bf16 pointers": Variant(tiles={"tma": False}),
     "bf16 gathered by TMA": Variant(tiles={"gather": "tma"}),
     "bf16 rows copied": Variant(tiles={"gather": "copy"}),
 }
-DEFAULT_VARIANTS = ("bf16", "bf16 one tile a program", "bf16 pointers", "bf16 gathered by TMA", "bf16 rows copied")
+DEFAULT_VARIANTS = (
+    *("bf16", "bf16 one tile a program", "bf16 pointers", "bf16 gathered by TMA", "bf16 rows copied"),
+    *("fp8_block", "mxfp8"),
+)

@@ -31,13 +31,20 @@ _found: dict[str, bool] = {}
 """What this process knows, by the keys of checked.json."""
 
 
-def are_right(device: torch.device, dtype: torch.dtype, what: str, check: Callable[[], Iterable[Checked]]) -> bool:
+def are_right(
+    device: torch.device,
+    dtype: torch.dtype,
+    what: str,
+    check: Callable[[], Iterable[Checked]],
+    instead: str = "PyTorch's operations",
+) -> bool:
     """Return whether the kernels behind `what` compute as plain PyTorch does; run `check` if nobody has.
 
     The first answer takes as long as the check's kernels take to compile. Ranks that are threads wait for one of them.
 
     Args:
-        what: "experts", say, for the key and the messages. check: makes the comparisons.
+        what: "experts", say, for the key and the messages. check: makes the comparisons. instead: what is taken
+            where kernels are wrong, for the messages.
     Raises:
         Unchecked: nobody has, and a stream of the device is captured into a CUDA graph.
     """
@@ -50,7 +57,7 @@ def are_right(device: torch.device, dtype: torch.dtype, what: str, check: Callab
             is_kept = key in _kept()
             if not is_kept and is_captured(device):
                 raise Unchecked(key)
-            _found[key] = is_kept or _is_checked_right(key, check)
+            _found[key] = is_kept or _is_checked_right(key, check, instead)
         return _found[key]
 
 
@@ -92,7 +99,7 @@ def _keep(key: str) -> None:
         log.warning("the kernels will be checked again in every process, since where that is kept: %s", error)
 
 
-def _is_checked_right(key: str, check: Callable[[], Iterable[Checked]]) -> bool:
+def _is_checked_right(key: str, check: Callable[[], Iterable[Checked]], instead: str) -> bool:
     log.info("checking kernels once: %s", key)
     try:
         checked = _in_a_thread(check)
@@ -100,11 +107,12 @@ def _is_checked_right(key: str, check: Callable[[], Iterable[Checked]]) -> bool:
         if not _is_of_a_compiler(error):
             raise
         log.warning(
-            "Triton can't compile kernels here (%s): %s: %s. Calls with backend='auto' take PyTorch's operations "
-            "instead, which are slower; backend='triton' raises this error",
+            "Triton can't compile kernels here (%s): %s: %s. Calls with backend='auto' take %s instead, which are "
+            "slower; backend='triton' raises this error",
             key,
             type(error).__name__,
             error,
+            instead,
         )
         return False
     wrong = [one for one in checked if not one.is_right]
@@ -112,10 +120,11 @@ def _is_checked_right(key: str, check: Callable[[], Iterable[Checked]]) -> bool:
         _keep(key)
         return True
     log.warning(
-        "the kernels are wrong here (%s): %s. Calls with backend='auto' take PyTorch's operations instead, which are "
-        "slower; `tritonmoe check` compares everything, with the tiles",
+        "the kernels are wrong here (%s): %s. Calls with backend='auto' take %s instead, which are slower; "
+        "`tritonmoe check` compares everything, with the tiles",
         key,
         "; ".join(map(str, wrong)),
+        instead,
     )
     return False
 

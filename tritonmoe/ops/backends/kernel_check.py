@@ -14,9 +14,11 @@ from torch import Tensor
 from tritonmoe.config.activations import ClampedSwiGLU, FusedActivation
 from tritonmoe.config.formats import WeightFormat, find_format
 from tritonmoe.config.layer import ExpertLayout, KernelOptions, PerWeight, Projection
+from tritonmoe.config.precision import ExpertPrecision
 from tritonmoe.ops.backends import reference as reference_module
 from tritonmoe.ops.backends.decoding import decoded
 from tritonmoe.ops.backends.ops import CalledLayer, GradientOperands, Operations
+from tritonmoe.ops.backends.rounded import Directions, RoundedOperations
 from tritonmoe.ops.grouping import Grouping
 
 __all__ = [
@@ -157,24 +159,27 @@ class LayerCase:
             padded[:num_active] = value
             return padded
 
-        gate_up = self._adding(self.gate_up, "h", num_pairs)
+        up_projection, down_projection = (
+            ops.projection(of, "both") if isinstance(ops, RoundedOperations) else of for of in (self.gate_up, self.down)
+        )
+        gate_up = self._adding(up_projection, "h", num_pairs)
         h, a = ops.up(self.x, gate_up, grouping, activation, out_h=gate_up.addend, options=options)
         found["up: h"] = h
         if a is None:
             hidden = found["up: a"] = h.new_full((num_pairs, self.intermediate), 0.5)
         else:
             found["up: a"], hidden = a, operand("up: h")
-        down = self._adding(self.down, "y", num_pairs)
+        down = self._adding(down_projection, "y", num_pairs)
         found["down"] = ops.down(operand("up: a"), down, grouping, out=down.addend, options=options)
         found["gather_sum"] = ops.gather_sum(operand("down"), grouping.inverse, self.weights)
         found["gather_sum: without weights"] = ops.gather_sum(operand("down"), grouping.inverse)
-        down = self._adding(self.down, "g", num_pairs)
+        down = self._adding(down_projection, "g", num_pairs)
         dh, scaled_a, dweights = ops.down_grad(
             self.dout, down, hidden, self.weights, grouping, activation, out=(None, down.addend), options=options
         )
         found |= {"down_grad: dh": dh, "down_grad: s*a": scaled_a, "down_grad: gate weights": dweights}
         if activation is not None:
-            gate_up = self._adding(self.gate_up, "dx", num_pairs)
+            gate_up = self._adding(up_projection, "dx", num_pairs)
             dh_given = operand("down_grad: dh")
             found["up_grad"] = ops.up_grad(dh_given, gate_up, grouping, out=gate_up.addend, options=options)
             rows = GradientOperands(self.x, dh_given, self.dout, operand("down_grad: s*a"), self.weights)
@@ -187,6 +192,21 @@ class LayerCase:
         """Return a projection whose product `name` has an addend, if this layer has some; a copy to be written over."""
         addend = self.addends.get(name)
         return projection if addend is None else projection._replace(addend=addend[:num_pairs].clone())
+
+
+class _RoundedInDouble(RoundedOperations):
+    """The operations of a precision in fp64, of operands that are bf16 numbers."""
+
+    def round_rows(self, rows: Tensor) -> Tensor:
+        return super().round_rows(rows.bfloat16()).double()
+
+    def projection(self, projection: Projection, directions: Directions) -> Projection:
+        found = super().projection(projection._replace(weight=projection.weight.bfloat16()), directions)
+        of_gradients = found.weight_of_gradients
+        return found._replace(
+            weight=found.weight.double(),
+            weight_of_gradients=None if of_gradients is None else of_gradients.double(),
+        )
 
 
 class Distance(NamedTuple):
@@ -232,6 +252,7 @@ class CheckedLayer:
     bias: bool = False
     options: KernelOptions = KernelOptions()
     weight_formats: tuple[WeightFormat | None, WeightFormat | None] = (None, None)
+    precision: ExpertPrecision | None = None
 
     @property
     def weight_format(self) -> WeightFormat | None:
@@ -256,6 +277,10 @@ CASES = (
     CheckedLayer("fp8", torch.bfloat16, 1024, weight_formats=("fp8", "fp8")),
     CheckedLayer("nf4, transposed", torch.bfloat16, 1024, ExpertLayout(transposed=True), weight_formats=("nf4", "nf4")),
     CheckedLayer("mxfp4, few tokens", torch.bfloat16, 40, weight_formats=("mxfp4", "mxfp4")),
+    CheckedLayer("fp8_block", torch.bfloat16, 1024, precision=ExpertPrecision("fp8_block")),
+    CheckedLayer("fp8_block, few tokens", torch.bfloat16, 40, bias=True, precision=ExpertPrecision("fp8_block")),
+    CheckedLayer("mxfp8", torch.bfloat16, 1024, precision=ExpertPrecision("mxfp8")),
+    CheckedLayer("mxfp8, few tokens", torch.bfloat16, 40, bias=True, precision=ExpertPrecision("mxfp8")),
 )
 """Every kind of tile, and every way in which weights lie, in seconds on a GPU."""
 SMALL_CASES = tuple(
@@ -276,7 +301,12 @@ def _large_enough(size: int) -> int:
 
 
 def cases_like(
-    layer: CalledLayer, dtype: torch.dtype, options: KernelOptions, num_experts: int, top_k: int
+    layer: CalledLayer,
+    dtype: torch.dtype,
+    options: KernelOptions,
+    num_experts: int,
+    top_k: int,
+    precision: ExpertPrecision | None = None,
 ) -> list[CheckedLayer]:
     """Return layers that have the kernels of a call's own, with many pairs per expert and with few.
 
@@ -291,6 +321,7 @@ def cases_like(
     name += (", biases" if layer.has_bias else "") + (f", {options}" if options != KernelOptions() else "")
     if any(layer.weight_formats):
         name += f", weights in {' and '.join(one or 'bf16' for one in dict.fromkeys(layer.weight_formats))}"
+    name += "" if precision is None else f", in {precision.format}"
     of_call = CheckedLayer(
         name,
         dtype,
@@ -304,6 +335,7 @@ def cases_like(
         layer.has_bias,
         options,
         layer.weight_formats,
+        precision,
     )
     cases = [of_call, replace(of_call, num_tokens=-(-12 * experts // top_k))]
     if options.num_sms is None:  # a program that begins a tile while it stores another one
@@ -354,15 +386,23 @@ def _case(layer: CheckedLayer, device: torch.device) -> LayerCase:
 
 
 def check_layer(layer: CheckedLayer, ops: Operations, device: torch.device) -> Iterator[Checked]:
-    """Run every operation of `ops`, each on operands that plain PyTorch made, and compare with fp64."""
+    """Run every operation of `ops`, each on operands that plain PyTorch made, and compare with fp64.
+
+    ops: of a layer in a precision, those in that precision.
+    """
     case, reference = _case(layer, device), cast(Operations, reference_module)
+    exact_reference = reference
+    if layer.precision is not None:
+        exact_reference = cast(Operations, _RoundedInDouble(reference, layer.precision))
+        rounded = RoundedOperations(reference, layer.precision)
+        case.x, case.dout, reference = rounded.round_rows(case.x), rounded.round_rows(case.dout), rounded
     expected = reference.group(case.ids, layer.num_experts)
     grouping = ops.group(case.ids, layer.num_experts)
     for name in ("expert_offsets", "inverse", "pair_index"):
         found, right = getattr(grouping, name), getattr(expected, name)
         yield check_ids(layer.name, f"group: {name}", found[: len(right)], right)
     plain = case.run(reference, expected, layer.activation)
-    exact = case.double().run(reference, expected, layer.activation, plain)
+    exact = case.double().run(exact_reference, expected, layer.activation, plain)
     actual = case.run(ops, grouping, layer.activation, plain, layer.options)
     for name, value in actual.items():
         if value.numel():

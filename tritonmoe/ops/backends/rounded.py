@@ -1,55 +1,55 @@
 """RoundedOperations: the operations of a backend in an ExpertPrecision, as its products in bf16 of rounded operands.
 
 That is what the precision is defined by (config/precision.py), on every device and in every backend. Whoever calls has
-rounded the rows x and dout, once for each token and before they travel, and the weights (Projection says so).
+rounded the rows x and dout with round_rows(), once for each token and before they travel, and has the projections from
+projection().
 """
 
-import logging
-from functools import cache
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from tritonmoe.config.activations import FusedActivation
 from tritonmoe.config.layer import NO_WEIGHTS, ExpertLayout, KernelOptions, PerWeight, Projection
-from tritonmoe.config.precision import ExpertPrecision, rounded, rounded_rows
+from tritonmoe.config.precision import ExpertPrecision, rounded, rounded_rows, rounded_weight
 from tritonmoe.ops.backends.ops import GradientOperands, Operations, WeightGrads, required
 from tritonmoe.ops.grouping import Grouping
 from tritonmoe.runtime.host_device import is_captured
 
-__all__ = ["EMULATED", "RoundedOperations", "rounded_operations"]
+__all__ = ["Directions", "RoundedOperations"]
 
-logger = logging.getLogger(__name__)
-EMULATED = "emulated: bf16 products of rounded numbers, which take longer than a layer in bf16"
-
-
-def rounded_operations(ops: Operations, precision: ExpertPrecision | None) -> Operations:
-    """Return the operations of a backend in a precision; these themselves without one."""
-    if precision is None:
-        return ops
-    _say_emulated(precision.format)
-    return cast(Operations, RoundedOperations(ops, precision))
-
-
-@cache
-def _say_emulated(precision_format: str) -> None:
-    """Log once that no instruction of the device is used."""
-    logger.warning("experts in %s are %s: results are those of the precision", precision_format, EMULATED)
+Directions = Literal["forward", "backward", "both"]
+"""Of which products a weight is an operand: those of the forward, or those that give gradients of rows."""
 
 
 class RoundedOperations:
     """The seven operations: ops.py is their contract."""
 
     def __init__(self, ops: Operations, precision: ExpertPrecision) -> None:
-        self._ops, self._precision = ops, precision
+        self._ops, self.precision = ops, precision
         self.__name__, self.MAX_BLOCK_PAIRS = ops.__name__, ops.MAX_BLOCK_PAIRS
         self.copies_rows, self.group, self.gather_sum = ops.copies_rows, ops.group, ops.gather_sum
         self.up = ops.up
 
+    def round_rows(self, rows: Tensor) -> Tensor:
+        """Return rows (N, depth) as a product over the depth takes them: x and dout before they go to experts."""
+        return rounded_rows(rows, self.precision)
+
+    def projection(self, projection: Projection, directions: Directions) -> Projection:
+        """Return a projection whose weight is rounded for the products of these directions."""
+        weight, precision = projection.weight, self.precision
+        out_axis, in_axis = (2, 1) if projection.layout.transposed else (1, 2)
+        if precision.is_symmetric:
+            return projection._replace(weight=rounded_weight(weight, precision, in_axis))
+        of_gradients = None if directions == "forward" else rounded_weight(weight, precision, out_axis)
+        if directions != "backward":
+            weight = rounded_weight(weight, precision, in_axis)
+        return projection._replace(weight=weight, weight_of_gradients=of_gradients)
+
     def down(self, a: Tensor, projection: Projection, grouping: Grouping, **others: Any) -> Tensor:
-        return self._ops.down(rounded_rows(a, self._precision), projection, grouping, **others)
+        return self._ops.down(self.round_rows(a), projection, grouping, **others)
 
     def down_grad(
         self,
@@ -65,7 +65,7 @@ class RoundedOperations:
         return self._ops.down_grad(dout, weight, hidden, topk_weights, grouping, activation, **others)
 
     def up_grad(self, dh: Tensor, projection: Projection, grouping: Grouping, **others: Any) -> Tensor:
-        return self._ops.up_grad(rounded_rows(dh, self._precision), projection.for_gradients, grouping, **others)
+        return self._ops.up_grad(self.round_rows(dh), projection.for_gradients, grouping, **others)
 
     def weight_grad(
         self,
@@ -78,11 +78,11 @@ class RoundedOperations:
         options: KernelOptions = KernelOptions(),
     ) -> WeightGrads:
         """Round both operands of the products along the tokens, where the precision says so; biases are only sums."""
-        if self._precision.weight_gradients == "bf16":
+        if self.precision.weight_gradients == "bf16":
             return self._ops.weight_grad(grouping, layout, operands, needs, accumulate=accumulate, options=options)
         if is_captured(grouping.pair_index.device):
             raise ValueError(
-                f"a CUDA graph can't capture a backward in {self._precision}, which waits for the number of pairs of "
+                f"a CUDA graph can't capture a backward in {self.precision}, which waits for the number of pairs of "
                 "each expert: take weight_gradients='bf16'"
             )
         biases = needs._replace(gate_up_proj=False, down_proj=False)
@@ -112,5 +112,5 @@ class RoundedOperations:
         sorted_values = values[sources] if rows is None else values.index_select(0, rows[sources])
         out = values.new_zeros(grouping.num_pairs, values.shape[1])
         for first, last in pairwise(offsets):
-            rounded(sorted_values[first:last], (self._precision.block, 1), out[first:last])
+            rounded(sorted_values[first:last], (self.precision.block, 1), out[first:last])
         return out if places is None else torch.zeros_like(out).index_copy_(0, places, out[: offsets[-1]])

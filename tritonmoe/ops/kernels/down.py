@@ -5,6 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tritonmoe.config.layer import KernelOptions, Projection
+from tritonmoe.config.precision import Encoded
 from tritonmoe.ops.grouping import Grouping
 from tritonmoe.ops.kernels import ragged_tiles, weight_tiles
 from tritonmoe.ops.kernels.arithmetic import dot, round_to, split_columns, zeros
@@ -18,6 +19,7 @@ from tritonmoe.ops.kernels.row_tiles import (
     tile_of_slot,
     tile_of_slot_again,
 )
+from tritonmoe.ops.kernels.scaled_tiles import add_scaled_product, scaled_columns
 from tritonmoe.ops.kernels.tile_runs import grid_of, tiles_of_program
 from tritonmoe.ops.kernels.tiles import tma
 from tritonmoe.ops.kernels.tiles.left_out import leaving_out_refused_tiles
@@ -28,9 +30,10 @@ __all__ = ["down", "up_grad"]
 
 @triton.jit(do_not_specialize=["num_slots", "programs_at_once"])
 def _grouped_matmul_kernel(
-    values,  # (N, depth), or its descriptor
+    values,  # (N, depth), or its descriptor; with SCALES its codes
+    values_scales,  # with SCALES, of the values
     weight,  # (E, depth, width) in any layout, through its strides, or its descriptor, or its bytes
-    scales,  # of a packed weight, or None
+    scales,  # of a packed weight, or with SCALES, or None
     bias,  # (E, width) or None
     addend,  # (N, width), perhaps the same memory as out, or None
     row_tiles,  # (1, num_slots, 4, 4) int32
@@ -66,6 +69,7 @@ def _grouped_matmul_kernel(
     FLATTEN: tl.constexpr,
     SUBTILES: tl.constexpr,
     PRECISION: tl.constexpr,
+    SCALES: tl.constexpr,
 ):
     LANES: tl.constexpr = 1 if DEPTH_LAST else PER
     strides = (stride_weight_expert, stride_weight_in, stride_weight_out, stride_scales_expert, stride_scales_row)
@@ -128,7 +132,25 @@ def _grouped_matmul_kernel(
                 )
                 if FORMAT is None and not WEIGHT_BY_TMA:
                     weight_pointers += BLOCK_K * stride_weight_in
-                accumulator = dot(value_tile, weight_tile, accumulator, PRECISION)
+                if SCALES is None:
+                    accumulator = dot(value_tile, weight_tile, accumulator, PRECISION)
+                else:
+                    accumulator = add_scaled_product(
+                        value_tile,
+                        weight_tile,
+                        accumulator,
+                        values_scales,
+                        scales,
+                        expert,
+                        tl.minimum(positions, end - 1),
+                        scaled_columns(column_tile, width, False, False, False, BLOCK_N, GROUP),
+                        start,
+                        depth_size,
+                        stride_scales_expert,
+                        SCALES,
+                        GROUP,
+                        BLOCK_K,
+                    )
 
             if not FLATTEN:
                 expert, first, end = tile_of_slot_again(slot, row_tiles, BLOCK_M)
@@ -164,12 +186,16 @@ def _grouped_matmul(
     grouping: Grouping,
     out: Tensor | None,
     options: KernelOptions,
+    codes: Encoded | None,
 ) -> Tensor:
-    """Multiply rows in storage order by their expert's weight, summing over the weight's `in_axis`."""
+    """Multiply rows in storage order by their expert's weight, summing over the weight's `in_axis`.
+
+    codes: of the rows, by a projection whose weight is codes too.
+    """
     stored, addend, out_axis = stored_weight(projection), projection.addend, 3 - in_axis
     weight, depth, width = stored.values, projection.shape[in_axis], projection.shape[out_axis]
     out = output(values, grouping.num_pairs, width, out)
-    values = contiguous_columns(values)
+    values, values_scales = (contiguous_columns(values), None) if codes is None else codes
     refusals = {"values": tma.refusal(values), "weight": stored.tma_refusal or tma.refusal_of_weight(weight)}
     # What is added may be where the result is stored: threads that load it and TMA have no order.
     refusals["out"] = ragged_tiles.refusal(out) if addend is None else "it is added to"
@@ -183,6 +209,7 @@ def _grouped_matmul(
         _grouped_matmul_kernel,
         grid,
         tma.describe(values, (config.block_m, config.block_k)) if config.by_tma("values") else values,
+        values_scales,
         tma.describe_weight(weight, in_axis, config.block_k, config.block_n) if config.by_tma("weight") else weight,
         stored.scales,
         bias,
@@ -211,6 +238,7 @@ def _grouped_matmul(
         FORMAT=weight_format,
         GROUP=group,
         PER=per,
+        SCALES=stored.scaling,
         **tile_keywords(config, values),
     )
     return out
@@ -223,10 +251,11 @@ def down(
     *,
     out: Tensor | None = None,
     options: KernelOptions = KernelOptions(),
+    codes: Encoded | None = None,
 ) -> Tensor:
     """Launch the operation `down` of `backends.ops`: one grouped product."""
     in_axis = 1 if projection.layout.transposed else 2
-    return _grouped_matmul(a, projection, in_axis, projection.bias, grouping, out, options)
+    return _grouped_matmul(a, projection, in_axis, projection.bias, grouping, out, options, codes)
 
 
 def up_grad(
@@ -236,7 +265,8 @@ def up_grad(
     *,
     out: Tensor | None = None,
     options: KernelOptions = KernelOptions(),
+    codes: Encoded | None = None,
 ) -> Tensor:
     """Launch the operation `up_grad` of `backends.ops`: one grouped product, whose sums go over all 2F columns."""
     in_axis = 2 if projection.layout.transposed else 1
-    return _grouped_matmul(dh, projection, in_axis, None, grouping, out, options)
+    return _grouped_matmul(dh, projection, in_axis, None, grouping, out, options, codes)

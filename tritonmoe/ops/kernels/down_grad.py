@@ -7,6 +7,7 @@ from torch import Tensor
 
 from tritonmoe.config.activations import FusedActivation
 from tritonmoe.config.layer import KernelOptions, Projection
+from tritonmoe.config.precision import Encoded
 from tritonmoe.ops.grouping import Grouping
 from tritonmoe.ops.kernels import weight_tiles
 from tritonmoe.ops.kernels.activations import activation_options
@@ -24,6 +25,7 @@ from tritonmoe.ops.kernels.row_tiles import (
     tile_of_slot,
     tile_of_slot_again,
 )
+from tritonmoe.ops.kernels.scaled_tiles import add_scaled_product, scaled_columns
 from tritonmoe.ops.kernels.tile_runs import grid_of, tiles_of_program
 from tritonmoe.ops.kernels.tiles import tma
 from tritonmoe.ops.kernels.tiles.left_out import leaving_out_refused_tiles
@@ -34,9 +36,10 @@ __all__ = ["down_grad"]
 
 @triton.jit(do_not_specialize=["N", "num_slots", "programs_at_once"], do_not_specialize_on_alignment=["pair_index"])
 def _down_grad_kernel(
-    dout,  # (R, D)
+    dout,  # (R, D); with SCALES its codes
+    dout_scales,  # with SCALES, of dout
     weight,  # (E, D, F) in any layout, through its strides, or its descriptor, or its bytes
-    scales,  # of a packed weight, or None
+    scales,  # of a packed weight, or with SCALES, or None
     addend,  # (N, F), perhaps the same memory as scaled_a, or None
     hidden,  # (N, 2F): h; without ACTIVATION (N, F): a
     topk_weights,  # (R, K)
@@ -84,6 +87,7 @@ def _down_grad_kernel(
     FLATTEN: tl.constexpr,
     SUBTILES: tl.constexpr,
     PRECISION: tl.constexpr,
+    SCALES: tl.constexpr,
 ):
     LANES: tl.constexpr = 1 if DEPTH_LAST else PER
     strides = (stride_weight_expert, stride_weight_out, stride_weight_in, stride_scales_expert, stride_scales_row)
@@ -146,7 +150,25 @@ def _down_grad_kernel(
                 )
                 if FORMAT is None and not WEIGHT_BY_TMA:
                     weight_pointers += BLOCK_K * stride_weight_out
-                g = dot(dout_tile, weight_tile, g, PRECISION)
+                if SCALES is None:
+                    g = dot(dout_tile, weight_tile, g, PRECISION)
+                else:
+                    g = add_scaled_product(
+                        dout_tile,
+                        weight_tile,
+                        g,
+                        dout_scales,
+                        scales,
+                        expert,
+                        row_of(pairs, K),
+                        scaled_columns(column_tile, F, False, False, False, BLOCK_N, GROUP),
+                        start,
+                        D,
+                        stride_scales_expert,
+                        SCALES,
+                        GROUP,
+                        BLOCK_K,
+                    )
                 dout_pointers += BLOCK_K * stride_dout_column
 
             if not FLATTEN:
@@ -200,19 +222,22 @@ def down_grad(
     *,
     out: tuple[Tensor | None, Tensor | None] = (None, None),
     options: KernelOptions = KernelOptions(),
+    codes: Encoded | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the operation `down_grad` of `backends.ops`.
 
     One kernel computes the product and the activation's backward, a second one sums the gradients of the gate weights.
+    codes: of dout, by a projection whose weight is codes too.
     """
     stored, layout, addend = stored_weight(projection), projection.layout, projection.addend
     in_axis, out_axis = (1, 2) if layout.transposed else (2, 1)
-    weight, num_units, depth = stored.values, projection.shape[in_axis], dout.shape[1]
+    weight, num_units = stored.values, projection.shape[in_axis]
     num_pairs = grouping.num_pairs
     dh = output(dout, num_pairs, hidden.shape[1], out[0])
     scaled_a = output(dout, num_pairs, num_units, out[1])
     dweights = dout.new_empty(num_pairs, dtype=torch.float32)
-    dout = contiguous_columns(dout)
+    rows, row_scales = (contiguous_columns(dout), None) if codes is None else codes
+    depth = rows.shape[1]
     if hidden.stride(1) != 1:
         hidden = hidden.contiguous()
     function, numbers = activation_options(activation)
@@ -220,7 +245,7 @@ def down_grad(
     # Alternating columns of h take more registers, and Triton 3.6 spills some.
     fits = not layout.interleaved or TRITON_VERSION >= (3, 7)
     config = grouped_matmul_config(
-        stored.product("down_grad"), dout, num_units, depth, grouping, options, refusals, fits
+        stored.product("down_grad"), rows, num_units, depth, grouping, options, refusals, fits
     )
     num_slots = num_tile_slots(num_pairs, weight.shape[0], config.block_m)
     num_column_tiles = cdiv(num_units, config.block_n)
@@ -230,7 +255,8 @@ def down_grad(
     launch(
         _down_grad_kernel,
         grid,
-        dout,
+        rows,
+        row_scales,
         tma.describe_weight(weight, out_axis, config.block_k, config.block_n) if config.by_tma("weight") else weight,
         stored.scales,
         addend,
@@ -247,7 +273,7 @@ def down_grad(
         num_slots,
         num_column_tiles,
         programs_at_once,
-        *dout.stride(),
+        *rows.stride(),
         weight.stride(0),
         weight.stride(in_axis),
         weight.stride(out_axis),
@@ -269,7 +295,8 @@ def down_grad(
         FORMAT=weight_format,
         GROUP=group,
         PER=per,
-        **tile_keywords(config, dout),
+        SCALES=stored.scaling,
+        **tile_keywords(config, rows),
     )
     sum_partials(partial_sums, dout, projection.bias, grouping, dweights)
     return dh, scaled_a, dweights

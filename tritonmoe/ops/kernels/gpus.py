@@ -22,6 +22,8 @@ __all__ = [
 ]
 
 KB = 1024
+BLOCK: tuple[str, ...] = ("fp8_block",)
+BOTH = (*BLOCK, "mxfp8")
 SCHEDULERS = 4
 """Schedulers of a multiprocessor: each issues one instruction of one of its warps in a cycle."""
 
@@ -57,6 +59,8 @@ class Architecture:
     """The first Triton that puts fences and barriers (triton-lang/triton#9871) between asynchronous copies and the
     matrix instruction; () where none is known to be missing."""
     has_tf32: bool = True
+    precisions: tuple[str, ...] = ()
+    """The formats of an ExpertPrecision whose codes its matrix instructions multiply. gfx942's e4m3 is another one."""
     chiplets: int = 1
     """Chiplets, each with an L2 cache of its own, to which programs go in turn."""
 
@@ -108,13 +112,23 @@ ARCHITECTURES = {
     one.name: one
     for one in (
         Architecture("sm_80", "sm_80", "mma.sync", 164, 2048, 64, 32),
-        Architecture("sm_90", "sm_90", "wgmma", 228, 4096, 64, 32, tma_since=(), gathers_by_tma=False),
         Architecture(
-            "sm_100", "sm_100", "tcgen05", 228, 8192, 64, 32, tensor_columns=512, tma_since=(), fences_since=(3, 7, 1)
+            "sm_90", "sm_90", "wgmma", 228, 4096, 64, 32, tma_since=(), gathers_by_tma=False, precisions=BLOCK
         ),
-        Architecture("sm_120", "nvidia", "mma.sync", 100, 1024, 48, 24, tma_since=(3, 7), spills_boxes=True),
+        Architecture(
+            *("sm_100", "sm_100", "tcgen05", 228, 8192, 64, 32),
+            tensor_columns=512,
+            tma_since=(),
+            fences_since=(3, 7, 1),
+            precisions=BOTH,
+        ),
+        Architecture(
+            *("sm_120", "nvidia", "mma.sync", 100, 1024, 48, 24), tma_since=(3, 7), spills_boxes=True, precisions=BOTH
+        ),
         Architecture("gfx942", "amd", "mfma", 64, 2048, 32, 32, warp_size=64, chiplets=8),
-        Architecture("gfx950", "amd", "mfma", 160, 4096, 32, 32, warp_size=64, chiplets=8, has_tf32=False),
+        Architecture(
+            *("gfx950", "amd", "mfma", 160, 4096, 32, 32), warp_size=64, chiplets=8, has_tf32=False, precisions=BOTH
+        ),
     )
 }
 """The targets for which every variant of every kernel is compiled."""
@@ -123,7 +137,7 @@ OTHER_ARCHITECTURES = {
     one.name: one
     for one in (
         Architecture("sm_86", "nvidia", "mma.sync", 100, 1024, 48, 16),
-        Architecture("sm_89", "nvidia", "mma.sync", 100, 1024, 48, 24),
+        Architecture("sm_89", "nvidia", "mma.sync", 100, 1024, 48, 24, precisions=BLOCK),
         Architecture("gfx90a", "amd", "mfma", 64, 1024, 32, 32, warp_size=64, has_tf32=False),
     )
 }
@@ -143,7 +157,7 @@ _STRANGERS = {
     "interpreter": replace(ARCHITECTURES["sm_100"], tiles="interpreter", fences_since=()),
     r"sm_9\d": ARCHITECTURES["sm_90"],
     r"sm_\d\d": OTHER_ARCHITECTURES["sm_86"],
-    r"sm_\d+": replace(ARCHITECTURES["sm_120"], tma_since=(), spills_boxes=False),
+    r"sm_\d+": replace(ARCHITECTURES["sm_120"], tma_since=(), spills_boxes=False, precisions=()),
     r".*": OTHER_ARCHITECTURES["gfx90a"],
 }
 """What stands, in a launch, for the interpreter and for cards of which nothing is known."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tritonmoe.config.formats import FP8_BLOCK, MXFP4_BLOCK, NF4_BLOCK, NF4_VALUES, PackedFormat, format_of
 from tritonmoe.config.layer import Projection
+from tritonmoe.config.precision import BLOCKS
 from tritonmoe.ops.kernels.arithmetic import as_loaded, round_to
 from tritonmoe.ops.kernels.tiles import tma
 from tritonmoe.ops.kernels.tiles.config import TileConfig
@@ -35,10 +36,13 @@ class StoredWeight(NamedTuple):
     stride_scales_row: int
     """The scales of a row; of a format whose blocks may begin in one row and end in the next, the bytes of a row."""
     packed: PackedFormat | None
+    scaling: str | None = None
+    """The format of an ExpertPrecision whose codes these are: what kernels call SCALES."""
 
     def product(self, operation: str) -> str:
         """Name a product by this weight as `grouped_matmul_config` takes it."""
-        return operation if self.packed is None else f"{operation} {self.packed.name}"
+        stored_as = self.scaling if self.packed is None else self.packed.name
+        return operation if stored_as is None else f"{operation} {stored_as}"
 
     @property
     def tma_refusal(self) -> str:
@@ -58,13 +62,16 @@ class StoredWeight(NamedTuple):
     def decoding(
         self, depth_axis: int, config: TileConfig, num_units: int = 0, piece: int | None = None
     ) -> tuple[Any, int, int]:
-        """Return FORMAT, GROUP and PER of a launch, which say how its tiles are decoded.
+        """Return FORMAT, GROUP and PER of a launch, which say how its tiles are decoded or scaled.
 
         Args:
-            piece: how many columns lie side by side, where a tile has pieces of the gate and of the up half, each of
-                num_units columns.
+            num_units: the columns of the gate half and of the up half, where one follows the other; else 0.
+            piece: how many columns lie side by side, where a tile has pieces of the gate and of the up half.
         """
         packed, scales = self.packed, self.scales
+        if self.scaling is not None:
+            of_halves = _largest_power_of_2(num_units) or config.block_n
+            return None, 1 if self.scaling == "mxfp8" else min(BLOCKS["fp8_block"], config.block_n, of_halves), 1
         if packed is None or scales is None:
             return None, 1, 1
         group = packed.block
@@ -90,6 +97,10 @@ def stored_weight(projection: Projection) -> StoredWeight:
     weight, scales = projection.weight, projection.scales
     if scales is None:
         return StoredWeight(weight, None, 0, 0, None)
+    if projection.is_encoded:
+        block = weight.shape[2] // scales.shape[2]
+        scaling = next(name for name, of_format in BLOCKS.items() if of_format == block)
+        return StoredWeight(weight, scales, scales.stride(0), 0, None, scaling)
     packed, scales = format_of(weight, scales), scales.contiguous()
     of_row = weight.shape[2] if scales.dim() == 2 else scales.shape[2:].numel()
     return StoredWeight(weight.view(torch.uint8), scales, scales.stride(0), of_row, packed)

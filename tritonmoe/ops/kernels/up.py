@@ -7,6 +7,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tritonmoe.config.activations import FusedActivation
 from tritonmoe.config.layer import ExpertLayout, KernelOptions, Projection
+from tritonmoe.config.precision import Encoded
 from tritonmoe.ops.grouping import Grouping
 from tritonmoe.ops.kernels import weight_tiles
 from tritonmoe.ops.kernels.activations import activation_options
@@ -24,6 +25,7 @@ from tritonmoe.ops.kernels.row_tiles import (
     tile_of_slot,
     tile_of_slot_again,
 )
+from tritonmoe.ops.kernels.scaled_tiles import add_scaled_product, scaled_columns
 from tritonmoe.ops.kernels.tile_runs import grid_of, tiles_of_program
 from tritonmoe.ops.kernels.tiles import tma
 from tritonmoe.ops.kernels.tiles.config import TileConfig
@@ -38,9 +40,10 @@ FEW_COLUMNS = 32
 
 @triton.jit(do_not_specialize=["num_slots", "programs_at_once"], do_not_specialize_on_alignment=["pair_index"])
 def _up_kernel(
-    x,  # (R, D), or its descriptor; GATHER "copy": that of its rows in storage order (N, D)
+    x,  # (R, D), or its descriptor; GATHER "copy": that of its rows in storage order (N, D); with SCALES its codes
+    x_scales,  # with SCALES, of x
     weight,  # (E, 2F, D) in any layout, through its strides, or its descriptor, or its bytes; F without a gate
-    scales,  # of a packed weight, or None
+    scales,  # of a packed weight, or with SCALES, or None
     bias,  # (E, 2F) or None
     addend,  # (N, 2F), perhaps the same memory as h, or None
     pair_index,  # (N,) int32
@@ -86,6 +89,7 @@ def _up_kernel(
     FLATTEN: tl.constexpr,
     SUBTILES: tl.constexpr,
     PRECISION: tl.constexpr,
+    SCALES: tl.constexpr,
 ):
     # Gate and up columns of a unit share one accumulator, so that one program can activate them.
     WIDTH: tl.constexpr = 2 * BLOCK_N if GATED else BLOCK_N
@@ -159,7 +163,25 @@ def _up_kernel(
                 )
                 if FORMAT is None and not WEIGHT_BY_TMA:
                     weight_pointers += BLOCK_K * stride_weight_in
-                accumulator = dot(x_tile, weight_tile, accumulator, PRECISION)
+                if SCALES is None:
+                    accumulator = dot(x_tile, weight_tile, accumulator, PRECISION)
+                else:
+                    accumulator = add_scaled_product(
+                        x_tile,
+                        weight_tile,
+                        accumulator,
+                        x_scales,
+                        scales,
+                        expert,
+                        rows,
+                        scaled_columns(column_tile, F, GATED, INTERLEAVED, TWO_BOXES, BLOCK_N, GROUP),
+                        start,
+                        D,
+                        stride_scales_expert,
+                        SCALES,
+                        GROUP,
+                        BLOCK_K,
+                    )
                 if GATHER == "pointers":
                     x_pointers += BLOCK_K * stride_x_column
 
@@ -235,12 +257,16 @@ def up(
     needs_h: bool = True,
     out_h: Tensor | None = None,
     options: KernelOptions = KernelOptions(),
+    codes: Encoded | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Launch the operation `up` of `backends.ops`: gather, product, bias and activation in one kernel."""
+    """Launch the operation `up` of `backends.ops`: gather, product, bias and activation in one kernel.
+
+    codes: of x, by a projection whose weight is codes too.
+    """
     stored, layout = stored_weight(projection), projection.layout
     weight, bias, addend = stored.values, projection.bias, projection.addend
     out_axis, in_axis = (2, 1) if layout.transposed else (1, 2)
-    num_experts, width, depth = weight.shape[0], projection.shape[out_axis], x.shape[1]
+    num_experts, width = weight.shape[0], projection.shape[out_axis]
     num_units = layout.intermediate_size(width)
     keeps_h = needs_h or out_h is not None or activation is None
     h = output(x, grouping.num_pairs, width, out_h) if keeps_h else None
@@ -249,7 +275,8 @@ def up(
     operation = "up" if layout.gated else "up_ungated"
     in_halves = layout.gated and not layout.interleaved
     refused = tma.refusal_of_halves(weight, out_axis) if in_halves else tma.refusal_of_weight(weight)
-    x = contiguous_columns(x)
+    x, x_scales = (contiguous_columns(x), None) if codes is None else codes
+    depth = x.shape[1]
     refusals = {"weight": stored.tma_refusal or refused}
     config = grouped_matmul_config(stored.product(operation), x, num_units, depth, grouping, options, refusals)
     num_slots = num_tile_slots(grouping.num_pairs, num_experts, config.block_m)
@@ -259,11 +286,12 @@ def up(
     # Side by side keeps the split inside a thread, but breaks up loads along a contiguous output axis.
     halves = in_halves and stored.columns_last(out_axis)
     piece = config.block_n // config.subtiles if halves else None
-    weight_format, group, per = stored.decoding(in_axis, config, num_units, piece)
+    weight_format, group, per = stored.decoding(in_axis, config, num_units if in_halves else 0, piece)
     launch(
         _up_kernel,
         grid,
         rows,
+        x_scales,
         weight_operand,
         stored.scales,
         bias,
@@ -301,6 +329,7 @@ def up(
         FORMAT=weight_format,
         GROUP=group,
         PER=per,
+        SCALES=stored.scaling,
         **tile_keywords(config, x),
     )
     return h, a

@@ -10,10 +10,12 @@ import argparse
 import json
 import sys
 from dataclasses import asdict
+from typing import cast
 
 import torch
 
 from tritonmoe.ops.backends import choose, triton_unusable_reason
+from tritonmoe.ops.backends.ops import Operations
 from tritonmoe.tools.benchmarks.argument_types import Subparsers
 
 __all__ = ["add_parser"]
@@ -34,6 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
     if reason is not None:
         print(f"tritonmoe check: there are no kernels to check, since {reason}", file=sys.stderr)
         return 2
+    from tritonmoe.ops.backends.encoded import EncodedOperations
     from tritonmoe.ops.backends.kernel_check import CASES, SMALL_CASES, check_layer
     from tritonmoe.ops.kernels import launch
     from tritonmoe.ops.kernels.tiles import measured_tiles
@@ -41,7 +44,14 @@ def run(arguments: argparse.Namespace) -> int:
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "Triton's interpreter"
     layers, routers = (SMALL_CASES, SMALL_ROUTERS) if launch.INTERPRETED else (CASES, ROUTERS)
-    checks = [(one.name, check_layer(one, choose("triton", device, one.dtype), device)) for one in layers]
+    checks = []
+    for layer in layers:
+        ops = choose("triton", device, layer.dtype)
+        if layer.precision is not None:
+            if layer.precision.format not in launch.gpu_of(device).precisions:
+                continue
+            ops = cast(Operations, EncodedOperations(layer.precision))
+        checks.append((layer.name, check_layer(layer, ops, device)))
     checks += [(router.name, check_router(router, device)) for router in routers]
     found, wrong = [], 0
     for case, results in checks:

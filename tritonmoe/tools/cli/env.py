@@ -9,7 +9,7 @@ import torch
 
 from tritonmoe.config.precision import BLOCKS
 from tritonmoe.ops.backends import BACKENDS, triton_unusable_reason
-from tritonmoe.ops.backends.rounded import EMULATED
+from tritonmoe.ops.backends.precision_choice import how_computed
 from tritonmoe.runtime.files import Json
 from tritonmoe.tools.benchmarks.argument_types import Subparsers
 from tritonmoe.tools.benchmarks.timing import all_versions, cpu_name
@@ -51,7 +51,7 @@ def collect() -> Json:
         },
         "cuda": {"built_for": torch.version.cuda or torch.version.hip, "devices": devices},
         "backends": reasons,
-        "expert_precisions": dict.fromkeys(BLOCKS, EMULATED),
+        "expert_precisions": {name: how_computed(name, device) for name in BLOCKS},
         "transports": {"local": None, "emulated": None, **torch_groups.available(), **mpi.available()},
     }
 

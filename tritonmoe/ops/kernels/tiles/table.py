@@ -16,6 +16,18 @@ __all__ = ["TABLE", "elements_of", "tile_of"]
 
 TABLE = """\
 family        elements  operation    height   block_m  block_n  block_k  num_warps  num_stages  group_m  subtiles  walks
+interpreter   e4m3      down         any           32       32       64          4           1        2         1  no
+interpreter   e4m3      any          any           32       32       64          4           1        2         2  no
+amd           e4m3      up           16,32         32       32      128          4           2        8         1  no
+amd           e4m3      any          16,32         32       64      128          4           2        8         1  no
+amd           e4m3      up           any          128       64      128          8           2        8         4  no
+amd           e4m3      down         any          128      128      128          8           2        8         1  no
+amd           e4m3      any          any          128      128      128          8           2        8         4  no
+any           e4m3      up           16,32         32       32      128          4           3        8         1  no
+any           e4m3      any          16,32         32       64      128          4           3        8         1  no
+any           e4m3      up           any          128       64      128          8           3        8         4  no
+any           e4m3      down         any          128      128      128          8           3        8         1  no
+any           e4m3      any          any          128      128      128          8           3        8         4  no
 interpreter   any       down         16            16       32       16          4           1        2         1  no
 interpreter   any       any          16            16       32       16          4           1        2         2  no
 interpreter   any       down         any           32       32       32          4           1        2         1  no
@@ -60,8 +72,9 @@ any           half      any          any          128      128       64         
 """The first row that fits counts; a cell of the first four columns is "any", or the values that fit it.
 
 family: "interpreter", or `tiles` of the GPU's row in `ops/kernels/gpus.py`.
-elements: "half" (fp16 and bf16) or "fp32"; "odd_" where a row of the weight or of its gradient is no multiple of 8
-    elements, so that no vector load fits it and the address of every element takes registers.
+elements: "e4m3" (codes of an ExpertPrecision: a step is as deep as a block of "fp8_block"), "half" (fp16 and bf16) or
+    "fp32"; "odd_" where a row of the weight or of its gradient is no multiple of 8 elements, so that no vector load
+    fits it and the address of every element takes registers.
 operation: as `choice.grouped_matmul_config` takes it.
 height: the rows that a tile may have, see `choice.tile_height`; of block_m no more are used.
 walks: TileConfig.persistent. Such a tile has a multiprocessor to itself: no other program multiplies while it stores.
@@ -98,6 +111,8 @@ _ROWS = _parse(TABLE)
 
 def elements_of(dtype: torch.dtype, width: int, depth: int) -> str:
     """Name the elements of a product with `width` columns and sums over `depth` as the table does."""
+    if dtype == torch.float8_e4m3fn:
+        return "e4m3"
     name = "fp32" if dtype == torch.float32 else "half"
     return f"odd_{name}" if width % 8 or depth % 8 else name
 

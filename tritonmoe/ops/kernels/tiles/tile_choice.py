@@ -166,6 +166,8 @@ def _config(
     product = _Product(operation, gpu, why_no_tma, lacks_fences(gpu), precision, dtype, width, depth)
     why_one_tile = "" if may_be_persistent else "it would spill registers"
     height = tile_height(operation, rows, num_experts, top_k)
+    if height == 64 and product_name.endswith(" mxfp8") and gpu.tensor_columns:
+        height = 128  # tcgen05 multiplies scaled codes of no fewer rows, and Triton widens them to bf16
     config = table.tile_of(gpu.tiles, table.elements_of(dtype, width, depth), operation, height)
     if rows == 8 and operation != "weight_grad":
         config = _narrowed(config, width, min(top_k, num_experts))  # the row tiles that one token has at least
@@ -263,7 +265,7 @@ def lacks_fences(gpu: Architecture) -> bool:
 
 def _needs_missing_fences(product: _Product, config: TileConfig) -> bool:
     """Return whether tcgen05 multiplies what comes through pointers, and no fence stands between the two."""
-    by_tcgen05 = config.block_m >= 64 and (product.dtype.itemsize == 2 or product.precision == "tf32")
+    by_tcgen05 = config.block_m >= 64 and (product.dtype.itemsize <= 2 or product.precision == "tf32")
     return by_tcgen05 and product.lacks_fences and not _reads_all_by_tma(product.operation, config)
 
 
