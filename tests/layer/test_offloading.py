@@ -1,11 +1,12 @@
 """Experts in files: the bits of experts in memory, on one device and over ranks, and what users put around layers."""
 
 import copy
+import io
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import tritonmoe as tm
 from tritonmoe.config.formats import WeightFormat
@@ -178,3 +179,111 @@ def test_a_file_that_is_cut_raises_on_every_rank(when: str, tmp_path: Path) -> N
     assert "OffloadError: expert " in messages[1]
     assert "expert " in messages[0]
     assert "could not be read" in messages[0]
+
+
+class Net(nn.Module):
+    """A layer between others, whose experts are frozen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        config = tm.MoEConfig(hidden_size=32, intermediate_size=64, num_experts=12, top_k=2, bias=True)
+        self.before, self.moe, self.after = nn.Linear(32, 32), tm.MoELayer(config), nn.Linear(32, 32)
+        self.moe.grouped_experts.gate_up_proj.requires_grad_(False)
+        self.moe.grouped_experts.down_proj.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(self.moe(self.before(x)))
+
+
+def make_nets(path: Path) -> tuple[Net, Net]:
+    torch.manual_seed(0)
+    resident = Net()
+    offloaded = copy.deepcopy(resident)
+    tm.offload_experts(offloaded, path)
+    return resident, offloaded
+
+
+def run(module: nn.Module, around: nn.Module | None = None) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    y = (module if around is None else around)(torch.randn(4, 10, 32, generator=generator))
+    y.square().sum().backward()
+    grads = {name: parameter.grad for name, parameter in module.named_parameters() if parameter.grad is not None}
+    module.zero_grad()
+    return {"y": y.detach(), **grads}
+
+
+def test_copies_casts_state_dicts_and_optimizers(tmp_path: Path) -> None:
+    resident, offloaded = make_nets(tmp_path)
+    compare(run(resident), run(copy.deepcopy(offloaded).to("cpu")))
+    saved = io.BytesIO()
+    torch.save(offloaded.state_dict(), saved)
+    saved.seek(0)
+    _, other = make_nets(tmp_path)
+    torch.optim.SGD(other.parameters(), lr=1.0).step()
+    other.load_state_dict(torch.load(saved))
+    compare(run(resident), run(other))
+    assert "moe.experts.gate_up_proj" not in offloaded.state_dict()
+    assert offloaded.moe.grouped_experts.gate_up_proj.shape == (12, 128, 32)
+
+
+def test_recomputed_and_compiled(tmp_path: Path) -> None:
+    resident, offloaded = make_nets(tmp_path)
+    expected = run(resident)
+
+    class Recomputed(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.utils.checkpoint.checkpoint(offloaded, x, use_reentrant=False)
+
+    compare(expected, run(offloaded, Recomputed()))
+    compiled = torch.compile(offloaded, backend="eager")
+    compare(expected, run(offloaded, compiled))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="exported program"):
+        torch.export.export(offloaded, (torch.randn(4, 10, 32),), strict=False)
+
+
+def test_what_is_refused_says_the_way_out(tmp_path: Path) -> None:
+    resident, offloaded = make_nets(tmp_path)
+    x = torch.randn(10, 32)
+    with pytest.raises(ValueError, match="call it|once"):  # noqa: RUF043
+        tm.offload_experts(offloaded, tmp_path)
+    with pytest.raises(ValueError, match="before that call"):
+        offloaded.load_state_dict(resident.state_dict())
+    with pytest.raises(RuntimeError, match="Missing key"):
+        resident.load_state_dict(offloaded.state_dict())
+    with pytest.raises(ValueError, match="pickle"):
+        torch.save(offloaded, io.BytesIO())
+    with pytest.raises(ValueError, match="before offload_experts"):
+        offloaded.moe.grouped_experts.reset_parameters()
+    with pytest.raises(TypeError, match=r"model\.to\(torch\.bfloat16\)"), torch.autocast("cpu", torch.bfloat16):
+        offloaded(x)
+    with pytest.raises(TypeError, match="cast the model before"):
+        copy.deepcopy(offloaded).double()(x.double())
+    optimizer = torch.optim.SGD(resident.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="SGD was made with"):
+        tm.offload_experts(resident, tmp_path)
+    del optimizer
+    for to, error in (("cpu", ValueError), (3, TypeError)):
+        with pytest.raises(error):
+            tm.offload_experts(resident, to)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="resident_bytes"):
+        tm.offload_experts(resident, tmp_path, resident_bytes=-1)
+    with pytest.raises(ValueError, match="backend 'torch'"):
+        tm.offload_experts(make_layer_of("reference"), tmp_path)
+    assert resident.moe.grouped_experts.gate_up_proj.numel() > 0
+
+
+def make_layer_of(backend: str) -> tm.MoELayer:
+    return tm.MoELayer(tm.MoEConfig(hidden_size=32, intermediate_size=32, num_experts=4, top_k=2), backend=backend)
+
+
+def test_ranks_refuse_what_would_need_the_weights(tmp_path: Path) -> None:
+    def on_rank(transport: Transport) -> None:
+        experts = make_layer(ranks=transport, overlap=tm.OverlapConfig(num_chunks=1, balance="always"))
+        tm.offload_experts(experts, tmp_path)
+        x, ids = torch.randn(8, HIDDEN, dtype=torch.bfloat16), torch.zeros(8, TOP_K, dtype=torch.int64)
+        with pytest.raises((ValueError, tm.TransportError), match="balance"):
+            experts(x, ids, torch.ones(8, TOP_K))
+        with pytest.raises(ValueError, match="don't move"):
+            tm.rebalance(experts)
+
+    tm.run_on_emulated_ranks(on_rank, 2)

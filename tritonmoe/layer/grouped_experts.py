@@ -27,14 +27,14 @@ from tritonmoe.overlap.report import LayerReport
 from tritonmoe.placement.data_parallel import is_averaged_by_ddp
 from tritonmoe.placement.expert_shards import ATTRIBUTE, ExpertShards, find_sharding
 from tritonmoe.placement.grad_scaling import agree_on_overflow
-from tritonmoe.placement.offloaded import offloaded_of
+from tritonmoe.placement.offloaded import offloaded_of, runs_outside_graphs
 from tritonmoe.placement.sharded_parameters import (
     check_expert_gradients,
     check_replicas,
     rows_here,
     shard_parameters,
 )
-from tritonmoe.runtime.autograd import leaf_of
+from tritonmoe.runtime.autograd import leaf_of, outside_graphs
 from tritonmoe.runtime.halves import for_both_halves
 from tritonmoe.runtime.wrappers import refuse_computed
 from tritonmoe.transports import Ranks, Transport, as_transport
@@ -304,6 +304,16 @@ class GroupedExperts(nn.Module):
         fillers: as in expert_parallel_mlp; on one device they are called first.
         """
         shards = self.expert_shards
+        if torch.compiler.is_compiling() and runs_outside_graphs(self):
+            return _forward_outside_graphs(
+                self,
+                x,
+                topk_ids,
+                topk_weights,
+                adapters=adapters,
+                num_nonfinite_rows=num_nonfinite_rows,
+                fillers=fillers,
+            )
         if shards is None:
             for filler in fillers:
                 filler()
@@ -318,18 +328,18 @@ class GroupedExperts(nn.Module):
 
     def _local_weights(self, x: Tensor | None = None, adapters: ExpertAdapters | None = None) -> PerWeight[Tensor]:
         """Return this rank's experts as plain tensors, whose gradients reach the parameters, to compute with x."""
-        own: PerWeight[Tensor] = PerWeight(
-            self.gate_up_proj,
-            self.gate_up_proj_bias,
-            self.down_proj,
-            self.down_proj_bias,
-            gate_up_scales=self.gate_up_proj_scales,
-            down_scales=self.down_proj_scales,
-        )
+        own: PerWeight[Tensor]
         if (offloaded := offloaded_of(self)) is not None:
-            if x is not None:
-                offloaded.check_rows(x)
-            own = offloaded.weights(own)
+            own = offloaded.weights(x, self.gate_up_proj_bias, self.down_proj_bias)
+        else:
+            own = PerWeight(
+                self.gate_up_proj,
+                self.gate_up_proj_bias,
+                self.down_proj,
+                self.down_proj_bias,
+                gate_up_scales=self.gate_up_proj_scales,
+                down_scales=self.down_proj_scales,
+            )
         parameters = with_adapters(own, adapters)
         shards = self.expert_shards
         if shards is None:
@@ -381,6 +391,9 @@ class GroupedExperts(nn.Module):
                 "without replicas, or freeze the adapters"
             )
         return replace(spec, adapters=names_of(notes)), weights._replace(**factors)
+
+
+_forward_outside_graphs = outside_graphs(GroupedExperts.forward)
 
 
 def _register(module: GroupedExperts) -> str:

@@ -24,6 +24,7 @@ __all__ = [
     "check_to",
     "offload_modules",
     "offloaded_of",
+    "runs_outside_graphs",
 ]
 
 ATTRIBUTE = "_tritonmoe_offloaded"
@@ -53,7 +54,7 @@ class OffloadedExperts:
             "offload_experts() again where the model is built anew"
         )
 
-    def check_rows(self, x: Tensor) -> None:
+    def _check_rows(self, x: Tensor) -> None:
         """Raise ValueError or TypeError unless rows x can be multiplied by these experts."""
         if x.device.type not in ("cpu", "meta"):
             raise ValueError(
@@ -68,15 +69,42 @@ class OffloadedExperts:
                 "model before offload_experts(), not after it"
             )
 
-    def weights(self, others: PerWeight[Tensor]) -> PerWeight[Tensor]:
-        """Return the weights of a call: these, and of `others` those that are in memory."""
-        return others._replace(**self.handles)
+    def weights(
+        self, x: Tensor | None, gate_up_bias: Tensor | None = None, down_bias: Tensor | None = None
+    ) -> PerWeight[Tensor]:
+        """Return the weights of a call with rows x, where it is known, and with these biases, which are in memory."""
+        if x is not None:
+            self._check_rows(x)
+        handles = self.handles
+        return PerWeight(
+            handles["gate_up_proj"],
+            gate_up_bias,
+            handles["down_proj"],
+            down_bias,
+            gate_up_scales=handles.get("gate_up_scales"),
+            down_scales=handles.get("down_scales"),
+        )
 
 
 def offloaded_of(module: nn.Module) -> OffloadedExperts | None:
     """Return which weights of a module of experts stay in a file; None where all of them are in memory."""
     found = module.__dict__.get(ATTRIBUTE)
     return found if isinstance(found, OffloadedExperts) else None
+
+
+def runs_outside_graphs(module: nn.Module) -> bool:
+    """Return whether a module's experts stay in files, which compiled graphs can't read.
+
+    Raises:
+        ValueError: the graph would be exported.
+    """
+    record = offloaded_of(module)
+    if record is not None and torch.compiler.is_exporting():
+        raise ValueError(
+            f"the experts of {record.name} stay in {record.path}, and an exported program would have no values of "
+            "them: export the model before offload_experts()"
+        )
+    return record is not None
 
 
 @dataclass(frozen=True)
@@ -243,6 +271,10 @@ def check_offloadable(found: Mapping[str, ExpertsToOffload]) -> None:
     for name, experts in found.items():
         for parameter_name, parameter in experts.parameters.items():
             own[id(parameter)] = f"{name}.{parameter_name}".lstrip(".")
+            if hasattr(parameter, "device_mesh") and shards_of(experts.module) is None:
+                raise ValueError(
+                    f"{own[id(parameter)]} is a DTensor (fully_shard, parallelize_module): call offload_experts() first"
+                )
             if parameter.grad is not None:
                 raise ValueError(
                     f"{own[id(parameter)]} has a gradient, and offloaded experts are frozen: call zero_grad() first"

@@ -28,8 +28,8 @@ from tritonmoe.integrations.transformers.packed.packed_experts import (
     up_name,
 )
 from tritonmoe.placement.expert_shards import ExpertShards, shards_of
-from tritonmoe.placement.offloaded import OffloadedExperts, offloaded_of
-from tritonmoe.runtime.autograd import is_autocast_on, without_autocast
+from tritonmoe.placement.offloaded import OffloadedExperts, offloaded_of, runs_outside_graphs
+from tritonmoe.runtime.autograd import is_autocast_on, outside_graphs, without_autocast
 
 __all__ = ["PRECISION", "experts_forward", "weights_of"]
 
@@ -54,14 +54,18 @@ def experts_forward(self: ExpertsModule, hidden_states: Tensor, top_k_index: Ten
     compute in bf16: a warning says once where hidden_states are rounded to it. Raises TypeError where a weight is
     quantised otherwise.
     """
+    if torch.compiler.is_compiling() and runs_outside_graphs(self):
+        return _forward_outside_graphs(self, hidden_states, top_k_index, top_k_weights)
     shards = shards_of(self)
     run: Run = run_experts if shards is None else shards.run
     num_experts = num_experts_of(self) if shards is None else shards.num_experts
     try:
         dtype = _computing_dtype(self, hidden_states)
-        if (offloaded := offloaded_of(self)) is not None:
-            offloaded.check_rows(hidden_states)
-        weights, is_transposed = weights_of(self, dtype, shards)
+        if (offloaded := offloaded_of(self)) is None:
+            weights, is_transposed = weights_of(self, dtype, shards)
+        else:
+            weights = _offloaded_weights(self, offloaded, hidden_states, dtype)
+            is_transposed = offloaded.is_transposed
         activation, is_interleaved = choose_activation(self)
         if not is_fused(activation):
             activation = _keep_dtype(activation)
@@ -114,8 +118,6 @@ def weights_of(
     experts: ExpertsModule, dtype: torch.dtype, shards: ExpertShards | None
 ) -> tuple[PerWeight[Tensor], bool]:
     """Return the weights to compute with, in this dtype where they are not packed, and whether they are transposed."""
-    if (offloaded := offloaded_of(experts)) is not None:
-        return _with_offloaded(experts, offloaded, dtype), offloaded.is_transposed
 
     def take(name: str) -> Tensor:
         return getattr(experts, name) if shards is None else shards.local_parameter(experts, name)
@@ -142,23 +144,20 @@ def weights_of(
     return weights, is_transposed
 
 
-def _with_offloaded(experts: ExpertsModule, offloaded: OffloadedExperts, dtype: torch.dtype) -> PerWeight[Tensor]:
+def _offloaded_weights(
+    experts: ExpertsModule, offloaded: OffloadedExperts, rows: Tensor, dtype: torch.dtype
+) -> PerWeight[Tensor]:
     """Return the weights of a call whose projections stay in a file, and whose biases are here."""
-    up, shards = up_name(experts), shards_of(experts)
-    biases: list[Tensor | None] = [None, None]
+    biases: list[Tensor] = []
     if getattr(experts, "has_bias", False):
-        names = f"{up}_bias", "down_proj_bias"
-        taken = (getattr(experts, name) if shards is None else shards.local_parameter(experts, name) for name in names)
-        biases = [bias.to(dtype) for bias in taken]
-    handles = offloaded.handles
-    return PerWeight(
-        handles["gate_up_proj"],
-        biases[0],
-        handles["down_proj"],
-        biases[1],
-        gate_up_scales=handles.get("gate_up_scales"),
-        down_scales=handles.get("down_scales"),
-    )
+        shards = shards_of(experts)
+        for name in (f"{up_name(experts)}_bias", "down_proj_bias"):
+            bias = getattr(experts, name) if shards is None else shards.local_parameter(experts, name)
+            biases.append(bias.to(dtype))
+    return offloaded.weights(rows, *biases)
+
+
+_forward_outside_graphs = outside_graphs(experts_forward)
 
 
 def _keep_dtype(activation: Activation) -> Callable[[Tensor], Tensor]:

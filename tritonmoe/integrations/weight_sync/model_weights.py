@@ -10,6 +10,7 @@ from tritonmoe.config.formats import format_of, weight_shape
 from tritonmoe.experts.quantized_weight import QuantizedWeight
 from tritonmoe.integrations.weight_sync.merged_rows import active_adapters, add_the_same, check_adapter, local_part
 from tritonmoe.placement.expert_shards import sharded_modules, shards_of
+from tritonmoe.placement.offloaded import offloaded_of
 from tritonmoe.placement.placed_rows import ExpertsOfRank
 from tritonmoe.placement.watched_collectives import full_tensor
 from tritonmoe.runtime.wrappers import inside_wrapper, refuse_computed
@@ -254,6 +255,11 @@ def _weights_in(
         raise ValueError(
             f"{name} is a {type(module).__name__} of PEFT, whose weights can't be merged one by one: export a copy of "
             "the model after merge_and_unload()"
+        )
+    if (offloaded := offloaded_of(module)) is not None:
+        raise ValueError(
+            f"the experts of {name} stay in {offloaded.path} since offload_experts(), and are neither exported nor "
+            "loaded: send the adapters (PEFT's save_pretrained), or load the model again without offload_experts()"
         )
     packed = _packed_weights(module)
     refuse_computed(name, module, _computed(module) if not packed else (), "its weights are exported or loaded")

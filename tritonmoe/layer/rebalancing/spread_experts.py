@@ -7,6 +7,7 @@ from torch import nn
 from tritonmoe.dispatch.placement import ExpertPlacement
 from tritonmoe.experts.adapters import factors_of
 from tritonmoe.placement.expert_shards import ExpertShards, sharded_modules, shards_of
+from tritonmoe.placement.offloaded import offloaded_of
 from tritonmoe.placement.placed_states import note_order
 from tritonmoe.transports import Transport
 
@@ -60,6 +61,11 @@ def find_spread_experts(model: nn.Module) -> list[SpreadExperts]:
     every = []
     for name, module in model.named_modules():
         shards = shards_of(module)
+        if shards is not None and (offloaded := offloaded_of(module)) is not None:
+            raise ValueError(
+                f"the experts of {name or type(module).__name__} stay in {offloaded.path} since offload_experts(), and "
+                "don't move: call rebalance() and its step() first, and offload_experts() where they are then"
+            )
         if shards is None or not shards.names or id(module) in of_adapters:
             continue
         own = tuple(linear for linear in factors.get(id(module), ()) if any(sharded_modules(linear)))

@@ -29,6 +29,7 @@ from tritonmoe.expert_parallel.plans.copies.copy_exchanges import copy_exchanges
 from tritonmoe.expert_parallel.plans.copies.copy_planner import CopyCosts, is_uneven, plan_copies
 from tritonmoe.expert_parallel.plans.plain import OwnBackward, OwnExperts, Plain, count_tokens, planned_call
 from tritonmoe.experts.backward_run import BackwardRun
+from tritonmoe.experts.reading_ahead import has_streamed
 from tritonmoe.experts.tensors import CallTensors
 from tritonmoe.overlap.report import CopiesReport, LayerReport
 from tritonmoe.runtime.host_device import HostCopy
@@ -62,6 +63,11 @@ class Copies(PlanKind):
             raise ValueError(
                 "balance copies only the weights of experts, and a callable activation may have parameters or a state "
                 "of its own: name an activation of the kernels (moe_mlp lists them), or leave OverlapConfig.balance out"
+            )
+        if has_streamed(call.tensors.weights):
+            raise ValueError(
+                "balance copies the weights of experts to other ranks, and offloaded ones stay in a file of their "
+                "rank: leave OverlapConfig.balance out, or don't call offload_experts()"
             )
         if placement is not None and placement.has_replicas:
             raise ValueError(
