@@ -311,17 +311,18 @@ def test_the_choice_is_printed(capsys, cache):
 @pytest.mark.parametrize(("target", "by_tma"), [("sm_80", False), ("sm_90", True), ("sm_100", True), ("gfx942", False)])
 def test_launches_get_descriptors_where_there_is_tma(target, by_tma):
     launches = aot.record_launches(aot.Variant(), aot.TARGETS[target])
-    values, weight = launches["down grouped_matmul"].args[:2]
+    values, no_scales, weight = launches["down grouped_matmul"].args[:3]
+    assert no_scales is None
     assert isinstance(values, TensorDescriptor) is isinstance(weight, TensorDescriptor) is by_tma
     if by_tma:
         assert (values.shape, values.block_shape) == ([16384 * 8, 768], [128, 64])
         assert (weight.shape, weight.block_shape) == ([128, 2048, 768], [1, 256, 64])
-        weight = launches["up_grad grouped_matmul"].args[1]  # here the depth is an outer axis
+        weight = launches["up_grad grouped_matmul"].args[2]  # here the depth is an outer axis
         assert (weight.shape, weight.block_shape) == ([128, 1536, 2048], [1, 64, 256])
     for kernel, place, box in (
-        ("up up", 1, ([128, 2, 768, 2048], [1, 2, 128, 64])),
-        ("up inference up", 1, ([128, 2, 768, 2048], [1, 2, 128, 64])),
-        ("down_grad down_grad", 1, ([128, 2048, 768], [1, 64, 128])),
+        ("up up", 2, ([128, 2, 768, 2048], [1, 2, 128, 64])),
+        ("up inference up", 2, ([128, 2, 768, 2048], [1, 2, 128, 64])),
+        ("down_grad down_grad", 2, ([128, 2048, 768], [1, 64, 128])),
     ):
         weight = launches[kernel].args[place]
         assert isinstance(weight, TensorDescriptor) is by_tma
