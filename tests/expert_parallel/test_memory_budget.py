@@ -15,10 +15,10 @@ from torch.utils.checkpoint import checkpoint
 import tritonmoe as tm
 from tritonmoe.expert_parallel.plans import bounded
 from tritonmoe.expert_parallel.state import state_of
-from tritonmoe.overlap.report import LayerReport
+from tritonmoe.overlap.report import Keeps, LayerReport
 from tritonmoe.overlap.simulation.cost_model import LayerWork
 from tritonmoe.overlap.simulation.memory import BufferWidths, WorkingSet
-from tritonmoe.overlap.tuning.memory_budget import Keeps, Parts, choose_parts
+from tritonmoe.overlap.tuning.memory_budget import Parts, choose_parts
 from tritonmoe.runtime import cpu_memory
 from tritonmoe.transports import Transport
 

@@ -228,8 +228,11 @@ class ForwardPass(_LayerPass[Tensor]):
         )
 
 
-def post_agreement(call: PlannedCall, needs_weights: PerWeight[bool]) -> BackwardAgreement | None:
-    """Post the exchange in which ranks compare their backwards, before any row of them moves; None on one rank."""
+def post_agreement(call: PlannedCall, needs_weights: PerWeight[bool], entered_at: float) -> BackwardAgreement | None:
+    """Post the exchange in which ranks compare their backwards, before any row of them moves; None on one rank.
+
+    entered_at: when this rank came to the backward: time.perf_counter().
+    """
     header = CallHeader(
         sequence=call.header.sequence,
         layer=call.header.layer,
@@ -240,7 +243,7 @@ def post_agreement(call: PlannedCall, needs_weights: PerWeight[bool]) -> Backwar
         # not the forward's state: the transport may have been rebuilt since
         **state_of(call.all_ranks).history(),
     )
-    return post_backward(call.all_ranks, header, time.perf_counter())
+    return post_backward(call.all_ranks, header, entered_at)
 
 
 class BackwardPass(_LayerPass[CallTensors[Tensor | None]]):
@@ -279,6 +282,7 @@ class BackwardPass(_LayerPass[CallTensors[Tensor | None]]):
         agreement: BackwardAgreement | None = None,
     ) -> None:
         super().__init__(call)
+        entered_at = time.perf_counter()
         if is_captured(dout.device) and not call.header.captured:
             raise ValueError(
                 "a CUDA graph captures the backward of an expert-parallel call, but not its forward: a replay would "
@@ -287,7 +291,7 @@ class BackwardPass(_LayerPass[CallTensors[Tensor | None]]):
         self.plan, self.needs_weights = kept.plan, needs_weights
         self.dout = call.settings.rounded_rows(dout)
         self.exchanges = RowExchanges(kept.plan, call.transport, call.settings.ops.gather_sum)
-        self._agreement = post_agreement(call, needs_weights) if agreement is None else agreement
+        self._agreement = post_agreement(call, needs_weights, entered_at) if agreement is None else agreement
         if sums is None and call.owners is not None:
             sums = find_main_grads(call.owners)
         self.kept = kept._replace(main_grads=sums, shared_grads=shared_grads)

@@ -17,11 +17,23 @@ from tritonmoe.dispatch.count_exchange import CallMarks
 from tritonmoe.overlap.steps import Step, StepKind
 from tritonmoe.runtime.host_device import is_captured
 
-__all__ = ["CopiesReport", "LayerReport", "Mark", "PassReport", "StepMarks", "StepTiming", "clock_of", "covered_s"]
+__all__ = [
+    "CopiesReport",
+    "Keeps",
+    "LayerReport",
+    "Mark",
+    "PassReport",
+    "StepMarks",
+    "StepTiming",
+    "clock_of",
+    "covered_s",
+]
 
 SHORTEST_WAIT_S = 2e-5
 """Between the two marks around a wait that is over already less passes on a device."""
 
+Keeps = Literal["hidden", "rows", "nothing"]
+"""What stays of a call from the forward to the backward: see LayerReport.keeps."""
 Mark = float | torch.cuda.Event | None
 """A moment on the lane that computes: the host's clock, or an event of the device's stream; None in a CUDA graph."""
 
@@ -297,7 +309,7 @@ class LayerReport:
     what the other half did in between."""
     first_half: "LayerReport | None" = None
     """For a second half: the report of the first half's call of this layer."""
-    keeps: Literal["hidden", "rows", "nothing"] = "hidden"
+    keeps: Keeps = "hidden"
     """With OverlapConfig.memory_budget_bytes: what stayed from the forward to the backward. "hidden": the received rows
     and h, with save="input" the rows. "rows": the rows, and the backward computes h again. "nothing": the backward also
     sends the rows once more."""

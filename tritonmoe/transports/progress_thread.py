@@ -6,6 +6,7 @@ import threading
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Generic, NoReturn, TypeVar
 
@@ -79,30 +80,17 @@ class ThreadedExchange(PendingExchange, Generic[Request]):
             receive, send: post a message, given the rows and the peer, and give the library's request.
         """
         self._rank, self._size = rank, len(sent)
-        if torch.autograd._profiler_enabled():
-            with torch.profiler.record_function(_label(self, sent, received)):
-                self._post(rank, sent, received, receive, send)
-        else:
-            self._post(rank, sent, received, receive, send)
-
-    def _post(
-        self,
-        rank: int,
-        sent: Sequence[Tensor],
-        received: Sequence[Tensor],
-        receive: Callable[[Tensor, int], Request],
-        send: Callable[[Tensor, int], Request],
-    ) -> None:
-        size = self._size
-        for step in range(1, size):
-            peer = (rank - step) % size
-            if received[peer].numel():
-                self.messages.append(Message(receive(received[peer], peer), peer, True))
-        for step in range(1, size):
-            peer = (rank + step) % size
-            if sent[peer].numel():
-                self.messages.append(Message(send(sent[peer], peer), peer, False))
-        received[rank].copy_(sent[rank])
+        size, is_profiled = self._size, torch.autograd._profiler_enabled()
+        with torch.profiler.record_function(_label(self, sent, received)) if is_profiled else nullcontext():
+            for step in range(1, size):
+                peer = (rank - step) % size
+                if received[peer].numel():
+                    self.messages.append(Message(receive(received[peer], peer), peer, True))
+            for step in range(1, size):
+                peer = (rank + step) % size
+                if sent[peer].numel():
+                    self.messages.append(Message(send(sent[peer], peer), peer, False))
+            received[rank].copy_(sent[rank])
 
     @abstractmethod
     def block(self) -> None:

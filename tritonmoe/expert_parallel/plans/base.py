@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -24,7 +24,7 @@ from tritonmoe.experts.weight_gradients import SharedWeightGrads
 from tritonmoe.ops.backends.ops import WeightGrads
 from tritonmoe.ops.grouping import Grouping
 from tritonmoe.overlap.executor import Actions
-from tritonmoe.overlap.report import LayerReport, PassReport
+from tritonmoe.overlap.report import Keeps, LayerReport, PassReport
 from tritonmoe.overlap.schedule import Schedule, build_backward, build_forward
 from tritonmoe.transports import Transport, fail_peers_on_error
 
@@ -36,6 +36,7 @@ __all__ = [
     "ForwardExperts",
     "Kept",
     "PlanKind",
+    "PlannedByAnother",
     "PlannedCall",
     "RunForward",
 ]
@@ -218,6 +219,21 @@ class PlanKind(ABC):
         return None
 
 
+class PlannedByAnother(PlanKind):
+    """A kind that decides how a call runs, and lets another kind plan and compute it."""
+
+    planned_by: PlanKind
+
+    def forward_experts(self, call: "PlannedCall", tensors: CallTensors[Tensor], keep_hidden: bool) -> ForwardExperts:
+        return self.planned_by.forward_experts(call, tensors, keep_hidden)
+
+    def backward_experts(self, call: "PlannedCall", kept: Kept) -> BackwardExperts:
+        return self.planned_by.backward_experts(call, kept)
+
+    def report(self, call: "PlannedCall", report: LayerReport) -> None:
+        self.planned_by.report(call, report)
+
+
 @dataclass(kw_only=True)
 class PlannedCall:
     """One call that all ranks have agreed on, and this rank's part of it, from the plan to the end of its backward."""
@@ -237,9 +253,8 @@ class PlannedCall:
     placement: ExpertPlacement | None = None
     owners: PerWeight[Tensor] | None = None
     """The weights as the user holds them, where a main_grad hangs; None where there is none."""
-    keeps: Literal["hidden", "rows", "nothing"] = "hidden"
-    """What stays from the forward to the backward: the received rows and h (with save="input" the rows), the rows
-    alone, or neither: then the rows are sent once more. Only a memory budget makes this differ from "hidden"."""
+    keeps: Keeps = "hidden"
+    """As in LayerReport. Only a memory budget makes this differ from "hidden"."""
     slots: Tensor | None = None
     """(T, K) the slots of this rank's pairs where the kind has renumbered them, until the forward takes them."""
     fillers: Sequence[Callable[[], None]] = ()

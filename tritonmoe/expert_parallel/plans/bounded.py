@@ -6,6 +6,7 @@ weights are added in fp32, part by part.
 """
 
 import copy
+import time
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -17,19 +18,12 @@ from torch import Tensor
 
 from tritonmoe.config.activations import is_fused
 from tritonmoe.config.layer import NO_WEIGHTS, PerWeight
-from tritonmoe.config.overlap import OverlapConfig, equal_sizes
+from tritonmoe.config.overlap import OverlapConfig, OverlapPlan, equal_sizes
 from tritonmoe.dispatch.header import CallHeader
 from tritonmoe.dispatch.plan import DispatchPlan
 from tritonmoe.expert_parallel.call import ProposedCall, buffer_widths
 from tritonmoe.expert_parallel.layer_pass import BackwardPass, ForwardPass, post_agreement
-from tritonmoe.expert_parallel.plans.base import (
-    BackwardExperts,
-    ForwardExperts,
-    Kept,
-    PlanKind,
-    PlannedCall,
-    RunForward,
-)
+from tritonmoe.expert_parallel.plans.base import Kept, PlanKind, PlannedByAnother, PlannedCall, RunForward
 from tritonmoe.expert_parallel.plans.plain import Plain
 from tritonmoe.expert_parallel.whole_call import anchor_of, gradients_of_inputs, needs_of
 from tritonmoe.experts.arguments import find_main_grads
@@ -57,7 +51,7 @@ MOST_PARTS = 256
 
 
 @dataclass(eq=False)
-class Bounded(PlanKind):
+class Bounded(PlannedByAnother):
     """A call with a memory budget: the next kind plans and computes it, as a whole or part by part."""
 
     name = "bounded"
@@ -85,14 +79,8 @@ class Bounded(PlanKind):
             weakref.finalize(planned, call.state.kept_bytes.pop, call.sequence, None).atexit = False
         return planned
 
-    def forward_experts(self, call: PlannedCall, tensors: CallTensors[Tensor], keep_hidden: bool) -> ForwardExperts:
-        return self.planned_by.forward_experts(call, tensors, keep_hidden)
-
-    def backward_experts(self, call: PlannedCall, kept: Kept) -> BackwardExperts:
-        return self.planned_by.backward_experts(call, kept)
-
     def report(self, call: PlannedCall, report: LayerReport) -> None:
-        self.planned_by.report(call, report)
+        super().report(call, report)
         report.memory = self.parts.reason
 
     def run(self, call: PlannedCall, tensors: CallTensors[Tensor], run_forward: RunForward) -> Tensor:
@@ -118,10 +106,15 @@ def _choose(call: ProposedCall, plan: DispatchPlan) -> Parts:
         _work(call, plan),
         _widths(call, plan),
         torch.tensor([header.kept_bytes for header in plan.headers], dtype=torch.float64, device="cpu"),
-        plan_of_part=replace(plan.overlap, chunk_sizes=equal_sizes(CHUNKS_OF_PART)),
+        plan_of_part=_of_part(plan.overlap),
         can_be_cut=not (call.half or call.is_compiled or has_replicas) and is_fused(spec.activation),
         can_drop_hidden=is_fused(spec.activation),
     )
+
+
+def _of_part(overlap: OverlapPlan) -> OverlapPlan:
+    """Return how a part of a call with this plan overlaps its exchanges."""
+    return replace(overlap, chunk_sizes=equal_sizes(CHUNKS_OF_PART))
 
 
 def _work(call: ProposedCall, plan: DispatchPlan) -> LayerWork:
@@ -176,7 +169,7 @@ class _Cut:
         part = copy.copy(proposed)
         part.tensors, part.sequence = tensors, self.state.next_call()
         part.num_nonfinite_rows = torch.zeros_like(proposed.num_nonfinite_rows)  # of all parts there are none
-        part.overlap = replace(self.call.plan.overlap, chunk_sizes=equal_sizes(CHUNKS_OF_PART))
+        part.overlap = _of_part(self.call.plan.overlap)
         header = self.call.header._replace(sequence=part.sequence, **self.state.history())
         planned = Plain.plan(part, header)
         planned.keeps = self.parts.keeps
@@ -267,7 +260,7 @@ class _CallInParts(torch.autograd.Function):
                 if under_way is not None:
                     finish(*under_way)
             else:
-                agreement = post_agreement(part.call, needs_weights)
+                agreement = post_agreement(part.call, needs_weights, time.perf_counter())
                 if agreement is not None:
                     agreement.wait()
                 fetch = ForwardPass(part.call, _rows(tensors, part.tokens))

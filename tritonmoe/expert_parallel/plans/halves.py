@@ -26,14 +26,7 @@ from tritonmoe.config.layer import PerWeight
 from tritonmoe.dispatch.header import CallHeader
 from tritonmoe.expert_parallel.call import ProposedCall
 from tritonmoe.expert_parallel.layer_pass import BackwardPass, ForwardPass
-from tritonmoe.expert_parallel.plans.base import (
-    BackwardExperts,
-    ForwardExperts,
-    Kept,
-    PlanKind,
-    PlannedCall,
-    RunForward,
-)
+from tritonmoe.expert_parallel.plans.base import PlanKind, PlannedByAnother, PlannedCall, RunForward
 from tritonmoe.expert_parallel.state import LayerCalls
 from tritonmoe.expert_parallel.whole_call import (
     anchor_of,
@@ -65,7 +58,7 @@ Result = TypeVar("Result")
 
 
 @dataclass(eq=False)
-class Halves(PlanKind):
+class Halves(PlannedByAnother):
     """A call of half a batch: it is planned and computed by the next kind that plans it, and run in three parts."""
 
     name = "halves"
@@ -89,14 +82,8 @@ class Halves(PlanKind):
         planned.kind = cls(planned.kind, half, call.layer)
         return planned
 
-    def forward_experts(self, call: PlannedCall, tensors: CallTensors[Tensor], keep_hidden: bool) -> ForwardExperts:
-        return self.planned_by.forward_experts(call, tensors, keep_hidden)
-
-    def backward_experts(self, call: PlannedCall, kept: Kept) -> BackwardExperts:
-        return self.planned_by.backward_experts(call, kept)
-
     def report(self, call: PlannedCall, report: LayerReport) -> None:
-        self.planned_by.report(call, report)
+        super().report(call, report)
         report.half = self.half.number
         before = None if self.layer is None else self.layer.last_report
         if report.half == 2 and before is not None and before.half == 1:

@@ -8,18 +8,18 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache, partial
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from tritonmoe.config.overlap import OverlapPlan
+from tritonmoe.overlap.report import Keeps
 from tritonmoe.overlap.simulation.cost_model import LayerWork
 from tritonmoe.overlap.simulation.memory import BufferWidths, BytesOfRanks, bytes_of_ranks
 
-__all__ = ["Keeps", "Parts", "choose_parts"]
+__all__ = ["Parts", "choose_parts"]
 
-Keeps = Literal["hidden", "rows", "nothing"]
 NUM_PARTS = (1, 2, 4, 8, 16, 32, 64)
 FEW_PARTS = NUM_PARTS[: NUM_PARTS.index(8) + 1]
 """A call is cut into more only if it keeps the least: many small parts take longer than to compute h again."""
