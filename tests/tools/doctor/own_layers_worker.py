@@ -1,4 +1,4 @@
-"""A rank of a job of this package's layers under torch.profiler, DDP or FSDP2 around them; one rank sleeps in each step.
+"""A rank of a job of this package's layers under torch.profiler, DDP or FSDP2 around them; one rank sleeps.
 
 Run by tests, as one of torchrun's processes: FOLDER WRAPPER LATE SECONDS.
 """
@@ -24,7 +24,9 @@ class Block(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(HIDDEN) for _ in range(2))
         self.qkv, self.out = nn.Linear(HIDDEN, 3 * HIDDEN), nn.Linear(HIDDEN, HIDDEN)
         self.moe = tm.MoELayer(
-            tm.MoEConfig(hidden_size=HIDDEN, intermediate_size=32, num_experts=16, top_k=1, load_balance_loss_weight=0.01)
+            tm.MoEConfig(
+                hidden_size=HIDDEN, intermediate_size=32, num_experts=16, top_k=1, load_balance_loss_weight=0.01
+            )
         )
 
     def forward(self, x: Tensor) -> Tensor:
