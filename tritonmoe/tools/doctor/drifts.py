@@ -23,6 +23,8 @@ LEAST_PAUSE = 0.05
 """... and pauses are that are longer by such a share of a step."""
 NEARLY_ALL = 0.25
 """So many of the ranks may have less."""
+CLEAR = 0.4
+"""Most steps of a stretch are above most others by such a part of what their means differ by."""
 ENOUGH_STEPS = 6
 VARIED = 1.03
 
@@ -131,7 +133,7 @@ class _OfOne:
             if not bool(counts.any()):
                 return None
             more = _least(sums[counts] / usual[counts] - 1)
-        return _stretch(more, LEAST_PAUSE if is_pause else TIMES - 1)
+        return _stretch(more.clamp(min=0), LEAST_PAUSE if is_pause else TIMES - 1)
 
 
 def _least(values: Tensor) -> Tensor:
@@ -158,14 +160,15 @@ def _stretch(more: Tensor, least: float) -> Tensor | None:
     course = torch.zeros_like(more)
     course[int(first[best]) : int(last[best])] = 1.0
     high, low = more[course > 0], more[course <= 0]
-    is_clear = float(high.quantile(0.2)) > float(low.quantile(0.8))
+    apart = float(own[best] - others[best])
+    is_clear = float(high.quantile(0.2) - low.quantile(0.8)) > CLEAR * apart
     is_level = bool(high[: (len(high) + 1) // 2].mean() * 1.25 >= high[-((len(high) + 1) // 2) :].mean())
     if int(last[best]) == count and not is_level and grows((more - more.min()).tolist(), 2.0):
         third = max(1, count // 3)
         if float(more[-third:].mean() - more[:third].mean()) < least:
             return None
         return _growth(more)
-    return course if is_clear and float(own[best] - others[best]) >= least else None
+    return course if is_clear and apart >= least else None
 
 
 def _growth(more: Tensor) -> Tensor:
