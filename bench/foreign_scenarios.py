@@ -53,6 +53,8 @@ def level_on_rank(fault: Fault, of: Scenario, step: int, rank: int) -> float:
             return 0.0
     elif fault.kind != "slow link" and rank not in fault.ranks:
         return 0.0
+    if fault.when == "turns" and rank != fault.ranks[step % len(fault.ranks)]:
+        return 0.0
     return fault.share(step, of.num_steps, lambda: draw.random() < 0.3)
 
 

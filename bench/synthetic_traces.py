@@ -144,10 +144,18 @@ class _Job:
             rank.compute(times * (0.001 + ROW_S * rows) * factor, phase == "backward")
 
     def _rate(self, source: int, target: int) -> float:
-        rate = RATE
+        rate = self._network(source)
         for fault in self.faults:
             if fault.kind == "slow link" and fault.ranks == (source, target):
-                rate /= fault.amount
+                rate /= 1 + (fault.amount - 1) * self._level(fault, len(self.step_s), source)
+        return rate
+
+    def _network(self, rank: int) -> float:
+        """Return the rate of a rank's port, as slow as the network is for all."""
+        rate = RATE
+        for fault in self.faults:
+            if fault.kind == "slow network":
+                rate /= 1 + (fault.amount - 1) * self._level(fault, len(self.step_s), rank)
         return rate
 
     def _exchange(self, sent: list[list[int]], row: int, backward: bool, splits_known: bool = True) -> None:
@@ -157,7 +165,7 @@ class _Job:
             k = rank.rank
             comes = [sent[i][k] * row for i in range(size)]
             goes = [sent[k][i] * row for i in range(size)]
-            seconds = max(sum(comes) - comes[k], sum(goes) - goes[k]) / RATE
+            seconds = max(sum(comes) - comes[k], sum(goes) - goes[k]) / self._network(k)
             links = [comes[i] / self._rate(i, k) for i in range(size) if i != k]
             links += [0.9 * goes[i] / self._rate(k, i) for i in range(size) if i != k]
             seconds = LATENCY_S + max(seconds, *links)
@@ -203,7 +211,7 @@ class _Job:
             rank.event("cpu_op", "c10d::allreduce_", rank.now_s, rank.now_s + 90e-6, **arguments)
             name = "autograd::engine::evaluate_function: AccumulateGrad"
             rank.event("cpu_op", name, rank.now_s - 5e-6, rank.now_s + 95e-6)
-            seconds = LATENCY_S + 2 * (size - 1) / size * GRADIENT_BYTES / RATE
+            seconds = LATENCY_S + 2 * (size - 1) / size * GRADIENT_BYTES / self._network(rank.rank)
             end_s = max(max(starts), rank.lanes[0]) + seconds
             rank.lanes[0] = end_s
             rank.event("user_annotation", "gloo:all_reduce", starts[rank.rank], end_s, 12)

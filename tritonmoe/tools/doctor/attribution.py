@@ -226,9 +226,10 @@ def _place_of(one: Finding) -> tuple:
     So does what costs all ranks something without being a fault.
     """
     cause, of = CAUSES[one.kind], one.culprits
-    is_accident = cause.structural is None and not (of.ranks or of.moves or of.links)
+    is_shared = cause.is_shared and one.when.when != "warm-up"
+    is_accident = cause.structural is None and not (is_shared or of.ranks or of.moves or of.links)
     is_structural = cause.structural is not None
-    return cause.is_between_calls, one.may_be_noise, is_structural, is_accident, -one.cost.seconds
+    return cause.is_between_calls, one.may_be_noise, is_structural, is_accident, not is_shared, -one.cost.seconds
 
 
 def _healthy_s(replays: Replays, step_s: float, all_gained_s: float) -> float:

@@ -23,6 +23,7 @@ from tritonmoe.tools.recording.call_recording import RecordedCall, Recording
 __all__ = ["CAUSES", "OF_LONG_BATCHES", "Cause", "CauseKind", "Culprits", "ExcessTime", "Known", "Words"]
 
 CauseKind: TypeAlias = Literal[
+    "slower compute", "slower host", "slower exchanges",
     "slow rank", "late rank", "slow link", "late link", "slow port", "imbalance", "bandwidth", "latency",
     "chunk overhead", "host overhead", "exchange contention", "pause",
 ]  # fmt: skip
@@ -51,9 +52,9 @@ class Culprits:
     """Who and where."""
 
     ranks: tuple[int, ...]
-    """Indices of ranks, the worst first; empty where it is all of them, or each in turn."""
+    """Indices of ranks, in order, of links the sender first; empty where it is all of them, or many in turn."""
     moves: bool
-    """Whether it is another rank from step to step."""
+    """Whether it is another rank from step to step, of these where they are few."""
     phase: str
     """forward or backward, where nearly all of it is there."""
     place: Key | None
@@ -145,6 +146,8 @@ class Cause:
     """The smallest share of a step that a structural cause is spoken of for."""
     is_between_calls: bool = False
     """Whether it lies between the layers' calls: its share is that of the whole step, and it is spoken of last."""
+    is_shared: bool = False
+    """Whether all ranks have it in the same steps: it is spoken of first, and nobody asks which rank it is."""
     is_of_links: bool = False
     """Whether sender, receiver or what lies between them is at fault."""
     is_due_to_bytes: bool = False
@@ -268,6 +271,10 @@ def _late_words(of: Words) -> str:
     return f"come{of.s} late to exchanges, and run{of.s} no operation meanwhile"
 
 
+def _times_others(of: Words) -> str:
+    return f"{of.culprits.factor:.2f} times as long as in other steps"
+
+
 def _slow_words(of: Words) -> str:
     return f"compute{of.s} " + ("where other ranks compute next to nothing" if of.is_beyond else of.times)
 
@@ -286,17 +293,39 @@ CAUSES: Mapping[CauseKind, Cause] = {
     cause.kind: cause
     for cause in (
         Cause(
+            "slower compute",
+            lambda of: f"compute{of.s} {_times_others(of)} for the same work",
+            "check what came over all machines then: clocks and power limits, temperature, other programs; and whether "
+            "sequences were longer there, which is more work and no fault",
+            compared=lambda graph, usual: _of_runs(usual.shared.busy_s, graph),
+            is_shared=True,
+        ),
+        Cause(
+            "slower host",
+            lambda of: f"run{of.s} no operation for longer than in other steps",
+            "check what all hosts did then outside of operations: data loading, logging, memory that grows",
+            compared=lambda graph, usual: _of_runs(usual.shared.idle_s, graph),
+            is_shared=True,
+        ),
+        Cause(
+            "slower exchanges",
+            lambda of: f"exchange{of.s} {_times_others(of)} for the same bytes",
+            f"check what else used the network then, such as another job on the same switches; {MEASURE}",
+            compared=lambda graph, usual: _of_members(usual.shared.transfer_s, graph),
+            is_shared=True,
+        ),
+        Cause(
             "slow rank",
             _slow_words,
             "check the machine's clocks, its temperature and its other programs; else leave the machine out",
-            compared=lambda graph, usual: _of_runs(graph.tables.busy_s - usual.busy_s, graph),
+            compared=lambda graph, usual: _of_runs(graph.tables.busy_s - usual.shared.busy_s - usual.busy_s, graph),
             to_do_of_all="check what else ran on these machines, their clocks and their temperature",
         ),
         Cause(
             "late rank",
             _late_words,
             "check what the rank does outside of operations: data loading, logging, checkpoints, garbage collection",
-            compared=lambda graph, usual: _of_runs(graph.tables.idle_s - usual.idle_s, graph),
+            compared=lambda graph, usual: _of_runs(graph.tables.idle_s - usual.shared.idle_s - usual.idle_s, graph),
             to_do_of_all="check what the ranks do outside of operations: data loading, logging, checkpoints, garbage "
             "collection",
         ),
@@ -304,7 +333,9 @@ CAUSES: Mapping[CauseKind, Cause] = {
             "slow link",
             _link_words,
             f"check cable, port, switch and route; {MEASURE}",
-            compared=lambda graph, usual: _of_members(graph.tables.transfer_s - usual.transfer_s, graph),
+            compared=lambda graph, usual: _of_members(
+                graph.tables.transfer_s - usual.shared.transfer_s - usual.transfer_s, graph
+            ),
             explains=frozenset({"bandwidth", "latency"}),
             is_of_links=True,
         ),

@@ -8,7 +8,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from tritonmoe.tools.doctor.causes import CauseKind, Culprits
+from tritonmoe.tools.doctor.causes import CAUSES, CauseKind, Culprits
 from tritonmoe.tools.doctor.graph import Key
 from tritonmoe.tools.doctor.pattern import FEW_STEPS, Pattern, costly_steps, pattern_of
 from tritonmoe.tools.doctor.replays import Removal, Replays
@@ -55,15 +55,15 @@ def culprits_of(
     """
     graph = replays.graph
     excess = replays.by_rank_and_step(kind)
-    if len(graph.ranks) == 1:
+    if len(graph.ranks) == 1 or CAUSES[kind].is_shared:
         return [_share(replays, kind, (), gained)]
     takers = _taking_turns(excess, gained)
     if len(takers) > max(1.0, FEW_OF * len(graph.ranks)):
         return [_share(replays, kind, (), gained, moves=True)]
     excess_s = torch.tensor(excess, dtype=torch.float64, device="cpu").clamp(min=0)
     ranks, own_gained, gone = _at_fault(replays, kind, excess_s, gained, without)
-    if not ranks and takers:
-        ranks, own_gained, gone = takers, gained, torch.zeros_like(excess_s)
+    if takers and (not ranks or set(takers) <= set(ranks)):
+        return [_share(replays, kind, takers, gained, moves=True)]
     shares = [
         _share(replays, kind, own, _gained_by(replays, kind, own, gone, without), removal=_only(own, gone))
         for own in _apart(replays, kind, ranks, excess_s, gone)

@@ -8,11 +8,13 @@ with the rows that a rank got, and exchanges that grow with their bytes, are com
 the rows themselves cost is imbalance.
 """
 
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from tritonmoe.tools.doctor.drifts import Shared, shared_of
 from tritonmoe.tools.doctor.graph import Graph, indices
 from tritonmoe.tools.doctor.samples import Samples, by_step, middle
 
@@ -45,6 +47,8 @@ class Usual:
     """What is usual, without noise."""
     level_idle_s: Tensor
     level_transfer_s: Tensor
+    shared: Shared
+    """What all ranks take longer for in the same steps."""
 
 
 def usual_of(graph: Graph, linked_s: Tensor | None = None) -> Usual:
@@ -52,6 +56,15 @@ def usual_of(graph: Graph, linked_s: Tensor | None = None) -> Usual:
 
     linked_s: (M,), of which it is known already that slow links cost it.
     """
+    shared = shared_of(graph, linked_s)
+    if shared:  # ranks are compared without it
+        tables, graph = graph.tables, copy.copy(graph)
+        graph.tables = replace(
+            tables,
+            busy_s=tables.busy_s - shared.busy_s,
+            idle_s=tables.idle_s - shared.idle_s,
+            transfer_s=tables.transfer_s - shared.transfer_s,
+        )
     tables, num_steps = graph.tables, len(graph.steps)
     found = Usual(
         busy_s=tables.busy_s.clone(),
@@ -63,6 +76,7 @@ def usual_of(graph: Graph, linked_s: Tensor | None = None) -> Usual:
         level_busy_s=tables.busy_s.clone(),
         level_idle_s=tables.idle_s.clone(),
         level_transfer_s=tables.transfer_s.clone(),
+        shared=shared,
     )
     if linked_s is not None:
         found.transfer_s -= linked_s

@@ -30,6 +30,8 @@ def describe_finding(one: Finding, found: Verdict, recording: Recording | None =
     if culprits.links and not culprits.words:
         ways = [f"from rank {graph.ranks[i]} to rank {graph.ranks[k]}" for i, k in culprits.links]
         who = " and ".join(ways)
+    elif culprits.moves and culprits.ranks:
+        who = f"{graph.named(culprits.ranks)}, each in other steps,"
     elif culprits.moves:
         who = "a different rank from step to step"
     elif culprits.ranks:
@@ -37,7 +39,7 @@ def describe_finding(one: Finding, found: Verdict, recording: Recording | None =
     else:
         who = "all ranks" if len(graph.ranks) > 1 else "the rank"
     count = len(culprits.links) * (not culprits.words) or len(culprits.ranks) or len(graph.ranks)
-    several = not culprits.moves and count > 1
+    several = count > 1 and (not culprits.moves or bool(culprits.ranks))
     where = [place_words(culprits.place)] if culprits.place else [f"in {culprits.phase}"] if culprits.phase else []
     where += [f"in layer {culprits.layer}"] if culprits.layer is not None else []
     hidden = "; other causes hide this cause: mending it alone gains little" if one.is_hidden else ""

@@ -1,0 +1,183 @@
+"""shared_of: what all ranks take longer for in some steps than in others, at equal work.
+
+The sums of each rank's work, pauses and transfers are followed from step to step. Where nearly all ranks have more of
+them in one stretch of steps than outside of it, or ever more, each kind of operation has so much too much as nearly all
+ranks have of it. A comparison of ranks doesn't see that.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tritonmoe.tools.doctor.graph import Graph, Tables
+from tritonmoe.tools.doctor.pattern import FEW_STEPS, WARMED, grows
+from tritonmoe.tools.doctor.samples import slope
+
+__all__ = ["Shared", "shared_of"]
+
+TIMES = 1.3
+"""So many times as long as in other steps is too long ..."""
+LEAST_PAUSE = 0.05
+"""... and pauses are that are longer by such a share of a step."""
+NEARLY_ALL = 0.25
+"""So many of the ranks may have less."""
+CLEAR = 0.4
+"""Most steps of a stretch are above most others by such a part of what their means differ by."""
+ENOUGH_STEPS = 6
+VARIED = 1.03
+
+
+@dataclass(frozen=True)
+class Shared:
+    """Seconds of every Run (N,) and Member (M,) that all ranks share."""
+
+    busy_s: Tensor
+    idle_s: Tensor
+    transfer_s: Tensor
+
+    def __bool__(self) -> bool:
+        return any(bool(of.any()) for of in (self.busy_s, self.idle_s, self.transfer_s))
+
+
+def shared_of(graph: Graph, linked_s: Tensor | None = None) -> Shared:
+    """Return what operations take longer than usual on all ranks in the same steps, or ever more.
+
+    linked_s: (M,), of which it is known already that slow links cost it.
+    """
+    tables = graph.tables
+    found = Shared(*(torch.zeros_like(of) for of in (tables.busy_s, tables.idle_s, tables.transfer_s)))
+    if len(graph.steps) < ENOUGH_STEPS or len(graph.ranks) < 2:
+        return found
+    transfer_s = tables.transfer_s if linked_s is None else tables.transfer_s - linked_s
+    step_s = max(sum(graph.measured_s) / len(graph.steps), 1e-9)
+    for values, sizes, into, places in (
+        (tables.busy_s, tables.rows, found.busy_s, _places_of_runs(tables)),
+        (tables.idle_s, None, found.idle_s, _places_of_runs(tables)),
+        (transfer_s.clamp(min=0), tables.num_bytes, found.transfer_s, _places_of_members(tables)),
+    ):
+        if len(values):
+            into += _OfOne(graph, values, sizes, places, step_s).excess()
+    return found
+
+
+def _places_of_runs(tables: Tables) -> tuple[Tensor, Tensor, Tensor]:
+    return tables.run_key, tables.run_rank, tables.run_step
+
+
+def _places_of_members(tables: Tables) -> tuple[Tensor, Tensor, Tensor]:
+    return tables.member_key, tables.member_rank, tables.member_step
+
+
+class _OfOne:
+    """Work, pauses or transfers."""
+
+    def __init__(
+        self, graph: Graph, values: Tensor, sizes: Tensor | None, places: tuple[Tensor, Tensor, Tensor], step_s: float
+    ) -> None:
+        self.values, self.sizes, self.step_s = values, sizes, step_s
+        self.key, self.rank, self.step = places
+        self.shape = len(graph.ranks), len(graph.steps)
+
+    def excess(self) -> Tensor:
+        """Return what each has too much."""
+        course = self._course(self.values)
+        if course is None:
+            return torch.zeros_like(self.values)
+        equal = self.values if self.sizes is None else self._at_equal_work(self.sizes)
+        course = self._course(equal)
+        if course is None:
+            return torch.zeros_like(self.values)
+        found = torch.zeros_like(self.values)
+        for own in self._by_key():
+            table = torch.full(self.shape, torch.nan, dtype=torch.float64, device="cpu")
+            flat = self.rank[own] * self.shape[1] + self.step[own]
+            sums = torch.zeros(table.numel(), dtype=torch.float64, device="cpu").index_add(0, flat, equal[own])
+            table.view(-1)[flat] = sums[flat]
+            without, with_it = table[:, course <= 0], table[:, course > 0]
+            more = (with_it.nanmean(1) - without.nanmedian(1).values) / course[course > 0].mean()
+            more = more[~more.isnan()]
+            if not len(more):
+                continue
+            each_s = float(_least(more[:, None])[0]) * course[self.step[own]]
+            part = torch.where(sums[flat] > 0, self.values[own] / sums[flat], 0.0)
+            found[own] = torch.minimum(each_s.clamp(min=0) * part, self.values[own])
+        return found
+
+    def _by_key(self) -> Iterator[Tensor]:
+        order = self.key.argsort(stable=True)
+        yield from (own for own in order.split(self.key.bincount().tolist()) if len(own))
+
+    def _at_equal_work(self, sizes: Tensor) -> Tensor:
+        """Return the times that all would take with the mean rows or bytes of their key."""
+        found = self.values.clone()
+        for own in self._by_key():
+            size = sizes[own]
+            if float(size.min()) > 0 and float(size.max()) > VARIED * float(size.min()):
+                unit_s = slope(self.rank[own], self.step[own], size, self.values[own])
+                found[own] -= unit_s * (size - size.mean())
+        return found.clamp(min=0)
+
+    def _course(self, values: Tensor) -> Tensor | None:
+        """Return (S,) how much of what all ranks share each step has, 1 at most; None where they share nothing."""
+        num_ranks, num_steps = self.shape
+        sums = torch.zeros(num_ranks * num_steps, dtype=torch.float64, device="cpu")
+        sums = sums.index_add(0, self.rank * num_steps + self.step, values).view(self.shape)
+        usual = sums.quantile(0.2, dim=1, keepdim=True)
+        is_pause = self.sizes is None
+        if is_pause:
+            more = _least((sums - usual) / self.step_s)
+        else:
+            counts = usual[:, 0] > 0
+            if not bool(counts.any()):
+                return None
+            more = _least(sums[counts] / usual[counts] - 1)
+        return _stretch(more.clamp(min=0), LEAST_PAUSE if is_pause else TIMES - 1)
+
+
+def _least(values: Tensor) -> Tensor:
+    """Return (S,) what nearly all ranks (W, S) have at least."""
+    ordered = values.sort(0).values
+    return ordered[int(NEARLY_ALL * (len(ordered) - 1))]
+
+
+def _stretch(more: Tensor, least: float) -> Tensor | None:
+    """Return the course (S,) of what is above the usual by so much at least, and clearly: a stretch, or growing."""
+    count = len(more)
+    sums = torch.cat([torch.zeros(1, dtype=torch.float64), more.cumsum(0)])
+    first, last = torch.triu_indices(count + 1, count + 1, 1)
+    inside = last - first
+    outside = count - inside
+    is_warm_up = (first == 0) & (inside <= WARMED * count)
+    is_asked = ((inside >= FEW_STEPS) | is_warm_up) & (outside >= FEW_STEPS)
+    first, last, inside, outside = (of[is_asked] for of in (first, last, inside, outside))
+    own = (sums[last] - sums[first]) / inside
+    others = (sums[-1] - (sums[last] - sums[first])) / outside
+    # The stretch that leaves the least squares has the largest difference, by its numbers of steps.
+    explained = (own - others) * (inside * outside).double().sqrt()
+    best = int(explained.argmax())
+    course = torch.zeros_like(more)
+    course[int(first[best]) : int(last[best])] = 1.0
+    high, low = more[course > 0], more[course <= 0]
+    apart = float(own[best] - others[best])
+    is_clear = float(high.quantile(0.2) - low.quantile(0.8)) > CLEAR * apart
+    is_level = bool(high[: (len(high) + 1) // 2].mean() * 1.25 >= high[-((len(high) + 1) // 2) :].mean())
+    if int(last[best]) == count and not is_level and grows((more - more.min()).tolist(), 2.0):
+        third = max(1, count // 3)
+        if float(more[-third:].mean() - more[:third].mean()) < least:
+            return None
+        return _growth(more)
+    return course if is_clear and apart >= least else None
+
+
+def _growth(more: Tensor) -> Tensor:
+    """Return the course of what grows: nothing up to a step, and from there on along a line, with the least squares."""
+    steps = torch.arange(len(more), dtype=torch.float64, device="cpu")
+    courses = [((steps - since) / (len(more) - 1 - since)).clamp(min=0) for since in range(len(more) // 2)]
+
+    def error(course: Tensor) -> float:
+        centred, values = course - course.mean(), more - more.mean()
+        return float((values - centred * (centred @ values) / (centred @ centred)).square().sum())
+
+    return min(courses, key=error)
