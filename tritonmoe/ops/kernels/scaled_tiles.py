@@ -32,6 +32,13 @@ def _as_float(codes):
 
 
 @triton.jit
+def _scaled(codes, scales):
+    """Return codes (N, BLOCK_K) times the scales (N, BLOCK_K / 32) of their blocks, in fp32."""
+    blocks: tl.constexpr = (scales.shape[0], scales.shape[1], _MXFP8)
+    return tl.reshape(tl.reshape(_as_float(codes), blocks) * _factor(scales)[:, :, None], codes.shape)
+
+
+@triton.jit
 def scaled_columns(
     column_tile,
     width,
@@ -111,7 +118,11 @@ def add_scaled_product(
         each, mask = tl.reshape(columns, (accumulator.shape[1],)), tl.reshape(mask, (accumulator.shape[1],))
         places = each.to(tl.int64)[:, None] * num_blocks + blocks[None, :]
         scales_of_columns = tl.load(of_expert + places, mask=mask[:, None], other=0)
-        accumulator = tl.dot_scaled(
-            row_codes, scales_of_rows, "e4m3", weight_codes, scales_of_columns, "e4m3", accumulator
-        )
+        if _IN_INTERPRETER:  # before 3.7 Triton's knows no dot_scaled
+            weight = tl.trans(_scaled(tl.trans(weight_codes), scales_of_columns))
+            accumulator += tl.dot(_scaled(row_codes, scales_of_rows), weight)
+        else:
+            accumulator = tl.dot_scaled(
+                row_codes, scales_of_rows, "e4m3", weight_codes, scales_of_columns, "e4m3", accumulator
+            )
     return accumulator
