@@ -338,7 +338,6 @@ def chosen(budget: int, of: LayerWork, held: float = 0.0, **options: bool) -> Pa
         of,
         [widths] * of.size,
         torch.full((of.size,), held, dtype=torch.float64),
-        plan_of_part=tm.OverlapPlan((1, 1)),
         **{"can_be_cut": True, "can_drop_hidden": True} | options,
     )
 

@@ -1,5 +1,6 @@
 """GroupedExperts: the experts of a layer as parameters, and their call on one device or over ranks."""
 
+import math
 import threading
 import uuid
 from collections.abc import Callable, Iterable, Sequence
@@ -10,6 +11,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
+from tritonmoe.config.activations import is_fused
 from tritonmoe.config.layer import MoEConfig, PerWeight, check_moe_config
 from tritonmoe.config.overlap import OverlapConfig, OverlapPlan, check_overlap
 from tritonmoe.dispatch.placement import ExpertPlacement, check_experts_of_rank
@@ -20,10 +22,12 @@ from tritonmoe.experts.moe_mlp import run_experts
 from tritonmoe.experts.packed_parameters import as_values, check_loaded
 from tritonmoe.experts.parameters import PARAMETERS, draw_experts, draw_packed_experts, empty_parameters
 from tritonmoe.experts.quantized_weight import is_packed
-from tritonmoe.experts.spec import LAYOUT, ExpertSpec, expert_spec
+from tritonmoe.experts.spec import LAYOUT, ExpertSpec, choose_backend, expert_spec
 from tritonmoe.experts.tensors import CallTensors
 from tritonmoe.ops.backends import check_name
 from tritonmoe.overlap.report import LayerReport
+from tritonmoe.overlap.simulation.memory import BufferWidths, WorkingSet
+from tritonmoe.overlap.tuning.memory_estimate import estimate_bytes
 from tritonmoe.placement.data_parallel import is_averaged_by_ddp
 from tritonmoe.placement.expert_shards import ATTRIBUTE, ExpertShards, find_sharding
 from tritonmoe.placement.grad_scaling import agree_on_overflow
@@ -35,9 +39,11 @@ from tritonmoe.placement.sharded_parameters import (
     shard_parameters,
 )
 from tritonmoe.runtime.autograd import leaf_of, outside_graphs
+from tritonmoe.runtime.cpu_threads import num_workers
 from tritonmoe.runtime.halves import for_both_halves
 from tritonmoe.runtime.wrappers import refuse_computed
 from tritonmoe.transports import Ranks, Transport, as_transport
+from tritonmoe.transports.wire import choose_wires
 
 __all__ = ["GroupedExperts", "experts_of_parameters"]
 
@@ -255,6 +261,68 @@ class GroupedExperts(nn.Module):
     def last_report(self) -> LayerReport | None:
         """Traffic and timings of the last expert-parallel call, of a step's many or a recompute; None on one device."""
         return None if self.expert_shards is None else self.expert_shards.calls.last_report
+
+    def peak_bytes(
+        self, num_tokens: int, *, routing: str | Tensor | Sequence[float] = "uniform", num_layers: int = 1
+    ) -> int:
+        """Return how many bytes calls of such layers are expected to hold at most, on the rank that holds most.
+
+        Counted are the buffers of rows and pairs, and what layers keep for their backwards (under torch.no_grad()
+        nothing is kept); not counted are weights, their gradients, optimizers, and inputs and outputs of layers.
+        num_chunks="auto" is taken as one chunk, which holds most. No collective runs.
+
+        Args:
+            num_tokens: T, on every rank.
+            routing: "uniform"; "worst": all tokens choose experts of rank 0; or the number of pairs that each expert
+                had (E,), such as `layer.statistics().load`.
+            num_layers: how many equal layers run one after the other before the first backward.
+        Raises:
+            ValueError: the layer is on one device, where memory doesn't depend on the routing; or the memory depends
+                on what only a call knows: balance, a capacity, replicas, two levels, an ExpertPrecision.
+        """
+        shards = self.expert_shards
+        if shards is None:
+            raise ValueError(
+                "these experts are on one device, where the routing doesn't change how much they hold: spread them "
+                "over ranks first"
+            )
+        if shards.transport.node_size is not None or self.spec.precision is not None:
+            raise ValueError(
+                "the memory of experts on a TwoLevelTransport, or with an ExpertPrecision, can't be estimated before a "
+                "call: use a transport of one level and no ExpertPrecision"
+            )
+        config, overlap, size = self.config, shards.overlap, shards.transport.size
+        weight = self.gate_up_proj
+        dtype = weight.dtype if config.weight_format is None else torch.bfloat16
+        rows = torch.empty(0, config.hidden_size, dtype=dtype, device=weight.device)
+        choices = torch.empty(0, config.top_k, device=weight.device)
+        with torch.no_grad():
+            inputs = CallTensors(rows, choices.to(torch.int64), choices, self._local_weights())
+            settings = choose_backend(self.spec, inputs, beside_exchanges=True)
+        widths = BufferWidths(
+            config.hidden_size,
+            config.intermediate_size,
+            len(self.expert_ids),
+            dtype.itemsize,
+            gated=config.gated,
+            save=self.spec.save,
+            has_backward=torch.is_grad_enabled(),
+            working_set=WorkingSet(
+                settings.ops.MAX_BLOCK_PAIRS, num_workers(weight.device), settings.ops.copies_rows()
+            ),
+        )
+        found = estimate_bytes(
+            routing,
+            shards.placement or ExpertPlacement.contiguous(config.num_experts, size),
+            num_tokens,
+            config.top_k,
+            choose_wires(dtype, getattr(overlap, "wire_dtype", None), None).row_bytes(config.hidden_size),
+            widths,
+            overlap,
+            num_layers=num_layers,
+            is_fused=is_fused(config.activation),
+        )
+        return math.ceil(found.peak.max())
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:

@@ -240,6 +240,12 @@ class MoELayer(nn.Module):
             )
         return experts
 
+    def peak_bytes(
+        self, num_tokens: int, *, routing: str | Tensor | Sequence[float] = "uniform", num_layers: int = 1
+    ) -> int:
+        """Return how many bytes calls of such layers are expected to hold at most; see GroupedExperts.peak_bytes."""
+        return self.grouped_experts.peak_bytes(num_tokens, routing=routing, num_layers=num_layers)
+
     def __getstate__(self) -> dict[str, object]:
         # What the last call left is no part of a copy: it hangs on that call's graph.
         return {**self.__dict__, "_aux_loss": None, "last_routing": None}

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tritonmoe.config.activations import is_fused
 from tritonmoe.config.layer import NO_WEIGHTS, PerWeight
-from tritonmoe.config.overlap import OverlapConfig, OverlapPlan, equal_sizes
+from tritonmoe.config.overlap import OverlapConfig
 from tritonmoe.dispatch.header import CallHeader
 from tritonmoe.dispatch.plan import DispatchPlan
 from tritonmoe.expert_parallel.call import ProposedCall, buffer_widths
@@ -32,7 +32,7 @@ from tritonmoe.ops.backends.ops import accumulation_dtype
 from tritonmoe.overlap.report import LayerReport, PassReport
 from tritonmoe.overlap.simulation.cost_model import LayerWork
 from tritonmoe.overlap.simulation.memory import BufferWidths, WorkingSet
-from tritonmoe.overlap.tuning.memory_budget import Parts, choose_parts
+from tritonmoe.overlap.tuning.memory_budget import Parts, choose_parts, plan_of_part
 from tritonmoe.runtime import cpu_memory
 from tritonmoe.runtime.autograd import (
     Context,
@@ -45,7 +45,6 @@ from tritonmoe.runtime.autograd import (
 
 __all__ = ["Bounded"]
 
-CHUNKS_OF_PART = 2
 MOST_PARTS = 256
 """A part that still has too many rows, as its own counts show, is cut in two until there are so many."""
 
@@ -106,15 +105,9 @@ def _choose(call: ProposedCall, plan: DispatchPlan) -> Parts:
         _work(call, plan),
         _widths(call, plan),
         torch.tensor([header.kept_bytes for header in plan.headers], dtype=torch.float64, device="cpu"),
-        plan_of_part=_of_part(plan.overlap),
         can_be_cut=not (call.half or call.is_compiled or has_replicas) and is_fused(spec.activation),
         can_drop_hidden=is_fused(spec.activation),
     )
-
-
-def _of_part(overlap: OverlapPlan) -> OverlapPlan:
-    """Return how a part of a call with this plan overlaps its exchanges."""
-    return replace(overlap, chunk_sizes=equal_sizes(CHUNKS_OF_PART))
 
 
 def _work(call: ProposedCall, plan: DispatchPlan) -> LayerWork:
@@ -169,7 +162,7 @@ class _Cut:
         part = copy.copy(proposed)
         part.tensors, part.sequence = tensors, self.state.next_call()
         part.num_nonfinite_rows = torch.zeros_like(proposed.num_nonfinite_rows)  # of all parts there are none
-        part.overlap = _of_part(self.call.plan.overlap)
+        part.overlap = plan_of_part(self.call.plan.overlap)
         header = self.call.header._replace(sequence=part.sequence, **self.state.history())
         planned = Plain.plan(part, header)
         planned.keeps = self.parts.keeps

@@ -13,12 +13,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tritonmoe.config.overlap import OverlapPlan
+from tritonmoe.config.overlap import OverlapPlan, equal_sizes
 from tritonmoe.overlap.report import Keeps
 from tritonmoe.overlap.simulation.cost_model import LayerWork
 from tritonmoe.overlap.simulation.memory import BufferWidths, BytesOfRanks, bytes_of_ranks
 
-__all__ = ["Parts", "choose_parts"]
+__all__ = ["Parts", "bytes_of_parts", "choose_parts", "plan_of_part"]
+
+CHUNKS_OF_PART = 2
 
 NUM_PARTS = (1, 2, 4, 8, 16, 32, 64)
 FEW_PARTS = NUM_PARTS[: NUM_PARTS.index(8) + 1]
@@ -44,8 +46,13 @@ class Parts(NamedTuple):
 
     def have_room_for(self, plan: OverlapPlan, work: LayerWork, widths: Sequence[BufferWidths]) -> bool:
         """Return whether every rank has room for a part of this work."""
-        working = _working(self.keeps, _bytes_of_ranks(plan, work, self.keeps, widths))
+        working = _working(self.keeps, _bytes_of_ranks(plan, work, self.keeps, widths, 1))
         return bool((working <= torch.tensor(self.room_bytes, dtype=torch.float64, device="cpu")).all())
+
+
+def plan_of_part(overlap: OverlapPlan) -> OverlapPlan:
+    """Return how a part of a call with this plan overlaps its exchanges."""
+    return replace(overlap, chunk_sizes=equal_sizes(CHUNKS_OF_PART))
 
 
 def choose_parts(
@@ -55,7 +62,6 @@ def choose_parts(
     widths: Sequence[BufferWidths],
     held: Tensor,
     *,
-    plan_of_part: OverlapPlan,
     can_be_cut: bool,
     can_drop_hidden: bool,
 ) -> Parts:
@@ -77,8 +83,7 @@ def choose_parts(
 
     @cache
     def candidate(number: int, keeps: Keeps) -> _Candidate:
-        is_whole = number == 1 and keeps != "nothing"
-        return _candidate(number, keeps, plan if is_whole else plan_of_part, work, widths)
+        return _candidate(number, keeps, plan, work, widths)
 
     def most(found: _Candidate) -> int:
         """Return the most bytes on any rank, those of a call that keeps least behind this one included."""
@@ -124,11 +129,27 @@ class _Candidate(NamedTuple):
         return self.of_part + self.of_others
 
 
+def bytes_of_parts(parts: Parts, plan: OverlapPlan, work: LayerWork, widths: Sequence[BufferWidths]) -> BytesOfRanks:
+    """Return what a call holds that runs so, its pairs spread over each rank's experts as widths say.
+
+    Its forward and its backward are taken to hold the same.
+    """
+    found = _candidate(parts.number, parts.keeps, plan, work, widths, num_experts=widths[0].num_local_experts)
+    most = found.kept + found.beside
+    return BytesOfRanks(most, most, found.kept, found.kept)
+
+
 def _candidate(
-    number: int, keeps: Keeps, plan: OverlapPlan, work: LayerWork, widths: Sequence[BufferWidths]
+    number: int,
+    keeps: Keeps,
+    plan: OverlapPlan,
+    work: LayerWork,
+    widths: Sequence[BufferWidths],
+    *,
+    num_experts: int = 1,
 ) -> _Candidate:
-    part = work.scaled(1 / number)
-    found = _bytes_of_ranks(plan, part, keeps, widths)
+    part, is_whole = work.scaled(1 / number), number == 1 and keeps != "nothing"
+    found = _bytes_of_ranks(plan if is_whole else plan_of_part(plan), part, keeps, widths, num_experts)
     kept = number * (found.kept_places if keeps == "nothing" else found.kept)
     of_others = torch.zeros_like(kept)
     if number > 1:
@@ -139,9 +160,13 @@ def _candidate(
     return _Candidate(number, keeps, kept, _working(keeps, found), of_others)
 
 
-def _bytes_of_ranks(plan: OverlapPlan, work: LayerWork, keeps: Keeps, widths: Sequence[BufferWidths]) -> BytesOfRanks:
-    """Return the bytes of every rank by its own widths, where one expert has all of a rank's pairs."""
-    saves = [replace(one, save=one.save if keeps == "hidden" else "input", num_local_experts=1) for one in widths]
+def _bytes_of_ranks(
+    plan: OverlapPlan, work: LayerWork, keeps: Keeps, widths: Sequence[BufferWidths], num_experts: int
+) -> BytesOfRanks:
+    """Return the bytes of every rank by its own widths, where so many experts have all of a rank's pairs."""
+    saves = [
+        replace(one, save=one.save if keeps == "hidden" else "input", num_local_experts=num_experts) for one in widths
+    ]
     by_widths = {one: bytes_of_ranks(plan, work, one) for one in set(saves)}
     each = [[of[rank] for of in by_widths[one]] for rank, one in enumerate(saves)]
     return BytesOfRanks(*(torch.stack(of) for of in zip(*each, strict=True)))
