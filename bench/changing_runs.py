@@ -133,6 +133,24 @@ def kinds_of(seed_: int) -> dict[str, tuple[int, tuple[Fault, ...], tuple[Expect
                 Expected("slow rank", (second,), "for a while", 9, 13),
             ),
         ),
+        "two late of three, each for a while": (
+            3,
+            (of("late rank", (0,), 0.1, since=2, until=6), of("late rank", (2,), 0.1, since=8, until=12)),
+            (Expected("late rank", (0,), "for a while", 2, 6), Expected("late rank", (2,), "for a while", 8, 12)),
+        ),
+        "first one slow, then the other": (
+            2,
+            (of("slow rank", (1,), 3.0, since=0, until=5), of("slow rank", (0,), 3.0, since=10)),
+            (Expected("slow rank", (1,), "for a while", None, 5), Expected("slow rank", (0,), "for a while", 10)),
+        ),
+        "three slow backward, one after the other": (
+            8,
+            tuple(
+                of("slow rank", (rank,), 4.0, since=5 * n, until=5 * n + 4, phase="backward")
+                for n, rank in enumerate((5, 2, 7))
+            ),
+            (Expected("slow rank", (2,), "for a while", 5, 9), Expected("slow rank", (7,), "for a while", 10, 14)),
+        ),
         "two of eight late by turns": (
             8,
             (of("late rank", (first, second), 0.1, "turns"),),

@@ -13,6 +13,7 @@ from tritonmoe.tools.doctor.reading import read_traces
 KINDS = (
     "all slow growing", "all slow from half-way", "network slow for a while", "all late growing", "slow for a while",
     "late up to a step", "two of eight slow by turns", "slow forward, another backward", "warm-up of all",
+    "two late of three, each for a while", "first one slow, then the other",
 )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -57,12 +58,14 @@ def culprits_of(
     excess = replays.by_rank_and_step(kind)
     if len(graph.ranks) == 1 or CAUSES[kind].is_shared:
         return [_share(replays, kind, (), gained)]
-    takers = _taking_turns(excess, gained)
-    if len(takers) > max(1.0, FEW_OF * len(graph.ranks)):
+    takers, is_once_each = _taking_turns(excess, gained)
+    if not is_once_each and len(takers) > max(1.0, FEW_OF * len(graph.ranks)):
         return [_share(replays, kind, (), gained, moves=True)]
     excess_s = torch.tensor(excess, dtype=torch.float64, device="cpu").clamp(min=0)
     ranks, own_gained, gone = _at_fault(replays, kind, excess_s, gained, without)
-    if takers and (not ranks or set(takers) <= set(ranks)):
+    if is_once_each:
+        ranks = ranks or takers
+    elif takers and (not ranks or set(takers) <= set(ranks)):
         return [_share(replays, kind, takers, gained, moves=True)]
     shares = [
         _share(replays, kind, own, _gained_by(replays, kind, own, gone, without), removal=_only(own, gone))
@@ -76,8 +79,11 @@ def culprits_of(
     return shares
 
 
-def _taking_turns(excess: Sequence[Sequence[float]], gained: Sequence[float]) -> tuple[int, ...]:
-    """Return the ranks that are at fault one after the other, each alone in a step; none where one rank mostly is."""
+def _taking_turns(excess: Sequence[Sequence[float]], gained: Sequence[float]) -> tuple[tuple[int, ...], bool]:
+    """Return the ranks that are at fault one after the other, each alone in a step, and whether each is only once.
+
+    There are none where one rank mostly is at fault.
+    """
     costly = costly_steps(gained)
     worst = []
     for step in costly:
@@ -85,10 +91,11 @@ def _taking_turns(excess: Sequence[Sequence[float]], gained: Sequence[float]) ->
         first, second = (excess[rank][step] for rank in ordered[:2])
         if first > ALONE * max(second, 0.0):
             worst.append(ordered[0])
-    if len(worst) < max(FEW_STEPS, ONE_PLACE * len(costly)):
-        return ()
     counts = Counter(worst)
-    return tuple(counts) if max(counts.values()) <= MOVING * len(worst) else ()
+    if len(worst) < max(FEW_STEPS, ONE_PLACE * len(costly)) or max(counts.values()) > MOVING * len(worst):
+        return (), False
+    num_changes = sum(before != after for before, after in pairwise(worst))
+    return tuple(counts), num_changes < len(counts) and min(counts.values()) >= FEW_STEPS
 
 
 def _only(ranks: Sequence[int], gone: Tensor) -> Tensor:

@@ -19,8 +19,8 @@ __all__ = ["Shared", "shared_of"]
 
 TIMES = 1.3
 """So many times as long as in other steps is too long ..."""
-LEAST_PAUSE = 0.05
-"""... and pauses are that are longer by such a share of a step."""
+LEAST = 0.05
+"""... and pauses are that are longer by such a share of a step; what is less in the mean of all steps is not shared."""
 NEARLY_ALL = 0.25
 """So many of the ranks may have less."""
 CLEAR = 0.4
@@ -55,7 +55,7 @@ def shared_of(graph: Graph, linked_s: Tensor | None = None) -> Shared:
     for values, sizes, into, places in (
         (tables.busy_s, tables.rows, found.busy_s, _places_of_runs(tables)),
         (tables.idle_s, None, found.idle_s, _places_of_runs(tables)),
-        (transfer_s.clamp(min=0), tables.num_bytes, found.transfer_s, _places_of_members(tables)),
+        (transfer_s.clamp(min=0), _fullest_bytes(tables), found.transfer_s, _places_of_members(tables)),
     ):
         if len(values):
             into += _OfOne(graph, values, sizes, places, step_s).excess()
@@ -70,6 +70,13 @@ def _places_of_members(tables: Tables) -> tuple[Tensor, Tensor, Tensor]:
     return tables.member_key, tables.member_rank, tables.member_step
 
 
+def _fullest_bytes(tables: Tables) -> Tensor:
+    """Return (M,) the most bytes that a rank has in the exchange, for which all others may wait."""
+    exchange = tables.member_exchange
+    most = torch.zeros(int(exchange.max()) + 1 if len(exchange) else 0, dtype=torch.float64, device="cpu")
+    return most.scatter_reduce(0, exchange, tables.num_bytes, "amax")[exchange]
+
+
 class _OfOne:
     """Work, pauses or transfers."""
 
@@ -81,12 +88,9 @@ class _OfOne:
         self.shape = len(graph.ranks), len(graph.steps)
 
     def excess(self) -> Tensor:
-        """Return what each has too much."""
-        course = self._course(self.values)
-        if course is None:
-            return torch.zeros_like(self.values)
+        """Return what each has too much; nothing where that is little, which may be a part of what one rank has."""
         equal = self.values if self.sizes is None else self._at_equal_work(self.sizes)
-        course = self._course(equal)
+        course = None if self._course(self.values) is None else self._course(equal)
         if course is None:
             return torch.zeros_like(self.values)
         found = torch.zeros_like(self.values)
@@ -103,7 +107,8 @@ class _OfOne:
             each_s = float(_least(more[:, None])[0]) * course[self.step[own]]
             part = torch.where(sums[flat] > 0, self.values[own] / sums[flat], 0.0)
             found[own] = torch.minimum(each_s.clamp(min=0) * part, self.values[own])
-        return found
+        is_little = float(found.sum()) < LEAST * self.step_s * self.shape[0] * self.shape[1]
+        return torch.zeros_like(found) if is_little else found
 
     def _by_key(self) -> Iterator[Tensor]:
         order = self.key.argsort(stable=True)
@@ -133,7 +138,7 @@ class _OfOne:
             if not bool(counts.any()):
                 return None
             more = _least(sums[counts] / usual[counts] - 1)
-        return _stretch(more.clamp(min=0), LEAST_PAUSE if is_pause else TIMES - 1)
+        return _stretch(more.clamp(min=0), LEAST if is_pause else TIMES - 1)
 
 
 def _least(values: Tensor) -> Tensor:
