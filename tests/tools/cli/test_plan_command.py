@@ -19,6 +19,42 @@ def test_a_plan_is_printed_and_written(capsys, tmp_path):
     assert {one["ep"] for one in written["choices"]} == {4, 8}
 
 
+def test_memory_by_routing(capsys, tmp_path):
+    """A budget bounds the worst routing; a recorded one lies between the two others."""
+    routing, path = tmp_path / "pairs.json", tmp_path / "memory.json"
+    routing.write_text(json.dumps([4] * 8 + [1] * 56))
+    arguments = ["plan", "OLMoE-1B-7B", "--memory", "--ep", "8", "--routing", str(routing), "--json", str(path)]
+    peaks = []
+    for others in ([], ["--memory-budget-gb", "12"]):
+        assert main([*arguments, *others]) == 0
+        rows = {row["routing"]: row for row in json.loads(path.read_text())["memory"]}
+        assert list(rows) == ["uniform", "recorded", "all on one rank"]
+        peaks.append([row["peak_gb"] for row in rows.values()])
+        output = capsys.readouterr().out
+        assert all(f"{name:<16} {row['peak_gb']:>8.2f}" in output for name, row in rows.items())
+    free, bounded = peaks
+    assert free[0] < free[1] < free[2]
+    assert bounded[:1] == free[:1]
+    assert bounded[2] <= 12 < free[2]
+    assert rows["all on one rank"]["keeps"] != {"hidden": 16}
+    assert main([*arguments, "--memory-budget-gb", "0.01"]) == 0
+    assert "not enough" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["OLMoE-1B-7B", "H100", "--memory", "--ep", "8"], "no cluster"),
+        (["OLMoE-1B-7B", "--memory"], "one --ep"),
+        (["OLMoE-1B-7B", "H100", "--memory-budget-gb", "3"], "give both"),
+        (["OLMoE-1B-7B", "--memory", "--ep", "8", "--wire-dtype", "fp8"], "layer.peak_bytes"),
+    ],
+)
+def test_memory_is_refused(capsys, given, words):
+    assert main(["plan", *given]) == 2
+    assert words in capsys.readouterr().err
+
+
 @pytest.mark.thorough
 @pytest.mark.parametrize("others", [[], ["--micro-batch", "2", "--two-batches", "--recompute", "none"]])
 def test_the_printed_command_finds_the_best_choice_again(capsys, tmp_path, monkeypatch, others):

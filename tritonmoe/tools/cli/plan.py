@@ -3,18 +3,26 @@
 import argparse
 import json
 import shlex
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
 from tritonmoe.runtime.files import Json, write_whole
-from tritonmoe.tools.benchmarks.argument_types import Subparsers, output_file, positive, report_file
+from tritonmoe.tools.benchmarks.argument_types import (
+    Subparsers,
+    output_file,
+    positive,
+    positive_number,
+    report_file,
+)
 from tritonmoe.tools.planner.cluster import DTYPE_BYTES, Cluster
 from tritonmoe.tools.planner.cluster_file import read_cluster, to_toml
 from tritonmoe.tools.planner.cluster_presets import CLUSTERS, REMARKS
 from tritonmoe.tools.planner.comparison import Equal, compare
 from tritonmoe.tools.planner.job import FROZEN, TRAINERS, UNKNOWN_IMBALANCE, Job, Recompute, Sends, trained_by
+from tritonmoe.tools.planner.job_memory import estimate_layers
 from tritonmoe.tools.planner.model_config import MODELS, expert_load, find_model
 from tritonmoe.tools.planner.plan_page import comparison_page, plan_page
 from tritonmoe.tools.planner.plan_search import Free
@@ -57,6 +65,17 @@ def add_parser(subparsers: Subparsers) -> None:
     )
     _add_shape(parser)
     _add_trainer(parser)
+    parser.add_argument(
+        "--memory",
+        action="store_true",
+        help="instead of a step's time, print what the layers with experts hold on the fullest rank, by routing",
+    )
+    parser.add_argument(
+        "--memory-budget-gb",
+        type=positive_number,
+        metavar="GB",
+        help="with --memory: OverlapConfig(memory_budget_bytes=...), in 1e9 bytes (default: none)",
+    )
     parser.add_argument("--json", type=output_file, metavar="FILE", help="write everything to this file")
     parser.add_argument("--html", type=report_file, metavar="FILE", help="write a report, a page for any browser")
     parser.set_defaults(run=run, default_of=parser.get_default)
@@ -141,6 +160,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
+    if arguments.memory:
+        return _print_memory(arguments)
+    if arguments.memory_budget_gb is not None:
+        raise ValueError("--memory-budget-gb bounds what --memory prints: give both")
     if arguments.model is None or (arguments.cluster is None) == (arguments.compare is None):
         raise ValueError("give a model and a cluster, or a model and --compare with clusters")
     if arguments.equal is not None and arguments.compare is None:
@@ -166,6 +189,54 @@ def _plan(arguments: argparse.Namespace) -> int:
     _say_again(arguments, [(arguments.cluster, found)])
     _write(arguments, plan_as_json(found), lambda: plan_page(found))
     return 0 if found.best.fits else 1
+
+
+def _print_memory(arguments: argparse.Namespace) -> int:
+    """Print what layers with experts hold under each routing; no cluster is needed."""
+    if arguments.model is None or arguments.cluster is not None or len(arguments.ep) != 1 or arguments.html is not None:
+        raise ValueError(
+            "--memory needs a model and one --ep, no cluster and no --html: tritonmoe plan MODEL --memory --ep 8"
+        )
+    job = replace(_job(arguments), ep=arguments.ep[0])
+    budget = None if arguments.memory_budget_gb is None else int(arguments.memory_budget_gb * 1e9)
+    names = {"uniform": "uniform", "recorded": "recorded", "worst": "all on one rank"}
+    found = {
+        name: estimate_layers(job, routing, budget)
+        for routing, name in names.items()
+        if routing != "recorded" or job.load
+    }
+    rows = [
+        {
+            "routing": name,
+            "peak_gb": round(float(one.peak.max()) / 1e9, 3),
+            "kept_gb": round(float(one.kept.max()) / 1e9, 3),
+            "keeps": dict(Counter(one.keeps)),
+            "most_parts": max(one.parts),
+        }
+        for name, one in found.items()
+    ]
+    num_layers = len(found["uniform"].keeps)
+    print(
+        wrapped(
+            f"{job.model.name}, {job.ep} ranks with {round(job.num_tokens)} tokens each, {job.dtype}, recompute "
+            f"{job.recompute}: what {num_layers} layers with experts hold on the fullest rank beside weights, inputs "
+            "and outputs, in 1e9 bytes"
+        )
+    )
+    print(f"\n{'routing':<16} {'peak':>8} {'kept':>8}  layers keep")
+    for row in rows:
+        keeps = ", ".join(f"{name} in {count}" for name, count in row["keeps"].items())
+        parts = f", up to {row['most_parts']} parts" if row["most_parts"] > 1 else ""
+        print(f"{row['routing']:<16} {row['peak_gb']:>8.2f} {row['kept_gb']:>8.2f}  {keeps}{parts}")
+    if budget is not None and any(one.peak.max() > budget for one in found.values()):
+        print(
+            "\n"
+            + wrapped(f"{arguments.memory_budget_gb} GB are not enough for every routing: the call takes least then")
+        )
+    if arguments.json is not None:
+        write_whole(arguments.json, json.dumps({"memory": rows}, indent=1), "plan")
+        print(f"\nwrote {arguments.json}")
+    return 0
 
 
 def _say_again(arguments: argparse.Namespace, plans: Iterable[tuple[str, Plan]]) -> None:

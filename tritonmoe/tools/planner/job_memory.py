@@ -1,13 +1,19 @@
-"""memory_gb: what a job holds on the fullest GPU."""
+"""memory_gb: what a job holds on the fullest GPU; estimate_layers: what its layers with experts hold, by routing."""
 
 from dataclasses import replace
 
+import torch
+
+from tritonmoe.config.overlap import OverlapConfig
+from tritonmoe.dispatch.placement import ExpertPlacement
+from tritonmoe.overlap.simulation.memory import BufferWidths
+from tritonmoe.overlap.tuning.memory_estimate import Estimate, estimate_bytes
 from tritonmoe.tools.planner.cluster import Cluster
 from tritonmoe.tools.planner.job import Job
 from tritonmoe.tools.planner.layer_exchange import LayerExchange
 from tritonmoe.tools.planner.operation_costs import MAIN_GRAD_BYTES
 
-__all__ = ["USABLE_MEMORY", "memory_gb"]
+__all__ = ["USABLE_MEMORY", "estimate_layers", "memory_gb"]
 
 USABLE_MEMORY = 0.92
 """The share of a GPU's memory that a job can fill: the rest goes to the allocator, the driver and buffers of NCCL."""
@@ -44,6 +50,47 @@ def memory_gb(job: Job, cluster: Cluster) -> float:
             held += job.num_tokens * job.model.vocab_size * (job.dtype_bytes + 4)
         most = max(most, held)
     return most / 1e9
+
+
+def estimate_layers(job: Job, routing: str, budget_bytes: int | None = None) -> Estimate:
+    """Return what the ranks of the first pipeline stage hold in the buffers of their layers with experts.
+
+    With recompute="full" one layer keeps them at a time. A call has one chunk, or with a budget what the budget asks.
+
+    Args:
+        routing: "uniform", "worst" (all tokens on rank 0), or "recorded", by job.load.
+    Raises:
+        ValueError: nothing is recorded, or the job has wire formats, whose memory only a layer can estimate.
+    """
+    if routing == "recorded" and not job.load:
+        raise ValueError("no routing is recorded: give the number of pairs of each expert")
+    if job.wire_dtype is not None or job.dtype == "fp8":
+        raise ValueError(
+            "memory by routing is estimated for rows that travel in the dtype of the layer, bf16 or fp32: ask a layer, "
+            "by layer.peak_bytes(num_tokens, routing=...), for others"
+        )
+    model = job.model
+    num_layers = 1
+    if job.recompute != "full":
+        num_layers = job.stage_layers()[0][1] * min(job.micro_batches, job.pp)
+    row_bytes = model.hidden_size * job.dtype_bytes
+    widths = BufferWidths(
+        model.hidden_size,
+        model.expert_size,
+        model.num_experts // job.ep,
+        job.dtype_bytes,
+        save="input" if job.recompute == "experts" else "hidden",
+    )
+    return estimate_bytes(
+        torch.tensor(job.load) if routing == "recorded" else routing,
+        ExpertPlacement.contiguous(model.num_experts, job.ep),
+        round(job.num_tokens),
+        model.top_k,
+        (row_bytes, row_bytes, row_bytes),
+        widths,
+        OverlapConfig(memory_budget_bytes=budget_bytes),
+        num_layers=max(1, num_layers),
+    )
 
 
 def _kept_bytes(job: Job, cluster: Cluster, *, is_dense: bool) -> float:
