@@ -2,12 +2,15 @@
 
 import itertools
 import math
+import re
 from unittest import mock
 
+import limited_memory_worker
 import pytest
 import torch
 from batches import KERNEL_DEVICE, OPTIONS, Batch, assert_equals_one_device
 from held_storages import HeldStorages
+from processes import run_forks
 from same_bits import assert_same_bits
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -322,6 +325,21 @@ def test_layers_stay_within_one_budget(routing: str, monkeypatch: pytest.MonkeyP
     assert num_parts > 1
     if routing != "uniform":
         assert without[routing] > 1.5 * without["uniform"]
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("budget", [0, 100_000_000], ids=["without", "with"])
+def test_in_processes_of_limited_memory(budget: int) -> None:
+    """A job that runs out of memory (RLIMIT_DATA) at its first uneven step trains on with a budget."""
+    outputs, ended = run_forks([[limited_memory_worker.__file__, str(budget)]] * 2, 300, is_group=True)
+    assert all("an even step" in output for output in outputs)
+    if budget:
+        assert ended.statuses == [0, 0], ended.output
+        assert all(re.search(r"uneven steps, in \d+ parts", output) for output in outputs)
+    else:
+        assert any(ended.statuses)
+        assert "DefaultCPUAllocator: can't allocate memory" in ended.output
+        assert "uneven steps" not in ended.output
 
 
 def work(pairs_of_rank_0: float, size: int = 4) -> LayerWork:
