@@ -10,7 +10,7 @@ import tritonmoe as tm
 from tritonmoe.transports import Transport
 
 PACKAGE = f"{Path(tm.__file__).parent}/"
-MOST_FUNCTIONS = 202
+MOST_FUNCTIONS = 200
 """As many as there were when this was last counted: more need a reason, fewer a new number."""
 
 

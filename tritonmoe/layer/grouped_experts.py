@@ -437,7 +437,7 @@ class GroupedExperts(nn.Module):
             adapters = adapters if self.training else replace(adapters, dropout=0.0)
             spec = spec.with_dropout(adapters)
         weights = self._local_weights(x, adapters)
-        if offloaded_of(self) is None:
+        if self.config.weight_format is not None and offloaded_of(self) is None:
             weights = as_values(self, self.config.weight_format, weights)
         if adapters is not None and shards is not None and shards.transport.size > 1:
             _note_factors(self.key, adapters)
