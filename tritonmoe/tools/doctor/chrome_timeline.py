@@ -15,7 +15,7 @@ from typing import NamedTuple, TypeAlias
 
 import torch
 
-from tritonmoe.tools.doctor.graph import Graph, Kind, Member, Run
+from tritonmoe.tools.doctor.graph import Graph, Kind, Member, Run, indices
 from tritonmoe.tools.doctor.trace_files import damaged, number
 from tritonmoe.tools.doctor.walk import walker_of
 
@@ -61,6 +61,7 @@ class _Pipeline:
         self.graph_.programs = [[] for _ in workers]
         self.graph_.begin_s = [0.0] * len(workers)
         self.graph_.names = {index: f"dp {data} pp {stage}" for index, (data, stage) in enumerate(workers)}
+        self.graph_.stages = tuple(stage for _, stage in workers)
         self.worker_at = {place: index for index, place in enumerate(workers)}
         chunks = [of.chunk for events in steps.values() for of in events if of.name == "forward-compute"]
         self.last_chunk = max(chunks, default=-1)
@@ -339,19 +340,18 @@ class Slowdown(NamedTuple):
 
     S is what the steps took over what they would take with every computation at the mean of its kind and every
     transfer at the median of its kind. M_W is the part of that slowdown that is gone when the slowest workers alone,
-    3 %, are so.
+    3 %, are so, and M_S the part that is gone when the last stage alone is.
     """
 
-    slowdown: float
-    """S."""
-    share_of_slowest: float
-    """M_W."""
+    S: float
+    M_W: float
+    M_S: float
     slowest: tuple[int, ...]
     """Indices of the slowest workers."""
 
 
 def slowdown_of(graph: Graph) -> Slowdown:
-    """Return S and M_W of a timeline's graph."""
+    """Return S, M_W and M_S of a timeline's graph."""
     walker, tables = walker_of(graph), graph.tables
     ideal_busy_s, ideal_transfer_s = torch.zeros_like(tables.busy_s), torch.zeros_like(tables.transfer_s)
     for key in range(len(tables.keys)):
@@ -360,18 +360,18 @@ def slowdown_of(graph: Graph) -> Slowdown:
             ideal_busy_s[runs] = tables.busy_s[runs].mean()
         if bool(members.any()):
             ideal_transfer_s[members] = statistics.median(tables.transfer_s[members].tolist())
-    excess = torch.zeros(len(graph.ranks), dtype=torch.float64, device="cpu")
+    size = len(graph.ranks)
+    excess = torch.zeros(size, dtype=torch.float64, device="cpu")
     excess.index_add_(0, tables.run_rank, tables.busy_s - ideal_busy_s)
-    count = max(1, math.floor(SLOWEST * len(graph.ranks)))
-    slowest = tuple(excess.argsort(descending=True, stable=True)[:count].tolist())
-    of_slowest = torch.tensor(slowest)
+    slowest = tuple(excess.argsort(descending=True, stable=True)[: max(1, math.floor(SLOWEST * size))].tolist())
+    last = [rank for rank, stage in enumerate(graph.stages) if stage == max(graph.stages)]
     busy_s, transfer_s = (
-        torch.stack([was, ideal, torch.where(torch.isin(rank, of_slowest), ideal, was)])
+        torch.stack([torch.where(torch.isin(rank, indices(of)), ideal, was) for of in ((), range(size), slowest, last)])
         for was, ideal, rank in (
             (tables.busy_s, ideal_busy_s, tables.run_rank),
             (tables.transfer_s, ideal_transfer_s, tables.member_rank),
         )
     )
-    original, ideal, mended = map(statistics.fmean, walker.all_step_times(busy_s, transfer_s))
-    lost_s = original - ideal
-    return Slowdown(original / ideal if ideal else 0.0, (original - mended) / lost_s if lost_s else 0.0, slowest)
+    was, ideal, *mended = map(statistics.fmean, walker.all_step_times(busy_s, transfer_s))
+    shares = [(was - without) / (was - ideal) if was != ideal else 0.0 for without in mended]
+    return Slowdown(was / ideal if ideal else 0.0, *shares, slowest)  # type: ignore[call-arg]

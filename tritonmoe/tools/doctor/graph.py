@@ -158,6 +158,8 @@ class Graph:
     """(M,): what of each exchange's time is due to slow links, where that is known."""
     hosts: tuple[str, ...] = ()
     """The host of every rank; empty where the files don't tell."""
+    stages: tuple[int, ...] = ()
+    """The pipeline stage of every rank; empty where the files don't tell."""
     routed: tuple[tuple[int, int], ...] = ()
     """How many tokens a router of each rank had at most, and how many experts it gave each; empty where that is not
     known of all."""

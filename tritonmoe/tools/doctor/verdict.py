@@ -146,8 +146,8 @@ def remarks(run: ReadRun, found: Verdict) -> list[str]:
     if run.lanes == "timeline":
         jobs = slowdown_of(found.graph)
         lines.append(
-            f"StragglerAnalysis' figures, from means: S {jobs.slowdown:.3f}, M_W {jobs.share_of_slowest:.3f} of "
-            f"{found.graph.named(jobs.slowest)}"
+            f"StragglerAnalysis' figures, from means: S {jobs.S:.3f}, M_W {jobs.M_W:.3f} of "
+            f"{found.graph.named(jobs.slowest)}, M_S {jobs.M_S:.3f} of the last stage"
         )
     lines.append(
         f"noise costs {share_words(found.noise_s, found)} of a step; with instant exchanges a step would take "
@@ -204,8 +204,7 @@ def as_json(run: ReadRun, found: Verdict, advice: Sequence[Advice] = (), shown: 
             }
             for one in advice
         ],
-        "straggler_analysis": jobs
-        and {"S": jobs.slowdown, "M_W": jobs.share_of_slowest, "workers": list(jobs.slowest)},
+        "straggler_analysis": jobs and {"S": jobs.S, "M_W": jobs.M_W, "M_S": jobs.M_S, "workers": list(jobs.slowest)},
         "others": [{"kind": kind, "share": share} for kind, share in found.others],
         "by_rank": [
             {"rank": rank, "name": graph.names.get(index), **vars(of)}
