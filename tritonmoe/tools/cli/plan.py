@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from tritonmoe.runtime.files import Json, write_whole
 from tritonmoe.tools.benchmarks.argument_types import (
@@ -205,7 +205,7 @@ def _print_memory(arguments: argparse.Namespace) -> int:
         for routing, name in names.items()
         if routing != "recorded" or job.load
     }
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "routing": name,
             "peak_gb": round(float(one.peak.max()) / 1e9, 3),

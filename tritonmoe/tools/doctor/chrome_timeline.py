@@ -373,5 +373,5 @@ def slowdown_of(graph: Graph) -> Slowdown:
         )
     )
     was, ideal, *mended = map(statistics.fmean, walker.all_step_times(busy_s, transfer_s))
-    shares = [(was - without) / (was - ideal) if was != ideal else 0.0 for without in mended]
-    return Slowdown(was / ideal if ideal else 0.0, *shares, slowest)  # type: ignore[call-arg]
+    M_W, M_S = ((was - without) / (was - ideal) if was != ideal else 0.0 for without in mended)
+    return Slowdown(was / ideal if ideal else 0.0, M_W, M_S, slowest)
