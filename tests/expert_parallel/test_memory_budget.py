@@ -9,7 +9,7 @@ import limited_memory_worker
 import pytest
 import torch
 from batches import KERNEL_DEVICE, OPTIONS, Batch, assert_equals_one_device
-from held_storages import HeldStorages
+from held_storages import HeldStorages, recycle_nothing
 from processes import run_forks
 from same_bits import assert_same_bits
 from torch import Tensor, nn
@@ -22,7 +22,6 @@ from tritonmoe.overlap.report import Keeps, LayerReport
 from tritonmoe.overlap.simulation.cost_model import LayerWork
 from tritonmoe.overlap.simulation.memory import BufferWidths, WorkingSet
 from tritonmoe.overlap.tuning.memory_budget import Parts, choose_parts
-from tritonmoe.runtime import cpu_memory
 from tritonmoe.transports import Transport
 
 NO_BUDGET = tm.OverlapConfig(memory_budget_bytes=1)
@@ -318,7 +317,7 @@ def measure(overlap: tm.OverlapConfig, num_hot: int, num_layers: int = 2) -> tup
 @pytest.mark.parametrize("routing", [pytest.param("uniform", marks=pytest.mark.thorough), *list(HOT)[1:]])
 def test_layers_stay_within_one_budget(routing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What uniform routing needs is enough for every other one, in the first step too."""
-    monkeypatch.setattr(cpu_memory, "SMALLEST_RECYCLED_BYTES", 2**60)  # HeldStorages sees torch's allocator alone
+    recycle_nothing(monkeypatch)
     without = {name: measure(tm.OverlapConfig(4), HOT[name])[0] for name in {"uniform", routing}}
     bound, num_parts = measure(tm.OverlapConfig(memory_budget_bytes=int(without["uniform"])), HOT[routing])
     assert bound <= 1.1 * without["uniform"]

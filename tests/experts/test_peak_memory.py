@@ -9,8 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from batches import capped_traffic
-from held_storages import HeldStorages
-from torch import Tensor
+from held_storages import HeldStorages, keep_what_is_sent, recycle_nothing
 
 import tritonmoe as tm
 from tritonmoe.config.overlap import MAX_CHUNKS, equal_sizes, ramp_sizes
@@ -24,8 +23,7 @@ from tritonmoe.overlap.report import LayerReport
 from tritonmoe.overlap.simulation.cost_model import LayerWork
 from tritonmoe.overlap.simulation.memory import BufferWidths, WorkingSet, peak_bytes
 from tritonmoe.overlap.tuning.measured_calls import layer_work
-from tritonmoe.runtime import cpu_memory
-from tritonmoe.transports import PendingExchange, Transport
+from tritonmoe.transports import Transport
 from tritonmoe.transports.wire import WireFormat
 
 HIDDEN, INTERMEDIATE, NUM_EXPERTS, TOP_K, SIZE = 64, 48, 8, 3, 4
@@ -36,20 +34,7 @@ BOUND = 0.10
 
 @pytest.fixture(autouse=True)
 def no_memory_is_recycled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """HeldStorages doesn't see what comes from elsewhere than torch's allocator."""
-    monkeypatch.setattr(cpu_memory, "SMALLEST_RECYCLED_BYTES", 2**60)
-
-
-class Kept(PendingExchange):
-    """Keeps what is sent until it is waited for, as a sender must."""
-
-    def __init__(self, pending: PendingExchange, rows: Tensor) -> None:
-        self._pending, self._rows = pending, [rows]
-
-    def wait(self) -> Tensor:
-        received = self._pending.wait()
-        self._rows.clear()
-        return received
+    recycle_nothing(monkeypatch)
 
 
 class Batch:
@@ -92,8 +77,8 @@ class Batch:
         """Return the most bytes that a layer call holds on any rank in its forward and, with gradients, backward."""
 
         def on_rank(transport: Transport) -> tuple[int, ...]:
-            rank, exchange = transport.rank, transport.exchange
-            transport.exchange = lambda rows, *splits, **out: Kept(exchange(rows, *splits, **out), rows)
+            rank = transport.rank
+            keep_what_is_sent(transport)
             leaves = [t.clone().requires_grad_() for t in (self.x[rank], self.topk_weights[rank], *self.weights[rank])]
             x, topk_weights, *weights = leaves
             with HeldStorages() as forward:

@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from held_storages import HeldStorages
+from held_storages import HeldStorages, keep_what_is_sent, recycle_nothing
 from torch import Tensor
 
 import tritonmoe as tm
 from tritonmoe.overlap.tuning.memory_estimate import expert_loads
-from tritonmoe.runtime import cpu_memory
-from tritonmoe.transports import PendingExchange, Transport
+from tritonmoe.transports import Transport
 
 SIZE, TOKENS, HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 4, 1024, 128, 192, 16, 3
 BOUNDS = {torch.float32: 0.11, torch.bfloat16: 0.12}
@@ -18,20 +17,7 @@ SKEWED = torch.tensor([24, 12, 8, 6, 5, 4, 4, 3, 3, 3, 2, 2, 2, 1, 1, 0], dtype=
 
 @pytest.fixture(autouse=True)
 def no_memory_is_recycled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """HeldStorages doesn't see what comes from elsewhere than torch's allocator."""
-    monkeypatch.setattr(cpu_memory, "SMALLEST_RECYCLED_BYTES", 2**60)
-
-
-class Kept(PendingExchange):
-    """Keeps what is sent until it is waited for, as a sender must."""
-
-    def __init__(self, pending: PendingExchange, rows: Tensor) -> None:
-        self._pending, self._rows = pending, [rows]
-
-    def wait(self) -> Tensor:
-        received = self._pending.wait()
-        self._rows.clear()
-        return received
+    recycle_nothing(monkeypatch)
 
 
 def draw(popularity: Tensor, rank: int) -> Tensor:
@@ -53,8 +39,7 @@ def held_and_expected(
     config = tm.MoEConfig(HIDDEN, INTERMEDIATE, EXPERTS, TOP_K)
 
     def on_rank(transport: Transport) -> tuple[int, int]:
-        exchange = transport.exchange
-        transport.exchange = lambda rows, *splits, **out: Kept(exchange(rows, *splits, **out), rows)  # type: ignore[method-assign]
+        keep_what_is_sent(transport)
         layers = [
             tm.GroupedExperts(config, transport, overlap, backend="torch", generator=torch.Generator(), dtype=dtype)
             for _ in range(num_layers)
@@ -125,7 +110,13 @@ def test_loads() -> None:
 
 @pytest.mark.parametrize(
     ("routing", "words"),
-    [("even", '"uniform", "worst"'), ([1.0] * 3, r"shape \(3,\)"), ([0.0] * 4, "sum 0.0"), ([1, 1, 1, -1], "negative")],
+    [
+        ("even", '"uniform", "worst"'),
+        ([1.0] * 3, r"shape \(3,\)"),
+        ([0.0] * 4, "sum 0.0"),
+        ([1, 1, 1, -1], "negative"),
+        ([9, 0, 0, 0], "chooses 2"),
+    ],
 )
 def test_routings_that_are_none(routing: str | list[float], words: str) -> None:
     with pytest.raises(ValueError, match=words):

@@ -1,15 +1,43 @@
-"""HeldStorages: which memory a thread's operations made, and how much of it was held at once; LargestFloats."""
+"""HeldStorages: which memory a thread's operations made, and how much of it was held at once; LargestFloats.
+
+keep_what_is_sent() and recycle_nothing() let it see what exchanges hold, and all that is allocated.
+"""
 
 from collections.abc import Sequence
 from typing import Any
 
+import pytest
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["HeldStorages", "LargestFloats"]
+from tritonmoe.runtime import cpu_memory
+from tritonmoe.transports import PendingExchange, Transport
+
+__all__ = ["HeldStorages", "LargestFloats", "keep_what_is_sent", "recycle_nothing"]
+
+
+def recycle_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make all memory come from torch's allocator, which is all that HeldStorages sees."""
+    monkeypatch.setattr(cpu_memory, "SMALLEST_RECYCLED_BYTES", 2**60)
+
+
+def keep_what_is_sent(transport: Transport) -> None:
+    """Make the exchanges of a transport keep what they send until they are waited for, as a sender must."""
+    exchange = transport.exchange
+    transport.exchange = lambda rows, *splits, **out: _Kept(exchange(rows, *splits, **out), rows)
+
+
+class _Kept(PendingExchange):
+    def __init__(self, pending: PendingExchange, rows: Tensor) -> None:
+        self._pending, self._rows = pending, [rows]
+
+    def wait(self) -> Tensor:
+        received = self._pending.wait()
+        self._rows.clear()
+        return received
 
 
 class HeldStorages(TorchDispatchMode):

@@ -94,17 +94,16 @@ class ProposedCall:
     """Why this plan was taken, where the chooser was not asked and learns nothing; in one sentence."""
 
 
-def buffer_widths(call: ProposedCall) -> BufferWidths:
-    """Return the widths of the buffers of a call."""
-    x, spec = call.tensors.x, call.spec.experts
+def buffer_widths(tensors: CallTensors[Tensor], settings: ExpertSettings, *, has_backward: bool) -> BufferWidths:
+    """Return the widths of the buffers of a call with these tensors."""
     return BufferWidths(
-        x.shape[1],
-        call.settings.layer.intermediate_size,
-        call.tensors.weights.gate_up_proj.shape[0],
-        x.dtype.itemsize,
-        gated=spec.layout.gated,
-        save=spec.save,
-        has_backward=call.grad_enabled,
+        tensors.x.shape[1],
+        settings.layer.intermediate_size,
+        tensors.weights.gate_up_proj.shape[0],
+        tensors.x.dtype.itemsize,
+        gated=settings.spec.layout.gated,
+        save=settings.spec.save,
+        has_backward=has_backward,
     )
 
 

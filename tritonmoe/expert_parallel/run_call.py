@@ -26,6 +26,7 @@ from tritonmoe.expert_parallel.plans import KIND_NAMES
 from tritonmoe.expert_parallel.plans.base import PlanKind, PlannedCall, RunForward
 from tritonmoe.experts.arguments import have_wider_main_grads
 from tritonmoe.experts.tensors import NAMES
+from tritonmoe.ops.backends.ops import Operations
 from tritonmoe.overlap.report import LayerReport
 from tritonmoe.overlap.simulation.memory import BufferWidths, WorkingSet
 from tritonmoe.overlap.tuning.search import fixed_plan, half_plan
@@ -78,7 +79,8 @@ def _run_filler(filler: Callable[[], None], grad_enabled: bool, autocast: Callab
 
 def choose_plan(call: ProposedCall) -> None:
     """Note in a call the plan that it is to run: as configured, tuned, or, in a recompute, that of the forward."""
-    overlap, size, widths = call.spec.overlap, call.transport.size, buffer_widths(call)
+    overlap, size = call.spec.overlap, call.transport.size
+    widths = buffer_widths(call.tensors, call.settings, has_backward=call.grad_enabled)
     top_k, dtypes = call.tensors.topk_ids.shape[1], (call.tensors.x.dtype, call.tensors.topk_weights.dtype)
     precision = call.spec.experts.precision
     call.kind, call.message = (call.spec.num_experts, widths, top_k, dtypes, precision, overlap), CallHeader()
@@ -121,14 +123,19 @@ def learn(call: ProposedCall, plan: DispatchPlan, report: LayerReport) -> None:
 
 def find_chooser(call: ProposedCall, overlap: OverlapConfig, widths: BufferWidths) -> PlanChooser:
     """Return the transport's chooser for the call's kind."""
-    device, ops = call.tensors.x.device, call.settings.ops
+    device = call.tensors.x.device
     chooser = call.state.choosers.get(call.kind)
     if chooser is None:
         is_shared, can_cut_experts = call.transport.shares_link(device), call.transport.node_size is None
         chooser = PlanChooser(overlap, call.transport.size, is_shared, widths, can_cut_experts=can_cut_experts)
         call.state.choosers[call.kind] = chooser
-    chooser.working_set = WorkingSet(ops.MAX_BLOCK_PAIRS, num_workers(device), ops.copies_rows())
+    chooser.working_set = working_set(call.settings.ops, device)
     return chooser
+
+
+def working_set(ops: Operations, device: torch.device) -> WorkingSet:
+    """Return how much this rank's experts work on at a time."""
+    return WorkingSet(ops.MAX_BLOCK_PAIRS, num_workers(device), ops.copies_rows())
 
 
 @torch.no_grad()

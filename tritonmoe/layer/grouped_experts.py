@@ -15,6 +15,8 @@ from tritonmoe.config.activations import is_fused
 from tritonmoe.config.layer import MoEConfig, PerWeight, check_moe_config
 from tritonmoe.config.overlap import OverlapConfig, OverlapPlan, check_overlap
 from tritonmoe.dispatch.placement import ExpertPlacement, check_experts_of_rank
+from tritonmoe.expert_parallel.call import buffer_widths
+from tritonmoe.expert_parallel.run_call import working_set
 from tritonmoe.expert_parallel.state import LayerCalls, abort_call
 from tritonmoe.experts.adapters import ExpertAdapters, names_of, noted_factors, notes_on, with_adapters
 from tritonmoe.experts.arguments import find_main_grads
@@ -26,7 +28,6 @@ from tritonmoe.experts.spec import LAYOUT, ExpertSpec, choose_backend, expert_sp
 from tritonmoe.experts.tensors import CallTensors
 from tritonmoe.ops.backends import check_name
 from tritonmoe.overlap.report import LayerReport
-from tritonmoe.overlap.simulation.memory import BufferWidths, WorkingSet
 from tritonmoe.overlap.tuning.memory_estimate import estimate_bytes
 from tritonmoe.placement.data_parallel import is_averaged_by_ddp
 from tritonmoe.placement.expert_shards import ATTRIBUTE, ExpertShards, find_sharding
@@ -39,7 +40,6 @@ from tritonmoe.placement.sharded_parameters import (
     shard_parameters,
 )
 from tritonmoe.runtime.autograd import leaf_of, outside_graphs
-from tritonmoe.runtime.cpu_threads import num_workers
 from tritonmoe.runtime.halves import for_both_halves
 from tritonmoe.runtime.wrappers import refuse_computed
 from tritonmoe.transports import Ranks, Transport, as_transport
@@ -268,8 +268,9 @@ class GroupedExperts(nn.Module):
         """Return how many bytes calls of such layers are expected to hold at most, on the rank that holds most.
 
         Counted are the buffers of rows and pairs, and what layers keep for their backwards (under torch.no_grad()
-        nothing is kept); not counted are weights, their gradients, optimizers, and inputs and outputs of layers.
-        num_chunks="auto" is taken as one chunk, which holds most. No collective runs.
+        nothing is kept); not counted are weights, their gradients, optimizers, and inputs and outputs of layers. Rows
+        are taken to have the dtype of the weights, bf16 where these are packed. num_chunks="auto" is taken as one
+        chunk, which holds most. No collective runs.
 
         Args:
             num_tokens: T, on every rank.
@@ -299,24 +300,14 @@ class GroupedExperts(nn.Module):
         with torch.no_grad():
             inputs = CallTensors(rows, choices.to(torch.int64), choices, self._local_weights())
             settings = choose_backend(self.spec, inputs, beside_exchanges=True)
-        widths = BufferWidths(
-            config.hidden_size,
-            config.intermediate_size,
-            len(self.expert_ids),
-            dtype.itemsize,
-            gated=config.gated,
-            save=self.spec.save,
-            has_backward=torch.is_grad_enabled(),
-            working_set=WorkingSet(
-                settings.ops.MAX_BLOCK_PAIRS, num_workers(weight.device), settings.ops.copies_rows()
-            ),
-        )
+        widths = buffer_widths(inputs, settings, has_backward=torch.is_grad_enabled())
+        widths = replace(widths, working_set=working_set(settings.ops, weight.device))
         found = estimate_bytes(
             routing,
             shards.placement or ExpertPlacement.contiguous(config.num_experts, size),
             num_tokens,
             config.top_k,
-            choose_wires(dtype, getattr(overlap, "wire_dtype", None), None).row_bytes(config.hidden_size),
+            choose_wires(dtype, overlap.wire_dtype, None).row_bytes(config.hidden_size),
             widths,
             overlap,
             num_layers=num_layers,

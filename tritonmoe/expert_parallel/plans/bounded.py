@@ -118,7 +118,7 @@ def _work(call: ProposedCall, plan: DispatchPlan) -> LayerWork:
 
 def _widths(call: ProposedCall, plan: DispatchPlan) -> list[BufferWidths]:
     """Return the widths of every rank's buffers."""
-    widths = replace(buffer_widths(call), has_backward=plan.needs_any)
+    widths = buffer_widths(call.tensors, call.settings, has_backward=plan.needs_any)
     return [replace(widths, working_set=WorkingSet.unpack(header.working_set)) for header in plan.headers]
 
 

@@ -129,14 +129,12 @@ class _Candidate(NamedTuple):
         return self.of_part + self.of_others
 
 
-def bytes_of_parts(parts: Parts, plan: OverlapPlan, work: LayerWork, widths: Sequence[BufferWidths]) -> BytesOfRanks:
-    """Return what a call holds that runs so, its pairs spread over each rank's experts as widths say.
-
-    Its forward and its backward are taken to hold the same.
-    """
+def bytes_of_parts(
+    parts: Parts, plan: OverlapPlan, work: LayerWork, widths: Sequence[BufferWidths]
+) -> tuple[Tensor, Tensor]:
+    """Return the peak of a call that runs so, and what it keeps, its pairs spread over experts as widths say; (W,)."""
     found = _candidate(parts.number, parts.keeps, plan, work, widths, num_experts=widths[0].num_local_experts)
-    most = found.kept + found.beside
-    return BytesOfRanks(most, most, found.kept, found.kept)
+    return found.kept + found.beside, found.kept
 
 
 def _candidate(

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from tritonmoe.config.overlap import OverlapConfig, OverlapPlan
 from tritonmoe.dispatch.placement import ExpertPlacement
+from tritonmoe.overlap.report import Keeps
 from tritonmoe.overlap.simulation.cost_model import LayerWork
 from tritonmoe.overlap.simulation.memory import BufferWidths, bytes_of_ranks
-from tritonmoe.overlap.tuning.memory_budget import bytes_of_parts, choose_parts
+from tritonmoe.overlap.tuning.memory_budget import Parts, bytes_of_parts, choose_parts
 from tritonmoe.overlap.tuning.search import budgeted_plan, fixed_plan
 
 __all__ = ["Estimate", "estimate_bytes", "expert_loads"]
@@ -27,7 +28,7 @@ class Estimate:
     """The most at any time, in the last layer's forward or backward."""
     kept: Tensor
     """What all layers keep for their backwards."""
-    keeps: tuple[str, ...]
+    keeps: tuple[Keeps, ...]
     """Of every layer, what a call keeps, and ..."""
     parts: tuple[int, ...]
     """... the number of parts in which it runs, both as in LayerReport."""
@@ -40,7 +41,7 @@ def expert_loads(routing: str | Tensor | Sequence[float], placement: ExpertPlace
         routing: "uniform"; "worst": all tokens choose experts of rank 0, and of others only if rank 0 has fewer than K;
             or the recorded number of pairs of each expert (E,).
     Raises:
-        ValueError: routing is none of these.
+        ValueError: routing is none of these, or fewer than K experts have pairs.
     Example:
         4 experts, K = 2, recorded [30, 10, 10, 10]: [1, 1/3, 1/3, 1/3].
     """
@@ -59,6 +60,12 @@ def expert_loads(routing: str | Tensor | Sequence[float], placement: ExpertPlace
         raise ValueError(
             f"routing must be one count of pairs for each of {num_experts} experts, none negative, not all zero; got "
             f"shape {tuple(counts.shape)} with sum {float(counts.sum())}"
+        )
+    num_chosen = int((counts > 0).sum())
+    if num_chosen < top_k:
+        raise ValueError(
+            f"routing has pairs of {num_chosen} experts, and a token chooses {top_k} different ones: give the counts "
+            "of more tokens"
         )
     loads = torch.zeros_like(counts)
     while (left := top_k - float(loads.sum())) > 1e-9 and bool((counts > 0).any()):
@@ -101,34 +108,27 @@ def estimate_bytes(
     size = placement.size
     loads = expert_loads(routing, placement, top_k)
     work = _expected_work(loads, placement, num_tokens, top_k, row_bytes)
-    of_ranks = [loads[list(ids)] for ids in placement.experts_of_rank]
-    busiest = max(of_ranks, key=lambda of: float(of.sum()))
+    busiest = max((loads[list(ids)] for ids in placement.experts_of_rank), key=lambda of: float(of.sum()))
     # Of that rank's pairs its busiest expert has as many as if there were so many experts, all alike.
     widths = replace(widths, num_local_experts=max(1, round(float(busiest.sum() / busiest.max()))))
-    plan, budget = _plan(overlap, size, work, widths), getattr(overlap, "memory_budget_bytes", None)
+    plan = _plan(overlap, size, work, widths)
+    if isinstance(overlap, OverlapPlan) or overlap.memory_budget_bytes is None:
+        found = bytes_of_ranks(plan, work, widths)
+        most = torch.maximum(found.forward, found.backward)
+        keeps: Keeps = "hidden" if widths.keeps_hidden else "rows"
+        peak = (num_layers - 1) * found.kept + most
+        return Estimate(peak, num_layers * found.kept, (keeps,) * num_layers, (1,) * num_layers)
     held = peak = torch.zeros(size, dtype=torch.float64, device="cpu")
-    keeps, number = [], []
+    chosen: list[Parts] = []
     for _ in range(num_layers):
-        if budget is None:
-            found = bytes_of_ranks(plan, work, widths)
-            keeps.append("hidden" if widths.keeps_hidden else "rows")
-            number.append(1)
-        else:
-            parts = choose_parts(
-                budget,
-                plan,
-                work,
-                [widths] * size,
-                held,
-                can_be_cut=is_fused,
-                can_drop_hidden=is_fused,
-            )
-            found = bytes_of_parts(parts, plan, work, [widths] * size)
-            keeps.append(parts.keeps)
-            number.append(parts.number)
-        peak = torch.maximum(peak, held + torch.maximum(found.forward, found.backward))
-        held = held + found.kept
-    return Estimate(peak, held, tuple(keeps), tuple(number))
+        of_ranks = [widths] * size
+        parts = choose_parts(
+            overlap.memory_budget_bytes, plan, work, of_ranks, held, can_be_cut=is_fused, can_drop_hidden=is_fused
+        )
+        most, kept = bytes_of_parts(parts, plan, work, of_ranks)
+        peak, held = torch.maximum(peak, held + most), held + kept
+        chosen.append(parts)
+    return Estimate(peak, held, tuple(of.keeps for of in chosen), tuple(of.number for of in chosen))
 
 
 def _plan(overlap: OverlapConfig | OverlapPlan, size: int, work: LayerWork, widths: BufferWidths) -> OverlapPlan:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tritonmoe.tools.doctor.graph import Graph, Tables
 from tritonmoe.tools.doctor.pattern import FEW_STEPS, WARMED, grows
-from tritonmoe.tools.doctor.samples import slope
+from tritonmoe.tools.doctor.samples import by_step, slope
 
 __all__ = ["Shared", "shared_of"]
 
@@ -73,8 +73,7 @@ def _places_of_members(tables: Tables) -> tuple[Tensor, Tensor, Tensor]:
 def _fullest_bytes(tables: Tables) -> Tensor:
     """Return (M,) the most bytes that a rank has in the exchange, for which all others may wait."""
     exchange = tables.member_exchange
-    most = torch.zeros(int(exchange.max()) + 1 if len(exchange) else 0, dtype=torch.float64, device="cpu")
-    return most.scatter_reduce(0, exchange, tables.num_bytes, "amax")[exchange]
+    return by_step(exchange, tables.num_bytes, "amax", int(exchange.max()) + 1 if len(exchange) else 0)[exchange]
 
 
 class _OfOne:

@@ -192,7 +192,7 @@ def _shorter_mode(table: Tensor) -> Tensor | None:
 
 
 def by_step(step: Tensor, values: Tensor, what: str, num_steps: int) -> Tensor:
-    """Return the mean, or the largest (amax) or smallest (amin), of all ranks' values in each step (S,); else NaN."""
+    """Return the mean, or the largest (amax) or smallest (amin) value of each step or exchange (S,); else NaN."""
     found = torch.full((num_steps,), torch.nan, dtype=torch.float64, device="cpu")
     return found.scatter_reduce(0, step, values, what, include_self=False)
 
