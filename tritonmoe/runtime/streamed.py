@@ -9,6 +9,7 @@ import ctypes
 import heapq
 import json
 import math
+import mmap
 import os
 import struct
 import threading
@@ -39,7 +40,7 @@ __all__ = [
 ]
 
 ALIGNMENT = 64
-"""Bytes; products choose their instructions by it."""
+"""Bytes; of what a file has before its weights."""
 PREDICTED_SHARE = 0.75
 """The pass that followed this one in the last step is read ahead if it used so many of its experts."""
 DTYPE_NAMES = {
@@ -302,26 +303,28 @@ class ExpertReader:
         while True:
             waiting = [self._free.popleft() for _ in range(len(self._free))]
             for place, block in enumerate(waiting):
-                if block.nbytes == num_bytes + ALIGNMENT:
+                if block.nbytes == num_bytes:
                     self._free.extend(waiting[:place] + waiting[place + 1 :])
                     return block
             if self._allocated + num_bytes <= self.limit_bytes:
                 self._free.extend(waiting)
                 break
             if waiting:
-                self._allocated -= waiting.pop().nbytes - ALIGNMENT
+                self._allocated -= waiting.pop().nbytes
                 self._free.extend(waiting)
             elif not self._evict(before):
                 if before is not None:
                     return None
                 break  # everything is in use this moment
         self._allocated += num_bytes
-        return torch.empty(num_bytes + ALIGNMENT, dtype=torch.uint8, device="cpu")
+        # Memory of its own, which goes back to the system: among the activations of a step it would lie between gaps.
+        mapped = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        return torch.frombuffer(mapped, dtype=torch.uint8)
 
     def _in_block(self, unit: Unit, block: Tensor) -> tuple[memoryview, Tensor]:
         """Return the memory of an expert, to read into, and as the tensor that it will be."""
-        weight, start = unit.weight, -block.data_ptr() % ALIGNMENT
-        memory = (ctypes.c_char * weight.expert_bytes).from_address(block.data_ptr() + start)
+        weight = unit.weight
+        memory = (ctypes.c_char * weight.expert_bytes).from_address(block.data_ptr())
         weakref.finalize(memory, self._free.append, block).atexit = False
         with torch.inference_mode(False):
             return memoryview(memory).cast("B"), torch.frombuffer(memory, dtype=weight.dtype).view(weight.shape[1:])
