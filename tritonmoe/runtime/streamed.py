@@ -5,6 +5,7 @@ What has a weight's place among the tensors of a call is its handle: a tensor of
 memory for each expert, NaN, by which find_streamed() knows the weight again, whatever view of it arrives.
 """
 
+import contextlib
 import ctypes
 import heapq
 import json
@@ -316,9 +317,12 @@ class ExpertReader:
                 if before is not None:
                     return None
                 break  # everything is in use this moment
-        self._allocated += num_bytes
         # Memory of its own, which goes back to the system: among the activations of a step it would lie between gaps.
-        mapped = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        try:
+            mapped = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except OSError as error:
+            raise MemoryError(f"there is no memory for an expert of {num_bytes} bytes: {error}") from error
+        self._allocated += num_bytes
         return torch.frombuffer(mapped, dtype=torch.uint8)
 
     def _in_block(self, unit: Unit, block: Tensor) -> tuple[memoryview, Tensor]:
@@ -353,9 +357,9 @@ class ExpertReader:
                     self._changed.wait()
                 finally:
                     self._wait_ends()
+            block = self._take_block(unit.weight.expert_bytes)
             self._loading.add(unit)
             self._wait_begins()
-            block = self._take_block(unit.weight.expert_bytes)
         try:
             assert block is not None
             found = self._read(unit, block)
@@ -395,7 +399,8 @@ class ExpertReader:
             block = None
             if self._ahead:
                 place, unit = self._ahead[0]
-                block = self._take_block(unit.weight.expert_bytes, place)
+                with contextlib.suppress(MemoryError):  # who uses the expert raises it, if there is none then either
+                    block = self._take_block(unit.weight.expert_bytes, place)
             if block is None:
                 self._is_reading_ahead = False
                 return False
