@@ -58,6 +58,7 @@ TABLES = {
     "bounds": kernel_tables.bounds_table,
     "decoding": kernel_tables.decoding_table,
     "moe_mlp": kernel_tables.moe_mlp_table,
+    "offload": model_tables.offload_table,
     "memory_budget": overlap_tables.memory_budget_table,
     "expert_precision": model_tables.expert_precision_table,
     "expert_precision_cost": model_tables.expert_precision_cost_table,

@@ -9,6 +9,7 @@ from tritonmoe.tools.benchmarks.timing import ratio
 __all__ = [
     "adapters_table",
     "headline_table",
+    "offload_table",
     "quantized_model_table",
     "quantized_table",
     "routing_replay_table",
@@ -306,3 +307,51 @@ def expert_precision_table(name: str) -> str:
         f"one), not which format is fine enough. `python -m bench.expert_precision`; {where(data['environment'])}."
     )
     return "\n".join([*lines, "", caption])
+
+
+def offload_table(name: str) -> str:
+    """Return what steps with experts in files take and hold, and a model that doesn't fit beside accelerate's way."""
+    data = load(name)
+    found = data["results"]
+    lines = [*table_head("the file is read at", "computing", "loading", "step", "step over the longer of both")]
+    for rate in found["rates"]["rates"]:
+        low, high = rate["multiples"]
+        speed = "any rate" if rate["gb_per_s"] is None else f"{rate['gb_per_s']:.2f} GB/s"
+        seconds = (f"{rate[key]:.2f} s" for key in ("compute_s", "load_s", "step_s"))
+        lines.append(table_row(speed, *seconds, f"{rate['multiple']:.2f} ({low:.2f} to {high:.2f})"))
+    in_memory, offloaded = found["peak"]["in memory"], found["peak"]["offloaded"]
+    rest = in_memory["peak_mb"] - in_memory["experts_mb"]
+    held = rest + found["resident_mb"] + offloaded["groups_mb"]
+    lines += [
+        "",
+        f"One layer, D={found['hidden']}, F={found['intermediate']}, E={found['experts']}, K={found['top_k']}, "
+        f"T={found['tokens']}, bf16, forward and gradient of x; medians of {found['rounds']} interleaved rounds, and "
+        f"the range of the last column. {found['rates']['in_memory_mb']} of {found['rates']['experts_mb']} MB are in "
+        'memory, and the files are in the page cache, so "any rate" is that of memory.',
+        "",
+        f"Memory of the process: a step with {in_memory['experts_mb']:.0f} MB of experts in memory holds "
+        f"{in_memory['peak_mb']:.0f} MB at its peak; with the experts in a file {offloaded['peak_mb']:.0f} MB. All but "
+        f"the experts ({rest:.0f}), `resident_bytes` ({found['resident_mb']:.0f}) and two groups "
+        f"({offloaded['groups_mb']:.0f}) are {held:.0f} MB.",
+        "",
+        *table_head("model", "loads", "generates", "attention's adapters", "experts' adapters"),
+    ]
+    for run in found["model"]["runs"]:
+        limit = f"{found['limit_mb']:,.0f} MB" if run["is_limited"] else "no limit"
+        cells = []
+        for part in ("load", "generate", "attention", "train"):
+            failed = run.get(f"{part}_failed")
+            took = f"{run[f'{part}_s']:.1f} s, {run[f'{part}_mb']:,.0f} MB"
+            cells.append(took if failed is None else f"fails: `{failed.split(': ', 1)[1].split(' from ')[0]}`")
+        lines.append(table_row(f"{run['variant']}, {limit}", *cells))
+    lines += [
+        "",
+        f"A Mixtral with {found['model']['experts_mb']:,.0f} MB of experts ({found['layers']} layers, E="
+        f"{found['model_experts']}, K=2); the limit is RLIMIT_DATA, and what is shown is what the process has resident "
+        "at its peak, libraries included. It generates 16 tokens, trains adapters on its attention for 5 steps of "
+        f"{found['sequence']} tokens, and on its experts for {found['steps']}, with activation checkpointing; "
+        "one run each. "
+        "The limit also counts the files that accelerate maps while a backward needs them. "
+        f"`python -m bench.offload`; {where(data['environment'])}.",
+    ]
+    return "\n".join(lines)

@@ -65,6 +65,25 @@ def test_a_file_is_one_of_safetensors(reading: Reading) -> None:
     assert torch.equal(safetensors.load_file(reading.path)["up"], reading.values)
 
 
+@pytest.mark.parametrize("is_expected", [False, True])
+def test_where_the_system_has_no_memory_each_use_says_so(
+    is_expected: bool, reading: Reading, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("tritonmoe.runtime.streamed.mmap.mmap", refuse)
+        if is_expected:
+            reading.reader.expect("forward", [Unit(reading.weight, 3)])
+            reading.settle()
+        for _ in range(2):  # the second one doesn't wait for the first
+            with pytest.raises(MemoryError, match="no memory for an expert of 16384 bytes"):
+                reading.take(3)
+    assert torch.equal(reading.take(3), reading.values[3])
+    reading.run([*range(NUM_EXPERTS)])
+
+
 def test_memory_is_bounded_whatever_is_used(reading: Reading) -> None:
     reader = reading.reader
     for experts in ([*range(NUM_EXPERTS)], [*reversed(range(NUM_EXPERTS))], [3, 3, 3, 1, 1], [5]):

@@ -5,10 +5,12 @@ What has a weight's place among the tensors of a call is its handle: a tensor of
 memory for each expert, NaN, by which find_streamed() knows the weight again, whatever view of it arrives.
 """
 
+import contextlib
 import ctypes
 import heapq
 import json
 import math
+import mmap
 import os
 import struct
 import threading
@@ -39,7 +41,7 @@ __all__ = [
 ]
 
 ALIGNMENT = 64
-"""Bytes; products choose their instructions by it."""
+"""Bytes; of what a file has before its weights."""
 PREDICTED_SHARE = 0.75
 """The pass that followed this one in the last step is read ahead if it used so many of its experts."""
 DTYPE_NAMES = {
@@ -302,26 +304,31 @@ class ExpertReader:
         while True:
             waiting = [self._free.popleft() for _ in range(len(self._free))]
             for place, block in enumerate(waiting):
-                if block.nbytes == num_bytes + ALIGNMENT:
+                if block.nbytes == num_bytes:
                     self._free.extend(waiting[:place] + waiting[place + 1 :])
                     return block
             if self._allocated + num_bytes <= self.limit_bytes:
                 self._free.extend(waiting)
                 break
             if waiting:
-                self._allocated -= waiting.pop().nbytes - ALIGNMENT
+                self._allocated -= waiting.pop().nbytes
                 self._free.extend(waiting)
             elif not self._evict(before):
                 if before is not None:
                     return None
                 break  # everything is in use this moment
+        # Memory of its own, which goes back to the system: among the activations of a step it would lie between gaps.
+        try:
+            mapped = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except OSError as error:
+            raise MemoryError(f"there is no memory for an expert of {num_bytes} bytes: {error}") from error
         self._allocated += num_bytes
-        return torch.empty(num_bytes + ALIGNMENT, dtype=torch.uint8, device="cpu")
+        return torch.frombuffer(mapped, dtype=torch.uint8)
 
     def _in_block(self, unit: Unit, block: Tensor) -> tuple[memoryview, Tensor]:
         """Return the memory of an expert, to read into, and as the tensor that it will be."""
-        weight, start = unit.weight, -block.data_ptr() % ALIGNMENT
-        memory = (ctypes.c_char * weight.expert_bytes).from_address(block.data_ptr() + start)
+        weight = unit.weight
+        memory = (ctypes.c_char * weight.expert_bytes).from_address(block.data_ptr())
         weakref.finalize(memory, self._free.append, block).atexit = False
         with torch.inference_mode(False):
             return memoryview(memory).cast("B"), torch.frombuffer(memory, dtype=weight.dtype).view(weight.shape[1:])
@@ -350,9 +357,9 @@ class ExpertReader:
                     self._changed.wait()
                 finally:
                     self._wait_ends()
+            block = self._take_block(unit.weight.expert_bytes)
             self._loading.add(unit)
             self._wait_begins()
-            block = self._take_block(unit.weight.expert_bytes)
         try:
             assert block is not None
             found = self._read(unit, block)
@@ -392,7 +399,8 @@ class ExpertReader:
             block = None
             if self._ahead:
                 place, unit = self._ahead[0]
-                block = self._take_block(unit.weight.expert_bytes, place)
+                with contextlib.suppress(MemoryError):  # who uses the expert raises it, if there is none then either
+                    block = self._take_block(unit.weight.expert_bytes, place)
             if block is None:
                 self._is_reading_ahead = False
                 return False

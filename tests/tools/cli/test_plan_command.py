@@ -6,6 +6,7 @@ import shlex
 import pytest
 
 from tritonmoe.tools.cli import main
+from tritonmoe.tools.planner.break_even import tokens_to_hide
 
 
 def test_a_plan_is_printed_and_written(capsys, tmp_path):
@@ -157,3 +158,19 @@ def test_a_bad_cluster_is_2_with_line_and_key(capsys, tmp_path):
     capsys.readouterr()
     assert main(["plan", "OLMoE-1B-7B", str(path)]) == 2
     assert "mine.toml, line 10: gpus_per_node must be a number" in capsys.readouterr().err
+
+
+def test_how_many_tokens_hide_the_loading_of_experts(capsys):
+    assert main(["plan", "Mixtral-8x7B", "H100", "--offload", "55", "--micro-batch", "4"]) == 0
+    rows = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines() if line.strip()}
+    assert rows["bf16"][1:3] == ["16.00", "17,989"]  # 2 bytes * 989.4e12 / (2 * 55e9)
+    assert rows["mxfp4"][1:3] == ["4.25", "4,778"]
+    assert rows["bf16"][4] == "waits"  # with 4,096 tokens for each expert
+    assert rows["mxfp4"][4] == "hides"
+    assert main(["plan", "Mixtral-8x7B", "--compare", "H100", "B200", "--offload", "55"]) == 2
+    assert "--offload prints a table for one cluster" in capsys.readouterr().err
+
+
+def test_examples_of_a_smaller_gpu():
+    numbers = [tokens_to_hide(bits / 8, 25e9, 165e12) for bits in (16, 4.25)]
+    assert [round(number) for number in numbers] == [6600, 1753]

@@ -17,6 +17,7 @@ from tritonmoe.tools.benchmarks.argument_types import (
     positive_number,
     report_file,
 )
+from tritonmoe.tools.planner.break_even import break_even_table
 from tritonmoe.tools.planner.cluster import DTYPE_BYTES, Cluster
 from tritonmoe.tools.planner.cluster_file import read_cluster, to_toml
 from tritonmoe.tools.planner.cluster_presets import CLUSTERS, REMARKS
@@ -62,6 +63,13 @@ def add_parser(subparsers: Subparsers) -> None:
         "--equal",
         choices=get_args(Equal),
         help="with --compare: give all clusters as many GPUs as the first, or GPUs for the same $ an hour",
+    )
+    parser.add_argument(
+        "--offload",
+        type=positive_number,
+        metavar="GB_PER_S",
+        help="instead of a plan: say how many tokens per expert hide the loading of experts that stay in host memory "
+        "or on a disk, at this rate",
     )
     _add_shape(parser)
     _add_trainer(parser)
@@ -171,6 +179,8 @@ def _plan(arguments: argparse.Namespace) -> int:
             "--equal makes the clusters of --compare equal: give --compare with two or more clusters, or leave "
             "--equal out"
         )
+    if arguments.offload is not None:
+        return _break_even(arguments)
     job = _job(arguments)
     free = Free(*(getattr(arguments, name) is None for name in ("tp", "pp", "recompute")))
     if arguments.compare is not None:
@@ -236,6 +246,16 @@ def _print_memory(arguments: argparse.Namespace) -> int:
     if arguments.json is not None:
         write_whole(arguments.json, json.dumps({"memory": rows}, indent=1), "plan")
         print(f"\nwrote {arguments.json}")
+    return 0
+
+
+def _break_even(arguments: argparse.Namespace) -> int:
+    """Print what hides the loading of experts."""
+    if arguments.cluster is None or arguments.json is not None or arguments.html is not None:
+        raise ValueError("--offload prints a table for one cluster: leave out --compare, --json and --html")
+    tokens = arguments.sequence * arguments.micro_batch
+    model, cluster = find_model(arguments.model), _find_cluster(arguments.cluster)
+    print(wrapped(break_even_table(model, cluster, arguments.offload, tokens)))
     return 0
 
 
