@@ -29,7 +29,7 @@ from tritonmoe.integrations.transformers.discovery import experts_modules
 from tritonmoe.placement.expert_shards import shards_of
 from tritonmoe.runtime.files import Json
 from tritonmoe.tools.benchmarks.argument_types import positive, positive_number
-from tritonmoe.tools.benchmarks.expert_parallel_rank import num_settling_steps
+from tritonmoe.tools.benchmarks.expert_parallel import num_settling_steps
 from tritonmoe.tools.benchmarks.model_sizes import add_model_sizes, check_model_sizes, model_sizes
 from tritonmoe.tools.benchmarks.namespaces import Namespaces, ask, check_start, interface_bytes, is_inside, parse_rate
 from tritonmoe.tools.benchmarks.ranks import slowest

@@ -12,7 +12,7 @@ from tritonmoe.config.layer import MoEConfig
 from tritonmoe.integrations.transformers import collect_statistics, register
 from tritonmoe.integrations.transformers.upcycle.conversion import upcycle
 from tritonmoe.layer import MoELayer
-from tritonmoe.tools.report.load import write_load_png
+from tritonmoe.tools.report.png import write_load_png
 
 SIZES = {
     "vocab_size": 64,

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tritonmoe.tools.benchmarks.expert_parallel import main, make_parser, summarize_steps
-from tritonmoe.tools.benchmarks.expert_parallel_rank import MIXED, OURS, PEERS, RankSteps
+from tritonmoe.tools.benchmarks.expert_parallel import MIXED, OURS, PEERS, RankSteps, main, make_parser, summarize_steps
 from tritonmoe.tools.benchmarks.namespaces import unusable_reason
 
 ROOT = Path(__file__).parents[3]

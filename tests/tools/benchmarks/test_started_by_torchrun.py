@@ -11,7 +11,7 @@ import torch
 
 from tritonmoe.overlap.tuning.tuner import SETTLING_CALLS
 from tritonmoe.tools.benchmarks import auto, expert_parallel, overlap, timing
-from tritonmoe.tools.benchmarks.expert_parallel_rank import num_settling_steps
+from tritonmoe.tools.benchmarks.expert_parallel import num_settling_steps
 from tritonmoe.tools.benchmarks.namespaces import INSIDE, check_start
 
 MAINS = {"overlap": overlap.main, "auto": auto.main, "expert_parallel": expert_parallel.main}

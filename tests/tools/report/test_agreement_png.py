@@ -2,7 +2,7 @@
 
 import pytest
 
-from tritonmoe.tools.report.agreement import write_agreement_png
+from tritonmoe.tools.report.png import write_agreement_png
 
 
 def test_agreements_are_drawn(tmp_path):

@@ -55,7 +55,7 @@ def test_no_writer_leaves_a_part(disk: Path) -> None:
         sys.path.insert(0, {str(Path(__file__).parent)!r})
         from test_files import TIMELINE
         from tritonmoe.tools.benchmarks.timing import write_json
-        from tritonmoe.tools.report.load import write_load_png
+        from tritonmoe.tools.report.png import write_load_png
         from tritonmoe.tools.report.perfetto import write_chrome_trace
         from tritonmoe.tools.report.png import write_png
         disk = Path({str(disk)!r})

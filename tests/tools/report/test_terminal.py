@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from tritonmoe.tools.report import png
-from tritonmoe.tools.report.picture import new_figure
+from tritonmoe.tools.report.png import new_figure
 from tritonmoe.tools.report.terminal import TextStyle, heat_map, lane_timelines, sparkline, text_style
 from tritonmoe.tools.report.timeline import PassTimeline, Span, Timeline
 

@@ -198,7 +198,7 @@ class ModelStatistics:
 
     @property
     def loads(self) -> dict[str, list[int]]:
-        """Name of the experts module -> pairs of each expert; what report.load.write_load_png draws."""
+        """Name of the experts module -> pairs of each expert; what report.png.write_load_png draws."""
         return {name: statistics.host_counts[:-1] for name, statistics in self.layers.items()}
 
     def reset(self) -> None:

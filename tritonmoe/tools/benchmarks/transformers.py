@@ -21,7 +21,7 @@ from tritonmoe.tools.benchmarks.model_sizes import add_model_sizes, check_model_
 from tritonmoe.tools.benchmarks.step_memory import kept_for_backward_mb, peak_mb
 from tritonmoe.tools.benchmarks.timing import add_arguments, interleave, ratio, summarize, write_json
 from tritonmoe.tools.benchmarks.workload import DTYPES
-from tritonmoe.tools.report.picture import new_figure, write_picture
+from tritonmoe.tools.report.png import new_figure, write_picture
 
 __all__ = [
     "main",

@@ -1,13 +1,17 @@
-"""One picture of a layer's communication: the traffic between ranks, and the lanes of one rank over time."""
+"""PNG pictures, by matplotlib: a layer's communication, the load of experts, and how far recorded routings agree.
 
+A picture is written whole or not at all, as every file is.
+"""
+
+import io
 import itertools
+import os
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from tritonmoe.runtime.files import Json
-from tritonmoe.tools.report.picture import new_figure, write_picture
+from tritonmoe.runtime.files import Json, write_whole
 from tritonmoe.tools.report.terminal import short_name
 from tritonmoe.tools.report.timeline import Span, Timeline
 
@@ -16,7 +20,39 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.gridspec import SubplotSpec
 
-__all__ = ["COLORS", "group_of", "write_overlap_png", "write_png"]
+__all__ = [
+    "COLORS",
+    "group_of",
+    "new_figure",
+    "write_agreement_png",
+    "write_load_png",
+    "write_overlap_png",
+    "write_picture",
+    "write_png",
+]
+
+
+def new_figure(width: float, height: float, layout: Literal["constrained"] | None = None) -> "Figure":
+    """Return an empty figure of so many inches; layout is that of Figure. Raises ImportError without matplotlib."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            "drawing a PNG needs matplotlib, which is not installed: pip install 'tritonmoe[demo]'"
+        ) from error
+    # Not pyplot: it keeps global state and may look for a screen.
+    figure = Figure(figsize=(width, height), dpi=120, layout=layout)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def write_picture(path: str | os.PathLike, figure: "Figure", bbox_inches: str | None = None) -> None:
+    """Write a figure as a PNG. Raises what write_whole raises; bbox_inches is that of savefig."""
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", bbox_inches=bbox_inches)
+    write_whole(path, drawn.getvalue(), "picture")
+
 
 COLORS = {
     "experts": "#3f66d6",
@@ -152,3 +188,66 @@ def _draw_lanes(axes: "Axes", timeline: Timeline, longest_ms: float) -> None:
     axes.set_xlim(0, max(longest_ms * 1.01, 1e-6))
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
+
+
+def write_agreement_png(
+    path: str | os.PathLike, agreements: Mapping[str, Mapping[str, float]], *, title: str = "agreement of the routing"
+) -> None:
+    """Draw the share of equal ids over the layers, a line for each comparison, and write the picture.
+
+    Args:
+        agreements: what is compared -> what RoutingRecording.agreement() gives: name of a layer -> share of equal ids.
+            All of one model.
+    Raises:
+        ImportError: matplotlib is not installed. ValueError: there is no layer, or layers differ. OSError: the
+            picture could not be written; no part of it is left.
+    """
+    layers = next(iter(agreements.values()), {})
+    if not layers or any(list(shares) != list(layers) for shares in agreements.values()):
+        raise ValueError("there is nothing to draw: every agreement must have the same layers, and at least one")
+    figure = new_figure(3.5 + min(14.0, 0.16 * len(layers) + 3), 3.5)
+    axes = figure.add_subplot()
+    for name, shares in agreements.items():
+        mean = sum(shares.values()) / len(shares)
+        axes.plot(
+            range(len(layers)), [100 * share for share in shares.values()], marker="o", label=f"{name} ({mean:.2%})"
+        )
+    axes.set_title(title, fontsize=11)
+    axes.set_xlabel(f"layer, from {next(iter(layers))}")
+    axes.locator_params(axis="x", integer=True)
+    axes.set_ylabel("equal ids, %")
+    axes.legend(fontsize=8)
+    write_picture(path, figure, bbox_inches="tight")
+
+
+def write_load_png(
+    path: str | os.PathLike, loads: Mapping[str, Sequence[int]], *, title: str = "load of the experts"
+) -> None:
+    """Draw a heat map, a line for each layer and a column for each expert, and write the picture.
+
+    Args:
+        loads: name of a layer -> pairs of each of its experts. 1.0 in the picture is the layer's mean; layers may
+            have different numbers of experts.
+    Raises:
+        ImportError: matplotlib is not installed. ValueError: there is no layer. OSError: the picture
+            could not be written; no part of it is left.
+    """
+    if not loads:
+        raise ValueError("there is nothing to draw: no layer has been called yet")
+    num_experts = max(len(load) for load in loads.values())
+    relative = []
+    for load in loads.values():
+        mean = sum(load) / len(load) or 1.0
+        relative.append([count / mean for count in load] + [float("nan")] * (num_experts - len(load)))
+    figure = new_figure(3.5 + min(14.0, 0.16 * num_experts + 3), 1.5 + 0.3 * len(loads))
+    axes = figure.add_subplot()
+    image = axes.imshow(relative, cmap="viridis", vmin=0.0, vmax=max(2.0, min(8.0, _largest(relative))), aspect="auto")
+    axes.set_title(title, fontsize=11)
+    axes.set_xlabel("expert")
+    axes.set_yticks(range(len(loads)), list(loads), fontsize=8)
+    figure.colorbar(image, ax=axes, label="multiple of the mean load")
+    write_picture(path, figure, bbox_inches="tight")
+
+
+def _largest(relative: Sequence[Sequence[float]]) -> float:
+    return max((value for line in relative for value in line if value == value), default=0.0)
