@@ -119,6 +119,11 @@ class Wires(NamedTuple):
         """Return the bytes of one row of `width` columns in each."""
         return self.dispatch.row_bytes(width), self.gradients.row_bytes(width), self.sums.row_bytes(width)
 
+    def kept_row_bytes(self, width: int) -> int:
+        """Return the bytes of a received row that a backward keeps: as it travels where codes have all of its bits."""
+        dispatch = self.dispatch
+        return width * dispatch.dtype.itemsize if dispatch.precision is None else dispatch.row_bytes(width)
+
 
 def choose_wires(dtype: torch.dtype, wire_dtype: torch.dtype | None, precision: ExpertPrecision | None) -> Wires:
     """Return how rows of a layer travel with OverlapConfig.wire_dtype, or where experts have a precision.
