@@ -56,7 +56,7 @@ def product_noise(precision: tm.ExpertPrecision, kind: str) -> dict[str, float]:
     generator = torch.Generator().manual_seed(0)
     x, dout = inputs(kind, 517, 1024, generator), inputs(kind, 517, 768, generator) * 1e-4
     weight = (torch.randn(768, 1024, generator=generator) / 32).bfloat16()
-    of_rows, of_gradients = (grid.rounded_weight(weight[None], precision, depth)[0].double() for depth in (2, 1))
+    of_rows, of_gradients = (operations.rounded_weight(weight[None], precision, depth)[0].double() for depth in (2, 1))
     x_rounded, dout_rounded = (grid.rounded_rows(rows, precision) for rows in (x, dout))
     along_tokens = (precision.block, 1)
 

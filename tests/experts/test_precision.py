@@ -9,11 +9,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import tritonmoe as tm
-from tritonmoe.config.precision import decode, encode, rounded, rounded_rows, rounded_weight
+from tritonmoe.config.precision import decode, encode, rounded, rounded_rows
 from tritonmoe.expert_parallel import operator, whole_call
 from tritonmoe.expert_parallel.layer_pass import BackwardPass
 from tritonmoe.expert_parallel.state import state_of
 from tritonmoe.ops.backends import precision_choice
+from tritonmoe.ops.backends.rounded import rounded_weight
 from tritonmoe.transports import LocalTransport, Transport
 
 PRECISIONS = [tm.ExpertPrecision(form, gradients) for form in ("fp8_block", "mxfp8") for gradients in ("bf16", "fp8")]

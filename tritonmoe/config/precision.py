@@ -30,7 +30,7 @@ __all__ = [
     "encode",
     "rounded",
     "rounded_rows",
-    "rounded_weight",
+    "weight_block",
 ]
 
 BLOCKS = {"fp8_block": 128, "mxfp8": 32}
@@ -41,7 +41,7 @@ NOT_FINITE = 255
 infinity or NaN. All its numbers are NaN then: 255 is NaN in the OCP format too."""
 MIDDLE_SCALE = 240
 """Numbers of blocks with larger scales are rounded after a division: 16 times such a number may be past bf16."""
-PIECE = 2**18
+PIECE = 2**19
 """So many numbers are rounded at a time, whose temporaries stay in a CPU's caches."""
 
 
@@ -98,11 +98,11 @@ def check_precision(precision: object) -> None:
         )
 
 
-def encode(matrix: Tensor, block: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def encode(matrix: Tensor, block: tuple[int, int], out: Encoded | None = None) -> Encoded:
     """Round a matrix to e4m3, with one scale for each block of so many rows and columns; the last ones may be short.
 
     Args:
-        matrix: (A, B) bf16.
+        matrix: (A, B) bf16. out: memory for the result, in any layout.
     Returns:
         Codes (A, B) float8_e4m3fn, and scales (ceil(A / rows), ceil(B / columns)) uint8: a number is code * 2**(scale -
         127). No code is a negative zero. The codes of a block with the scale 255 are zeros.
@@ -110,23 +110,37 @@ def encode(matrix: Tensor, block: tuple[int, int]) -> tuple[Tensor, Tensor]:
         A row [448, -1, 0.3] in blocks of (1, 3) has the scale 127 and the codes [448, -1, 0.3125]; of [896, -1, 0.3]
         these are 128 and [448, -0.5, 0.15625].
     """
-    codes = torch.empty(matrix.shape, dtype=torch.float8_e4m3fn, device=matrix.device)
-    scales = []
+    num_rows, columns = matrix.shape
+    if out is None:
+        codes = torch.empty(matrix.shape, dtype=torch.float8_e4m3fn, device=matrix.device)
+        scales = codes.new_empty(-(-num_rows // block[0]), -(-columns // block[1]), dtype=torch.uint8)
+        out = Encoded(codes, scales)
     for rows, blocks in _pieces(matrix, block):
-        numbers, of_blocks = _rounded(blocks)
+        numbers, largest, is_plain = _rounded(blocks)
+        of_blocks = _scales(largest)
         is_kept = (of_blocks >= SMALLEST_SCALE) & (of_blocks <= LARGEST_SCALE)
         inverse = torch.where(is_kept, (254 - of_blocks) << 7, 0).to(torch.int16).view(torch.bfloat16)
-        codes[rows] = _joined(numbers.mul_(inverse).nan_to_num_(0.0), rows, matrix)
-        scales.append(of_blocks.flatten(1).to(torch.uint8))
-    empty = torch.empty(0, -(-matrix.shape[1] // block[1]), dtype=torch.uint8, device=matrix.device)
-    return codes, torch.cat([empty, *scales])
+        numbers *= inverse
+        out.codes[rows] = _joined(numbers if is_plain else numbers.nan_to_num_(0.0), rows, matrix)
+        first = rows.start // block[0]
+        out.scales[first : first + of_blocks.shape[0]] = of_blocks.flatten(1)
+    return out
 
 
-def decode(codes: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor:
-    """Return the matrix (A, B) in bf16 that encode() made these codes and scales of, rounded."""
-    of_each = scales.repeat_interleave(block[0], 0)[: codes.shape[0]]
-    of_each = of_each.repeat_interleave(block[1], 1)[:, : codes.shape[1]]
-    return (codes.float() * _powers(of_each.int())).to(torch.bfloat16)
+def decode(codes: Tensor, scales: Tensor, block: tuple[int, int], out: Tensor | None = None) -> Tensor:
+    """Return the matrix (A, B) in bf16 that encode() made these codes and scales of, rounded; out: memory for that."""
+    if out is None:
+        out = torch.empty(codes.shape, dtype=torch.bfloat16, device=codes.device)
+    for rows, bits in _pieces(codes.view(torch.int8), block):
+        # An e4m3 code has the bits of an fp16 number 2**8 times as small, but for their places.
+        halves = (bits.to(torch.int16) << 7).bitwise_and_(-0x4001).view(torch.float16)
+        first = rows.start // block[0]
+        of_blocks = scales[first : first + bits.shape[0]].int()
+        powers = (of_blocks + 8) << 23
+        powers.masked_fill_(of_blocks == 0, 0).masked_fill_(of_blocks == NOT_FINITE, 0x7FC00000)
+        numbers = halves.float().mul_(powers.view(torch.float32)[:, None, :, None])
+        out[rows] = _joined(numbers, rows, codes)
+    return out
 
 
 def rounded(matrix: Tensor, block: tuple[int, int], out: Tensor | None = None) -> Tensor:
@@ -146,13 +160,10 @@ def rounded_rows(rows: Tensor, precision: ExpertPrecision) -> Tensor:
     return rounded(rows, (1, precision.block))
 
 
-def rounded_weight(weight: Tensor, precision: ExpertPrecision, depth: int) -> Tensor:
-    """Return a weight (E, A, B) bf16, rounded for a product that sums over the axis `depth`, 1 or 2."""
+def weight_block(precision: ExpertPrecision, depth: int) -> tuple[int, int]:
+    """Return the block of one expert's weight (A, B) for a product that sums over the axis `depth`, 0 or 1."""
     block = (precision.block_rows, precision.block)
-    out = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    for matrix, of_expert in zip(weight, out, strict=True):
-        rounded(matrix, block if depth == 2 else block[::-1], of_expert)
-    return out
+    return block if depth == 1 else block[::-1]
 
 
 def _pieces(matrix: Tensor, block: tuple[int, int]) -> Iterator[tuple[slice, Tensor]]:
@@ -177,32 +188,50 @@ def _joined(blocks: Tensor, rows: slice, matrix: Tensor) -> Tensor:
     return blocks.flatten(2).flatten(0, 1)[: rows.stop - rows.start, : matrix.shape[1]]
 
 
-def _rounded(blocks: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Return the numbers of blocks rounded, bf16 in `out` or new memory, and scales (int32, 1 along a block's axes)."""
+def _scales(largest: Tensor) -> Tensor:
+    """Return the scales of blocks whose largest magnitudes have these bits, int32."""
+    scales = ((largest.int() + 0x1F) >> 7) - 8  # one more where the mantissa is past that of 448 = 1.75 * 2**8
+    return scales.masked_fill(scales < SMALLEST_SCALE, 0).masked_fill_(scales > LARGEST_SCALE, NOT_FINITE)
+
+
+def _rounded(blocks: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor, bool]:
+    """Return the numbers of blocks rounded, bf16 in `out` or new memory, and the bits of the largest magnitudes.
+
+    The bits are int16, 1 along a block's axes. The third result is whether all numbers are known to be finite.
+    """
     magnitudes = blocks.view(torch.int16) & 0x7FFF
-    largest = magnitudes.amax((1, 3), keepdim=True).int()
-    scales = ((largest + 0x1F) >> 7) - 8  # one more where the mantissa is past that of 448 = 1.75 * 2**8
-    is_too_small, is_too_large = scales < SMALLEST_SCALE, scales > LARGEST_SCALE
-    is_large, smallest, up = scales > MIDDLE_SCALE, scales - 6, None
+    largest = magnitudes.amax(1 if blocks.shape[3] == 1 else 3, keepdim=True)
+    if largest.shape[1] > 1:  # the second axis apart, which is faster
+        largest = largest.amax(1, keepdim=True)
     # A GPU is not asked: the host would wait for the answer.
-    if not blocks.is_cpu or bool((is_too_small & (largest > 0) | is_large).any()):
+    is_plain = blocks.is_cpu and _are_plain(largest)
+    up = None
+    if is_plain:
+        smallest = (largest + 0x1F).bitwise_and_(0x7F80).sub_(14 << 7)
+    else:
+        scales = ((largest.int() + 0x1F) >> 7) - 8
+        is_large, smallest = scales > MIDDLE_SCALE, scales - 6
+        is_too_small = scales < SMALLEST_SCALE
         ones = torch.ones_like(scales, dtype=torch.bfloat16)
         down = ones.masked_fill(is_large, 2.0**-16).masked_fill_(is_too_small, 0.0)
-        up = ones.masked_fill(is_large, 2.0**16).masked_fill_(is_too_large, float("nan"))
+        up = ones.masked_fill(is_large, 2.0**16).masked_fill_(scales > LARGEST_SCALE, float("nan"))
         blocks = blocks * down
         torch.bitwise_and(blocks.view(torch.int16), 0x7FFF, out=magnitudes)
-        smallest = torch.where(is_large, smallest - 16, smallest)
+        smallest = (torch.where(is_large, smallest - 16, smallest) << 7).to(torch.int16)
     # A number whose leading bit is 2**e, or 2**-6 of the scale if that is larger, becomes a multiple of 2**(e - 3),
     # ties to even: bf16 numbers next to 1.5 * 2**(e + 4) are just these multiples.
     shift = magnitudes.bitwise_and_(0x7F80)
-    torch.maximum(shift, (smallest << 7).to(torch.int16), out=shift)
+    torch.maximum(shift, smallest, out=shift)
     shift = shift.add_((4 << 7) + 0x40).view(torch.bfloat16)
     numbers = torch.add(blocks, shift, out=out).sub_(shift)
     if up is not None:
         numbers *= up
-    return numbers, scales.masked_fill_(is_too_small, 0).masked_fill_(is_too_large, NOT_FINITE)
+    return numbers, largest, is_plain
 
 
-def _powers(scales: Tensor) -> Tensor:
-    """Return 2**(scale - 127), 0 for 0, and NaN for 255."""
-    return (scales << 23 | (scales == NOT_FINITE).int()).view(torch.float32)
+def _are_plain(largest: Tensor) -> bool:
+    """Return whether blocks on a CPU have scales from SMALLEST_SCALE to MIDDLE_SCALE, or are zeros."""
+    least, most = ((scale + 8 << 7) - 0x1F for scale in (SMALLEST_SCALE, MIDDLE_SCALE + 1))
+    if largest.numel() == 0 or int(largest.max()) >= most:
+        return False
+    return int(largest.min()) >= least or not bool(((largest < least) & (largest > 0)).any())

@@ -25,13 +25,13 @@ from tritonmoe.experts.weight_gradients import SharedWeightGrads, rows_to_save
 from tritonmoe.ops.backends.ops import WeightGrads
 from tritonmoe.overlap.executor import Actions, Execution
 from tritonmoe.overlap.report import LayerReport, PassReport
-from tritonmoe.overlap.row_exchanges import RowExchanges
+from tritonmoe.overlap.row_exchanges import RowExchanges, SentRows
 from tritonmoe.overlap.schedule import build_fetch
 from tritonmoe.overlap.steps import StepKind, Way
 from tritonmoe.runtime.autograd import checkpointed_region, is_recomputing
 from tritonmoe.runtime.host_device import is_captured
 from tritonmoe.transports import PendingExchange
-from tritonmoe.transports.wire import NUM_ROUNDING_SUMS, choose_wires, rounding_sums
+from tritonmoe.transports.wire import NUM_ROUNDING_SUMS, choose_wires
 
 __all__ = ["BackwardPass", "ForwardPass", "post_agreement"]
 
@@ -88,8 +88,8 @@ class ForwardPass(_LayerPass[Tensor]):
 
     experts: ForwardExperts
     """What computes the received rows."""
-    rows: Tensor
-    """(R, D) received rows."""
+    rows: SentRows
+    """x, on its way to the experts."""
     wire_sums: Tensor | None = None
     """As in LayerReport."""
     sums_sent: Tensor | None = None
@@ -97,7 +97,7 @@ class ForwardPass(_LayerPass[Tensor]):
 
     def __init__(self, call: PlannedCall, tensors: CallTensors[Tensor]) -> None:
         super().__init__(call)
-        self.plan, self.tensors, self.x = call.plan, tensors, call.settings.rounded_rows(tensors.x)
+        self.plan, self.tensors, self.x = call.plan, tensors, tensors.x
         self.exchanges = RowExchanges(call.plan, call.transport, call.settings.ops.gather_sum)
 
     def begin_fetch(self) -> None:
@@ -119,8 +119,8 @@ class ForwardPass(_LayerPass[Tensor]):
         """Make what receives rows, and what computes them."""
         call, plan, x = self.call, self.plan, self.x
         self.experts = call.kind.forward_experts(call, self.tensors, keep_hidden)
-        self.rows = x if plan.is_identity else x.new_empty(plan.num_received, x.shape[1])
         self.wires = choose_wires(x.dtype, plan.overlap.wire_dtype, call.settings.spec.precision)
+        self.rows = SentRows(self.exchanges, x, self.wires.dispatch)
 
     def _start(self) -> Execution:
         call, plan, x, width = self.call, self.plan, self.x, self.x.shape[1]
@@ -131,8 +131,8 @@ class ForwardPass(_LayerPass[Tensor]):
         self.home = x.new_empty(plan.num_home, width)
         self.out = self.home if plan.is_identity else x.new_empty(x.shape[0], width)
         self.partials: dict[int, Tensor] = {}
-        if spec.precision is not None:  # rounded here, and the same wherever it goes
-            self.wire_sums = rounding_sums(self.tensors.x, x)
+        if spec.precision is not None:  # encoded here, and the same wherever it goes
+            self.wire_sums = self.wires.dispatch.rounding_sums(x, self.rows.sent)
         elif not self.wires.dispatch.is_plain:
             self.sums_sent = self.wire_sums = x.new_zeros(NUM_ROUNDING_SUMS, dtype=torch.float64)
         schedule = self.experts.schedule(plan, len(self.fillers))
@@ -144,8 +144,10 @@ class ForwardPass(_LayerPass[Tensor]):
         computes_h = is_fused(run.settings.spec.activation) and run.h is None
         needs_gate_up = needs_weights.gate_up_proj or self.experts.needs_rows
         rows = rows_to_save(run.rows, run.weights, needs_gate_up, computes_h=computes_h)
-        is_rounded = run.settings.spec.precision is not None  # then codes and scales have all bits of the rows
-        return self.wires.dispatch.encode(rows) if is_rounded and rows is run.rows else rows
+        if run.settings.spec.precision is None or rows is not run.rows:
+            return rows
+        # Codes and scales have all bits of the rows.
+        return self.rows.arrived if rows is self.rows.received else self.wires.dispatch.encode(rows)
 
     def _actions(self) -> Actions:
         return {
@@ -160,22 +162,20 @@ class ForwardPass(_LayerPass[Tensor]):
         }
 
     def dispatch(self, chunk: int) -> PendingExchange:
-        packed = self.exchanges.pack(self.x, chunk)
-        return self.exchanges.send_chunk(packed, chunk, self.rows, self.wires.dispatch, self.sums_sent)
+        return self.rows.send(self.rows.pack(chunk), chunk, self.sums_sent)
 
     def filler(self, number: int) -> None:
         self.fillers[number]()
 
     def group(self) -> None:
         plan = self.plan
-        if not plan.is_identity:
-            local = slice(plan.num_local)
-            torch.index_select(self.x, 0, plan.tokens.home_tokens[local], out=self.rows[local])
+        self.rows.keep_home(slice(plan.num_local))
         received, places = self.exchanges.receive_metadata(self.tensors)
-        self.experts.group(plan, received._replace(x=self.rows), places)
+        self.experts.group(plan, received._replace(x=self.rows.received), places)
 
     def compute_experts(self, chunk: int) -> None:
         out = self.home[self.plan.home_slice(chunk)] if chunk < 0 else None
+        self.rows.decode(self.plan.home_slice(chunk) if chunk < 0 else self.plan.receive_slice(chunk))
         self.partials[chunk] = self.experts.forward(self.plan.segment(chunk), out=out)
 
     def combine(self, chunk: int) -> PendingExchange:
@@ -289,7 +289,7 @@ class BackwardPass(_LayerPass[CallTensors[Tensor | None]]):
                 "repeat the exchanges of that one call. Capture both, or neither"
             )
         self.plan, self.needs_weights = kept.plan, needs_weights
-        self.dout = call.settings.rounded_rows(dout)
+        self.dout = dout
         self.exchanges = RowExchanges(kept.plan, call.transport, call.settings.ops.gather_sum)
         self._agreement = post_agreement(call, needs_weights, entered_at) if agreement is None else agreement
         if sums is None and call.owners is not None:
@@ -305,7 +305,8 @@ class BackwardPass(_LayerPass[CallTensors[Tensor | None]]):
             self.wires.dispatch.decode(received.x, rows)
             self.kept = self.kept._replace(received=received._replace(x=rows))
         self.experts = call.kind.backward_experts(call, self.kept)
-        self.dout_rows = dout if plan.is_identity else dout.new_empty(plan.num_received, width)
+        self.sent = SentRows(self.exchanges, dout, self.wires.gradients)
+        self.dout_rows = self.sent.received
         self.home = dout.new_empty(plan.num_home, width)
         if plan.needs_x:
             self.dx = self.home if plan.is_identity else dout.new_empty(dout.shape[0], width)
@@ -319,7 +320,7 @@ class BackwardPass(_LayerPass[CallTensors[Tensor | None]]):
         if self._agreement is not None:
             # It is under way while buffers are made and the first rows packed, and ends before any row is posted.
             if schedule[0].kind is StepKind.COMBINE_BACKWARD:
-                self.packed[0] = self.exchanges.pack(dout, 0)
+                self.packed[0] = self.sent.pack(0)
             if self._agreement.marks is None:
                 self._agreement.wait()
         return Execution(schedule, self._actions(), dout.device, lambda: plan.call)
@@ -339,26 +340,26 @@ class BackwardPass(_LayerPass[CallTensors[Tensor | None]]):
         }
 
     def combine_backward(self, chunk: int) -> PendingExchange:
-        packed = self.packed.pop(chunk) if chunk in self.packed else self.exchanges.pack(self.dout, chunk)
-        return self.exchanges.send_chunk(packed, chunk, self.dout_rows, self.wires.gradients)
+        packed = self.packed.pop(chunk) if chunk in self.packed else self.sent.pack(chunk)
+        return self.sent.send(packed, chunk)
 
     def experts_backward(self, chunk: int) -> None:
         plan, segment = self.plan, self.plan.segment(chunk)
         if chunk < 0:
             self._local_experts_backward(segment, plan.home_slice(chunk))
             return
+        self.sent.decode(plan.receive_slice(chunk))
         returned = plan.return_slice(chunk)
         partial, self.dweights[returned] = self.experts.backward(segment, self.dout_rows, plan.needs_x)
         if partial is not None:
             self.partials[chunk] = partial
 
     def _local_experts_backward(self, segment: int, stays: slice) -> None:
-        """Compute the gradients of rows that stay: where they lie at home they lie in the receive buffer too."""
-        plan = self.plan
-        if not plan.is_identity:
-            torch.index_select(self.dout, 0, plan.tokens.home_tokens[stays], out=self.dout_rows[stays])
-        out = self.home[stays] if plan.needs_x else None
-        _, self.dweights[stays] = self.experts.backward(segment, self.dout_rows, plan.needs_x, out=out)
+        """Compute the gradients of rows that stay."""
+        self.sent.keep_home(stays)
+        self.sent.decode(stays)
+        out = self.home[stays] if self.plan.needs_x else None
+        _, self.dweights[stays] = self.experts.backward(segment, self.dout_rows, self.plan.needs_x, out=out)
 
     def dispatch_backward(self, chunk: int) -> PendingExchange:
         return self.exchanges.return_chunk(self.partials.pop(chunk), chunk, self.home, self.wires.sums)

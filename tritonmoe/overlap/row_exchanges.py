@@ -12,7 +12,7 @@ from tritonmoe.overlap.steps import Way
 from tritonmoe.transports import PendingExchange, Transport
 from tritonmoe.transports.wire import DecodedExchange, WireFormat
 
-__all__ = ["GatherSum", "RowExchanges"]
+__all__ = ["GatherSum", "RowExchanges", "SentRows"]
 
 
 class GatherSum(Protocol):
@@ -139,3 +139,48 @@ class RowExchanges:
             sums += wire.rounding_sums(rows, encoded)
         arriving = wire.empty(out.shape[0], out.shape[1], out.device)
         return DecodedExchange(self.transport.exchange(encoded, *splits, arriving), wire, out)
+
+
+class SentRows:
+    """Rows (T, D) on their way to experts: x in a forward, gradients of outputs in a backward.
+
+    In an ExpertPrecision they are encoded once, whichever ranks need them; they travel as codes, arrive as codes, and
+    are decoded by decode() before a chunk is computed. Other wire formats encode what is sent, and decode what arrives.
+    """
+
+    arrived: Tensor
+    """(R, columns): the received rows as they travel."""
+    received: Tensor
+    """(R, D): the same as the experts take them, of a chunk from decode() on."""
+
+    def __init__(self, exchanges: RowExchanges, rows: Tensor, wire: WireFormat) -> None:
+        plan = exchanges.plan
+        self.exchanges, self.wire = exchanges, wire
+        self.travel_as_codes = wire.precision is not None
+        self.sent = wire.encode(rows) if self.travel_as_codes else rows
+        self.arrived = self.sent
+        if not plan.is_identity:
+            self.arrived = self.sent.new_empty(plan.num_received, self.sent.shape[1])
+        self.received = self.arrived
+        if self.travel_as_codes:
+            self.received = rows.new_empty(self.arrived.shape[0], rows.shape[1])
+
+    def pack(self, chunk: int) -> Tensor:
+        """Return the rows that a chunk sends, rank by rank."""
+        return self.exchanges.pack(self.sent, chunk)
+
+    def send(self, packed: Tensor, chunk: int, sums: Tensor | None = None) -> PendingExchange:
+        """Send what pack() gave; sums: as in RowExchanges.send_chunk()."""
+        wire = WireFormat(self.sent.dtype) if self.travel_as_codes else self.wire
+        return self.exchanges.send_chunk(packed, chunk, self.arrived, wire, sums)
+
+    def keep_home(self, stays: slice) -> None:
+        """Copy rows that stay on this rank: where they lie at home they lie among the received ones too."""
+        if self.arrived is not self.sent:
+            home_tokens = self.exchanges.plan.tokens.home_tokens
+            torch.index_select(self.sent, 0, home_tokens[stays], out=self.arrived[stays])
+
+    def decode(self, places: slice) -> None:
+        """Decode received rows that travel as codes."""
+        if self.travel_as_codes:
+            self.wire.decode(self.arrived[places], self.received[places])

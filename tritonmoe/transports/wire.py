@@ -20,6 +20,8 @@ from tritonmoe.transports import PendingExchange
 __all__ = ["NUM_ROUNDING_SUMS", "DecodedExchange", "WireFormat", "Wires", "choose_wires", "rounding_sums"]
 
 NUM_ROUNDING_SUMS = 5
+PIECE = 2**18
+"""Of so many numbers at a time what rounding did is measured."""
 BLOCK_COLUMNS = 128
 LARGEST_FINITE = 416.0
 """The number below 448, e4m3's largest, whose code means infinity here."""
@@ -71,8 +73,9 @@ class WireFormat:
     def encode(self, rows: Tensor) -> Tensor:
         """Return what is sent for rows (n, D)."""
         if self.precision is not None:
-            codes, scales = grid.encode(rows, (1, self.precision.block))
-            return torch.cat([scales, codes.view(torch.uint8)], dim=1)
+            encoded = self.empty(rows.shape[0], rows.shape[1], rows.device)
+            grid.encode(rows, (1, self.precision.block), self._parts(encoded, rows.shape[1]))
+            return encoded
         if self.wire_dtype is None:
             return rows
         if self.wire_dtype == torch.bfloat16:
@@ -80,11 +83,22 @@ class WireFormat:
         values, scales = _quantize(rows)
         return torch.cat([scales.view(torch.uint8), values.view(torch.uint8)], dim=1)
 
+    @staticmethod
+    def _parts(encoded: Tensor, width: int) -> grid.Encoded:
+        """Return the codes and scales of rows in a precision; the scales come first."""
+        num_scales = encoded.shape[1] - width
+        return grid.Encoded(encoded[:, num_scales:].view(torch.float8_e4m3fn), encoded[:, :num_scales])
+
     def rounding_sums(self, rows: Tensor, encoded: Tensor) -> Tensor:
         """Return rounding_sums() of rows (n, D) and what arrives for them."""
-        arrived = torch.empty_like(rows)
-        self.decode(encoded, arrived)
-        return rounding_sums(rows, arrived)
+        # On a CPU piece by piece: wide copies of all rows would be the most memory that a call needs.
+        step = max(1, PIECE // max(1, rows.shape[1])) if rows.is_cpu else max(1, rows.shape[0])
+        sums = rows.new_zeros(NUM_ROUNDING_SUMS, dtype=torch.float64)
+        for piece, of_piece in zip(rows.split(step), encoded.split(step), strict=True):
+            arrived = torch.empty_like(piece)
+            self.decode(of_piece, arrived)
+            sums += rounding_sums(piece, arrived)
+        return sums
 
     def empty(self, num_rows: int, width: int, device: torch.device) -> Tensor:
         """Return memory for `num_rows` received rows of `width` columns, as they travel."""
@@ -95,9 +109,8 @@ class WireFormat:
     def decode(self, received: Tensor, out: Tensor) -> None:
         """Write the rows that `received` stands for into out (n, D)."""
         if self.precision is not None:
-            num_scales = received.shape[1] - out.shape[1]
-            codes = received[:, num_scales:].view(torch.float8_e4m3fn)
-            out.copy_(grid.decode(codes, received[:, :num_scales], (1, self.precision.block)))
+            codes, scales = self._parts(received, out.shape[1])
+            grid.decode(codes, scales, (1, self.precision.block), out)
         elif self.wire_dtype == torch.float8_e4m3fn:
             scale_bytes = 4 * num_blocks(out.shape[1])
             scales = received[:, :scale_bytes].clone(memory_format=torch.contiguous_format).view(torch.float32)
@@ -118,6 +131,11 @@ class Wires(NamedTuple):
     def row_bytes(self, width: int) -> tuple[int, int, int]:
         """Return the bytes of one row of `width` columns in each."""
         return self.dispatch.row_bytes(width), self.gradients.row_bytes(width), self.sums.row_bytes(width)
+
+    def kept_row_bytes(self, width: int) -> int:
+        """Return the bytes of a received row that a backward keeps: as it travels where codes have all of its bits."""
+        dispatch = self.dispatch
+        return width * dispatch.dtype.itemsize if dispatch.precision is None else dispatch.row_bytes(width)
 
 
 def choose_wires(dtype: torch.dtype, wire_dtype: torch.dtype | None, precision: ExpertPrecision | None) -> Wires:

@@ -8,8 +8,9 @@ from kernel_cases import DEVICE, LAYOUTS, Layer, random_ids
 from uninitialised import nan_filled_memory
 
 from tritonmoe.config.layer import ExpertLayout, KernelOptions
-from tritonmoe.config.precision import BLOCKS, ExpertPrecision, rounded_rows, rounded_weight
+from tritonmoe.config.precision import BLOCKS, ExpertPrecision, rounded_rows
 from tritonmoe.ops.backends.encoded import EncodedOperations
+from tritonmoe.ops.backends.rounded import rounded_weight
 from tritonmoe.ops.kernels.launch import gpu_of
 from tritonmoe.ops.kernels.tiles import measured_tiles
 

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tritonmoe.config.overlap import OverlapPlan
+from tritonmoe.overlap.steps import StepKind
 from tritonmoe.tools.planner.cluster import BetweenLink, Cluster, Estimate, Gpu, Host, Link
 from tritonmoe.tools.planner.cluster_presets import CLUSTERS
 from tritonmoe.tools.planner.job import Job, expert_degrees
@@ -184,6 +185,39 @@ def test_fp8_products_leave_rows_and_weights_in_bf16():
     assert memory_gb(wide, CLUSTERS["H100"]) == memory_gb(narrow, CLUSTERS["H100"])
     times = [step_time(job, CLUSTERS["H100"], 1, SERIAL).layer_s for job in (wide, narrow)]
     assert 0.5 < times[1] / times[0] < 0.9
+
+
+def test_experts_in_a_precision():
+    wide = Job(MODELS["DeepSeek-V3"], ep=64)
+    narrow = replace(wide, expert_precision="fp8_block")
+    of_wide, of_narrow = (LayerExchange(job, CLUSTERS["H100"], 1) for job in (wide, narrow))
+    ways = (StepKind.DISPATCH, StepKind.COMBINE, StepKind.COMBINE_BACKWARD, StepKind.DISPATCH_BACKWARD)
+    codes = 7168 + 56
+    assert [of_narrow.work.bytes_per_row(way) for way in ways] == [codes, 14336, codes, 14336]
+    assert [of_wide.work.bytes_per_row(way) for way in ways] == [14336] * 4
+    per_pair, wide_per_pair = of_narrow.costs.unit_s, of_wide.costs.unit_s
+    assert 0.5 < per_pair[StepKind.EXPERTS] / wide_per_pair[StepKind.EXPERTS] < 0.8
+    assert per_pair[StepKind.WEIGHT_GRAD] == wide_per_pair[StepKind.WEIGHT_GRAD]
+    kept = [memory_gb(job, CLUSTERS["H100"]) for job in (wide, narrow)]
+    rows = wide.num_tokens * 64 * of_wide.needs.of_rank * 58  # layers with experts
+    assert kept[0] - kept[1] == pytest.approx(rows * (14336 - codes) / 1e9, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("cluster", "options", "words"),
+    [
+        ("H100", {"expert_precision": "mxfp8"}, "H100 has no rate of products of mxfp8's codes"),
+        ("MI300X", {"expert_precision": "fp8_block"}, "leave expert_precision out"),
+        ("B200", {"expert_precision": "fp4"}, "one of fp8_block, mxfp8"),
+        ("B200", {"expert_precision": "mxfp8", "wire_dtype": "fp8"}, "leave wire_dtype='fp8' out"),
+        ("B200", {"expert_precision": "mxfp8", "dtype": "fp8"}, "leave dtype='fp8' out"),
+        ("B200", {"expert_precision": "mxfp8", "frozen": "nf4", "adapter_rank": 4}, "leave frozen='nf4' out"),
+        ("B200", {"expert_precision": "mxfp8", "trainer": "megatron"}, "leave trainer='megatron' out"),
+    ],
+)
+def test_precisions_that_no_plan_has(cluster, options, words):
+    with pytest.raises(ValueError, match=words):
+        step_time(Job(MODELS["DeepSeek-V3"], ep=8, **options), CLUSTERS[cluster], 1, SERIAL)
 
 
 JOBS = st.builds(

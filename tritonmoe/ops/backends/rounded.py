@@ -13,15 +13,25 @@ from torch import Tensor
 
 from tritonmoe.config.activations import FusedActivation
 from tritonmoe.config.layer import NO_WEIGHTS, ExpertLayout, KernelOptions, PerWeight, Projection
-from tritonmoe.config.precision import ExpertPrecision, rounded, rounded_rows, rounded_weight
+from tritonmoe.config.precision import ExpertPrecision, rounded, rounded_rows, weight_block
 from tritonmoe.ops.backends.ops import GradientOperands, Operations, WeightGrads, required
 from tritonmoe.ops.grouping import Grouping
+from tritonmoe.runtime import cpu_memory
+from tritonmoe.runtime.cpu_threads import for_each
 from tritonmoe.runtime.host_device import is_captured
 
-__all__ = ["Directions", "RoundedOperations"]
+__all__ = ["Directions", "RoundedOperations", "rounded_weight"]
 
 Directions = Literal["forward", "backward", "both"]
 """Of which products a weight is an operand: those of the forward, or those that give gradients of rows."""
+
+
+def rounded_weight(weight: Tensor, precision: ExpertPrecision, depth: int) -> Tensor:
+    """Return a weight (E, A, B) bf16, rounded for a product that sums over the axis `depth`, 1 or 2."""
+    block, out = weight_block(precision, depth - 1), cpu_memory.empty(*weight.shape, like=weight)
+    # Threads that share an operation would wait for each other ten times a piece.
+    for_each(lambda expert: rounded(weight[expert], block, out[expert]), range(weight.shape[0]), weight.device)
+    return out
 
 
 class RoundedOperations:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
+from tritonmoe.config.precision import BLOCKS
 from tritonmoe.runtime.files import Json, write_whole
 from tritonmoe.tools.benchmarks.argument_types import (
     Subparsers,
@@ -36,8 +37,8 @@ __all__ = ["add_parser"]
 
 DEFAULT_ADAPTER_RANK = 16
 AS_GIVEN = (
-    *("sequence", "micro_batch", "stages_in_turn", "trainer", "sends", "zero", "dtype", "wire_dtype", "two_batches"),
-    *("frozen", "adapter_rank", "balanced", "routing"),
+    *("sequence", "micro_batch", "stages_in_turn", "trainer", "sends", "zero", "dtype", "wire_dtype"),
+    *("expert_precision", "two_batches", "frozen", "adapter_rank", "balanced", "routing"),
 )
 """What the command that repeats a plan has as the command that found it."""
 
@@ -132,6 +133,12 @@ def _add_trainer(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=list(DTYPE_BYTES), default="bf16")
     parser.add_argument(
         "--wire-dtype", choices=["fp8"], help="dtype in which rows travel to their experts (default: --dtype)"
+    )
+    parser.add_argument(
+        "--expert-precision",
+        choices=list(BLOCKS),
+        help="the format of an ExpertPrecision in which experts train; gradients of their weights are products in bf16 "
+        "(default: --dtype)",
     )
     parser.add_argument(
         "--two-batches",
@@ -253,6 +260,8 @@ def _break_even(arguments: argparse.Namespace) -> int:
     """Print what hides the loading of experts."""
     if arguments.cluster is None or arguments.json is not None or arguments.html is not None:
         raise ValueError("--offload prints a table for one cluster: leave out --compare, --json and --html")
+    if arguments.expert_precision is not None:
+        raise ValueError("--offload is for frozen experts, and --expert-precision for experts that train: give one")
     tokens = arguments.sequence * arguments.micro_batch
     model, cluster = find_model(arguments.model), _find_cluster(arguments.cluster)
     print(wrapped(break_even_table(model, cluster, arguments.offload, tokens)))
@@ -298,6 +307,7 @@ def _job(arguments: argparse.Namespace) -> Job:
         recompute=arguments.recompute or "none",
         dtype=arguments.dtype,
         wire_dtype=arguments.wire_dtype,
+        expert_precision=arguments.expert_precision,
         two_batches=arguments.two_batches,
         imbalance=1.0 if arguments.balanced or arguments.routing is not None else UNKNOWN_IMBALANCE,
         load=() if arguments.routing is None else expert_load(arguments.routing, model.num_experts),

@@ -6,9 +6,12 @@ from functools import cache
 from itertools import pairwise
 from typing import Annotated, NamedTuple, get_type_hints
 
+from tritonmoe.config.precision import BLOCKS
+
 __all__ = [
     "DTYPE_BYTES",
     "NORMAL_90",
+    "PRODUCTS",
     "SOURCES",
     "SPREADS",
     "BetweenLink",
@@ -32,6 +35,8 @@ NORMAL_90 = 1.2816
 """The 90 % quantile of the normal distribution: an 80 % interval ends there on both sides."""
 DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp8": 2}
 """Dtype of products -> bytes of an element of the rows and weights beside them; those of fp8 products are bf16."""
+PRODUCTS = (*DTYPE_BYTES, *BLOCKS)
+"""What a GPU may have a rate of products for: dtypes, and formats of an ExpertPrecision."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,8 @@ class Gpu:
     memory_gb: Annotated[float, Of("memory, 1e9 bytes", 0.1, 1e5)]
     memory_tb_per_s: Annotated[float, Of("peak rate of that memory, 1e12 bytes a second", 1e-3, 1e4)]
     tflops: Annotated[
-        Mapping[str, float], Of("peak of dense products, 1e12 FLOP/s by dtype; bf16 is needed", 1e-3, 1e6)
+        Mapping[str, float],
+        Of("peak of dense products, 1e12 FLOP/s by dtype and format of an ExpertPrecision; bf16 is needed", 1e-3, 1e6),
     ]
     gemm_efficiency: Annotated[Estimate, Of("share of the peak that large dense products reach", 1e-3, 1.0, 0.2)]
     grouped_efficiency: Annotated[Estimate, Of("the same for the experts' grouped products", 1e-3, 1.0, 0.5)]

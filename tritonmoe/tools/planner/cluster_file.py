@@ -10,7 +10,7 @@ from typing import get_type_hints
 
 from tritonmoe.config.numbers import is_integer, is_number
 from tritonmoe.runtime.files import Json, check_depth_of_names, nests_too_deep, read_bytes
-from tritonmoe.tools.planner.cluster import DTYPE_BYTES, SOURCES, SPREADS, Cluster, Estimate, Of, settings_of
+from tritonmoe.tools.planner.cluster import PRODUCTS, SOURCES, SPREADS, Cluster, Estimate, Of, settings_of
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -89,8 +89,8 @@ class _Reader:
         if key.endswith(".curve"):
             return self.curve(found, key)
         if key.endswith(".tflops"):
-            if not isinstance(found, dict) or "bf16" not in found or not set(found) <= set(DTYPE_BYTES):
-                raise self.error(key, f"must give numbers for bf16 and any of {', '.join(DTYPE_BYTES)}, got {found!r}")
+            if not isinstance(found, dict) or "bf16" not in found or not set(found) <= set(PRODUCTS):
+                raise self.error(key, f"must give numbers for bf16 and any of {', '.join(PRODUCTS)}, got {found!r}")
             return {dtype: self.number(peak, f"{key}.{dtype}", of) for dtype, peak in found.items()}
         if kind is int and not is_integer(found):
             raise self.error(key, f"must be a whole number ({of.what}), got {found!r}")

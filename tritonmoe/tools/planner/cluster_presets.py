@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from tritonmoe.ops.kernels.gpus import CARDS
+from tritonmoe.ops.kernels.gpus import CARDS, architecture_like
 from tritonmoe.tools.planner.cluster import BetweenLink, Cluster, Estimate, Gpu, Host, Link
 
 __all__ = ["CLUSTERS", "REMARKS"]
@@ -36,7 +36,8 @@ def _nvlink(gb_per_s: float) -> Link:
 def _gpu(name: str, *shares: float) -> Gpu:
     """Return a GPU with its card's facts. shares: efficiencies of dense products, grouped ones and attention."""
     card, efficiencies = CARDS[name], map(_assumed, (*shares, 0.7, 0.1))
-    return Gpu(card.memory_gb, card.memory_tb_per_s, card.tflops, *efficiencies)
+    of_codes = dict.fromkeys(architecture_like(card.architecture).precisions, card.tflops.get("fp8", 0.0))
+    return Gpu(card.memory_gb, card.memory_tb_per_s, {**card.tflops, **of_codes}, *efficiencies)
 
 
 CLUSTERS = {

@@ -1,11 +1,15 @@
 """Job: how a model is trained on a cluster: batch, parallel degrees, recomputation, and the trainer that runs it."""
 
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
+
+import torch
 
 from tritonmoe.config.formats import FORMATS, WeightFormat, find_format
+from tritonmoe.config.precision import BLOCKS, ExpertPrecision
 from tritonmoe.tools.planner.cluster import DTYPE_BYTES, Cluster
 from tritonmoe.tools.planner.transformer_model import Model
+from tritonmoe.transports.wire import Wires, choose_wires
 
 __all__ = [
     "FROZEN",
@@ -23,6 +27,7 @@ Recompute = Literal["none", "selective", "experts", "full"]
 """What the backward computes again: nothing; norms, rotations and activations, but no product; h of the experts
 (save="input"); or all layers' forward and exchanges. Each takes longer than those before it, and needs less memory."""
 
+ROW_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp8": torch.bfloat16}
 FROZEN = ("bf16", *FORMATS)
 """How the experts of a frozen model can be stored: plain, or packed."""
 
@@ -51,6 +56,8 @@ class Job:
     """Of products, and of all that is kept or sent; with fp8 the latter stays in bf16."""
     wire_dtype: str | None = None
     """How rows travel in the forward's dispatch, fp8 with a scale for each 128 columns; None: in dtype."""
+    expert_precision: str | None = None
+    """The format of an ExpertPrecision in which the experts train; gradients of their weights are products in bf16."""
     two_batches: bool = False
     """Whether two halves of a micro-batch run in turn, each under the other's exchanges."""
     overlaps_reduction: bool = True
@@ -98,6 +105,7 @@ class Job:
             raise ValueError(
                 f"pp={self.pp} stages of {self.stages_in_turn} pieces are more than {self.model.num_layers} layers"
             )
+        self._check_precision()
         for dtype in (self.dtype, self.wire_dtype):
             if dtype is not None and dtype not in DTYPE_BYTES:
                 raise ValueError(f"dtype must be one of {', '.join(DTYPE_BYTES)}, got {dtype!r}")
@@ -109,6 +117,19 @@ class Job:
                 f"{self.micro_batch} (--micro-batch 2)"
             )
         self._check_frozen()
+
+    def _check_precision(self) -> None:
+        if self.expert_precision is None:
+            return
+        if self.expert_precision not in BLOCKS:
+            raise ValueError(f"expert_precision must be one of {', '.join(BLOCKS)}, got {self.expert_precision!r}")
+        others = {"dtype": "bf16", "wire_dtype": None, "frozen": None, "trainer": "ours"}
+        wrong = [f"{name}={getattr(self, name)!r}" for name, value in others.items() if getattr(self, name) != value]
+        if wrong:
+            raise ValueError(
+                f"experts in {self.expert_precision} have rows and weights of bf16 that this package trains, and rows "
+                f"travel as their codes: leave {', '.join(wrong)} out, or expert_precision"
+            )
 
     def _check_frozen(self) -> None:
         if self.frozen is None:
@@ -149,6 +170,13 @@ class Job:
     def dtype_bytes(self) -> int:
         """The bytes of an element of rows and weights."""
         return DTYPE_BYTES[self.dtype]
+
+    @property
+    def wires(self) -> Wires:
+        """How rows travel, but for headers."""
+        form: Any = self.expert_precision
+        wire_dtype = torch.float8_e4m3fn if self.wire_dtype == "fp8" else None
+        return choose_wires(ROW_DTYPES[self.dtype], wire_dtype, None if form is None else ExpertPrecision(form))
 
     @property
     def packed_format(self) -> WeightFormat | None:
@@ -224,6 +252,23 @@ class Job:
             known = ", ".join(cluster.gpu.tflops)
             raise ValueError(
                 f"{cluster.name} has no rate of products in {dtype}: add it to gpu.tflops, which has {known}"
+            )
+        return peak * 1e12
+
+    def expert_peak_flops(self, cluster: Cluster) -> float:
+        """Return the peak FLOP/s of the experts' products, but for those that give gradients of weights.
+
+        Raises:
+            ValueError: the cluster doesn't say; or its GPUs have no instruction for the precision.
+        """
+        if self.expert_precision is None:
+            return self.peak_flops(cluster)
+        peak = cluster.gpu.tflops.get(self.expert_precision)
+        if peak is None:
+            raise ValueError(
+                f"{cluster.name} has no rate of products of {self.expert_precision}'s codes. A GPU without an "
+                "instruction for them computes in bf16, and takes longer than without the precision: leave "
+                "expert_precision out, or, if the GPU has one (`tritonmoe env` shows it), add its rate to gpu.tflops"
             )
         return peak * 1e12
 

@@ -60,11 +60,12 @@ def estimate_layers(job: Job, routing: str, budget_bytes: int | None = None) -> 
     Args:
         routing: "uniform", "worst" (all tokens on rank 0), or "recorded", by job.load.
     Raises:
-        ValueError: nothing is recorded, or the job has wire formats, whose memory only a layer can estimate.
+        ValueError: nothing is recorded, or the job has wire formats or a precision, whose memory only a layer can
+            estimate.
     """
     if routing == "recorded" and not job.load:
         raise ValueError("no routing is recorded: give the number of pairs of each expert")
-    if job.wire_dtype is not None or job.dtype == "fp8":
+    if job.wire_dtype is not None or job.dtype == "fp8" or job.expert_precision is not None:
         raise ValueError(
             "memory by routing is estimated for rows that travel in the dtype of the layer, bf16 or fp32: ask a layer, "
             "by layer.peak_bytes(num_tokens, routing=...), for others"
@@ -107,6 +108,6 @@ def _kept_bytes(job: Job, cluster: Cluster, *, is_dense: bool) -> float:
     if is_dense:
         return kept
     exchange = LayerExchange(replace(job, two_batches=False), cluster, 1)
-    received = tokens * job.ep * exchange.needs.of_rank * model.hidden_size * b
+    received = tokens * job.ep * exchange.needs.of_rank * job.wires.kept_row_bytes(model.hidden_size)
     hidden = exchange.num_pairs * 2 * model.expert_size * b if job.recompute != "experts" else 0.0
     return kept + received + hidden + tokens * model.num_experts * 4

@@ -114,9 +114,6 @@ def needs_of(model: Model, num_ranks: int, node_size: int, load: Sequence[float]
     return Needs(rank, node, max(shares) * num_ranks)
 
 
-FP8_SCALE_COLUMNS = 128
-
-
 @dataclass(frozen=True)
 class ExchangeTime:
     """What a layer's experts take with their exchanges, forward and backward."""
@@ -169,15 +166,17 @@ class LayerExchange:
     @property
     def row_bytes(self) -> int:
         """Of a row in the forward's dispatch."""
-        d = self.job.model.hidden_size
-        if self.job.wire_dtype != "fp8":
-            return self.wide_row_bytes
-        return d + 4 * -(-d // FP8_SCALE_COLUMNS) + self.cluster.row_header_bytes
+        return self.job.wires.row_bytes(self.job.model.hidden_size)[0] + self.cluster.row_header_bytes
+
+    @property
+    def gradient_row_bytes(self) -> int:
+        """Of a row of the outputs' gradients on its way to the experts."""
+        return self.job.wires.row_bytes(self.job.model.hidden_size)[1] + self.cluster.row_header_bytes
 
     @property
     def wide_row_bytes(self) -> int:
         """Of a row in the other exchanges, and inside a node of two levels: in the job's own dtype."""
-        return self.job.model.hidden_size * self.job.dtype_bytes + self.cluster.row_header_bytes
+        return self.job.wires.row_bytes(self.job.model.hidden_size)[2] + self.cluster.row_header_bytes
 
     @property
     def num_fillers(self) -> int:
@@ -275,28 +274,37 @@ class LayerExchange:
         rate = 1 / (byte_s * (nodes / 2) ** between.decay.value)
         work = TwoLevelWork(
             self._work(outer_rows, outer_pairs),
-            replace(self._work(own, own_inside), row_bytes=self.wide_row_bytes),
-            replace(self._work(relayed, relayed_pairs), row_bytes=self.wide_row_bytes),
+            self._inside(self._work(own, own_inside)),
+            self._inside(self._work(relayed, relayed_pairs)),
             2,
             inside,
         )
         return work, link_like(between, self.cluster, fixed, rate)
 
+    def _inside(self, work: LayerWork) -> LayerWork:
+        """Return the work of rows that travel inside a node."""
+        return replace(work, row_bytes=self.wide_row_bytes, gradient_row_bytes=None)
+
     def _work(self, rows: list[list[float]], pairs: list[list[float]]) -> LayerWork:
         sent, computed = (torch.tensor(of, dtype=torch.float64, device="cpu") for of in (rows, pairs))
-        return LayerWork(sent, computed, self.row_bytes, self.job.model.top_k, self.wide_row_bytes)
+        row_bytes = self.row_bytes, self.job.model.top_k, self.wide_row_bytes
+        return LayerWork(sent, computed, *row_bytes, gradient_row_bytes=self.gradient_row_bytes)
 
     def _step_costs(self) -> StepCosts:
         """Return the seconds of every kind of step: weights and launches are fixed, arithmetic and rows per unit."""
         job, gpu = self.job, self.cluster.gpu
         d, f, r, b = job.model.hidden_size, job.model.expert_size, job.adapter_rank, job.dtype_bytes
-        flops_s = job.peak_flops(self.cluster) * gpu.grouped_efficiency.value
+        flops_s = job.expert_peak_flops(self.cluster) * gpu.grouped_efficiency.value
+        weight_flops_s = job.peak_flops(self.cluster) * gpu.grouped_efficiency.value
         quantizing = 0.0
-        if job.dtype == "fp8":
+        if job.dtype == "fp8" or job.expert_precision is not None:
             flops_s *= FP8_SHARE
+            weight_flops_s *= FP8_SHARE if job.dtype == "fp8" else 1.0
             quantizing = QUANTIZING_BYTES * (d + f)
         num_experts = job.model.num_experts // job.ep
         _, weight_bytes = job.weight_bytes(0.0, num_experts * job.model.expert_parameters)
+        if job.expert_precision is not None:  # read, and written and read again as codes of half as many bytes
+            weight_bytes *= 2
         trained = num_experts * (job.model.expert_parameters if job.frozen is None else job.expert_adapters)
 
         def moved(num_bytes: float) -> float:
@@ -305,15 +313,15 @@ class LayerExchange:
         launch = self.cluster.host.us_per_chunk.value * 1e-6
         of_pair = pair_work(d, f)
 
-        def seconds(names: Sequence[str], quantizing: float = 0.0) -> float:
+        def seconds(names: Sequence[str], flops_s: float, quantizing: float = 0.0) -> float:
             flops, elements = products_and_elements(of_pair, names)
             return flops / flops_s + moved(elements * b + quantizing)
 
-        forward, backward = seconds(FORWARD, quantizing), seconds(BACKWARD, 2 * quantizing)
-        again = seconds(["up"]) if job.recompute == "experts" else 0.0
+        forward, backward = seconds(FORWARD, flops_s, quantizing), seconds(BACKWARD, flops_s, 2 * quantizing)
+        again = seconds(["up"], flops_s) if job.recompute == "experts" else 0.0
         if job.recompute == "selective":
             backward += moved(3 * f * b)
-        gradients = seconds(WEIGHT_GRADS)
+        gradients = seconds(WEIGHT_GRADS, weight_flops_s)
         if job.frozen is not None:
             # Of a pair's adapters: narrow products beside each wide one; what they add is written and read.
             up, down = (0, r * d, r * 2 * f), (0, r * f, r * d)

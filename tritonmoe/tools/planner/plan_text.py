@@ -6,6 +6,7 @@ from tritonmoe.runtime.files import Json
 from tritonmoe.tools.planner.comparison import Comparison
 from tritonmoe.tools.planner.job import Job
 from tritonmoe.tools.planner.job_memory import USABLE_MEMORY
+from tritonmoe.tools.planner.operation_costs import FP8_SHARE
 from tritonmoe.tools.planner.plan_search import ways
 from tritonmoe.tools.planner.step import HOST
 from tritonmoe.tools.planner.training_plan import Plan, Prediction, Sensitivity
@@ -45,6 +46,11 @@ def why(one: Sensitivity) -> str:
 
 def _not_measured(job: Job) -> str | None:
     """Return what the times of a job leave out because nobody has measured it; None where that is nothing."""
+    if job.expert_precision is not None:
+        return (
+            f"Not measured on a GPU: experts in {job.expert_precision}. Their products are taken to reach "
+            f"{FP8_SHARE:.0%} of the share of the peak that bf16 reaches; codes are written and read once more."
+        )
     if job.packed_format is None:
         return None
     return (
@@ -254,7 +260,7 @@ def plan_table(plan: Plan) -> str:
         f"{job.model.name} on {cluster.num_gpus} GPUs of {cluster.name}, {price}: trainer {job.trainer}, "
         f"{job.sequence} x {job.micro_batch} tokens, {best.time.tokens} a step, {job.dtype}"
         + (", two batches" if job.two_batches else "")
-        + _frozen(job),
+        + _experts(job),
         "",
         *_choices(plan),
     ]
@@ -268,7 +274,10 @@ def plan_table(plan: Plan) -> str:
     return "\n".join([*lines, *plan_notes(plan), plan_verdict(plan)])
 
 
-def _frozen(job: Job) -> str:
+def _experts(job: Job) -> str:
+    """Return what a title says of experts that aren't plain."""
+    if job.expert_precision is not None:
+        return f", experts in {job.expert_precision}"
     return "" if job.frozen is None else f", frozen, experts in {job.frozen} with adapters of rank {job.adapter_rank}"
 
 
@@ -313,7 +322,7 @@ def comparison_table(comparison: Comparison) -> str:
     names = [plan.cluster.name for plan in comparison.plans]
     at = {None: "", "gpus": ", at equal GPUs", "price": ", at an equal price"}[comparison.equal]
     job = comparison.plans[0].job
-    lines = [f"{job.model.name}, trainer {job.trainer}{_frozen(job)}{at}", ""]
+    lines = [f"{job.model.name}, trainer {job.trainer}{_experts(job)}{at}", ""]
     words, *columns = _clusters(comparison.plans)
     while columns:
         for number in range(len(columns), 0, -1):  # as many side by side as there is room for

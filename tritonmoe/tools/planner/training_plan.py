@@ -179,7 +179,8 @@ class Plan:
 
 JOB_FIELDS = (
     *("trainer", "sequence", "micro_batch", "micro_batches", "tp", "pp", "stages_in_turn", "recompute", "dtype"),
-    *("wire_dtype", "two_batches", "sends_pairs", "overlaps_exchange", "zero", "imbalance", "frozen", "adapter_rank"),
+    *("wire_dtype", "expert_precision", "two_batches", "sends_pairs", "overlaps_exchange", "zero", "imbalance"),
+    *("frozen", "adapter_rank"),
 )
 
 
