@@ -14,7 +14,14 @@ from tritonmoe.config.layer import PerWeight
 from tritonmoe.placement.expert_shards import shards_of
 from tritonmoe.runtime.living import live_instances
 from tritonmoe.runtime.stand_in import make_stand_in
-from tritonmoe.runtime.streamed import ExpertReader, StreamedWeight, WeightFile, make_handle, write_weights
+from tritonmoe.runtime.streamed import (
+    ExpertReader,
+    StreamedWeight,
+    WeightFile,
+    make_handle,
+    words_of_waits,
+    write_weights,
+)
 
 __all__ = [
     "ExpertsToOffload",
@@ -148,24 +155,10 @@ class Offload:
             rate = figures.num_bytes / max(figures.read_s, 1e-9) / 1e9
             lines.append(
                 f"{figures.num_passes} forwards and backwards of experts took {figures.pass_s:.3f} s and read "
-                f"{figures.num_bytes / 1e6:,.1f} MB ({rate:.2f} GB/s); they {self.advice}"
+                f"{figures.num_bytes / 1e6:,.1f} MB ({rate:.2f} GB/s); they "
+                f"{words_of_waits(figures.wait_s, figures.pass_s)}"
             )
         return "\n".join(lines)
-
-    @property
-    def waiting_share(self) -> float:
-        """How much of the time of forwards and backwards of these experts went by waiting for reads, 0 to 1."""
-        figures = self.reader.figures
-        return min(1.0, figures.wait_s / figures.pass_s) if figures.pass_s else 0.0
-
-    @property
-    def advice(self) -> str:
-        """The share of waits in words, and what makes it smaller."""
-        share = self.waiting_share
-        said = f"waited {share:.0%} of it for reads"
-        if share < 0.1:
-            return said
-        return f"{said}: more tokens a step, fewer bits (quantize_experts), or more resident_bytes make it less"
 
     def reset(self) -> None:
         """Count from now on."""

@@ -37,6 +37,7 @@ __all__ = [
     "WeightFile",
     "find_streamed",
     "make_handle",
+    "words_of_waits",
     "write_weights",
 ]
 
@@ -44,6 +45,8 @@ ALIGNMENT = 64
 """Bytes; of what a file has before its weights."""
 PREDICTED_SHARE = 0.75
 """The pass that followed this one in the last step is read ahead if it used so many of its experts."""
+SMALL_SHARE = 0.1
+"""Of a pass, that may go by waiting for experts without advice."""
 DTYPE_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -168,6 +171,15 @@ class ReadFigures:
     pass_s: float = 0.0
     """Seconds in forwards and backwards of experts that are read, waits included."""
     num_passes: int = 0
+
+
+def words_of_waits(wait_s: float, total_s: float) -> str:
+    """Return the share of a time that went by waiting for experts and, where that is much, what makes it smaller."""
+    share = min(1.0, wait_s / total_s) if total_s else 0.0
+    said = f"waited {share:.0%} of it ({wait_s:.3f} s) for experts to be read"
+    if share < SMALL_SHARE:
+        return said
+    return f"{said}: more tokens a step, fewer bits (quantize_experts), or more resident_bytes make it less"
 
 
 class ExpertReader:
