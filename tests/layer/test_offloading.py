@@ -2,7 +2,10 @@
 
 import copy
 import io
+import os
+import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -293,6 +296,36 @@ def test_recomputed_and_compiled(tmp_path: Path) -> None:
         torch.export.export(offloaded, (torch.randn(4, 10, 32),), strict=False)
 
 
+def test_files_serve_as_long_as_a_model_lives(tmp_path: Path) -> None:
+    """Whatever becomes of their folder, and also for copies, forks of the process and several threads."""
+    resident, offloaded = make_nets(tmp_path)
+    expected = run(resident)
+    torch.manual_seed(1)
+    another = Net()
+    another_expected = run(another)
+    another.report = tm.offload_experts(another, tmp_path)  # under the same names
+    compare(another_expected, run(copy.deepcopy(another)))
+    shutil.rmtree(tmp_path)
+    compare(expected, run(offloaded))
+    child = os.fork()
+    if child == 0:
+        try:
+            torch.set_num_threads(1)
+            compare(expected, run(offloaded))
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    both = nn.ModuleList([Net(), Net()])
+    x = torch.randn(4, 10, 32)
+    with torch.no_grad():
+        wanted = [net(x) for net in both]
+        tm.offload_experts(both, tmp_path / "both")
+        with ThreadPoolExecutor(4) as threads:
+            found = list(threads.map(lambda number: both[number % 2](x), range(40)))
+    assert all(torch.equal(y, wanted[number % 2]) for number, y in enumerate(found))
+
+
 def test_what_is_refused_says_the_way_out(tmp_path: Path) -> None:
     resident, offloaded = make_nets(tmp_path)
     x = torch.randn(10, 32)
@@ -310,6 +343,19 @@ def test_what_is_refused_says_the_way_out(tmp_path: Path) -> None:
         offloaded(x)
     with pytest.raises(TypeError, match="cast the model before"):
         copy.deepcopy(offloaded).double()(x.double())
+    experts = offloaded.moe.grouped_experts
+    with pytest.raises(ValueError, match=r"normal_ is called with a weight of experts.* stay in"):
+        nn.init.normal_(experts.gate_up_proj)
+    with pytest.raises(ValueError, match="gate_up_proj has no values: the experts of moe"):
+        tm.moe_mlp(x, torch.zeros(10, 2, dtype=torch.int64), torch.ones(10, 2), experts.gate_up_proj, experts.down_proj)
+    with pytest.raises(ValueError, match="their rows are on meta"):
+        copy.deepcopy(offloaded).to("meta")(x.to("meta"))
+    replaced = copy.deepcopy(offloaded)
+    replaced.moe.grouped_experts.down_proj = nn.Parameter(torch.ones(12, 32, 64))
+    with pytest.raises(ValueError, match=r"down_proj of moe\.experts was set since offload_experts"):
+        replaced(x)
+    with pytest.raises(Exception, match="leave fullgraph=True out"):
+        torch.compile(offloaded, backend="eager", fullgraph=True)(x)
     optimizer = torch.optim.SGD(resident.parameters(), lr=0.1)
     with pytest.raises(ValueError, match="SGD was made with"):
         tm.offload_experts(resident, tmp_path)

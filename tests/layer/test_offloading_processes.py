@@ -2,11 +2,16 @@
 
 from pathlib import Path
 
+import pytest
 from processes import run_torchrun
 
 WORKER = Path(__file__).parent / "offloading_worker.py"
-CASES = ("bits", "files")
 
 
 def test_offloaded_experts_on_two_ranks(tmp_path: Path) -> None:
-    run_torchrun(2, WORKER, str(tmp_path), cases=CASES)
+    run_torchrun(2, WORKER, str(tmp_path), cases=("bits", "files"))
+
+
+@pytest.mark.thorough
+def test_what_users_put_around_offloaded_experts(tmp_path: Path) -> None:
+    run_torchrun(2, WORKER, str(tmp_path), cases=("wrapped", "states", "refused"))

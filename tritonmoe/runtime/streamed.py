@@ -68,9 +68,10 @@ class Unit(NamedTuple):
 class WeightFile:
     """A file that is open for reading, and must stay as it is."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, part: Path | None = None) -> None:
+        """part: where the file is until it is renamed to `path`."""
         self.path = path
-        self._descriptor = os.open(path, os.O_RDONLY)
+        self._descriptor = os.open(path if part is None else part, os.O_RDONLY)
         weakref.finalize(self, os.close, self._descriptor)
         self._state = self._found()
 
@@ -471,8 +472,10 @@ def _share_out(weights: Sequence[StreamedWeight], num_bytes: int) -> dict[Stream
     return counts
 
 
-def write_weights(path: Path, weights: dict[str, Tensor]) -> dict[str, int]:
-    """Write tensors as a file of safetensors, one expert at a time, beside its place first; return their offsets.
+def write_weights(path: Path, weights: dict[str, Tensor]) -> tuple[WeightFile, dict[str, int]]:
+    """Write tensors as a file of safetensors, one expert at a time, beside its place first; return it, and offsets.
+
+    It is opened before it has its name, which another process may give to a file of its own at the same time.
 
     Raises:
         OSError: it could not be written; then nothing is left of it.
@@ -500,7 +503,8 @@ def write_weights(path: Path, weights: dict[str, Tensor]) -> dict[str, int]:
                     file.write((ctypes.c_char * whole.nbytes).from_address(whole.data_ptr()))
             file.flush()
             os.fsync(file.fileno())
+        written = WeightFile(path, part)
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
-    return {name: 8 + len(encoded) + offset for name, offset in offsets.items()}
+    return written, {name: 8 + len(encoded) + offset for name, offset in offsets.items()}
