@@ -2,6 +2,11 @@
 
 import copy
 import io
+import os
+import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,7 +15,9 @@ from torch import Tensor, nn
 
 import tritonmoe as tm
 from tritonmoe.config.formats import WeightFormat
-from tritonmoe.transports import Transport
+from tritonmoe.overlap.report import LayerReport
+from tritonmoe.runtime.streamed import WeightFile
+from tritonmoe.transports import Transport, TwoLevelTransport
 
 HIDDEN, INTERMEDIATE, NUM_EXPERTS, TOP_K, RANK = 64, 128, 12, 3, 2
 FORMATS: list[tuple[WeightFormat | None, torch.dtype]] = [
@@ -130,9 +137,10 @@ CHUNKS = [
 ]
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("overlap", CHUNKS, ids=lambda of: f"{of.num_chunks}-{of.chunk_by}")
-@pytest.mark.parametrize("case", FORMATS[1:3], ids=str)
-@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize("case", FORMATS[1:], ids=str)
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
 def test_bits_over_ranks(
     num_ranks: int, case: tuple[WeightFormat | None, torch.dtype], overlap: tm.OverlapConfig, tmp_path: Path
 ) -> None:
@@ -147,6 +155,53 @@ def test_bits_over_ranks(
 
     tm.run_on_emulated_ranks(on_rank, num_ranks)
     assert len(list(tmp_path.iterdir())) == num_ranks
+
+
+KINDS = {
+    "plain": tm.OverlapConfig(2),
+    "capacity": tm.OverlapConfig(2, capacity=4.0),
+    "parts": tm.OverlapConfig(memory_budget_bytes=20_000),
+    "two levels": tm.OverlapConfig(2),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_reports_say_how_long_products_waited(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = WeightFile.read
+
+    def read_slowly(file: WeightFile, memory: memoryview, offset: int) -> None:
+        time.sleep(0.004)
+        read(file, memory, offset)
+
+    monkeypatch.setattr(WeightFile, "read", read_slowly)
+
+    def on_rank(transport: Transport, *, is_offloaded: bool) -> tuple[dict[str, Tensor], LayerReport | None]:
+        ranks = TwoLevelTransport(transport, 2) if kind == "two levels" else transport
+        experts = make_layer(ranks=ranks, overlap=KINDS[kind])
+        if is_offloaded:
+            tm.offload_experts(experts, tmp_path)
+        return step(experts, torch.bfloat16, num_tokens=12), experts.last_report
+
+    num_ranks = 4 if kind == "two levels" else 2
+    resident, offloaded = (  # each in a world of its own: a tuner that has seen calls would choose other chunks
+        tm.run_on_emulated_ranks(partial(on_rank, is_offloaded=is_offloaded), num_ranks)
+        for is_offloaded in (False, True)
+    )
+    for (expected, other), (found, report) in zip(resident, offloaded, strict=True):
+        compare(expected, found)
+        assert report is not None
+        assert other is not None
+        assert report.backward is not None
+        passes = [report.forward, report.backward][: 2 if kind == "plain" else 1]  # some ranks' experts fit all at once
+        for one in passes:
+            assert 0.004 <= one.load_wait_s <= one.compute_s
+            assert "for experts to be read" in str(one)
+        parts = [part.forward.load_wait_s for part in report.parts]
+        assert sum(parts) == pytest.approx(report.forward.load_wait_s if kind == "parts" else 0.0)
+        if kind == "plain":
+            assert "more tokens a step, fewer bits (quantize_experts), or more resident_bytes" in str(report)
+        assert f"forward: {1e3 * report.forward.total_s:.2f} ms" in str(report)
+        assert "to be read" not in str(other)
 
 
 @pytest.mark.parametrize("when", ["forward", "backward"])
@@ -241,6 +296,36 @@ def test_recomputed_and_compiled(tmp_path: Path) -> None:
         torch.export.export(offloaded, (torch.randn(4, 10, 32),), strict=False)
 
 
+def test_files_serve_as_long_as_a_model_lives(tmp_path: Path) -> None:
+    """Whatever becomes of their folder, and also for copies, forks of the process and several threads."""
+    resident, offloaded = make_nets(tmp_path)
+    expected = run(resident)
+    torch.manual_seed(1)
+    another = Net()
+    another_expected = run(another)
+    another.report = tm.offload_experts(another, tmp_path)  # under the same names
+    compare(another_expected, run(copy.deepcopy(another)))
+    shutil.rmtree(tmp_path)
+    compare(expected, run(offloaded))
+    child = os.fork()
+    if child == 0:
+        try:
+            torch.set_num_threads(1)
+            compare(expected, run(offloaded))
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    both = nn.ModuleList([Net(), Net()])
+    x = torch.randn(4, 10, 32)
+    with torch.no_grad():
+        wanted = [net(x) for net in both]
+        tm.offload_experts(both, tmp_path / "both")
+        with ThreadPoolExecutor(4) as threads:
+            found = list(threads.map(lambda number: both[number % 2](x), range(40)))
+    assert all(torch.equal(y, wanted[number % 2]) for number, y in enumerate(found))
+
+
 def test_what_is_refused_says_the_way_out(tmp_path: Path) -> None:
     resident, offloaded = make_nets(tmp_path)
     x = torch.randn(10, 32)
@@ -258,6 +343,19 @@ def test_what_is_refused_says_the_way_out(tmp_path: Path) -> None:
         offloaded(x)
     with pytest.raises(TypeError, match="cast the model before"):
         copy.deepcopy(offloaded).double()(x.double())
+    experts = offloaded.moe.grouped_experts
+    with pytest.raises(ValueError, match=r"normal_ is called with a weight of experts.* stay in"):
+        nn.init.normal_(experts.gate_up_proj)
+    with pytest.raises(ValueError, match="gate_up_proj has no values: the experts of moe"):
+        tm.moe_mlp(x, torch.zeros(10, 2, dtype=torch.int64), torch.ones(10, 2), experts.gate_up_proj, experts.down_proj)
+    with pytest.raises(ValueError, match="their rows are on meta"):
+        copy.deepcopy(offloaded).to("meta")(x.to("meta"))
+    replaced = copy.deepcopy(offloaded)
+    replaced.moe.grouped_experts.down_proj = nn.Parameter(torch.ones(12, 32, 64))
+    with pytest.raises(ValueError, match=r"down_proj of moe\.experts was set since offload_experts"):
+        replaced(x)
+    with pytest.raises(Exception, match="leave fullgraph=True out"):
+        torch.compile(offloaded, backend="eager", fullgraph=True)(x)
     optimizer = torch.optim.SGD(resident.parameters(), lr=0.1)
     with pytest.raises(ValueError, match="SGD was made with"):
         tm.offload_experts(resident, tmp_path)

@@ -13,7 +13,6 @@ from tritonmoe.runtime.streamed import (
     ExpertReader,
     StreamedWeight,
     Unit,
-    WeightFile,
     find_streamed,
     make_handle,
     write_weights,
@@ -28,8 +27,8 @@ class Reading:
     def __init__(self, path: Path, resident: int = 0) -> None:
         self.values = torch.arange(NUM_EXPERTS * SIZE, dtype=torch.float32).view(NUM_EXPERTS, SIZE // 64, 64)
         self.path = path / "layer.safetensors"
-        offset = write_weights(self.path, {"up": self.values})["up"]
-        file = WeightFile(self.path)
+        file, offsets = write_weights(self.path, {"up": self.values})
+        offset = offsets["up"]
         self.weight = StreamedWeight("layer.up", file, offset, torch.float32, tuple(self.values.shape))
         self.reader = ExpertReader([self.weight], resident * self.weight.expert_bytes)
         self.order: list[int] = []
@@ -186,6 +185,15 @@ def test_a_handle_is_known_by_its_views(reading: Reading) -> None:
     assert find_streamed(handle.clone()) is None
     assert find_streamed(reading.values) is None
     assert find_streamed(torch.ones(2, 1).expand(2, 3)) is None
+
+
+def test_processes_that_write_under_one_name_read_what_each_has_written(reading: Reading) -> None:
+    """Stages of a pipeline, say, whose layers have the same names."""
+    other, _ = write_weights(reading.path, {"up": -reading.values})
+    reading.run([*range(NUM_EXPERTS)])
+    memory = bytearray(4)
+    other.read(memoryview(memory), reading.weight.offset + 4)
+    assert torch.frombuffer(memory, dtype=torch.float32).item() == -1.0
 
 
 def test_nothing_is_left_of_a_file_that_could_not_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

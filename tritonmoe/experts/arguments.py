@@ -10,6 +10,7 @@ from tritonmoe.config.precision import ExpertPrecision
 from tritonmoe.experts.quantized_weight import check_content, check_packed, weight_formats
 from tritonmoe.experts.tensors import NAMES, OPTIONAL, CallTensors
 from tritonmoe.runtime.autograd import is_autocast_on
+from tritonmoe.runtime.stand_in import StandIn
 from tritonmoe.runtime.streamed import find_streamed
 
 __all__ = [
@@ -46,6 +47,8 @@ def checked_tensors(
             continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if isinstance(tensor, StandIn):
+            raise ValueError(f"{name} has no values: {tensor.why}")
         if tensor.layout != torch.strided:
             raise TypeError(f"{name} must be a dense tensor, got {tensor.layout}: pass {name}.to_dense()")
         if tensor.device != device:

@@ -37,12 +37,15 @@ class ReadingAhead:
     def __init__(self, reader: ExpertReader) -> None:
         self._figures = reader.figures
         self._figures.num_passes += 1
+        self.wait_s = 0.0
+        """Seconds in which the pass has waited for experts so far."""
 
     def __enter__(self) -> None:
-        self._entered_at = time.perf_counter()
+        self._entered_at, self._waited_before_s = time.perf_counter(), self._figures.wait_s
 
     def __exit__(self, *_: object) -> None:
         self._figures.pass_s += time.perf_counter() - self._entered_at
+        self.wait_s += max(0.0, self._figures.wait_s - self._waited_before_s)  # reset() may have been called since
 
 
 def begin_reading(

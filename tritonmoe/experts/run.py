@@ -69,6 +69,11 @@ class ExpertsRun:
                 self._reading_ahead = begin_reading(self.weights, chunks, sides)
         return self._reading_ahead
 
+    @property
+    def load_wait_s(self) -> float:
+        """How long this pass has waited for experts that stay in a file."""
+        return 0.0 if self._reading_ahead is None else self._reading_ahead.wait_s
+
     def _blocks(self, grouping: Grouping) -> list[GroupingBlock]:
         """Cut a chunk's pairs into what the backend computes at a time, so that every worker of a CPU has its share."""
         most, num_pairs = self.settings.ops.MAX_BLOCK_PAIRS, grouping.num_pairs

@@ -389,7 +389,7 @@ class GroupedExperts(nn.Module):
         """Return this rank's experts as plain tensors, whose gradients reach the parameters, to compute with x."""
         own: PerWeight[Tensor]
         if (offloaded := offloaded_of(self)) is not None:
-            own = offloaded.weights(x, self.gate_up_proj_bias, self.down_proj_bias)
+            own = offloaded.weights(self, x, self.gate_up_proj_bias, self.down_proj_bias)
         else:
             own = PerWeight(
                 self.gate_up_proj,

@@ -16,6 +16,7 @@ from tritonmoe.dispatch.copies import ExpertCopies
 from tritonmoe.dispatch.count_exchange import CallMarks
 from tritonmoe.overlap.steps import Step, StepKind
 from tritonmoe.runtime.host_device import is_captured
+from tritonmoe.runtime.streamed import words_of_waits
 
 __all__ = [
     "CopiesReport",
@@ -127,27 +128,34 @@ class PassReport:
         """The start of the pass, by the host's clock."""
         self.marks: CallMarks | None = None
         """When the rank came to the pass and had heard from all ranks; None if they exchanged no headers before it."""
+        self.load_wait_s = 0.0
+        """How long the compute lane stood still for experts that stay in files, which is part of compute_s."""
         self._steps: list[StepTiming] | None = None
         self.now = clock_of(device)
         self._origin = self.now()
         self._end = self._origin
 
     def __repr__(self) -> str:
+        return f"PassReport({self})"
+
+    def __str__(self) -> str:
         """Return the times of the pass, without waiting for a pass that is not over."""
         if not self.is_over:
-            return "PassReport(not over)"
+            return "not over"
         try:
             times = self.total_s, self.compute_s, self.communication_s, self.exposed_communication_s
         except RuntimeError:  # a CUDA graph captured the call
-            return "PassReport(not timed)"
+            return "not timed"
         total, compute, communication, exposed = (f"{1e3 * seconds:.2f} ms" for seconds in times)
-        return f"PassReport({total}: {compute} of compute, {communication} of exchanges, {exposed} of them exposed)"
+        said = f"{total}: {compute} of compute, {communication} of exchanges, {exposed} of them exposed"
+        return f"{said}; {words_of_waits(self.load_wait_s, self.total_s)}" if self.load_wait_s else said
 
     @classmethod
     def joined(cls, passes: "Sequence[PassReport]") -> "PassReport":
         """Return one report of passes that ran on one device, the earliest first."""
         report = copy.copy(passes[0])
         report.ran, report._steps, report._end = [marks for of in passes for marks in of.ran], None, passes[-1]._end
+        report.load_wait_s = sum(of.load_wait_s for of in passes)
         return report
 
     def end(self) -> None:
@@ -318,6 +326,18 @@ class LayerReport:
     () where the call ran as a whole. `forward` and `backward` have the steps of all parts."""
     memory: str = ""
     """With a memory budget: why the call was cut into so many parts, and kept so much, in one sentence."""
+
+    def __str__(self) -> str:
+        """Return the times of both passes, and why the call ran by this plan, in a few lines."""
+        plan = str(self.overlap)
+        lines = [
+            f"rank {self.rank} of {len(self.traffic_rows)}: "
+            f"{self.choice if self.choice.startswith(plan) else f'{plan}, {self.choice}'}",
+            f"forward: {self.forward}",
+            *([] if self.backward is None else [f"backward: {self.backward}"]),
+            *filter(None, (self.memory, self.balance)),
+        ]
+        return "\n".join(lines)
 
     @property
     def rows_between_nodes(self) -> int | None:

@@ -2,8 +2,8 @@
 
 import re
 import shutil
-from collections.abc import Callable, Mapping, MutableMapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import SupportsIndex
 
@@ -12,9 +12,15 @@ from torch import Tensor, nn
 
 from tritonmoe.config.layer import PerWeight
 from tritonmoe.placement.expert_shards import shards_of
-from tritonmoe.runtime.living import live_instances
-from tritonmoe.runtime.stand_in import make_stand_in
-from tritonmoe.runtime.streamed import ExpertReader, StreamedWeight, WeightFile, make_handle, write_weights
+from tritonmoe.runtime.living import live_instances, refuse_what_lives
+from tritonmoe.runtime.stand_in import StandIn, make_stand_in
+from tritonmoe.runtime.streamed import (
+    ExpertReader,
+    StreamedWeight,
+    make_handle,
+    words_of_waits,
+    write_weights,
+)
 
 __all__ = [
     "ExpertsToOffload",
@@ -41,6 +47,8 @@ class OffloadedExperts:
     path: Path
     handles: Mapping[str, Tensor]
     """What a call has in their places, by PerWeight's names."""
+    stand_ins: Mapping[str, StandIn]
+    """What the module has in their places, by its own names."""
     reader: ExpertReader
     is_transposed: bool
 
@@ -56,7 +64,7 @@ class OffloadedExperts:
 
     def _check_rows(self, x: Tensor) -> None:
         """Raise ValueError or TypeError unless rows x can be multiplied by these experts."""
-        if x.device.type not in ("cpu", "meta"):
+        if x.device.type != "cpu":
             raise ValueError(
                 f"the experts of {self.name} stay in {self.path} and are computed on a CPU, but their rows are on "
                 f"{x.device}: leave the model on the CPU, or, on a GPU, pack its experts (quantize_experts) or spread "
@@ -69,10 +77,23 @@ class OffloadedExperts:
                 "model before offload_experts(), not after it"
             )
 
+    def _check_names(self, module: nn.Module) -> None:
+        """Raise ValueError where a module has got other weights under the names of those in the file."""
+        for name, stand_in in self.stand_ins.items():
+            if module.__dict__.get(name) is not stand_in:
+                raise ValueError(
+                    f"{name} of {self.name} was set since offload_experts(), and its calls would still read the weight "
+                    f"in {self.path}: set it before that call, or build the model anew"
+                )
+
     def weights(
-        self, x: Tensor | None, gate_up_bias: Tensor | None = None, down_bias: Tensor | None = None
+        self, module: nn.Module, x: Tensor | None, gate_up_bias: Tensor | None = None, down_bias: Tensor | None = None
     ) -> PerWeight[Tensor]:
-        """Return the weights of a call with rows x, where it is known, and with these biases, which are in memory."""
+        """Return the weights of a call with rows x, where it is known, and with these biases, which are in memory.
+
+        module: whose weights these are.
+        """
+        self._check_names(module)
         if x is not None:
             self._check_rows(x)
         handles = self.handles
@@ -103,6 +124,11 @@ def runs_outside_graphs(module: nn.Module) -> bool:
         raise ValueError(
             f"the experts of {record.name} stay in {record.path}, and an exported program would have no values of "
             "them: export the model before offload_experts()"
+        )
+    if record is not None:
+        torch._dynamo.graph_break(
+            msg=f"the experts of {record.name} stay in a file, which a compiled graph can't read: leave fullgraph=True "
+            "out, and the graph is left where they are computed"
         )
     return record is not None
 
@@ -135,6 +161,9 @@ class Offload:
     reader: ExpertReader
     num_layers: int
 
+    def __deepcopy__(self, _: object) -> "Offload":
+        return self  # a copy of a model that has it reads by the same reader
+
     def __str__(self) -> str:
         reader = self.reader
         total = sum(weight.nbytes for weight in reader.weights)
@@ -148,24 +177,10 @@ class Offload:
             rate = figures.num_bytes / max(figures.read_s, 1e-9) / 1e9
             lines.append(
                 f"{figures.num_passes} forwards and backwards of experts took {figures.pass_s:.3f} s and read "
-                f"{figures.num_bytes / 1e6:,.1f} MB ({rate:.2f} GB/s); they {self.advice}"
+                f"{figures.num_bytes / 1e6:,.1f} MB ({rate:.2f} GB/s); they "
+                f"{words_of_waits(figures.wait_s, figures.pass_s)}"
             )
         return "\n".join(lines)
-
-    @property
-    def waiting_share(self) -> float:
-        """How much of the time of forwards and backwards of these experts went by waiting for reads, 0 to 1."""
-        figures = self.reader.figures
-        return min(1.0, figures.wait_s / figures.pass_s) if figures.pass_s else 0.0
-
-    @property
-    def advice(self) -> str:
-        """The share of waits in words, and what makes it smaller."""
-        share = self.waiting_share
-        said = f"waited {share:.0%} of it for reads"
-        if share < 0.1:
-            return said
-        return f"{said}: more tokens a step, fewer bits (quantize_experts), or more resident_bytes make it less"
 
     def reset(self) -> None:
         """Count from now on."""
@@ -184,8 +199,8 @@ def offload_modules(found: Mapping[str, ExpertsToOffload], to: Path, resident_by
     streamed: dict[str, dict[str, StreamedWeight]] = {}
     for name, experts in found.items():
         weights, shards = dict(experts.load()), shards_of(experts.module)
-        offsets = write_weights(to / names[name], weights)
-        file, ids = WeightFile(to / names[name]), () if shards is None else shards.expert_ids
+        file, offsets = write_weights(to / names[name], weights)
+        ids = () if shards is None else shards.expert_ids
         streamed[name] = {
             key: StreamedWeight(f"{name}.{key}".lstrip("."), file, offsets[key], weight.dtype, tuple(weight.shape), ids)
             for key, weight in weights.items()
@@ -194,25 +209,30 @@ def offload_modules(found: Mapping[str, ExpertsToOffload], to: Path, resident_by
     reader = ExpertReader([weight for by_key in streamed.values() for weight in by_key.values()], resident_bytes)
     for name, experts in found.items():
         handles = {key: make_handle(weight) for key, weight in streamed[name].items()}
-        record = OffloadedExperts(name or "the module", to / names[name], handles, reader, experts.is_transposed)
-        _put(experts.module, experts.parameter_names, record)
+        _put(
+            experts,
+            OffloadedExperts(name or "the module", to / names[name], handles, {}, reader, experts.is_transposed),
+        )
     return Offload(to, reader, len(found))
 
 
-def _put(module: nn.Module, names: tuple[str, ...], record: OffloadedExperts) -> None:
+def _put(experts: ExpertsToOffload, record: OffloadedExperts) -> None:
     """Replace parameters of a module by what stands for them."""
+    module, names = experts.module, experts.parameter_names
     why = (
         f"the experts of {record.name} stay in {record.path}, and only tritonmoe reads them there. Do it before "
         "offload_experts(), or load the model again"
     )
+    stand_ins: dict[str, StandIn] = {}
     for name in names:
         parameter = module._parameters.pop(name)
         assert parameter is not None
-        module.__dict__[name] = make_stand_in(tuple(parameter.shape), parameter.dtype, why)
+        stand_ins[name] = make_stand_in(tuple(parameter.shape), parameter.dtype, why)
+    module.__dict__.update(stand_ins)
     shards = shards_of(module)
     if shards is not None:
         shards.names = tuple([name for name in shards.names if name not in names])
-    module.__dict__[ATTRIBUTE] = record
+    module.__dict__[ATTRIBUTE] = replace(record, stand_ins=stand_ins)
     module.register_load_state_dict_pre_hook(_refuse_loaded)
 
 
@@ -271,6 +291,11 @@ def check_offloadable(found: Mapping[str, ExpertsToOffload]) -> None:
     for name, experts in found.items():
         for parameter_name, parameter in experts.parameters.items():
             own[id(parameter)] = f"{name}.{parameter_name}".lstrip(".")
+            if parameter.dim() < 2:
+                raise ValueError(
+                    f"{own[id(parameter)]} has the shape {tuple(parameter.shape)}, as FullyShardedDataParallel leaves "
+                    "a rank's part of it: call offload_experts() first"
+                )
             if hasattr(parameter, "device_mesh") and shards_of(experts.module) is None:
                 raise ValueError(
                     f"{own[id(parameter)]} is a DTensor (fully_shard, parallelize_module): call offload_experts() first"
@@ -286,11 +311,23 @@ def check_offloadable(found: Mapping[str, ExpertsToOffload]) -> None:
                     f"{own[id(parameter)]} is on {parameter.device}, and experts are offloaded from a CPU, which "
                     "computes with them: model.to('cpu') first"
                 )
+    refuse_what_lives(lambda: _wait_for_them(own))
+
+
+def _wait_for_them(own: Mapping[int, str]) -> Iterator[str]:
+    """Yield why these parameters, by id, can't go: who was made with them and lives."""
+    for wrapped in live_instances(nn.parallel.DistributedDataParallel):
+        for parameter in getattr(wrapped, "_module_parameters", ()):
+            if id(parameter) in own and parameter.requires_grad:
+                yield (
+                    f"DistributedDataParallel was made with {own[id(parameter)]}, and would wait for its gradient: "
+                    "call offload_experts() first"
+                )
     for optimizer in live_instances(torch.optim.Optimizer):
         for group in getattr(optimizer, "param_groups", ()):
             for parameter in group["params"]:
                 if id(parameter) in own:
-                    raise ValueError(
+                    yield (
                         f"{type(optimizer).__name__} was made with {own[id(parameter)]}, and offloaded experts are "
                         "frozen: call offload_experts() first, and make the optimizer of what is left to train"
                     )

@@ -26,8 +26,10 @@ INITIALISES = ("normal_", "zero_", "uniform_", "fill_", "trunc_normal_")
 class StandIn(Tensor):
     """The shape of a weight, on the meta device; computing with it raises ValueError."""
 
-    why: str
+    why = "it has no values"
     """What is said of the weight, and the way out."""
+    is_initialised = False
+    """Whether initialising it is no error, since its values come otherwise."""
 
     def __deepcopy__(self, _: object) -> "StandIn":
         return self
@@ -41,18 +43,23 @@ class StandIn(Tensor):
         kwargs: dict[str, object] | None = None,
     ) -> object:
         name = getattr(func, "__name__", "")
-        if name in INITIALISES:
-            return args[0] if args else (kwargs or {}).get("tensor")
+        one = args[0] if args else (kwargs or {}).get("tensor")
+        if name in INITIALISES and isinstance(one, cls) and one.is_initialised:
+            return one
         if name not in DESCRIBES:
-            found = next((one.why for one in args if isinstance(one, cls) and hasattr(one, "why")), "it has no values")
+            given = (*args, *(kwargs or {}).values())
+            why = next((one.why for one in given if isinstance(one, cls)), cls.why)
             raise ValueError(
-                f"{name or func} is called with a weight of experts of which it can't see the values: {found}"
+                f"{name or func} is called with a weight of experts of which it can't see the values: {why}"
             )
-        return super().__torch_function__(func, types, args, kwargs or {})
+        found = super().__torch_function__(func, types, args, kwargs or {})
+        if isinstance(found, cls) and isinstance(args[0], cls):  # .data, detach()
+            found.why, found.is_initialised = args[0].why, args[0].is_initialised
+        return found
 
 
-def make_stand_in(shape: tuple[int, ...], dtype: torch.dtype, why: str) -> StandIn:
+def make_stand_in(shape: tuple[int, ...], dtype: torch.dtype, why: str, *, is_initialised: bool = False) -> StandIn:
     """Return a tensor of this shape without values."""
     stand_in = torch.empty(shape, dtype=dtype, device="meta").as_subclass(StandIn)
-    stand_in.why = why
+    stand_in.why, stand_in.is_initialised = why, is_initialised
     return stand_in

@@ -37,6 +37,7 @@ __all__ = [
     "WeightFile",
     "find_streamed",
     "make_handle",
+    "words_of_waits",
     "write_weights",
 ]
 
@@ -44,6 +45,8 @@ ALIGNMENT = 64
 """Bytes; of what a file has before its weights."""
 PREDICTED_SHARE = 0.75
 """The pass that followed this one in the last step is read ahead if it used so many of its experts."""
+SMALL_SHARE = 0.1
+"""Of a pass, that may go by waiting for experts without advice."""
 DTYPE_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -65,9 +68,10 @@ class Unit(NamedTuple):
 class WeightFile:
     """A file that is open for reading, and must stay as it is."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, part: Path | None = None) -> None:
+        """part: where the file is until it is renamed to `path`."""
         self.path = path
-        self._descriptor = os.open(path, os.O_RDONLY)
+        self._descriptor = os.open(path if part is None else part, os.O_RDONLY)
         weakref.finalize(self, os.close, self._descriptor)
         self._state = self._found()
 
@@ -168,6 +172,15 @@ class ReadFigures:
     pass_s: float = 0.0
     """Seconds in forwards and backwards of experts that are read, waits included."""
     num_passes: int = 0
+
+
+def words_of_waits(wait_s: float, total_s: float) -> str:
+    """Return the share of a time that went by waiting for experts and, where that is much, what makes it smaller."""
+    share = min(1.0, wait_s / total_s) if total_s else 0.0
+    said = f"waited {share:.0%} of it ({wait_s:.3f} s) for experts to be read"
+    if share < SMALL_SHARE:
+        return said
+    return f"{said}: more tokens a step, fewer bits (quantize_experts), or more resident_bytes make it less"
 
 
 class ExpertReader:
@@ -459,8 +472,10 @@ def _share_out(weights: Sequence[StreamedWeight], num_bytes: int) -> dict[Stream
     return counts
 
 
-def write_weights(path: Path, weights: dict[str, Tensor]) -> dict[str, int]:
-    """Write tensors as a file of safetensors, one expert at a time, beside its place first; return their offsets.
+def write_weights(path: Path, weights: dict[str, Tensor]) -> tuple[WeightFile, dict[str, int]]:
+    """Write tensors as a file of safetensors, one expert at a time, beside its place first; return it, and offsets.
+
+    It is opened before it has its name, which another process may give to a file of its own at the same time.
 
     Raises:
         OSError: it could not be written; then nothing is left of it.
@@ -488,7 +503,8 @@ def write_weights(path: Path, weights: dict[str, Tensor]) -> dict[str, int]:
                     file.write((ctypes.c_char * whole.nbytes).from_address(whole.data_ptr()))
             file.flush()
             os.fsync(file.fileno())
+        written = WeightFile(path, part)
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
-    return {name: 8 + len(encoded) + offset for name, offset in offsets.items()}
+    return written, {name: 8 + len(encoded) + offset for name, offset in offsets.items()}

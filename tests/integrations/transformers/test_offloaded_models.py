@@ -130,6 +130,8 @@ def test_refusals(tmp_path: Path) -> None:
         tmt.quantize_experts(model, "nf4")
     with pytest.raises(ValueError, match="offload_experts"):
         model.load_state_dict(make_model().state_dict())
+    with pytest.raises(ValueError, match="stay in files since"):
+        tmt.set_expert_precision(model, tm.ExpertPrecision("fp8_block"))
     with pytest.raises(TypeError, match="cast the model before"):
         model.float()(input_ids=IDS)
     with pytest.raises((ValueError, TypeError)):

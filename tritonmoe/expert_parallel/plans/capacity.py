@@ -86,6 +86,7 @@ class _Forward(OwnExperts):
         self._capacity = capacity
 
     def end(self, out: Tensor, timings: PassReport) -> None:
+        super().end(out, timings)
         capacity = self._capacity
         if capacity.flag is not None:
             capacity.is_wrong = capacity.flag.wait().any().view(1)

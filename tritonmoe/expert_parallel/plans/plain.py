@@ -90,6 +90,9 @@ class OwnExperts(ForwardExperts):
     def forward(self, segment: int, out: Tensor | None = None) -> Tensor:
         return self._run.forward(segment, out)
 
+    def end(self, out: Tensor, timings: PassReport) -> None:
+        timings.load_wait_s = self._run.load_wait_s
+
     @property
     def own(self) -> ForwardRun:
         return self._run
@@ -110,6 +113,7 @@ class OwnBackward(BackwardExperts):
         return self._run.weight_grad(dout, needs)
 
     def end(self, grads: CallTensors[Tensor | None], timings: PassReport) -> CallTensors[Tensor | None]:
+        timings.load_wait_s = self._run.load_wait_s
         return grads._replace(activation_parameters=self._run.activation_grads)
 
 

@@ -348,6 +348,7 @@ class NodeForward(_NodePass, ForwardExperts):
         return inside.sums.result
 
     def end(self, out: Tensor, timings: PassReport) -> None:
+        self.experts.end(out, timings)
         timings.inside = self.reports
 
     @property
@@ -383,7 +384,7 @@ class NodeBackward(_NodePass, BackwardExperts):
         return self.experts.weight_grad(self.dout_rows, needs)
 
     def end(self, grads: CallTensors[Tensor | None], timings: PassReport) -> CallTensors[Tensor | None]:
-        timings.inside = self.reports
+        timings.inside, timings.load_wait_s = self.reports, self.experts.load_wait_s
         return grads._replace(activation_parameters=self.experts.activation_grads)
 
 

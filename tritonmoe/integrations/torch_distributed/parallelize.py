@@ -1,6 +1,5 @@
 """parallelize(): spread the experts of any module over ranks, or refuse; their parameters and whole state dicts."""
 
-import functools
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, Literal
@@ -153,13 +152,15 @@ def gather_state_dicts(module: nn.Module, *optimizers: torch.optim.Optimizer) ->
             raise TypeError(
                 f"give optimizers of torch.optim themselves, not wrappers around them, got {type(optimizer).__name__}"
             )
-    for _, child, shards in found:
-        child.register_state_dict_post_hook(functools.partial(_gather, shards.names))
+    for _, child, _ in found:
+        child.register_state_dict_post_hook(_gather)
     for optimizer in optimizers:
         gather_optimizer(optimizer)
 
 
-def _gather(names: tuple[str, ...], module: nn.Module, state_dict: StateDict, prefix: str, *__: object) -> None:
+def _gather(module: nn.Module, state_dict: StateDict, prefix: str, *__: object) -> None:
+    shards = shards_of(module)
+    names = () if shards is None else shards.names  # less than they were where experts have been offloaded since
     refuse_computed(prefix.rstrip(".") or type(module).__name__, module, names, "state_dict()")
     forms = whole_forms(module)
     for name in names:

@@ -154,7 +154,7 @@ def _offloaded_weights(
         for name in (f"{up_name(experts)}_bias", "down_proj_bias"):
             bias = getattr(experts, name) if shards is None else shards.local_parameter(experts, name)
             biases.append(bias.to(dtype))
-    return offloaded.weights(rows, *biases)
+    return offloaded.weights(experts, rows, *biases)
 
 
 _forward_outside_graphs = outside_graphs(experts_forward)

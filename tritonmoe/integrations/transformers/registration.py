@@ -25,6 +25,7 @@ from tritonmoe.integrations.transformers.requirements import (
     quantised_kind,
 )
 from tritonmoe.layer import GroupedExperts, MoELayer
+from tritonmoe.placement.offloaded import offloaded_of
 
 __all__ = ["PatchReport", "check_patchable", "patch", "register", "set_expert_precision"]
 
@@ -197,6 +198,12 @@ def set_expert_precision(model: nn.Module, precision: ExpertPrecision | None) ->
     packed = {name: experts for name, experts in of_transformers.items() if is_packed_experts(experts)}
     if packed and precision is not None:
         raise ValueError(f"{precision} is for experts that train, and those of {_list(packed)} are packed and frozen")
+    offloaded = {name: one for name, one in {**of_transformers, **own}.items() if offloaded_of(one) is not None}
+    if offloaded and precision is not None:
+        raise ValueError(
+            f"{precision} is for experts that train, and those of {_list(offloaded)} stay in files since "
+            "offload_experts(), and are frozen"
+        )
     layers: list[MoELayer | GroupedExperts] = [one for one in model.modules() if isinstance(one, MoELayer)]
     layers += own.values()
     configs = [replace(layer.config, expert_precision=precision) for layer in layers]

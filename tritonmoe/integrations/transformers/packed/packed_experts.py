@@ -67,7 +67,7 @@ def set_packed(
     Under its name stays a tensor that has its shape, and is no parameter.
     """
     experts._parameters.pop(name, None)
-    experts.__dict__[name] = make_stand_in(shape, torch.bfloat16, WHY)
+    experts.__dict__[name] = make_stand_in(shape, torch.bfloat16, WHY, is_initialised=True)
     for suffix, part in zip(("blocks", "scales"), parts, strict=True):
         experts.register_parameter(f"{name}_{suffix}", nn.Parameter(part, requires_grad=False))
     setattr(experts, PACKED, layout)
