@@ -165,6 +165,8 @@ class Graph:
     known of all."""
     alone_s: float = 0.0
     """How long a rank waits in a step for exchanges of which the files don't tell the other ranks, the mean of all."""
+    exposed_s: float = 0.0
+    """For how long of a step exchanges are under way on a rank and nothing is computed, the mean of all."""
 
     @cached_property
     def tables(self) -> Tables:

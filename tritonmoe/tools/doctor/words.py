@@ -97,13 +97,13 @@ def time_words(seconds: float) -> str:
     return f"{seconds:.1f} s" if abs(seconds) >= 10 else f"{1e3 * seconds:.1f} ms"
 
 
-def share_words(seconds: float, found: Verdict) -> str:
-    """Return a time as a share of a step."""
-    return f"{seconds / found.replayed_s if found.replayed_s else 0.0:.0%}"
+def share_words(seconds: float, found: Verdict, decimals: int = 0) -> str:
+    """Return a time as a share of the whole step."""
+    return f"{seconds / found.whole_s if found.whole_s else 0.0:.{decimals}%}"
 
 
 def cost_words(cost: Cost, found: Verdict) -> str:
     """Return a cost with its interval, which no step can exceed: "12.1 ms a step, 14% (13% to 15%)"."""
-    seconds, low_s, high_s = (min(value, found.replayed_s) for value in (cost.seconds, cost.low_s, cost.high_s))
+    seconds, low_s, high_s = (min(value, found.whole_s) for value in (cost.seconds, cost.low_s, cost.high_s))
     share, low, high = (share_words(value, found) for value in (seconds, low_s, high_s))
     return f"{time_words(seconds)} a step, {share} ({low} to {high})"
