@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tritonmoe.tools.doctor.causes import CAUSES, CauseKind, Culprits, Known
-from tritonmoe.tools.doctor.culprits import Share, culprits_of
+from tritonmoe.tools.doctor.culprits import Share, culprits_of, steady
 from tritonmoe.tools.doctor.graph import Graph, LinkFault, floats, indices
 from tritonmoe.tools.doctor.pattern import FEW_STEPS, Pattern
 from tritonmoe.tools.doctor.replays import Removal, Replays
@@ -238,9 +238,16 @@ def _place_of(one: Finding) -> tuple:
 
 
 def _healthy_s(replays: Replays, step_s: float, all_gained_s: float) -> float:
-    """Return what a healthy run may gain without what is compared: a share of a step, or what noise alone gains."""
+    """Return what a healthy run may gain without what is compared: a share of a step, or what noise alone gains.
+
+    What a rank has in nearly every step, and most have not, is no noise.
+    """
     healthy_s = SMALLEST_SHARE * step_s
     if not healthy_s <= all_gained_s < LARGE_SHARE * step_s:
+        return healthy_s
+    if any(
+        steady(floats(replays.by_rank_and_step(kind)), healthy_s)[0] for kind in replays.excess if CAUSES[kind].compared
+    ):
         return healthy_s
     return max(healthy_s, gain_of_noise(replays.graph, replays.usual, replays.walker))
 

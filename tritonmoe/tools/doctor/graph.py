@@ -188,7 +188,7 @@ class Graph:
         return f"rank{'s' if len(names) > 1 else ''} {joined}"
 
 
-def floats(values: Sequence[float]) -> Tensor:
+def floats(values: Sequence[float] | Sequence[list[float]]) -> Tensor:
     return torch.tensor(values, dtype=torch.float64, device="cpu")
 
 
