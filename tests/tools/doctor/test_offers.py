@@ -12,6 +12,7 @@ from bench.foreign_scenarios import Scenario
 from bench.synthetic_traces import ROW_S, WIDTH, write_traces
 from tritonmoe.config.overlap import OverlapPlan
 from tritonmoe.tools.benchmarks.stand_ins import FixedExperts, run_passes
+from tritonmoe.tools.doctor.advice import setting_of
 from tritonmoe.tools.doctor.graph import Graph, Kind, Member, Run
 from tritonmoe.tools.doctor.offers import Offers, layers_of, offers_of
 from tritonmoe.tools.doctor.reading import read_traces
@@ -19,6 +20,15 @@ from tritonmoe.transports import LinkModel, Transport
 from tritonmoe.transports.emulated.emulated_ranks import run_on_emulated_ranks
 
 NUM_STEPS = 4
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [OverlapPlan(), OverlapPlan((1, 2, 1), local_start=16), OverlapPlan((1,) * 4, False, wire_dtype=torch.bfloat16)],
+)
+def test_advice_names_a_setting(plan: OverlapPlan) -> None:
+    """What is said can be given to a layer, and is the plan whose gain was predicted."""
+    assert eval(setting_of(plan).removeprefix("overlap="), {"OverlapPlan": OverlapPlan, "torch": torch}) == plan
 
 
 def graph_of(

@@ -20,7 +20,7 @@ from tritonmoe.tools.doctor.conditions import conditions_of
 from tritonmoe.tools.doctor.costs import fit_costs
 from tritonmoe.tools.doctor.recorded_run import RecordedRun, judge_recording
 from tritonmoe.tools.doctor.run_figures import figures_of
-from tritonmoe.tools.doctor.verdict import as_text
+from tritonmoe.tools.doctor.verdict import as_json, as_text
 from tritonmoe.tools.recording import record
 from tritonmoe.tools.recording.pass_steps import TIMES
 from tritonmoe.tools.recording.recording_reader import read_recording
@@ -294,6 +294,19 @@ def test_causes_that_overlap_are_all_said(tmp_path: Path) -> None:
         ("late rank", (1,)),
     }
     assert found.found.together.seconds >= run.seconds() - healthy(run).seconds() - 1e-3
+
+
+def test_shares_are_of_the_whole_step(tmp_path: Path) -> None:
+    """A step has as much work between its calls as in them: what costs half of the calls costs a quarter."""
+    run = Run(slow_rank=(2, 4.0))
+    beside = replace(run, beside_s=(run.seconds(), 0.0))
+    found = diagnose(tmp_path, beside)
+    (one,) = found.found.findings
+    assert found.found.whole_s == found.built.step_s > 1.5 * found.found.replayed_s
+    share = one.cost.seconds / found.built.step_s
+    assert as_json(found, found.found)["findings"][0]["share"] == pytest.approx(share)
+    assert f"{share:.0%} (" in as_text(found, found.found)
+    assert "its layer calls, which alone are recorded" in as_text(found, found.found)
 
 
 def test_one_step_does_not_say_how_much_steps_differ(tmp_path: Path) -> None:

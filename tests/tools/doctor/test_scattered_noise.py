@@ -102,6 +102,28 @@ def test_a_gain_that_noise_alone_would_give_is_none(seed: int) -> None:
     assert (slow.kind, slow.culprits.ranks) == ("slow rank", (1,))
 
 
+def test_a_rank_that_is_late_in_every_step_is_no_noise() -> None:
+    """Most of its 30 ms is hidden behind the work of others, and noise alone would seem to gain more than the rest."""
+
+    def found(late_s: float) -> Verdict:
+        draw = random.Random(2)
+
+        def exchange(step: int) -> Exchange:
+            def work(rank: int) -> Run:
+                return Run(rank, step, ("work",), 0.1 * math.exp(draw.gauss(0, 0.3)), late_s if rank == 2 else 0.0)
+
+            return ("forward", "all_to_all", 0), work, lambda _: 0.0045
+
+        return attribute(graph_of(8, STEPS, lambda step: [exchange(step)]))
+
+    assert found(0.0).is_healthy
+    late = found(0.03)
+    assert 0.05 < late.together.share(late.replayed_s) < 0.06
+    assert not late.is_healthy
+    (one,) = found(0.05).findings
+    assert (one.kind, one.culprits.ranks) == ("late rank", (2,))
+
+
 def test_work_of_one_rank_that_takes_longer_and_longer() -> None:
     """As in a pipeline: no other rank does the same, and none is slow where it always takes as long."""
     for growth_s, is_found in ((0.004, True), (0.0, False)):

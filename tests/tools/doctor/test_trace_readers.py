@@ -224,12 +224,56 @@ def test_pieces_are_what_json_says(tmp_path: Path) -> None:
 def test_the_command_refuses_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     write_traces(Scenario("", 2), tmp_path)
     whole = (tmp_path / "rank1.json").read_text()
-    (tmp_path / "rank1.json").write_text(whole[: len(whole) // 2])
+    (tmp_path / "rank1.json").write_text(whole.replace('"dur": ', '"dur" ', 1))
     assert main(["doctor", str(tmp_path)]) == 2
     said = capsys.readouterr()
     assert said.out == ""
     assert "rank1.json is damaged: element" in said.err
     assert said.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_a_file_that_ends_in_the_middle_is_read_up_to_there(is_packed: bool, tmp_path: Path) -> None:
+    """The late rank is found in the steps that are whole; a file without any, or in no order, is refused."""
+    write_traces(Scenario("late", 2, faults=(Fault("late rank", (2,), 0.1, "always"),)), tmp_path)
+    path, whole = tmp_path / "rank1.json", (tmp_path / "rank1.json").read_bytes()
+
+    def cut(share: float, content: bytes = whole) -> None:
+        part = gzip.compress(content, 1, mtime=0) if is_packed else content
+        path.write_bytes(part[: int(len(part) * share)])
+
+    cut(0.6)
+    run = read_traces(tmp_path)
+    assert "the file ends in the middle" in " ".join(run.limits)
+    assert 4 <= len(run.graph.steps) < 12
+    found = attribute(run.graph)
+    assert found.error == pytest.approx(0, abs=0.01)
+    assert [(one.kind, one.culprits.ranks) for one in found.findings] == [("late rank", (2,))]
+    cut(0.05)
+    with pytest.raises(ValueError, match=r"before a step is whole|can't be unpacked"):
+        read_traces(tmp_path)
+    trace = json.loads(whole)
+    trace["traceEvents"].reverse()
+    cut(0.6, json.dumps(trace).encode())
+    with pytest.raises(ValueError, match="don't stand in the order of their times"):
+        read_traces(tmp_path)
+
+
+def test_a_small_share_of_exposed_exchanges_is_said(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Of 10 ms the GPU computes 4.68 ms, then beside an exchange 5 ms, and 0.32 ms of that exchange alone."""
+    events = []
+    for step in range(8):
+        begin = 1e6 + 1e4 * step
+        events += [
+            event("user_annotation", f"ProfilerStep#{step}", begin, 1e4, 1),
+            event("kernel", "sm90_gemm", begin, 4680, 7, stream=7, correlation=2 * step),
+            event("kernel", "sm90_gemm", begin + 4680, 5000, 7, stream=7, correlation=2 * step + 1),
+            event("kernel", NEW, begin + 4680, 5320, 20, stream=20, correlation=2 * step + 1),
+        ]
+    trace = {"schemaVersion": 1, "distributedInfo": {"rank": 0, "world_size": 1}, "traceEvents": events}
+    (tmp_path / "a.json").write_text(json.dumps(trace))
+    assert main(["doctor", str(tmp_path)]) == 0
+    assert "exchanges are 3.2% exposed" in capsys.readouterr().out
 
 
 def test_gloo_runs_a_reduce_scatter_as_an_all_reduce_and_its_threads_compute_nothing_of_the_rank(

@@ -3,7 +3,7 @@
 import random
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 
 import torch
@@ -42,7 +42,7 @@ from tritonmoe.tools.doctor.costs import Costs, fit_costs
 from tritonmoe.tools.recording.call_recording import RecordedCall, Recording, by_layer
 from tritonmoe.transports.wire import WireFormat
 
-__all__ = ["Advice", "advice_on"]
+__all__ = ["Advice", "advice_on", "setting_of"]
 
 SMALLEST_SHARE = 0.03
 """Advice that gains a smaller share is not given."""
@@ -161,7 +161,13 @@ def _other_plan(typical: Conditions) -> Iterator[Proposal]:
     found = search(config, typical.walked_work, typical.steps, typical.walked_link, backward=has_backward)
     best = replace(found[0][1], wire_dtype=plan.wire_dtype, capacity=plan.capacity)
     if best != plan:
-        yield Proposal(f"run {best}", "", lambda of: with_plan(of, best))
+        yield Proposal(f"{setting_of(best)}: {best}", "", lambda of: with_plan(of, best))
+
+
+def setting_of(plan: OverlapPlan) -> str:
+    """Return what gives a layer this plan, as Python."""
+    values = ((of.name, getattr(plan, of.name)) for of in fields(plan) if getattr(plan, of.name) != of.default)
+    return f"overlap=OverlapPlan({', '.join(f'{name}={value!r}' for name, value in values)})"
 
 
 def _two_batches(calls: Sequence[RecordedCall], typical: Conditions, before: PassesBefore) -> Iterator[Proposal]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tritonmoe.tools.doctor.causes import CAUSES, CauseKind, Culprits, Known
-from tritonmoe.tools.doctor.culprits import Share, culprits_of
+from tritonmoe.tools.doctor.culprits import Share, culprits_of, steady
 from tritonmoe.tools.doctor.graph import Graph, LinkFault, floats, indices
 from tritonmoe.tools.doctor.pattern import FEW_STEPS, Pattern
 from tritonmoe.tools.doctor.replays import Removal, Replays
@@ -95,6 +95,9 @@ class Verdict:
     measured_s: float
     """The mean of all steps."""
     replayed_s: float
+    whole_s: float
+    """What a step takes with what lies between the calls of a recording, which has no events of that: shares are of
+    this."""
     findings: tuple[Finding, ...]
     """By their cost, those that may be noise behind the others."""
     others: tuple[tuple[CauseKind, float], ...]
@@ -153,6 +156,7 @@ def attribute(graph: Graph, known: Known | None = None) -> Verdict:
     usual = usual_of(graph, graph.linked_s)
     replays = Replays(graph, usual, known)
     step_s = statistics.fmean(replays.as_it_was)
+    whole_s = step_s if known is None else known.step_s
     kinds = [kind for kind in replays.excess if not replays.is_nothing(kind)]
     compared: Removal = dict.fromkeys(kind for kind in kinds if CAUSES[kind].compared)
     alone: list[Removal] = [{kind: None} for kind in kinds]
@@ -178,8 +182,8 @@ def attribute(graph: Graph, known: Known | None = None) -> Verdict:
         is_hidden = statistics.fmean(gained) < HIDDEN * at_most.seconds
         cost = at_most if is_hidden else Cost.of(gained)
         is_asked = is_ill or kind not in compared
-        whole_s = step_s if known is None or not CAUSES[kind].is_between_calls else known.step_s
-        least_s = healthy_s if kind in compared else CAUSES[kind].least_share * whole_s
+        of_s = whole_s if CAUSES[kind].is_between_calls else step_s
+        least_s = healthy_s if kind in compared else CAUSES[kind].least_share * of_s
         if is_asked and at_most.seconds >= least_s and at_most.low_s > 0:
             others_first = [one for one in compared if one != kind] if most is hidden else []
             shares = culprits_of(replays, kind, most, others_first)
@@ -190,9 +194,9 @@ def attribute(graph: Graph, known: Known | None = None) -> Verdict:
             else:
                 findings += _split(replays, kind, shares, SMALLEST_SHARE * step_s)
         else:
-            small.append((kind, cost.share(step_s)))
+            small.append((kind, cost.share(whole_s)))
     findings.sort(key=_place_of)
-    findings = _of_one_thing(findings, small, step_s)
+    findings = _of_one_thing(findings, small, whole_s)
     found_kinds: Removal = {
         kind: None for kind in kinds if any(CAUSES[one.kind].excess_kind == kind for one in findings)
     }
@@ -207,6 +211,7 @@ def attribute(graph: Graph, known: Known | None = None) -> Verdict:
         graph=graph,
         measured_s=statistics.fmean(graph.measured_s),
         replayed_s=step_s,
+        whole_s=whole_s,
         findings=tuple(findings),
         others=tuple(small),
         together=Cost.of(together),
@@ -233,9 +238,16 @@ def _place_of(one: Finding) -> tuple:
 
 
 def _healthy_s(replays: Replays, step_s: float, all_gained_s: float) -> float:
-    """Return what a healthy run may gain without what is compared: a share of a step, or what noise alone gains."""
+    """Return what a healthy run may gain without what is compared: a share of a step, or what noise alone gains.
+
+    What a rank has in nearly every step, and most have not, is no noise.
+    """
     healthy_s = SMALLEST_SHARE * step_s
     if not healthy_s <= all_gained_s < LARGE_SHARE * step_s:
+        return healthy_s
+    if any(
+        steady(floats(replays.by_rank_and_step(kind)), healthy_s)[0] for kind in replays.excess if CAUSES[kind].compared
+    ):
         return healthy_s
     return max(healthy_s, gain_of_noise(replays.graph, replays.usual, replays.walker))
 
@@ -264,13 +276,13 @@ def _named(finding: Finding, fault: LinkFault | None) -> Finding:
     return replace(finding, kind=fault.kind, culprits=culprits)
 
 
-def _of_one_thing(findings: list[Finding], others: list[tuple[CauseKind, float]], step_s: float) -> list[Finding]:
+def _of_one_thing(findings: list[Finding], others: list[tuple[CauseKind, float]], whole_s: float) -> list[Finding]:
     """Return the findings without those that another one explains, such as the links' rate where one link is slow."""
     kept = []
     for one in findings:
         explained_s = sum(of.cost.seconds for of in findings if one.kind in CAUSES[of.kind].explains)
         if one.cost.seconds < ANOTHER * explained_s:
-            others.append((one.kind, one.cost.share(step_s)))
+            others.append((one.kind, one.cost.share(whole_s)))
         else:
             kept.append(one)
     return kept

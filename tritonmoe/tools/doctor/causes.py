@@ -23,7 +23,7 @@ from tritonmoe.tools.recording.call_recording import RecordedCall, Recording
 __all__ = ["CAUSES", "OF_LONG_BATCHES", "Cause", "CauseKind", "Culprits", "ExcessTime", "Known", "Words"]
 
 CauseKind: TypeAlias = Literal[
-    "slower compute", "slower host", "slower exchanges",
+    "slower compute", "slower host", "slower exchanges", "uneven micro-batches", "uneven stages",
     "slow rank", "late rank", "slow link", "late link", "slow port", "imbalance", "bandwidth", "latency",
     "chunk overhead", "host overhead", "exchange contention", "pause",
 ]  # fmt: skip
@@ -36,6 +36,7 @@ UNLIKE = 1.05
 SMALLEST_STRUCTURAL = 0.15
 """The smallest share of a step of what costs all ranks something without being a fault."""
 OF_LONG_BATCHES = "if a rank has more tokens than the others, make batches of equal length"
+PACK = "pack them, or divide the batch so that micro-batches have as many tokens"
 MEASURE = "measure the links alone with tritonmoe doctor --probe-links"
 
 
@@ -136,6 +137,8 @@ class Cause:
     structural: Callable[[Known, Usual], ExcessTime] | None = None
     found_as: CauseKind | None = None
     """The cause whose excess this one is another name of; None: its own."""
+    of_whom: str = ""
+    """What it is that is at fault, where that is no rank and no link."""
     to_do_of_all: str = ""
     """What to do where no rank differs from the others."""
     to_do_of_layer: Callable[[Recording, int | None], str] | None = None
@@ -315,11 +318,27 @@ CAUSES: Mapping[CauseKind, Cause] = {
             is_shared=True,
         ),
         Cause(
+            "uneven micro-batches",
+            lambda of: f"differ: those above the mean of their step are computed for {of.culprits.factor:.2f} times it",
+            f"sequences have unlike lengths, and no machine is at fault: {PACK}",
+            compared=lambda graph, usual: _of_runs(usual.shared.batch_s, graph),
+            of_whom="micro-batches",
+            is_shared=True,
+        ),
+        Cause(
+            "uneven stages",
+            lambda of: f"compute{of.s} {of.culprits.factor:.2f} times as long as the mean of the stages",
+            "divide the layers so that all stages compute for as long: the last one has the loss, the first one the "
+            "embedding",
+            compared=lambda graph, usual: _of_runs(usual.shared.stage_s, graph),
+            of_whom="stage",
+        ),
+        Cause(
             "slow rank",
             _slow_words,
             "check the machine's clocks, its temperature and its other programs; else leave the machine out",
-            compared=lambda graph, usual: _of_runs(graph.tables.busy_s - usual.shared.busy_s - usual.busy_s, graph),
-            to_do_of_all="check what else ran on these machines, their clocks and their temperature",
+            compared=lambda graph, usual: _of_runs(graph.tables.busy_s - usual.shared.work_s - usual.busy_s, graph),
+            to_do_of_all="check what else ran on these machines, and whether sequences were longer then",
         ),
         Cause(
             "late rank",

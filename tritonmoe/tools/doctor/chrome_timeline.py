@@ -7,7 +7,7 @@ is of. So every dependence is known: which transfer a forward needs, which end i
 import math
 import re
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
@@ -61,7 +61,7 @@ class _Pipeline:
         self.graph_.programs = [[] for _ in workers]
         self.graph_.begin_s = [0.0] * len(workers)
         self.graph_.names = {index: f"dp {data} pp {stage}" for index, (data, stage) in enumerate(workers)}
-        self.graph_.stages = tuple(stage for _, stage in workers)
+        self.graph_.replicas, self.graph_.stages = zip(*workers, strict=True)
         self.worker_at = {place: index for index, place in enumerate(workers)}
         chunks = [of.chunk for events in steps.values() for of in events if of.name == "forward-compute"]
         self.last_chunk = max(chunks, default=-1)
@@ -78,6 +78,8 @@ class _Pipeline:
             "the file has one rank for each group of tensor-parallel ranks: which rank of a group is at fault "
             "is not known"
         ]
+        if len(set(self.graph_.replicas)) == 1:
+            limits.append("with one data-parallel rank a slow machine can't be told from a stage that has more work")
         numbers = list(self.steps)
         if numbers != list(range(numbers[0], numbers[0] + len(numbers))):
             limits.append(f"{len(numbers)} steps between {numbers[0]} and {numbers[-1]}, not one after the other")
@@ -231,6 +233,7 @@ class _Pipeline:
                 sources["forward-send"].append(count)
             elif event.name == "backward-compute" and not self._is_first(stage, event):
                 sources["backward-send"].append(count)
+        seen: Counter[tuple[str, int]] = Counter()
         place = -1
         for batch, member in batches:
             for event in batch:
@@ -259,6 +262,9 @@ class _Pipeline:
             if what == "compute" and not is_end(stage, event):
                 program += [(Kind.WAIT, member) for member in islice(waits[f"{way}-recv"], 1)]
             graph.runs.append(Run(worker, index, (event.name,), event.end_s - event.start_s))
+            if what == "compute":
+                graph.runs[-1].batch = seen[event.name, event.chunk]
+                seen[event.name, event.chunk] += 1
             program.append((Kind.RUN, len(graph.runs) - 1))
             program += [(Kind.POST, member) for member in after[count]]
         exchange(rest)

@@ -14,7 +14,7 @@ from tritonmoe.tools.doctor.graph import Key
 from tritonmoe.tools.doctor.pattern import FEW_STEPS, Pattern, costly_steps, pattern_of
 from tritonmoe.tools.doctor.replays import Removal, Replays
 
-__all__ = ["Share", "culprits_of", "phase_of"]
+__all__ = ["Share", "culprits_of", "phase_of", "steady"]
 
 _Name = TypeVar("_Name", Key, int, str)
 EXPLAINED = 0.8
@@ -219,18 +219,18 @@ def _at_fault(
         ranks, own_gained = ((), gained) if not is_of_few else _fewest(replays, kind, excess_s, none, without)
     else:
         ranks, own_gained = _fewest(replays, kind, excess_s, none, without)
-    steady, steady_s = _steady(excess_s, statistics.fmean(replays.as_it_was))
-    if not steady or set(ranks) == set(steady):
+    own, steady_s = steady(excess_s, LEAST_STEADY * statistics.fmean(replays.as_it_was))
+    if not own or set(ranks) == set(own):
         return ranks, own_gained if ranks else gained, none
     gone = torch.where(excess_s > 0, 1 - steady_s / excess_s, 1.0)
-    return steady, _gained_by(replays, kind, steady, gone, without), gone
+    return own, _gained_by(replays, kind, own, gone, without), gone
 
 
-def _steady(excess_s: Tensor, step_s: float) -> tuple[tuple[int, ...], Tensor]:
-    """Return the ranks that have some excess in nearly every step, where most have not, and that excess (W, S)."""
+def steady(excess_s: Tensor, least_s: float) -> tuple[tuple[int, ...], Tensor]:
+    """Return the ranks that have so much excess in nearly every step, where most have not, and that excess (W, S)."""
     count = excess_s.shape[1]
     floors = excess_s.sort(1).values[:, count // 5] if count >= ENOUGH_STEPS else torch.zeros(len(excess_s)).double()
-    own = (floors >= max(float(floors.amax()) / 2, LEAST_STEADY * step_s)).nonzero()[:, 0].tolist()
+    own = (floors >= max(float(floors.amax()) / 2, least_s)).nonzero()[:, 0].tolist()
     if len(own) * 2 > len(excess_s):
         own = []
     return tuple(own), torch.minimum(excess_s, floors[:, None])

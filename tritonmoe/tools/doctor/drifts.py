@@ -1,19 +1,23 @@
-"""shared_of: what all ranks take longer for in some steps than in others, at equal work.
+"""shared_of: what is long for no rank's own reason: all ranks in some steps, some stages, some micro-batches.
 
 The sums of each rank's work, pauses and transfers are followed from step to step. Where nearly all ranks have more of
 them in one stretch of steps than outside of it, or ever more, each kind of operation has so much too much as nearly all
 ranks have of it. A comparison of ranks doesn't see that.
+
+Of a pipeline, what all replicas of a stage take longer for than the mean of the stages is due to the stage, and what
+all stages take longer for in a micro-batch than in the mean of its step is due to the micro-batch.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from tritonmoe.tools.doctor.graph import Graph, Tables
+from tritonmoe.tools.doctor.graph import Graph, Tables, indices
 from tritonmoe.tools.doctor.pattern import FEW_STEPS, WARMED, grows
-from tritonmoe.tools.doctor.samples import by_step, slope
+from tritonmoe.tools.doctor.samples import by_step, middle, rows_of, slope
 
 __all__ = ["Shared", "shared_of"]
 
@@ -27,6 +31,9 @@ CLEAR = 0.4
 """Most steps of a stretch are above most others by such a part of what their means differ by."""
 ENOUGH_STEPS = 6
 VARIED = 1.03
+UNEVEN = 1.05
+"""Stages, or micro-batches, differ by more than that where their work does."""
+CERTAIN = 2.0
 
 
 @dataclass(frozen=True)
@@ -36,9 +43,18 @@ class Shared:
     busy_s: Tensor
     idle_s: Tensor
     transfer_s: Tensor
+    stage_s: Tensor
+    """(N,): of a pipeline, what a Run takes longer, or less, since its stage does."""
+    batch_s: Tensor
+    """The same, since its micro-batch does."""
+
+    @property
+    def work_s(self) -> Tensor:
+        """(N,): all of it that is work."""
+        return self.busy_s + self.stage_s + self.batch_s
 
     def __bool__(self) -> bool:
-        return any(bool(of.any()) for of in (self.busy_s, self.idle_s, self.transfer_s))
+        return any(bool(of.any()) for of in (self.work_s, self.idle_s, self.transfer_s))
 
 
 def shared_of(graph: Graph, linked_s: Tensor | None = None) -> Shared:
@@ -47,19 +63,57 @@ def shared_of(graph: Graph, linked_s: Tensor | None = None) -> Shared:
     linked_s: (M,), of which it is known already that slow links cost it.
     """
     tables = graph.tables
-    found = Shared(*(torch.zeros_like(of) for of in (tables.busy_s, tables.idle_s, tables.transfer_s)))
+    uneven = _uneven(graph) if graph.stages else (torch.zeros_like(tables.busy_s), torch.zeros_like(tables.busy_s))
+    found = Shared(*(torch.zeros_like(of) for of in (tables.busy_s, tables.idle_s, tables.transfer_s)), *uneven)
     if len(graph.steps) < ENOUGH_STEPS or len(graph.ranks) < 2:
         return found
     transfer_s = tables.transfer_s if linked_s is None else tables.transfer_s - linked_s
     step_s = max(sum(graph.measured_s) / len(graph.steps), 1e-9)
     for values, sizes, into, places in (
-        (tables.busy_s, tables.rows, found.busy_s, _places_of_runs(tables)),
+        (tables.busy_s - sum(uneven), tables.rows, found.busy_s, _places_of_runs(tables)),
         (tables.idle_s, None, found.idle_s, _places_of_runs(tables)),
         (transfer_s.clamp(min=0), _fullest_bytes(tables), found.transfer_s, _places_of_members(tables)),
     ):
         if len(values):
             into += _OfOne(graph, values, sizes, places, step_s).excess()
     return found
+
+
+def _uneven(graph: Graph) -> tuple[Tensor, Tensor]:
+    """Return (N,) what each Run takes longer than in the mean stage, and than in the mean micro-batch of its step.
+
+    A replica of a stage may have a slow machine: the fastest one tells what the stage takes.
+    """
+    tables = graph.tables
+    work = ((tables.run_batch >= 0) & (tables.busy_s > 0)).nonzero()[:, 0]
+    rank, key, busy_s = tables.run_rank[work], tables.run_key[work], tables.busy_s[work]
+    stages, replicas = indices(graph.stages), indices(graph.replicas)
+    num_ranks, num_stages, num_replicas = len(stages), 1 + max(graph.stages), 1 + max(graph.replicas)
+    of_stage, of_replica = torch.ones_like(busy_s), torch.zeros(num_replicas, dtype=torch.float64)
+    longer, own_s = torch.full_like(of_replica, torch.inf), torch.ones_like(busy_s)
+    for number in key.unique().tolist():
+        own = key == number
+        by_rank = torch.full((num_ranks,), torch.inf, dtype=torch.float64)
+        by_rank[rank[own].unique()] = middle(rows_of(rank[own], busy_s[own]))
+        by_stage = by_step(stages, by_rank, "amin", num_stages)
+        ratio = by_stage / by_stage[~by_stage.isinf()].mean()
+        of_stage[own] = ratio[stages[rank[own]]] if float(ratio[~ratio.isinf()].max()) > UNEVEN else 1.0
+        longer = torch.minimum(longer, by_step(replicas, (by_rank / by_stage[stages]).log(), "amin", num_replicas))
+        own_s[own] = by_rank[rank[own]]
+    if num_stages > 1:
+        of_replica = torch.where(longer > math.log(UNEVEN), longer, 0.0)
+    group = (replicas[rank] * len(graph.steps) + tables.run_step[work]) * (int(tables.run_batch.max()) + 1)
+    groups, place = (group + tables.run_batch[work]).unique(return_inverse=True)
+    apart = (busy_s / own_s).log()
+    each = rows_of(place, apart).nanmedian(1).values
+    noise = float((apart - each[place]).abs().median()) / (len(apart) / len(groups)) ** 0.5
+    each = each if float(each.std(correction=0)) > max(math.log(UNEVEN), CERTAIN * noise) else torch.zeros_like(each)
+    times = (each[place] + of_replica[replicas[rank]]).exp()
+    mean = by_step(tables.run_step[work], times, "mean", len(graph.steps))[tables.run_step[work]]
+    stage_s, batch_s = torch.zeros_like(tables.busy_s), torch.zeros_like(tables.busy_s)
+    stage_s[work] = busy_s * (1 - 1 / of_stage)
+    batch_s[work] = busy_s / of_stage * (1 - mean / times)
+    return stage_s, batch_s
 
 
 def _places_of_runs(tables: Tables) -> tuple[Tensor, Tensor, Tensor]:

@@ -48,6 +48,8 @@ class Run:
     """How long none did, and no exchange was waited for: the host did something else."""
     rows: int | None = None
     """How many rows the last exchange brought."""
+    batch: int = -1
+    """Of a pipeline: which micro-batch of its step this is the work of."""
     stretch: int = -1
     """Runs of one number are one stretch, which waits cut in pieces: what is usual is asked of all of it; -1: alone."""
 
@@ -94,6 +96,8 @@ class Tables:
     overhead_s: Tensor
     rows: Tensor
     """0 where that is not known."""
+    run_batch: Tensor
+    """-1 where that is not known."""
     member_rank: Tensor
     member_step: Tensor
     member_key: Tensor
@@ -160,11 +164,15 @@ class Graph:
     """The host of every rank; empty where the files don't tell."""
     stages: tuple[int, ...] = ()
     """The pipeline stage of every rank; empty where the files don't tell."""
+    replicas: tuple[int, ...] = ()
+    """Then, the data-parallel rank of every rank."""
     routed: tuple[tuple[int, int], ...] = ()
     """How many tokens a router of each rank had at most, and how many experts it gave each; empty where that is not
     known of all."""
     alone_s: float = 0.0
     """How long a rank waits in a step for exchanges of which the files don't tell the other ranks, the mean of all."""
+    exposed_s: float = 0.0
+    """For how long of a step exchanges are under way on a rank and nothing is computed, the mean of all."""
 
     @cached_property
     def tables(self) -> Tables:
@@ -180,7 +188,7 @@ class Graph:
         return f"rank{'s' if len(names) > 1 else ''} {joined}"
 
 
-def floats(values: Sequence[float]) -> Tensor:
+def floats(values: Sequence[float] | Sequence[list[float]]) -> Tensor:
     return torch.tensor(values, dtype=torch.float64, device="cpu")
 
 
@@ -212,6 +220,7 @@ def _tables_of(graph: Graph) -> Tables:
         idle_s=floats([run.idle_s for run in runs]),
         overhead_s=torch.zeros(len(runs), dtype=torch.float64, device="cpu"),
         rows=floats([float(run.rows or 0) for run in runs]),
+        run_batch=indices([run.batch for run in runs]),
         member_rank=indices([member.rank for member in members]),
         member_step=indices([member.step for member in members]),
         member_key=indices([keys.setdefault(member.key, len(keys)) for member in members]),

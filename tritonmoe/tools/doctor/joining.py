@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from itertools import chain
 
 from tritonmoe.tools.doctor.clocks import align_clocks
+from tritonmoe.tools.doctor.exchange_names import SYMMETRIC
 from tritonmoe.tools.doctor.graph import Graph, Item, Key, Kind, Member, Run, floats
 from tritonmoe.tools.doctor.link_ends import SlowLinks, group_indices, slow_links
 from tritonmoe.tools.doctor.matching import Matched, OfSteps, bound_ends, idle_since, matched
-from tritonmoe.tools.doctor.trace import Part, RankTrace
+from tritonmoe.tools.doctor.trace import Part, RankTrace, union
 from tritonmoe.tools.report.terminal import one_line
 
 __all__ = ["joined"]
@@ -225,7 +226,8 @@ def joined(traces: Sequence[RankTrace], ranks_per_node: int | None = None) -> tu
     align_clocks(traces, hosts, together, limits)
     bound_ends(traces, together)
     for parts in together.values():
-        latest = max(part.start_s for _, part in parts)
+        known = [part.end_s for _, part in parts if part.end_s is not None and part.kind in SYMMETRIC]
+        latest = statistics.median(known) if known else max(part.start_s for _, part in parts)
         for _, part in parts:
             if part.end_s is None:  # no sooner than that, and that is all that is known
                 part.end_s = latest
@@ -250,7 +252,16 @@ def joined(traces: Sequence[RankTrace], ranks_per_node: int | None = None) -> tu
         if len(parts) == 1 and len(traces) > 1 and part.idle_since_s is not None and part.end_s is not None
     )
     graph.alone_s = alone_s / (len(traces) * len(places))
+    exposed_s = sum(_exposed_s(trace, parts) for trace, parts in zip(traces, of_steps, strict=True))
+    graph.exposed_s = exposed_s / (len(traces) * len(places))
     return graph, limits
+
+
+def _exposed_s(trace: RankTrace, of_steps: OfSteps) -> float:
+    """Return for how long an exchange was under way on a rank and nothing was computed."""
+    busy, parts = _Busy(trace), list(chain.from_iterable(of_steps))
+    starts, ends = union([part.start_s for part in parts], [part.end_s or part.start_s for part in parts])
+    return sum(end - start - busy.between(start, end) for start, end in zip(starts, ends, strict=True))
 
 
 def _hosts_of(traces: Sequence[RankTrace], ranks_per_node: int | None) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from itertools import accumulate, count, pairwise
 
 from tritonmoe.tools.doctor.exchange_names import as_run, kind_of_name
 from tritonmoe.tools.doctor.kineto_events import KinetoEvents, from_label, from_nccl, from_operator
-from tritonmoe.tools.doctor.trace import Part, RankTrace, Step
+from tritonmoe.tools.doctor.trace import Part, RankTrace, Step, union
 from tritonmoe.tools.doctor.trace_files import damaged
 
 __all__ = ["KinetoTrace", "host_in_name"]
@@ -19,6 +19,8 @@ OF_TENSORBOARD = re.compile(r"(.+)_(\d+)\.\d+\.pt\.trace\.json(?:\.gz)?")
 """How torch.profiler.tensorboard_trace_handler calls a trace: after host and process."""
 MOST_BACKWARD = 0.01
 """Of a file's events at most this share may end before they begin."""
+UNORDERED_S = 1e-3
+"""Events that begin earlier than the one before in the file by no more than that stand in the order of their times."""
 FAR_S = 3600.0
 """No event is further from the steps than that."""
 
@@ -26,8 +28,8 @@ FAR_S = 3600.0
 class KinetoTrace(KinetoEvents):
     """Puts a rank's trace together from what stands in it."""
 
-    def trace(self) -> RankTrace:
-        """Return what the trace says of its rank.
+    def trace(self, is_cut: bool = False) -> RankTrace:
+        """Return what the trace says of its rank; is_cut: the file ends in the middle of its events.
 
         Raises:
             ValueError: there is nothing in it that a step could be due to; the message says what is missing.
@@ -48,6 +50,7 @@ class KinetoTrace(KinetoEvents):
         base = self.top.get("baseTimeNanoseconds", 0)
         if type(base) not in (int, float) or not abs(base) < 1e19:
             raise damaged(self.path, "baseTimeNanoseconds is no time")
+        whole_until_s = self._whole_until_s(is_gpu) if is_cut else float("inf")
         if not is_gpu and (self.comms or not self.operators) and not self.by_workers:
             why = (
                 "the run used NCCL, and the file has no events of a GPU"
@@ -58,8 +61,8 @@ class KinetoTrace(KinetoEvents):
         if is_gpu:
             self._of_gpu(found)
         else:
-            self._of_cpu(found)
-        self._steps(found, is_gpu)
+            self._of_cpu(found, is_cut)
+        self._steps(found, is_gpu, whole_until_s)
         if base > 0:
             found.move(lambda moment_s: moment_s + base / 1e9)
         found.is_unix_clock = base > 0 or (len(found.steps) > 0 and found.steps[0].start_s > 1e9)
@@ -82,7 +85,25 @@ class KinetoTrace(KinetoEvents):
             if all(type(rank) is int for rank in one["ranks"])
         }
 
-    def _steps(self, found: RankTrace, is_gpu: bool) -> None:
+    def _whole_until_s(self, is_gpu: bool) -> float:
+        """Return up to when a file has all events that ends in the middle of them.
+
+        Raises:
+            ValueError: that can't be told, since its events don't stand in the order of their times.
+        """
+        if not is_gpu and self.top.get("deviceProperties"):
+            raise damaged(self.path, f"it ends too soon, after {self.num_events} events, none of which is of the GPU")
+        columns = [self.kernels[0], [of[1] for of in self.exchanges_on_gpu]] if is_gpu else []
+        columns += [] if is_gpu else [starts for starts, _ in self.operators.values()]
+        back = (later - own for of in columns for later, own in zip(accumulate(of, max), of, strict=True))
+        if max(back, default=0.0) > UNORDERED_S:
+            raise damaged(
+                self.path,
+                f"it ends too soon, after {self.num_events} events, which don't stand in the order of their times",
+            )
+        return max((of[-1] for of in columns if of), default=0.0)
+
+    def _steps(self, found: RankTrace, is_gpu: bool, whole_until_s: float) -> None:
         by_number: dict[int, Step] = {}
         for step in sorted(self.steps, key=lambda step: step.start_s):
             by_number.setdefault(step.number, step)
@@ -92,6 +113,14 @@ class KinetoTrace(KinetoEvents):
         lasts = [part.end_s or part.start_s for part in found.parts]
         first = min([*found.busy_start_s[:1], *(part.posted_s for part in found.parts)], default=0.0)
         last = max([*found.busy_end_s[-1:], *lasts], default=first)
+        if whole_until_s < float("inf"):
+            # A step of a GPU may seem to have ended where only its first kernels are in the file.
+            whole = [step for step in (steps[:-1] if is_gpu else steps) if step.end_s <= whole_until_s]
+            if not whole:
+                raise damaged(self.path, f"it ends too soon, after {self.num_events} events, before a step is whole")
+            left = f"{len(steps) - len(whole)} of {len(steps)} steps, which are not whole, are left out"
+            found.limits.append(f"the file ends in the middle, after {self.num_events} events: {left}")
+            steps = whole
         if not steps:
             found.limits.append(
                 "no steps are marked (profiler.step() was not called): the whole trace counts as one step"
@@ -165,7 +194,7 @@ class KinetoTrace(KinetoEvents):
                 "by their order"
             )
 
-    def _of_cpu(self, found: RankTrace) -> None:
+    def _of_cpu(self, found: RankTrace, is_cut: bool) -> None:
         self.posts.sort(key=lambda post: post[1])
         by_thread: dict[object, list[float]] = defaultdict(list)
         for _, start_s, _, thread, _ in self.posts:
@@ -196,12 +225,15 @@ class KinetoTrace(KinetoEvents):
             found.parts.append(part)
             waiting[as_run(kind)].append(part)
         lanes: dict[object, int] = {}
-        alone = count(MOST_LANES)
+        alone, begins = count(MOST_LANES), sorted(step.start_s for step in self.steps)
         for part in labelled:
             part.lane = next(alone)
             found.parts.append(part)
         for name, start_s, end_s, thread in sorted(self.by_workers, key=lambda one: one[1]):
             of_kind = waiting.get(as_run(kind_of_name(name) or ""), [])
+            if is_cut:  # threads stand one after the other in a file, and what the last ones ran may be missing
+                at = bisect_right(begins, start_s)
+                of_kind[:] = [part for part in of_kind if bisect_right(begins, part.posted_s) >= at]
             if of_kind and of_kind[0].posted_s <= start_s:
                 part = of_kind.pop(0)
                 part.start_s, part.end_s, part.is_noticed = start_s, end_s, thread in waiting_threads
@@ -217,7 +249,7 @@ class KinetoTrace(KinetoEvents):
                 f"of {len(unknown)} of {len(found.parts)} exchanges the file doesn't say when they ended"
             )
         ends_of_posts = {start_s: end_s for _, start_s, end_s, _, _ in self.posts}
-        for part in unknown:
+        for part in unknown if not is_cut else ():  # of what was cut off, other ranks' files may tell
             part.end_s = ends_of_posts.get(part.posted_s, part.posted_s)
 
     def _labelled(self) -> list[Part]:
@@ -259,17 +291,3 @@ def _with_several_at_once(exchanges: Sequence[tuple[str, float, float, object]])
             found.add(thread)
         ends[thread] = max(end_s, ends.get(thread, end_s))
     return found
-
-
-def union(starts: Sequence[float], ends: Sequence[float]) -> tuple[array, array]:
-    """Return the intervals in order in which at least one of these lasts."""
-    found_starts, found_ends = array("d"), array("d")
-    last = float("-inf")
-    for start, end in sorted(zip(starts, ends, strict=True)):
-        if start > last:
-            found_starts.append(start)
-            found_ends.append(end)
-            last = end
-        elif end > last:
-            found_ends[-1] = last = end
-    return found_starts, found_ends

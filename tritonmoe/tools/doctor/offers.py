@@ -15,7 +15,7 @@ from tritonmoe.overlap.schedule import build_forward
 from tritonmoe.overlap.simulation.cost_model import LayerWork, LinkCosts, StepCosts
 from tritonmoe.overlap.simulation.simulator import simulate
 from tritonmoe.overlap.steps import StepKind
-from tritonmoe.tools.doctor.advice import Advice
+from tritonmoe.tools.doctor.advice import Advice, setting_of
 from tritonmoe.tools.doctor.attribution import Cost
 from tritonmoe.tools.doctor.graph import Graph, Key, Kind, Member, indices
 from tritonmoe.tools.doctor.replays import Replays
@@ -361,7 +361,7 @@ class Offers:
                 there_s, back_s = self._transfers_s(layer)
                 ratios[[*layer.there, *layer.back]] = 1 - saved_s / (there_s + back_s)
             gains.append(Cost.of(self._gained(self.transfer_s * ratios, steps)))
-        words = f"{plan.num_chunks} chunks of tokens: one travels while the experts compute another"
+        words = f"{setting_of(plan)}: of {plan.num_chunks} chunks one travels while the experts compute another"
         price = "layers are needed that can run chunks, such as tritonmoe's; rows that stay on their rank may hide more"
         return Advice(words, price, Cost(gains[EXPECTED].seconds, gains[WORST].low_s, gains[BEST].high_s))
 

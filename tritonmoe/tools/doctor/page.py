@@ -98,11 +98,12 @@ class RunPart:
             cost, share = number(f"findings/{n}/cost_s", "s"), number(f"findings/{n}/share", "share")
             lines.append([said_of_it, cost, " a step, ", share, ". To do: ", words.to_do, "."])
         lines += warnings_of(found)
-        steps = f", the mean of {count_words(len(found.graph.steps), 'step')}; replayed "
-        measured, replayed, error = (
-            number(*of) for of in (("measured_s", "s"), ("replayed_s", "s"), ("error", "share"))
+        calls = ["; its layer calls ", number("measured_s", "s")] if found.whole_s != found.replayed_s else []
+        step, replayed, error = (
+            number(*of) for of in (("whole_s" if calls else "measured_s", "s"), ("replayed_s", "s"), ("error", "share"))
         )
-        lines.append(["A step takes ", measured, steps, replayed, ", ", error, " off."])
+        steps = f", the mean of {count_words(len(found.graph.steps), 'step')}"
+        lines.append(["A step takes ", step, steps, *calls, "; replayed ", replayed, ", ", error, " off."])
         return Banner(tone, verdict, lines, name, self.run.limits)
 
     def sections(self) -> Iterator[tuple[str, list[Block]]]:
@@ -129,7 +130,7 @@ class RunPart:
             return
         if len(keys) > 1:
             keys.append(("findings_together", None))
-        top = max([found.replayed_s, *(self.at(f"{key}/high_s") for key, _ in keys)]) or 1.0
+        top = max([found.whole_s, *(self.at(f"{key}/high_s") for key, _ in keys)]) or 1.0
         strips: list[Strip] = []
         rows: list[Sequence[Cell | Line]] = []
         for n, (key, words) in enumerate(keys):

@@ -202,13 +202,15 @@ def _read_json(path: Path) -> _Read:
                 events.append(value)
                 continue
         of_trace.take(key, value)
+    if pieces.is_cut and events is not None:
+        raise damaged(path, f"it ends too soon, after {pieces.num_elements} elements")
     if events is not None:
         return read_timeline(path, events)
     if is_flight_record(of_trace.top):
         return read_flight_record(path, of_trace.top)
     if of_trace.num_events == 0 and "traceEvents" not in of_trace.top and not _has_events(path):
         return f"{path} is JSON, but no trace"
-    return of_trace.trace()
+    return of_trace.trace(pieces.is_cut)
 
 
 def _has_events(path: Path) -> bool:

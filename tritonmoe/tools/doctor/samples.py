@@ -18,6 +18,7 @@ __all__ = [
     "fit_relative_line",
     "medians",
     "middle",
+    "rows_of",
     "slope",
     "weighted_median",
 ]
@@ -62,7 +63,7 @@ def level(medians: Sequence[float], noise: float = 0.0) -> float:
     return statistics.median(ordered[:cut] if cut else ordered)
 
 
-def _rows_of(groups: Tensor, values: Tensor) -> Tensor:
+def rows_of(groups: Tensor, values: Tensor) -> Tensor:
     """Put values (n,) of groups into (G, L), a row for each group that there is, in their order; NaN where it ends."""
     kept, number, counts = groups.unique(return_inverse=True, return_counts=True)
     order = number.argsort(stable=True)
@@ -80,7 +81,7 @@ def slope(rank: Tensor, step: Tensor, size: Tensor, value: Tensor) -> float:
     largest = float((value / size).nan_to_num(posinf=0.0, neginf=0.0).clamp(min=0).max()) if len(size) else 0.0
     found, weights = [], []
     for groups in (rank, step):
-        sizes, values = _rows_of(groups, size), _rows_of(groups, value)
+        sizes, values = rows_of(groups, size), rows_of(groups, value)
         by_value = values.argsort(dim=1, stable=True)
         order = by_value.gather(1, sizes.gather(1, by_value).argsort(dim=1, stable=True))
         sizes, values = sizes.gather(1, order), values.gather(1, order)
@@ -135,7 +136,7 @@ class Samples:
         self.of_size = unit_s * (sizes - fair[step])
         """Seconds that each takes more than at the mean size of its step."""
         rest = times - unit_s * (sizes - mean)
-        table = _rows_of(rank, rest)
+        table = rows_of(rank, rest)
         medians = table.nanmedian(1).values
         noise = float(middle(1.4826 * middle((table - middle(table)[:, None]).abs())[None])[0])
         count = len(rest) / len(medians)

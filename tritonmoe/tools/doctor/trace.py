@@ -1,10 +1,10 @@
 """What a reader gives of one rank: when its computing lane was busy, its exchanges, its steps, what the file lacks."""
 
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-__all__ = ["Part", "RankTrace", "Step"]
+__all__ = ["Part", "RankTrace", "Step", "union"]
 
 
 @dataclass
@@ -93,3 +93,17 @@ class RankTrace:
             part.end_s = None if part.end_s is None else moved(part.end_s)
         for step in self.steps:
             step.start_s, step.end_s = moved(step.start_s), moved(step.end_s)
+
+
+def union(starts: Sequence[float], ends: Sequence[float]) -> tuple[array, array]:
+    """Return the intervals in order in which at least one of these lasts."""
+    found_starts, found_ends = array("d"), array("d")
+    last = float("-inf")
+    for start, end in sorted(zip(starts, ends, strict=True)):
+        if start > last:
+            found_starts.append(start)
+            found_ends.append(end)
+            last = end
+        elif end > last:
+            found_ends[-1] = last = end
+    return found_starts, found_ends

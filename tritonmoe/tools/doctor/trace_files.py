@@ -13,7 +13,9 @@ from tritonmoe.runtime.files import Unpacked, check_regular, nests_too_deep
 
 __all__ = ["JsonPieces", "damaged", "first_bytes", "number", "open_text"]
 
-BLOCK = 1 << 20
+BLOCK, PIECE = 1 << 20, 1 << 16
+LONGEST_WORD = 8
+"""What has so few characters before the end may be the first of a word or number."""
 FIRST_BYTES = 4096
 MAX_VALUE = 256 << 20
 """No value of a trace, beside the list of its events, has more characters."""
@@ -69,18 +71,23 @@ def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"it has {name}")
 
 
+class _EndsTooSoon(ValueError):
+    """The file ends in the middle."""
+
+
 class JsonPieces:
     """A large file of JSON, an object of which one list may be long, read without ever holding all of it.
 
     `for key, value in JsonPieces(path, "traceEvents")` gives the object's members in their order; of the long list
-    every element, with its key. A file that is a list itself gives its elements so.
+    every element, with its key. A file that is a list itself gives its elements so. Of a file that ends in the middle
+    of the list, or behind it, `is_cut` is true then, and what is whole was given.
     """
 
     def __init__(self, path: Path, long_key: str) -> None:
         self.path, self.long_key = path, long_key
         self._text, self._at, self._is_whole = "", 0, False
         self._decode = json.JSONDecoder(parse_constant=_no_constant).raw_decode
-        self.num_elements = 0
+        self.num_elements, self.is_cut = 0, False
         self.scan: Callable[[str, int], tuple[int, int]] | None = None
         """Takes elements from the text, with the comma behind each; gives where the next one begins, and how many."""
 
@@ -88,12 +95,16 @@ class JsonPieces:
         """Return members and elements.
 
         Raises:
-            ValueError: the file is damaged, or ends too soon; the message says where.
+            ValueError: the file is damaged, or ends before the list has an element; the message says where.
         """
         try:
             with open_text(self.path) as self._file:
                 yield from self._whole()
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        except _EndsTooSoon as error:
+            if not self.num_elements:
+                raise damaged(self.path, str(error)) from None
+            self.is_cut = True
+        except (gzip.BadGzipFile, zlib.error) as error:
             raise damaged(self.path, f"it is packed, and can't be unpacked to its end: {error}") from None
         except UnicodeDecodeError as error:
             raise damaged(self.path, f"it is no text: {error.reason}") from None
@@ -178,18 +189,36 @@ class JsonPieces:
             except ValueError as error:
                 is_cut = isinstance(error, json.JSONDecodeError)
                 # An error far from the end of what was read so far is no cut.
-                if self._is_whole or not is_cut or len(self._text) - error.pos > BLOCK // 2:  # type: ignore[attr-defined]
+                if not is_cut or len(self._text) - error.pos > BLOCK // 2:  # type: ignore[attr-defined]
                     raise damaged(self.path, f"{what}: {str(error)[:80]}") from None
+                if self._is_whole:
+                    self._check_end(error, what)  # type: ignore[arg-type]
             if len(self._text) - self._at > MAX_VALUE:
                 raise damaged(self.path, f"{what} has more than {MAX_VALUE} characters")
             self._fill(grown)
             grown *= 2
 
+    def _check_end(self, error: json.JSONDecodeError, what: str) -> NoReturn:
+        """Raise that the file ends too soon, where what can't be read is only not there any more."""
+        is_open = error.msg.startswith("Unterminated string") or error.pos >= len(self._text.rstrip()) - LONGEST_WORD
+        if is_open:
+            raise self._too_soon()
+        raise damaged(self.path, f"{what}: {str(error)[:80]}") from None
+
+    def _too_soon(self) -> _EndsTooSoon:
+        return _EndsTooSoon(f"it ends too soon, after {self.num_elements} elements")
+
     def _fill(self, count: int = BLOCK) -> None:
-        block = self._file.read(count)
-        self._text, self._at = self._text[self._at :] + block, 0
-        if not block:
+        blocks = [self._text[self._at :]]
+        try:
+            for _ in range(0, count, PIECE):
+                blocks.append(self._file.read(PIECE))
+                if not blocks[-1]:
+                    break
+        except EOFError:  # of a packed file that ends in the middle: what was unpacked before is there
             self._is_whole = True
+        self._is_whole |= not blocks[-1]
+        self._text, self._at = "".join(blocks), 0
 
     def _peek(self) -> str:
         """Return the next character that is not blank, which is the next one then; "" at the end."""
@@ -202,6 +231,6 @@ class JsonPieces:
     def _next(self, allow_end: bool = False) -> str:
         found = self._peek()
         if not found and not allow_end:
-            raise damaged(self.path, f"it ends too soon, after {self.num_elements} elements")
+            raise self._too_soon()
         self._at += 1
         return found

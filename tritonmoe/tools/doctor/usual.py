@@ -61,7 +61,7 @@ def usual_of(graph: Graph, linked_s: Tensor | None = None) -> Usual:
         tables, graph = graph.tables, copy.copy(graph)
         graph.tables = replace(
             tables,
-            busy_s=tables.busy_s - shared.busy_s,
+            busy_s=tables.busy_s - shared.work_s,
             idle_s=tables.idle_s - shared.idle_s,
             transfer_s=tables.transfer_s - shared.transfer_s,
         )

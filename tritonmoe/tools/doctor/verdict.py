@@ -78,8 +78,11 @@ def about(run: ReadRun, found: Verdict) -> str:
 
 def step_words(found: Verdict) -> str:
     """Return how long a step takes, and how ranks spend it, in words."""
+    measured = time_words(found.measured_s)
+    if found.whole_s != found.replayed_s:
+        measured = f"{time_words(found.whole_s)}, its layer calls, which alone are recorded, {measured}"
     return (
-        f"a step takes {time_words(found.measured_s)}, in the replay {time_words(found.replayed_s)} "
+        f"a step takes {measured}, in the replay {time_words(found.replayed_s)} "
         f"({found.error:+.1%}); a rank spends {share_words(found.computing_s, found)} of a step computing, "
         f"{share_words(found.waiting_s, found)} waiting in exchanges, {share_words(found.host_s, found)} on neither"
     )
@@ -149,20 +152,17 @@ def remarks(run: ReadRun, found: Verdict) -> list[str]:
             f"StragglerAnalysis' figures, from means: S {jobs.S:.3f}, M_W {jobs.M_W:.3f} of "
             f"{found.graph.named(jobs.slowest)}, M_S {jobs.M_S:.3f} of the last stage"
         )
+    exposed = f"exchanges are {share_words(found.graph.exposed_s, found, 1)} exposed (nothing is computed then), "
     lines.append(
-        f"noise costs {share_words(found.noise_s, found)} of a step; with instant exchanges a step would take "
-        f"{share_words(found.exposed_s, found)} less"
+        f"noise costs {share_words(found.noise_s, found)} of a step; {exposed * (run.lanes == 'gpu')}with instant "
+        f"exchanges a step would take {share_words(found.exposed_s, found)} less"
     )
     lines += warnings_of(found)
-    if isinstance(run, RecordedRun):
+    idle_s = found.host_s - max(0.0, found.graph.exposed_s - found.waiting_s)
+    if run.lanes == "gpu" and found.replayed_s and idle_s > MUCH_HOST * found.replayed_s:
         lines.append(
-            f"a step is here the sum of its layer calls, which alone are recorded; with the work between the calls it "
-            f"takes {time_words(run.built.step_s)}"
-        )
-    elif run.lanes == "gpu" and found.replayed_s and found.host_s > MUCH_HOST * found.replayed_s:
-        lines.append(
-            f"for {share_words(found.host_s, found)} of a step the GPU runs no kernel and waits for no exchange: it "
-            "waits for launches, Python or data loading"
+            f"for {share_words(idle_s, found)} of a step the GPU runs neither kernels nor exchanges: it waits for "
+            "launches, Python or data loading"
         )
     return lines
 
@@ -182,6 +182,7 @@ def as_json(run: ReadRun, found: Verdict, advice: Sequence[Advice] = (), shown: 
         "measured_steps_s": list(graph.measured_s),
         "slow_steps": [graph.steps[index] for index in shown.slow],
         "replayed_s": found.replayed_s,
+        "whole_s": found.whole_s,
         "error": found.error,
         "is_explained": found.is_explained,
         "is_healthy": found.is_healthy,
@@ -200,7 +201,7 @@ def as_json(run: ReadRun, found: Verdict, advice: Sequence[Advice] = (), shown: 
                 "gain_s": one.gain.seconds,
                 "low_s": one.gain.low_s,
                 "high_s": one.gain.high_s,
-                "share": one.gain.share(found.replayed_s),
+                "share": one.gain.share(found.whole_s),
             }
             for one in advice
         ],
@@ -236,4 +237,4 @@ def _plain_finding(finding: Finding, run: ReadRun, found: Verdict) -> Json:
 
 
 def _plain(cost: Cost, found: Verdict) -> Json:
-    return {"cost_s": cost.seconds, "low_s": cost.low_s, "high_s": cost.high_s, "share": cost.share(found.replayed_s)}
+    return {"cost_s": cost.seconds, "low_s": cost.low_s, "high_s": cost.high_s, "share": cost.share(found.whole_s)}

@@ -27,7 +27,13 @@ class FindingWords(NamedTuple):
 def describe_finding(one: Finding, found: Verdict, recording: Recording | None = None) -> FindingWords:
     """Return the words of a finding; recording: the recording of this package's layers, where the run is one."""
     graph, culprits = found.graph, one.culprits
-    if culprits.links and not culprits.words:
+    cause = CAUSES[one.kind]
+    unlike = sorted({graph.stages[rank] for rank in culprits.ranks} if graph.stages else ())
+    if cause.of_whom == "stage" and unlike:
+        who = f"stage{'s' * (len(unlike) > 1)} {' and '.join(map(str, unlike))}"
+    elif cause.of_whom:
+        who = cause.of_whom + "s" * (cause.of_whom == "stage")
+    elif culprits.links and not culprits.words:
         ways = [f"from rank {graph.ranks[i]} to rank {graph.ranks[k]}" for i, k in culprits.links]
         who = " and ".join(ways)
     elif culprits.moves and culprits.ranks:
@@ -39,12 +45,11 @@ def describe_finding(one: Finding, found: Verdict, recording: Recording | None =
     else:
         who = "all ranks" if len(graph.ranks) > 1 else "the rank"
     count = len(culprits.links) * (not culprits.words) or len(culprits.ranks) or len(graph.ranks)
-    several = count > 1 and (not culprits.moves or bool(culprits.ranks))
+    several = count > 1 and (not culprits.moves or bool(culprits.ranks)) and len(unlike) * bool(cause.of_whom) != 1
     where = [place_words(culprits.place)] if culprits.place else [f"in {culprits.phase}"] if culprits.phase else []
     where += [f"in layer {culprits.layer}"] if culprits.layer is not None else []
     hidden = "; other causes hide this cause: mending it alone gains little" if one.is_hidden else ""
     is_of_all = len(graph.ranks) > 1 and not (culprits.links or culprits.moves or culprits.ranks)
-    cause = CAUSES[one.kind]
     is_of_no_rank = is_of_all and bool(cause.to_do_of_all)
     to_do = cause.to_do_of_all if is_of_no_rank else cause.to_do
     if len(graph.ranks) == 2 and cause.is_of_links:
@@ -97,13 +102,13 @@ def time_words(seconds: float) -> str:
     return f"{seconds:.1f} s" if abs(seconds) >= 10 else f"{1e3 * seconds:.1f} ms"
 
 
-def share_words(seconds: float, found: Verdict) -> str:
-    """Return a time as a share of a step."""
-    return f"{seconds / found.replayed_s if found.replayed_s else 0.0:.0%}"
+def share_words(seconds: float, found: Verdict, decimals: int = 0) -> str:
+    """Return a time as a share of the whole step."""
+    return f"{seconds / found.whole_s if found.whole_s else 0.0:.{decimals}%}"
 
 
 def cost_words(cost: Cost, found: Verdict) -> str:
     """Return a cost with its interval, which no step can exceed: "12.1 ms a step, 14% (13% to 15%)"."""
-    seconds, low_s, high_s = (min(value, found.replayed_s) for value in (cost.seconds, cost.low_s, cost.high_s))
+    seconds, low_s, high_s = (min(value, found.whole_s) for value in (cost.seconds, cost.low_s, cost.high_s))
     share, low, high = (share_words(value, found) for value in (seconds, low_s, high_s))
     return f"{time_words(seconds)} a step, {share} ({low} to {high})"
