@@ -8,6 +8,7 @@ SINGLE = {"normal": {"out": 28, "dx": 28, "dweight": 28}, "outliers": {"out": 27
 LAYER = {"normal": 23, "outliers": 21.5}
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("kind", LAYER)
 @pytest.mark.parametrize("name", PRECISIONS)
 def test_noise(name, kind):

@@ -115,6 +115,7 @@ def test_a_part_that_has_too_many_rows_is_cut_again() -> None:
         assert torch.equal(report.traffic_pairs, sum(part.traffic_pairs for part in report.parts))
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("keeps", ["rows", "nothing"])
 def test_activation_checkpointing(use_reentrant: bool, keeps: Keeps) -> None:
@@ -314,7 +315,9 @@ def measure(overlap: tm.OverlapConfig, num_hot: int, num_layers: int = 2) -> tup
     return max(tm.run_on_emulated_ranks(on_rank, 2, timeout_s=60))
 
 
-@pytest.mark.parametrize("routing", [pytest.param("uniform", marks=pytest.mark.thorough), *list(HOT)[1:]])
+@pytest.mark.parametrize(
+    "routing", ["rank 0", *(pytest.param(of, marks=pytest.mark.thorough) for of in HOT if of != "rank 0")]
+)
 def test_layers_stay_within_one_budget(routing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What uniform routing needs is enough for every other one, in the first step too."""
     recycle_nothing(monkeypatch)

@@ -47,9 +47,11 @@ def states_equal(left, right) -> bool:
 # Equal to the dense model
 
 
-@pytest.mark.parametrize(("top_k", "granularity"), [(2, 1), (8, 4), (3, 3)])
+@pytest.mark.sweep(1)
+@pytest.mark.parametrize("top_k_and_granularity", [(2, 1), (8, 4), (3, 3)], ids=str)
 @pytest.mark.parametrize("name", NATIVE)
-def test_native_twins_equal_the_dense_model(name, top_k, granularity):
+def test_native_twins_equal_the_dense_model(name, top_k_and_granularity):
+    top_k, granularity = top_k_and_granularity
     dense = make_dense(name)
     before = copy.deepcopy(dense.state_dict())
     moe = upcycle(dense, 4 * granularity, top_k, granularity=granularity)
@@ -61,6 +63,7 @@ def test_native_twins_equal_the_dense_model(name, top_k, granularity):
     assert own.isdisjoint(tensor.data_ptr() for tensor in moe.state_dict().values())
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("options", [{"top_k": 3}, {"granularity": 2, "top_k": 4, "shared_expert": True}], ids=str)
 @pytest.mark.parametrize("name", INPLACE)
 def test_inplace_equals_the_dense_model(name, options):
@@ -132,7 +135,7 @@ def test_a_twin_without_fused_experts_is_refused():
     assert verify_upcycle(dense, upcycle(dense, 4, 2, target="inplace"), make_batch(dense)).relative_error < EXACT_FP32
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", pytest.param("gpt2", marks=pytest.mark.thorough)])
 def test_greedy_text_is_the_same(name):
     dense = make_dense(name)
     moe = upcycle(dense, 8, 4, granularity=2)
@@ -273,6 +276,7 @@ def test_the_seed_decides_every_bit(init):
     assert torch.equal(torch.get_rng_state(), after_dense)
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 @pytest.mark.parametrize("init", ["noise", "drop"])
 def test_other_inits_are_near_and_say_so(name, init, caplog):

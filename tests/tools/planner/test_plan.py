@@ -410,6 +410,7 @@ def test_what_cannot_change_what_is_cheapest_is_not_to_be_measured(one_size):
     assert found.decides == []
 
 
+@pytest.mark.thorough
 def test_what_is_assumed_of_both_decides_nothing(one_size):
     """Machines of which the same is assumed differ by their prices, and by what runs differ by anyway."""
     node = CLUSTERS["H100"].with_nodes(1)
@@ -421,6 +422,7 @@ def test_what_is_assumed_of_both_decides_nothing(one_size):
     assert text.endswith("; no single number decides, so run the job on both for some minutes first.")
 
 
+@pytest.mark.thorough
 def test_equal_gpus_and_equal_price(one_size):
     node, rack = CLUSTERS["H100"].with_nodes(9), CLUSTERS["GB200"]
     assert [one.num_gpus for one in equalized([node, rack], "gpus")] == [72, 72]
