@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tritonmoe.config.overlap import OverlapPlan
-from tritonmoe.config.precision import PIECE, ExpertPrecision
+from tritonmoe.config.precision import PIECE, PIECE_OF_GPU, ExpertPrecision
 from tritonmoe.overlap.schedule import Schedule
 from tritonmoe.overlap.simulation.cost_model import LayerWork, backward_with, forward_with
 from tritonmoe.overlap.steps import Step, StepKind, Way
@@ -244,7 +244,8 @@ class _PassWalk:
 
     def decode(self, rows: Tensor) -> None:
         """Decode received rows, a piece at a time."""
-        self.count((rows * self.widths.hidden_size).clamp(max=PIECE) * DECODING_BYTES)
+        piece = PIECE_OF_GPU if self.widths.working_set.max_block_pairs is None else PIECE
+        self.count((rows * self.widths.hidden_size).clamp(max=piece) * DECODING_BYTES)
 
     def _compute_blocks(self, pairs: Tensor, max_block_pairs: int, block_bytes: int, keeps_results: bool) -> Tensor:
         """Compute pairs (W,) block by block, and give what is there when the last block is done, beside sums of rows.
