@@ -1,11 +1,14 @@
 """layer.peak_bytes(), before any call, against what calls then hold, and what it refuses."""
 
+from typing import Any
+
 import pytest
 import torch
 from held_storages import HeldStorages, keep_what_is_sent, recycle_nothing
 from torch import Tensor
 
 import tritonmoe as tm
+from tritonmoe.overlap.simulation.memory import BufferWidths
 from tritonmoe.overlap.tuning.memory_estimate import expert_loads
 from tritonmoe.transports import Transport
 
@@ -28,7 +31,13 @@ def draw(popularity: Tensor, rank: int) -> Tensor:
 
 
 def held_and_expected(
-    overlap: tm.OverlapConfig, routing: str, dtype: torch.dtype, *, num_layers: int, backward: bool
+    overlap: tm.OverlapConfig,
+    routing: str,
+    dtype: torch.dtype,
+    *,
+    num_layers: int,
+    backward: bool,
+    precision: tm.ExpertPrecision | None = None,
 ) -> tuple[int, set[int]]:
     """Return what the fullest rank held in such layers, and what the ranks expected."""
     popularity = {"uniform": torch.ones(EXPERTS), "recorded": SKEWED}.get(routing)
@@ -36,7 +45,7 @@ def held_and_expected(
         popularity = (torch.arange(EXPERTS) < EXPERTS // SIZE).float()
     ids = [draw(popularity, rank) for rank in range(SIZE)]
     recorded = torch.stack([of.flatten().bincount(minlength=EXPERTS) for of in ids]).sum(0)
-    config = tm.MoEConfig(HIDDEN, INTERMEDIATE, EXPERTS, TOP_K)
+    config = tm.MoEConfig(HIDDEN, INTERMEDIATE, EXPERTS, TOP_K, expert_precision=precision)
 
     def on_rank(transport: Transport) -> tuple[int, int]:
         keep_what_is_sent(transport)
@@ -81,6 +90,26 @@ def test_expected_is_held(backward: bool, chunks: int, routing: str, dtype: torc
     held, expected = held_and_expected(overlap, routing, dtype, num_layers=2, backward=backward)
     assert len(expected) == 1  # the same on every rank
     assert expected.pop() == pytest.approx(held, rel=BOUNDS[dtype])
+
+
+@pytest.mark.parametrize(
+    ("form", "gradients", "chunks", "routing"),
+    [("fp8_block", "bf16", 1, "uniform"), ("mxfp8", "bf16", 4, "worst"), ("fp8_block", "fp8", 4, "worst")],
+)
+def test_expected_in_a_precision(form: Any, gradients: Any, chunks: int, routing: str) -> None:
+    """Codes, rounded weights and operands of weight gradients are counted; rows are kept as codes."""
+    overlap, precision = tm.OverlapConfig(num_chunks=chunks), tm.ExpertPrecision(form, gradients)
+    held, expected = held_and_expected(
+        overlap, routing, torch.bfloat16, num_layers=2, backward=True, precision=precision
+    )
+    assert len(expected) == 1
+    assert expected.pop() == pytest.approx(held, rel=0.1)
+
+
+def test_kept_rows_are_codes() -> None:
+    widths = BufferWidths(4096, 1024, 8, 2, precision=tm.ExpertPrecision("mxfp8"))
+    assert widths.kept_row_bytes == 4096 + 128
+    assert widths.kept_row_bytes <= 0.53 * widths.row_bytes
 
 
 @pytest.mark.parametrize("routing", ["uniform", "worst"])
@@ -138,7 +167,9 @@ def test_what_is_not_known_before_a_call() -> None:
         with pytest.raises(ValueError, match="replicas"):
             tm.GroupedExperts(config, transport, placement=replicas).peak_bytes(10)
         precise = tm.MoEConfig(128, 128, 4, 2, expert_precision=tm.ExpertPrecision("fp8_block"))
-        with pytest.raises(ValueError, match="ExpertPrecision"):
-            tm.GroupedExperts(precise, transport, dtype=torch.bfloat16).peak_bytes(10)
+        budget = tm.OverlapConfig(memory_budget_bytes=10**9)
+        with pytest.raises(ValueError, match=r"memory_budget_bytes doesn't count .* leave the precision out"):
+            tm.GroupedExperts(precise, transport, budget, dtype=torch.bfloat16).peak_bytes(10)
+        assert tm.GroupedExperts(precise, transport).peak_bytes(10) > 0  # fp32 parameters, under torch.autocast
 
     tm.run_on_emulated_ranks(on_rank, 2, timeout_s=30)

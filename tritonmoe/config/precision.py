@@ -41,8 +41,8 @@ NOT_FINITE = 255
 infinity or NaN. All its numbers are NaN then: 255 is NaN in the OCP format too."""
 MIDDLE_SCALE = 240
 """Numbers of blocks with larger scales are rounded after a division: 16 times such a number may be past bf16."""
-PIECE = 2**19
-"""So many numbers are rounded at a time, whose temporaries stay in a CPU's caches."""
+PIECE, PIECE_OF_GPU = 2**19, 2**24
+"""So many numbers are rounded at a time. Temporaries stay in a CPU's caches, and are a small part of a GPU's memory."""
 
 
 @dataclass(frozen=True)
@@ -167,10 +167,10 @@ def weight_block(precision: ExpertPrecision, depth: int) -> tuple[int, int]:
 
 
 def _pieces(matrix: Tensor, block: tuple[int, int]) -> Iterator[tuple[slice, Tensor]]:
-    """Cut a matrix into rows that stay in cache, as (blocks down, rows of a block, blocks across, columns of one)."""
+    """Cut a matrix into pieces of rows, as (blocks down, rows of a block, blocks across, columns of one)."""
     height, width = block
     num_rows, columns = matrix.shape
-    step = max(1, PIECE // (height * max(columns, 1))) * height
+    step = max(1, (PIECE if matrix.is_cpu else PIECE_OF_GPU) // (height * max(columns, 1))) * height
     for first in range(0, num_rows, step):
         piece = matrix[first : first + step]
         padding = (0, -columns % width, 0, -piece.shape[0] % height)

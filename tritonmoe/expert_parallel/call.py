@@ -19,6 +19,7 @@ from tritonmoe.dispatch.placement import ExpertPlacement
 from tritonmoe.expert_parallel.state import LayerCalls, TransportState, UnderWay
 from tritonmoe.experts.spec import ExpertSettings, ExpertSpec, from_plain, literal, to_plain
 from tritonmoe.experts.tensors import CallTensors
+from tritonmoe.ops.backends.rounded import RoundedOperations
 from tritonmoe.ops.grouping import Grouping
 from tritonmoe.overlap.report import LayerReport
 from tritonmoe.overlap.simulation.memory import BufferWidths
@@ -96,14 +97,19 @@ class ProposedCall:
 
 def buffer_widths(tensors: CallTensors[Tensor], settings: ExpertSettings, *, has_backward: bool) -> BufferWidths:
     """Return the widths of the buffers of a call with these tensors."""
+    weights, ops = tensors.weights, settings.ops
+    of_weights = (weights.gate_up_proj, weights.down_proj)
+    rounded_bytes = sum(map(ops.rounded_bytes, of_weights)) if isinstance(ops, RoundedOperations) else 0
     return BufferWidths(
         tensors.x.shape[1],
         settings.layer.intermediate_size,
-        tensors.weights.gate_up_proj.shape[0],
+        weights.gate_up_proj.shape[0],
         tensors.x.dtype.itemsize,
         gated=settings.spec.layout.gated,
         save=settings.spec.save,
         has_backward=has_backward,
+        precision=settings.spec.precision,
+        rounded_weight_bytes=rounded_bytes,
     )
 
 

@@ -23,7 +23,7 @@ from tritonmoe.experts.tensors import CallTensors
 from tritonmoe.runtime.host_device import is_captured
 from tritonmoe.transports.wire import WireFormat
 
-__all__ = ["MAX_FILLERS", "check", "check_fillers"]
+__all__ = ["MAX_FILLERS", "check", "check_fillers", "check_with_precision"]
 
 MAX_FILLERS = 2
 
@@ -91,11 +91,11 @@ def _checked_tensors(call: ProposedCall) -> tuple[CallTensors[Tensor], PerWeight
         raise TypeError(f"x must be one of {', '.join(map(str, DTYPE_CODES))}, got {tensors.x.dtype}")
     WireFormat(tensors.x.dtype, spec.overlap.wire_dtype)  # which raises where rows can't travel in this format
     if spec.experts.precision is not None:
-        _check_with_precision(spec.overlap, spec.experts.precision)
+        check_with_precision(spec.overlap, spec.experts.precision)
     return with_row_seeds(tensors, spec.experts.dropout), given.weights if is_added else None
 
 
-def _check_with_precision(overlap: OverlapConfig | OverlapPlan, precision: ExpertPrecision) -> None:
+def check_with_precision(overlap: OverlapConfig | OverlapPlan, precision: ExpertPrecision) -> None:
     """Raise ValueError unless experts in this precision can exchange their rows so."""
     if overlap.wire_dtype == torch.float8_e4m3fn:
         raise ValueError(

@@ -16,6 +16,7 @@ from tritonmoe.config.layer import MoEConfig, PerWeight, check_moe_config
 from tritonmoe.config.overlap import OverlapConfig, OverlapPlan, check_overlap
 from tritonmoe.dispatch.placement import ExpertPlacement, check_experts_of_rank
 from tritonmoe.expert_parallel.call import buffer_widths
+from tritonmoe.expert_parallel.check import check_with_precision
 from tritonmoe.expert_parallel.run_call import working_set
 from tritonmoe.expert_parallel.state import LayerCalls, abort_call
 from tritonmoe.experts.adapters import ExpertAdapters, names_of, noted_factors, notes_on, with_adapters
@@ -279,7 +280,7 @@ class GroupedExperts(nn.Module):
             num_layers: how many equal layers run one after the other before the first backward.
         Raises:
             ValueError: the layer is on one device, where memory doesn't depend on the routing; or the memory depends
-                on what only a call knows: balance, a capacity, replicas, two levels, an ExpertPrecision.
+                on what only a call knows: balance, a capacity, replicas, two levels.
         """
         shards = self.expert_shards
         if shards is None:
@@ -287,27 +288,31 @@ class GroupedExperts(nn.Module):
                 "these experts are on one device, where the routing doesn't change how much they hold: spread them "
                 "over ranks first"
             )
-        if shards.transport.node_size is not None or self.spec.precision is not None:
+        if shards.transport.node_size is not None:
             raise ValueError(
-                "the memory of experts on a TwoLevelTransport, or with an ExpertPrecision, can't be estimated before a "
-                "call: use a transport of one level and no ExpertPrecision"
+                "the memory of experts on a TwoLevelTransport can't be estimated before a call: use a transport of one "
+                "level"
             )
         config, overlap, size = self.config, shards.overlap, shards.transport.size
+        precision = self.spec.precision
+        if precision is not None:
+            check_with_precision(overlap, precision)
         weight = self.gate_up_proj
-        dtype = weight.dtype if config.weight_format is None else torch.bfloat16
+        # Experts in an ExpertPrecision compute in bf16, those with fp32 parameters under torch.autocast.
+        dtype = weight.dtype if config.weight_format is None and precision is None else torch.bfloat16
         rows = torch.empty(0, config.hidden_size, dtype=dtype, device=weight.device)
         choices = torch.empty(0, config.top_k, device=weight.device)
         with torch.no_grad():
             inputs = CallTensors(rows, choices.to(torch.int64), choices, self._local_weights())
             settings = choose_backend(self.spec, inputs, beside_exchanges=True)
         widths = buffer_widths(inputs, settings, has_backward=torch.is_grad_enabled())
-        widths = replace(widths, working_set=working_set(settings.ops, weight.device))
+        widths = replace(widths, working_set=working_set(settings.ops, weight.device), num_tokens=num_tokens)
         found = estimate_bytes(
             routing,
             shards.placement or ExpertPlacement.contiguous(config.num_experts, size),
             num_tokens,
             config.top_k,
-            choose_wires(dtype, overlap.wire_dtype, None).row_bytes(config.hidden_size),
+            choose_wires(dtype, overlap.wire_dtype, precision).row_bytes(config.hidden_size),
             widths,
             overlap,
             num_layers=num_layers,

@@ -20,8 +20,6 @@ from tritonmoe.transports import PendingExchange
 __all__ = ["NUM_ROUNDING_SUMS", "DecodedExchange", "WireFormat", "Wires", "choose_wires", "rounding_sums"]
 
 NUM_ROUNDING_SUMS = 5
-PIECE = 2**18
-"""Of so many numbers at a time what rounding did is measured."""
 BLOCK_COLUMNS = 128
 LARGEST_FINITE = 416.0
 """The number below 448, e4m3's largest, whose code means infinity here."""
@@ -91,8 +89,8 @@ class WireFormat:
 
     def rounding_sums(self, rows: Tensor, encoded: Tensor) -> Tensor:
         """Return rounding_sums() of rows (n, D) and what arrives for them."""
-        # On a CPU piece by piece: wide copies of all rows would be the most memory that a call needs.
-        step = max(1, PIECE // max(1, rows.shape[1])) if rows.is_cpu else max(1, rows.shape[0])
+        # Piece by piece: wide copies of all rows could be the most memory that a call needs.
+        step = max(1, (grid.PIECE if rows.is_cpu else grid.PIECE_OF_GPU) // max(1, rows.shape[1]))
         sums = rows.new_zeros(NUM_ROUNDING_SUMS, dtype=torch.float64)
         for piece, of_piece in zip(rows.split(step), encoded.split(step), strict=True):
             arrived = torch.empty_like(piece)

@@ -8,7 +8,9 @@ import torch
 
 from tritonmoe.config.layer import Projection
 from tritonmoe.ops.backends import kernel_check, triton
+from tritonmoe.ops.kernels import launch
 from tritonmoe.ops.kernels import router_kernels as router
+from tritonmoe.ops.kernels.gpus import ARCHITECTURES
 from tritonmoe.routing import router_check
 from tritonmoe.tools.cli import main
 
@@ -23,6 +25,20 @@ def test_right_kernels(capsys: pytest.CaptureFixture) -> None:
     assert {result["operation"].partition(":")[0] for result in found["results"]} == {
         *("group", "up", "down", "gather_sum", "down_grad", "up_grad", "weight_grad", "router")
     }
+
+
+def test_precisions_without_kernels_of_their_own_are_said(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hopper = ARCHITECTURES["sm_90"]
+    monkeypatch.setattr(launch, "gpu_of", lambda device: hopper)
+    monkeypatch.setattr(router_check, "SMALL_ROUTERS", ())
+    layers = [layer for layer in kernel_check.CASES if layer.precision is not None]
+    monkeypatch.setattr(kernel_check, "SMALL_CASES", [one for one in layers if one.precision.format == "mxfp8"])
+    assert main(["check"]) == 0
+    assert "mxfp8                    no kernels of its own" in capsys.readouterr().out
+    assert main(["check", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["emulated_precisions"] == ["mxfp8"]
 
 
 @pytest.mark.parametrize("operation", [pytest.param("down", marks=pytest.mark.thorough), "up_grad"])

@@ -49,7 +49,10 @@ def test_memory_by_routing(capsys, tmp_path):
         (["OLMoE-1B-7B", "--memory"], "one --ep"),
         (["OLMoE-1B-7B", "H100", "--memory-budget-gb", "3"], "give both"),
         (["OLMoE-1B-7B", "--memory", "--ep", "8", "--wire-dtype", "fp8"], "layer.peak_bytes"),
-        (["OLMoE-1B-7B", "--memory", "--ep", "8", "--expert-precision", "mxfp8"], "layer.peak_bytes"),
+        (
+            ["OLMoE-1B-7B", "--memory", "--ep", "8", "--expert-precision", "mxfp8", "--memory-budget-gb", "9"],
+            "leave the budget out",
+        ),
         (["OLMoE-1B-7B", "H100", "--offload", "12", "--expert-precision", "mxfp8"], "experts that train"),
     ],
 )

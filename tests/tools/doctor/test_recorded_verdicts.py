@@ -285,6 +285,28 @@ def test_rows_that_all_stay_at_home(tmp_path: Path) -> None:
     assert any("no exchange carried rows" in limit for limit in found.limits)
 
 
+def test_rows_in_a_precision_are_priced_as_codes(tmp_path: Path) -> None:
+    """The rate of the link is found by the bytes that travel, and no narrower rows are offered."""
+    precision, bandwidth = tm.ExpertPrecision("mxfp8"), 4e-3
+
+    def train(transport: tm.transports.Transport) -> None:
+        config = tm.MoEConfig(256, 16, 8, 2, expert_precision=precision)
+        layer = tm.GroupedExperts(config, transport, tm.OverlapConfig(2), backend="torch", dtype=torch.bfloat16)
+        generator = torch.Generator().manual_seed(transport.rank)
+        for num_tokens in (128, 128, 96, 192, 256, 160):
+            x = torch.randn(num_tokens, 256, generator=generator).bfloat16().requires_grad_()
+            weights, ids = torch.rand(num_tokens, 8, generator=generator).topk(2)
+            layer(x, ids, weights).sum().backward()
+
+    with record(tmp_path / "run"):
+        tm.run_on_emulated_ranks(train, 2, link=tm.LinkModel(bandwidth, latency_us=200))
+    recording = read_recording(tmp_path / "run")
+    call, found = recording.calls[-1], judge_recording(recording)
+    assert (call.row_bytes, call.gradient_row_bytes, call.other_row_bytes) == (256 + 8, 256 + 8, 512)
+    assert found.costs.link.bytes_per_s == pytest.approx(bandwidth * 1e9, rel=0.15)
+    assert not [one for one in found.advice if "wire_dtype" in one.words]
+
+
 def test_causes_that_overlap_are_all_said(tmp_path: Path) -> None:
     """A slow rank and a late one; together they gain about what both cost."""
     run = Run(slow_rank=(2, 1.6), late_rank=(1, 0.1))

@@ -11,7 +11,7 @@ from tritonmoe.overlap.steps import StepKind
 from tritonmoe.tools.planner.cluster import BetweenLink, Cluster, Estimate, Gpu, Host, Link
 from tritonmoe.tools.planner.cluster_presets import CLUSTERS
 from tritonmoe.tools.planner.job import Job, expert_degrees
-from tritonmoe.tools.planner.job_memory import memory_gb
+from tritonmoe.tools.planner.job_memory import estimate_layers, memory_gb
 from tritonmoe.tools.planner.layer_exchange import LayerExchange
 from tritonmoe.tools.planner.model_config import MODELS
 from tritonmoe.tools.planner.operation_costs import ATTENTION_BACKWARD, exchange_s, link_costs
@@ -201,6 +201,8 @@ def test_experts_in_a_precision():
     kept = [memory_gb(job, CLUSTERS["H100"]) for job in (wide, narrow)]
     rows = wide.num_tokens * 64 * of_wide.needs.of_rank * 58  # layers with experts
     assert kept[0] - kept[1] == pytest.approx(rows * (14336 - codes) / 1e9, rel=1e-6)
+    of_layers = [float(estimate_layers(job, "uniform").kept.max()) / 1e9 for job in (wide, narrow)]
+    assert of_layers[0] - of_layers[1] == pytest.approx(kept[0] - kept[1], rel=0.1)
 
 
 @pytest.mark.parametrize(

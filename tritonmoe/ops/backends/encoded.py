@@ -29,6 +29,10 @@ class EncodedOperations(RoundedOperations):
         super().__init__(cast(Operations, kernels), precision)
         self.up = self._up
 
+    def rounded_bytes(self, weight: Tensor) -> int:
+        scales = weight.numel() // (self.precision.block * self.precision.block_rows)
+        return weight.numel() + scales
+
     def round_rows(self, rows: Tensor) -> Tensor:
         return round_rows(rows, self.precision)
 

@@ -43,6 +43,10 @@ class RoundedOperations:
         self.copies_rows, self.group, self.gather_sum = ops.copies_rows, ops.group, ops.gather_sum
         self.up = ops.up
 
+    def rounded_bytes(self, weight: Tensor) -> int:
+        """Return the bytes of a weight, rounded for the products of one direction."""
+        return weight.numel() * torch.bfloat16.itemsize
+
     def round_rows(self, rows: Tensor) -> Tensor:
         """Return rows (N, depth) as a product over the depth takes them: x and dout before they go to experts."""
         return rounded_rows(rows, self.precision)
@@ -118,9 +122,18 @@ class RoundedOperations:
         """
         values, offsets, order = required(values), grouping.host_expert_offsets, grouping.source_order
         places = None if order is None else order[: offsets[-1]].long()
-        sources = slice(offsets[-1]) if places is None else places
-        sorted_values = values[sources] if rows is None else values.index_select(0, rows[sources])
-        out = values.new_zeros(grouping.num_pairs, values.shape[1])
-        for first, last in pairwise(offsets):
-            rounded(sorted_values[first:last], (self.precision.block, 1), out[first:last])
-        return out if places is None else torch.zeros_like(out).index_copy_(0, places, out[: offsets[-1]])
+        sources = places if rows is None else rows if places is None else rows[places]
+        block, out = (self.precision.block, 1), values.new_zeros(grouping.num_pairs, values.shape[1])
+
+        def round_expert(pairs: slice) -> None:
+            if sources is None:
+                rounded(values[pairs], block, out[pairs])
+                return
+            of_expert = rounded(values.index_select(0, sources[pairs]), block)
+            if places is None:
+                out[pairs] = of_expert
+            else:
+                out.index_copy_(0, places[pairs], of_expert)
+
+        for_each(round_expert, [slice(*pairs) for pairs in pairwise(offsets)], values.device)
+        return out

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from tritonmoe.config.overlap import OverlapPlan
+from tritonmoe.config.precision import PIECE, PIECE_OF_GPU, ExpertPrecision
 from tritonmoe.overlap.schedule import Schedule
 from tritonmoe.overlap.simulation.cost_model import LayerWork, backward_with, forward_with
 from tritonmoe.overlap.steps import Step, StepKind, Way
+from tritonmoe.transports.wire import WireFormat
 
 __all__ = ["ALL_AT_ONCE", "BufferWidths", "BytesOfRanks", "PeakBytes", "WorkingSet", "bytes_of_ranks", "peak_bytes"]
 
@@ -61,6 +63,24 @@ class BufferWidths:
     """As in moe_mlp: whether h is kept for the backward."""
     has_backward: bool = True
     working_set: WorkingSet = ALL_AT_ONCE
+    precision: ExpertPrecision | None = None
+    """In which the experts compute: received rows are kept as codes, and weights rounded in each pass."""
+    rounded_weight_bytes: int = 0
+    """Of all of a rank's weights, rounded for the products of one direction."""
+    num_tokens: int = 0
+    """T, whose rows are encoded at the start of a pass, in an ExpertPrecision."""
+
+    @property
+    def code_bytes(self) -> int:
+        """Of one row as it travels to experts and is kept in an ExpertPrecision; 0 without."""
+        if self.precision is None:
+            return 0
+        return WireFormat(torch.bfloat16, None, self.precision).row_bytes(self.hidden_size)
+
+    @property
+    def kept_row_bytes(self) -> int:
+        """Of one received row that is kept for the backward."""
+        return self.code_bytes or self.row_bytes
 
     @property
     def row_bytes(self) -> int:
@@ -95,6 +115,8 @@ class BufferWidths:
 
 INDEX_BYTES = 4
 """Of one id, position or fp32 weight of a pair."""
+DECODING_BYTES = 8
+"""Of a number while codes are decoded."""
 SQUARES_BYTES = 2 * 4
 """Two fp32 numbers for each element that a wire format sends, while the error that it makes is measured."""
 
@@ -161,6 +183,9 @@ class _PassWalk:
         if wire_bytes == row_bytes:
             self.hold(step, packed)
             return
+        if wire_bytes == self.widths.code_bytes:  # encoded before, and received where they stay
+            self.hold(step, sent[segment] * wire_bytes)
+            return
         self.hold(step, (sent[segment] + arriving[segment]) * wire_bytes)
         measuring = SQUARES_BYTES * self.widths.hidden_size if step.kind is StepKind.DISPATCH else 0
         self.count(packed + sent[segment] * measuring)
@@ -182,6 +207,8 @@ class _PassWalk:
             block_bytes: what a backend that goes block by block needs for each pair of a block, beside its row.
         """
         segment, widths = segment_of(step, self.plan), self.widths
+        if widths.precision is not None:
+            self.decode(self.returned[segment])
         is_of_copies = step.kind in (StepKind.COPY_EXPERTS, StepKind.COPY_EXPERTS_BACKWARD)
         if is_of_copies:
             self.unpack_copies()
@@ -207,6 +234,18 @@ class _PassWalk:
         self.count(meanwhile)
         if is_of_copies:
             self.free("copies' sums")
+
+    def encode(self, weight_bytes: int) -> None:
+        """Hold the codes of T rows and of the received ones, and the weights rounded."""
+        widths = self.widths
+        if widths.precision is not None:
+            codes = (self.num_received + widths.num_tokens) * widths.code_bytes
+            self.hold("codes", codes + weight_bytes)
+
+    def decode(self, rows: Tensor) -> None:
+        """Decode received rows, a piece at a time."""
+        piece = PIECE_OF_GPU if self.widths.working_set.max_block_pairs is None else PIECE
+        self.count((rows * self.widths.hidden_size).clamp(max=piece) * DECODING_BYTES)
 
     def _compute_blocks(self, pairs: Tensor, max_block_pairs: int, block_bytes: int, keeps_results: bool) -> Tensor:
         """Compute pairs (W,) block by block, and give what is there when the last block is done, beside sums of rows.
@@ -335,6 +374,7 @@ class _ForwardWalk(_PassWalk):
     def peak_bytes(self) -> Tensor:
         self.hold("rows", self.num_received * self.widths.row_bytes)
         self.hold("home", self.num_sent * self.widths.row_bytes)
+        self.encode(self.widths.rounded_weight_bytes)
         actions = {
             StepKind.METADATA: self.metadata,
             StepKind.DISPATCH: self.send_rows,
@@ -370,14 +410,15 @@ class _ForwardWalk(_PassWalk):
         if widths.keeps_hidden:
             self.hold("h", self.num_pairs * widths.hidden_bytes)
         per_pair = widths.inner_bytes + (0 if widths.keeps_hidden else widths.hidden_bytes)
-        self.compute(step, widths.inner_bytes, per_pair + FORWARD_TEMPORARIES * widths.temporary_bytes)
+        rounded = widths.inner_bytes * (widths.precision is not None)  # or codes, which are half as large
+        self.compute(step, widths.inner_bytes + rounded, per_pair + FORWARD_TEMPORARIES * widths.temporary_bytes)
 
 
 class _BackwardWalk(_PassWalk):
     def kept_bytes(self) -> Tensor:
         """Return what the forward has left, without the weights of copies."""
         widths = self.widths
-        rows = self.num_received * (widths.row_bytes + self.weights_bytes) + self.grouping_bytes()
+        rows = self.num_received * (widths.kept_row_bytes + self.weights_bytes) + self.grouping_bytes()
         return rows + widths.keeps_hidden * self.num_pairs * widths.hidden_bytes
 
     def peak_bytes(self) -> Tensor:
@@ -385,6 +426,11 @@ class _BackwardWalk(_PassWalk):
         self.hold("saved", self.kept_bytes())
         self.hold("dout", self.num_received * (widths.row_bytes + self.weights_bytes))
         self.hold("home", self.num_sent * widths.row_bytes)
+        if widths.precision is not None:
+            both_ways = not (widths.keeps_hidden or widths.precision.is_symmetric)  # to compute h again, and gradients
+            self.encode(widths.rounded_weight_bytes * (1 + both_ways))
+            self.hold("rows", self.num_received * widths.row_bytes)
+            self.decode(self.num_received)
         actions = {
             StepKind.COMBINE_BACKWARD: self.send_rows,
             StepKind.EXPERTS_BACKWARD: self.experts_backward,
@@ -413,12 +459,16 @@ class _BackwardWalk(_PassWalk):
         self.hold("gradients", self.num_pairs * (widths.hidden_bytes + widths.inner_bytes))
         again = 0 if widths.keeps_hidden else widths.hidden_bytes
         temporaries = BACKWARD_TEMPORARIES * widths.temporary_bytes
-        self.compute(step, again, widths.inner_bytes + again + temporaries)
+        rounded = widths.hidden_bytes * (widths.precision is not None)  # dh, or its codes
+        self.compute(step, again + rounded, widths.inner_bytes + again + temporaries)
 
     def weight_grad(self, step: Step) -> None:
         self.settle(step)
         copies = self.work.copies
         own_pairs = self.num_pairs if copies is None else self.num_pairs - copies.pairs
+        widths = self.widths
+        if widths.precision is not None and widths.precision.weight_gradients == "fp8":  # all operands, rounded
+            self.hold("tokens", own_pairs * (2 * widths.row_bytes + widths.hidden_bytes + widths.inner_bytes))
         self._gather(own_pairs, torch.full_like(own_pairs, self.widths.num_local_experts))
 
     def _gather(self, pairs: Tensor, num_experts: Tensor) -> None:

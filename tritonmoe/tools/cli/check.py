@@ -44,11 +44,12 @@ def run(arguments: argparse.Namespace) -> int:
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "Triton's interpreter"
     layers, routers = (SMALL_CASES, SMALL_ROUTERS) if launch.INTERPRETED else (CASES, ROUTERS)
-    checks = []
+    checks, emulated = [], set()
     for layer in layers:
         ops = choose("triton", device, layer.dtype)
         if layer.precision is not None:
             if layer.precision.format not in launch.gpu_of(device).precisions:
+                emulated.add(layer.precision.format)
                 continue
             ops = cast(Operations, EncodedOperations(layer.precision))
         checks.append((layer.name, check_layer(layer, ops, device)))
@@ -69,7 +70,10 @@ def run(arguments: argparse.Namespace) -> int:
             print("".join(f"  tiles of {key}: {config}\n" for key, config in tiles.items()), end="")
     if arguments.json:
         comparisons = [{**asdict(one), "is_right": one.is_right} for one in found]
-        print(json.dumps({"device": name, "triton": launch.TRITON_VERSION, "wrong": wrong, "results": comparisons}))
+        about = {"device": name, "triton": launch.TRITON_VERSION, "emulated_precisions": sorted(emulated)}
+        print(json.dumps({**about, "wrong": wrong, "results": comparisons}))
     else:
+        for precision_format in sorted(emulated):
+            print(f"{precision_format:24} no kernels of its own: bf16 kernels multiply rounded numbers on this GPU")
         print(f"{name}: {len(found)} results compared, {wrong} wrong")
     return 1 if wrong else 0

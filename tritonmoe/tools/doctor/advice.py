@@ -202,8 +202,8 @@ def _beside_s(calls: Sequence[RecordedCall], number: int, before: PassesBefore) 
 
 def _narrower_rows(call: RecordedCall) -> Iterator[Proposal]:
     """Propose the wire formats that send fewer bytes."""
-    if call.plan.wire_dtype is not None:
-        return
+    if call.plan.wire_dtype is not None or call.gradient_row_bytes != call.other_row_bytes:
+        return  # in an ExpertPrecision, too, rows have a wire format
     width = call.sizes["hidden_size"]
     dtype = {4: torch.float32, 2: torch.bfloat16}.get(call.row_bytes // max(1, width))
     for wire_dtype in (torch.bfloat16, torch.float8_e4m3fn):

@@ -174,9 +174,14 @@ class Job:
     @property
     def wires(self) -> Wires:
         """How rows travel, but for headers."""
-        form: Any = self.expert_precision
         wire_dtype = torch.float8_e4m3fn if self.wire_dtype == "fp8" else None
-        return choose_wires(ROW_DTYPES[self.dtype], wire_dtype, None if form is None else ExpertPrecision(form))
+        return choose_wires(ROW_DTYPES[self.dtype], wire_dtype, self.precision)
+
+    @property
+    def precision(self) -> ExpertPrecision | None:
+        """The ExpertPrecision of the experts; None where they have none."""
+        form: Any = self.expert_precision
+        return None if form is None else ExpertPrecision(form)
 
     @property
     def packed_format(self) -> WeightFormat | None:

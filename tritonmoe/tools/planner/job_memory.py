@@ -60,12 +60,16 @@ def estimate_layers(job: Job, routing: str, budget_bytes: int | None = None) -> 
     Args:
         routing: "uniform", "worst" (all tokens on rank 0), or "recorded", by job.load.
     Raises:
-        ValueError: nothing is recorded, or the job has wire formats or a precision, whose memory only a layer can
-            estimate.
+        ValueError: nothing is recorded; or the job has wire formats, whose memory only a layer can estimate; or a
+            budget for experts in a precision, which no call takes.
     """
     if routing == "recorded" and not job.load:
         raise ValueError("no routing is recorded: give the number of pairs of each expert")
-    if job.wire_dtype is not None or job.dtype == "fp8" or job.expert_precision is not None:
+    if job.precision is not None and budget_bytes is not None:
+        raise ValueError(
+            f"no call of experts in {job.expert_precision} has a memory budget: leave the budget out, or the precision"
+        )
+    if job.wire_dtype is not None or job.dtype == "fp8":
         raise ValueError(
             "memory by routing is estimated for rows that travel in the dtype of the layer, bf16 or fp32: ask a layer, "
             "by layer.peak_bytes(num_tokens, routing=...), for others"
@@ -74,20 +78,24 @@ def estimate_layers(job: Job, routing: str, budget_bytes: int | None = None) -> 
     num_layers = 1
     if job.recompute != "full":
         num_layers = job.stage_layers()[0][1] * min(job.micro_batches, job.pp)
-    row_bytes = model.hidden_size * job.dtype_bytes
+    num_experts = model.num_experts // job.ep
+    codes = num_experts * model.expert_parameters if job.precision is not None else 0  # one byte for a parameter
     widths = BufferWidths(
         model.hidden_size,
         model.expert_size,
-        model.num_experts // job.ep,
+        num_experts,
         job.dtype_bytes,
         save="input" if job.recompute == "experts" else "hidden",
+        precision=job.precision,
+        rounded_weight_bytes=codes,
+        num_tokens=round(job.num_tokens),
     )
     return estimate_bytes(
         torch.tensor(job.load) if routing == "recorded" else routing,
         ExpertPlacement.contiguous(model.num_experts, job.ep),
         round(job.num_tokens),
         model.top_k,
-        (row_bytes, row_bytes, row_bytes),
+        job.wires.row_bytes(model.hidden_size),
         widths,
         OverlapConfig(memory_budget_bytes=budget_bytes),
         num_layers=max(1, num_layers),
