@@ -10,8 +10,10 @@ from tritonmoe.overlap.tuning.memory_estimate import expert_loads
 from tritonmoe.transports import Transport
 
 SIZE, TOKENS, HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 4, 1024, 128, 192, 16, 3
-BOUNDS = {torch.float32: 0.11, torch.bfloat16: 0.12}
-"""Of what is held: rows are known in the mean only, and small temporaries are not counted."""
+DTYPES = torch.float32, torch.bfloat16
+BOUND, BOUND_OF_FORWARDS = 0.05, 0.13
+"""Of what is held: rows are known in the mean only, and small temporaries are not counted. Where nothing is kept for a
+backward, the block of pairs that is computed at a time is a good part, and it is taken to be as large as it may be."""
 SKEWED = torch.tensor([24, 12, 8, 6, 5, 4, 4, 3, 3, 3, 2, 2, 2, 1, 1, 0], dtype=torch.float64)
 
 
@@ -69,7 +71,7 @@ CASES = [
     for backward in (True, False)
     for chunks in (1, 4)[: 1 + backward]
     for routing in ("uniform", "recorded", "worst")
-    for dtype in list(BOUNDS)[: 1 + backward]
+    for dtype in DTYPES
 ]
 
 
@@ -78,7 +80,16 @@ def test_expected_is_held(backward: bool, chunks: int, routing: str, dtype: torc
     overlap = tm.OverlapConfig(num_chunks=chunks)
     held, expected = held_and_expected(overlap, routing, dtype, num_layers=2, backward=backward)
     assert len(expected) == 1  # the same on every rank
-    assert expected.pop() == pytest.approx(held, rel=BOUNDS[dtype])
+    assert expected.pop() == pytest.approx(held, rel=BOUND if backward else BOUND_OF_FORWARDS)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_wide_experts(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Activations are computed in a few rows at a time, where these are long."""
+    for name in ("tritonmoe.ops.backends.torch", "tritonmoe.overlap.simulation.memory"):
+        monkeypatch.setattr(f"{name}.ELEMENTWISE_SIZE", 100 * INTERMEDIATE)
+    held, expected = held_and_expected(tm.OverlapConfig(1), "uniform", dtype, num_layers=1, backward=True)
+    assert expected.pop() == pytest.approx(held, rel=BOUND)
 
 
 @pytest.mark.parametrize("routing", ["uniform", "worst"])
