@@ -88,6 +88,7 @@ def compare(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
         assert torch.equal(value, other[name]), name
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("num_tokens", [1, 40, 900])
 @pytest.mark.parametrize("case", FORMATS, ids=str)
 def test_bits_are_those_of_experts_in_memory(
@@ -165,7 +166,7 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["plain", "capacity", "two levels", pytest.param("parts", marks=pytest.mark.thorough)])
 def test_reports_say_how_long_products_waited(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read = WeightFile.read
 

@@ -66,16 +66,11 @@ def held_and_expected(
     return max(of[0] for of in found), {of[1] for of in found}
 
 
-CASES = [
-    (backward, chunks, routing, dtype)
-    for backward in (True, False)
-    for chunks in (1, 4)[: 1 + backward]
-    for routing in ("uniform", "recorded", "worst")
-    for dtype in DTYPES
-]
-
-
-@pytest.mark.parametrize(("backward", "chunks", "routing", "dtype"), CASES, ids=str)
+@pytest.mark.sweep(1)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("routing", ["uniform", "recorded", "worst"])
+@pytest.mark.parametrize("chunks", [1, 4])
+@pytest.mark.parametrize("backward", [True, False])
 def test_expected_is_held(backward: bool, chunks: int, routing: str, dtype: torch.dtype) -> None:
     overlap = tm.OverlapConfig(num_chunks=chunks)
     held, expected = held_and_expected(overlap, routing, dtype, num_layers=2, backward=backward)
@@ -83,7 +78,7 @@ def test_expected_is_held(backward: bool, chunks: int, routing: str, dtype: torc
     assert expected.pop() == pytest.approx(held, rel=BOUND if backward else BOUND_OF_FORWARDS)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.thorough), torch.bfloat16], ids=str)
 def test_wide_experts(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Activations are computed in a few rows at a time, where these are long."""
     for name in ("tritonmoe.ops.backends.torch", "tritonmoe.overlap.simulation.memory"):
