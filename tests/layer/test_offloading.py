@@ -88,6 +88,7 @@ def compare(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
         assert torch.equal(value, other[name]), name
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("num_tokens", [1, 40, 900])
 @pytest.mark.parametrize("case", FORMATS, ids=str)
 def test_bits_are_those_of_experts_in_memory(
@@ -165,7 +166,7 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["plain", "capacity", "two levels", pytest.param("parts", marks=pytest.mark.thorough)])
 def test_reports_say_how_long_products_waited(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read = WeightFile.read
 
@@ -194,14 +195,41 @@ def test_reports_say_how_long_products_waited(kind: str, tmp_path: Path, monkeyp
         assert report.backward is not None
         passes = [report.forward, report.backward][: 2 if kind == "plain" else 1]  # some ranks' experts fit all at once
         for one in passes:
-            assert 0.004 <= one.load_wait_s <= one.compute_s
+            assert one.loads is not None
+            assert 0.004 <= one.loads.wait_s <= one.compute_s
             assert "for experts to be read" in str(one)
-        parts = [part.forward.load_wait_s for part in report.parts]
-        assert sum(parts) == pytest.approx(report.forward.load_wait_s if kind == "parts" else 0.0)
+        assert report.forward.loads is not None
+        parts = [part.forward.loads.wait_s for part in report.parts if part.forward.loads is not None]
+        assert sum(parts) == pytest.approx(report.forward.loads.wait_s if kind == "parts" else 0.0)
         if kind == "plain":
             assert "more tokens a step, fewer bits (quantize_experts), or more resident_bytes" in str(report)
         assert f"forward: {1e3 * report.forward.total_s:.2f} ms" in str(report)
         assert "to be read" not in str(other)
+
+
+@pytest.mark.parametrize("is_once", [False, True])
+def test_reports_say_how_often_experts_were_read(is_once: bool, tmp_path: Path) -> None:
+    overlap = tm.OverlapConfig(4, chunk_by="experts", local_first=False) if is_once else tm.OverlapConfig(4)
+
+    def on_rank(transport: Transport) -> LayerReport | None:
+        experts = make_layer(ranks=transport, overlap=overlap, num_experts=48)
+        tm.offload_experts(experts, tmp_path)
+        generator = torch.Generator().manual_seed(transport.rank)
+        x = torch.randn(300, HIDDEN, dtype=torch.bfloat16, generator=generator)
+        ids = torch.randint(0, 48, (300, TOP_K), generator=generator)
+        experts(x, ids, torch.rand(300, TOP_K))
+        return experts.last_report
+
+    for report in tm.run_on_emulated_ranks(on_rank, 2):
+        assert report is not None
+        loads = report.forward.loads
+        assert loads is not None
+        assert loads.expert_bytes == 24 * 3 * HIDDEN * INTERMEDIATE * 2
+        times = loads.read_bytes / loads.expert_bytes
+        assert (0.9 < times < 1.5) if is_once else times > 3
+        advice = 'OverlapConfig(chunk_by="experts", local_first=False) reads them once'
+        assert (advice in loads._replace(wait_s=1.0).words(2.0)) == (not is_once)
+        assert advice not in loads._replace(wait_s=0.01).words(2.0)
 
 
 @pytest.mark.parametrize("when", ["forward", "backward"])
@@ -234,6 +262,28 @@ def test_a_file_that_is_cut_raises_on_every_rank(when: str, tmp_path: Path) -> N
     assert "OffloadError: expert " in messages[1]
     assert "expert " in messages[0]
     assert "could not be read" in messages[0]
+
+
+def test_bits_of_two_batches(tmp_path: Path) -> None:
+    def on_rank(transport: Transport) -> None:
+        layers = [make_layer(ranks=transport, overlap=tm.OverlapConfig(2)) for _ in range(2)]
+        tm.offload_experts(layers[1], tmp_path)
+        found = []
+        for layer in layers:
+            generator = torch.Generator().manual_seed(transport.rank)
+            x = torch.randn(30, HIDDEN, dtype=torch.bfloat16, generator=generator).requires_grad_()
+            ids = torch.randint(0, NUM_EXPERTS, (30, TOP_K), generator=generator)
+            weights = torch.rand(30, TOP_K, generator=generator).requires_grad_()
+
+            def loss(half: slice) -> Tensor:
+                return layer(x[half], ids[half], weights[half]).float().square().sum()  # noqa: B023
+
+            losses = tm.two_batches(loss, slice(0, 17), slice(17, 30))
+            sum(losses).backward()
+            found.append({"losses": torch.stack([one.detach() for one in losses]), "x": x.grad, "w": weights.grad})
+        compare(*found)
+
+    tm.run_on_emulated_ranks(on_rank, 2)
 
 
 class Net(nn.Module):

@@ -13,8 +13,10 @@ from tritonmoe.overlap.tuning.memory_estimate import expert_loads
 from tritonmoe.transports import Transport
 
 SIZE, TOKENS, HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 4, 1024, 128, 192, 16, 3
-BOUNDS = {torch.float32: 0.11, torch.bfloat16: 0.12}
-"""Of what is held: rows are known in the mean only, and small temporaries are not counted."""
+DTYPES = torch.float32, torch.bfloat16
+BOUND, BOUND_OF_FORWARDS = 0.05, 0.13
+"""Of what is held: rows are known in the mean only, and small temporaries are not counted. Where nothing is kept for a
+backward, the block of pairs that is computed at a time is a good part, and it is taken to be as large as it may be."""
 SKEWED = torch.tensor([24, 12, 8, 6, 5, 4, 4, 3, 3, 3, 2, 2, 2, 1, 1, 0], dtype=torch.float64)
 
 
@@ -73,23 +75,25 @@ def held_and_expected(
     return max(of[0] for of in found), {of[1] for of in found}
 
 
-CASES = [
-    pytest.param(
-        backward, chunks, routing, dtype, marks=[] if (chunks == 4) == (routing == "worst") else pytest.mark.thorough
-    )
-    for backward in (True, False)
-    for chunks in (1, 4)[: 1 + backward]
-    for routing in ("uniform", "recorded", "worst")
-    for dtype in list(BOUNDS)[: 1 + backward]
-]
-
-
-@pytest.mark.parametrize(("backward", "chunks", "routing", "dtype"), CASES, ids=str)
+@pytest.mark.sweep(1)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("routing", ["uniform", "recorded", "worst"])
+@pytest.mark.parametrize("chunks", [1, 4])
+@pytest.mark.parametrize("backward", [True, False])
 def test_expected_is_held(backward: bool, chunks: int, routing: str, dtype: torch.dtype) -> None:
     overlap = tm.OverlapConfig(num_chunks=chunks)
     held, expected = held_and_expected(overlap, routing, dtype, num_layers=2, backward=backward)
     assert len(expected) == 1  # the same on every rank
-    assert expected.pop() == pytest.approx(held, rel=BOUNDS[dtype])
+    assert expected.pop() == pytest.approx(held, rel=BOUND if backward else BOUND_OF_FORWARDS)
+
+
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.thorough), torch.bfloat16], ids=str)
+def test_wide_experts(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Activations are computed in a few rows at a time, where these are long."""
+    for name in ("tritonmoe.ops.backends.torch", "tritonmoe.overlap.simulation.memory"):
+        monkeypatch.setattr(f"{name}.ELEMENTWISE_SIZE", 100 * INTERMEDIATE)
+    held, expected = held_and_expected(tm.OverlapConfig(1), "uniform", dtype, num_layers=1, backward=True)
+    assert expected.pop() == pytest.approx(held, rel=BOUND)
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,7 @@ COSTLY_FILES = {
     "tests/experts/test_experts.py": "every layout, activation, dtype and routing by every backend",
     "tests/integrations/transformers/test_transformers_expert_parallel.py": "two processes that import transformers",
     "tests/integrations/transformers/test_upcycle.py": "a small model of every architecture",
+    "tests/layer/test_offloading.py": "whole layers in every format, on one device and by 1 to 4 ranks, and compiled",
     "tests/ops/kernels/test_packed_tiles.py": "kernels in the interpreter, which decode every weight",
     "tests/ops/kernels/test_triton_backend.py": "kernels in the interpreter: each operation and its gradients",
     "tests/test_import.py": "each test starts a process that imports the package",

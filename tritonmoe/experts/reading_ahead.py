@@ -11,7 +11,7 @@ from torch import Tensor
 from tritonmoe.config.layer import PerWeight
 from tritonmoe.ops.grouping import GroupingBlock
 from tritonmoe.runtime.cpu_threads import num_workers
-from tritonmoe.runtime.streamed import ExpertReader, StreamedWeight, Unit, find_streamed
+from tritonmoe.runtime.streamed import ExpertReader, PassLoads, StreamedWeight, Unit, find_streamed
 
 __all__ = ["ReadingAhead", "begin_reading", "has_streamed"]
 
@@ -34,18 +34,23 @@ def _streamed(weights: PerWeight[Tensor], side: Side) -> Streamed:
 class ReadingAhead:
     """One pass over experts that are in a file, as a context in which its time counts."""
 
-    def __init__(self, reader: ExpertReader) -> None:
+    def __init__(self, reader: ExpertReader, expert_bytes: int) -> None:
+        """expert_bytes: of the experts that the pass uses, each once."""
         self._figures = reader.figures
         self._figures.num_passes += 1
-        self.wait_s = 0.0
-        """Seconds in which the pass has waited for experts so far."""
+        self._wait_s, self._expert_bytes, self._read_before = 0.0, expert_bytes, self._figures.num_bytes
 
     def __enter__(self) -> None:
         self._entered_at, self._waited_before_s = time.perf_counter(), self._figures.wait_s
 
     def __exit__(self, *_: object) -> None:
         self._figures.pass_s += time.perf_counter() - self._entered_at
-        self.wait_s += max(0.0, self._figures.wait_s - self._waited_before_s)  # reset() may have been called since
+        self._wait_s += max(0.0, self._figures.wait_s - self._waited_before_s)  # reset() may have been called since
+
+    @property
+    def loads(self) -> PassLoads:
+        """What the pass has read so far."""
+        return PassLoads(self._wait_s, max(0, self._figures.num_bytes - self._read_before), self._expert_bytes)
 
 
 def begin_reading(
@@ -69,8 +74,9 @@ def begin_reading(
             together = zip_longest(*orders[first : first + at_a_time])
             uses += [unit for unit in chain.from_iterable(together) if unit is not None]
     key = (*(weight for found in by_side.values() for weight, _ in found), *sides)
+    reading = ReadingAhead(reader, sum(unit.weight.expert_bytes for unit in set(uses)))
     reader.expect(key, uses)
-    return ReadingAhead(reader)
+    return reading
 
 
 def _uses(block: GroupingBlock, of_products: Iterable[Streamed]) -> list[Unit]:

@@ -16,6 +16,7 @@ from tritonmoe.experts.tensors import CallTensors
 from tritonmoe.ops.grouping import Grouping, GroupingBlock
 from tritonmoe.runtime import cpu_memory
 from tritonmoe.runtime.cpu_threads import num_workers
+from tritonmoe.runtime.streamed import PassLoads
 
 __all__ = ["ExpertsRun", "part_at"]
 
@@ -70,9 +71,9 @@ class ExpertsRun:
         return self._reading_ahead
 
     @property
-    def load_wait_s(self) -> float:
-        """How long this pass has waited for experts that stay in a file."""
-        return 0.0 if self._reading_ahead is None else self._reading_ahead.wait_s
+    def loads(self) -> PassLoads | None:
+        """What this pass has read of experts that stay in a file; None where they are in memory."""
+        return None if self._reading_ahead is None else self._reading_ahead.loads
 
     def _blocks(self, grouping: Grouping) -> list[GroupingBlock]:
         """Cut a chunk's pairs into what the backend computes at a time, so that every worker of a CPU has its share."""

@@ -16,7 +16,7 @@ from tritonmoe.dispatch.copies import ExpertCopies
 from tritonmoe.dispatch.count_exchange import CallMarks
 from tritonmoe.overlap.steps import Step, StepKind
 from tritonmoe.runtime.host_device import is_captured
-from tritonmoe.runtime.streamed import words_of_waits
+from tritonmoe.runtime.streamed import PassLoads
 
 __all__ = [
     "CopiesReport",
@@ -128,8 +128,9 @@ class PassReport:
         """The start of the pass, by the host's clock."""
         self.marks: CallMarks | None = None
         """When the rank came to the pass and had heard from all ranks; None if they exchanged no headers before it."""
-        self.load_wait_s = 0.0
-        """How long the compute lane stood still for experts that stay in files, which is part of compute_s."""
+        self.loads: PassLoads | None = None
+        """What was read of experts that stay in files; waits for them are part of compute_s. None where experts are in
+        memory."""
         self._steps: list[StepTiming] | None = None
         self.now = clock_of(device)
         self._origin = self.now()
@@ -148,14 +149,17 @@ class PassReport:
             return "not timed"
         total, compute, communication, exposed = (f"{1e3 * seconds:.2f} ms" for seconds in times)
         said = f"{total}: {compute} of compute, {communication} of exchanges, {exposed} of them exposed"
-        return f"{said}; {words_of_waits(self.load_wait_s, self.total_s)}" if self.load_wait_s else said
+        return said if self.loads is None else f"{said}; {self.loads.words(self.total_s)}"
 
     @classmethod
     def joined(cls, passes: "Sequence[PassReport]") -> "PassReport":
         """Return one report of passes that ran on one device, the earliest first."""
         report = copy.copy(passes[0])
         report.ran, report._steps, report._end = [marks for of in passes for marks in of.ran], None, passes[-1]._end
-        report.load_wait_s = sum(of.load_wait_s for of in passes)
+        loads = [of.loads for of in passes if of.loads is not None]
+        if loads:
+            waits_s, read, used = zip(*loads, strict=True)
+            report.loads = PassLoads(sum(waits_s), sum(read), max(used))
         return report
 
     def end(self) -> None:

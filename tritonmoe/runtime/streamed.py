@@ -31,6 +31,7 @@ from tritonmoe.runtime.cpu_threads import num_workers
 
 __all__ = [
     "ExpertReader",
+    "PassLoads",
     "ReadFigures",
     "StreamedWeight",
     "Unit",
@@ -47,6 +48,8 @@ PREDICTED_SHARE = 0.75
 """The pass that followed this one in the last step is read ahead if it used so many of its experts."""
 SMALL_SHARE = 0.1
 """Of a pass, that may go by waiting for experts without advice."""
+OFTEN = 1.5
+"""So many times a pass may read its experts without advice."""
 DTYPE_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -181,6 +184,28 @@ def words_of_waits(wait_s: float, total_s: float) -> str:
     if share < SMALL_SHARE:
         return said
     return f"{said}: more tokens a step, fewer bits (quantize_experts), or more resident_bytes make it less"
+
+
+class PassLoads(NamedTuple):
+    """What one pass over experts has read of them."""
+
+    wait_s: float
+    """Seconds in which products waited for their expert."""
+    read_bytes: int
+    """Read from files from the beginning of the pass to its end."""
+    expert_bytes: int
+    """Of the experts that it used, each once."""
+
+    def words(self, total_s: float) -> str:
+        """Return the share of a pass of total_s that went by waiting and, where that is much, what makes it smaller."""
+        said = words_of_waits(self.wait_s, total_s)
+        times = self.read_bytes / max(1, self.expert_bytes)
+        if self.wait_s < SMALL_SHARE * total_s or times < OFTEN:
+            return said
+        return (
+            f"{said}; it read its experts {times:.1f} times, for local rows and for each chunk and part of the tokens "
+            'again: OverlapConfig(chunk_by="experts", local_first=False) reads them once'
+        )
 
 
 class ExpertReader:

@@ -13,7 +13,14 @@ from tritonmoe.integrations import transformers as tmt
 pytest.importorskip("transformers", minversion="5.7")
 peft = pytest.importorskip("peft")
 
-from transformers import GptOssConfig, GptOssForCausalLM, MixtralConfig, MixtralForCausalLM  # noqa: E402
+from transformers import (  # noqa: E402
+    GptOssConfig,
+    GptOssForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
 
 PARAMETERS = ["experts.gate_up_proj", "experts.down_proj"]
 IDS = torch.arange(48).view(2, 24)
@@ -117,6 +124,41 @@ def test_texts_are_the_same(tmp_path: Path) -> None:
     offloaded.set_experts_implementation("eager")  # type: ignore[operator]
     with pytest.raises(ValueError, match="stay in"):
         offloaded(input_ids=IDS)
+
+
+@pytest.mark.thorough
+def test_the_trainer_trains_adapters_with_checkpointing(tmp_path: Path) -> None:
+    """Its checkpoints have the adapters, from which it goes on; DataLoader's workers are forks beside the reader."""
+    examples = [{"input_ids": IDS[number % 2], "labels": IDS[number % 2]} for number in range(8)]
+
+    def run(model: nn.Module, folder: Path, num_steps: int, **options: object) -> dict[str, Tensor]:
+        arguments = TrainingArguments(
+            str(folder),
+            max_steps=num_steps,
+            save_steps=2,
+            use_cpu=True,
+            report_to=[],
+            disable_tqdm=True,
+            dataloader_num_workers=1,
+            gradient_checkpointing=True,
+            gradient_checkpointing_kwargs={"use_reentrant": False},
+        )
+        Trainer(model, arguments, train_dataset=examples).train(**options)
+        return {name: one.detach() for name, one in model.named_parameters() if one.requires_grad}
+
+    found = []
+    for is_offloaded in (False, True):
+        models = [make_model() for _ in range(2)]
+        for number, model in enumerate(models):
+            if is_offloaded:
+                tmt.offload_experts(model, tmp_path / f"experts{number}")
+            else:
+                tmt.patch(model)
+        folder = tmp_path / f"run{is_offloaded}"
+        run(with_adapters(models[0]), folder, 2)
+        found.append(run(with_adapters(models[1]), folder, 4, resume_from_checkpoint=True))
+    for name, value in found[0].items():
+        assert torch.equal(value, found[1][name]), name
 
 
 def test_refusals(tmp_path: Path) -> None:

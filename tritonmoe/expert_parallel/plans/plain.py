@@ -91,7 +91,7 @@ class OwnExperts(ForwardExperts):
         return self._run.forward(segment, out)
 
     def end(self, out: Tensor, timings: PassReport) -> None:
-        timings.load_wait_s = self._run.load_wait_s
+        timings.loads = self._run.loads
 
     @property
     def own(self) -> ForwardRun:
@@ -113,7 +113,7 @@ class OwnBackward(BackwardExperts):
         return self._run.weight_grad(dout, needs)
 
     def end(self, grads: CallTensors[Tensor | None], timings: PassReport) -> CallTensors[Tensor | None]:
-        timings.load_wait_s = self._run.load_wait_s
+        timings.loads = self._run.loads
         return grads._replace(activation_parameters=self._run.activation_grads)
 
 

@@ -384,7 +384,7 @@ class NodeBackward(_NodePass, BackwardExperts):
         return self.experts.weight_grad(self.dout_rows, needs)
 
     def end(self, grads: CallTensors[Tensor | None], timings: PassReport) -> CallTensors[Tensor | None]:
-        timings.inside, timings.load_wait_s = self.reports, self.experts.load_wait_s
+        timings.inside, timings.loads = self.reports, self.experts.loads
         return grads._replace(activation_parameters=self.experts.activation_grads)
 
 

@@ -187,14 +187,13 @@ def outer_sums(
     """
     order, row_index = grouping.source_order, grouping.row_index
 
-    def factors(positions: Tensor | slice) -> tuple[Tensor, Tensor]:
+    def factors(positions: Tensor | slice, padding: int = 0) -> tuple[Tensor, Tensor]:
         stored = positions if order is None else order[positions]
         if isinstance(stored, slice):
-            both = pair_values[stored], row_values[stored]
-            if not grouping.rows_are_pairs:
-                both = both[0], row_values.index_select(0, row_index[stored])
+            rows = stored if grouping.rows_are_pairs else row_index[stored]
         else:
-            both = pair_values.index_select(0, stored), row_values.index_select(0, row_index.index_select(0, stored))
+            rows = row_index.index_select(0, stored)
+        both = _rows_of(pair_values, stored, padding), _rows_of(row_values, rows, padding)
         return both if pairs_first else both[::-1]
 
     if accumulate is not None:
@@ -219,10 +218,7 @@ def outer_sums(
         return out
 
     def sum_expert(expert: tuple[int, slice]) -> None:
-        left, right = factors(expert[1])
-        padding = _padding(left, left.shape[0])
-        if padding:
-            left, right = (F.pad(factor, (0, 0, 0, padding)) for factor in (left, right))
+        left, right = factors(expert[1], _padding(pair_values, expert[1].stop - expert[1].start))
         torch.mm(left.mT, right, out=out[expert[0]])
 
     _for_each_expert(sum_expert, grouping)
@@ -230,6 +226,18 @@ def outer_sums(
         if first == last:
             out[e].zero_()
     return out
+
+
+def _rows_of(values: Tensor, rows: Tensor | slice, padding: int) -> Tensor:
+    """Return rows of values, and so many rows of zeros behind them."""
+    if isinstance(rows, slice):
+        return F.pad(values[rows], (0, 0, 0, padding)) if padding else values[rows]
+    if not padding:
+        return values.index_select(0, rows)
+    found = values.new_empty(rows.shape[0] + padding, values.shape[1])
+    torch.index_select(values, 0, rows, out=found[:-padding])
+    found[-padding:] = 0
+    return found
 
 
 def _for_each_expert(function: Callable[[tuple[int, slice]], None], grouping: Grouping) -> None:

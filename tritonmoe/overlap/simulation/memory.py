@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tritonmoe.config.overlap import OverlapPlan
 from tritonmoe.config.precision import PIECE, PIECE_OF_GPU, ExpertPrecision
+from tritonmoe.ops.backends.torch import ELEMENTWISE_SIZE
 from tritonmoe.overlap.schedule import Schedule
 from tritonmoe.overlap.simulation.cost_model import LayerWork, backward_with, forward_with
 from tritonmoe.overlap.steps import Step, StepKind, Way
@@ -95,7 +96,12 @@ class BufferWidths:
     @property
     def hidden_bytes(self) -> int:
         """Of h of one pair."""
-        return self.inner_bytes * (2 if self.gated else 1)
+        return self.inner_bytes * self.hidden_parts
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether rows are narrower than the dtype in which activations are computed, so that these widen copies."""
+        return self.dtype_bytes < 4
 
     @property
     def temporary_bytes(self) -> int:
@@ -103,10 +109,27 @@ class BufferWidths:
         return self.intermediate_size * max(4, self.dtype_bytes)
 
     @property
+    def forward_temporaries(self) -> int:
+        """How many tensors of F columns, in that dtype, a backend needs to compute the activation of a block's pairs:
+        its value, where h is widened in the memory of the copy."""
+        return self.hidden_parts if self.is_narrow else 1
+
+    @property
+    def backward_temporaries(self) -> int:
+        """The same for the gradient of the activation: da, the activation where there is a gate, and a product; where
+        they are widened also h and the product with `down_proj`."""
+        return (1 + self.hidden_parts) * (1 + self.is_narrow)
+
+    @property
+    def hidden_parts(self) -> int:
+        """Of F columns each, of which h consists."""
+        return 2 if self.gated else 1
+
+    @property
     def wide_gradient_bytes(self) -> int:
         """Of fp32 sums of all gradients of the two projections, where these are narrower themselves."""
         columns = self.intermediate_size * (3 if self.gated else 2)
-        return self.num_local_experts * self.hidden_size * columns * 4 * (self.dtype_bytes < 4)
+        return self.num_local_experts * self.hidden_size * columns * 4 * self.is_narrow
 
     @property
     def keeps_hidden(self) -> bool:
@@ -199,12 +222,14 @@ class _PassWalk:
         self.free(("sums", segment_of(step, self.plan)))
         self._post_rows(step, self.returned, self.sent)
 
-    def compute(self, step: Step, whole_bytes: int, block_bytes: int) -> None:
+    def compute(self, step: Step, whole_bytes: int, block_bytes: int, wide_columns: tuple[int, int]) -> None:
         """Compute the experts of a segment.
 
         Args:
             whole_bytes: what a backend that computes all pairs of a chunk at a time needs for each of them meanwhile.
-            block_bytes: what a backend that goes block by block needs for each pair of a block, beside its row.
+            block_bytes: what a backend that goes block by block needs for each pair of a block, beside its row and ...
+            wide_columns: ... what activations are computed in, of at most ELEMENTWISE_SIZE numbers at a time: how often
+                F columns in fp32 or wider there are, and of how many times F columns the numbers are counted.
         """
         segment, widths = segment_of(step, self.plan), self.widths
         if widths.precision is not None:
@@ -228,7 +253,7 @@ class _PassWalk:
         if max_block_pairs is None:
             meanwhile = pairs * whole_bytes
         else:
-            meanwhile = sums + self._compute_blocks(pairs, max_block_pairs, block_bytes, keeps_results)
+            meanwhile = sums + self._compute_blocks(pairs, max_block_pairs, block_bytes, wide_columns, keeps_results)
         if is_chunk:
             self.hold(("sums", segment), sums)
         self.count(meanwhile)
@@ -247,19 +272,31 @@ class _PassWalk:
         piece = PIECE_OF_GPU if self.widths.working_set.max_block_pairs is None else PIECE
         self.count((rows * self.widths.hidden_size).clamp(max=piece) * DECODING_BYTES)
 
-    def _compute_blocks(self, pairs: Tensor, max_block_pairs: int, block_bytes: int, keeps_results: bool) -> Tensor:
+    def _compute_blocks(
+        self,
+        pairs: Tensor,
+        max_block_pairs: int,
+        block_bytes: int,
+        wide_columns: tuple[int, int],
+        keeps_results: bool,
+    ) -> Tensor:
         """Compute pairs (W,) block by block, and give what is there when the last block is done, beside sums of rows.
 
-        First the rows of a block's pairs are gathered. Then there are the results of pairs, and the sums of rows, which
-        are copied to where they go.
+        First the rows of a block's pairs are gathered, which are freed when its activation is computed. Then there are
+        the results of pairs, and the sums of rows, which are copied to where they go.
         """
-        row_bytes = self.widths.row_bytes
+        widths, workers = self.widths, self.widths.working_set.num_workers
+        row_bytes = widths.row_bytes
         results = torch.zeros_like(pairs)
         if not keeps_results:
             has_blocks = pairs > max_block_pairs
             self.hold_at_least("y", has_blocks * self.largest_pairs * row_bytes)
             results = ~has_blocks * pairs * row_bytes
-        self.count(pairs.clamp(max=max_block_pairs * self.widths.working_set.num_workers) * (row_bytes + block_bytes))
+        number, counted = wide_columns
+        most_wide = min(max_block_pairs, max(1, ELEMENTWISE_SIZE // (counted * widths.intermediate_size)))
+        of_blocks = pairs.clamp(max=max_block_pairs * workers)
+        wide = pairs.clamp(max=most_wide * workers) * number * widths.temporary_bytes
+        self.count(of_blocks * block_bytes + torch.maximum(of_blocks * row_bytes, wide))
         return results
 
     def send_copies(self, step: Step) -> None:
@@ -310,11 +347,6 @@ def segment_of(step: Step, plan: OverlapPlan) -> int:
 
 def total(parts: list[Tensor]) -> Tensor:
     return torch.stack(parts).sum(0)
-
-
-FORWARD_TEMPORARIES, BACKWARD_TEMPORARIES = 1, 3
-"""How many tensors of F columns, in fp32 or wider, a backend needs to compute the activation of a block's pairs, and
-the gradient of the activation."""
 
 
 class PeakBytes(NamedTuple):
@@ -411,7 +443,8 @@ class _ForwardWalk(_PassWalk):
             self.hold("h", self.num_pairs * widths.hidden_bytes)
         per_pair = widths.inner_bytes + (0 if widths.keeps_hidden else widths.hidden_bytes)
         rounded = widths.inner_bytes * (widths.precision is not None)  # or codes, which are half as large
-        self.compute(step, widths.inner_bytes + rounded, per_pair + FORWARD_TEMPORARIES * widths.temporary_bytes)
+        wide_columns = (widths.forward_temporaries, widths.hidden_parts)
+        self.compute(step, widths.inner_bytes + rounded, per_pair, wide_columns)
 
 
 class _BackwardWalk(_PassWalk):
@@ -458,9 +491,9 @@ class _BackwardWalk(_PassWalk):
         widths = self.widths
         self.hold("gradients", self.num_pairs * (widths.hidden_bytes + widths.inner_bytes))
         again = 0 if widths.keeps_hidden else widths.hidden_bytes
-        temporaries = BACKWARD_TEMPORARIES * widths.temporary_bytes
         rounded = widths.hidden_bytes * (widths.precision is not None)  # dh, or its codes
-        self.compute(step, again + rounded, widths.inner_bytes + again + temporaries)
+        wide_columns = (widths.backward_temporaries, 1)
+        self.compute(step, again + rounded, widths.inner_bytes + again, wide_columns)
 
     def weight_grad(self, step: Step) -> None:
         self.settle(step)
@@ -477,8 +510,9 @@ class _BackwardWalk(_PassWalk):
         if widths.working_set.max_block_pairs is None:
             return
         gathered = pairs * (widths.working_set.num_workers / num_experts.clamp(min=1)).clamp(max=1.0)
-        # One range of pairs is in source order already: only its rows are gathered.
-        self.count(gathered * (self._num_ranges() > 1) * widths.hidden_bytes + gathered * widths.row_bytes)
+        # One range of pairs is in source order already: only its rows are gathered, unless zeros are put behind both.
+        copies_pairs = (self._num_ranges() > 1) | widths.is_narrow
+        self.count(gathered * copies_pairs * widths.hidden_bytes + gathered * widths.row_bytes)
 
     def copy_weight_grad(self, step: Step) -> None:
         self.hold("gradients of copies", self.num_copies[1] * self._gradient_bytes(step))
