@@ -63,14 +63,15 @@ def shared_of(graph: Graph, linked_s: Tensor | None = None) -> Shared:
     linked_s: (M,), of which it is known already that slow links cost it.
     """
     tables = graph.tables
-    uneven = _uneven(graph) if graph.stages else (torch.zeros_like(tables.busy_s), torch.zeros_like(tables.busy_s))
-    found = Shared(*(torch.zeros_like(of) for of in (tables.busy_s, tables.idle_s, tables.transfer_s)), *uneven)
+    none = torch.zeros_like(tables.busy_s)
+    stage_s, batch_s = _uneven(graph) if graph.stages else (none, none)
+    found = Shared(none.clone(), none.clone(), torch.zeros_like(tables.transfer_s), stage_s, batch_s)
     if len(graph.steps) < ENOUGH_STEPS or len(graph.ranks) < 2:
         return found
     transfer_s = tables.transfer_s if linked_s is None else tables.transfer_s - linked_s
     step_s = max(sum(graph.measured_s) / len(graph.steps), 1e-9)
     for values, sizes, into, places in (
-        (tables.busy_s - sum(uneven), tables.rows, found.busy_s, _places_of_runs(tables)),
+        (tables.busy_s - stage_s - batch_s, tables.rows, found.busy_s, _places_of_runs(tables)),
         (tables.idle_s, None, found.idle_s, _places_of_runs(tables)),
         (transfer_s.clamp(min=0), _fullest_bytes(tables), found.transfer_s, _places_of_members(tables)),
     ):
