@@ -24,7 +24,7 @@ from tritonmoe.tools.doctor.usual import usual_of
 from tritonmoe.tools.doctor.walk import walker_of
 from tritonmoe.tools.recording.call_recording import node_size_of
 
-__all__ = ["LayerPass", "Offers", "layers_of", "node_bytes", "offers_of"]
+__all__ = ["Offers", "layers_of", "node_bytes", "offers_of"]
 
 LEAST_SHARE = 0.01
 """A smaller gain is not spoken of."""
