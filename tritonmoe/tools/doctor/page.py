@@ -408,7 +408,7 @@ class RecordedPart(RunPart):
         hosts = sorted({str(of["host"]) for of in self.recorded.recording.headers})
         lines: list[Line] = [
             f"Recorded on {', '.join(hosts[:8])}{' and others' if len(hosts) > 8 else ''}"
-            + (f" with {versions}." if versions else "."),
+            + (f" with {versions}." if versions else ".")
         ]
         yield Words(lines)
 
