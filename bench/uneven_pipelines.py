@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from tritonmoe.tools.benchmarks.argument_types import positive, seed
 from tritonmoe.tools.doctor.attribution import attribute
@@ -92,8 +93,9 @@ class _Run:
     """All steps of a job, and their events."""
 
     def __init__(self, of: Pipeline, seed_: int, is_even: bool) -> None:
-        self.of, self.is_even, self.events = of, is_even, []
-        self.now_s, self.step_s = 0.0, []
+        self.of, self.is_even, self.now_s = of, is_even, 0.0
+        self.events: list[dict[str, Any]] = []
+        self.step_s: list[float] = []
         self.draw, self.noise = random.Random(seed_), random.Random(seed_ + 1)
         for step in range(of.steps):
             self._step(step)

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from pathlib import Path
 
 import pytest
 
@@ -179,3 +180,25 @@ def test_how_many_tokens_hide_the_loading_of_experts(capsys):
 def test_examples_of_a_smaller_gpu():
     numbers = [tokens_to_hide(bits / 8, 25e9, 165e12) for bits in (16, 4.25)]
     assert [round(number) for number in numbers] == [6600, 1753]
+
+
+def test_a_network_and_a_measured_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Both narrow the interval of a step; what they need is said where it isn't given."""
+    given = ["plan", "Qwen3-30B-A3B", "H100", "--nodes", "4", "--tp", "1", "--pp", "1", "--trainer", "megatron"]
+    log = tmp_path / "nccl.log"
+    log.write_text("gpu1:1:1 [0] NCCL INFO Using network Socket")
+    assert main([*given, "--ep", "8", "--network", str(log)]) == 0
+    assert "12% of 50 GB/s are assumed" in capsys.readouterr().out
+    assert main([*given, "--ep", "8", "--measured", "50000", "--of", "--nodes 2"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "Narrowed by a run of 16 GPUs with 50000 tokens/s" in said
+    assert "--measured 50000.0" in said
+    log.write_text("nothing")
+    for more, refusal in (
+        (["--ep", "8", "--network", str(log)], "doesn't say over what NCCL runs"),
+        (["--ep", "8", "--network", "wifi"], "--network is rdma or sockets, or a file"),
+        (["--measured", "50000"], "give --tp, --pp and one --ep"),
+        (["--ep", "8", "--measured", "50000", "--of", "--speed 2"], "got --speed 2"),
+    ):
+        assert main([*given, *more]) == 2
+        assert refusal in capsys.readouterr().err

@@ -17,8 +17,7 @@ from bench.synthetic_traces import write_traces
 from tritonmoe.tools.doctor.attribution import attribute
 from tritonmoe.tools.doctor.reading import read_traces
 from tritonmoe.tools.doctor.recorded_run import RecordedRun, judge_recording
-from tritonmoe.tools.doctor.verdict import as_json, as_text
-from tritonmoe.tools.doctor.words import describe_finding
+from tritonmoe.tools.doctor.verdict import as_json, as_text, describe_finding
 from tritonmoe.tools.recording import record
 from tritonmoe.tools.recording.recording_reader import read_recording
 from tritonmoe.transports import Transport

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tritonmoe.tools.doctor.attribution import Finding, attribute
-from tritonmoe.tools.doctor.link_ends import SlowLinks
+from tritonmoe.tools.doctor.joining import SlowLinks
 from tritonmoe.tools.doctor.reading import read_traces
 
 WRITTEN = Path(__file__).parent / "data" / "inspector_slow_link"

@@ -4,7 +4,7 @@ import pytest
 
 import tritonmoe as tm
 from tritonmoe.tools.cli import main
-from tritonmoe.tools.doctor.probe_pairs import PairTimes, _turns, probe_pairs
+from tritonmoe.tools.cli.doctor import PairTimes, _turns, probe_pairs
 
 
 def test_a_slow_link_is_found() -> None:

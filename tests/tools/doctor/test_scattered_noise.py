@@ -9,12 +9,11 @@ import pytest
 from step_graphs import Exchange, graph_of
 
 from tritonmoe.tools.doctor.attribution import Verdict, attribute, gain_of_noise
+from tritonmoe.tools.doctor.culprits import Replays
 from tritonmoe.tools.doctor.graph import Graph, Kind, Member, Run
 from tritonmoe.tools.doctor.reading import ReadRun
-from tritonmoe.tools.doctor.replays import Replays
 from tritonmoe.tools.doctor.usual import usual_of
-from tritonmoe.tools.doctor.verdict import as_text
-from tritonmoe.tools.doctor.words import describe_finding
+from tritonmoe.tools.doctor.verdict import as_text, describe_finding
 
 RANKS, STEPS, EXCHANGES = 4, 12, 20
 

@@ -12,8 +12,8 @@ from bench.foreign_hosts import HOST_TRAINERS, move_clocks, of_hosts
 from bench.foreign_scenarios import Scenario
 from bench.synthetic_traces import write_traces
 from tritonmoe.tools.doctor.attribution import attribute
-from tritonmoe.tools.doctor.clocks import align_clocks
 from tritonmoe.tools.doctor.graph import Graph, Run
+from tritonmoe.tools.doctor.matching import align_clocks
 from tritonmoe.tools.doctor.reading import read_traces
 from tritonmoe.tools.doctor.trace import Part, RankTrace
 

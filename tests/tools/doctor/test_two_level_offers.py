@@ -12,8 +12,8 @@ from bench.foreign_scenarios import Scenario
 from bench.synthetic_traces import write_traces
 from tritonmoe.tools.cli import main
 from tritonmoe.tools.doctor.graph import Graph, Kind, Member, Run
+from tritonmoe.tools.doctor.joining import slow_links
 from tritonmoe.tools.doctor.kineto import host_in_name
-from tritonmoe.tools.doctor.link_ends import slow_links
 from tritonmoe.tools.doctor.offers import layers_of, node_bytes, offers_of
 from tritonmoe.tools.doctor.reading import read_traces
 from tritonmoe.tools.doctor.trace import Part, RankTrace

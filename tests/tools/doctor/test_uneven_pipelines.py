@@ -8,7 +8,7 @@ import pytest
 from bench.uneven_pipelines import Pipeline, kinds_of, write_timeline
 from tritonmoe.tools.doctor.attribution import attribute
 from tritonmoe.tools.doctor.reading import read_traces
-from tritonmoe.tools.doctor.words import describe_finding
+from tritonmoe.tools.doctor.verdict import describe_finding
 
 FIRST = ("healthy", "uneven stages, the last", "one long micro-batch", "slow machine")
 

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import statistics
 import time
 from dataclasses import replace
 
@@ -16,7 +17,7 @@ from tritonmoe.tools.planner import comparison as comparing
 from tritonmoe.tools.planner import plan_search
 from tritonmoe.tools.planner import training_plan as planning
 from tritonmoe.tools.planner.cluster import NORMAL_90, Estimate
-from tritonmoe.tools.planner.cluster_presets import CLUSTERS
+from tritonmoe.tools.planner.cluster_presets import CLUSTERS, network_in, with_network
 from tritonmoe.tools.planner.comparison import compare, equalized
 from tritonmoe.tools.planner.draws import MODEL_ERROR
 from tritonmoe.tools.planner.job import Job, trained_by
@@ -25,7 +26,7 @@ from tritonmoe.tools.planner.plan_page import comparison_page
 from tritonmoe.tools.planner.plan_search import OVERLAPS, Free, search, ways
 from tritonmoe.tools.planner.plan_text import comparison_as_json, comparison_table, plan_as_json, plan_table
 from tritonmoe.tools.planner.step import step_time
-from tritonmoe.tools.planner.training_plan import plan
+from tritonmoe.tools.planner.training_plan import Measured, plan
 
 JOB = Job(MODELS["Qwen3-30B-A3B"], micro_batches=8)
 FULL = replace(JOB, recompute="full")
@@ -453,3 +454,61 @@ def test_degrees_that_cannot_be_are_refused():
         plan(JOB, H100, [8, 32], free=Free(pp=True))
     with pytest.raises(ValueError, match="can't be shared by ep=32"):
         plan(JOB, H100, [32])
+
+
+def test_a_measured_step_narrows_other_sizes() -> None:
+    """A run on two nodes takes three times as long as predicted: so does a step on eight, and the host is slow."""
+    job = replace(JOB, micro_batches=4)
+    cluster = CLUSTERS["H100"].with_nodes(8)
+    before = plan(job, cluster, [8], num_draws=100)
+    small = plan(job, cluster.with_nodes(2), [8], num_draws=100).best.time
+    measured = Measured(replace(job, ep=8), cluster.with_nodes(2), small.tokens_per_s / 3)
+    assert measured.step_s == pytest.approx(3 * small.step_s)
+    told = plan(job, cluster, [8], num_draws=100, measured=measured)
+    widths = [one.best.step_interval_s[1] / one.best.step_interval_s[0] for one in (before, told)]
+    assert widths[1] < 0.7 * widths[0]
+    assert told.best.time.step_s == pytest.approx(3 * before.best.time.step_s, rel=0.25)
+    assert sum(told.best.time.parts.values()) == pytest.approx(told.best.time.step_s)
+    assert statistics.median(one.factors["host.us_per_layer"] for one in told.draws) > 1.25
+    assert "Narrowed by a run of 16 GPUs" in plan_table(told)
+    with pytest.raises(ValueError, match="Is it the same job"):
+        plan(job, cluster, [8], num_draws=10, measured=replace(measured, tokens_per_s=1e12))
+
+
+def test_a_known_network_narrows_and_sockets_are_slower() -> None:
+    job = replace(JOB, trainer="megatron", overlaps_exchange=False)
+    cluster = CLUSTERS["H100"].with_nodes(4)
+    unknown, rdma, sockets = (
+        plan(job, of, [32], num_draws=100)
+        for of in (cluster, with_network(cluster, "rdma"), with_network(cluster, "sockets"))
+    )
+    width, known = (one.best.step_interval_s[1] / one.best.step_interval_s[0] for one in (unknown, rdma))
+    assert known < 0.9 * width
+    assert sockets.best.time.step_s > 1.5 * rdma.best.time.step_s
+    assert "--network says whether" in plan_table(unknown)
+    assert "within 25%" in plan_table(rdma)
+    with pytest.raises(ValueError, match="one of rdma, sockets"):
+        with_network(cluster, "wifi")
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("node1:7:7 [0] NCCL INFO Using network Socket\n", "sockets"),
+        ("node1:7:7 [0] NCCL INFO NET/IB : Using [0]mlx5_0:1/RoCE\nnode1:7:7 [0] NCCL INFO Using network IB\n", "rdma"),
+        ("NCCL INFO Using network AWS Libfabric", "rdma"),
+        ("NCCL INFO NET/Socket : Using [0]eth0:10.0.0.1<0>", "sockets"),
+        ("HOME=/root\nNCCL_IB_DISABLE=1\n", "sockets"), ("NCCL_NET=Socket", "sockets"), ("NCCL_DEBUG=INFO", None),
+    ],
+)  # fmt: skip
+def test_the_network_is_known_by_a_log_or_variables(text: str, kind: str | None) -> None:
+    assert network_in(text) == kind
+
+
+def test_what_a_search_left_out_is_said() -> None:
+    found = plan(JOB, CLUSTERS["H100"].with_nodes(2), free=Free(tp=True, pp=True, recompute=True), num_draws=5)
+    said = "; ".join(found.left_out)
+    assert "are slower than the best" in said
+    assert "tp above 8 and pp above 32 are not tried" in said
+    assert "ep of 32, 64, 128 can't share 16 GPUs" in said
+    assert f"Left out: {said}."[:40] in plan_table(found)

@@ -21,7 +21,7 @@ from tritonmoe.tools.benchmarks.argument_types import (
 from tritonmoe.tools.planner.break_even import break_even_table
 from tritonmoe.tools.planner.cluster import DTYPE_BYTES, Cluster
 from tritonmoe.tools.planner.cluster_file import read_cluster, to_toml
-from tritonmoe.tools.planner.cluster_presets import CLUSTERS, REMARKS
+from tritonmoe.tools.planner.cluster_presets import CLUSTERS, NETWORKS, REMARKS, network_in, with_network
 from tritonmoe.tools.planner.comparison import Equal, compare
 from tritonmoe.tools.planner.job import FROZEN, TRAINERS, UNKNOWN_IMBALANCE, Job, Recompute, Sends, trained_by
 from tritonmoe.tools.planner.job_memory import estimate_layers
@@ -29,7 +29,7 @@ from tritonmoe.tools.planner.model_config import MODELS, expert_load, find_model
 from tritonmoe.tools.planner.plan_page import comparison_page, plan_page
 from tritonmoe.tools.planner.plan_search import Free
 from tritonmoe.tools.planner.plan_text import comparison_as_json, comparison_table, plan_as_json, plan_table
-from tritonmoe.tools.planner.training_plan import Plan, plan
+from tritonmoe.tools.planner.training_plan import Measured, Plan, plan
 from tritonmoe.tools.report.html import Page, write_page
 from tritonmoe.tools.report.terminal import TEXT_COLUMNS, refused, wrapped
 
@@ -39,6 +39,7 @@ DEFAULT_ADAPTER_RANK = 16
 AS_GIVEN = (
     *("sequence", "micro_batch", "stages_in_turn", "trainer", "sends", "zero", "dtype", "wire_dtype"),
     *("expert_precision", "two_batches", "frozen", "adapter_rank", "balanced", "routing"),
+    *("network", "measured", "of"),
 )
 """What the command that repeats a plan has as the command that found it."""
 
@@ -74,6 +75,25 @@ def add_parser(subparsers: Subparsers) -> None:
     )
     _add_shape(parser)
     _add_trainer(parser)
+    parser.add_argument(
+        "--network",
+        metavar="KIND",
+        help=f"network between nodes: {' or '.join(NETWORKS)} (NCCL without RDMA), or a file that says it: NCCL's log "
+        "(NCCL_DEBUG=INFO), or the output of env",
+    )
+    parser.add_argument(
+        "--measured",
+        type=positive_number,
+        metavar="TOKENS_PER_S",
+        help="tokens a second of all GPUs in a run of this job: narrows all intervals",
+    )
+    parser.add_argument(
+        "--of",
+        default="",
+        metavar="OPTIONS",
+        help="with --measured: options in which that run was another one, as one argument: '--nodes 2 --ep 8'; its "
+        "--tp, --pp and --ep are needed here or there",
+    )
     parser.add_argument(
         "--memory",
         action="store_true",
@@ -193,6 +213,10 @@ def _plan(arguments: argparse.Namespace) -> int:
     if arguments.compare is not None:
         if len(arguments.compare) < 2:
             raise ValueError("--compare needs at least two clusters")
+        if arguments.measured is not None or arguments.network is not None:
+            raise ValueError(
+                "--measured and --network are of one cluster: leave --compare out, or give clusters as files"
+            )
         clusters = [_sized(_find_cluster(name), arguments) for name in arguments.compare]
         if len({cluster.name for cluster in clusters}) < len(clusters):
             clusters = [replace(one, name=given) for one, given in zip(clusters, arguments.compare, strict=True)]
@@ -201,7 +225,8 @@ def _plan(arguments: argparse.Namespace) -> int:
         _say_again(arguments, zip(arguments.compare, comparison.plans, strict=True))
         _write(arguments, comparison_as_json(comparison), lambda: comparison_page(comparison))
         return 0 if all(one.best.fits for one in comparison.plans) else 1
-    found = plan(job, _sized(_find_cluster(arguments.cluster), arguments), arguments.ep, free=free)
+    cluster, measured = _cluster(arguments), None if arguments.measured is None else _measured(arguments)
+    found = plan(job, cluster, arguments.ep, free=free, measured=measured)
     print(wrapped(plan_table(found)))
     _say_again(arguments, [(arguments.cluster, found)])
     _write(arguments, plan_as_json(found), lambda: plan_page(found))
@@ -324,6 +349,48 @@ def _find_cluster(name: str) -> Cluster:
     if not path.exists():
         raise ValueError(f"{name!r} is no cluster: give the path of a TOML file, or one of {', '.join(CLUSTERS)}")
     return read_cluster(path)
+
+
+def _cluster(arguments: argparse.Namespace) -> Cluster:
+    """Return the cluster of a plan with what is said of its network."""
+    cluster, kind = _sized(_find_cluster(arguments.cluster), arguments), arguments.network
+    if kind is None or kind in NETWORKS:
+        return cluster if kind is None else with_network(cluster, kind)
+    if not Path(kind).is_file():
+        raise ValueError(
+            f"--network is {' or '.join(NETWORKS)}, or a file with NCCL's log or the output of env: {kind!r}"
+        )
+    said = network_in(Path(kind).read_text(errors="replace"))
+    if said is None:
+        raise ValueError(
+            f"{kind} doesn't say over what NCCL runs: a log with NCCL_DEBUG=INFO has a line 'Using network ...'. Say "
+            f"it with --network {' or --network '.join(NETWORKS)}"
+        )
+    return with_network(cluster, said)
+
+
+def _measured(arguments: argparse.Namespace) -> Measured:
+    """Return the step that was measured, of this job but for the options of --of.
+
+    Raises:
+        ValueError: these are no options of a job, or its degrees aren't known.
+    """
+    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
+    parser.add_argument("--nodes", type=positive)
+    _add_shape(parser)
+    _add_trainer(parser)
+    try:
+        of, unknown = parser.parse_known_args(shlex.split(arguments.of), argparse.Namespace(**vars(arguments)))
+    except argparse.ArgumentError as error:
+        raise ValueError(f"--of: {error}") from None
+    if unknown:
+        raise ValueError(f"--of takes options of a job and --nodes, got {' '.join(unknown)}")
+    if of.tp is None or of.pp is None or len(of.ep) != 1:
+        raise ValueError(
+            "--measured needs to know how the run was spread: give --tp, --pp and one --ep, or --of with them: "
+            "--of '--tp 1 --pp 1 --ep 8'"
+        )
+    return Measured(replace(_job(of), ep=of.ep[0]), _cluster(of), arguments.measured)
 
 
 def _sized(cluster: Cluster, arguments: argparse.Namespace) -> Cluster:

@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 
 from tritonmoe.tools.doctor.causes import CAUSES, CauseKind, Culprits, Known
-from tritonmoe.tools.doctor.culprits import Share, culprits_of, steady
+from tritonmoe.tools.doctor.culprits import Removal, Replays, Share, culprits_of, steady
 from tritonmoe.tools.doctor.graph import Graph, LinkFault, floats, indices
 from tritonmoe.tools.doctor.pattern import FEW_STEPS, Pattern
-from tritonmoe.tools.doctor.replays import Removal, Replays
 from tritonmoe.tools.doctor.usual import Usual, usual_of
 from tritonmoe.tools.doctor.walk import Walker
 

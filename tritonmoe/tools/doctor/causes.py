@@ -20,7 +20,7 @@ from tritonmoe.tools.doctor.samples import slope
 from tritonmoe.tools.doctor.usual import Usual
 from tritonmoe.tools.recording.call_recording import RecordedCall, Recording
 
-__all__ = ["CAUSES", "OF_LONG_BATCHES", "Cause", "CauseKind", "Culprits", "ExcessTime", "Known", "Words"]
+__all__ = ["CAUSES", "CauseKind", "Culprits", "ExcessTime", "Known", "Words"]
 
 CauseKind: TypeAlias = Literal[
     "slower compute", "slower host", "slower exchanges", "uneven micro-batches", "uneven stages",

@@ -19,7 +19,7 @@ from tritonmoe.tools.doctor.graph import Graph, Kind, Member, Run, indices
 from tritonmoe.tools.doctor.trace_files import damaged, number
 from tritonmoe.tools.doctor.walk import walker_of
 
-__all__ = ["Slowdown", "is_timeline", "read_timeline", "slowdown_of"]
+__all__ = ["is_timeline", "read_timeline", "slowdown_of"]
 
 NAMES = {
     "forward-compute", "backward-compute", "forward-send", "forward-recv", "backward-send", "backward-recv",

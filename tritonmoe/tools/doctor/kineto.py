@@ -52,11 +52,8 @@ class KinetoTrace(KinetoEvents):
             raise damaged(self.path, "baseTimeNanoseconds is no time")
         whole_until_s = self._whole_until_s(is_gpu) if is_cut else float("inf")
         if not is_gpu and (self.comms or not self.operators) and not self.by_workers:
-            why = (
-                "the run used NCCL, and the file has no events of a GPU"
-                if self.comms
-                else "the file has no operation that computes"
-            )
+            of_nccl = "the run used NCCL, and the file has no events of a GPU"
+            why = of_nccl if self.comms else "the file has no operation that computes"
             raise ValueError(f"{self.path} can't be judged: {why}. Record with ProfilerActivity.CPU and .CUDA")
         if is_gpu:
             self._of_gpu(found)
@@ -91,16 +88,14 @@ class KinetoTrace(KinetoEvents):
         Raises:
             ValueError: that can't be told, since its events don't stand in the order of their times.
         """
+        ends = f"it ends too soon, after {self.num_events} events"
         if not is_gpu and self.top.get("deviceProperties"):
-            raise damaged(self.path, f"it ends too soon, after {self.num_events} events, none of which is of the GPU")
-        columns = [self.kernels[0], [of[1] for of in self.exchanges_on_gpu]] if is_gpu else []
-        columns += [] if is_gpu else [starts for starts, _ in self.operators.values()]
+            raise damaged(self.path, f"{ends}, none of which is of the GPU")
+        on_gpu, on_cpu = (self.kernels[0], [of[1] for of in self.exchanges_on_gpu]), self.operators.values()
+        columns = on_gpu if is_gpu else [starts for starts, _ in on_cpu]
         back = (later - own for of in columns for later, own in zip(accumulate(of, max), of, strict=True))
         if max(back, default=0.0) > UNORDERED_S:
-            raise damaged(
-                self.path,
-                f"it ends too soon, after {self.num_events} events, which don't stand in the order of their times",
-            )
+            raise damaged(self.path, f"{ends}, which don't stand in the order of their times")
         return max((of[-1] for of in columns if of), default=0.0)
 
     def _steps(self, found: RankTrace, is_gpu: bool, whole_until_s: float) -> None:

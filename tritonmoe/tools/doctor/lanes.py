@@ -12,7 +12,7 @@ from tritonmoe.tools.doctor.attribution import Verdict
 from tritonmoe.tools.doctor.graph import Graph, Key, Kind
 from tritonmoe.tools.doctor.walk import Moments, walker_of
 
-__all__ = ["DOING", "Doing", "Piece", "RankTimes", "Shown", "shown_of", "slow_steps"]
+__all__ = ["DOING", "Doing", "Piece", "Shown", "shown_of", "slow_steps"]
 
 Doing: TypeAlias = Literal["computing", "host", "waiting", "rows"]
 DOING: dict[Doing, str] = {

@@ -17,14 +17,14 @@ from tritonmoe.overlap.simulation.simulator import simulate
 from tritonmoe.overlap.steps import StepKind
 from tritonmoe.tools.doctor.advice import Advice, setting_of
 from tritonmoe.tools.doctor.attribution import Cost
+from tritonmoe.tools.doctor.culprits import Replays
 from tritonmoe.tools.doctor.graph import Graph, Key, Kind, Member, indices
-from tritonmoe.tools.doctor.replays import Replays
 from tritonmoe.tools.doctor.samples import fit_relative_line
 from tritonmoe.tools.doctor.usual import usual_of
 from tritonmoe.tools.doctor.walk import walker_of
 from tritonmoe.tools.recording.call_recording import node_size_of
 
-__all__ = ["LayerPass", "Offers", "layers_of", "node_bytes", "offers_of"]
+__all__ = ["Offers", "layers_of", "node_bytes", "offers_of"]
 
 LEAST_SHARE = 0.01
 """A smaller gain is not spoken of."""
@@ -413,10 +413,7 @@ class Offers:
     def _transfers_s(self, layer: LayerPass) -> tuple[float, float]:
         """Return what its exchanges take, those of the slowest ranks."""
         members = self.graph.members
-        return (
-            max(members[one].transfer_s for one in layer.there),
-            max(members[one].transfer_s for one in layer.back),
-        )
+        return (max(members[one].transfer_s for one in layer.there), max(members[one].transfer_s for one in layer.back))
 
     def saved(self, layer: LayerPass, plan: OverlapPlan, fixed_s: float, contention: float = 0.0) -> float:
         """Return by how much a pass is shorter with a plan, by the simulator, if one more chunk costs fixed_s."""

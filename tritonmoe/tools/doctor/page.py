@@ -12,8 +12,18 @@ from tritonmoe.tools.doctor.lanes import DOING, Piece, Shown
 from tritonmoe.tools.doctor.reading import ReadRun
 from tritonmoe.tools.doctor.recorded_run import RecordedRun
 from tritonmoe.tools.doctor.run_figures import PASSES, timelines_of
-from tritonmoe.tools.doctor.verdict import about, headline, recording_of, remarks, step_words, warnings_of
-from tritonmoe.tools.doctor.words import FindingWords, count_words, describe_finding, mended_words
+from tritonmoe.tools.doctor.verdict import (
+    FindingWords,
+    about,
+    count_words,
+    describe_finding,
+    headline,
+    mended_words,
+    recording_of,
+    remarks,
+    step_words,
+    warnings_of,
+)
 from tritonmoe.tools.report.charts import (
     MOST_SPANS,
     Bars,
@@ -398,7 +408,7 @@ class RecordedPart(RunPart):
         hosts = sorted({str(of["host"]) for of in self.recorded.recording.headers})
         lines: list[Line] = [
             f"Recorded on {', '.join(hosts[:8])}{' and others' if len(hosts) > 8 else ''}"
-            + (f" with {versions}." if versions else "."),
+            + (f" with {versions}." if versions else ".")
         ]
         yield Words(lines)
 

@@ -170,12 +170,7 @@ class Events:
 
 def events_of(plan: OverlapPlan, one: RecordedPass) -> Events:
     """Return what a pass consists of, with its count exchange, if it began with one."""
-    return _events_of(
-        plan,
-        one.steps.layout.kinds,
-        bool(one.steps_inside),
-        one.marks is not None,
-    )
+    return _events_of(plan, one.steps.layout.kinds, bool(one.steps_inside), one.marks is not None)
 
 
 @lru_cache(maxsize=1024)

@@ -187,23 +187,18 @@ class JsonPieces:
             except RecursionError:
                 raise damaged(self.path, f"{what} nests too deep") from None
             except ValueError as error:
-                is_cut = isinstance(error, json.JSONDecodeError)
-                # An error far from the end of what was read so far is no cut.
-                if not is_cut or len(self._text) - error.pos > BLOCK // 2:  # type: ignore[attr-defined]
+                if not isinstance(error, json.JSONDecodeError):
                     raise damaged(self.path, f"{what}: {str(error)[:80]}") from None
-                if self._is_whole:
-                    self._check_end(error, what)  # type: ignore[arg-type]
+                # What can't be read may only not be there any more; an error far from the end of what was read is none.
+                is_open = error.msg.startswith("Unterminated") or error.pos >= len(self._text.rstrip()) - LONGEST_WORD
+                if self._is_whole and is_open:
+                    raise self._too_soon() from None
+                if self._is_whole or len(self._text) - error.pos > BLOCK // 2:
+                    raise damaged(self.path, f"{what}: {str(error)[:80]}") from None
             if len(self._text) - self._at > MAX_VALUE:
                 raise damaged(self.path, f"{what} has more than {MAX_VALUE} characters")
             self._fill(grown)
             grown *= 2
-
-    def _check_end(self, error: json.JSONDecodeError, what: str) -> NoReturn:
-        """Raise that the file ends too soon, where what can't be read is only not there any more."""
-        is_open = error.msg.startswith("Unterminated string") or error.pos >= len(self._text.rstrip()) - LONGEST_WORD
-        if is_open:
-            raise self._too_soon()
-        raise damaged(self.path, f"{what}: {str(error)[:80]}") from None
 
     def _too_soon(self) -> _EndsTooSoon:
         return _EndsTooSoon(f"it ends too soon, after {self.num_elements} elements")

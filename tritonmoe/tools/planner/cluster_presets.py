@@ -1,11 +1,12 @@
 """Common machines as a Cluster: peaks from data sheets, efficiencies assumed."""
 
+import re
 from dataclasses import replace
 
 from tritonmoe.ops.kernels.gpus import CARDS, architecture_like
 from tritonmoe.tools.planner.cluster import BetweenLink, Cluster, Estimate, Gpu, Host, Link
 
-__all__ = ["CLUSTERS", "REMARKS"]
+__all__ = ["CLUSTERS", "NETWORKS", "REMARKS", "network_in", "with_network"]
 
 
 def _assumed(value: float) -> Estimate:
@@ -25,6 +26,15 @@ CX7 = BetweenLink(
 EFA = replace(CX7, latency_us=_assumed(120.0))
 TCP = replace(CX7, efficiency=Estimate(0.12, "assumed", 2.0), latency_us=_assumed(150.0))
 """The same port where NCCL finds no RDMA: a 25th of the data sheet was published, a third is what good hosts reach."""
+NETWORKS = ("rdma", "sockets")
+SAID = (  # by a line of NCCL's log, a variable or its value; the first that is there
+    ("sockets", r"(?i)using network socket\b|NCCL_IB_DISABLE\W+1|NCCL_NET\W+socket\b"),
+    ("rdma", r"(?i)using network (?:ib|ibext\w*|aws libfabric|libfabric|ofi|gib)\b|NCCL_NET\W+(?:ib|ibext\w*|aws)\b"),
+    ("sockets", r"NET/Socket ?: Using"),
+    ("rdma", r"NET/(?:IB|OFI|IBext\w*) ?: (?:Using|Selected)"),
+)
+RDMA_SPREAD = 0.25
+"""How far the efficiency between nodes may be from what published all-to-alls over RDMA reach."""
 IB200 = replace(CX7, gb_per_s=25.0)
 
 
@@ -38,6 +48,27 @@ def _gpu(name: str, *shares: float) -> Gpu:
     card, efficiencies = CARDS[name], map(_assumed, (*shares, 0.7, 0.1))
     of_codes = dict.fromkeys(architecture_like(card.architecture).precisions, card.tflops.get("fp8", 0.0))
     return Gpu(card.memory_gb, card.memory_tb_per_s, {**card.tflops, **of_codes}, *efficiencies)
+
+
+def network_in(text: str) -> str | None:
+    """Return over what NCCL runs between nodes, as its log or its variables say: rdma or sockets; None: they don't."""
+    return next((kind for kind, words in SAID if re.search(words, text)), None)
+
+
+def with_network(cluster: Cluster, kind: str) -> Cluster:
+    """Return the cluster with what is known of such a network; what was measured of it stays.
+
+    Raises:
+        ValueError: there is no such kind.
+    """
+    if kind not in NETWORKS:
+        raise ValueError(f"the network between nodes is one of {', '.join(NETWORKS)}, got {kind!r}")
+    between = cluster.between
+    if between.efficiency.source != "assumed":
+        return cluster
+    if kind == "rdma":
+        return replace(cluster, between=replace(between, efficiency=replace(CX7.efficiency, spread=RDMA_SPREAD)))
+    return replace(cluster, between=replace(between, efficiency=TCP.efficiency, latency_us=TCP.latency_us))
 
 
 CLUSTERS = {

@@ -12,7 +12,19 @@ from tritonmoe.tools.planner.job import Job
 from tritonmoe.tools.planner.operation_costs import Parts, layer_parts
 from tritonmoe.tools.planner.step import StepTime, step_with
 
-__all__ = ["MODEL_ERROR", "Draw", "Drawn", "ModelError", "Uncertain", "draw", "interval", "uncertainties"]
+__all__ = [
+    "KNOWN_NETWORK",
+    "MODEL_ERROR",
+    "Draw",
+    "Drawn",
+    "ModelError",
+    "Uncertain",
+    "are_unlike",
+    "draw",
+    "interval",
+    "told_by",
+    "uncertainties",
+]
 
 
 @dataclass(frozen=True)
@@ -27,15 +39,31 @@ class ModelError:
     cluster, its care. What goes wrong makes a run slower."""
     own: float
     """The standard deviation of one run about that."""
+    alike: float
+    """The standard deviation of one run about another one of the same job that is spread and computed alike."""
 
     def log_factor(self, common: float, own: float) -> float:
         """Return the logarithm of a draw, from two standard normal numbers."""
         return self.bias + (self.slower if common > 0 else self.faster) * common + self.own * own
 
 
-MODEL_ERROR = ModelError(bias=0.01, faster=0.09, slower=0.5, own=0.17)
+MODEL_ERROR = ModelError(bias=0.01, faster=0.09, slower=0.5, own=0.17, alike=0.07)
 """Fitted by `python -m bench.plan_steps` to every published step that it has; there each family of rows is predicted
 with the error that the other families say."""
+
+KNOWN_NETWORK_ERROR = replace(MODEL_ERROR, faster=0.05, slower=0.29, own=0.18)
+"""The same, fitted to the steps of which it is known over what NCCL ran between nodes, or that ran on one node."""
+UNLIKE = 1.5
+"""So many times the model's own error of one run is between a run and one that is spread or computed otherwise: with
+that, three in four published steps lie in the intervals that another one of their job gives."""
+KNOWN_NETWORK = 0.5
+"""An efficiency between nodes with a smaller spread is of a known network."""
+
+
+def model_error(cluster: Cluster) -> ModelError:
+    """Return the model's own error on a cluster."""
+    spread = spread_of("between.efficiency", cluster.between.efficiency)
+    return KNOWN_NETWORK_ERROR if cluster.nodes == 1 or spread < KNOWN_NETWORK else MODEL_ERROR
 
 
 JOB_SPREADS = {"pair_passes": 1.0, "us_per_expert": 4.0, "imbalance": 0.4}
@@ -79,6 +107,11 @@ class Draw:
     common: float
     own: float
     """Standard normal numbers: of what a run shares with others of its kind, and of the run alone."""
+    model: ModelError = MODEL_ERROR
+    """The model's own error where the job runs."""
+    told: tuple[float, float] | None = None
+    """Where a step of the job was measured, with this draw's numbers: the logarithm of what the model leaves out, and
+    its standard deviation."""
 
     def job(self, job: Job) -> Job:
         changed = {
@@ -86,8 +119,15 @@ class Draw:
         }
         return replace(job, **changed)
 
-    def error(self, error: ModelError = MODEL_ERROR) -> float:
-        """Return how many times as long a step takes as the model says."""
+    def error(self, error: ModelError | None = None, *, is_unlike: bool = False) -> float:
+        """Return how many times as long a step takes as the model says.
+
+        error: None: the draw's own. is_unlike: whether a step was measured that is spread or computed otherwise.
+        """
+        error = error or self.model
+        if self.told is not None:
+            spread = math.hypot(self.told[1], UNLIKE * error.own if is_unlike else 0.0)
+            return math.exp(self.told[0] + spread * self.own)
         return math.exp(error.log_factor(self.common, self.own))
 
 
@@ -107,9 +147,46 @@ def draw(job: Job, cluster: Cluster, count: int) -> list[Draw]:
             {key: math.exp(generator.gauss(0.0, sigma)) for key, (sigma, generator) in numbers.items()},
             common.gauss(0.0, 1.0),
             own.gauss(0.0, 1.0),
+            model_error(cluster),
         )
         for _ in range(count)
     ]
+
+
+def are_unlike(one: Job, other: Job) -> bool:
+    """Return whether two runs of a job are spread or computed otherwise."""
+    return any(getattr(one, name) != getattr(other, name) for name in ("recompute", "dtype", "tp", "pp", "ep"))
+
+
+def told_by(
+    draws: Sequence[Draw], taken_s: Sequence[float], measured_s: float, model: ModelError | None = None
+) -> list[tuple[int, Draw]]:
+    """Return draws as likely as a measured step makes them, each with its place among these and what it tells.
+
+    taken_s: what the measured step takes in each draw, without the model's own error. How much longer it took is due to
+    what other runs of the job share as far as that varies more than one run does from another.
+    """
+    found, weights = [], []
+    for one, seconds in zip(draws, taken_s, strict=True):
+        error = model or one.model
+        apart = math.log(measured_s / seconds) - error.bias
+        shared, alike = (error.slower if apart > 0 else error.faster) ** 2, error.alike**2
+        weights.append(math.exp(-(apart**2) / 2 / (shared + alike)) * math.sqrt(shared / (shared + alike)))
+        spread = math.sqrt(shared * alike / (shared + alike) + alike)
+        found.append(replace(one, told=(error.bias + apart * shared / (shared + alike), spread)))
+    generator, total = random.Random("measured"), sum(weights)
+    if not total:
+        raise ValueError(
+            f"a step of {measured_s:.4g} s was measured, and {statistics.median(taken_s):.4g} s is predicted: no "
+            "estimate is so far off. Is it the same job, on the same cluster?"
+        )
+    reached, places, at = weights[0], [], 0
+    for number in range(len(draws)):  # each as often as its weight says, evenly
+        while reached < (number + 0.5) / len(draws) * total and at + 1 < len(draws):
+            at += 1
+            reached += weights[at]
+        places.append(at)
+    return [(place, replace(found[place], own=generator.gauss(0.0, 1.0))) for place in places]
 
 
 @dataclass(frozen=True)

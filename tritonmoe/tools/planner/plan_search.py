@@ -17,7 +17,7 @@ from tritonmoe.tools.planner.layer_exchange import ExchangeTime
 from tritonmoe.tools.planner.operation_costs import layer_parts
 from tritonmoe.tools.planner.step import ONCE_A_STEP, StepTime, exchange_time, layer_exchange, step_with, walked_layers
 
-__all__ = ["OVERLAPS", "Free", "Spread", "Way", "search", "ways", "with_cluster"]
+__all__ = ["OVERLAPS", "Free", "Spread", "Way", "left_out", "search", "ways", "with_cluster"]
 
 OVERLAPS = (SERIAL, *map(OverlapPlan, candidate_sizes()))
 """The schedules that are tried."""
@@ -105,6 +105,26 @@ def search(
     found = found[:most]
     lacking = sorted((way for way in tried if not way.fits), key=lambda way: way.memory_gb)
     return found + [schedules.fastest(way) for way in lacking[: most - len(found)]], len(tried)
+
+
+def left_out(job: Job, cluster: Cluster, degrees: Sequence[int], free: Free, shown: Sequence[Spread]) -> Iterator[str]:
+    """Yield which ways a search has left out and why, beside those that it shows."""
+    tried = ways(job, cluster, degrees, free)
+    lacking = [way.memory_gb for way in tried if not way.fits]
+    if lacking:
+        usable = USABLE_MEMORY * cluster.gpu.memory_gb
+        yield f"{len(lacking)} need more than {usable:.0f} GB of a GPU, {min(lacking):.0f} GB at least"
+    best = sum(one.fits for one in shown)
+    if len(tried) - len(lacking) > best:
+        yield f"{len(tried) - len(lacking) - best} are slower than the best {best}, with any schedule"
+    if free.tp or free.pp:
+        tensor, stages = min(cluster.gpus_per_node, MOST_TENSOR_RANKS), min(job.model.num_layers, MOST_STAGES)
+        yield f"tp and pp that are no powers of two, tp above {tensor} and pp above {stages} are not tried"
+    known = {way.job.ep for way in tried}
+    divisors = [ep for ep in range(1, job.model.num_experts + 1) if job.model.num_experts % ep == 0]
+    if not degrees and (unlike := [ep for ep in divisors if ep not in known]):
+        named = ", ".join(map(str, unlike))
+        yield f"ep of {named} can't share {cluster.num_gpus} GPUs in nodes of {cluster.gpus_per_node}"
 
 
 def with_cluster(spread: Spread, cluster: Cluster) -> Spread:

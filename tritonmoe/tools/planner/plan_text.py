@@ -1,15 +1,19 @@
 """A plan and a comparison of clusters as text: tables, notes, and the verdict (what to take, and how sure that is)."""
 
+import math
+import statistics
 from collections.abc import Iterable, Iterator, Sequence
 
 from tritonmoe.runtime.files import Json
+from tritonmoe.tools.planner.cluster import Cluster, spread_of
 from tritonmoe.tools.planner.comparison import Comparison
+from tritonmoe.tools.planner.draws import KNOWN_NETWORK
 from tritonmoe.tools.planner.job import Job
 from tritonmoe.tools.planner.job_memory import USABLE_MEMORY
 from tritonmoe.tools.planner.operation_costs import FP8_SHARE
 from tritonmoe.tools.planner.plan_search import ways
 from tritonmoe.tools.planner.step import HOST
-from tritonmoe.tools.planner.training_plan import Plan, Prediction, Sensitivity
+from tritonmoe.tools.planner.training_plan import Measured, Plan, Prediction, Sensitivity
 from tritonmoe.tools.report.terminal import TEXT_COLUMNS
 
 __all__ = [
@@ -249,6 +253,8 @@ def compare_verdict(comparison: Comparison) -> str:
 
 
 MOST_ROWS = 12
+MOVED = 1.25
+"""A measured step says something of an estimate that is so many times what it was."""
 MOST_PARTS = 6
 
 
@@ -268,10 +274,38 @@ def plan_table(plan: Plan) -> str:
         lines.append(
             f"... and {plan.num_found - MOST_ROWS} other choices: --json lists the {len(plan.predictions)} best"
         )
+    if plan.left_out:
+        lines.append(f"Left out: {'; '.join(plan.left_out)}.")
     lines.append("")
     if best.fits:
         lines += _about_best(plan)
+    if plan.measured is not None:
+        lines.append(_told(plan, plan.measured))
+    elif cluster.nodes > 1 and best.fits:
+        lines.append(_network(cluster))
     return "\n".join([*lines, *plan_notes(plan), plan_verdict(plan)])
+
+
+def _told(plan: Plan, measured: Measured) -> str:
+    """Return what narrowed a plan, and which estimate it moved most."""
+    factors = {key: statistics.median(one.factors[key] for one in plan.draws) for key in plan.draws[0].factors}
+    said = (
+        f"Narrowed by a run of {measured.cluster.num_gpus} GPUs with {measured.tokens_per_s:g} tokens/s, a step of "
+        f"{measured.step_s:.4g} s."
+    )
+    most = max(factors, key=lambda key: abs(math.log(factors[key])), default="")
+    if not most or abs(math.log(factors[most])) < math.log(MOVED):
+        return said
+    return f"{said} By that run, {most} is about {factors[most]:.2g} times what is assumed."
+
+
+def _network(cluster: Cluster) -> str:
+    """Return what is assumed of the network between nodes."""
+    efficiency, spread = cluster.between.efficiency, spread_of("between.efficiency", cluster.between.efficiency)
+    said = f"Between nodes {efficiency.value:.0%} of {cluster.between.gb_per_s:g} GB/s are {efficiency.source}"
+    if spread < KNOWN_NETWORK:
+        return f"{said}, within {spread:.0%}."
+    return f"{said}, and may be much less: --network says whether NCCL runs over RDMA or sockets."
 
 
 def _experts(job: Job) -> str:

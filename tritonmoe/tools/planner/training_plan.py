@@ -1,22 +1,24 @@
 """plan(): what a training step would take on a cluster, for the best ways to spread a model, and how sure that is."""
 
+import statistics
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 
 from tritonmoe.config.overlap import OverlapPlan
 from tritonmoe.runtime.files import Json
 from tritonmoe.tools.planner.cluster import Cluster, Estimate
-from tritonmoe.tools.planner.draws import MODEL_ERROR, Draw, Drawn, draw, interval, uncertainties
+from tritonmoe.tools.planner.draws import Draw, Drawn, are_unlike, draw, interval, told_by, uncertainties
 from tritonmoe.tools.planner.exchange_curve import SERIAL, ExchangeCurve
 from tritonmoe.tools.planner.job import Job, Recompute
 from tritonmoe.tools.planner.operation_costs import layer_parts
-from tritonmoe.tools.planner.plan_search import Free, Spread, Way, search, with_cluster
+from tritonmoe.tools.planner.plan_search import Free, Spread, Way, left_out, search, with_cluster
 from tritonmoe.tools.planner.step import StepTime, step_with
 from tritonmoe.tools.planner.transformer_model import flops_per_token
 
 __all__ = [
     "USUAL",
     "Choice",
+    "Measured",
     "Plan",
     "Prediction",
     "Sensitivity",
@@ -67,6 +69,8 @@ def sensitivities(contenders: Sequence[tuple[Spread, ExchangeCurve]]) -> list[Se
 
 NUM_DRAWS = 200
 """So many sets of numbers are drawn from the intervals; the same ones for every choice."""
+MORE_DRAWS = 5
+"""Where a step was measured: so many times as many, of which it leaves the likely ones."""
 CONTENDERS = 6
 """So many of the fastest choices are compared in every draw, and for every estimate."""
 MOST_CHOICES = 16
@@ -135,6 +139,27 @@ class Prediction:
 
 
 @dataclass(frozen=True)
+class Measured:
+    """A step of a job that was run, of any size; its degrees are those of the job."""
+
+    job: Job
+    cluster: Cluster
+    tokens_per_s: float
+    """Of all its GPUs."""
+
+    @property
+    def step_s(self) -> float:
+        return self.job.tokens_per_step(self.cluster) / self.tokens_per_s
+
+    def narrow(self, draws: Sequence[Draw]) -> list[Draw]:
+        """Return draws as likely as the measured step makes them. Raises ValueError where none can be."""
+        (one, *_), _ = search(self.job, self.cluster, [self.job.ep])
+        curve = ExchangeCurve(one.job, one.cluster, one.num_levels, one.overlap)
+        taken = [Drawn.of(of.job(one.job), one.cluster.scaled(of.factors), (curve, curve)) for of in draws]
+        return [of for _, of in told_by(draws, [of.time.step_s for of in taken], self.step_s)]
+
+
+@dataclass(frozen=True)
 class Plan:
     """The predictions for the best choices, the fastest that fits first."""
 
@@ -150,6 +175,10 @@ class Plan:
     """What to measure first comes first: what may change the choice, then what may change its time. None where nothing
     fits: there is no choice to change."""
     draws: list[Draw]
+    measured: Measured | None = None
+    """A step that narrowed the draws."""
+    left_out: tuple[str, ...] = ()
+    """Which ways to spread the model are not among the predictions, and why."""
 
     @property
     def best(self) -> Prediction:
@@ -165,9 +194,11 @@ class Plan:
             "job": {name: getattr(self.job, name) for name in JOB_FIELDS},
             "free": vars(self.free),
             "draws": len(self.draws),
-            "model_error": vars(MODEL_ERROR),
+            "model_error": vars(self.draws[0].model),
             "choices": [_as_json(one, self.cluster) for one in self.predictions],
             "choices_found": self.num_found,
+            "left_out": list(self.left_out),
+            "measured_tokens_per_s": None if self.measured is None else self.measured.tokens_per_s,
             "stays_best": self.stays_best,
             "measure_next": [vars(one) for one in self.sensitivities],
             "estimates": {
@@ -231,22 +262,31 @@ def plan(
     *,
     free: Free | None = None,
     num_draws: int | None = None,
+    measured: Measured | None = None,
 ) -> Plan:
     """Predict a job's step on a cluster for the best ways to spread it.
 
     Each number of expert-parallel ranks is tried, or those of `degrees`, on one level and, where they cover several
     nodes, on two; what else may be chosen says `free`. Each is predicted with the schedule that is fastest for it.
+    measured: a step of this or of another size, which tells how far off the estimates and the model are.
 
     Raises:
-        ValueError: a degree fits no choice, or the job fits the cluster with none.
+        ValueError: a degree fits no choice, or the job fits the cluster with none; or no estimate explains what was
+            measured.
     """
     free = free or Free()
     spreads, num_found = search(job, cluster, degrees, free, most=MOST_CHOICES)
     draws = draw(job, cluster, NUM_DRAWS if num_draws is None else num_draws)
-    curves = _Curves()
-    predictions = [predict(spread, cluster, draws, curves) for spread in spreads]
+    if measured is not None:
+        draws = measured.narrow(draw(job, cluster, MORE_DRAWS * len(draws)))[::MORE_DRAWS]
+    curves, without = _Curves(), tuple(left_out(job, cluster, degrees, free, spreads))
+    told = None if measured is None else measured.job
+    predictions = [predict(spread, cluster, draws, curves, told) for spread in spreads]
+    if measured is not None:  # which is the fastest may be another one then
+        order = sorted(range(len(spreads)), key=lambda n: (not predictions[n].fits, _s_per_token(predictions[n])))
+        spreads, predictions = [spreads[n] for n in order], [predictions[n] for n in order]
     if not predictions[0].fits:
-        return Plan(job, cluster, free, predictions, num_found, 0.0, [], draws)
+        return Plan(job, cluster, free, predictions, num_found, 0.0, [], draws, measured, without)
     contenders = [n for n, one in enumerate(predictions) if one.fits][:CONTENDERS]
     fastest = [
         min(contenders, key=lambda n, k=k: predictions[n].draws_s[k] / predictions[n].time.tokens)  # type: ignore[misc]
@@ -254,7 +294,7 @@ def plan(
     ]
     stays = sum(n == 0 for n in fastest) / len(draws)
     found = sensitivities([(spreads[n], curves.of(spreads[n], spreads[n].overlap)) for n in contenders])
-    return Plan(job, cluster, free, predictions, num_found, stays, found, draws)
+    return Plan(job, cluster, free, predictions, num_found, stays, found, draws, measured, without)
 
 
 class _Curves:
@@ -270,15 +310,25 @@ class _Curves:
         return self._known[key]
 
 
-def predict(spread: Spread, cluster: Cluster, draws: Sequence[Draw], curves: _Curves) -> Prediction:
-    """Predict one way to spread a job, of whose cluster it may use a part of each node's GPUs."""
+def predict(
+    spread: Spread, cluster: Cluster, draws: Sequence[Draw], curves: _Curves, measured: Job | None = None
+) -> Prediction:
+    """Predict one way to spread a job, of whose cluster it may use a part of each node's GPUs.
+
+    measured: the job of which a step told what the draws are.
+    """
     job, used = spread.job, spread.cluster
     own, serial = (curves.of(spread, overlap) for overlap in (spread.overlap, SERIAL))
     found = [Drawn.of(one.job(job), used.scaled(one.factors), (own, serial)) for one in draws]
-    errors = [one.error() for one in draws]
+    is_unlike = measured is not None and are_unlike(job, measured)
+    errors = [one.error(is_unlike=is_unlike) for one in draws]
     expected = Drawn.of(job, used, (own, serial))
-    time = expected_time(spread)
     draws_s = [of.time.step_s * by for of, by in zip(found, errors, strict=True)]
+    usual = USUAL if draws[0].told is None else statistics.median(draws_s) / expected.time.step_s
+    time, exchange_s = expected_time(spread, usual), expected.exchange_s
+    if draws[0].told is not None:
+        exchange_s = statistics.median(of.exchange_s for of in found)
+        time = replace(time, exposed_s=statistics.median(of.time.exposed_s for of in found))
     choice = Choice(
         *(job.tp, job.pp, job.ep, job.recompute, job.micro_batches, used.gpus_per_node),
         *(spread.num_levels, spread.overlap),
@@ -288,12 +338,12 @@ def predict(spread: Spread, cluster: Cluster, draws: Sequence[Draw], curves: _Cu
         time,
         interval(draws_s),
         interval([of.time.layer_s * by for of, by in zip(found, errors, strict=True)]),
-        expected.exchange_s,
+        exchange_s,
         interval([of.exchange_s for of in found]),
         interval([of.time.exposed_s for of in found]),
-        expected.serial.step_s * USUAL,
+        expected.serial.step_s * usual,
         interval([of.serial.step_s * by for of, by in zip(found, errors, strict=True)]),
-        _between_nodes_s(spread),
+        _between_nodes_s(spread) * usual,
         spread.memory_gb,
         spread.fits,
         used.num_gpus,
@@ -306,13 +356,16 @@ def predict(spread: Spread, cluster: Cluster, draws: Sequence[Draw], curves: _Cu
     )
 
 
-def expected_time(spread: Spread) -> StepTime:
-    """Return a step as long as published ones say: what the model leaves out is one more part."""
-    time, more = spread.time, (USUAL - 1) * spread.time.step_s
-    if more <= 0:
-        return time
-    parts = {**time.parts, LEFT_OUT: more}
-    return replace(time, step_s=sum(parts.values()), layer_s=time.layer_s * USUAL, parts=parts)
+def _s_per_token(one: Prediction) -> float:
+    return one.time.step_s / one.time.tokens if one.fits else 0.0
+
+
+def expected_time(spread: Spread, usual: float = USUAL) -> StepTime:
+    """Return a step as long as published ones say, or a measured one: what the model leaves out is one more part."""
+    time, more = spread.time, max(0.0, (usual - 1) * spread.time.step_s)
+    less = min(1.0, usual)  # what is faster than the model has every part faster
+    parts = {name: seconds * less for name, seconds in time.parts.items()} | ({LEFT_OUT: more} if more else {})
+    return replace(time, step_s=sum(parts.values()), layer_s=time.layer_s * usual, parts=parts)
 
 
 def usd_per_million_tokens(cluster: Cluster, time: StepTime) -> float:
@@ -324,4 +377,4 @@ def _between_nodes_s(spread: Spread) -> float:
     """Return by how much a step of the same layout would be shorter if whatever travels between nodes took no time."""
     used, nothing = spread.cluster, Estimate(0.0, "assumed")
     link = replace(used.between, gb_per_s=1e9, latency_us=nothing, us_per_peer=nothing, curve=())
-    return (spread.time.step_s - with_cluster(spread, replace(used, between=link)).time.step_s) * USUAL
+    return spread.time.step_s - with_cluster(spread, replace(used, between=link)).time.step_s
