@@ -44,7 +44,7 @@ def check(folder):
     from tritonmoe.ops.backends.ops import GradientOperands
     from tritonmoe.ops.grouping import RowSources
     from tritonmoe.ops.kernels import up as up_kernels
-    from tritonmoe.ops.kernels.up import gather_rows
+    from tritonmoe.ops.kernels.gather import gather_rows
 
     far, ids = FarMemory(folder), torch.tensor([[2], [0], [1]], dtype=torch.int32)
     near = Layer(ids, 3, LAYOUTS["concatenated"], torch.float16)

@@ -17,7 +17,9 @@ from tritonmoe.config.routing import RoutingRule
 from tritonmoe.config.scores import SCORES, ScoreName
 from tritonmoe.ops import aot
 from tritonmoe.ops.kernels import launch, router_products
-from tritonmoe.ops.kernels.router_choice import choice_grad, choose_experts, count_pairs
+from tritonmoe.ops.kernels.router_choice import choose_experts
+from tritonmoe.ops.kernels.router_choice_grad import choice_grad
+from tritonmoe.ops.kernels.router_counts import count_pairs
 from tritonmoe.ops.kernels.router_kernels import route, route_grad
 from tritonmoe.ops.kernels.scores import KERNEL_FUNCTIONS
 from tritonmoe.routing import TopKRouter

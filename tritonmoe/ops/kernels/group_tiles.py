@@ -25,7 +25,7 @@ class TileTable:
     def of_chunks(
         cls, row_sources: RowSources, pair_offsets: tuple[int, ...], top_k: int, device: torch.device
     ) -> "TileTable":
-        """Cut each run of rows into tiles; group.py says what the table holds."""
+        """Cut each run of rows into tiles; group_steps.py says what the table holds."""
         counts = row_sources.rows.flatten() * top_k  # of each run, by (chunk, run)
         ends = counts.cumsum(0)
         tiles_of_runs = (counts + PAIRS_PER_TILE - 1) // PAIRS_PER_TILE

@@ -1,9 +1,7 @@
-"""From logits to scores, and ids and weights of K experts; the gradient of logits; how many tokens chose each expert.
+"""From logits to scores, and ids and weights of K experts; one warp holds a token's row of logits in its registers.
 
-One warp holds a token's row of logits in its registers, so no reduction over a row's experts waits for another warp.
+So no reduction over a row's experts waits for another warp.
 """
-
-import itertools
 
 import torch
 import triton
@@ -11,11 +9,10 @@ import triton.language as tl
 from torch import Tensor
 
 from tritonmoe.config.routing import RoutingRule
-from tritonmoe.ops.kernels.arithmetic import round_to
 from tritonmoe.ops.kernels.launch import INTERPRETED, cdiv, launch, next_power_of_2
-from tritonmoe.ops.kernels.scores import score_function, score_gradient
+from tritonmoe.ops.kernels.scores import score_function
 
-__all__ = ["choice_grad", "choose_experts", "count_pairs"]
+__all__ = ["choose_experts", "row_block"]
 
 _TAKEN = tl.constexpr(-(2**31))
 """Below the key of every number: of experts that were chosen already, and of columns behind the last."""
@@ -135,7 +132,7 @@ def _choose_experts_kernel(
     tl.store(topk_weights + pairs, tl.where(is_finite[:, None], chosen * scaling, 0.0), mask=pair_mask)
 
 
-def _row_block(num_experts: int) -> dict[str, int]:
+def row_block(num_experts: int) -> dict[str, int]:
     """Return how many tokens and experts the one warp of a program holds: 8 or 16 values in a thread, or one token's.
 
     Of the fewest experts 16 tokens: 32 would spill with Triton 3.6.
@@ -155,7 +152,7 @@ def choose_experts(logits: Tensor, selection_bias: Tensor | None, rule: RoutingR
         topk_weights (T, K) fp32. Scores and weights are 0 in rows without experts.
     """
     num_tokens, num_experts = logits.shape
-    block = _row_block(num_experts)
+    block = row_block(num_experts)
     scores = torch.empty_like(logits)
     topk_ids = logits.new_empty(num_tokens, rule.top_k, dtype=torch.int64)
     topk_weights = logits.new_empty(num_tokens, rule.top_k)
@@ -181,178 +178,3 @@ def choose_experts(logits: Tensor, selection_bias: Tensor | None, rule: RoutingR
         **block,
     )
     return scores, topk_ids, topk_weights
-
-
-@triton.jit(do_not_specialize=["T"])
-def _choice_grad_kernel(
-    scores,  # (T, E) fp32
-    topk_ids,  # (T, K) int64
-    topk_weights,  # (T, K) fp32
-    dweights,  # (T, K) or None
-    dscores,  # (T, E) or None
-    dlogits,  # (T, E) or None
-    out,  # (T, PARTS * E): the sum; two parts are what it is rounded to, and what that leaves
-    scaling,
-    T,
-    E,
-    stride_dweights_row,
-    stride_dweights_slot,
-    stride_dscores_row,
-    stride_dscores_expert,
-    stride_dlogits_row,
-    stride_dlogits_expert,
-    K: tl.constexpr,
-    SCORE_GRAD: tl.constexpr,
-    SOFTMAX_AFTER_TOPK: tl.constexpr,
-    RENORMALIZE: tl.constexpr,
-    PARTS: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    tokens = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    experts = tl.arange(0, BLOCK_E)
-    is_token = tokens < T
-    mask = is_token[:, None] & (experts < E)[None, :]
-    is_routed = tl.load(topk_ids + tokens * K, mask=is_token, other=-1) >= 0
-    routed_mask = mask & is_routed[:, None]
-    score = tl.load(scores + tokens[:, None] * E + experts[None, :], mask=mask, other=0.0)
-    grad = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)  # of the scores
-    direct = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)  # of the logits
-    if dscores is not None:
-        pointers = dscores + tokens[:, None] * stride_dscores_row + experts[None, :] * stride_dscores_expert
-        grad += tl.load(pointers, mask=routed_mask, other=0.0).to(tl.float32)
-    if dlogits is not None:
-        pointers = dlogits + tokens[:, None] * stride_dlogits_row + experts[None, :] * stride_dlogits_expert
-        direct += tl.load(pointers, mask=routed_mask, other=0.0).to(tl.float32)
-    if dweights is not None:
-        slots = tl.arange(0, BLOCK_K)
-        pair_mask = is_routed[:, None] & (slots < K)[None, :]
-        pairs = tokens[:, None] * K + slots[None, :]
-        ids = tl.load(topk_ids + pairs, mask=pair_mask, other=-1)
-        pointers = dweights + tokens[:, None] * stride_dweights_row + slots[None, :] * stride_dweights_slot
-        dchosen = tl.load(pointers, mask=pair_mask, other=0.0).to(tl.float32)
-        if SOFTMAX_AFTER_TOPK:  # weights are `scaling` times a softmax of the chosen logits
-            weights = tl.load(topk_weights + pairs, mask=pair_mask, other=0.0)
-            dchosen = weights * (dchosen - tl.sum(weights * dchosen, 1)[:, None] / scaling)
-        elif RENORMALIZE:
-            chosen = tl.load(scores + tokens[:, None] * E + ids, mask=pair_mask, other=0.0)
-            total = tl.sum(chosen, 1)[:, None] + 1e-20
-            dchosen = scaling * (dchosen - tl.sum(chosen * dchosen, 1)[:, None] / total) / total
-        else:
-            dchosen *= scaling
-        for slot in range(K):
-            is_slot = (slots == slot)[None, :]
-            expert = tl.sum(tl.where(is_slot, ids, 0), 1)
-            dslot = tl.sum(tl.where(is_slot, dchosen, 0.0), 1)
-            term = tl.where(experts[None, :] == expert[:, None], dslot[:, None], 0.0)
-            if SOFTMAX_AFTER_TOPK:
-                direct += term
-            else:
-                grad += term
-    grad = tl.where(is_routed[:, None], SCORE_GRAD(grad, score) + direct, 0.0)
-    dtype: tl.constexpr = out.dtype.element_ty
-    places = tokens[:, None] * (PARTS * E) + experts[None, :]
-    rounded = round_to(grad, dtype)
-    tl.store(out + places, rounded, mask=mask)
-    if PARTS == 2:
-        tl.store(out + places + E, round_to(grad - rounded.to(tl.float32), dtype), mask=mask)
-
-
-def choice_grad(
-    scores: Tensor,
-    topk_ids: Tensor,
-    topk_weights: Tensor,
-    grads: tuple[Tensor | None, Tensor | None, Tensor | None],
-    rule: RoutingRule,
-    dtype: torch.dtype,
-) -> Tensor:
-    """Return the gradient of the logits, zero in rows without experts.
-
-    Args:
-        scores, topk_ids, topk_weights: of choose_experts, contiguous.
-        grads: of the logits (T, E), the scores (T, E) and the weights (T, K); None for one that there is not.
-        dtype: fp32, or bf16, of which two numbers stand for each: what it is rounded to, and what that leaves.
-    Returns:
-        (T, E) fp32, or (T, 2E) bf16: in the first E columns what was rounded, in the others what was left.
-    """
-    num_tokens, num_experts = scores.shape
-    parts = 1 if dtype == torch.float32 else 2
-    out = scores.new_empty(num_tokens, parts * num_experts, dtype=dtype)
-    block = _row_block(num_experts)
-    dlogits, dscores, dweights = grads
-    strides = [(0, 0) if grad is None else grad.stride() for grad in (dweights, dscores, dlogits)]
-    launch(
-        _choice_grad_kernel,
-        (cdiv(num_tokens, block["BLOCK_T"]),),
-        scores,
-        topk_ids,
-        topk_weights,
-        dweights,
-        dscores,
-        dlogits,
-        out,
-        rule.routed_scaling_factor,
-        num_tokens,
-        num_experts,
-        *itertools.chain(*strides),
-        K=rule.top_k,
-        SCORE_GRAD=score_gradient(rule.score_function),
-        SOFTMAX_AFTER_TOPK=rule.softmax_after_topk,
-        RENORMALIZE=rule.renormalize,
-        PARTS=parts,
-        BLOCK_K=max(2, next_power_of_2(rule.top_k)),
-        **block,
-    )
-    return out
-
-
-PAIRS_PER_TILE = 1024
-
-
-@triton.jit(do_not_specialize=["T"])
-def _count_pairs_kernel(
-    topk_ids,  # (T, K) int64, contiguous
-    counts,  # (tiles, E+1) int32
-    T,
-    E,
-    K: tl.constexpr,
-    NUM_BINS: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    tokens = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    slots = tl.arange(0, BLOCK_K)
-    is_token = (tokens < T)[:, None]
-    is_pair = is_token & (slots < K)[None, :]
-    ids = tl.load(topk_ids + tokens[:, None] * K + slots[None, :], mask=is_pair, other=-1).to(tl.int32)
-    # A row without experts counts once, with its first slot; its others, and what is past the end, nowhere.
-    bins = tl.where(ids >= 0, ids, tl.where(is_token & (slots == 0)[None, :], E, E + 1))
-    bin_counts = tl.histogram(tl.reshape(bins, (BLOCK_T * BLOCK_K,)), NUM_BINS)
-    places = tl.arange(0, NUM_BINS)
-    tl.store(counts + tl.program_id(0).to(tl.int64) * (E + 1) + places, bin_counts, mask=places <= E)
-
-
-def count_pairs(topk_ids: Tensor, num_experts: int) -> Tensor:
-    """Return (E+1,) int64: each expert's pairs, then rows without experts.
-
-    topk_ids: (T, K) int64, contiguous; in [0, E), or -1 in a whole row.
-    """
-    num_tokens, top_k = topk_ids.shape
-    block_k = next_power_of_2(top_k)
-    block_t = PAIRS_PER_TILE // block_k
-    num_tiles = cdiv(num_tokens, block_t)
-    counts = topk_ids.new_empty(num_tiles, num_experts + 1, dtype=torch.int32)
-    launch(
-        _count_pairs_kernel,
-        (num_tiles,),
-        topk_ids,
-        counts,
-        num_tokens,
-        num_experts,
-        K=top_k,
-        NUM_BINS=max(256, next_power_of_2(num_experts + 2)),  # tl.histogram wants one for each thread
-        BLOCK_T=block_t,
-        BLOCK_K=block_k,
-    )
-    return counts.sum(dim=0)

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from tritonmoe.config.routing import RoutingRule
-from tritonmoe.ops.kernels.router_choice import choice_grad, choose_experts, count_pairs
+from tritonmoe.ops.kernels.router_choice import choose_experts
+from tritonmoe.ops.kernels.router_choice_grad import choice_grad
+from tritonmoe.ops.kernels.router_counts import count_pairs
 from tritonmoe.ops.kernels.router_products import router_logits, tokens_grad, weight_grad
 
 __all__ = ["Routed", "route", "route_grad"]

@@ -1,7 +1,4 @@
-"""The up-projection: rows gathered through the pairs, bias and activation fused behind the product.
-
-Products that read rows as boxes, through no index, get them copied into storage order.
-"""
+"""The up-projection: rows gathered through the pairs, bias and activation fused behind the product."""
 
 import triton
 import triton.language as tl
@@ -16,15 +13,8 @@ from tritonmoe.ops.kernels import weight_tiles
 from tritonmoe.ops.kernels.activations import activation_options
 from tritonmoe.ops.kernels.arithmetic import dot, split_column_pairs, split_columns, zeros
 from tritonmoe.ops.kernels.epilogues import up_epilogue
-from tritonmoe.ops.kernels.launch import (
-    INTERPRETED,
-    cdiv,
-    contiguous_columns,
-    launch,
-    next_power_of_2,
-    output,
-    tile_keywords,
-)
+from tritonmoe.ops.kernels.gather import gather_rows
+from tritonmoe.ops.kernels.launch import cdiv, contiguous_columns, launch, output, tile_keywords
 from tritonmoe.ops.kernels.packed_tiles import stored_weight
 from tritonmoe.ops.kernels.row_tiles import (
     num_row_tiles,
@@ -42,56 +32,7 @@ from tritonmoe.ops.kernels.tiles.config import TileConfig
 from tritonmoe.ops.kernels.tiles.left_out import leaving_out_refused_tiles
 from tritonmoe.ops.kernels.tiles.tile_choice import grouped_matmul_config
 
-__all__ = ["gather_rows", "up"]
-
-
-@triton.jit(do_not_specialize_on_alignment=["pair_index", "expert_offsets"])
-def _gather_rows_kernel(
-    x,  # (R, D)
-    pair_index,  # (N,) int32
-    expert_offsets,  # (E+1,) int32
-    out,  # (N, D), dtype of x
-    D,
-    E,
-    K,
-    stride_x_row,
-    stride_x_column,
-    stride_out_row,
-    BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    positions = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    valid = positions < tl.load(expert_offsets + E)
-    rows = (tl.load(pair_index + positions, mask=valid, other=0) // K).to(tl.int64)
-    mask = valid[:, None] & (columns < D)[None, :]
-    values = tl.load(x + rows[:, None] * stride_x_row + columns[None, :] * stride_x_column, mask=mask)
-    tl.store(out + positions.to(tl.int64)[:, None] * stride_out_row + columns[None, :], values, mask=mask)
-
-
-def gather_rows(x: Tensor, grouping: Grouping) -> Tensor:
-    """Return the row (N, D) of x at every storage position; behind the last pair nothing is written."""
-    num_pairs, width = grouping.num_pairs, x.shape[1]
-    out = output(x, num_pairs, width)
-    block_m, block_d = (32, 64) if INTERPRETED else (4, min(512, next_power_of_2(width)))
-    launch(
-        _gather_rows_kernel,
-        (cdiv(num_pairs, block_m), cdiv(width, block_d)),
-        x,
-        grouping.pair_index,
-        grouping.expert_offsets,
-        out,
-        width,
-        grouping.num_experts,
-        grouping.top_k,
-        x.stride(0),
-        x.stride(1),
-        out.stride(0),
-        BLOCK_M=block_m,
-        BLOCK_D=block_d,
-    )
-    return out
-
+__all__ = ["up"]
 
 FEW_COLUMNS = 32
 """Of such a product, an adapter's with its factor, sums take few registers; ptxas would spill some of the others."""
