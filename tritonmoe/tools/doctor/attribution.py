@@ -241,12 +241,9 @@ def _healthy_s(replays: Replays, step_s: float, all_gained_s: float) -> float:
 
     What a rank has in nearly every step, and most have not, is no noise.
     """
-    healthy_s = SMALLEST_SHARE * step_s
-    if not healthy_s <= all_gained_s < LARGE_SHARE * step_s:
-        return healthy_s
-    if any(
-        steady(floats(replays.by_rank_and_step(kind)), healthy_s)[0] for kind in replays.excess if CAUSES[kind].compared
-    ):
+    healthy_s, compared = SMALLEST_SHARE * step_s, [kind for kind in replays.excess if CAUSES[kind].compared]
+    is_steady = any(steady(floats(replays.by_rank_and_step(kind)), healthy_s)[0] for kind in compared)
+    if is_steady or not healthy_s <= all_gained_s < LARGE_SHARE * step_s:
         return healthy_s
     return max(healthy_s, gain_of_noise(replays.graph, replays.usual, replays.walker))
 

@@ -17,7 +17,7 @@ from tritonmoe.tools.doctor.graph import Graph, Key
 from tritonmoe.tools.doctor.messages import Reach
 from tritonmoe.tools.doctor.recorded_graph import RecordedGraph
 from tritonmoe.tools.doctor.samples import slope
-from tritonmoe.tools.doctor.usual import Usual
+from tritonmoe.tools.doctor.usual import Usual, nothing_for
 from tritonmoe.tools.recording.call_recording import RecordedCall, Recording
 
 __all__ = ["CAUSES", "CauseKind", "Culprits", "ExcessTime", "Known", "Words"]
@@ -165,11 +165,11 @@ class Cause:
 
 
 def _of_runs(run_s: Tensor, graph: Graph) -> ExcessTime:
-    return ExcessTime(run_s, torch.zeros_like(graph.tables.transfer_s))
+    return ExcessTime(run_s, nothing_for(graph.tables.transfer_s))
 
 
 def _of_members(member_s: Tensor, graph: Graph) -> ExcessTime:
-    return ExcessTime(torch.zeros_like(graph.tables.busy_s), member_s)
+    return ExcessTime(nothing_for(graph.tables.busy_s), member_s)
 
 
 def _of_transfers(known: Known, usual: Usual, is_latency: bool) -> ExcessTime:

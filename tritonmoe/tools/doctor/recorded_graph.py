@@ -207,7 +207,7 @@ def graph_of(recording: Recording) -> RecordedGraph:
         idle_s=torch.cat([0 * overhead_s, rows["late"][first], no_pause]),
         overhead_s=torch.cat([overhead_s, rows["common"][first], rows["pause"][paused]]),
         rows=torch.cat([rows["units"], nothing, no_pause]),
-        run_batch=torch.full_like(run_row, -1),
+        run_batch=torch.tensor([-1], device="cpu").expand(len(run_row)),
         member_rank=members["rank"],
         member_step=members["step"],
         member_key=members["key"],

@@ -64,9 +64,9 @@ def shared_of(graph: Graph, linked_s: Tensor | None = None) -> Shared:
     linked_s: (M,), of which it is known already that slow links cost it.
     """
     tables = graph.tables
-    none = torch.zeros_like(tables.busy_s)
-    stage_s, batch_s = _uneven(graph) if graph.stages else (none, none)
-    found = Shared(none.clone(), none.clone(), torch.zeros_like(tables.transfer_s), stage_s, batch_s)
+    stage_s, batch_s = _uneven(graph) if graph.stages else [nothing_for(tables.busy_s)] * 2
+    busy_s, idle_s, transfer_s = (torch.zeros_like(of) for of in (tables.busy_s, tables.idle_s, tables.transfer_s))
+    found = Shared(busy_s, idle_s, transfer_s, stage_s, batch_s)
     if len(graph.steps) < ENOUGH_STEPS or len(graph.ranks) < 2:
         return found
     transfer_s = tables.transfer_s if linked_s is None else tables.transfer_s - linked_s
@@ -79,6 +79,11 @@ def shared_of(graph: Graph, linked_s: Tensor | None = None) -> Shared:
         if len(values):
             into += _OfOne(graph, values, sizes, places, step_s).excess()
     return found
+
+
+def nothing_for(times: Tensor) -> Tensor:
+    """Return as many zeros, in the memory of one: to be read alone."""
+    return times.new_zeros(1).expand(len(times))
 
 
 def _uneven(graph: Graph) -> tuple[Tensor, Tensor]:

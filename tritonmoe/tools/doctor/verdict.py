@@ -46,13 +46,11 @@ class FindingWords(NamedTuple):
 
 def describe_finding(one: Finding, found: Verdict, recording: Recording | None = None) -> FindingWords:
     """Return the words of a finding; recording: the recording of this package's layers, where the run is one."""
-    graph, culprits = found.graph, one.culprits
-    cause = CAUSES[one.kind]
-    unlike = sorted({graph.stages[rank] for rank in culprits.ranks} if graph.stages else ())
-    if cause.of_whom == "stage" and unlike:
-        who = f"stage{'s' * (len(unlike) > 1)} {' and '.join(map(str, unlike))}"
-    elif cause.of_whom:
-        who = cause.of_whom + "s" * (cause.of_whom == "stage")
+    graph, culprits, cause = found.graph, one.culprits, CAUSES[one.kind]
+    unlike = [str(stage) for stage in sorted({graph.stages[rank] for rank in culprits.ranks if cause.of_whom})]
+    if cause.of_whom:
+        several = "s" * (cause.of_whom == "stage" and len(unlike) != 1)
+        who = f"{cause.of_whom}{several} {' and '.join(unlike)}".rstrip()
     elif culprits.links and not culprits.words:
         ways = [f"from rank {graph.ranks[i]} to rank {graph.ranks[k]}" for i, k in culprits.links]
         who = " and ".join(ways)
@@ -65,7 +63,7 @@ def describe_finding(one: Finding, found: Verdict, recording: Recording | None =
     else:
         who = "all ranks" if len(graph.ranks) > 1 else "the rank"
     count = len(culprits.links) * (not culprits.words) or len(culprits.ranks) or len(graph.ranks)
-    several = count > 1 and (not culprits.moves or bool(culprits.ranks)) and len(unlike) * bool(cause.of_whom) != 1
+    are_several = count > 1 and (not culprits.moves or bool(culprits.ranks)) and len(unlike) != 1
     where = [place_words(culprits.place)] if culprits.place else [f"in {culprits.phase}"] if culprits.phase else []
     where += [f"in layer {culprits.layer}"] if culprits.layer is not None else []
     hidden = "; other causes hide this cause: mending it alone gains little" if one.is_hidden else ""
@@ -79,7 +77,7 @@ def describe_finding(one: Finding, found: Verdict, recording: Recording | None =
         to_do = cause.to_do_of_layer(recording, culprits.layer)
     if one.may_be_noise:
         to_do = f"record again first, since 0 is in the interval and this may be noise; then {to_do}"
-    what = cause.what(Words(culprits, len(graph.ranks), several))
+    what = cause.what(Words(culprits, len(graph.ranks), are_several))
     return FindingWords(title, f"{', '.join([f'{who} {what}', *where, str(one.when)])}{hidden}", to_do)
 
 
