@@ -2,6 +2,7 @@
 
 import os
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,49 @@ def test_a_pass_reads_an_expert_once_and_ahead(reading: Reading) -> None:
         reading.take(expert)
     assert reading.order[:3] == [4, 7, 1]
     assert reading.reader.figures.wait_s < 0.5
+
+
+def test_what_was_taken_sooner_is_not_read_ahead_again(reading: Reading, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass is faster than the thread that reads ahead, and needs memory; with two uses the second one is read."""
+    monkeypatch.setattr(reading.reader, "_read_ahead_soon", lambda: None)
+    uses = [*range(NUM_EXPERTS - 1), 0, NUM_EXPERTS - 1]
+    reading.reader.expect("forward", [Unit(reading.weight, expert) for expert in uses])
+    for expert in uses[:-2]:
+        reading.take(expert)
+    assert reading.order == uses[:-2]
+    while reading.reader.read_next():
+        pass
+    assert reading.order[-1] == NUM_EXPERTS - 1
+    assert set(reading.order[len(uses) - 2 : -1]) <= {0}
+
+
+def test_what_is_waited_for_is_not_dropped(reading: Reading, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even if reading ahead wants memory before the thread that waits is awake."""
+    reader, unit, goes_on = reading.reader, Unit(reading.weight, 0), threading.Event()
+    read, notify = reading.weight.file.read, reader._changed.notify_all
+    dropped: list[bool] = []
+
+    def read_slowly(memory: memoryview, offset: int) -> None:
+        goes_on.wait(10)
+        read(memory, offset)
+
+    def notify_late() -> None:
+        dropped.append(reader._evict(before=1))
+        notify()
+
+    reading.weight.file.read = read_slowly  # type: ignore[method-assign]
+    monkeypatch.setattr(reader._changed, "notify_all", notify_late)
+    reader.expect("forward", [unit])
+    while unit not in reader._loading:
+        time.sleep(0.01)
+    waiting = threading.Thread(target=reading.take, args=(0,))
+    waiting.start()
+    while not reader._num_waiting:
+        time.sleep(0.01)
+    goes_on.set()
+    waiting.join(10)
+    assert not any(dropped)
+    assert reading.order == [0]
 
 
 def test_a_backward_begins_with_what_the_forward_used_last(reading: Reading) -> None:

@@ -244,11 +244,8 @@ class ExpertReader:
         self._failed: dict[Unit, OffloadError] = {}
         self._ahead: list[tuple[int, Unit]] = []
         """A heap: what will be used and is not read yet, for all that is known, with its place in the order."""
-        self._places: dict[Unit, int] = {}
-        """Where each stands in the order in which the present pass uses them."""
-        self._remaining: Counter[Unit] = Counter()
-        """How often the present pass will still use each."""
-        self._num_remaining = 0
+        self._uses: dict[Unit, deque[int]] = {}
+        """Where each still stands in the order in which the present pass uses them; no deque is empty."""
         self._counts: Counter[Unit] = Counter()
         """In how many passes each was used."""
         self._kept: dict[StreamedWeight, set[int]] = {
@@ -284,9 +281,10 @@ class ExpertReader:
             self._read_ahead_soon()
 
     def _expect(self, uses: Sequence[Unit]) -> None:
-        self._remaining, self._num_remaining = Counter(uses), len(uses)
-        self._places = {unit: place for place, unit in enumerate(self._remaining)}
-        self._ahead = [(place, unit) for unit, place in self._places.items() if self._found(unit) is None]
+        self._uses = {}
+        for place, unit in enumerate(uses):
+            self._uses.setdefault(unit, deque()).append(place)
+        self._ahead = [(places[0], unit) for unit, places in self._uses.items() if self._found(unit) is None]
 
     def _found(self, unit: Unit) -> Tensor | None:
         found = self._residents.get(unit)
@@ -300,8 +298,10 @@ class ExpertReader:
         if len(units) >= PREDICTED_SHARE * num_experts:  # else it is a few tokens, whose next experts nobody knows
             self._expect(uses)
 
-    def _is_there(self, unit: Unit) -> bool:
-        return unit in self._loading or self._found(unit) is not None
+    def _is_wanted(self, place: int, unit: Unit) -> bool:
+        """Return whether this is the next use of what isn't there: it may have been taken before it was read ahead."""
+        is_next = unit in self._uses and self._uses[unit][0] == place
+        return is_next and unit not in self._loading and self._found(unit) is None
 
     def _choose_kept(self, weight: StreamedWeight) -> None:
         """Keep the experts of a weight that were used most; of those that were used as often the ones that are kept."""
@@ -326,10 +326,10 @@ class ExpertReader:
         latest = -1
         found: Unit | None = None
         for unit in self._window:
-            if self._remaining[unit] <= 0:
+            if unit not in self._uses:
                 del self._window[unit]
                 return True
-            if (place := self._places[unit]) > latest:
+            if (place := self._uses[unit][0]) > latest:
                 latest, found = place, unit
         if found is None or (before is not None and latest <= before):
             return False
@@ -377,14 +377,11 @@ class ExpertReader:
         """Return an expert: at once if it was read, else when it is."""
         self._after_fork()
         with self._changed:
-            if self._remaining[unit] > 0:
-                self._remaining[unit] -= 1
-                self._num_remaining -= 1
             while True:
                 if (found := self._found(unit)) is not None:
                     if unit in self._window:
                         self._window.move_to_end(unit)
-                    self._used()
+                    self._used(unit)
                     return found
                 if (error := self._failed.pop(unit, None)) is not None:
                     raise error
@@ -405,12 +402,16 @@ class ExpertReader:
             with self._changed:
                 self._wait_ends()
         with self._changed:
-            self._used()
+            self._used(unit)
         return found
 
-    def _used(self) -> None:
-        """Go on reading ahead, now that an expert was used."""
-        if not self._num_remaining and not self._ahead:
+    def _used(self, unit: Unit) -> None:
+        """Go on reading ahead, now that an expert was used; one that is still waited for must not be dropped."""
+        if unit in self._uses:
+            self._uses[unit].popleft()
+            if not self._uses[unit]:
+                del self._uses[unit]
+        if not self._uses:
             self._expect_follower()
         self._read_ahead_soon()
 
@@ -432,7 +433,7 @@ class ExpertReader:
     def read_next(self) -> bool:
         """Read the next expert ahead; return False where there is none, or no memory until one is used."""
         with self._changed:
-            while self._ahead and self._is_there(self._ahead[0][1]):
+            while self._ahead and not self._is_wanted(*self._ahead[0]):
                 heapq.heappop(self._ahead)
             block = None
             if self._ahead:
