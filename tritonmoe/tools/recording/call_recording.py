@@ -1,4 +1,4 @@
-"""Recording: what layer calls did on every rank, on one clock; `record` writes it, reading.py reads it.
+"""Recording: what layer calls did on every rank, on one clock; `record` writes it, recording_reader.py reads it.
 
 A folder has a file for every rank, rank-0003.jsonl say: a header line, then one line for each call. Times are of the
 rank's time.perf_counter(), those of steps count from the origin of their pass. Groups of a job's ranks, each of which
