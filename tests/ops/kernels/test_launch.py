@@ -143,6 +143,30 @@ def test_a_kept_kernel_gets_the_same_arguments(compiled):
     assert first == second == ((3, 2, 1), (*arguments, "rows", 16))
 
 
+@pytest.mark.parametrize("when", ["enter", "exit"])
+def test_a_profiler_s_hooks_are_handed_on_and_empty_chains_are_not(compiled, when):
+    """Triton would make the metadata of each launch for a chain of no hooks, and call the chain."""
+    handed = []
+
+    def run(*args):
+        handed.append(args[6:9])  # metadata and both hooks
+
+    kernel, arguments = compiled_kernels(triton.JITFunction(fill)), (torch.empty(64), 2.0)
+    kernel.launch(0, (1,), arguments, {"BLOCK": 16}, {"num_warps": 4})
+    ((program, _),) = kernel.found.values()
+    program.run, program.launch_metadata = run, lambda grid, stream: ("metadata", grid, stream)
+    kernel.launch(0, (1,), arguments, {"BLOCK": 16}, {"num_warps": 4})
+    assert handed == [(None, None, None)]
+    chains = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
+    chain = chains[when == "exit"]
+    chain.add(print)
+    try:
+        kernel.launch(0, (1,), arguments, {"BLOCK": 16}, {"num_warps": 4})
+    finally:
+        chain.remove(print)
+    assert handed[1:] == [(("metadata", (1, 1, 1), 0), *chains)]
+
+
 MEMORY = torch.empty(4096, dtype=torch.uint8)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int32)
 TENSORS = [MEMORY[start:][:1024].view(dtype) for dtype in DTYPES for start in (0, 4, 8, 16)]

@@ -85,16 +85,22 @@ class CompiledKernels:
         else:
             compiled, values = found
             # As Triton's own `run` does behind its binder; what indexing gives passes all arguments on twice more.
-            whole_grid, hooks = grid + (1,) * (3 - len(grid)), triton.knobs.runtime
+            whole_grid = grid + (1,) * (3 - len(grid))
             stream = triton.runtime.driver.active.get_current_stream(device_index)
+            enter, leave = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
+            metadata = None
+            if getattr(enter, "calls", True) or getattr(leave, "calls", True):
+                metadata = compiled.launch_metadata(whole_grid, stream)
+            else:  # chains of no hooks, for which Triton would make metadata, and call them
+                enter = leave = None
             compiled.run(
                 *whole_grid,
                 stream,
                 compiled.function,
                 compiled.packed_metadata,
-                compiled.launch_metadata(whole_grid, stream),
-                hooks.launch_enter_hook,
-                hooks.launch_exit_hook,
+                metadata,
+                enter,
+                leave,
                 *args,
                 *values,
             )
