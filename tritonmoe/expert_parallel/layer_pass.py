@@ -162,7 +162,7 @@ class ForwardPass(_LayerPass[Tensor]):
         }
 
     def dispatch(self, chunk: int) -> PendingExchange:
-        return self.rows.send(self.rows.pack(chunk), chunk, self.sums_sent)
+        return self.rows.send(chunk, self.sums_sent)
 
     def filler(self, number: int) -> None:
         self.fillers[number]()
@@ -320,7 +320,7 @@ class BackwardPass(_LayerPass[CallTensors[Tensor | None]]):
         if self._agreement is not None:
             # It is under way while buffers are made and the first rows packed, and ends before any row is posted.
             if schedule[0].kind is StepKind.COMBINE_BACKWARD:
-                self.packed[0] = self.sent.pack(0)
+                self.packed[0] = self.exchanges.pack(self.sent.sent, 0)
             if self._agreement.marks is None:
                 self._agreement.wait()
         return Execution(schedule, self._actions(), dout.device, lambda: plan.call)
@@ -340,8 +340,7 @@ class BackwardPass(_LayerPass[CallTensors[Tensor | None]]):
         }
 
     def combine_backward(self, chunk: int) -> PendingExchange:
-        packed = self.packed.pop(chunk) if chunk in self.packed else self.sent.pack(chunk)
-        return self.sent.send(packed, chunk)
+        return self.sent.send(chunk, packed=self.packed.pop(chunk, None))
 
     def experts_backward(self, chunk: int) -> None:
         plan, segment = self.plan, self.plan.segment(chunk)

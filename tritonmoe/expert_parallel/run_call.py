@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tritonmoe.config.overlap import OverlapConfig, OverlapPlan, most_copies
-from tritonmoe.dispatch.call_settings import CallSettings, call_settings
+from tritonmoe.dispatch.call_settings import call_settings
 from tritonmoe.dispatch.capacity import replay_overflowed
 from tritonmoe.dispatch.header import DTYPE_CODES, SAVES, CallHeader
 from tritonmoe.dispatch.header_check import NoLayerCall
@@ -160,7 +160,15 @@ def call_header(call: ProposedCall, kinds: tuple[str, ...]) -> CallHeader:
     kinds: the names of the kinds of plans, in the order in which they are tried.
     """
     spec, tensors, needs, placement = call.spec, call.tensors, call.needs, call.spec.placement
-    settings = _settings(call, kinds)
+    weights = tensors.weights
+    ranks = [0 if of is None else of.shape[1] for of in (weights.gate_up_a, weights.down_a)]
+    given = tuple([name for name, tensor in zip(NAMES, tensors.flatten(), strict=False) if tensor is not None])
+    gradients = "sum" if call.layer is None else call.layer.expert_gradients
+    formats = zip(("gate_up_format", "down_format"), call.settings.layer.weight_formats, strict=True)
+    experts = (*spec.experts.agreed, *[(name, found) for name, found in formats if found is not None])
+    if isinstance(spec.overlap, OverlapConfig) and spec.overlap.memory_budget_bytes is not None:
+        experts = (*experts, ("memory_budget_bytes", spec.overlap.memory_budget_bytes))
+    settings = call_settings(experts, placement, gradients, tensors.x.dtype, given, tuple(ranks), kinds, call.overlap)
     flags = () if call.is_captured else call.state.captured_flags
     is_replay_wrong = bool(flags) and replay_overflowed(call.transport, flags, tensors.x.device)
     return call.message._replace(
@@ -190,16 +198,3 @@ def call_header(call: ProposedCall, kinds: tuple[str, ...]) -> CallHeader:
         kept_bytes=sum(call.state.kept_bytes.values()),
         **call.state.history(),
     )
-
-
-def _settings(call: ProposedCall, kinds: tuple[str, ...]) -> CallSettings:
-    """Return what must be the same on all ranks of a call: what is configured, and its tensors."""
-    weights, placement = call.tensors.weights, call.spec.placement
-    ranks = [0 if of is None else of.shape[1] for of in (weights.gate_up_a, weights.down_a)]
-    given = tuple([name for name, tensor in zip(NAMES, call.tensors.flatten(), strict=False) if tensor is not None])
-    gradients = "sum" if call.layer is None else call.layer.expert_gradients
-    formats = zip(("gate_up_format", "down_format"), call.settings.layer.weight_formats, strict=True)
-    experts = (*call.spec.experts.agreed, *[(name, found) for name, found in formats if found is not None])
-    if isinstance(call.spec.overlap, OverlapConfig) and call.spec.overlap.memory_budget_bytes is not None:
-        experts = (*experts, ("memory_budget_bytes", call.spec.overlap.memory_budget_bytes))
-    return call_settings(experts, placement, gradients, call.tensors.x.dtype, given, tuple(ranks), kinds, call.overlap)

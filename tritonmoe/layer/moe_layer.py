@@ -164,7 +164,7 @@ class MoELayer(nn.Module):
                 abort_call(shards.transport)
             raise
         halves: list[Tensor] = []
-        own_fillers = self._shared_fillers(flat, halves)
+        own_fillers = [] if self.shared_expert is None else self._shared_fillers(flat, halves)
         y = self.experts(
             flat,
             topk_ids,

@@ -165,13 +165,11 @@ class SentRows:
         if self.travel_as_codes:
             self.received = rows.new_empty(self.arrived.shape[0], rows.shape[1])
 
-    def pack(self, chunk: int) -> Tensor:
-        """Return the rows that a chunk sends, rank by rank."""
-        return self.exchanges.pack(self.sent, chunk)
-
-    def send(self, packed: Tensor, chunk: int, sums: Tensor | None = None) -> PendingExchange:
-        """Send what pack() gave; sums: as in RowExchanges.send_chunk()."""
+    def send(self, chunk: int, sums: Tensor | None = None, packed: Tensor | None = None) -> PendingExchange:
+        """Send a chunk's rows, packed already or not; sums: as in RowExchanges.send_chunk()."""
         wire = WireFormat(self.sent.dtype) if self.travel_as_codes else self.wire
+        if packed is None:
+            packed = self.exchanges.pack(self.sent, chunk)
         return self.exchanges.send_chunk(packed, chunk, self.arrived, wire, sums)
 
     def keep_home(self, stays: slice) -> None:

@@ -24,7 +24,7 @@ class _RouterLogits(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        dtype = _score_dtype(x, weight)
+        dtype = torch.float64 if torch.float64 in (x.dtype, weight.dtype) else torch.float32
         with without_autocast(x.device):
             logits = F.linear(x.to(dtype), weight.to(dtype))
         return logits, logits.isfinite().all(dim=1, keepdim=True)
@@ -55,10 +55,6 @@ class _TransformedRouterLogits(_RouterLogits):
     """The same under a transform of torch.func, which asks for a jvp; torch.compile takes no Function that has one."""
 
     jvp = staticmethod(refuse_jvp)
-
-
-def _score_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
-    return torch.float64 if torch.float64 in (x.dtype, weight.dtype) else torch.float32
 
 
 def route_by_torch(x: Tensor, weight: Tensor, selection_bias: Tensor | None, config: MoEConfig) -> Routing:
