@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 import tritonmoe as tm
 from tritonmoe.transports import Transport
 
-FIRST_TIER, SECOND_TIER = 2, 60
+FIRST_TIER, SECOND_TIER = 4, 60
 """How many layers are drawn in each."""
 KINDS = ("chunks", "auto", "experts", "capacity", "balance", "budget")
 """What of the overlap is drawn."""
