@@ -46,7 +46,7 @@ class EventTimes:
         """For how long each exchange is waited for."""
         for event in events.events:
             if event.kind is not None:
-                start_s, end_s, wait_s, post_s, units = steps[event.is_inside][:, event.place].unbind(1)
+                start_s, end_s, wait_s, post_s, units, _ = steps[event.is_inside][:, event.place].unbind(1)
                 start, body = origin + start_s, post_s if event.posts >= 0 else (end_s - start_s).clamp(min=0)
                 units = 0 * units if event.is_inside and event.kind.is_inside_node else units
             elif event.name == COUNTS:
