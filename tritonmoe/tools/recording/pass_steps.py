@@ -146,8 +146,9 @@ class PassSteps(Sequence[RecordedStep]):
         return len(self.layout.steps)
 
     def __iter__(self) -> Iterator[RecordedStep]:
-        for step, (*times, units, load_s) in zip(self.layout.steps, self.times.tolist(), strict=True):
-            yield RecordedStep(step, *times, units=units, load_s=load_s)
+        for step, numbers in zip(self.layout.steps, self.times.tolist(), strict=True):
+            start_s, end_s, wait_s, post_s, units, load_s = numbers
+            yield RecordedStep(step, start_s, end_s, wait_s, post_s, units=units, load_s=load_s)
 
     @overload
     def __getitem__(self, place: int) -> RecordedStep: ...
