@@ -21,6 +21,8 @@ __all__ = ["HIDDEN_SIZE", "Run", "healthy", "write_run"]
 HIDDEN_SIZE = 64
 ENTRY_S = 5e-4
 """With noise the ranks enter a pass within so many seconds."""
+LOADING = ("experts", "experts_backward")
+"""The steps that wait for experts which are read from a file."""
 BEHIND_RECOMPUTE_S = 1e-6
 """So soon a backward follows."""
 
@@ -30,10 +32,13 @@ class NoisyCosts(StepCosts):
 
     noise: float
     generator: torch.Generator
+    loads_s: Tensor
+    """(W,): for how long each rank's steps of experts wait for these."""
 
     def on_ranks(self, kind: str, units: Tensor) -> Tensor:
         seconds = super().on_ranks(kind, units)
-        return seconds * (self.noise * torch.randn(seconds.shape, generator=self.generator)).exp()
+        seconds = seconds * (self.noise * torch.randn(seconds.shape, generator=self.generator)).exp()
+        return seconds + self.loads_s if kind in LOADING else seconds
 
 
 def ones(*shape: int) -> Tensor:
@@ -68,6 +73,8 @@ class Run:
     """The share of its speed that compute loses while an exchange is under way."""
     late_link: tuple[int, int, float] | None = None
     """Every message from the first to the second rank takes so many seconds longer."""
+    slow_disk: tuple[tuple[int, ...], float] | None = None
+    """On these ranks each step of experts waits for so many seconds until they are read."""
     node_size: int | None = None
     """So many ranks on each host, which reach each other at inside_byte_s; None: all on one host, at byte_s."""
     inside_byte_s: float = 2e-8
@@ -187,6 +194,12 @@ class Run:
             late[self.late_rank[0]] = self.late_rank[1]
         return late
 
+    def loads_s(self) -> Tensor:
+        ranks, seconds = self.slow_disk or ((), 0.0)
+        found = 0 * ones(self.size)
+        found[list(ranks)] = seconds
+        return found
+
     def seconds(self) -> float:
         """Return what a call takes, from when most ranks come to its forward, and to its backward."""
         quiet = replace(self, noise=0.0)
@@ -205,7 +218,7 @@ def _walk(
     sizes = [[part.tolist() for part in of] for of in outer.segments(plan)]
     late = late + (run.late_s() if number == 0 else 0 * run.late_s())
     costs = NoisyCosts(**{of.name: getattr(run.steps(), of.name) for of in fields(StepCosts)})
-    costs.__dict__.update(noise=run.noise, generator=generator)
+    costs.__dict__.update(noise=run.noise, generator=generator, loads_s=run.loads_s())
 
     def noisy(seconds: Tensor | float) -> Tensor:
         return seconds * (run.noise * torch.randn(run.size, dtype=torch.float64, generator=generator)).exp()
@@ -239,6 +252,7 @@ def _walk(
                 "post_s": 0.0 if posted is None else float(posted[rank]) - start,
                 "units": step_units(one.step, plan.num_local_slices, *own),
                 "arrivals_s": _arrivals(run, one, rank, since),
+                **({"load_s": float(costs.loads_s[rank])} if one.step.kind in LOADING else {}),
             }
 
         steps = [plain(one) for one in found.steps]
@@ -344,4 +358,4 @@ def write_run(folder: Path, runs: Sequence[Run], seed: int = 0) -> Path:
 def healthy(run: Run) -> Run:
     """Return the run without what is wrong with it."""
     run = replace(run, slow_link=None, slow_port=None, slow_rank=None, late_rank=None, hot_rank=None, late_link=None)
-    return replace(run, contention=0.0)
+    return replace(run, contention=0.0, slow_disk=None)

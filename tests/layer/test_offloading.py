@@ -197,6 +197,11 @@ def test_reports_say_how_long_products_waited(kind: str, tmp_path: Path, monkeyp
         for one in passes:
             assert one.loads is not None
             assert 0.004 <= one.loads.wait_s <= one.compute_s
+            for steps in filter(None, (one.steps, one.steps_inside)):
+                waits_s = {str(of.step): of.load_s for of in steps if of.load_s}
+                assert sum(waits_s.values()) == pytest.approx(one.loads.wait_s)
+                assert all(of.load_s <= of.end_s - of.start_s for of in steps)
+                assert all("experts" in step or step == "weight_grad" for step in waits_s)
             assert "for experts to be read" in str(one)
         assert report.forward.loads is not None
         parts = [part.forward.loads.wait_s for part in report.parts if part.forward.loads is not None]

@@ -11,7 +11,7 @@ from torch import Tensor
 from tritonmoe.config.layer import PerWeight
 from tritonmoe.ops.grouping import GroupingBlock
 from tritonmoe.runtime.cpu_threads import num_workers
-from tritonmoe.runtime.streamed import ExpertReader, PassLoads, StreamedWeight, Unit, find_streamed
+from tritonmoe.runtime.streamed import ExpertReader, PassLoads, StreamedWeight, Unit, find_streamed, waited
 
 __all__ = ["ReadingAhead", "begin_reading", "has_streamed"]
 
@@ -45,7 +45,9 @@ class ReadingAhead:
 
     def __exit__(self, *_: object) -> None:
         self._figures.pass_s += time.perf_counter() - self._entered_at
-        self._wait_s += max(0.0, self._figures.wait_s - self._waited_before_s)  # reset() may have been called since
+        wait_s = max(0.0, self._figures.wait_s - self._waited_before_s)  # reset() may have been called since
+        self._wait_s += wait_s
+        waited.seconds += wait_s
 
     @property
     def loads(self) -> PassLoads:

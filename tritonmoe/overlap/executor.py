@@ -12,6 +12,7 @@ from tritonmoe.errors import TransportError
 from tritonmoe.overlap.report import Mark, PassReport, StepMarks
 from tritonmoe.overlap.schedule import Schedule, phase_ends
 from tritonmoe.overlap.steps import Step, StepKind
+from tritonmoe.runtime.streamed import waited
 from tritonmoe.transports import PendingExchange
 from tritonmoe.transports.waiting import Doing
 
@@ -58,10 +59,10 @@ class Execution:
             for earlier in step.after:
                 if earlier in posted:
                     report.ran.append(_wait(self._schedule[earlier], *posted.pop(earlier), report, self._call))
-            started = now()
+            started, waited_s = now(), waited.seconds
             pending = _run(step, self._actions)
             if pending is None:
-                report.ran.append(StepMarks(step, started, now()))
+                report.ran.append(StepMarks(step, started, now(), load_s=waited.seconds - waited_s))
             else:
                 posted[position] = (started, now(), pending)
         self._position = end

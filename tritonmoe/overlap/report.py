@@ -71,6 +71,8 @@ class StepMarks(NamedTuple):
     """When its rows had arrived, by the host's clock, as far as the transport knows."""
     arrivals: tuple[float | None, ...] | None = None
     """The same for the rows of every rank; see PendingExchange.arrivals."""
+    load_s: float = 0.0
+    """Of a step that computes: as in StepTiming."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,8 @@ class StepTiming:
     """When the rows of every rank had arrived; None where that is not known, and for this rank's own."""
     is_end_known: bool = True
     """False for an exchange of which it is only known that it had ended when it was waited for (NCCL)."""
+    load_s: float = 0.0
+    """For how long of it products waited for experts that are read from a file."""
 
     @property
     def held_s(self) -> float:
@@ -129,8 +133,8 @@ class PassReport:
         self.marks: CallMarks | None = None
         """When the rank came to the pass and had heard from all ranks; None if they exchanged no headers before it."""
         self.loads: PassLoads | None = None
-        """What was read of experts that stay in files; waits for them are part of compute_s. None where experts are in
-        memory."""
+        """What was read of experts that stay in files; waits for them are part of compute_s, and `steps` say of which
+        step (load_s). None where experts are in memory."""
         self._steps: list[StepTiming] | None = None
         self.now = clock_of(device)
         self._origin = self.now()
@@ -187,7 +191,7 @@ class PassReport:
     def _timing(self, marks: StepMarks) -> StepTiming:
         started_s, ended_s = self._seconds(marks.started), self._seconds(marks.ended)
         if marks.step.lane == "compute":
-            return StepTiming(marks.step, started_s, ended_s, 0.0)
+            return StepTiming(marks.step, started_s, ended_s, 0.0, load_s=marks.load_s)
         wait_s = ended_s - self._seconds(marks.wait_started)
         return StepTiming(
             marks.step,

@@ -38,6 +38,7 @@ __all__ = [
     "WeightFile",
     "find_streamed",
     "make_handle",
+    "waited",
     "words_of_waits",
     "write_weights",
 ]
@@ -175,6 +176,14 @@ class ReadFigures:
     pass_s: float = 0.0
     """Seconds in forwards and backwards of experts that are read, waits included."""
     num_passes: int = 0
+
+
+class _Waited(threading.local):
+    seconds = 0.0
+
+
+waited = _Waited()
+"""How long the products of this thread's passes have waited for experts that are read, so far: for who times a step."""
 
 
 def words_of_waits(wait_s: float, total_s: float) -> str:

@@ -20,11 +20,14 @@ from tritonmoe.expert_parallel.call import listeners
 from tritonmoe.layer import report_of
 from tritonmoe.overlap.report import LayerReport
 from tritonmoe.overlap.steps import StepKind
+from tritonmoe.runtime.streamed import WeightFile
 from tritonmoe.tools.doctor.recorded_run import judge_recording
 from tritonmoe.tools.recording import record
 from tritonmoe.tools.recording.call_recording import folder_name
 from tritonmoe.tools.recording.pass_steps import PassSteps, arrivals_of
 from tritonmoe.tools.recording.recording_reader import read_recording
+from tritonmoe.tools.report.perfetto import chrome_trace
+from tritonmoe.tools.report.timeline import layer_timeline
 from tritonmoe.transports import EmulatedTransport, LocalTransport, PendingExchange, Transport, TwoLevelTransport
 from tritonmoe.transports.two_level_transport import GroupView
 
@@ -83,6 +86,48 @@ def test_a_recording_says_what_the_reports_say(tmp_path: Path) -> None:
                         assert own is None
                         assert other is not None
                         assert step.start_s < other <= step.end_s + 1e-6
+
+
+def test_a_recording_says_which_steps_waited_for_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Experts in files; what is read on rank 1 comes late. Steps of experts in memory are written as before."""
+    read = WeightFile.read
+
+    def read_slowly(file: WeightFile, memory: memoryview, offset: int) -> None:
+        time.sleep(0.005 * ("rank-1" in file.path.name))
+        read(file, memory, offset)
+
+    monkeypatch.setattr(WeightFile, "read", read_slowly)
+
+    def on_rank(transport: Transport) -> LayerReport:
+        layer = tm.GroupedExperts(tm.MoEConfig(8, 4, 24, 2), transport, tm.OverlapConfig(2), backend="torch")
+        tm.offload_experts(layer.requires_grad_(False), tmp_path / "experts")
+        x = torch.randn(NUM_TOKENS, 8, requires_grad=True)
+        weights, ids = torch.rand(NUM_TOKENS, 24).topk(2)
+        layer(x, ids, weights).sum().backward()
+        return report_of(layer)
+
+    with record(tmp_path / "run"):
+        reports = tm.run_on_emulated_ranks(on_rank, SIZE)
+    (call,) = read_recording(tmp_path / "run").calls
+    for of, report in zip(call.ranks, reports, strict=True):
+        assert report.backward is not None
+        for written, reported in zip(of.passes, (report.forward, report.backward), strict=True):
+            assert [step.load_s for step in written.steps] == pytest.approx(
+                [timing.load_s for timing in reported.steps], abs=1e-6
+            )
+    waits_s = [sum(step.load_s for step in of.forward.steps) for of in call.ranks]
+    assert waits_s[1] > 0.02 > waits_s[0]
+    timeline = layer_timeline("run", reports[1])
+    events = chrome_trace({"run": [timeline]})["traceEvents"]
+    shown_us = sum(event["args"].get("waited_for_experts_us", 0.0) for event in events)
+    passes = (reports[1].forward, reports[1].backward)
+    assert shown_us == pytest.approx(1e6 * sum(one.loads.wait_s for one in passes), abs=0.1)
+    steps = [
+        step
+        for line in (tmp_path / "run" / "rank-0001.jsonl").open()
+        for step in json.loads(line).get("forward", {}).get("steps", ())
+    ]
+    assert {step["kind"] for step in steps if "load_s" in step} == {"experts"}
 
 
 def told(steps: PassSteps, place: int) -> list[float | None]:

@@ -83,6 +83,16 @@ BAD_LINES: dict[str, tuple[int, Callable[[dict], object], str]] = {
         lambda v: v["backward"]["steps"][0]["arrivals_s"].pop(),
         "line 4: backward: steps: a step: arrivals_s: must be a list of 2",
     ),
+    "a wait that is no number": (
+        3,
+        lambda v: v["forward"]["steps"][1].update(load_s="long"),
+        "line 3: forward: steps: a step: load_s: must be a finite number, got 'long'",
+    ),
+    "a wait that is longer than its pass": (
+        3,
+        lambda v: v["forward"]["steps"][1].update(load_s=9.0),
+        "line 3: forward: steps: dispatch 0: these are no times of a pass that takes",
+    ),
     "a step less": (3, lambda v: v["forward"]["steps"].pop(3), "line 3: forward: steps: the plan has the steps"),
     "other exchanges": (
         3,

@@ -204,8 +204,8 @@ def attribute(graph: Graph, known: Known | None = None) -> Verdict:
     )
     quiet = replays.walker.step_times(usual.level_busy_s + usual.level_idle_s, usual.level_transfer_s)
     no_transfers = replays.walker.step_times(replays.run_s, replays.transfer_s.clamp(max=0))
-    per_step = len(graph.ranks) * len(graph.steps)
-    computing_s, host_s = (float(spent_s.sum()) / per_step for spent_s in (graph.tables.busy_s, graph.tables.idle_s))
+    tables, per_step = graph.tables, len(graph.ranks) * len(graph.steps)
+    computing_s, host_s = (float(of.sum()) / per_step for of in (tables.busy_s, tables.idle_s + tables.load_s))
     return Verdict(
         graph=graph,
         measured_s=statistics.fmean(graph.measured_s),
@@ -227,12 +227,12 @@ def attribute(graph: Graph, known: Known | None = None) -> Verdict:
 def _place_of(one: Finding) -> tuple:
     """Return what findings are sorted by: what all ranks have by accident stands behind what some of them have.
 
-    So does what costs all ranks something without being a fault.
+    So does what costs all ranks something without being a fault. Waiting for experts is no accident.
     """
     cause, of = CAUSES[one.kind], one.culprits
     is_shared = cause.is_shared and one.when.when != "warm-up"
-    is_accident = cause.structural is None and not (is_shared or of.ranks or of.moves or of.links)
     is_structural = cause.structural is not None
+    is_accident = not (is_structural or is_shared or of.ranks or of.moves or of.links or one.kind == "slow loads")
     return cause.is_between_calls, one.may_be_noise, is_structural, is_accident, not is_shared, -one.cost.seconds
 
 

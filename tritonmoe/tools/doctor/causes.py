@@ -6,7 +6,7 @@ A new cause is an entry of CAUSES, whose kind stands in CauseKind, and a row of 
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Literal, TypeAlias
 
 import torch
@@ -17,7 +17,7 @@ from tritonmoe.tools.doctor.graph import Graph, Key
 from tritonmoe.tools.doctor.messages import Reach
 from tritonmoe.tools.doctor.recorded_graph import RecordedGraph
 from tritonmoe.tools.doctor.samples import slope
-from tritonmoe.tools.doctor.usual import Usual, nothing_for
+from tritonmoe.tools.doctor.usual import Usual, by_key, nothing_for
 from tritonmoe.tools.recording.call_recording import RecordedCall, Recording
 
 __all__ = ["CAUSES", "CauseKind", "Culprits", "ExcessTime", "Known", "Words"]
@@ -25,7 +25,7 @@ __all__ = ["CAUSES", "CauseKind", "Culprits", "ExcessTime", "Known", "Words"]
 CauseKind: TypeAlias = Literal[
     "slower compute", "slower host", "slower exchanges", "uneven micro-batches", "uneven stages",
     "slow rank", "late rank", "slow link", "late link", "slow port", "imbalance", "bandwidth", "latency",
-    "chunk overhead", "host overhead", "exchange contention", "pause",
+    "chunk overhead", "host overhead", "slow loads", "exchange contention", "pause",
 ]  # fmt: skip
 """The keys of CAUSES."""
 MOST_FACTOR = 50.0
@@ -205,10 +205,7 @@ def _chunks_s(built: RecordedGraph, busy_s: Tensor) -> Tensor:
     for number, keys in enumerate(of_kind.values()):
         kinds[keys] = number
     runs = counts_here.nonzero()[:, 0]
-    order = runs[kinds[tables.run_key[runs]].argsort(stable=True)]
-    for own in order.split(kinds[tables.run_key[runs]].bincount().tolist()) if len(runs) else ():
-        if not len(own):
-            continue
+    for own in (runs[places] for places in by_key(kinds[tables.run_key[runs]])):
         in_pass, counts = built.kind_in_pass[own].unique(return_inverse=True, return_counts=True)[1:]
         units, times = tables.rows[own], busy_s[own]
         if int(counts.max()) < 2 or float(units.max()) < UNLIKE * float(units.min()):
@@ -239,7 +236,7 @@ def _beside_s(built: RecordedGraph) -> Tensor:
     return found
 
 
-def _balance_of(recording: Recording, layer: int | None) -> str:
+def _balance_to_do(recording: Recording, layer: int | None) -> str:
     """Return what to do about the balance of a layer's router; None: of all layers."""
     weights = {
         of.load_balance_loss_weight
@@ -249,29 +246,25 @@ def _balance_of(recording: Recording, layer: int | None) -> str:
     }
     known = sorted(weight for weight in weights if weight)
     named = f"{known[0]:g}" if len(known) == 1 else f"{known[0]:g} to {known[-1]:g}" if known else ""
+    to_do = f"raise load_balance_loss_weight above {named}"
     if None in weights:
         beside = f" ({named} in the layers that recorded it)" if known else ""
-        return (
+        to_do = (
             f"switch the router's auxiliary loss or bias on, or raise its weight{beside}: the recording doesn't have "
             "the weight"
         )
-    if not known:
-        return (
+    elif not known:
+        to_do = (
             "set load_balance_loss_weight, which is 0, and add the layers' aux_loss to the loss; or set selection_bias"
         )
-    if 0.0 in weights:
-        return f"set load_balance_loss_weight in the layers where it is 0, or raise it above {named}"
-    return f"raise load_balance_loss_weight above {named}"
-
-
-def _balance_to_do(recording: Recording, layer: int | None) -> str:
-    return f"{_balance_of(recording, layer)}; or move experts with tritonmoe.rebalance; {OF_LONG_BATCHES}"
+    elif 0.0 in weights:
+        to_do = f"set load_balance_loss_weight in the layers where it is 0, or raise it above {named}"
+    return f"{to_do}; or move experts with tritonmoe.rebalance; {OF_LONG_BATCHES}"
 
 
 def _late_words(of: Words) -> str:
-    if of.num_ranks == 1:
-        return "runs no operation for longer than usual"
-    return f"come{of.s} late to exchanges, and run{of.s} no operation meanwhile"
+    late = f"come{of.s} late to exchanges, and run{of.s} no operation meanwhile"
+    return "runs no operation for longer than usual" if of.num_ranks == 1 else late
 
 
 def _times_others(of: Words) -> str:
@@ -292,6 +285,7 @@ def _link_words(of: Words) -> str:
     return f"need{of.s} {of.times} for {of.their} bytes"
 
 
+_OfLinks = partial(Cause, explains=frozenset({"bandwidth", "latency"}), is_of_links=True)
 CAUSES: Mapping[CauseKind, Cause] = {
     cause.kind: cause
     for cause in (
@@ -348,31 +342,25 @@ CAUSES: Mapping[CauseKind, Cause] = {
             to_do_of_all="check what the ranks do outside of operations: data loading, logging, checkpoints, garbage "
             "collection",
         ),
-        Cause(
+        _OfLinks(
             "slow link",
             _link_words,
             f"check cable, port, switch and route; {MEASURE}",
             compared=lambda graph, usual: _of_members(
                 graph.tables.transfer_s - usual.shared.transfer_s - usual.transfer_s, graph
             ),
-            explains=frozenset({"bandwidth", "latency"}),
-            is_of_links=True,
         ),
-        Cause(
+        _OfLinks(
             "late link",
             lambda of: "every message, even a small one, comes later than over other links",
             "check the route, and what may delay messages on it: a switch, a proxy, a busy core",
             found_as="slow link",
-            explains=frozenset({"bandwidth", "latency"}),
-            is_of_links=True,
         ),
-        Cause(
+        _OfLinks(
             "slow port",
             lambda of: of.culprits.words or f"move{of.s} {of.their} bytes more slowly than other ranks",
             f"check the network card of that rank, its cable and its driver; {MEASURE}",
             found_as="slow link",
-            explains=frozenset({"bandwidth", "latency"}),
-            is_of_links=True,
         ),
         Cause(
             "imbalance",
@@ -408,8 +396,17 @@ CAUSES: Mapping[CauseKind, Cause] = {
             lambda of: f"wait{of.s} for the host (Python), before the first operation of a pass and between operations",
             "use a faster host or fewer other threads; check what Python does between the steps of the layer",
             structural=lambda known, usual: _of_runs(
-                known.built.graph.tables.overhead_s - known.built.pause_s, known.built.graph
+                known.built.graph.tables.overhead_s - known.built.graph.tables.load_s - known.built.pause_s,
+                known.built.graph,
             ),
+        ),
+        Cause(
+            "slow loads",
+            lambda of: f"wait{of.s} for experts, which are read from {of.their} file more slowly than they are used",
+            "compute more tokens a step, pack experts in fewer bits (quantize_experts), keep more of them in memory "
+            "(resident_bytes of offload_experts), or use a faster disk; chunks of experts, "
+            'OverlapConfig(chunk_by="experts", local_first=False), read each expert once in a pass',
+            compared=lambda graph, usual: _of_runs(graph.tables.load_s, graph),
         ),
         Cause(
             "exchange contention",

@@ -24,6 +24,7 @@ from tritonmoe.tools.recording.call_recording import RecordedCall, RecordedPass,
 from tritonmoe.tools.recording.schedules import schedule_of
 
 __all__ = [
+    "MET_SHARE",
     "Conditions",
     "Halves",
     "Nodes",

@@ -175,7 +175,7 @@ def _steps_of(call: RecordedCall, number: int) -> list[tuple[tuple, tuple[float,
                 is_computed = step.step.lane == "compute"
                 beside_s = covered_s(under_way, step.start_s, step.end_s) if is_computed else 0.0
                 key = (step.step.kind.twin.value, step.step.chunk, rank, round(8 * math.log2(step.units)))
-                found.append((key, (step.units, step.held_s, beside_s)))
+                found.append((key, (step.units, step.held_s - step.load_s, beside_s)))
     return found
 
 

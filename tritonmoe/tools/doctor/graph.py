@@ -94,6 +94,8 @@ class Tables:
     busy_s: Tensor
     idle_s: Tensor
     overhead_s: Tensor
+    load_s: Tensor
+    """The part of overhead_s in which experts were waited for that are read from a file."""
     rows: Tensor
     """0 where that is not known."""
     run_batch: Tensor
@@ -219,6 +221,7 @@ def _tables_of(graph: Graph) -> Tables:
         busy_s=floats([run.busy_s for run in runs]),
         idle_s=floats([run.idle_s for run in runs]),
         overhead_s=torch.zeros(len(runs), dtype=torch.float64, device="cpu"),
+        load_s=torch.zeros(len(runs), dtype=torch.float64, device="cpu"),
         rows=floats([float(run.rows or 0) for run in runs]),
         run_batch=indices([run.batch for run in runs]),
         member_rank=indices([member.rank for member in members]),

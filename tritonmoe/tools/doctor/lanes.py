@@ -17,7 +17,7 @@ __all__ = ["DOING", "Doing", "Piece", "Shown", "shown_of", "slow_steps"]
 Doing: TypeAlias = Literal["computing", "host", "waiting", "rows"]
 DOING: dict[Doing, str] = {
     "computing": "computing",
-    "host": "neither: the host does something else",
+    "host": "neither: the host does something else, or experts are read",
     "waiting": "waiting until another rank comes",
     "rows": "waiting while what was sent is under way",
 }

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tritonmoe.tools.doctor.conditions import MET_SHARE
 from tritonmoe.tools.doctor.graph import Graph, Kind, Tables, floats, indices
 from tritonmoe.tools.doctor.recorded_rows import MEETING, PLACES, Columns, RecordedRows, place_in_exchange
 from tritonmoe.tools.doctor.recorded_steps import Event, PlacedPass, placed_passes
@@ -20,10 +21,6 @@ from tritonmoe.tools.doctor.walk import lane_before
 from tritonmoe.tools.recording.call_recording import Recording
 
 __all__ = ["RecordedGraph", "graph_of"]
-
-MET = 0.8
-"""Ranks have met between two passes if the one that ended the first last enters the next by less than that part of its
-lateness later."""
 
 
 def _add_between(
@@ -111,7 +108,7 @@ def _meets(ended: Tensor, entered: Tensor, passes: Sequence[PlacedPass]) -> Tens
     behind, late = ended - ended.amin(1, keepdim=True), entered - entered.amin(1, keepdim=True)
     most, last = behind.max(1)
     can = (entered.amin(1) >= ended.amax(1)) & (most > LEAST_S)
-    has_met = late.gather(1, last[:, None])[:, 0] < MET * most
+    has_met = late.gather(1, last[:, None])[:, 0] < MET_SHARE * most
     votes: dict[tuple, float] = defaultdict(float)
     names = [(of.phase, of.layer) for of in passes]
     for name, weight, met, possible in zip(names, most.tolist(), has_met.tolist(), can.tolist(), strict=True):
@@ -194,7 +191,7 @@ def graph_of(recording: Recording) -> RecordedGraph:
     end, posted = members["end"], latest(torch.arange(made.num_members), members["posted"])
     ends_before = torch.cat([end, floats([-torch.inf])])  # where none is before
     since = torch.maximum(posted, ends_before[lane_before(programs, members["lane"])])
-    overhead_s = _overhead_s(rows)
+    overhead_s, load_s = _overhead_s(rows), torch.minimum(rows["load"], rows["took"])
     nothing, no_pause = (torch.zeros(len(of), dtype=torch.float64) for of in (first, paused))
     before, between = (indices([made.key(of, name) for of in passes]) for name in ("before", "between"))
     tables = Tables(
@@ -203,9 +200,10 @@ def graph_of(recording: Recording) -> RecordedGraph:
         run_step=step_of_row[run_row],
         run_key=torch.cat([rows["key"], before[rows["place"][first]], between[rows["place"][paused]]]),
         run_stretch=torch.arange(len(run_row)),
-        busy_s=torch.cat([torch.where(rows["is_step"] > 0, rows["took"], 0.0), nothing, no_pause]),
+        busy_s=torch.cat([torch.where(rows["is_step"] > 0, rows["took"] - load_s, 0.0), nothing, no_pause]),
         idle_s=torch.cat([0 * overhead_s, rows["late"][first], no_pause]),
-        overhead_s=torch.cat([overhead_s, rows["common"][first], rows["pause"][paused]]),
+        overhead_s=torch.cat([overhead_s + load_s, rows["common"][first], rows["pause"][paused]]),
+        load_s=torch.cat([load_s, nothing, no_pause]),
         rows=torch.cat([rows["units"], nothing, no_pause]),
         run_batch=torch.tensor([-1], device="cpu").expand(len(run_row)),
         member_rank=members["rank"],

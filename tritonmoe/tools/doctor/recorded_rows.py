@@ -39,14 +39,16 @@ class EventTimes:
         self.start: list[Tensor] = []
         self.body: list[Tensor] = []
         self.units: list[Tensor] = []
+        self.loads: list[Tensor] = []
         self.ended: list[Tensor] = []
         """Of every exchange, in the order in which they are posted."""
         self.waited: list[Tensor] = []
         waits: list[Tensor] = []
         """For how long each exchange is waited for."""
         for event in events.events:
+            load_s = nothing
             if event.kind is not None:
-                start_s, end_s, wait_s, post_s, units = steps[event.is_inside][:, event.place].unbind(1)
+                start_s, end_s, wait_s, post_s, units, load_s = steps[event.is_inside][:, event.place].unbind(1)
                 start, body = origin + start_s, post_s if event.posts >= 0 else (end_s - start_s).clamp(min=0)
                 units = 0 * units if event.is_inside and event.kind.is_inside_node else units
             elif event.name == COUNTS:
@@ -58,6 +60,7 @@ class EventTimes:
             self.start.append(start)
             self.body.append(body)
             self.units.append(units)
+            self.loads.append(load_s)
             if event.posts >= 0:
                 self.ended.append(left if event.kind is None else origin + end_s)
                 waits.append(wait_s)
@@ -181,8 +184,7 @@ class RecordedRows:
                 units=times.units[number] * filled if is_of_pairs else times.units[number],
                 start=times.start[number], body=times.body[number], waited=times.waited[number],
                 arrived=torch.stack(arrived).amax(0) if arrived else torch.full_like(filled, -torch.inf),
-                key=keys[of_which],
-                is_step=int(event.kind is not None) * same,
+                key=keys[of_which], is_step=int(event.kind is not None) * same, load=times.loads[number],
                 kind_in_pass=of_kind if is_of_pairs and event.posts < 0 else -same,
             )  # fmt: skip
             for exchange in event.waits:

@@ -288,11 +288,16 @@ def judge_recording(recording: Recording) -> RecordedRun:
     built = graph_of(recording)
     known = known_of(recording, built)
     found = attribute(built.graph, known)
-    advice = advice_on(recording, known.calls, known.costs, known.share * found.replayed_s, found.exposed_s)
+    limits, advice = [*built.notes, *recording.notes, *known.costs.notes], list[Advice]()
+    if bool(built.graph.tables.load_s.any()):
+        limits.append(
+            "experts are read from files: what would help is not known, and lanes are replayed without these waits"
+        )
+    else:
+        advice = advice_on(recording, known.calls, known.costs, known.share * found.replayed_s, found.exposed_s)
     return RecordedRun(
         recording.path, built.graph, {"recording": recording.size}, "recording",
-        [*built.notes, *recording.notes, *known.costs.notes],
-        recording=recording, built=built, costs=known.costs, calls=known.calls, found=found, advice=advice,
+        limits, recording=recording, built=built, costs=known.costs, calls=known.calls, found=found, advice=advice,
     )  # fmt: skip
 
 

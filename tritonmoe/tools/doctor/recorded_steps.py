@@ -95,12 +95,11 @@ def _layers_of(passes: Sequence[tuple[RecordedCall, int]]) -> dict[int, int]:
 
 def _works_of(steps: Sequence[Sequence[tuple[RecordedCall, int, int]]]) -> list[int]:
     """Number what steps do: their layers, passes, plans, sizes, and about how many pairs they have."""
-    kinds: list[tuple] = []
-    pairs: list[float] = []
-    for of_step in steps:
-        calls = [(layer, number, call.plan, call.half, *call.sizes.values()) for call, number, layer in of_step]
-        kinds.append(tuple(calls))
-        pairs.append(_num_pairs(of_step))
+    kinds = [
+        tuple((layer, number, call.plan, call.half, *call.sizes.values()) for call, number, layer in of_step)
+        for of_step in steps
+    ]
+    pairs = [_num_pairs(of_step) for of_step in steps]
     bounds: dict[tuple, list[float]] = {}
     for kind in set(kinds):
         ordered = sorted(own for own, of in zip(pairs, kinds, strict=True) if of == kind)

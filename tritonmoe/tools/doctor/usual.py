@@ -10,7 +10,6 @@ the rows themselves cost is imbalance.
 
 import copy
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,7 +19,7 @@ from tritonmoe.tools.doctor.graph import Graph, Tables, indices
 from tritonmoe.tools.doctor.pattern import FEW_STEPS, WARMED, grows
 from tritonmoe.tools.doctor.samples import Samples, by_step, middle, rows_of, slope
 
-__all__ = ["Usual", "usual_of"]
+__all__ = ["Usual", "by_key", "nothing_for", "usual_of"]
 
 TIMES = 1.3
 """So many times as long as in other steps is too long ..."""
@@ -154,7 +153,7 @@ class _OfOne:
         if course is None:
             return torch.zeros_like(self.values)
         found = torch.zeros_like(self.values)
-        for own in self._by_key():
+        for own in by_key(self.key):
             table = torch.full(self.shape, torch.nan, dtype=torch.float64, device="cpu")
             flat = self.rank[own] * self.shape[1] + self.step[own]
             sums = torch.zeros(table.numel(), dtype=torch.float64, device="cpu").index_add(0, flat, equal[own])
@@ -170,14 +169,10 @@ class _OfOne:
         is_little = float(found.sum()) < LEAST * self.step_s * self.shape[0] * self.shape[1]
         return torch.zeros_like(found) if is_little else found
 
-    def _by_key(self) -> Iterator[Tensor]:
-        order = self.key.argsort(stable=True)
-        yield from (own for own in order.split(self.key.bincount().tolist()) if len(own))
-
     def _at_equal_work(self, sizes: Tensor) -> Tensor:
         """Return the times that all would take with the mean rows or bytes of their key."""
         found = self.values.clone()
-        for own in self._by_key():
+        for own in by_key(self.key):
             size = sizes[own]
             if float(size.min()) > 0 and float(size.max()) > VARIED * float(size.min()):
                 unit_s = slope(self.rank[own], self.step[own], size, self.values[own])
@@ -309,12 +304,12 @@ def usual_of(graph: Graph, linked_s: Tensor | None = None) -> Usual:
     if linked_s is not None:
         found.transfer_s -= linked_s
     _usual_of_runs(graph, found)
-    by_key = _by_key(tables.member_key)
-    latency_s = max(0.0, min((float(found.transfer_s[own].quantile(0.5)) for own in by_key), default=0.0))
+    of_keys = by_key(tables.member_key)
+    latency_s = max(0.0, min((float(found.transfer_s[own].quantile(0.5)) for own in of_keys), default=0.0))
     scattered = torch.zeros_like(found.transfer_s)
     # Two ranks share all links: who of them gets its rows first is no fault of a link, which is compared by the second.
     can_last = linked_s is not None or len(graph.ranks) > 2
-    for own in by_key:
+    for own in of_keys:
         rank, step, sizes = tables.member_rank[own], tables.member_step[own], tables.num_bytes[own]
         fair = _fair_bytes(tables.bytes_out[own], tables.bytes_in[own], sizes, step, num_steps)
         times = found.transfer_s[own]
@@ -385,7 +380,7 @@ class _OfHosts:
         self.levels = torch.where(is_last, samples.levels[of], torch.minimum(times, samples.levels[of]))
 
 
-def _by_key(keys: Tensor) -> list[Tensor]:
+def by_key(keys: Tensor) -> list[Tensor]:
     """Return the places of each key's operations, those of the first one first."""
     order = keys.argsort(stable=True)
     counts = keys.bincount() if len(keys) else keys
@@ -395,7 +390,7 @@ def _by_key(keys: Tensor) -> list[Tensor]:
 def _usual_of_runs(graph: Graph, found: Usual) -> None:
     tables, num_steps = graph.tables, len(graph.steps)
     scattered_busy, scattered_idle = torch.zeros_like(tables.busy_s), torch.zeros_like(tables.idle_s)
-    for own in _by_key(tables.run_key):
+    for own in by_key(tables.run_key):
         _, number, counts = tables.run_stretch[own].unique(return_inverse=True, return_counts=True)
         first = torch.full((len(counts),), len(own), dtype=torch.int64, device="cpu")
         first = own[first.scatter_reduce(0, number, torch.arange(len(own)), "amin")]

@@ -26,8 +26,8 @@ __all__ = [
     "times_of",
 ]
 
-TIMES = ("start_s", "end_s", "wait_s", "post_s", "units")
-"""The numbers of a step, in the order of its columns; the last three are never negative."""
+TIMES = ("start_s", "end_s", "wait_s", "post_s", "units", "load_s")
+"""The numbers of a step, in the order of its columns; the last four are never negative."""
 Moments: TypeAlias = Sequence[float | None]
 
 
@@ -86,7 +86,7 @@ class StepColumns:
 
     @cached_property
     def times(self) -> Tensor:
-        """(N, 5): what TIMES says, of every step."""
+        """(N, 6): what TIMES says, of every step."""
         return _tensor(self.flat_times).view(-1, len(TIMES))
 
     @cached_property
@@ -129,7 +129,7 @@ class PassSteps(Sequence[RecordedStep]):
 
     @property
     def times(self) -> Tensor:
-        """(S, 5): what TIMES says, of every step."""
+        """(S, 6): what TIMES says, of every step."""
         return self.columns.times[self.at : self.at + len(self.layout.steps)]
 
     def __eq__(self, other: object) -> bool:
@@ -146,8 +146,9 @@ class PassSteps(Sequence[RecordedStep]):
         return len(self.layout.steps)
 
     def __iter__(self) -> Iterator[RecordedStep]:
-        for step, (start_s, end_s, wait_s, post_s, units) in zip(self.layout.steps, self.times.tolist(), strict=True):
-            yield RecordedStep(step, start_s, end_s, wait_s, post_s, units=units)
+        for step, numbers in zip(self.layout.steps, self.times.tolist(), strict=True):
+            start_s, end_s, wait_s, post_s, units, load_s = numbers
+            yield RecordedStep(step, start_s, end_s, wait_s, post_s, units=units, load_s=load_s)
 
     @overload
     def __getitem__(self, place: int) -> RecordedStep: ...
@@ -167,7 +168,7 @@ def places_of(passes: Sequence[PassSteps], steps: Sequence[Step]) -> list[list[i
 
 
 def times_of(passes: Sequence[PassSteps], places: Sequence[Sequence[int]]) -> Tensor:
-    """Return (Q, X, 5): what TIMES says of X of the steps of each of Q passes.
+    """Return (Q, X, 6): what TIMES says of X of the steps of each of Q passes.
 
     places: the steps of each pass, or once what is the same of all.
     """

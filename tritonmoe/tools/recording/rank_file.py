@@ -119,7 +119,7 @@ NEAR_S = 0.01
 """By so little the times of a step may lie outside of their pass: a device's are of another clock than the host's."""
 NO_STEPS = layout_of((), (), 1)
 _KINDS = frozenset(kind.value for kind in StepKind)
-_values = itemgetter("kind", "chunk", "arrivals_s", *TIMES)
+_values = itemgetter("kind", "chunk", "arrivals_s", *TIMES[:-1])  # of experts in memory a step has no load_s
 
 
 def read_pass(
@@ -154,6 +154,7 @@ def _read_steps(values: object, total_s: float, num_peers: int, columns: StepCol
     found = list_of(values, None)
     try:
         kinds, chunks, arrivals, *times = zip(*map(_values, found), strict=True)
+        times.append(tuple(one.get("load_s", 0.0) for one in found))
     except (KeyError, TypeError, ValueError):
         return _one_by_one(found, total_s, num_peers, columns)
     known = [moments for moments in arrivals if moments is not None]
@@ -175,14 +176,14 @@ def _are_times(times: Sequence[tuple], total_s: float) -> bool:
     flat = list(chain.from_iterable(times))
     if set(map(type, flat)) != {float} or not math.isfinite(sum(flat)):
         return False
-    starts, ends, waits, posts, units = times
+    starts, ends, waits, posts, units, loads = times
     latest_s = total_s + NEAR_S
     posted = [start_s + post_s for start_s, post_s in zip(starts, posts, strict=True)]
     return (
-        min(*waits, *posts, *units) >= 0
+        min(*waits, *posts, *units, *loads) >= 0
         and max(units) <= MOST
         and min(*starts, *ends) >= -NEAR_S
-        and max(*posted, *ends, *waits) <= latest_s
+        and max(*posted, *ends, *waits, *loads) <= latest_s
         and not any(end_s < start_s - NEAR_S for start_s, end_s in zip(starts, ends, strict=True))
     )
 
@@ -218,15 +219,16 @@ def _read_step(
 ) -> tuple[Step, tuple[float, ...], _Moments]:
     of = Fields(values, "a step")
     start_s, end_s = (of.take(name, number) for name in TIMES[:2])
-    wait_s, post_s, units = (of.take(name, amount) for name in TIMES[2:])
+    wait_s, post_s, units = (of.take(name, amount) for name in TIMES[2:-1])
+    load_s = of.take("load_s", amount) if "load_s" in of.values else 0.0
     arrivals_s = of.take("arrivals_s", moments_of)
     chunk = of.take("chunk", optional(integer))
     which = of.take("kind", lambda kind: _step(text(kind), chunk))
-    moments = [start_s, start_s + post_s, end_s, wait_s, *(at for at in arrivals_s or () if at is not None)]
+    moments = [start_s, start_s + post_s, end_s, wait_s, load_s, *(at for at in arrivals_s or () if at is not None)]
     is_inside = min(moments) >= -NEAR_S and max(moments) <= total_s + NEAR_S
     if not is_inside or end_s < start_s - NEAR_S:
         raise ValueError(f"{which}: these are no times of a pass that takes {total_s} s: {moments}")
-    return which, (start_s, end_s, wait_s, post_s, units), arrivals_s
+    return which, (start_s, end_s, wait_s, post_s, units, load_s), arrivals_s
 
 
 @lru_cache(maxsize=1024)

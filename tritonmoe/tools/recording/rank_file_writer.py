@@ -171,6 +171,7 @@ def _plain_pass(layer_pass: PassReport, report: LayerReport, sizes: list[list[fl
             "post_s": round(timing.post_s, DECIMALS),
             "units": step_units(step, num_local_slices, *sizes),
             "arrivals_s": arrivals and [None if at is None else round(at, DECIMALS) for at in arrivals],
+            **({"load_s": round(timing.load_s, DECIMALS)} if timing.load_s else {}),
         }
 
     return {

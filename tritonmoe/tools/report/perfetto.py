@@ -17,7 +17,8 @@ def chrome_trace(runs: Mapping[str, Sequence[Timeline]]) -> Json:
     """Return the trace of several runs, each with one timeline per rank, all beginning at time 0.
 
     A process is a rank (pid), a thread a lane of a run (tid = 3 * run + lane: compute, comm, inside the node), and an
-    event a step, named as in the schedule, with kind, chunk and run among its arguments. Times are in microseconds.
+    event a step, named as in the schedule, with kind, chunk and run among its arguments, and how long it waited for
+    experts that are read from a file, where it did. Times are in microseconds.
     """
     events: list[Json] = []
     for rank in sorted({timeline.rank for timelines in runs.values() for timeline in timelines}):
@@ -35,6 +36,8 @@ def chrome_trace(runs: Mapping[str, Sequence[Timeline]]) -> Json:
                     args: Json = {"chunk": span.chunk, "kind": span.kind, "run": run}
                     if lane == "comm":
                         args["posted_us"] = _microseconds(span.posted_s)
+                    if span.load_s:
+                        args["waited_for_experts_us"] = _microseconds(span.load_s)
                     start_us = _microseconds(span.start_s)
                     events.append(
                         {

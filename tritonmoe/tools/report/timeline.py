@@ -40,6 +40,8 @@ class Span:
     """When the step was issued; for a step on the compute lane that is its start."""
     half: int = 0
     """Which half of a batch in two_batches the step is of, 1 or 2; 0 for a whole batch."""
+    load_s: float = 0.0
+    """For how long of it products waited for experts that are read from a file."""
 
     def shifted(self, offset_s: float) -> "Span":
         """Return the same span so many seconds later."""
@@ -132,7 +134,10 @@ def spans_of(steps: Sequence[StepTiming], inside: Sequence[StepTiming]) -> tuple
     lanes = [*((timing.step.lane, timing) for timing in steps), *((NODE, timing) for timing in inside)]
     return _without_overlaps(
         [
-            Span(str(of.step), str(of.step.kind), of.step.chunk, lane, of.start_s, of.end_s, of.start_s)
+            Span(
+                *(str(of.step), str(of.step.kind), of.step.chunk, lane, of.start_s, of.end_s, of.start_s),
+                load_s=of.load_s,
+            )
             for lane, of in lanes
         ]
     )
