@@ -99,7 +99,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     said = capsys.readouterr().out
     assert "1. LATE RANK: rank 1 comes late" in said
     assert "notes.txt" in said
-    assert len(said.splitlines()) <= 24
+    assert len(said.splitlines()) <= 25
     (found,) = json.loads((tmp_path / "verdict.json").read_text())
     assert (found["findings"][0]["kind"], found["findings"][0]["ranks"]) == ("late rank", [1])
     assert main(["doctor", str(tmp_path / "healthy")]) == 0

@@ -19,7 +19,7 @@ from tritonmoe.tools.planner import training_plan as planning
 from tritonmoe.tools.planner.cluster import NORMAL_90, Estimate
 from tritonmoe.tools.planner.cluster_presets import CLUSTERS, network_in, with_network
 from tritonmoe.tools.planner.comparison import compare, equalized
-from tritonmoe.tools.planner.draws import MODEL_ERROR
+from tritonmoe.tools.planner.draws import MODEL_ERROR, model_error
 from tritonmoe.tools.planner.job import Job, trained_by
 from tritonmoe.tools.planner.model_config import MODELS
 from tritonmoe.tools.planner.plan_page import comparison_page
@@ -86,8 +86,11 @@ def test_what_is_measured_makes_the_interval_narrower_but_never_as_narrow_as_its
         ratio(measured(H100, *names)) for names in ((), ("host",), ("gpu", "inside", "between", "host"))
     )
     assert everything < host < nothing
-    # What the model itself is off by, on published steps, no measurement of the machine takes away.
-    of_model = sum(math.hypot(of, MODEL_ERROR.own) for of in (MODEL_ERROR.faster, MODEL_ERROR.slower))
+    # What the model itself is off by, on published steps, no measurement of the machine takes away; least where the
+    # network between nodes is known, as it is when it was measured.
+    model = model_error(measured(H100, "between"))
+    assert model.slower < MODEL_ERROR.slower
+    of_model = sum(math.hypot(of, model.own) for of in (model.faster, model.slower))
     assert math.log(everything) == pytest.approx(NORMAL_90 * of_model, rel=0.25)
 
 

@@ -22,6 +22,7 @@ __all__ = [
     "are_unlike",
     "draw",
     "interval",
+    "model_error",
     "told_by",
     "uncertainties",
 ]
