@@ -18,7 +18,7 @@ import tritonmoe as tm
 from tritonmoe.config.routing import RoutingRule
 from tritonmoe.ops import aot, backends
 from tritonmoe.ops.aot import source_of
-from tritonmoe.ops.backends import reference
+from tritonmoe.ops.backends import encoded, reference
 from tritonmoe.ops.backends import triton as kernels
 from tritonmoe.ops.kernels import launch
 from tritonmoe.ops.kernels.router_kernels import route, route_grad
@@ -64,6 +64,8 @@ OPERATIONS = ModuleType(kernels.__name__)
 OPERATIONS.MAX_BLOCK_PAIRS, OPERATIONS.copies_rows, OPERATIONS.group = None, kernels.copies_rows, caught_group
 for operation in ("up", "down", "gather_sum", "down_grad", "up_grad", "weight_grad"):
     setattr(OPERATIONS, operation, caught(operation))
+encoded.kernels = ModuleType(kernels.__name__)  # products of codes, whose values may be anything
+encoded.kernels.__dict__.update({**vars(kernels), "group": caught_group})
 backends.choose = lambda *arguments, **keywords: OPERATIONS
 
 
@@ -148,10 +150,16 @@ def warmup():
         with torch.no_grad():
             step()
 
-    shape = LayerShape("layer", E, K, D, F, bias=True)
+    fp8 = tm.ExpertPrecision("fp8_block")
+    shapes = {precision: LayerShape("layer", E, K, D, F, bias=True, precision=precision) for precision in (None, fp8)}
     found = {}
-    for name, steps, num_ranks in (("one device", one_device, 1), ("ranks", ranks, NUM_RANKS)):
-        jobs = launches_of_layer(shape, num_ranks, None, torch.bfloat16, TARGET)
+    for name, steps, num_ranks, precision in (
+        ("one device", one_device, 1, None),
+        ("ranks", ranks, NUM_RANKS, None),
+        ("one device in fp8", [partial(step, precision=fp8) for step in one_device], 1, fp8),
+        ("ranks in fp8", [partial(step, precision=fp8) for step in ranks], NUM_RANKS, fp8),
+    ):
+        jobs = launches_of_layer(shapes[precision], num_ranks, None, torch.bfloat16, TARGET)
         steps = [*steps, *(partial(inference, step) for step in steps)]
         found[name] = {
             "steps": sorted(set().union(*map(specialisations, steps))),

@@ -9,6 +9,8 @@ import pytest
 import torch
 import triton
 
+from tritonmoe.ops.kernels import launch
+from tritonmoe.ops.kernels.gpus import architecture_like
 from tritonmoe.ops.kernels.tiles import measured_tiles
 from tritonmoe.ops.kernels.tiles.table import TABLE
 from tritonmoe.tools.benchmarks import tuning
@@ -56,6 +58,30 @@ def test_packed_weights_have_tiles_of_their_own(capsys):
     ):
         assert main(["tune", *wrong, *packed, "--show"]) == 2
         assert words in capsys.readouterr().err
+
+
+def test_products_of_codes_have_tiles_of_their_own(capsys):
+    """Gradients of weights are products in bf16, whose tiles a layer without a precision shows."""
+    precision = ["--expert-precision", "fp8_block"]
+    assert main(["tune", *SHAPE, *precision, "--show", "--json", "--tokens", "16384"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {tuple(key.split()[1:4]) for key in found} == {
+        ("float8_e4m3fn", name, "fp8_block") for name in ("up", "down", "down_grad")
+    }
+    for wrong, words in (
+        ([*SHAPE[:4], "float16"], "--expert-precision fp8_block is of experts in bfloat16, got float16"),
+        ([*SHAPE, "--weight-format", "nf4"], "those with --weight-format nf4 are frozen: give one"),
+        ([*SHAPE, "--target", "sm_80"], "sm_80 multiplies no fp8_block codes"),
+    ):
+        assert main(["tune", *wrong, *precision, "--show"]) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_a_gpu_without_the_instruction_is_not_tuned_for_codes(gpu, capsys, monkeypatch):
+    monkeypatch.setattr(launch, "gpu_of", lambda device: architecture_like("sm_80"))
+    assert main(["tune", *SHAPE, "--expert-precision", "mxfp8"]) == 2
+    assert "multiplies no mxfp8 codes: experts in it run the kernels of bfloat16 there" in capsys.readouterr().err
+    assert not gpu
 
 
 def test_show_for_machines(capsys):

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -10,9 +10,10 @@ from torch import Tensor
 from tritonmoe.config.activations import ClampedSwiGLU, FusedActivation
 from tritonmoe.config.formats import WeightFormat
 from tritonmoe.config.layer import ExpertLayout, Projection
+from tritonmoe.config.precision import ExpertPrecision
 from tritonmoe.experts.quantized_weight import QuantizedWeight
 from tritonmoe.ops import backends
-from tritonmoe.ops.backends.ops import NO_GRADIENTS, GradientOperands
+from tritonmoe.ops.backends.ops import NO_GRADIENTS, GradientOperands, Operations
 
 __all__ = [
     *("GPU_SHAPES", "LayerInputs", "LayerShape", "dense_products", "draw_inputs", "draw_routing"),
@@ -34,6 +35,8 @@ class LayerShape:
     bias: bool = False
     weight_format: WeightFormat | None = None
     """Of weights that are packed, and frozen; None for plain ones."""
+    precision: ExpertPrecision | None = None
+    """In which experts train, where that isn't the dtype."""
 
     @property
     def is_plain(self) -> bool:
@@ -156,7 +159,8 @@ def draw_inputs(
 def operation_calls(inputs: LayerInputs, backend: str) -> dict[str, Callable[[], object]]:
     """Return every operation of a step, forward and backward, as a function that runs it alone.
 
-    Weights that the shape says are packed are packed here, and have no gradients.
+    Weights that the shape says are packed are packed here, and have no gradients. In a precision, the kernels multiply
+    codes of rows that are rounded here, and of weights that are encoded here.
     """
     shape, layout = inputs.shape, inputs.shape.layout
     ops = backends.choose(backend, inputs.x.device, inputs.x.dtype)
@@ -164,6 +168,13 @@ def operation_calls(inputs: LayerInputs, backend: str) -> dict[str, Callable[[],
     w = {name: weight.detach() for name, weight in inputs.weights.items()}
     gate_up = _projection(shape, w["gate_up_proj"], w.get("gate_up_bias"))
     down = _projection(shape, w["down_proj"], w.get("down_bias"))
+    if shape.precision is not None:
+        from tritonmoe.ops.backends.encoded import EncodedOperations
+
+        encoded = EncodedOperations(shape.precision)
+        x, dout = encoded.round_rows(x), encoded.round_rows(dout)
+        gate_up, down = encoded.projection(gate_up, "both"), encoded.projection(down, "both")
+        ops = cast(Operations, encoded)
     activation = shape.activation
     grouping = ops.group(inputs.topk_ids, shape.num_experts)
     h, a = ops.up(x, gate_up, grouping, activation)

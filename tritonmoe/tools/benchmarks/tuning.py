@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -134,7 +135,7 @@ def tune(
     device = torch.device("cuda")
     target_name = launch.architecture_of(launch.target_of(device))
     architecture_named(target_name)
-    variant = Variant.of(shape, dtype, num_tokens)
+    variant = replace(Variant.of(shape, dtype, num_tokens), precision=shape.precision)
     candidates = candidates_of_layer(variant, target_name, done)
     entries: dict[str, dict[str, int | str]] = {}
     with open_results(samples_file, identity()) as results:

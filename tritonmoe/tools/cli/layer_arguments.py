@@ -7,6 +7,7 @@ import torch
 from tritonmoe.config.activations import ACTIVATION_NAMES, ClampedSwiGLU
 from tritonmoe.config.formats import FORMATS
 from tritonmoe.config.layer import MoEConfig
+from tritonmoe.config.precision import BLOCKS, ExpertPrecision
 from tritonmoe.tools.benchmarks.argument_types import positive
 from tritonmoe.tools.benchmarks.shapes import LayerShape
 
@@ -38,6 +39,7 @@ def add_layer_arguments(parser: argparse.ArgumentParser, *, sizes_required: bool
     parser.add_argument("--transposed", action="store_true", help="weights as (E, D, 2F) and (E, F, D)")
     parser.add_argument("--bias", action="store_true", help="experts with biases")
     parser.add_argument("--weight-format", choices=FORMATS, help="of frozen weights that are packed (QuantizedWeight)")
+    parser.add_argument("--expert-precision", choices=BLOCKS, help="of experts that train in 8 bits (ExpertPrecision)")
 
 
 def layer_shape(arguments: argparse.Namespace) -> LayerShape:
@@ -47,12 +49,20 @@ def layer_shape(arguments: argparse.Namespace) -> LayerShape:
     sizes = (a.hidden_size, a.intermediate_size, a.num_experts, a.top_k)
     if a.weight_format is not None and a.dtype != "bfloat16":
         raise ValueError(f"--weight-format {a.weight_format} is of experts that compute in bfloat16, got {a.dtype}")
+    if a.expert_precision is not None and a.dtype != "bfloat16":
+        raise ValueError(f"--expert-precision {a.expert_precision} is of experts in bfloat16, got {a.dtype}")
+    if a.expert_precision is not None and a.weight_format is not None:
+        raise ValueError(
+            f"--expert-precision {a.expert_precision} is of experts that train, and those with --weight-format "
+            f"{a.weight_format} are frozen: give one"
+        )
+    precision = None if a.expert_precision is None else ExpertPrecision(a.expert_precision)
     gates = not a.ungated, a.interleaved, a.transposed
     layout = MoEConfig(*sizes, activation, *gates, weight_format=a.weight_format).layout
     name = f"E={a.num_experts} K={a.top_k} D={a.hidden_size} F={a.intermediate_size}"
-    name += f" {a.weight_format}" if a.weight_format else ""
+    name += "".join(f" {stored_as}" for stored_as in (a.weight_format, a.expert_precision) if stored_as)
     experts = a.num_experts, a.top_k, a.hidden_size, a.intermediate_size
-    return LayerShape(name, *experts, activation, layout, bias=a.bias, weight_format=a.weight_format)
+    return LayerShape(name, *experts, activation, layout, a.bias, a.weight_format, precision)
 
 
 def tokens_of_every_class(shape: LayerShape) -> list[int]:

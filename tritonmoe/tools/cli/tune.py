@@ -6,14 +6,15 @@ and it goes on there.
 """
 
 import argparse
-import dataclasses
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 import torch
 
+from tritonmoe.config.precision import ExpertPrecision
 from tritonmoe.ops.backends import triton_unusable_reason
 from tritonmoe.tools.benchmarks.argument_types import Subparsers
 from tritonmoe.tools.benchmarks.shapes import LayerShape
@@ -21,6 +22,7 @@ from tritonmoe.tools.cli.layer_arguments import DTYPES, add_layer_arguments, lay
 from tritonmoe.tools.report.terminal import refused
 
 if TYPE_CHECKING:
+    from tritonmoe.ops.kernels.gpus import Architecture
     from tritonmoe.ops.kernels.tiles.config import TileConfig
 
 __all__ = ["add_parser"]
@@ -67,6 +69,7 @@ def run(arguments: argparse.Namespace, say: Callable[[str], None] = print) -> in
             file=sys.stderr,
         )
         return 2
+    from tritonmoe.ops.kernels import launch
     from tritonmoe.ops.kernels.tiles import measured_tiles
     from tritonmoe.tools.benchmarks.tuning import tune
 
@@ -82,6 +85,8 @@ def run(arguments: argparse.Namespace, say: Callable[[str], None] = print) -> in
         return 2
     done: set[str] = set()
     try:
+        if shape.precision is not None:
+            check_codes(shape.precision, launch.gpu_of(torch.device("cuda")))
         for num_tokens in sorted(tokens, reverse=True):  # the longest sums say most of a class without an upper end
             say(f"{shape.name} T={num_tokens} {arguments.dtype}")
             found: dict[str, dict[str, int | str]] = {}
@@ -116,23 +121,34 @@ def chosen_tiles(
     """Return every product's tile, with how its operands are read, and where the choice comes from, by its key.
 
     Raises:
-        ValueError: there is no such target. ImportError: there is no triton.
+        ValueError: there is no such target, or it has no such products. ImportError: there is no triton.
     """
     from tritonmoe.ops.aot import Variant, architecture_named, record_launches
     from tritonmoe.ops.kernels.tiles import measured_tiles
     from tritonmoe.ops.kernels.tiles.config import TileConfig
 
-    gpu = architecture_named(target).target
+    gpu = architecture_named(target)
+    if shape.precision is not None:
+        check_codes(shape.precision, gpu)
     tuned = measured_tiles.kept()
     tiles: dict[str, tuple[TileConfig, str]] = {}
     for num_tokens in tokens:
-        variant = Variant.of(shape, dtype, num_tokens)
+        variant = replace(Variant.of(shape, dtype, num_tokens), precision=shape.precision)
         with measured_tiles.asked() as found:
-            record_launches(variant, gpu)
+            record_launches(variant, gpu.target)
         for key, config in found.items():
             source = "tuned" if key in tuned else "shipped" if key in measured_tiles.SHIPPED else "heuristic"
             tiles[key] = config, source
     return tiles
+
+
+def check_codes(precision: ExpertPrecision, gpu: "Architecture") -> None:
+    """Raise ValueError where a GPU has no instruction for the codes of a precision."""
+    if precision.format not in gpu.precisions:
+        raise ValueError(
+            f"{gpu.name} multiplies no {precision.format} codes: experts in it run the kernels of bfloat16 "
+            "there, so leave --expert-precision out"
+        )
 
 
 def _as_text(tiles: "Mapping[str, tuple[TileConfig, str]]") -> str:
@@ -140,5 +156,5 @@ def _as_text(tiles: "Mapping[str, tuple[TileConfig, str]]") -> str:
 
 
 def _as_json(tiles: "Mapping[str, tuple[TileConfig, str]]") -> str:
-    found = {key: {"tile": dataclasses.asdict(config), "source": source} for key, (config, source) in tiles.items()}
+    found = {key: {"tile": asdict(config), "source": source} for key, (config, source) in tiles.items()}
     return json.dumps(found, indent=1)

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 __all__ = ["add_parser", "launches_of_layer"]
 
+PRODUCTS = ("up", "down")
+"""How the operations begin that multiply codes where experts have a precision that the card can compute in."""
+
 
 def add_parser(subparsers: Subparsers) -> None:
     """Add the subcommand to the parser of `tritonmoe`."""
@@ -99,7 +102,10 @@ def launches_of_layer(
     jobs, seen = [], set()
     for num_tokens in tokens:
         variant = replace(Variant.of(shape, dtype, num_tokens), num_ranks=num_ranks)
-        for kernel, item in record_launches(variant, target).items():
+        launches = record_launches(variant, target)
+        if of_codes := shape.precision and record_launches(replace(variant, precision=shape.precision), target):
+            launches = {kernel: item for kernel, item in launches.items() if not kernel.startswith(PRODUCTS)} | of_codes
+        for kernel, item in launches.items():
             key = source_of(item, target).hash(), str(item.options)
             if key not in seen:
                 seen.add(key)
