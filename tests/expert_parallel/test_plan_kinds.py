@@ -70,6 +70,14 @@ def test_without_a_kind_the_others_are_as_they_were(kind: str, tmp_path: Path) -
     with_kind, without = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("with", "without"))
     assert with_kind == without
     assert len(without) >= 8
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(kind, marks=pytest.mark.thorough if kind == "copies" else pytest.mark.slow) for kind in DELETED],
+)
+def test_without_a_kind_the_tests_of_the_others_pass(kind: str, tmp_path: Path) -> None:
+    delete(kind, tmp_path)
     tests = str(ROOT / "tests" / "expert_parallel" / "test_expert_parallel.py")
     where = f"pythonpath={tmp_path} {ROOT / 'tests' / 'support'}"
     run("-m", "pytest", "-n", "0", "-q", "-o", where, tests, path=tmp_path)
