@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import tritonmoe as tm
 from tritonmoe.config.formats import WeightFormat
 from tritonmoe.overlap.report import LayerReport
-from tritonmoe.runtime.streamed import WeightFile
+from tritonmoe.runtime.weight_files import WeightFile
 from tritonmoe.transports import Transport, TwoLevelTransport
 
 HIDDEN, INTERMEDIATE, NUM_EXPERTS, TOP_K, RANK = 64, 128, 12, 3, 2
@@ -99,8 +99,8 @@ def test_bits_are_those_of_experts_in_memory(
     done = tm.offload_experts(offloaded, tmp_path)
     for seed in range(2):
         compare(step(resident, case[1], num_tokens, seed=seed), step(offloaded, case[1], num_tokens, seed=seed))
-    assert done.reader._allocated <= done.reader.limit_bytes
-    assert done.reader.figures.num_bytes > 0
+    assert done.reader()._allocated <= done.reader().limit_bytes
+    assert done.reader().figures.num_bytes > 0
     assert [name for name, _ in offloaded.named_parameters()] == ["gate_up_proj_bias", "down_proj_bias"]
 
 

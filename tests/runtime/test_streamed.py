@@ -16,8 +16,8 @@ from tritonmoe.runtime.streamed import (
     Unit,
     find_streamed,
     make_handle,
-    write_weights,
 )
+from tritonmoe.runtime.weight_files import write_weights
 
 NUM_EXPERTS, SIZE = 12, 4096
 
@@ -42,7 +42,7 @@ class Reading:
         file.read = note  # type: ignore[method-assign]
 
     def take(self, expert: int) -> Tensor:
-        return self.reader.take(Unit(self.weight, expert))
+        return self.reader.take(Unit(self.weight, expert)).tensor
 
     def run(self, experts: list[int], key: object = "forward") -> None:
         """Run a pass that uses these experts, and compare what it takes."""
@@ -73,7 +73,7 @@ def test_where_the_system_has_no_memory_each_use_says_so(
         raise OSError(12, "Cannot allocate memory")
 
     with monkeypatch.context() as patched:
-        patched.setattr("tritonmoe.runtime.streamed.mmap.mmap", refuse)
+        patched.setattr("tritonmoe.runtime.expert_blocks.mmap.mmap", refuse)
         if is_expected:
             reading.reader.expect("forward", [Unit(reading.weight, 3)])
             reading.settle()
@@ -120,7 +120,7 @@ def test_what_was_taken_sooner_is_not_read_ahead_again(reading: Reading, monkeyp
 def test_what_is_waited_for_is_not_dropped(reading: Reading, monkeypatch: pytest.MonkeyPatch) -> None:
     """Even if reading ahead wants memory before the thread that waits is awake."""
     reader, unit, goes_on = reading.reader, Unit(reading.weight, 0), threading.Event()
-    read, notify = reading.weight.file.read, reader._changed.notify_all
+    read, notify = reading.weight.source.read, reader._changed.notify_all
     dropped: list[bool] = []
 
     def read_slowly(memory: memoryview, offset: int) -> None:
@@ -131,7 +131,7 @@ def test_what_is_waited_for_is_not_dropped(reading: Reading, monkeypatch: pytest
         dropped.append(reader._evict(before=1))
         notify()
 
-    reading.weight.file.read = read_slowly  # type: ignore[method-assign]
+    reading.weight.source.read = read_slowly  # type: ignore[method-assign]
     monkeypatch.setattr(reader._changed, "notify_all", notify_late)
     reader.expect("forward", [unit])
     while unit not in reader._loading:
@@ -211,7 +211,7 @@ def test_an_error_names_the_expert(reading: Reading, how: str) -> None:
             file.write(b"\0\0\0\0")
         os.utime(reading.path, ns=(1, 1))
     else:
-        os.dup2(os.open(reading.path.parent, os.O_RDONLY), reading.weight.file._descriptor)
+        os.dup2(os.open(reading.path.parent, os.O_RDONLY), reading.weight.source._descriptor)
     with pytest.raises(OffloadError, match=r"expert 11 of layer\.up could not be read from .*layer\.safetensors"):
         reading.take(11)
     reading.reader.expect("forward", [Unit(reading.weight, 10)])  # read ahead, by the other thread
@@ -221,7 +221,7 @@ def test_an_error_names_the_expert(reading: Reading, how: str) -> None:
 
 
 def test_a_handle_is_known_by_its_views(reading: Reading) -> None:
-    handle = make_handle(reading.weight)
+    handle = make_handle(reading.weight, torch.device("cpu"))
     assert handle.shape == reading.values.shape
     assert handle.isnan().all()
     assert find_streamed(handle[3:7]) == (reading.weight, 3)

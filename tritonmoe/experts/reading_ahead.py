@@ -1,16 +1,14 @@
-"""ReadingAhead: in which order a pass uses experts that stay in a file, said as it begins, and how long it takes."""
+"""ReadingAhead: in which order a pass uses experts that stay elsewhere, said as it begins, and how long it takes."""
 
 import time
 from collections.abc import Iterable, Sequence
 from itertools import chain, zip_longest
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from tritonmoe.config.layer import PerWeight
 from tritonmoe.ops.grouping import GroupingBlock
-from tritonmoe.runtime.cpu_threads import num_workers
 from tritonmoe.runtime.streamed import ExpertReader, PassLoads, StreamedWeight, Unit, find_streamed, waited
 
 __all__ = ["ReadingAhead", "begin_reading", "has_streamed"]
@@ -21,7 +19,7 @@ Streamed = list[tuple[StreamedWeight, int]]
 
 
 def has_streamed(weights: PerWeight[Tensor]) -> bool:
-    """Return whether a weight of a call stays in a file."""
+    """Return whether a weight of a call stays in a file or in pinned memory."""
     return any(_streamed(weights, side) for side in ("up", "down"))
 
 
@@ -32,7 +30,7 @@ def _streamed(weights: PerWeight[Tensor], side: Side) -> Streamed:
 
 
 class ReadingAhead:
-    """One pass over experts that are in a file, as a context in which its time counts."""
+    """One pass over experts that are elsewhere, as a context in which its time counts on a CPU."""
 
     def __init__(self, reader: ExpertReader, expert_bytes: int) -> None:
         """expert_bytes: of the experts that the pass uses, each once."""
@@ -68,7 +66,7 @@ def begin_reading(
     reader = next((weight.reader for found in by_side.values() for weight, _ in found), None)
     if reader is None:
         return None
-    at_a_time = num_workers(torch.device("cpu"))
+    at_a_time = reader.blocks.num_workers
     uses: list[Unit] = []
     for blocks in chunks:
         orders = [_uses(block, [by_side[side] for side in sides]) for block in blocks]

@@ -72,7 +72,7 @@ def grouped_experts_to_offload(modules: Mapping[str, GroupedExperts]) -> dict[st
 @torch.no_grad()
 def _to_offload(name: str, experts: GroupedExperts) -> ExpertsToOffload:
     if (record := offloaded_of(experts)) is not None:
-        raise ValueError(f"the experts of {name} stay in {record.path} already: call offload_experts() once")
+        raise ValueError(f"the experts of {name} stay in {record.place} already: call offload_experts() once")
     refuse_computed(name, experts, PARAMETERS, "offload_experts()")
     if experts.spec.precision is not None:
         raise ValueError(

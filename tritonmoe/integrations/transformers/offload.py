@@ -84,7 +84,7 @@ def _refuse_save(*_: object, **__: object) -> None:
 def _check(name: str, experts: ExpertsModule) -> None:
     where = name or "the module"
     if (record := offloaded_of(experts)) is not None:
-        raise ValueError(f"the experts of {where} stay in {record.path} already: call offload_experts() once")
+        raise ValueError(f"the experts of {where} stay in {record.place} already: call offload_experts() once")
     if getattr(experts, PRECISION, None) is not None:
         raise ValueError(
             f"{getattr(experts, PRECISION)} of {where} is for experts that train, and offloaded ones are frozen: call "
