@@ -233,8 +233,8 @@ def test_reports_say_how_often_experts_were_read(is_once: bool, tmp_path: Path) 
         times = loads.read_bytes / loads.expert_bytes
         assert (0.9 < times < 1.2) if is_once else times > 3
         advice = 'OverlapConfig(chunk_by="experts", local_first=False) reads them once'
-        assert (advice in loads._replace(wait_s=1.0).words(2.0)) == (not is_once)
-        assert advice not in loads._replace(wait_s=0.01).words(2.0)
+        assert (advice in loads._replace(host_wait_s=1.0).words(2.0)) == (not is_once)
+        assert advice not in loads._replace(host_wait_s=0.01).words(2.0)
 
 
 @pytest.mark.parametrize("when", ["forward", "backward"])

@@ -82,6 +82,17 @@ class LateEvent:
             stream.tick()
             self._stream, self.clock = stream, dict(stream.clock)
 
+    def query(self) -> bool:
+        """Return whether everything is over, without a wait: it is where someone has waited for it."""
+        with self._device.lock:
+            return self._stream is None or not any(
+                until <= self.clock[self._stream] for until, _ in self._stream.pending
+            )
+
+    def elapsed_time(self, end: "LateEvent") -> float:
+        assert self._stream is end._stream, "of two streams"
+        return float(end.clock[end._stream] - self.clock[self._stream])
+
     def make(self) -> None:
         if self._stream is not None:
             self._stream.make(self.clock[self._stream])
@@ -131,9 +142,9 @@ class LateDevice:
         torch.set_num_threads(1)  # products in the thread that calls, as on a GPU
         for module in (expert_blocks, offloaded):
             monkeypatch.setattr(module, "copies_late", lambda device: device.type == "cpu")
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(offloaded, "has_late_device", lambda: True)
         monkeypatch.setattr(torch.cuda, "Stream", lambda *_, **__: self.stream())
-        monkeypatch.setattr(torch.cuda, "Event", lambda **_: LateEvent(self))
+        monkeypatch.setattr(torch.cuda, "Event", self._event_type())
         monkeypatch.setattr(torch.cuda, "current_stream", lambda _=None: self.current)
         monkeypatch.setattr(torch.cuda, "stream", self._on)
         monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: pytest.fail("waits for the whole device"))
@@ -159,6 +170,15 @@ class LateDevice:
         monkeypatch.setattr(expert_blocks.DeviceBlocks, "allocate", allocate_here)
         monkeypatch.setattr(WeightFile, "read", read_here)
 
+    def _event_type(self) -> type:
+        device = self
+
+        class Event(LateEvent):
+            def __init__(self, **_: bool) -> None:
+                super().__init__(device)
+
+        return Event
+
     def stream(self) -> LateStream:
         return LateStream(self, f"stream {next(self._numbers)}")
 
@@ -174,6 +194,10 @@ class LateDevice:
         """Check what this thread computes inside, on a stream."""
         with self._on(stream or self.stream()) as current, _Reads(self):
             yield current
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self._blocks)
 
     def check(self) -> None:
         """Raise AssertionError where something had no order, or nothing was seen."""

@@ -51,7 +51,7 @@ class ExpertsRun:
         self._reused: dict[str, Tensor] = {}
         """Memory that every chunk uses again."""
         self._is_reading = False
-        """Whether it is known if the pass reads its experts from a file, and then in which order."""
+        """Whether it is known if the pass reads its experts from elsewhere, and then in which order."""
         self._reading_ahead: ReadingAhead | None = None
 
     def _no_sums(self, grouping: Grouping) -> Tensor:
@@ -59,7 +59,7 @@ class ExpertsRun:
         return self.rows.new_zeros(grouping.inverse.shape[0], self.rows.shape[1])
 
     def _reading(self, *sides: Side) -> ReadingAhead | None:
-        """Return a context for a part of this pass over experts that are in a file; None where they are in memory.
+        """Return what times a part of this pass over experts that are elsewhere; None where they are in memory.
 
         sides: those of the projections by which a block of pairs is multiplied, in their order.
         """
@@ -72,7 +72,7 @@ class ExpertsRun:
 
     @property
     def loads(self) -> PassLoads | None:
-        """What this pass has read of experts that stay in a file; None where they are in memory."""
+        """What this pass has read of experts that stay elsewhere; None where they are in memory."""
         return None if self._reading_ahead is None else self._reading_ahead.loads
 
     def _blocks(self, grouping: Grouping) -> list[GroupingBlock]:

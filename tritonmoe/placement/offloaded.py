@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tritonmoe.config.layer import PerWeight
 from tritonmoe.placement.expert_shards import shards_of
-from tritonmoe.runtime.expert_blocks import copies_late
+from tritonmoe.runtime.expert_blocks import copies_late, has_late_device
 from tritonmoe.runtime.host_device import is_captured
 from tritonmoe.runtime.living import live_instances, refuse_what_lives
 from tritonmoe.runtime.pinned_memory import PinnedMemory, pin_weights
@@ -231,11 +231,11 @@ def _lines_of(reader: ExpertReader) -> Iterator[str]:
         return
     done = f"{figures.num_passes} forwards and backwards of experts"
     rate = f" ({figures.num_bytes / figures.read_s / 1e9:.2f} GB/s)" if figures.read_s else ""
+    wait_s, pass_s = figures.wait_s, figures.pass_s
     if reader.blocks.is_late:
-        yield f"{done} loaded {figures.num_bytes / 1e6:,.1f} MB{rate and f', read from files{rate}'}"
-    else:
-        waits = words_of_waits(figures.wait_s, figures.pass_s)
-        yield f"{done} took {figures.pass_s:.3f} s and read {figures.num_bytes / 1e6:,.1f} MB{rate}; they {waits}"
+        wait_s, pass_s = figures.device_waits.seconds_so_far(), figures.device_passes.seconds_so_far()
+    waits = words_of_waits(wait_s, pass_s)
+    yield f"{done} took {pass_s:.3f} s and read {figures.num_bytes / 1e6:,.1f} MB{rate}; they {waits}"
 
 
 Where = Path | Literal["cpu"]
@@ -356,7 +356,7 @@ def check_to(to: object, resident_bytes: object) -> Where:
     Raises:
         ValueError, TypeError: it is neither, or resident_bytes is no number of bytes.
     """
-    if isinstance(to, str) and to == "cpu" and not torch.cuda.is_available():
+    if isinstance(to, str) and to == "cpu" and not has_late_device():
         raise ValueError(
             "offload_experts(to='cpu') keeps experts in host memory for a GPU, and there is none here: on a CPU all "
             "experts are in host memory. Give a folder, on a disk that reads fast, where that is not enough"

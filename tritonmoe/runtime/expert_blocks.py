@@ -7,10 +7,13 @@ each other: a product for the copy of its expert, and the next copy into that me
 import ctypes
 import mmap
 import queue
+import threading
 import time
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -20,10 +23,31 @@ from tritonmoe.runtime.cpu_threads import num_workers
 from tritonmoe.runtime.pinned_memory import PinnedMemory
 from tritonmoe.runtime.weight_files import WeightFile
 
-__all__ = ["Block", "ExpertBlocks", "LoadedExpert", "StoredExpert", "copies_late", "make_blocks"]
+__all__ = [
+    "Block",
+    "DeviceSpans",
+    "ExpertBlocks",
+    "LoadedExpert",
+    "Span",
+    "StoredExpert",
+    "copies_late",
+    "has_late_device",
+    "make_blocks",
+    "noted_waits",
+    "seconds_of",
+    "timed_on",
+]
 
 NUM_STAGED = 2
 """So many experts of files have pinned memory: one is copied to the device while the next one is read."""
+
+SHORTEST_SPAN_S = 2e-5
+"""Between two events with nothing to wait for in between less passes on a device."""
+MOST_SPANS = 256
+"""So many are kept before those that are over are added up."""
+
+Span = tuple["torch.cuda.Event", "torch.cuda.Event"]
+"""Two events on one stream of a device, around what is timed."""
 
 
 class StoredExpert(NamedTuple):
@@ -85,6 +109,11 @@ def copies_late(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+def has_late_device() -> bool:
+    """Return whether this machine has such a device."""
+    return torch.cuda.is_available()
+
+
 def make_blocks(device: torch.device, largest_bytes: int) -> ExpertBlocks:
     """Return the memory of a device. largest_bytes: of an expert."""
     return DeviceBlocks(device, largest_bytes) if copies_late(device) else HostBlocks()
@@ -117,6 +146,74 @@ class HostBlocks(ExpertBlocks):
         return LoadedExpert(tensor), time.perf_counter() - started
 
 
+class _Noted(threading.local):
+    waits: list[Span] | None = None
+
+
+_noted = _Noted()
+
+
+@contextmanager
+def noted_waits() -> Iterator[list[Span]]:
+    """Note where this thread's streams wait for experts inside."""
+    before, _noted.waits = _noted.waits, []
+    try:
+        yield _noted.waits
+    finally:
+        _noted.waits = before
+
+
+@contextmanager
+def timed_on(device: torch.device, spans: "DeviceSpans") -> Iterator[None]:
+    """Time what is called inside on a device's current stream."""
+    started = _timed_event(device)
+    try:
+        yield
+    finally:
+        spans.add([(started, _timed_event(device))])
+
+
+def _timed_event(device: torch.device) -> "torch.cuda.Event":
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def seconds_of(spans: Sequence[Span]) -> float:
+    """Return how long spans took together, once the device has come to their ends: the host waits for that."""
+    total_s = 0.0
+    for started, ended in spans:
+        ended.synchronize()
+        total_s += _seconds(started, ended)
+    return total_s
+
+
+def _seconds(started: "torch.cuda.Event", ended: "torch.cuda.Event") -> float:
+    seconds = float(started.elapsed_time(ended)) / 1e3
+    return seconds if seconds > SHORTEST_SPAN_S else 0.0
+
+
+class DeviceSpans:
+    """Spans of a device, added up once they are over."""
+
+    def __init__(self) -> None:
+        self._spans: deque[Span] = deque()
+        self._seconds = 0.0
+        self._lock = threading.Lock()
+
+    def add(self, spans: Sequence[Span]) -> None:
+        self._spans.extend(spans)
+        if len(self._spans) > MOST_SPANS:
+            self.seconds_so_far()
+
+    def seconds_so_far(self) -> float:
+        """Return how long those took that are over, without waiting for others."""
+        with self._lock:
+            while self._spans and self._spans[0][1].query():
+                self._seconds += _seconds(*self._spans.popleft())
+            return self._seconds
+
+
 class _DeviceBlock:
     """A block of a device, and for each stream an event behind its last use of what the block has now."""
 
@@ -141,7 +238,14 @@ class _DeviceExpert(LoadedExpert):
         self._block, self._copied = block, copied
 
     def __enter__(self) -> Tensor:
-        torch.cuda.current_stream(self._block.memory.device).wait_event(self._copied)
+        device = self._block.memory.device
+        stream = torch.cuda.current_stream(device)
+        if _noted.waits is None or self._copied.query():  # then there is no wait to be timed
+            stream.wait_event(self._copied)
+            return self.tensor
+        started = _timed_event(device)
+        stream.wait_event(self._copied)
+        _noted.waits.append((started, _timed_event(device)))
         return self.tensor
 
     def __exit__(self, *_: object) -> None:

@@ -15,14 +15,22 @@ import weakref
 from collections import Counter, OrderedDict, deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from tritonmoe.errors import OffloadError
-from tritonmoe.runtime.expert_blocks import Block, LoadedExpert, StoredExpert, make_blocks
+from tritonmoe.runtime.expert_blocks import (
+    Block,
+    DeviceSpans,
+    LoadedExpert,
+    Span,
+    StoredExpert,
+    make_blocks,
+    seconds_of,
+)
 from tritonmoe.runtime.pinned_memory import PinnedMemory
 from tritonmoe.runtime.weight_files import WeightFile
 
@@ -142,14 +150,20 @@ class ReadFigures:
     read_s: float = 0.0
     """Seconds in reads, added up over threads."""
     wait_s: float = 0.0
-    """Seconds in which a product waited for its expert."""
+    """Seconds in which a product waited for its expert, on a CPU."""
     pass_s: float = 0.0
-    """Seconds in forwards and backwards of experts that are read, waits included."""
+    """Seconds in forwards and backwards of experts that are read, waits included, on a CPU."""
     num_passes: int = 0
+    device_waits: DeviceSpans = field(default_factory=DeviceSpans)
+    """Where a GPU's stream waited for an expert."""
+    device_passes: DeviceSpans = field(default_factory=DeviceSpans)
+    """Forwards and backwards on a GPU, waits included."""
 
 
 class _Waited(threading.local):
     seconds = 0.0
+    spans: tuple[Span, ...] | None = None
+    """Where they have on a GPU; None where nobody asks."""
 
 
 waited = _Waited()
@@ -168,18 +182,25 @@ def words_of_waits(wait_s: float, total_s: float) -> str:
 class PassLoads(NamedTuple):
     """What one pass over experts has read of them."""
 
-    wait_s: float
-    """Seconds in which products waited for their expert."""
+    host_wait_s: float
+    """Seconds in which products waited for their expert, on a CPU."""
+    device_waits: tuple[Span, ...]
+    """Where the stream of a GPU waited for an expert."""
     read_bytes: int
-    """Read from files from the beginning of the pass to its end."""
+    """Read from the beginning of the pass to its end."""
     expert_bytes: int
     """Of the experts that it used, each once."""
 
+    @property
+    def wait_s(self) -> float:
+        """Return the seconds in which products waited for their expert; on a GPU the host waits until it knows."""
+        return self.host_wait_s + seconds_of(self.device_waits)
+
     def words(self, total_s: float) -> str:
         """Return the share of a pass of total_s that went by waiting and, where that is much, what makes it smaller."""
-        said = words_of_waits(self.wait_s, total_s)
+        said = words_of_waits(wait_s := self.wait_s, total_s)
         times = self.read_bytes / max(1, self.expert_bytes)
-        if self.wait_s < SMALL_SHARE * total_s or times < OFTEN:
+        if wait_s < SMALL_SHARE * total_s or times < OFTEN:
             return said
         return (
             f"{said}; it read its experts {times:.1f} times, for local rows and for each chunk and part of the tokens "
