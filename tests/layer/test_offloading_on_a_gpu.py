@@ -328,3 +328,32 @@ def test_the_host_runs_ahead(tmp_path: Path, device: LateDevice) -> None:
         assert block.uses
         assert all(use.clock[stream] <= stream.clock[stream] for use in block.uses.values())
     device.check()
+
+
+def test_pinning_moves_what_is_on_the_cpu_and_may_fail(
+    tmp_path: Path, device: LateDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model's experts are never there twice; where the second module can't be pinned nothing is changed."""
+    both = nn.ModuleList([make_layer(dtype=torch.float32), make_layer("mxfp4")])
+    expected = [step(both[0], torch.float32), step(both[1], torch.bfloat16)]
+    pin, pinned = offloaded_module.pin_weights, []
+
+    def pin_once(weights: Any) -> Any:
+        if pinned:
+            raise MemoryError("no host memory")
+        pinned.append(pin(weights))
+        return pinned[0]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(offloaded_module, "pin_weights", pin_once)
+        with pytest.raises(MemoryError, match="no host memory"):
+            tm.offload_experts(both, "cpu")
+    memory, offsets = pinned.pop()
+    assert both[0].gate_up_proj.data_ptr() == memory.bytes.data_ptr() + offsets["gate_up_proj"]
+    del memory
+    compare(expected[0], step(both[0], torch.float32))
+    tm.offload_experts(both, "cpu")
+    with device.computing():
+        compare(expected[0], step(both[0], torch.float32))
+        compare(expected[1], step(both[1], torch.bfloat16))
+    device.check()

@@ -13,6 +13,7 @@ from tritonmoe.experts.adapter_dropout import DroppedRows, rows_of_pairs
 from tritonmoe.experts.reading_ahead import ReadingAhead, Side, begin_reading, has_streamed
 from tritonmoe.experts.spec import Directions, ExpertSettings
 from tritonmoe.experts.tensors import CallTensors
+from tritonmoe.ops.backends.ops import pairs_at_a_time
 from tritonmoe.ops.grouping import Grouping, GroupingBlock
 from tritonmoe.runtime import cpu_memory
 from tritonmoe.runtime.cpu_threads import num_workers
@@ -66,6 +67,7 @@ class ExpertsRun:
         if not self._is_reading:
             self._is_reading = True
             if has_streamed(self.weights):
+                _ = self.grouping.host_chunk_offsets  # of all chunks in one host read
                 chunks = (self._blocks(self.grouping.chunk(chunk)) for chunk in range(self.grouping.num_chunks))
                 self._reading_ahead = begin_reading(self.weights, chunks, sides)
         return self._reading_ahead
@@ -77,7 +79,7 @@ class ExpertsRun:
 
     def _blocks(self, grouping: Grouping) -> list[GroupingBlock]:
         """Cut a chunk's pairs into what the backend computes at a time, so that every worker of a CPU has its share."""
-        most, num_pairs = self.settings.ops.MAX_BLOCK_PAIRS, grouping.num_pairs
+        most, num_pairs = pairs_at_a_time(self.settings.ops, self.rows.device), grouping.num_pairs
         if most is not None and num_pairs > most:
             workers = num_workers(self.rows.device)
             if workers > 1:

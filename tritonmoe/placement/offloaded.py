@@ -3,7 +3,7 @@
 import re
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, SupportsIndex
@@ -120,13 +120,13 @@ class OffloadedExperts:
 
 
 def offloaded_of(module: nn.Module) -> OffloadedExperts | None:
-    """Return which weights of a module of experts stay in a file; None where all of them are in memory."""
+    """Return which weights of a module of experts stay elsewhere; None where all of them are in memory."""
     found = module.__dict__.get(ATTRIBUTE)
     return found if isinstance(found, OffloadedExperts) else None
 
 
 def runs_outside_graphs(module: nn.Module) -> bool:
-    """Return whether a module's experts stay in files, which compiled graphs can't read.
+    """Return whether a module's experts stay elsewhere, where compiled graphs can't read them.
 
     Raises:
         ValueError: the graph would be exported.
@@ -139,8 +139,8 @@ def runs_outside_graphs(module: nn.Module) -> bool:
         )
     if record is not None:
         torch._dynamo.graph_break(
-            msg=f"the experts of {record.name} stay in a file, which a compiled graph can't read: leave fullgraph=True "
-            "out, and the graph is left where they are computed"
+            msg=f"the experts of {record.name} stay in {record.place}, where no compiled graph reads: leave "
+            "fullgraph=True out, and the graph is left where they are computed"
         )
     return record is not None
 
@@ -295,8 +295,22 @@ def _in_pinned_memory(found: Mapping[str, ExpertsToOffload]) -> list[Stored]:
         weights = dict(experts.load())
         pinned, offsets = pin_weights(weights)
         stored.append((pinned, offsets, _shapes(weights)))
-        del weights
+        _move(experts.parameters.values(), weights, pinned, offsets)
+        del weights  # before the next ones come
     return stored
+
+
+def _move(
+    parameters: Iterable[nn.Parameter], weights: Mapping[str, Tensor], pinned: PinnedMemory, offsets: Mapping[str, int]
+) -> None:
+    """Let parameters on a CPU have the values in pinned memory, so that a model never is there twice."""
+    by_address = {weight.data_ptr(): key for key, weight in weights.items() if weight.is_contiguous()}
+    for parameter in parameters:
+        if type(parameter) is nn.Parameter and parameter.device.type == "cpu" and parameter.is_contiguous():
+            key = by_address.get(parameter.data_ptr())
+            if key is not None and weights[key].nbytes == parameter.nbytes:
+                memory = pinned.bytes[offsets[key] :][: parameter.nbytes]
+                parameter.data = memory.view(parameter.dtype).view(parameter.shape)
 
 
 def _put(experts: ExpertsToOffload, record: OffloadedExperts) -> None:
@@ -320,7 +334,7 @@ def _put(experts: ExpertsToOffload, record: OffloadedExperts) -> None:
 
 
 def _refuse_loaded(module: nn.Module, state_dict: MutableMapping[str, object], prefix: str, *_: object) -> None:
-    """Raise ValueError where a state dict has weights that stay in a file."""
+    """Raise ValueError where a state dict has weights that stay elsewhere."""
     record = offloaded_of(module)
     names = () if record is None else [name for name in module.__dict__ if prefix + name in state_dict]
     if record is not None and names:

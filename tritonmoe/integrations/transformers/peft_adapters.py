@@ -194,7 +194,7 @@ def _activate(self: "ParamWrapper", active_adapters: list[str]) -> AbstractConte
         if shards is not None:
             abort_call(shards.transport)
         what = "weight is packed" if is_packed else "experts are spread over ranks"
-        what = "weight stays in a file" if is_offloaded else what
+        what = "weight stays elsewhere" if is_offloaded else what
         raise ValueError(
             f"PEFT can't run its adapter of {self.parameter_name} of {type(experts).__name__}, whose {what}, since "
             f"{reason}"
