@@ -2,8 +2,9 @@
 
 A: what machine this is, dense ceilings, everything compiled, small layers and the headline's own tiles checked.
 B: the headline: layer and operations. C: its tiles, tuned and measured again. D: its peers, with their memory; a model
-in training; few tokens; what one card shows of many ranks. E: operations by cubins of another Triton, then the kernels'
-tests on the GPU, which compile a lot. F: other numbers of tokens, other layers, other tests.
+in training; experts in host memory and in files; few tokens; what one card shows of many ranks. E: operations by cubins
+of another Triton, then the kernels' tests on the GPU, which compile a lot. F: other numbers of tokens, other layers,
+other tests.
 """
 
 from collections.abc import Iterator, Sequence
@@ -120,6 +121,11 @@ def _peers(setting: Setting) -> Iterator[Case]:
     yield Case("D memory", "measure_memory", layer, limit_s=180.0, usual_s=45.0)
     training = {"arguments": ["transformers", *setting.training.split()]}
     yield Case("D training", "run_benchmark", training, limit_s=300.0, usual_s=120.0)
+    for num_tokens in setting.offloaded_tokens:
+        for share in (0.0, 0.25):
+            offloaded = {"shape": HEADLINE, "num_tokens": num_tokens, "resident_share": share}
+            name = f"D offloaded {HEADLINE} T={num_tokens} resident {share:.0%}"
+            yield Case(name, "measure_offloaded", offloaded, limit_s=180.0, usual_s=40.0)
     for num_tokens in setting.few_tokens:
         few = {"shape": HEADLINE, "num_tokens": num_tokens}
         yield Case(f"D few T={num_tokens}", "measure_few", few, usual_s=25.0)

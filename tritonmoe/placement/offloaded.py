@@ -303,7 +303,7 @@ def _in_pinned_memory(found: Mapping[str, ExpertsToOffload]) -> list[Stored]:
 def _move(
     parameters: Iterable[nn.Parameter], weights: Mapping[str, Tensor], pinned: PinnedMemory, offsets: Mapping[str, int]
 ) -> None:
-    """Let parameters on a CPU have the values in pinned memory, so that a model never is there twice."""
+    """Point parameters on a CPU at their values in pinned memory, so that a model never is there twice."""
     by_address = {weight.data_ptr(): key for key, weight in weights.items() if weight.is_contiguous()}
     for parameter in parameters:
         if type(parameter) is nn.Parameter and parameter.device.type == "cpu" and parameter.is_contiguous():
