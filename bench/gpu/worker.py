@@ -31,13 +31,8 @@ def measures() -> dict[str, Callable[..., Json]]:
         *(operations.measure_dense, operations.measure_operation, operations.profile_step, operations.measure_host),
         *(operations.try_tile, operations.remeasure_tile, beside_cubins.measure_cubin),
         *(layers.measure_layer, layers.measure_few, layers.measure_memory, layers.measure_router),
-        *(
-            offloaded.measure_offloaded,
-            layers.measure_compiling_peers,
-            programs.run_alone,
-            programs.run_benchmark,
-            programs.run_tests,
-        ),
+        *(offloaded.measure_offloaded, layers.measure_compiling_peers),
+        *(programs.run_alone, programs.run_benchmark, programs.run_tests),
     )
     return {function.__name__: function for function in functions}
 
