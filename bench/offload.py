@@ -90,7 +90,9 @@ def measure_rates(given: argparse.Namespace) -> Json:
     offloaded = copy.deepcopy(step.experts)
     with tempfile.TemporaryDirectory() as folder:
         offload = tm.offload_experts(offloaded, folder)
-        limit = _RateLimit(offload.reader().weights[0].source)
+        file = offload.reader().weights[0].source
+        assert isinstance(file, WeightFile)
+        limit = _RateLimit(file)
         figures = offload.reader().figures
 
         def read(at: float | None) -> tuple[float, int]:

@@ -131,6 +131,23 @@ def test_bits_in_other_calls(save: str, tmp_path: Path) -> None:
     compare(step(resident, torch.float32), step(offloaded, torch.float32))
 
 
+def test_hooks_on_saved_tensors_see_no_weights(tmp_path: Path) -> None:
+    """Such as take activations to a CPU, and bring back other tensors."""
+    resident = make_layer(dtype=torch.float32)
+    offloaded = copy.deepcopy(resident)
+    tm.offload_experts(offloaded, tmp_path)
+    sizes: list[int] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        sizes.append(tensor.numel())
+        return tensor.clone()
+
+    expected = step(resident, torch.float32)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        compare(expected, step(offloaded, torch.float32))
+    assert max(sizes) < resident.gate_up_proj.numel()
+
+
 CHUNKS = [
     tm.OverlapConfig(num_chunks=1),
     tm.OverlapConfig(num_chunks=3, chunk_by="tokens"),

@@ -314,20 +314,27 @@ def test_a_file_that_is_cut_raises_and_the_memory_is_used_again(tmp_path: Path, 
     device.check()
 
 
-def test_the_host_runs_ahead(tmp_path: Path, device: LateDevice) -> None:
-    """Nothing of a call with pinned experts waits for the device, and each product's event is recorded at once."""
-    experts = make_layer(dtype=torch.float32)
-    done = tm.offload_experts(experts, "cpu")
-    recorded: list[int] = []
-    note = device.reads
-    device.reads = lambda tensors, name: (note(tensors, name), recorded.append(device.num_checked))[0]  # type: ignore[method-assign]
-    with device.computing() as stream:
-        step(experts, torch.float32, 900)
-    assert not device.host_waits
-    for block in done.reader()._free:
-        assert block.uses
-        assert all(use.clock[stream] <= stream.clock[stream] for use in block.uses.values())
+@pytest.mark.parametrize("num_tokens", [40, 900])
+@pytest.mark.parametrize("place", PLACES)
+def test_products_of_large_experts(place: str, num_tokens: int, tmp_path: Path, device: LateDevice) -> None:
+    """As many pairs for each: batched where they are few, in shapes that are rounded up where they are many."""
+    config = tm.MoEConfig(hidden_size=HIDDEN, intermediate_size=512, num_experts=NUM_EXPERTS, top_k=TOP_K)
+    resident = tm.GroupedExperts(config, dtype=torch.bfloat16).requires_grad_(False)
+    offloaded = copy.deepcopy(resident)
+    offload(offloaded, place, tmp_path)
+    x = torch.randn(num_tokens, HIDDEN).bfloat16()
+    ids = torch.arange(num_tokens * TOP_K).view(num_tokens, TOP_K) % NUM_EXPERTS
+    found = []
+    with device.computing():
+        for experts in (resident, offloaded):
+            own = x.clone().requires_grad_()
+            y = experts(own, ids, torch.ones(num_tokens, TOP_K))
+            y.square().sum().backward()
+            assert own.grad is not None
+            found.append({"y": y.detach(), "x": own.grad})
+    compare(*found)
     device.check()
+    assert bool(device.host_waits) == (place == "folder")
 
 
 def test_pinning_moves_what_is_on_the_cpu_and_may_fail(

@@ -34,11 +34,11 @@ class PinnedMemory:
         memory = (ctypes.c_char * num_bytes).from_buffer(mapped)
         address = ctypes.addressof(memory)
         cudart = torch.cuda.cudart()
-        error = int(cudart.cudaHostRegister(address, num_bytes, 1))  # 1: for the contexts of all GPUs
-        if error:
+        failure = int(cudart.cudaHostRegister(address, num_bytes, 1))  # 1: for the contexts of all GPUs
+        if failure:
             raise MemoryError(
-                f"{num_bytes} bytes of host memory could not be pinned for a GPU (error {error} of cudaHostRegister): "
-                "free host memory, or offload_experts() to a folder"
+                f"{num_bytes} bytes of host memory could not be pinned (cudaHostRegister: error {failure}): free "
+                "host memory, or offload_experts() to a folder"
             )
         self._streams: set[torch.cuda.Stream] = set()
         # `mapped` stays until the copies have ended and the driver has let go of it.
