@@ -28,6 +28,7 @@ from tritonmoe.ops.backends.ops import (
 )
 from tritonmoe.ops.backends.torch_products import Matrices, expert_slices, outer_sums, pair_products
 from tritonmoe.ops.grouping import Grouping, RowSources
+from tritonmoe.runtime.expert_blocks import copies_late
 
 __all__ = ["copies_rows", "down", "down_grad", "gather_sum", "group", "up", "up_grad", "weight_grad"]
 
@@ -134,11 +135,11 @@ def gather_sum(y: Tensor, index: Tensor, weights: Tensor | None = None, *, out: 
     if index.numel() == 0:
         return result.zero_()
     acc = accumulation_dtype(y.dtype)
-    is_cpu = y.device.type == "cpu"
-    skips = not is_cpu or int(index.min()) < 0  # a GPU would have to be waited for
+    is_late = copies_late(y.device)
+    skips = is_late or int(index.min()) < 0  # a GPU would have to be waited for
     if weights is not None:
         weights = weights.to(acc)
-    if y.dtype == acc and is_cpu:
+    if y.dtype == acc and not is_late:
         # embedding_bag is PyTorch's fused gather-sum, in slot order.
         terms, starts = index.flatten(), torch.arange(0, index.numel(), num_slots, device=y.device)
         if skips:
@@ -334,7 +335,9 @@ def group(
         vars(grouping)["host_expert_offsets"] = host_starts
     else:
         starts_of_chunks = (host_starts[first : first + num_experts + 1] for first in range(0, num_keys, num_experts))
-        vars(grouping)["host_chunk_offsets"] = [[start - of[0] for start in of] for of in starts_of_chunks]
+        host_offsets = [[start - of[0] for start in of] for of in starts_of_chunks]
+        vars(grouping)["host_chunk_offsets"] = host_offsets
+        vars(grouping)["host_expert_offsets"] = [sum(of_expert) for of_expert in zip(*host_offsets, strict=True)]
     return grouping
 
 
