@@ -1,15 +1,19 @@
 """Weights of experts in files: what is read when, what stays in memory, how much memory that is, and what can fail."""
 
+import gc
 import os
+import random
 import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from late_device import LateDevice
 from torch import Tensor
 
 from tritonmoe.errors import OffloadError
+from tritonmoe.runtime.pinned_memory import pin_weights
 from tritonmoe.runtime.streamed import (
     ExpertReader,
     StreamedWeight,
@@ -198,6 +202,50 @@ def test_threads_take_what_they_like(reading: Reading) -> None:
     for thread in threads:
         thread.join()
     assert not failures
+
+
+@pytest.mark.parametrize("is_pinned", [False, True])
+def test_streams_take_what_they_like(is_pinned: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four threads with a stream each, on a device whose copies are late, in any order and beside any notice."""
+    threads_before, device = torch.get_num_threads(), LateDevice()
+    with monkeypatch.context() as patched:
+        device.install(patched)
+        take_on_streams(device, None if is_pinned else tmp_path / "file")
+        gc.collect()
+        device.check()
+        assert device.num_checked == 4 * 4 * 15
+        assert not device.num_blocks
+        assert not device.registered
+    torch.set_num_threads(threads_before)
+
+
+def take_on_streams(device: LateDevice, path: Path | None) -> None:
+    values = {"layer.up": torch.randn(NUM_EXPERTS, 8, 64), "layer.down": torch.randn(NUM_EXPERTS, 4, 64)}
+    source, offsets = pin_weights(values) if path is None else write_weights(path, values)
+    weights = [StreamedWeight(n, source, offsets[n], one.dtype, tuple(one.shape)) for n, one in values.items()]
+    reader = ExpertReader(weights, 2 * weights[0].expert_bytes)
+    failures: list[Unit] = []
+
+    def take(seed: int) -> None:
+        draw = random.Random(seed)
+        with device.computing():
+            for _ in range(4):
+                uses = [Unit(draw.choice(weights), draw.randrange(NUM_EXPERTS)) for _ in range(15)]
+                if draw.random() < 0.7:
+                    reader.expect(seed, uses)
+                for unit in uses:
+                    with reader.take(unit) as taken:
+                        if not torch.equal(taken, values[unit.weight.name][unit.expert]):
+                            failures.append(unit)
+
+    threads = [threading.Thread(target=take, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    reader._executor.submit(lambda: None).result()
+    assert not failures
+    assert reader._allocated <= reader.limit_bytes
 
 
 @pytest.mark.parametrize("how", ["cut", "written", "unreadable"])
