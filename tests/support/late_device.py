@@ -31,7 +31,7 @@ __all__ = ["LateDevice", "LateStream"]
 POISON = 0xFF
 """NaN in every dtype that has it."""
 VIEWS = {"__get__", "view", "unsqueeze", "flatten", "as_strided", "untyped_storage", "data_ptr", "__getitem__"}
-VIEWS |= {"record_stream", "stride", "dim", "storage_offset", "numel", "size", "is_contiguous", "nbytes", "__set__"}
+VIEWS |= {"stride", "dim", "storage_offset", "numel", "size", "is_contiguous", "nbytes", "__set__"}
 """Operations that read no value."""
 Clock = dict["LateStream", int]
 
@@ -116,8 +116,6 @@ class _Memory:
     allocated_on: LateStream | None = None
     filled: tuple[LateStream, int] | None = None
     read: list[tuple[LateStream, int]] = field(default_factory=list)
-    known_streams: set[LateStream] = field(default_factory=set)
-    """Of which the allocator knows (record_stream)."""
 
 
 class LateDevice:
@@ -153,7 +151,6 @@ class LateDevice:
             "cudart",
             lambda: SimpleNamespace(cudaHostRegister=self._register, cudaHostUnregister=self._unregister),
         )
-        monkeypatch.setattr(torch.Tensor, "record_stream", lambda *given: self._record_stream(*given))
         monkeypatch.setattr(PinnedMemory, "copy", lambda *given: self._copy(*given))
         allocate, read = expert_blocks.DeviceBlocks.allocate, WeightFile.read
 
@@ -230,9 +227,6 @@ class LateDevice:
             self._check_host("pinned memory is let go", self._pinned.pop(address)[1])
         return 0
 
-    def _record_stream(self, tensor: Tensor, stream: LateStream) -> None:
-        self._blocks[tensor.untyped_storage().data_ptr()].known_streams.add(stream)
-
     def allocated(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         address, memory = storage.data_ptr(), _Memory(self.current)
@@ -243,8 +237,8 @@ class LateDevice:
         with self.lock:
             if self._blocks.get(address) is memory:
                 del self._blocks[address]
-            for stream, _ in memory.read:
-                if stream is not memory.allocated_on and stream not in memory.known_streams:
+            for stream, time in memory.read:
+                if memory.allocated_on is not None and memory.allocated_on.clock.get(stream, 0) < time:
                     self.faults.append(
                         f"memory that {stream} reads goes back to the allocator, which doesn't know of it"
                     )

@@ -189,7 +189,7 @@ class Offload:
 
     def reader(self, device: torch.device | str = "cpu") -> ExpertReader:
         """Return what reads the experts ahead for rows on a device."""
-        return self._of_device(torch.device(device)).reader
+        return self._of_device(torch.empty(0, device=device).device).reader
 
     def __str__(self) -> str:
         total = sum(weight.nbytes for by_key in self._weights.values() for weight in by_key.values())

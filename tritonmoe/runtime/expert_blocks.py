@@ -214,20 +214,32 @@ class DeviceSpans:
             return self._seconds
 
 
-class _DeviceBlock:
-    """A block of a device, and for each stream an event behind its last use of what the block has now."""
+Uses = dict["torch.cuda.Stream", "torch.cuda.Event"]
+"""For each stream an event behind its last use of what a block has now."""
 
-    def __init__(self, memory: Tensor) -> None:
+
+class _DeviceBlock:
+    """A block of a device, whose memory was allocated on the stream that copies."""
+
+    def __init__(self, memory: Tensor, copying: "torch.cuda.Stream") -> None:
         self.memory, self.nbytes = memory, memory.nbytes
-        self.uses: dict[torch.cuda.Stream, torch.cuda.Event] = {}
+        self.uses: Uses = {}
+        # The allocator gives the memory to nobody but this stream: at once, so that blocks of other sizes need no new
+        # memory. It holds the memory until the stream has been told what to wait for.
+        weakref.finalize(self, _wait_for_uses, copying, self.uses, memory).atexit = False
 
     def used(self) -> None:
         """Note that what the current stream has by now may read the block."""
         stream = torch.cuda.current_stream(self.memory.device)
-        if stream not in self.uses:
-            self.memory.record_stream(stream)  # for a reader that goes before the device is so far
         # One event for all threads that are on this stream: whoever records last stands behind the others.
         self.uses.setdefault(stream, torch.cuda.Event()).record(stream)
+
+
+def _wait_for_uses(copying: "torch.cuda.Stream", uses: Uses, _: Tensor | None = None) -> None:
+    """Make what a stream does from now on wait for what reads a block."""
+    for use in uses.values():
+        copying.wait_event(use)
+    uses.clear()
 
 
 class _DeviceExpert(LoadedExpert):
@@ -279,10 +291,10 @@ class DeviceBlocks(ExpertBlocks):
             self._staged.put(None)
 
     def allocate(self, num_bytes: int) -> _DeviceBlock:
-        # On the stream that copies: whoever had this memory before was read or written by what stands there, or else
-        # the allocator knows (record_stream).
+        # On the stream that copies: what had this memory before stands there, or is waited for there.
         with torch.cuda.stream(self._stream), torch.inference_mode(False):
-            return _DeviceBlock(torch.empty(num_bytes, dtype=torch.uint8, device=self._device))
+            memory = torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
+            return _DeviceBlock(memory, self._stream)
 
     def load(
         self, stored: StoredExpert, block: _DeviceBlock, free: Callable[[Block], object]
@@ -291,20 +303,21 @@ class DeviceBlocks(ExpertBlocks):
             return self._copy(stored, stored.source, stored.offset, block, free), 0.0
         staging = self._staged.get()
         try:
-            with torch.cuda.stream(self._stream):  # a thread's first device is not this one
-                staging = staging or _Staging(self._largest_bytes)
-            if staging.copied is not None:
-                staging.copied.synchronize()
-            started = time.perf_counter()
-            memory = (ctypes.c_char * stored.num_bytes).from_address(staging.memory.bytes.data_ptr())
-            stored.source.read(memoryview(memory).cast("B"), stored.offset)
-            read_s = time.perf_counter() - started
+            try:
+                with torch.cuda.stream(self._stream):  # a thread's first device is not this one
+                    staging = staging or _Staging(self._largest_bytes)
+                if staging.copied is not None:
+                    staging.copied.synchronize()
+                started = time.perf_counter()
+                memory = (ctypes.c_char * stored.num_bytes).from_address(staging.memory.bytes.data_ptr())
+                stored.source.read(memoryview(memory).cast("B"), stored.offset)
+                read_s = time.perf_counter() - started
+            except BaseException:
+                free(block)
+                raise
             expert = self._copy(stored, staging.memory, 0, block, free)
             staging.copied = expert._copied
             return expert, read_s
-        except BaseException:
-            free(block)
-            raise
         finally:
             self._staged.put(staging)
 
@@ -318,9 +331,7 @@ class DeviceBlocks(ExpertBlocks):
     ) -> _DeviceExpert:
         copied = torch.cuda.Event(blocking=True)
         with torch.cuda.stream(self._stream), torch.inference_mode(False):
-            for use in block.uses.values():
-                self._stream.wait_event(use)
-            block.uses.clear()
+            _wait_for_uses(self._stream, block.uses)
             pinned.copy(first, block.memory, self._stream)
             copied.record(self._stream)
             expert = _DeviceExpert(block, block.memory.view(stored.dtype).view(stored.shape), copied)
