@@ -32,7 +32,7 @@ from torch import nn
 import tritonmoe as tm
 from bench.quantized import forget_peak, resident_mb
 from tritonmoe.runtime.files import Json
-from tritonmoe.runtime.streamed import WeightFile
+from tritonmoe.runtime.weight_files import WeightFile
 from tritonmoe.tools.benchmarks.argument_types import positive
 from tritonmoe.tools.benchmarks.timing import add_arguments, write_json
 
@@ -90,8 +90,10 @@ def measure_rates(given: argparse.Namespace) -> Json:
     offloaded = copy.deepcopy(step.experts)
     with tempfile.TemporaryDirectory() as folder:
         offload = tm.offload_experts(offloaded, folder)
-        limit = _RateLimit(offload.reader.weights[0].file)
-        figures = offload.reader.figures
+        file = offload.reader().weights[0].source
+        assert isinstance(file, WeightFile)
+        limit = _RateLimit(file)
+        figures = offload.reader().figures
 
         def read(at: float | None) -> tuple[float, int]:
             limit.bytes_per_s, before = at, figures.num_bytes
@@ -110,10 +112,10 @@ def measure_rates(given: argparse.Namespace) -> Json:
                 step_s, num_bytes = read(rate)
                 load_s = 0.0 if rate is None else num_bytes / rate
                 rounds[name].append({"compute_s": compute_s, "load_s": load_s, "step_s": step_s, "mb": num_bytes / 1e6})
-        total = sum(weight.nbytes for weight in offload.reader.weights)
+        total = sum(weight.nbytes for weight in offload.reader().weights)
         return {
             "experts_mb": round(total / 1e6, 1),
-            "in_memory_mb": round(offload.reader.limit_bytes / 1e6, 1),
+            "in_memory_mb": round(offload.reader().limit_bytes / 1e6, 1),
             "rates": [_summarize_rate(name, rates[name], of_rate) for name, of_rate in rounds.items()],
         }
 
@@ -143,7 +145,7 @@ def measure_peak(given: argparse.Namespace, is_offloaded: bool) -> Json:
     with tempfile.TemporaryDirectory() as folder:
         if is_offloaded:
             resident_bytes = int(given.resident_mb * 1e6)
-            reader = tm.offload_experts(step.experts, folder, resident_bytes=resident_bytes).reader
+            reader = tm.offload_experts(step.experts, folder, resident_bytes=resident_bytes).reader()
             found["groups_mb"] = round(2 * reader.group_bytes / 1e6, 1)
         else:
             found["experts_mb"] = round(sum(one.nbytes for one in step.experts.parameters()) / 1e6, 1)

@@ -22,16 +22,17 @@ FENCES = {
     "triton": ("ops/kernels/", "ops/aot/"),
     "torch.distributed": ("transports/", "placement/", "integrations/"),
     "transformers": ("integrations/",),
-    "torch.cuda.Stream": ("transports/",),
+    "torch.cuda.Stream": ("runtime/expert_blocks.py", "runtime/pinned_memory.py", "transports/"),
     "torch.cuda.Event": (
         "overlap/report.py",
+        "runtime/expert_blocks.py",
         "runtime/host_device.py",
         "transports/",
         "tools/benchmarks/device_time.py",
     ),
-    "torch.cuda.stream": ("transports/",),
+    "torch.cuda.stream": ("runtime/expert_blocks.py", "transports/"),
     "torch.cuda.current_stream": (
-        *("overlap/report.py", "runtime/host_device.py", "transports/"),
+        *("overlap/report.py", "runtime/expert_blocks.py", "runtime/host_device.py", "transports/"),
         "tools/benchmarks/device_time.py",
     ),
 }

@@ -2,8 +2,9 @@
 
 A: what machine this is, dense ceilings, everything compiled, small layers and the headline's own tiles checked.
 B: the headline: layer and operations. C: its tiles, tuned and measured again. D: its peers, with their memory; a model
-in training; few tokens; what one card shows of many ranks. E: operations by cubins of another Triton, then the kernels'
-tests on the GPU, which compile a lot. F: other numbers of tokens, other layers, other tests.
+in training; experts in host memory and in files; few tokens; what one card shows of many ranks. E: operations by cubins
+of another Triton, then the kernels' tests on the GPU, which compile a lot. F: other numbers of tokens, other layers,
+other tests.
 """
 
 from collections.abc import Iterator, Sequence
@@ -120,6 +121,7 @@ def _peers(setting: Setting) -> Iterator[Case]:
     yield Case("D memory", "measure_memory", layer, limit_s=180.0, usual_s=45.0)
     training = {"arguments": ["transformers", *setting.training.split()]}
     yield Case("D training", "run_benchmark", training, limit_s=300.0, usual_s=120.0)
+    yield _offloaded("D", setting.offloaded_tokens[0], 0.0)
     for num_tokens in setting.few_tokens:
         few = {"shape": HEADLINE, "num_tokens": num_tokens}
         yield Case(f"D few T={num_tokens}", "measure_few", few, usual_s=25.0)
@@ -133,6 +135,12 @@ def _peers(setting: Setting) -> Iterator[Case]:
             yield Case(case, "measure_compiling_peers", arguments, limit_s=300.0, usual_s=120.0)
 
 
+def _offloaded(stage: str, num_tokens: int, share: float) -> Case:
+    arguments = {"shape": HEADLINE, "num_tokens": num_tokens, "resident_share": share}
+    name = f"{stage} offloaded {HEADLINE} T={num_tokens} resident {share:.0%}"
+    return Case(name, "measure_offloaded", arguments, limit_s=180.0, usual_s=25.0)
+
+
 def _cubins(setting: Setting, target_name: str) -> Iterator[Case]:
     files = {} if setting.is_rehearsal else files_for(target_name)
     for name, file in (files or {"": ""}).items():  # other cubins are other cases; where there are none, one says so
@@ -141,6 +149,9 @@ def _cubins(setting: Setting, target_name: str) -> Iterator[Case]:
 
 
 def _other_layers(setting: Setting) -> Iterator[Case]:
+    yield _offloaded("F", setting.offloaded_tokens[0], 0.25)
+    for num_tokens in setting.offloaded_tokens[1:]:
+        yield _offloaded("F", num_tokens, 0.0)
     for routing in ("uniform", "zipf"):
         for num_tokens in setting.sweep_tokens:
             yield from _layer("F", HEADLINE, num_tokens, routing, others=False)

@@ -33,6 +33,8 @@ class Setting:
     """Those that run on a GPU too, in the end."""
     compiled_operations: tuple[str, ...]
     """Those that are launched by cubins of another Triton too."""
+    offloaded_tokens: tuple[int, ...]
+    """Of layers whose experts come from host memory, and from files."""
     few_tokens: tuple[int, ...]
     """Those with which layers take turns, so that weights come from the device's memory."""
     rounds: int
@@ -84,6 +86,7 @@ DAY = Setting(
         *("tests/transports/test_emulated_delivery.py", "tests/transports/test_contract.py"),
     ),
     compiled_operations=("up", "down", "down_grad", "up_grad", "weight_grad W1", "gather_sum"),
+    offloaded_tokens=(32768, 131072, 8192, 2048),
     few_tokens=(1, 8, 64),
     rounds=7,
     reruns=50,
@@ -109,6 +112,7 @@ REHEARSAL = Setting(
     kernel_tests=("tests/ops/kernels/test_tile_table.py",),
     other_tests=(),
     compiled_operations=("weight_grad W1",),
+    offloaded_tokens=(12,),
     few_tokens=(8,),
     rounds=1,
     reruns=2,

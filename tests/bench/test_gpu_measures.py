@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench.gpu import checks, children, clocks, layers, operations, peers, programs, workbench
+from bench.gpu import checks, children, clocks, layers, offloaded, operations, peers, programs, workbench
 from bench.gpu.setting import HEADLINE, REHEARSAL
 from bench.gpu.workbench import Workbench
 from tritonmoe.ops.kernels.tiles import measured_tiles
@@ -166,6 +166,15 @@ def test_memory_is_h_and_the_mark_of_the_call(bench):
     found = layers.measure_memory(bench, HEADLINE, 12, "uniform", with_peers=False)
     assert found["kept_mb"] == round((24 * 2 * 16 * 4 + 8) / 1e6, 3)
     assert found["peak_mb"] > 0
+
+
+def test_offloaded_experts(bench):
+    found = offloaded.measure_offloaded(bench, HEADLINE, 12, 0.25)
+    assert found["passed"]
+    assert found["same_bits"] == {"files": True}
+    assert set(found["times"]) == {offloaded.RESIDENT, offloaded.KERNELS, offloaded.COPIES, "files"}
+    assert found["tokens_per_expert"] == 6
+    assert "forwards and backwards of experts took" in found["said"]["files"]
 
 
 def test_single_operations(bench):

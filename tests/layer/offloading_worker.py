@@ -61,7 +61,7 @@ def case_files() -> None:
             if how == "cut":
                 os.truncate(path, path.stat().st_size // 2)
             else:
-                file = next(iter(experts.__dict__["_tritonmoe_offloaded"].reader.weights)).file
+                file = next(iter(experts.__dict__["_tritonmoe_offloaded"].weights_by_key.values())).source
                 os.dup2(os.open(folder, os.O_RDONLY), file._descriptor)
         transport.barrier()
         started = time.perf_counter()

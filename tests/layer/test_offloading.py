@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import tritonmoe as tm
 from tritonmoe.config.formats import WeightFormat
 from tritonmoe.overlap.report import LayerReport
-from tritonmoe.runtime.streamed import WeightFile
+from tritonmoe.runtime.weight_files import WeightFile
 from tritonmoe.transports import Transport, TwoLevelTransport
 
 HIDDEN, INTERMEDIATE, NUM_EXPERTS, TOP_K, RANK = 64, 128, 12, 3, 2
@@ -99,8 +99,8 @@ def test_bits_are_those_of_experts_in_memory(
     done = tm.offload_experts(offloaded, tmp_path)
     for seed in range(2):
         compare(step(resident, case[1], num_tokens, seed=seed), step(offloaded, case[1], num_tokens, seed=seed))
-    assert done.reader._allocated <= done.reader.limit_bytes
-    assert done.reader.figures.num_bytes > 0
+    assert done.reader()._allocated <= done.reader().limit_bytes
+    assert done.reader().figures.num_bytes > 0
     assert [name for name, _ in offloaded.named_parameters()] == ["gate_up_proj_bias", "down_proj_bias"]
 
 
@@ -129,6 +129,23 @@ def test_bits_in_other_calls(save: str, tmp_path: Path) -> None:
         offloaded(x, ids, weights).sum().backward()  # what was read in inference mode is no hindrance
         return
     compare(step(resident, torch.float32), step(offloaded, torch.float32))
+
+
+def test_hooks_on_saved_tensors_see_no_weights(tmp_path: Path) -> None:
+    """Such as take activations to a CPU, and bring back other tensors."""
+    resident = make_layer(dtype=torch.float32)
+    offloaded = copy.deepcopy(resident)
+    tm.offload_experts(offloaded, tmp_path)
+    sizes: list[int] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        sizes.append(tensor.numel())
+        return tensor.clone()
+
+    expected = step(resident, torch.float32)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        compare(expected, step(offloaded, torch.float32))
+    assert max(sizes) < resident.gate_up_proj.numel()
 
 
 CHUNKS = [
@@ -233,8 +250,8 @@ def test_reports_say_how_often_experts_were_read(is_once: bool, tmp_path: Path) 
         times = loads.read_bytes / loads.expert_bytes
         assert (0.9 < times < 1.2) if is_once else times > 3
         advice = 'OverlapConfig(chunk_by="experts", local_first=False) reads them once'
-        assert (advice in loads._replace(wait_s=1.0).words(2.0)) == (not is_once)
-        assert advice not in loads._replace(wait_s=0.01).words(2.0)
+        assert (advice in loads._replace(host_wait_s=1.0).words(2.0)) == (not is_once)
+        assert advice not in loads._replace(host_wait_s=0.01).words(2.0)
 
 
 @pytest.mark.parametrize("when", ["forward", "backward"])

@@ -1,23 +1,27 @@
 """Weights of experts in files: what is read when, what stays in memory, how much memory that is, and what can fail."""
 
+import gc
 import os
+import random
 import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from late_device import LateDevice
 from torch import Tensor
 
 from tritonmoe.errors import OffloadError
+from tritonmoe.runtime.pinned_memory import pin_weights
 from tritonmoe.runtime.streamed import (
     ExpertReader,
     StreamedWeight,
     Unit,
     find_streamed,
     make_handle,
-    write_weights,
 )
+from tritonmoe.runtime.weight_files import write_weights
 
 NUM_EXPERTS, SIZE = 12, 4096
 
@@ -42,7 +46,7 @@ class Reading:
         file.read = note  # type: ignore[method-assign]
 
     def take(self, expert: int) -> Tensor:
-        return self.reader.take(Unit(self.weight, expert))
+        return self.reader.take(Unit(self.weight, expert)).tensor
 
     def run(self, experts: list[int], key: object = "forward") -> None:
         """Run a pass that uses these experts, and compare what it takes."""
@@ -73,7 +77,7 @@ def test_where_the_system_has_no_memory_each_use_says_so(
         raise OSError(12, "Cannot allocate memory")
 
     with monkeypatch.context() as patched:
-        patched.setattr("tritonmoe.runtime.streamed.mmap.mmap", refuse)
+        patched.setattr("tritonmoe.runtime.expert_blocks.mmap.mmap", refuse)
         if is_expected:
             reading.reader.expect("forward", [Unit(reading.weight, 3)])
             reading.settle()
@@ -120,7 +124,7 @@ def test_what_was_taken_sooner_is_not_read_ahead_again(reading: Reading, monkeyp
 def test_what_is_waited_for_is_not_dropped(reading: Reading, monkeypatch: pytest.MonkeyPatch) -> None:
     """Even if reading ahead wants memory before the thread that waits is awake."""
     reader, unit, goes_on = reading.reader, Unit(reading.weight, 0), threading.Event()
-    read, notify = reading.weight.file.read, reader._changed.notify_all
+    read, notify = reading.weight.source.read, reader._changed.notify_all
     dropped: list[bool] = []
 
     def read_slowly(memory: memoryview, offset: int) -> None:
@@ -131,7 +135,7 @@ def test_what_is_waited_for_is_not_dropped(reading: Reading, monkeypatch: pytest
         dropped.append(reader._evict(before=1))
         notify()
 
-    reading.weight.file.read = read_slowly  # type: ignore[method-assign]
+    reading.weight.source.read = read_slowly  # type: ignore[method-assign]
     monkeypatch.setattr(reader._changed, "notify_all", notify_late)
     reader.expect("forward", [unit])
     while unit not in reader._loading:
@@ -200,6 +204,50 @@ def test_threads_take_what_they_like(reading: Reading) -> None:
     assert not failures
 
 
+@pytest.mark.parametrize("is_pinned", [False, True])
+def test_streams_take_what_they_like(is_pinned: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four threads with a stream each, on a device whose copies are late, in any order and beside any notice."""
+    threads_before, device = torch.get_num_threads(), LateDevice()
+    with monkeypatch.context() as patched:
+        device.install(patched)
+        take_on_streams(device, None if is_pinned else tmp_path / "file")
+        gc.collect()
+        device.check()
+        assert device.num_checked == 4 * 4 * 15
+        assert not device.num_blocks
+        assert not device.registered
+    torch.set_num_threads(threads_before)
+
+
+def take_on_streams(device: LateDevice, path: Path | None) -> None:
+    values = {"layer.up": torch.randn(NUM_EXPERTS, 8, 64), "layer.down": torch.randn(NUM_EXPERTS, 4, 64)}
+    source, offsets = pin_weights(values) if path is None else write_weights(path, values)
+    weights = [StreamedWeight(n, source, offsets[n], one.dtype, tuple(one.shape)) for n, one in values.items()]
+    reader = ExpertReader(weights, 2 * weights[0].expert_bytes)
+    failures: list[Unit] = []
+
+    def take(seed: int) -> None:
+        draw = random.Random(seed)
+        with device.computing():
+            for _ in range(4):
+                uses = [Unit(draw.choice(weights), draw.randrange(NUM_EXPERTS)) for _ in range(15)]
+                if draw.random() < 0.7:
+                    reader.expect(seed, uses)
+                for unit in uses:
+                    with reader.take(unit) as taken:
+                        if not torch.equal(taken, values[unit.weight.name][unit.expert]):
+                            failures.append(unit)
+
+    threads = [threading.Thread(target=take, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    reader._executor.submit(lambda: None).result()
+    assert not failures
+    assert reader._allocated <= reader.limit_bytes
+
+
 @pytest.mark.parametrize("how", ["cut", "written", "unreadable"])
 def test_an_error_names_the_expert(reading: Reading, how: str) -> None:
     reading.run([0])
@@ -211,7 +259,7 @@ def test_an_error_names_the_expert(reading: Reading, how: str) -> None:
             file.write(b"\0\0\0\0")
         os.utime(reading.path, ns=(1, 1))
     else:
-        os.dup2(os.open(reading.path.parent, os.O_RDONLY), reading.weight.file._descriptor)
+        os.dup2(os.open(reading.path.parent, os.O_RDONLY), reading.weight.source._descriptor)
     with pytest.raises(OffloadError, match=r"expert 11 of layer\.up could not be read from .*layer\.safetensors"):
         reading.take(11)
     reading.reader.expect("forward", [Unit(reading.weight, 10)])  # read ahead, by the other thread
@@ -221,7 +269,7 @@ def test_an_error_names_the_expert(reading: Reading, how: str) -> None:
 
 
 def test_a_handle_is_known_by_its_views(reading: Reading) -> None:
-    handle = make_handle(reading.weight)
+    handle = make_handle(reading.weight, torch.device("cpu"))
     assert handle.shape == reading.values.shape
     assert handle.isnan().all()
     assert find_streamed(handle[3:7]) == (reading.weight, 3)

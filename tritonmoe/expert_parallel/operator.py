@@ -32,7 +32,7 @@ from tritonmoe.experts.adapter_dropout import with_row_seeds
 from tritonmoe.experts.flops import FLOP_FORMULAS, Shape, backward_flops, forward_flops, register_flop_formulas
 from tritonmoe.experts.operator import gradient_shapes
 from tritonmoe.experts.tensors import NAMES, OF_ROWS, CallTensors, schema
-from tritonmoe.runtime.autograd import Context, refuse_second_derivative, without_autocast
+from tritonmoe.runtime.autograd import Context, refuse_second_derivative, save_tensors, saved_by, without_autocast
 from tritonmoe.runtime.halves import current_half
 from tritonmoe.runtime.handles import find, hold
 
@@ -134,7 +134,7 @@ def _setup_context(ctx: Context, inputs: tuple[Any, ...], output: tuple[Tensor, 
     ctx.mark_non_differentiable(*output[1:])
     ctx.transport = turn  # for the order alone: backward doesn't read it
     ctx.save = decode(spec).experts.save
-    ctx.save_for_backward(kept, *_at_home(CallTensors.unflatten(flat)).flatten())
+    save_tensors(ctx, kept, *_at_home(CallTensors.unflatten(flat)).flatten())
 
 
 def _backward(ctx: Context, dout: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
@@ -142,7 +142,7 @@ def _backward(ctx: Context, dout: Tensor, *_: Tensor) -> tuple[Tensor | None, ..
     # While a graph is made, its calls on one transport see one FunctionalTensor of its handle, its own.
     is_traced = isinstance(ctx.transport, FunctionalTensor)
     after = getattr(ctx.transport, "after", None) if is_traced else None
-    kept, *tensors = ctx.saved_tensors
+    kept, *tensors = saved_by(ctx)
     *grads, after = _expert_parallel_mlp_backward(after, dout, kept, *tensors, needs, ctx.save)
     if is_traced:
         ctx.transport.after = after

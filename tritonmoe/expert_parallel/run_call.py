@@ -26,7 +26,7 @@ from tritonmoe.expert_parallel.plans import KIND_NAMES
 from tritonmoe.expert_parallel.plans.base import PlanKind, PlannedCall, RunForward
 from tritonmoe.experts.arguments import have_wider_main_grads
 from tritonmoe.experts.tensors import NAMES
-from tritonmoe.ops.backends.ops import Operations
+from tritonmoe.ops.backends.ops import Operations, pairs_at_a_time
 from tritonmoe.overlap.report import LayerReport
 from tritonmoe.overlap.simulation.memory import BufferWidths, WorkingSet
 from tritonmoe.overlap.tuning.search import fixed_plan, half_plan
@@ -135,7 +135,7 @@ def find_chooser(call: ProposedCall, overlap: OverlapConfig, widths: BufferWidth
 
 def working_set(ops: Operations, device: torch.device) -> WorkingSet:
     """Return how much this rank's experts work on at a time."""
-    return WorkingSet(ops.MAX_BLOCK_PAIRS, num_workers(device), ops.copies_rows())
+    return WorkingSet(pairs_at_a_time(ops, device), num_workers(device), ops.copies_rows())
 
 
 @torch.no_grad()

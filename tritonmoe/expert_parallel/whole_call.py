@@ -11,7 +11,7 @@ from torch import Tensor
 from tritonmoe.expert_parallel.layer_pass import BackwardPass, ForwardPass
 from tritonmoe.expert_parallel.plans.base import NUM_KIND_TENSORS, Kept, PlannedCall
 from tritonmoe.experts.tensors import CallTensors
-from tritonmoe.runtime.autograd import Context, keep_beside, kept_beside, once_differentiable
+from tritonmoe.runtime.autograd import Context, keep_beside, kept_beside, once_differentiable, save_tensors
 
 __all__ = ["anchor_of", "gradients_of_inputs", "needs_of", "run_whole_call", "save_forward", "saved_forward"]
 
@@ -61,7 +61,7 @@ def save_forward(ctx: Context, forward: ForwardPass, needs: CallTensors[bool]) -
     run, rows = forward.experts.own, forward.rows_to_keep(needs.weights)
     _, kind_tensors = forward.experts.kept()
     mark = keep_beside(ctx, forward.kept)
-    ctx.save_for_backward(mark, run.h, *kind_tensors, *run.tensors._replace(x=rows).flatten())
+    save_tensors(ctx, mark, run.h, *kind_tensors, *run.tensors._replace(x=rows).flatten())
     return mark
 
 

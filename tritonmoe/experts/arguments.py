@@ -241,7 +241,7 @@ def cast_for_autocast(inputs: CallTensors[Tensor]) -> CallTensors[Tensor]:
             check_plain(name, weight)
             if weight.dtype != dtype and find_streamed(weight) is not None:
                 raise TypeError(
-                    f"{name} stays in a file as {weight.dtype}, and torch.autocast would cast all of it to {dtype}: "
+                    f"{name} is offloaded as {weight.dtype}, and torch.autocast would cast all of it to {dtype}: "
                     f"call model.to({dtype}) before offload_experts(), or leave autocast off"
                 )
             cast[name] = _cast_unless_fp64(weight, dtype)

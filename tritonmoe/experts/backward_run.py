@@ -70,7 +70,7 @@ class BackwardRun(ExpertsRun):
         sides: tuple[Side, ...] = (*(("up",) if computes_h else ()), "down", *(("up",) if needs_dx else ()))
         if (reading := self._reading(*sides)) is None:
             return self._backward(chunk, dout, needs_dx, out)
-        with reading:
+        with reading.timed():
             return self._backward(chunk, dout, needs_dx, out)
 
     def _backward(self, chunk: int, dout: Tensor, needs_dx: bool, out: Tensor | None) -> tuple[Tensor | None, Tensor]:

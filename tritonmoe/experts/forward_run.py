@@ -40,7 +40,7 @@ class ForwardRun(ExpertsRun):
         """Compute chunk `chunk` and give the weighted partial sums of the rows that it finishes, (R_c, D)."""
         if (reading := self._reading("up", "down")) is None:
             return self._forward(chunk, out)
-        with reading:
+        with reading.timed():
             return self._forward(chunk, out)
 
     def _forward(self, chunk: int, out: Tensor | None) -> Tensor:

@@ -29,6 +29,7 @@ from tritonmoe.runtime.autograd import (
     kept_beside,
     once_differentiable,
     outside_graphs,
+    save_tensors,
     without_autocast,
 )
 from tritonmoe.runtime.transforms import MAIN_GRAD, is_transformed, run_function, unwrapped
@@ -55,7 +56,7 @@ class _MoEMLP(torch.autograd.Function):
         x = rows_to_save(tensors.x, tensors.weights, _needs(ctx, flat).weights.gate_up_proj, computes_h=h is None)
         mark = keep_beside(ctx, grouping)
         saved: CallTensors[Any] = tensors
-        ctx.save_for_backward(mark, h, *saved._replace(x=x, topk_ids=None).flatten())
+        save_tensors(ctx, mark, h, *saved._replace(x=x, topk_ids=None).flatten())
         return out, mark
 
     @staticmethod
@@ -84,7 +85,7 @@ class _UpHalf(torch.autograd.Function):
         needs_gate_up = _needs(ctx, flat).weights.gate_up_proj
         x = rows_to_save(tensors.x, tensors.weights, needs_gate_up, computes_h=False)
         mark = keep_beside(ctx, grouping)
-        ctx.save_for_backward(mark, *tensors._replace(x=x).flatten())
+        save_tensors(ctx, mark, *tensors._replace(x=x).flatten())
         return h, mark
 
     @staticmethod
@@ -119,7 +120,7 @@ class _DownHalf(torch.autograd.Function):
         y = down.down(a, grouping)
         ctx.settings, ctx.owners = settings, owners
         mark = keep_beside(ctx, grouping)
-        ctx.save_for_backward(mark, *flat)
+        save_tensors(ctx, mark, *flat)
         return settings.ops.gather_sum(y, grouping.inverse, topk_weights), mark
 
     @staticmethod

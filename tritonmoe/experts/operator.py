@@ -25,7 +25,7 @@ from tritonmoe.experts.quantized_weight import check_contents
 from tritonmoe.experts.spec import ExpertSettings, ExpertSpec, choose_backend, decode, encode
 from tritonmoe.experts.tensors import CallTensors, schema
 from tritonmoe.ops.grouping import Grouping
-from tritonmoe.runtime.autograd import Context, refuse_second_derivative, without_autocast
+from tritonmoe.runtime.autograd import Context, refuse_second_derivative, save_tensors, saved_by, without_autocast
 
 __all__ = [
     "gradient_shapes",
@@ -121,14 +121,14 @@ def _setup_context(ctx: Context, inputs: tuple[Any, ...], output: tuple[Tensor, 
     h = output[1]
     ctx.mark_non_differentiable(h)
     ctx.set_materialize_grads(False)  # zeros as large as h, which nobody reads
-    ctx.save_for_backward(*tensors, h if keep_hidden else None)
+    save_tensors(ctx, *tensors, h if keep_hidden else None)
 
 
 def _backward(ctx: Context, dout: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if dout is None:
         return (None,) * len(ctx.needs_input_grad)
     needs = list(ctx.needs_input_grad[:-2])
-    grads = _moe_mlp_backward(dout, *ctx.saved_tensors, needs, ctx.spec)
+    grads = _moe_mlp_backward(dout, *saved_by(ctx), needs, ctx.spec)
     return *(grad if needed else None for grad, needed in zip(grads, needs, strict=True)), None, None
 
 

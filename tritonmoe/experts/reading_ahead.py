@@ -1,16 +1,16 @@
-"""ReadingAhead: in which order a pass uses experts that stay in a file, said as it begins, and how long it takes."""
+"""ReadingAhead: in which order a pass uses experts that stay elsewhere, said as it begins, and how long it takes."""
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from itertools import chain, zip_longest
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from tritonmoe.config.layer import PerWeight
 from tritonmoe.ops.grouping import GroupingBlock
-from tritonmoe.runtime.cpu_threads import num_workers
+from tritonmoe.runtime.expert_blocks import Span, noted_waits, timed_on
 from tritonmoe.runtime.streamed import ExpertReader, PassLoads, StreamedWeight, Unit, find_streamed, waited
 
 __all__ = ["ReadingAhead", "begin_reading", "has_streamed"]
@@ -21,7 +21,7 @@ Streamed = list[tuple[StreamedWeight, int]]
 
 
 def has_streamed(weights: PerWeight[Tensor]) -> bool:
-    """Return whether a weight of a call stays in a file."""
+    """Return whether a weight of a call stays in a file or in pinned memory."""
     return any(_streamed(weights, side) for side in ("up", "down"))
 
 
@@ -32,27 +32,44 @@ def _streamed(weights: PerWeight[Tensor], side: Side) -> Streamed:
 
 
 class ReadingAhead:
-    """One pass over experts that are in a file, as a context in which its time counts."""
+    """One pass over experts that are elsewhere."""
 
     def __init__(self, reader: ExpertReader, expert_bytes: int) -> None:
         """expert_bytes: of the experts that the pass uses, each once."""
-        self._figures = reader.figures
+        self._reader, self._figures = reader, reader.figures
         self._figures.num_passes += 1
         self._wait_s, self._expert_bytes, self._read_before = 0.0, expert_bytes, self._figures.num_bytes
+        self._device_waits: tuple[Span, ...] = ()
 
-    def __enter__(self) -> None:
-        self._entered_at, self._waited_before_s = time.perf_counter(), self._figures.wait_s
+    def timed(self) -> AbstractContextManager[None]:
+        """Return a context for a part of the pass, in which its time and its waits count."""
+        return self._on_device() if self._reader.blocks.is_late else self._on_host()
 
-    def __exit__(self, *_: object) -> None:
-        self._figures.pass_s += time.perf_counter() - self._entered_at
-        wait_s = max(0.0, self._figures.wait_s - self._waited_before_s)  # reset() may have been called since
-        self._wait_s += wait_s
-        waited.seconds += wait_s
+    @contextmanager
+    def _on_host(self) -> Iterator[None]:
+        started, waited_before_s = time.perf_counter(), self._figures.wait_s
+        try:
+            yield
+        finally:
+            self._figures.pass_s += time.perf_counter() - started
+            wait_s = max(0.0, self._figures.wait_s - waited_before_s)  # reset() may have been called since
+            self._wait_s += wait_s
+            waited.seconds += wait_s
+
+    @contextmanager
+    def _on_device(self) -> Iterator[None]:
+        with timed_on(self._reader.device, self._figures.device_passes), noted_waits() as waits:
+            yield
+        self._figures.device_waits.add(waits)
+        self._device_waits += tuple(waits)
+        if waited.spans is not None:
+            waited.spans += tuple(waits)
 
     @property
     def loads(self) -> PassLoads:
         """What the pass has read so far."""
-        return PassLoads(self._wait_s, max(0, self._figures.num_bytes - self._read_before), self._expert_bytes)
+        num_bytes = max(0, self._figures.num_bytes - self._read_before)
+        return PassLoads(self._wait_s, self._device_waits, num_bytes, self._expert_bytes)
 
 
 def begin_reading(
@@ -68,7 +85,7 @@ def begin_reading(
     reader = next((weight.reader for found in by_side.values() for weight, _ in found), None)
     if reader is None:
         return None
-    at_a_time = num_workers(torch.device("cpu"))
+    at_a_time = reader.blocks.num_workers
     uses: list[Unit] = []
     for blocks in chunks:
         orders = [_uses(block, [by_side[side] for side in sides]) for block in blocks]

@@ -13,6 +13,7 @@ from tritonmoe.experts.adapter_dropout import DroppedRows, rows_of_pairs
 from tritonmoe.experts.reading_ahead import ReadingAhead, Side, begin_reading, has_streamed
 from tritonmoe.experts.spec import Directions, ExpertSettings
 from tritonmoe.experts.tensors import CallTensors
+from tritonmoe.ops.backends.ops import pairs_at_a_time
 from tritonmoe.ops.grouping import Grouping, GroupingBlock
 from tritonmoe.runtime import cpu_memory
 from tritonmoe.runtime.cpu_threads import num_workers
@@ -51,7 +52,7 @@ class ExpertsRun:
         self._reused: dict[str, Tensor] = {}
         """Memory that every chunk uses again."""
         self._is_reading = False
-        """Whether it is known if the pass reads its experts from a file, and then in which order."""
+        """Whether it is known if the pass reads its experts from elsewhere, and then in which order."""
         self._reading_ahead: ReadingAhead | None = None
 
     def _no_sums(self, grouping: Grouping) -> Tensor:
@@ -59,25 +60,26 @@ class ExpertsRun:
         return self.rows.new_zeros(grouping.inverse.shape[0], self.rows.shape[1])
 
     def _reading(self, *sides: Side) -> ReadingAhead | None:
-        """Return a context for a part of this pass over experts that are in a file; None where they are in memory.
+        """Return what times a part of this pass over experts that are elsewhere; None where they are in memory.
 
         sides: those of the projections by which a block of pairs is multiplied, in their order.
         """
         if not self._is_reading:
             self._is_reading = True
             if has_streamed(self.weights):
+                _ = self.grouping.host_chunk_offsets  # of all chunks in one host read
                 chunks = (self._blocks(self.grouping.chunk(chunk)) for chunk in range(self.grouping.num_chunks))
                 self._reading_ahead = begin_reading(self.weights, chunks, sides)
         return self._reading_ahead
 
     @property
     def loads(self) -> PassLoads | None:
-        """What this pass has read of experts that stay in a file; None where they are in memory."""
+        """What this pass has read of experts that stay elsewhere; None where they are in memory."""
         return None if self._reading_ahead is None else self._reading_ahead.loads
 
     def _blocks(self, grouping: Grouping) -> list[GroupingBlock]:
         """Cut a chunk's pairs into what the backend computes at a time, so that every worker of a CPU has its share."""
-        most, num_pairs = self.settings.ops.MAX_BLOCK_PAIRS, grouping.num_pairs
+        most, num_pairs = pairs_at_a_time(self.settings.ops, self.rows.device), grouping.num_pairs
         if most is not None and num_pairs > most:
             workers = num_workers(self.rows.device)
             if workers > 1:

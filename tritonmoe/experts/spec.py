@@ -192,8 +192,9 @@ def choose_backend(spec: ExpertSpec, inputs: CallTensors[Tensor], *, beside_exch
         weights.gate_up_bias is not None,
         weight_formats(weights),
     )
+    is_streamed = has_streamed(weights)
     ops = backends.choose(
-        spec.backend,
+        "torch" if is_streamed and spec.backend == "auto" else spec.backend,
         x.device,
         x.dtype,
         options,
@@ -201,10 +202,10 @@ def choose_backend(spec: ExpertSpec, inputs: CallTensors[Tensor], *, beside_exch
         top_k=top_k,
         layer=layer,
     )
-    if not backends.fetches_experts(ops) and has_streamed(weights):
+    if is_streamed and not backends.fetches_experts(ops):
         raise ValueError(
             f"offloaded experts are computed by the backend 'torch', and this call would be by {ops.__name__}: use "
-            "backend='torch'"
+            "backend='auto' or 'torch'"
         )
     if backends.launches_kernels(ops):
         check_strides(inputs)

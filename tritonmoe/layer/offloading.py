@@ -1,4 +1,4 @@
-"""offload_experts(): the frozen experts of layers stay in files, from which their calls read them."""
+"""offload_experts(): the frozen experts of layers stay in files or in host memory, where their calls read them."""
 
 import os
 from collections.abc import Mapping
@@ -26,24 +26,28 @@ OF_WEIGHTS = ("gate_up_proj", "down_proj", "gate_up_scales", "down_scales")
 
 
 def offload_experts(module: nn.Module, to: str | os.PathLike[str], *, resident_bytes: int = 0) -> Offload:
-    """Move the experts of every MoELayer and GroupedExperts in `module` into files, in place, and freeze them.
+    """Move the experts of every MoELayer and GroupedExperts in `module` into files or host memory, and freeze them.
 
     Every call then reads the experts that have tokens, the next ones while it multiplies by the present ones, forward
-    and backward, and gives the bits that it gives with experts in memory. What else is in the module trains as before:
-    routers, biases, adapters (`ExpertAdapters`), and what comes before the layer. The weights are no parameters any
-    more: state_dict(), optimizers, DDP and FSDP2 see what is left. Call it after load_state_dict(), quantize_experts()
-    and parallelize(); with expert parallelism every rank calls it, and reads its own experts.
+    and backward, and gives the bits that the torch backend gives with experts in memory. It computes where the rows
+    are, on a CPU or on a GPU (CUDA, ROCm); a model may be moved to one afterwards, so that its experts never are there
+    as a whole. What else is in the module trains as before: routers, biases, adapters (`ExpertAdapters`), and what
+    comes before the layer. The weights are no parameters any more: state_dict(), optimizers, DDP and FSDP2 see what is
+    left. Call it after load_state_dict(), quantize_experts() and parallelize(); with expert parallelism every rank
+    calls it, and reads its own experts.
 
     Args:
-        to: a folder, for one file of each module (safetensors), which must stay as they are: existing ones are
-            replaced.
-        resident_bytes: how much of the experts stays in memory from call to call, those that are used most. Beside it
-            there is memory for two groups, each of one expert more than there are threads that compute.
+        to: "cpu", for pinned host memory, from which a GPU copies them; or a folder, for one file of each module
+            (safetensors), which must stay as they are: existing ones are replaced.
+        resident_bytes: how much of the experts stays in the memory of the device that computes, from call to call,
+            those that are used most. Beside it there is memory for two groups, each of one expert more than there are
+            threads that compute; a GPU has one.
     Returns:
         What was done and, whenever it is printed, what reading has cost since.
     Raises:
-        ValueError, TypeError: there are no such experts, or they can't be offloaded. OSError: a file can't be written.
-            Nothing is changed. Calls raise OffloadError where a file can't be read, or has changed.
+        ValueError, TypeError: there are no such experts, or they can't be offloaded. OSError, MemoryError: a file can't
+            be written, or host memory can't be pinned. Nothing is changed then. Calls raise OffloadError where a file
+            can't be read, or has changed.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
@@ -72,7 +76,7 @@ def grouped_experts_to_offload(modules: Mapping[str, GroupedExperts]) -> dict[st
 @torch.no_grad()
 def _to_offload(name: str, experts: GroupedExperts) -> ExpertsToOffload:
     if (record := offloaded_of(experts)) is not None:
-        raise ValueError(f"the experts of {name} stay in {record.path} already: call offload_experts() once")
+        raise ValueError(f"the experts of {name} stay in {record.place} already: call offload_experts() once")
     refuse_computed(name, experts, PARAMETERS, "offload_experts()")
     if experts.spec.precision is not None:
         raise ValueError(

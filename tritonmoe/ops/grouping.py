@@ -123,6 +123,11 @@ class Grouping:
         return self.expert_offsets.tolist()
 
     @cached_property
+    def host_chunk_offsets(self) -> list[list[int]]:
+        """chunk_expert_offsets as Python integers (a host read where the tensor is on a device)."""
+        return self.chunk_expert_offsets.tolist()
+
+    @cached_property
     def host_counts(self) -> tuple[list[int], list[int]]:
         """The experts that have pairs, and how many each has."""
         counts = [last - first for first, last in pairwise(self.host_expert_offsets)]
@@ -172,7 +177,7 @@ class Grouping:
         first_row, last_row = self.chunk_row_offsets[index : index + 2]
         first_pair, last_pair = self.chunk_pair_offsets[index : index + 2]
         is_of_experts = self.first_expert_chunk is not None and index >= self.first_expert_chunk
-        return Grouping(
+        chunk = Grouping(
             pair_index=self.pair_index[first_pair:last_pair],
             expert_offsets=self.chunk_expert_offsets[index],
             inverse=self.inverse[first_row:last_row],
@@ -184,6 +189,9 @@ class Grouping:
             row_tiles=None if self.row_tiles is None else self.row_tiles[index : index + 1],
             gathered_rows=None if is_of_experts else (first_row, last_row),
         )
+        if "host_chunk_offsets" in vars(self):
+            vars(chunk)["host_expert_offsets"] = self.host_chunk_offsets[index]
+        return chunk
 
     def among_empty_chunks(
         self, index: int, chunk_row_offsets: tuple[int, ...], chunk_pair_offsets: tuple[int, ...]
@@ -268,7 +276,7 @@ class Grouping:
         inside = [
             min(max(offset, first), last) - first for offset in self.host_expert_offsets[first_expert : last_expert + 2]
         ]
-        expert_offsets = torch.tensor(inside, dtype=torch.int32, device=self.expert_offsets.device)
+        expert_offsets = to_device(torch.tensor(inside, dtype=torch.int32, device="cpu"), self.expert_offsets.device)
         grouping = replace(
             self,
             pair_index=self.pair_index[first:last],
@@ -277,6 +285,7 @@ class Grouping:
             chunk_pair_offsets=(0, last - first),
             row_tiles=None,
         )
+        vars(grouping)["host_expert_offsets"] = inside
         return GroupingBlock(slice(first, last), experts, grouping)
 
     def pairs_to_rows(self, values: torch.Tensor) -> torch.Tensor:

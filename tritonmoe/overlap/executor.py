@@ -59,10 +59,15 @@ class Execution:
             for earlier in step.after:
                 if earlier in posted:
                     report.ran.append(_wait(self._schedule[earlier], *posted.pop(earlier), report, self._call))
-            started, waited_s = now(), waited.seconds
-            pending = _run(step, self._actions)
+            started, waited_s, waits_around, waited.spans = now(), waited.seconds, waited.spans, ()
+            try:
+                pending = _run(step, self._actions)
+            finally:
+                loads = waited.spans or ()
+                waited.spans = None if waits_around is None else (*waits_around, *loads)
             if pending is None:
-                report.ran.append(StepMarks(step, started, now(), load_s=waited.seconds - waited_s))
+                load_s = waited.seconds - waited_s
+                report.ran.append(StepMarks(step, started, now(), load_s=load_s, loads=loads))
             else:
                 posted[position] = (started, now(), pending)
         self._position = end

@@ -15,6 +15,7 @@ from tritonmoe.config.overlap import OverlapPlan
 from tritonmoe.dispatch.copies import ExpertCopies
 from tritonmoe.dispatch.count_exchange import CallMarks
 from tritonmoe.overlap.steps import Step, StepKind
+from tritonmoe.runtime.expert_blocks import Span, seconds_of
 from tritonmoe.runtime.host_device import is_captured
 from tritonmoe.runtime.streamed import PassLoads
 
@@ -72,7 +73,9 @@ class StepMarks(NamedTuple):
     arrivals: tuple[float | None, ...] | None = None
     """The same for the rows of every rank; see PendingExchange.arrivals."""
     load_s: float = 0.0
-    """Of a step that computes: as in StepTiming."""
+    """Of a step that computes on a CPU: as in StepTiming."""
+    loads: tuple[Span, ...] = ()
+    """Of a step that computes on a GPU: where its stream waited for experts."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,7 @@ class StepTiming:
     is_end_known: bool = True
     """False for an exchange of which it is only known that it had ended when it was waited for (NCCL)."""
     load_s: float = 0.0
-    """For how long of it products waited for experts that are read from a file."""
+    """For how long of it products waited for experts that are read from a file, or copied from host memory."""
 
     @property
     def held_s(self) -> float:
@@ -133,7 +136,7 @@ class PassReport:
         self.marks: CallMarks | None = None
         """When the rank came to the pass and had heard from all ranks; None if they exchanged no headers before it."""
         self.loads: PassLoads | None = None
-        """What was read of experts that stay in files; waits for them are part of compute_s, and `steps` say of which
+        """What was read of experts that stay elsewhere; waits for them are part of compute_s, and `steps` say of which
         step (load_s). None where experts are in memory."""
         self._steps: list[StepTiming] | None = None
         self.now = clock_of(device)
@@ -162,8 +165,8 @@ class PassReport:
         report.ran, report._steps, report._end = [marks for of in passes for marks in of.ran], None, passes[-1]._end
         loads = [of.loads for of in passes if of.loads is not None]
         if loads:
-            waits_s, read, used = zip(*loads, strict=True)
-            report.loads = PassLoads(sum(waits_s), sum(read), max(used))
+            waits_s, spans, read, used = zip(*loads, strict=True)
+            report.loads = PassLoads(sum(waits_s), sum(spans, ()), sum(read), max(used))
         return report
 
     def end(self) -> None:
@@ -191,7 +194,8 @@ class PassReport:
     def _timing(self, marks: StepMarks) -> StepTiming:
         started_s, ended_s = self._seconds(marks.started), self._seconds(marks.ended)
         if marks.step.lane == "compute":
-            return StepTiming(marks.step, started_s, ended_s, 0.0, load_s=marks.load_s)
+            load_s = marks.load_s + seconds_of(marks.loads)
+            return StepTiming(marks.step, started_s, ended_s, 0.0, load_s=load_s)
         wait_s = ended_s - self._seconds(marks.wait_started)
         return StepTiming(
             marks.step,

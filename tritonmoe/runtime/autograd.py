@@ -17,6 +17,7 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor
 
+from tritonmoe.runtime.streamed import find_streamed
 from tritonmoe.runtime.thread_state import saved_tensors_hooks
 
 __all__ = [
@@ -33,6 +34,8 @@ __all__ = [
     "outside_graphs",
     "put_back_after_recompute",
     "refuse_second_derivative",
+    "save_tensors",
+    "saved_by",
     "without_autocast",
 ]
 
@@ -101,10 +104,26 @@ class _FirstDerivative(torch.autograd.Function):
     backward = staticmethod(refuse_second_derivative)
 
 
+def save_tensors(ctx: Context, *tensors: Tensor | None) -> None:
+    """Save tensors for a backward, which takes them from saved_by().
+
+    Handles of experts that stay elsewhere are kept beside them: hooks that take saved tensors to a CPU (save_on_cpu,
+    TRL's activation_offloading) would bring back others, as large as weights, that nobody knows.
+    """
+    ctx.handles = {place: one for place, one in enumerate(tensors) if one is not None and find_streamed(one)}
+    ctx.save_for_backward(*(None if place in ctx.handles else one for place, one in enumerate(tensors)))
+
+
+def saved_by(ctx: Context) -> tuple[Tensor, ...]:
+    """Return what save_tensors() has saved."""
+    handles: dict[int, Tensor] = getattr(ctx, "handles", {})
+    return tuple([handles.get(place, one) for place, one in enumerate(ctx.saved_tensors)])
+
+
 def once_differentiable(backward: Callable[..., tuple]) -> Callable[..., tuple]:
     """Wrap a Function's backward(ctx, saved, *douts): no graph, no autocast inside; a second derivative raises.
 
-    saved: ctx.saved_tensors, which activation checkpointing gives once. autograd finds the error only where it stands
+    saved: of save_tensors(), which activation checkpointing gives once. autograd finds the error only where it stands
     between a gradient and what that is differentiated by: so gradients hang on all that is saved and on `douts`. Of an
     input that isn't saved the way leads through the mark of keep_beside(), which is an output of the Function.
     torch.autograd.function.once_differentiable raises only where `douts` need a gradient, and names nobody.
@@ -112,7 +131,7 @@ def once_differentiable(backward: Callable[..., tuple]) -> Callable[..., tuple]:
 
     @wraps(backward)
     def once(ctx: Context, *douts: Tensor | None) -> tuple:
-        saved = ctx.saved_tensors
+        saved = saved_by(ctx)
         device = next(dout.device for dout in douts if dout is not None)
         if not torch.is_grad_enabled():
             with without_autocast(device):

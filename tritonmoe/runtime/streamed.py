@@ -1,33 +1,38 @@
-"""StreamedWeight: a weight of experts that stays in a file; ExpertReader: reads its experts ahead of their use.
+"""StreamedWeight: a weight of experts that stays elsewhere; ExpertReader: reads its experts ahead of their use.
 
 An operation that multiplies by an expert takes it from here, as it takes the experts of a packed weight from a decoder.
 What has a weight's place among the tensors of a call is its handle: a tensor of the weight's shape with one element of
-memory for each expert, NaN, by which find_streamed() knows the weight again, whatever view of it arrives.
+memory for each expert, NaN, on the rows' device, by which find_streamed() knows the weight again, in any view.
 """
 
 import contextlib
-import ctypes
 import heapq
-import json
 import math
-import mmap
 import os
-import struct
 import threading
 import time
 import weakref
 from collections import Counter, OrderedDict, deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from tritonmoe.errors import OffloadError
-from tritonmoe.runtime.cpu_threads import num_workers
+from tritonmoe.runtime.expert_blocks import (
+    Block,
+    DeviceSpans,
+    LoadedExpert,
+    Span,
+    StoredExpert,
+    make_blocks,
+    seconds_of,
+)
+from tritonmoe.runtime.pinned_memory import PinnedMemory
+from tritonmoe.runtime.weight_files import WeightFile
 
 __all__ = [
     "ExpertReader",
@@ -35,31 +40,19 @@ __all__ = [
     "ReadFigures",
     "StreamedWeight",
     "Unit",
-    "WeightFile",
     "find_streamed",
     "make_handle",
     "waited",
     "words_of_waits",
-    "write_weights",
 ]
 
-ALIGNMENT = 64
-"""Bytes; of what a file has before its weights."""
+CPU = torch.device("cpu")
 PREDICTED_SHARE = 0.75
 """The pass that followed this one in the last step is read ahead if it used so many of its experts."""
 SMALL_SHARE = 0.1
 """Of a pass, that may go by waiting for experts without advice."""
 OFTEN = 1.5
 """So many times a pass may read its experts without advice."""
-DTYPE_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.uint8: "U8",
-    torch.float8_e4m3fn: "F8_E4M3",
-}
-"""As files of safetensors call them."""
 
 
 class Unit(NamedTuple):
@@ -69,52 +62,23 @@ class Unit(NamedTuple):
     expert: int
 
 
-class WeightFile:
-    """A file that is open for reading, and must stay as it is."""
-
-    def __init__(self, path: Path, part: Path | None = None) -> None:
-        """part: where the file is until it is renamed to `path`."""
-        self.path = path
-        self._descriptor = os.open(path if part is None else part, os.O_RDONLY)
-        weakref.finalize(self, os.close, self._descriptor)
-        self._state = self._found()
-
-    def _found(self) -> tuple[int, int]:
-        status = os.fstat(self._descriptor)
-        return status.st_size, status.st_mtime_ns
-
-    def read(self, memory: memoryview, offset: int) -> None:
-        """Fill the memory with what the file has from `offset` on.
-
-        Raises:
-            OSError: it can't be read. ValueError: it is not what it was when it was opened.
-        """
-        done = 0
-        while done < len(memory):
-            count = os.preadv(self._descriptor, [memory[done:]], offset + done)
-            if count == 0:
-                break
-            done += count
-        if (found := self._found()) != self._state or done < len(memory):
-            size, changed_at = self._state
-            what = f"it has {found[0]} bytes instead of {size}" if found[0] != size else "it was written to"
-            raise ValueError(f"the file has changed since it was opened: {what} (then {changed_at}, now {found[1]} ns)")
-
-
 class StreamedWeight:
-    """A weight (E, ...) of which each expert lies in a file, one behind the other."""
+    """A weight (E, ...) of which each expert lies in a file or in pinned memory, one behind the other.
+
+    For rows on one device: on another one it is another StreamedWeight, see for_reader().
+    """
 
     def __init__(
         self,
         name: str,
-        file: WeightFile,
+        source: WeightFile | PinnedMemory,
         offset: int,
         dtype: torch.dtype,
         shape: tuple[int, ...],
         expert_ids: Sequence[int] = (),
     ) -> None:
         """name, expert_ids: as errors call the weight and its experts; all of a weight by default."""
-        self.name, self.file, self.offset, self.dtype, self.shape = name, file, offset, dtype, shape
+        self.name, self.source, self.offset, self.dtype, self.shape = name, source, offset, dtype, shape
         self.expert_ids = tuple(expert_ids) or tuple(range(shape[0]))
         self.expert_bytes = math.prod(shape[1:]) * dtype.itemsize
         self._reader: ExpertReader | None = None
@@ -126,11 +90,22 @@ class StreamedWeight:
 
     @property
     def nbytes(self) -> int:
-        """The bytes of all experts, in the file."""
+        """The bytes of all experts, where they stay."""
         return self.shape[0] * self.expert_bytes
 
-    def expert(self, index: int) -> Tensor:
-        """Return one expert, once it is read; its memory is used again when the tensor is gone.
+    def for_reader(self) -> "StreamedWeight":
+        """Return the same weight for another reader."""
+        return StreamedWeight(self.name, self.source, self.offset, self.dtype, self.shape, self.expert_ids)
+
+    def stored(self, index: int) -> StoredExpert:
+        """Return where an expert is."""
+        offset = self.offset + index * self.expert_bytes
+        return StoredExpert(self.source, offset, self.expert_bytes, self.dtype, self.shape[1:])
+
+    def expert(self, index: int) -> LoadedExpert:
+        """Return one expert, once it is read: a context in which operations with its tensor are called.
+
+        Behind that its memory is used again: on a CPU when the tensor is gone, on a GPU when these have run.
 
         Raises:
             OffloadError: the file can't be read, or has changed.
@@ -142,17 +117,20 @@ _known: dict[int, StreamedWeight] = {}
 """By the address of a handle's memory, as long as that is there."""
 
 
-def make_handle(weight: StreamedWeight) -> Tensor:
-    """Return a tensor of a weight's shape whose experts have one element of memory each."""
-    num_bytes = weight.shape[0] * weight.dtype.itemsize
-    memory = (ctypes.c_char * num_bytes).from_buffer_copy(b"\xff" * num_bytes)  # NaN in all dtypes that have it
-    address = ctypes.addressof(memory)
-    _known[address] = weight
-    weakref.finalize(memory, _known.pop, address).atexit = False
+def make_handle(weight: StreamedWeight, device: torch.device) -> Tensor:
+    """Return a tensor of a weight's shape on a device, whose experts have one element of memory each."""
     with torch.inference_mode(False):
-        return torch.frombuffer(memory, dtype=weight.dtype).as_strided(
-            weight.shape, (1, *(0 for _ in weight.shape[1:]))
-        )
+        num_bytes = weight.shape[0] * weight.dtype.itemsize
+        memory = torch.full((num_bytes,), 255, dtype=torch.uint8, device=device)  # NaN in all dtypes that have it
+        storage = memory.untyped_storage()
+        _known[storage.data_ptr()] = weight
+        weakref.finalize(storage, _forget, storage.data_ptr(), weight).atexit = False  # with the last tensor in it
+        return memory.view(weight.dtype).as_strided(weight.shape, (1, *(0 for _ in weight.shape[1:])))
+
+
+def _forget(address: int, weight: StreamedWeight) -> None:
+    if _known.get(address) is weight:  # else the memory is another handle's already
+        del _known[address]
 
 
 def find_streamed(tensor: Tensor) -> tuple[StreamedWeight, int] | None:
@@ -172,14 +150,20 @@ class ReadFigures:
     read_s: float = 0.0
     """Seconds in reads, added up over threads."""
     wait_s: float = 0.0
-    """Seconds in which a product waited for its expert."""
+    """Seconds in which a product waited for its expert, on a CPU."""
     pass_s: float = 0.0
-    """Seconds in forwards and backwards of experts that are read, waits included."""
+    """Seconds in forwards and backwards of experts that are read, waits included, on a CPU."""
     num_passes: int = 0
+    device_waits: DeviceSpans = field(default_factory=DeviceSpans)
+    """Where a GPU's stream waited for an expert."""
+    device_passes: DeviceSpans = field(default_factory=DeviceSpans)
+    """Forwards and backwards on a GPU, waits included."""
 
 
 class _Waited(threading.local):
     seconds = 0.0
+    spans: tuple[Span, ...] | None = None
+    """Where they have on a GPU; None where nobody asks."""
 
 
 waited = _Waited()
@@ -198,18 +182,25 @@ def words_of_waits(wait_s: float, total_s: float) -> str:
 class PassLoads(NamedTuple):
     """What one pass over experts has read of them."""
 
-    wait_s: float
-    """Seconds in which products waited for their expert."""
+    host_wait_s: float
+    """Seconds in which products waited for their expert, on a CPU."""
+    device_waits: tuple[Span, ...]
+    """Where the stream of a GPU waited for an expert."""
     read_bytes: int
-    """Read from files from the beginning of the pass to its end."""
+    """Read from the beginning of the pass to its end."""
     expert_bytes: int
     """Of the experts that it used, each once."""
 
+    @property
+    def wait_s(self) -> float:
+        """Return the seconds in which products waited for their expert; on a GPU the host waits until it knows."""
+        return self.host_wait_s + seconds_of(self.device_waits)
+
     def words(self, total_s: float) -> str:
         """Return the share of a pass of total_s that went by waiting and, where that is much, what makes it smaller."""
-        said = words_of_waits(self.wait_s, total_s)
+        said = words_of_waits(wait_s := self.wait_s, total_s)
         times = self.read_bytes / max(1, self.expert_bytes)
-        if self.wait_s < SMALL_SHARE * total_s or times < OFTEN:
+        if wait_s < SMALL_SHARE * total_s or times < OFTEN:
             return said
         return (
             f"{said}; it read its experts {times:.1f} times, for local rows and for each chunk and part of the tokens "
@@ -222,18 +213,20 @@ class ExpertReader:
 
     From pass to pass it keeps the most used experts, resident_bytes of them. Beside these there is memory for two
     groups: one is read while the other is multiplied by, whatever the order in which threads take them. The experts
-    that a pass has used last are still there when its backward begins with them.
+    that a pass has used last are still there when its backward begins with them. For a GPU all of this is the order in
+    which the host calls it; what the device has done of it ExpertBlocks know.
     """
 
-    def __init__(self, weights: Sequence[StreamedWeight], resident_bytes: int = 0) -> None:
-        self.weights = tuple(weights)
+    def __init__(self, weights: Sequence[StreamedWeight], resident_bytes: int = 0, device: torch.device = CPU) -> None:
+        """device: where rows are multiplied by these weights, which no other reader has."""
+        self.weights, self.device = tuple(weights), device
         self.resident_bytes = resident_bytes
         by_layer: Counter[str] = Counter()
         for weight in weights:
             weight._reader = self
             by_layer[weight.name.rpartition(".")[0]] += weight.expert_bytes
-        workers = num_workers(torch.device("cpu"))
-        self.group_bytes = (workers + 1) * max(by_layer.values())
+        self.blocks = make_blocks(device, max(weight.expert_bytes for weight in weights))
+        self.group_bytes = (self.blocks.num_workers + 1) * max(by_layer.values())
         self.limit_bytes = resident_bytes + 2 * self.group_bytes
         self.figures = ReadFigures()
         self._num_kept = _share_out(self.weights, resident_bytes)
@@ -245,12 +238,12 @@ class ExpertReader:
         self._changed = threading.Condition()
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="tritonmoe-reader")
         self._is_reading_ahead = False
-        self._window: OrderedDict[Unit, Tensor] = OrderedDict()
+        self._window: OrderedDict[Unit, LoadedExpert] = OrderedDict()
         """What the two groups have now, from the one that was used longest ago on."""
-        self._residents: dict[Unit, Tensor] = {}
+        self._residents: dict[Unit, LoadedExpert] = {}
         """What stays from pass to pass."""
         self._loading: set[Unit] = set()
-        self._failed: dict[Unit, OffloadError] = {}
+        self._failed: dict[Unit, Exception] = {}
         self._ahead: list[tuple[int, Unit]] = []
         """A heap: what will be used and is not read yet, for all that is known, with its place in the order."""
         self._uses: dict[Unit, deque[int]] = {}
@@ -261,7 +254,7 @@ class ExpertReader:
             weight: set(range(count)) for weight, count in self._num_kept.items()
         }
         """The experts that stay in memory, once they have been read."""
-        self._free: deque[Tensor] = deque()
+        self._free: deque[Block] = deque()
         """Blocks of memory that came back; finalizers add them, which may run anywhere: no lock."""
         self._allocated = 0
         self._num_waiting, self._waits_since = 0, 0.0
@@ -295,7 +288,7 @@ class ExpertReader:
             self._uses.setdefault(unit, deque()).append(place)
         self._ahead = [(places[0], unit) for unit, places in self._uses.items() if self._found(unit) is None]
 
-    def _found(self, unit: Unit) -> Tensor | None:
+    def _found(self, unit: Unit) -> LoadedExpert | None:
         found = self._residents.get(unit)
         return self._window.get(unit) if found is None else found
 
@@ -346,7 +339,7 @@ class ExpertReader:
         heapq.heappush(self._ahead, (latest, found))
         return True
 
-    def _take_block(self, num_bytes: int, before: int | None = None) -> Tensor | None:
+    def _take_block(self, num_bytes: int, before: int | None = None) -> Block | None:
         """Return memory; None where there is none, and it isn't needed at once. before: as in _evict()."""
         while True:
             waiting = [self._free.popleft() for _ in range(len(self._free))]
@@ -364,25 +357,13 @@ class ExpertReader:
                 if before is not None:
                     return None
                 break  # everything is in use this moment
-        # Memory of its own, which goes back to the system: among the activations of a step it would lie between gaps.
-        try:
-            mapped = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        except OSError as error:
-            raise MemoryError(f"there is no memory for an expert of {num_bytes} bytes: {error}") from error
+        block = self.blocks.allocate(num_bytes)
         self._allocated += num_bytes
-        return torch.frombuffer(mapped, dtype=torch.uint8)
-
-    def _in_block(self, unit: Unit, block: Tensor) -> tuple[memoryview, Tensor]:
-        """Return the memory of an expert, to read into, and as the tensor that it will be."""
-        weight = unit.weight
-        memory = (ctypes.c_char * weight.expert_bytes).from_address(block.data_ptr())
-        weakref.finalize(memory, self._free.append, block).atexit = False
-        with torch.inference_mode(False):
-            return memoryview(memory).cast("B"), torch.frombuffer(memory, dtype=weight.dtype).view(weight.shape[1:])
+        return block
 
     # Reading
 
-    def take(self, unit: Unit) -> Tensor:
+    def take(self, unit: Unit) -> LoadedExpert:
         """Return an expert: at once if it was read, else when it is."""
         self._after_fork()
         with self._changed:
@@ -425,13 +406,14 @@ class ExpertReader:
         self._read_ahead_soon()
 
     def _wait_begins(self) -> None:
+        """Count how long products wait, on a CPU: a GPU has work left while its host waits."""
         if self._num_waiting == 0:
             self._waits_since = time.perf_counter()
         self._num_waiting += 1
 
     def _wait_ends(self) -> None:
         self._num_waiting -= 1
-        if self._num_waiting == 0:
+        if self._num_waiting == 0 and not self.blocks.is_late:
             self.figures.wait_s += time.perf_counter() - self._waits_since
 
     def _read_ahead_soon(self) -> None:
@@ -447,7 +429,8 @@ class ExpertReader:
             block = None
             if self._ahead:
                 place, unit = self._ahead[0]
-                with contextlib.suppress(MemoryError):  # who uses the expert raises it, if there is none then either
+                # Who uses the expert raises it, if there is no memory then either.
+                with contextlib.suppress(MemoryError, torch.OutOfMemoryError):
                     block = self._take_block(unit.weight.expert_bytes, place)
             if block is None:
                 self._is_reading_ahead = False
@@ -456,30 +439,29 @@ class ExpertReader:
             self._loading.add(unit)
         try:
             self._read(unit, block)
-        except OffloadError as error:
+        except Exception as error:  # for who uses the expert
             with self._changed:
                 self._failed[unit] = error
         return True
 
-    def _read(self, unit: Unit, block: Tensor) -> Tensor:
+    def _read(self, unit: Unit, block: Block) -> LoadedExpert:
         """Read an expert, which is in `_loading` until it is there, or the error is."""
         weight, expert = unit
-        started = time.perf_counter()
         try:
-            memory, tensor = self._in_block(unit, block)
             try:
-                weight.file.read(memory, weight.offset + expert * weight.expert_bytes)
+                loaded, read_s = self.blocks.load(weight.stored(expert), block, self._free.append)
             except (OSError, ValueError) as error:
                 raise OffloadError(
-                    f"expert {weight.expert_ids[expert]} of {weight.name} could not be read from {weight.file.path}: "
-                    f"{error}. Nothing of this call is kept: give up the step (zero_grad), write the file again with "
-                    "offload_experts() of the whole model, and go on from the last checkpoint"
+                    f"expert {weight.expert_ids[expert]} of {weight.name} could not be read from "
+                    f"{getattr(weight.source, 'path', 'host memory')}: {error}. Nothing of this call is kept: give up "
+                    "the step (zero_grad), write the file again with offload_experts() of the whole model, and go on "
+                    "from the last checkpoint"
                 ) from error
             with self._changed:
-                (self._residents if expert in self._kept[weight] else self._window)[unit] = tensor
+                (self._residents if expert in self._kept[weight] else self._window)[unit] = loaded
                 self.figures.num_bytes += weight.expert_bytes
-                self.figures.read_s += time.perf_counter() - started
-            return tensor
+                self.figures.read_s += read_s
+            return loaded
         finally:
             with self._changed:
                 self._loading.discard(unit)
@@ -505,41 +487,3 @@ def _share_out(weights: Sequence[StreamedWeight], num_bytes: int) -> dict[Stream
                 counts[weight] += 1
                 num_bytes -= weight.expert_bytes
     return counts
-
-
-def write_weights(path: Path, weights: dict[str, Tensor]) -> tuple[WeightFile, dict[str, int]]:
-    """Write tensors as a file of safetensors, one expert at a time, beside its place first; return it, and offsets.
-
-    It is opened before it has its name, which another process may give to a file of its own at the same time.
-
-    Raises:
-        OSError: it could not be written; then nothing is left of it.
-    """
-    header: dict[str, object] = {}
-    offsets: dict[str, int] = {}
-    end = 0
-    for name, weight in weights.items():
-        offsets[name] = end
-        end += weight.numel() * weight.itemsize
-        header[name] = {
-            "dtype": DTYPE_NAMES[weight.dtype],
-            "shape": list(weight.shape),
-            "data_offsets": [offsets[name], end],
-        }
-    encoded = json.dumps(header).encode()
-    encoded += b" " * (-(8 + len(encoded)) % ALIGNMENT)
-    part = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.part")
-    try:
-        with part.open("wb") as file:
-            file.write(struct.pack("<Q", len(encoded)) + encoded)
-            for weight in weights.values():
-                for expert in weight.detach():
-                    whole = expert.cpu().contiguous()
-                    file.write((ctypes.c_char * whole.nbytes).from_address(whole.data_ptr()))
-            file.flush()
-            os.fsync(file.fileno())
-        written = WeightFile(path, part)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-    return written, {name: 8 + len(encoded) + offset for name, offset in offsets.items()}

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from late_device import LateDevice
 from torch import Tensor, nn
 
 import tritonmoe as tm
@@ -108,6 +109,30 @@ def test_adapters_train_to_the_same_bits(
             adapted.merge_and_unload()
 
 
+@pytest.mark.parametrize(("kind", "weight_format"), [("mixtral", None), ("gpt_oss", "mxfp4")])
+def test_adapters_train_to_the_same_bits_where_copies_are_late(
+    kind: str, weight_format: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, from pinned memory, for as long as the test's own device lives."""
+    threads = torch.get_num_threads()
+    with monkeypatch.context() as patched:
+        device = LateDevice()
+        device.install(patched)
+        model = make_model(kind)
+        tmt.quantize_experts(model, weight_format) if weight_format else tmt.patch(model)  # type: ignore[arg-type]
+        offloaded = copy.deepcopy(model)
+        resident = train(with_adapters(model))
+        tmt.offload_experts(offloaded, "cpu", resident_bytes=10_000)
+        with device.computing():
+            found = train(with_adapters(offloaded))
+            offloaded.generate(IDS[:1, :5], max_new_tokens=4, min_new_tokens=4, do_sample=False)
+        for name, value in resident.items():
+            assert torch.equal(value, found[name]), name
+        device.check()
+        assert not device.host_waits
+    torch.set_num_threads(threads)
+
+
 def test_texts_are_the_same(tmp_path: Path) -> None:
     model = make_model()
     tmt.patch(model)
@@ -163,7 +188,7 @@ def test_the_trainer_trains_adapters_with_checkpointing(tmp_path: Path) -> None:
 
 def test_refusals(tmp_path: Path) -> None:
     model = make_model()
-    with pytest.raises(ValueError, match="has nothing to do"):
+    with pytest.raises(ValueError, match="there is none here"):
         tmt.offload_experts(model, "cpu")
     tmt.offload_experts(model, tmp_path)
     with pytest.raises(ValueError, match="already"):
@@ -172,7 +197,7 @@ def test_refusals(tmp_path: Path) -> None:
         tmt.quantize_experts(model, "nf4")
     with pytest.raises(ValueError, match="offload_experts"):
         model.load_state_dict(make_model().state_dict())
-    with pytest.raises(ValueError, match="stay in files since"):
+    with pytest.raises(ValueError, match="stay elsewhere since"):
         tmt.set_expert_precision(model, tm.ExpertPrecision("fp8_block"))
     with pytest.raises(TypeError, match="cast the model before"):
         model.float()(input_ids=IDS)

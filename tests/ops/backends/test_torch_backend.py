@@ -159,6 +159,25 @@ def test_operations(dtype: torch.dtype, layout: str, num_chunks: int, small_bloc
     check(operands, "gelu")
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("num_chunks", [1, 3], ids="C{}".format)
+def test_sums_on_a_gpu_read_no_index(num_chunks: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether a pair is skipped is for the device alone to know."""
+    monkeypatch.setattr(torch_backend, "copies_late", lambda device: True)
+    check(Operands(LAYOUTS["concatenated"], dtype, num_chunks=num_chunks), "gelu")
+
+
+@pytest.mark.parametrize("num_chunks", [1, 3], ids="C{}".format)
+def test_what_the_host_has_read_is_what_is_on_the_device(num_chunks: int) -> None:
+    grouping = Operands(LAYOUTS["concatenated"], torch.float32, num_chunks=num_chunks).group(torch_backend)
+    assert vars(grouping)["host_expert_offsets"] == grouping.expert_offsets.tolist()
+    for index in range(num_chunks):
+        chunk = grouping.chunk(index)
+        assert vars(chunk)["host_expert_offsets"] == chunk.expert_offsets.tolist()
+        for block in chunk.blocks(3):
+            assert block.grouping.host_expert_offsets == block.grouping.expert_offsets.tolist()
+
+
 @pytest.mark.parametrize(
     "activation",
     [*ACTIVATION_NAMES, ClampedSwiGLU(0.5, alpha=1.702, up_offset=1.0), SoftcappedSwiGLU(0.7, 1.5)],

@@ -10,7 +10,7 @@ import torch
 
 import tritonmoe as tm
 from bench.synthetic_runs import Run, healthy, write_run
-from tritonmoe.runtime.streamed import WeightFile
+from tritonmoe.runtime.weight_files import WeightFile
 from tritonmoe.tools.doctor.recorded_run import RecordedRun, judge_recording
 from tritonmoe.tools.doctor.verdict import as_json, as_text
 from tritonmoe.tools.recording import record

@@ -20,7 +20,7 @@ from tritonmoe.expert_parallel.call import listeners
 from tritonmoe.layer import report_of
 from tritonmoe.overlap.report import LayerReport
 from tritonmoe.overlap.steps import StepKind
-from tritonmoe.runtime.streamed import WeightFile
+from tritonmoe.runtime.weight_files import WeightFile
 from tritonmoe.tools.doctor.recorded_run import judge_recording
 from tritonmoe.tools.recording import record
 from tritonmoe.tools.recording.call_recording import folder_name

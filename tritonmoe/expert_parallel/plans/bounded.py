@@ -41,6 +41,7 @@ from tritonmoe.runtime.autograd import (
     keep_beside,
     kept_beside,
     once_differentiable,
+    save_tensors,
 )
 
 __all__ = ["Bounded"]
@@ -220,7 +221,7 @@ class _CallInParts(torch.autograd.Function):
             return out, None
         ctx.call, ctx.weights_dtype = cut.call, tensors.topk_weights.dtype
         mark = keep_beside(ctx, (cut, kept))
-        ctx.save_for_backward(mark, *tensors.flatten(), *saved)
+        save_tensors(ctx, mark, *tensors.flatten(), *saved)
         return out, mark
 
     @staticmethod

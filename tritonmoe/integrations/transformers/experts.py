@@ -147,7 +147,7 @@ def weights_of(
 def _offloaded_weights(
     experts: ExpertsModule, offloaded: OffloadedExperts, rows: Tensor, dtype: torch.dtype
 ) -> PerWeight[Tensor]:
-    """Return the weights of a call whose projections stay in a file, and whose biases are here."""
+    """Return the weights of a call whose projections stay elsewhere, and whose biases are here."""
     biases: list[Tensor] = []
     if getattr(experts, "has_bias", False):
         shards = shards_of(experts)

@@ -1,4 +1,4 @@
-"""offload_experts(): the frozen experts of a transformers model stay in files, from which its calls read them."""
+"""offload_experts(): frozen experts of a transformers model stay in files or host memory, where calls read them."""
 
 import importlib
 import os
@@ -32,7 +32,7 @@ __all__ = ["offload_experts"]
 
 
 def offload_experts(model: nn.Module, to: str | os.PathLike[str], *, resident_bytes: int = 0) -> Offload:
-    """Move the experts of a MoE model into files, in place, and freeze them; it then runs through tritonmoe.
+    """Move the experts of a MoE model into files or host memory, and freeze them; it then runs through tritonmoe.
 
     As tritonmoe.offload_experts(), for models of transformers and for layers of tritonmoe in them. Adapters of PEFT
     (LoraConfig(target_parameters=...)) may be put on the experts before or after; they train, and generate() runs.
@@ -43,8 +43,8 @@ def offload_experts(model: nn.Module, to: str | os.PathLike[str], *, resident_by
     Args:
         to, resident_bytes: as in tritonmoe.offload_experts().
     Raises:
-        ValueError, TypeError, ImportError: as patch(); the experts can't be offloaded. OSError: a file can't be
-            written. Nothing is changed.
+        ValueError, TypeError, ImportError: as patch(); the experts can't be offloaded. OSError, MemoryError: a file
+            can't be written, or host memory can't be pinned. Nothing is changed then.
     """
     check_model(model)
     path = check_to(to, resident_bytes)
@@ -76,7 +76,7 @@ def offload_experts(model: nn.Module, to: str | os.PathLike[str], *, resident_by
 def _refuse_save(*_: object, **__: object) -> None:
     """Stand in the place of a model's save_pretrained."""
     raise ValueError(
-        "the experts of this model stay in files since offload_experts(), and a checkpoint would have none: save the "
+        "the experts of this model stay elsewhere since offload_experts(), and a checkpoint would have none: save the "
         "adapters (of a PEFT model, save_pretrained), or torch.save(model.state_dict()) for all that is left to train"
     )
 
@@ -84,7 +84,7 @@ def _refuse_save(*_: object, **__: object) -> None:
 def _check(name: str, experts: ExpertsModule) -> None:
     where = name or "the module"
     if (record := offloaded_of(experts)) is not None:
-        raise ValueError(f"the experts of {where} stay in {record.path} already: call offload_experts() once")
+        raise ValueError(f"the experts of {where} stay in {record.place} already: call offload_experts() once")
     if getattr(experts, PRECISION, None) is not None:
         raise ValueError(
             f"{getattr(experts, PRECISION)} of {where} is for experts that train, and offloaded ones are frozen: call "

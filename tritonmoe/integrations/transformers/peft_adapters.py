@@ -154,7 +154,7 @@ def _check_merge(wrapper: "ParamWrapper", safe_merge: bool, adapter_names: list[
         )
     if names and (offloaded := offloaded_of(experts)) is not None:
         raise ValueError(
-            f"{wrapper.parameter_name} of {type(experts).__name__} stays in {offloaded.path}, and nothing was merged: "
+            f"{wrapper.parameter_name} of {type(experts).__name__} stays in {offloaded.place}, and nothing was merged: "
             "save the adapter (save_pretrained), load the model without offload_experts(), and merge there"
         )
     if not names or not _is_spread(wrapper):
@@ -194,7 +194,7 @@ def _activate(self: "ParamWrapper", active_adapters: list[str]) -> AbstractConte
         if shards is not None:
             abort_call(shards.transport)
         what = "weight is packed" if is_packed else "experts are spread over ranks"
-        what = "weight stays in a file" if is_offloaded else what
+        what = "weight stays elsewhere" if is_offloaded else what
         raise ValueError(
             f"PEFT can't run its adapter of {self.parameter_name} of {type(experts).__name__}, whose {what}, since "
             f"{reason}"

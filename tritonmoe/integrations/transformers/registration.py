@@ -201,7 +201,7 @@ def set_expert_precision(model: nn.Module, precision: ExpertPrecision | None) ->
     offloaded = {name: one for name, one in {**of_transformers, **own}.items() if offloaded_of(one) is not None}
     if offloaded and precision is not None:
         raise ValueError(
-            f"{precision} is for experts that train, and those of {_list(offloaded)} stay in files since "
+            f"{precision} is for experts that train, and those of {_list(offloaded)} stay elsewhere since "
             "offload_experts(), and are frozen"
         )
     layers: list[MoELayer | GroupedExperts] = [one for one in model.modules() if isinstance(one, MoELayer)]

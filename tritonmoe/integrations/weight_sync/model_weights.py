@@ -258,7 +258,7 @@ def _weights_in(
         )
     if (offloaded := offloaded_of(module)) is not None:
         raise ValueError(
-            f"the experts of {name} stay in {offloaded.path} since offload_experts(), and are neither exported nor "
+            f"the experts of {name} stay in {offloaded.place} since offload_experts(), and are neither exported nor "
             "loaded: send the adapters (PEFT's save_pretrained), or load the model again without offload_experts()"
         )
     packed = _packed_weights(module)

@@ -63,8 +63,8 @@ def find_spread_experts(model: nn.Module) -> list[SpreadExperts]:
         shards = shards_of(module)
         if shards is not None and (offloaded := offloaded_of(module)) is not None:
             raise ValueError(
-                f"the experts of {name or type(module).__name__} stay in {offloaded.path} since offload_experts(), and "
-                "don't move: call rebalance() and its step() first, and offload_experts() where they are then"
+                f"the experts of {name or type(module).__name__} stay in {offloaded.place} since offload_experts(), "
+                "and don't move: call rebalance() and its step() first, and offload_experts() where they are then"
             )
         if shards is None or not shards.names or id(module) in of_adapters:
             continue

@@ -1,7 +1,11 @@
-"""Experts' matrices that the torch backend fetches where it multiplies by them: decoded, read from a file, or both."""
+"""Experts' matrices that the torch backend fetches where it multiplies by them: decoded, read ahead, or both.
+
+Each is a context: behind it the memory is used again, on a GPU once what was called inside has run there.
+"""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -24,7 +28,7 @@ def fetched_matrices(weight: Tensor, scales: Tensor | None, is_swapped: bool) ->
     if scales is not None:
         return _PackedMatrices(weight, scales, is_swapped)
     streamed = find_streamed(weight)
-    return None if streamed is None else _StreamedMatrices(*streamed, weight.shape[0], is_swapped)
+    return None if streamed is None else _StreamedMatrices(*streamed, weight, is_swapped)
 
 
 class FetchedMatrices(ABC):
@@ -41,29 +45,32 @@ class FetchedMatrices(ABC):
         self.shape = (num_experts, columns, rows) if is_swapped else (num_experts, rows, columns)
 
     @abstractmethod
-    def _fetch(self, expert: int) -> Tensor:
+    def _fetch(self, expert: int) -> AbstractContextManager[Tensor]:
         """Return one expert as it is stored, perhaps in memory that the thread's next one takes again."""
 
     @abstractmethod
     def _fetch_into(self, expert: int, out: Tensor) -> None:
         """Write one expert as it is stored into `out`."""
 
-    def __getitem__(self, expert: int) -> Tensor:
+    @contextmanager
+    def one(self, expert: int) -> Iterator[Tensor]:
         """Return one expert's matrix, in memory that the thread's next one may take again."""
-        fetched = self._fetch(expert)
-        return fetched.mT if self._is_swapped else fetched
+        with self._fetch(expert) as fetched:
+            yield fetched.mT if self._is_swapped else fetched
 
-    def group(self, experts: slice, used: Sequence[int]) -> Tensor:
+    @contextmanager
+    def group(self, experts: slice, used: Sequence[int]) -> Iterator[Tensor]:
         """Return the matrices of some experts; those that are not in `used` are zero."""
         count = experts.stop - experts.start
         if count == 1:
-            together = self._fetch(experts.start).unsqueeze(0)
-        else:
-            together = torch.zeros(count, *self._stored, dtype=self._dtype, device=self._device)
-            for place, expert in enumerate(range(experts.start, experts.stop)):
-                if expert in used:
-                    self._fetch_into(expert, together[place])
-        return together.mT if self._is_swapped else together
+            with self.one(experts.start) as matrix:
+                yield matrix.unsqueeze(0)
+            return
+        together = torch.zeros(count, *self._stored, dtype=self._dtype, device=self._device)
+        for place, expert in enumerate(range(experts.start, experts.stop)):
+            if expert in used:
+                self._fetch_into(expert, together[place])
+        yield together.mT if self._is_swapped else together
 
     def groups(self, used: Sequence[int]) -> list[slice]:
         """Cut the experts for batched products: one to a group, more where they are tiny; none without `used` ones."""
@@ -74,7 +81,7 @@ class FetchedMatrices(ABC):
 
 
 class _PackedMatrices(FetchedMatrices):
-    """Of a packed weight, whose bytes may be in a file."""
+    """Of a packed weight, whose bytes may be elsewhere."""
 
     def __init__(self, values: Tensor, scales: Tensor, is_swapped: bool) -> None:
         super().__init__(weight_shape(values, scales), is_swapped)
@@ -84,31 +91,36 @@ class _PackedMatrices(FetchedMatrices):
         if self._streamed == (None, None):
             self._experts = DECODERS[self._format].bytes_of(values, scales)
 
-    def _bytes(self, expert: int) -> tuple[Tensor, Tensor]:
+    @contextmanager
+    def _bytes(self, expert: int) -> Iterator[tuple[Tensor, Tensor]]:
         values, scales = self._streamed
         if values is None or scales is None:
-            return self._experts[0][expert], self._experts[1][expert]
-        of_values, of_scales = (weight.expert(first + expert).unsqueeze(0) for weight, first in (values, scales))
-        together = DECODERS[self._format].bytes_of(of_values, of_scales)
-        return together[0][0], together[1][0]
+            yield self._experts[0][expert], self._experts[1][expert]
+            return
+        with values[0].expert(values[1] + expert) as of_values, scales[0].expert(scales[1] + expert) as of_scales:
+            together = DECODERS[self._format].bytes_of(of_values.unsqueeze(0), of_scales.unsqueeze(0))
+            yield together[0][0], together[1][0]
 
-    def _fetch(self, expert: int) -> Tensor:
-        return thread_expert(self._format, *self._stored, self._device).decode(*self._bytes(expert))
+    def _fetch(self, expert: int) -> AbstractContextManager[Tensor]:
+        with self._bytes(expert) as stored:  # which are not used any more once they are decoded
+            return nullcontext(thread_expert(self._format, *self._stored, self._device).decode(*stored))
 
     def _fetch_into(self, expert: int, out: Tensor) -> None:
-        ExpertMemory(self._format, out).decode(*self._bytes(expert))
+        with self._bytes(expert) as stored:
+            ExpertMemory(self._format, out).decode(*stored)
 
 
 class _StreamedMatrices(FetchedMatrices):
-    """Of a weight that is in a file as it is."""
+    """Of a weight that is elsewhere as it is."""
 
-    def __init__(self, weight: StreamedWeight, first_expert: int, num_experts: int, is_swapped: bool) -> None:
-        super().__init__((num_experts, *weight.shape[1:]), is_swapped)
+    def __init__(self, weight: StreamedWeight, first_expert: int, handle: Tensor, is_swapped: bool) -> None:
+        super().__init__((handle.shape[0], *weight.shape[1:]), is_swapped)
         self._weight, self._first_expert = weight, first_expert
-        self._dtype, self._device = weight.dtype, torch.device("cpu")
+        self._dtype, self._device = weight.dtype, handle.device
 
-    def _fetch(self, expert: int) -> Tensor:
+    def _fetch(self, expert: int) -> AbstractContextManager[Tensor]:
         return self._weight.expert(self._first_expert + expert)
 
     def _fetch_into(self, expert: int, out: Tensor) -> None:
-        out.copy_(self._fetch(expert))
+        with self._fetch(expert) as fetched:
+            out.copy_(fetched)

@@ -25,6 +25,7 @@ from tritonmoe.config.layer import NO_WEIGHTS, ExpertLayout, KernelOptions, PerW
 from tritonmoe.ops.grouping import Grouping, RowSources
 
 __all__ = [
+    "GPU_FACTOR",
     "NO_GRADIENTS",
     "CalledLayer",
     "GradientOperands",
@@ -33,6 +34,8 @@ __all__ = [
     "WeightGrads",
     "accumulation_dtype",
     "apply_activation",
+    "at_a_time",
+    "pairs_at_a_time",
     "required",
     "split_gate",
 ]
@@ -74,6 +77,8 @@ class GradientOperands(NamedTuple):
     """(R, K); with dout, of down_bias."""
 
 
+GPU_FACTOR = 16
+"""A GPU has no caches that a block stays in, and each launch costs its host time."""
 NO_GRADIENTS: PerWeight[bool] = PerWeight(*(False for _ in PerWeight._fields))
 """No gradient is wanted; NO_GRADIENTS._replace(down_proj=True) asks for one of them."""
 
@@ -105,13 +110,23 @@ def apply_activation(h: Tensor, layout: ExpertLayout, activation: FusedActivatio
     return find_activation(activation).gated(*split_gate(h, layout))
 
 
+def at_a_time(amount: int, device: torch.device) -> int:
+    """Return how much is computed at a time on a device where a CPU computes an amount that stays in its caches."""
+    return amount if device.type == "cpu" else GPU_FACTOR * amount
+
+
+def pairs_at_a_time(ops: "Operations", device: torch.device) -> int | None:
+    """Return how many pairs callers hand over to operations at a time on a device; None for all."""
+    return None if ops.MAX_BLOCK_PAIRS is None else at_a_time(ops.MAX_BLOCK_PAIRS, device)
+
+
 class Operations(Protocol):
     """What a backend module has: seven functions, and two facts for those who call them."""
 
     __name__: str
 
     MAX_BLOCK_PAIRS: int | None
-    """How many pairs callers hand over at a time; None for all."""
+    """How many pairs callers hand over at a time on a CPU, as pairs_at_a_time() says for any device; None for all."""
 
     def copies_rows(self) -> bool:
         """Return whether `up` may hold a copy of the rows of its pairs, those of a whole chunk."""

@@ -2,7 +2,8 @@
 
 Callers hand over a block of pairs at a time (Grouping.blocks with MAX_BLOCK_PAIRS): the gathered rows, the product and
 the activation of a block are read back while they are warm in cache, instead of one pass over all pairs per operation.
-Products are written through `out=`, since fresh memory costs a CPU more (page faults) than arithmetic on it.
+Products are written through `out=`, since fresh memory costs a CPU more (page faults) than arithmetic on it. On a GPU
+everything is done for more pairs at a time, and only group() reads the device, and products of few pairs per expert.
 """
 
 from array import array
@@ -21,11 +22,13 @@ from tritonmoe.ops.backends.ops import (
     WeightGrads,
     accumulation_dtype,
     apply_activation,
+    at_a_time,
     required,
     split_gate,
 )
 from tritonmoe.ops.backends.torch_products import Matrices, expert_slices, outer_sums, pair_products
 from tritonmoe.ops.grouping import Grouping, RowSources
+from tritonmoe.runtime.expert_blocks import copies_late
 
 __all__ = ["copies_rows", "down", "down_grad", "gather_sum", "group", "up", "up_grad", "weight_grad"]
 
@@ -88,7 +91,7 @@ def up(
     if activation is None:
         return h, None
     a = x.new_empty(grouping.num_pairs, layout.intermediate_size(width))
-    for h_of, a_of in _row_blocks(ELEMENTWISE_SIZE // width, h, a):
+    for h_of, a_of in _row_blocks(at_a_time(ELEMENTWISE_SIZE, x.device) // width, h, a):
         _activate(h_of.to(acc), layout, activation, a_of)
     return (h if needs_h or out_h is not None else None), a
 
@@ -132,10 +135,11 @@ def gather_sum(y: Tensor, index: Tensor, weights: Tensor | None = None, *, out: 
     if index.numel() == 0:
         return result.zero_()
     acc = accumulation_dtype(y.dtype)
-    skips = int(index.min()) < 0
+    is_late = copies_late(y.device)
+    skips = is_late or int(index.min()) < 0  # a GPU would have to be waited for
     if weights is not None:
         weights = weights.to(acc)
-    if y.dtype == acc:
+    if y.dtype == acc and not is_late:
         # embedding_bag is PyTorch's fused gather-sum, in slot order.
         terms, starts = index.flatten(), torch.arange(0, index.numel(), num_slots, device=y.device)
         if skips:
@@ -153,7 +157,7 @@ def gather_sum(y: Tensor, index: Tensor, weights: Tensor | None = None, *, out: 
         return result.zero_()
     # It would round the weights and the sum to a narrow dtype: widen the rows of a block instead.
     terms = index.clamp(min=0) if skips else index
-    rows_per_block = max(1, SUM_BLOCK_TERMS // num_slots)
+    rows_per_block = max(1, at_a_time(SUM_BLOCK_TERMS, y.device) // num_slots)
     given_weights = index if weights is None else weights  # a stand-in, never read
     for terms_of, index_of, weights_of, out_of in _row_blocks(rows_per_block, terms, index, given_weights, result):
         rows = y.index_select(0, terms_of.flatten()).view(-1, num_slots, width)
@@ -190,7 +194,7 @@ def down_grad(
     in_place = addend if addend is out_scaled_a else None  # whose memory is written once more when all is read
     products = pair_products(dout, _gathered(grouping), _out_in(projection), None, grouping, in_place, addend)
     for scale, product, hidden_of, dh_of, dweights_of, scaled_a_of in _row_blocks(
-        ELEMENTWISE_SIZE // inner, scales, products, hidden, dh, dweights, scaled_a
+        at_a_time(ELEMENTWISE_SIZE, dout.device) // inner, scales, products, hidden, dh, dweights, scaled_a
     ):
         g = product.to(acc)
         da = g * scale
@@ -326,8 +330,14 @@ def group(
         chunk_row_offsets=row_offsets,
         chunk_pair_offsets=tuple(pair_offsets),
     )
+    # Read above; the properties would read them once more.
     if num_chunks == 1:
-        grouping.__dict__["host_expert_offsets"] = host_starts  # read above; the property would read them once more
+        vars(grouping)["host_expert_offsets"] = host_starts
+    else:
+        starts_of_chunks = (host_starts[first : first + num_experts + 1] for first in range(0, num_keys, num_experts))
+        host_offsets = [[start - of[0] for start in of] for of in starts_of_chunks]
+        vars(grouping)["host_chunk_offsets"] = host_offsets
+        vars(grouping)["host_expert_offsets"] = [sum(of_expert) for of_expert in zip(*host_offsets, strict=True)]
     return grouping
 
 

@@ -5,6 +5,7 @@ CPU's threads by expert, or inside each product.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 
 import torch
@@ -101,11 +102,11 @@ def _batched_products(padded: Tensor, matrices: Matrices, bias: Tensor | None, g
     products = padded.new_empty(*padded.shape[:2], matrices.shape[2])
 
     def multiply(group: slice) -> None:
-        decoded = matrices.group(group, grouping.host_counts[0])
-        if bias is None:
-            torch.bmm(padded[group], decoded, out=products[group])
-        else:
-            torch.baddbmm(bias[group].unsqueeze(1), padded[group], decoded, out=products[group])
+        with matrices.group(group, grouping.host_counts[0]) as fetched:
+            if bias is None:
+                torch.bmm(padded[group], fetched, out=products[group])
+            else:
+                torch.baddbmm(bias[group].unsqueeze(1), padded[group], fetched, out=products[group])
 
     for_each(multiply, matrices.groups(grouping.host_counts[0]), padded.device)
     return products
@@ -120,12 +121,13 @@ def _write_products(
 
     def multiply(item: tuple[int, Tensor, Tensor]) -> None:
         e, part, target = item
-        if not adds:
-            _multiply(part, matrices[e], None if bias is None else bias[e], target)
-        else:
-            torch.addmm(target, part, matrices[e], out=target)
-            if bias is not None:
-                target.add_(bias[e])
+        with _matrix(matrices, e) as matrix:
+            if not adds:
+                _multiply(part, matrix, None if bias is None else bias[e], target)
+            else:
+                torch.addmm(target, part, matrix, out=target)
+        if adds and bias is not None:
+            target.add_(bias[e])
 
     items = list(zip(experts, parts, targets, strict=True))
     is_few = max(counts, default=0) <= FEW_ROWS and len(items) >= FEWEST_SHARED_EXPERTS.get(values.itemsize, 2)
@@ -146,16 +148,22 @@ def _write_rounded_products(
         expert_bias = None if bias is None else bias[e]
         first, last = last, last + count
         num_rows = count + _padding(values, count)
-        if first + num_rows <= grouping.num_pairs:
-            # This also writes the first rows of the next experts; their own products come later and replace them.
-            rows = slice(first, first + num_rows)
-            _multiply(values[rows], matrices[e], expert_bias, out[rows])
-        elif num_rows <= last:
-            product = values.new_empty(num_rows, out.shape[1])
-            _multiply(values[last - num_rows : last], matrices[e], expert_bias, product)
-            out[first:last] = product[-count:]
-        else:
-            _multiply(values[first:last], matrices[e], expert_bias, out[first:last])
+        with _matrix(matrices, e) as matrix:
+            if first + num_rows <= grouping.num_pairs:
+                # This also writes the first rows of the next experts; their own products come later and replace them.
+                rows = slice(first, first + num_rows)
+                _multiply(values[rows], matrix, expert_bias, out[rows])
+            elif num_rows <= last:
+                product = values.new_empty(num_rows, out.shape[1])
+                _multiply(values[last - num_rows : last], matrix, expert_bias, product)
+                out[first:last] = product[-count:]
+            else:
+                _multiply(values[first:last], matrix, expert_bias, out[first:last])
+
+
+def _matrix(matrices: Matrices, expert: int) -> AbstractContextManager[Tensor]:
+    """Return one expert's matrix, for what is called in this context."""
+    return nullcontext(matrices[expert]) if isinstance(matrices, Tensor) else matrices.one(expert)
 
 
 def _multiply(part: Tensor, matrix: Tensor, bias: Tensor | None, out: Tensor) -> None:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from tritonmoe.config.overlap import OverlapPlan
 from tritonmoe.config.precision import PIECE, PIECE_OF_GPU, ExpertPrecision
-from tritonmoe.ops.backends.torch import ELEMENTWISE_SIZE
+from tritonmoe.ops.backends.ops import GPU_FACTOR
+from tritonmoe.ops.backends.torch import ELEMENTWISE_SIZE, MAX_BLOCK_PAIRS
 from tritonmoe.overlap.schedule import Schedule
 from tritonmoe.overlap.simulation.cost_model import LayerWork, backward_with, forward_with
 from tritonmoe.overlap.steps import Step, StepKind, Way
@@ -25,7 +26,7 @@ class WorkingSet(NamedTuple):
     """How much a rank's experts work on at a time; ranks with other machines or backends have another one."""
 
     max_block_pairs: int | None = None
-    """How many pairs the backend computes at a time (MAX_BLOCK_PAIRS of its module). None means all pairs of a chunk,
+    """How many pairs the backend computes at a time (pairs_at_a_time() of ops.py). None means all pairs of a chunk,
     as the kernels do."""
     num_workers: int = 1
     """On how many blocks, or experts' weight gradients, the rank works at a time."""
@@ -293,7 +294,8 @@ class _PassWalk:
             self.hold_at_least("y", has_blocks * self.largest_pairs * row_bytes)
             results = ~has_blocks * pairs * row_bytes
         number, counted = wide_columns
-        most_wide = min(max_block_pairs, max(1, ELEMENTWISE_SIZE // (counted * widths.intermediate_size)))
+        most_numbers = ELEMENTWISE_SIZE * (1 if max_block_pairs <= (MAX_BLOCK_PAIRS or 0) else GPU_FACTOR)
+        most_wide = min(max_block_pairs, max(1, most_numbers // (counted * widths.intermediate_size)))
         of_blocks = pairs.clamp(max=max_block_pairs * workers)
         wide = pairs.clamp(max=most_wide * workers) * number * widths.temporary_bytes
         self.count(of_blocks * block_bytes + torch.maximum(of_blocks * row_bytes, wide))

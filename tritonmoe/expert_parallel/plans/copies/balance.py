@@ -66,7 +66,7 @@ class Copies(PlanKind):
             )
         if has_streamed(call.tensors.weights):
             raise ValueError(
-                "balance copies the weights of experts to other ranks, and offloaded ones stay in a file of their "
+                "balance copies the weights of experts to other ranks, and offloaded ones stay with their "
                 "rank: leave OverlapConfig.balance out, or don't call offload_experts()"
             )
         if placement is not None and placement.has_replicas:

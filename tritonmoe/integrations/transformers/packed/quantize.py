@@ -107,7 +107,7 @@ def _check(name: str, experts: nn.Module, weight_format: Literal["nf4", "mxfp4"]
     where = name or "the module"
     if (offloaded := offloaded_of(experts)) is not None:
         raise ValueError(
-            f"the experts of {where} stay in {offloaded.path} since offload_experts(): load the model again, and call "
+            f"the experts of {where} stay in {offloaded.place} since offload_experts(): load the model again, and call "
             "quantize_experts() first"
         )
     is_packed = experts.config.weight_format if isinstance(experts, GroupedExperts) else is_packed_experts(experts)
