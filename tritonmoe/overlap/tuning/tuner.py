@@ -3,7 +3,7 @@
 Calls that are alike (of one transport, with the same E, D, F, K, dtypes, gradient mode and OverlapConfig, whatever T)
 share a chooser, which goes through three stages. At every call it is in the same stage on every rank.
 
-1. It measures calls with one chunk and with two, each twice, with no local rows first, so that experts and exchanges
+1. It measures calls with one chunk and with four, each twice, with no local rows first, so that experts and exchanges
    are timed apart. They give the costs of every step and of the link. These are four calls with chunks of tokens, and
    where chunks of experts may be chosen too, four more with those. Then each rank searches the simulator for the plans
    that are best for itself, and votes for two of them; one of the two has chunks of tokens.
@@ -29,7 +29,7 @@ from typing import Literal
 
 import torch
 
-from tritonmoe.config.overlap import OverlapConfig, OverlapPlan, equal_sizes
+from tritonmoe.config.overlap import MAX_CHUNKS, OverlapConfig, OverlapPlan, equal_sizes
 from tritonmoe.dispatch.header import CallHeader
 from tritonmoe.overlap.report import LayerReport
 from tritonmoe.overlap.simulation.cost_model import LayerWork
@@ -46,6 +46,7 @@ from tritonmoe.overlap.tuning.search import (
     search,
     takes_chunks_of_experts,
     unpack_plan,
+    with_chunk_costs,
 )
 
 __all__ = ["SETTLING_CALLS", "PlanChooser"]
@@ -180,9 +181,10 @@ class Trials:
         return abs(recent / self.usual[0] - 1)
 
 
-MEASURED_NUM_CHUNKS = (1, 2, 1, 2)
-"""How many chunks the measured calls have. Two numbers tell apart what a chunk costs and what a pair costs; each is
-measured twice, since the shorter of two times is the less disturbed one."""
+MEASURED_NUM_CHUNKS = (1, 4, 1, 4)
+"""How many chunks the measured calls have. Two numbers tell apart what a chunk costs and what a pair costs, the better
+the further they are from each other; each is measured twice, since the shorter of two times is the less disturbed one.
+"""
 NUM_VOTES = 2
 """For how many plans a rank votes."""
 SETTLING_CALLS = 2 * len(MEASURED_NUM_CHUNKS) + 1 + (1 + NUM_VOTES) * TRIAL_ROUNDS + 1
@@ -264,11 +266,12 @@ class PlanChooser:
     @property
     def _measured_plans(self) -> list[OverlapPlan]:
         """The plans of the calls that are measured before the search, in turn."""
-        both = [
-            plan_of(replace(self.config, chunk_by=chunk_by), equal_sizes(num_chunks), local_start=0)
-            for chunk_by in self.ways_to_cut
-            for num_chunks in MEASURED_NUM_CHUNKS[:2]
-        ]
+        both = []
+        for chunk_by in self.ways_to_cut:
+            most = MAX_CHUNKS if chunk_by == "tokens" or self.widths is None else self.widths.num_local_experts
+            for num_chunks in MEASURED_NUM_CHUNKS[:2]:
+                sizes = equal_sizes(min(num_chunks, most))
+                both.append(plan_of(replace(self.config, chunk_by=chunk_by), sizes, local_start=0))
         return both + both
 
     def plan(self) -> OverlapPlan:
@@ -325,12 +328,14 @@ class PlanChooser:
         first_way = measured[self.ways_to_cut[0]]
         link = link_costs(first_way, self.is_shared)
         one = first_way[2]  # the second call with one chunk
+        work = layer_work(one)
+        num_pairs = float(work.pairs.sum(0).max())
         found: list[tuple[float, OverlapPlan]] = []
         for way, reports in measured.items():
             found += search(
                 replace(self.config, chunk_by=way),
-                layer_work(one),
-                layer_costs(reports),
+                work,
+                with_chunk_costs(layer_costs(reports), num_pairs),
                 link,
                 backward=one.backward is not None,
                 fits=self._has_no_empty_chunk,
