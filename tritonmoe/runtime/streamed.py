@@ -37,6 +37,7 @@ __all__ = [
     "Unit",
     "WeightFile",
     "find_streamed",
+    "is_any_streamed",
     "make_handle",
     "waited",
     "words_of_waits",
@@ -153,6 +154,11 @@ def make_handle(weight: StreamedWeight) -> Tensor:
         return torch.frombuffer(memory, dtype=weight.dtype).as_strided(
             weight.shape, (1, *(0 for _ in weight.shape[1:]))
         )
+
+
+def is_any_streamed() -> bool:
+    """Return whether this process has a weight that stays in a file."""
+    return bool(_known)
 
 
 def find_streamed(tensor: Tensor) -> tuple[StreamedWeight, int] | None:
