@@ -12,7 +12,9 @@ share a chooser, which goes through three stages. At every call it is in the sam
    of the three rounds counts. Calls with over twice or under half the rows of the first one, as decoding has behind a
    prefill, take part without being compared.
 3. It keeps the fastest plan if that is at least 3 % faster than one chunk, and one chunk otherwise, also where too few
-   whole calls came to compare. Where calls of the same size later take 10 % longer or shorter, it starts again.
+   whole calls came to compare. Where no backward came at all, though the calls could run one (an evaluation that leaves
+   gradients on, say), forwards are compared alone, until one comes. Where calls of the same size later take 10 % longer
+   or shorter, it starts again.
 
 Many layers run forward before the first one runs backward, and a forward may get no backward at all: the vote waits
 for the measured calls' backwards, and times are told of whichever of the last calls are over.
@@ -94,6 +96,8 @@ class Trials:
     num_candidates: int
     num_calls: int = 0
     """How many calls there were since."""
+    num_heard: int = 0
+    """Of how many of them all ranks have heard the time."""
     tried: deque[TriedCall] = field(default_factory=lambda: deque(maxlen=DRIFT_CALLS))
     """The last of them whose times the other ranks have not heard yet, the oldest first."""
     times: dict[int, list[float]] = field(default_factory=dict)
@@ -144,6 +148,7 @@ class Trials:
             return False
         call = self.tried[place]
         del self.tried[place]
+        self.num_heard += 1
         rows = max(1, call.rows)
         per_row = max(header.measured_ns for header in headers) / rows
         if is_chosen:
@@ -233,6 +238,11 @@ class PlanChooser:
     """How many calls there were since a time was heard that counts, or since all measured calls were made."""
     has_backward: bool = False
     """Whether the calls run backward."""
+    are_forwards_alone: bool = False
+    """Whether forwards are compared alone, though the calls could run backward: none has for long. All ranks see it
+    alike, since headers say which backwards have run."""
+    last_report: LayerReport | None = None
+    """Of the call before."""
     num_searches: int = 0
     """How often a plan was chosen: the more often, the larger a drift must be to start again."""
     last_work: LayerWork | None = None
@@ -374,7 +384,12 @@ class PlanChooser:
                 self.last_work = most_work(report)
                 self.last_working_sets = {WorkingSet.unpack(header.working_set) for header in headers}
             return
-        self.has_backward = has_backward
+        before, self.last_report = self.last_report, report
+        if self.are_forwards_alone and before is not None and before.backward is not None:
+            self.are_forwards_alone = False
+            self._search_again()
+            return
+        self.has_backward = has_backward and not self.are_forwards_alone
         if not self.candidates:
             if len(self.measured) < len(self._measured_plans):
                 self.measured.append(report)
@@ -384,7 +399,7 @@ class PlanChooser:
                 self._count_votes(headers)
             return
         has_counted = self.trials.record(headers, is_chosen=self.chosen is not None)
-        self.trials.add(report, has_backward)
+        self.trials.add(report, self.has_backward)
         self.num_unheard = 1 if has_counted else self.num_unheard + 1
         if self.chosen is None:
             self._choose_if_tried()
@@ -415,6 +430,10 @@ class PlanChooser:
         """Choose a plan once every candidate is measured, or one chunk where no more times come."""
         if not self.trials.is_enough and self.num_unheard < MAX_UNHEARD_CALLS:
             return
+        if not self.trials.is_enough and self.has_backward and not self.trials.num_heard:
+            self.are_forwards_alone, self.num_unheard = True, 0
+            self.trials = Trials(len(self.candidates))
+            return
         self.num_searches += 1
         if not self.trials.is_enough:
             self.chosen = self.candidates[0]
@@ -431,9 +450,15 @@ class PlanChooser:
             words = f"{self.candidates[best]}: {gain:.0%} faster than one chunk"
         self.chosen = self.candidates[best]
         self.trials.keep(medians[best])
-        self.choice = f"{words}, median of {TRIAL_ROUNDS} rounds ({self.sides})"
+        rounds = f"{TRIAL_ROUNDS} rounds" + " of forwards, since no backward came" * self.are_forwards_alone
+        self.choice = f"{words}, median of {rounds} ({self.sides})"
 
     def _search_again_if_drifted(self) -> None:
         """Start with the first stage again if the chosen plan's calls take another time than they did."""
         if self.trials.drift() > DRIFT * self.num_searches:
-            self.chosen, self.candidates, self.trials = None, [], Trials(0)
+            self._search_again()
+
+    def _search_again(self) -> None:
+        """Start with the first stage again."""
+        self.chosen, self.candidates, self.trials = None, [], Trials(0)
+        self.measured.clear()
