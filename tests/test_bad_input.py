@@ -410,7 +410,7 @@ def test_ranks_learn_plans_for_different_kinds_of_calls(name: str) -> None:
         parallel(transport, **training)
         with (
             torch.set_grad_enabled(grad_mode),
-            pytest.raises(tm.CountMismatch, match=r"disagree on num_chunks .*rank 0: \d, rank 1: 2\): .*" + match),
+            pytest.raises(tm.CountMismatch, match=r"disagree on num_chunks .*rank 0: \d, rank 1: 4\): .*" + match),
         ):
             parallel(transport, **given)
         parallel(transport, **training)

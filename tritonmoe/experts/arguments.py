@@ -25,6 +25,8 @@ __all__ = [
 
 
 MAX_OFFSET = 2**31 - 1
+PLAIN = frozenset((Tensor, nn.Parameter))
+"""The types of tensors that are nothing else; every call asks."""
 
 
 def checked_tensors(
@@ -43,7 +45,10 @@ def checked_tensors(
         )
     device = getattr(given.x, "device", None)
     for name, tensor in zip(NAMES, given.flatten(), strict=False):
-        if tensor is None and name in OPTIONAL:
+        if tensor is None:
+            if name in OPTIONAL:
+                continue
+        elif type(tensor) in PLAIN and tensor.layout == torch.strided and tensor.device == device:
             continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
@@ -120,37 +125,51 @@ def _check_weights(x: Tensor, weights: PerWeight[Tensor], layout: ExpertLayout) 
         raise ValueError(f"D and F must be at least 1, got x {tuple(x.shape)} and gate_up_proj {up_shape}")
     want_w1 = (num_experts, model_width, width) if layout.transposed else (num_experts, width, model_width)
     want_w2 = (num_experts, inner, model_width) if layout.transposed else (num_experts, model_width, inner)
-    up_axes, down_axes = ("(E, D, 2F)", "(E, F, D)") if layout.transposed else ("(E, 2F, D)", "(E, D, F)")
-    for name, tensor, scales, want, axes in (
-        ("gate_up_proj", w1, up_scales, want_w1, up_axes),
-        ("down_proj", w2, down_scales, want_w2, down_axes),
-        ("gate_up_bias", b1, None, (num_experts, width), "(E, 2F)"),
-        ("down_bias", b2, None, (num_experts, model_width), "(E, D)"),
-    ):
-        if tensor is None:
-            continue
-        shape = tuple(tensor.shape) if scales is None else weight_shape(tensor, scales)
-        if shape != want:
-            form = axes if layout.gated else axes.replace("2F", "F")
-            raise ValueError(
-                f"{name} must be {form} = {want} with D = {model_width} from x and transposed={layout.transposed}, "
-                f"gated={layout.gated}; got {shape}"
-            )
-        if scales is None and tensor.dtype != x.dtype:
-            raise _other_dtype(name, tensor, x)
-        if scales is not None and x.dtype != torch.bfloat16:
-            raise TypeError(
-                f"{name} is packed, and stands for a bf16 weight, but x is {x.dtype}: cast x to bf16 (model.to("
-                "torch.bfloat16) leaves packed weights as they are), or call under torch.autocast with bf16"
-            )
+    _check_weight("gate_up_proj", w1, up_scales, want_w1, x, layout)
+    _check_weight("down_proj", w2, down_scales, want_w2, x, layout)
+    if b1 is not None:
+        _check_weight("gate_up_bias", b1, None, (num_experts, width), x, layout)
+    if b2 is not None:
+        _check_weight("down_bias", b2, None, (num_experts, model_width), x, layout)
+    for name, values, scales in (("gate_up_proj", w1, up_scales), ("down_proj", w2, down_scales)):
         if scales is not None:
-            format_of(tensor, scales).check_width(inner, f"decode {name} to bf16")
+            format_of(values, scales).check_width(inner, f"decode {name} to bf16")
     for name, factor_a, factor_b, sizes in (
         ("gate_up", weights.gate_up_a, weights.gate_up_b, (num_experts, width, model_width)),
         ("down", weights.down_a, weights.down_b, (num_experts, model_width, inner)),
     ):
         if factor_a is not None and factor_b is not None:
             _check_factors(name, x, factor_a, factor_b, sizes)
+
+
+AXES = {
+    "gate_up_proj": ("(E, 2F, D)", "(E, D, 2F)"),
+    "down_proj": ("(E, D, F)", "(E, F, D)"),
+    "gate_up_bias": ("(E, 2F)", "(E, 2F)"),
+    "down_bias": ("(E, D)", "(E, D)"),
+}
+"""How a weight's shape is written, without `transposed` and with it."""
+
+
+def _check_weight(
+    name: str, tensor: Tensor, scales: Tensor | None, want: tuple[int, ...], x: Tensor, layout: ExpertLayout
+) -> None:
+    shape = tensor.shape if scales is None else weight_shape(tensor, scales)
+    if shape != want:
+        axes = AXES[name][layout.transposed]
+        form = axes if layout.gated else axes.replace("2F", "F")
+        raise ValueError(
+            f"{name} must be {form} = {want} with D = {x.shape[1]} from x and transposed={layout.transposed}, "
+            f"gated={layout.gated}; got {tuple(shape)}"
+        )
+    if scales is None:
+        if tensor.dtype != x.dtype:
+            raise _other_dtype(name, tensor, x)
+    elif x.dtype != torch.bfloat16:
+        raise TypeError(
+            f"{name} is packed, and stands for a bf16 weight, but x is {x.dtype}: cast x to bf16 (model.to("
+            "torch.bfloat16) leaves packed weights as they are), or call under torch.autocast with bf16"
+        )
 
 
 def _other_dtype(name: str, tensor: Tensor, x: Tensor) -> TypeError:
@@ -217,7 +236,7 @@ def check_plain(name: str, weight: Tensor) -> None:
             "tritonmoe.QuantizedWeight, which holds packed values and their scales. Make a QuantizedWeight of these "
             "tensors, leave the experts out of the quantisation, or pass a dequantised weight"
         )
-    if type(weight) not in (Tensor, nn.Parameter) and is_traceable_wrapper_subclass(weight):
+    if type(weight) not in PLAIN and is_traceable_wrapper_subclass(weight):
         raise TypeError(
             f"{name} is a {kind}, not a plain tensor in memory: pass to_local() of a sharded weight (DTensor), or a "
             "dequantised copy of a quantised one (torchao); the experts never gather or dequantise on their own"

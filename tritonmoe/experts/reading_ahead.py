@@ -11,7 +11,15 @@ from torch import Tensor
 from tritonmoe.config.layer import PerWeight
 from tritonmoe.ops.grouping import GroupingBlock
 from tritonmoe.runtime.expert_blocks import Span, noted_waits, timed_on
-from tritonmoe.runtime.streamed import ExpertReader, PassLoads, StreamedWeight, Unit, find_streamed, waited
+from tritonmoe.runtime.streamed import (
+    ExpertReader,
+    PassLoads,
+    StreamedWeight,
+    Unit,
+    find_streamed,
+    is_any_streamed,
+    waited,
+)
 
 __all__ = ["ReadingAhead", "begin_reading", "has_streamed"]
 
@@ -22,7 +30,7 @@ Streamed = list[tuple[StreamedWeight, int]]
 
 def has_streamed(weights: PerWeight[Tensor]) -> bool:
     """Return whether a weight of a call stays in a file or in pinned memory."""
-    return any(_streamed(weights, side) for side in ("up", "down"))
+    return is_any_streamed() and any(_streamed(weights, side) for side in ("up", "down"))
 
 
 def _streamed(weights: PerWeight[Tensor], side: Side) -> Streamed:

@@ -3,7 +3,6 @@
 It knows nothing of ranks, streams or transports. One device is the case of one chunk.
 """
 
-from functools import cached_property
 from itertools import pairwise
 
 from torch import Tensor
@@ -49,6 +48,7 @@ class ExpertsRun:
         """Which products the weights are rounded for, in an ExpertPrecision."""
         self.dropped: DroppedRows | None = None
         """The rows as the adapter of the up-projection multiplies them, where it has dropout; filled chunk by chunk."""
+        self._made_projections: tuple[AdaptedProjection, AdaptedProjection] | None = None
         self._reused: dict[str, Tensor] = {}
         """Memory that every chunk uses again."""
         self._is_reading = False
@@ -94,10 +94,12 @@ class ExpertsRun:
         gate_up, down = self._projections
         return gate_up.of_experts(block.experts), down.of_experts(block.experts)
 
-    @cached_property
+    @property
     def _projections(self) -> tuple[AdaptedProjection, AdaptedProjection]:
         """The up-projection and the down-projection of all experts."""
-        return self.settings.projections(self.weights, self.row_seeds, self.directions)
+        if self._made_projections is None:
+            self._made_projections = self.settings.projections(self.weights, self.row_seeds, self.directions)
+        return self._made_projections
 
     def _drop_rows(self, chunk: int, grouping: Grouping) -> None:
         """Fill `dropped` for the rows of a chunk."""

@@ -40,10 +40,9 @@ class CallTensors(NamedTuple, Generic[Value]):
     @classmethod
     def unflatten(cls, values: "Sequence[Other | None]") -> "CallTensors[Other]":
         """Return the tensors of which flatten() gave the values."""
-        weights: PerWeight[Any] = PerWeight._make(values[_FIRST_WEIGHT:_ROW_SEEDS])
-        rows: Sequence[Any] = values[:_FIRST_WEIGHT]
-        parameters: Sequence[Any] = values[_ROW_SEEDS + 1 :]
-        return CallTensors(rows[0], rows[1], rows[2], weights, values[_ROW_SEEDS], parameters)
+        x, topk_ids, topk_weights, *weights = values[:_ROW_SEEDS]
+        seeds_and_parameters = values[_ROW_SEEDS], values[_ROW_SEEDS + 1 :]
+        return CallTensors._make((x, topk_ids, topk_weights, PerWeight._make(weights), *seeds_and_parameters))
 
     def of_rows(self) -> "list[Value | None]":
         """Return those that belong to the rows of x, in the order of OF_ROWS."""
@@ -73,7 +72,8 @@ class CallTensors(NamedTuple, Generic[Value]):
         if not torch.is_grad_enabled():
             return False
         values: list[Any] = self.flatten()
-        return any(tensor is not None and tensor.requires_grad for tensor in values)
+        # Every call asks, and any() of a generator takes longer.
+        return True in [tensor.requires_grad for tensor in values if tensor is not None]
 
 
 NO_TENSORS: CallTensors[Any] = CallTensors(None, None, None, NO_WEIGHTS)

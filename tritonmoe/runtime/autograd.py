@@ -167,7 +167,7 @@ def keep_beside(ctx: Context, value: object) -> Tensor:
             _kept_by_recomputes.pop(number, None)
 
         torch.autograd.Variable._execution_engine.queue_callback(forget)  # when this backward ends
-    return torch.tensor(number, dtype=torch.float64, device=_CPU)  # of a dtype that has gradients
+    return torch.scalar_tensor(number, dtype=torch.float64, device=_CPU)  # of a dtype that has gradients
 
 
 def kept_beside(ctx: Context, mark: Tensor) -> Any:

@@ -41,6 +41,7 @@ __all__ = [
     "StreamedWeight",
     "Unit",
     "find_streamed",
+    "is_any_streamed",
     "make_handle",
     "waited",
     "words_of_waits",
@@ -131,6 +132,11 @@ def make_handle(weight: StreamedWeight, device: torch.device) -> Tensor:
 def _forget(address: int, weight: StreamedWeight) -> None:
     if _known.get(address) is weight:  # else the memory is another handle's already
         del _known[address]
+
+
+def is_any_streamed() -> bool:
+    """Return whether this process has a weight that stays in a file."""
+    return bool(_known)
 
 
 def find_streamed(tensor: Tensor) -> tuple[StreamedWeight, int] | None:

@@ -153,8 +153,9 @@ def test_a_profiler_s_hooks_are_handed_on_and_empty_chains_are_not(compiled, whe
 
     kernel, arguments = compiled_kernels(triton.JITFunction(fill)), (torch.empty(64), 2.0)
     kernel.launch(0, (1,), arguments, {"BLOCK": 16}, {"num_warps": 4})
-    ((program, _),) = kernel.found.values()
-    program.run, program.launch_metadata = run, lambda grid, stream: ("metadata", grid, stream)
+    ((key, (program, _, *others)),) = kernel.found.items()
+    kernel.found[key] = program, run, *others
+    program.launch_metadata = lambda grid, stream: ("metadata", grid, stream)
     kernel.launch(0, (1,), arguments, {"BLOCK": 16}, {"num_warps": 4})
     assert handed == [(None, None, None)]
     chains = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook

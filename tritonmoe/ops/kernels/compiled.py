@@ -16,8 +16,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
+from triton import knobs
+from triton.runtime.driver import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 __all__ = ["cache_refusal", "compiled_kernels", "settle_cache"]
@@ -53,8 +54,8 @@ class CompiledKernels:
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
         self.unspecialised = {place for place, parameter in enumerate(kernel.params) if parameter.do_not_specialize}
-        self.found: dict[Key, tuple[Any, list[Any]]] = {}
-        """What was compiled, and its constexprs in the order of the signature."""
+        self.found: dict[Key, tuple[Any, ...]] = {}
+        """What was compiled: its launcher, function and metadata, and its constexprs in the order of the signature."""
         self.compile_anyway = kernel._do_compile
         kernel._do_compile = self._compile_once
         kernel.device_caches = _MadeOnce(kernel.create_binder, kernel.device_caches)
@@ -81,23 +82,24 @@ class CompiledKernels:
         found = self.found.get(key)
         if found is None:
             compiled = self.kernel[grid](*args, **constexprs, **options)
-            self.found[key] = compiled, [constexprs[name] for name in self.kernel.arg_names[len(args) :]]
+            values = [constexprs[name] for name in self.kernel.arg_names[len(args) :]]
+            self.found[key] = compiled, compiled.run, compiled.function, compiled.packed_metadata, values
         else:
-            compiled, values = found
+            compiled, run, function, packed_metadata, values = found
             # As Triton's own `run` does behind its binder; what indexing gives passes all arguments on twice more.
             whole_grid = grid + (1,) * (3 - len(grid))
-            stream = triton.runtime.driver.active.get_current_stream(device_index)
-            enter, leave = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
+            stream = driver.active.get_current_stream(device_index)
+            enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
             metadata = None
             if getattr(enter, "calls", True) or getattr(leave, "calls", True):
                 metadata = compiled.launch_metadata(whole_grid, stream)
             else:  # chains of no hooks, for which Triton would make metadata, and call them
                 enter = leave = None
-            compiled.run(
+            run(
                 *whole_grid,
                 stream,
-                compiled.function,
-                compiled.packed_metadata,
+                function,
+                packed_metadata,
                 metadata,
                 enter,
                 leave,
@@ -112,7 +114,7 @@ class CompiledKernels:
         parts = [  # every launch waits for this: no call for most arguments, no loop of statements
             arg
             if arg is None or type(arg) is int  # of which it is no more than 1, a multiple of 16, and the width
-            else (arg.dtype, arg.data_ptr() % 16)
+            else ((arg.dtype, arg.data_ptr() % 16) if arg.data_ptr() % 16 else arg.dtype)
             if isinstance(arg, Tensor)
             else float
             if type(arg) is float
@@ -134,7 +136,7 @@ def _kind(arg: Any) -> Any:
 
 def cache_refusal() -> str | None:
     """Return why Triton can't write into its cache of compiled kernels; None where it can."""
-    folder = triton.knobs.cache.dir
+    folder = knobs.cache.dir
     if folder.startswith("~"):  # Triton would make a folder of that name wherever the process happens to run
         return f"the user has no home directory, and the cache would be {folder}"
     try:
@@ -155,7 +157,7 @@ def settle_cache() -> None:
     if reason is not None:
         folder = tempfile.mkdtemp(prefix="tritonmoe-triton-")
         atexit.register(_remove, folder, os.getpid())
-        triton.knobs.cache.dir = folder
+        knobs.cache.dir = folder
         log.warning(
             "kernels are compiled again in every process, since %s. TRITON_CACHE_DIR names another folder", reason
         )

@@ -90,7 +90,7 @@ def layer_costs(reports: Sequence[LayerReport]) -> StepCosts:
 
 
 def link_costs(reports: Sequence[LayerReport], is_shared: bool) -> LinkCosts:
-    """Fit the link to the metadata and dispatches of calls with one and two chunks.
+    """Fit the link to the metadata and dispatches of calls with one chunk and with several.
 
     An exchange of which only the latest possible end is known, behind compute, or the latest possible beginning, behind
     such an exchange, counts where nothing better is known of any dispatch.
@@ -125,5 +125,5 @@ def link_costs(reports: Sequence[LayerReport], is_shared: bool) -> LinkCosts:
     latency_s, byte_s = fit_line([(num_bytes, seconds) for (_, _, num_bytes), seconds in alone.items()])
     alone_share = 1.0
     if is_shared and together[1] > 0:
-        alone_share = min(1.0, max(SMALLEST_ALONE_SHARE, together[2] / together[1]))
+        alone_share = min(1.0, max(SMALLEST_ALONE_SHARE, together[max(together)] / together[1]))
     return LinkCosts(latency_s, 1 / max(byte_s * alone_share, 1e-18), is_shared, alone_share)

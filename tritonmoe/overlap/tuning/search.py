@@ -40,11 +40,14 @@ __all__ = [
     "search",
     "takes_chunks_of_experts",
     "unpack_plan",
+    "with_chunk_costs",
 ]
 
 COMMUNICATION_BOUND_NUM_CHUNKS = 3
 MOST_GROWTH = 8
 SMALLEST_EPS_S = 50e-6
+SMALLEST_EPS_SHARE = 0.005
+"""Of the time of all experts: a chunk that was measured to cost less was measured in noise."""
 SEARCHED_LOCAL_STARTS = (4, 12, LOCAL_PARTS)
 SEARCHED_WINDOWS = (2, 3)
 ALIKE = 0.01
@@ -53,6 +56,26 @@ fewer chunks are tried first: they have fewer exchanges, of whose small costs pr
 BUDGETED_WINDOW = 2
 WALKED_LAYERS = 4
 """So many layers are walked to see what two halves of a batch take: the ends of the stack show."""
+
+
+def _smallest_eps_s(experts_s: float) -> float:
+    return max(SMALLEST_EPS_S, SMALLEST_EPS_SHARE * experts_s)
+
+
+def with_chunk_costs(costs: StepCosts, num_pairs: float) -> StepCosts:
+    """Return measured costs in which one more chunk of experts costs no less than the closed form takes it to.
+
+    What it costs is the small difference of two measured times. Where noise leaves nothing of it, chunks would be free,
+    and the search would find the plans with most of them.
+
+    Args:
+        num_pairs: those of all experts of the busiest rank.
+    """
+    fixed_s = dict(costs.fixed_s)
+    for kind in (StepKind.EXPERTS, StepKind.EXPERTS_BACKWARD):
+        if kind in fixed_s:
+            fixed_s[kind] = max(fixed_s[kind], _smallest_eps_s(costs.seconds(kind, num_pairs)))
+    return replace(costs, fixed_s=fixed_s)
 
 
 def closed_form_num_chunks(experts_s: float, communication_s: float, eps_s: float) -> int:
@@ -64,7 +87,7 @@ def closed_form_num_chunks(experts_s: float, communication_s: float, eps_s: floa
     Example:
         closed_form_num_chunks(0.010, 0.008, 0.000150) gives 7.
     """
-    eps_s = max(eps_s, SMALLEST_EPS_S, 0.005 * experts_s)
+    eps_s = max(eps_s, _smallest_eps_s(experts_s))
     if communication_s <= 2 * eps_s or experts_s <= 2 * eps_s:
         return 1
     if communication_s > experts_s:

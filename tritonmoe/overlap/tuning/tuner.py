@@ -3,7 +3,7 @@
 Calls that are alike (of one transport, with the same E, D, F, K, dtypes, gradient mode and OverlapConfig, whatever T)
 share a chooser, which goes through three stages. At every call it is in the same stage on every rank.
 
-1. It measures calls with one chunk and with two, each twice, with no local rows first, so that experts and exchanges
+1. It measures calls with one chunk and with four, each twice, with no local rows first, so that experts and exchanges
    are timed apart. They give the costs of every step and of the link. These are four calls with chunks of tokens, and
    where chunks of experts may be chosen too, four more with those. Then each rank searches the simulator for the plans
    that are best for itself, and votes for two of them; one of the two has chunks of tokens.
@@ -12,7 +12,9 @@ share a chooser, which goes through three stages. At every call it is in the sam
    of the three rounds counts. Calls with over twice or under half the rows of the first one, as decoding has behind a
    prefill, take part without being compared.
 3. It keeps the fastest plan if that is at least 3 % faster than one chunk, and one chunk otherwise, also where too few
-   whole calls came to compare. Where calls of the same size later take 10 % longer or shorter, it starts again.
+   whole calls came to compare. Where no backward came at all, though the calls could run one (an evaluation that leaves
+   gradients on, say), forwards are compared alone, until one comes. Where calls of the same size later take 10 % longer
+   or shorter, it starts again.
 
 Many layers run forward before the first one runs backward, and a forward may get no backward at all: the vote waits
 for the measured calls' backwards, and times are told of whichever of the last calls are over.
@@ -29,7 +31,7 @@ from typing import Literal
 
 import torch
 
-from tritonmoe.config.overlap import OverlapConfig, OverlapPlan, equal_sizes
+from tritonmoe.config.overlap import MAX_CHUNKS, OverlapConfig, OverlapPlan, equal_sizes
 from tritonmoe.dispatch.header import CallHeader
 from tritonmoe.overlap.report import LayerReport
 from tritonmoe.overlap.simulation.cost_model import LayerWork
@@ -46,6 +48,7 @@ from tritonmoe.overlap.tuning.search import (
     search,
     takes_chunks_of_experts,
     unpack_plan,
+    with_chunk_costs,
 )
 
 __all__ = ["SETTLING_CALLS", "PlanChooser"]
@@ -93,6 +96,8 @@ class Trials:
     num_candidates: int
     num_calls: int = 0
     """How many calls there were since."""
+    num_heard: int = 0
+    """Of how many of them all ranks have heard the time."""
     tried: deque[TriedCall] = field(default_factory=lambda: deque(maxlen=DRIFT_CALLS))
     """The last of them whose times the other ranks have not heard yet, the oldest first."""
     times: dict[int, list[float]] = field(default_factory=dict)
@@ -143,6 +148,7 @@ class Trials:
             return False
         call = self.tried[place]
         del self.tried[place]
+        self.num_heard += 1
         rows = max(1, call.rows)
         per_row = max(header.measured_ns for header in headers) / rows
         if is_chosen:
@@ -180,9 +186,10 @@ class Trials:
         return abs(recent / self.usual[0] - 1)
 
 
-MEASURED_NUM_CHUNKS = (1, 2, 1, 2)
-"""How many chunks the measured calls have. Two numbers tell apart what a chunk costs and what a pair costs; each is
-measured twice, since the shorter of two times is the less disturbed one."""
+MEASURED_NUM_CHUNKS = (1, 4, 1, 4)
+"""How many chunks the measured calls have. Two numbers tell apart what a chunk costs and what a pair costs, the better
+the further they are from each other; each is measured twice, since the shorter of two times is the less disturbed one.
+"""
 NUM_VOTES = 2
 """For how many plans a rank votes."""
 SETTLING_CALLS = 2 * len(MEASURED_NUM_CHUNKS) + 1 + (1 + NUM_VOTES) * TRIAL_ROUNDS + 1
@@ -231,6 +238,11 @@ class PlanChooser:
     """How many calls there were since a time was heard that counts, or since all measured calls were made."""
     has_backward: bool = False
     """Whether the calls run backward."""
+    are_forwards_alone: bool = False
+    """Whether forwards are compared alone, though the calls could run backward: none has for long. All ranks see it
+    alike, since headers say which backwards have run."""
+    last_report: LayerReport | None = None
+    """Of the call before."""
     num_searches: int = 0
     """How often a plan was chosen: the more often, the larger a drift must be to start again."""
     last_work: LayerWork | None = None
@@ -264,11 +276,12 @@ class PlanChooser:
     @property
     def _measured_plans(self) -> list[OverlapPlan]:
         """The plans of the calls that are measured before the search, in turn."""
-        both = [
-            plan_of(replace(self.config, chunk_by=chunk_by), equal_sizes(num_chunks), local_start=0)
-            for chunk_by in self.ways_to_cut
-            for num_chunks in MEASURED_NUM_CHUNKS[:2]
-        ]
+        both = []
+        for chunk_by in self.ways_to_cut:
+            most = MAX_CHUNKS if chunk_by == "tokens" or self.widths is None else self.widths.num_local_experts
+            for num_chunks in MEASURED_NUM_CHUNKS[:2]:
+                sizes = equal_sizes(min(num_chunks, most))
+                both.append(plan_of(replace(self.config, chunk_by=chunk_by), sizes, local_start=0))
         return both + both
 
     def plan(self) -> OverlapPlan:
@@ -325,12 +338,14 @@ class PlanChooser:
         first_way = measured[self.ways_to_cut[0]]
         link = link_costs(first_way, self.is_shared)
         one = first_way[2]  # the second call with one chunk
+        work = layer_work(one)
+        num_pairs = float(work.pairs.sum(0).max())
         found: list[tuple[float, OverlapPlan]] = []
         for way, reports in measured.items():
             found += search(
                 replace(self.config, chunk_by=way),
-                layer_work(one),
-                layer_costs(reports),
+                work,
+                with_chunk_costs(layer_costs(reports), num_pairs),
                 link,
                 backward=one.backward is not None,
                 fits=self._has_no_empty_chunk,
@@ -369,7 +384,12 @@ class PlanChooser:
                 self.last_work = most_work(report)
                 self.last_working_sets = {WorkingSet.unpack(header.working_set) for header in headers}
             return
-        self.has_backward = has_backward
+        before, self.last_report = self.last_report, report
+        if self.are_forwards_alone and before is not None and before.backward is not None:
+            self.are_forwards_alone = False
+            self._search_again()
+            return
+        self.has_backward = has_backward and not self.are_forwards_alone
         if not self.candidates:
             if len(self.measured) < len(self._measured_plans):
                 self.measured.append(report)
@@ -379,7 +399,7 @@ class PlanChooser:
                 self._count_votes(headers)
             return
         has_counted = self.trials.record(headers, is_chosen=self.chosen is not None)
-        self.trials.add(report, has_backward)
+        self.trials.add(report, self.has_backward)
         self.num_unheard = 1 if has_counted else self.num_unheard + 1
         if self.chosen is None:
             self._choose_if_tried()
@@ -410,6 +430,10 @@ class PlanChooser:
         """Choose a plan once every candidate is measured, or one chunk where no more times come."""
         if not self.trials.is_enough and self.num_unheard < MAX_UNHEARD_CALLS:
             return
+        if not self.trials.is_enough and self.has_backward and not self.trials.num_heard:
+            self.are_forwards_alone, self.num_unheard = True, 0
+            self.trials = Trials(len(self.candidates))
+            return
         self.num_searches += 1
         if not self.trials.is_enough:
             self.chosen = self.candidates[0]
@@ -426,9 +450,15 @@ class PlanChooser:
             words = f"{self.candidates[best]}: {gain:.0%} faster than one chunk"
         self.chosen = self.candidates[best]
         self.trials.keep(medians[best])
-        self.choice = f"{words}, median of {TRIAL_ROUNDS} rounds ({self.sides})"
+        rounds = f"{TRIAL_ROUNDS} rounds" + " of forwards, since no backward came" * self.are_forwards_alone
+        self.choice = f"{words}, median of {rounds} ({self.sides})"
 
     def _search_again_if_drifted(self) -> None:
         """Start with the first stage again if the chosen plan's calls take another time than they did."""
         if self.trials.drift() > DRIFT * self.num_searches:
-            self.chosen, self.candidates, self.trials = None, [], Trials(0)
+            self._search_again()
+
+    def _search_again(self) -> None:
+        """Start with the first stage again."""
+        self.chosen, self.candidates, self.trials = None, [], Trials(0)
+        self.measured.clear()
