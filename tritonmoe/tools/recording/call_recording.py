@@ -120,6 +120,8 @@ class RecordedCall:
     is_recompute: bool
     half: int
     """Which half of a batch in two_batches it is of, 1 or 2; 0 for a whole batch."""
+    part: int
+    """Which part of a call with a memory budget it is, counted from 1; 0 for a whole call."""
     plan: OverlapPlan
     row_bytes: int
     gradient_row_bytes: int

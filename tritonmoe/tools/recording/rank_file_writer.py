@@ -136,6 +136,7 @@ def _plain_call(held: HeldCall) -> Json:
         "layer": header.layer,
         "recomputed": held.is_recompute,
         "half": header.half,
+        **({"part": report.part} if report.part else {}),
         "choice": report.choice,
         "plan": plain_plan(report.overlap),
         "sizes": _sizes(header),
