@@ -238,6 +238,11 @@ class Recording:
         return self.headers[0].get("node_size") is not None
 
     @property
+    def levels_meet(self) -> bool:
+        """Whether an exchange of some ranks ends when all have posted it: emulated ranks make each one together."""
+        return self.has_two_levels and self.headers[0].get("world") == "EmulatedTransport"
+
+    @property
     def uses_rendezvous(self) -> bool:
         """As Transport.uses_rendezvous says."""
         return bool(self.headers[0]["uses_rendezvous"])

@@ -61,6 +61,7 @@ class RankFileWriter:
             "size": transport.size,
             "job_ranks": transport.job_ranks,
             "transport": _public_name(type(transport)),
+            "world": _public_name(type(transport.single_level)),
             "node_size": transport.node_size,
             "shares_link": transport.shares_link(device),
             "uses_rendezvous": transport.uses_rendezvous(device),
