@@ -111,9 +111,10 @@ class ForwardPass(_LayerPass[Tensor]):
     def end_fetch(self) -> Kept:
         """Wait for these, and return what a backward needs."""
         with self.call.in_the_middle():
-            self._ended()
+            fetched = self._ended()
         run = self.experts.own
-        return Kept(self.plan, run.grouping, {}, self.call.report, received=run.tensors._replace(x=run.rows))
+        rows = run.tensors._replace(x=run.rows)
+        return Kept(self.plan, run.grouping, {}, self.call.report, received=rows, fetched=fetched)
 
     def _receive(self, keep_hidden: bool) -> None:
         """Make what receives rows, and what computes them."""
@@ -225,6 +226,7 @@ class ForwardPass(_LayerPass[Tensor]):
             wire_sums=self.wire_sums,
             first_run=self.call.first_run,
             keeps=self.call.keeps,
+            part=self.call.part,
         )
 
 
@@ -394,6 +396,8 @@ class BackwardPass(_LayerPass[CallTensors[Tensor | None]]):
     def _finish(self, timings: PassReport) -> CallTensors[Tensor | None]:
         call, kept = self.call, self.kept
         state_of(call.all_ranks).note_backward(call.header.sequence)
+        if kept.fetched is not None:
+            timings = PassReport.joined([kept.fetched, timings])
         timings.marks = None if self._agreement is None else self._agreement.marks
         grads = self.experts.end(self.grads, timings)
         kept.report.backward = timings

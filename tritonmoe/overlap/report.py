@@ -131,8 +131,6 @@ class PassReport:
         """The steps that have ended, in the order in which they did on the compute lane."""
         self.inside: list[tuple[Step, PassReport]] = []
         """On two levels: what steps did inside the node, with times from the start of each."""
-        self.started_at = time.perf_counter()
-        """The start of the pass, by the host's clock."""
         self.marks: CallMarks | None = None
         """When the rank came to the pass and had heard from all ranks; None if they exchanged no headers before it."""
         self.loads: PassLoads | None = None
@@ -142,6 +140,8 @@ class PassReport:
         self.now = clock_of(device)
         self._origin = self.now()
         self._end = self._origin
+        self.started_at = self._origin if isinstance(self._origin, float) else time.perf_counter()
+        """The start of the pass, by the host's clock."""
 
     def __repr__(self) -> str:
         return f"PassReport({self})"
@@ -336,6 +336,8 @@ class LayerReport:
     parts: "tuple[LayerReport, ...]" = ()
     """With a memory budget: the reports of the parts of the tokens that ran one after the other, each by its own plan;
     () where the call ran as a whole. `forward` and `backward` have the steps of all parts."""
+    part: int = 0
+    """Of the report of a part: which one it is, counted from 1; 0: of a call."""
     memory: str = ""
     """With a memory budget: why the call was cut into so many parts, and kept so much, in one sentence."""
 

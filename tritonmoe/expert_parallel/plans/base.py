@@ -157,6 +157,8 @@ class Kept(NamedTuple):
     """Of the R rows that this rank's experts worked on: x (R, D), topk_weights (R, K) fp32; without topk_ids."""
     h: Tensor | None = None
     kind_tensors: tuple[Tensor | None, ...] = (None,) * NUM_KIND_TENSORS
+    fetched: PassReport | None = None
+    """The times of the exchanges that brought the received rows once more, if the forward kept none."""
     main_grads: PerWeight[Tensor | None] | None = None
     """As in BackwardRun; put there by the backward, like the next one."""
     shared_grads: SharedWeightGrads | None = None
@@ -255,6 +257,8 @@ class PlannedCall:
     """The weights as the user holds them, where a main_grad hangs; None where there is none."""
     keeps: Keeps = "hidden"
     """As in LayerReport. Only a memory budget makes this differ from "hidden"."""
+    part: int = 0
+    """As in LayerReport."""
     slots: Tensor | None = None
     """(T, K) the slots of this rank's pairs where the kind has renumbered them, until the forward takes them."""
     fillers: Sequence[Callable[[], None]] = ()

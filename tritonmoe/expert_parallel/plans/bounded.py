@@ -164,9 +164,13 @@ class _Cut:
         part.tensors, part.sequence = tensors, self.state.next_call()
         part.num_nonfinite_rows = torch.zeros_like(proposed.num_nonfinite_rows)  # of all parts there are none
         part.overlap = plan_of_part(self.call.plan.overlap)
+        if self.ran:
+            part.entered_at = time.perf_counter()
         header = self.call.header._replace(sequence=part.sequence, **self.state.history())
         planned = Plain.plan(part, header)
-        planned.keeps = self.parts.keeps
+        if not self.ran:  # who comes late to the call does so to the exchange before this one
+            planned.plan = replace(planned.plan, marks=self.call.plan.marks)
+        planned.keeps, planned.part = self.parts.keeps, len(self.ran) + 1
         return planned
 
     def report(self) -> None:
@@ -182,6 +186,7 @@ class _Cut:
             pair_offsets=plan.pair_offsets,
             forward=PassReport.joined([report.forward for report in reports]),
             parts=reports,
+            part=0,
         )
         self.call.kind.report(self.call, self.call.report)
 

@@ -161,7 +161,7 @@ def graph_of(recording: Recording) -> RecordedGraph:
         raise ValueError(f"{recording.path}: there is no call that all ranks have recorded")
     passes, notes = placed_passes(recording)
     made = RecordedRows(recording, passes)
-    has_halves = any(of.call.half for of in passes)
+    has_halves = any(of.call.half or of.call.part for of in passes)
     rows, waits = _in_order(made, has_halves)
     usual_s, meeting_places = _add_between(rows, passes, made.size, has_halves)
     meeting = torch.full((len(passes),), -1, dtype=torch.int64)

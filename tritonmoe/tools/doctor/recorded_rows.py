@@ -119,7 +119,8 @@ class RecordedRows:
 
     def __init__(self, recording: Recording, passes: list[PlacedPass]) -> None:
         self.passes = passes
-        self.size, self.node_size = recording.size, recording.node_size if recording.has_two_levels else None
+        has_groups = recording.has_two_levels and not recording.levels_meet
+        self.size, self.node_size = recording.size, recording.node_size if has_groups else None
         self.keys: dict[Key, int] = {}
         self.num_exchanges, self.num_members, self.num_rows = 0, 0, 0
         self.first_member: dict[tuple[int, int], int] = {}

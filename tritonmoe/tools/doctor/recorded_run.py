@@ -293,6 +293,8 @@ def judge_recording(recording: Recording) -> RecordedRun:
         limits.append(
             "experts are read from files: what would help is not known, and lanes are replayed without these waits"
         )
+    elif any(call.part for call in known.calls):
+        limits.append("calls run in parts (memory_budget_bytes): what would help such calls is not known")
     else:
         advice = advice_on(recording, known.calls, known.costs, known.share * found.replayed_s, found.exposed_s)
     return RecordedRun(

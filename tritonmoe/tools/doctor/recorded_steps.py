@@ -58,7 +58,7 @@ def placed_passes(recording: Recording) -> tuple[list[PlacedPass], list[str]]:
     for call, number in passes:
         layer = layers[call.sequence]
         if number == 0 and not call.is_recompute:
-            if not steps or (layer, call.half) in seen:
+            if not steps or ((layer, call.half) in seen and call.part <= 1):
                 steps.append([])
                 seen = set()
             seen.add((layer, call.half))
@@ -84,7 +84,7 @@ def _layers_of(passes: Sequence[tuple[RecordedCall, int]]) -> dict[int, int]:
             found[call.sequence] = call.layer
         elif number == 1:
             open_calls = [other for other in open_calls if found[other.sequence] != found[call.sequence]]
-        elif call.is_recompute and open_calls:
+        elif (call.is_recompute or call.part > 1) and open_calls:
             found[call.sequence] = found[open_calls[-1].sequence]
         else:
             found[call.sequence] = len({found[other.sequence] for other in open_calls if other.half == call.half})
@@ -96,7 +96,12 @@ def _layers_of(passes: Sequence[tuple[RecordedCall, int]]) -> dict[int, int]:
 def _works_of(steps: Sequence[Sequence[tuple[RecordedCall, int, int]]]) -> list[int]:
     """Number what steps do: their layers, passes, plans, sizes, and about how many pairs they have."""
     kinds = [
-        tuple((layer, number, call.plan, call.half, *call.sizes.values()) for call, number, layer in of_step)
+        tuple(
+            dict.fromkeys(
+                (layer, number, call.is_recompute, call.plan, call.half, *call.sizes.values())
+                for call, number, layer in of_step
+            )
+        )
         for of_step in steps
     ]
     pairs = [_num_pairs(of_step) for of_step in steps]

@@ -120,6 +120,8 @@ class RecordedCall:
     is_recompute: bool
     half: int
     """Which half of a batch in two_batches it is of, 1 or 2; 0 for a whole batch."""
+    part: int
+    """Which part of a call with a memory budget it is, counted from 1; 0 for a whole call."""
     plan: OverlapPlan
     row_bytes: int
     gradient_row_bytes: int
@@ -234,6 +236,11 @@ class Recording:
     @property
     def has_two_levels(self) -> bool:
         return self.headers[0].get("node_size") is not None
+
+    @property
+    def levels_meet(self) -> bool:
+        """Whether an exchange of some ranks ends when all have posted it: emulated ranks make each one together."""
+        return self.has_two_levels and self.headers[0].get("world") == "EmulatedTransport"
 
     @property
     def uses_rendezvous(self) -> bool:

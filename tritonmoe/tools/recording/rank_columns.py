@@ -16,7 +16,7 @@ from tritonmoe.tools.recording.pass_steps import Layout, PassSteps, StepColumns
 
 __all__ = ["Agreed", "CallLine", "RankColumns"]
 
-Agreed: TypeAlias = tuple[int, bool, int, OverlapPlan, int, int, int, int, Mapping[str, int]]
+Agreed: TypeAlias = tuple[int, bool, int, int, OverlapPlan, int, int, int, int, Mapping[str, int]]
 """What all ranks must say alike of a call: the fields of RecordedCall from `layer` to `sizes`."""
 
 

@@ -382,6 +382,7 @@ def _read_call(fields: Fields, size: int, node_size: int | None, columns: StepCo
         fields.take("layer", integer),
         fields.take("recomputed", flag),
         fields.take("half", integer),
+        fields.take("part", count) if "part" in fields.values else 0,
         fields.take("plan", _plan),
         fields.take("row_bytes", count),
         fields.take("gradient_row_bytes" if "gradient_row_bytes" in fields.values else "other_row_bytes", count),
@@ -389,7 +390,7 @@ def _read_call(fields: Fields, size: int, node_size: int | None, columns: StepCo
         fields.take("top_k", count),
         tuple((name, sizes.take(name, count)) for name in names),
     )
-    plan = agreed[3]
+    plan = agreed[4]
     backward = fields.take("backward", lambda value: value)
     call = RankCall(
         fields.take("rows", counts_of(size)),
@@ -417,6 +418,7 @@ def _agreed(
     layer: int,
     is_recompute: bool,
     half: int,
+    part: int,
     plan: OverlapPlan,
     row_bytes: int,
     gradient_row_bytes: int,
@@ -425,4 +427,4 @@ def _agreed(
     sizes: tuple[tuple[str, int], ...],
 ) -> Agreed:
     """Return what ranks must say alike: one object of equal ones."""
-    return layer, is_recompute, half, plan, row_bytes, gradient_row_bytes, other_row_bytes, top_k, dict(sizes)
+    return layer, is_recompute, half, part, plan, row_bytes, gradient_row_bytes, other_row_bytes, top_k, dict(sizes)

@@ -1,9 +1,10 @@
 """schedule_of: which schedule a recorded pass ran, as its plan and the kinds of its steps tell."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from tritonmoe.config.overlap import OverlapPlan
-from tritonmoe.overlap.schedule import Schedule, build_backward, build_forward, build_inside
+from tritonmoe.overlap.schedule import Schedule, build_backward, build_fetch, build_forward, build_inside
 from tritonmoe.overlap.steps import StepKind
 
 __all__ = ["inside_of", "schedule_of"]
@@ -11,19 +12,21 @@ __all__ = ["inside_of", "schedule_of"]
 
 def schedule_of(plan: OverlapPlan, kinds: Sequence[StepKind]) -> Schedule:
     """Return the schedule of a pass that has steps of these kinds."""
-    if StepKind.METADATA in kinds:
+    if StepKind.EXPERTS in kinds:
         return build_forward(
             plan,
             kinds.count(StepKind.FILLER),
             has_copies=StepKind.COPIES in kinds,
             relays_copies=StepKind.SPREAD_COPIES in kinds,
         )
-    return build_backward(
+    fetch = build_fetch(plan) if StepKind.METADATA in kinds else ()
+    backward = build_backward(
         plan,
         needs_x=StepKind.DISPATCH_BACKWARD in kinds,
         needs_topk_weights=StepKind.ROUTING_BACKWARD in kinds,
         sums_replicas=StepKind.REPLICA_BACKWARD in kinds,
     )
+    return fetch + tuple(replace(step, after=tuple(place + len(fetch) for place in step.after)) for step in backward)
 
 
 def inside_of(schedule: Schedule) -> Schedule:
