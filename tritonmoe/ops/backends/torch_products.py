@@ -5,7 +5,6 @@ CPU's threads by expert, or inside each product.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 
 import torch
@@ -121,13 +120,7 @@ def _write_products(
 
     def multiply(item: tuple[int, Tensor, Tensor]) -> None:
         e, part, target = item
-        with _matrix(matrices, e) as matrix:
-            if not adds:
-                _multiply(part, matrix, None if bias is None else bias[e], target)
-            else:
-                torch.addmm(target, part, matrix, out=target)
-        if adds and bias is not None:
-            target.add_(bias[e])
+        _multiply(part, matrices, e, None if bias is None else bias[e], target, adds)
 
     items = list(zip(experts, parts, targets, strict=True))
     is_few = max(counts, default=0) <= FEW_ROWS and len(items) >= FEWEST_SHARED_EXPERTS.get(values.itemsize, 2)
@@ -148,26 +141,35 @@ def _write_rounded_products(
         expert_bias = None if bias is None else bias[e]
         first, last = last, last + count
         num_rows = count + _padding(values, count)
-        with _matrix(matrices, e) as matrix:
-            if first + num_rows <= grouping.num_pairs:
-                # This also writes the first rows of the next experts; their own products come later and replace them.
-                rows = slice(first, first + num_rows)
-                _multiply(values[rows], matrix, expert_bias, out[rows])
-            elif num_rows <= last:
-                product = values.new_empty(num_rows, out.shape[1])
-                _multiply(values[last - num_rows : last], matrix, expert_bias, product)
-                out[first:last] = product[-count:]
-            else:
-                _multiply(values[first:last], matrix, expert_bias, out[first:last])
+        if first + num_rows <= grouping.num_pairs:
+            # This also writes the first rows of the next experts; their own products come later and replace them.
+            rows = slice(first, first + num_rows)
+            _multiply(values[rows], matrices, e, expert_bias, out[rows])
+        elif num_rows <= last:
+            product = values.new_empty(num_rows, out.shape[1])
+            _multiply(values[last - num_rows : last], matrices, e, expert_bias, product)
+            out[first:last] = product[-count:]
+        else:
+            _multiply(values[first:last], matrices, e, expert_bias, out[first:last])
 
 
-def _matrix(matrices: Matrices, expert: int) -> AbstractContextManager[Tensor]:
-    """Return one expert's matrix, for what is called in this context."""
-    return nullcontext(matrices[expert]) if isinstance(matrices, Tensor) else matrices.one(expert)
+def _multiply(
+    part: Tensor, matrices: Matrices, expert: int, bias: Tensor | None, out: Tensor, adds: bool = False
+) -> None:
+    """Write the product of rows with an expert's matrix and its bias to `out`, or add them to what is there."""
+    if not isinstance(matrices, Tensor):
+        with matrices.one(expert) as matrix:
+            _multiply_by(part, matrix, bias, out, adds)
+    else:
+        _multiply_by(part, matrices[expert], bias, out, adds)
 
 
-def _multiply(part: Tensor, matrix: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    if bias is None:
+def _multiply_by(part: Tensor, matrix: Tensor, bias: Tensor | None, out: Tensor, adds: bool) -> None:
+    if adds:
+        torch.addmm(out, part, matrix, out=out)
+        if bias is not None:
+            out.add_(bias)
+    elif bias is None:
         torch.mm(part, matrix, out=out)
     else:
         torch.addmm(bias, part, matrix, out=out)
