@@ -26,6 +26,7 @@ __all__ = [
     "compiled_for",
     "conformance_table",
     "decoding_table",
+    "launch_parts_table",
     "launch_table",
     "missing_waits_table",
     "moe_mlp_table",
@@ -353,5 +354,26 @@ def launch_table(name: str) -> str:
             f"{sizes}; of transformers' grouped_mm T={PEER_TOKENS}, E={PEER_EXPERTS}, K={PEER_TOP_K}, by PyTorch's CPU "
             f"kernels; a GPU's launches would come on top. Median (quartiles) of {data['results'][0]['samples']} "
             f"slices. `python -m bench.launch`, one thread; {where(data['environment'])}.",
+        ]
+    )
+
+
+def launch_parts_table(name: str) -> str:
+    data = load(name)
+    wholes = [row for row in data["results"] if "parts" in row]
+    passes = [row["what"].partition(", ")[2] for row in wholes]
+    lines = [*table_head("what", *[f"{name}: {kind}" for name in passes for kind in ("own", "its launches")])]
+    parts = [{part["what"]: part for part in row["parts"]} for row in wholes]
+    for what in parts[1]:
+        counts = [of[what][kind] if what in of else 0 for of in parts for kind in ("own", "launches")]
+        lines.append(table_row(what, *[f"{count / 1e3:,.1f}" if count else "-" for count in counts]))
+    sums = [sum(part[kind] for part in of.values()) for of in parts for kind in ("own", "launches")]
+    lines.append(table_row("all", *[f"{count / 1e3:,.1f}" for count in sums]))
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "Thousands of instructions of one call of moe_mlp. "
+            f"`python -m bench.launch --instructions`, which counts with callgrind; {where(data['environment'])}.",
         ]
     )
