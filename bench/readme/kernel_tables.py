@@ -37,18 +37,23 @@ __all__ = [
 
 def moe_mlp_table(name: str) -> str:
     data = load(name)
+    has_dense = all("dense" in case for case in data["results"])  # measured since the bench has it
     lines = [
         f"`python -m bench.moe_mlp` on {where(data['environment'])}. Milliseconds, median (quartiles) of "
         f"{data['results'][0]['times']['tritonmoe']['samples']} interleaved rounds in "
-        "three placements of the tensors; ratio is the best other implementation's time over ours.",
+        "three placements of the tensors; ratio is the best other implementation's time over ours"
+        f"{', and dense that of dense products of the same FLOPs' * has_dense}.",
         "",
-        *table_head("E, K, D, F", "T", "dtype", "pass", "tritonmoe", "best of transformers", "ratio"),
+        *table_head(
+            *("E, K, D, F", "T", "dtype", "pass", "tritonmoe", "best of transformers", "ratio"), *["dense"] * has_dense
+        ),
     ]
     for case in data["results"]:
         best = case["best_other"]
         lines.append(
             f"| {', '.join(map(str, case['E_K_D_F']))} | {case['T']} | {case['dtype']} | {case['pass']} | "
             f"{spread(case['times']['tritonmoe'])} | {best} {spread(case['times'][best])} | {case['ratio']:.2f} |"
+            + (f" {case['dense']:.2f} |" if has_dense else "")
         )
     return "\n".join(lines)
 
