@@ -3,18 +3,21 @@
 Triton compiles for an H100 and launches through its own launcher, over a driver that runs nothing (stand_in_driver.c),
 so that what is left is Python, Triton's launcher and PyTorch's allocator, here the CPU's. A layer of 64 tokens, whose
 kernels are shorter than that, waits for the host. Beside it stand transformers' grouped_mm experts, computed by
-PyTorch's CPU kernels on a layer so small that arithmetic hardly counts.
+PyTorch's CPU kernels on a layer so small that arithmetic hardly counts. launch_parts.py says where a call's part goes.
 """
 
 import argparse
 import ctypes
 import gc
 import os
+import statistics
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from bench import launch_parts
 
 __all__ = ["main"]
 
@@ -22,6 +25,7 @@ NUM_TOKENS, NUM_EXPERTS, TOP_K, HIDDEN, INTERMEDIATE = 64, 128, 8, 64, 64
 PEER_TOKENS, PEER_EXPERTS, PEER_TOP_K, PEER_WIDTH = 1, 2, 1, 16
 CALLS = 20
 """Calls that are timed together."""
+WHOLE = ("moe_mlp, forward", "moe_mlp, forward+backward")
 
 
 def take_launches(folder: Path) -> ctypes.c_ulonglong:
@@ -160,27 +164,101 @@ def repeated(run: Callable[[], object]) -> Callable[[], None]:
     return calls
 
 
-def main() -> None:
-    from tritonmoe.tools.benchmarks.timing import add_arguments, interleave, summarize, write_json
+def parts_of(tops: Sequence[launch_parts.Part], costs: Mapping[str, float]) -> dict[str, list[dict[str, Any]]]:
+    """Print and return where each call's part goes; costs: as add_up() takes them."""
+    tables = {}
+    for top in tops:
+        tables[top.what] = rows = launch_parts.add_up(top, costs)
+        print(f"{top.what}: own, and launches")
+        for row in rows:
+            print(f"  {row['what']:32} {row['calls'] or '-':>3} {row['own']:12,.1f} {row['launches']:12,.1f}")
+    return tables
 
-    parser = argparse.ArgumentParser(prog="python -m bench.launch", description=__doc__)
-    add_arguments(parser, rounds=21)
-    arguments = parser.parse_args()
+
+def time_here(rounds: int) -> list[dict[str, Any]]:
+    """Return a row for every operation, with the time that it takes of the host."""
+    from tritonmoe.tools.benchmarks.timing import interleave, summarize
+
     with tempfile.TemporaryDirectory() as folder:
         num_launches = take_launches(Path(folder))
-        results = []
-        for runs in (operations(), peer()):
+        results, own = [], operations()
+        for runs in (own, peer()):
             for name, run in runs.items():
                 run()
                 before = num_launches.value
                 run()
                 launches = num_launches.value - before
                 gc.freeze()  # what the compiler has left would be looked through again and again
-                (seconds,) = interleave({name: repeated(run)}, arguments.rounds).values()
+                (seconds,) = interleave({name: repeated(run)}, rounds).values()
                 result = {"what": name, "launches": launches, **summarize([1e3 * time / CALLS for time in seconds])}
                 results.append({key.replace("_ms", "_us"): value for key, value in result.items()})
                 print(results[-1], flush=True)
-    write_json(arguments.json, "launch", results)
+        tops = [launch_parts.watched(name, own[name]) for name in WHOLE]
+        runs = {launch_parts.NOTHING: launch_parts.nothing()}
+        for top in tops:
+            runs |= top.walk()
+        seconds_of = launch_parts.thread_times(runs, rounds)
+        parts_of(tops, {name: 1e6 * statistics.median(seconds) for name, seconds in seconds_of.items()})
+    return results
+
+
+def time_beside(trees: Mapping[str, Path], rounds: int) -> list[dict[str, Any]]:
+    """Return a row for each whole call: the time of each tree's, in turn with the others', and the quotients."""
+    from tritonmoe.tools.benchmarks.timing import quartiles
+
+    results = []
+    for name, seconds in launch_parts.times_of_trees(trees, WHOLE, rounds).items():
+        here, beside = seconds["here"], seconds["beside"]
+        quotients = [one / other for one, other in zip(here, beside, strict=True)]
+        lower, upper = quartiles(quotients)
+        results.append(
+            {
+                "what": name,
+                "us": {label: round(1e6 * statistics.median(times), 1) for label, times in seconds.items()},
+                "quotient": round(statistics.median(here) / statistics.median(beside), 4),
+                "quotients": [round(quartile, 4) for quartile in (lower, statistics.median(quotients), upper)],
+                "rounds": rounds,
+                "load": os.getloadavg()[0],
+            }
+        )
+        print(results[-1], flush=True)
+    return results
+
+
+def count(trees: Mapping[str, Path]) -> list[dict[str, Any]]:
+    """Return a row for every operation of each tree, with its instructions; here also those of its parts."""
+    counts = {label: launch_parts.count_instructions(tree, label == "here") for label, tree in trees.items()}
+    results: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        take_launches(Path(folder))
+        runs = operations()
+        parts = parts_of([launch_parts.watched(name, runs[name]) for name in WHOLE], counts["here"])
+    for name in runs:
+        result: dict[str, Any] = {"what": name, **{label: round(found[name]) for label, found in counts.items()}}
+        if "beside" in counts:
+            result["quotient"] = round(counts["here"][name] / counts["beside"][name], 4)
+        results.append(result | ({"parts": parts[name]} if name in parts else {}))
+        print({key: value for key, value in result.items() if key != "parts"}, flush=True)
+    return results
+
+
+def main() -> None:
+    from tritonmoe.tools.benchmarks.timing import add_arguments, write_json
+
+    parser = argparse.ArgumentParser(prog="python -m bench.launch", description=__doc__)
+    add_arguments(parser, rounds=21)
+    parser.add_argument("--beside", type=Path, metavar="TREE", help="compare with another source tree, in turn with it")
+    parser.add_argument("--instructions", action="store_true", help="count instructions by valgrind instead of time")
+    arguments = parser.parse_args()
+    trees = {"here": Path(__file__).parents[1]}
+    if arguments.beside is not None:
+        trees["beside"] = arguments.beside.resolve()
+    if arguments.instructions:
+        write_json(arguments.json, "launch_instructions", count(trees))
+    elif arguments.beside is not None:
+        write_json(arguments.json, "launch_beside", time_beside(trees, arguments.rounds))
+    else:
+        write_json(arguments.json, "launch", time_here(arguments.rounds))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""moe_mlp on one device against transformers' own experts implementations, forward and forward + backward."""
+"""moe_mlp on one device against transformers' own experts implementations, forward and forward + backward.
+
+Beside them stand dense products of the same FLOPs: all rows by one matrix, which no mixture of experts can reach.
+"""
 
 import argparse
 import statistics
@@ -14,8 +17,9 @@ from tritonmoe.tools.benchmarks.workload import DTYPES
 
 __all__ = ["main"]
 
-SHAPES = {"E8-K2": (8, 2, 512, 1024), "E64-K8": (64, 8, 512, 256)}
+SHAPES = {"E8-K2": (8, 2, 512, 1024), "E64-K8": (64, 8, 512, 256), "E96-K3": (96, 3, 768, 384)}
 """(E, K, D, F)."""
+DENSE = "dense products"
 PLACEMENTS = 3
 """How often a case's tensors are made anew: where they lie in memory moves a short call's time by some per cent."""
 BATCHED_MM_LARGEST_T = 64
@@ -39,8 +43,22 @@ def build(
     scores = torch.randn(num_tokens, num_experts, generator=generator).softmax(1).to(device)
     weights, ids = scores.topk(top_k)
     weights = (weights / weights.sum(1, keepdim=True)).to(dtype).requires_grad_()
+    num_pairs = num_tokens * top_k
+    rows, hidden, gated = (draw(num_pairs, columns) for columns in (model_width, 2 * inner, inner))
+    dense_w1, dense_w2 = draw(2 * inner, model_width), draw(model_width, inner)
+
+    def dense() -> None:
+        torch.mm(rows, dense_w1.mT)
+        torch.mm(gated, dense_w2.mT)
+        if backward:
+            torch.mm(rows, dense_w2)
+            torch.mm(hidden, dense_w1)
+            torch.mm(hidden.mT, rows)
+            torch.mm(rows.mT, gated)
 
     def make(implementation: str) -> Callable[[], None]:
+        if implementation == DENSE:
+            return dense
         if implementation == "tritonmoe":
 
             def forward() -> torch.Tensor:
@@ -66,7 +84,7 @@ def build(
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Print one line per case; ratio is the best other implementation's median over ours."""
+    """Print one line per case; ratio is the best peer's median over ours, dense that of the products over ours."""
     parser = argparse.ArgumentParser(prog="python -m bench.moe_mlp", description=__doc__)
     parser.add_argument("--tokens", type=positive, nargs="+", default=[2048, 64])
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=["float32", "bfloat16"])
@@ -81,12 +99,12 @@ def main(argv: list[str] | None = None) -> None:
                     peers = ["grouped_mm", "eager"]
                     if num_tokens <= BATCHED_MM_LARGEST_T:
                         peers.append("batched_mm")
-                    names = ["tritonmoe", *peers]
+                    names = ["tritonmoe", *peers, DENSE]
                     placements, parts = [], []  # all kept, so that none gets the memory of an earlier one
                     for _ in range(PLACEMENTS):
                         placements.append(build(SHAPES[name], num_tokens, DTYPES[dtype], names, backward))
                         rounds, seconds = -(-arguments.rounds // PLACEMENTS), arguments.seconds / PLACEMENTS
-                        parts.append(interleave(placements[-1], rounds, seconds=seconds))
+                        parts.append(interleave(placements[-1], rounds, seconds=seconds, bounds=[DENSE]))
                     samples = {variant: [time for part in parts for time in part[variant]] for variant in names}
                     best = min(peers, key=lambda peer: statistics.median(samples[peer]))
                     summaries = {variant: summarize(times) for variant, times in samples.items()}
@@ -100,11 +118,13 @@ def main(argv: list[str] | None = None) -> None:
                         "times": summaries,
                         "best_other": best,
                         "ratio": over_best,
+                        "dense": ratio(summaries[DENSE], summaries["tritonmoe"], 3),
                     }
                     results.append(case)
                     times = "  ".join(f"{v} {case['times'][v]['median_ms']:.1f}" for v in samples)
                     print(
-                        f"{name} T={num_tokens} {dtype} {case['pass']}: ratio {over_best:.2f} over {best}  "
+                        f"{name} T={num_tokens} {dtype} {case['pass']}: ratio {over_best:.2f} over {best}, "
+                        f"{case['dense']:.2f} of dense products  "
                         f"(ms: {times})",
                         flush=True,
                     )

@@ -78,6 +78,7 @@ TABLES = {
     "tile_runs": kernel_tables.tile_runs_table,
     "tile_runs_code": kernel_tables.tile_runs_code_table,
     "launch": kernel_tables.launch_table,
+    "launch_parts": kernel_tables.launch_parts_table,
 }
 SLOW = ("output",)
 PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md")))

@@ -26,6 +26,7 @@ __all__ = [
     "compiled_for",
     "conformance_table",
     "decoding_table",
+    "launch_parts_table",
     "launch_table",
     "missing_waits_table",
     "moe_mlp_table",
@@ -36,18 +37,23 @@ __all__ = [
 
 def moe_mlp_table(name: str) -> str:
     data = load(name)
+    has_dense = all("dense" in case for case in data["results"])  # measured since the bench has it
     lines = [
         f"`python -m bench.moe_mlp` on {where(data['environment'])}. Milliseconds, median (quartiles) of "
         f"{data['results'][0]['times']['tritonmoe']['samples']} interleaved rounds in "
-        "three placements of the tensors; ratio is the best other implementation's time over ours.",
+        "three placements of the tensors; ratio is the best other implementation's time over ours"
+        f"{', and dense that of dense products of the same FLOPs' * has_dense}.",
         "",
-        *table_head("E, K, D, F", "T", "dtype", "pass", "tritonmoe", "best of transformers", "ratio"),
+        *table_head(
+            *("E, K, D, F", "T", "dtype", "pass", "tritonmoe", "best of transformers", "ratio"), *["dense"] * has_dense
+        ),
     ]
     for case in data["results"]:
         best = case["best_other"]
         lines.append(
             f"| {', '.join(map(str, case['E_K_D_F']))} | {case['T']} | {case['dtype']} | {case['pass']} | "
             f"{spread(case['times']['tritonmoe'])} | {best} {spread(case['times'][best])} | {case['ratio']:.2f} |"
+            + (f" {case['dense']:.2f} |" if has_dense else "")
         )
     return "\n".join(lines)
 
@@ -353,5 +359,26 @@ def launch_table(name: str) -> str:
             f"{sizes}; of transformers' grouped_mm T={PEER_TOKENS}, E={PEER_EXPERTS}, K={PEER_TOP_K}, by PyTorch's CPU "
             f"kernels; a GPU's launches would come on top. Median (quartiles) of {data['results'][0]['samples']} "
             f"slices. `python -m bench.launch`, one thread; {where(data['environment'])}.",
+        ]
+    )
+
+
+def launch_parts_table(name: str) -> str:
+    data = load(name)
+    wholes = [row for row in data["results"] if "parts" in row]
+    passes = [row["what"].partition(", ")[2] for row in wholes]
+    lines = [*table_head("what", *[f"{name}: {kind}" for name in passes for kind in ("own", "its launches")])]
+    parts = [{part["what"]: part for part in row["parts"]} for row in wholes]
+    for what in parts[1]:
+        counts = [of[what][kind] if what in of else 0 for of in parts for kind in ("own", "launches")]
+        lines.append(table_row(what, *[f"{count / 1e3:,.1f}" if count else "-" for count in counts]))
+    sums = [sum(part[kind] for part in of.values()) for of in parts for kind in ("own", "launches")]
+    lines.append(table_row("all", *[f"{count / 1e3:,.1f}" for count in sums]))
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "Thousands of instructions of one call of moe_mlp. "
+            f"`python -m bench.launch --instructions`, which counts with callgrind; {where(data['environment'])}.",
         ]
     )

@@ -8,7 +8,7 @@ import platform
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -43,6 +43,7 @@ def interleave(
     rounds: int,
     seconds: float = 0.0,
     slice_s: float = 0.1,
+    bounds: Collection[str] = (),
 ) -> Samples:
     """Run every variant in every round, in an order drawn anew, and give the seconds of a call, round by round.
 
@@ -51,6 +52,8 @@ def interleave(
     speed drifts, only variants of the same rounds may be compared. The first round is dropped. One variant
     that takes more than twice as long as the fastest leaves after OUTSIDER_ROUNDS rounds, with the samples it has; from
     then on short variants get more rounds: as many as fit in `seconds`, at least `rounds`.
+
+    bounds: the names of variants that no other one can reach, and that therefore make none leave.
     """
     samples: Samples = {name: [] for name in variants}
     order, shuffle = list(variants), random.Random(0).shuffle
@@ -64,7 +67,8 @@ def interleave(
         number += 1
         if number == 1 + OUTSIDER_ROUNDS:
             medians = {name: statistics.median(times) for name, times in samples.items()}
-            order = [name for name in order if medians[name] <= 2 * min(medians.values())]
+            fastest = min(median for name, median in medians.items() if name not in bounds)
+            order = [name for name in order if medians[name] <= 2 * fastest]
             started_all = time.perf_counter()
     return samples
 
