@@ -213,6 +213,7 @@ class KinetoTrace(KinetoEvents):
                     starts.append(start_s)
                     ends.append(end_s)
         found.busy_start_s, found.busy_end_s = union(starts, ends)
+        found.backward_start_s, found.backward_end_s = union(*self.backward)
         waiting: dict[str, list[Part]] = defaultdict(list)
         for kind, start_s, _, _, arguments in self.posts:
             part = Part(kind, start_s, start_s, None, phase=self._phase(start_s))

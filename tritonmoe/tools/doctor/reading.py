@@ -18,7 +18,7 @@ from tritonmoe.tools.doctor.graph import Graph
 from tritonmoe.tools.doctor.inspector import is_inspector_line, name_ranks, on_one_clock, read_inspector
 from tritonmoe.tools.doctor.joining import joined
 from tritonmoe.tools.doctor.kineto import KinetoTrace
-from tritonmoe.tools.doctor.matching import as_all_to_alls
+from tritonmoe.tools.doctor.matching import PAIRS
 from tritonmoe.tools.doctor.trace import Part, RankTrace, Step
 from tritonmoe.tools.doctor.trace_files import JsonPieces, damaged, first_bytes, number, open_text
 from tritonmoe.tools.report.terminal import one_line
@@ -185,7 +185,11 @@ def _read_traces(path: Path, ranks_per_node: int | None) -> ReadRun:
     if unmarked:
         on_one_clock(traces)
         mark_steps(traces, limits)
-    as_all_to_alls(traces, limits)
+    if any(part.kind in PAIRS and part.peer is None for trace in traces[1:] for part in trace.parts):
+        limits.append(
+            "the files don't name the other rank of sends and receives: each counts alone, and which rank waits for "
+            "which is not known"
+        )
     graph, own = joined(traces, ranks_per_node)
     return ReadRun(path, graph, kinds, traces[0].lanes, [*own, *_unknown(graph), *limits])
 

@@ -241,13 +241,8 @@ def fit_relative_line(points: Sequence[tuple[float, float]]) -> tuple[float, flo
 
 def weighted_median(values: Sequence[tuple[float, float]]) -> float:
     """Return the smallest value of (value, weight) that, with all smaller ones, has half of the weight."""
-    ordered = sorted(values)
-    half, reached = 0.5 * sum(weight for _, weight in ordered), 0.0
-    for value, weight in ordered:
-        reached += weight
-        if reached >= half:
-            return value
-    return ordered[-1][0]
+    points = torch.tensor(values, dtype=torch.float64, device="cpu")
+    return float(medians(*points.T))
 
 
 def medians(values: Tensor, weights: Tensor) -> Tensor:
