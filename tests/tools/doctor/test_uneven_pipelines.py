@@ -39,7 +39,7 @@ def test_a_stage_is_named_and_nobody_is_to_leave_it_out(tmp_path: Path) -> None:
     assert words.sentence == "stage 3 computes 1.39 times as long as the mean of the stages, in every step"
     assert "clocks" not in words.to_do
     write_timeline(Pipeline(1, stage_times=(1.0, 1.0, 1.0, 1.6)), 1, tmp_path)
-    assert "a slow machine can't be told from a stage that has more work" in " ".join(read_traces(tmp_path).limits)
+    assert "a slow machine can't be told from a stage with more work" in " ".join(read_traces(tmp_path).limits)
 
 
 def test_micro_batches_are_named(tmp_path: Path) -> None:

@@ -16,7 +16,6 @@ from typing import NamedTuple, TypeAlias
 import torch
 
 from tritonmoe.tools.doctor.graph import Graph, Kind, Member, Run, indices
-from tritonmoe.tools.doctor.pipelines import ONE_PIPELINE
 from tritonmoe.tools.doctor.trace_files import damaged, number
 from tritonmoe.tools.doctor.walk import walker_of
 
@@ -79,8 +78,6 @@ class _Pipeline:
             "the file has one rank for each group of tensor-parallel ranks: which rank of a group is at fault "
             "is not known"
         ]
-        if len(set(self.graph_.replicas)) == 1:
-            limits.append(ONE_PIPELINE)
         numbers = list(self.steps)
         if numbers != list(range(numbers[0], numbers[0] + len(numbers))):
             limits.append(f"{len(numbers)} steps between {numbers[0]} and {numbers[-1]}, not one after the other")

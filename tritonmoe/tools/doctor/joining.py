@@ -10,7 +10,7 @@ from itertools import chain
 from tritonmoe.tools.doctor.exchange_names import SYMMETRIC
 from tritonmoe.tools.doctor.graph import Graph, Item, Key, Kind, LinkFault, Member, Run, floats
 from tritonmoe.tools.doctor.matching import Matched, OfSteps, align_clocks, bound_ends, idle_since, matched
-from tritonmoe.tools.doctor.pipelines import ONE_PIPELINE, Batches, lines_of
+from tritonmoe.tools.doctor.pipelines import Batches, lines_of
 from tritonmoe.tools.doctor.trace import Busy, Part, RankTrace, union
 from tritonmoe.tools.report.terminal import one_line
 
@@ -229,12 +229,10 @@ class Programs:
             nonlocal now_s
             if moment_s > now_s or (ends_stretch and len(graph.runs) == stretch):
                 moment_s = max(moment_s, now_s)
-                works = [(-1, busy.between(now_s, moment_s))]
-                idle_s = max(0.0, moment_s - now_s - works[0][1])
-                if batches is not None:
-                    works = batches.parts(step, now_s, moment_s)
-                for batch, busy_s in works:
-                    graph.runs.append(Run(index, step, key, busy_s, idle_s, rows, batch, stretch))
+                busy_s = busy.between(now_s, moment_s)
+                idle_s = max(0.0, moment_s - now_s - busy_s)
+                for batch, own_s in [(-1, busy_s)] if batches is None else batches.parts(step, now_s, moment_s):
+                    graph.runs.append(Run(index, step, key, own_s, idle_s, rows, batch, stretch))
                     program.append((Kind.RUN, len(graph.runs) - 1))
                     idle_s = 0.0
                 now_s = moment_s
@@ -330,8 +328,6 @@ def joined(traces: Sequence[RankTrace], ranks_per_node: int | None = None) -> tu
     graph.routed = tuple(routed) if len(routed) == len(traces) else ()
     graph.fault = slow = slow_links(traces, graph.hosts)
     Programs(graph, traces, of_steps, together, bounds, slow).build()
-    if graph.stages and not any(graph.replicas):
-        limits.append(ONE_PIPELINE)
     alone_s = sum(
         part.end_s - part.idle_since_s
         for parts in together.values()

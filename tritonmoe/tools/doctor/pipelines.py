@@ -6,10 +6,7 @@ from itertools import chain
 
 from tritonmoe.tools.doctor.trace import Busy, Part, RankTrace, union
 
-__all__ = ["ONE_PIPELINE", "Batches", "lines_of"]
-
-ONE_PIPELINE = "with one data-parallel rank a slow machine can't be told from a stage that has more work"
-"""What can't be known of a pipeline without another one beside it."""
+__all__ = ["Batches", "lines_of"]
 
 
 def lines_of(steps_of_ranks: Sequence[Sequence[Sequence[Part]]]) -> list[list[int]]:

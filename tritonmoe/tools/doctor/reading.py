@@ -130,6 +130,10 @@ class ReadRun:
     limits: list[str]
     """What the files can't tell."""
 
+    def __post_init__(self) -> None:
+        if self.graph.stages and len(set(self.graph.replicas)) == 1:
+            self.limits.append("with one data-parallel rank a slow machine can't be told from a stage with more work")
+
 
 def read_traces(path: Path, ranks_per_node: int | None = None) -> ReadRun:
     """Read a trace, or a folder of them.
@@ -296,14 +300,11 @@ def _read_json(path: Path) -> _Read:
         return read_timeline(path, events)
     if is_flight_record(of_trace.top):
         return read_flight_record(path, of_trace.top)
-    if of_trace.num_events == 0 and "traceEvents" not in of_trace.top and not _has_events(path):
-        return f"{path} is JSON, but no trace"
+    if of_trace.num_events == 0 and "traceEvents" not in of_trace.top:
+        with open_text(path) as file:
+            if '"traceEvents"' not in file.read(1 << 16):
+                return f"{path} is JSON, but no trace"
     return of_trace.trace(pieces.is_cut)
-
-
-def _has_events(path: Path) -> bool:
-    with open_text(path) as file:
-        return '"traceEvents"' in file.read(1 << 16)
 
 
 def _merged(traces: Sequence[RankTrace]) -> list[RankTrace]:

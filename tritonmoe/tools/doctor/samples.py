@@ -95,9 +95,7 @@ def slope(rank: Tensor, step: Tensor, size: Tensor, value: Tensor) -> float:
     slopes, distances = torch.cat(found), torch.cat(weights)
     if not len(slopes):
         return 0.0
-    ordered, order = slopes.sort()
-    reached = distances[order].cumsum(0)
-    return min(max(0.0, float(ordered[int((reached >= reached[-1] / 2).to(torch.int8).argmax())])), largest)
+    return min(max(0.0, float(medians(slopes, distances))), largest)
 
 
 class Samples:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from tritonmoe.tools.doctor.graph import Graph, Tables, indices
+from tritonmoe.tools.doctor.graph import Graph, indices
 from tritonmoe.tools.doctor.pattern import FEW_STEPS, WARMED, grows
 from tritonmoe.tools.doctor.samples import Samples, by_step, middle, rows_of, slope
 
@@ -70,10 +70,14 @@ def shared_of(graph: Graph, linked_s: Tensor | None = None) -> Shared:
         return found
     transfer_s = tables.transfer_s if linked_s is None else tables.transfer_s - linked_s
     step_s = max(sum(graph.measured_s) / len(graph.steps), 1e-9)
+    of_runs = tables.run_key, tables.run_rank, tables.run_step
+    of_members = tables.member_key, tables.member_rank, tables.member_step
+    exchange = tables.member_exchange  # all of its ranks may wait for the one that has most bytes
+    fullest = by_step(exchange, tables.num_bytes, "amax", int(exchange.max()) + 1 if len(exchange) else 0)[exchange]
     for values, sizes, into, places in (
-        (tables.busy_s - stage_s - batch_s, tables.rows, found.busy_s, _places_of_runs(tables)),
-        (tables.idle_s, None, found.idle_s, _places_of_runs(tables)),
-        (transfer_s.clamp(min=0), _fullest_bytes(tables), found.transfer_s, _places_of_members(tables)),
+        (tables.busy_s - stage_s - batch_s, tables.rows, found.busy_s, of_runs),
+        (tables.idle_s, None, found.idle_s, of_runs),
+        (transfer_s.clamp(min=0), fullest, found.transfer_s, of_members),
     ):
         if len(values):
             into += _OfOne(graph, values, sizes, places, step_s).excess()
@@ -126,20 +130,6 @@ def _uneven(graph: Graph) -> tuple[Tensor, Tensor]:
     stage_s[runs] = of_run * (1 - 1 / of_stage)[work]
     batch_s[runs] = of_run * ((1 - mean / times) / of_stage)[work]
     return stage_s, batch_s
-
-
-def _places_of_runs(tables: Tables) -> tuple[Tensor, Tensor, Tensor]:
-    return tables.run_key, tables.run_rank, tables.run_step
-
-
-def _places_of_members(tables: Tables) -> tuple[Tensor, Tensor, Tensor]:
-    return tables.member_key, tables.member_rank, tables.member_step
-
-
-def _fullest_bytes(tables: Tables) -> Tensor:
-    """Return (M,) the most bytes that a rank has in the exchange, for which all others may wait."""
-    exchange = tables.member_exchange
-    return by_step(exchange, tables.num_bytes, "amax", int(exchange.max()) + 1 if len(exchange) else 0)[exchange]
 
 
 class _OfOne:
