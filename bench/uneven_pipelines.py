@@ -3,6 +3,9 @@
 Timelines of pipelines (1F1B), as StragglerAnalysis has them, made by a small simulation: stages with unlike layers,
 sequences of unlike lengths, slow machines, and several of these. The gain is that of even stages or micro-batches, at
 the mean of what they were. A third of the kinds is held out: nothing is tuned on those.
+
+--traced runs pipelines of torch.distributed.pipelining instead, in four processes over gloo, with torch.profiler around
+them. What they would take if they were even is measured too.
 """
 
 import argparse
@@ -10,6 +13,8 @@ import json
 import math
 import random
 import statistics
+import subprocess
+import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable
@@ -22,6 +27,7 @@ from tritonmoe.tools.doctor.attribution import attribute
 from tritonmoe.tools.doctor.reading import read_traces
 
 CLOSE = 0.15
+TRACED_S = 0.02
 FORWARD_S, BACKWARD_S, TRANSFER_S, GATHER_S = 0.05, 0.1, 0.001, 0.02
 HELD_OUT = (
     "uneven stages of one replica", "uneven micro-batches and stages", "uneven micro-batches in few steps",
@@ -45,10 +51,50 @@ class Pipeline:
     slow: tuple[int, int, float] | None = None
     """Replica, stage, and how many times as long it computes."""
     expected: tuple[str, ...] = field(default=())
+    is_gpipe: bool = False
+    """Of a traced one: all forwards before all backwards, and not 1F1B."""
 
     def even(self) -> "Pipeline":
         """Return the job with nothing wrong."""
         return replace(self, slow=None)
+
+
+def traced_kinds(draw: random.Random) -> dict[str, Pipeline]:
+    """Return jobs of four ranks: two replicas of two stages, or four stages."""
+    replica, times, long = draw.randrange(2), draw.uniform(1.5, 2.0), draw.randrange(4)
+
+    def drawn(of: random.Random, replica: int, step: int, batch: int) -> float:
+        return of.lognormvariate(0, 0.4)
+
+    def one_long(of: random.Random, replica: int, step: int, batch: int) -> float:
+        return 3.0 if batch == long else 1.0
+
+    def long_replica(of: random.Random, replica_: int, step: int, batch: int) -> float:
+        return times if replica_ == replica else 1.0
+
+    two, four = Pipeline(2, 2, 4), Pipeline(1, 4, 4)
+    uneven, batches, slow = ("uneven stages",), ("uneven micro-batches",), ("slow rank",)
+    return {
+        "healthy": two,
+        "uneven stages, the last of two": replace(two, stage_times=(1.0, times), expected=uneven),
+        "uneven stages, the second of four": replace(four, stage_times=(1.0, times, 1.0, 1.0), expected=uneven),
+        "uneven micro-batches of two": replace(two, length=drawn, expected=batches),
+        "one long micro-batch of two": replace(two, length=one_long, expected=batches),
+        "slow machine": replace(two, slow=(replica, long % 2, times), expected=slow),
+        "uneven stages, GPipe": replace(four, stage_times=(1.0, 1.0, 1.0, times), is_gpipe=True, expected=uneven),
+        "one long micro-batch of four": replace(four, length=one_long, expected=batches),
+        "healthy, GPipe": replace(four, is_gpipe=True),
+        "uneven micro-batches, GPipe": replace(four, length=drawn, is_gpipe=True, expected=batches),
+        "one replica with long sequences": replace(two, length=long_replica, expected=batches),
+        "uneven stages, one slow": replace(
+            two, stage_times=(times, 1.0), slow=(replica, 1, 2.5), expected=(*uneven, *slow)
+        ),
+    }
+
+
+TRACED_HELD_OUT = (
+    "healthy, GPipe", "uneven micro-batches, GPipe", "one replica with long sequences", "uneven stages, one slow",
+)  # fmt: skip
 
 
 def kinds_of(draw: random.Random) -> dict[str, Pipeline]:
@@ -238,22 +284,77 @@ def write_timeline(of: Pipeline, seed_: int, folder: Path) -> float:
     return 1 - statistics.fmean(even.step_s) / statistics.fmean(was.step_s)
 
 
+def seconds_of(of: Pipeline, seed_: int, is_even: bool) -> list[list[list[list[float]]]]:
+    """Return how long each micro-batch's forward takes: (steps, replicas, stages, batches)."""
+    draw, found = random.Random(seed_), []
+    times = of.stage_times or (1.0,) * of.stages
+    for step in range(of.steps):
+        lengths = [
+            [1.0 if of.length is None else of.length(draw, replica, step, batch) for batch in range(of.batches)]
+            for replica in range(of.replicas)
+        ]
+        if is_even:
+            lengths = [[statistics.fmean(one for own in lengths for one in own)] * of.batches] * of.replicas
+        factors = [
+            [
+                statistics.fmean(times)
+                if is_even
+                else times[stage] * (of.slow[2] if of.slow and (replica, stage) == of.slow[:2] else 1.0)
+                for stage in range(of.stages)
+            ]
+            for replica in range(of.replicas)
+        ]
+        found.append(
+            [
+                [[TRACED_S * factor * one for one in own] for factor in of_stages]
+                for own, of_stages in zip(lengths, factors, strict=True)
+            ]
+        )
+    return found
+
+
+def trace(jobs: list[tuple[int, Pipeline]], folder: Path) -> list[float]:
+    """Run jobs, each as it is and then even, and keep their traces; return the share of a step that each would gain."""
+    plain = [
+        {"stages": job.stages, "is_gpipe": job.is_gpipe, "seconds": seconds_of(job, number, is_even)}
+        for number, job in jobs
+        for is_even in (False, True)
+    ]
+    (folder / "jobs.txt").write_text(json.dumps(plain))
+    command = [sys.executable, "-m", "bench.uneven_rank", str(folder / "store")]
+    ranks = [subprocess.Popen([*command, str(rank), "4", str(folder / "jobs.txt"), str(folder)]) for rank in range(4)]
+    if sum(rank.wait() for rank in ranks):
+        raise SystemExit("a rank failed")
+    times = [float((folder / str(number) / "seconds.txt").read_text()) for number in range(len(plain))]
+    return [1 - even / was for was, even in zip(times[::2], times[1::2], strict=True)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kinds", choices=["open", "held_out", "all"], default="all", help="which kinds")
     parser.add_argument("--each", type=positive, default=1, help="jobs of each kind")
     parser.add_argument("--seed", type=seed, default=0)
     parser.add_argument("--only", help="one kind alone")
+    parser.add_argument("--traced", action="store_true", help="run pipelines over gloo, and read their traces")
     arguments = parser.parse_args()
     right, count = [0, 0, 0], 0
-    for number in range(arguments.seed, arguments.seed + arguments.each):
-        for kind, job in kinds_of(random.Random(number)).items():
-            is_asked = arguments.kinds == "all" or (kind in HELD_OUT) == (arguments.kinds == "held_out")
-            if (arguments.only is not None and arguments.only != kind) or not is_asked:
-                continue
-            with tempfile.TemporaryDirectory() as folder:
-                share = write_timeline(job, number, Path(folder))
-                found = attribute(read_traces(Path(folder)).graph)
+    kinds, held_out = (traced_kinds, TRACED_HELD_OUT) if arguments.traced else (kinds_of, HELD_OUT)
+    jobs = [
+        (number, kind, job)
+        for number in range(arguments.seed, arguments.seed + arguments.each)
+        for kind, job in kinds(random.Random(number)).items()
+        if arguments.only in (None, kind)
+        if arguments.kinds == "all" or (kind in held_out) == (arguments.kinds == "held_out")
+    ]
+    with tempfile.TemporaryDirectory() as kept:
+        folders = [Path(kept) / str(place) for place in range(len(jobs))]
+        if arguments.traced:
+            shares = trace([(number, job) for number, _, job in jobs], Path(kept))
+            folders = [Path(kept) / str(2 * place) / "traces" for place in range(len(jobs))]
+        else:
+            shares = [write_timeline(job, number, into) for (number, _, job), into in zip(jobs, folders, strict=True)]
+        for (number, kind, job), folder, share in zip(jobs, folders, shares, strict=True):
+            found = attribute(read_traces(folder).graph)
             said = [one.kind for one in found.findings]
             promised = found.together.share(found.replayed_s)
             marks = ((not said) if not job.expected else bool(said) and said[0] in job.expected,

@@ -21,7 +21,9 @@ class Rank:
         self.events.append({"ph": "X", "cat": category, "name": name, "ts": start, "dur": end - start, "pid": 1,
                             "tid": thread, "args": arguments})  # fmt: skip
 
-    def compute(self, us: float) -> None:
+    def compute(self, us: float, is_backward: bool = False) -> None:
+        if is_backward:
+            self.event("cpu_op", "autograd::engine::evaluate_function: MmBackward0", self.now, self.now + us)
         self.event("cpu_op", "aten::mm", self.now, self.now + us)
         self.now += us
 
@@ -64,7 +66,7 @@ def pipeline(folder: Path, late: int | None, slow_pair: int | None) -> float:
                 if late == second.rank:
                     second.now += 12_000
                 second.compute(FORWARD_US)
-                second.compute(2 * FORWARD_US)
+                second.compute(2 * FORWARD_US, is_backward=True)
                 second.event(
                     "cpu_op", "c10d::send", second.now, second.now + 50, **{"Concrete Inputs": ["", "", "0", "0"]}
                 )
@@ -76,7 +78,7 @@ def pipeline(folder: Path, late: int | None, slow_pair: int | None) -> float:
                 first.event("user_annotation", "gloo:send", posted + 50, back + 10)
                 first.event("user_annotation", "gloo:recv", first.now + 70, back)
                 first.now, second.now = back + 20, second.now + 120
-                first.compute(2 * FORWARD_US)
+                first.compute(2 * FORWARD_US, is_backward=True)
         end = max(rank.now for rank in ranks)
         for rank, begin in zip(ranks, begins, strict=True):
             start = rank.now
@@ -114,6 +116,14 @@ def test_stages_of_a_pipeline_are_matched_by_their_groups(tmp_path: Path) -> Non
     assert found.measured_s == pytest.approx(step_s, rel=0.01)
     assert found.error == pytest.approx(0, abs=0.02)
     assert found.findings == ()
+    # Each micro-batch is known by what is sent and received, and forward and backward by who runs them.
+    assert (graph.stages, graph.replicas) == ((0, 0, 1, 1), (0, 1, 0, 1))
+    tables = graph.tables
+    for rank in range(4):
+        for batch in range(2 * NUM_BATCHES):
+            own = (tables.run_rank == rank) & (tables.run_step == 1) & (tables.run_batch == batch)
+            assert float(tables.busy_s[own].sum()) * 1e6 == pytest.approx(FORWARD_US * (1 + batch % 2), rel=0.02)
+    assert float(tables.busy_s[tables.run_batch < 0].sum()) < 0.02 * float(tables.busy_s.sum())
 
 
 def test_a_late_rank_of_a_stage(tmp_path: Path) -> None:

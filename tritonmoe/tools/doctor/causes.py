@@ -271,10 +271,6 @@ def _times_others(of: Words) -> str:
     return f"{of.culprits.factor:.2f} times as long as in other steps"
 
 
-def _slow_words(of: Words) -> str:
-    return f"compute{of.s} " + ("where other ranks compute next to nothing" if of.is_beyond else of.times)
-
-
 def _link_words(of: Words) -> str:
     if of.culprits.words:
         return of.culprits.words
@@ -329,7 +325,7 @@ CAUSES: Mapping[CauseKind, Cause] = {
         ),
         Cause(
             "slow rank",
-            _slow_words,
+            lambda of: f"compute{of.s} " + ("where other ranks compute next to nothing" if of.is_beyond else of.times),
             "check the machine's clocks, its temperature and its other programs; else leave the machine out",
             compared=lambda graph, usual: _of_runs(graph.tables.busy_s - usual.shared.work_s - usual.busy_s, graph),
             to_do_of_all="check what else ran on these machines, and whether sequences were longer then",

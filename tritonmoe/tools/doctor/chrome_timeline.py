@@ -78,8 +78,6 @@ class _Pipeline:
             "the file has one rank for each group of tensor-parallel ranks: which rank of a group is at fault "
             "is not known"
         ]
-        if len(set(self.graph_.replicas)) == 1:
-            limits.append("with one data-parallel rank a slow machine can't be told from a stage that has more work")
         numbers = list(self.steps)
         if numbers != list(range(numbers[0], numbers[0] + len(numbers))):
             limits.append(f"{len(numbers)} steps between {numbers[0]} and {numbers[-1]}, not one after the other")
@@ -263,7 +261,7 @@ class _Pipeline:
                 program += [(Kind.WAIT, member) for member in islice(waits[f"{way}-recv"], 1)]
             graph.runs.append(Run(worker, index, (event.name,), event.end_s - event.start_s))
             if what == "compute":
-                graph.runs[-1].batch = seen[event.name, event.chunk]
+                graph.runs[-1].batch = 2 * seen[event.name, event.chunk] + (way == "backward")
                 seen[event.name, event.chunk] += 1
             program.append((Kind.RUN, len(graph.runs) - 1))
             program += [(Kind.POST, member) for member in after[count]]

@@ -49,7 +49,7 @@ class Run:
     rows: int | None = None
     """How many rows the last exchange brought."""
     batch: int = -1
-    """Of a pipeline: which micro-batch of its step this is the work of."""
+    """Of a pipeline: twice the number of the micro-batch of its step that this is the work of; in backward 1 more."""
     stretch: int = -1
     """Runs of one number are one stretch, which waits cut in pieces: what is usual is asked of all of it; -1: alone."""
 

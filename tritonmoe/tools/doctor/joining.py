@@ -10,7 +10,8 @@ from itertools import chain
 from tritonmoe.tools.doctor.exchange_names import SYMMETRIC
 from tritonmoe.tools.doctor.graph import Graph, Item, Key, Kind, LinkFault, Member, Run, floats
 from tritonmoe.tools.doctor.matching import Matched, OfSteps, align_clocks, bound_ends, idle_since, matched
-from tritonmoe.tools.doctor.trace import Part, RankTrace, union
+from tritonmoe.tools.doctor.pipelines import Batches, lines_of
+from tritonmoe.tools.doctor.trace import Busy, Part, RankTrace, union
 from tritonmoe.tools.report.terminal import one_line
 
 __all__ = ["SlowLinks", "joined", "slow_links"]
@@ -129,6 +130,7 @@ class Programs:
     ) -> None:
         self.graph, self.traces, self.of_steps, self.matched, self.bounds = graph, traces, of_steps, matched, bounds
         self.slow = slow
+        self.batches: dict[int, Batches] = {}
 
     def build(self) -> None:
         """Add all exchanges and programs to the graph."""
@@ -159,6 +161,12 @@ class Programs:
                     linked_s.append(self.slow.lost_s(part, index, ranks, end_s - since))
         graph.linked_s = None if self.slow is None else floats(linked_s)
         self._find_waits()
+        lines = lines_of(self.of_steps) if all(trace.backward_start_s for trace in self.traces) else []
+        for replica, line in enumerate(lines):
+            for stage, index in enumerate(line):
+                self.batches[index] = Batches(self.traces[index], self.of_steps[index], (stage, replica), line)
+        in_order = [self.batches[index] for index in range(len(self.batches))]
+        graph.stages, graph.replicas = (tuple(getattr(one, name) for one in in_order) for name in ("stage", "replica"))
         graph.programs = [self._program(index) for index in range(len(self.traces))]
 
     def _to_others(self, index: int, part: Part, sizes: tuple[int, ...] | None) -> tuple[int, ...] | None:
@@ -208,7 +216,8 @@ class Programs:
                 part.idle_since_s = None
 
     def _program(self, index: int) -> list[Item]:
-        graph, busy = self.graph, _Busy(self.traces[index])
+        graph, busy = self.graph, Busy(self.traces[index].busy_start_s, self.traces[index].busy_end_s)
+        batches = self.batches.get(index)
         program: list[Item] = []
         now_s = self.bounds[index][0][0]
         lane_ends: dict[int, float] = {}
@@ -221,8 +230,11 @@ class Programs:
             if moment_s > now_s or (ends_stretch and len(graph.runs) == stretch):
                 moment_s = max(moment_s, now_s)
                 busy_s = busy.between(now_s, moment_s)
-                graph.runs.append(Run(index, step, key, busy_s, max(0.0, moment_s - now_s - busy_s), rows, stretch))
-                program.append((Kind.RUN, len(graph.runs) - 1))
+                idle_s = max(0.0, moment_s - now_s - busy_s)
+                for batch, own_s in [(-1, busy_s)] if batches is None else batches.parts(step, now_s, moment_s):
+                    graph.runs.append(Run(index, step, key, own_s, idle_s, rows, batch, stretch))
+                    program.append((Kind.RUN, len(graph.runs) - 1))
+                    idle_s = 0.0
                 now_s = moment_s
 
         for step, parts in enumerate(self.of_steps[index]):
@@ -270,25 +282,6 @@ def _what(part: Part) -> str:
 def _before(part: Part | None) -> Key:
     """Return the key of the work before this exchange is handed over; None: of the rest of a step."""
     return ("end of the step",) if part is None else (part.key[0], "before", *part.key[1:])
-
-
-class _Busy:
-    """How long a rank's computing lane was busy between two moments."""
-
-    def __init__(self, trace: RankTrace) -> None:
-        self.starts, self.ends = trace.busy_start_s, trace.busy_end_s
-        self.sums = [0.0]
-        for start, end in zip(self.starts, self.ends, strict=True):
-            self.sums.append(self.sums[-1] + end - start)
-
-    def until(self, moment_s: float) -> float:
-        at = bisect_right(self.starts, moment_s)
-        if not at:
-            return 0.0
-        return self.sums[at] - max(0.0, self.ends[at - 1] - moment_s)
-
-    def between(self, start_s: float, end_s: float) -> float:
-        return max(0.0, self.until(end_s) - self.until(start_s))
 
 
 def joined(traces: Sequence[RankTrace], ranks_per_node: int | None = None) -> tuple[Graph, list[str]]:
@@ -349,7 +342,7 @@ def joined(traces: Sequence[RankTrace], ranks_per_node: int | None = None) -> tu
 
 def _exposed_s(trace: RankTrace, of_steps: OfSteps) -> float:
     """Return for how long an exchange was under way on a rank and nothing was computed."""
-    busy, parts = _Busy(trace), list(chain.from_iterable(of_steps))
+    busy, parts = Busy(trace.busy_start_s, trace.busy_end_s), list(chain.from_iterable(of_steps))
     starts, ends = union([part.start_s for part in parts], [part.end_s or part.start_s for part in parts])
     return sum(end - start - busy.between(start, end) for start, end in zip(starts, ends, strict=True))
 

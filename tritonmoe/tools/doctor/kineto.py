@@ -34,7 +34,7 @@ class KinetoTrace(KinetoEvents):
         Raises:
             ValueError: there is nothing in it that a step could be due to; the message says what is missing.
         """
-        self._backward_starts = sorted(zip(*self.backward, strict=True))
+        self.backward = union(*self.backward)
         about = self.top.get("distributedInfo", {})
         if not isinstance(about, dict):
             raise damaged(self.path, "distributedInfo is no object")
@@ -151,11 +151,11 @@ class KinetoTrace(KinetoEvents):
         return sorted(moved, key=lambda step: step.start_s) or steps
 
     def _phase(self, moment_s: float | None) -> str:
-        if moment_s is None or not self._backward_starts:
+        starts, ends = self.backward
+        if moment_s is None or not starts:
             return ""
-        place = bisect_right(self._backward_starts, (moment_s, float("inf")))
-        is_backward = any(end >= moment_s for _, end in self._backward_starts[max(0, place - 4) : place])
-        return "backward" if is_backward else "forward"
+        place = bisect_right(starts, moment_s) - 1
+        return "backward" if place >= 0 and ends[place] >= moment_s else "forward"
 
     def _of_gpu(self, found: RankTrace) -> None:
         found.busy_start_s, found.busy_end_s = union(self.kernels[0], self.kernels[1])
@@ -213,6 +213,7 @@ class KinetoTrace(KinetoEvents):
                     starts.append(start_s)
                     ends.append(end_s)
         found.busy_start_s, found.busy_end_s = union(starts, ends)
+        found.backward_start_s, found.backward_end_s = self.backward
         waiting: dict[str, list[Part]] = defaultdict(list)
         for kind, start_s, _, _, arguments in self.posts:
             part = Part(kind, start_s, start_s, None, phase=self._phase(start_s))

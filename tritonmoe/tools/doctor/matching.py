@@ -4,21 +4,19 @@ import statistics
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from itertools import combinations, pairwise
+from itertools import combinations
 from typing import NamedTuple, TypeAlias
 
 from tritonmoe.tools.doctor.exchange_names import SYMMETRIC
 from tritonmoe.tools.doctor.trace import Part, RankTrace
 
-__all__ = ["Matched", "OfSteps", "align_clocks", "as_all_to_alls", "bound_ends", "idle_since", "matched"]
+__all__ = ["PAIRS", "Matched", "OfSteps", "align_clocks", "bound_ends", "idle_since", "matched"]
 
 OfSteps: TypeAlias = list[list[Part]]
 """The exchanges of each step of one rank, in the order in which they were handed over."""
 Matched: TypeAlias = dict[int, list[tuple[int, Part]]]
 """The parts of every exchange: (index of the rank, part)."""
 PAIRS = ("send", "recv")
-AT_ONCE_S = 1e-3
-"""A send so shortly behind a receive is of the same exchange."""
 NO_WAIT_S = 50e-6
 USUALLY = 0.25
 """A transfer whose end nobody waited for is taken to last as long as this part of those like it at most."""
@@ -96,7 +94,7 @@ def _peers(traces: Sequence[RankTrace], of_steps: Sequence[OfSteps]) -> dict[_Wa
     for (index, kind, group, peer), other in found.items():
         which = "a later" if other > index else "an earlier"
         for part in ways[index, kind, group, peer]:
-            part.way = f"{kind} {'to' if kind == 'send' else 'from'} {which} rank"
+            part.way, part.other = f"{kind} {'to' if kind == 'send' else 'from'} {which} rank", other
     return found
 
 
@@ -127,8 +125,10 @@ def bound_ends(traces: Sequence[RankTrace], found: Matched) -> None:
     for parts in found.values():
         if parts[0][1].kind not in PAIRS or not all(part.is_noticed for _, part in parts):
             continue
-        latest_s = max(part.start_s for _, part in parts)
         index, last = next((one for one in parts if one[1].kind == "recv"), parts[0])
+        for _, part in parts:  # a send may be noted later than its rows arrive
+            part.start_s = max(part.posted_s, min(part.start_s, last.end_s or part.start_s))
+        latest_s = max(part.start_s for _, part in parts)
         end_s = max(latest_s, last.end_s or latest_s)
         for _, part in parts:
             part.end_s = min(max(latest_s, part.end_s or end_s), end_s)
@@ -143,86 +143,6 @@ def bound_ends(traces: Sequence[RankTrace], found: Matched) -> None:
             most_s = latest_s + like[int(USUALLY * (len(like) - 1))]
             for _, part in parts:
                 part.end_s = min(part.end_s or most_s, most_s)
-
-
-def as_all_to_alls(traces: Sequence[RankTrace], limits: list[str]) -> None:
-    """Join sends and receives that a trace has without their peers to exchanges of all ranks.
-
-    So the layers of this package exchange rows over gloo: receives from all others, and the sends to them behind these.
-    Labels tell the exchanges of newer traces; of older ones their order does, between two ranks even where some
-    messages are missing, since they had no rows. Where it doesn't, the limits say that nobody knows with whom they are.
-    """
-    untold = [[part for part in trace.parts if part.kind in PAIRS and part.peer is None] for trace in traces]
-    if not any(untold) or len(traces) < 2:
-        return
-    ordered = [sorted(parts, key=lambda part: part.posted_s) for parts in untold]
-    batches = _of_all(ordered) or _of_two(ordered)
-    if batches is None:
-        limits.append(
-            "the files don't name the other rank of sends and receives: each counts alone, and which rank waits "
-            "for which is not known"
-        )
-        return
-    for trace, parts, found in zip(traces, untold, batches, strict=True):
-        joined = {id(part) for part in parts}
-        trace.parts = [*(part for part in trace.parts if id(part) not in joined), *map(_exchange, found)]
-        trace.parts.sort(key=lambda part: part.posted_s)
-
-
-_Batches: TypeAlias = list[list[Part]]
-
-
-def _of_all(ranks: Sequence[Sequence[Part]]) -> list[_Batches] | None:
-    """Return each rank's batches of a receive from and a send to each other rank; None where they don't come so."""
-    size = 2 * (len(ranks) - 1)
-    batches = [[list(parts[first : first + size]) for first in range(0, len(parts), size)] for parts in ranks]
-    wanted = ["recv"] * (size // 2) + ["send"] * (size // 2)
-    are_whole = all([part.kind for part in batch] == wanted for found in batches for batch in found)
-    return batches if are_whole and len({len(found) for found in batches}) == 1 else None
-
-
-def _of_two(ranks: Sequence[Sequence[Part]]) -> list[_Batches] | None:
-    """Return the batches of two ranks: the n-th send of one is the n-th receive of the other; None where none can be.
-
-    What one rank has handed over at once is one exchange on both.
-    """
-    if len(ranks) != 2 or any(
-        sum(part.kind == "send" for part in one) != sum(part.kind == "recv" for part in other)
-        for one, other in (ranks, ranks[::-1])
-    ):
-        return None
-    parts = [*ranks[0], *ranks[1]]
-    together = list(range(len(parts)))
-
-    def first_of(place: int) -> int:
-        while together[place] != place:
-            together[place] = place = together[together[place]]
-        return place
-
-    for first in (0, len(ranks[0])):
-        own = range(first, first + len(ranks[first > 0]))
-        for before, after in pairwise(own):
-            is_batch = (parts[before].kind, parts[after].kind) == PAIRS[::-1]
-            if is_batch and parts[after].posted_s - parts[before].posted_s < AT_ONCE_S:
-                together[first_of(after)] = first_of(before)
-    for one, other in (ranks, ranks[::-1]):
-        offsets = {id(part): place for place, part in enumerate(parts)}
-        sent, received = ([part for part in of if part.kind == kind] for of, kind in ((one, "send"), (other, "recv")))
-        for source, target in zip(sent, received, strict=True):
-            roots = sorted(first_of(offsets[id(part)]) for part in (source, target))
-            together[roots[1]] = roots[0]
-    found: list[dict[int, list[Part]]] = [{}, {}]
-    for place, part in enumerate(parts):
-        found[place >= len(ranks[0])].setdefault(first_of(place), []).append(part)
-    return [list(of.values()) for of in found] if list(found[0]) == list(found[1]) else None
-
-
-def _exchange(batch: Sequence[Part]) -> Part:
-    last = batch[-1]
-    ends = [part.end_s for part in batch if part.end_s is not None]
-    whole = Part("all_to_all", last.posted_s, last.start_s, max(ends, default=None), last.lane, last.phase)
-    whole.is_noticed = last.is_noticed
-    return whole
 
 
 CLOCK_S = 0.002

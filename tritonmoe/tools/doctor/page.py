@@ -314,8 +314,11 @@ class RecordedPart(RunPart):
         *common, grounds = super().sections()
         yield from common
         yield "The median call, measured and replayed", list(self._median_call())
-        yield "Whose rows ranks wait for", list(self._rows())
-        yield "Links", list(self._links())
+        title = "How long a rank waited for another rank's rows in a call, median of all calls"
+        waits = self._matrix("waits_s", title, "s", "waiting rank", "rank whose rows it waits for")
+        yield "Whose rows ranks wait for", list(waits)
+        title = "How many times as long as elsewhere a byte takes"
+        yield "Links", list(self._matrix("byte_ratios", title, "times", "from rank", "to rank", 1.0))
         yield "Load of the experts", list(self._experts())
         yield "How ranks come to the call", list(self._marks())
         yield grounds
@@ -343,14 +346,6 @@ class RecordedPart(RunPart):
             yield Words(
                 [f"{len(self.lane_ranks)} of {self.recorded.recording.size} ranks are drawn, and are in the trace."]
             )
-
-    def _rows(self) -> Iterator[Block]:
-        title = "How long a rank waited for another rank's rows in a call, median of all calls"
-        yield from self._matrix("waits_s", title, "s", "waiting rank", "rank whose rows it waits for")
-
-    def _links(self) -> Iterator[Block]:
-        title = "How many times as long as elsewhere a byte takes"
-        yield from self._matrix("byte_ratios", title, "times", "from rank", "to rank", 1.0)
 
     def _experts(self) -> Iterator[Block]:
         loads = self.at("loads")

@@ -18,7 +18,7 @@ from tritonmoe.tools.doctor.graph import Graph
 from tritonmoe.tools.doctor.inspector import is_inspector_line, name_ranks, on_one_clock, read_inspector
 from tritonmoe.tools.doctor.joining import joined
 from tritonmoe.tools.doctor.kineto import KinetoTrace
-from tritonmoe.tools.doctor.matching import as_all_to_alls
+from tritonmoe.tools.doctor.matching import PAIRS
 from tritonmoe.tools.doctor.trace import Part, RankTrace, Step
 from tritonmoe.tools.doctor.trace_files import JsonPieces, damaged, first_bytes, number, open_text
 from tritonmoe.tools.report.terminal import one_line
@@ -130,6 +130,10 @@ class ReadRun:
     limits: list[str]
     """What the files can't tell."""
 
+    def __post_init__(self) -> None:
+        if self.graph.stages and len(set(self.graph.replicas)) == 1:
+            self.limits.append("with one data-parallel rank a slow machine can't be told from a stage with more work")
+
 
 def read_traces(path: Path, ranks_per_node: int | None = None) -> ReadRun:
     """Read a trace, or a folder of them.
@@ -185,7 +189,11 @@ def _read_traces(path: Path, ranks_per_node: int | None) -> ReadRun:
     if unmarked:
         on_one_clock(traces)
         mark_steps(traces, limits)
-    as_all_to_alls(traces, limits)
+    if any(part.kind in PAIRS and part.peer is None for trace in traces[1:] for part in trace.parts):
+        limits.append(
+            "the files don't name the other rank of sends and receives: each counts alone, and which rank waits for "
+            "which is not known"
+        )
     graph, own = joined(traces, ranks_per_node)
     return ReadRun(path, graph, kinds, traces[0].lanes, [*own, *_unknown(graph), *limits])
 
@@ -292,14 +300,11 @@ def _read_json(path: Path) -> _Read:
         return read_timeline(path, events)
     if is_flight_record(of_trace.top):
         return read_flight_record(path, of_trace.top)
-    if of_trace.num_events == 0 and "traceEvents" not in of_trace.top and not _has_events(path):
-        return f"{path} is JSON, but no trace"
+    if of_trace.num_events == 0 and "traceEvents" not in of_trace.top:
+        with open_text(path) as file:
+            if '"traceEvents"' not in file.read(1 << 16):
+                return f"{path} is JSON, but no trace"
     return of_trace.trace(pieces.is_cut)
-
-
-def _has_events(path: Path) -> bool:
-    with open_text(path) as file:
-        return '"traceEvents"' in file.read(1 << 16)
 
 
 def _merged(traces: Sequence[RankTrace]) -> list[RankTrace]:

@@ -95,9 +95,7 @@ def slope(rank: Tensor, step: Tensor, size: Tensor, value: Tensor) -> float:
     slopes, distances = torch.cat(found), torch.cat(weights)
     if not len(slopes):
         return 0.0
-    ordered, order = slopes.sort()
-    reached = distances[order].cumsum(0)
-    return min(max(0.0, float(ordered[int((reached >= reached[-1] / 2).to(torch.int8).argmax())])), largest)
+    return min(max(0.0, float(medians(slopes, distances))), largest)
 
 
 class Samples:
@@ -241,13 +239,8 @@ def fit_relative_line(points: Sequence[tuple[float, float]]) -> tuple[float, flo
 
 def weighted_median(values: Sequence[tuple[float, float]]) -> float:
     """Return the smallest value of (value, weight) that, with all smaller ones, has half of the weight."""
-    ordered = sorted(values)
-    half, reached = 0.5 * sum(weight for _, weight in ordered), 0.0
-    for value, weight in ordered:
-        reached += weight
-        if reached >= half:
-            return value
-    return ordered[-1][0]
+    points = torch.tensor(values, dtype=torch.float64, device="cpu")
+    return float(medians(*points.T))
 
 
 def medians(values: Tensor, weights: Tensor) -> Tensor:

@@ -1,10 +1,11 @@
 """What a reader gives of one rank: when its computing lane was busy, its exchanges, its steps, what the file lacks."""
 
 from array import array
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-__all__ = ["Part", "RankTrace", "Step", "union"]
+__all__ = ["Busy", "Part", "RankTrace", "Step", "union"]
 
 
 @dataclass
@@ -31,6 +32,8 @@ class Part:
     """How wide its numbers are."""
     peer: int | None = None
     """The other rank of a send or receive, by its number in the group."""
+    other: int | None = None
+    """The same by its index, once ranks' traces are joined."""
     links: tuple[tuple[str, int, int, float], ...] = ()
     """(send or recv, the other rank's number in the group, bytes, seconds) of each link, where they are known apart."""
     way: str = ""
@@ -72,6 +75,9 @@ class RankTrace:
     busy_start_s: array = field(default_factory=lambda: array("d"))
     busy_end_s: array = field(default_factory=lambda: array("d"))
     """When the computing lane was busy: intervals in order that don't overlap."""
+    backward_start_s: array = field(default_factory=lambda: array("d"))
+    backward_end_s: array = field(default_factory=lambda: array("d"))
+    """When the host ran backwards, where that is also when they were computed."""
     parts: list[Part] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
     groups: dict[str, tuple[int, ...]] = field(default_factory=dict)
@@ -86,7 +92,7 @@ class RankTrace:
 
     def move(self, moved: Callable[[float], float]) -> None:
         """Put all its times onto another clock."""
-        for times in (self.busy_start_s, self.busy_end_s):
+        for times in (self.busy_start_s, self.busy_end_s, self.backward_start_s, self.backward_end_s):
             times[:] = array("d", map(moved, times))
         for part in self.parts:
             part.posted_s, part.start_s = moved(part.posted_s), moved(part.start_s)
@@ -107,3 +113,22 @@ def union(starts: Sequence[float], ends: Sequence[float]) -> tuple[array, array]
         elif end > last:
             found_ends[-1] = last = end
     return found_starts, found_ends
+
+
+class Busy:
+    """For how long of a time something lasts, in intervals in order that don't overlap."""
+
+    def __init__(self, starts: Sequence[float], ends: Sequence[float]) -> None:
+        self.starts, self.ends = starts, ends
+        self.sums = [0.0]
+        for start, end in zip(self.starts, self.ends, strict=True):
+            self.sums.append(self.sums[-1] + end - start)
+
+    def until(self, moment_s: float) -> float:
+        at = bisect_right(self.starts, moment_s)
+        if not at:
+            return 0.0
+        return self.sums[at] - max(0.0, self.ends[at - 1] - moment_s)
+
+    def between(self, start_s: float, end_s: float) -> float:
+        return max(0.0, self.until(end_s) - self.until(start_s))

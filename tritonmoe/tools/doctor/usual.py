@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from tritonmoe.tools.doctor.graph import Graph, Tables, indices
+from tritonmoe.tools.doctor.graph import Graph, indices
 from tritonmoe.tools.doctor.pattern import FEW_STEPS, WARMED, grows
 from tritonmoe.tools.doctor.samples import Samples, by_step, middle, rows_of, slope
 
@@ -70,10 +70,14 @@ def shared_of(graph: Graph, linked_s: Tensor | None = None) -> Shared:
         return found
     transfer_s = tables.transfer_s if linked_s is None else tables.transfer_s - linked_s
     step_s = max(sum(graph.measured_s) / len(graph.steps), 1e-9)
+    of_runs = tables.run_key, tables.run_rank, tables.run_step
+    of_members = tables.member_key, tables.member_rank, tables.member_step
+    exchange = tables.member_exchange  # all of its ranks may wait for the one that has most bytes
+    fullest = by_step(exchange, tables.num_bytes, "amax", int(exchange.max()) + 1 if len(exchange) else 0)[exchange]
     for values, sizes, into, places in (
-        (tables.busy_s - stage_s - batch_s, tables.rows, found.busy_s, _places_of_runs(tables)),
-        (tables.idle_s, None, found.idle_s, _places_of_runs(tables)),
-        (transfer_s.clamp(min=0), _fullest_bytes(tables), found.transfer_s, _places_of_members(tables)),
+        (tables.busy_s - stage_s - batch_s, tables.rows, found.busy_s, of_runs),
+        (tables.idle_s, None, found.idle_s, of_runs),
+        (transfer_s.clamp(min=0), fullest, found.transfer_s, of_members),
     ):
         if len(values):
             into += _OfOne(graph, values, sizes, places, step_s).excess()
@@ -91,14 +95,21 @@ def _uneven(graph: Graph) -> tuple[Tensor, Tensor]:
     A replica of a stage may have a slow machine: the fastest one tells what the stage takes.
     """
     tables = graph.tables
-    work = ((tables.run_batch >= 0) & (tables.busy_s > 0)).nonzero()[:, 0]
-    rank, key, busy_s = tables.run_rank[work], tables.run_key[work], tables.busy_s[work]
+    runs = ((tables.run_batch >= 0) & (tables.busy_s > 0)).nonzero()[:, 0]
+    if not len(runs):
+        return nothing_for(tables.busy_s), nothing_for(tables.busy_s)
+    most, of_run = int(tables.run_batch.max()) + 1, tables.busy_s[runs]
+    works = (tables.run_rank[runs] * len(graph.steps) + tables.run_step[runs]) * most + tables.run_batch[runs]
+    works, work = works.unique(return_inverse=True)
+    busy_s = by_step(work, of_run, "sum", len(works))
+    step, batch = works // most % len(graph.steps), works % most
+    rank = works // most // len(graph.steps)
     stages, replicas = indices(graph.stages), indices(graph.replicas)
     num_ranks, num_stages, num_replicas = len(stages), 1 + max(graph.stages), 1 + max(graph.replicas)
     of_stage, of_replica = torch.ones_like(busy_s), torch.zeros(num_replicas, dtype=torch.float64)
     longer, own_s = torch.full_like(of_replica, torch.inf), torch.ones_like(busy_s)
-    for number in key.unique().tolist():
-        own = key == number
+    for way in (batch % 2).unique():
+        own = batch % 2 == way
         by_rank = torch.full((num_ranks,), torch.inf, dtype=torch.float64)
         by_rank[rank[own].unique()] = middle(rows_of(rank[own], busy_s[own]))
         by_stage = by_step(stages, by_rank, "amin", num_stages)
@@ -108,32 +119,17 @@ def _uneven(graph: Graph) -> tuple[Tensor, Tensor]:
         own_s[own] = by_rank[rank[own]]
     if num_stages > 1:
         of_replica = torch.where(longer > math.log(UNEVEN), longer, 0.0)
-    group = (replicas[rank] * len(graph.steps) + tables.run_step[work]) * (int(tables.run_batch.max()) + 1)
-    groups, place = (group + tables.run_batch[work]).unique(return_inverse=True)
+    groups, place = ((replicas[rank] * len(graph.steps) + step) * most + batch // 2).unique(return_inverse=True)
     apart = (busy_s / own_s).log()
     each = rows_of(place, apart).nanmedian(1).values
     noise = float((apart - each[place]).abs().median()) / (len(apart) / len(groups)) ** 0.5
     each = each if float(each.std(correction=0)) > max(math.log(UNEVEN), CERTAIN * noise) else torch.zeros_like(each)
     times = (each[place] + of_replica[replicas[rank]]).exp()
-    mean = by_step(tables.run_step[work], times, "mean", len(graph.steps))[tables.run_step[work]]
+    mean = by_step(step, times, "mean", len(graph.steps))[step]
     stage_s, batch_s = torch.zeros_like(tables.busy_s), torch.zeros_like(tables.busy_s)
-    stage_s[work] = busy_s * (1 - 1 / of_stage)
-    batch_s[work] = busy_s / of_stage * (1 - mean / times)
+    stage_s[runs] = of_run * (1 - 1 / of_stage)[work]
+    batch_s[runs] = of_run * ((1 - mean / times) / of_stage)[work]
     return stage_s, batch_s
-
-
-def _places_of_runs(tables: Tables) -> tuple[Tensor, Tensor, Tensor]:
-    return tables.run_key, tables.run_rank, tables.run_step
-
-
-def _places_of_members(tables: Tables) -> tuple[Tensor, Tensor, Tensor]:
-    return tables.member_key, tables.member_rank, tables.member_step
-
-
-def _fullest_bytes(tables: Tables) -> Tensor:
-    """Return (M,) the most bytes that a rank has in the exchange, for which all others may wait."""
-    exchange = tables.member_exchange
-    return by_step(exchange, tables.num_bytes, "amax", int(exchange.max()) + 1 if len(exchange) else 0)[exchange]
 
 
 class _OfOne:
