@@ -41,7 +41,7 @@ __all__ = [
     "StreamedWeight",
     "Unit",
     "find_streamed",
-    "is_any_streamed",
+    "known_handles",
     "make_handle",
     "waited",
     "words_of_waits",
@@ -114,7 +114,7 @@ class StreamedWeight:
         return self.reader.take(Unit(self, index))
 
 
-_known: dict[int, StreamedWeight] = {}
+known_handles: dict[int, StreamedWeight] = {}
 """By the address of a handle's memory, as long as that is there."""
 
 
@@ -124,26 +124,21 @@ def make_handle(weight: StreamedWeight, device: torch.device) -> Tensor:
         num_bytes = weight.shape[0] * weight.dtype.itemsize
         memory = torch.full((num_bytes,), 255, dtype=torch.uint8, device=device)  # NaN in all dtypes that have it
         storage = memory.untyped_storage()
-        _known[storage.data_ptr()] = weight
+        known_handles[storage.data_ptr()] = weight
         weakref.finalize(storage, _forget, storage.data_ptr(), weight).atexit = False  # with the last tensor in it
         return memory.view(weight.dtype).as_strided(weight.shape, (1, *(0 for _ in weight.shape[1:])))
 
 
 def _forget(address: int, weight: StreamedWeight) -> None:
-    if _known.get(address) is weight:  # else the memory is another handle's already
-        del _known[address]
-
-
-def is_any_streamed() -> bool:
-    """Return whether this process has a weight that stays in a file."""
-    return bool(_known)
+    if known_handles.get(address) is weight:  # else the memory is another handle's already
+        del known_handles[address]
 
 
 def find_streamed(tensor: Tensor) -> tuple[StreamedWeight, int] | None:
     """Return the weight whose handle, or a view of some of its experts, a tensor is, and the first of these experts."""
-    if not _known or type(tensor) is not Tensor or tensor.dim() < 2 or tensor.stride(-1) != 0 or tensor.is_meta:
+    if not known_handles or type(tensor) is not Tensor or tensor.dim() < 2 or tensor.stride(-1) != 0 or tensor.is_meta:
         return None
-    weight = _known.get(tensor.untyped_storage().data_ptr())
+    weight = known_handles.get(tensor.untyped_storage().data_ptr())
     return None if weight is None else (weight, int(tensor.storage_offset()))
 
 
