@@ -125,15 +125,27 @@ def _check_weights(x: Tensor, weights: PerWeight[Tensor], layout: ExpertLayout) 
         raise ValueError(f"D and F must be at least 1, got x {tuple(x.shape)} and gate_up_proj {up_shape}")
     want_w1 = (num_experts, model_width, width) if layout.transposed else (num_experts, width, model_width)
     want_w2 = (num_experts, inner, model_width) if layout.transposed else (num_experts, model_width, inner)
-    _check_weight("gate_up_proj", w1, up_scales, want_w1, x, layout)
-    _check_weight("down_proj", w2, down_scales, want_w2, x, layout)
-    if b1 is not None:
-        _check_weight("gate_up_bias", b1, None, (num_experts, width), x, layout)
-    if b2 is not None:
-        _check_weight("down_bias", b2, None, (num_experts, model_width), x, layout)
-    for name, values, scales in (("gate_up_proj", w1, up_scales), ("down_proj", w2, down_scales)):
-        if scales is not None:
-            format_of(values, scales).check_width(inner, f"decode {name} to bf16")
+    for name, tensor, scales, want in (
+        ("gate_up_proj", w1, up_scales, want_w1),
+        ("down_proj", w2, down_scales, want_w2),
+        ("gate_up_bias", b1, None, (num_experts, width)),
+        ("down_bias", b2, None, (num_experts, model_width)),
+    ):
+        if tensor is None:
+            continue
+        shape = tensor.shape if scales is None else weight_shape(tensor, scales)
+        if shape != want:
+            raise _other_shape(name, shape, want, x, layout)
+        if scales is None:
+            if tensor.dtype != x.dtype:
+                raise _other_dtype(name, tensor, x)
+            continue
+        if x.dtype != torch.bfloat16:
+            raise TypeError(
+                f"{name} is packed, and stands for a bf16 weight, but x is {x.dtype}: cast x to bf16 (model.to("
+                "torch.bfloat16) leaves packed weights as they are), or call under torch.autocast with bf16"
+            )
+        format_of(tensor, scales).check_width(inner, f"decode {name} to bf16")
     for name, factor_a, factor_b, sizes in (
         ("gate_up", weights.gate_up_a, weights.gate_up_b, (num_experts, width, model_width)),
         ("down", weights.down_a, weights.down_b, (num_experts, model_width, inner)),
@@ -151,25 +163,15 @@ AXES = {
 """How a weight's shape is written, without `transposed` and with it."""
 
 
-def _check_weight(
-    name: str, tensor: Tensor, scales: Tensor | None, want: tuple[int, ...], x: Tensor, layout: ExpertLayout
-) -> None:
-    shape = tensor.shape if scales is None else weight_shape(tensor, scales)
-    if shape != want:
-        axes = AXES[name][layout.transposed]
-        form = axes if layout.gated else axes.replace("2F", "F")
-        raise ValueError(
-            f"{name} must be {form} = {want} with D = {x.shape[1]} from x and transposed={layout.transposed}, "
-            f"gated={layout.gated}; got {tuple(shape)}"
-        )
-    if scales is None:
-        if tensor.dtype != x.dtype:
-            raise _other_dtype(name, tensor, x)
-    elif x.dtype != torch.bfloat16:
-        raise TypeError(
-            f"{name} is packed, and stands for a bf16 weight, but x is {x.dtype}: cast x to bf16 (model.to("
-            "torch.bfloat16) leaves packed weights as they are), or call under torch.autocast with bf16"
-        )
+def _other_shape(
+    name: str, shape: tuple[int, ...], want: tuple[int, ...], x: Tensor, layout: ExpertLayout
+) -> ValueError:
+    axes = AXES[name][layout.transposed]
+    form = axes if layout.gated else axes.replace("2F", "F")
+    return ValueError(
+        f"{name} must be {form} = {want} with D = {x.shape[1]} from x and transposed={layout.transposed}, "
+        f"gated={layout.gated}; got {tuple(shape)}"
+    )
 
 
 def _other_dtype(name: str, tensor: Tensor, x: Tensor) -> TypeError:

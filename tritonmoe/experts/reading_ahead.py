@@ -17,7 +17,7 @@ from tritonmoe.runtime.streamed import (
     StreamedWeight,
     Unit,
     find_streamed,
-    is_any_streamed,
+    known_weights,
     waited,
 )
 
@@ -30,7 +30,7 @@ Streamed = list[tuple[StreamedWeight, int]]
 
 def has_streamed(weights: PerWeight[Tensor]) -> bool:
     """Return whether a weight of a call stays in a file."""
-    return is_any_streamed() and any(_streamed(weights, side) for side in ("up", "down"))
+    return bool(known_weights) and any(_streamed(weights, side) for side in ("up", "down"))
 
 
 def _streamed(weights: PerWeight[Tensor], side: Side) -> Streamed:

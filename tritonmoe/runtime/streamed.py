@@ -37,7 +37,7 @@ __all__ = [
     "Unit",
     "WeightFile",
     "find_streamed",
-    "is_any_streamed",
+    "known_weights",
     "make_handle",
     "waited",
     "words_of_waits",
@@ -139,7 +139,7 @@ class StreamedWeight:
         return self.reader.take(Unit(self, index))
 
 
-_known: dict[int, StreamedWeight] = {}
+known_weights: dict[int, StreamedWeight] = {}
 """By the address of a handle's memory, as long as that is there."""
 
 
@@ -148,24 +148,19 @@ def make_handle(weight: StreamedWeight) -> Tensor:
     num_bytes = weight.shape[0] * weight.dtype.itemsize
     memory = (ctypes.c_char * num_bytes).from_buffer_copy(b"\xff" * num_bytes)  # NaN in all dtypes that have it
     address = ctypes.addressof(memory)
-    _known[address] = weight
-    weakref.finalize(memory, _known.pop, address).atexit = False
+    known_weights[address] = weight
+    weakref.finalize(memory, known_weights.pop, address).atexit = False
     with torch.inference_mode(False):
         return torch.frombuffer(memory, dtype=weight.dtype).as_strided(
             weight.shape, (1, *(0 for _ in weight.shape[1:]))
         )
 
 
-def is_any_streamed() -> bool:
-    """Return whether this process has a weight that stays in a file."""
-    return bool(_known)
-
-
 def find_streamed(tensor: Tensor) -> tuple[StreamedWeight, int] | None:
     """Return the weight whose handle, or a view of some of its experts, a tensor is, and the first of these experts."""
-    if not _known or type(tensor) is not Tensor or tensor.dim() < 2 or tensor.stride(-1) != 0 or tensor.is_meta:
+    if not known_weights or type(tensor) is not Tensor or tensor.dim() < 2 or tensor.stride(-1) != 0 or tensor.is_meta:
         return None
-    weight = _known.get(tensor.untyped_storage().data_ptr())
+    weight = known_weights.get(tensor.untyped_storage().data_ptr())
     return None if weight is None else (weight, int(tensor.storage_offset()))
 
 
