@@ -136,16 +136,16 @@ def _check_weights(x: Tensor, weights: PerWeight[Tensor], layout: ExpertLayout) 
         shape = tensor.shape if scales is None else weight_shape(tensor, scales)
         if shape != want:
             raise _other_shape(name, shape, want, x, layout)
-        if scales is None and tensor.dtype != x.dtype:
-            raise _other_dtype(name, tensor, x)
-        if scales is not None and x.dtype != torch.bfloat16:
+        if scales is None:
+            if tensor.dtype != x.dtype:
+                raise _other_dtype(name, tensor, x)
+            continue
+        if x.dtype != torch.bfloat16:
             raise TypeError(
                 f"{name} is packed, and stands for a bf16 weight, but x is {x.dtype}: cast x to bf16 (model.to("
                 "torch.bfloat16) leaves packed weights as they are), or call under torch.autocast with bf16"
             )
-    for name, values, scales in (("gate_up_proj", w1, up_scales), ("down_proj", w2, down_scales)):
-        if scales is not None:
-            format_of(values, scales).check_width(inner, f"decode {name} to bf16")
+        format_of(tensor, scales).check_width(inner, f"decode {name} to bf16")
     for name, factor_a, factor_b, sizes in (
         ("gate_up", weights.gate_up_a, weights.gate_up_b, (num_experts, width, model_width)),
         ("down", weights.down_a, weights.down_b, (num_experts, model_width, inner)),
@@ -262,7 +262,7 @@ def cast_for_autocast(inputs: CallTensors[Tensor]) -> CallTensors[Tensor]:
             check_plain(name, weight)
             if weight.dtype != dtype and find_streamed(weight) is not None:
                 raise TypeError(
-                    f"{name} is offloaded as {weight.dtype}, and torch.autocast would cast all of it to {dtype}: "
+                    f"{name} stays in a file as {weight.dtype}, and torch.autocast would cast all of it to {dtype}: "
                     f"call model.to({dtype}) before offload_experts(), or leave autocast off"
                 )
             cast[name] = _cast_unless_fp64(weight, dtype)
