@@ -51,6 +51,21 @@ def test_zero_3_waits_for_weights_as_far_as_compute_is_shorter():
     assert memory_gb(job, H100) < memory_gb(replace(job, zero=1), H100) / 3
 
 
+def test_a_stage_of_a_pipeline_gathers_its_weights_once_and_keeps_them():
+    """As FSDP2 does under torch's pipelines: no micro-batch gathers them again, and gradients are summed once."""
+    slow = replace(H100, inside=replace(H100.inside, gb_per_s=1.0))
+    job = trained_by(replace(JOB, ep=1, pp=2), "torchtitan")
+    parts = [step_time(replace(job, micro_batches=n), slow, 1, SERIAL).parts for n in (4, 8)]
+    assert parts[0]["waiting for weights"] == pytest.approx(parts[1]["waiting for weights"])
+    # Once 2 bytes and once 4 of a layer's parameters, 7/8 of which come from other ranks of the node.
+    layer = job.model.other_parameters + 128 * job.model.expert_parameters
+    gathered = 6 * layer * 7 / 8 / (slow.inside.efficiency.value * 1e9) * 24
+    assert gathered * 0.8 < parts[0]["waiting for weights"] < gathered
+    weights, gradients = 2 * 24 * layer, 4 * 24 * layer
+    assert memory_gb(job, H100) > (weights + gradients) / 1e9
+    assert memory_gb(job, H100) < memory_gb(replace(job, zero=1), H100) * 1.02
+
+
 def test_experts_one_by_one_keep_the_host_busy():
     job = trained_by(replace(JOB, ep=1), "deepspeed")
     assert seconds(job, "waiting for the host") > 0.5 * 48 * 4 * 128 * 2 * 2.5e-3
@@ -106,3 +121,15 @@ def test_two_halves_in_turn_hide_exchanges_under_all_that_the_other_half_compute
     assert seconds(one) - seconds(two) == pytest.approx(exposed[0] - exposed[1], rel=1e-6)
     slow = replace(H100, inside=replace(H100.inside, gb_per_s=1.0))
     assert step_time(two, slow, 1, SERIAL).exposed_s > 0.5 * step_time(one, slow, 1, SERIAL).exposed_s
+
+
+def test_megatron_runs_two_micro_batches_in_turn():
+    """The forward of one and the backward of another, of one sequence each too; one more is kept then."""
+    one = trained_by(replace(JOB, micro_batch=1), "megatron")
+    two = replace(one, two_batches=True)
+    exposed = [step_time(job, H100, 1, SERIAL).exposed_s for job in (one, two)]
+    assert exposed[1] == pytest.approx(exposed[0] / 8)
+    assert memory_gb(two, H100) > memory_gb(one, H100)
+    for wrong in (replace(one, micro_batches=1), trained_by(one, "torchtitan")):
+        with pytest.raises(ValueError, match="Megatron takes two micro-batches"):
+            replace(wrong, two_batches=True)

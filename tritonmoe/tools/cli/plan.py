@@ -333,13 +333,13 @@ def _job(arguments: argparse.Namespace) -> Job:
         dtype=arguments.dtype,
         wire_dtype=arguments.wire_dtype,
         expert_precision=arguments.expert_precision,
-        two_batches=arguments.two_batches,
         imbalance=1.0 if arguments.balanced or arguments.routing is not None else UNKNOWN_IMBALANCE,
         load=() if arguments.routing is None else expert_load(arguments.routing, model.num_experts),
         frozen=arguments.frozen,
         adapter_rank=arguments.adapter_rank or (0 if arguments.frozen is None else DEFAULT_ADAPTER_RANK),
     )
-    return trained_by(job, arguments.trainer, arguments.sends, arguments.zero)
+    job = trained_by(job, arguments.trainer, arguments.sends, arguments.zero)
+    return replace(job, two_batches=arguments.two_batches)
 
 
 def _find_cluster(name: str) -> Cluster:

@@ -59,7 +59,8 @@ class Job:
     expert_precision: str | None = None
     """The format of an ExpertPrecision in which the experts train; gradients of their weights are products in bf16."""
     two_batches: bool = False
-    """Whether two halves of a micro-batch run in turn, each under the other's exchanges."""
+    """Whether two halves of a micro-batch run in turn, each under the other's exchanges. In Megatron two micro-batches
+    do, the forward of one and the backward of another (--overlap-moe-expert-parallel-comm)."""
     overlaps_reduction: bool = True
     """Whether gradients are summed over data-parallel ranks while the last micro-batch's backward still runs, as
     DistributedDataParallel and FSDP do."""
@@ -73,7 +74,8 @@ class Job:
     overlaps_exchange: bool = True
     """Whether exchanges may run under the experts of other chunks."""
     zero: int = 1
-    """1: the optimizer's state is spread over data-parallel ranks; 3: weights and gradients too."""
+    """1: the optimizer's state is spread over data-parallel ranks; 3: weights and gradients too. A stage of a pipeline
+    then gathers its weights once a step, and sums its gradients once, as FSDP2 does under torch's pipelines."""
     us_per_expert: float = 0.0
     """What the host needs for each expert of a layer and each pass, where experts aren't spread and run one by one."""
     imbalance: float = 1.0
@@ -111,10 +113,11 @@ class Job:
                 raise ValueError(f"dtype must be one of {', '.join(DTYPE_BYTES)}, got {dtype!r}")
         if self.num_tokens < 1:
             raise ValueError(f"{self.sequence} x {self.micro_batch} tokens are fewer than tp={self.tp} ranks")
-        if self.two_batches and self.micro_batch < 2:
+        if self.two_batches and self.micro_batch < 2 and not (self.runs_batches_in_turn and self.micro_batches > 1):
             raise ValueError(
                 "two_batches runs the sequences of a micro-batch in two halves: micro_batch must be at least 2, got "
-                f"{self.micro_batch} (--micro-batch 2)"
+                f"{self.micro_batch} (--micro-batch 2). Megatron takes two micro-batches: give it more than one "
+                "(--trainer megatron --micro-batches 8)"
             )
         self._check_frozen()
 
@@ -160,6 +163,11 @@ class Job:
                 )
             for shape in ((1, 2 * width, depth), (1, depth, width)):
                 packed.scales_shape(shape)
+
+    @property
+    def runs_batches_in_turn(self) -> bool:
+        """Whether two micro-batches run in turn, instead of two halves of one."""
+        return self.two_batches and self.trainer == "megatron"
 
     @property
     def num_tokens(self) -> int:
@@ -306,8 +314,7 @@ class Trainer:
     overlaps_exchange: bool
     """Whether exchanges run under the experts of other chunks."""
     zero: int
-    """1: the optimizer's state is spread over data-parallel ranks; 3: weights and gradients too, and every micro-batch
-    gathers a layer's weights before its forward and before its backward."""
+    """As Job.zero."""
     pair_passes: float
     """Job.pair_passes where pairs travel; where rows do, the library that sends them permutes too, in half as many."""
     us_per_expert: float

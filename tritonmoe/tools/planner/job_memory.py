@@ -35,15 +35,20 @@ def memory_gb(job: Job, cluster: Cluster) -> float:
     for stage, (num_dense, num_sparse) in enumerate(job.stage_layers()):
         weights, trained = job.weight_bytes(*job.rank_parameters(stage)), job.trained_parameters(stage)
         spread = trained[0] / dp + trained[1] / expert_dp
-        if job.zero == 3:  # of the rest a rank holds the layer at work and the next one
+        if job.zero == 3:
             held = weights[0] / dp + weights[1] / expert_dp + spread * MAIN_GRAD_BYTES
-            held += 2 * sum(weights) / max(1, num_dense + num_sparse) if dp * job.tp > 1 else 0.0
+            if job.pp > 1:  # what is spread is held whole too, from the first micro-batch to the last one
+                whole = sum(weights) - weights[0] / dp - weights[1] / expert_dp
+                held += whole + MAIN_GRAD_BYTES * (sum(trained) - spread)
+            elif dp * job.tp > 1:  # of the rest a rank holds the layer at work and the next one
+                held += 2 * sum(weights) / max(1, num_dense + num_sparse)
         else:
             held = sum(weights) + sum(trained) * MAIN_GRAD_BYTES
         held += OPTIMIZER_STATE_BYTES * spread
         kept = num_dense * of_dense + num_sparse * of_sparse
         under_way = min(
-            job.micro_batches, job.pp - stage + (job.pp - 1) * (job.stages_in_turn > 1) / job.stages_in_turn
+            job.micro_batches,
+            job.pp - stage + (job.pp - 1) * (job.stages_in_turn > 1) / job.stages_in_turn + job.runs_batches_in_turn,
         )
         held += kept * under_way
         if stage == job.pp - 1:

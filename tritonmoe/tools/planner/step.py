@@ -98,7 +98,8 @@ def step_with(job: Job, cluster: Cluster, parts: Parts, exchange: ExchangeTime) 
     for of, experts_s in ((dense, 0.0), (sparse, one_by_one)):
         if job.zero == 3:
             shared, experts = _layer_parameters(job, is_dense=of is dense)
-            of["waiting for weights"] = _gathering_s(job, cluster, dp, shared, experts, sum(of.values()), exchange)
+            waiting_s = _gathering_s(job, cluster, dp, shared, experts, sum(of.values()), exchange)
+            of["waiting for weights"] = waiting_s / (job.micro_batches if job.pp > 1 else 1)
         of[HOST] = max(0.0, cluster.host.us_per_layer.value * 1e-6 + experts_s - sum(of.values()))
     return _whole_step(job, cluster, dp, exchange, dense, sparse)
 
@@ -250,9 +251,10 @@ def _gathering_s(
 ) -> float:
     """Return for how long a layer waits for its weights, gathered before each pass, and for the sums of its gradients.
 
-    They travel while layers beside it compute; exchanges of rows need the same links.
+    They travel while layers beside it compute; exchanges of rows need the same links. In a pipeline the weights stay.
     """
-    passes, weights = 3 if job.recompute == "full" else 2, job.weight_bytes(shared, experts)
+    passes = 1 if job.pp > 1 else 3 if job.recompute == "full" else 2
+    weights = job.weight_bytes(shared, experts)
     trained = shared, experts
     if job.frozen is not None:
         trained = 0.0, experts / job.model.expert_parameters * job.expert_adapters
