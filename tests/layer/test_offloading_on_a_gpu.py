@@ -254,7 +254,7 @@ def test_a_backward_reads_experts_of_a_module_that_is_gone(tmp_path: Path, devic
 @pytest.mark.parametrize("place", PLACES)
 def test_memory_goes_when_the_model_does(place: str, tmp_path: Path, device: LateDevice) -> None:
     """Whatever the device still has to do: copies and products that are enqueued have their memory."""
-    before = len(streamed._known)
+    before = len(streamed.known_handles)
     _, offloaded = make_nets(place, tmp_path)
     with device.computing(), torch.no_grad():
         offloaded(torch.randn(10, 32))
@@ -262,7 +262,7 @@ def test_memory_goes_when_the_model_does(place: str, tmp_path: Path, device: Lat
         gc.collect()
     assert not device.registered
     assert not device.num_blocks
-    assert len(streamed._known) == before
+    assert len(streamed.known_handles) == before
     device.check()
 
 

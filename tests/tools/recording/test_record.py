@@ -93,7 +93,7 @@ def test_a_recording_says_which_steps_waited_for_experts(tmp_path: Path, monkeyp
     read = WeightFile.read
 
     def read_slowly(file: WeightFile, memory: memoryview, offset: int) -> None:
-        time.sleep(0.005 * ("rank-1" in file.path.name))
+        time.sleep(0.01 * ("rank-1" in file.path.name))
         read(file, memory, offset)
 
     monkeypatch.setattr(WeightFile, "read", read_slowly)
@@ -116,7 +116,7 @@ def test_a_recording_says_which_steps_waited_for_experts(tmp_path: Path, monkeyp
                 [timing.load_s for timing in reported.steps], abs=1e-6
             )
     waits_s = [sum(step.load_s for step in of.forward.steps) for of in call.ranks]
-    assert waits_s[1] > 0.02 > waits_s[0]
+    assert waits_s[1] > max(0.02, 2 * waits_s[0])
     timeline = layer_timeline("run", reports[1])
     events = chrome_trace({"run": [timeline]})["traceEvents"]
     shown_us = sum(event["args"].get("waited_for_experts_us", 0.0) for event in events)
