@@ -22,6 +22,7 @@ from tritonmoe.overlap.report import Keeps, LayerReport
 from tritonmoe.overlap.simulation.cost_model import LayerWork
 from tritonmoe.overlap.simulation.memory import BufferWidths, WorkingSet
 from tritonmoe.overlap.tuning.memory_budget import Parts, choose_parts
+from tritonmoe.runtime.autograd import is_recomputing
 from tritonmoe.transports import Transport
 
 NO_BUDGET = tm.OverlapConfig(memory_budget_bytes=1)
@@ -117,9 +118,17 @@ def test_a_part_that_has_too_many_rows_is_cut_again() -> None:
 
 @pytest.mark.sweep(1)
 @pytest.mark.parametrize("use_reentrant", [False, True])
-@pytest.mark.parametrize("keeps", ["rows", "nothing"])
-def test_activation_checkpointing(use_reentrant: bool, keeps: Keeps) -> None:
-    """A recompute runs in the parts of its forward, and its gradients are those of a whole call."""
+@pytest.mark.parametrize("keeps", ["hidden", "rows", "nothing"])
+def test_activation_checkpointing(use_reentrant: bool, keeps: Keeps, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A recompute runs in the parts of its forward, and its gradients are those of a whole call.
+
+    A part that was cut in two is so in the recompute too, whatever room there is by then.
+    """
+
+    def have_room_for(_: Parts, plan: tm.OverlapPlan, work: LayerWork, widths: object) -> bool:
+        return is_recomputing() or bool(work.pairs.sum() < 25)
+
+    monkeypatch.setattr(Parts, "have_room_for", have_room_for)
 
     def on_rank(transport: Transport, overlap: tm.OverlapConfig) -> list[Tensor]:
         layer = tm.MoELayer(tm.MoEConfig(8, 8, 4, 2), transport, overlap, generator=torch.Generator().manual_seed(0))

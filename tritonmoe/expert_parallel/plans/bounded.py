@@ -50,6 +50,18 @@ MOST_PARTS = 256
 """A part that still has too many rows, as its own counts show, is cut in two until there are so many."""
 
 
+Cut = tuple[int, int]
+"""The n-th of so many equal parts of the tokens."""
+
+
+class Repeated(NamedTuple):
+    """How a call has run, for its recompute."""
+
+    parts: Parts
+    cuts: Sequence[Cut]
+    """What ran one after the other; () of a call that ran as a whole."""
+
+
 @dataclass(eq=False)
 class Bounded(PlannedByAnother):
     """A call with a memory budget: the next kind plans and computes it, as a whole or part by part."""
@@ -60,6 +72,8 @@ class Bounded(PlannedByAnother):
     parts: Parts
     proposed: ProposedCall | None
     """The call as it was given, until it runs in parts."""
+    cuts: Sequence[Cut]
+    """As in Repeated; before a recompute those of its forward, before a forward ()."""
 
     @classmethod
     def takes(cls, call: ProposedCall) -> bool:
@@ -70,8 +84,9 @@ class Bounded(PlannedByAnother):
     def plan(cls, call: ProposedCall, header: CallHeader, others: Sequence[type[PlanKind]]) -> PlannedCall:
         planned = others[0].plan(call, header, others[1:])
         again = None if call.again is None else call.again.of_kind
-        parts = again if isinstance(again, Parts) else _choose(call, planned.plan)
-        planned.kind, planned.keeps = cls(planned.kind, parts, call if parts.are_several else None), parts.keeps
+        parts, cuts = again if isinstance(again, Repeated) else (_choose(call, planned.plan), ())
+        planned.kind = cls(planned.kind, parts, call if parts.are_several else None, cuts)
+        planned.keeps = parts.keeps
         # A checkpoint lets go of what its first forward keeps.
         is_kept = planned.plan.needs_any and (is_recomputing() or checkpointed_region() is None)
         if is_kept:
@@ -87,12 +102,14 @@ class Bounded(PlannedByAnother):
         if self.proposed is None:
             return self.planned_by.run(call, tensors, run_forward)
         proposed, self.proposed = self.proposed, None  # whose tensors are for autograd alone to keep
-        out, _ = _CallInParts.apply(_Cut(proposed, call, self.parts), anchor_of(call, tensors), *tensors.flatten())
+        cut = _Cut(proposed, call, self.parts, self.cuts)
+        out, _ = _CallInParts.apply(cut, anchor_of(call, tensors), *tensors.flatten())
+        self.cuts = [part.cut for part in cut.ran]
         return out
 
     @property
     def repeated(self) -> object:
-        return self.parts
+        return Repeated(self.parts, self.cuts)
 
 
 def _choose(call: ProposedCall, plan: DispatchPlan) -> Parts:
@@ -128,13 +145,16 @@ class _Part(NamedTuple):
 
     call: PlannedCall
     tokens: slice
+    cut: Cut
 
 
 class _Cut:
     """A call that runs in parts, from its forward to the end of its backward."""
 
-    def __init__(self, proposed: ProposedCall, call: PlannedCall, parts: Parts) -> None:
+    def __init__(self, proposed: ProposedCall, call: PlannedCall, parts: Parts, cuts: Sequence[Cut]) -> None:
+        """cuts: those of the forward that is recomputed, which has saved as many tensors; else ()."""
         self._proposed: ProposedCall | None = proposed
+        self._repeated = cuts
         self.call, self.parts, self.state = call, parts, proposed.state
         self.ran: list[_Part] = []
 
@@ -143,19 +163,20 @@ class _Cut:
         proposed, self._proposed = self._proposed, None
         assert proposed is not None
         number, num_tokens = self.parts.number, tensors.x.shape[0]
-        waiting = [(n, number) for n in reversed(range(number))]  # the n-th of so many equal parts
+        waiting = list(reversed(self._repeated or [(place, number) for place in range(number)]))
         while waiting:
             place, among = waiting.pop()
             tokens = slice(num_tokens * place // among, num_tokens * (place + 1) // among)
             of_part = _rows(tensors, tokens)
             planned = self._plan_part(proposed, of_part)
             work, widths = _work(proposed, planned.plan), _widths(proposed, self.call.plan)
-            if among < MOST_PARTS and not self.parts.have_room_for(planned.plan.overlap, work, widths):
+            may_be_cut = among < MOST_PARTS and not self._repeated
+            if may_be_cut and not self.parts.have_room_for(planned.plan.overlap, work, widths):
                 waiting += [(2 * place + 1, 2 * among), (2 * place, 2 * among)]
                 continue
             if not self.ran:
                 planned.fillers, self.call.fillers = self.call.fillers, ()
-            part = _Part(planned, tokens)
+            part = _Part(planned, tokens, (place, among))
             self.ran.append(part)
             yield part, of_part
 
