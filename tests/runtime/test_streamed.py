@@ -1,6 +1,5 @@
 """Weights of experts in files: what is read when, what stays in memory, how much memory that is, and what can fail."""
 
-import gc
 import os
 import random
 import threading
@@ -211,11 +210,9 @@ def test_streams_take_what_they_like(is_pinned: bool, tmp_path: Path, monkeypatc
     with monkeypatch.context() as patched:
         device.install(patched)
         take_on_streams(device, None if is_pinned else tmp_path / "file")
-        gc.collect()
+        assert device.is_given_back()
         device.check()
         assert device.num_checked == 4 * 4 * 15
-        assert not device.num_blocks
-        assert not device.registered
     torch.set_num_threads(threads_before)
 
 

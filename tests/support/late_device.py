@@ -8,7 +8,9 @@ host happened to call it. What computes is called at once, on the stream that is
 
 import contextlib
 import ctypes
+import gc
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -201,6 +203,15 @@ class LateDevice:
         assert not self.faults, "\n".join(self.faults[:5])
         assert self.num_checked
         assert self.num_copies
+
+    def is_given_back(self) -> bool:
+        """Return whether all memory is, as soon as threads that read ahead have let go of their readers."""
+        for _ in range(1000):
+            gc.collect()  # a reader and its weights know each other
+            if not self.registered and not self._blocks:
+                return True
+            time.sleep(0.01)
+        return False
 
     # What stands in torch's places
 
