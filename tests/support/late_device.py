@@ -107,8 +107,8 @@ class LateEvent:
 
 
 def _join(clock: Clock, other: Clock) -> None:
-    for stream, time in other.items():
-        clock[stream] = max(clock.get(stream, 0), time)
+    for stream, at in other.items():
+        clock[stream] = max(clock.get(stream, 0), at)
 
 
 @dataclass
@@ -283,8 +283,8 @@ class LateDevice:
                     pinned.read.clear()
 
     def _check_host(self, what: str, memory: _Memory) -> None:
-        for stream, time in memory.read:
-            if self.host.get(stream, 0) < time:
+        for stream, at in memory.read:
+            if self.host.get(stream, 0) < at:
                 self.faults.append(f"{what} that {stream} may still copy")
 
     def reads(self, tensors: list[Tensor], name: str) -> None:
