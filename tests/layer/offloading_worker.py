@@ -109,7 +109,7 @@ def case_wrapped() -> None:
         fully_shard(net.moe)
         fully_shard(net)
     compare(gradients(resident), gradients(offloaded))
-    resident, offloaded = pair(lambda net: tm.parallelize(net, dist.group.WORLD))
+    resident, offloaded = pair(lambda net: tm.parallelize(net, dist.group.WORLD, overlap=tm.OverlapConfig(2)))
     compare(
         gradients(resident, DistributedDataParallel(resident)), gradients(offloaded, DistributedDataParallel(offloaded))
     )
@@ -127,7 +127,7 @@ def case_states() -> None:
     whole, left = resident.state_dict(), offloaded.state_dict()
     assert whole.keys() - left.keys() == {"moe.experts.gate_up_proj", "moe.experts.down_proj"}
     compare(left, {name: whole[name] for name in left})
-    offloaded = pair(lambda net: tm.parallelize(net, dist.group.WORLD))[1]
+    offloaded = pair(lambda net: tm.parallelize(net, dist.group.WORLD, overlap=tm.OverlapConfig(2)))[1]
     state = get_model_state_dict(offloaded)
     torch.distributed.checkpoint.save(state, checkpoint_id=FOLDER / "checkpoint")
     torch.distributed.checkpoint.load(state, checkpoint_id=FOLDER / "checkpoint")
