@@ -16,6 +16,7 @@ import pytest
 import torch
 from late_device import LateDevice, LateStream
 from test_offloading import (
+    CHUNKS,
     FORMATS,
     HIDDEN,
     KINDS,
@@ -139,15 +140,8 @@ def test_streams_and_threads_take_turns(place: str, tmp_path: Path, device: Late
     device.check()
 
 
-OVERLAPS = [
-    tm.OverlapConfig(num_chunks=1),
-    tm.OverlapConfig(num_chunks=3, chunk_by="tokens"),
-    tm.OverlapConfig(num_chunks=2, chunk_by="experts"),
-]
-
-
 @pytest.mark.sweep(1)
-@pytest.mark.parametrize("overlap", OVERLAPS, ids=lambda of: f"{of.num_chunks}-{of.chunk_by}")
+@pytest.mark.parametrize("overlap", CHUNKS, ids=lambda of: f"{of.num_chunks}-{of.chunk_by}")
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("case", [FORMATS[1], FORMATS[2]], ids=str)
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])

@@ -50,7 +50,7 @@ MOST_PARTS = 256
 """A part that still has too many rows, as its own counts show, is cut in two until there are so many."""
 
 
-Cut = tuple[int, int]
+Place = tuple[int, int]
 """The n-th of so many equal parts of the tokens."""
 
 
@@ -58,7 +58,7 @@ class Repeated(NamedTuple):
     """How a call has run, for its recompute."""
 
     parts: Parts
-    cuts: Sequence[Cut]
+    places: Sequence[Place]
     """What ran one after the other; () of a call that ran as a whole."""
 
 
@@ -72,7 +72,7 @@ class Bounded(PlannedByAnother):
     parts: Parts
     proposed: ProposedCall | None
     """The call as it was given, until it runs in parts."""
-    cuts: Sequence[Cut]
+    places: Sequence[Place]
     """As in Repeated; before a recompute those of its forward, before a forward ()."""
 
     @classmethod
@@ -84,8 +84,8 @@ class Bounded(PlannedByAnother):
     def plan(cls, call: ProposedCall, header: CallHeader, others: Sequence[type[PlanKind]]) -> PlannedCall:
         planned = others[0].plan(call, header, others[1:])
         again = None if call.again is None else call.again.of_kind
-        parts, cuts = again if isinstance(again, Repeated) else (_choose(call, planned.plan), ())
-        planned.kind = cls(planned.kind, parts, call if parts.are_several else None, cuts)
+        parts, places = again if isinstance(again, Repeated) else (_choose(call, planned.plan), ())
+        planned.kind = cls(planned.kind, parts, call if parts.are_several else None, places)
         planned.keeps = parts.keeps
         # A checkpoint lets go of what its first forward keeps.
         is_kept = planned.plan.needs_any and (is_recomputing() or checkpointed_region() is None)
@@ -102,14 +102,14 @@ class Bounded(PlannedByAnother):
         if self.proposed is None:
             return self.planned_by.run(call, tensors, run_forward)
         proposed, self.proposed = self.proposed, None  # whose tensors are for autograd alone to keep
-        cut = _Cut(proposed, call, self.parts, self.cuts)
+        cut = _Cut(proposed, call, self.parts, self.places)
         out, _ = _CallInParts.apply(cut, anchor_of(call, tensors), *tensors.flatten())
-        self.cuts = [part.cut for part in cut.ran]
+        self.places = [part.place for part in cut.ran]
         return out
 
     @property
     def repeated(self) -> object:
-        return Repeated(self.parts, self.cuts)
+        return Repeated(self.parts, self.places)
 
 
 def _choose(call: ProposedCall, plan: DispatchPlan) -> Parts:
@@ -145,16 +145,16 @@ class _Part(NamedTuple):
 
     call: PlannedCall
     tokens: slice
-    cut: Cut
+    place: Place
 
 
 class _Cut:
     """A call that runs in parts, from its forward to the end of its backward."""
 
-    def __init__(self, proposed: ProposedCall, call: PlannedCall, parts: Parts, cuts: Sequence[Cut]) -> None:
-        """cuts: those of the forward that is recomputed, which has saved as many tensors; else ()."""
+    def __init__(self, proposed: ProposedCall, call: PlannedCall, parts: Parts, places: Sequence[Place]) -> None:
+        """places: those of the forward that is recomputed, which has saved as many tensors; else ()."""
         self._proposed: ProposedCall | None = proposed
-        self._repeated = cuts
+        self._repeated = places
         self.call, self.parts, self.state = call, parts, proposed.state
         self.ran: list[_Part] = []
 
