@@ -17,7 +17,7 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor
 
-from tritonmoe.runtime.streamed import find_streamed
+from tritonmoe.runtime.streamed import find_streamed, known_handles
 from tritonmoe.runtime.thread_state import saved_tensors_hooks
 
 __all__ = [
@@ -110,13 +110,18 @@ def save_tensors(ctx: Context, *tensors: Tensor | None) -> None:
     Handles of experts that stay elsewhere are kept beside them: hooks that take saved tensors to a CPU (save_on_cpu,
     TRL's activation_offloading) would bring back others, as large as weights, that nobody knows.
     """
+    if not known_handles:  # as in almost every call
+        ctx.save_for_backward(*tensors)
+        return
     ctx.handles = {place: one for place, one in enumerate(tensors) if one is not None and find_streamed(one)}
     ctx.save_for_backward(*(None if place in ctx.handles else one for place, one in enumerate(tensors)))
 
 
 def saved_by(ctx: Context) -> tuple[Tensor, ...]:
     """Return what save_tensors() has saved."""
-    handles: dict[int, Tensor] = getattr(ctx, "handles", {})
+    handles: dict[int, Tensor] | None = getattr(ctx, "handles", None)
+    if not handles:
+        return ctx.saved_tensors
     return tuple([handles.get(place, one) for place, one in enumerate(ctx.saved_tensors)])
 
 
