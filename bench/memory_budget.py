@@ -2,7 +2,8 @@
 
 Four gloo processes on this machine, four layers through expert_parallel_mlp, forward and backward, under routings from
 uniform to all pairs on one rank. Each routing runs without a budget, in four chunks, and with one, in turn. What a rank
-holds is what Linux counts as resident at its peak, above what it had before the step.
+holds is what Linux counts as resident at its peak, above what it had before the step. Beside it stands what is
+expected: peak_bytes() of the pairs that each expert has in the step, and the caller's tensors.
 """
 
 import argparse
@@ -95,7 +96,9 @@ class _Layers:
         ]
         self.x = torch.randn(given.tokens, width, generator=generator)
         self.topk_weights = torch.rand(given.tokens, given.top_k, generator=generator)
-        self.memory = ""
+        self.caller_bytes = sum(weight.nbytes for pair in self.weights for weight in pair)
+        """Of gradients of all weights, inputs and outputs of layers, and gradients of the latter: of two at a time."""
+        self.caller_bytes += (given.layers + 2) * self.x.nbytes
 
     def step(self, topk_ids: Tensor, overlap: tm.OverlapConfig) -> None:
         h = self.x.detach().requires_grad_()
@@ -129,6 +132,8 @@ def _run_rank(rank: int, given: argparse.Namespace, folder: str) -> None:
     layers = _Layers(tm.transports.ProcessGroupTransport(dist.group.WORLD), given)
     budget = tm.OverlapConfig(memory_budget_bytes=int(given.budget_mb * 1e6))
     variants = {"without": tm.OverlapConfig(num_chunks=4), "with": budget}
+    config = tm.MoEConfig(given.hidden, given.intermediate, given.experts, given.top_k)
+    alike = {name: tm.GroupedExperts(config, layers.transport, overlap) for name, overlap in variants.items()}
     give_back = ctypes.CDLL(None).malloc_trim
     generator = torch.Generator().manual_seed(100 + rank)
     results: list[Json] = []
@@ -136,9 +141,14 @@ def _run_rank(rank: int, given: argparse.Namespace, folder: str) -> None:
     for name in given.routings:
         times: dict[str, list[float]] = {variant: [] for variant in variants}
         peaks: dict[str, list[float]] = {variant: [] for variant in variants}
+        expected: dict[str, list[float]] = {variant: [] for variant in variants}
         for step in range(given.rounds):
             topk_ids = _draw(ROUTINGS[name](rank, step, given), given.top_k, generator)
+            load = topk_ids.flatten().bincount(minlength=given.experts)
+            dist.all_reduce(load)
             for variant, overlap in variants.items():
+                of_calls = alike[variant].peak_bytes(given.tokens, routing=load, num_layers=given.layers)
+                expected[variant].append((of_calls + layers.caller_bytes) / 1e6)
                 gc.collect()
                 recycled.clear()
                 give_back(0)
@@ -154,6 +164,7 @@ def _run_rank(rank: int, given: argparse.Namespace, folder: str) -> None:
         result: Json = {"routing": name}
         for variant in variants:
             result[f"{variant}_mb"] = round(max(max(one["peaks"][variant]) for one in of_ranks), 1)
+            result[f"{variant}_expected_mb"] = round(max(expected[variant]), 1)
             result[f"{variant}_s"] = round(statistics.median(of_ranks[0]["times"][variant]), 3)
         ratios = [mine / other for mine, other in zip(times["with"], times["without"], strict=True)]
         result["ratio"] = round(statistics.median(ratios), 3)

@@ -295,13 +295,18 @@ def memory_budget_table(name: str) -> str:
     """Return what a rank holds with a memory budget and without, a row for each routing."""
     found = load(name)
     budget_mb = found["results"]["budget_mb"]
-    lines = [*table_head("routing", "without a budget", f"with {budget_mb:.0f} MB", "time, with over without")]
+    columns = "without a budget", "expected", f"with {budget_mb:.0f} MB", "expected"
+    lines = [*table_head("routing", *columns, "time, with over without")]
     for result in found["results"]["routings"]:
         low, high = result["ratios"]
         lines.append(
             table_row(
                 result["routing"],
-                *(f"{result[f'{variant}_mb']:.0f} MB" for variant in ("without", "with")),
+                *(
+                    f"{result[f'{variant}_{of}']:.0f} MB"
+                    for variant in ("without", "with")
+                    for of in ("mb", "expected_mb")
+                ),
                 f"{result['ratio']:.2f} ({low:.2f} to {high:.2f})",
             )
         )
@@ -311,7 +316,8 @@ def memory_budget_table(name: str) -> str:
         f"{of['ranks']} gloo processes, {of['layers']} layers, T={of['tokens']} a rank, D={of['hidden']}, "
         f"F={of['intermediate']}, E={of['experts']}, K={of['top_k']}, fp32; forward and backward, the peak of the "
         f"busiest rank in {of['rounds']} steps, and the median and range of the ratios of steps that follow each "
-        "other. Without a budget a call has four chunks. "
+        "other. Without a budget a call has four chunks. Expected is `peak_bytes()` of the pairs that each expert has "
+        "in these steps, and what it doesn't count: gradients of all weights, inputs and outputs of layers. "
         f"`python -m bench.memory_budget`; {where(found['environment'])}."
     )
     return "\n".join([*lines, "", caption])

@@ -33,7 +33,7 @@ import tritonmoe as tm
 from tritonmoe.config.formats import WeightFormat
 from tritonmoe.overlap.report import LayerReport
 from tritonmoe.placement import offloaded as offloaded_module
-from tritonmoe.runtime import streamed
+from tritonmoe.runtime import pinned_memory, streamed
 from tritonmoe.transports import Transport, TwoLevelTransport
 
 PLACES = ["cpu", "folder"]
@@ -361,4 +361,28 @@ def test_pinning_moves_what_is_on_the_cpu_and_may_fail(
     with device.computing():
         compare(expected[0], step(both[0], torch.float32))
         compare(expected[1], step(both[1], torch.bfloat16))
+    device.check()
+
+
+def test_experts_larger_than_the_free_host_memory_are_refused(
+    tmp_path: Path, device: LateDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Linux would map them, and end a process once they are written; a system that says nothing is asked for them."""
+    experts = make_layer(dtype=torch.float32)
+    expected = step(experts, torch.float32)
+    says = tmp_path / "meminfo"
+    monkeypatch.setattr(pinned_memory, "MEMINFO", says)
+    num_bytes = sum(weight.numel() * 4 for weight in (experts.gate_up_proj, experts.down_proj))
+    says.write_text("MemTotal:  99999999 kB\nMemFree:  99999999 kB\nMemAvailable:          3 kB\n")
+    with pytest.raises(
+        MemoryError, match=rf"{num_bytes} bytes .* 3072 bytes are free: .* offload_experts\(\) to a folder"
+    ):
+        tm.offload_experts(experts, "cpu")
+    compare(expected, step(experts, torch.float32))
+    says.write_text(f"MemAvailable: {num_bytes // 1024 + 1} kB\n")
+    tm.offload_experts(experts, "cpu")
+    says.unlink()
+    tm.offload_experts(make_layer(dtype=torch.float32), "cpu")
+    with device.computing():
+        compare(expected, step(experts, torch.float32))
     device.check()

@@ -5,6 +5,7 @@ import mmap
 import os
 import weakref
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ __all__ = ["PinnedMemory", "pin_weights"]
 
 ALIGNMENT = 64
 """Bytes; each weight begins at a multiple of so many."""
+
+MEMINFO = Path("/proc/meminfo")
 
 
 class PinnedMemory:
@@ -25,6 +28,13 @@ class PinnedMemory:
 
     def __init__(self, num_bytes: int) -> None:
         """Raise MemoryError where there is no such memory."""
+        free = _free_bytes()
+        if free is not None and num_bytes > free:
+            # Linux gives more than it has, and would end this or another process once the pages are written.
+            raise MemoryError(
+                f"{num_bytes} bytes of experts can't be pinned in host memory, of which {free} bytes are free: free "
+                "host memory, call quantize_experts first, or offload_experts() to a folder"
+            )
         try:
             mapped = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except OSError as error:
@@ -51,6 +61,19 @@ class PinnedMemory:
         """Enqueue a copy of the bytes from `first` on to `out`, on a GPU, whose current stream is given."""
         self._streams.add(stream)
         out.copy_(self.bytes[first : first + out.numel()], non_blocking=True)
+
+
+def _free_bytes() -> int | None:
+    """Return the bytes that Linux would give without swapping, or None on a system that doesn't say."""
+    try:
+        lines = MEMINFO.read_text().splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        name, _, value = line.partition(":")
+        if name == "MemAvailable":
+            return int(value.split()[0]) * 1024
+    return None
 
 
 def _let_go(cudart: Any, _: mmap.mmap, address: int, streams: "set[torch.cuda.Stream]", process: int) -> None:
