@@ -2,16 +2,14 @@
 
 A: what machine this is, dense ceilings, everything compiled, small layers and the headline's own tiles checked.
 B: the headline: layer and operations. C: its tiles, tuned and measured again. D: its peers, with their memory; a model
-in training; experts in host memory and in files; few tokens; what one card shows of many ranks. E: operations by cubins
-of another Triton, then the kernels' tests on the GPU, which compile a lot. F: other numbers of tokens, other layers,
-other tests.
+in training; experts in host memory and in files; few tokens; what one card shows of many ranks. E: the kernels' tests
+on the GPU, which compile a lot. F: other numbers of tokens, other layers, other tests.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from bench.gpu.compilation import CHECKED_TILES, headline_candidates
-from bench.gpu.cubins import files_for
 from bench.gpu.operations import OPERATIONS
 from bench.gpu.programs import TESTS_LIMIT_S
 from bench.gpu.setting import HEADLINE, Setting
@@ -47,7 +45,6 @@ def cases(setting: Setting, target_name: str) -> list[Case]:
         *_headline(setting),
         *_tiles(setting, target_name),
         *_peers(setting),
-        *_cubins(setting, target_name),
         *_tests("E", setting.kernel_tests),
         *_other_layers(setting),
     ]
@@ -139,13 +136,6 @@ def _offloaded(stage: str, num_tokens: int, share: float) -> Case:
     arguments = {"shape": HEADLINE, "num_tokens": num_tokens, "resident_share": share}
     name = f"{stage} offloaded {HEADLINE} T={num_tokens} resident {share:.0%}"
     return Case(name, "measure_offloaded", arguments, limit_s=180.0, usual_s=25.0)
-
-
-def _cubins(setting: Setting, target_name: str) -> Iterator[Case]:
-    files = {} if setting.is_rehearsal else files_for(target_name)
-    for name, file in (files or {"": ""}).items():  # other cubins are other cases; where there are none, one says so
-        arguments = {"file": file, "num_tokens": setting.headline_tokens}
-        yield Case(f"E cubins {name}".strip(), "measure_cubin", arguments, limit_s=300.0)
 
 
 def _other_layers(setting: Setting) -> Iterator[Case]:

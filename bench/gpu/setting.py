@@ -31,8 +31,6 @@ class Setting:
     kernel_tests: tuple[str, ...]
     other_tests: tuple[str, ...]
     """Those that run on a GPU too, in the end."""
-    compiled_operations: tuple[str, ...]
-    """Those that are launched by cubins of another Triton too."""
     offloaded_tokens: tuple[int, ...]
     """Of layers whose experts come from host memory, and from files."""
     few_tokens: tuple[int, ...]
@@ -85,7 +83,6 @@ DAY = Setting(
         *("tests/experts/test_saved_memory.py", "tests/dispatch/test_capacity.py", "tests/test_grouping.py"),
         *("tests/transports/test_emulated_delivery.py", "tests/transports/test_contract.py"),
     ),
-    compiled_operations=("up", "down", "down_grad", "up_grad", "weight_grad W1", "gather_sum"),
     offloaded_tokens=(32768, 131072, 8192, 2048),
     few_tokens=(1, 8, 64),
     rounds=7,
@@ -111,7 +108,6 @@ REHEARSAL = Setting(
     shape_tokens=(12,),
     kernel_tests=("tests/ops/kernels/test_tile_table.py",),
     other_tests=(),
-    compiled_operations=("weight_grad W1",),
     offloaded_tokens=(12,),
     few_tokens=(8,),
     rounds=1,

@@ -24,12 +24,12 @@ SILENT = "6"
 
 def measures() -> dict[str, Callable[..., Json]]:
     """Return everything that a case can ask for, by name."""
-    from bench.gpu import beside_cubins, checks, layers, offloaded, operations, programs, versions
+    from bench.gpu import checks, layers, offloaded, operations, programs, versions
 
     functions = (
         *(versions.describe_machine, checks.check_small_layers, checks.check_samples, checks.rerun),
         *(operations.measure_dense, operations.measure_operation, operations.profile_step, operations.measure_host),
-        *(operations.try_tile, operations.remeasure_tile, beside_cubins.measure_cubin),
+        *(operations.try_tile, operations.remeasure_tile),
         *(layers.measure_layer, layers.measure_few, layers.measure_memory, layers.measure_router),
         *(offloaded.measure_offloaded, layers.measure_compiling_peers),
         *(programs.run_alone, programs.run_benchmark, programs.run_tests),

@@ -74,7 +74,6 @@ TABLES = {
     "gpu": gpu_tables.gpu_table,
     "gpu_memory": gpu_tables.gpu_memory_table,
     "gpu_training": gpu_tables.gpu_training_table,
-    "missing_waits": kernel_tables.missing_waits_table,
     "tile_runs": kernel_tables.tile_runs_table,
     "tile_runs_code": kernel_tables.tile_runs_code_table,
     "launch": kernel_tables.launch_table,

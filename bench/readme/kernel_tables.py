@@ -28,7 +28,6 @@ __all__ = [
     "decoding_table",
     "launch_parts_table",
     "launch_table",
-    "missing_waits_table",
     "moe_mlp_table",
     "tile_runs_code_table",
     "tile_runs_table",
@@ -222,33 +221,6 @@ def tile_runs_table(name: str) -> str:
     for way in dict.fromkeys(way for way, _ in times):
         found = [times[way, start] for start in starts]
         lines.append(table_row(way, *(f"{row['mean']:.2f}, {row['most']:.2f}" for row in found)))
-    return "\n".join(lines)
-
-
-REDUNDANT = ("what is left keeps the order", "others keep the order", "never runs")
-
-
-def missing_waits_table(name: str) -> str:
-    """Return for each GPU how many deletions are noticed, and why the others are not."""
-    data = load(name)
-    rows = data["results"]
-    lines = [
-        f"`python -m bench.missing_waits` with Triton {data['triton']}: every barrier, wait and fence of the kernels "
-        "of a layer's products (up, down, down_grad, up_grad and both weight gradients, bf16; the first four with "
-        "packed weights, whose format stands behind the GPU), deleted alone: "
-        f"{len(rows)} in all. *Left over*: it can go together with all others of its kind in this column, and the "
-        "order is kept. *One of several*: once those are gone the machine notices this one too. *Never runs*: in code "
-        "for eight partial sums at once, "
-        "or of AMD's for firmware that doesn't preload arguments.",
-        "",
-        *table_head("GPU", "deleted", "noticed", "left over", "one of several", "never runs"),
-    ]
-    subjects = [" ".join([row["target"], *filter(None, [row.get("format")])]) for row in rows]
-    for subject in dict.fromkeys(subjects):
-        of_target = [row for row, its in zip(rows, subjects, strict=True) if its == subject]
-        numbers = [sum(row.get("redundant") == reason for row in of_target) for reason in REDUNDANT]
-        noticed = sum("noticed" in row for row in of_target)
-        lines.append(table_row(subject, len(of_target), noticed, *numbers))
     return "\n".join(lines)
 
 

@@ -1,11 +1,11 @@
-"""The virtual GPU sees a wait, a barrier or a fence that is missing: all of a kind are deleted from what was compiled.
+"""The virtual GPU sees waits, barriers and fences that are missing: all of a kind are deleted from compiled code."""
 
-`python -m bench.missing_waits` deletes them one at a time.
-"""
+from functools import partial
 
 import torch
 from kernel_cases import LAYOUTS, Layer, random_ids
 
+from tritonmoe.config.layer import KernelOptions
 from tritonmoe.ops.backends import reference
 from tritonmoe.ops.backends import triton as kernels
 from tritonmoe.ops.kernels import launch
@@ -26,13 +26,14 @@ DELETED = {
 }
 
 
-def test_deleting_a_wait_is_noticed(virtual_gpu, request):
-    gpu = request.config.getoption("--virtual-gpu")
-    layer = Layer(random_ids(200, 2, 3), 3, LAYOUTS["concatenated"], torch.bfloat16, hidden=272, intermediate=144)
-    grouping = reference.group(layer.ids, 3)
-    operands = (layer.x, layer.gate_up, grouping, "silu")
-    expected = kernels.up(*operands)
-    for kind in ("barrier", *DELETED[gpu]):
+STORE_BY_TMA = ("sm_90", "sm_100") if launch.TRITON_VERSION >= (3, 7, 1) else ()
+"""The results of `down`, while the next tile begins."""
+
+
+def unnoticed(run, kinds, virtual_gpu):
+    """Return the kinds all of which can be deleted from the kernels of a call, and no byte of its results changes."""
+    expected, found = run(), []
+    for kind in kinds:
         deleted = []
 
         def delete(assembly, kind=kind, deleted=deleted):
@@ -42,10 +43,25 @@ def test_deleting_a_wait_is_noticed(virtual_gpu, request):
 
         virtual_gpu[:] = [delete]
         try:
-            found = kernels.up(*operands)
+            results = run()
         except (MemoryFault, Deadlock):
             continue
         finally:
+            virtual_gpu.clear()
             assert deleted, f"{kind}: there are none in the kernel"
-        same = all(torch.equal(one, two) for one, two in zip(expected, found, strict=True))
-        assert not same, f"{kind}: all can be deleted, and nothing is noticed"
+        if all(torch.equal(one, two) for one, two in zip(expected, results, strict=True)):
+            found.append(kind)
+    return found
+
+
+def test_deleting_a_wait_is_noticed(virtual_gpu, request):
+    gpu = request.config.getoption("--virtual-gpu")
+    layer = Layer(random_ids(200, 2, 3), 3, LAYOUTS["concatenated"], torch.bfloat16, hidden=272, intermediate=144)
+    grouping = reference.group(layer.ids, 3)
+    kinds = "barrier", *DELETED[gpu]
+    assert unnoticed(lambda: kernels.up(layer.x, layer.gate_up, grouping, "silu"), kinds, virtual_gpu) == []
+    if gpu in STORE_BY_TMA:
+        a = torch.randn(grouping.num_pairs, 144).bfloat16()
+        options = KernelOptions(num_sms=1)  # one program has all tiles
+        run = partial(kernels.down, a, layer.down, grouping, options=options)
+        assert unnoticed(lambda: [run()], ("wait for bulk stores",), virtual_gpu) == []
