@@ -160,7 +160,7 @@ def headline_table(_: str) -> str:
         ("anything on a GPU", "not measured yet"),
     ]
     machine = where(layers["environment"]).rpartition(", ")[0]
-    lines = [f"On {machine}; ranks are processes in network namespaces over gloo.", "", *table_head("what", "")]
+    lines = [f"On {machine}; ranks are processes in network namespaces (gloo).", "", *table_head("what", "")]
     return "\n".join([*lines, *(table_row(*row) for row in rows)])
 
 
