@@ -183,21 +183,29 @@ class SmallConfig:
 
     num_local_experts = num_experts = n_routed_experts = moe_num_experts = 6
     hidden_size = moe_hidden_size = 16
-    intermediate_size = moe_intermediate_size = 12
+    intermediate_size = moe_intermediate_size = expert_ffn_hidden_size = 12
     moe_latent_size = None
     hidden_act = hidden_activation = "silu"
     mlp_hidden_act = "relu2"
     swiglu_limit = 0.7
+    swiglu_limits = (0.7,)
+    limit_after_act = True
     swiglu_alpha = 1.702
     mlp_gate_softcap = mlp_up_softcap = mlp_softcap = 2.0
-    post_norm_eps = 1e-6
+    post_norm_eps = rms_norm_eps = 1e-6
 
     def __init__(self) -> None:
         self._experts_implementation = "eager"
 
 
+SUBCLASSES = {"ErgoExpertProjections": "ErgoExperts"}
+"""Of classes that models only have as a base."""
+
+
 def make_experts(module_name: str, class_name: str) -> nn.Module:
-    module = getattr(importlib.import_module(module_name), class_name)(SmallConfig())
+    kind = getattr(importlib.import_module(module_name), SUBCLASSES.get(class_name, class_name))
+    of_layer = {"layer_idx": 0} if "layer_idx" in inspect.signature(kind).parameters else {}
+    module = kind(SmallConfig(), **of_layer)
     torch.manual_seed(0)
     for parameter in module.parameters():
         nn.init.normal_(parameter, std=0.3)

@@ -103,7 +103,14 @@ def is_experts(module: nn.Module) -> TypeGuard[ExpertsModule]:
 
 @torch.compiler.assume_constant_result
 def _asks_registry(kind: type[nn.Module]) -> bool:
-    return _reads_registry(kind.forward)
+    for base in kind.__mro__:
+        forward = vars(base).get("forward")
+        if forward is not None:
+            if _reads_registry(forward):
+                return True
+            if "__class__" not in getattr(getattr(forward, "__code__", None), "co_freevars", ()):
+                return False  # it calls no super().forward, as Ergo's does: the registry is in its base
+    return False
 
 
 @functools.cache  # of the function, since PEFT's own way makes a class of its own for every forward
