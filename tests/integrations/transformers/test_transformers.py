@@ -245,6 +245,21 @@ def test_every_experts_class_equals_eager(module_name, class_name):
     assert_same(run_experts(experts, "tritonmoe", inputs), run_experts(experts, "eager", inputs))
 
 
+def test_a_forward_around_the_registered_one_is_one_of_experts():
+    """As Ergo's, which has a norm behind it; another forward may do anything."""
+
+    class Doubled(type(find_class("MixtralExperts"))):
+        def forward(self, *tensors: Tensor) -> Tensor:
+            return 2 * super().forward(*tensors)
+
+    class Other(Doubled):
+        def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+            return x * weights.sum(1, keepdim=True)
+
+    assert is_experts(Doubled(SmallConfig()))
+    assert not is_experts(Other(SmallConfig()))
+
+
 def test_the_sweep_finds_the_classes():
     models = pathlib.Path(transformers.__file__).parent / "models"
     marks = sum(path.read_text().count("\n@use_experts_impl") for path in models.glob("*/modeling_*.py"))
