@@ -2,14 +2,30 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from packed_weights import random_weight
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GptOssConfig, PreTrainedConfig, Qwen3MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    FineGrainedFP8Config,
+    GptOssConfig,
+    Mxfp4Config,
+    PreTrainedConfig,
+    Qwen3MoeConfig,
+)
 
 SIZES = {"vocab_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+
+
+def load_decoded(folder: Path, **options: Any) -> Any:
+    """Load what a checkpoint says as bf16: left to itself, transformers takes kernels from its hub for MXFP4."""
+    method = json.loads((folder / "config.json").read_text())["quantization_config"]["quant_method"]
+    decodes = {"mxfp4": Mxfp4Config, "fp8": FineGrainedFP8Config}[method](dequantize=True)
+    options = {"dtype": torch.bfloat16, **options}
+    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=decodes, **options)
 
 
 def gpt_oss_config(num_experts: int = 4) -> GptOssConfig:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "support"))
 
+from packed_checkpoints import load_decoded
 from same_bits import assert_same_bits
 
 import tritonmoe as tm
@@ -31,7 +32,8 @@ def models() -> tuple[Any, Any]:
     found = []
     for packed in (True, False):
         tmt.register(packed=packed)
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder / "checkpoint", dtype=torch.bfloat16)
+        load = transformers.AutoModelForCausalLM.from_pretrained if packed else load_decoded
+        model = load(folder / "checkpoint", dtype=torch.bfloat16)
         AUTO_QUANTIZER_MAPPING.update(before)
         tmt.parallelize(model, dist.group.WORLD, tm.OverlapConfig(2))
         found.append(model)

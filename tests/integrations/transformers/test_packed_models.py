@@ -5,7 +5,6 @@ import functools
 import importlib.metadata
 import importlib.util
 import io
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,12 +25,11 @@ from tritonmoe.integrations import transformers as tmt
 VERSION = tuple(int(number) for number in importlib.metadata.version("transformers").split(".")[:2])
 pytestmark = pytest.mark.skipif(VERSION < (5, 24), reason="transformers before 5.24 loads quantised models otherwise")
 if VERSION >= (5, 24):
-    from packed_checkpoints import SIZES, gpt_oss_config, gpt_oss_mxfp4, qwen3_fp8
+    from packed_checkpoints import SIZES, gpt_oss_config, gpt_oss_mxfp4, load_decoded, qwen3_fp8
     from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
     QUANTIZERS = dict(AUTO_QUANTIZER_MAPPING)
     CHECKPOINTS = {"gpt_oss": gpt_oss_mxfp4, "qwen3": qwen3_fp8}
-    DECODES = {"mxfp4": transformers.Mxfp4Config, "fp8": transformers.FineGrainedFP8Config}
 WORKER = Path(__file__).parent / "packed_worker.py"
 IDS = torch.arange(24).view(2, 12) % 64
 
@@ -46,19 +44,12 @@ def load(folder: Path, **options: Any) -> Any:
     return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **options)
 
 
-def load_decoded(folder: Path) -> Any:
-    """Load what a checkpoint says as bf16: left to itself, transformers takes kernels from its hub for MXFP4."""
-    method = json.loads((folder / "config.json").read_text())["quantization_config"]["quant_method"]
-    decodes = DECODES[method](dequantize=True)
-    return load(folder, experts_implementation="tritonmoe", quantization_config=decodes)
-
-
 @pytest.fixture(params=["gpt_oss", "qwen3"])
 def loaded(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Any, Any, dict[str, Tensor], Path]:
     """A packed model, the same decoded by transformers, what is in the checkpoint, and where it is."""
     state = CHECKPOINTS[request.param](tmp_path)
     tmt.register()
-    plain = load_decoded(tmp_path)
+    plain = load_decoded(tmp_path, experts_implementation="tritonmoe")
     tmt.register(packed=True)
     return load(tmp_path), plain, state, tmp_path
 
@@ -86,7 +77,7 @@ def test_loads_runs_and_saves(loaded: tuple[Any, Any, dict[str, Tensor], Path], 
     if not any("weight_scale_inv" in name for name in state):
         assert_same_bits(saved, state)
     AUTO_QUANTIZER_MAPPING.update(QUANTIZERS)
-    again = load_decoded(tmp_path / "saved")
+    again = load_decoded(tmp_path / "saved", experts_implementation="tritonmoe")
     assert torch.equal(again(IDS).logits, plain(IDS).logits)
 
 
@@ -181,7 +172,7 @@ def test_adapters_of_peft_train_as_on_decoded_weights(
     again = peft.PeftModel.from_pretrained(load(folder), tmp_path / "packed")
     assert torch.equal(again(IDS).logits, peft.PeftModel.from_pretrained(back, tmp_path / "packed")(IDS).logits)
     AUTO_QUANTIZER_MAPPING.update(QUANTIZERS)
-    merged = peft.PeftModel.from_pretrained(load(folder), tmp_path / "packed").merge_and_unload()
+    merged = peft.PeftModel.from_pretrained(load_decoded(folder), tmp_path / "packed").merge_and_unload()
     assert torch.isfinite(merged(IDS).logits).all()
 
 

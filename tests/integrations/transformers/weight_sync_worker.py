@@ -211,7 +211,7 @@ def run_bounded(family: str, directory: Path) -> None:
 
 def packed_models(family: str, directory: Path) -> tuple[Any, Any]:
     """Return a model whose experts are packed, and the same decoded when it was loaded."""
-    from packed_checkpoints import gpt_oss_mxfp4, qwen3_fp8
+    from packed_checkpoints import gpt_oss_mxfp4, load_decoded, qwen3_fp8
     from transformers import AutoModelForCausalLM
     from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
@@ -223,7 +223,8 @@ def packed_models(family: str, directory: Path) -> tuple[Any, Any]:
     found = []
     for is_packed in (True, False):
         tmt.register(packed=is_packed)
-        found.append(AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16))
+        load = AutoModelForCausalLM.from_pretrained if is_packed else load_decoded
+        found.append(load(path, dtype=torch.bfloat16))
         AUTO_QUANTIZER_MAPPING.update(own)
     dist.barrier()
     return found[0], found[1]
