@@ -111,6 +111,8 @@ CHANGES = {
     "an encoder": ("is_encoder_decoder",),
 }
 """What a step's model doesn't know -> the keys that say that a model has it."""
+CHANGED_KINDS = {"ergo": "experts without a gate", "minicpm5_moe": "attention with a gate"}
+"""Families that have what a step's model doesn't know, and no key that says so."""
 ALL_WINDOW = ("mixtral", "mistral", "phimoe")
 """Families of which every layer has the window, where there is one."""
 
@@ -135,6 +137,10 @@ def model_of_config(config: object, path: str) -> Model:
                 f"{path}: {kind} has {what} ({there[0]!r}), and the planner doesn't know its cost: give a model "
                 "without it"
             )
+    if change := CHANGED_KINDS.get(kind):
+        raise ValueError(
+            f"{path}: {kind!r} has {change}, and the planner doesn't know its cost: give a model without it"
+        )
     experts = next((key for key in EXPERTS_KEYS if config.get(key) is not None), None)
     if experts is None:
         if inside := next(filter(lambda key: _has_experts(config[key]), config), None):
