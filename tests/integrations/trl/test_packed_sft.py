@@ -25,7 +25,7 @@ from tritonmoe.integrations import transformers as tmt
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "transformers"))
 
-from packed_checkpoints import gpt_oss_mxfp4, qwen3_fp8
+from packed_checkpoints import gpt_oss_mxfp4, load_decoded, qwen3_fp8
 
 CHECKPOINTS = {"gpt_oss": gpt_oss_mxfp4, "qwen3": qwen3_fp8}
 QUANTIZERS = dict(AUTO_QUANTIZER_MAPPING)
@@ -43,8 +43,9 @@ def quantizers_are_put_back() -> Iterator[None]:
 def load(folder: Path, *, packed: bool) -> Any:
     AUTO_QUANTIZER_MAPPING.update(QUANTIZERS)
     tmt.register(packed=packed)
-    options: dict[str, Any] = {} if packed else {"experts_implementation": "tritonmoe"}
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **options)
+    if not packed:
+        return load_decoded(folder, experts_implementation="tritonmoe")
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
 
 
 def trained(model: Any, folder: Path, **settings: Any) -> tuple[list[float], dict[str, torch.Tensor]]:
@@ -95,7 +96,7 @@ def test_adapters_train_as_on_decoded_experts(name: str, settings: dict[str, Any
     }
     assert_same_bits({key: after[key] for key in before}, before)
     AUTO_QUANTIZER_MAPPING.update(QUANTIZERS)
-    plainly = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint", dtype=torch.bfloat16)
+    plainly = load_decoded(tmp_path / "checkpoint")
     adapted = peft.PeftModel.from_pretrained(plainly, tmp_path / "packed")
     ours = peft.PeftModel.from_pretrained(load(tmp_path / "checkpoint", packed=True), tmp_path / "packed")
     with torch.no_grad():
