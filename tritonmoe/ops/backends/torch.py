@@ -28,6 +28,7 @@ from tritonmoe.ops.backends.ops import (
 )
 from tritonmoe.ops.backends.torch_products import Matrices, expert_slices, outer_sums, pair_products
 from tritonmoe.ops.grouping import Grouping, RowSources
+from tritonmoe.runtime.cpu_threads import for_each
 from tritonmoe.runtime.expert_blocks import copies_late
 
 __all__ = ["copies_rows", "down", "down_grad", "gather_sum", "group", "up", "up_grad", "weight_grad"]
@@ -159,7 +160,9 @@ def gather_sum(y: Tensor, index: Tensor, weights: Tensor | None = None, *, out: 
     terms = index.clamp(min=0) if skips else index
     rows_per_block = max(1, at_a_time(SUM_BLOCK_TERMS, y.device) // num_slots)
     given_weights = index if weights is None else weights  # a stand-in, never read
-    for terms_of, index_of, weights_of, out_of in _row_blocks(rows_per_block, terms, index, given_weights, result):
+
+    def sum_block(block: tuple[Tensor, ...]) -> None:
+        terms_of, index_of, weights_of, out_of = block
         rows = y.index_select(0, terms_of.flatten()).view(-1, num_slots, width)
         if skips:
             rows.masked_fill_((index_of < 0).unsqueeze(2), 0)
@@ -169,6 +172,8 @@ def gather_sum(y: Tensor, index: Tensor, weights: Tensor | None = None, *, out: 
             if skips:  # a skipped pair's weight may be NaN
                 weights_of = weights_of.masked_fill(index_of < 0, 0)
             out_of.copy_(torch.bmm(weights_of.unsqueeze(1), rows.to(acc)).squeeze(1))
+
+    for_each(sum_block, list(_row_blocks(rows_per_block, terms, index, given_weights, result)), y.device)
     return result
 
 
