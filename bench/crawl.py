@@ -190,10 +190,11 @@ def take_screenshots(browser: Browser, site: Path, address: str, folder: Path) -
     schemes: tuple[Literal["light", "dark"], ...] = ("light", "dark")
     for name, size, scheme in itertools.product(LOOKED_AT, (DESKTOP, PHONE), schemes):
         if (site / f"{name}.html").is_file():
-            clip = {"x": 0, "y": 0, "width": size[0], "height": 2 * size[1]}
             picture = folder / f"{name.replace('/', '-')}-{size[0]}-{scheme}.png"
             with open_at(browser, f"{address}{name}.html", size, scheme) as (page, _):
-                page.screenshot(path=picture, full_page=True, clip=clip)
+                page.screenshot(
+                    path=picture, full_page=True, clip={"x": 0, "y": 0, "width": size[0], "height": 2 * size[1]}
+                )
 
 
 def main() -> None:

@@ -1,14 +1,13 @@
 """The tables of what copies of hot experts gain."""
 
-import json
 import statistics
 from itertools import groupby
 
 from bench.balance import make_parser
-from bench.readme.results import load, load_all, spread, table_head, table_row, where
+from bench.readme.results import load_all, spread, table_head, table_row, where
 from tritonmoe.tools.benchmarks.overlap_report import is_noise
 
-__all__ = ["balance_simulated_table", "balance_table"]
+__all__ = ["balance_table"]
 
 LINKS = {"40gbit": "unshaped", "12gbit": "12 Gbit/s", "1gbit": "1 Gbit/s", "400mbit": "0.4 Gbit/s"}
 
@@ -59,15 +58,6 @@ def balance_table(prefix: str) -> str:
     return "\n".join(lines)
 
 
-def _planning(results: list[dict]) -> str:
-    """Return how long it takes to plan on so many ranks."""
-    times: dict[tuple[int, str], list[float]] = {}
-    for result in results:
-        times.setdefault((result["ranks"], result["model"]), []).append(result["planning_ms"])
-    found = [f"{statistics.median(of):.1f} ms on {ranks} ranks ({model})" for (ranks, model), of in times.items()]
-    return ", ".join(found[:-1]) + f" and {found[-1]}"
-
-
 def _ranks(arguments: dict) -> str:
     """Return on what ranks a result was measured."""
     if arguments["netns"] is None:
@@ -83,24 +73,3 @@ def _command(arguments: dict) -> str:
         if value != default:
             words += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
     return " ".join(words)
-
-
-def balance_simulated_table(name: str) -> str:
-    """Return what copies gain in the simulator, a row for each model, number of ranks and skew."""
-    found = load(name)["results"]
-    arguments, results = found["arguments"], found["results"]
-    place = where(load(name)["environment"])
-    rates = list(dict.fromkeys(result["gb_per_s"] for result in results))
-    lines = [
-        f"`python -m bench.balance_simulated` on {place}, simulated: {arguments['tokens']} tokens a rank, bf16, "
-        f"`max_copies={json.dumps(arguments['max_copies'])}`, 400 TFLOP/s. How many times as fast forward and backward "
-        "are with copies, and how many copies there are; 1.00 with 0 copies is where the planner declines. Planning "
-        f"takes {_planning(results)} on one core of this machine, the median over the cases of each.",
-        "",
-        *table_head("model", "ranks", "skew", "imbalance", *(f"{rate:g} GB/s" for rate in rates)),
-    ]
-    for (model, ranks, skew), of_links in groupby(results, lambda r: (r["model"], r["ranks"], r["skew"])):
-        cases = list(of_links)
-        gains = [f"{case['gain']:.2f} ({case['copies']})" for case in cases]
-        lines.append(table_row(model, ranks, skew, f"{cases[0]['imbalance']:.2f}", *gains))
-    return "\n".join(lines)

@@ -8,29 +8,14 @@ from tritonmoe.tools.benchmarks.overlap_report import marks, shown
 __all__ = [
     "auto_table",
     "expert_parallel_table",
-    "fixed_experts_table",
     "memory_budget_table",
     "one_rank_in_halves",
     "overlap_table",
     "rebalance_table",
-    "scheduler_table",
     "sure_overlap",
     "two_batches_table",
     "two_levels_table",
 ]
-
-
-def fixed_experts_table(name: str) -> str:
-    data = load(name)
-    lines = [
-        f"`python -m bench.fixed_experts` on {where(data['environment'])}: 2 **emulated** ranks and link, experts of "
-        f"a fixed duration. Milliseconds, median (quartiles) of {data['results'][0]['samples']} interleaved rounds.",
-        "",
-        *table_head("variant", "time", "multiple of max(compute, communication)"),
-    ]
-    for row in data["results"]:
-        lines.append(f"| {row['variant']} | {spread(row)} | {row['multiple_of_bound']:.2f} |")
-    return "\n".join(lines)
 
 
 def rebalance_table(name: str) -> str:
@@ -53,21 +38,6 @@ def rebalance_table(name: str) -> str:
     for variant, row in found["step"].items():
         share = row["median_ms"] / best
         lines.append(f"| {words[variant]} | {found['imbalance'][variant]:.3f} | {spread(row)} | {share:.2f} |")
-    return "\n".join(lines)
-
-
-def scheduler_table(name: str) -> str:
-    data = load(name)
-    lines = [
-        f"`python -m bench.scheduler` on {where(data['environment'])}, one chunk, LocalTransport, against moe_mlp.",
-        "",
-        *table_head("E, K, D, F", "T", "pass", "moe_mlp", "through the executor", "overhead"),
-    ]
-    for case in data["results"]:
-        lines.append(
-            f"| {', '.join(map(str, case['E_K_D_F']))} | {case['T']} | {case['pass']} | "
-            f"{spread(case['times']['bare'])} | {spread(case['times']['executor'])} | {case['overhead']:+.1%} |"
-        )
     return "\n".join(lines)
 
 

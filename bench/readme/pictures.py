@@ -12,7 +12,7 @@ from tritonmoe.tools.demo.measure import NUM_CHUNKS
 from tritonmoe.tools.report.png import COLORS, group_of
 from tritonmoe.tools.report.timeline import Timeline
 
-__all__ = ["PICTURES", "balance_figure", "dense_or_moe_figure", "overlap_figure", "picture", "pictures"]
+__all__ = ["PICTURES", "dense_or_moe_figure", "overlap_figure", "picture", "pictures"]
 
 WIDTHS = {"": 720, "-narrow": 350}
 STYLE = f"""<style>
@@ -29,8 +29,6 @@ STYLE = f"""<style>
     .weight-gradients {{ fill: #9db3ff; }} .dispatch {{ fill: #d8822d; }} .combine {{ fill: #f2b566; }}
   }}
 </style>"""
-BALANCED = ("DeepSeek-V3", 64, "hot rank")
-"""The case of bench.balance_simulated that is drawn: model, ranks and skew."""
 LETTER, STRONG_LETTER = 7.4, 9.6
 """Pixels that a letter needs at most, on average of a line."""
 
@@ -216,32 +214,6 @@ def doctor_bars(width: int) -> str:
     return _bars(width, "How often the doctor is right", bars, largest=1.0)
 
 
-def balance_bars(width: int) -> str:
-    """Draw what the simulator says of a model's layer with skewed routing on three links, with copies and without."""
-    bars = []
-    for case in load("balance_simulated")["results"]["results"]:
-        if (case["model"], case["ranks"], case["skew"]) == BALANCED:
-            where = f"{case['gb_per_s']:g} GB/s"
-            without_ms, with_ms = case["without_ms"], case["with_ms"]
-            bars += [
-                Bar(f"{where}, without copies", without_ms, f"{without_ms:.0f} ms", "other"),
-                Bar(f'{where}, balance="auto": {case["copies"]} copies', with_ms, f"{with_ms:.0f} ms", "experts"),
-            ]
-    return _bars(width, "One layer with a hot rank, without copies of its experts and with them, simulated", bars)
-
-
-def balance_figure(name: str) -> str:
-    """Return the picture of balance_bars with its caption."""
-    model, ranks, skew = BALANCED
-    cases = [of for of in load(name)["results"]["results"] if (of["model"], of["ranks"], of["skew"]) == BALANCED]
-    alt = "One layer with a hot rank, without copies of hot experts and with them, on three links"
-    caption = (
-        f"Forward and backward of a layer of {model} on {ranks} ranks, **simulated**: a {skew} has "
-        f"{cases[0]['imbalance']:.1f} times the mean of pairs. The numbers are those of the table below."
-    )
-    return "\n".join([picture("balance", alt, "../images"), "", caption])
-
-
 def dense_or_moe_curves(width: int) -> str:
     """Draw the held-out losses of dense blocks and of experts, a line for each seed."""
     curves = [(run["kind"], run["curve"]) for run in load("dense_or_moe")["results"]["runs"]]
@@ -302,7 +274,6 @@ def dense_or_moe_figure(name: str) -> str:
 
 PICTURES: dict[str, Callable[[int], str]] = {
     "overlap": overlap_picture,
-    "balance": balance_bars,
     "result-layer": layer_bars,
     "result-overlap": overlap_bars,
     "result-exchange": exchange_bars,

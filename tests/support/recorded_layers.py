@@ -3,7 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
-from bench.synthetic_runs import Run, write_run
+from tests.support.synthetic_runs import Run, write_run
 from tritonmoe.dispatch.count_exchange import CallMarks
 from tritonmoe.tools.recording.call_recording import RecordedPass, Recording
 from tritonmoe.tools.recording.recording_reader import read_recording

@@ -197,7 +197,6 @@ def check_order(simulation: Simulation) -> None:
 
 
 def test_many_ranks() -> None:
-    """bench/simulator.py does this for 4096."""
     rows = torch.randint(0, 20, (512, 512), generator=torch.Generator().manual_seed(0))
     layer = LayerWork.of(rows, 1.5, 1024, 8)
     for is_shared in (False, True):

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import tritonmoe as tm
-from bench.synthetic_runs import Run, write_run
+from tests.support.synthetic_runs import Run, write_run
 from tritonmoe.tools.benchmarks import overlap_rank
 from tritonmoe.tools.benchmarks.measured_layer import MeasuredLayer
 from tritonmoe.tools.benchmarks.overlap_variants import Variant

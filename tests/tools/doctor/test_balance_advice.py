@@ -12,8 +12,8 @@ import torch
 import tritonmoe as tm
 from bench.faults import Fault
 from bench.foreign_scenarios import Scenario
-from bench.synthetic_runs import Run, write_run
 from bench.synthetic_traces import write_traces
+from tests.support.synthetic_runs import Run, write_run
 from tritonmoe.tools.doctor.attribution import attribute
 from tritonmoe.tools.doctor.reading import read_traces
 from tritonmoe.tools.doctor.recorded_run import RecordedRun, judge_recording

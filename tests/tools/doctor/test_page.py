@@ -9,8 +9,8 @@ from html_pages import Parsed, check_page
 
 from bench.faults import Fault
 from bench.foreign_scenarios import Scenario
-from bench.synthetic_runs import Run, write_run
 from bench.synthetic_traces import write_traces
+from tests.support.synthetic_runs import Run, write_run
 from tritonmoe.tools.cli import main
 from tritonmoe.tools.doctor.attribution import attribute
 from tritonmoe.tools.doctor.graph import Graph, Kind, Member

@@ -8,7 +8,7 @@ import pytest
 import torch
 from recorded_layers import of_layers
 
-from bench.synthetic_runs import Run, healthy, write_run
+from tests.support.synthetic_runs import Run, healthy, write_run
 from tritonmoe.overlap.simulation.cost_model import LinkCosts, StepCosts
 from tritonmoe.tools.doctor.attribution import Verdict, attribute
 from tritonmoe.tools.doctor.recorded_graph import graph_of

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.synthetic_runs import Run, healthy, write_run
+from tests.support.synthetic_runs import Run, healthy, write_run
 from tritonmoe.config.overlap import OverlapPlan
 from tritonmoe.dispatch.count_exchange import CallMarks
 from tritonmoe.overlap.simulation.cost_model import LayerWork

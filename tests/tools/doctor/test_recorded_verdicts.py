@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tritonmoe as tm
-from bench.synthetic_runs import Run, healthy, write_run
+from tests.support.synthetic_runs import Run, healthy, write_run
 from tritonmoe.config.overlap import OverlapPlan
 from tritonmoe.overlap.simulation.simulator import simulate_two_batches
 from tritonmoe.tools.doctor import causes

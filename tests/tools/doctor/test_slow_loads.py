@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import tritonmoe as tm
-from bench.synthetic_runs import Run, healthy, write_run
+from tests.support.synthetic_runs import Run, healthy, write_run
 from tritonmoe.runtime.weight_files import WeightFile
 from tritonmoe.tools.doctor.recorded_run import RecordedRun, judge_recording
 from tritonmoe.tools.doctor.verdict import as_json, as_text

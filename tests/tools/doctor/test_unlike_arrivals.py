@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.synthetic_runs import Run, write_run
+from tests.support.synthetic_runs import Run, write_run
 from tritonmoe.runtime.files import Json
 from tritonmoe.tools.doctor.messages import Reach, find_messages
 from tritonmoe.tools.doctor.recorded_run import judge_recording

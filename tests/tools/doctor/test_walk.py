@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.synthetic_runs import Run, write_run
+from tests.support.synthetic_runs import Run, write_run
 from tritonmoe.tools.doctor.graph import Graph, Kind
 from tritonmoe.tools.doctor.reading import read_traces
 from tritonmoe.tools.doctor.recorded_graph import graph_of

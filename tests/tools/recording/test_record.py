@@ -14,7 +14,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import tritonmoe as tm
-from bench.synthetic_runs import Run, write_run
+from tests.support.synthetic_runs import Run, write_run
 from tritonmoe.errors import TransportError
 from tritonmoe.expert_parallel.call import listeners
 from tritonmoe.layer import report_of

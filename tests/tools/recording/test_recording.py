@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.synthetic_runs import Run, write_run
+from tests.support.synthetic_runs import Run, write_run
 from tritonmoe.tools.doctor.recorded_run import judge_recording
 from tritonmoe.tools.recording.recording_reader import read_recording
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from html_pages import check_page
 
-from bench.synthetic_runs import Run, ones, write_run
+from tests.support.synthetic_runs import Run, ones, write_run
 from tritonmoe.tools.cli import main
 from tritonmoe.tools.doctor.lanes import shown_of
 from tritonmoe.tools.doctor.link_fit import LinkRatios
