@@ -8,7 +8,8 @@ Blocks of ```python run in one namespace; ```python title="train.py" is a file i
 What a block of Python prints stands in a block of ```output behind it, what a command prints to stdout below its line:
 it must be what is printed now, or with --write becomes that. Lines may come in another order, as those of ranks do, a
 time or a share may be any, and another number with a point may differ by a tenth. Behind <!-- varies --> what is shown
-is an example, and nothing is compared.
+is an example, and nothing is compared. Behind <!-- 600 is 60 in tests --> a block of Python has the second number
+in the place of the first, except with --write.
 """
 
 import argparse
@@ -27,7 +28,8 @@ from pathlib import Path
 import forks
 
 BLOCK = re.compile(
-    r'^(?P<varies><!-- varies -->\n)?```(?P<kind>python|console)(?: title="(?P<title>[\w.]+)")?\n(?P<text>.*?)^```$'
+    r"^(?P<shorter><!-- (?P<shown_number>\d+) is (?P<number>\d+) in tests -->\n)?"
+    r'(?P<varies><!-- varies -->\n)?```(?P<kind>python|console)(?: title="(?P<title>[\w.]+)")?\n(?P<text>.*?)^```$'
     r"(?:\n\n```output\n(?P<shown>.*?)^```$)?",
     re.DOTALL | re.MULTILINE,
 )
@@ -97,8 +99,8 @@ class Torchrun:
 class Page:
     """A page that runs, what it says is printed, and what is."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, is_shortened: bool) -> None:
+        self.path, self.is_shortened = path, is_shortened
         self.torchrun = Torchrun()
         self.namespace: dict[str, object] = {"__name__": "__main__"}
         self.differences: list[str] = []
@@ -120,12 +122,16 @@ class Page:
         if title is not None:
             Path(title).write_text(text)
             return match[0]
-        opening = f"{match['varies'] or ''}```{kind}\n"
+        opening = f"{match['shorter'] or ''}{match['varies'] or ''}```{kind}\n"
         if kind == "console":
             return f"{opening}{self._run_commands(text, bool(match['varies']))}```"
         where = f"{self.path.name}, {text.splitlines()[0]}"
+        code = text
+        if match["shorter"] and self.is_shortened:
+            code = re.sub(rf"\b{match['shown_number']}\b", match["number"], text)
+            assert code != text, f"{where} doesn't have {match['shown_number']}"
         with contextlib.redirect_stdout(io.StringIO()) as printed:
-            exec(compile(text, where, "exec"), self.namespace)
+            exec(compile(code, where, "exec"), self.namespace)
         output = self._compare(where, match["shown"] or "", printed.getvalue(), bool(match["varies"]))
         return f"{opening}{text}```" + (f"\n\n```output\n{output}```" if output else "")
 
@@ -165,7 +171,7 @@ def main() -> None:
     parser.add_argument("page", type=lambda name: Path(name).resolve())
     parser.add_argument("--write", action="store_true", help="put what is printed into the page")
     arguments = parser.parse_args()
-    page = Page(arguments.page)
+    page = Page(arguments.page, is_shortened=not arguments.write)
     text = page.run()
     if arguments.write:
         arguments.page.write_text(text)
