@@ -54,13 +54,19 @@ MODULES = {module_of(path): path for path in FILES}
 
 
 @functools.cache
+def nodes_of(path: Path) -> tuple[ast.AST, ...]:
+    """Return every node of a file."""
+    return tuple(ast.walk(ast.parse(path.read_text())))
+
+
+@functools.cache
 def names_used(path: Path) -> frozenset[str]:
     """Absolute dotted names that a file imports, or reaches through an imported torch.
 
     Imports inside functions count, and those under `if TYPE_CHECKING`, which never run.
     """
     names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes_of(path):
         if isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -162,7 +168,7 @@ def test_no_docstring_begins_with_a_riddle() -> None:
         f"{path}: {docstring}"
         for folder in ("tritonmoe", "bench", "virtual_gpu")
         for path in sorted((ROOT.parent / folder).rglob("*.py"))
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in nodes_of(path)
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
         and begins.match(docstring := ast.get_docstring(node) or "")
     ]

@@ -87,12 +87,11 @@ def test_rounding_again_changes_nothing(rows, columns, block, seed):
 
 def test_a_weight_is_rounded_along_what_a_product_sums_over():
     weight = torch.randn(2, 70, 200).bfloat16()
-    weight[:, 10, 5] = 1000.0
+    weight[:, 10, 5] = 1e5  # a block of codes with this value among them holds no difference below 0.5
     for precision in (tm.ExpertPrecision("fp8_block"), tm.ExpertPrecision("mxfp8")):
         along = [rounded_weight(weight, precision, depth) for depth in (1, 2)]
         assert torch.equal(*along) == precision.is_symmetric
     of_columns, of_rows = along
-    assert (of_rows[0, 10, :32] != rounded_rows(weight[0, 11:12], precision)[0, :32]).any()
     assert torch.equal(of_rows[0], rounded_rows(weight[0], precision))
     assert torch.equal(of_columns[1].T, rounded_rows(weight[1].T, precision))
 
