@@ -10,7 +10,7 @@ from tritonmoe.tools.planner.cluster_presets import CLUSTERS
 from tritonmoe.tools.planner.draws import Drawn
 from tritonmoe.tools.planner.exchange_curve import ExchangeCurve
 from tritonmoe.tools.planner.job import UNKNOWN_IMBALANCE, Job, trained_by
-from tritonmoe.tools.planner.job_memory import memory_gb
+from tritonmoe.tools.planner.job_memory import memory_gib
 from tritonmoe.tools.planner.model_config import MODELS
 from tritonmoe.tools.planner.operation_costs import copy_s
 from tritonmoe.tools.planner.step import step_time
@@ -22,7 +22,6 @@ FAMILIES = {"deepseekv2": ("DeepSeek-V2", 0.1), "deepseekv3": ("DeepSeek-V3", 0.
 PLAIN = OverlapPlan((1,), local_first=False, serial=True)
 """What Megatron-LM's all-to-all dispatcher does: nothing overlaps."""
 MACHINE = replace(CLUSTERS["B200"], nodes=1)
-GIB = 1 << 30
 
 
 def four_layer_tables() -> Iterator[Table]:
@@ -48,7 +47,7 @@ def four_layer_tables() -> Iterator[Table]:
         fitted = f"{passes:.1f} passes over the pairs' rows in each layer (Job.pair_passes), to the first row"
         yield Table(f"Steps of {preset}, 4 layers", table["source"], fitted, rows, worst_target=target)
         memory = [
-            Row(_what(row), "GiB", row["real_gib"], memory_gb(_job(preset, row, passes), MACHINE) * 1e9 / GIB)
+            Row(_what(row), "GiB", row["real_gib"], memory_gib(_job(preset, row, passes), MACHINE))
             for row in own
             if row["mbc"] == 4
         ]

@@ -20,8 +20,9 @@ from tritonmoe.tools.planner.cluster import NORMAL_90
 from tritonmoe.tools.planner.cluster_presets import with_network
 from tritonmoe.tools.planner.draws import Draw, Drawn, ModelError, are_unlike, draw, interval, told_by
 from tritonmoe.tools.planner.exchange_curve import SERIAL, ExchangeCurve
+from tritonmoe.tools.planner.job_memory import USABLE_MEMORY, memory_gib
 
-__all__ = ["Walked", "fit", "leave_one_out", "main", "walk"]
+__all__ = ["Walked", "fit", "fits", "leave_one_out", "main", "walk"]
 
 NUM_DRAWS = 200
 UNKNOWN_NETWORK = ("ms-swift, A800",)
@@ -143,6 +144,11 @@ def with_one_measured(rows: Sequence[Walked], pairs: Pairs) -> list[dict[str, An
     return found
 
 
+def fits(step: PublishedStep) -> bool:
+    """Return whether the planner says that a published step fits into memory, as it did."""
+    return memory_gib(step.job, step.cluster) <= USABLE_MEMORY * step.cluster.gpu.memory_gib
+
+
 def by_family(rows: Iterable[Walked]) -> dict[str, list[Walked]]:
     families: dict[str, list[Walked]] = {}
     for row in rows:
@@ -212,6 +218,8 @@ def main(argv: list[str] | None = None) -> None:
     summaries["with a step measured that is spread and computed alike"] = summary(with_one_measured(told, alike_pairs))
     summaries["with the most similar step of the job measured"] = summary(with_one_measured(told, nearest_of))
     summaries["with any other step of the job measured"] = summary(with_one_measured(told, pairs_of))
+    too_large = [one.what for one in steps if not fits(one)]
+    print(f"{len(steps) - len(too_large)} of {len(steps)} runs fit; too large: {'; '.join(too_large) or 'none'}")
     error = fit(rows)
     for name, of in summaries.items():
         print(
@@ -221,6 +229,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"the model's own error, of all these rows: {error}")
     print(f"the same, of those whose network is known: {fit(known)}")
     results = {
+        "fit": {"rows": len(steps), "inside": len(steps) - len(too_large)},
         "summaries": summaries,
         "model_error": asdict(error),
         "known_network_error": asdict(fit(known)),

@@ -112,7 +112,7 @@ def test_two_files_of_one_name_are_told_apart(capsys, tmp_path):
 @pytest.mark.thorough
 def test_what_does_not_fit_is_1(capsys):
     assert main(["plan", "DeepSeek-V3", "H100", "--nodes", "1", "--ep", "8"]) == 1
-    assert "Nothing fits. A job can fill 73.6 of a GPU's 80 GB" in capsys.readouterr().out
+    assert "Nothing fits. A job can fill 73.6 of a GPU's 80 GiB" in capsys.readouterr().out
 
 
 @pytest.mark.thorough

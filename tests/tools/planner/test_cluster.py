@@ -39,8 +39,8 @@ def line_of(text: str, start: str) -> int:
         ("nodes = 8", "nodes = 8\nnods = 8", "nods", "nods is not a key of a cluster"),
         ("usd_per_gpu_hour = 2.5", "usd_per_gpu_hour = nan", "usd_per", "usd_per_gpu_hour must be a number"),
         ("usd_per_gpu_hour = 2.5", 'usd_per_gpu_hour = "2"', "usd_per", "usd_per_gpu_hour must be a number"),
-        ("memory_gb = 80", "", "\\[gpu\\]", "gpu lacks 'gpu.memory_gb': memory"),
-        ("memory_gb = 80", "memory_gb = -1", "memory_gb", "gpu.memory_gb must be a number"),
+        ("memory_gib = 80", "", "\\[gpu\\]", "gpu lacks 'gpu.memory_gib': memory"),
+        ("memory_gib = 80", "memory_gib = -1", "memory_gib", "gpu.memory_gib must be a number"),
         (
             'gemm_efficiency = { value = 0.7, source = "assumed" }',
             'gemm_efficiency = { value = 1.7, source = "assumed" }',

@@ -8,7 +8,7 @@ from tritonmoe.tools.planner.cluster_presets import CLUSTERS
 from tritonmoe.tools.planner.comparison import compare
 from tritonmoe.tools.planner.exchange_curve import SERIAL
 from tritonmoe.tools.planner.job import FROZEN, Job, trained_by
-from tritonmoe.tools.planner.job_memory import memory_gb
+from tritonmoe.tools.planner.job_memory import memory_gib
 from tritonmoe.tools.planner.model_config import MODELS
 from tritonmoe.tools.planner.operation_costs import layer_parts
 from tritonmoe.tools.planner.plan_page import comparison_page, plan_page
@@ -30,14 +30,14 @@ EXPERTS = NUM_EXPERTS * MODEL.expert_parameters
 @pytest.mark.parametrize(("frozen", "bits"), [("bf16", 16), ("mxfp4", 4.25), ("fp8", 8 + 32 / 128**2), ("nf4", 4.5)])
 def test_memory_by_hand(frozen: str, bits: float) -> None:
     job, like = replace(FROZEN_JOB, frozen=frozen), replace(FROZEN_JOB, frozen="bf16")
-    saved = memory_gb(like, NODE) - memory_gb(job, NODE)
-    assert saved * 1e9 == pytest.approx(EXPERTS * (16 - bits) / 8)
+    saved = memory_gib(like, NODE) - memory_gib(job, NODE)
+    assert saved * 2**30 == pytest.approx(EXPERTS * (16 - bits) / 8)
     # What trains has an fp32 gradient on every rank, and 12 bytes of optimizer state on one of eight.
     trained, others = MODEL.num_parameters, MODEL.num_parameters - EXPERTS
-    freed = memory_gb(TRAINED, NODE) - memory_gb(job, NODE)
+    freed = memory_gib(TRAINED, NODE) - memory_gib(job, NODE)
     before = 2 * trained + 4 * trained + 12 * trained / 8
     after = 2 * others + bits / 8 * EXPERTS + 2 * ADAPTERS + 4 * ADAPTERS + 12 * ADAPTERS / 8
-    assert freed * 1e9 == pytest.approx(before - after)
+    assert freed * 2**30 == pytest.approx(before - after)
 
 
 @pytest.mark.parametrize("frozen", FROZEN)
@@ -45,12 +45,12 @@ def test_spread_experts_are_shared_and_sharded_ones_too(frozen: str) -> None:
     job = replace(FROZEN_JOB, frozen=frozen, recompute="full")
     bits = {"bf16": 16, "mxfp4": 4.25, "fp8": 8 + 32 / 128**2, "nf4": 4.5}[frozen]
     weights = EXPERTS * bits / 8 + 2 * ADAPTERS
-    by_ep = memory_gb(job, NODE) - memory_gb(replace(job, ep=8), NODE)
-    assert by_ep * 1e9 == pytest.approx(7 / 8 * (weights + 4 * ADAPTERS))
+    by_ep = memory_gib(job, NODE) - memory_gib(replace(job, ep=8), NODE)
+    assert by_ep * 2**30 == pytest.approx(7 / 8 * (weights + 4 * ADAPTERS))
     spread = replace(job, zero=3)
     held = 2 * (MODEL.num_parameters - EXPERTS) + weights
-    by_zero = memory_gb(job, NODE) - memory_gb(spread, NODE)
-    assert by_zero * 1e9 == pytest.approx(7 / 8 * (held + 4 * ADAPTERS) - 2 * held / MODEL.num_layers)
+    by_zero = memory_gib(job, NODE) - memory_gib(spread, NODE)
+    assert by_zero * 2**30 == pytest.approx(7 / 8 * (held + 4 * ADAPTERS) - 2 * held / MODEL.num_layers)
 
 
 def test_what_is_frozen_has_no_gradients() -> None:
@@ -79,7 +79,7 @@ def test_fewer_bytes_are_gathered() -> None:
 
 def test_a_larger_rank_takes_longer_and_needs_more() -> None:
     small, large = (replace(FROZEN_JOB, adapter_rank=rank) for rank in (8, 128))
-    assert memory_gb(small, NODE) < memory_gb(large, NODE)
+    assert memory_gib(small, NODE) < memory_gib(large, NODE)
     assert step_time(small, NODE, 1, SERIAL).step_s < step_time(large, NODE, 1, SERIAL).step_s
 
 

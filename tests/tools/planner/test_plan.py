@@ -125,8 +125,8 @@ def test_nothing_fits():
     assert not found.best.fits
     assert found.sensitivities == []  # of choices none of which can be made
     text = plan_table(found)
-    assert "Nothing fits. A job can fill 73.6 of a GPU's 80 GB (92%: the allocator, " in text
-    assert f"this job needs at least {found.best.memory_gb:.0f} GB" in text
+    assert "Nothing fits. A job can fill 73.6 of a GPU's 80 GiB (92%: the allocator, " in text
+    assert f"this job needs at least {found.best.memory_gib:.0f} GiB" in text
     assert "Try --recompute full, " in text
     assert "Measure next" not in text
 
@@ -164,8 +164,8 @@ DEGREES = st.sets(st.sampled_from([1, 2, 4, 8]), max_size=3)
     st.sampled_from([0.4, 1.0, 80.0]),
     st.sampled_from(["ours", "ours", "megatron"]),
 )
-def test_more_choices_never_give_a_worse_plan(cluster, degrees, more_degrees, free, more_free, memory_gb, trainer):
-    cluster = replace(cluster, gpu=replace(cluster.gpu, memory_gb=memory_gb))
+def test_more_choices_never_give_a_worse_plan(cluster, degrees, more_degrees, free, more_free, memory_gib, trainer):
+    cluster = replace(cluster, gpu=replace(cluster.gpu, memory_gib=memory_gib))
     job = trained_by(Job(TINY, micro_batches=4, sequence=1024), trainer)
     larger = set() if not degrees or not more_degrees else degrees | more_degrees
     try:
@@ -179,7 +179,7 @@ def test_more_choices_never_give_a_worse_plan(cluster, degrees, more_degrees, fr
     if few.fits:
         assert many.s_per_token <= few.s_per_token
     elif not many.fits:
-        assert many.memory_gb <= few.memory_gb
+        assert many.memory_gib <= few.memory_gib
 
 
 def test_a_degree_that_does_not_fit_everywhere_takes_no_choice_away():
@@ -320,7 +320,7 @@ def test_one_configuration_has_one_price(monkeypatch):
     monkeypatch.setattr(planning, "NUM_DRAWS", 2)
     job = Job(replace(TINY, hidden_size=2048, expert_size=4096), micro_batches=4)
     free = Free(tp=True)
-    clusters = [replace(one, gpu=replace(one.gpu, memory_gb=5.0)) for one in (SMALL_NODES[0], SMALL_NODES[2])]
+    clusters = [replace(one, gpu=replace(one.gpu, memory_gib=5.0)) for one in (SMALL_NODES[0], SMALL_NODES[2])]
     found = compare(job, clusters, free=free)
     of_half = compare(job, [one.with_nodes(1) for one in clusters], free=free)
     assert {plan.best.choice.tp for plan in of_half.plans} != {1}  # so that it matters what is free
@@ -377,7 +377,7 @@ def test_nothing_but_the_layout_is_kept_for_a_network_that_takes_no_time(one_siz
 def test_clusters_on_which_nothing_fits_are_left_out(one_size):
     job, node = Job(MODELS["OLMoE-1B-7B"]), CLUSTERS["H100"].with_nodes(1)
     dear = replace(node, name="dear", usd_per_gpu_hour=2.6)
-    small = replace(node, name="small", gpu=replace(node.gpu, memory_gb=1.0))
+    small = replace(node, name="small", gpu=replace(node.gpu, memory_gib=1.0))
     found = compare(job, [node, dear, small], [8])
     text = comparison_table(found)
     assert "H100 is the cheapest in " in text

@@ -11,10 +11,10 @@ from tritonmoe.overlap.steps import StepKind
 from tritonmoe.tools.planner.cluster import BetweenLink, Cluster, Estimate, Gpu, Host, Link
 from tritonmoe.tools.planner.cluster_presets import CLUSTERS
 from tritonmoe.tools.planner.job import Job, expert_degrees
-from tritonmoe.tools.planner.job_memory import estimate_layers, memory_gb
+from tritonmoe.tools.planner.job_memory import estimate_layers, memory_gib
 from tritonmoe.tools.planner.layer_exchange import LayerExchange
 from tritonmoe.tools.planner.model_config import MODELS
-from tritonmoe.tools.planner.operation_costs import ATTENTION_BACKWARD, exchange_s, link_costs
+from tritonmoe.tools.planner.operation_costs import ATTENTION_BACKWARD, exchange_s, layer_parts, link_costs, product_s
 from tritonmoe.tools.planner.plan_search import OVERLAPS
 from tritonmoe.tools.planner.step import step_time
 from tritonmoe.tools.planner.transformer_model import Attention, Model
@@ -182,7 +182,7 @@ def test_products_in_a_dtype_of_which_the_cluster_says_nothing():
 
 def test_fp8_products_leave_rows_and_weights_in_bf16():
     wide, narrow = (Job(MODELS["DeepSeek-V3"], dtype=dtype, ep=8) for dtype in ("bf16", "fp8"))
-    assert memory_gb(wide, CLUSTERS["H100"]) == memory_gb(narrow, CLUSTERS["H100"])
+    assert memory_gib(wide, CLUSTERS["H100"]) == memory_gib(narrow, CLUSTERS["H100"])
     times = [step_time(job, CLUSTERS["H100"], 1, SERIAL).layer_s for job in (wide, narrow)]
     assert 0.5 < times[1] / times[0] < 0.9
 
@@ -198,10 +198,10 @@ def test_experts_in_a_precision():
     per_pair, wide_per_pair = of_narrow.costs.unit_s, of_wide.costs.unit_s
     assert 0.5 < per_pair[StepKind.EXPERTS] / wide_per_pair[StepKind.EXPERTS] < 0.8
     assert per_pair[StepKind.WEIGHT_GRAD] == wide_per_pair[StepKind.WEIGHT_GRAD]
-    kept = [memory_gb(job, CLUSTERS["H100"]) for job in (wide, narrow)]
+    kept = [memory_gib(job, CLUSTERS["H100"]) for job in (wide, narrow)]
     rows = wide.num_tokens * 64 * of_wide.needs.of_rank * 58  # layers with experts
-    assert kept[0] - kept[1] == pytest.approx(rows * (14336 - codes) / 1e9, rel=1e-6)
-    of_layers = [float(estimate_layers(job, "uniform").kept.max()) / 1e9 for job in (wide, narrow)]
+    assert kept[0] - kept[1] == pytest.approx(rows * (14336 - codes) / 2**30, rel=1e-6)
+    of_layers = [float(estimate_layers(job, "uniform").kept.max()) / 2**30 for job in (wide, narrow)]
     assert of_layers[0] - of_layers[1] == pytest.approx(kept[0] - kept[1], rel=0.1)
 
 
@@ -264,15 +264,33 @@ def test_a_faster_machine_never_takes_longer(job, cluster, num_levels, overlap, 
     assert fast <= slow * (1 + 1e-9)
 
 
+def test_selective_recomputation_runs_the_up_projections_of_latents_again():
+    """Of a layer queries, keys and values go, raw and rotated, with two of the four rows that norms and sums keep."""
+    model, cluster = MODELS["DeepSeek-V3"], CLUSTERS["H100"]
+    job = Job(model, sequence=1024, tp=1, pp=1, ep=8)
+    selective = replace(job, recompute="selective")
+    queries, keys_and_values = 128 * 192, 128 * 256
+    rotated = 128 * (2 * 192 + 128)
+    freed = 1024 * 2 * (2 * 7168 + rotated + queries + keys_and_values) * model.num_layers
+    assert memory_gib(job, cluster) - memory_gib(selective, cluster) == pytest.approx(freed / 2**30)
+    again = layer_parts(selective, cluster)
+    up = sum(product_s(selective, cluster, 1024, i, o) for i, o in ((1536, queries), (512, keys_and_values)))
+    assert again["latents' up-projections"] == (pytest.approx(up), 0.0)
+    without = step_time(job, cluster, 1, SERIAL).parts
+    with_it = step_time(selective, cluster, 1, SERIAL).parts
+    assert with_it["recomputation"] == pytest.approx(model.num_layers * (up + again["norms and rotations"][0]))
+    assert "recomputation" not in without
+
+
 def test_memory_by_hand():
     """Weights in bf16 and gradients in fp32 of every rank, the optimizer's twelve bytes shared by two ranks."""
     job = Job(TINY, sequence=24, recompute="full")
     attention, experts = 16 * 32 + 16 * 16, 4 * 3 * 16 * 32
     parameters = 2 * (attention + 16 * 4 + experts) + 2 * 64 * 16
     held = parameters * 6 + 12 * parameters / 2 + 2 * 24 * 16 * 2 + 24 * 64 * 6
-    assert memory_gb(job, bare(gpus=2)) == pytest.approx(held / 1e9)
+    assert memory_gib(job, bare(gpus=2)) == pytest.approx(held / 2**30)
 
 
 def test_more_expert_parallel_ranks_hold_less():
-    held = [memory_gb(Job(MODELS["DeepSeek-V3"], ep=ep, pp=4), CLUSTERS["H100"]) for ep in (1, 4, 16)]
+    held = [memory_gib(Job(MODELS["DeepSeek-V3"], ep=ep, pp=4), CLUSTERS["H100"]) for ep in (1, 4, 16)]
     assert held == sorted(held, reverse=True)

@@ -7,7 +7,7 @@ import pytest
 from tritonmoe.tools.planner.cluster_presets import CLUSTERS
 from tritonmoe.tools.planner.exchange_curve import SERIAL
 from tritonmoe.tools.planner.job import TRAINERS, Job, trained_by
-from tritonmoe.tools.planner.job_memory import memory_gb
+from tritonmoe.tools.planner.job_memory import memory_gib
 from tritonmoe.tools.planner.layer_exchange import LayerExchange
 from tritonmoe.tools.planner.model_config import MODELS
 from tritonmoe.tools.planner.step import step_time
@@ -48,7 +48,7 @@ def test_zero_3_waits_for_weights_as_far_as_compute_is_shorter():
     layer = job.model.other_parameters + 128 * job.model.expert_parameters
     gathered = 8 * layer * 15 / 16 / (8 * 0.87 * 1e9) * 48 * 4
     assert gathered * 0.8 < waiting[1] < gathered
-    assert memory_gb(job, H100) < memory_gb(replace(job, zero=1), H100) / 3
+    assert memory_gib(job, H100) < memory_gib(replace(job, zero=1), H100) / 3
 
 
 def test_a_stage_of_a_pipeline_gathers_its_weights_once_and_keeps_them():
@@ -62,8 +62,8 @@ def test_a_stage_of_a_pipeline_gathers_its_weights_once_and_keeps_them():
     gathered = 6 * layer * 7 / 8 / (slow.inside.efficiency.value * 1e9) * 24
     assert gathered * 0.8 < parts[0]["waiting for weights"] < gathered
     weights, gradients = 2 * 24 * layer, 4 * 24 * layer
-    assert memory_gb(job, H100) > (weights + gradients) / 1e9
-    assert memory_gb(job, H100) < memory_gb(replace(job, zero=1), H100) * 1.02
+    assert memory_gib(job, H100) > (weights + gradients) / 2**30
+    assert memory_gib(job, H100) < memory_gib(replace(job, zero=1), H100) * 1.02
 
 
 def test_experts_one_by_one_keep_the_host_busy():
@@ -91,7 +91,7 @@ def test_interleaved_stages_shorten_the_bubble():
 def test_selective_recomputation_is_between_none_and_full():
     none, selective, full = (replace(JOB, recompute=how) for how in ("none", "selective", "full"))
     assert seconds(none) < seconds(selective) < seconds(full)
-    assert memory_gb(none, H100) > memory_gb(selective, H100) > memory_gb(full, H100)
+    assert memory_gib(none, H100) > memory_gib(selective, H100) > memory_gib(full, H100)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_megatron_runs_two_micro_batches_in_turn():
     two = replace(one, two_batches=True)
     exposed = [step_time(job, H100, 1, SERIAL).exposed_s for job in (one, two)]
     assert exposed[1] == pytest.approx(exposed[0] / 8)
-    assert memory_gb(two, H100) > memory_gb(one, H100)
+    assert memory_gib(two, H100) > memory_gib(one, H100)
     for wrong in (replace(one, micro_batches=1), trained_by(one, "torchtitan")):
         with pytest.raises(ValueError, match="Megatron takes two micro-batches"):
             replace(wrong, two_batches=True)

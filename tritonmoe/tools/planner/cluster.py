@@ -64,7 +64,7 @@ class Of(NamedTuple):
 class Gpu:
     """One GPU: its peaks are facts, what is reached of them are estimates."""
 
-    memory_gb: Annotated[float, Of("memory, 1e9 bytes", 0.1, 1e5)]
+    memory_gib: Annotated[float, Of("memory, 2**30 bytes, the GB of data sheets", 0.1, 1e5)]
     memory_tb_per_s: Annotated[float, Of("peak rate of that memory, 1e12 bytes a second", 1e-3, 1e4)]
     tflops: Annotated[
         Mapping[str, float],

@@ -156,7 +156,7 @@ def to_toml(cluster: Cluster, remarks: Mapping[str, str] | None = None) -> str:
         "# A cluster, for `tritonmoe plan`. Facts stand as they are; an estimate says where it comes from, which sets",
         "# its spread: four times of five it is value / (1 + spread) to value * (1 + spread). Spreads are",
         f"# {measured}; of what is assumed they stand beside each. spread = ... sets another one.",
-        "# `tritonmoe probe` writes such a file with what it measures. GB are 1e9 bytes.",
+        "# `tritonmoe probe` writes such a file with what it measures. GB are 1e9 bytes, GiB 2**30.",
     ]
     _write(cluster, "", remarks or {}, lines)
     return "\n".join(lines) + "\n"

@@ -44,7 +44,10 @@ def _nvlink(gb_per_s: float) -> Link:
 
 
 def _gpu(name: str, *shares: float) -> Gpu:
-    """Return a GPU with its card's facts. shares: efficiencies of dense products, grouped ones and attention."""
+    """Return a GPU with its card's facts. A data sheet's GB of memory are 2**30 bytes: cards show 1 % less than those.
+
+    shares: efficiencies of dense products, grouped ones and attention.
+    """
     card, efficiencies = CARDS[name], map(_assumed, (*shares, 0.7, 0.1))
     of_codes = dict.fromkeys(architecture_like(card.architecture).precisions, card.tflops.get("fp8", 0.0))
     return Gpu(card.memory_gb, card.memory_tb_per_s, {**card.tflops, **of_codes}, *efficiencies)
@@ -103,7 +106,7 @@ CLUSTERS |= {
 REMARKS = {
     "usd_per_gpu_hour": "assumed: put your own",
     "gpu.tflops": "data sheet, without sparsity",
-    "gpu.memory_gb": "data sheet",
+    "gpu.memory_gib": "data sheet",
     "gpu.memory_tb_per_s": "data sheet",
     "inside.gb_per_s": "data sheet: half of the bidirectional figure",
     "between.gb_per_s": "port speed: 400 Gbit/s are 50",

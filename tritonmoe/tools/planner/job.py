@@ -24,8 +24,9 @@ __all__ = [
 ]
 
 Recompute = Literal["none", "selective", "experts", "full"]
-"""What the backward computes again: nothing; norms, rotations and activations, but no product; h of the experts
-(save="input"); or all layers' forward and exchanges. Each takes longer than those before it, and needs less memory."""
+"""What the backward computes again: nothing; norms, rotations and activations, with queries, keys and values of latent
+attention, but no other product; h of the experts (save="input"); or all layers' forward and exchanges. Each takes
+longer than those before it, and needs less memory."""
 
 ROW_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp8": torch.bfloat16}
 FROZEN = ("bf16", *FORMATS)

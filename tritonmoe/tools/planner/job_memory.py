@@ -1,4 +1,4 @@
-"""memory_gb: what a job holds on the fullest GPU; estimate_layers: what its layers with experts hold, by routing."""
+"""memory_gib: what a job holds on the fullest GPU; estimate_layers: what its layers with experts hold, by routing."""
 
 from dataclasses import replace
 
@@ -13,7 +13,7 @@ from tritonmoe.tools.planner.job import Job
 from tritonmoe.tools.planner.layer_exchange import LayerExchange
 from tritonmoe.tools.planner.operation_costs import MAIN_GRAD_BYTES
 
-__all__ = ["USABLE_MEMORY", "estimate_layers", "memory_gb"]
+__all__ = ["USABLE_MEMORY", "estimate_layers", "memory_gib"]
 
 USABLE_MEMORY = 0.92
 """The share of a GPU's memory that a job can fill: the rest goes to the allocator, the driver and buffers of NCCL."""
@@ -21,8 +21,8 @@ USABLE_MEMORY = 0.92
 OPTIMIZER_STATE_BYTES = 12
 
 
-def memory_gb(job: Job, cluster: Cluster) -> float:
-    """Return the memory that the fullest GPU holds, 1e9 bytes: weights, gradients, optimizer, what backward needs.
+def memory_gib(job: Job, cluster: Cluster) -> float:
+    """Return the memory that the fullest GPU holds, 2**30 bytes: weights, gradients, optimizer, what backward needs.
 
     Kept for each micro-batch under way are a layer's input, projections, attention and its result, the received rows
     and h of the experts; the first pipeline stage has pp micro-batches under way. What an allocator wastes is not in
@@ -54,7 +54,7 @@ def memory_gb(job: Job, cluster: Cluster) -> float:
         if stage == job.pp - 1:
             held += job.num_tokens * job.model.vocab_size * (job.dtype_bytes + 4)
         most = max(most, held)
-    return most / 1e9
+    return most / 2**30
 
 
 def estimate_layers(job: Job, routing: str, budget_bytes: int | None = None) -> Estimate:
@@ -113,9 +113,12 @@ def _kept_bytes(job: Job, cluster: Cluster, *, is_dense: bool) -> float:
     if job.recompute == "full":
         return tokens * model.hidden_size * b
     attention = model.attention
-    norms = 2 if job.recompute == "selective" else 4
-    columns = norms * model.hidden_size + attention.rope_width + attention.num_heads * attention.v_dim
+    columns = 4 * model.hidden_size + attention.rope_width + attention.num_heads * attention.v_dim
     columns += sum(outputs for _, outputs in attention.products(model.hidden_size)[:-1])
+    if job.recompute == "selective":
+        columns -= 2 * model.hidden_size
+        if again := attention.up_projections(model.hidden_size):
+            columns -= attention.rope_width + sum(outputs for _, outputs in again)
     width = model.dense_size if is_dense else model.shared_size
     kept = tokens * (columns + 3 * width) * b
     if is_dense:

@@ -12,6 +12,7 @@ __all__ = [
     "FP8_SHARE",
     "MAIN_GRAD_BYTES",
     "QUANTIZING_BYTES",
+    "UP_PROJECTIONS",
     "Parts",
     "copy_s",
     "exchange_s",
@@ -100,6 +101,8 @@ def exchanges_s(link: LinkCosts, count: float, num_bytes: float) -> float:
 Parts = Mapping[str, tuple[float, float]]
 """Part of a layer -> seconds of its forward and of its backward."""
 
+UP_PROJECTIONS = "latents' up-projections"
+"""The part of the attention projections that recompute="selective" runs again."""
 ATTENTION_BACKWARD = 2.5 / 0.77
 """The time of attention's backward over its forward's: five products instead of two, at 0.77 of the rate (fused
 attention on H100 and B200: 0.75 to 0.8)."""
@@ -110,7 +113,8 @@ NORM_BYTES = 10, 15
 def layer_parts(job: Job, cluster: Cluster) -> dict[str, tuple[float, float]]:
     """Return the parts of a layer beside its experts, of which "dense" and "shared" stand for its feed-forward blocks.
 
-    Products are shared by the tensor-parallel ranks; norms and the router see the tokens of one of them.
+    UP_PROJECTIONS are a part of the attention projections. Products are shared by the tensor-parallel ranks; norms and
+    the router see the tokens of one of them.
     """
     model, b = job.model, job.dtype_bytes
     d, tokens = model.hidden_size, job.num_tokens
@@ -141,6 +145,7 @@ def layer_parts(job: Job, cluster: Cluster) -> dict[str, tuple[float, float]]:
     gather = exchange_s(cluster, job.tp, gathered, 0.0) if job.tp > 1 else 0.0
     return {
         "attention projections": products(attention.products(d), job.tp),
+        UP_PROJECTIONS: (products(attention.up_projections(d), job.tp)[0], 0.0),
         "attention core": (core, core * ATTENTION_BACKWARD),
         "norms and rotations": tuple(copy(n * tokens * d * b) + rope for n in NORM_BYTES),  # type: ignore[dict-item]
         "tensor-parallel gathers": (2 * gather, 2 * gather),

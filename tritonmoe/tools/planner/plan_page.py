@@ -97,7 +97,7 @@ class _Planned:
         if not one["fits"]:
             return [
                 f"{self.name}: the job doesn't fit, a GPU needs at least ",
-                self.number("choices/0/memory_gb", "GB"),
+                self.number("choices/0/memory_gib", "GiB"),
                 ".",
             ]
         return [
@@ -111,7 +111,7 @@ class _Planned:
         rows: list[list[Cell | Line]] = []
         for n, one in enumerate(self.choices[:most]):
             key = f"choices/{n}/"
-            memory = self.number(key + "memory_gb", "GB")
+            memory = self.number(key + "memory_gib", "GiB")
             row: list[Cell | Line] = [memory if one["fits"] else [memory, " too large"]]
             row += [self.number(key + name, "count") for name in ("tp", "pp", "ep", "levels")]
             row += [one["recompute"], _chunks(one)]

@@ -12,7 +12,7 @@ from tritonmoe.overlap.tuning.search import preferred
 from tritonmoe.tools.planner.cluster import Cluster
 from tritonmoe.tools.planner.exchange_curve import SERIAL
 from tritonmoe.tools.planner.job import Job, Recompute, expert_degrees
-from tritonmoe.tools.planner.job_memory import USABLE_MEMORY, memory_gb
+from tritonmoe.tools.planner.job_memory import USABLE_MEMORY, memory_gib
 from tritonmoe.tools.planner.layer_exchange import ExchangeTime
 from tritonmoe.tools.planner.operation_costs import layer_parts
 from tritonmoe.tools.planner.step import ONCE_A_STEP, StepTime, exchange_time, layer_exchange, step_with, walked_layers
@@ -57,11 +57,11 @@ class Way:
     job: Job
     cluster: Cluster
     num_levels: int
-    memory_gb: float
+    memory_gib: float
 
     @property
     def fits(self) -> bool:
-        return self.memory_gb <= USABLE_MEMORY * self.cluster.gpu.memory_gb
+        return self.memory_gib <= USABLE_MEMORY * self.cluster.gpu.memory_gib
 
     @property
     def exchange_key(self) -> Hashable:
@@ -103,17 +103,17 @@ def search(
             break
         insort(found, schedules.fastest(way), key=lambda one: one.s_per_token)
     found = found[:most]
-    lacking = sorted((way for way in tried if not way.fits), key=lambda way: way.memory_gb)
+    lacking = sorted((way for way in tried if not way.fits), key=lambda way: way.memory_gib)
     return found + [schedules.fastest(way) for way in lacking[: most - len(found)]], len(tried)
 
 
 def left_out(job: Job, cluster: Cluster, degrees: Sequence[int], free: Free, shown: Sequence[Spread]) -> Iterator[str]:
     """Yield which ways a search has left out and why, beside those that it shows."""
     tried = ways(job, cluster, degrees, free)
-    lacking = [way.memory_gb for way in tried if not way.fits]
+    lacking = [way.memory_gib for way in tried if not way.fits]
     if lacking:
-        usable = USABLE_MEMORY * cluster.gpu.memory_gb
-        yield f"{len(lacking)} need more than {usable:.0f} GB of a GPU, {min(lacking):.0f} GB at least"
+        usable = USABLE_MEMORY * cluster.gpu.memory_gib
+        yield f"{len(lacking)} need more than {usable:.0f} GiB of a GPU, {min(lacking):.0f} GiB at least"
     best = sum(one.fits for one in shown)
     if len(tried) - len(lacking) > best:
         yield f"{len(tried) - len(lacking) - best} are slower than the best {best}, with any schedule"
@@ -130,7 +130,7 @@ def left_out(job: Job, cluster: Cluster, degrees: Sequence[int], free: Free, sho
 def with_cluster(spread: Spread, cluster: Cluster) -> Spread:
     """Return the fastest schedule of the same layout on another cluster, on one level or on as many as it has."""
     schedules = _Schedules()
-    ways = [Way(spread.job, cluster, levels, spread.memory_gb) for levels in sorted({1, spread.num_levels})]
+    ways = [Way(spread.job, cluster, levels, spread.memory_gib) for levels in sorted({1, spread.num_levels})]
     return min(map(schedules.fastest, ways), key=lambda one: one.s_per_token)
 
 
@@ -160,8 +160,8 @@ def ways(job: Job, cluster: Cluster, degrees: Sequence[int] = (), free: Free | N
                     key = (used.gpus_per_node, spread.tp, spread.pp, ep, num_levels)
                     if (before := found.get(key)) and before.fits:
                         continue
-                    way = Way(spread, used, num_levels, memory_gb(spread, used))
-                    if before is None or way.memory_gb < before.memory_gb:
+                    way = Way(spread, used, num_levels, memory_gib(spread, used))
+                    if before is None or way.memory_gib < before.memory_gib:
                         found[key] = way
     for ep in set(refused) - {way.job.ep for way in found.values()}:
         raise refused[ep]

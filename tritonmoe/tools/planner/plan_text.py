@@ -180,12 +180,12 @@ def nothing_fits(plan: Plan) -> str:
     """Return what is needed, and what would help that wasn't tried yet."""
     best, cluster, job = plan.best, plan.cluster, plan.job
     choice, free = best.choice, plan.free
-    usable = USABLE_MEMORY * cluster.gpu.memory_gb
+    usable = USABLE_MEMORY * cluster.gpu.memory_gib
     tried = [name for name, is_free in (("tp", free.tp), ("pp", free.pp), ("recomputation", free.recompute)) if is_free]
     said = (
-        f"Nothing fits. A job can fill {usable:.1f} of a GPU's {cluster.gpu.memory_gb:g} GB ({USABLE_MEMORY:.0%}: the "
-        f"allocator, the driver and NCCL need the rest), and this job needs at least {best.memory_gb:.0f} GB, with "
-        f"{choice}{' (all values of ' + ', '.join(tried) + ' were tried)' if tried else ''}."
+        f"Nothing fits. A job can fill {usable:.1f} of a GPU's {cluster.gpu.memory_gib:g} GiB ({USABLE_MEMORY:.0%}: "
+        f"the allocator, the driver and NCCL need the rest), and this job needs at least {best.memory_gib:.0f} GiB, "
+        f"with {choice}{' (all values of ' + ', '.join(tried) + ' were tried)' if tried else ''}."
     )
     helps = list(_helps(plan, choice.recompute == "full" or free.recompute))
     nodes = _nodes_needed(plan)
@@ -343,7 +343,7 @@ def _ms(seconds: float, interval: tuple[float, float]) -> str:
 def _choices(plan: Plan) -> list[str]:
     """Return a line for each choice; whether it fits stands behind its first columns."""
     unit = _Unit(plan.best.time.step_s)
-    header = ("tp", "pp", "ep", "levels", "recompute", "chunks", "GB", f"step {unit.name} (80 %)")
+    header = ("tp", "pp", "ep", "levels", "recompute", "chunks", "GiB", f"step {unit.name} (80 %)")
     rows = [
         (*_layout(one), _memory(one), unit.interval(one), unit(one.exchange_s), unit(one.time.exposed_s))
         for one in plan.predictions[:MOST_ROWS]
@@ -381,7 +381,7 @@ def _clusters(plans: Sequence[Plan]) -> list[tuple[str, ...]]:
     unit = _Unit(min(plan.best.time.step_s for plan in plans))
     columns: list[tuple[str, ...]] = [
         (
-            *("", "GPUs", "$ an hour", "tp, pp, ep", "levels", "recompute", "chunks", "GB of a GPU"),
+            *("", "GPUs", "$ an hour", "tp, pp, ep", "levels", "recompute", "chunks", "GiB of a GPU"),
             *(f"step {unit.name} (80 %)", f"exchanges {unit.name}", f"exposed {unit.name}", "tokens a step"),
             *("tokens/s", "tokens/s per GPU", "MFU", "$ per M tokens"),
         )
@@ -414,7 +414,7 @@ def _decision(comparison: Comparison, names: Sequence[str]) -> Iterator[str]:
     for number, (name, best) in enumerate(zip(names, bests, strict=True)):
         usd = comparison.break_even_usd(number)
         if not best.fits:
-            yield f"The job doesn't fit on {name}: a GPU needs at least {best.memory_gb:.0f} GB."
+            yield f"The job doesn't fit on {name}: a GPU needs at least {best.memory_gib:.0f} GiB."
         elif number and usd is not None:
             yield f"{name} costs as much as {names[0]} at {usd:.2f} $ a GPU-hour, for this model."
 
@@ -453,7 +453,7 @@ def _layout(one: Prediction) -> tuple[str, ...]:
 
 
 def _memory(one: Prediction) -> str:
-    return f"{one.memory_gb:.0f}" if one.fits else f"{one.memory_gb:.0f} too large"
+    return f"{one.memory_gib:.0f}" if one.fits else f"{one.memory_gib:.0f} too large"
 
 
 def _parts(one: Prediction) -> str:

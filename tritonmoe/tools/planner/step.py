@@ -9,7 +9,15 @@ from tritonmoe.overlap.simulation.simulator import MOST_LAYERS
 from tritonmoe.tools.planner.cluster import Cluster
 from tritonmoe.tools.planner.job import Job
 from tritonmoe.tools.planner.layer_exchange import ExchangeTime, LayerExchange
-from tritonmoe.tools.planner.operation_costs import MAIN_GRAD_BYTES, Parts, copy_s, exchange_s, layer_parts, product_s
+from tritonmoe.tools.planner.operation_costs import (
+    MAIN_GRAD_BYTES,
+    UP_PROJECTIONS,
+    Parts,
+    copy_s,
+    exchange_s,
+    layer_parts,
+    product_s,
+)
 
 __all__ = [
     "BESIDE",
@@ -77,7 +85,8 @@ def step_with(job: Job, cluster: Cluster, parts: Parts, exchange: ExchangeTime) 
     """Return what a step takes whose layers' parts, experts and exchanges are known."""
     dp, exchange = job.dp(cluster), exchange.times(job.imbalance if job.ep > 1 else 1.0)
     both = {name: forward + backward for name, (forward, backward) in parts.items()}
-    block, router, gathers, _ = (both.pop(name) for name in ("dense", "router", "tensor-parallel gathers", "shared"))
+    apart = ("dense", "router", "tensor-parallel gathers", UP_PROJECTIONS, "shared")
+    block, router, gathers, *_ = (both.pop(name) for name in apart)
     dense = {**both, "dense block": block, "tensor-parallel gathers": 2 * gathers}
     sparse = {
         **both,
@@ -92,7 +101,7 @@ def step_with(job: Job, cluster: Cluster, parts: Parts, exchange: ExchangeTime) 
         sparse["recomputation"] = again + parts["router"][0] + exchange.again_s
     if job.recompute == "selective":
         for of in (dense, sparse):
-            of["recomputation"] = parts["norms and rotations"][0]
+            of["recomputation"] = parts["norms and rotations"][0] + parts[UP_PROJECTIONS][0]
     passes = 3 if job.recompute == "full" else 2
     one_by_one = job.us_per_expert * job.model.num_experts * passes * 1e-6 if job.ep == 1 else 0.0
     for of, experts_s in ((dense, 0.0), (sparse, one_by_one)):

@@ -123,7 +123,7 @@ class Prediction:
     serial_interval_s: Interval
     between_nodes_s: float
     """By how much a step of the same layout would be shorter if whatever travels between nodes took no time."""
-    memory_gb: float
+    memory_gib: float
     fits: bool
     gpus_used: int
     mfu: float
@@ -243,7 +243,7 @@ def _as_json(one: Prediction, cluster: Cluster) -> Json:
         "mfu": one.mfu,
         "mfu_interval": [one.mfu * one.time.step_s / high, one.mfu * one.time.step_s / low],
         "gpus_used": one.gpus_used,
-        "memory_gb": one.memory_gb,
+        "memory_gib": one.memory_gib,
         "fits": one.fits,
         "usd_per_million_tokens": one.usd_per_million_tokens,
         "usd_per_hour": cluster.usd_per_gpu_hour * cluster.num_gpus,
@@ -344,7 +344,7 @@ def predict(
         expected.serial.step_s * usual,
         interval([of.serial.step_s * by for of, by in zip(found, errors, strict=True)]),
         _between_nodes_s(spread) * usual,
-        spread.memory_gb,
+        spread.memory_gib,
         spread.fits,
         used.num_gpus,
         flops_per_token(job.model, job.sequence, job.adapter_rank)

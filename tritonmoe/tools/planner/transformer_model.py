@@ -32,6 +32,10 @@ class Attention:
         """The columns of a token that are rotated, read and written in between."""
         return (self.num_heads + self.num_kv_heads) * self.head_dim
 
+    def up_projections(self, hidden_size: int) -> list[tuple[int, int]]:
+        """Return those of the projections that recompute="selective" runs again: none."""
+        return []
+
 
 @dataclass(frozen=True)
 class LatentAttention:
@@ -47,13 +51,22 @@ class LatentAttention:
 
     def products(self, hidden_size: int) -> list[tuple[int, int]]:
         """Return the (input, output) widths of the projections."""
-        queries = self.num_heads * self.qk_dim
-        down_up = [(hidden_size, self.q_rank), (self.q_rank, queries)] if self.q_rank else [(hidden_size, queries)]
+        down = [(hidden_size, self.q_rank)] if self.q_rank else []
         return [
-            *down_up,
+            *down,
             (hidden_size, self.kv_rank + self.rope_dim),
-            (self.kv_rank, self.num_heads * (self.nope_dim + self.v_dim)),
+            *self.up_projections(hidden_size),
             (self.num_heads * self.v_dim, hidden_size),
+        ]
+
+    def up_projections(self, hidden_size: int) -> list[tuple[int, int]]:
+        """Return the (input, output) widths of those whose results are wide: queries, and keys with values.
+
+        recompute="selective" runs them again, as DeepSeek-V3 was trained and Megatron's mla_up_proj does.
+        """
+        return [
+            (self.q_rank or hidden_size, self.num_heads * self.qk_dim),
+            (self.kv_rank, self.num_heads * (self.nope_dim + self.v_dim)),
         ]
 
     @property

@@ -44,7 +44,7 @@ UNITS = {
     "share": lambda value: f"{round(100 * value, 1) + 0.0:.1f} %",  # never -0.0
     "bytes/s": lambda value: f"{_significant(value / 1e9)} GB/s",
     "bytes": _bytes,
-    "GB": lambda value: f"{_significant(value)} GB",
+    "GiB": lambda value: f"{_significant(value)} GiB",
     "$": lambda value: f"{value:.4f} $",
     "times": lambda value: f"{value:.2f} x",
     "count": lambda value: f"{value:,.0f}",
