@@ -61,7 +61,7 @@ def walk(step: PublishedStep, is_told: bool = False) -> Walked:
     """
     if is_told and step.family not in UNKNOWN_NETWORK:
         step = replace(step, cluster=with_network(step.cluster, "rdma"))
-    curve = ExchangeCurve(step.job, step.cluster, 1, SERIAL)
+    curve = ExchangeCurve(step.job, step.cluster, step.num_levels, SERIAL)
     draws = draw(step.job, step.cluster, NUM_DRAWS)
     taken = [Drawn.of(one.job(step.job), step.cluster.scaled(one.factors), (curve, curve)) for one in draws]
     expected = Drawn.of(step.job, step.cluster, (curve, curve))

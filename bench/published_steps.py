@@ -37,6 +37,11 @@ class PublishedStep:
     def tokens(self) -> int:
         return self.job.tokens_per_step(self.cluster)
 
+    @property
+    def num_levels(self) -> int:
+        """2 where rows cross nodes: DeepEP and HybridEP send a row once to a node, which passes it on to its ranks."""
+        return 1 if self.job.sends_pairs or self.job.ep <= self.cluster.gpus_per_node else 2
+
 
 def published_steps() -> list[PublishedStep]:
     """Return every row of every family."""

@@ -151,6 +151,8 @@ def plan_steps_table(name: str) -> str:
     for what, of in results["summaries"].items():
         inside = f"{of['inside']} of {of['rows']} ({of['coverage']:.0%})"
         lines.append(f"| {what} | {inside} | {of['median_width']:.2f} | {of['median_error']:.0%} |")
+    fit = results["fit"]
+    lines += ["", f"All of them ran. The planner says of {fit['inside']} of {fit['rows']} that they fit into memory."]
     lines += ["", '<details markdown="1"><summary>Every step</summary>']
     family = None
     for row in results["rows"]:

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from bench.plan import exchange_errors, tables
-from bench.plan_steps import leave_one_out, walk
+from bench.plan_steps import fits, leave_one_out, walk
 from bench.published import Table, published
 from bench.published_steps import HELD_OUT, published_steps
 from tritonmoe.tools.planner.draws import MODEL_ERROR
+from tritonmoe.tools.planner.job_memory import USABLE_MEMORY, memory_gib
 
 COMMITTED = Path("bench/results/plan_published.json")
 
@@ -140,6 +141,17 @@ def test_published_steps_lie_in_their_intervals():
     assert sum(row["low_s"] <= row["measured_s"] <= row["high_s"] for row in rows) == sum(row["inside"] for row in rows)
     assert len(rows) == len(published_steps())
     assert {row["family"] for row in rows} > set(HELD_OUT)
+
+
+def test_runs_that_ran_are_said_to_fit():
+    steps = published_steps()
+    too_large = [one for one in steps if not fits(one)]
+    assert STEPS["fit"] == {"rows": len(steps), "inside": len(steps) - len(too_large)}
+    assert len(too_large) <= 6
+    usable = [USABLE_MEMORY * one.cluster.gpu.memory_gib for one in too_large]
+    excess = [memory_gib(one.job, one.cluster) / most for one, most in zip(too_large, usable, strict=True)]
+    assert max(excess) < 1.45
+    assert statistics.median(excess) < 1.15
 
 
 @pytest.mark.thorough
