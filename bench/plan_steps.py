@@ -20,7 +20,8 @@ from tritonmoe.tools.planner.cluster import NORMAL_90
 from tritonmoe.tools.planner.cluster_presets import with_network
 from tritonmoe.tools.planner.draws import Draw, Drawn, ModelError, are_unlike, draw, interval, told_by
 from tritonmoe.tools.planner.exchange_curve import SERIAL, ExchangeCurve
-from tritonmoe.tools.planner.job_memory import USABLE_MEMORY, memory_gib
+from tritonmoe.tools.planner.job_memory import memory_gib
+from tritonmoe.tools.planner.plan_search import Way
 
 __all__ = ["Walked", "fit", "fits", "leave_one_out", "main", "walk"]
 
@@ -146,7 +147,7 @@ def with_one_measured(rows: Sequence[Walked], pairs: Pairs) -> list[dict[str, An
 
 def fits(step: PublishedStep) -> bool:
     """Return whether the planner says that a published step fits into memory, as it did."""
-    return memory_gib(step.job, step.cluster) <= USABLE_MEMORY * step.cluster.gpu.memory_gib
+    return Way(step.job, step.cluster, step.num_levels, memory_gib(step.job, step.cluster)).fits
 
 
 def by_family(rows: Iterable[Walked]) -> dict[str, list[Walked]]:
