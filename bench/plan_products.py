@@ -6,6 +6,7 @@ from typing import Any
 
 from bench.published import Row, Table, published
 from tritonmoe.config.overlap import OverlapPlan
+from tritonmoe.tools.planner.cluster import Cluster, Estimate
 from tritonmoe.tools.planner.cluster_presets import CLUSTERS
 from tritonmoe.tools.planner.draws import Drawn
 from tritonmoe.tools.planner.exchange_curve import ExchangeCurve
@@ -32,22 +33,23 @@ def four_layer_tables() -> Iterator[Table]:
     for family, (preset, target) in FAMILIES.items():
         own = [row for row in table["rows"] if row["model"] == family]
         first = own[0]
-        passes = _calibrate(preset, first)
+        machine = _calibrate(preset, first)
         rows = [
             Row(
                 _what(row),
                 "ms",
                 row["real_ms"],
-                1e3 * step_time(_job(preset, row, passes), MACHINE, 1, PLAIN).step_s,
+                1e3 * step_time(_job(preset, row), machine, 1, PLAIN).step_s,
                 row is first,
                 f"SimuMax {row['simumax_ms'] / row['real_ms'] - 1:+.1%}",
             )
             for row in own
         ]
-        fitted = f"{passes:.1f} passes over the pairs' rows in each layer (Job.pair_passes), to the first row"
+        host_us = machine.host.us_per_layer.value
+        fitted = f"{host_us:.0f} us that the host adds to a layer (host.us_per_layer), to the first row"
         yield Table(f"Steps of {preset}, 4 layers", table["source"], fitted, rows, worst_target=target)
         memory = [
-            Row(_what(row), "GiB", row["real_gib"], memory_gib(_job(preset, row, passes), MACHINE))
+            Row(_what(row), "GiB", row["real_gib"], memory_gib(_job(preset, row), MACHINE))
             for row in own
             if row["mbc"] == 4
         ]
@@ -91,23 +93,18 @@ def _what(row: dict[str, Any]) -> str:
     return f"ep {row['ep']}, pp {row['pp']}, {row['mbc']} micro-batches"
 
 
-def _job(preset: str, row: dict[str, Any], passes: float) -> Job:
+def _job(preset: str, row: dict[str, Any]) -> Job:
     """Return the job: one dense layer, experts padded to a capacity factor of 1, so balanced, every pair sent."""
     model = replace(MODELS[preset], num_layers=4, num_dense_layers=1, num_groups=1, top_k_groups=1)
-    return Job(
-        model,
-        4096,
-        1,
-        row["mbc"],
-        pp=row["pp"],
-        ep=row["ep"],
-        overlaps_reduction=False,
-        sends_pairs=True,
-        pair_passes=passes,
-    )
+    job = Job(model, 4096, 1, row["mbc"], pp=row["pp"], ep=row["ep"], overlaps_reduction=False)
+    return trained_by(job, "megatron")
 
 
-def _calibrate(preset: str, row: dict[str, Any]) -> float:
-    """Return the passes over pairs' rows with which the row's time comes out, which grows linearly with them."""
-    none, some = (1e3 * step_time(_job(preset, row, passes), MACHINE, 1, PLAIN).step_s for passes in (0, 10))
-    return max(0.0, 10 * (row["real_ms"] - none) / (some - none))
+def _calibrate(preset: str, row: dict[str, Any]) -> Cluster:
+    """Return the machine with the host's time of a layer with which the row's time comes out, which grows with it."""
+
+    def machine(us: float) -> Cluster:
+        return replace(MACHINE, host=replace(MACHINE.host, us_per_layer=Estimate(us, "measured")))
+
+    none, some = (1e3 * step_time(_job(preset, row), machine(us), 1, PLAIN).step_s for us in (0.0, 1000.0))
+    return machine(max(0.0, 1000 * (row["real_ms"] - none) / (some - none)))

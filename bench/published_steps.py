@@ -49,11 +49,11 @@ def published_steps() -> list[PublishedStep]:
     for family, about in json.loads(FILE.read_text()).items():
         for values in about["rows"]:
             row = dict(zip(about["columns"], values, strict=True))
-            found.append(_step(family, about["source"], about["trainer"], row))
+            found.append(_step(family, about, row))
     return found + _four_layers()
 
 
-def _step(family: str, source: str, trainer: str, row: dict[str, Any]) -> PublishedStep:
+def _step(family: str, about: dict[str, Any], row: dict[str, Any]) -> PublishedStep:
     machine = CLUSTERS[row["machine"]]
     node = min(row["gpus"], FEWER_GPUS.get(row["machine"], machine.gpus_per_node))
     cluster = replace(machine, gpus_per_node=node, nodes=row["gpus"] // node)
@@ -72,8 +72,8 @@ def _step(family: str, source: str, trainer: str, row: dict[str, Any]) -> Publis
     job = replace(job, micro_batches=row["global_batch"] // (row["micro_batch"] * job.dp(cluster)))
     if "free routing" in row["note"] or family in FREE_ROUTING:
         job = replace(job, imbalance=UNKNOWN_IMBALANCE)
-    name = "deepspeed" if row["note"] == "deepspeed" else trainer
-    job = trained_by(job, name, row["sends"])
+    name = "deepspeed" if row["note"] == "deepspeed" else about["trainer"]
+    job = trained_by(job, name, row["sends"], about.get("zero"))
     if row["unit"] == "s":
         measured_s = row["measured"]
     else:
@@ -83,7 +83,7 @@ def _step(family: str, source: str, trainer: str, row: dict[str, Any]) -> Publis
         f"{row['model']}, {row['gpus']} {row['machine']}, tp {job.tp}, pp {job.pp}, ep {job.ep}, "
         f"{job.sequence} x {job.micro_batch}, {job.dtype}, recompute {job.recompute}{note}"
     )
-    return PublishedStep(family, source, what, job, cluster, measured_s)
+    return PublishedStep(family, about["source"], what, job, cluster, measured_s)
 
 
 def _pieces(row: dict[str, Any]) -> int:

@@ -99,7 +99,7 @@ def test_an_empty_file_says_what_is_missing():
 @pytest.mark.parametrize(
     ("estimate", "spread"),
     [
-        (Estimate(1000.0, "assumed"), 7.2),
+        (Estimate(1000.0, "assumed"), 1.5),
         (Estimate(1000.0, "probe"), 0.08),
         (Estimate(1000.0, "measured"), 0.03),
         (Estimate(1000.0, "probe", 0.5), 0.5),
@@ -125,7 +125,7 @@ def test_a_spread_of_its_own_is_written_and_read():
 
 
 def test_the_file_says_how_wide_an_assumption_is():
-    assert "(spread 7.2)\nus_per_layer = " in TEXT
+    assert "(spread 1.5)\nus_per_layer = " in TEXT
     assert "over TCP may reach a 25th (spread 1)\nefficiency = " in TEXT
 
 

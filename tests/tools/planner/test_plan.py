@@ -97,8 +97,9 @@ def test_what_is_measured_makes_the_interval_narrower_but_never_as_narrow_as_its
 @pytest.mark.thorough
 def test_a_trainers_passes_are_uncertain_too():
     cluster = measured(H100, "gpu", "inside", "between", "host")
-    assert ratio(cluster, trained_by(FULL, "megatron")) > 1.02 * ratio(cluster)
-    found = plan(trained_by(FULL, "megatron"), cluster, [8])
+    job = trained_by(FULL, "torchtitan", zero=1)
+    assert ratio(cluster, job) > 1.02 * ratio(cluster)
+    found = plan(job, cluster, [8])
     assert found.sensitivities[0].key == "job.pair_passes"
 
 
@@ -106,7 +107,7 @@ def test_what_moves_the_time_most_is_to_be_measured_next():
     host = replace(H100.host, us_per_layer=Estimate(1e6, "assumed"))
     found = plan(FULL, replace(H100, host=host), [8])
     assert found.sensitivities[0].key == "host.us_per_layer"
-    assert found.sensitivities[0].swing == pytest.approx(8.2**2 - 1, rel=0.02)
+    assert found.sensitivities[0].swing == pytest.approx(2.5**2 - 1, rel=0.03)
 
 
 @pytest.mark.thorough
@@ -184,7 +185,7 @@ def test_more_choices_never_give_a_worse_plan(cluster, degrees, more_degrees, fr
 
 def test_a_degree_that_does_not_fit_everywhere_takes_no_choice_away():
     """With ep=32 four pipeline stages can't be: those with ep=8 are planned all the same, and are the fastest."""
-    job, cluster = replace(JOB, imbalance=1.2), CLUSTERS["H100-100G"].with_nodes(8)
+    job, cluster = replace(JOB, imbalance=1.2, micro_batches=4), CLUSTERS["H100-100G"].with_nodes(8)
     (few, *_), _ = search(job, cluster, [8], Free(pp=True))
     (many, *_), _ = search(job, cluster, [8, 16, 32], Free(pp=True))
     assert (few.job.pp, few.job.ep) == (4, 8)
@@ -395,7 +396,7 @@ def test_clusters_on_which_nothing_fits_are_left_out(one_size):
 @pytest.mark.thorough
 def test_what_decides_is_to_be_measured_before_anything_is_bought(one_size):
     node = CLUSTERS["H100"].with_nodes(1)
-    slow_host = replace(node.host, us_per_layer=Estimate(2600.0, "assumed"))
+    slow_host = replace(node.host, us_per_layer=Estimate(4100.0, "assumed"))
     other = replace(node, name="other", usd_per_gpu_hour=2.55, host=slow_host)
     found = compare(Job(MODELS["OLMoE-1B-7B"]), [node, other], [8])
     text = comparison_table(found).splitlines()[-1]

@@ -155,12 +155,14 @@ def test_two_batches_compute_each_half_again_by_itself():
     assert two == pytest.approx(one, rel=1e-3)
 
 
-def test_the_host_bounds_a_small_layer():
+def test_the_host_adds_to_a_layer():
     cluster = CLUSTERS["H100"]
     host = replace(cluster.host, us_per_layer=measured(1e6))
-    time = step_time(Job(TINY, ep=1), replace(cluster, host=host), 1, SERIAL)
-    assert time.layer_s == pytest.approx(1.0)
-    assert time.parts["waiting for the host"] > 0.9 * time.step_s
+    job, none = Job(TINY, ep=1), replace(cluster.host, us_per_layer=measured(0.0))
+    slow, fast = (step_time(job, replace(cluster, host=of), 1, SERIAL) for of in (host, none))
+    assert slow.layer_s == pytest.approx(1 + fast.layer_s)
+    assert slow.parts["waiting for the host"] == pytest.approx(TINY.num_layers)
+    assert slow.step_s == pytest.approx(TINY.num_layers + fast.step_s)
 
 
 def test_degrees_that_fit():

@@ -27,13 +27,13 @@ def test_ours_is_the_job_as_it_is():
 
 def test_megatron_sends_pairs_and_hides_nothing():
     job = trained_by(JOB, "megatron")
-    assert (job.sends_pairs, job.overlaps_exchange, job.zero, job.pair_passes) == (True, False, 1, 24)
+    assert (job.sends_pairs, job.overlaps_exchange, job.zero, job.pair_passes) == (True, False, 1, 12)
     assert LayerExchange(job, H100, 1).work.rows.sum(1).tolist() == [4096 * 8] * 2
     rows = trained_by(JOB, "megatron", "rows")
-    assert (rows.sends_pairs, rows.pair_passes) == (False, 12)
+    assert (rows.sends_pairs, rows.pair_passes) == (False, 6)
     assert seconds(JOB) < seconds(rows) < seconds(job)
-    # 24 passes over the pairs' rows of 48 layers and 4 micro-batches, at 0.7 of 3.35 TB/s.
-    passes = 24 * 4096 * 8 * 2048 * 2 * 48 * 4 / (0.7 * 3.35e12)
+    # 12 passes over the pairs' rows of 48 layers and 4 micro-batches, at 0.7 of 3.35 TB/s.
+    passes = 12 * 4096 * 8 * 2048 * 2 * 48 * 4 / (0.7 * 3.35e12)
     assert seconds(job) - seconds(replace(job, pair_passes=0.0)) == pytest.approx(passes, rel=1e-3)
 
 

@@ -129,7 +129,7 @@ class Host:
     """What the processor of the host costs."""
 
     us_per_layer: Annotated[
-        Estimate, Of("to launch one layer's forward and backward; the GPU can't be faster", 0.0, 1e7, 7.2)
+        Estimate, Of("what it adds to a layer's forward and backward: launches, waits for counts", 0.0, 1e7, 1.5)
     ]
     us_per_chunk: Annotated[
         Estimate, Of("what one more chunk adds to a pass: launches, ends of kernels", 0.0, 1e6, 1.0)

@@ -13,7 +13,10 @@ def _assumed(value: float) -> Estimate:
     return Estimate(value, "assumed")
 
 
-HOST = Host(us_per_layer=_assumed(2450.0), us_per_chunk=_assumed(30.0), ms_per_step=_assumed(20.0))
+HOST = Host(us_per_layer=_assumed(4000.0), us_per_chunk=_assumed(30.0), ms_per_step=_assumed(20.0))
+"""The time of a layer is that of published steps with few and with many tokens in a micro-batch, of one model and one
+kind of machine: a part that doesn't shrink with the tokens, beside what the GPU computes (`python -m bench.plan_steps`
+names the rows)."""
 CX7 = BetweenLink(
     gb_per_s=50.0,
     efficiency=_assumed(0.87),

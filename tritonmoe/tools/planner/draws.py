@@ -48,11 +48,11 @@ class ModelError:
         return self.bias + (self.slower if common > 0 else self.faster) * common + self.own * own
 
 
-MODEL_ERROR = ModelError(bias=0.01, faster=0.14, slower=0.5, own=0.18, alike=0.055)
+MODEL_ERROR = ModelError(bias=-0.12, faster=0.1, slower=0.53, own=0.15, alike=0.05)
 """Fitted by `python -m bench.plan_steps` to every published step that it has; there each family of rows is predicted
 with the error that the other families say."""
 
-KNOWN_NETWORK_ERROR = replace(MODEL_ERROR, bias=-0.02, faster=0.11, slower=0.28, own=0.19)
+KNOWN_NETWORK_ERROR = replace(MODEL_ERROR, bias=-0.13, faster=0.08, slower=0.22, own=0.16)
 """The same, fitted to the steps of which it is known over what NCCL ran between nodes, or that ran on one node."""
 UNLIKE = 1.5
 """So many times the model's own error of one run is between a run and one that is spread or computed otherwise: with
@@ -62,9 +62,13 @@ KNOWN_NETWORK = 0.5
 
 
 def model_error(cluster: Cluster) -> ModelError:
-    """Return the model's own error on a cluster."""
+    """Return the model's own error on a cluster.
+
+    Its middle is that of rates that are assumed: of a GPU whose rates were measured it is none.
+    """
     spread = spread_of("between.efficiency", cluster.between.efficiency)
-    return KNOWN_NETWORK_ERROR if cluster.nodes == 1 or spread < KNOWN_NETWORK else MODEL_ERROR
+    error = KNOWN_NETWORK_ERROR if cluster.nodes == 1 or spread < KNOWN_NETWORK else MODEL_ERROR
+    return error if cluster.gpu.gemm_efficiency.source == "assumed" else replace(error, bias=0.0)
 
 
 JOB_SPREADS = {"pair_passes": 1.0, "us_per_expert": 4.0, "imbalance": 0.4}

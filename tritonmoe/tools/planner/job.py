@@ -324,13 +324,13 @@ class Trainer:
 
 TRAINERS = {
     "ours": Trainer("rows", True, 1, 0.0, 0.0),
-    "megatron": Trainer("pairs", False, 1, 24.0, 0.0),
-    "torchtitan": Trainer("pairs", False, 3, 24.0, 0.0),
+    "megatron": Trainer("pairs", False, 1, 12.0, 0.0),
+    "torchtitan": Trainer("pairs", False, 3, 48.0, 0.0),
     "deepspeed": Trainer("pairs", False, 3, 24.0, 2500.0),
 }
-"""Passes: permute, pad, scale and cast, and back, forward and backward, are 12 where kernels are fused to 48 where none
-is. Microseconds an expert: DeepSpeed gathers the weights of a model's experts one by one where it doesn't
-spread the experts; published steps say 2 to 5 ms for each."""
+"""Passes: permute, pad, scale and cast, and back, forward and backward, are 12 where kernels are fused, as recipes for
+Megatron have them, to 48 where none is, as in torchtitan. Microseconds an expert: DeepSpeed gathers the weights of a
+model's experts one by one where it doesn't spread the experts; published steps say 2 to 5 ms for each."""
 
 
 def trained_by(job: Job, name: str, sends: Sends | None = None, zero: int | None = None) -> Job:

@@ -12,7 +12,6 @@ from tritonmoe.tools.planner.job import Job
 from tritonmoe.tools.planner.job_memory import USABLE_MEMORY
 from tritonmoe.tools.planner.operation_costs import FP8_SHARE
 from tritonmoe.tools.planner.plan_search import ways
-from tritonmoe.tools.planner.step import HOST
 from tritonmoe.tools.planner.training_plan import Measured, Plan, Prediction, Sensitivity
 from tritonmoe.tools.report.terminal import TEXT_COLUMNS
 
@@ -73,11 +72,9 @@ def _hiding(best: Prediction) -> str | None:
     hidden_s, gained_s = best.exchange_s - best.time.exposed_s, best.serial_s - best.time.step_s
     if not best.fits or hidden_s < DECIDES * best.time.step_s or gained_s >= LITTLE_GAINED * hidden_s:
         return None
-    waits = " Where a layer waits for its host, nothing is gained." if best.time.parts.get(HOST) else ""
     return (
         f"Overlap hides {1e3 * hidden_s:.0f} ms of exchanges, but makes a step only {1e3 * gained_s:.0f} ms shorter: "
         "experts compute in parts then, of which each reads the weights again, and more slowly while rows travel."
-        f"{waits}"
     )
 
 

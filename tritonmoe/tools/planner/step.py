@@ -39,7 +39,7 @@ Adam's gradient, two moments and fp32 weight (28), which is then copied (4) to t
 GRADIENT_BYTES = 12
 """The same for each parameter of the rank: its gradient is set to zero (4), and scaled before ranks sum it (8)."""
 HOST = "waiting for the host"
-"""The part in which a layer's work is done before its host has launched the next one's."""
+"""The part in which a GPU has nothing to do before its host has launched more."""
 ONCE_A_STEP = ("data-parallel reduction", "optimizer", "other, once a step")
 """The parts that come after the last backward."""
 HIDES_GATHERS = 0.9
@@ -109,7 +109,8 @@ def step_with(job: Job, cluster: Cluster, parts: Parts, exchange: ExchangeTime) 
             shared, experts = _layer_parameters(job, is_dense=of is dense)
             waiting_s = _gathering_s(job, cluster, dp, shared, experts, sum(of.values()), exchange)
             of["waiting for weights"] = waiting_s / (job.micro_batches if job.pp > 1 else 1)
-        of[HOST] = max(0.0, cluster.host.us_per_layer.value * 1e-6 + experts_s - sum(of.values()))
+        # A layer's host reads counts before it launches the experts: the GPU has run out of work by then.
+        of[HOST] = cluster.host.us_per_layer.value * 1e-6 + max(0.0, experts_s - sum(of.values()))
     return _whole_step(job, cluster, dp, exchange, dense, sparse)
 
 
