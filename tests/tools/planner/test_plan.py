@@ -396,7 +396,7 @@ def test_clusters_on_which_nothing_fits_are_left_out(one_size):
 @pytest.mark.thorough
 def test_what_decides_is_to_be_measured_before_anything_is_bought(one_size):
     node = CLUSTERS["H100"].with_nodes(1)
-    slow_host = replace(node.host, us_per_layer=Estimate(4100.0, "assumed"))
+    slow_host = replace(node.host, us_per_layer=Estimate(4050.0, "assumed"))
     other = replace(node, name="other", usd_per_gpu_hour=2.55, host=slow_host)
     found = compare(Job(MODELS["OLMoE-1B-7B"]), [node, other], [8])
     text = comparison_table(found).splitlines()[-1]
