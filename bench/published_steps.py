@@ -68,6 +68,7 @@ def _step(family: str, about: dict[str, Any], row: dict[str, Any]) -> PublishedS
         recompute=row["recompute"],
         dtype=row["dtype"],
         two_batches="two halves" in row["note"],
+        cuda_graphs="CUDA graphs" in row["note"],
     )
     job = replace(job, micro_batches=row["global_batch"] // (row["micro_batch"] * job.dp(cluster)))
     if "free routing" in row["note"] or family in FREE_ROUTING:

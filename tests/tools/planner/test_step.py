@@ -163,6 +163,8 @@ def test_the_host_adds_to_a_layer():
     assert slow.layer_s == pytest.approx(1 + fast.layer_s)
     assert slow.parts["waiting for the host"] == pytest.approx(TINY.num_layers)
     assert slow.step_s == pytest.approx(TINY.num_layers + fast.step_s)
+    graphs = step_time(replace(job, cuda_graphs=True), replace(cluster, host=host), 1, SERIAL)
+    assert graphs.step_s == pytest.approx(TINY.num_layers / 4 + fast.step_s)
 
 
 def test_degrees_that_fit():

@@ -38,7 +38,7 @@ __all__ = ["add_parser"]
 DEFAULT_ADAPTER_RANK = 16
 AS_GIVEN = (
     *("sequence", "micro_batch", "stages_in_turn", "trainer", "sends", "zero", "dtype", "wire_dtype"),
-    *("expert_precision", "two_batches", "frozen", "adapter_rank", "balanced", "routing"),
+    *("expert_precision", "two_batches", "cuda_graphs", "frozen", "adapter_rank", "balanced", "routing"),
     *("network", "measured", "of"),
 )
 """What the command that repeats a plan has as the command that found it."""
@@ -164,6 +164,11 @@ def _add_trainer(parser: argparse.ArgumentParser) -> None:
         "--two-batches",
         action="store_true",
         help="run two halves of a micro-batch at once: one computes while the other's rows travel",
+    )
+    parser.add_argument(
+        "--cuda-graphs",
+        action="store_true",
+        help="launch layers from CUDA graphs, in part at least, by a host that waits for no counts (HybridEP)",
     )
     parser.add_argument(
         "--frozen",
@@ -339,7 +344,7 @@ def _job(arguments: argparse.Namespace) -> Job:
         adapter_rank=arguments.adapter_rank or (0 if arguments.frozen is None else DEFAULT_ADAPTER_RANK),
     )
     job = trained_by(job, arguments.trainer, arguments.sends, arguments.zero)
-    return replace(job, two_batches=arguments.two_batches)
+    return replace(job, two_batches=arguments.two_batches, cuda_graphs=arguments.cuda_graphs)
 
 
 def _find_cluster(name: str) -> Cluster:

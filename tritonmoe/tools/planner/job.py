@@ -62,6 +62,8 @@ class Job:
     two_batches: bool = False
     """Whether two halves of a micro-batch run in turn, each under the other's exchanges. In Megatron two micro-batches
     do, the forward of one and the backward of another (--overlap-moe-expert-parallel-comm)."""
+    cuda_graphs: bool = False
+    """Whether a layer is launched from CUDA graphs, in part at least, by a host that waits for no counts (HybridEP)."""
     overlaps_reduction: bool = True
     """Whether gradients are summed over data-parallel ranks while the last micro-batch's backward still runs, as
     DistributedDataParallel and FSDP do."""

@@ -263,6 +263,7 @@ def plan_table(plan: Plan) -> str:
         f"{job.model.name} on {cluster.num_gpus} GPUs of {cluster.name}, {price}: trainer {job.trainer}, "
         f"{job.sequence} x {job.micro_batch} tokens, {best.time.tokens} a step, {job.dtype}"
         + (", two batches" if job.two_batches else "")
+        + (", CUDA graphs" if job.cuda_graphs else "")
         + _experts(job),
         "",
         *_choices(plan),

@@ -40,6 +40,8 @@ GRADIENT_BYTES = 12
 """The same for each parameter of the rank: its gradient is set to zero (4), and scaled before ranks sum it (8)."""
 HOST = "waiting for the host"
 """The part in which a GPU has nothing to do before its host has launched more."""
+GRAPHS_SHARE = 0.25
+"""Of the host's time, where layers are launched from CUDA graphs in part (published steps on GB200 and GB300)."""
 ONCE_A_STEP = ("data-parallel reduction", "optimizer", "other, once a step")
 """The parts that come after the last backward."""
 HIDES_GATHERS = 0.9
@@ -110,7 +112,8 @@ def step_with(job: Job, cluster: Cluster, parts: Parts, exchange: ExchangeTime) 
             waiting_s = _gathering_s(job, cluster, dp, shared, experts, sum(of.values()), exchange)
             of["waiting for weights"] = waiting_s / (job.micro_batches if job.pp > 1 else 1)
         # A layer's host reads counts before it launches the experts: the GPU has run out of work by then.
-        of[HOST] = cluster.host.us_per_layer.value * 1e-6 + max(0.0, experts_s - sum(of.values()))
+        launching_s = cluster.host.us_per_layer.value * 1e-6 * (GRAPHS_SHARE if job.cuda_graphs else 1.0)
+        of[HOST] = launching_s + max(0.0, experts_s - sum(of.values()))
     return _whole_step(job, cluster, dp, exchange, dense, sparse)
 
 

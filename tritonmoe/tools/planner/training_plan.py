@@ -211,7 +211,7 @@ class Plan:
 JOB_FIELDS = (
     *("trainer", "sequence", "micro_batch", "micro_batches", "tp", "pp", "stages_in_turn", "recompute", "dtype"),
     *("wire_dtype", "expert_precision", "two_batches", "sends_pairs", "overlaps_exchange", "zero", "imbalance"),
-    *("frozen", "adapter_rank"),
+    *("frozen", "adapter_rank", "cuda_graphs"),
 )
 
 
