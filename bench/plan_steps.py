@@ -1,7 +1,7 @@
 """Published steps against the planner's intervals, each family of rows predicted with the error that the others say.
 
 A family is what one publication says of one trainer. Nothing is fitted to a row but the model's own error, to the rows
-of the other families. HELD_OUT families were not looked at while the model and its priors were made: they are also
+of the other families. HELD_OUT families were not looked at while the model was first made: they are also
 predicted from the other ones alone.
 """
 

@@ -15,7 +15,7 @@ __all__ = ["HELD_OUT", "PublishedStep", "published_steps"]
 
 FILE = Path(__file__).parent / "results" / "published_steps.json"
 HELD_OUT = ("NeMo AutoModel", "torchtitan, B200", "ms-swift, A800")
-"""The families that were not looked at while the model and its priors were made."""
+"""The families that were not looked at while the model was first made. That a host adds to a layer came from all."""
 FREE_ROUTING = ("torchtitan, B200", "ms-swift, A800")
 """The families of which nothing balances the routing."""
 FEWER_GPUS = {"GB200": 64, "GB300": 64}

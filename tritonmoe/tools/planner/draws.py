@@ -48,11 +48,11 @@ class ModelError:
         return self.bias + (self.slower if common > 0 else self.faster) * common + self.own * own
 
 
-MODEL_ERROR = ModelError(bias=-0.09, faster=0.13, slower=0.5, own=0.15, alike=0.087)
+MODEL_ERROR = ModelError(bias=-0.11, faster=0.21, slower=0.46, own=0.15, alike=0.087)
 """Fitted by `python -m bench.plan_steps` to every published step that it has; there each family of rows is predicted
 with the error that the other families say."""
 
-KNOWN_NETWORK_ERROR = replace(MODEL_ERROR, bias=-0.11, faster=0.1, slower=0.2)
+KNOWN_NETWORK_ERROR = replace(MODEL_ERROR, bias=-0.12, faster=0.22, slower=0.21)
 """The same, fitted to the steps of which it is known over what NCCL ran between nodes, or that ran on one node."""
 UNLIKE = 1.5
 """So many times the model's own error of one run is between a run and one that is spread or computed otherwise: with
