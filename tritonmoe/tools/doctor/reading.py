@@ -1,10 +1,8 @@
 """read_traces: a folder of traces of any kind, or a file, as one graph; files are known by what stands in them."""
 
-import gc
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeGuard
@@ -143,23 +141,6 @@ def read_traces(path: Path, ranks_per_node: int | None = None) -> ReadRun:
         ValueError: a file is damaged, files contradict each other, or there is no trace; the message says which and
             why. OSError: a file can't be read.
     """
-    with _no_collections():
-        return _read_traces(path, ranks_per_node)
-
-
-@contextmanager
-def _no_collections() -> Iterator[None]:
-    """Keep Python from searching millions of small objects for circles, which there are none of."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
-
-
-def _read_traces(path: Path, ranks_per_node: int | None) -> ReadRun:
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
     if not files:
         raise ValueError(f"{path} has no files in it")

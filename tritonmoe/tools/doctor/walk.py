@@ -17,7 +17,7 @@ from tritonmoe.tools.doctor.graph import Graph, Kind, Tables, indices
 
 __all__ = ["Moments", "Walker", "lane_before", "walker_of"]
 
-MOST_VALUES = 1 << 24
+MOST_VALUES = 3 << 23
 """So many numbers at most are held in one walk: of large graphs fewer sets of times are walked together."""
 POST, WAIT, STEP = int(Kind.POST), int(Kind.WAIT), int(Kind.STEP)
 ENDS, SOME = len(Kind), len(Kind) + 1
@@ -90,7 +90,8 @@ class Walker:
 
     def moments(self, run_s: Tensor, transfer_s: Tensor) -> Moments:
         """Return when every exchange started and ended, and every step."""
-        (step_s,), step_ends, started, ended, waited = self._walk(run_s[None], transfer_s[None])
+        waited: list[Tensor] = []
+        (step_s,), step_ends, started, ended = self._walk(run_s[None], transfer_s[None], waited)
         waits_since = torch.full_like(started, torch.nan)
         for of, since in zip((one.what for one in self.plan if one.kind == WAIT), waited, strict=True):
             waits_since[of] = since
@@ -98,10 +99,12 @@ class Walker:
 
     @torch.no_grad()
     def _walk(
-        self, run_s: Tensor, transfer_s: Tensor
-    ) -> tuple[list[list[float]], Tensor, Tensor, Tensor, list[Tensor]]:
-        """Return the seconds of every step of B sets of times, (S, W, B) when ranks ended them, (M, B) when exchanges
-        started and ended, and since when they were waited for, in the order of the plan.
+        self, run_s: Tensor, transfer_s: Tensor, waited: list[Tensor] | None = None
+    ) -> tuple[list[list[float]], Tensor, Tensor, Tensor]:
+        """Return the seconds of every step of B sets of times, (S, W, B) when ranks ended them, and (M, B) when
+        exchanges started and ended.
+
+        waited: gets since when they were waited for, in the order of the plan.
         """
         graph, num_sets, num_members = self.graph, len(run_s), transfer_s.shape[1]
         is_queued = graph.is_queued_at_start
@@ -114,7 +117,7 @@ class Walker:
         transfer_s, delay_s = transfer_s.T.contiguous(), self.tables.delay_s[:, None]
         now = numbers(len(graph.ranks)) + torch.tensor(graph.begin_s, dtype=torch.float64, device="cpu")[:, None]
         started, ended = numbers(num_members), numbers(num_members + 1, value=-torch.inf)
-        step_ends, waited = numbers(len(graph.steps), len(graph.ranks)), list[Tensor]()
+        step_ends = numbers(len(graph.steps), len(graph.ranks))
         for kind, what, others, size in self.plan:
             if kind == ENDS:
                 start = started[what]
@@ -133,7 +136,8 @@ class Walker:
                 if kind == POST:
                     started[what] = moment
                 elif kind == WAIT:
-                    waited.append(moment)
+                    if waited is not None:
+                        waited.append(moment)
                     moment = torch.maximum(moment, ended[what])
                 else:
                     step_ends[what, others] = moment
@@ -143,7 +147,7 @@ class Walker:
                     now[others] = moment
         first = numbers(1, value=max(graph.begin_s, default=0.0))
         step_s = torch.cat([first, step_ends.amax(1)]).cummax(0).values.diff(dim=0).clamp(min=0)
-        return step_s.T.tolist(), step_ends, started, ended[:-1], waited
+        return step_s.T.tolist(), step_ends, started, ended[:-1]
 
 
 def lane_before(programs: Sequence[tuple[Tensor, Tensor]], lane: Tensor) -> Tensor:
